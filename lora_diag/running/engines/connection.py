@@ -11,6 +11,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ RETRIES = 3
 # often not larger.
 STORE_BYTES = 80 * 2**20
 # Seconds to wait for an answer at an address.
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 30.0
+# The start of HTTP/2, the protocol of Ray's head, with empty settings; the answer is a frame of settings.
+GREETING, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
 
 # Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into memory and retries
 # it forever.
@@ -206,19 +209,31 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
 
 
 def _check_answers(named: str, address: str) -> None:
-    """Refuse an address where no server listens; Ray would retry for minutes.
+    """Refuse an address where no server of Ray's protocol listens; Ray would retry for minutes.
 
     Raises:
         UsageError: The address is malformed.
-        InputError: No server listens at the address.
+        InputError: No server listens at the address, or another one.
     """
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{named}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
+    end = time.monotonic() + ANSWER_SECONDS
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as server:
+            server.sendall(GREETING)
+            frame = b""
+            while len(frame) < 4 and "RAY_USE_TLS" not in os.environ:
+                server.settimeout(max(0.01, end - time.monotonic()))
+                frame += (part := server.recv(4 - len(frame)))
+                if not part or (len(frame) == 4 and frame[3] != SETTINGS):
+                    raise InputError(f"{named}: the server there is not a Ray cluster; give HOST:PORT of its head node")
+    except TimeoutError as error:
+        raise InputError(
+            f"{named}: no Ray cluster answered within {ANSWER_SECONDS:g} s; give HOST:PORT of its head node"
+        ) from error
     except OSError as error:
         raise InputError(
             f"{named}: no Ray cluster answers: {error.strerror or error}; start its head with ray start --head "

@@ -7,8 +7,9 @@ object store.
 from __future__ import annotations
 
 import io
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,9 @@ Record = TypeVar("Record")
 
 # Seconds between two queries of the cluster; seconds without a suitable node before the run stops.
 QUERY_SECONDS, MAX_WAIT_SECONDS = 2.0, 60.0
+# Seconds without an answer of the head or of this machine's node. Ray ends the process, with exit code 1 and its own
+# log, 14 s after it lost the node and 60 s after it lost the head.
+LOST_SECONDS = 6.0
 
 # Start of Ray's message when a worker cannot import the function; Ray has no exception type for it.
 IMPORT_FAILED = "The remote function failed to import on the worker"
@@ -62,7 +66,7 @@ def run_ray(
         return
     ray = import_ray()
     with connect(ray, engine, layout.cores):
-        cluster = _Cluster(ray, engine.gpus_per_task)
+        cluster = _Cluster(ray, engine.gpus_per_task, _find_servers(ray))
         plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
         run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, listed)), listed, poll, advice)
         try:
@@ -96,13 +100,19 @@ def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
 class _Cluster:
     """The nodes that can run a task.
 
+    Args:
+        ray: Ray.
+        gpus: GPUs per task.
+        servers: Addresses of the servers without which the run is lost, by their names in messages.
+
     Raises:
         InputError: No node can run a task within the waiting time.
     """
 
-    def __init__(self, ray: Any, gpus: float) -> None:
+    def __init__(self, ray: Any, gpus: float, servers: Mapping[str, tuple[str, int]] | None = None) -> None:
         self._ray, self.gpus = ray, gpus
         self._looked = self._last_seen = time.monotonic()
+        self._servers, self._silent_since = servers or {}, dict[str, float]()
         self._nodes = self._find_fitting_nodes(1)
         while not self._nodes:
             self._wait_for_a_node(1)
@@ -152,17 +162,51 @@ class _Cluster:
         """Look up the living nodes; called repeatedly while no task finishes.
 
         Raises:
-            InputError: No node could run the waiting tasks for the whole waiting time.
+            InputError: No node could run the waiting tasks for the whole waiting time, or the head or this machine's
+                node is lost.
         """
         if time.monotonic() - self._looked < QUERY_SECONDS:
             return
         self._looked = time.monotonic()
+        if not self._is_connected():
+            return
         if nodes := self._find_fitting_nodes(1):
             self._nodes = nodes
         if self._find_fitting_nodes(cores):
             self._last_seen = self._looked
         else:
             self._wait_for_a_node(cores)
+
+    def _is_connected(self) -> bool:
+        """Return whether the head and this machine's node answer; without, a query would block.
+
+        Raises:
+            InputError: One of them has not answered for some time.
+        """
+        for name, address in self._servers.items():
+            try:
+                socket.create_connection(address, QUERY_SECONDS).close()
+            except OSError as error:
+                since = self._silent_since.setdefault(name, time.monotonic())
+                if time.monotonic() - since > LOST_SECONDS:
+                    raise InputError(
+                        f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start the cluster again; a run "
+                        "with -o continues with --resume"
+                    ) from error
+            else:
+                self._silent_since.pop(name, None)
+        return not self._silent_since
+
+
+def _find_servers(ray: Any) -> dict[str, tuple[str, int]]:
+    """Return the addresses of the head and of the node of this machine."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return {
+        "the head of the cluster": (host.strip("[]"), int(port)),
+        "this machine's node of the cluster": (here["NodeManagerAddress"], here["NodeManagerPort"]),
+    }
 
 
 class _Run:

@@ -3,6 +3,7 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -450,6 +451,32 @@ def test_ray_address_without_cluster_is_reported():
     )
 
 
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [(None, "no Ray cluster answered within"), (b"HTTP/1.1 400", "not a Ray"), (b"", "not a Ray")],
+)
+def test_server_that_is_no_ray_cluster_is_reported(monkeypatch, answer, problem):
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            client, _ = server.accept()
+            with client:
+                if answer is None:
+                    client.settimeout(PATIENCE)
+                    while client.recv(100):
+                        pass
+                client.recv(33)
+                client.sendall(answer or b"")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = "{}:{}".format(*server.getsockname())
+        with raises_naming(InputError, address, problem, "HOST:PORT"):
+            connection._check_answers(address, address)
+        thread.join()
+
+
 @pytest.mark.parametrize("address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"])
 def test_invalid_address_is_reported(address):
     with raises_naming(UsageError, "HOST:PORT"):
@@ -530,6 +557,22 @@ def test_cluster_without_large_nodes_is_reported(monkeypatch):
     time.sleep(0.06)
     with raises_naming(InputError, "node", "8 CPUs"):
         cluster.poll(8)
+
+
+def test_lost_head_is_reported(monkeypatch):
+    monkeypatch.setattr(engine, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr(engine, "QUERY_SECONDS", 0.02)
+    ray = FakeRay({"CPU": 8.0})
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        cluster = engine._Cluster(ray, 0, {"the head": head.getsockname()})
+        time.sleep(0.03)
+        cluster.poll(1)
+    del ray.listed  # without its head, a cluster is not asked for its nodes
+    time.sleep(0.03)
+    cluster.poll(1)
+    time.sleep(0.4)
+    with raises_naming(InputError, "the head", "is lost", "--resume"):
+        cluster.poll(1)
 
 
 def test_gpu_task_gets_share_of_cores():

@@ -309,14 +309,18 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
     return bool(config) and inner.get("tie_word_embeddings", config.get("tie_word_embeddings", True)) is True
 
 
-def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+def natural_order(name: str) -> tuple[tuple[bool, int, str, str], ...]:
     """Return a sort key in which ``layers.2`` comes before ``layers.10``.
 
     >>> sorted(["h.10.w", "h.2.w", "a"], key=natural_order)
     ['a', 'h.2.w', 'h.10.w']
     """
-    parts = re.split(r"(\d+)", name)
-    return tuple((True, int(part), part) if part.isdecimal() else (False, 0, part) for part in parts if part)
+    parts = filter(None, re.split(r"(\d+)", name))
+    # Numbers of equally many digits are ordered as text: Python converts none of more than 4,300 digits.
+    return tuple(
+        (True, len(digits := part.lstrip("0")), digits, part) if part.isdecimal() else (False, 0, part, "")
+        for part in parts
+    )
 
 
 def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 A message states what is wrong, where (file, then tensor) and how to fix it. The class determines the exit code of the
-command. Any other exception is a bug and shows its traceback.
+command. Any other exception is a bug: ``__main__`` reports it in one message, with the same exit code.
 """
 
 from __future__ import annotations

@@ -206,6 +206,9 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
         InputError: The parent folder is missing, or permission is denied.
     """
     try:
+        with suppress(FileNotFoundError):
+            # Temporary names are longer than that of the output, and the system limits them.
+            (path.parent / f".{path.name}.part.{os.getpid()}").lstat()
         path.lstat()
         exists = True
     except FileNotFoundError:

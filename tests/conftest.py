@@ -34,6 +34,8 @@ hypothesis.settings.load_profile("same")
 FOREIGN = {"COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "RAY_ADDRESS"}
 for name in FOREIGN & set(os.environ):
     del os.environ[name]
+# A defect shows its traceback, which tests look for; users get one message (``tests/robustness/test_last_resort.py``).
+os.environ["LORADIAG_TRACEBACK"] = "1"
 # The time in a run record, in which alone two runs of the same input differ.
 os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"

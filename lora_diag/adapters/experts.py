@@ -189,7 +189,7 @@ def is_stored_in_out(peft_version: str, model_type: str) -> bool:
     (False, True, True)
     """
     transposed = model_type in TRANSPOSED_MODELS
-    version = tuple(int(part) for part in re.findall(r"\d+", peft_version)[:3])
+    version = tuple(int(part) for part in re.findall(r"\d{1,9}", peft_version)[:3])
     if version == (0, 19, 0):
         return not transposed
     return transposed or version < (0, 19, 0)

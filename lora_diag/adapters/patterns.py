@@ -82,7 +82,9 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
     table = config.table(key)
     for text, value in table.items():
         if not is_number(value):
-            raise InputError(f"{config.path}: {key}[{text!r}] must be a finite number, not {value!r}; correct it")
+            raise InputError(
+                f"{config.path}: {key}[{text!r}] must be a finite number in float32, not {value!r}; correct it"
+            )
     names = tuple(dict.fromkeys(modules))
     rows = _match(f"{config.path}: {key}", "match", {rf"(.*\.)?({text})$": text for text in table}, names)
     entries = tuple((text, float(value)) for text, value in table.items())

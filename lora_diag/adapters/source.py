@@ -6,7 +6,6 @@ Handles the file layouts of PEFT, diffusers, MLX and kohya, independent of the m
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +40,13 @@ MARKS = re.compile(
 )
 
 
-MAX_NUMBER = sys.float_info.max
+# Largest number of float32: with a larger scale, no adapter can be applied.
+MAX_NUMBER = 3.4028234663852886e38
 MAX_WHOLE = 2**31  # ranks, blocks and terms
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value from JSON is a finite number in float range."""
+    """Return whether a value from JSON is a finite number in the range of float32."""
     return type(value) in {int, float} and abs(value) <= MAX_NUMBER  # type: ignore[arg-type]
 
 
@@ -95,7 +95,7 @@ class Config:
         """
         value = self.values.get(key, default)
         if not is_number(value):
-            raise InputError(f"{self.path}: {key} must be a finite number, not {value!r}; correct it")
+            raise InputError(f"{self.path}: {key} must be a finite number in float32, not {value!r}; correct it")
         return float(value)
 
     def flag(self, key: str) -> bool:

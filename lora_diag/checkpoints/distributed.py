@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.archives import MAX_DIMENSIONS, WIDTH, Archive, StoredTensor, are_sizes
 from lora_diag.checkpoints.chunks import Box, Boxes
-from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.file_bytes import FileBytes, open_regular
 from lora_diag.checkpoints.inert import Record, describe, load
 from lora_diag.checkpoints.pickled import WRAPPERS
 from lora_diag.checkpoints.tensors import TensorInfo
@@ -150,7 +150,8 @@ def _state(index: Path) -> Mapping[str, Any]:
             raise InputError(
                 f"{index}: is larger than {MAX_INDEX_BYTES:,} bytes, too large for an index; save the checkpoint again"
             )
-        content = index.read_bytes()
+        with open_regular(index) as file:
+            content = file.read()
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
     loaded = load(content, index, "the index")

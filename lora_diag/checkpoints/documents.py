@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints.file_bytes import open_regular
 from lora_diag.errors import InputError
 
 # Configurations on the Hub are below 0.1 MB (below 2 MB with one label per class); an index takes about 100 bytes per
@@ -50,7 +51,8 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
     try:
         if path.stat().st_size > limit:
             raise InputError(f"{path}: is larger than {limit:,} bytes, too large for a {kind}")
-        content = loads(path.read_bytes())
+        with open_regular(path) as file:
+            content = loads(file.read())
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         problem = "no such file; check the path" if missing else f"cannot be read: {error.strerror}"

@@ -176,9 +176,12 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
 def _open_folder(folder: Path) -> OpenFolder:
     """Open a folder of files that hold parts of tensors."""
     try:
-        return next(kind(folder) for kind in FOLDERS if kind.matches(folder))
+        opened = next((kind(folder) for kind in FOLDERS if kind.matches(folder)), None)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+    if opened is None:
+        raise InputError(f"{folder}: is a folder, where a file with weights was expected; name the weights")
+    return opened
 
 
 def _find_weights(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.file_bytes import FileBytes, open_regular
 from lora_diag.checkpoints.gguf_codecs import CODECS, Codec
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
@@ -142,7 +142,7 @@ class GgufFile:
         """Return whether this format claims the file: by its name or its first bytes."""
         if path.suffix == ".gguf":
             return True
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(4) == MAGIC
 
     def type_of(self, name: str) -> Type:
@@ -258,7 +258,7 @@ def _read_header(path: Path) -> _Header:
     """Return the header, after checking that it describes the bytes of the file."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             cursor = _Cursor(file, path, size)
             if size < 24 or cursor.take(4, "the magic bytes") != MAGIC:
                 raise InputError(f"{path}: not a GGUF file: it does not begin with GGUF; copy or download it again")

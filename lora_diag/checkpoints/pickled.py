@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import inert
+from lora_diag.checkpoints.file_bytes import open_regular
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -57,7 +58,7 @@ class TorchFile:
         """Return whether this format claims the file: by its extension, or the first bytes of a zip or pickle."""
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
             return True
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(4)
         return head == ZIP or (len(head) > 1 and head[0] == 0x80 and head[1] in range(2, 6))
 
@@ -84,7 +85,7 @@ class TorchFile:
         import torch  # imported here, so that safetensors headers can be read without torch
 
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 self._mapped = file.read(4) == ZIP
             # A mapped file stays readable after its name is removed.
             whole = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
-from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.file_bytes import FileBytes, open_regular
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import DECODED, TensorInfo
 from lora_diag.errors import InputError
@@ -132,7 +132,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Return the JSON header, the offset of the data and the number of data bytes."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
                 raise InputError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,9 @@ FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # What ``decoding`` reads without torch.
 DECODED = FLOAT_DTYPES | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
+
+# Longest name of a tensor; those of known models have up to 150 characters. Names are matched, sorted and printed.
+MAX_NAME = 1000
 
 # The bytes of 0.0 and -0.0 in every dtype, and the number of bytes that are checked first.
 ZERO, FIRST_BYTES = b"\0\x80", 4096
@@ -119,8 +123,15 @@ class Checkpoint:
     _file_by_name: dict[str, TensorFile] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Index the tensors by name."""
+        """Index the tensors by name.
+
+        Raises:
+            InputError: A name is too long.
+        """
         object.__setattr__(self, "_file_by_name", {name: file for file in self.files for name in file.tensors})
+        if (longest := max(self._file_by_name, key=len, default="")) and len(longest) > MAX_NAME:
+            path = self._file_by_name[longest].path
+            raise InputError(f"{path}: a tensor's name has {len(longest):,} characters ({longest[:40]}…); rename it")
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_by_name

@@ -21,7 +21,7 @@ RESIZABLE = re.compile(
 _TABLES = re.compile(
     r"(^|\.)(embed_\w+|pos_embed|wpe|(?!patch_)\w*embeddings?|relative_attention_bias)(\.\w+)?(\[\d+\])?$"
 )
-_NUMBER = re.compile(r"(?:\.|^)(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?:\.|^)(\d{1,9})(?=\.|$)")
 
 # Usual order of the types in a block; others follow in the order of the file.
 _ORDER = ("qkv", "c_attn", "q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "gate", "up_proj", "down")

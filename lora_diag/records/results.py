@@ -251,7 +251,8 @@ def totals(layers: Sequence[LayerRecord], left_out: Sequence[LeftOut]) -> End:
 
 def _pool_norm(parts: Sequence[float | None]) -> float | None:
     known = [part for part in parts if part is not None]
-    return math.hypot(*known) if len(known) == len(parts) else None
+    pooled = math.hypot(*known) if len(known) == len(parts) else math.inf
+    return pooled if math.isfinite(pooled) else None
 
 
 def to_line(record: AnyRecord) -> str:

@@ -139,7 +139,7 @@ class End(Record):
     Args:
         layers: Number of layers with records.
         left_out: Number of ``left_out`` records.
-        fro: ‖ΔW‖_F over the layers; null for records without norms.
+        fro: ‖ΔW‖_F over the layers; null for records without norms, or beyond float64.
         base_fro: ‖W_base‖_F over the layers; null if any is unknown.
         sha256: Hash of the lines before this one, each with its newline; empty in files of older versions.
     """

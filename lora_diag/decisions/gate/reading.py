@@ -53,15 +53,17 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         raise UsageError(f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it")
     try:
         policy = Policy.model_validate(tomllib.loads(content))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except ValidationError as error:
+        where, text = _describe_error(error)
+        raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
+    except (ValueError, RecursionError) as error:  # of tomllib, and of Python for integers of more than 4,300 digits
+        if not isinstance(error, tomllib.TOMLDecodeError | RecursionError):
+            raise UsageError(f"{path}: is not valid TOML: a number has too many digits; correct it") from error
         position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         location = f"line {position[1]}" if position else f"line {content.count(chr(10)) + 1}"
         raise UsageError(
             f"{path}: {location}: is not valid TOML: {str(error)[: position.start() if position else None]}"
         ) from error
-    except ValidationError as error:
-        where, text = _describe_error(error)
-        raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
 
     def placed(key: str, tables: list[Any]) -> list[Any]:
         lines = lines_of_tables(content, key)

@@ -12,6 +12,7 @@ import numpy as np
 from lora_diag.deltas import Delta
 from lora_diag.diagnostics.fleet.layer import Measured, is_thin, measure_thin
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
+from lora_diag.errors import InputError
 from lora_diag.thin import LENGTH
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def fleet(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
     known = [rank for rank in ranks if rank is not None]
     total = sum(known) if len(known) == len(ranks) else None
     fro = math.hypot(*(layer.fro for layer in layers.values()))
+    if not math.isfinite(fro):
+        raise InputError(f"{path}: its norm overflows float64; correct its alpha and factors")
     needed = sum(layer.rank_99 for layer in layers.values())
     return Fleet(
         adapter=path,

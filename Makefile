@@ -7,7 +7,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # Compiled once, not by every process of the tests, also where the environment asks for the latter.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test docs wheel tag man lowest samples bench bench-quick bench-gpu fuzz sbom licences clean help
+.PHONY: demo check test docs wheel tag man lock lowest samples bench bench-quick bench-gpu fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,12 @@ tag: $(BIN)/python ## check that TAG is the version and has an entry in the chan
 
 man: $(VENV)/demo ## write build/man/man1/loradiag*.1 from the options of the commands
 	$(BIN)/python docs/man.py build/man/man1
+
+lock: $(VENV)/test ## write image.lock, the versions in .venv of what the container needs
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip freeze --exclude-editable | grep -E '==[^+]*$$' >$(VENV)/versions
+	$(BIN)/uv pip compile pyproject.toml --extra arrow --extra hub --extra ray --extra remote --extra report \
+	  --constraint $(VENV)/versions --universal --no-annotate --no-header --quiet | grep -vE '^(torch|triton|cuda-.*|nvidia-.*)==' >image.lock
 
 lowest: ## run the tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) .venv-lowest/lowest VENV=.venv-lowest

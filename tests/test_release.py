@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lora_diag.catalog import features
 from tests.served import ROOT
@@ -120,6 +122,21 @@ def test_container_is_not_root_and_copies_what_exists():
     assert copied
     assert {name for names in copied for name in names} <= allowed
     assert all((ROOT / name).exists() for name in allowed)
+
+
+def test_lock_of_container_satisfies_requirements():
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    extras = re.findall(r"EXTRAS=([\w,]+)", text("Dockerfile"))
+    names = {extra for each in extras for extra in each.split(",")}
+    assert names == {"arrow", "hub", "ray", "remote", "report"}
+    needed = [*project["dependencies"], *(line for name in names for line in project["optional-dependencies"][name])]
+    locked = {canonicalize_name(Requirement(line).name): Requirement(line) for line in text("image.lock").splitlines()}
+    assert len(locked) > len(needed)
+    for requirement in map(Requirement, needed):
+        if requirement.name != "torch":
+            (pin,) = locked[canonicalize_name(requirement.name)].specifier
+            assert pin.operator == "=="
+            assert requirement.specifier.contains(pin.version)
 
 
 @pytest.mark.parametrize("form", ["bug.yml", "format.yml"])

@@ -29,8 +29,10 @@ CONNECTIONS = 16
 # Blocks of a matrix (4 MiB in float32) fetched in advance while one is computed, for each input of a layer.
 READ_AHEAD = 4
 
-# Consecutive attempts without a received byte before giving up, with waits of 0.25, 0.5, 1 and 2 s between them.
+# Consecutive attempts without progress before giving up, with waits of 0.25, 0.5, 1 and 2 s between them. Progress is
+# LEAST_BYTES or half of what is left: a byte at a time would go on for ever.
 TRIES = 5
+LEAST_BYTES = 2**16
 FIRST_WAIT = 0.25
 
 
@@ -93,8 +95,8 @@ def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, fil
         done = len(buffer)
 
     while done < len(buffer):
-        done_before = done
-        call_with_retries(address, attempt, lambda done_before=done_before: done > done_before)  # type: ignore[misc]
+        enough = done + max(1, min(LEAST_BYTES, (len(buffer) - done) // 2))
+        call_with_retries(address, attempt, lambda enough=enough: done >= enough)  # type: ignore[misc]
 
 
 def call_with_retries(

@@ -5,6 +5,7 @@ Redirects are not followed, and every answer must state which bytes it sends.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -13,7 +14,7 @@ from typing import Any
 from urllib.parse import quote, urljoin
 
 from lora_diag.checkpoints.addresses import hide_secrets
-from lora_diag.checkpoints.ranges import TransientError, call_with_retries
+from lora_diag.checkpoints.ranges import LEAST_BYTES, TransientError, call_with_retries
 from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 
@@ -24,7 +25,8 @@ MAX_WHOLE_BYTES = 2**23
 
 TOO_MANY = "the server sent more bytes than requested; download the file and give the local path"
 
-# Timeouts in seconds, for connecting and between received bytes.
+# Timeouts in seconds: for connecting, and in which LEAST_BYTES or the rest of an answer must arrive. The first includes
+# the headers of the answer, so a file's header in the first 64 KiB has this time as a whole. The limit is 1 KiB/s.
 CONNECT_SECONDS = 20
 READ_SECONDS = 60
 
@@ -127,20 +129,21 @@ class HttpStore(Store):
 
     async def _ask(self, address: str) -> FileInfo | None:
         """Request the first bytes of a file: presigned URLs refuse ``HEAD``, which would not prove range support."""
-        async with self._get(address, 0, HEAD_BYTES) as response:
+        async with _paced() as count, self._get(address, 0, HEAD_BYTES) as response:
             if response.status in {404, 410}:
                 return None
             if response.status == 416:
                 return FileInfo(0, self.version(response.headers))
             if response.status == 200:
-                return await self._read_whole(address, response)
+                return await self._read_whole(address, response, count)
             self._check_status(address, response)
             _, stop, size = _parse_content_range(address, response.headers)
             if stop != min(size, HEAD_BYTES):
                 raise InputError(f"{address}: the server sent bytes up to {stop:,} instead of {HEAD_BYTES:,}")
-            return FileInfo(size, self.version(response.headers), await _read_body(address, response, stop))
+            content = await _read_body(address, response, stop, count)
+            return FileInfo(size, self.version(response.headers), content)
 
-    async def _read_whole(self, address: str, response: Any) -> FileInfo:
+    async def _read_whole(self, address: str, response: Any, count: Callable[[int], int]) -> FileInfo:
         """Read a small file whole from a server that ignores ranges."""
         size = response.content_length
         if size is None or size > MAX_WHOLE_BYTES:
@@ -150,13 +153,14 @@ class HttpStore(Store):
                 + "for every tensor; download it and give the local path"
             )
         self._check_encoding(address, response)
-        return FileInfo(size, self.version(response.headers), await _read_body(address, response, size), ranged=False)
+        content = await _read_body(address, response, size, count)
+        return FileInfo(size, self.version(response.headers), content, ranged=False)
 
     async def _read(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
         import aiohttp
 
         stop, done = start + len(buffer), 0
-        async with self._get(address, start, stop) as response:
+        async with _paced() as count, self._get(address, start, stop) as response:
             self._check_status(address, response)
             if response.status == 200:
                 raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
@@ -173,7 +177,7 @@ class HttpStore(Store):
                     if len(piece) > len(buffer) - done:
                         raise InputError(f"{address}: {TOO_MANY}")
                     buffer[done : done + len(piece)] = piece
-                    done += len(piece)
+                    done += count(len(piece))
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise TransientError(first_line_of(error), done) from error
         if done < len(buffer):
@@ -207,11 +211,39 @@ class HttpStore(Store):
         return "the file is not public or does not exist; for a private bucket give s3://, gs:// or a presigned URL"
 
 
-async def _read_body(address: str, response: Any, size: int) -> bytes:
+@asynccontextmanager
+async def _paced() -> AsyncIterator[Callable[[int], int]]:
+    """Limit the time of a request: within ``READ_SECONDS`` ``LEAST_BYTES`` must arrive, again and again until its end.
+
+    Yields:
+        A function to count received bytes, which it returns.
+
+    Raises:
+        TransientError: Less arrived.
+    """
+    pending = 0
+    try:
+        async with asyncio.timeout(READ_SECONDS) as limit:
+
+            def count(received: int) -> int:
+                nonlocal pending
+                pending += received
+                if pending >= LEAST_BYTES:
+                    pending = 0
+                    limit.reschedule(asyncio.get_running_loop().time() + READ_SECONDS)
+                return received
+
+            yield count
+    except TimeoutError as error:
+        raise TransientError(f"less than {LEAST_BYTES:,} bytes arrived in {READ_SECONDS:g} s") from error
+
+
+async def _read_body(address: str, response: Any, size: int, count: Callable[[int], int]) -> bytes:
     """Return the content of an answer, which must have exactly ``size`` bytes; never read more."""
     content = bytearray()
     async for piece in response.content.iter_chunked(2**16):
         content += piece
+        count(len(piece))
         if len(content) > size:
             raise InputError(f"{address}: {TOO_MANY}")
     if len(content) < size:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_diag.checkpoints import open_checkpoint, ranges
+from lora_diag.checkpoints import open_checkpoint, ranges, stores_web
 from lora_diag.checkpoints.ranges import fill
 from lora_diag.checkpoints.stores import FileInfo
 from lora_diag.errors import InputError
@@ -82,6 +82,23 @@ def test_permanent_fault_is_one_error_and_never_data(web, fault, says):
         checkpoint.read(NAME)
     assert str(caught.value).startswith(f"{web.url}/base/model.safetensors: ")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at_all", [False, True])
+def test_server_that_sends_byte_by_byte_is_given_up(web, monkeypatch, at_all):
+    """A byte every 0.05 s was always progress: a header took an hour."""
+    checkpoint = open_checkpoint(f"{web.url}/base/model.safetensors")
+    monkeypatch.setattr(stores_web, "READ_SECONDS", 0.2)
+    web.fault, web.at_all = "drip", at_all
+    with raises_naming(InputError, "model.safetensors", "less than 65,536 bytes arrived in 0.2 s", "5 attempts"):
+        open_checkpoint(f"{web.url}/tuned/model.safetensors") if at_all else checkpoint.read(NAME)
+
+
+def test_server_that_drops_after_few_bytes_is_given_up(web):
+    checkpoint = open_checkpoint(f"{web.url}/base/model.safetensors")
+    web.fault = "crumb"
+    with raises_naming(InputError, "received 10 of", "5 attempts"):
+        checkpoint.read(NAME)
 
 
 @pytest.mark.parametrize("fault", ["shifted", "less", "no range", "gzip", "long", "endless", "403", "302"])

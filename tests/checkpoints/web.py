@@ -167,6 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
         elif fault == "short":
             body = body[: (len(body) + 1) // 2]
+        elif fault in {"drip", "crumb"}:
+            self.drip(request, headers | {"Content-Range": f"bytes {first}-{last}/{size}"}, body)
+            return
         elif fault == "endless":
             self.pour(request, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
             return
@@ -175,6 +178,24 @@ class _Handler(BaseHTTPRequestHandler):
         if size is not None:
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         self.answer(request, 206, headers, body, drop=fault == "drop")
+
+    def drip(self, request: Request, headers: dict, body: bytes):
+        """Send a byte now and then; a crumb is few bytes, after which the connection is dropped."""
+        self.send_response(206)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        request.status = 206
+        with suppress(OSError):
+            for at in range(len(body)):
+                self.wfile.write(body[at : at + 1])
+                self.wfile.flush()
+                if self.web.fault == "crumb" and at == 9:
+                    break
+                if self.web.fault == "drip":
+                    time.sleep(0.05)
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     def pour(self, request: Request, headers: dict):
         """Send bytes until the client stops reading, regardless of the headers."""

@@ -90,7 +90,7 @@ def edit_results(path: Path, change) -> None:
     """Change the text of a results file; its last line gets the hash of what it then stands behind."""
     *lines, last = change(path.read_text()).splitlines(keepends=True)
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    path.write_text("".join([*lines, re.sub(r'"sha256":"\w*"', f'"sha256":"{digest}"', last)]))
+    path.write_text("".join([*lines, re.sub(r'("sha256": ?)"\w*"', rf'\g<1>"{digest}"', last)]))
 
 
 @dataclass

@@ -66,8 +66,7 @@ def read_results(path: Path | str) -> Results[Any]:
         raise InputError(f"{path}: not a results file: {why}; give a file that loradiag wrote with -o")
     if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
         raise InputError(
-            f"{path}: does not match the SHA-256 in its last line, so it was edited or damaged; measure again, or "
-            "remove sha256 from that line to read it anyway"
+            f"{path}: does not match the SHA-256 in its last line, so it was edited or damaged; measure again"
         )
     return Results(
         records[0],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.decisions.gate.reading import read_policy
-from tests.conftest import ROOT
+from tests.conftest import ROOT, edit_results
 from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
 from tests.messages import assert_names
 
@@ -52,8 +52,8 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
     write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False)
     write(tmp_path / "none.jsonl", [])
     (tmp_path / "cut.jsonl").write_bytes(results.read_bytes()[:40])
-    lacking = results.read_text().splitlines(keepends=True)
-    (tmp_path / "lacking.jsonl").write_text("".join(lacking[:2] + lacking[3:]))
+    (tmp_path / "lacking.jsonl").write_bytes(results.read_bytes())
+    edit_results(tmp_path / "lacking.jsonl", lambda text: re.sub(r"\n.*", "", text, count=1))
     name = policy()
     for code, words, text in (
         (2, ["absent.toml", "r.jsonl"], "absent.toml: no such file"),

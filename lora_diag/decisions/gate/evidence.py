@@ -55,11 +55,19 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A results file: its path, its contents, and the state of its inputs."""
+    """A results file: its path, its contents, and the state of its inputs.
+
+    Args:
+        path: Its path.
+        results: Its contents.
+        present: The state of its inputs.
+        sealed: Whether the hash in its last line was checked, or there is no file.
+    """
 
     path: str
     results: Results[Any]
     present: tuple[Present, ...] = ()
+    sealed: bool = True
 
     def holds(self, kind: str) -> bool:
         """Return whether it may contain records of a kind."""
@@ -99,7 +107,8 @@ def read_source(path: Path | str) -> Source:
     Raises:
         InputError: The file cannot be read, or records are missing.
     """
-    return check_source(Source(str(path), read_results(path)))
+    results = read_results(path)
+    return check_source(Source(str(path), results, sealed=results.end is None or bool(results.end.sha256)))
 
 
 def check_source(source: Source) -> Source:

@@ -14,16 +14,25 @@ CLOCKS = timedelta(days=1)
 
 
 def judge_inputs(
-    policy: Policy, sources: Sequence[Source], unmatched: Sequence[Present], now: datetime
+    policy: Policy,
+    sources: Sequence[Source],
+    baseline: Source | None,
+    unmatched: Sequence[Present],
+    now: datetime,
 ) -> Iterator[Verdict]:
-    """Yield verdicts on whether the inputs are unchanged, and as the policy requires.
+    """Yield verdicts on whether results and inputs are unchanged, and as the policy requires.
 
     Args:
         policy: The policy, with pinned fingerprints and the maximum age of results.
         sources: The results.
+        baseline: Results to compare with.
         unmatched: Files of ``--for`` without results.
         now: The current time.
     """
+    for source in (*sources, *([] if baseline is None else [baseline])):
+        if not source.sealed:
+            text = f"{source.path}: its last line has no SHA-256, so that an edit would not be noticed: measure again"
+            yield _make_verdict(source.path, "no hash", "as written", "inconclusive", text)
     pins, most_age = policy.inputs.pins, policy.inputs.max_age
     for source in sources:
         for present in source.present:

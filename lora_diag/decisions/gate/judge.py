@@ -63,7 +63,7 @@ def judge(
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
     stored = Stored(baseline) if baseline is not None else None
-    about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, unmatched, now)]
+    about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, baseline, unmatched, now)]
     verdicts = [*about, *map(waivers.apply, run_checks(policy, sources, stored))]
     for rule in policy.rules:
         verdicts += _judge_rule(policy, rule, sources, waivers)

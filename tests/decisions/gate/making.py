@@ -1,5 +1,6 @@
 """Results made by hand, line by line as JSON: what a gate is given, without measuring anything."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -118,8 +119,17 @@ def lines(records, lost=(), inputs=(("base", "base/"), ("tuned", "tuned/")), fin
     return [run, *records, *lost, *([end] if finished else [])]
 
 
+def sealed(records) -> str:
+    """The text of a results file, with the hash of its lines in the last."""
+    text = ""
+    for record in records:
+        digest = {"sha256": hashlib.sha256(text.encode()).hexdigest()} if record.get("record") == "end" else {}
+        text += f"{json.dumps({**record, **digest})}\n"
+    return text
+
+
 def write(path: Path, records, lost=(), **changes) -> Path:
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines(records, lost, **changes)))
+    path.write_text(sealed(lines(records, lost, **changes)))
     return path
 
 

@@ -11,7 +11,7 @@ from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import LoradiagError
-from tests.decisions.gate.making import LAYERS, left_out, lines, spectrum
+from tests.decisions.gate.making import LAYERS, left_out, lines, sealed, spectrum
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def comes_to(policy: str, content: bytes, folder) -> str:
 
 
 def content(records) -> bytes:
-    return "".join(f"{json.dumps(record)}\n" for record in records).encode()
+    return sealed(records).encode()
 
 
 def failing() -> list[dict]:

@@ -12,7 +12,7 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
 from lora_diag.metrics import resolution
 from lora_diag.records import Results
-from tests.conftest import ROOT
+from tests.conftest import ROOT, edit_results
 from tests.decisions.gate.making import LAYERS, residual, spectrum, write
 from tests.messages import assert_names, raises_naming
 
@@ -160,10 +160,10 @@ def test_gate_refuses_with_layer_and_numbers(loradiag, tmp_path):
 
 def test_baseline_is_checked_as_well(tmp_path):
     path = write(tmp_path / "r.jsonl", [residual(LAYERS[0], "a", 0.5)])
-    text = path.read_text().replace('"norm_ratio": 1.5', '"norm_ratio": 1.4')
     main = tmp_path / "main.jsonl"
-    main.write_text(text)
-    assert text != path.read_text()
+    main.write_text(path.read_text())
+    edit_results(main, lambda text: text.replace('"norm_ratio": 1.5', '"norm_ratio": 1.4'))
+    assert main.read_text() != path.read_text()
     policy = tmp_path / "p.toml"
     policy.write_text('[[baseline]]\nfield = "residual.epsilon"\nworse = "higher"\n')
     with pytest.raises(InputError, match=r"norm_ratio is 1\.4, but 1\.5"):

@@ -1,13 +1,16 @@
 """Results of something else than what would ship: older than the adapter, incomplete, of another base, too old."""
 
 import json
+import re
 import shutil
 from datetime import date
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import lora_diag
+from lora_diag.catalog import read_results
 from lora_diag.decisions.gate.checks import is_same_name
 from lora_diag.decisions.gate.reading import read_policy
 from lora_diag.decisions.gate.ready import ready_policy
@@ -249,3 +252,15 @@ def test_reports_carry_fingerprints(shop, loradiag):
     assert all(len(each) == 32 for each in prints)
     for text in (ran.out, *((shop / name).read_text() for name in ("j", "s", "c.md"))):
         assert all(each in text for each in prints)
+
+
+def test_results_without_hash_are_inconclusive(shop):
+    content = Path("r.jsonl").read_text()
+    unhashed = re.sub(r',"sha256":"\w+"\}\n$', "}\n", content)
+    assert unhashed != content
+    Path("unhashed.jsonl").write_text(unhashed)
+    assert blocking("unhashed.jsonl") == ("inconclusive", {"inputs"})
+    assert blocking(read_results("unhashed.jsonl")) == ("passed", set())  # in memory
+    policy = read_policy("p.toml", '[[baseline]]\nfield = "relative"\nworse = "higher"\n')
+    assert blocking("r.jsonl", policy=policy, baseline="r.jsonl") == ("passed", set())
+    assert blocking("r.jsonl", policy=policy, baseline="unhashed.jsonl") == ("inconclusive", {"inputs"})

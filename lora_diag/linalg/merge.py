@@ -19,7 +19,8 @@ that W + ΔW rounds to.
 
 Within this bound, single entries cannot reveal a slightly wrong scale, but all entries together can: with M* = W + ΔW
 rounded once, the scale c = ⟨M − W, ΔW⟩/‖ΔW‖² of a correct merge is c* = ⟨M* − W, ΔW⟩/‖ΔW‖² up to a sum of independent
-rounding errors, whose standard error is also computed (``Check.scale_error``). Independent of names, files and LoRA.
+rounding errors, whose standard error is also computed (``Check.scale_error``). Scales that cancel in this sum are found
+in blocks of rows and of columns (``merge_lines``). Independent of names, files and LoRA.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.difference import first_non_finite
+from lora_diag.linalg.merge_lines import MAX_SCALE_ERRORS, Lines, Stretch, find_uneven
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 
 # Unit roundoff of float32, in which products are summed.
@@ -44,10 +46,6 @@ _STEPS_WITH_W = 4.0
 # Entries per block: a dozen float64 arrays of them fit in the cache. One core on a bf16 pair of 4096²: 0.63 s with
 # 2^13, 0.49 with 2^14, 0.63 with 2^15, 1.4 with 2^16, 1.9 with 2^20.
 _CHUNK = 2**14
-
-# Number of standard errors by which c may differ from c*. Errors have random signs; given their sizes, a sum exceeds
-# LIMIT·√Σx² with probability at most 2·exp(−LIMIT²/2) = 3e-8 (Hoeffding 1963), for any number of terms.
-MAX_SCALE_ERRORS = 6.0
 
 # Variance of one rounding to nearest, in units of (u·x)²: (2u·2^e)²/12 with x log-uniform in [2^e, 2^(e+1)), for which
 # the mean of 4^e/x² is 3/(8 ln 2).
@@ -92,23 +90,41 @@ class Product:
             bound += small * (self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0))
         return bound, magnitude
 
-    def shared_noise(self, rounding: Rounding) -> float:
-        """Return the variance of ⟨E, ΔW⟩ over the rounding errors E of the entries of B and A."""
+    def shared_terms(self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding) -> Tensor | None:
+        """Return Σ_k (B_ik·A_kj·ΔW_ij)² for rows, proportional to the variance that lines share; None without casts."""
+        if not rounding.cast:
+            return None
+        return (self.b[first:last].square() @ self.a.square()).mul_(delta).mul_(delta)
+
+    def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
+        """Add the variance of ⟨E, ΔW⟩ over the rounding errors E of B and A to the lines.
+
+        An entry of B is shared by a row, and one of A by a column. In a block of rows, errors of A add up; the sum of
+        the rows' standard deviations bounds theirs (Minkowski).
+
+        Returns:
+            The variance of the whole layer.
+        """
         if not rounding.cast:
             return 0.0
+        once = _VARIANCE * rounding.roundoff**2
+        absolute = _FACTOR_ROUNDINGS * smallest_subnormal(rounding.dtype) ** 2 / 12
         by_b, by_a = self.b @ (self.a @ self.a.T), (self.b.T @ self.b) @ self.a  # ⟨E, ΔW⟩ for E = 1 in one entry
-        relative = float((self.b * by_b).square().sum() + (self.a * by_a).square().sum())
-        absolute = (
-            float(by_b.square().sum() * rounding.scale**2 + by_a.square().sum())
-            * smallest_subnormal(rounding.dtype) ** 2
-            / 12
-        )
-        vectors = 0.0
+        sides = ((rows, self.b, by_b, rounding.scale**2, 1.0), (columns, self.a.T, by_a.T, 1.0, rounding.scale**2))
+        variance = 0.0
+        for lines, factor, by_entry, own_scale, other_scale in sides:
+            relative = (factor * by_entry).square().sum(1)
+            own = once * _FACTOR_ROUNDINGS * relative + absolute * own_scale * by_entry.square().sum(1)
+            shared = once * _FACTOR_ROUNDINGS * lines.deviation
+            shared += absolute * other_scale * factor.square().sum(1) * lines.energy
+            if rounding.diagonal:
+                shared += once * (relative + lines.energy.square())
+            lines.variance.add_(own)
+            lines.deviation.copy_(shared.sqrt())
+            variance += float(own.sum())
         if rounding.diagonal:
-            vectors = float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
-        return (
-            _VARIANCE * rounding.roundoff**2 * (_FACTOR_ROUNDINGS * relative + vectors) + _FACTOR_ROUNDINGS * absolute
-        )
+            variance += once * float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
+        return variance
 
     def bias(self) -> float:
         """Return the relative error of ΔW that truncating sums can have in all entries alike."""
@@ -117,6 +133,10 @@ class Product:
     def times(self, factor: float) -> Product:
         """Return c·ΔW."""
         return Product(self.b * factor, self.a)
+
+    def scale_lines(self, factors: Tensor, axis: int) -> Product:
+        """Return ΔW with every row (axis 0) or column multiplied by its factor."""
+        return Product(self.b * factors[:, None], self.a) if axis == 0 else Product(self.b, self.a * factors)
 
     def truncate_factors(self, scale: float) -> Product:
         """Return s·B·A with the factors truncated to the 10 mantissa bits of TF32, as read by a tensor core.
@@ -163,9 +183,21 @@ class Whole:
         summed = size + w.abs() + float((size**2).mean().sqrt())  # terms that cancelled in a sum are of this size
         return (_STEPS_WITH_W * rounding.roundoff + 16 * _U32) * summed, summed
 
-    def shared_noise(self, rounding: Rounding) -> float:
-        """Return 0: errors common to rows and columns are only known with W (``Check.variance``)."""
-        return 0.0
+    def shared_terms(self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding) -> Tensor | None:
+        """Return (|W·ΔW| + ΔW²)² for rows, proportional to the variance that lines share; None without arithmetic."""
+        return None if self.exact else (w * delta).abs_().addcmul_(delta, delta).square_()
+
+    def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
+        """Add the variance of roundings of whole rows and columns to the lines, and return that of the layer."""
+        if self.exact:
+            return 0.0
+        relative, variance = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2, 0.0
+        for lines in (rows, columns):
+            own = relative * (lines.along.abs() + lines.energy).square()
+            lines.variance.add_(own)
+            lines.deviation.mul_(relative).sqrt_()
+            variance += float(own.sum())
+        return variance
 
     def bias(self) -> float:
         """Return the relative error of ΔW that truncating sums can have in all entries alike."""
@@ -174,6 +206,14 @@ class Whole:
     def times(self, factor: float) -> Whole:
         """Return c·ΔW."""
         return replace(self, factor=self.factor * factor, exact=False)
+
+    def scale_lines(self, factors: Tensor, axis: int) -> Whole:
+        """Return ΔW with every row (axis 0) or column multiplied by its factor."""
+
+        def read(first: int, last: int) -> Tensor:
+            return self.rows(first, last) * (factors[first:last, None] if axis == 0 else factors)
+
+        return Whole(self.shape, read)
 
     def transpose(self) -> Whole:
         """Return ΔWᵀ."""
@@ -230,6 +270,7 @@ class Check:
         entries: Number of entries.
         beyond: Entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
+        lines: Sums over the rows, and over the columns, with M* = W + ΔW rounded once.
         worst: max |M − (W + ΔW)| in ulp of the largest of the numbers added, P included.
         unchanged: Entries with M = W, or W rounded.
         inner: ⟨O, ΔW⟩.
@@ -238,25 +279,23 @@ class Check:
         residual: ‖O − ΔW‖².
         base: ‖W‖².
         allowed: Σ of the squared tolerances.
-        ideal: ⟨M* − W, ΔW⟩, with M* = W + ΔW rounded once.
         variance: Variance of ``inner`` − ``ideal`` in correct merges: Σ (M − M*)²ΔW², since the signs of M − M* are
             random, plus the roundings of factors, common to rows or columns.
         apart: Σ |(M − M*)ΔW|, which is |``inner`` − ``ideal``| if all errors have one sign.
         crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M' of (1 + h)ΔW.
-        shared: ⟨W, ΔW⟩ and ‖ΔW‖² of every row (``(2, m)``), and of every column; None without common errors.
         bias: Relative error of ΔW that sums can have in all entries alike.
-        along: |⟨W, ΔW⟩| times the relative error of dequantizing W in all entries alike.
-        halves: Σ |ΔW|q over the entries with q/4 < |ΔW| < q, which change if ΔW rounds up to q/2.
         roundoff: u; 0 if ΔW needs no arithmetic.
         least: The largest error of rounding a number below the normal ones.
         coarsest: Σ step²/12 of a quantized M.
         gridded: Whether both sides are quantized, so that M* is not known.
+        uneven: Blocks of rows or columns with more or less of ΔW than rounding explains.
         base_non_finite: Position of an entry of W that is not finite; None if all are.
         non_finite: Position of an entry of M that is not finite; None if all are.
     """
 
     beyond: tuple[Tensor, Tensor]
     beyond_base: tuple[Tensor, Tensor]
+    lines: tuple[Lines, Lines]
     entries: int = 0
     worst: float = 0.0
     unchanged: int = 0
@@ -266,18 +305,15 @@ class Check:
     residual: float = 0.0
     base: float = 0.0
     allowed: float = 0.0
-    ideal: float = 0.0
     variance: float = 0.0
     apart: float = 0.0
     crossing: float = 0.0
-    shared: tuple[Tensor, Tensor] | None = None
     bias: float = 0.0
-    along: float = 0.0
-    halves: float = 0.0
     roundoff: float = 0.0
     least: float = 0.0
     coarsest: float = 0.0
     gridded: bool = False
+    uneven: tuple[Stretch, ...] = ()
     base_non_finite: str | None = None
     non_finite: str | None = None
 
@@ -290,6 +326,11 @@ class Check:
     def moved(self) -> int:
         """Number of entries that differ from W by more than the tolerance."""
         return int(self.beyond_base[0].sum())
+
+    @property
+    def ideal(self) -> float:
+        """⟨M* − W, ΔW⟩."""
+        return self.inner - float(self.lines[0].difference.sum())
 
     @property
     def scale_error(self) -> float:
@@ -312,12 +353,15 @@ class Check:
         """
         if not self.expected:
             return 0.0
+        whole = Lines(*(line.sum() for line in self.lines[0]))
+        return float(self.common(whole, self.entries)) / self.expected
+
+    def common(self, lines: Lines, entries: float) -> Tensor:
+        """Return the largest |Σ (M − M*)ΔW| of roundings that all entries of a line share, in lines of ``entries``."""
         gain = 2 * self.coarsest / self.base if self.base else 0.0
-        roundoff = self.roundoff + self.least / math.sqrt(
-            self.expected / self.entries
-        )  # for a ΔW below the normal numbers
-        biased = _BIAS * roundoff**2 + _TIED * roundoff * self.halves / self.expected
-        return self.bias + biased + gain + abs(self.along) / self.expected
+        rounded = self.roundoff * lines.energy.sqrt() + self.least * math.sqrt(entries)  # subnormal numbers included
+        biased = _BIAS * rounded.square() + _TIED * self.roundoff * lines.ties
+        return (self.bias + gain) * lines.energy + biased + lines.along.abs()
 
     def resolves(self, change: float) -> bool:
         """Whether a scale with the relative error ``change`` would be detected, with a margin of two."""
@@ -328,8 +372,9 @@ class Check:
 
     @property
     def drifted(self) -> bool:
-        """Whether more or less of ΔW arrived than roundings can add or remove, independent of single entries."""
-        return self.expected > 0 and not abs(self.inner - self.ideal) <= self.scale_limit * self.expected
+        """Whether more or less of ΔW arrived, in all or in a part, than roundings can add or remove."""
+        off = abs(self.inner - self.ideal)
+        return self.expected > 0 and (not off <= self.scale_limit * self.expected or bool(self.uneven))
 
 
 # W, M and the steps of the formats of both (None where they follow from value and dtype), ``(rows, n)`` each.
@@ -360,12 +405,10 @@ def check_merge(
         (0, 1)
     """
     rows, columns = shape
-    check = Check(_make_counts(rows, columns), _make_counts(rows, columns))
-    check.bias, check.variance = addend.bias(), addend.shared_noise(rounding)
+    check = Check(_make_counts(rows, columns), _make_counts(rows, columns), (Lines.zeros(rows), Lines.zeros(columns)))
+    check.bias = addend.bias()
     if isinstance(addend, Product) or not addend.exact:
         check.roundoff, check.least = rounding.roundoff, smallest_subnormal(rounding.dtype) / 2
-    if isinstance(addend, Whole) and not addend.exact:
-        check.shared = torch.zeros(2, rows).double(), torch.zeros(2, columns).double()
     first = 0
     for stored_w, stored_m, step in blocks:
         last = first + len(stored_w)
@@ -383,9 +426,11 @@ def check_merge(
             if not whole and bool(check.beyond[0][span[0] : span[1]].any()):
                 return check
         first = last
-    if check.shared is not None:
-        relative = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2
-        check.variance += relative * sum(float(side.abs().sum(0).square().sum()) for side in check.shared)
+    check.variance = float(check.lines[0].variance.sum()) + addend.add_noise(*check.lines, rounding)
+    for lines in check.lines:
+        lines.along.mul_(unit_roundoff(rounding.dtype) if rounding.dequantized else 0.0)
+    if not check.gridded:
+        check.uneven = find_uneven(check.lines, check.common)
     return check
 
 
@@ -410,7 +455,7 @@ def _add(
     observed = m - w
     apart = observed - delta
     off, off_base, unchanged = apart.abs(), observed.abs(), observed == 0
-    _add_scale(check, w, m, delta, 2 * half, step is not None, rounding, span)
+    _add_scale(check, w, m, delta, 2 * half, step is not None, addend, rounding, span)
     for dtype in rounding.bases:
         shift = w.to(dtype).double() - w
         off = torch.fmin(off, (apart - shift).abs())  # not minimum: W may overflow in float16
@@ -438,10 +483,11 @@ def _add_scale(
     delta: Tensor,
     spacing: Tensor,
     quantized: bool,
+    addend: Addend,
     rounding: Rounding,
     span: tuple[int, int],
 ) -> None:
-    """Add the contributions to c* and the standard error of c.
+    """Add the contributions to c* and the standard error of c, by row and by column.
 
     Args:
         check: Result to update.
@@ -450,27 +496,26 @@ def _add_scale(
         delta: Rows of ΔW.
         spacing: Spacing of M's numbers at every entry.
         quantized: Whether that is the step of a quantized format, which M* leaves out.
+        addend: ΔW.
         rounding: Possible rounding of a correct merge.
         span: First and last row.
     """
-    rounded, squares = rounding.round_sum(w, delta), delta.square()
-    check.ideal += _inner(rounded - w, delta)
-    off, size = m - rounded, delta.abs()
-    check.apart += _inner(off.abs(), size)
-    check.variance += _inner(off.square_(), squares)
+    squares, size = delta.square(), delta.abs()
+    difference = (m - rounding.round_sum(w, delta)).mul_(delta)
+    check.apart += float(difference.abs().sum())
     flow = size.mul_(spacing)
     check.crossing += _inner(squares, flow)
-    check.halves += float(flow[(4 * squares > flow) & (squares < flow)].sum())
-    if rounding.dequantized:
-        check.along += _inner(w, delta) * unit_roundoff(rounding.dtype)
     if quantized:
         check.coarsest += float(spacing.square().sum()) / 12
         check.gridded |= rounding.dequantized
-    if check.shared is not None:
-        rows, columns = check.shared
-        for index, product in enumerate((w * delta, squares)):
-            rows[index, span[0] : span[1]] += product.sum(1)
-            columns[index] += product.sum(0)
+    ties = flow.mul_((4 * squares > flow) & (squares < flow))
+    along = w * delta if rounding.dequantized or isinstance(addend, Whole) else None
+    shared = addend.shared_terms(*span, w, delta, rounding)
+    for lines, axis, part in zip(check.lines, (1, 0), (slice(*span), slice(None)), strict=True):
+        entries = difference, squares, difference.square(), shared, ties, along
+        for total, values in zip(lines, entries, strict=True):
+            if values is not None:
+                total[part] += values.sum(axis)
 
 
 def _inner(left: Tensor, right: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""How often ``verify-merge`` fails a right merge and passes a wrong scale: a table of docs/reference/verify-merge.md.
+"""How often ``verify-merge`` fails a right merge and passes a wrong scale: tables of docs/reference/verify-merge.md.
 
 python -m tests.benchmarks.merge_scale
 """
@@ -17,6 +17,7 @@ from lora_diag.diagnostics.verify_merge.record import Merge
 
 SCALES = (2.0, 1.5, 16 / math.sqrt(8))
 WRONG = (0.99, 0.995, 0.998, 1.002, 1.005, 1.01, 1.015, 1.02, 1.05)
+PARTS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 # name -> (W, B, A, s) -> M: the orders of arithmetic in which mergers compute W + s·B·A.
 ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
@@ -83,6 +84,39 @@ def main() -> None:
         for size in ((64, 64), (512, 512)):
             for relative in (0.001, 0.01, 0.1):
                 row(dtype, size, relative)
+
+    print("\n| dtype | rms(ΔW)/rms(W) |", " | ".join(PATTERNS), "|")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for relative in (0.001, 0.01, 0.1):
+            name = str(dtype).removeprefix("torch.")
+            print("|", " | ".join([name, f"{relative:g}", *(smallest(dtype, relative, p) for p in PATTERNS)]), "|")
+
+
+# name -> rows or columns (0, 1) of 512, and their scales for c.
+PATTERNS: dict[str, tuple[int, Callable[[Tensor, float], None]]] = {
+    "halves of the rows": (0, lambda f, c: f.copy_(torch.where(torch.arange(512) < 256, 1 + c, 1 - c))),
+    "every other row": (0, lambda f, c: f.copy_(torch.where(torch.arange(512) % 2 == 0, 1 + c, 1 - c))),
+    "halves of the columns": (1, lambda f, c: f.copy_(torch.where(torch.arange(512) < 256, 1 + c, 1 - c))),
+    "64 rows": (0, lambda f, c: f[128:192].fill_(1 + c)),
+    "one row": (0, lambda f, c: f[100:101].fill_(1 + c)),
+    "one column": (1, lambda f, c: f[100:101].fill_(1 + c)),
+}
+
+
+def smallest(dtype: torch.dtype, relative: float, pattern: str) -> str:
+    """Return the smallest fault of a pattern that is found in every merge."""
+    axis, scale = PATTERNS[pattern]
+    found = "none"
+    for c in reversed(PARTS):
+        for seed, s in enumerate(SCALES[:2]):
+            w, b, a = factors((512, 512), 8, relative, s, dtype, seed)
+            lines = torch.ones(512)
+            scale(lines, c)
+            m = ORDERS["in float32"](w, b * lines[:, None] if axis == 0 else b, a * lines if axis == 1 else a, s)
+            if not verified(w, m, b, a, s).failed:
+                return found
+        found = f"{c:.1%}"
+    return found
 
 
 def row(dtype: torch.dtype, size: tuple[int, int], relative: float) -> None:

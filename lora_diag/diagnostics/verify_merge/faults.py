@@ -117,6 +117,7 @@ def find_fault(failed: FailedLayer) -> Fault:
     if fault is None and check.count:
         fault = _find_partial(failed)
     fault = fault or _choose_hypothesis(failed)
+    fault = fault or _find_uneven_scale(failed)
     if fault is None and check.count:
         fault = _find_few_entries(failed) or _find_rounded_base(failed) or _describe_norms(failed)
     return fault or _find_drift(failed)
@@ -362,6 +363,28 @@ def _find_rounded_base(failed: FailedLayer) -> Fault | None:
         if check.count <= MAX_UNEXPLAINED * failed.check.entries and not check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
+
+
+def _find_uneven_scale(failed: FailedLayer) -> Fault | None:
+    """Test scales that differ between rows, or columns: fitted to each, they explain the entries."""
+    stretches = failed.check.uneven
+    if not stretches:
+        return None
+    axis = stretches[0].axis
+    lines = failed.check.lines[axis]
+    factors = 1 + torch.where(lines.energy > 0, lines.difference / lines.energy, 0.0)
+    fitted = failed.recheck(failed.addend.scale_lines(factors, axis), failed.rounding)
+    if fitted.count > MAX_UNEXPLAINED * failed.check.entries and fitted.residual > fitted.allowed:
+        return None
+    marked = torch.zeros(len(stretches), len(factors), dtype=torch.bool)
+    for row, part in zip(marked, stretches, strict=True):
+        row[part.first : part.last] = True
+    parts = " and ".join(
+        f"{100 * abs(part.off):.2g}% ± {100 * part.error:.1g}% {'more' if part.off > 0 else 'less'} in "
+        f"{('rows', 'columns')[axis]} {ranges(row)}"
+        for row, part in zip(marked, stretches, strict=True)
+    )
+    return Fault("wrong scale", f"the scale of ΔW is not the same everywhere: {parts} of {len(factors)}")
 
 
 def _describe_norms(failed: FailedLayer) -> Fault:

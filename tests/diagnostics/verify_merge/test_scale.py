@@ -1,11 +1,13 @@
 """A wrong scale is found, named and not taken for anything else; right merges in any order of arithmetic pass."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from lora_diag.linalg.merge import Product, Rounding, check_merge
 from tests.benchmarks.merge_scale import ORDERS, factors, verified
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -142,3 +144,77 @@ def test_entry_off_by_more_than_casts_of_factors_is_found():
     m[3, 5] += 10 * 2.0**-8 * 2.0 * float(b[3].abs() @ a[:, 5].abs())
     record = verified(w, m, b, a, 2.0)
     assert (record.status, record.differing) == ("other", 1)
+
+
+def spread(w, b, a, s, dtype, pattern, c):
+    """Merge in float32 with ΔW times 1 + c in one half of the rows or columns, and times 1 − c in the other."""
+    rows, columns = torch.ones(w.shape[0], 1), torch.ones(w.shape[1])
+    lines = columns if "columns" in pattern else rows
+    half = slice(None, None, 2) if "every other" in pattern else slice(0, len(lines) // 2)
+    lines -= c
+    lines[half] += 2 * c
+    return ORDERS["in float32"](w, b * rows, a * columns, s)
+
+
+@pytest.mark.parametrize("pattern", ["rows", "columns", "every other rows", "every other columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [0.01, 0.02])
+def test_scales_that_cancel_are_found(dtype, pattern, c):
+    w, b, a = factors((384, 256), 8, 0.1, 2.0, dtype, 5)
+    record = verified(w, spread(w, b, a, 2.0, dtype, pattern, c), b, a, 2.0)
+    assert record.status == "wrong scale", record.cause
+    assert record.scale == pytest.approx(1, abs=c / 4)  # the scale of the layer does not show it
+    more, less = re.findall(r"(\S+)% ± (\S+)% (?:more|less) in", record.cause)
+    for off, error in (more, less):
+        assert abs(float(off) / 100 - c) < 6 * float(error) / 100 + c / 20
+    assert f"more in {pattern.split()[-1]}" in record.cause
+
+
+def test_uneven_block_is_named():
+    w, b, a = factors((576, 192), 8, 0.1, 2.0, torch.bfloat16, 6)
+    scales = torch.ones(576, 1)
+    scales[128:192] = 1.05
+    record = verified(w, ORDERS["in float32"](w, b * scales, a, 2.0), b, a, 2.0)
+    assert record.status == "wrong scale"
+    assert "more in rows 128-191" in record.cause
+
+
+@pytest.mark.parametrize(("dtype", "u"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+def test_line_sums_equal_oracle(dtype, u):
+    """Errors of factors: those of its own row of B move a row; those of A move all rows, and are bounded row by row."""
+    w, b, a = factors((24, 20), 2, 0.1, 1.5, dtype, 0)
+    m = ORDERS["in the dtype"](w, b, a, 1.5)
+    left, right = b.double() * 1.5, a.double()
+    tiny = torch.finfo(dtype).smallest_normal * 2 * u
+    check = check_merge([(w, m, None)], (24, 20), Product(left, right), Rounding(dtype, u, cast=True, scale=1.5))
+    w64, m64, b64, a64 = (t.double().numpy() for t in (w, m, left, right))
+    d = b64 @ a64
+    off = (m64 - torch.from_numpy(w64 + d).to(dtype).double().numpy()) * d
+    for side, lines in enumerate(check.lines):
+        other = 1 - side
+        assert np.allclose(lines.difference, off.sum(other), rtol=1e-9, atol=1e-15)
+        assert np.allclose(lines.energy, (d**2).sum(other), rtol=1e-12)
+        factor, across = (b64, a64) if side == 0 else (a64.T, b64.T)
+        delta = d if side == 0 else d.T
+        for i, row in enumerate(delta):
+            own = sum(2 * 0.18 * u**2 * (factor[i, k] * across[k] @ row) ** 2 for k in range(2))
+            own += sum(2 * tiny**2 / 12 * (across[k] @ row) ** 2 for k in range(2)) * (2.25 if side == 0 else 1)
+            shared = sum(2 * 0.18 * u**2 * ((factor[i, k] * across[k] * row) ** 2).sum() for k in range(2))
+            shared += 2 * tiny**2 / 12 * (factor[i] ** 2).sum() * (row**2).sum() * (1 if side == 0 else 2.25)
+            entries = (off[i] if side == 0 else off[:, i]) ** 2
+            assert float(lines.variance[i]) == pytest.approx(entries.sum() + own, rel=1e-6)
+            assert float(lines.deviation[i]) == pytest.approx(math.sqrt(shared), rel=1e-6)
+
+
+def test_line_errors_cover_merges():
+    """In right merges with rounded factors, a row is off by what its standard error says, and rarely by more."""
+    off = []
+    for seed in range(30):
+        w, b, a = factors((64, 96), 4, 0.3, 1.5, torch.bfloat16, seed)
+        m = ORDERS["in the dtype"](w, b, a, 1.5)
+        how = Rounding(torch.bfloat16, 2.0**-8, cast=True, scale=1.5)
+        check = check_merge([(w, m, None)], (64, 96), Product(b.double() * 1.5, a.double()), how)
+        off += [lines.difference / (lines.variance + lines.deviation.square()).sqrt() for lines in check.lines]
+    z = torch.cat(off).numpy()
+    assert 0.4 < np.sqrt((z**2).mean()) <= 1.05  # both roundings of a factor are counted, and an order may make one
+    assert np.abs(z).max() < 5

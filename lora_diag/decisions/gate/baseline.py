@@ -1,4 +1,4 @@
-"""A baseline: an earlier results file to compare with, which a run may tighten."""
+"""A baseline: earlier results files to compare with, of which a run may tighten one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_diag.records.vocabulary import METRIC_NAMES
 class Stored:
     """The records of a baseline, indexed by layer and by the position of their adapter, step or rank in the file."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, *sources: Source) -> None:
+        self.sources = sources
         self.subjects: dict[str, dict[tuple[Any, ...], Subject]] = {}
 
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
         """Return all subjects of a kind."""
         if kind not in self.subjects:
-            stored = list_subjects(kind, self.source) if self.source.holds(kind) else []
+            stored = [s for source in self.sources if source.holds(kind) for s in list_subjects(kind, source)]
             self.subjects[kind] = {}
             for subject in stored:
                 key = (subject.layer, *subject.key)
@@ -54,13 +54,13 @@ class Stored:
 
     def layers(self) -> list[str]:
         """Return the names of its layers."""
-        return list(dict.fromkeys(record.layer for record in self.source.results.layers))
+        return list(dict.fromkeys(record.layer for source in self.sources for record in source.results.layers))
 
 
 def tighten_baseline(
     regressions: Sequence[Regression], stored: Stored, sources: Sequence[Source]
 ) -> Results[Any] | None:
-    """Return a baseline with improved records in place of the stored ones; None without improvements.
+    """Return a baseline, of one file, with improved records in place of the stored ones; None without improvements.
 
     A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is better.
     Whole records are replaced, never single values, so that each was measured.
@@ -82,7 +82,8 @@ def tighten_baseline(
                 better[id(old.record)] = subject.record
     if not better:
         return None
-    results = stored.source.results
+    (source,) = stored.sources
+    results = source.results
     layers = tuple(
         _rename_record(better[id(record)], record) if id(record) in better else record for record in results.layers
     )

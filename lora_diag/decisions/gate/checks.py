@@ -203,7 +203,7 @@ def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Stored | 
         if record.spike is None or len(record.s) < 2:
             continue
         if record.spike > limit:
-            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖²; from {limit:g} on, look for divergence"
+            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖², more than {limit:g}: usual early in training"
             yield Alarm(record.layer, record.spike, text, f"spike <= {limit:g}")
         elif record.spike_to_base is not None and record.spike_to_base > 1:
             text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"

@@ -80,9 +80,9 @@ def gate(
         return
     baseline, ratchet = arguments["baseline"], arguments["ratchet"]
     ready = policy is not None or not files
-    read = [*(files if ready else files[1:]), *([] if ready else files[:1]), baseline]
+    read = [*(files if ready else files[1:]), *([] if ready else files[:1]), *baseline]
     # The content of a baseline is checked as it is read.
-    check_outputs([], [(Path(baseline) if ratchet and baseline else None, RESULTS)], overwrite=True)
+    check_outputs([], [(Path(path) if ratchet else None, RESULTS) for path in baseline], overwrite=True)
     written = [(output, RESULTS), (reports["junit"], JUNIT), (reports["sarif"], SARIF)]
     check_outputs(read, written, overwrite)
     # Only a block of the card is replaced; its other text is checked when it is read.
@@ -125,7 +125,7 @@ def init(
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a policy: measured values with a 25% margin.
+    """Write a policy: no layer may get worse than in RESULTS by more than 10%.
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """
@@ -148,8 +148,9 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
         from lora_diag.decisions.gate.run import gate as judge
         from lora_diag.decisions.gate.summary import headline
 
-        rules = text.count("\n[[rule]]")
-        result(f"{output}: {rules} {'rule' if rules == 1 else 'rules'}; review each limit: a comment states its origin")
+        count = text.count("\n[[baseline]]")
+        fields = f"{count} {'field' if count == 1 else 'fields'}"
+        result(f"{output}: compares {fields}, layer by layer, with these results; review each tolerance")
         result(f"Outcome of these results: {headline(judge(output, *results))}")
         result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-import statistics
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lora_diag.decisions.gate.evidence import Source, Subject, list_subjects, value_of
 from lora_diag.decisions.gate.fields import Field, find
@@ -13,82 +15,70 @@ from lora_diag.decisions.gate.policy import SPIKE
 from lora_diag.errors import InputError
 from lora_diag.records.vocabulary import metric_of
 
-# A limit lies a quarter of the measured value away from it. Full fine-tunes of one model that differed in their seed
-# had ranks at 90% within 2 of each other, of 72 to 155; whether a quarter suits other fields is for the user to decide.
-MARGIN = 0.25
+# Allowed change for the worse, of the value of the same layer in the baseline. Full fine-tunes of one model that
+# differed in their seed had ranks at 90% within 2 of each other, of 72 to 155; other fields are for the user to decide.
+TOLERANCE = "10%"
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A field to derive a limit from: its relevant end, and the message of the rule."""
+    """A field to compare with a baseline: the direction that is worse, and the message."""
 
-    name: str
     field: str
-    worst: str
+    worse: str
     message: str
     where: str = ""
+    tolerance: str = TOLERANCE
 
 
 _SUGGESTIONS = (
     Suggestion(
-        "drift",
-        "spectrum.relative",
-        "max",
-        "the weight change is larger than before: check the learning rate, or raise the limit",
+        "spectrum.relative", "higher", "the weight change is larger than before: check scaling and learning rate"
     ),
     Suggestion(
-        "rank",
         "spectrum.rank_at.0.9",
-        "max",
+        "higher",
         "the update needs more rank than before: an adapter of the usual rank misses more of it",
     ),
+    Suggestion("spectrum.spike", "higher", "one direction has more of the update than before: check for divergence"),
     Suggestion(
-        "one-direction",
-        "spectrum.spike",
-        "max",
-        "one direction has more of the update than before: check for divergence",
-    ),
-    Suggestion(
-        "distance",
         "residual.epsilon",
-        "max",
+        "higher",
         "the adapter is further from the full fine-tune than before: check its scaling and its rank",
         'role = "adapter"',
     ),
     Suggestion(
-        "direction",
         "residual.cosine",
-        "min",
+        "lower",
         "the adapter's direction differs more than before: compare its data and its learning rate",
         'role = "adapter"',
     ),
-    Suggestion("reach", "overlap.tangent", "min", "the adapter reaches less of the gradient than before"),
-    Suggestion("budget-gap", "certificate.gap", "max", "the allocation is further from the optimum than before"),
+    Suggestion("overlap.tangent", "lower", "the adapter reaches less of the gradient than before"),
+    Suggestion("certificate.gap", "higher", "the allocation is further from the optimum than before"),
     Suggestion(
-        "intruders",
         "intruders.share",
-        "max",
+        "higher",
         "more of the largest directions are new than before: check for forgetting on older data",
     ),
     Suggestion(
-        "union-rank",
         "union.spectrum.rank_at.0.9",
-        "max",
+        "higher",
         "the sum of the updates needs more rank than before: a merge of the usual rank loses more of it",
     ),
-    Suggestion("fleet-rank", "fleet.used", "min", "this adapter uses less of its rank than the fleet before"),
+    Suggestion("fleet.used", "lower", "this adapter uses less of its rank than the fleet before"),
+    Suggestion("probe.loss", "higher", "the loss on held-out data is higher than before", tolerance="1%"),
 )
 
 
 def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
-    """Return the text of a policy with limits from measured values.
+    """Return the text of a policy that compares new results with these, layer by layer.
 
     Args:
         sources: Results of finished runs.
         name: Name of the policy file, for the comment.
 
     Raises:
-        InputError: No measured value gives a limit.
+        InputError: No measured value can be compared.
     """
     paths = " ".join(source.path for source in sources)
     rules = [
@@ -98,12 +88,22 @@ def draft(sources: Sequence[Source], name: str = "policy.toml") -> str:
         if (text := _draft_rule(suggestion, sources_of_metric))
     ]
     if not rules:
-        raise InputError(
-            f"{paths}: no value for a limit, since no update is resolved by the files; give results of a checkpoint "
-            "that changed"
-        )
+        if merge := next((source.path for source in sources if source.holds("merge")), None):
+            fix = f"judge a merge by the built-in policy: loradiag gate --policy merge {merge}"
+        elif any(source.holds("spectrum") or source.holds("residual") for source in sources):
+            fix = "no update is resolved by the files: give results of a checkpoint that changed"
+        else:
+            fix = "write a [[rule]] on a field of these records, as the page of gate describes"
+        raise InputError(f"{paths}: no value to compare with later results; {fix}")
     unrecorded = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
-    return "\n".join([_draft_head(paths, name, unrecorded), *rules, _draft_tail(sources)])
+    return "\n".join([_draft_head(paths, name, unrecorded, _name_baseline(sources, name)), *rules, _TAIL])
+
+
+def _name_baseline(sources: Sequence[Source], name: str) -> str:
+    """Return the files of the results as ``[inputs]`` of a policy file; a comment for results in memory."""
+    paths = [os.path.relpath(source.path, Path(name).parent) for source in sources]
+    known = all(Path(source.path).is_file() for source in sources) and all(map(str.isprintable, paths))
+    return f"baseline = {json.dumps(paths, ensure_ascii=False)}" if known else '# baseline = ["results.jsonl"]'
 
 
 def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
@@ -115,7 +115,7 @@ def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Sugges
     for metric in metrics:
         yield (
             [
-                replace(suggestion, name=f"{suggestion.name}-{metric}", where=f'metric = "{metric}"')
+                replace(suggestion, where=f'metric = "{metric}"')
                 for suggestion in _SUGGESTIONS
                 if suggestion.field.startswith("spectrum.")
             ],
@@ -127,24 +127,17 @@ def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Sugges
 def _draft_rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     (field,) = find(suggestion.field)
     matching = list(_select_subjects(suggestion, field, sources))
-    values = [
-        (float(value), s.layer or "") for s in matching if isinstance(value := value_of(field, s)[0], float | int)
-    ]
-    if not values:
-        return ""
-    worst = max(values, key=lambda pair: pair[0] if suggestion.worst == "max" else -pair[0])
-    limit = _limit(worst[0], field, suggestion.worst)
+    values = [value for s in matching if isinstance(value := value_of(field, s)[0], float | int)]
+    if not any(values):
+        return ""  # no fraction of zero is a tolerance
     kept = max(len(getattr(subject.record, "s", ())) for subject in matching)
-    if limit is None or (field.path[0] == "rank_at" and limit >= kept):
+    if field.path[0] == "rank_at" and math.ceil(1.1 * max(values)) >= kept:
         return ""  # such as the rank of an adapter: its updates cannot need more than it has
-    sign, end = ("<=", "highest") if suggestion.worst == "max" else (">=", "lowest")
-    middle = statistics.median(value for value, _ in values)
     where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
-    place = f" in {_escape_comment(worst[1])}" if worst[1] else ""
     return (
-        f"# {field.name}: median {middle:.4g}, {end} {worst[0]:.4g}{place}; the limit is {MARGIN:.0%} beyond.\n"
-        f'[[rule]]\nname = "{suggestion.name}"\nrequire = "{suggestion.field} {sign} {limit:.6g}"\n{where}'
-        f'severity = "error"\nmessage = "{suggestion.message}"\n{_draft_coverage(field, matching)}'
+        f"# {field.name} is {min(values):.4g} to {max(values):.4g}.\n"
+        f'[[baseline]]\nfield = "{suggestion.field}"\nworse = "{suggestion.worse}"\n{where}'
+        f'tolerance = "{suggestion.tolerance}"\nmessage = "{suggestion.message}"\n{_draft_coverage(field, matching)}'
     )
 
 
@@ -170,27 +163,15 @@ def _select_subjects(suggestion: Suggestion, field: Field, sources: Sequence[Sou
             )
 
 
-def _limit(worst: float, field: Field, end: str) -> float | None:
-    """Return a limit beyond the worst value, rounded outwards; None if it would allow everything or nothing."""
-    limit = worst + MARGIN * abs(worst) * (1 if end == "max" else -1)
-    if isinstance(worst, float) and worst == int(worst) and field.path[0] == "rank_at":
-        limit = math.ceil(limit)
-    digits = 10 ** (3 - math.ceil(math.log10(abs(limit)))) if limit else 1
-    limit = (math.ceil if end == "max" else math.floor)(limit * digits) / digits
-    if field.share and not 0 < limit < 1:
-        return None
-    return limit
-
-
-def _draft_head(paths: str, name: str, unrecorded: bool) -> str:
+def _draft_head(paths: str, name: str, unrecorded: bool, baseline: str) -> str:
     left_out = (
         'left_out = ["no_activations"] # embeddings and other layers without recorded activations'
         if unrecorded
         else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record'
     )
     return f"""\
-# Requirements for shipping a checkpoint. Limits are from {_escape_comment(paths)}
-# with a margin of {MARGIN:.0%}; review each of them.
+# Requirements for shipping a checkpoint: no layer may be worse than in the baseline by more than a tolerance.
+# Review each tolerance. Made from {_escape_comment(paths)}
 #
 #     loradiag gate {_escape_comment(name)} RESULTS...
 #
@@ -206,30 +187,29 @@ by = "energy" # fraction of the change ‖Δ‖² that must be judged, or "layer
 minimum = 1.0 # a layer without a record leaves the gate inconclusive, which is never a pass
 {left_out}
 
+[inputs]
+{baseline} # to compare with, from the folder of this file; or: --baseline FILE
+
 [checks] # built-in checks: "error", "warning" or "off"; NaN, Inf and unfinished runs always count
 mismatch = "error"      # the adapter does not fit BASE
 dead = "error"          # an adapter's update is zero; or nothing changed
 missing = "error"       # a layer of the baseline is missing
 unused_rank = "warning" # unused directions of an adapter's rank
-spike = "warning"       # one direction has more than spike_above of ‖ΔW‖²
+spike = "off"           # one direction has more than spike_above of ‖ΔW‖²: usual early in training
 spike_above = {SPIKE}
 unresolved = "warning"  # the update is below the files' rounding
 """
 
 
-def _draft_tail(sources: Sequence[Source]) -> str:
-    field = "energy.16" if any(source.holds("spectrum") for source in sources) else "epsilon"
-    worse = "lower" if field == "energy.16" else "higher"
-    return f"""\
-# To compare each layer with main: loradiag gate ... --baseline main.jsonl
-# [[baseline]]
-# field = "{field}"
-# worse = "{worse}"
-# tolerance = 0.02 # or "5%" of the stored value
+_TAIL = """\
+# To limit a value on its own:
+# [[rule]]
+# name = "drift"
+# require = "relative <= 0.5"
 
 # To accept one layer until a date:
 # [[waiver]]
-# rule = "drift"
+# rule = "baseline.spectrum.relative"
 # layers = 'lm_head'
 # reason = "new tokens were added"
 # expires = 2027-01-31

@@ -16,7 +16,7 @@ CLOCKS = timedelta(days=1)
 def judge_inputs(
     policy: Policy,
     sources: Sequence[Source],
-    baseline: Source | None,
+    baseline: Sequence[Source],
     unmatched: Sequence[Present],
     now: datetime,
 ) -> Iterator[Verdict]:
@@ -29,7 +29,7 @@ def judge_inputs(
         unmatched: Files of ``--for`` without results.
         now: The current time.
     """
-    for source in (*sources, *([] if baseline is None else [baseline])):
+    for source in (*sources, *baseline):
         if not source.sealed:
             text = f"{source.path}: its last line has no SHA-256, so that an edit would not be noticed: measure again"
             yield _make_verdict(source.path, "no hash", "as written", "inconclusive", text)

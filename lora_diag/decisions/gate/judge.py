@@ -37,7 +37,7 @@ class Finding:
 def judge(
     policy: Policy,
     sources: Sequence[Source],
-    baseline: Source | None,
+    baseline: Sequence[Source],
     today: date,
     now: datetime,
     unmatched: Sequence[Present] = (),
@@ -47,7 +47,7 @@ def judge(
     Args:
         policy: The policy.
         sources: Results files, at least one.
-        baseline: An earlier results file to compare with.
+        baseline: Earlier results files to compare with.
         today: Date for the expiry of waivers.
         now: Time for the age of results.
         unmatched: Files of ``--for`` without results.
@@ -62,7 +62,7 @@ def judge(
     _check_something(policy, sources)
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
-    stored = Stored(baseline) if baseline is not None else None
+    stored = Stored(*baseline) if baseline else None
     about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, baseline, unmatched, now)]
     verdicts = [*about, *map(waivers.apply, run_checks(policy, sources, stored))]
     for rule in policy.rules:

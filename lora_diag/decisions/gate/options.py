@@ -11,7 +11,8 @@ class GateOptions(TypedDict, total=False):
     """Options of ``gate``."""
 
     baseline: Annotated[
-        Path | str | None, Option(None, "Results to compare with, layer by layer; default: none.", "FILE", panel=INPUTS)
+        Sequence[str | Path],
+        Option((), "Results to compare with, layer by layer; repeatable.", "FILE", panel=INPUTS),
     ]
     ratchet: Annotated[bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)]
     shipped: Annotated[

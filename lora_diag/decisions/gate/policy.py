@@ -277,12 +277,14 @@ class Inputs(Table):
         tuned: Fingerprint of TUNED.
         adapter: Fingerprint of the adapter.
         max_age: Maximum age of results.
+        baseline: Results to compare with, unless others are given; paths are relative to the policy's folder.
     """
 
     base: Fingerprint | None = None
     tuned: Fingerprint | None = None
     adapter: Fingerprint | None = None
     max_age: Annotated[timedelta, BeforeValidator(read_age)] | None = None
+    baseline: Annotated[list[Text], is_a("a list of results files")] = Field([])
 
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:

@@ -40,7 +40,7 @@ def gate(
     Args:
         policy: A policy file, or a policy.
         results: Results files, or results in memory.
-        baseline: Results file of an earlier run to compare with.
+        baseline: Results files of earlier runs to compare with.
         ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
         shipped: Checkpoints and adapters that the results must belong to, at any path.
         max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a lower one.
@@ -65,29 +65,32 @@ def gate(
     """
     arguments = fill_options(GateOptions, options)
     baseline, ratchet, shipped, max_age = (arguments[name] for name in ("baseline", "ratchet", "shipped", "max_age"))
+    baseline = [baseline] if isinstance(baseline, str | Path) else list(baseline)
     if not results:
         raise UsageError("gate: give at least one results file")
-    if ratchet and baseline is None:
-        raise UsageError("--ratchet: give the file to tighten with --baseline")
-    if ratchet and baseline is not None:
-        check_output(Path(baseline), RESULTS, overwrite=True)  # its content is checked when it is read
+    if ratchet and len(baseline) != 1:
+        raise UsageError("--ratchet: give the file to tighten with --baseline, once")
+    if ratchet:
+        check_output(Path(baseline[0]), RESULTS, overwrite=True)  # its content is checked when it is read
     rules = policy if isinstance(policy, Policy) else read_policy(policy)
-    if baseline is not None and not rules.regressions:
+    if baseline and not rules.regressions:
         raise UsageError(
-            f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline}; add one, or remove "
+            f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; add one, or remove "
             "--baseline"
         )
+    if not baseline and rules.regressions:
+        baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]
     if max_age is not None:
         rules = _set_max_age(rules, max_age)
-    stored = _read_baseline(baseline) if baseline is not None else None
+    stored = [_read_baseline(path) for path in baseline]
     sources, unmatched = compare_inputs([_read_source(item, i) for i, item in enumerate(results, 1)], shipped)
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
-    if ratchet and stored is not None and outcome(verdicts) == "passed":
-        better = tighten_baseline(rules.regressions, Stored(stored), sources)
+    if ratchet and outcome(verdicts) == "passed":
+        better = tighten_baseline(rules.regressions, Stored(*stored), sources)
         if better is not None:
-            better.write(stored.path)
+            better.write(stored[0].path)
     return _make_results(rules, sources, stored, verdicts, day)
 
 
@@ -102,14 +105,14 @@ def _set_max_age(policy: Policy, max_age: str) -> Policy:
 
 
 def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:
-    """Return the text of a policy whose limits are measured values with a margin.
+    """Return the text of a policy that compares every layer with these results as the baseline.
 
     Args:
         results: Results files, or results in memory, of a reference checkpoint.
         name: Name of the policy file.
 
     Raises:
-        InputError: A file cannot be read, did not finish, or has no value for a limit.
+        InputError: A file cannot be read, did not finish, or has no value to compare.
     """
     sources = [_read_source(arguments, i) for i, arguments in enumerate(results, 1)]
     for source in sources:
@@ -162,10 +165,10 @@ def _read_baseline(path: Path | str) -> Source:
 
 
 def _make_results(
-    policy: Policy, sources: Sequence[Source], stored: Source | None, verdicts: tuple[Verdict, ...], day: date
+    policy: Policy, sources: Sequence[Source], stored: Sequence[Source], verdicts: tuple[Verdict, ...], day: date
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
-    named = [("results", source) for source in sources] + ([("baseline", stored)] if stored else [])
+    named = [("results", source) for source in sources] + [("baseline", source) for source in stored]
     inputs = [
         RunInput(
             role="built-in policy" if policy.ready else "policy",

@@ -58,7 +58,7 @@ def write_outputs(
     write_whole(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     spectrum(base, folder / "adapter", output=folder / "spectrum.jsonl", overwrite=True, device=run.options["device"])
     try:
-        gate = gate_init(folder / "spectrum.jsonl", name="gate.toml")
+        gate = gate_init(folder / "spectrum.jsonl", name=str(folder / "gate.toml"))
     except InputError as error:  # an update of zero gives no limits
         gate = f"# No limits: {error}\n"
     write_whole(folder / "gate.toml", f"{_describe_significance(choice)}{gate}")

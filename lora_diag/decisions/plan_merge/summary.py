@@ -19,7 +19,6 @@ from lora_diag.rendering.text import count, factor, list_names, number, percent
 
 _WHY = {
     "merge": "the format keeps the update",
-    "merge into 16 bit": "the format does not keep the update, 16 bits do",
     "serve unmerged": "rounding would lose too much of the update",
 }
 # The format represents BASE exactly, but not the update.
@@ -54,7 +53,10 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
         return make_statement(
             "conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0
         )
-    why = _WHY[outcome]
+    sixteen = _effects_of_16_bits(records)
+    keeping = [name for name, effect in sixteen.items() if effect.survives]
+    verb = "does" if len(keeping) == 1 else "do"
+    why = _WHY.get(outcome, f"the format does not keep the update, {' and '.join(keeping)} {verb}")
     base_error = rms(records, lambda record: record.base_error)
     if (
         outcome == "serve unmerged"
@@ -64,7 +66,8 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
     ):
         why = _BASE_ONLY
     level: Level = "ok" if outcome == "merge" else "warning"
-    lines = [f"{outcome} ({to}): {why}"]
+    advice = f"merge into {' or '.join(keeping)}" if outcome == "merge into 16 bit" else outcome
+    lines = [f"{advice} ({to}): {why}"]
     others = [record.layer for record in records if record.conclusion not in {outcome, None}]
     if others:
         lines.append(
@@ -82,12 +85,16 @@ def _describe_effect(effect: FormatEffect) -> str:
 def _describe_kept_update(records: Sequence[PlannedMerge]) -> Statement:
     to = records[0].to
     lines = [f"in {to}: {_describe_effect(total(records))} over all layers"]
-    sixteen = {
+    others = [(name, effect) for name, effect in _effects_of_16_bits(records).items() if name != to]
+    lines.append("; ".join(f"in {name}: {_describe_effect(effect)}" for name, effect in others))
+    return make_statement("arrived", "Kept", *lines)
+
+
+def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffect]:
+    return {
         "bf16": total(records, lambda record: record.bf16),
         "fp16": total(records, lambda record: record.fp16),
     }
-    lines.append("; ".join(f"in {name}: {_describe_effect(effect)}" for name, effect in sixteen.items() if name != to))
-    return make_statement("arrived", "Kept", *lines)
 
 
 def _describe_overflow(records: Sequence[PlannedMerge]) -> list[Statement]:

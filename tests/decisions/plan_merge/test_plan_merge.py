@@ -297,6 +297,14 @@ def test_summary_states_scales_are_not_reused(noise, error, message):
     assert any(mentions(line, "reuse", "scales") for line in lines_of(plan_lines(result), "base")) == message
 
 
+@pytest.mark.parametrize(("bf16", "fp16", "kept"), [(BAD, GOOD, {"fp16"}), (GOOD, GOOD, {"bf16", "fp16"})])
+def test_conclusion_names_the_16_bits_that_keep_the_update(bf16, fp16, kept):
+    fields = {"fro": 1.0, "arrived": 0.0, "error": 9.0, "base_error": 9.0, "bf16": bf16, "fp16": fp16}
+    record = build(PlannedMerge, to="int4", conclusion="merge into 16 bit", **fields)
+    (line,) = lines_of(plan_lines(results([record], command="plan-merge")), "conclusion")
+    assert {name for name in ("bf16", "fp16") if name in line} == kept
+
+
 def test_command_refuses_bad_input(loradiag, tmp_path):
     unknown = loradiag("plan-merge", BASE, R4, "--to", "fp3")
     assert (unknown.code, "fp3" in unknown.err, "nvfp4" in unknown.err) == (2, True, True)

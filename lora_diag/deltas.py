@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.records.names import RESIZABLE
+from lora_diag.records.names import RESIZABLE, part_of
 from lora_diag.records.run import Reason
 
 if TYPE_CHECKING:
@@ -302,11 +302,31 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     return tables[0] if len(tables) == 1 else None
 
 
+def has_tied_head(checkpoint: Checkpoint) -> bool:
+    """Return whether the head is the embedding: ``config.json`` says so, or no head is stored."""
+    return _read_tie(checkpoint.config) is True or not any(is_head(name) for name in checkpoint)
+
+
+def is_head(name: str) -> bool:
+    """Return whether a weight is the output layer over the vocabulary."""
+    return HEAD.search(name) is not None or name == "output.weight"
+
+
+def is_table(name: str) -> bool:
+    """Return whether a weight is an embedding, ``(vocab, dim)``, by its name."""
+    return part_of(name) == "vocabulary" and not is_head(name)
+
+
 def _is_tied(config: Mapping[str, Any]) -> bool:
     """Return whether ``config.json`` ties the embeddings; transformers omits the key if they are tied."""
+    return bool(config) and _read_tie(config) in {True, None}
+
+
+def _read_tie(config: Mapping[str, Any]) -> Any:
+    """Return ``tie_word_embeddings``; None without it."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
-    return bool(config) and inner.get("tie_word_embeddings", config.get("tie_word_embeddings", True)) is True
+    return inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
 
 
 def natural_order(name: str) -> tuple[tuple[bool, int, str, str], ...]:

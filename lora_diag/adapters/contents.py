@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusers import METADATA
-from lora_diag.adapters.gguf import fields_of, reorder_rows
+from lora_diag.adapters.gguf import TABLE, fields_of, reorder_rows
 from lora_diag.adapters.keys import strip
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.scales import Scale, scale_of
 from lora_diag.adapters.updates import NewValue, Site, Update
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import natural_order
+from lora_diag.deltas import has_tied_head, is_head, is_table, natural_order
+from lora_diag.records.names import RESIZABLE
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,19 @@ class Item:
     kernel: tuple[int, ...] = ()
     load: Callable[[Site], Factors | torch.Tensor] | None = field(default=None, compare=False)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it has factors of an embedding, for which programs have other layouts than for a linear layer."""
+        return self.part == "embedding" or (self.part in {"dora", "residual"} and is_table(self.layer))
+
+    @property
+    def tied_role(self) -> Literal["head", "embedding", ""]:
+        """What the weight is to a head that is tied to the token embedding; empty for others."""
+        if is_head(self.layer):
+            return "head"
+        tokens = RESIZABLE.search(self.layer) or self.key.startswith(TABLE)
+        return "embedding" if self.is_table and tokens else ""
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -71,12 +85,14 @@ class Contents:
         items: Its changes, in natural order of the weights.
         config: ``adapter_config.json``, or the fields of a GGUF file; empty without one.
         has_metadata: Whether the file's own metadata give r and α.
+        tied: Whether the head of BASE is tied to its embedding; None without a BASE.
     """
 
     form: str
     items: tuple[Item, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     has_metadata: bool = False
+    tied: bool | None = None
 
     @property
     def pairs(self) -> tuple[Item, ...]:
@@ -123,6 +139,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
         tuple(sorted(items, key=lambda item: natural_order(item.layer))),
         fields_of(adapter.source) or values,
         METADATA in adapter.source.metadata,
+        has_tied_head(base) if base is not None else None,
     )
 
 
@@ -168,7 +185,8 @@ def _find_part(update: Update, adapter: Adapter) -> Part:
     if update.expert is not None:
         return "experts"
     if update.zero_if in adapter.checkpoint:
-        if "lora_embedding" in update.zero_if:
+        of_mlx = adapter.form == "mlx" and is_table(update.weight)
+        if of_mlx or "lora_embedding" in update.zero_if or update.zero_if.startswith(TABLE):
             return "embedding"
         if len(adapter.checkpoint[update.zero_if].shape) > 2:
             return "convolution"

@@ -17,6 +17,7 @@ from lora_diag.adapters.names import drop_leading_wrappers
 from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, of_config
+from lora_diag.deltas import has_tied_head
 from lora_diag.errors import InputError, UsageError
 
 GGUF = "gguf"
@@ -101,10 +102,25 @@ class Layout:
     Args:
         file: Name of the weights file.
         plan: Takes the weights, the adapter, BASE and the common rank; returns every tensor, and the config.
+        unsupported: Returns the reason why its program cannot load a weight; empty if it can.
     """
 
     file: str
     plan: Callable[[Sequence[Placed], Contents, Checkpoint | None, int], tuple[Plan, dict[str, Any]]]
+    unsupported: Callable[[Item, Contents], str] = lambda item, contents: ""
+
+
+def why_not_tied(form: str, item: Item) -> str:
+    """Return why llama.cpp (``gguf``) or mlx-lm (``mlx``) fails to load an update where the head is tied; empty if not.
+
+    llama.cpp b11739 applies the update of the embedding to the head, whose shapes then do not fit, and aborts:
+    ``GGML_ASSERT(ggml_can_mul_mat(a, b))``.
+    """
+    if item.tied_role == "head":
+        return "the head is tied to the embedding, and the program has no tensor for it"
+    if item.tied_role == "embedding" and form == GGUF:
+        return "the head is tied to the embedding, and llama.cpp aborts as it applies the update to both"
+    return ""
 
 
 def _find_kernels(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -162,7 +178,7 @@ def _to_peft(
     for part in placed:
         path = _make_path(part.item, contents)
         modules.append(path)
-        if part.item.part == "embedding" or _is_table(part.item, contents):  # ΔW = (B·A)ᵀ of what PEFT stores
+        if part.item.is_table:  # ΔW = (B·A)ᵀ of what PEFT stores
             plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(part, "B", turned=True)
             plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(part, "A", turned=True)
         else:
@@ -228,20 +244,28 @@ def _to_mlx(
     plan: Plan = {}
     keys = set()
     for part in placed:
-        if part.item.part == "convolution":
-            raise InputError(f"{part.item.module}: mlx-lm has no LoRA for a convolution; leave it out of the adapter")
         path = _make_path(part.item, contents)
         _, layers, inside = path.partition("layers.")
         keys.add(inside.partition(".")[2] if layers else path)
-        plan[f"{path}.lora_a"] = Slot(part, "A", turned=True)
-        plan[f"{path}.lora_b"] = Slot(part, "B", turned=True)
+        table = part.item.is_table  # LoRAEmbedding has (vocab, r) and (r, dim)
+        plan[f"{path}.lora_a"] = Slot(part, "B") if table else Slot(part, "A", turned=True)
+        plan[f"{path}.lora_b"] = Slot(part, "A") if table else Slot(part, "B", turned=True)
     settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
 
 
-def _is_table(item: Item, contents: Contents) -> bool:
-    """Return whether a weight of a GGUF adapter is the token embedding."""
-    return contents.form == GGUF and item.key.startswith(TABLE)
+def _not_in_mlx(item: Item, contents: Contents) -> str:
+    if item.part == "convolution":
+        return "mlx-lm has no LoRA for a convolution"
+    return why_not_tied("mlx", item) if contents.tied else ""
+
+
+def _not_in_gguf(item: Item, contents: Contents) -> str:
+    if item.part == "convolution":
+        return "llama.cpp has no LoRA for a convolution"
+    if contents.form == GGUF and "_exps." in item.key:
+        return "stacks of experts are not written in GGUF"
+    return why_not_tied(GGUF, item) if contents.tied else ""
 
 
 def _to_gguf(
@@ -250,7 +274,7 @@ def _to_gguf(
     names = _find_gguf_names(contents, base)
     plan: Plan = {}
     for part in placed:
-        name = _convert_to_gguf_name(part.item, names, contents, base)
+        name = _convert_to_gguf_name(part.item, names, contents)
         if name == TABLE:
             plan[f"{name}.lora_a"] = Slot(part, "B")
             plan[f"{name}.lora_b"] = Slot(part, "A", turned=True)
@@ -290,16 +314,12 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
     return names
 
 
-def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents, base: Checkpoint | None) -> str:
+def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents) -> str:
     """Return the name of a weight in a GGUF file.
 
     Raises:
-        InputError: The name is unknown, or llama.cpp has no such tensor.
+        InputError: The name is unknown.
     """
-    if item.part == "convolution":
-        raise InputError(f"{item.layer}: llama.cpp has no LoRA for a convolution; leave it out of the adapter")
-    if contents.form == GGUF and "_exps." in item.key:
-        raise InputError(f"{item.layer}: stacks of experts are not written in GGUF; leave them out of the adapter")
     if contents.form == GGUF:
         return item.key.removesuffix(".lora_b").removesuffix(".lora_a")
     weight = f"{item.module}.weight"
@@ -308,11 +328,6 @@ def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents, b
         converted = converted or (names.in_gguf(candidate) if names is not None else None)
     if converted is None:
         raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")
-    if converted == "output.weight" and base is not None and not any(name.endswith("lm_head.weight") for name in base):
-        raise InputError(
-            f"{item.layer}: the head is tied to the embedding, for which llama.cpp has no tensor; leave it out of "
-            "the adapter"
-        )
     return converted
 
 
@@ -320,8 +335,8 @@ LAYOUTS = {
     "peft": Layout(WEIGHTS, _to_peft),
     "kohya": Layout("lora.safetensors", _to_kohya),
     "diffusers": Layout("pytorch_lora_weights.safetensors", _to_diffusers),
-    "mlx": Layout("adapters.safetensors", _to_mlx),
-    GGUF: Layout("adapter.gguf", _to_gguf),
+    "mlx": Layout("adapters.safetensors", _to_mlx, _not_in_mlx),
+    GGUF: Layout("adapter.gguf", _to_gguf, _not_in_gguf),
 }
 
 
@@ -339,4 +354,8 @@ def check_layout(form: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     """
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
-    LAYOUTS[form].plan(placed, Contents(PEFT, tuple(part.item for part in placed)), base, 1)
+    contents = Contents(PEFT, tuple(part.item for part in placed), tied=has_tied_head(base))
+    for item in contents.items:
+        if reason := LAYOUTS[form].unsupported(item, contents):
+            raise InputError(f"{item.layer}: {reason}; leave it out with --exclude")
+    LAYOUTS[form].plan(placed, contents, base, 1)

@@ -1,6 +1,8 @@
 """MLX (mlx-lm): ``adapters.safetensors`` and a config with ``fine_tune_type``; ΔW = scale·(a·b)ᵀ, not divided by r.
 
-``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``, transposed with respect to PEFT. DoRA's magnitudes are ``m``.
+``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``, transposed with respect to PEFT. Those of an embedding are
+``(vocab, r)`` and ``(r, dim)``, with ΔW = scale·a·b: names tell which modules are embeddings. DoRA's magnitudes are
+``m``, the lengths of the rows of either.
 
 Reference: ml-explore/mlx-lm ``mlx_lm/tuner/lora.py``, ``dora.py``.
 """
@@ -17,6 +19,7 @@ from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import is_table
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,18 +77,25 @@ def _update(source: Source, module: str, parts: dict[str, str], stated: float | 
             "give the config that this adapter was trained with"
         )
     scale = stated if stated is not None else source.scale_without_alpha(a[1])
-    load = partial(factors, source.checkpoint, parts["lora_b"], parts["lora_a"], scale)
-    key = parts["lora_b"]
-    dtype = source.checkpoint[key].dtype
-    thin = thin_factors(source.checkpoint, key, parts["lora_a"], Scale(scale), turned=True)
-    update = Update(f"{module}.weight", (b[1], a[0]), load, True, dtype, zero_if=key, rank=a[1], scale=scale, thin=thin)
-    if "m" not in parts:
-        return update
-    # An embedding is (vocab, dim), and m holds the lengths of its rows.
-    of_table = source.checkpoint[parts["m"]].numel == a[0] != b[1]
-    return dora.add_magnitude(update, source, parts["m"], by_column=of_table)
+    weight, key = f"{module}.weight", parts["lora_b"]
+    table = is_table(weight) or ("m" in parts and source.checkpoint[parts["m"]].numel == a[0] != b[1])
+    shape = (a[0], b[1]) if table else (b[1], a[0])
+    keys = (parts["lora_a"], key) if table else (key, parts["lora_a"])
+    update = Update(
+        weight,
+        shape,
+        partial(factors, source.checkpoint, *keys, scale, not table),
+        factored=True,
+        dtype=source.checkpoint[key].dtype,
+        zero_if=key,
+        rank=a[1],
+        scale=scale,
+        thin=thin_factors(source.checkpoint, *keys, Scale(scale), turned=not table),
+    )
+    return dora.add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
 
 
-def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:
-    """Return scale·bᵀ ``(out, r)`` and aᵀ ``(r, in)``."""
-    return read(checkpoint, b_key).T * scale, read(checkpoint, a_key).T
+def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
+    """Return scale·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
+    b, a = read(checkpoint, b_key), read(checkpoint, a_key)
+    return (b.T * scale, a.T) if turned else (b * scale, a)

@@ -10,6 +10,7 @@ are cached in files.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.contents import Item, contents_of
+from lora_diag.adapters.contents import Contents, Item, contents_of
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64
@@ -46,12 +47,14 @@ class Written:
         rank: r of every pair of factors, and α.
         dtype: Dtype of the factors.
         truncated: ε of every weight whose update was truncated.
+        epsilon: ε of these weights together: √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²); 0 without any.
         unsupported: Unsupported weights, with the reason.
     """
 
     rank: int
     dtype: str
     truncated: Mapping[str, float]
+    epsilon: float
     unsupported: Mapping[str, str]
 
 
@@ -63,12 +66,14 @@ class _Part:
         placed: The weight, and the shapes of its factors.
         load: Reads s·B ``(out, r)`` and A ``(r, in)``, float64.
         epsilon: ‖ΔW − s·B·A‖_F / ‖ΔW‖_F; above 0 only where a full-rank update was truncated.
+        fro: ‖ΔW‖_F of such an update.
         is_exact: Whether the stored dtype holds both.
     """
 
     placed: Placed
     load: Callable[[], Factors]
     epsilon: float = 0.0
+    fro: float = 0.0
     is_exact: bool = False
 
 
@@ -140,6 +145,7 @@ def convert(
     form: str,
     dora_to_lora: bool = False,
     leave_out: bool = False,
+    for_tied_head: bool = False,
 ) -> Written:
     """Write the files of a portable copy into an existing folder; see ``write_portable``.
 
@@ -151,6 +157,7 @@ def convert(
         form: One of ``LAYOUTS``.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
+        for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
     """
     _refuse_rows(adapter, base, form)
     contents = contents_of(adapter, base)
@@ -158,7 +165,10 @@ def convert(
     if base is not None:
         deltas = {delta.layer: delta for delta in adapter.pair(base)[0].deltas}
     reasons = {
-        item.layer: why_not_portable(item, deltas.get(item.layer) is not None, dora_to_lora) for item in contents.items
+        item.layer: why_not_portable(item, deltas.get(item.layer) is not None, dora_to_lora)
+        or LAYOUTS[form].unsupported(item, contents)
+        or ("" if for_tied_head else _why_changed(item, contents, form))
+        for item in contents.items
     }
     unsupported = {layer: reason for layer, reason in reasons.items() if reason}
     if unsupported and not leave_out:
@@ -175,8 +185,23 @@ def convert(
     rank = max(part.placed.rank for part in parts.values())
     plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
     _write(folder / LAYOUTS[form].file, plan, config, _Reader(parts, plan, rank, dtype))
-    truncated = {layer: part.epsilon for layer, part in parts.items() if part.placed.item.part == "dora"}
-    return Written(rank, dtype, truncated, unsupported)
+    from_dora = {layer: part for layer, part in parts.items() if part.placed.item.part == "dora"}
+    norm = math.hypot(*(part.fro for part in from_dora.values()))
+    epsilon = math.hypot(*(part.epsilon * part.fro for part in from_dora.values())) / (norm or 1.0)
+    return Written(rank, dtype, {layer: part.epsilon for layer, part in from_dora.items()}, epsilon, unsupported)
+
+
+def _why_changed(item: Item, contents: Contents, form: str) -> str:
+    """Return why an update would change its meaning in another layout; empty if it keeps it.
+
+    mlx-lm applies the update of an embedding in a head that is tied to it; PEFT does so only in a merge.
+    """
+    if "mlx" not in {form, contents.form} or form == contents.form or item.tied_role != "embedding":
+        return ""
+    if contents.tied is None:
+        return "mlx-lm applies it in a head that is tied to the embedding, too; give BASE, which shows whether it is"
+    changed = "the head is tied to the embedding; mlx-lm applies the update in both, and PEFT does not"
+    return changed if contents.tied else ""
 
 
 def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
@@ -203,20 +228,20 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
     import torch
 
     load: Callable[[], Factors] = partial(_load_factors, item)
-    epsilon = 0.0
+    epsilon = fro = 0.0
     if item.part in {"dora", "residual"}:
         assert delta is not None
         if isinstance(delta, FactoredDelta):
             load = partial(_make_part_of_delta, item, delta)
         else:
-            b, a, epsilon = _approximate_delta(item, delta)
+            b, a, epsilon, fro = _approximate_delta(item, delta)
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
             load = partial(_load_cached, file)
     b, a = load()
     torch_dtype = getattr(torch, dtype)
     is_exact = all(torch.equal(as_float64(x.to(torch_dtype)), x) for x in (b, a))
-    return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, is_exact)
+    return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, fro, is_exact)
 
 
 def _load_factors(item: Item) -> Factors:
@@ -243,8 +268,8 @@ def _is_turned(item: Item, delta: Delta) -> bool:
     return delta.shape != item.shape and delta.shape == item.shape[::-1]
 
 
-def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Form ΔW; return its best approximation of the item's rank, and the error ε (Eckart and Young 1936)."""
+def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Form ΔW; return its best approximation of the item's rank, the error ε (Eckart and Young 1936) and ‖ΔW‖_F."""
     import torch
 
     assert not isinstance(delta, FactoredDelta)
@@ -257,7 +282,7 @@ def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Te
     rank = min(item.rank, len(s))
     norm = float(torch.linalg.vector_norm(s))
     epsilon = float(torch.linalg.vector_norm(s[rank:])) / norm if norm else 0.0
-    return u[:, :rank] * s[:rank], vh[:rank], epsilon
+    return u[:, :rank] * s[:rank], vh[:rank], epsilon, norm
 
 
 def _list_by_reason(unsupported: Mapping[str, str]) -> str:

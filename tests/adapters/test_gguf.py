@@ -77,6 +77,7 @@ def llama(tmp_path):
         {
             **{f"{layer}self_attn.{leaf}.weight": normal(*shape) for leaf, shape in shapes.items()},
             "model.embed_tokens.weight": normal(50, 32),
+            "lm_head.weight": normal(50, 32),
         },
         CONFIG,
     )

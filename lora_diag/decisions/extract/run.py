@@ -223,7 +223,7 @@ def _write(
     scratch = folder.work / FACTORS / PEFT
     scratch.mkdir(exist_ok=True)
     planned.write(scratch, results, files, name)
-    convert(open_adapter(scratch), folder.work, scratch, planned.base, form)
+    convert(open_adapter(scratch), folder.work, scratch, planned.base, form, for_tied_head=True)
     check_converted(folder.work / LAYOUTS[form].file, scratch, planned.base)
 
 

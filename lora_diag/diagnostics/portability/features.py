@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lora_diag.adapters.contents import Contents, Item, Part
@@ -46,11 +47,14 @@ FEATURES: dict[str, Contents] = {
     "anchored pattern (^)": _make_peft_contents({"alpha_pattern": {f"^{_Q}": 32}}, (8, 8), (4.0, 2.0)),
     "target_modules is a regex": _make_peft_contents({"target_modules": ".*(q|v)_proj"}, (8, 8), (2.0, 2.0)),
     "q_proj without v_proj": Contents("peft", (_pair(_Q, 8, 2.0),), _CONFIG),
-    "embeddings": _make_peft_contents(
-        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
-        (8, 8),
-        (2.0, 2.0),
-        _pair("model.embed_tokens", 8, 2.0, part="embedding"),
+    "embeddings (untied head)": replace(
+        _make_peft_contents(
+            {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+            (8, 8),
+            (2.0, 2.0),
+            _pair("model.embed_tokens", 8, 2.0, part="embedding"),
+        ),
+        tied=False,
     ),
     "target_parameters (experts)": _make_peft_contents(
         {}, (8, 8), (2.0, 2.0), _pair("model.layers.0.mlp.experts.down_proj", 8, 2.0, part="experts")

@@ -35,7 +35,14 @@ from lora_diag.rendering.figures.style import (
 )
 
 # Colours by status; a wrong weight has the colour of its ε, or this one if its ε is not known.
-COLORS = {"exact": UNKNOWN, "full": UNKNOWN, "dropped": CATEGORIES[0], "refused": QUIET, "wrong": "#F4D9C6"}
+COLORS = {
+    "exact": UNKNOWN,
+    "full": UNKNOWN,
+    "dropped": CATEGORIES[0],
+    "refused": QUIET,
+    "wrong": "#F4D9C6",
+    "unknown": "#D9E2EC",
+}
 EPSILON: Colormap = ListedColormap(mpl.colormaps["Oranges"].resampled(256)(range(80, 256)), "epsilon")
 
 # Maximum fraction of the page's width for row names; number of columns between two programs.
@@ -193,6 +200,7 @@ def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     keys += [Key(Patch(color=COLORS["wrong"]), "different ΔW, ε not known without BASE")] if unknown else []
     keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in statuses else []
     keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
+    keys += [Key(Patch(color=COLORS["unknown"]), "not known without BASE")] if "unknown" in statuses else []
     layers = len({record.layer for item in series for record in item.records})
     several = len({(name, depth) for name, _, depth in shown.records}) < layers
     return FigureText(

@@ -53,7 +53,7 @@ def make_portable(
 
     Returns:
         The results of ``portability`` for the written adapter. Their settings name under ``fixed`` the rank, the dtype,
-        the errors ε of truncated and of folded factors, and the skipped weights.
+        the errors ε of truncated (also pooled) and of folded factors, and the skipped weights.
 
     Raises:
         UsageError: ``output`` exists.
@@ -80,6 +80,7 @@ def make_portable(
         "dtype": written.dtype,
         "rounding": worst,
         "truncated": dict(written.truncated),
+        "epsilon": written.epsilon,
         "left_out": dict(written.unsupported),
     }
     run = results.run.model_copy(update={"settings": {**results.run.settings, "fixed": fixed}})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.contents import Item
 from lora_diag.adapters.updates import Site
 from lora_diag.deltas import Delta, FactoredDelta
-from lora_diag.diagnostics.portability.record import NONLINEAR_PARTS, Portability, Status
+from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
 from lora_diag.diagnostics.portability.rules import Outcome
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.left_out import not_finite
@@ -93,6 +93,8 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
 
 def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None, whole: Matrix | None) -> Portability:
     status, epsilon, scale, why = _judge(task, outcome, fro, whole)
+    if isinstance(outcome, Outcome) and outcome.unjudged and status in AS_INTENDED:
+        status, epsilon, why = "unknown", None, outcome.unjudged
     return Portability(
         layer=task.layer,
         consumer=name[0],

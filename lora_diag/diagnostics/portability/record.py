@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 from lora_diag.records.base import LayerRecord, Norm, Ratio
 from lora_diag.records.shown import Shown
 
-Status = Literal["exact", "wrong", "dropped", "full", "refused"]
+Status = Literal["exact", "wrong", "dropped", "full", "refused", "unknown"]
 
 # From worst to best.
-ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "full", "exact")
+ORDER: tuple[Status, ...] = ("refused", "dropped", "wrong", "unknown", "full", "exact")
 
 # Statuses of a layer that is applied as intended.
 AS_INTENDED: tuple[Status, ...] = ("exact", "full")
@@ -28,13 +28,13 @@ class Portability(LayerRecord):
         version: Version of the program: the requested one, or the newest in which the rule was read.
         status: ``exact`` if it applies the intended ΔW; ``wrong`` if another one; ``dropped`` if it silently leaves the
             weight as it is; ``full`` if it takes a weight that the file holds in full; ``refused`` if it stops with an
-            error, which holds for the whole adapter.
+            error, which holds for the whole adapter; ``unknown`` if that depends on a BASE which is not given.
         part: Its contents in the file: ``factors``, ``dora``, ``bias``, ``value`` and so on.
         rank: r of its factors; null without factors.
         scale: s' by which the consumer multiplies B·A; null without factors.
         intended: The intended s; null without factors.
         epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where only the scale
-            differs, 1 if dropped; null if refused, if ΔW = 0, and where a BASE is needed and missing.
+            differs, 1 if dropped; null if refused or unknown, if ΔW = 0, and where a BASE is needed and missing.
         fro: ‖ΔW‖_F of the intended update; null if that needs a BASE and none is given.
         why: The reason, in one sentence; empty if it is exact.
     """

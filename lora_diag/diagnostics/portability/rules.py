@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from lora_diag.adapters.contents import Contents, Item
+from lora_diag.adapters.layouts import why_not_tied
 from lora_diag.errors import UsageError
 
 _VERSION = re.compile(r"b?(\d+(?:\.\d+)*)(?:[.-]?(?:post|rc|dev|a|b)\d*)*")
@@ -24,11 +25,13 @@ class Outcome:
             ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is.
         scale: s'; None without factors.
         why: The reason, in one sentence; empty for the usual case.
+        unjudged: What may prevent it, which depends on a BASE that is not given; empty if nothing does.
     """
 
     does: Literal["applied", "intended", "full", "dropped"]
     scale: float | None = None
     why: str = ""
+    unjudged: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Rule:
         read: Versions whose source was read, the newest last.
         refuses: Returns the reason for not loading an adapter; empty if it is loaded.
         applies: Returns the treatment of an item of a loaded adapter.
+        unjudged: Returns what is not known of an adapter without its BASE; empty if nothing.
     """
 
     since: str
@@ -48,6 +52,7 @@ class Rule:
     read: tuple[str, ...]
     refuses: Callable[[Contents], str]
     applies: Callable[[Contents, Item], Outcome]
+    unjudged: Callable[[Contents], str] = lambda contents: ""
 
     @property
     def versions(self) -> str:
@@ -139,6 +144,18 @@ def one_scale(config: Mapping[str, Any]) -> float:
     """Return α/r or, with rsLoRA, α/√r, from the config's own α and r: the same for every module."""
     rank = config["r"]
     return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def tied_refusal(form: str, contents: Contents) -> str:
+    """Return why the program of a layout does not load an adapter of a BASE with a tied head; empty if it does."""
+    return next((f"{reason} ({item.layer})" for item in contents.items if (reason := why_not_tied(form, item))), "")
+
+
+def unjudged_tie(form: str, contents: Contents) -> str:
+    """Return the problem that an adapter would have if its BASE, which is not given, had a tied head."""
+    if contents.tied is not None or not (reason := tied_refusal(form, contents)):
+        return ""
+    return f"the adapter is refused if {reason}"
 
 
 def unless(*reasons: str) -> str:

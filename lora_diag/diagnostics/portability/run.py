@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -141,11 +142,13 @@ def judged(
         if reason := refusal(consumer, reference, contents, max_lora_rank):
             raise UsageError(f"--intended {intended}: {name[0]} refuses this adapter: {reason}")
     refusals = {name: refusal(consumer, rule, contents, max_lora_rank) for name, (consumer, rule) in chosen.items()}
+    unjudged = {name: rule.unjudged(contents) for name, (_, rule) in chosen.items()}
     deltas = {delta.layer: delta for delta in (pairing.deltas if pairing is not None else ())}
     tasks = []
     for item in contents.items:
         outcomes: dict[Name, Outcome | str] = {
-            name: refusals[name] or rule.applies(contents, item) for name, (_, rule) in chosen.items()
+            name: refusals[name] or replace(rule.applies(contents, item), unjudged=unjudged[name])
+            for name, (_, rule) in chosen.items()
         }
         scale = item.scale if reference is None else reference.applies(contents, item).scale
         tasks.append(Judged(item, outcomes, scale, deltas.get(item.layer)))

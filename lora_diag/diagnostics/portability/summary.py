@@ -12,8 +12,8 @@ from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PART
 from lora_diag.records import Results
 from lora_diag.rendering.columns import Column, Grid, rows_of
 from lora_diag.rendering.columns import title_of as row_title
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
-from lora_diag.rendering.text import format_shown, list_names, number, safe, short, span
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.text import format_shown, list_names, number, percent, safe, short, span
 
 Name = tuple[str, str]
 
@@ -86,7 +86,7 @@ def pooled_epsilon(records: Sequence[Portability]) -> float | None:
 
 
 def failed(results: Results[Portability]) -> list[Name]:
-    """Return the required consumers that do not apply the intended ΔW."""
+    """Return the required consumers that do not apply the intended ΔW, as far as known."""
     required = set(results.run.settings.get("require") or ())
     return [
         name
@@ -104,11 +104,11 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     ]
     lines += _describe_fix(results.run.settings.get("fixed"))
     if groups:
-        lines.append(_describe_answer(groups, unsupported))
+        lines.append(_describe_answer(groups, unsupported, results))
     lines += [_describe_consumer(name, records, results) for name, records in groups.items()]
     if required := failed(results):
         titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
-        lines.append(make_statement("require", "Required", f"not as intended: {titles}", level="failure"))
+        lines.append(make_statement("require", "Required", f"not as intended, or not known: {titles}", level="failure"))
     lines.append(left_out(results))
     return [*lines, *final_statements(results)]
 
@@ -132,13 +132,36 @@ def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
     return [make_statement("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
 
 
-def _describe_answer(groups: dict[Name, list[Portability]], lost: Sequence[Name]) -> Statement:
+def _describe_answer(
+    groups: dict[Name, list[Portability]], lost: Sequence[Name], results: Results[Portability]
+) -> Statement:
     names = [*groups]
-    if not lost:
-        return make_statement("portable", "Portable", f"yes: the same ΔW in {_list_titles(names, names)}", level="ok")
+    unknown = [name for name in lost if all(record.status in {*AS_INTENDED, "unknown"} for record in groups[name])]
     supported = [name for name in names if name not in lost]
-    prefix = f"as intended in {_list_titles(supported, names)} and " if supported else ""
-    return make_statement("portable", "Portable", f"no: {prefix}not in {_list_titles(lost, names)}", level="warning")
+    lost = [name for name in lost if name not in unknown]
+    fixed = results.run.settings.get("fixed") or {}
+    same = f"the same ΔW in {_list_titles(names, names)}"
+    truncated = f"only {_describe_truncation(fixed)}" if fixed.get("truncated") else ""
+    level: Level = "warning"
+    if lost or unknown:
+        prefix = f"as {'written' if truncated else 'intended'} in {_list_titles(supported, names)}" if supported else ""
+        no = f"{' and ' if prefix else ''}not in {_list_titles(lost, names)}" if lost else ""
+        open_ = f"not known without BASE in {_list_titles(unknown, names)}: give BASE" if unknown else ""
+        lead = ("no: " if lost else "") + "; ".join(filter(None, (prefix + no, open_)))
+    elif truncated:
+        lead = same
+    elif skipped := fixed.get("left_out"):
+        lead = f"{same}, without {len(skipped)} weights of the adapter"
+    else:
+        lead, level = f"yes: {same}", "ok"
+    return make_statement("portable", "Portable", *filter(None, (truncated, lead)), level=level)
+
+
+def _describe_truncation(fixed: Mapping[str, Any]) -> str:
+    """State how much of DoRA's update the written factors keep."""
+    epsilon = fixed["epsilon"]
+    kept = percent(max(0.0, 1 - epsilon**2))
+    return f"{kept} of the energy of DoRA's ΔW (ε = {number(epsilon)}); merge the adapter into BASE to serve all of it"
 
 
 def _list_titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
@@ -151,6 +174,9 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
     details = []
     if counts["refused"]:
         lead, level = f"refuses the adapter: {safe(records[0].why)}", "failure"
+    elif counts["unknown"] and not set(counts) - {*AS_INTENDED, "unknown"}:
+        why = next(record.why for record in records if record.status == "unknown")
+        lead, level = f"not known without BASE: {safe(why)}", "warning"
     elif not set(counts) - set(AS_INTENDED):
         lead, level = f"exact in all {len(records)} weights", "ok"
     else:

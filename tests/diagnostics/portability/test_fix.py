@@ -11,7 +11,7 @@ from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import InputError, UsageError
 from tests.adapters.making import adapter, base, changes, close, normal, write
-from tests.messages import assert_names
+from tests.messages import assert_names, raises_naming
 
 MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
 RANKS = (2, 3, 5, 1)
@@ -221,6 +221,104 @@ def test_mlx_layout_round_trip(tmp_path):
         after, _ = changes(tmp_path / path, None)
         for layer, change in before.items():
             close(after[layer], change)
+
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 2}
+TABLE, HEAD = "model.embed_tokens", "lm_head"
+FACTORS = {
+    TABLE: {f"{TABLE}.lora_embedding_A": normal(2, 9, seed=1), f"{TABLE}.lora_embedding_B": normal(6, 2, seed=2)},
+    HEAD: {f"{HEAD}.lora_A.weight": normal(2, 6, seed=3), f"{HEAD}.lora_B.weight": normal(9, 2, seed=4)},
+}
+PLAIN = {"model.norm_proj.lora_A.weight": normal(2, 6, seed=5), "model.norm_proj.lora_B.weight": normal(6, 2, seed=6)}
+
+
+def vocabulary_adapter(tmp_path, module, tied):
+    """Write a model of an embedding, a layer and perhaps a head of its own, and a LoRA of the layer and one table."""
+    stored = {f"{TABLE}.weight": normal(9, 6), "model.norm_proj.weight": normal(6, 6)}
+    config = LLAMA | {"tie_word_embeddings": tied}
+    folder = base(tmp_path, stored | ({} if tied else {f"{HEAD}.weight": normal(9, 6, seed=8)}), config)
+    return folder, adapter(tmp_path, PLAIN | FACTORS[module], target_modules=["norm_proj", module.split(".")[-1]])
+
+
+def test_mlx_embedding_has_the_shapes_of_its_layer(tmp_path):
+    """Of ``LoRAEmbedding``: ``lora_a`` (vocab, r) and ``lora_b`` (r, dim), ΔW = scale·a·b; ``LoRALinear`` is turned."""
+    folder, path = vocabulary_adapter(tmp_path, TABLE, tied=False)
+    make_portable(path, tmp_path / "mlx", folder, form="mlx")
+    tensors = {
+        name: value.astype(np.float64) for name, value in load_file(tmp_path / "mlx/adapters.safetensors").items()
+    }
+    config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
+    a, b = tensors[f"{TABLE}.lora_a"], tensors[f"{TABLE}.lora_b"]
+    assert (a.shape, b.shape) == ((9, 2), (2, 6))
+    factors = FACTORS[TABLE]
+    expected = 1.5 * (factors[f"{TABLE}.lora_embedding_B"] @ factors[f"{TABLE}.lora_embedding_A"]).T
+    close(config["lora_parameters"]["scale"] * a @ b, expected, 1e-6)
+    assert tensors["model.norm_proj.lora_a"].shape == (6, 2)
+    alone, _ = changes(tmp_path / "mlx", None)
+    close(alone[f"{TABLE}.weight"], expected, 1e-6)
+    make_portable(tmp_path / "mlx", tmp_path / "peft", folder, form="peft")
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "peft/adapter_model.safetensors")}
+    assert names == {*PLAIN, *factors}  # names that PEFT loads: it skips ``embed_tokens.lora_A.weight`` silently
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+@pytest.mark.parametrize("module", [TABLE, HEAD])
+def test_update_of_tied_table_is_not_written(tmp_path, module, form):
+    """As run: llama.cpp aborts or refuses it; mlx-lm refuses the head, and applies the embedding's to the head."""
+    folder, path = vocabulary_adapter(tmp_path, module, tied=True)
+    with raises_naming(InputError, f"{module}.weight", "tied"):
+        make_portable(path, tmp_path / "out", folder, form=form)
+    results = make_portable(path, tmp_path / "out", folder, form=form, leave_out=True) if form == "mlx" else None
+    assert results is None or {record.layer for record in results} == {"model.norm_proj.weight"}
+
+
+@pytest.mark.parametrize("module", [TABLE, HEAD])
+def test_tied_rules_are_judged_with_base(tmp_path, loradiag, module):
+    folder, path = vocabulary_adapter(tmp_path, module, tied=True)
+
+    def statuses(*inputs):
+        return {record.status for record in portability(*inputs, consumers=["llamacpp"])}
+
+    assert statuses(path, folder) == {"refused"}
+    assert statuses(path) == {"unknown"}
+    ran = loradiag("portability", path, "--consumers", "llamacpp,peft", "--require", "llamacpp")
+    assert ran.code == 1
+    assert_names(ran.out, "as intended in PEFT", "not known without BASE", "llama.cpp")
+    config = LLAMA | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    write(
+        folder / "model.safetensors",
+        {n: normal(9, 6) for n in (f"{TABLE}.weight", f"{HEAD}.weight")} | {"model.norm_proj.weight": normal(6, 6)},
+    )
+    assert statuses(path, folder) == {"exact"}
+    assert loradiag("portability", path, folder, "--require", "llamacpp").code == 0
+
+
+def test_mlx_embedding_needs_base_to_become_peft(tmp_path):
+    folder, path = vocabulary_adapter(tmp_path, TABLE, tied=False)
+    make_portable(path, tmp_path / "mlx", folder, form="mlx")
+    with raises_naming(InputError, f"{TABLE}.weight", "give BASE"):
+        make_portable(tmp_path / "mlx", tmp_path / "peft", form="peft")
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
+    with raises_naming(InputError, f"{TABLE}.weight", "tied"):
+        make_portable(tmp_path / "mlx", tmp_path / "peft", folder, form="peft")
+
+
+def test_truncated_dora_is_not_called_portable(tmp_path, loradiag):
+    """Magnitudes 5% above the norms: ΔW is nearly 0.05·W, of full rank, of which a LoRA of rank 2 keeps little."""
+    w, a, b = normal(40, 40), 1e-3 * normal(2, 40, seed=1), normal(40, 2, seed=2)
+    m = 1.05 * np.linalg.norm(w, axis=1)
+    tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.lora_magnitude_vector": m}
+    folder = adapter(tmp_path, tensors, use_dora=True, target_modules=["q"])
+    base(tmp_path, {"q.weight": w})
+    ran = loradiag("portability", folder, tmp_path / "base", "--fix", "--dora-to-lora", "-o", tmp_path / "out")
+    v = w.astype(np.float64) + 1.5 * b @ a
+    s = np.linalg.svd(m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w, compute_uv=False)
+    kept = (s[:2] @ s[:2]) / (s @ s)
+    assert 0.1 < kept < 0.25
+    answer = next(line for line in ran.out.split("\n") if line.startswith("Portable"))
+    assert "yes" not in answer
+    assert_names(ran.out, "Portable", f"{100 * kept:.0f}%", "DoRA")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ DEFAULT_RANK = 8
 MAX_ADAPTERS = 8
 
 
+def format_minute(made: str) -> str:
+    """Return a time in the form of ``Run.made`` for a reader."""
+    return f"{made[:16].replace('T', ' ')} UTC" if made else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A run and the origin of its records.
@@ -37,12 +42,15 @@ class Source:
     Args:
         name: The results file, as in a command.
         results: Its records.
-        written: Modification time of the file as text; empty if unknown.
     """
 
     name: str
     results: Results[Any]
-    written: str = ""
+
+    @property
+    def made(self) -> str:
+        """Start of the run as text; empty if the file does not give it."""
+        return format_minute(self.results.run.made)
 
     def path_of(self, role: str, placeholder: str = "") -> str:
         """Return the path of the first input of a role; a placeholder in capitals without one."""

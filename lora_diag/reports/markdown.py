@@ -171,10 +171,10 @@ def _describe_measured(evidence: Evidence) -> str:
         sides = ", ".join(f"{_escape_text(side.role)} {code(side.path)}" for side in run.inputs[:NAMED])
         sides += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
         state = "" if source.results.end is not None else "; the run did not finish"
-        written = f"; written {source.written}" if source.written else ""
+        made = f"; started {source.made}" if source.made else ""
         lines.append(
             f"- {code(source.name)}: loradiag {_escape_text(run.command)} {_escape_text(run.version)}: {sides}; "
-            f"{len(source.results) or len(source.results.whole)} records{written}{state}"
+            f"{len(source.results) or len(source.results.whole)} records{made}{state}"
         )
     return "\n".join(lines)
 

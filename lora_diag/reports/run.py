@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,7 +11,8 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
-from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.records.run import timestamp
+from lora_diag.reports.evidence import Evidence, Source, format_minute
 from lora_diag.reports.options import ReportOptions
 from lora_diag.running.options import fill_options, show_options
 
@@ -73,7 +73,7 @@ def _write_html(evidence: Evidence) -> str:
     from lora_diag.reports.html import html_report
     from lora_diag.reports.static import images_of
 
-    return html_report(evidence, images_of(evidence), _format_minute(datetime.now(UTC)))
+    return html_report(evidence, images_of(evidence), format_minute(timestamp()))
 
 
 def _write_markdown(evidence: Evidence) -> str:
@@ -122,17 +122,7 @@ def format_of(output: Path | str | None, format: str | None) -> str:
 def _make_source(item: Path | str | Results[Any]) -> Source:
     if isinstance(item, Results):
         return Source(f"{item.run.command}.jsonl", item)
-    path = Path(item)
-    results: Results[Any] = read_results(path)
-    try:
-        changed = _format_minute(datetime.fromtimestamp(path.stat().st_mtime, UTC))
-    except (OverflowError, ValueError, OSError):
-        changed = ""  # the time is outside the range of calendars
-    return Source(str(path), results, changed)
-
-
-def _format_minute(time: datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M} UTC"
+    return Source(str(Path(item)), read_results(Path(item)))
 
 
 def _refuse_inputs(output: Path, inputs: Sequence[Path | str]) -> None:

@@ -152,7 +152,7 @@ def test_html_hostile_names_stay_text():
         *(residuals([residual(n, 8, 0.2, adapter=name) for n in layers], adapters=[name]) for name in HOSTILE),
         overlaps([overlap(n, 0, 0.01, 0.2) for n in layers]),
     )
-    sources = (Source(name, run, name) for name, run in zip(itertools.cycle(HOSTILE), runs, strict=False))
+    sources = (Source(name, run) for name, run in zip(itertools.cycle(HOSTILE), runs, strict=False))
     page = html_report(Evidence(tuple(sources)), images_of(evidence(runs[0], runs[-1])), "now")
     result = Elements(page)
     tags = {tag for tag, _ in result.seen}

@@ -266,6 +266,9 @@ def save_adapter(module: Any, folder: Path) -> None:
     """Write PEFT's folder of a trained adapter; it replaces an earlier one once it is complete."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
+    for config in module.peft_config.values():  # PEFT keeps names as a set, whose order differs between processes
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
     module.save_pretrained(part)
     (part / "README.md").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTr
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.decisions.tune.variants import Variant, uniform
 from lora_diag.errors import InconclusiveError, UsageError
+from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
 
@@ -393,3 +396,38 @@ def test_ranks_are_not_redistributed_where_none_gains():
 
     assert escalation("no gain") == ["no rank lowers the loss of BASE"]
     assert escalation("fast saturation") == ["a rank below the largest is enough"]
+
+
+SEARCH = """
+import json, sys
+from pathlib import Path
+import torch
+import lora_diag
+from lora_diag.decisions.tune import planning
+planning.step_seconds = lambda *_: (0.01, 0.01)  # the only numbers of a search that are measured times
+torch.set_num_threads(1)
+options = json.loads(sys.argv[2])
+lora_diag.tune(Path(sys.argv[1]), Path("run"), **options)
+"""
+
+
+@pytest.mark.slow
+def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path):
+    """Under SOURCE_DATE_EPOCH, every file has the same bytes, given the seconds of a step."""
+    base = gpt2(tmp_path / "base")
+    held = some_text(tmp_path, "held_out", windows=2, source="shifted")
+    options = OPTIONS | {"steps": 2, "repeats": 1, "ranks": (2,), "rates": (1e-2,), "no_full": True}
+    options |= {"data": str(some_text(tmp_path, "train", windows=5)), "evaluate": [str(held)]}
+    found = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-c", SEARCH, str(base), json.dumps(options)]
+        subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)
+        files = (path for path in (folder / "run").rglob("*") if path.is_file())
+        found.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
+    assert {"run/report.html", "run/tune.jsonl", "run/trials/uniform-r2/adapter_config.json"} <= set(found[0])
+    assert b"made 2023-11-14 22:13 UTC" in found[0]["run/report.html"]
+    assert found[0].keys() == found[1].keys()
+    assert [name for name, content in found[0].items() if found[1][name] != content] == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Also matches a single slash: ``Path`` collapses the two.
 ADDRESS = re.compile(r"\s*(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
-SCHEME = re.compile(r"\s*[A-Za-z][\w+.-]*://", re.ASCII)
+SCHEME = re.compile(r"\s*([A-Za-z][\w+.-]*)://(.*)", re.ASCII | re.DOTALL)
 ANY = re.compile(
     r"(?:([A-Za-z][\w+.-]*)://|(?<![\w+.-])(s3|gs|hf|https?):/(?!/))([^\s'\"<>]+)", re.ASCII | re.IGNORECASE
 )
@@ -51,7 +51,7 @@ def hide_secrets(address: Path | str) -> str:
     'http://(hidden)'
     """
     text = str(address)
-    if match := ADDRESS.fullmatch(text):
+    if match := ADDRESS.fullmatch(text) or SCHEME.fullmatch(text):
         return _without_secrets(match[1].lower(), match[2].rstrip())
     if ":/" not in text:
         return text

@@ -25,7 +25,7 @@ from typing import Any
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import _run
 from lora_diag.errors import LoradiagError
-from tests.robustness.kinds import prepare
+from tests.robustness.kinds import SECRET, prepare
 
 # Beyond what the process takes when it starts; the inputs are a few KB, and take less than 2 s.
 MEMORY = 1 << 30
@@ -105,6 +105,8 @@ def judge(words: list[str], code: int, out: str, err: str) -> str:
     allowed = CODES.get(words[0] if words else "", {0, 2, 3, 4})
     if code not in allowed:
         return f"exit code {code}: {err[-300:]}"
+    if SECRET in "".join((out + err).split()):
+        return f"a secret is printed: {(out + err)[-1000:]}"
     if "Traceback" in err or "Traceback" in out:
         return f"a traceback: {err[-1000:]}"
     if code in {2, 3, 4} and not err.strip() and words[:1] not in (["gate"], ["verify-merge"]) and "--help" not in out:

@@ -4,6 +4,7 @@ A kind takes a random generator, the folder of whole inputs and an empty folder,
 and returns the words of a command. Paths in them are relative to the empty folder, except those of whole inputs.
 """
 
+import json
 import os
 import random
 import shutil
@@ -293,6 +294,45 @@ def words(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return [word for word in chosen if not word.startswith(("..", "/dev"))]
 
 
+PIECES = (
+    *("a", "q_proj", ".", r"\.", ".*", "(a+)+", "(?#:)", "(?x: a +)", "(?=a)"),
+    *("(?:a|a)*", "[a-z_.0-9]+", "{2,9}", "(", "|", "$"),
+)
+
+# Part of every password and query in an address; no message may have it.
+SECRET = "Qz7"
+
+
+def patterns(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """A regular expression in ``adapter_config.json``, of pieces that a backtracking engine may take long to match."""
+    folder = _copy(whole / "lora", at / "m")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    pattern = "".join(rng.choices(PIECES, k=rng.randint(1, 8)))
+    key = rng.choice(["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"])
+    config[key] = {pattern: 2} if key in {"rank_pattern", "alpha_pattern"} else pattern
+    path.write_text(json.dumps(config))
+    base = str(whole / "base")
+    return rng.choice(
+        [["spectrum", base, "m", "-q"], ["spectrum", "m", "-q"], ["portability", "m"], ["fleet", "m", "-q"],
+         ["extract", base, str(whole / "tuned"), "--ranks", "m/adapter_config.json", "-q", "-o", "new"]]
+    )  # fmt: skip
+
+
+def addresses(rng: random.Random, whole: Path, at: Path) -> list[str]:
+    """Malformed addresses with secrets, and those of a port where nothing answers; no other host is named."""
+    scheme = rng.choice(["http://", "https://", "http:/", "HTTP://", " http://", "s3://", "gs://", "hf://", "ftp://"])
+    users = ["me:{}@", "me:{}/{}@", "{}:{}#@", "me:{} {}@", "me:{}'{}@", "me:1?{}@", "me:[{}@"]
+    user = rng.choice([*users, *([""] * (scheme.strip().lower()[0] == "h" and scheme != "hf://"))]).replace(
+        "{}", SECRET
+    )
+    parts = [*"@:/#[]% '\"<>\\", ":99999", "::1", ".safetensors", "%40", "é"]
+    address = f"{scheme}{user}127.0.0.1:9{''.join(rng.choices(parts, k=rng.randint(0, 5)))}"
+    address += rng.choice(["", f"?{SECRET}", f"?a@b={SECRET}"])
+    command = rng.choice(["inspect", "spectrum", "plan", "fleet", "portability", "report", "gate", "residual", "nope"])
+    return [command, *(str(whole / "base") for _ in range(rng.randrange(2))), address]
+
+
 KINDS: dict[str, Kind] = {
     "safetensors": safetensors,
     "sharded": sharded,
@@ -311,6 +351,8 @@ KINDS: dict[str, Kind] = {
     "results": results,
     "pages": pages,
     "words": words,
+    "patterns": patterns,
+    "addresses": addresses,
 }
 
 

@@ -61,6 +61,7 @@ def test_same_seed_gives_same_inputs(tmp_path: Path) -> None:
         (["inspect"], 3, "", "Traceback (most recent call last)", "a traceback"),
         (["inspect"], 3, "", "", "without a word"),
         (["inspect"], 0, "a\x1b[31mb", "", "control characters"),
+        (["inspect"], 3, "", "error: http://me:Qz\n7@host", "a secret"),
         (["inspect"], 3, "", "error: x\n", ""),
         (["gate"], 1, "FAILED\n", "", ""),
     ],

@@ -140,6 +140,7 @@ AWKWARD = [
     "http://me:{password}",
     "http:/me:{password}@{host}/base",
     "ftp://me:{password}@{host}/base",
+    'ftp://me:{password}@{host}" ?a@b={signature}',
     "hf://me:{password}@org/name",
     "s3://bucket/x?sig={signature}",
     "--layers=http://me:{password}@{host}/a b{password}(",

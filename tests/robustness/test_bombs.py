@@ -48,6 +48,12 @@ def test_small_file_takes_little_memory(limited: Limited, tmp_path: Path, kind: 
     assert len(err) < 2500
 
 
+def test_tensor_larger_than_its_storage_is_refused(limited: Limited, tmp_path: Path) -> None:
+    code, err = limited("inspect", FILES["torch: expanded"](tmp_path).name, cwd=tmp_path)
+    assert code == 3
+    assert "storage" in err
+
+
 @pytest.mark.parametrize("kind", POLICIES)
 def test_small_policy_takes_little_memory(limited: Limited, tmp_path: Path, kind: str) -> None:
     (tmp_path / "p.toml").write_text(POLICIES[kind])

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtr, stdtr, stdtrit
 
 # Each limit of an interval holds with this confidence, so that a statement read from one limit is wrong in 5% at most.
 LEVEL = 0.95
@@ -53,6 +53,32 @@ class Estimate:
         if self.error == 0:
             return 0.5 if self.value == limit else float(self.value < limit)
         return float(stdtr(self.freedom, (limit - self.value) / self.error))
+
+
+def errors_needed(freedom: float) -> float:
+    """Return the number of standard errors of a significant difference: t(Φ(2); ν).
+
+    That is two standard errors (95.4% two-sided) if the error is known well, and more if it has few degrees of freedom.
+
+    Example:
+        >>> [round(errors_needed(freedom), 2) for freedom in (1, 2, 10, 1e9)]
+        [13.97, 4.53, 2.28, 2.0]
+    """
+    return float(stdtrit(freedom, float(ndtr(2.0))))
+
+
+def paired_half(error: float | None, sequences: int | None) -> float | None:
+    """Return half the interval outside which a paired difference is significant; None without an error.
+
+    Args:
+        error: Its standard error by ``paired_difference``.
+        sequences: Their number; None if unknown, as in files of earlier versions: two standard errors.
+
+    Example:
+        >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
+        (1.4, 0.2)
+    """
+    return None if error is None else error * (errors_needed(freedom(sequences)) if sequences else 2.0)
 
 
 def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:

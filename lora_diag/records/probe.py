@@ -34,7 +34,7 @@ class Probe(WholeRecord):
         gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if unknown.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences.
         kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the loss; not clamped;
-            null if TUNED's loss equals that of BASE.
+            null if TUNED's loss equals that of BASE and, for ``outputs``, if it is not below.
         energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null otherwise.
         distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
         hidden: The same for the hidden states of every token at each depth: the embeddings, then the output of each
@@ -45,6 +45,7 @@ class Probe(WholeRecord):
         nll: For ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
             which any two models can be paired; empty elsewhere.
         predictions: Number of predictions of each sequence; only for BASE, since it is the same for all models.
+        sequences: Number of sequences, for ``truncation``; null elsewhere, where ``nll`` has it.
     """
 
     key: ClassVar[tuple[str, ...]] = (
@@ -108,6 +109,14 @@ class Probe(WholeRecord):
     hidden: tuple[float | None, ...] | None = None
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()
+    sequences: Count | None = None
+
+    @property
+    def gap_half(self) -> float | None:
+        """Half the interval outside which ``gap`` is significant (``paired_half``); None without an error."""
+        from lora_diag.metrics.equivalence import paired_half  # imports NumPy
+
+        return paired_half(self.gap_error, self.sequences or len(self.nll) or None)
 
     @property
     def to_tuned(self) -> float | None:

@@ -44,7 +44,8 @@ class Resolution(Record):
             the start, 0 if not; null where TUNED is not stored more finely, or too few entries changed.
         untouched: Estimated fraction of entries that training did not change (a sparse update), excluding those that
             rounding left unchanged; null for an adapter.
-        signal_rank: Number of singular values above the edge; null if all kept values are and there are more.
+        signal_rank: Number of singular values above the edge; null if all kept values are and there are more. A lower
+            count: weights of unequal rows or columns raise the edge, so that it misses weaker directions.
         verdict: Whether the files resolve this update.
     """
 

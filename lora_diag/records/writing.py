@@ -364,6 +364,14 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
                 f"{path}: the input {current_input.path} changed since this run began, and old and new layers must "
                 "not be mixed; delete the file and measure again, or write to another file"
             )
+        if (recorded.path, recorded.kind) == (current_input.path, current_input.kind) and (
+            recorded.notes != current_input.notes
+        ):
+            began, now = ("; ".join(side.notes) or "as a whole" for side in (recorded, current_input))
+            raise UsageError(
+                f"{path}: {current_input.path} was read otherwise when this run began ({began}; now: {now}), and old "
+                "and new records must not be mixed; delete the file and measure again, or write to another file"
+            )
     earlier_run, current = (run_record.model_dump(exclude={"made"}) for run_record in (earlier.run, run))
     differing = [key for key in current if earlier_run[key] != current[key]]
     stored, requested = earlier.run.settings, run.settings

@@ -62,12 +62,9 @@ def share(record: Probe) -> str:
 def both_ends(base: Probe, tuned: Probe) -> str:
     """Return the losses of BASE and of TUNED, with a warning if their difference is within its error."""
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
-    if base.gap is None or base.gap_error is None or abs(base.gap) > 2 * base.gap_error:
+    if base.gap is None or base.gap_half is None or abs(base.gap) > base.gap_half:
         return ends
-    return (
-        f"{ends}: the difference is within two standard errors (±{base.gap_error:.3f}), so fractions of it are not "
-        "meaningful"
-    )
+    return f"{ends}: the difference is not significant (±{base.gap_half:.3f}), so fractions of it are not meaningful"
 
 
 def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:

@@ -220,7 +220,8 @@ def widen_placement(evidence: Evidence) -> Advice | None:
     """Step 2: adapt module types that no adapter covers, with the same budget."""
     if not any(record.rank for records in evidence.adapted.values() for record in records):
         return None
-    reached = {r.layer for records in evidence.adapted.values() for r in records if r.rank}
+    # A weight that is trained in full (modules_to_save) has an update without a rank.
+    reached = {r.layer for records in evidence.adapted.values() for r in records if r.rank or r.adapter_fro > 0}
     by_layer = {r.layer: r for records in evidence.adapted.values() for r in records}
     negligible = negligible_layers(evidence)
     unreached = {layer: r.fro**2 for layer, r in by_layer.items() if layer not in reached and layer not in negligible}

@@ -21,7 +21,6 @@ from lora_diag.probes.fisher.correlations import Correlations, correlations
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.outputs.contest import ERRORS
 from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records.probe import main_sets
@@ -248,7 +247,7 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
     if any(of(evidence, "truncation")):
         return None
     for source, records in _find_runs(evidence, LossBound):
-        whole = [r for r in records if r.along == 1 and r.gap_error is not None and r.gap > ERRORS * r.gap_error]
+        whole = [r for r in records if r.along == 1 and r.gap_half is not None and r.gap > r.gap_half]
         ratios = [record.upper / record.gap for record in whole]
         if len(ratios) < 2 or min(ratios) < LOOSE_RATIO:
             continue
@@ -260,8 +259,8 @@ def flag_loose_bound(evidence: Evidence) -> Advice | None:
             f"{format_ranks(whole_ranks)}",
             f"On {whole[0].set} the bound is {min(ratios):.0f} to {max(ratios):.0f} times the measured gap at "
             f"{', '.join(f'r={record.rank}' for record in whole)}.",
-            f"bound ≥ {LOOSE_RATIO:.0f} times the gap at two ranks or more whose gap is above {ERRORS:.0f} "
-            "standard errors; no truncation measured",
+            f"bound ≥ {LOOSE_RATIO:.0f} times the gap at two ranks or more with a significant gap; "
+            "no truncation measured",
             f"{ARTICLE}, loss bound (L/2)Σσ²; Ghorbani et al. 2019 (arXiv 1901.10159): few eigenvalues are large",
             command("probe truncation", base, tuned, eval=text, ranks=whole_ranks, o="truncation.jsonl"),
             ranks=whole_ranks,

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from lora_diag.metrics.equivalence import LEVEL
 from lora_diag.probes.outputs.choice import Choice, choices
-from lora_diag.probes.outputs.contest import ERRORS, SUFFICIENT_SHARE, Contest
+from lora_diag.probes.outputs.contest import SUFFICIENT_SHARE, Contest, deciding_sets
 from lora_diag.probes.sweep.verdict import SweepVerdict, confident, reasons
 from lora_diag.records import Probe
-from lora_diag.records.probe import main_sets
 from lora_diag.rendering.text import two_digits
 from lora_diag.reports.evidence import ARTICLE, Evidence
 from lora_diag.reports.step import Advice, command, format_ranks
@@ -21,7 +20,7 @@ from lora_diag.reports.worth import SweptRun, compressed, contests, of, rejected
 
 # Ranks of a recommended sweep.
 _RANKS = tuple(2**power for power in range(2, 12))
-_PAIRED = "paired standard error by sequence (Cochran 1977, section 2.11)"
+_PAIRED = "two paired standard errors by sequence, more for few (Cochran 1977, section 2.11; Student's t)"
 
 
 def keep_adapter(evidence: Evidence) -> Advice | None:
@@ -32,15 +31,15 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
     best = min(equivalent, key=lambda contest: contest.worst.gap or 0.0)
     others = ", ".join(_describe_outcome(contest) for contest in equivalent if contest is not best)
     source, records = next(of(evidence, "outputs"))
-    on_main = choices([record for record in records if record.set in main_sets(records)])
+    on_main = choices([record for record in records if record.set in deciding_sets(records)])
     choices_text = "".join(f" {_describe_choice(choice)}." for choice in on_main)
     return Advice(
         "keep the adapter",
         f"No change: {best.name} does as well as the full fine-tune on held-out text",
         f"{_describe_outcome(best)}.{f' The same holds for {others}.' if others else ''}{choices_text} Distances "
         "in weights do not contradict this.",
-        f"loss + {ERRORS:.0f} standard errors within {1 - SUFFICIENT_SHARE:.0%} of the full fine-tune's gain on "
-        "every set that is not shifted, and that gain more than two of its own",
+        f"loss significantly within {1 - SUFFICIENT_SHARE:.0%} of the full fine-tune's gain on every set that is not "
+        "shifted and where that gain is positive, and that gain significant",
         f"{ARTICLE}, diagnostic 3 (validation loss); {_PAIRED}",
         command("gate", policy="adapter-basic", base=source.path_of("base"), adapter=best.name),
         adapters=(best.name,),
@@ -60,8 +59,7 @@ def flag_worse_finetune(evidence: Evidence) -> Advice | None:
         f"Do not imitate {source.path_of('tuned')}: measure it on other held-out text first",
         f"On {worst.set}, BASE is {_format_gap(worst)} nats from the full fine-tune: training made the model worse "
         "there.",
-        f"the full fine-tune worse than BASE by more than {ERRORS:.0f} standard errors on every set that is not "
-        "shifted",
+        "the full fine-tune significantly worse than BASE on every set that is not shifted",
         f"{ARTICLE}, diagnostic 3 (validation loss); {_PAIRED}",
         command(
             "probe truncation",
@@ -91,8 +89,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         f"{f'train at {format_ranks(candidates)}' if candidates else 'sweep learning rates'}",
         f"{_describe_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps "
         "based on weights suggest its cause; train and measure the loss again.",
-        f"every adapter worse by more than {ERRORS:.0f} standard errors on some set, and keeping less than "
-        f"{SUFFICIENT_SHARE:.0%} of the gain even if the loss is lower by as many errors",
+        f"every adapter significantly worse on some set, and not shown to keep {SUFFICIENT_SHARE:.0%} of the gain",
         f"{ARTICLE}, rank selection step 5 (escalation); {_PAIRED}",
         argv,
         ranks=candidates,
@@ -111,8 +108,7 @@ def measure_more(evidence: Evidence) -> Advice | None:
         f"Measure the loss of {', '.join(contest.name for contest in unknown)} on more held-out text",
         f"{'; '.join(map(_describe_outcome, unknown))}: not enough text to decide whether "
         f"{'it does' if len(unknown) == 1 else 'they do'} as well as the full fine-tune.",
-        f"neither within {1 - SUFFICIENT_SHARE:.0%} of the gain nor worse, with {ERRORS:.0f} standard errors "
-        "either way",
+        f"neither significantly within {1 - SUFFICIENT_SHARE:.0%} of the gain nor significantly worse",
         _PAIRED,
         command(
             "probe outputs",

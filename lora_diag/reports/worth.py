@@ -1,7 +1,7 @@
 """Evidence from held-out losses on adapters, ranks and truncations.
 
-Uses probe records only. A difference of two losses is significant above two paired standard errors. Sets that the user
-declared as shifted are evaluated separately.
+Uses probe records only. A difference of two losses is significant above two paired standard errors, more with few
+sequences. Sets that the user declared as shifted are evaluated separately.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from dataclasses import dataclass, fields
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.choice import choices
-from lora_diag.probes.outputs.contest import ERRORS, SUFFICIENT_SHARE, Contest, contests_of, gains
+from lora_diag.probes.outputs.contest import (
+    SUFFICIENT_SHARE,
+    Contest,
+    contests_of,
+    deciding_sets,
+    gains,
+    is_tuned_worse,
+)
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
@@ -92,7 +99,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
     pairs = [
         (choice.best, rival.name)
         for _, records in of(evidence, "outputs")
-        for choice in choices([record for record in records if record.set in main_sets(records)])
+        for choice in choices([record for record in records if record.set in deciding_sets(records)])
         for rival in choice.rivals
         if rival.worse
     ]
@@ -108,7 +115,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
         ),
         tuned=_is_tuned_worse(evidence),
         has_better_adapter=any(
-            all(r.gap is not None and r.gap_error and r.gap < -ERRORS * r.gap_error for r in contest.records)
+            all(r.gap is not None and r.gap_half and r.gap < -r.gap_half for r in contest.records)
             for contest in outcomes
         ),
     )
@@ -133,9 +140,7 @@ def _find_insufficient_ranks(evidence: Evidence) -> list[int]:
 def _is_tuned_worse(evidence: Evidence) -> bool:
     records = [record for probe in ("outputs", "truncation") for _, of_run in of(evidence, probe) for record in of_run]
     bases = [r for r in records if r.subject == "base" and r.layer is None and r.set in main_sets(records)]
-    return bool(bases) and all(
-        r.gap is not None and r.gap_error is not None and r.gap < -ERRORS * r.gap_error for r in bases
-    )
+    return bool(bases) and all(map(is_tuned_worse, bases))
 
 
 def without_matrices(evidence: Evidence) -> float | None:

@@ -183,6 +183,15 @@ def test_layers_without_adapter_widen_placement():
     assert "widen placement" not in told(residuals(small))
 
 
+def test_weights_trained_in_full_are_adapted():
+    """A head in modules_to_save has an update without a rank."""
+    head = residual("classifier.weight", 8, kept=0.9, fro=9.0).model_copy(update={"rank": None, "epsilon_min": None})
+    layers = [residual(layer, 8, kept=0.95) for layer in names(4)]
+    assert "widen placement" not in told(residuals([*layers, head]))
+    left_alone = head.model_copy(update={"rank": 0, "adapter_fro": 0.0})
+    assert "widen placement" in told(residuals([*layers, left_alone]))
+
+
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 def test_wrong_scale_comes_first(factor):
     records = [residual(layer, 16, kept=0.95, scale=factor, limited_by="scale") for layer in names(4)]

@@ -8,8 +8,10 @@ import pytest
 from scipy import stats
 
 from lora_diag.probes.outputs.choice import choices
+from lora_diag.probes.outputs.summary import outputs_lines
 from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
+from lora_diag.rendering.statements import find
 from lora_diag.reports.advice import advice
 from lora_diag.reports.worth import contests
 from tests import oracles
@@ -93,6 +95,59 @@ def test_contest_as_good_keeps_90_percent_within_errors():
     assert words(outputs({"a": (0.0, 0.5)}, shifted=("two",))) == {"a": "as good"}
     # Where the fine-tune itself gains nothing, nothing can be as good.
     assert words(outputs({"a": 0.0}, base=1.01, error=0.001)) == {"a": "not known"}
+
+
+def test_finetune_worse_than_base_is_no_standard_for_adapters():
+    """TUNED loses 0.25 on ``two``: only ``own`` decides there; alone, it decides nothing."""
+    own, two = outputs({"a": 0.05}).whole, outputs({"a": 0.3}, base=0.75, sets=("two",)).whole
+    results = run("probe outputs", (*own, *two))
+    assert words(results) == {"a": "as good"}
+    worse = run("probe outputs", two)
+    assert words(worse) == {}
+    assert told(worse) == ["fine-tune worse than BASE"]
+
+
+def measured(moves, sequences, seed=3):
+    """Records of losses of sequences: BASE, TUNED and an adapter, each with its mean move from BASE."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(20, 40, sequences)
+    base = counts * rng.uniform(1, 3, sequences)
+    nll = {name: base + counts * (move + 0.01 * rng.normal(size=sequences)) for name, move in moves.items()}
+    records = [probe("outputs", "base", base.sum() / counts.sum(), nll=tuple(base), predictions=tuple(counts.tolist()))]
+    records += [probe("outputs", name, each.sum() / counts.sum(), nll=tuple(each)) for name, each in nll.items()]
+    all_nll = {"base": base} | nll
+    result = []
+    for record in records:
+        difference = all_nll[record.subject] - nll["tuned"]
+        gap = difference.sum() / counts.sum()
+        error = oracles.error_of_mean(difference - gap * counts) * sequences / counts.sum()
+        more = {"gap": gap, "gap_error": error, "name": "runs/a" if record.subject == "adapter" else ""}
+        result.append(record.model_copy(update=more))
+    return result, counts, all_nll
+
+
+@pytest.mark.parametrize(("move", "word"), [(0.1, "worse than BASE"), (-0.1, "better than BASE"), (0.0, "no signif")])
+def test_adapter_is_compared_with_base_where_tuned_is_worse(move, word):
+    records, counts, nll = measured({"tuned": 0.25, "adapter": move}, 36)
+    statement = find(outputs_lines(run("probe outputs", records, length=8, dtype="f", device="cpu", tokens="x")), "on")
+    (line,) = [line for line in statement.lines if line.startswith("a: ")]
+    assert word in line
+    assert f"{(nll['adapter'] - nll['base']).sum() / counts.sum():+.4f}" in line
+    assert statement.answer.startswith("TUNED is worse than BASE")
+    assert "%" not in statement.text.replace("95%", "")
+
+
+@pytest.mark.parametrize("sequences", [2, 3, 5, 9, 17])
+def test_few_sequences_need_more_than_two_errors(sequences):
+    """The rate of false differences of equal models, whose sequences are independent, is near 4.6% at any number."""
+    wrong = 0
+    for seed in range(400):
+        records, _, _ = measured({"tuned": 0.0, "adapter": 0.0}, sequences, seed)
+        adapter = records[-1]
+        wrong += abs(adapter.gap) > adapter.gap_half
+        freedom = sequences - 1 if sequences < 4 else 1.5 * (sequences / math.isqrt(sequences) - 1)
+        assert adapter.gap_half == pytest.approx(stats.t(freedom).ppf(stats.norm.cdf(2)) * adapter.gap_error)
+    assert wrong / 400 < 0.08
 
 
 def test_equal_adapter_ends_advice():

@@ -135,7 +135,7 @@ def _make_notes(measured: Weights) -> list[str]:
     lines = [
         (measured.negative, "have no gain alone and get weight 0, so no rank"),
         (missing, "were not adapted alone and get weight 0, so no rank"),
-        (measured.unclear, "gain less than two standard errors, and are used unchanged"),
+        (measured.unclear, "have no significant gain, and are used unchanged"),
         (measured.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
     return [f"{len(names)} of them {problem}: {_list_names(names)}" for names, problem in lines if names]

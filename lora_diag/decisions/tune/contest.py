@@ -1,8 +1,8 @@
 """Losses → decisions: the rank, whether a challenger is kept, which trials the curves justify. Trains nothing.
 
 A challenger is compared with the incumbent on the same seeds and the same sequences. It is kept only where its loss is
-lower by more than two standard errors of the paired differences in-domain, and its mean loss is not higher on the
-shifted sets: the incumbent wins ties.
+significantly lower in-domain (two standard errors of the paired differences, more with few seeds), and its mean loss is
+not higher on the shifted sets: the incumbent wins ties.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from lora_diag.metrics.equivalence import paired_difference
+from lora_diag.metrics.equivalence import errors_needed, paired_difference, paired_half
 from lora_diag.probes.sweep.verdict import SweepVerdict
 
-# Number of standard errors of a significant difference.
-SIGNIFICANT_ERRORS = 2.0
 # Regularization is justified if the held-out loss fell less than the training loss by this fraction of the gain.
 OVERFIT_SHARE = 0.25
 # Fraction of full fine-tuning's gain below which more than LoRA within the budget is considered.
@@ -51,11 +49,14 @@ class Gap:
         value: Mean over seeds, in nats.
         error: The larger of two standard errors: over paired seeds, and over paired sequences; None for one seed.
         seeds: How many.
+        half: Half the interval outside which it is significant, the larger of those of the two errors: two standard
+            errors, more with few seeds or sequences (``errors_needed``).
     """
 
     value: float
     error: float | None
     seeds: int
+    half: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Contest:
     """A challenger compared with the incumbent.
 
     Args:
-        outcome: ``better``, ``worse``: by more than two errors; ``tie``: neither; ``not known``: one seed or none.
+        outcome: ``better``, ``worse``: significantly; ``tie``: neither; ``not known``: one seed or none.
         kept: Whether it replaces the incumbent.
         own: On the first set that is not shifted.
         shifted: Mean over the shifted sets; None without any.
@@ -98,10 +99,12 @@ def gap_of(
     if len(seeds) < 2:
         return Gap(gaps[0], None, 1)
     errors = [stdev(gaps) / math.sqrt(len(gaps))]
+    halves = [errors[0] * errors_needed(len(gaps) - 1)]
     challenger_nll, incumbent_nll = (_average_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
     if len(challenger_nll) == len(incumbent_nll) == len(predictions) > 1:
         errors.append(paired_difference(challenger_nll, incumbent_nll, predictions)[1] or 0.0)
-    return Gap(fmean(gaps), max(errors), len(seeds))
+        halves.append(paired_half(errors[1], len(predictions)) or 0.0)
+    return Gap(fmean(gaps), max(errors), len(seeds), max(halves))
 
 
 def _average_nll(runs: Sequence[Measured]) -> list[float]:
@@ -129,11 +132,11 @@ def contest(
         if (gap := gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))) is not None
     ]
     shifted_gap = _pool_gaps(others)
-    if own_gap is None or own_gap.error is None:
+    if own_gap is None or own_gap.half is None:
         return Contest("not known", False, own_gap, shifted_gap)
     is_better, is_worse = (
-        own_gap.value < -SIGNIFICANT_ERRORS * own_gap.error,
-        own_gap.value > SIGNIFICANT_ERRORS * own_gap.error,
+        own_gap.value < -own_gap.half,
+        own_gap.value > own_gap.half,
     )
     outcome: Outcome = "better" if is_better else "worse" if is_worse else "tie"
     return Contest(outcome, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)

@@ -38,6 +38,7 @@ from lora_diag.decisions.tune.trials import ADAPTER, TrialRun, Trials, uniform_n
 from lora_diag.decisions.tune.variants import Variant, change_variant, least_rank, ranks_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
+from lora_diag.metrics.equivalence import errors_needed
 from lora_diag.models.methods import layers_without_head
 from lora_diag.models.training import Training
 from lora_diag.probes.sensitivity.measure import gradients
@@ -503,9 +504,9 @@ class Tuner:
             self.trials.predictions,
         )
         reason = {
-            "better": f"better than {incumbent.name} by more than two paired standard errors",
-            "tie": f"within two paired standard errors of {incumbent.name}",
-            "worse": f"worse than {incumbent.name} by more than two paired standard errors",
+            "better": f"better than {incumbent.name} significantly, by paired differences",
+            "tie": f"not significantly different from {incumbent.name}",
+            "worse": f"worse than {incumbent.name} significantly, by paired differences",
             "not known": "too few runs with a loss",
         }[outcome.outcome]
         if outcome.outcome == "better" and not outcome.kept:
@@ -635,8 +636,8 @@ class Tuner:
         runs = [self.trials.runs(candidate.name, candidate.lr, [self.first]) for candidate in (incumbent, variant)]
         gap = self._compute_gap(runs[0], runs[1], self.own)
         shifted_gap = self._compute_gap(runs[0], runs[1], self.shifted[0]) if self.shifted else None
-        better = gap is not None and gap.error is not None and gap.value < -2 * gap.error
-        reason = "lowers the loss" if better else "does not lower the loss by two standard errors"
+        better = gap is not None and gap.half is not None and gap.value < -gap.half
+        reason = "lowers the loss" if better else "does not lower the loss significantly"
         self.decide(
             "escalation",
             name,
@@ -657,7 +658,7 @@ class Tuner:
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
         twice: list[dict[int, Measured]] = [{0: incumbent, 1: incumbent}, {0: challenger, 1: challenger}]
         gap = gap_of(twice[0], twice[1], counts)
-        return None if gap is None else Gap(gap.value, gap.error or None, 1)
+        return None if gap is None else Gap(gap.value, gap.error or None, 1, gap.half or None)
 
     def _list_escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
         """Return the steps beyond the budget in order, each with a function of its configuration and layers."""
@@ -716,9 +717,9 @@ class Tuner:
             "full fine-tuning",
             "proposed" if outcome.outcome == "better" else "rejected",
             {
-                "better": "better by more than two paired standard errors",
-                "tie": "within two paired standard errors",
-                "worse": "worse by more than two paired standard errors",
+                "better": "better significantly, by paired differences",
+                "tie": "not significantly different",
+                "worse": "worse significantly, by paired differences",
                 "not known": "too few runs",
             }[outcome.outcome],
             lr=row.lr,
@@ -765,7 +766,7 @@ class Tuner:
             variant=incumbent.name,
             rank=choice.rank,
             ranks=ranks_of(incumbent.config, self.target.layers) if incumbent.config["rank_pattern"] else {},
-            significant=choice.significant and error is not None and gain > 2 * error,
+            significant=choice.significant and error is not None and gain > errors_needed(len(losses) - 1) * error,
             lr=incumbent.lr,
             steps=incumbent.steps,
             alpha_over_rank=incumbent.alpha_over_rank,

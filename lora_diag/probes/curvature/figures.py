@@ -147,7 +147,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
                 **line_style,
             }
             if quantity == "gap":
-                error = np.array([2 * (record.gap_error or 0.0) for record in records])
+                error = np.array([record.gap_half or 0.0 for record in records])
                 # A bar that reaches zero has no end on a logarithmic axis: it stops at a tenth of the gap.
                 bars = [np.fmin(error, 0.9 * values), error]
                 ax.errorbar(
@@ -209,7 +209,7 @@ def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> t
         if eigen and record.eigenvalues:
             rows.append(Row(called, record.eigenvalues[0], record.residual, color))
         elif not eigen:
-            rows.append(Row(called, record.trace, 2 * (record.trace_error or 0.0), color))
+            rows.append(Row(called, record.trace, record.trace_half or 0.0, color))
     names = len({row.name for row in rows})
     limit = f", the {ROWS} highest of {names}" if names > ROWS else ""
     title = "largest eigenvalue" if eigen else "trace ± 2 standard errors"

@@ -101,6 +101,7 @@ def loss_bounds(
                 loss=losses.mean,
                 gap=gap,
                 gap_error=error,
+                sequences=len(losses.sums),
                 holds=gap <= t * linear + upper + ROUNDING * max(1.0, losses.mean),
             )
         )

@@ -228,10 +228,12 @@ class Trace:
     Args:
         mean: Mean of xᵀHx over random signs x.
         error: Its standard error; None for one x.
+        vectors: Number of x.
     """
 
     mean: float
     error: float | None
+    vectors: int
 
 
 def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
@@ -263,8 +265,8 @@ def _mean_with_error(samples: Sequence[float]) -> Trace:
     n = len(samples)
     mean = sum(samples) / n
     if n < 2:
-        return Trace(mean, None)
-    return Trace(mean, math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (n - 1) / n))
+        return Trace(mean, None, n)
+    return Trace(mean, math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (n - 1) / n), n)
 
 
 def projected(gradient: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,7 @@ class Curvature(WholeRecord):
         smallest: The smallest eigenvalue μ; null if not computed.
         trace: Hutchinson's estimate of tr(H).
         trace_error: Its standard error; null with one random vector.
+        trace_vectors: Number of random vectors.
         products: Number of Hessian-vector products for the eigenvalues.
         surrogate: Surrogate from the gradient; null except at BASE.
     """
@@ -96,8 +97,18 @@ class Curvature(WholeRecord):
     smallest: float | None = None
     trace: float
     trace_error: float | None
+    trace_vectors: Count | None = None
     products: Count = 0
     surrogate: Surrogate | None = None
+
+    @property
+    def trace_half(self) -> float | None:
+        """Half the interval outside which ``trace`` is significant (``errors_needed``); None for one random vector."""
+        from lora_diag.metrics.equivalence import errors_needed  # imports NumPy
+
+        if self.trace_error is None:
+            return None
+        return self.trace_error * (errors_needed(self.trace_vectors - 1) if self.trace_vectors else 2.0)
 
     @property
     def largest(self) -> float | None:
@@ -130,6 +141,7 @@ class LossBound(WholeRecord):
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.
         gap_error: Its standard error over other text of the distribution; on this set the gap is exact.
+        sequences: Number of sequences.
         holds: Whether ``gap`` ≤ ``linear`` + ``upper``.
     """
 
@@ -162,6 +174,14 @@ class LossBound(WholeRecord):
     gap: Nats
     gap_error: Nats | None
     holds: bool
+    sequences: Count | None = None
+
+    @property
+    def gap_half(self) -> float | None:
+        """Half the interval outside which ``gap`` is significant for other text (``paired_half``)."""
+        from lora_diag.metrics.equivalence import paired_half  # imports NumPy
+
+        return paired_half(self.gap_error, self.sequences)
 
     @property
     def predicted(self) -> float:

@@ -135,6 +135,7 @@ def _record(
         smallest=float(smallest.values[0]) if smallest else None,
         trace=trace.mean,
         trace_error=trace.error,
+        trace_vectors=trace.vectors,
         products=(largest.products if largest else 0) + (smallest.products if smallest else 0),
         surrogate=surrogate,
     )

@@ -135,7 +135,7 @@ def _describe_curvature(joint: Curvature) -> str:
     mean = joint.trace / joint.params
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
     text = f"trace {number(joint.trace)}{error}"
-    if joint.trace > 2 * (joint.trace_error or 0.0):
+    if joint.trace > (joint.trace_half or 0.0):
         text += f", {number(mean)} per direction on average; λ is {number(first / mean)} times that"
     else:
         text += ", not significantly different from zero; use more --trace-vectors"
@@ -214,7 +214,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     largest = max(record.curvature for record in bounds)
     comparison = "exceeds" if exceeding else "does not exceed"
     lines.append(f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured")
-    if whole and joint.trace > 2 * (joint.trace_error or 0.0):
+    if whole and joint.trace > (joint.trace_half or 0.0):
         last = whole[-1]
         mean = joint.trace / joint.params / 2 * last.tail_energy
         lines.append(

@@ -92,8 +92,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         sum(record.set == name for item in series for record in _select_others(item.records)) for name in sets
     )
     notes = [
-        "Error bars: two standard errors, paired by sequence. A bar that crosses zero: no significant difference from "
-        "TUNED."
+        "Error bars: two paired standard errors, more for few sequences (t). A bar that crosses zero: no significant "
+        "difference from TUNED."
     ]
     notes.append(f"The {ROWS} largest gaps of {max_rows}." if max_rows > ROWS else "")
     about = subject_of(series)
@@ -150,7 +150,7 @@ def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], c
         Row(
             labels[record.subject, record.name],
             record.gap or 0.0,
-            None if record.gap_error is None else 2 * record.gap_error,
+            record.gap_half,
             color or _COLORS.get(record.subject, INK),
         )
         for record in compared

@@ -168,7 +168,7 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
     compared = {
         "gap": gap,
         "gap_error": error,
-        "kept": (base.losses.mean - own_sums.losses.mean) / change + 0.0 if change else None,
+        "kept": (base.losses.mean - own_sums.losses.mean) / change + 0.0 if change > 0 else None,
         "distance": math.sqrt(own_sums.squares / base.squares) if base.squares else None,
         "kl": own_sums.kl / predicted,
         "agreement": own_sums.same / predicted,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_diag.metrics.equivalence import MAX_RUNS, paired_difference
+from lora_diag.metrics.equivalence import MAX_RUNS
 from lora_diag.probes.outputs.choice import Choice, Rival, choices
-from lora_diag.probes.outputs.contest import Contest, contests_of
+from lora_diag.probes.outputs.contest import Contest, compare_with_base, contests_of, is_tuned_worse
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
@@ -112,7 +112,7 @@ def _describe_losses(of_set: Sequence[Probe], names: dict[str, str]) -> list[str
     adapters = [record for record in of_set if record.subject == "adapter"]
     return [
         both_ends(ends["base"], ends["tuned"]),
-        *(f"{_name(record, names)}: {_compare_with_tuned(record)}" for record in adapters),
+        *_describe_adapters(ends["base"], adapters, names),
         *(_describe_choice(choice, names) for choice in choices(of_set)),
     ]
 
@@ -124,12 +124,27 @@ def _describe_equals(of_set: Sequence[Probe], names: dict[str, str]) -> list[str
     if base is None or not adapters:
         return ["not measured yet"]
     best = min(adapters, key=lambda record: record.nats)
-    gap, error = paired_difference(best.nll, base.nll, base.predictions)
-    spread = "" if error is None else plus_minus(error)
-    compared = f"{_name(best, names)}: {gap:+.4f}{spread} nats from BASE"
-    if error is not None and gap > -2 * error:
-        compared += ", no significant gain" if gap <= 2 * error else ": worse than BASE, and so are the others"
+    compared = _describe_relative_to_base(best, base, names)
     return [*(_describe_choice(choice, names) for choice in choices(of_set)), compared]
+
+
+def _describe_adapters(base: Probe, adapters: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    """Compare adapters with TUNED; where TUNED is worse than BASE, with BASE."""
+    if not is_tuned_worse(base):
+        return [f"{_name(record, names)}: {_compare_with_tuned(record)}" for record in adapters]
+    loss = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
+    lines = [f"TUNED is worse than BASE by {loss}: it has no gain here, and adapters are compared with BASE"]
+    return [*lines, *(_describe_relative_to_base(record, base, names) for record in adapters)]
+
+
+def _describe_relative_to_base(record: Probe, base: Probe, names: dict[str, str]) -> str:
+    """State whether a model is better or worse than BASE, or not distinguishable."""
+    value, half = compare_with_base(record, base)
+    difference = f"{value:+.4f}" if half is None else f"{value:+.4f} [{value - half:.4f}, {value + half:.4f}]"
+    word = "no significant difference from"
+    if half is not None and abs(value) > half:
+        word = "better than" if value < 0 else "worse than"
+    return f"{_name(record, names)}: {word} BASE ({difference})"
 
 
 def _describe_best(contests: Sequence[Contest]) -> str:
@@ -168,9 +183,9 @@ def _format_gap(rival: Rival) -> str:
 
 def _compare_with_tuned(record: Probe) -> str:
     """State whether a model is better or worse than TUNED, or not distinguishable."""
-    if record.gap is None or record.gap_error is None:
+    if record.gap is None or record.gap_half is None:
         return "one sequence has no error"
-    if abs(record.gap) <= 2 * record.gap_error:
+    if abs(record.gap) <= record.gap_half:
         return f"no significant difference from TUNED ({gap(record)})"
     kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"

@@ -62,8 +62,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         panels.append((called, highest(rows, ROWS)))
     ranks = sorted({_rank(item.records) for item in series})
     notes = [
-        "Error bars: two standard errors, paired by sequence. Gains of parts adapted alone do not add up to that "
-        "of all."
+        "Error bars: two paired standard errors, more for few sequences (t). Gains of parts adapted alone do not "
+        "add up to that of all."
     ]
     notes += [f"The {ROWS} highest of {max_rows}."] if max_rows > ROWS else []
     about = subject_of(series)
@@ -87,6 +87,6 @@ def _rank(records: Sequence[Sensitivity]) -> int:
 def _make_rows(records: Sequence[Sensitivity], name: str, number: int) -> list[Row]:
     seed = min((record.seed for record in records if record.unit), default=0)
     return [
-        Row(name_of(gain.unit), gain.gain, None if gain.error is None else 2 * gain.error, category(number))
+        Row(name_of(gain.unit), gain.gain, gain.half, category(number))
         for gain in gains_of(records, name, _first_seed(records), _rank(records), seed)
     ]

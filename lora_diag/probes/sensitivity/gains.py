@@ -12,15 +12,12 @@ from statistics import fmean
 from typing import ClassVar
 
 from lora_diag.metrics.correlation import interval, p_value, spearman
-from lora_diag.metrics.equivalence import paired_difference
+from lora_diag.metrics.equivalence import paired_difference, paired_half
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.names import module_type_of
 from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import SingularValues
 from lora_diag.running.rates import edge, find_best_rates
-
-# Number of standard errors below which a gain is not significant.
-ERRORS = 2
 
 
 def _describe_gain(group: Sequence[Gain | Marginal]) -> str | None:
@@ -61,9 +58,14 @@ class Gain:
     edge: int
 
     @property
+    def half(self) -> float | None:
+        """Half the interval outside which it is significant (``paired_half``)."""
+        return paired_half(self.error, len(self.nll))
+
+    @property
     def is_clear(self) -> bool:
-        """Whether it differs from zero by more than two standard errors."""
-        return self.error is not None and abs(self.gain) > ERRORS * self.error
+        """Whether it differs significantly from zero."""
+        return self.half is not None and abs(self.gain) > self.half
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,19 @@ class Marginal:
         unit: Its name.
         gain: g.
         error: Its standard error, paired over sequences.
+        sequences: Their number.
     """
 
     unit: str
     gain: float
     error: float | None
+    sequences: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it differs significantly from zero."""
+        half = paired_half(self.error, self.sequences)
+        return half is not None and abs(self.gain) > half
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,11 @@ def marginals_of(
     if base is None:
         return []
     return [
-        Marginal(gain.unit, *paired_difference(gain.nll, at_higher_rank[gain.unit].nll, base.predictions))
+        Marginal(
+            gain.unit,
+            *paired_difference(gain.nll, at_higher_rank[gain.unit].nll, base.predictions),
+            len(base.predictions),
+        )
         for gain in lower
         if gain.unit in at_higher_rank
     ]
@@ -206,7 +220,7 @@ class Weights:
         factors: w_ℓ by layer.
         scores: w_ℓ times the energy at rank r: the gain of a unit, divided among its layers by energy.
         negative: Units whose gain was not positive: weight 0.
-        unclear: Units whose gain is within two standard errors of zero; it is used unchanged.
+        unclear: Units whose gain is not significant; it is used unchanged.
         not_adapted: Layers of the spectra that were not adapted: weight 0.
         short: Layers with fewer kept values than the trained rank.
     """

@@ -142,7 +142,8 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     return (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
         f"{_UNITS[settings['per']][0]} alone, with its standard error over sequences; a gain below two standard "
-        f"errors is not significant{suffix}. Σσ² to r and first step are predictions from one gradient at BASE."
+        f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are predictions from one "
+        "gradient at BASE."
     )
 
 
@@ -166,7 +167,7 @@ def _describe_set(
     ordered = sorted(gains, key=lambda gain: -gain.gain)
     lines = [
         f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else singular} "
-        f"lower it by more than two standard errors{f', {worse} raise it by that' if worse else ''}",
+        f"lower it significantly{f', {worse} raise it' if worse else ''}",
         f"highest: {_list_gains(ordered[:_NAMED])}",
     ]
     if len(ordered) > 2 * _NAMED:
@@ -181,12 +182,12 @@ def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
 def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
     if not marginals:
         return []
-    clear = [gain for gain in marginals if gain.error is not None and abs(gain.gain) > 2 * gain.error]
+    clear = [gain for gain in marginals if gain.is_clear]
     up = sum(gain.gain > 0 for gain in clear)
     ordered = sorted(marginals, key=lambda gain: -gain.gain)
     rank = settings["rank"]
     text = (
-        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain more than two standard errors, "
+        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, "
         f"{len(clear) - up} lose as much; highest: {_list_gains(ordered[:_NAMED])}"
     )
     return [make_statement("more_rank", "More rank", text)]

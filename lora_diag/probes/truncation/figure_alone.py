@@ -65,7 +65,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         if rows:
             panels.append((called, highest(rows, ROWS)))
     max_rows = len({_cell_name(record) for record in records if record.rank == rank and _cell_name(record)})
-    notes = ["All others are as in TUNED. Error bars: two standard errors, paired by sequence."]
+    notes = ["All others are as in TUNED. Error bars: two paired standard errors, more for few sequences (t)."]
     if max_rows > ROWS:
         notes.append(f"The {ROWS} with the highest cost, of {max_rows}.")
     if others := [other_rank for other_rank in _list_ranks(records) if other_rank != rank]:
@@ -97,7 +97,7 @@ def _make_rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
         Row(
             name_of(_cell_name(record)),
             record.gap,
-            None if record.gap_error is None else 2 * record.gap_error,
+            record.gap_half,
             category(number),
         )
         for record in of_set

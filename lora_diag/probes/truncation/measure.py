@@ -129,6 +129,7 @@ def record_of(
     return Probe(
         probe="truncation",
         **losses.on(texts),
+        sequences=len(losses.sums),
         subject=cell.subject,
         layer=cell.layer,
         module_type=cell.module_type,

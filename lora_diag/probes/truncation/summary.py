@@ -96,11 +96,11 @@ def _describe_ranks(ranks: Sequence[Probe], gains: bool) -> list[str]:
             f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
             f"{_format_energy(last)}"
         )
-    equal = next((r for r in ranks if r.gap is not None and r.gap_error and abs(r.gap) <= 2 * r.gap_error), None)
+    equal = next((r for r in ranks if r.gap is not None and r.gap_half and abs(r.gap) <= r.gap_half), None)
     lines.append(
-        f"the gap to TUNED is first within two standard errors at r={equal.rank}"
+        f"the gap to TUNED is first not significant at r={equal.rank}"
         if equal
-        else f"the gap to TUNED is more than two standard errors at every rank, up to r={ranks[-1].rank}"
+        else f"the gap to TUNED is significant at every rank, up to r={ranks[-1].rank}"
     )
     if ranks[0].rank == 0:
         lines.append(f"r=0, only what is not truncated, {'gives' if gains else 'brings'} {share(ranks[0])}")

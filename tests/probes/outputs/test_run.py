@@ -192,6 +192,25 @@ def test_finished_set_is_not_measured_again(tmp_path):
     assert read_results(cut).end is not None
 
 
+def test_run_begun_with_other_sequences_is_not_resumed(tmp_path):
+    """Earlier versions used the first N sequences for --max-sequences N; the text is the same."""
+    base = gpt2(tmp_path / "base")
+    tuned, text = moved(base, tmp_path / "tuned"), some_text(tmp_path)
+    output = tmp_path / "cut.jsonl"
+    options = {"evaluate": [text], "output": output, "max_sequences": 2}
+    lora_diag.probe_outputs(base, tuned, [moved(base, tmp_path / "other", seed=3)], **options)
+    first, *records = output.read_text().splitlines(keepends=True)
+    earlier = json.loads(first)
+    assert earlier["inputs"][-1]["notes"]
+    earlier["inputs"][-1]["notes"] = ["the first 2 of 3 sequences, by --max-sequences"]
+    output.write_text(json.dumps(earlier) + "\n" + records[0])
+    before = output.read_bytes()
+    with pytest.raises(UsageError) as error:
+        lora_diag.probe_outputs(base, tuned, [tmp_path / "other"], **options, resume=True)
+    assert_names(str(error.value), "cut.jsonl", "held_out.txt", "first 2 of 3")
+    assert output.read_bytes() == before
+
+
 def test_reference_scales_distances(tmp_path):
     base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
     tuned = moved(base, tmp_path / "tuned")

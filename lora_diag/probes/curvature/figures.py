@@ -212,7 +212,7 @@ def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> t
             rows.append(Row(called, record.trace, record.trace_half or 0.0, color))
     names = len({row.name for row in rows})
     limit = f", the {ROWS} highest of {names}" if names > ROWS else ""
-    title = "largest eigenvalue" if eigen else "trace ± 2 standard errors"
+    title = "largest eigenvalue" if eigen else "trace ± 2 standard errors, more for few vectors (t)"
     return highest(rows, ROWS), f"{title}{limit}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
 
 
@@ -245,7 +245,7 @@ def _make_text(
         f"Bound: {term}; it holds if the curvature between the two points does not exceed λ."
         if bounded
         else f"λ term: {term}, of the Gauss–Newton matrix, which omits part of the Hessian: not a bound.",
-        "Error bars: two standard errors for other text of this kind; a bar that would reach zero ends at a tenth "
+        "Error bars: two standard errors (t) for other text of this kind; a bar that would reach zero ends at a tenth "
         "of the gap.",
     ]
     truncations = [record for name in _list_sets(records) for record in _select_bounds(records, name)]

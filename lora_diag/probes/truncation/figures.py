@@ -173,7 +173,7 @@ def _make_text(series: Sequence[Series[Any]], style: PageStyle) -> FigureText:
         keys = [
             Key(
                 Line2D([], [], color=LOSS, lw=1.6 * width, marker="o", ms=3 * width),
-                "loss ± 2 standard errors",
+                "loss ± 2 standard errors, more for few sequences (t)",
             ),
             Key(Line2D([], [], color=ENERGY, **dots), "(1 − C(r)) of the change: energy only"),
         ]

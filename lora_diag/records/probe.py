@@ -112,13 +112,6 @@ class Probe(WholeRecord):
     sequences: Count | None = None
 
     @property
-    def gap_half(self) -> float | None:
-        """Half the interval outside which ``gap`` is significant (``paired_half``); None without an error."""
-        from lora_diag.metrics.equivalence import paired_half  # imports NumPy
-
-        return paired_half(self.gap_error, self.sequences or len(self.nll) or None)
-
-    @property
     def to_tuned(self) -> float | None:
         """``gap``; None for TUNED itself."""
         return None if self.subject == "tuned" else self.gap

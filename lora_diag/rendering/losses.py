@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lora_diag.metrics.equivalence import paired_half
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import percent, plus_minus, short
@@ -50,6 +51,11 @@ def gap(record: Probe) -> str:
     return f"{record.to_tuned:+.4f}" + ("" if record.gap_error is None else plus_minus(record.gap_error))
 
 
+def gap_half(record: Probe) -> float | None:
+    """Return half the interval outside which the gap is significant (``paired_half``); None without an error."""
+    return paired_half(record.gap_error, record.sequences or len(record.nll) or None)
+
+
 def share(record: Probe) -> str:
     """Return the fraction of TUNED's change of the loss."""
     if record.kept is None:
@@ -62,9 +68,9 @@ def share(record: Probe) -> str:
 def both_ends(base: Probe, tuned: Probe) -> str:
     """Return the losses of BASE and of TUNED, with a warning if their difference is within its error."""
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
-    if base.gap is None or base.gap_half is None or abs(base.gap) > base.gap_half:
+    if base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half:
         return ends
-    return f"{ends}: the difference is not significant (±{base.gap_half:.3f}), so fractions of it are not meaningful"
+    return f"{ends}: the difference is not significant (±{half:.3f}), so fractions of it are not meaningful"
 
 
 def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:

@@ -22,6 +22,7 @@ from lora_diag.probes.outputs.contest import (
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
+from lora_diag.rendering.losses import gap_half
 from lora_diag.reports.evidence import Evidence, Source
 
 # An adapter whose ε² exceeds the lower bound of its rank by less than this is the truncated update.
@@ -115,7 +116,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
         ),
         tuned=_is_tuned_worse(evidence),
         has_better_adapter=any(
-            all(r.gap is not None and r.gap_half and r.gap < -r.gap_half for r in contest.records)
+            all(r.gap is not None and (half := gap_half(r)) and r.gap < -half for r in contest.records)
             for contest in outcomes
         ),
     )

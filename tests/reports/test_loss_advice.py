@@ -11,6 +11,7 @@ from lora_diag.probes.outputs.choice import choices
 from lora_diag.probes.outputs.summary import outputs_lines
 from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
+from lora_diag.rendering.losses import gap_half
 from lora_diag.rendering.statements import find
 from lora_diag.reports.advice import advice
 from lora_diag.reports.worth import contests
@@ -144,9 +145,9 @@ def test_few_sequences_need_more_than_two_errors(sequences):
     for seed in range(400):
         records, _, _ = measured({"tuned": 0.0, "adapter": 0.0}, sequences, seed)
         adapter = records[-1]
-        wrong += abs(adapter.gap) > adapter.gap_half
+        wrong += abs(adapter.gap) > gap_half(adapter)
         freedom = sequences - 1 if sequences < 4 else 1.5 * (sequences / math.isqrt(sequences) - 1)
-        assert adapter.gap_half == pytest.approx(stats.t(freedom).ppf(stats.norm.cdf(2)) * adapter.gap_error)
+        assert gap_half(adapter) == pytest.approx(stats.t(freedom).ppf(stats.norm.cdf(2)) * adapter.gap_error)
     assert wrong / 400 < 0.08
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from lora_diag.metrics.equivalence import paired_difference, paired_half
 from lora_diag.records import Probe
 from lora_diag.records.probe import main_sets
+from lora_diag.rendering.losses import gap_half
 
 # Fraction of the full fine-tune's gain from which an adapter is called as good.
 SUFFICIENT_SHARE = 0.9
@@ -40,14 +41,14 @@ class Contest:
 
 def gains(base: Probe | None) -> float | None:
     """Return the gain of TUNED over BASE; None if it is not significant."""
-    if base is None or base.gap is None or base.gap_half is None or base.gap <= base.gap_half:
+    if base is None or base.gap is None or (half := gap_half(base)) is None or base.gap <= half:
         return None
     return base.gap
 
 
 def is_tuned_worse(base: Probe | None) -> bool:
     """Return whether TUNED is significantly worse than BASE on a set, so that an adapter has no gain to keep."""
-    return base is not None and base.gap is not None and base.gap_half is not None and base.gap < -base.gap_half
+    return base is not None and base.gap is not None and (half := gap_half(base)) is not None and base.gap < -half
 
 
 def deciding_sets(records: Sequence[Probe]) -> list[str]:
@@ -90,13 +91,13 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
 
 
 def _judge(own_records: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
-    if any(record.gap is None or record.gap_half is None for record in own_records):
+    if any(record.gap is None or gap_half(record) is None for record in own_records):
         return "not known"
     if all(
         (gain := gained[record.set]) is not None
-        and (record.gap or 0.0) + (record.gap_half or 0.0) <= (1 - SUFFICIENT_SHARE) * gain
+        and (record.gap or 0.0) + (gap_half(record) or 0.0) <= (1 - SUFFICIENT_SHARE) * gain
         for record in own_records
     ):
         return "as good"
-    worse = any((record.gap or 0.0) > (record.gap_half or 0.0) for record in own_records)
+    worse = any((record.gap or 0.0) > (gap_half(record) or 0.0) for record in own_records)
     return "worse" if worse else "not known"

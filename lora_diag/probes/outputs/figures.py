@@ -19,6 +19,7 @@ from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highes
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
+from lora_diag.rendering.losses import gap_half
 
 # Maximum number of rows of a panel, and of lines that are still distinguishable.
 ROWS = 24
@@ -150,7 +151,7 @@ def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], c
         Row(
             labels[record.subject, record.name],
             record.gap or 0.0,
-            record.gap_half,
+            gap_half(record),
             color or _COLORS.get(record.subject, INK),
         )
         for record in compared

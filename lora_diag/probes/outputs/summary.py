@@ -12,7 +12,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.columns import Column, Grid
 from lora_diag.rendering.lines import short_paths
-from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
+from lora_diag.rendering.losses import both_ends, gap, gap_half, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import grid_of
 from lora_diag.rendering.text import plus_minus, safe, short
@@ -183,9 +183,9 @@ def _format_gap(rival: Rival) -> str:
 
 def _compare_with_tuned(record: Probe) -> str:
     """State whether a model is better or worse than TUNED, or not distinguishable."""
-    if record.gap is None or record.gap_half is None:
+    if record.gap is None or (half := gap_half(record)) is None:
         return "one sequence has no error"
-    if abs(record.gap) <= record.gap_half:
+    if abs(record.gap) <= half:
         return f"no significant difference from TUNED ({gap(record)})"
     kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"

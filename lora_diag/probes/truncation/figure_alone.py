@@ -15,6 +15,7 @@ from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highes
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import PageStyle, category, name_of
+from lora_diag.rendering.losses import gap_half
 
 # Maximum number of rows of a panel.
 ROWS = 24
@@ -97,7 +98,7 @@ def _make_rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
         Row(
             name_of(_cell_name(record)),
             record.gap,
-            record.gap_half,
+            gap_half(record),
             category(number),
         )
         for record in of_set

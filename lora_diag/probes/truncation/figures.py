@@ -24,6 +24,7 @@ from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
+from lora_diag.rendering.losses import gap_half
 
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
 # Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
@@ -87,7 +88,7 @@ def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, style: PageStyl
     truncated = [record for record in _select_truncated(of_set) if record.gap is not None]
     base, tuned = _find_end(of_set, "base"), _find_end(of_set, "tuned")
     ranks, gaps = [record.rank or 0 for record in truncated], [record.gap or 0.0 for record in truncated]
-    errors = [(record.gap_half or 0.0) for record in truncated]
+    errors = [(gap_half(record) or 0.0) for record in truncated]
     if truncated:
         ax.errorbar(
             ranks,
@@ -128,7 +129,7 @@ def _draw_shares(ax: Axes, runs: Sequence[Sequence[Probe]], inches: float, style
             continue
         color, shown_ranks = category(number), [record.rank or 0 for record in truncated]
         kept = [record.kept for record in truncated if record.kept is not None]
-        errors = [(record.gap_half or 0.0) / abs(base.gap) for record in truncated]
+        errors = [(gap_half(record) or 0.0) / abs(base.gap) for record in truncated]
         ax.errorbar(
             shown_ranks, kept, yerr=errors, color=color, lw=1.6 * width, marker="o", ms=3 * width, label="_kept"
         )

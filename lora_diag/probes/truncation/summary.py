@@ -9,7 +9,7 @@ from typing import Any
 from lora_diag.records import Probe, Results, Run
 from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.columns import Column, Grid
-from lora_diag.rendering.losses import both_ends, gap, on_set, probe_summary, share
+from lora_diag.rendering.losses import both_ends, gap, gap_half, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import columns_of
 from lora_diag.rendering.text import fraction, short
@@ -96,7 +96,7 @@ def _describe_ranks(ranks: Sequence[Probe], gains: bool) -> list[str]:
             f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
             f"{_format_energy(last)}"
         )
-    equal = next((r for r in ranks if r.gap is not None and r.gap_half and abs(r.gap) <= r.gap_half), None)
+    equal = next((r for r in ranks if r.gap is not None and (half := gap_half(r)) and abs(r.gap) <= half), None)
     lines.append(
         f"the gap to TUNED is first not significant at r={equal.rank}"
         if equal

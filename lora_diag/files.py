@@ -368,3 +368,28 @@ def _lock_file(descriptor: int, path: Path) -> None:
         if error.errno not in _CANNOT:
             raise
         _LOG.warning("%s: the file system has no locks; make sure that no other process writes this file", path)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; a pipe in its place would wait for a writer, and a device has no end.
+
+    Raises:
+        InputError: It is not a regular file.
+        OSError: It cannot be opened.
+    """
+    is_remote = hasattr(path, "file_info")  # a RemotePath, which opens itself
+    return path.open("rb") if is_remote else os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path) -> int:
+    """Return a descriptor of a regular file.
+
+    Raises:
+        InputError: It is not a regular file.
+        OSError: It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without it, opening a pipe waits
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: is not a regular file; a folder, pipe or device cannot be read in its place")
+    return descriptor

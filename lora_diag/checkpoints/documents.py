@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_diag.checkpoints.file_bytes import open_regular
 from lora_diag.errors import InputError
+from lora_diag.files import open_regular
 
 # Configurations on the Hub are below 0.1 MB (below 2 MB with one label per class); an index takes about 100 bytes per
 # tensor.

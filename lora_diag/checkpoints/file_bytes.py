@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe in its place would wait for a writer, and a device has no end.
-
-    Raises:
-        InputError: It is not a regular file.
-        OSError: It cannot be opened.
-    """
-    return path.open() if isinstance(path, RemotePath) else os.fdopen(_open_descriptor(path), "rb")
-
-
-def _open_descriptor(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without it, opening a pipe waits
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError(f"{path}: is not a regular file; a folder, pipe or device cannot be read in its place")
-    return descriptor
+from lora_diag.files import open_descriptor
 
 
 class Reading:
@@ -89,7 +71,7 @@ class FileBytes:
         done = 0
         try:
             if self._descriptor is None:
-                self._descriptor = _open_descriptor(self.path)
+                self._descriptor = open_descriptor(self.path)
             while done < len(buffer):  # one pread returns at most 2 GiB
                 count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
                 if count == 0:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lora_diag.checkpoints.file_bytes import FileBytes, open_regular
+from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.gguf_codecs import CODECS, Codec
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
+from lora_diag.files import open_regular
 
 if TYPE_CHECKING:
     import torch

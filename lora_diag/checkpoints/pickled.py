@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import inert
-from lora_diag.checkpoints.file_bytes import open_regular
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
+from lora_diag.files import open_regular
 
 if TYPE_CHECKING:
     import torch

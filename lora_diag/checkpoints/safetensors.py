@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
-from lora_diag.checkpoints.file_bytes import FileBytes, open_regular
+from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import DECODED, TensorInfo
 from lora_diag.errors import InputError
+from lora_diag.files import open_regular
 
 if TYPE_CHECKING:
     import torch

@@ -34,7 +34,7 @@ from lora_diag.linalg.hidden import (
 )
 from lora_diag.linalg.hidden_density import fit_density
 from lora_diag.linalg.hidden_scales import Scales, divide_cells, fit_scales
-from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape
+from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape, refit_shape
 from lora_diag.linalg.rounding import SHORTER
 from lora_diag.linalg.shrinkage import add_noise
 from lora_diag.linalg.truncated import Moments, moments
@@ -466,11 +466,22 @@ class _Model:
 def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
     """Return the first that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
 
-    An update of rank 1 or 2 has entries of very different sizes, and L is what explains them.
+    Steps of Adam in one direction move all entries by about as much, and flat updates differ more than the listed
+    shapes do: the density of the entries is fitted where none of these fits. An update of rank 1 or 2 has entries of
+    very different sizes, and L is what explains them. After a rejection only a fit that can be tested counts.
     """
-    shaped = fit_shape(cells, size.deviation)
-    expected = _compare_binades(read, cells, shaped.deviation, shaped.shape, None, start)
-    plain = _Model(cells, size, None, expected, shaped=shaped)
+
+    def describe(shaped: Shaped) -> _Model:
+        fit = _compare_binades(read, cells, shaped.deviation, shaped.shape, None, start)
+        return _Model(cells, size, None, fit, shaped=shaped)
+
+    plain = describe(fit_shape(cells, size.deviation))
+    if plain.fit.is_rejected(start):
+        density = fit_density(cells, size.deviation)
+        if density.kurtosis < NORMAL.kurtosis:
+            flat = describe(refit_shape(cells, density.shape, density.deviation))
+            if not flat.fit.is_rejected(start):
+                return flat
     tried = [plain]
     if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, parts, fitted = scaled
@@ -485,7 +496,7 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
             fit = _compare_binades(
                 read, model.cells, recovered.deviation, NORMAL, model.scales, start, recovered.low_rank
             )
-            if not fit.is_rejected(start):
+            if fit.chi is not None and not fit.is_rejected(start):
                 return replace(model, fit=fit, recovered=recovered, shaped=None)
     return plain
 

@@ -18,11 +18,15 @@ from torch import Tensor
 
 from lora_diag.linalg.cells import Source
 from lora_diag.linalg.hidden import fit_size
+from lora_diag.linalg.hidden_shapes import Shape
 from lora_diag.linalg.truncated import moments
 
 # Spacing and end of the grid, and the deviation of the kernel, in units of s0.
 SPACING, END, KERNEL = 0.25, 5.0, 0.15
 POWERS = (1, 2, 4)
+
+# Weight below which a point is no part of a shape.
+MIN_WEIGHT = 1e-3
 
 # Precision of a normal prior of the coefficients around the coefficients of a normal density; it only matters where
 # cells are uninformative.
@@ -44,11 +48,13 @@ class Density:
         deviation: Root mean square of x.
         error: Standard error of its logarithm: of sampling, and of the form of the density.
         kurtosis: E[x⁴]/E[x²]².
+        shape: The density itself, of variance 1.
     """
 
     deviation: float
     error: float
     kurtosis: float
+    shape: Shape
 
 
 def fit_density(cells: Source, deviation: float) -> Density:
@@ -73,7 +79,22 @@ def fit_density(cells: Source, deviation: float) -> Density:
     )
     fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
     sampling = variance / (2 * mean) ** 2 * sample.count / total
-    return Density(deviation * math.sqrt(mean), math.sqrt(sampling + MISFIT_ERROR**2), fourth / mean**2)
+    error = math.sqrt(sampling + MISFIT_ERROR**2)
+    return Density(deviation * math.sqrt(mean), error, fourth / mean**2, _make_shape(weights, grid))
+
+
+def _make_shape(weights: Tensor, grid: Tensor) -> Shape:
+    """Return the mixture of both signs of the grid, of variance 1."""
+    kept = weights >= MIN_WEIGHT
+    shares, points = weights[kept] / weights[kept].sum(), grid[kept]
+    unit = math.sqrt(float(shares @ (points**2 + KERNEL**2)))
+    return Shape(
+        tuple(
+            (weight / 2, sign * point / unit, KERNEL / unit)
+            for weight, point in zip(shares.tolist(), points.tolist(), strict=True)
+            for sign in (-1, 1)
+        )
+    )
 
 
 def _compute_likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:

@@ -167,5 +167,11 @@ def fit_shape(cells: Source, guess: float) -> Shaped:
         sample = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
     shape, deviation, sums = max(_fit_neighbours(sample, guess), key=lambda fit: fit[2].log_likelihood)
     if sample is not cells:
-        deviation, sums = _fit(cells, shape, deviation)
+        return refit_shape(cells, shape, deviation)
+    return Shaped(shape, deviation, sums.log_likelihood)
+
+
+def refit_shape(cells: Source, shape: Shape, guess: float) -> Shaped:
+    """Return a shape with the deviation that is likeliest for all cells."""
+    deviation, sums = _fit(cells, shape, guess)
     return Shaped(shape, deviation, sums.log_likelihood)

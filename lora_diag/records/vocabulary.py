@@ -87,7 +87,8 @@ class Hidden(Record):
         fro_estimate: ‖X‖_F, in the unit of the weights; null where refused.
         fro_interval: Interval of about 95% of ``fro_estimate``, in the same unit; null where refused.
         values_estimate: Singular values x_i of X in the directions that were found, descending; of ``not_hidden``
-            those of D. Null where refused, of ``size_only`` and in older results.
+            those of D. Null where refused, of ``size_only`` and in older results, except where a budget was
+            distributed: there those of D and of E[X | cells].
         energy_estimate: C(r) = Σ_{i≤r}x_i²/‖X‖_F² of the detected directions, a lower bound if they are correct: energy
             in hidden directions is not included; null unless recovered.
         energy_interval: From that bound to the maximum, which includes the part of X outside the directions.

@@ -205,6 +205,19 @@ def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate, 
 
 
 @pytest.mark.slow
+def test_steady_steps_of_optimizer_are_one_rounding(tmp_path):
+    """Steps that keep their sign move most entries by about as much: flatter than uniform."""
+    rng = torch.Generator().manual_seed(8)
+    w = (torch.randn(160, 160, generator=rng) * 0.02).bfloat16().float()
+    drift = 2.0 * torch.randn(160, 160, generator=rng)
+    x = -3e-6 * sum(torch.tanh(torch.randn(160, 160, generator=rng) + drift) for _ in range(40))
+    result = estimate(tmp_path, w.bfloat16(), (w + x).bfloat16())
+    assert result.hidden.status == "size_only"
+    assert result.hidden.fro_interval[0] < float(x.norm()) < result.hidden.fro_interval[1]
+    assert result.hidden.kurtosis == pytest.approx(float((x**4).mean() / (x**2).mean() ** 2), rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2])
 def test_recover_rank_1_or_2_needs_directions_to_fit(tmp_path, rank):
     w, x, t = planted(256, 200, rank, 2e-5, 20 + rank)

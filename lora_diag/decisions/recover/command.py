@@ -46,14 +46,16 @@ def recover(
         options.check_output(output, arguments["resume"], arguments["overwrite"])
     # deferred: imports torch
     from lora_diag.decisions.recover.run import recover as estimate
-    from lora_diag.decisions.recover.summary import recovery_table
+    from lora_diag.decisions.recover.summary import is_lost, recovery_table
 
     with shown.callbacks() as callbacks:
         results = estimate(base, tuned, output, **arguments, **callbacks)
     any_measured = any(record.status != "refused" for record in results)
+    lost = is_lost(results)
     if shown.table:
         hint = None
-        if not writes and any_measured and not any(record.status in ("recovered", "size_only") for record in results):
+        any_estimated = any(record.status in ("recovered", "size_only") for record in results)
+        if not writes and (lost or (any_measured and not any_estimated)):
             words = ["loradiag", "extract", str(base), str(tuned), "--rank", "16", "-o", "adapter/"]
             hint = f"{shlex.join(words)}   (the best adapter of the files' difference)"
         elif not writes and any_measured:
@@ -65,5 +67,5 @@ def recover(
         folder = str(output) if writes else None
         result(recovery_table(results, *terminal(), per=shown.per, next_command=hint, folder=folder))
     exit_unmeasured(results.unmeasured, "the layer was left out")
-    if not any_measured:
+    if lost or not any_measured:
         raise typer.Exit(INCONCLUSIVE)

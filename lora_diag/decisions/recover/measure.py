@@ -41,7 +41,7 @@ class OutputRequest:
             found where they carry less.
         full: The weight itself, W_base + E[X | cells], in float32.
         every: Factors of all directions that were found, of which ``truncate_stored`` keeps some.
-        keep_refused: Whether a layer without significant directions gets the truncated SVD of D.
+        leave_out_refused: Whether a refused layer has no factors; else it gets the truncated SVD of D.
         transposed: Whether PEFT's B·A is the update's transpose.
         keep_length: Whether E[X | cells] is scaled to the estimated ‖X‖_F.
     """
@@ -50,7 +50,7 @@ class OutputRequest:
     energy: float | None = None
     full: bool = False
     every: bool = False
-    keep_refused: bool = False
+    leave_out_refused: bool = False
     transposed: bool = False
     keep_length: bool = False
 
@@ -144,10 +144,12 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     if limit is not None:
         change = replace(change, matrix=None)  # read again if it is to be written
     estimate = recover_layer(delta, fro, DEFAULT_RANKS, settings.seed, device, limit)
-    written, rank = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), store)
+    written, rank, values = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), store)
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
-        hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in factors.s.tolist())
+        values = factors.s
+    if hidden["values_estimate"] is None and values is not None:
+        hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in values.tolist())
     return Recovery(
         **hidden,
         layer=layer.layer,
@@ -173,21 +175,26 @@ def _write(
     curve: NDArray[np.float64],
     settings: LayerSettings,
     store: Store,
-) -> tuple[Literal["posterior", "file", "nothing"], int]:
-    """Store the requested output; return its source, and the rank of factors."""
+) -> tuple[Literal["posterior", "file", "nothing"], int, Tensor | None]:
+    """Store the requested output.
+
+    Returns:
+        Its source, the rank of factors, and for a budget their singular values, without the scaling to ‖X‖: the energy
+        that a direction of E[X | cells] is expected to have in X.
+    """
     status = estimate.hidden.status
     if request.full:
         if estimate.cells is None:
-            return "file", 0  # TUNED's own weights
+            return "file", 0, None  # TUNED's own weights
         _store_weight(delta, estimate, _estimate_length_factor(estimate) if request.keep_length else 1.0, store)
-        return "posterior", 0
-    if not request.factors or not change.fro:
-        return "nothing", 0
-    if status in {"size_only", "refused"} and not request.keep_refused:
-        return "nothing", 0
+        return "posterior", 0, None
+    if not request.factors or not change.fro or (status == "refused" and request.leave_out_refused):
+        return "nothing", 0, None
     rank = min(request.rank or _rank_of(request, delta.shape, estimate, curve), min(delta.shape))
-    if status == "recovered":
-        change = estimate.change(settings.memory, _estimate_length_factor(estimate) if request.keep_length else 1.0)
+    factor = 1.0
+    if estimate.cells is not None:
+        factor = _estimate_length_factor(estimate) if request.keep_length else 1.0
+        change = estimate.change(settings.memory, factor)
     elif settings.memory is not None:
         allowance = Allowance(settings.memory, settings.method, rank, vectors=True)
         change = load_change(delta, torch.device("cpu"), allowance=allowance)
@@ -195,7 +202,8 @@ def _write(
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     b, a = (part.float().cpu() for part in split_factors(best, rank, request.transposed, "both"))
     store({"B": b.contiguous(), "A": a.contiguous()})
-    return ("posterior" if status == "recovered" else "file"), rank
+    values = best.s[:rank] / factor if request.every else None
+    return ("posterior" if estimate.cells is not None else "file"), rank, values
 
 
 def _rank_of(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:

@@ -25,8 +25,9 @@ class RecoverOptions(FolderOptions, total=False):
             aliases=("--full",),
         ),
     ]
-    keep_refused: Annotated[
-        bool, Option(False, "Also write the truncated SVD of layers without an estimate.", panel=OUTPUT)
+    leave_out_refused: Annotated[
+        bool,
+        Option(False, "Write no factors of refused layers; default: the SVD of TUNED − BASE.", panel=OUTPUT),
     ]
     nearest: Annotated[
         bool,

@@ -11,7 +11,7 @@ from lora_diag.records import Resolution
 
 
 def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
-    """Return the rank of every layer of a run, 0 for those without an estimate.
+    """Return the rank of every layer of a run, 0 for those without directions to write.
 
     Args:
         records: The estimates.
@@ -26,15 +26,14 @@ def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
 
 
 def spectrum_of(record: Recovery) -> Spectrum:
-    """Return the estimated singular values of X as a spectrum, one for each detected direction."""
+    """Return the singular values that a layer can be given as a spectrum, one for each direction."""
     assert record.values_estimate is not None
-    assert record.fro_estimate is not None
     values = record.values_estimate
     return Spectrum(
         layer=record.layer,
         shape=record.shape,
         dtypes=record.dtypes,
-        fro=record.fro_estimate,
+        fro=record.fro_estimate or record.fro,
         base_fro=record.base_fro,
         s=values,
         complete=False,

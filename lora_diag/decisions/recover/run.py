@@ -66,7 +66,7 @@ def recover(
             sample of their rows suggests, and none is started after this time. With ``resume`` those that were not
             reached are measured, within a new limit or without.
         full: Write a checkpoint in float32, W_base + E[X | cells].
-        keep_refused: Write the truncated SVD of D for layers without significant directions; else they have no factors.
+        leave_out_refused: Write no factors for refused layers; by default they get the truncated SVD of D.
         nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate of each layer is
             scaled to its estimated norm, which has a larger distance to X and, where it was measured, the lower loss.
         base_name: The base model's name for config and model card; by default ``base`` as it was given.
@@ -95,9 +95,9 @@ def recover(
     if limit is not None and resolved["params"] is not None:
         raise UsageError("--time: a budget of --params needs the estimates of all layers; give --rank or --energy")
     params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
-    keep_refused, base_name, overwrite = (resolved[name] for name in ("keep_refused", "base_name", "overwrite"))
-    nearest = resolved["nearest"]
-    _check(rank, energy, params, full, keep_refused, output)
+    leave_out_refused, base_name = resolved["leave_out_refused"], resolved["base_name"]
+    nearest, overwrite = resolved["nearest"], resolved["overwrite"]
+    _check(rank, energy, params, full, leave_out_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     check_exists(base)
     if is_adapter(locate(tuned)):
@@ -124,7 +124,7 @@ def recover(
         RecoveryTask(
             delta,
             OutputRequest(
-                rank, energy, full, params is not None, keep_refused, _is_transposed(delta, planned), not nearest
+                rank, energy, full, params is not None, leave_out_refused, _is_transposed(delta, planned), not nearest
             ),
         )
         for delta in compared.pairing.deltas
@@ -161,7 +161,7 @@ def recover(
         ):
             if not out_of_time:
                 folder.discard()
-            raise _make_nothing_to_write_error(tuned, results, keep_refused)
+            raise _make_nothing_to_write_error(tuned, results, leave_out_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, files, name)
@@ -173,7 +173,7 @@ def recover(
         size_options = {"--rank": rank, "--energy": energy, "--params": params}
         flags = ["--checkpoint"] if full else []
         flags += [str(part) for pair in size_options.items() if pair[1] is not None for part in pair]
-        flags += ["--keep-refused"] if keep_refused else []
+        flags += ["--leave-out-refused"] if leave_out_refused else []
         flags += ["--nearest"] if nearest else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
         folder.finish(model_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)
@@ -183,7 +183,7 @@ def recover(
         "energy": energy,
         "params": params,
         "full": full,
-        "keep_refused": keep_refused,
+        "leave_out_refused": leave_out_refused,
         "nearest": nearest,
         "curve": list(DEFAULT_RANKS),
     }
@@ -236,7 +236,7 @@ def _spend_budget(
 
 
 def _check(
-    rank: int | None, energy: float | None, params: int | None, full: bool, keep_refused: bool, output: object
+    rank: int | None, energy: float | None, params: int | None, full: bool, leave_out_refused: bool, output: object
 ) -> None:
     """Refuse invalid options.
 
@@ -252,10 +252,8 @@ def _check(
         raise UsageError(f"--rank {rank}: must be a positive integer")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy}: must be a fraction above 0 and up to 1")
-    if keep_refused and (full or not count):
-        raise UsageError("--keep-refused: applies to adapters; give --rank or --energy with it")
-    if keep_refused and params is not None:
-        raise UsageError("--keep-refused: rounding noise would take the budget of --params; give --rank or --energy")
+    if leave_out_refused and (full or not count):
+        raise UsageError("--leave-out-refused: applies to adapters; give --rank, --energy or --params with it")
 
 
 def _is_transposed(delta: StoredDelta, planned: Plan | None) -> bool:
@@ -294,7 +292,9 @@ def _measure_layer(
     return (measure(task, settings, partial(store, file), partial(load, file)),)
 
 
-def _make_nothing_to_write_error(tuned: Path | str, results: Results[Recovery], keep_refused: bool) -> LoradiagError:
+def _make_nothing_to_write_error(
+    tuned: Path | str, results: Results[Recovery], leave_out_refused: bool
+) -> LoradiagError:
     """Return the error of a run that has nothing to write."""
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
@@ -307,5 +307,5 @@ def _make_nothing_to_write_error(tuned: Path | str, results: Results[Recovery], 
         )
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
-    hint = "" if keep_refused else "; --keep-refused writes the truncated SVD of the files' difference"
+    hint = "; without --leave-out-refused the SVD of the files' difference is written" if leave_out_refused else ""
     return InconclusiveError(f"{tuned}: no layer has an update that can be recovered{why}{hint}; nothing was written")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from lora_diag.decisions.recover.record import STATUS, Recovery
@@ -66,12 +66,28 @@ def _select_status(records: Sequence[Recovery], *statuses: str) -> list[Recovery
     return [record for record in records if record.status in statuses]
 
 
+def select_misfits(records: Iterable[Recovery]) -> list[Recovery]:
+    """Return the layers whose changed entries do not look like one rounding of BASE + X."""
+    return [record for record in records if record.status == "refused" and record.fit_misplaced is not None]
+
+
+def is_lost(records: Iterable[Recovery]) -> bool:
+    """Return whether most layers that were compared with the model, or resolved by the files, do not fit it."""
+    judged = [record for record in records if record.status != "refused" or record.fit_misplaced is not None]
+    return 2 * len(select_misfits(judged)) > len(judged)
+
+
 def _select_hidden(records: Sequence[Recovery]) -> Statement:
     counts: Counter[str] = Counter(record.status for record in records)
     parts = ", ".join(f"{counts[status]} {words}" for status, words in STATUS.items() if counts[status])
     unchanged = percent(median(record.unchanged for record in records))
     level: Level = "note"
-    if counts["recovered"]:
+    if is_lost(records):
+        misfits = (
+            f"{len(select_misfits(records))} of {_matrices(len(records))} do not look like one rounding of BASE + X"
+        )
+        lead, level = f"no: {misfits}; training in bf16 loses its small steps, and no file has them", "warning"
+    elif counts["recovered"]:
         lead = "yes: rounding hides part of the update, and part of it can be recovered"
     elif counts["size_only"]:
         lead, level = "yes: the size of the update is estimated, and no direction is significant", "warning"
@@ -81,13 +97,13 @@ def _select_hidden(records: Sequence[Recovery]) -> Statement:
         lead, level = "inconclusive: no entry changed, so nothing can be estimated", "warning"
     else:
         lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
-    return make_statement(
-        "hidden",
-        "Hidden update",
-        lead,
-        f"of {len(records)} matrices {parts}; {unchanged} unchanged at the median",
-        level=level,
-    )
+    details = [f"of {len(records)} matrices {parts}; {unchanged} unchanged at the median"]
+    if is_lost(records):
+        details.append(
+            "keep float32 master weights in training, or use stochastic rounding; updates of some entries only do not "
+            "fit either"
+        )
+    return make_statement("hidden", "Hidden update", lead, *details, level=level)
 
 
 def _describe_size(records: Sequence[Recovery]) -> list[Statement]:
@@ -181,7 +197,10 @@ def _describe_written(results: Results[Recovery], folder: str | None) -> list[St
     missing = _list_missing(results)
     lines = [f"{safe(folder)}: {_matrices(len(posterior))} from the estimate"]
     if file:
-        lines[0] += f", {len(file)} from the files"
+        kinds = Counter(STATUS[record.status] for record in file)
+        lines[0] += (
+            f", {len(file)} from the stored difference ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
+        )
     if any(record.rank for record in results):
         lines[0] += (
             f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.recover.summary import recovery_lines
+from lora_diag.decisions.recover.summary import recovery_lines, recovery_table
 from lora_diag.deltas import pair
 from lora_diag.layers.recovery import hidden_energy
 from tests.conftest import save_model
@@ -21,7 +21,7 @@ from tests.oracles import spectrum
 pytestmark = pytest.mark.slow
 
 Q, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
-NORM = "model.norm.weight"
+NORM, LOST = "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
     assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
     plain = np.linalg.norm(low_rank_of(after[Q].double() - before[Q].double(), 3) - x.numpy())
     assert np.linalg.norm(product - x.numpy()) < 0.5 * plain
-    assert len(factors) == 2  # layers without a direction have no factors
-    assert [record.written for record in result] == ["posterior" if r.layer == Q else "nothing" for r in result]
+    assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", HEAD: "nothing"}
+    assert len(factors) == 4  # the head did not move
     assert "estimate" in (tmp_path / "adapter" / "README.md").read_text()
     residual = lora_diag.residual(base, tuned, [tmp_path / "adapter"], layers="q_proj")
     assert residual[0].rank == 3
@@ -114,14 +114,62 @@ def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
 
 def test_recover_energy_chooses_ranks(models, tmp_path):
     base, tuned, before, after, _ = models
-    result = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, keep_refused=True)
+    result = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, nearest=True)
     assert result[Q].energy_estimate[str(result[Q].rank)] >= 0.5 or result[Q].rank == result[Q].directions
-    assert (result[UP].written, result[HEAD].written) == ("file", "nothing")
-    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    prefix = f"base_model.model.{UP.removesuffix('.weight')}"
-    product = (factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()).numpy()
-    best = low_rank_of(after[UP].double() - before[UP].double(), result[UP].rank)
-    assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
+    assert (result[UP].written, result[HEAD].written) == ("posterior", "nothing")
+    true = planted(64, 80, 0, 1e-5, 2)[1].double().numpy()
+    plain = low_rank_of(after[UP].double() - before[UP].double(), result[UP].rank)
+    assert np.linalg.norm(product_of(tmp_path / "a", UP) - true) < np.linalg.norm(plain - true)
+
+
+@pytest.fixture(scope="module")
+def lost(models, tmp_path_factory):
+    """Return folders of a model of which one matrix in three lost its steps to rounding, and of one that lost two."""
+    folder, (*_, before, after, _) = tmp_path_factory.mktemp("lost"), models
+    start = torch.randn(96, 80, generator=torch.Generator().manual_seed(7)).mul(0.02).bfloat16()
+    drift, now = torch.randn(96, 80, generator=torch.Generator().manual_seed(8)), start.clone()
+    for step in range(40):
+        now -= 1e-5 * torch.tanh(drift + torch.randn(96, 80, generator=torch.Generator().manual_seed(step))).bfloat16()
+    for name, weights, trained in (("base", before, start), ("tuned", after, now)):
+        save_model(folder / name / "one", {Q: weights[Q], UP: weights[UP], LOST: trained})
+        save_model(folder / name / "two", {Q: weights[Q], LOST: trained, LOST.replace("k_", "v_"): trained.clone()})
+    return folder, (now.double() - start.double())
+
+
+def product_of(folder, layer):
+    """Return B·A of a layer, by NumPy."""
+    factors = load_file(folder / "adapter_model.safetensors")
+    prefix = f"base_model.model.{layer.removesuffix('.weight')}"
+    return factors[f"{prefix}.lora_B.weight"].double().numpy() @ factors[f"{prefix}.lora_A.weight"].double().numpy()
+
+
+def test_refused_layer_is_written_from_stored_difference(lost, tmp_path):
+    folder, d = lost
+    base, tuned = folder / "base" / "one", folder / "tuned" / "one"
+    for ways in ({"rank": 3}, {"params": 2000}):
+        result = lora_diag.recover(base, tuned, tmp_path / str(ways), **ways)
+        record = result[LOST]
+        assert (record.status, record.written) == ("refused", "file")
+        assert record.rank == ways.get("rank", record.rank) > 0
+        best = low_rank_of(d, record.rank)
+        assert np.linalg.norm(product_of(tmp_path / str(ways), LOST) - best) < 1e-4 * np.linalg.norm(best)
+        assert sum(r.params for r in result) <= 2000
+        assert "1 refused" in recovery_table(result, folder="a")
+    result = lora_diag.recover(base, tuned, tmp_path / "out", rank=3, leave_out_refused=True)
+    assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", LOST: "nothing"}
+
+
+def test_model_that_lost_its_steps_is_answered_no(loradiag, lost, tmp_path):
+    """The adapter is written, and the exit code says that most of it is not an estimate."""
+    folder, _ = lost
+    for name, code, answer in (("one", 0, "yes"), ("two", 5, "no")):
+        sides = (folder / "base" / name, folder / "tuned" / name)
+        ran = loradiag("recover", *sides, "--rank", "2", "-o", tmp_path / f"a{name}")
+        assert ran.code == code, ran.err
+        result = lora_diag.read_results(tmp_path / f"a{name}" / "recovery.jsonl")
+        (finding,) = [line for line in recovery_lines(result) if line.key == "hidden"]
+        assert finding.lead.startswith(f"{answer}: ")
+    assert "2 of 3" in finding.lead
 
 
 def test_recover_budget_keeps_leading_directions(models, tmp_path):
@@ -260,12 +308,11 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
         (["--rank", "2"], 2, "-o"),
         (["--rank", "0", "-o", "out"], 2, "--rank 0"),
         (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
-        (["--keep-refused"], 2, "--keep-refused"),
+        (["--leave-out-refused"], 2, "--leave-out-refused"),
         (["--nearest"], 2, "--nearest"),
         (["--time", "soon"], 2, "--time soon"),
         (["--time", "1h", "--params", "1k", "-o", "out"], 2, "--time"),
         (["--time", "0.000001s", "--rank", "2", "-o", "late"], 5, "--resume"),
-        (["--params", "1k", "--keep-refused", "-o", "out"], 2, "--keep-refused"),
         (["--layers", "lm_head", "--params", "1k", "-o", "out"], 5, "nothing was written"),
         (["--layers", "lm_head"], 5, ""),
         (["--layers", "lm_head", "--rank", "2", "-o", "out"], 5, "no entry changed"),
@@ -323,14 +370,13 @@ def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_pat
 
 def test_extract_factors_the_update_before_rounding(models, tmp_path):
     base, tuned, *_ = models
-    lora_diag.recover(base, tuned, tmp_path / "r", rank=2, keep_refused=True, nearest=True)
+    lora_diag.recover(base, tuned, tmp_path / "r", rank=2, nearest=True)
     result = lora_diag.extract(base, tuned, tmp_path / "e", rank=2, recover=True)
     assert {r.layer: r.estimated for r in result} == {Q: True, UP: False}
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r", "e"))
-    for name in (Q, UP):
-        prefix = f"base_model.model.{name.removesuffix('.weight')}"
-        products = [f[f"{prefix}.lora_B.weight"] @ f[f"{prefix}.lora_A.weight"] for f in (first, second)]
-        assert float((products[0] - products[1]).norm() / products[0].norm()) < 1e-4
+    prefix = f"base_model.model.{Q.removesuffix('.weight')}"
+    products = [f[f"{prefix}.lora_B.weight"] @ f[f"{prefix}.lora_A.weight"] for f in (first, second)]
+    assert float((products[0] - products[1]).norm() / products[0].norm()) < 1e-4
     card = (tmp_path / "e" / "README.md").read_text()
     assert "is an estimate" in card
     assert card.count("--recover") == 1
@@ -344,7 +390,7 @@ def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
     """The update itself is the oracle: of exactly low rank, and of noise alone."""
     base, tuned, *_, x = models
     true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double()}
-    lora_diag.recover(base, tuned, tmp_path / "a", rank=3, keep_refused=True)
+    lora_diag.recover(base, tuned, tmp_path / "a", rank=3)
     result = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj", recover=True)
     factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     for record in result:

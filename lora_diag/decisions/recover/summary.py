@@ -83,10 +83,9 @@ def _select_hidden(records: Sequence[Recovery]) -> Statement:
     unchanged = percent(median(record.unchanged for record in records))
     level: Level = "note"
     if is_lost(records):
-        misfits = (
-            f"{len(select_misfits(records))} of {_matrices(len(records))} do not look like one rounding of BASE + X"
-        )
-        lead, level = f"no: {misfits}; training in bf16 loses its small steps, and no file has them", "warning"
+        misfits = f"{len(select_misfits(records))} of {_matrices(len(records))}"
+        lead = f"no: {misfits} do not look like one rounding; training in bf16 probably lost its steps"
+        level = "warning"
     elif counts["recovered"]:
         lead = "yes: rounding hides part of the update, and part of it can be recovered"
     elif counts["size_only"]:
@@ -99,10 +98,7 @@ def _select_hidden(records: Sequence[Recovery]) -> Statement:
         lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
     details = [f"of {len(records)} matrices {parts}; {unchanged} unchanged at the median"]
     if is_lost(records):
-        details.append(
-            "keep float32 master weights in training, or use stochastic rounding; updates of some entries only do not "
-            "fit either"
-        )
+        details.append("keep float32 master weights in training, or use stochastic rounding")
     return make_statement("hidden", "Hidden update", lead, *details, level=level)
 
 

@@ -29,14 +29,14 @@ def read_adalora(source: Source) -> Reading:
     """
     config = source.settings
     modules, rest = by_module(source.checkpoint, PARTS, source.path)
-    updates = [_update(source, module, parts) for module, parts in modules.items()]
+    updates = [_read_update(source, module, parts) for module, parts in modules.items()]
     kind = f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, alpha={config.values.get('lora_alpha')}"
     scaling = f"lora_alpha / (r + 1e-5), from {config.path.name}"
     reading = Reading(f"{kind}, {len(modules)} modules", tuple(updates), scaling=scaling)
     return add_stored_values(reading, source, rest)
 
 
-def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
+def _read_update(source: Source, module: str, parts: dict[str, str]) -> Update:
     a_key, b_key = pair_of(source, module, parts)
     if "lora_E" not in parts:
         raise InputError(f"{source.checkpoint.path}: {module} has no lora_E, so the file is incomplete; save it again")
@@ -46,8 +46,8 @@ def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
             f"{source.checkpoint.path}: {module}: lora_E {list(e)} does not fit lora_A {list(a)}; save it again"
         )
     # After the last pruning the removed rows are absent from the file, and rank_pattern has their indices.
-    due = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
-    check_rank(source, module, a[0], due, b[1])
+    expected_rank = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
+    check_rank(source, module, a[0], expected_rank, b[1])
     alpha = source.settings.number("lora_alpha")
     scale = (alpha if alpha > 0 else a[0]) / (a[0] + 1e-5)
     load = partial(factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)

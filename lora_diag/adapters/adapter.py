@@ -74,7 +74,7 @@ FAMILIES = (
 
 # vLLM serves ranks up to its --max-lora-rank, 16 by default; hosted services usually stop at 64.
 SERVED_RANK = 64
-CAP = f"servers of adapters usually stop at {SERVED_RANK} or below"
+SERVED_RANK_NOTE = f"servers of adapters usually stop at {SERVED_RANK} or below"
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,19 @@ class Adapter:
         return tuple(sorted(changed, key=lambda weight: natural_order(weight.layer)))
 
     def warnings(self) -> tuple[str, ...]:
-        """Return warnings on the values themselves; reads the factors that are initialized to zero.
+        """Return warnings on a large rank and on updates that are zero; read the factors that are initialized to zero.
 
         Raises:
             InputError: The file could not be read.
         """
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
-        notes = (f"rank {rank}: {CAP}",) if rank > SERVED_RANK else ()
-        zero = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
-        if not zero:
+        notes = (f"rank {rank}: {SERVED_RANK_NOTE}",) if rank > SERVED_RANK else ()
+        zero_keys = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
+        if not zero_keys:
             return notes
-        example = f"such as {zero[0]}"
-        return (*notes, f"{len(zero)} of {len(keys)} updates are zero: a factor was never trained, {example}")
+        example = f"such as {zero_keys[0]}"
+        return (*notes, f"{len(zero_keys)} of {len(keys)} updates are zero: a factor was never trained, {example}")
 
     def pair(
         self,
@@ -176,13 +176,13 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _check_reading(source, family.read(source), note), family.form)
+            return Adapter(source, _add_notes(source, family.read(source), note), family.form)
     refuse_unsupported(source)
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
-def _check_reading(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
-    """Refuse an adapter without changes by its keys; add notes on other tensors and on a given α."""
+def _add_notes(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
+    """Add notes on tensors without effect and on a given α; refuse an adapter that changes no weight."""
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
     notes = list(reading.notes)

@@ -16,7 +16,7 @@ from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, 
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order
 
-_PLAIN = re.compile(r"\w+")
+_WORD = re.compile(r"\w+")
 
 
 def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
@@ -62,15 +62,15 @@ def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Con
     dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
     modules: dict[str, str] = {}
     for name in base:
-        memory = model.parameter(name)
-        module = memory.removesuffix(".weight")
-        if module == memory or len(base[name].shape) < dimensions:
+        parameter = model.parameter(name)
+        module = parameter.removesuffix(".weight")
+        if module == parameter or len(base[name].shape) < dimensions:
             continue
         # Experts and routers are parameters in memory, which PEFT does not adapt as modules.
-        elsewhere = ROUTER.match(memory) or (
+        is_parameter = ROUTER.match(parameter) or (
             model.type in FUSED_MODELS and module.rpartition(".")[2] in EXPERT_LIKE_NAMES
         )
-        if name in adapted or not elsewhere:
+        if name in adapted or not is_parameter:
             modules[name] = module
     return modules
 
@@ -80,10 +80,10 @@ def _is_in_layers(module: str, config: Config) -> bool:
     layers = config.values.get("layers_to_transform")
     if layers is None:
         return True
-    expected = layers if isinstance(layers, list) else [layers]
+    indices = layers if isinstance(layers, list) else [layers]
     pattern = config.values.get("layers_pattern") or []
-    patterns = [text for text in ([pattern] if isinstance(pattern, str) else pattern) if _PLAIN.fullmatch(str(text))]
+    patterns = [text for text in ([pattern] if isinstance(pattern, str) else pattern) if _WORD.fullmatch(str(text))]
     for pattern in patterns or [r"[^.]*"]:
         if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
-            return int(match[1]) in expected
+            return int(match[1]) in indices
     return False

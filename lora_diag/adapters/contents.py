@@ -144,6 +144,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 
 
 def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
+    """Yield an item for each weight that an update changes."""
     updates = [reorder_rows(update, base) for update in adapter.reading.updates if not update.optional]
     expected = dict(update.expected for update in updates)
     matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
@@ -185,8 +186,8 @@ def _find_part(update: Update, adapter: Adapter) -> Part:
     if update.expert is not None:
         return "experts"
     if update.zero_if in adapter.checkpoint:
-        of_mlx = adapter.form == "mlx" and is_table(update.weight)
-        if of_mlx or "lora_embedding" in update.zero_if or update.zero_if.startswith(TABLE):
+        is_mlx_table = adapter.form == "mlx" and is_table(update.weight)
+        if is_mlx_table or "lora_embedding" in update.zero_if or update.zero_if.startswith(TABLE):
             return "embedding"
         if len(adapter.checkpoint[update.zero_if].shape) > 2:
             return "convolution"
@@ -203,7 +204,7 @@ def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
-    """Return a tensor of an update in the file that is not one of a plain pair of factors, if there is one."""
+    """Return one tensor of an update in the file: its factor that starts at zero, else one of its part."""
     if update.zero_if:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")
@@ -215,6 +216,7 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
 
 
 def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
+    """Yield an item for each weight stored in full."""
     values = [value for value in adapter.reading.values if not value.is_copy]
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     matched = match_names(dict(expected), base)[0] if base is not None else {}

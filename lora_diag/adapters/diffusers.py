@@ -56,11 +56,11 @@ def read_diffusers(source: Source) -> Reading:
             )
         part = "alpha" if match["part"] == "alpha" else "down" if match["part"] in DOWN else "up"
         modules.setdefault(_parse_module(match["module"], bool(match["old"])), {})[part] = name
-    without = [module for module, parts in modules.items() if "alpha" not in parts]
-    scalings = _read_scalings(source, without)
-    updates = [_update(source, module, parts, scalings.get(module)) for module, parts in modules.items()]
-    silent = [module for module in without if module not in scalings]
-    notes = source.silent(silent, "diffusers")
+    without_alpha = [module for module, parts in modules.items() if "alpha" not in parts]
+    scalings = _read_scalings(source, without_alpha)
+    updates = [_read_update(source, module, parts, scalings.get(module)) for module, parts in modules.items()]
+    without_scale = [module for module in without_alpha if module not in scalings]
+    notes = source.note_missing_alpha(without_scale, "diffusers")
     ranks = sorted({update.rank or 0 for update in updates})
     kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
@@ -98,13 +98,13 @@ def _read_scalings(source: Source, modules: list[str]) -> dict[str, Scaling]:
     scalings: dict[str, Scaling] = {}
     for prefix in dict.fromkeys(f"{module.partition('.')[0]}." for module in modules):
         values = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        inside = [module for module in modules if module.startswith(prefix)] if values else []
-        scaling = Scaling.of(Config(path, values), [module.removeprefix(prefix) for module in inside])
-        scalings |= dict.fromkeys(inside, scaling)
+        of_component = [module for module in modules if module.startswith(prefix)] if values else []
+        scaling = Scaling.of(Config(path, values), [module.removeprefix(prefix) for module in of_component])
+        scalings |= dict.fromkeys(of_component, scaling)
     return scalings
 
 
-def _update(source: Source, module: str, parts: dict[str, str], scaling: Scaling | None) -> Update:
+def _read_update(source: Source, module: str, parts: dict[str, str], scaling: Scaling | None) -> Update:
     if "up" not in parts or "down" not in parts:
         raise InputError(
             f"{source.path}: {module} has only one of its two factors, so the file is incomplete; save it again"
@@ -114,7 +114,7 @@ def _update(source: Source, module: str, parts: dict[str, str], scaling: Scaling
         raise InputError(f"{source.path}: {parts['alpha']} must be a single number; save the adapter again")
     scale = scale_in(source, parts.get("alpha", ""), down[0])
     if scaling is not None:
-        scale = Scale(_scale(scaling, module, down[0]))
+        scale = Scale(_find_scale(scaling, module, down[0]))
     load = partial(factors, source.checkpoint, (parts["up"], parts["down"], None), scale)
     shape = (up[0], math.prod(down[1:]))
     key = parts["up"]
@@ -133,9 +133,9 @@ def _update(source: Source, module: str, parts: dict[str, str], scaling: Scaling
     )
 
 
-def _scale(scaling: Scaling, module: str, rank: int) -> float:
-    inside = module.partition(".")[2]
-    if (due := scaling.rank(inside)) != rank:
+def _find_scale(scaling: Scaling, module: str, rank: int) -> float:
+    path_in_component = module.partition(".")[2]
+    if (expected := scaling.rank(path_in_component)) != rank:
         path = scaling.config.path
-        raise InputError(f"{path}: {module} has rank {rank}, but {due} in the metadata; save the adapter again")
-    return scaling.of_module(inside)
+        raise InputError(f"{path}: {module} has rank {rank}, but {expected} in the metadata; save the adapter again")
+    return scaling.of_module(path_in_component)

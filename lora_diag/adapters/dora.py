@@ -41,8 +41,8 @@ def add_magnitude(update: Update, source: Source, magnitude: str, by_column: boo
     expected = update.shape[1 if by_column else 0]
     shape = source.checkpoint[magnitude].shape
     size = math.prod(shape)
-    of_kernels = by_column and len(shape) > 2 and expected is not None and size and expected % size == 0
-    if size != expected and not of_kernels:
+    spans_kernels = by_column and len(shape) > 2 and expected is not None and size and expected % size == 0
+    if size != expected and not spans_kernels:
         raise InputError(
             f"{source.checkpoint.path}: {magnitude} has shape {list(shape)} instead of {expected} entries; save the "
             "adapter again"
@@ -53,7 +53,7 @@ def add_magnitude(update: Update, source: Source, magnitude: str, by_column: boo
 
 
 def delta(
-    change: Callable[[Site], Factors | torch.Tensor],
+    load: Callable[[Site], Factors | torch.Tensor],
     checkpoint: Checkpoint,
     magnitude: str,
     by_column: bool,
@@ -62,8 +62,8 @@ def delta(
     """Return (m / n) ⊙ V − W, where n are the norms of V's rows (columns)."""
     import torch
 
-    w, update = site.weight(), change(site)
-    v = w + (update[0] @ update[1] if isinstance(update, tuple) else update)
+    w, change = site.weight(), load(site)
+    v = w + (change[0] @ change[1] if isinstance(change, tuple) else change)
     m = read(checkpoint, magnitude).reshape(-1)
     if by_column:
         kernels = v.reshape(len(v), len(m), -1)

@@ -83,11 +83,11 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
     owners = {module: re.sub(r"(\.base_layer)+$", "", module) for module in modules}
     # PEFT refuses to adapt both a module and its parameter: a target module is not a target parameter. ``all-linear``
     # stands for linear layers without parameters as targets.
-    is_general = config.values.get("target_modules") == "all-linear"
-    by_module = frozenset[str]() if is_general else find_targets(config, owners.values())
+    is_all_linear = config.values.get("target_modules") == "all-linear"
+    target_modules = frozenset[str]() if is_all_linear else find_targets(config, owners.values())
     nested: dict[str, list[str]] = {}
     for module, owner in owners.items():
-        if _find_parameters(owner, targets) and owner not in by_module:
+        if _find_parameters(owner, targets) and owner not in target_modules:
             nested.setdefault(owner, []).append(module)
     stacks = [stack for owner, keys in nested.items() for stack in _find_stacks(owner, keys, targets, modules, config)]
     stacked = {stack.module for stack in stacks}
@@ -108,15 +108,15 @@ def _find_leaves(owner: str, targets: list[str], count: int) -> list[str]:
     """
     every = _find_parameters(owner, targets)
     named = _find_parameters(owner, [target for target in targets if "." in target])
-    ways = every, named, [leaf for leaf in every if leaf not in named]
-    return next((leaves for leaves in ways if len(leaves) == count), every)
+    candidates = every, named, [leaf for leaf in every if leaf not in named]
+    return next((leaves for leaves in candidates if len(leaves) == count), every)
 
 
 def _find_stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
     leaves = _find_leaves(owner, targets, len(keys))
     outermost_first = sorted(keys, key=len)
-    known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
-    if len(leaves) != len(keys) or not known:
+    is_order_known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
+    if len(leaves) != len(keys) or not is_order_known:
         raise InputError(
             f"{config.path}: the parameters of {owner} for its {len(keys)} pairs of factors are ambiguous "
             f"(target_parameters names {', '.join(leaves)}); merge the adapter with peft and pass the merged checkpoint"

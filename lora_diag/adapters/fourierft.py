@@ -54,8 +54,8 @@ def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Sit
             f"{checkpoint.path}: {key} has more frequencies than the weight has entries; check that it belongs to this "
             "BASE"
         )
-    places = torch.randperm(out * columns, generator=torch.Generator().manual_seed(seed))[: len(values)]
+    positions = torch.randperm(out * columns, generator=torch.Generator().manual_seed(seed))[: len(values)]
     spectrum = torch.zeros(out * columns, dtype=torch.float64)
-    spectrum[places] = values
+    spectrum[positions] = values
     change: torch.Tensor = torch.fft.ifft2(spectrum.view(out, columns)).real * scaling
     return change

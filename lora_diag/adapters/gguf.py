@@ -67,7 +67,7 @@ def read_gguf(source: Source) -> Reading:
     kind = f"GGUF LoRA, r={shown}, alpha={alpha:g}, {len(pairs)} modules"
     notes = _make_notes(fields, names, norms)
     if not alpha:
-        notes += source.silent([*pairs], "llama.cpp")
+        notes += source.note_missing_alpha([*pairs], "llama.cpp")
     return Reading(kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor")
 
 

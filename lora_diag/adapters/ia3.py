@@ -30,12 +30,12 @@ def read_ia3(source: Source) -> Reading:
     """
     modules, rest = by_module(source.checkpoint, ("ia3_l",), source.path)
     updates = tuple(
-        update for module, parts in modules.items() for update in scale_updates(source, module, parts["ia3_l"])
+        update for module, parts in modules.items() for update in read_scaled_layer(source, module, parts["ia3_l"])
     )
     return add_stored_values(Reading(f"PEFT IA3, {len(modules)} modules", updates), source, rest)
 
 
-def scale_updates(source: Source, module: str, key: str) -> list[Update]:
+def read_scaled_layer(source: Source, module: str, key: str) -> list[Update]:
     """Return the updates of a module's weight and of its bias, if there is one.
 
     Raises:

@@ -48,15 +48,15 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
         >>> by_module(["base_model.model.h.0.fc.lora_A.weight", "h.bias"], ("lora_A",), Path("x"))
         ({'h.0.fc': {'lora_A': 'base_model.model.h.0.fc.lora_A.weight'}}, ['h.bias'])
     """
-    words = "|".join(map(re.escape, parts))
-    key = re.compile(
-        rf"(?:(?P<module>.+)\.)?(?P<part>{words})(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(\.weight|(?P<bias>\.bias))?"
+    alternatives = "|".join(map(re.escape, parts))
+    pattern = re.compile(
+        rf"(?:(?P<module>.+)\.)?(?P<part>{alternatives})(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(\.weight|(?P<bias>\.bias))?"
     )
     modules: Modules = {}
     rest: list[str] = []
     adapters: set[str | None] = set()
     for name in names:
-        match = key.fullmatch(strip(name))
+        match = pattern.fullmatch(strip(name))
         if match is None:
             rest.append(name)
             continue
@@ -99,18 +99,18 @@ def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "l
     return parts[prefix + "A"], parts[prefix + "B"]
 
 
-def check_rank(source: Source, module: str, of_a: int, expected: int, of_b: int) -> None:
+def check_rank(source: Source, module: str, rank_a: int, expected: int, rank_b: int) -> None:
     """Check the ranks of a module's factors against each other and against the config.
 
     Raises:
         InputError: They differ, so that the scaling is unknown.
     """
-    if of_a != of_b:
+    if rank_a != rank_b:
         raise InputError(
-            f"{source.checkpoint.path}: {module}: A has rank {of_a}, but B has rank {of_b}; save the adapter again"
+            f"{source.checkpoint.path}: {module}: A has rank {rank_a}, but B has rank {rank_b}; save the adapter again"
         )
-    if of_a != expected:
+    if rank_a != expected:
         raise InputError(
-            f"{source.checkpoint.path}: {module} has rank {of_a}, but {source.settings.path.name} says {expected}, so "
-            "the scaling is unknown; give the config that this adapter was trained with"
+            f"{source.checkpoint.path}: {module} has rank {rank_a}, but {source.settings.path.name} says {expected}, "
+            "so the scaling is unknown; give the config that this adapter was trained with"
         )

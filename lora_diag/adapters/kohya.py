@@ -64,8 +64,8 @@ def read_kohya(source: Source) -> Reading:
             )
         modules.setdefault(module, {})[part] = name
     updates = [update for module, parts in modules.items() for update in _read_module(source, module, parts)]
-    silent = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
-    notes = source.silent(silent, "kohya")
+    without_alpha = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
+    notes = source.note_missing_alpha(without_alpha, "kohya")
     return Reading(
         f"{_name_kind(source, modules)}, {len(modules)} modules",
         tuple(updates),
@@ -81,14 +81,14 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _name_kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
-    parts = {part for module_names in modules.values() for part in module_names}
-    words = {"LoRA": LORA[0], "LoHa": "hada_w1_a", "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": "diff"}
-    names = [
-        word for word, part in words.items() if (part in parts if isinstance(part, str) else bool(parts & set(part)))
+    parts = set[str]().union(*modules.values())
+    typical = {"LoRA": LORA[0], "LoHa": "hada_w1_a", "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": "diff"}
+    kinds = [
+        kind for kind, part in typical.items() if (part in parts if isinstance(part, str) else bool(parts & set(part)))
     ]
     dim, alpha = (source.metadata.get(f"ss_network_{key}") for key in ("dim", "alpha"))
     settings = f", dim={dim}, alpha={alpha}" if dim is not None else ""
-    return f"kohya {' + '.join(names) or 'file'}{settings}"
+    return f"kohya {' + '.join(kinds) or 'file'}{settings}"
 
 
 def _read_module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
@@ -116,8 +116,8 @@ def _read_factored(source: Source, module: str, parts: dict[str, str]) -> Update
         update = loha.hadamard(source, f"{module}.weight", parts, scale_in(source, parts.get("alpha", ""), rank))
     elif any(part in lokr.PARTS for part in parts):
         # If both sides are stored in full there is no rank, and LyCORIS does not scale.
-        size = lokr.rank_of(source, parts)
-        scale = Scale() if size is None else scale_in(source, parts.get("alpha", ""), size)
+        lokr_rank = lokr.rank_of(source, parts)
+        scale = Scale() if lokr_rank is None else scale_in(source, parts.get("alpha", ""), lokr_rank)
         update = lokr.kronecker(source, f"{module}.weight", parts, scale)
     else:
         update = _read_lora(source, module, parts)
@@ -185,7 +185,7 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Sc
     import torch
 
     up, down = read(checkpoint, keys[0]), read(checkpoint, keys[1])
-    up, down = up.reshape(up.shape[0], -1), down
+    up = up.reshape(up.shape[0], -1)
     if keys[2] is not None:
         core = read(checkpoint, keys[2])
         down = torch.einsum("ij...,jp->ip...", core, down.reshape(down.shape[0], -1))

@@ -123,16 +123,16 @@ def why_not_tied(form: str, item: Item) -> str:
     return ""
 
 
-def _find_kernels(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _find_convolution_shapes(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B of a convolution, 0 for the rank; nothing for others."""
     if not item.kernel:
         return (), ()
     return (0, *item.kernel), (item.shape[0], 0, *(1 for _ in item.kernel[1:]))
 
 
-def _pair(placed: Placed, a: str, b: str) -> Plan:
+def _plan_pair(placed: Placed, a: str, b: str) -> Plan:
     """Return the two factors of a linear layer or a convolution under their names."""
-    of_a, of_b = _find_kernels(placed.item)
+    of_a, of_b = _find_convolution_shapes(placed.item)
     return {a: Slot(placed, "A", shape=of_a), b: Slot(placed, "B", shape=of_b)}
 
 
@@ -182,7 +182,7 @@ def _to_peft(
             plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(part, "B", turned=True)
             plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(part, "A", turned=True)
         else:
-            plan |= _pair(part, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
+            plan |= _plan_pair(part, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
     kept = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
     names = contents.config.get("target_modules") if contents.form == "peft" else None
     config = {
@@ -194,7 +194,7 @@ def _to_peft(
         "peft_version": PEFT_VERSION,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": _shorten_targets(names, modules)
+        "target_modules": _keep_used_names(names, modules)
         if isinstance(names, list) and names
         else sorted(set(modules)),
         "lora_dropout": 0.0,
@@ -207,8 +207,8 @@ def _to_peft(
     return plan, config
 
 
-def _shorten_targets(names: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return the names that still identify a module."""
+def _keep_used_names(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return the names that match a module of the written adapter."""
     return [name for name in names if any(module == name or module.endswith(f".{name}") for module in modules)]
 
 
@@ -223,7 +223,7 @@ def _to_kohya(
             module = (
                 f"{_PREFIXES.get(component, f'lora_{component}')}_{_make_path(part.item, contents).replace('.', '_')}"
             )
-        plan |= _pair(part, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
+        plan |= _plan_pair(part, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
         plan[f"{module}.alpha"] = Slot(None, value=float(rank))
     return plan, {}
 
@@ -234,7 +234,7 @@ def _to_diffusers(
     plan: Plan = {}
     for part in placed:
         module = f"{_find_component(part.item, contents, base)}.{_make_path(part.item, contents)}"
-        plan |= _pair(part, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+        plan |= _plan_pair(part, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
     return plan, {}
 
 
@@ -254,13 +254,13 @@ def _to_mlx(
     return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
 
 
-def _not_in_mlx(item: Item, contents: Contents) -> str:
+def _why_not_in_mlx(item: Item, contents: Contents) -> str:
     if item.part == "convolution":
         return "mlx-lm has no LoRA for a convolution"
     return why_not_tied("mlx", item) if contents.tied else ""
 
 
-def _not_in_gguf(item: Item, contents: Contents) -> str:
+def _why_not_in_gguf(item: Item, contents: Contents) -> str:
     if item.part == "convolution":
         return "llama.cpp has no LoRA for a convolution"
     if contents.form == GGUF and "_exps." in item.key:
@@ -289,8 +289,13 @@ def _to_gguf(
                 )
         plan[f"{name}.lora_a"] = Slot(part, "A")
         plan[f"{name}.lora_b"] = Slot(part, "B", heads=count)
-    known = names.architecture if names is not None else str(contents.config["general.architecture"])
-    fields = {"general.architecture": known, "general.type": "adapter", "adapter.type": "lora", ALPHA: float(rank)}
+    architecture = names.architecture if names is not None else str(contents.config["general.architecture"])
+    fields = {
+        "general.architecture": architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        ALPHA: float(rank),
+    }
     return plan, fields
 
 
@@ -306,10 +311,10 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
         raise InputError("GGUF: llama.cpp's names and row order depend on the model; give BASE, too")
     names = of_config(base.config)
     if names is None:
-        kinds = ", ".join(kind for known in ARCHITECTURES.values() for kind in known.model_types)
+        model_types = ", ".join(model_type for known in ARCHITECTURES.values() for model_type in known.model_types)
         raise InputError(
             f"{base.path}: llama.cpp's names for model type {base.config.get('model_type')!r} are not known; known are "
-            f"{kinds}"
+            f"{model_types}"
         )
     return names
 
@@ -335,8 +340,8 @@ LAYOUTS = {
     "peft": Layout(WEIGHTS, _to_peft),
     "kohya": Layout("lora.safetensors", _to_kohya),
     "diffusers": Layout("pytorch_lora_weights.safetensors", _to_diffusers),
-    "mlx": Layout("adapters.safetensors", _to_mlx, _not_in_mlx),
-    GGUF: Layout("adapter.gguf", _to_gguf, _not_in_gguf),
+    "mlx": Layout("adapters.safetensors", _to_mlx, _why_not_in_mlx),
+    GGUF: Layout("adapter.gguf", _to_gguf, _why_not_in_gguf),
 }
 
 

@@ -34,8 +34,8 @@ def read_lokr(source: Source) -> Reading:
     updates = []
     for module, parts in modules.items():
         rank = scaling.rank(module)
-        size = rank_of(source, parts)
-        check_rank(source, module, size if size is not None else rank, rank, size if size is not None else rank)
+        stored_rank = rank_of(source, parts) or rank
+        check_rank(source, module, stored_rank, rank, stored_rank)
         scale = Scale(scaling.alpha(module, "alpha") / rank)
         updates.append(kronecker(source, f"{module}.weight", parts, scale, as_peft=True))
     kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"

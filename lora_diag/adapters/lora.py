@@ -154,21 +154,21 @@ def _read_thin_factors(
 
 
 # ``(out, in)``, the loader of the factors, and the names of A and B.
-Found = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
+LocatedFactors = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
 
 
-def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
+def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
     a_key, b_key = pair_of(source, module, parts, "lora_embedding_")
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     check_rank(source, module, a[0], rank, b[1])
     return (a[1], b[0]), partial(embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
 
 
-def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> Found:
+def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
     a_key, b_key = pair_of(source, module, parts)
     if blocks := _count_blocks(source.settings, module):
-        shape, of_a = _read_blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
-        check_rank(source, module, of_a, rank, of_a)
+        shape, rank_of_a = _read_blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
+        check_rank(source, module, rank_of_a, rank, rank_of_a)
         return shape, partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks), (a_key, b_key)
     a, b = flat(source.checkpoint[a_key].shape), flat(source.checkpoint[b_key].shape)
     check_rank(source, module, a[0], rank, b[1])

@@ -51,16 +51,16 @@ def read_mlx(source: Source) -> Reading:
             "--alpha"
         )
     modules, rest = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
-    updates = [_update(source, module, parts, scale, settings) for module, parts in modules.items()]
+    updates = [_read_update(source, module, parts, scale, settings) for module, parts in modules.items()]
     values = tuple(NewValue(key, key) for key in rest)
-    notes = source.silent(list(modules), "mlx-lm") if scale is None else []
+    notes = source.note_missing_alpha(list(modules), "mlx-lm") if scale is None else []
     shown = "unknown" if scale is None else f"{scale:g}"
     kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={shown}"
     scaling = f"lora_parameters.scale, from {config.path.name}"
     return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values, tuple(notes), scaling=scaling)
 
 
-def _update(source: Source, module: str, parts: dict[str, str], stated: float | None, settings: Config) -> Update:
+def _read_update(source: Source, module: str, parts: dict[str, str], stated: float | None, settings: Config) -> Update:
     if "lora_a" not in parts or "lora_b" not in parts:
         raise InputError(
             f"{source.path}: {module} has only {', '.join(sorted(parts))}, so the file is incomplete; save it again"

@@ -188,8 +188,8 @@ def dialects(name: str) -> Iterator[str]:
     yield name
     for dialect in DIALECTS:
         translated = name
-        for ours, theirs in dialect:
-            translated = translated.replace(ours, theirs)
+        for in_memory, on_disk in dialect:
+            translated = translated.replace(in_memory, on_disk)
         if translated != name:
             yield translated
 
@@ -206,8 +206,8 @@ class _Index:
         for name in base:
             self.canonical.setdefault(drop_leading_wrappers(name), []).append(name)
             self.bare.setdefault(drop_all_wrappers(name), []).append(name)
-            for way in dict.fromkeys((name, drop_leading_wrappers(name))):
-                self.flattened.setdefault(flatten_name(way), []).append(name)
+            for form in dict.fromkeys((name, drop_leading_wrappers(name))):
+                self.flattened.setdefault(flatten_name(form), []).append(name)
             if match := EXPERT.fullmatch(name):
                 leaves = self.experts.setdefault(drop_all_wrappers(match["owner"]), {})
                 leaves.setdefault(match["leaf"], {})[int(match["index"])] = name
@@ -278,9 +278,9 @@ def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: 
     if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
-            Location(stack, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
+            Location(matrix, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
             for layers in [matrices(name, stored)]
-            for index, (stack, shape) in enumerate(layers)
+            for index, (matrix, shape) in enumerate(layers)
         )
     shape = flat(stored) if len(stored) > 1 else stored
     rows = None
@@ -332,8 +332,8 @@ def _find_part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Loca
     if match is None or len(expected) != 2 or expected[0] is None:
         return ()
     out, expert = expected[0], int(match["index"])
-    for fused, ways in FUSED.items():
-        for pieces in (pieces for pieces in ways if match["leaf"] in pieces):
+    for fused, namings in FUSED.items():
+        for pieces in (pieces for pieces in namings if match["leaf"] in pieces):
             for names in index.lookups(f"{match['owner']}.{fused}"):
                 shape = index.base[names[0]].shape if len(names) == 1 else ()
                 if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), expected[1]):

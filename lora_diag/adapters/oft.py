@@ -46,11 +46,11 @@ def read_oft(source: Source) -> Reading:
         raise InputError(
             f"{config.path}: num_cayley_neumann_terms {terms} is above the limit of {MAX_TERMS}; check the config"
         )
-    updates = tuple(_update(source, module, parts, terms) for module, parts in modules.items())
+    updates = tuple(_read_update(source, module, parts, terms) for module, parts in modules.items())
     return add_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, rest)
 
 
-def _update(source: Source, module: str, parts: dict[str, str], terms: int) -> Update:
+def _read_update(source: Source, module: str, parts: dict[str, str], terms: int) -> Update:
     (part, key), *_ = parts.items()
     shape = source.shape(key, 2)
     size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2

@@ -101,8 +101,8 @@ def place(
     ]
     if not chosen:
         raise _make_no_match_error(source, unpaired)
-    by_name = sorted(chosen, key=lambda delta: natural_order(delta.layer))
-    return Pairing(tuple(by_name), tuple(unpaired)), notes
+    ordered = sorted(chosen, key=lambda delta: natural_order(delta.layer))
+    return Pairing(tuple(ordered), tuple(unpaired)), notes
 
 
 def _make_unmatched_error(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
@@ -140,8 +140,8 @@ def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], 
             shape = source.checkpoint[value.key].shape
             detail = "the adapter holds its new value and not its change, so BASE is needed"
             unpaired.append(Unpaired(value.weight, shape, "needs_base", detail))
-    ordered = any(update.heads for update in reading.updates)
-    return deltas, unpaired, [LLAMA_ROWS] if ordered else []
+    in_llama_order = any(update.heads for update in reading.updates)
+    return deltas, unpaired, [LLAMA_ROWS] if in_llama_order else []
 
 
 def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
@@ -157,14 +157,14 @@ def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[
         layers.setdefault(piece.location.layer, []).append(piece)
         unpaired += _note_added_rows(piece)
     deltas: list[Delta] = []
-    for layer, expected in layers.items():
-        _refuse_overlap(source, layer, expected)
-        copy = copies.pop(expected[0].location.name, None)
+    for layer, updating in layers.items():
+        _refuse_overlap(source, layer, updating)
+        copy = copies.pop(updating[0].location.name, None)
         plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
-        deltas.append(_make_delta(layer, expected, plus))
+        deltas.append(_make_delta(layer, updating, plus))
     stored = [*values, *copies.values()]
-    new_values, left_out = _pair_new_values(source, stored, base)
-    changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in new_values}
+    value_deltas, left_out = _pair_new_values(source, stored, base)
+    changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in value_deltas}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     tied = sorted(
         {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
@@ -174,7 +174,7 @@ def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[
         "to the one stored weight"
         for layer in tied
     ]
-    return [*deltas, *new_values], [*unpaired, *left_out], notes
+    return [*deltas, *value_deltas], [*unpaired, *left_out], notes
 
 
 def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
@@ -321,7 +321,7 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
 
 
 def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
-    """Return a note on vocabulary rows that only the adapter or only BASE has."""
+    """Yield the vocabulary rows that only the adapter or only BASE has, if there are any."""
     expected, location = piece.update.shape[0], piece.location
     if piece.update.expert is not None or location.rows is None or expected is None:
         return
@@ -378,9 +378,9 @@ def _pair_new_values(
         offset = 0
         for location in matched[value.weight]:
             before, after = Side(base, location.name, location.offset), Side(source.checkpoint, value.key, offset)
-            problem = {before.dtype, after.dtype} - FLOAT_DTYPES
-            if problem:
-                detail = f"stored as {', '.join(sorted(problem))}, which is not a plain floating-point weight"
+            not_float = {before.dtype, after.dtype} - FLOAT_DTYPES
+            if not_float:
+                detail = f"stored as {', '.join(sorted(not_float))}, which is not a plain floating-point weight"
                 unpaired.append(Unpaired(location.layer, shape, "not_float", detail))
             elif len(location.shape) == 1:
                 deltas.append(StoredDelta(location.layer, (1, location.shape[0]), before, after, is_matrix=False))

@@ -111,7 +111,7 @@ def write_portable(
     Args:
         adapter: The adapter.
         folder: The new folder; must not exist.
-        base: Its BASE, where names or updates take it.
+        base: Its BASE, if names or updates depend on it.
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
@@ -151,15 +151,18 @@ def convert(
 
     Args:
         adapter: The adapter.
-        folder: Where.
-        scratch: A folder for factors that took a decomposition.
+        folder: The existing folder.
+        scratch: A folder for factors that are computed by a decomposition.
         base: Its BASE.
         form: One of ``LAYOUTS``.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
         for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
+
+    Raises:
+        InputError: A weight is unsupported, or the other layout needs names from a BASE.
     """
-    _refuse_rows(adapter, base, form)
+    _refuse_unresolved_gguf(adapter, base, form)
     contents = contents_of(adapter, base)
     deltas: dict[str, Delta] = {}
     if base is not None:
@@ -178,8 +181,8 @@ def convert(
         raise InputError(
             f"{adapter.path}: no part of it can be written as a portable adapter: {_list_by_reason(unsupported)}"
         )
-    stored = {update.dtype for update in adapter.reading.updates}
-    dtype = stored.pop() if len(stored) == 1 else "float32"
+    dtypes = {update.dtype for update in adapter.reading.updates}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     parts = {item.layer: _make_part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
     rank = max(part.placed.rank for part in parts.values())
@@ -204,7 +207,7 @@ def _why_changed(item: Item, contents: Contents, form: str) -> str:
     return changed if contents.tied else ""
 
 
-def _refuse_rows(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
+def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
     """Refuse to convert a GGUF adapter with unknown names or row orders to another layout.
 
     Raises:
@@ -232,7 +235,7 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
     if item.part in {"dora", "residual"}:
         assert delta is not None
         if isinstance(delta, FactoredDelta):
-            load = partial(_make_part_of_delta, item, delta)
+            load = partial(_load_delta_factors, item, delta)
         else:
             b, a, epsilon, fro = _approximate_delta(item, delta)
             file = scratch / f"{number:06d}.safetensors"
@@ -252,7 +255,8 @@ def _load_factors(item: Item) -> Factors:
     return loaded
 
 
-def _make_part_of_delta(item: Item, delta: FactoredDelta) -> Factors:
+def _load_delta_factors(item: Item, delta: FactoredDelta) -> Factors:
+    """Return B and A of ΔW against BASE, in the orientation of the item."""
     b, a = delta.load()
     return (a.T, b.T) if _is_turned(item, delta) else (b, a)
 

@@ -63,9 +63,9 @@ def refuse_lora_variants(source: Source) -> None:
         InputError: The adapter is such a variant.
     """
     config = source.settings
-    start = config.text("init_lora_weights").lower()
+    initialization = config.text("init_lora_weights").lower()
     for prefix, name in CHANGED_BASE.items():
-        if start.startswith(prefix):
+        if initialization.startswith(prefix):
             raise InputError(
                 f"{source.path}: was initialized with {name}, which changes the base weights without recording it, "
                 "so ΔW relative to BASE is unknown; save it with path_initial_model_for_weight_conversion, or pass "

@@ -29,7 +29,7 @@ def replicate_updates(updates: list[Update], config: Config) -> tuple[list[Updat
     """
     if "layer_replication" not in config:
         return updates, []
-    order = _order(config)
+    order = _read_order(config)
     note = (
         f"layer_replication: {len(order)} layers are made of {len(set(order))}; layers are named as in the replicated "
         "model, and each is compared with the layer of BASE that it repeats"
@@ -41,7 +41,8 @@ def replicate_updates(updates: list[Update], config: Config) -> tuple[list[Updat
     return assigned, [note]
 
 
-def _order(config: Config) -> list[int]:
+def _read_order(config: Config) -> list[int]:
+    """Return for each layer of the replicated model its layer in BASE."""
     ranges = config.values["layer_replication"]
     try:
         pairs = [(int(first), int(last)) for first, last in ranges]
@@ -58,11 +59,11 @@ def _order(config: Config) -> list[int]:
 
 
 def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
-    def source(match: re.Match[str]) -> str:
+    def find_index(match: re.Match[str]) -> str:
         if int(match[0]) >= len(order):
             raise InputError(
                 f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication; correct the config"
             )
         return str(order[int(match[0])])
 
-    return LAYER.sub(source, weight, count=1)
+    return LAYER.sub(find_index, weight, count=1)

@@ -50,11 +50,12 @@ def subtract_part(factors: Callable[[Site], Factors], name: str, scale: float, r
     import torch
 
     b, a = factors(site)
-    left, right = _read_part(site.weight(), name, scale, rank)
+    left, right = _compute_part(site.weight(), name, scale, rank)
     return torch.cat([b, -left], dim=1), torch.cat([a, right])
 
 
-def _read_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
+def _compute_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
+    """Return the factors of P."""
     import torch
 
     if name == "OLoRA":

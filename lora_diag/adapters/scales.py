@@ -42,8 +42,8 @@ def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
     """Return s, reading α if it is stored in the file."""
     if not scale.alpha:
         return scale.factor
-    value = checkpoint.read_array if checkpoint.decodes(scale.alpha) else partial(read, checkpoint)
-    alpha = float(value(scale.alpha).reshape(-1)[0])
+    read_alpha = checkpoint.read_array if checkpoint.decodes(scale.alpha) else partial(read, checkpoint)
+    alpha = float(read_alpha(scale.alpha).reshape(-1)[0])
     return scale.factor * (alpha / scale.rank if alpha else 1.0)
 
 
@@ -63,7 +63,7 @@ class Scaling:
 
     @staticmethod
     def of(config: Config, modules: list[str]) -> Scaling:
-        """Read it from the config.
+        """Read the scaling from a config.
 
         Raises:
             InputError: A pattern is invalid.

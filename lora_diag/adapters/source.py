@@ -157,8 +157,8 @@ class Source:
         """Return s of factors without α in the files: 1, or α/r with the given α."""
         return 1.0 if self.stated_alpha in (None, "rank") else float(self.stated_alpha) / rank
 
-    def silent(self, modules: list[str], program: str) -> list[str]:
-        """Return a note on modules without α in the files; None without such modules."""
+    def note_missing_alpha(self, modules: list[str], program: str) -> list[str]:
+        """Return a note on modules without α in the files, if there are any; ``program`` is the one that reads them."""
         if not modules:
             return []
         assumption = f"{program} then takes s = 1" if self.stated_alpha is None else "alpha = rank was given, s = 1"

@@ -77,7 +77,7 @@ class Update:
         rank: r of its factors, for display; None without factors.
         scale: Their scale s; None without one, or if it is stored as a number in the file.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
-        optional: Whether BASE may lack the weight (a bias).
+        optional: Whether the weight (a bias) may be missing from BASE.
         alpha: Name of the tensor with α; empty without one.
         plain: Loads s·B and A alone, for an update that is not just their product (DoRA, PiSSA); else None.
         heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.

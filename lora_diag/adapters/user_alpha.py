@@ -45,7 +45,7 @@ def add_config(source: Source) -> Source:
     config = source.config
     if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
         return replace(
-            source, config=Config(Path(f"{source.path} (--alpha)"), _complete_settings(source)), is_completed=True
+            source, config=Config(Path(f"{source.path} (--alpha)"), _make_settings(source)), is_completed=True
         )
     if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
         added: dict[str, Any] = {"lora_alpha": source.stated_alpha}
@@ -55,7 +55,8 @@ def add_config(source: Source) -> Source:
     return source
 
 
-def _complete_settings(source: Source) -> dict[str, Any]:
+def _make_settings(source: Source) -> dict[str, Any]:
+    """Return the settings of a PEFT file without a config, from the shapes of its factors and the given α."""
     modules, _ = by_module(source.checkpoint, _FACTORS, source.path)
     ranks = {
         module: source.checkpoint[parts[key]].shape[0]

@@ -37,12 +37,12 @@ def read_vera(source: Source) -> Reading:
         )
     names = [name for name in source.checkpoint if name not in SHARED]
     modules, rest = by_module(names, PARTS, source.path)
-    updates = [_update(source, module, parts) for module, parts in modules.items()]
+    updates = [_read_update(source, module, parts) for module, parts in modules.items()]
     kind = f"PEFT VeRA, r={source.shape(a_key, 2)[0]}, {len(modules)} modules"
     return add_stored_values(Reading(kind, tuple(updates)), source, rest)
 
 
-def _update(source: Source, module: str, parts: dict[str, str]) -> Update:
+def _read_update(source: Source, module: str, parts: dict[str, str]) -> Update:
     if set(parts) != set(PARTS):
         raise InputError(
             f"{source.checkpoint.path}: {module} has only {', '.join(sorted(parts))}, so the file is incomplete; save "

@@ -78,7 +78,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """Further settings of the config.
+    """BASE as the config describes it: its name and class, and the names to resolve patterns against.
 
     Args:
         base_name: The base model's name or path.
@@ -102,7 +102,7 @@ def write_adapter(
         folder: An existing folder; files with these names are replaced.
         parts: The factors; of one dtype.
         values: Tensors stored in full.
-        described: Settings of the config.
+        described: BASE, for the config.
         portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names: every program
             then uses the same scale. Not for parameters.
 
@@ -115,15 +115,15 @@ def write_adapter(
     prefixes = _make_prefixes([group[0].target for group in groups.values()])
     tensors: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], torch.Tensor]] = {}
-    width = max(map(module_rank, groups.values()), default=1) if portable else None
+    common_rank = max(map(module_rank, groups.values()), default=1) if portable else None
     for module, group in groups.items():
-        for key, shape, read in _list_tensors(prefixes[module], group, width):
+        for key, shape, read in _list_tensors(prefixes[module], group, common_rank):
             readers[key] = read
             tensors[key] = TensorInfo(key, shape, open_checkpoint(group[0].file)["B"].dtype)
     for value in values:
         key = PREFIX + value.key
         tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
-    ranks = {module: width or module_rank(group) for module, group in groups.items()}
+    ranks = {module: common_rank or module_rank(group) for module, group in groups.items()}
     config = adapter_config(ranks, parts, values, described)
     if portable:  # some programs do not support regular expressions
         names = config["target_modules"]
@@ -167,18 +167,21 @@ def _make_prefixes(targets: Sequence[Target]) -> dict[str, str]:
             owner, _, leaf = target.module.rpartition(".")
             owners.setdefault(owner, []).append(leaf)
     for owner, leaves in owners.items():
-        known = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if leaf in REGISTERED else -1, reverse=True)
-        for depth, leaf in enumerate(known):
+        outermost_first = sorted(
+            leaves, key=lambda leaf: REGISTERED.index(leaf) if leaf in REGISTERED else -1, reverse=True
+        )
+        for depth, leaf in enumerate(outermost_first):
             prefixes[f"{owner}.{leaf}"] = PREFIX + owner + ".base_layer" * depth
     return prefixes
 
 
-Stored = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
+# Key in the file, shape, and reader.
+KeyReader = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
-def _list_tensors(prefix: str, group: Sequence[Part], width: int | None = None) -> list[Stored]:
+def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = None) -> list[KeyReader]:
     """Return name, shape and reader of the factors of one module, at its rank or padded to another."""
-    target, rank = group[0].target, width or group[0].rank
+    target, rank = group[0].target, common_rank or group[0].rank
     out, columns = target.peft_shape
     a, b = partial(_pad_factor, group[0], "A", rank), partial(_pad_factor, group[0], "B", rank)
     if target.kind == "embedding":

@@ -147,7 +147,7 @@ def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     if not adapter.source.peft_type:
         return {}  # names in other formats are not those of modules
     matched, _ = match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)
-    return {places[0].name: name for name, places in matched.items() if len(places) == 1}
+    return {locations[0].name: name for name, locations in matched.items() if len(locations) == 1}
 
 
 class Model:
@@ -160,9 +160,9 @@ class Model:
 
     def __init__(self, base: Checkpoint, own_names: Mapping[str, str] | None = None) -> None:
         self._base = base
-        self._own = own_names or {}
+        self._own_names = own_names or {}
         self.type = str(base.config.get("model_type", ""))
-        self._load_renames = _load_renames(base, self.type)
+        self._renames = _find_renames(base, self.type)
         self._orientation = Orientation(base, {}, self.type in CONV1D_MODELS)
         self._experts = _count_experts(base) if self.type in FUSED_MODELS else {}
         self._mixtures = {match["owner"] for name in base if (match := SIBLING_OF_EXPERTS.match(self.parameter(name)))}
@@ -170,13 +170,13 @@ class Model:
     @property
     def has_names_in_memory(self) -> bool:
         """Whether an adapter gives names in memory, which then replace the names in the files."""
-        return bool(self._own)
+        return bool(self._own_names)
 
     def in_memory(self, name: str) -> str:
         """Return the name that a weight has in memory."""
-        if name in self._own:
-            return self._own[name]
-        for pattern, replacement in self._load_renames:
+        if name in self._own_names:
+            return self._own_names[name]
+        for pattern, replacement in self._renames:
             name = re.sub(pattern, replacement, name)
         return name
 
@@ -212,29 +212,29 @@ class Model:
         if HEAD.search(delta.layer) and name != delta.layer:
             return "BASE ties it to the embedding: what PEFT adds to the one is added to both"
         stored = self._base[name].shape
-        memory = self.parameter(name)
-        module = memory.removesuffix(".weight")
+        parameter = self.parameter(name)
+        module = parameter.removesuffix(".weight")
         leaf = module.rpartition(".")[2]
         if name.endswith("in_proj_weight") or f"{name.rpartition('.out_proj.')[0]}.in_proj_weight" in self._base:
             return "part of an nn.MultiheadAttention, whose update PEFT applies in its own way"
         if self.type in MAMBA_MODELS and leaf in REFUSED_IN_MAMBA:
             return "PEFT refuses to adapt it in a Mamba model"
-        if len(stored) == 3 and EXPERTS.search(memory):
+        if len(stored) == 3 and EXPERTS.search(parameter):
             index = int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
             in_out = (self.type in TRANSPOSED_MODELS) != self._is_transposed(leaf, stored)
-            return Target(delta.layer, delta.shape, memory, "parameter", in_out, expert=(index, stored[0]))
+            return Target(delta.layer, delta.shape, parameter, "parameter", in_out, expert=(index, stored[0]))
         if (match := EXPERT.fullmatch(name)) and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
             half = self._find_fused(match["leaf"])[1], HALVES[leaf]
             expert = int(match["index"]), self._experts[match["owner"]]
-            return Target(delta.layer, delta.shape, memory, "parameter", expert=expert, half=half)
-        if not memory.endswith(".weight"):
+            return Target(delta.layer, delta.shape, parameter, "parameter", expert=expert, half=half)
+        if not parameter.endswith(".weight"):
             return "a bare parameter, not the weight of a layer"
         if len(stored) > 2:
             return _make_convolution(delta, module, stored, name)
-        router = ROUTER.match(memory)
+        router = ROUTER.match(parameter)
         if (router and router["owner"] in self._mixtures) or (self.type in FUSED_MODELS and leaf in EXPERT_LIKE_NAMES):
-            return Target(delta.layer, delta.shape, memory, "parameter")
-        if TABLE.search(name) and not HEAD.search(memory):
+            return Target(delta.layer, delta.shape, parameter, "parameter")
+        if TABLE.search(name) and not HEAD.search(parameter):
             return Target(delta.layer, delta.shape, module, "embedding", transposed=True)
         if self._orientation.in_out(name, (None, None), stored):
             return Target(delta.layer, delta.shape, module, "conv1d", transposed=True)
@@ -258,7 +258,7 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
     return counts
 
 
-def _load_renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
+def _find_renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
     """Return the regular expressions that convert names on disk to names in memory, in order."""
     names = list(base)
     if model_type in NESTED_IN_MEMORY:

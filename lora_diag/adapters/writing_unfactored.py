@@ -60,12 +60,12 @@ def full_values(
         module = model.in_memory(name).rpartition(".")[0]
         if disk_module not in whole:
             key = f"{module}.base_layer.bias" if module in adapted else f"{module}.bias"
-            values[key] = _read_value(key, name, deltas.get(name), base)
+            values[key] = _make_value(key, name, deltas.get(name), base)
             continue
         for sibling in base:
             if sibling.rpartition(".")[0] == disk_module:
                 key = model.in_memory(sibling)
-                values[key] = _read_value(key, sibling, deltas.get(sibling), base, module)
+                values[key] = _make_value(key, sibling, deltas.get(sibling), base, module)
     return list(values.values())
 
 
@@ -75,7 +75,8 @@ def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
     return name.endswith(".bias") and weight in base and len(base[weight].shape) > 1
 
 
-def _read_value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
+def _make_value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
+    """Return a tensor of BASE as it is after its change, to be stored in full."""
     info = base[name]
     if isinstance(delta, StoredDelta):
         info = delta.tuned.info

@@ -86,7 +86,7 @@ def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
         return "no spectrum or residual record to check"
     if name == "complete" and all(run_input.targets is None for run_input in _list_adapters(sources)):
         return "no results of an adapter on its BASE whose config names its modules"
-    if name == "base" and not any(_list_names(source) for source in sources):
+    if name == "base" and not any(_list_base_names(source) for source in sources):
         return "no results of an adapter on a BASE that both have a name"
     metrics = dict.fromkeys(record.metric for record in _list_layers(sources, Spectrum))
     if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
@@ -117,7 +117,7 @@ def _check_mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored 
             yield Alarm(item.layer, None, f"the adapter does not fit BASE here: {item.detail}")
 
 
-def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
     for run_input in _list_adapters(sources):
         for layer in run_input.lacking:
             text = (
@@ -128,10 +128,10 @@ def _complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None
 
 
 def _check_base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    """Yield adapters whose config names another base, unless the policy pins the base."""
+    """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", run_input.fingerprint) in policy.inputs.pins for run_input in source.results.run.inputs)
-        for adapter, wanted, names in _list_names(source):
+        for adapter, wanted, names in _list_base_names(source):
             if not pinned and not any(is_same_name(wanted, name) for name in names):
                 text = (
                     f"the config of {adapter} names the base {wanted}, and it was measured on {' or '.join(names)}: "
@@ -140,7 +140,7 @@ def _check_base(policy: Policy, sources: Sequence[Source], baseline: Stored | No
                 yield Alarm(None, names[0], text, f"base {wanted}")
 
 
-def _list_names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
+def _list_base_names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return the adapters of results, the names of the base in their configs, and the names of BASE."""
     inputs = source.results.run.inputs
     names = next((run_input.names for run_input in inputs if run_input.role == "base" and run_input.names), ())
@@ -168,7 +168,7 @@ def is_same_name(first: str, second: str) -> bool:
 
 
 def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    """Yield adapted layers whose update is zero; for a pair of checkpoints only whether anything changed."""
+    """Yield alarms for adapted layers whose update is zero; for two checkpoints only if nothing changed at all."""
     for source in sources:
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
         if _is_of_adapter(source):
@@ -223,9 +223,9 @@ def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Store
 
 
 def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
-    there = {record.layer for source in sources for record in source.results.layers}
+    measured = {record.layer for source in sources for record in source.results.layers}
     for layer in baseline.layers() if baseline is not None else ():
-        if layer not in there:
+        if layer not in measured:
             yield Alarm(layer, None, "the baseline has this layer and the results do not")
 
 
@@ -256,7 +256,7 @@ _CHECKS: dict[str, tuple[str, Check]] = {
     "finished": ("every run finished", _check_finished),
     "non_finite": ("no NaN or Inf", _check_finite),
     "mismatch": ("the adapter fits BASE", _check_mismatch),
-    "complete": ("factors for every target", _complete),
+    "complete": ("factors for every target", _check_complete),
     "base": ("the base that the adapter names", _check_base),
     "dead": ("the update is not zero", _check_dead_layers),
     "missing": ("every layer of the baseline", _check_missing),

@@ -25,13 +25,13 @@ EXIT = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
 
 _POLICY = Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
 
-FigureText = Annotated[
+PolicyAndResults = Annotated[
     list[str] | None, typer.Argument(metavar="POLICY RESULTS", help="Policy file, then results files.")
 ]
 
 
-class ReportOptions(TypedDict, total=False):
-    """Options for the policy, measurements and outputs."""
+class CommandOptions(TypedDict, total=False):
+    """Options of the command that ``gate()`` has no need of: a built-in policy, inputs to measure, and outputs."""
 
     policy: Annotated[
         str | None, Option(None, "Built-in policy, instead of POLICY; default: none.", "NAME", panel=INPUTS)
@@ -49,10 +49,10 @@ class ReportOptions(TypedDict, total=False):
 
 @options.spread
 def gate(
-    files_text: FigureText = None,
+    paths: PolicyAndResults = None,
     *,
     arguments: GateOptions,
-    reports: ReportOptions,
+    own_options: CommandOptions,
     shown: options.Shown,
 ) -> None:
     """Judge results by a policy before a release.
@@ -62,19 +62,19 @@ def gate(
 
     Example: loradiag gate policy.toml results.jsonl --junit gate.xml
     """
-    files = list(files_text or [])
+    files = list(paths or [])
     policy, output, overwrite, github = (
-        reports["policy"],
-        reports["output"],
-        reports["overwrite"],
-        reports["github"],
+        own_options["policy"],
+        own_options["output"],
+        own_options["overwrite"],
+        own_options["github"],
     )
-    cards = (reports["junit"], reports["sarif"], reports["model_card"])
+    report_files = (own_options["junit"], own_options["sarif"], own_options["model_card"])
     if github and shown.json:
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
     if files[:1] == ["init"] and policy is None:
-        measured = (reports["base"], reports["tuned"], reports["adapter"])
-        if any((*measured, *arguments.values(), github, shown.json, *cards)):
+        to_measure = (own_options["base"], own_options["tuned"], own_options["adapter"])
+        if any((*to_measure, *arguments.values(), github, shown.json, *report_files)):
             raise UsageError("gate init: takes only results files and -o POLICY; a policy file of this name is ./init")
         _init(files[1:], output, shown.quiet, overwrite)
         return
@@ -83,12 +83,12 @@ def gate(
     read = [*(files if ready else files[1:]), *([] if ready else files[:1]), *baseline]
     # The content of a baseline is checked as it is read.
     check_outputs([], [(Path(path) if ratchet else None, RESULTS) for path in baseline], overwrite=True)
-    written = [(output, RESULTS), (reports["junit"], JUNIT), (reports["sarif"], SARIF)]
+    written = [(output, RESULTS), (own_options["junit"], JUNIT), (own_options["sarif"], SARIF)]
     check_outputs(read, written, overwrite)
     # Only a block of the card is replaced; its other text is checked when it is read.
-    check_outputs([*read, *(path for path, _ in written)], [(reports["model_card"], CARD)], overwrite=True)
-    if reports["model_card"] is not None:
-        read_card(reports["model_card"])
+    check_outputs([*read, *(path for path, _ in written)], [(own_options["model_card"], CARD)], overwrite=True)
+    if own_options["model_card"] is not None:
+        read_card(own_options["model_card"])
     from lora_diag.decisions.gate.record import outcome
     from lora_diag.decisions.gate.run import gate as judge
     from lora_diag.decisions.gate.run import ready_policy
@@ -96,11 +96,11 @@ def gate(
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     rules = ready_policy(policy) if policy is not None else Path(files.pop(0))
-    measured_now = _measure_inputs(reports["base"], reports["tuned"], list(reports["adapter"]), files)
+    measured_now = _measure_inputs(own_options["base"], own_options["tuned"], list(own_options["adapter"]), files)
     results = judge(rules, *files, *measured_now, **arguments)
     if output is not None:
         results.write(output, overwrite)
-    _write_reports(results, *cards, overwrite)
+    _write_reports(results, *report_files, overwrite)
     if shown.json:
         from lora_diag.records import lines_of
 
@@ -113,7 +113,7 @@ def gate(
     if shown.table:
         _show(results, github, _suggest_next(results, files, output))
     if github:
-        _annotate_github(results)
+        _write_to_github(results)
     raise typer.Exit(EXIT[outcome(results.whole)])
 
 
@@ -156,7 +156,11 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
 
 
 def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], results: list[str]) -> list[Results[Any]]:
-    """Measure first, if requested."""
+    """Return the results of ``--base``; none without it.
+
+    Raises:
+        UsageError: Both results and ``--base`` are given, or neither.
+    """
     if base is None:
         if tuned is not None or adapters:
             raise UsageError("--tuned and --adapter: need --base, the checkpoint to compare with; add it")
@@ -201,17 +205,17 @@ def _show(results: Results[Any], github: bool, hint: str) -> None:
     result(text)
 
 
-def _annotate_github(results: Results[Any]) -> None:
+def _write_to_github(results: Results[Any]) -> None:
     from lora_diag.decisions.gate.github import step_summary, workflow_commands
 
     for command in workflow_commands(results):
         result(command)
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+    if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
-            with Path(summary).open("a", encoding="utf-8") as file:
+            with Path(summary_file).open("a", encoding="utf-8") as file:
                 file.write(step_summary(results))
         except OSError as error:
-            raise InputError(f"{summary}: the step summary cannot be written: {error.strerror}") from error
+            raise InputError(f"{summary_file}: the step summary cannot be written: {error.strerror}") from error
 
 
 def _suggest_next(results: Results[Any], files: list[str], output: Path | None) -> str:

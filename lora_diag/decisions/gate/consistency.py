@@ -34,7 +34,7 @@ def find_contradictions(results: Results[Any]) -> Iterator[str]:
         for problem in _check_record(record):
             yield f"{record.layer}: {problem}"
         base_fro = getattr(record, "base_fro", None)
-        if base_fro is not None and not _close(bases.setdefault(record.layer, base_fro), base_fro):
+        if base_fro is not None and not _is_close(bases.setdefault(record.layer, base_fro), base_fro):
             yield f"{record.layer}: base_fro is {bases[record.layer]:.9g} in one record and {base_fro:.9g} in another"
     yield from _check_between_adapters(results)
     yield from _check_totals(results)
@@ -55,15 +55,15 @@ def _check_totals(results: Results[Any]) -> Iterator[str]:
     expected, actual = results.end, totals(results.layers, results.left_out)
     for name in ("fro", "base_fro"):
         before, now = getattr(expected, name), getattr(actual, name)
-        if (before is None) != (now is None) or (before is not None and not _close(before, now)):
-            yield f"end: {name} is {_show(before)}, but {_show(now)} by the records of the layers"
+        if (before is None) != (now is None) or (before is not None and not _is_close(before, now)):
+            yield f"end: {name} is {_format(before)}, but {_format(now)} by the records of the layers"
 
 
 def _check_between_adapters(results: Results[Any]) -> Iterator[str]:
     """Yield contradictions of ‖D‖ between records of one layer."""
     norms: dict[str, float] = {}
     for record in results.layers:
-        if isinstance(record, Residual) and not _close(norms.setdefault(record.layer, record.fro), record.fro):
+        if isinstance(record, Residual) and not _is_close(norms.setdefault(record.layer, record.fro), record.fro):
             yield f"{record.layer}: fro is {norms[record.layer]:.9g} in one record and {record.fro:.9g} in another"
 
 
@@ -87,13 +87,13 @@ def _check_spectrum(record: Spectrum) -> Iterator[str]:
         curve[-1] = 1.0
     yield from _check_curve(record, curve)
     yield from _check_tails(record, tails)
-    if record.stable_rank is None or not _close(record.stable_rank, max(1.0, (fro / s[0]) ** 2)):
-        yield f"stable_rank is {_show(record.stable_rank)}, but fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
+    if record.stable_rank is None or not _is_close(record.stable_rank, max(1.0, (fro / s[0]) ** 2)):
+        yield f"stable_rank is {_format(record.stable_rank)}, but fro²/σ_1² is {(fro / s[0]) ** 2:.9g}"
     effective = _compute_effective_rank(s) if record.complete else None
     if (record.effective_rank is None) != (effective is None) or (
-        effective is not None and not _close(record.effective_rank or 0.0, effective)
+        effective is not None and not _is_close(record.effective_rank or 0.0, effective)
     ):
-        yield f"effective_rank is {_show(record.effective_rank)}, but {_show(effective)} by the singular values"
+        yield f"effective_rank is {_format(record.effective_rank)}, but {_format(effective)} by the singular values"
     yield from _check_resolution(record)
 
 
@@ -104,13 +104,13 @@ def _check_curve(record: Spectrum, curve: Sequence[float]) -> Iterator[str]:
         if (value is None) != (expected is None) or (
             value is not None and expected is not None and abs(value - min(expected, 1.0)) > ROUNDING
         ):
-            yield f"energy.{rank} is {_show(value)}, but {_show(expected)} by the singular values"
+            yield f"energy.{rank} is {_format(value)}, but {_format(expected)} by the singular values"
     for share, rank_at in record.rank_at.items():
         threshold = float(share)
         reached = rank_at is not None and 0 < rank_at <= len(curve) and curve[rank_at - 1] >= threshold - ROUNDING
-        first = rank_at is None or rank_at <= 1 or (reached and curve[rank_at - 2] < threshold + ROUNDING)
-        if not (first and (reached or (rank_at is None and curve[-1] < threshold + ROUNDING))):
-            yield f"rank_at.{share} is {_show(rank_at)}, which the singular values contradict"
+        is_first = rank_at is None or rank_at <= 1 or (reached and curve[rank_at - 2] < threshold + ROUNDING)
+        if not (is_first and (reached or (rank_at is None and curve[-1] < threshold + ROUNDING))):
+            yield f"rank_at.{share} is {_format(rank_at)}, which the singular values contradict"
 
 
 def _check_tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
@@ -128,7 +128,7 @@ def _check_tails(record: Spectrum, tails: Sequence[float]) -> Iterator[str]:
             square = max(0.0, 1 - math.fsum((value / fro) ** 2 for value in s[:r]))
         spectral = s[r] if r < len(s) else 0.0 if record.complete else None
         if abs((tail.fro / fro) ** 2 - square) > ROUNDING or tail.spectral != spectral:
-            yield f"tail.{rank} is {tail.fro:.9g} and {_show(tail.spectral)}, which the singular values contradict"
+            yield f"tail.{rank} is {tail.fro:.9g} and {_format(tail.spectral)}, which the singular values contradict"
 
 
 def _compute_effective_rank(s: Sequence[float]) -> float:
@@ -145,7 +145,7 @@ def _check_resolution(record: Spectrum) -> Iterator[str]:
     else:
         agrees = above[0] <= resolution.signal_rank <= above[1]
     if not agrees:
-        yield f"resolution.signal_rank is {_show(resolution.signal_rank)}, but {above[0]} singular values exceed edge"
+        yield f"resolution.signal_rank is {_format(resolution.signal_rank)}, but {above[0]} singular values exceed edge"
     if record.metric == "weights" and record.source == "update":
         # Even noise ends first (Marchenko and Pastur), and no later than its norm; none of three roundings exceeds 3σ.
         lowest = resolution.noise_fro * min(1.0, sum(size**-0.5 for size in record.shape))
@@ -168,8 +168,8 @@ def _check_residual(record: Residual) -> Iterator[str]:
     if record.fro == 0:
         yield f"fro is 0 and epsilon is {record.epsilon:.9g}"
         return
-    if record.norm_ratio is None or not _close(record.norm_ratio, record.adapter_fro / record.fro):
-        yield f"norm_ratio is {_show(record.norm_ratio)}, but {record.adapter_fro / record.fro:.9g} by the norms"
+    if record.norm_ratio is None or not _is_close(record.norm_ratio, record.adapter_fro / record.fro):
+        yield f"norm_ratio is {_format(record.norm_ratio)}, but {record.adapter_fro / record.fro:.9g} by the norms"
     yield from _check_distance(record, "")
     if record.data is not None:
         yield from _check_distance(record.data, "data.")
@@ -182,13 +182,13 @@ def _check_distance(distance: Distance, prefix: str) -> Iterator[str]:
         return
     square = 1.0 if cosine is None else 1 + ratio**2 - 2 * ratio * cosine
     if (cosine is None) != (ratio == 0) or (cosine is not None and abs(cosine) > 1):
-        yield f"{prefix}cosine is {_show(cosine)} with a norm_ratio of {ratio:.9g}"
+        yield f"{prefix}cosine is {_format(cosine)} with a norm_ratio of {ratio:.9g}"
     elif abs(epsilon**2 - square) > FLOAT32 * (1 + ratio**2):
         yield f"{prefix}epsilon is {epsilon:.9g}, but {math.sqrt(max(0.0, square)):.9g} by norm_ratio and cosine"
     if cosine is not None:
         scale, best = distance.best_scale, distance.epsilon_best_scale
         if scale is None or best is None or abs(scale * ratio - cosine) > ROUNDING:
-            yield f"{prefix}best_scale is {_show(scale)}, but {cosine / ratio:.9g} by cosine and norm_ratio"
+            yield f"{prefix}best_scale is {_format(scale)}, but {cosine / ratio:.9g} by cosine and norm_ratio"
         elif abs(best**2 - max(0.0, epsilon**2 - ((1 - scale) * ratio) ** 2)) > ROUNDING * (1 + epsilon**2):
             yield f"{prefix}epsilon_best_scale is {best:.9g}, which epsilon and best_scale contradict"
     excess = None if distance.epsilon_min is None else epsilon**2 - distance.epsilon_min**2
@@ -197,12 +197,12 @@ def _check_distance(distance: Distance, prefix: str) -> Iterator[str]:
         and distance.excess is not None
         and abs(excess - distance.excess) > ROUNDING * (1 + epsilon**2)
     ):
-        yield f"{prefix}excess is {_show(distance.excess)}, but {_show(excess)} by epsilon and epsilon_min"
+        yield f"{prefix}excess is {_format(distance.excess)}, but {_format(excess)} by epsilon and epsilon_min"
 
 
-def _close(first: float, second: float) -> bool:
+def _is_close(first: float, second: float) -> bool:
     return abs(first - second) <= ROUNDING * max(abs(first), abs(second))
 
 
-def _show(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "null" if value is None else f"{value:.9g}"

@@ -107,7 +107,7 @@ def _name_baseline(sources: Sequence[Source], name: str) -> str:
 
 
 def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
-    """Pair suggestions with their values; those on spectra once per metric, which the rule names."""
+    """Yield suggestions with the results to draft them from; those on spectra once per metric, which the rule names."""
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources if source.holds("spectrum"))
     if not {*metrics} - {"weights"}:
         yield _SUGGESTIONS, sources

@@ -162,24 +162,24 @@ def list_subjects(
         by_group.setdefault(tuple(getattr(record, name) for name in _group_fields(type(record))), []).append(record)
     layers = dict.fromkeys(record.layer for record in records)
     norms = {record.layer: getattr(record, "fro", None) for record in records}
-    matching: list[Subject] = []
+    subjects: list[Subject] = []
     for values, key in _pair_with_stable_keys(list(by_group) or [()]):
         names = [f"{name} {value}" for name, value in zip(_group_fields(cls), values, strict=True)]
         group = ", ".join((*prefix, *names))
         of_group = by_group.get(values, [])
-        matching += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
+        subjects += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
         missing = layers.keys() - {record.layer for record in of_group}
-        matching += [
+        subjects += [
             Subject(layer, group, key, None, "the file has no record of it", norms[layer])
             for layer in layers
             if layer in missing
         ]
-        matching += [
+        subjects += [
             Subject(item.layer, group, key, None, f"not measured: {item.detail}", item.fro)
             for item in results.left_out
             if item.reason not in NO_CANDIDATES | left_out and len(item.shape) != 1 and item.layer not in layers
         ]
-    return matching
+    return subjects
 
 
 def _group_fields(cls: type[Record]) -> tuple[str, ...]:

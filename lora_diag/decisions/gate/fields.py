@@ -107,7 +107,15 @@ def _list_first_names() -> tuple[str, ...]:
 
 
 def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...], share: bool) -> Field | None:
-    """Follow a path through the types of the records."""
+    """Return the field at the end of a path through the types of the records; None without one.
+
+    Args:
+        kind: The kind's name.
+        hint: The type reached.
+        done: The path up to it.
+        rest: The keys that are left.
+        share: Whether the value is a fraction, as far as the path is known.
+    """
     hint, share = _strip_annotation(hint, share)
     if isinstance(hint, type) and issubclass(hint, Record):
         if not rest or rest[0] == "record":

@@ -138,23 +138,23 @@ def parse(text: str) -> Condition:
         ('max', '<= 0.35')
     """
     tokens = _tokenize(text)
-    share = [word for _, word in tokens[:4]] == ["share", "of", "layers", "with"]
-    rest = tokens[4:] if share else tokens
+    is_share = [word for _, word in tokens[:4]] == ["share", "of", "layers", "with"]
+    rest = tokens[4:] if is_share else tokens
     aggregate = ""
-    if not share and rest and _is_aggregate(rest[0][1]) and len(rest) > 1 and rest[1][0] == "word":
+    if not is_share and rest and _is_aggregate(rest[0][1]) and len(rest) > 1 and rest[1][0] == "word":
         aggregate, rest = rest[0][1], rest[1:]
-    name, test, rest = _test(rest, text)
-    total = None
-    if share:
+    name, test, rest = _parse_test(rest, text)
+    share = None
+    if is_share:
         if not rest or rest[0][1] != "is":
             raise ConditionError(
                 f"'{text}': write a comparison such as 'is >= 0.95' after 'share of layers with {name} {test}'"
             )
-        total, rest = _parse_comparison(rest[1:], text)
-        _check_share(total, "the share of layers", text)
+        share, rest = _parse_comparison(rest[1:], text)
+        _check_share(share, "the share of layers", text)
     if rest:
         raise ConditionError(f"'{text}': unexpected '{rest[0][1]}' after '{name} {test}'; remove it")
-    condition = Condition(text, name, test, aggregate, total)
+    condition = Condition(text, name, test, aggregate, share)
     candidates = find(name)
     if not candidates:
         raise ConditionError(_describe_unknown(name))
@@ -204,7 +204,7 @@ def _tokenize(text: str) -> Tokens:
     return tokens
 
 
-def _test(tokens: Tokens, text: str) -> tuple[str, Comparison, Tokens]:
+def _parse_test(tokens: Tokens, text: str) -> tuple[str, Comparison, Tokens]:
     if not tokens or tokens[0][0] != "word":
         raise ConditionError(f"'{text}': write a field, an operator and a value, such as 'epsilon <= 0.35'")
     test, rest = _parse_comparison(tokens[1:], text)

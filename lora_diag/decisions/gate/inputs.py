@@ -33,22 +33,22 @@ def judge_inputs(
         if not source.sealed:
             text = f"{source.path}: its last line has no SHA-256, so that an edit would not be noticed: measure again"
             yield _make_verdict(source.path, "no hash", "as written", "inconclusive", text)
-    pins, most_age = policy.inputs.pins, policy.inputs.max_age
+    pins, max_age = policy.inputs.pins, policy.inputs.max_age
     for source in sources:
         for present in source.present:
-            yield _is_current(source, present)
-        if most_age is not None:
-            yield _is_recent(source, most_age, now)
+            yield _judge_state(source, present)
+        if max_age is not None:
+            yield _judge_age(source, max_age, now)
     for present in unmatched:
         text = f"no results are of it: its fingerprint is {present.now}; measure it"
         yield _make_verdict(f"--for {present.path}", "none", "results of it", "inconclusive", text)
     for role, fingerprint in pins:
-        yield from _is_pinned(sources, role, fingerprint)
-    if not (any(source.present for source in sources) or pins or most_age is not None or unmatched):
+        yield from _judge_pins(sources, role, fingerprint)
+    if not (any(source.present for source in sources) or pins or max_age is not None or unmatched):
         yield _make_verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
 
 
-def _is_current(source: Source, present: Present) -> Verdict:
+def _judge_state(source: Source, present: Present) -> Verdict:
     text = f": its fingerprint is {present.now} and was {present.recorded}" if present.now else ""
     states: dict[str, tuple[Status, str | None, str]] = {
         "same": ("passed", "unchanged", f"fingerprint {present.recorded}"),
@@ -59,14 +59,14 @@ def _is_current(source: Source, present: Present) -> Verdict:
     return _make_verdict(f"{present.role} {present.path}", measured, "unchanged since measured", status, message)
 
 
-def _is_recent(source: Source, max_age: timedelta, now: datetime) -> Verdict:
-    made, allowed = source.results.run.made, f"made within {shown(max_age)}"
+def _judge_age(source: Source, max_age: timedelta, now: datetime) -> Verdict:
+    made, allowed = source.results.run.made, f"made within {format_duration(max_age)}"
     if not made:
         text = "does not state its time: measure again"
         return _make_verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
     age = now - datetime.fromisoformat(made).astimezone(UTC)
     if age > max_age:
-        text = f"is {shown(age)} old: measure again"
+        text = f"is {format_duration(age)} old: measure again"
     elif age < -CLOCKS:
         text = "was made in the future by this machine's clock: correct the clock, or measure again"
     else:
@@ -74,8 +74,8 @@ def _is_recent(source: Source, max_age: timedelta, now: datetime) -> Verdict:
     return _make_verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
 
 
-def _is_pinned(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
-    """Yield whether every input of a role is pinned by the policy."""
+def _judge_pins(sources: Sequence[Source], role: str, fingerprint: str) -> Iterator[Verdict]:
+    """Yield verdicts on whether every input of a role has the fingerprint that the policy pins."""
     of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
     allowed = "as [inputs] pins it"
     if not of_role:
@@ -105,10 +105,10 @@ def _make_verdict(group: str, measured: str | None, allowed: str, status: Status
     )
 
 
-def shown(time: timedelta) -> str:
+def format_duration(time: timedelta) -> str:
     """Return a duration in days, or in hours below two days.
 
-    >>> shown(timedelta(days=7)), shown(timedelta(hours=30))
+    >>> format_duration(timedelta(days=7)), format_duration(timedelta(hours=30))
     ('7 days', '30 hours')
     """
     hours = time.total_seconds() / 3600

@@ -56,10 +56,10 @@ def judge(
         One verdict for each built-in check, and for each rule and record; obsolete waivers at the end.
 
     Raises:
-        UsageError: A rule selects nothing in the results, or needs a baseline and there is none.
-        NothingComparedError: The results have no record at all.
+        UsageError: A rule selects nothing in the results, or its field or condition does not fit their records.
+        NothingComparedError: The results have no records, or none that a rule or a built-in check applies to.
     """
-    _check_something(policy, sources)
+    _refuse_nothing(policy, sources)
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
     stored = Stored(*baseline) if baseline else None
@@ -72,7 +72,7 @@ def judge(
     return (*verdicts, *waivers.reports())
 
 
-def _check_something(policy: Policy, sources: Sequence[Source]) -> None:
+def _refuse_nothing(policy: Policy, sources: Sequence[Source]) -> None:
     """Refuse results without anything to judge.
 
     Raises:
@@ -139,19 +139,19 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
     if problem := problem_with(rule.require, field):
         raise policy.error(rule.line, problem)
 
-    def find_value(subject: Subject) -> Finding:
+    def compare(subject: Subject) -> Finding:
         value, reason = value_of(field, subject, rule.floor)
         if value is None or not rule.require.per_layer:
             return Finding(subject, value, rule.require.text, None, reason)
         compared = value == "true" if field.leaf == "flag" else value
         return Finding(subject, value, rule.require.text, rule.require.test.holds(compared))
 
-    values = [find_value(subject) for subject in _select_subjects(policy, rule, field, sources)]
-    if not values:
+    findings = [compare(subject) for subject in _select_subjects(policy, rule, field, sources)]
+    if not findings:
         return [_make_empty_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
     if rule.require.per_layer:
-        return _judge_each(policy, rule, values, waivers)
-    groups = groupby(values, key=lambda finding: finding.subject.group)
+        return _judge_each(policy, rule, findings, waivers)
+    groups = groupby(findings, key=lambda finding: finding.subject.group)
     return [_judge_aggregate(policy, rule, field, group, list(members), waivers) for group, members in groups]
 
 
@@ -165,7 +165,7 @@ def _judge_regression(
     if field is None:
         return missing
 
-    def find_value(subject: Subject) -> Finding:
+    def compare(subject: Subject) -> Finding:
         value, reason = value_of(field, subject, demand.floor)
         if not isinstance(value, float | int):
             return Finding(subject, value, allowed, None, reason)
@@ -175,16 +175,16 @@ def _judge_regression(
         limit, text = stored.limit(demand, before)
         return Finding(subject, value, text, value <= limit if demand.worse == "higher" else value >= limit)
 
-    values = [find_value(subject) for subject in _select_subjects(policy, demand, field, sources)]
-    if not values:
+    findings = [compare(subject) for subject in _select_subjects(policy, demand, field, sources)]
+    if not findings:
         return [_make_empty_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
-    return _judge_each(policy, demand, values, waivers)
+    return _judge_each(policy, demand, findings, waivers)
 
 
 def _find_field(
     policy: Policy, demand: Criterion, sources: Sequence[Source], allowed: str
 ) -> tuple[Field | None, list[Verdict]]:
-    """Return the field of a rule, given the kinds of records present; or a description of the missing records.
+    """Return the field of a rule among the kinds of records present; else None and a verdict that names the missing.
 
     Raises:
         UsageError: Several of these kinds have it.
@@ -224,14 +224,14 @@ def _filter_subjects(policy: Policy, demand: Criterion, field: Field, selected: 
         return selected
     tests: list[tuple[Field, object]] = []
     for name, value in demand.where.items():
-        conditions = [other for other in find(name) if other.kind == field.kind]
-        if not conditions:
+        fields = [candidate for candidate in find(name) if candidate.kind == field.kind]
+        if not fields:
             raise policy.error(demand.line, f"{demand.name}: where: a {field.kind} record has no {name}")
-        tests.append((conditions[0], value))
+        tests.append((fields[0], value))
 
     def fits(subject: Subject) -> bool:
         record = subject.record
-        return record is not None and all(other.of(record) == value for other, value in tests)
+        return record is not None and all(required.of(record) == value for required, value in tests)
 
     others = {s.group for s in selected if s.record is not None} - {s.group for s in selected if fits(s)}
     return [s for s in selected if fits(s) or (s.record is None and s.group not in others)]
@@ -271,6 +271,7 @@ def _judge_aggregate(
 
 
 def _judge_number(policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding]) -> Verdict:
+    """Judge one aggregate of records, without waivers."""
     judged = [finding for finding in findings if not finding.reason]
     is_enough, why = _check_coverage(policy, rule, findings)
     subject = Subject(None, group, (), None)
@@ -296,11 +297,10 @@ def _check_coverage(policy: Policy, demand: Criterion, findings: list[Finding]) 
     count = f"{len(judged)} of {len(findings)} selected could be judged"
     if policy.coverage.by == "layers":
         return len(judged) >= minimum * len(findings), count
-    missing = [finding.subject.fro for finding in unjudged]
     unknown = [finding.subject.layer for finding in unjudged if finding.subject.fro is None]
     if unknown:
         return False, f"{count}, and how far {unknown[0]} moved is not known"
-    left = sum((fro or 0.0) ** 2 for fro in missing)
+    left = sum((finding.subject.fro or 0.0) ** 2 for finding in unjudged)
     kept = sum((finding.subject.fro or 0.0) ** 2 for finding in judged)
     if left == 0:
         return True, ""

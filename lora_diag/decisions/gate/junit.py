@@ -36,9 +36,11 @@ def junit(results: Results[Any]) -> str:
     for rule, cases in suites.items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         for name, verdicts in cases.items():
-            _add(SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0"), verdicts)
-        _count(suite, suite)
-    _count(root, root)
+            _set_result(
+                SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0"), verdicts
+            )
+        _set_counts(suite, suite)
+    _set_counts(root, root)
     indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
@@ -48,7 +50,7 @@ def _name_case(verdict: Verdict) -> str:
     return f"{kind} ({verdict.group})" if verdict.group else kind
 
 
-def _add(case: Element, verdicts: Sequence[Verdict]) -> None:
+def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
     """Set the result of a case: its worst verdict."""
     for status, tag in (("failed", "failure"), ("inconclusive", "error")):
         bad = [verdict for verdict in verdicts if verdict.status == status and verdict.blocks]
@@ -63,9 +65,9 @@ def _add(case: Element, verdicts: Sequence[Verdict]) -> None:
     if len(skipped) == len(verdicts):
         SubElement(case, "skipped", message=safe(skipped[0].message))
         return
-    lines = [verdict for verdict in verdicts if verdict.status != "passed"]
-    if lines:
-        SubElement(case, "system-out").text = _make_details(lines)
+    others = [verdict for verdict in verdicts if verdict.status != "passed"]
+    if others:
+        SubElement(case, "system-out").text = _make_details(others)
 
 
 def _make_message(verdicts: Sequence[Verdict]) -> str:
@@ -83,6 +85,6 @@ def _make_details(verdicts: Sequence[Verdict]) -> str:
     return "\n".join([*lines, *([f"and {len(verdicts) - NAMED} more"] if len(verdicts) > NAMED else [])])
 
 
-def _count(element: Element, within: Element) -> None:
+def _set_counts(element: Element, within: Element) -> None:
     for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         element.set(name, str(sum(1 for _ in within.iter(tag))))

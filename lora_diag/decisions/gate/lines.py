@@ -63,7 +63,10 @@ def lines_of_tables(text: str, key: str) -> list[int]:
 
 
 def _parse_longest(lines: list[str], number: int, first: int) -> tuple[int, Any]:
-    """Return the longest valid piece of at most ``number`` lines, and its contents."""
+    """Return the lines of the longest valid piece of at most ``number`` and more than ``first``, and its contents.
+
+    Without one, ``first`` and nothing.
+    """
     while number > first:
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return number, tomllib.loads("\n".join(lines[:number]))
@@ -72,7 +75,10 @@ def _parse_longest(lines: list[str], number: int, first: int) -> tuple[int, Any]
 
 
 def _parse_shortest(lines: list[str], number: int, last: int) -> tuple[int, Any]:
-    """Return the shortest valid piece of at least ``number`` lines, and its contents."""
+    """Return the lines of the shortest valid piece of at least ``number`` and fewer than ``last``, and its contents.
+
+    Without one, ``last`` and nothing.
+    """
     while number < last:
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return number, tomllib.loads("\n".join(lines[:number]))

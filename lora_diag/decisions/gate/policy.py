@@ -321,7 +321,7 @@ class Policy(Table):
     ready: bool = Field(False, exclude=True)
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def _check_rules(self) -> Self:
         if not self.rules and not self.regressions and "checks" not in self.model_fields_set:
             raise PlacedError("no [[rule]], so nothing could fail; add an empty [checks] for the built-in checks alone")
         names = [rule.name for rule in self.rules]

@@ -29,15 +29,15 @@ def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> 
     Raises:
         InputError: A file of ``shipped`` cannot be read.
     """
-    run_input = {str(path): _get_fingerprint(path) for path in shipped}
-    compared = [replace(source, present=tuple(_present(source, run_input))) for source in sources]
+    fingerprints = {str(path): _get_fingerprint(path) for path in shipped}
+    compared = [replace(source, present=tuple(_compare_source(source, fingerprints))) for source in sources]
     recorded = {entry.fingerprint for source in sources for entry in source.results.run.inputs}
-    missing = [
+    unmatched = [
         Present("--for", legible(path), "", now, "changed", "")
-        for path, (now, _) in run_input.items()
+        for path, (now, _) in fingerprints.items()
         if now not in recorded
     ]
-    return compared, missing
+    return compared, unmatched
 
 
 def _get_fingerprint(path: Path | str) -> tuple[str, bool]:
@@ -56,53 +56,61 @@ def _get_fingerprint(path: Path | str) -> tuple[str, bool]:
     return fingerprint(open_checkpoint(path)), False
 
 
-def _present(source: Source, shipped: dict[str, tuple[str, bool]]) -> list[Present]:
+def _compare_source(source: Source, shipped: dict[str, tuple[str, bool]]) -> list[Present]:
+    """Return the state of the weights of results.
+
+    Args:
+        source: The results.
+        shipped: Fingerprints of the current weights by path, and whether they are an adapter.
+    """
     inputs = [run_input for run_input in source.results.run.inputs if run_input.role in WEIGHTS]
-    renamed = {now: path for path, (now, _) in shipped.items()}
+    paths = {now: path for path, (now, _) in shipped.items()}
     # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
     kinds = {is_adapter for _, is_adapter in shipped.values()}
     absent = {
         kind
         for kind in kinds
-        if not any(_is(run_input, kind) and run_input.fingerprint in renamed for run_input in inputs)
+        if not any(_is_of_kind(run_input, kind) and run_input.fingerprint in paths for run_input in inputs)
     }
     states = []
     for run_input in inputs:
-        others = [path for path, (_, kind) in shipped.items() if kind in absent and _is(run_input, kind)]
-        if run_input.fingerprint in renamed:
-            states.append(_state(run_input, run_input.fingerprint, "same", legible(renamed[run_input.fingerprint])))
+        others = [path for path, (_, kind) in shipped.items() if kind in absent and _is_of_kind(run_input, kind)]
+        if run_input.fingerprint in paths:
+            states.append(
+                _make_present(run_input, run_input.fingerprint, "same", legible(paths[run_input.fingerprint]))
+            )
         elif others and run_input.role != "base":
             why = f"{legible(others[0])} is not what was measured as {run_input.path}"
-            states.append(_state(run_input, shipped[others[0]][0], "changed", why))
+            states.append(_make_present(run_input, shipped[others[0]][0], "changed", why))
         else:
-            states.append(_state_at_path(run_input))
+            states.append(_compare_with_path(run_input))
     return states
 
 
-def _is(run_input: RunInput, adapter: bool) -> bool:
+def _is_of_kind(run_input: RunInput, adapter: bool) -> bool:
     return run_input.role == "reference" or (run_input.role == "adapter") == adapter
 
 
-def _state_at_path(run_input: RunInput) -> Present:
+def _compare_with_path(run_input: RunInput) -> Present:
     """Compare an input with the file at its path; addresses and Hub ids are not accessed."""
     if not os.path.exists(run_input.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
-        return _state(
+        return _make_present(
             run_input, "", "unknown", "is not at the path it had, so nothing was compared; --for PATH names it"
         )
     if len(run_input.fingerprint) != DIGITS:
-        return _state(run_input, "", "unknown", "has no fingerprint that can be compared: measure it again")
+        return _make_present(run_input, "", "unknown", "has no fingerprint that can be compared: measure it again")
     try:
         now, _ = _get_fingerprint(run_input.path)
         if now != run_input.fingerprint:
-            return _state(run_input, now, "changed", f"{run_input.path} changed since it was measured")
-        if run_input.sha256 and _read_content(run_input.path) != run_input.sha256:
-            return _state(run_input, now, "changed", f"{run_input.path} has another SHA-256 than it had")
+            return _make_present(run_input, now, "changed", f"{run_input.path} changed since it was measured")
+        if run_input.sha256 and _hash_content(run_input.path) != run_input.sha256:
+            return _make_present(run_input, now, "changed", f"{run_input.path} has another SHA-256 than it had")
     except InputError as error:
-        return _state(run_input, "", "changed", f"cannot be compared: {error}")
-    return _state(run_input, now, "same", "")
+        return _make_present(run_input, "", "changed", f"cannot be compared: {error}")
+    return _make_present(run_input, now, "same", "")
 
 
-def _read_content(path: str) -> str:
+def _hash_content(path: str) -> str:
     from lora_diag.adapters import is_adapter
     from lora_diag.adapters.source import open_source
     from lora_diag.checkpoints import locate, open_checkpoint
@@ -111,5 +119,5 @@ def _read_content(path: str) -> str:
     return content_hash(files_of(open_source(local).checkpoint if is_adapter(local) else open_checkpoint(path)))
 
 
-def _state(run_input: RunInput, now: str, state: str, reason: str) -> Present:
+def _make_present(run_input: RunInput, now: str, state: str, reason: str) -> Present:
     return Present(run_input.role, run_input.path, run_input.fingerprint, now, state, reason)

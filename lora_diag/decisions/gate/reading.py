@@ -65,7 +65,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             f"{path}: {location}: is not valid TOML: {str(error)[: position.start() if position else None]}"
         ) from error
 
-    def placed(key: str, tables: list[Any]) -> list[Any]:
+    def add_lines(key: str, tables: list[Any]) -> list[Any]:
         lines = lines_of_tables(content, key)
         if len(lines) != len(tables):  # some are written inline
             lines = [line_of(content, (key, i)) for i in range(len(tables))]
@@ -74,15 +74,15 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     return policy.model_copy(
         update={
             "path": str(path),
-            "rules": placed("rule", policy.rules),
-            "regressions": placed("baseline", policy.regressions),
-            "waivers": placed("waiver", policy.waivers),
+            "rules": add_lines("rule", policy.rules),
+            "regressions": add_lines("baseline", policy.regressions),
+            "waivers": add_lines("waiver", policy.waivers),
         }
     )
 
 
 def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
-    """Return the position and description of the first error."""
+    """Return the path of keys and indices to the first error, and its description."""
     first = error.errors()[0]
     location, value, details = first["loc"], quote_text(first["input"]), first.get("ctx", {})
     key = next(step for step in reversed(("", *location)) if isinstance(step, str))

@@ -52,7 +52,7 @@ def gate(
 
     Raises:
         UsageError: The policy is invalid, or does not fit the results.
-        InputError: A file cannot be read, or lacks records.
+        InputError: A file cannot be read, is truncated, or contradicts itself.
         NothingComparedError: There is no record to judge.
 
     Example:
@@ -81,7 +81,7 @@ def gate(
     if not baseline and rules.regressions:
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]
     if max_age is not None:
-        rules = _set_max_age(rules, max_age)
+        rules = _limit_age(rules, max_age)
     stored = [_read_baseline(path) for path in baseline]
     sources, unmatched = compare_inputs([_read_source(item, i) for i, item in enumerate(results, 1)], shipped)
     day = today or date.today()
@@ -94,7 +94,12 @@ def gate(
     return _make_results(rules, sources, stored, verdicts, day)
 
 
-def _set_max_age(policy: Policy, max_age: str) -> Policy:
+def _limit_age(policy: Policy, max_age: str) -> Policy:
+    """Return a policy that also refuses results above a maximum age.
+
+    Raises:
+        UsageError: The text is not an age.
+    """
     try:
         limit = read_age(max_age)
     except ValueError as error:
@@ -114,7 +119,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     Raises:
         InputError: A file cannot be read, did not finish, or has no value to compare.
     """
-    sources = [_read_source(arguments, i) for i, arguments in enumerate(results, 1)]
+    sources = [_read_source(item, i) for i, item in enumerate(results, 1)]
     for source in sources:
         if source.results.end is None:
             raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
@@ -133,7 +138,7 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
         The spectra of the adapters, or else of the fine-tune, and the residuals if both are given.
 
     Raises:
-        UsageError: There is nothing to measure.
+        UsageError: Neither a fine-tune nor an adapter is given.
     """
     from lora_diag.diagnostics.residual.run import residual
     from lora_diag.diagnostics.spectrum.run import spectrum
@@ -145,11 +150,12 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     return [*results, residual(base, tuned, list(adapters))] if tuned is not None and adapters else results
 
 
-def _read_source(arguments: Path | str | Results[Any], number: int) -> Source:
-    if isinstance(arguments, Results):
-        shipped = arguments.run.inputs[-1].path if arguments.run.inputs else str(number)
-        return check_source(Source(f"{arguments.run.command} of {shipped}", arguments))
-    return read_source(arguments)
+def _read_source(item: Path | str | Results[Any], number: int) -> Source:
+    """Return a results file, or results in memory named after their command and their last input, else their number."""
+    if isinstance(item, Results):
+        name = item.run.inputs[-1].path if item.run.inputs else str(number)
+        return check_source(Source(f"{item.run.command} of {name}", item))
+    return read_source(item)
 
 
 def _read_baseline(path: Path | str) -> Source:
@@ -199,7 +205,7 @@ def _list_inputs(sources: Sequence[Source]) -> list[RunInput]:
     inputs: dict[tuple[str, str, str], RunInput] = {}
     for source in sources:
         for present in source.present:
-            arguments = next(
+            measured = next(
                 run_input
                 for run_input in source.results.run.inputs
                 if (run_input.role, run_input.path, run_input.fingerprint)
@@ -207,7 +213,7 @@ def _list_inputs(sources: Sequence[Source]) -> list[RunInput]:
             )
             notes = (words[present.state],)
             inputs.setdefault(
-                (arguments.role, arguments.path, arguments.fingerprint),
-                arguments.model_copy(update={"notes": notes, "lacking": ()}),
+                (measured.role, measured.path, measured.fingerprint),
+                measured.model_copy(update={"notes": notes, "lacking": ()}),
             )
     return list(inputs.values())

@@ -27,10 +27,10 @@ def sarif(results: Results[Any]) -> str:
             {"id": safe(rule), "shortDescription": {"text": safe(_find_allowed(verdicts, rule))}} for rule in rules
         ],
     }
-    lines = [verdict for verdict in verdicts if verdict.status not in {"passed", "not judged"}]
+    reported = [verdict for verdict in verdicts if verdict.status not in {"passed", "not judged"}]
     run: dict[str, Any] = {
         "tool": {"driver": driver},
-        "results": [_make_result(verdict, rules.index(verdict.rule), policy) for verdict in lines],
+        "results": [_make_result(verdict, rules.index(verdict.rule), policy) for verdict in reported],
     }
     if weights := weights_of(results):
         run["artifacts"] = [

@@ -153,8 +153,8 @@ def verdict_table(
 
 def _choose_rows(bad: Sequence[Verdict]) -> list[Verdict]:
     """Choose the rows: the worst of each rule, so that one rule with many failures does not hide others."""
-    several = len({verdict.rule for verdict in bad}) > 1
-    max_rows = ROWS_OF_A_RULE if several else ROWS
+    many_rules = len({verdict.rule for verdict in bad}) > 1
+    max_rows = ROWS_OF_A_RULE if many_rules else ROWS
     seen: Counter[tuple[str, str]] = Counter()
     chosen = []
     for verdict in bad:

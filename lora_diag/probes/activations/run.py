@@ -89,8 +89,8 @@ def probe_activations(
     linear = linear_layers(model.module)
     requested = {name: linear[name] for name in names}
     sizes = [(input_dimension(layer), output_dimension(layer)) for layer in requested.values()]
-    size = 8 * sum(row**2 + gradients * column**2 for row, column in sizes) / 2**30
-    memory = f"; the sums take up to {size:.1f} GiB" if size >= 0.1 else ""
+    gib = 8 * sum(inputs**2 + gradients * outputs**2 for inputs, outputs in sizes) / 2**30
+    memory = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
     memory += "; about three times as long with the backward pass" if gradients else ""
     run.estimate(texts, f"{pluralize(len(requested), 'layer', 'layers')} on 1 set", memory)
     draw = Draw(labels, seed) if gradients else None

@@ -84,15 +84,15 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     sets = _list_sets(all_records)
     eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in all_records)
     rows, title, label = _make_rows(runs) if eigen or not sets else ([], "", "")
-    number = len(sets) + bool(rows)
-    columns = 1 if style.columns < 3 else min(number, 2)
+    panels = len(sets) + bool(rows)
+    columns = 1 if style.columns < 3 else min(panels, 2)
     inches = panel_width(style, columns)
-    if rows and (columns == 1 or number > columns):  # align the panels of a column after the longest name
+    if rows and (columns == 1 or panels > columns):  # align the panels of a column after the longest name
         inches *= 1 - NAMES
     short = crop_names(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
-    panel = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
+    panel_height = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
     words = _make_text(series, all_records, bool(sets), style)
-    figure, axes = sheet(style, words, -(-number // columns), columns, panel=panel, share=False)
+    figure, axes = sheet(style, words, -(-panels // columns), columns, panel=panel_height, share=False)
     for name, ax in zip(sets, axes, strict=False):
         bounds = [_select_bounds(records, name) for _, records in runs]
         _draw_gaps(ax, bounds, inches, style)
@@ -107,7 +107,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
             wrap_text(title, style.width / columns * (1 - NAMES) - style.text / 72, style.text), parse_math=False
         )
         ax.set_xlabel(label)
-    for ax in axes[number:]:
+    for ax in axes[panels:]:
         ax.remove()
     return figure
 
@@ -141,17 +141,17 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
         for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
             values = _quantity_values(records, quantity)
             shown += values[np.isfinite(values)].tolist()
-            lines: dict[str, Any] = {
+            line_options: dict[str, Any] = {
                 "color": color if len(runs) == 1 else category(number),
                 "ms": 3 * width,
                 **line_style,
             }
             if quantity == "gap":
-                error = np.array([record.gap_half or 0.0 for record in records])
+                half = np.array([record.gap_half or 0.0 for record in records])
                 # A bar that reaches zero has no end on a logarithmic axis: it stops at a tenth of the gap.
-                bars = [np.fmin(error, 0.9 * values), error]
+                bars = [np.fmin(half, 0.9 * values), half]
                 ax.errorbar(
-                    ranks, values, yerr=bars, lw=1.6 * width, elinewidth=width, zorder=2.5, label="_gap", **lines
+                    ranks, values, yerr=bars, lw=1.6 * width, elinewidth=width, zorder=2.5, label="_gap", **line_options
                 )
             else:
                 ax.plot(
@@ -160,7 +160,7 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
                     lw=1.3 * width,
                     zorder=3 if quantity == "predicted" else 2,
                     label=f"_{quantity}",
-                    **lines,
+                    **line_options,
                 )
     low, high = min(shown, default=1.0), max(shown, default=1.0)
     ax.set_ylim(low / 2.5, high * 2.5)
@@ -170,14 +170,14 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
 
 def _describe_run(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
     """Return the label of a set with the ratios of model and bound to the measured gap."""
-    called = name_of(name)
+    label = name_of(name)
     positive = [record for records in runs for record in records if record.gap > 0]
     if len(runs) > 1 or not positive:
-        return called
+        return label
     model = [record.predicted / record.gap for record in positive]
     bound = [(record.linear + record.upper) / record.gap for record in positive]
     return (
-        f"{called}: model {_format_range(model)}, {'bound' if bounded else 'λ term'} {_format_range(bound)} times "
+        f"{label}: model {_format_range(model)}, {'bound' if bounded else 'λ term'} {_format_range(bound)} times "
         "the measured gap"
     )
 
@@ -204,12 +204,12 @@ def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> t
     eigen = any(record.layer is not None and record.eigenvalues for _, record in named)
     rows = []
     for color, record in named:
-        called = "all layers" if record.layer is None else name_of(record.layer)
+        label = "all layers" if record.layer is None else name_of(record.layer)
         color = INK if record.layer is None and len(runs) == 1 else color
         if eigen and record.eigenvalues:
-            rows.append(Row(called, record.eigenvalues[0], record.residual, color))
+            rows.append(Row(label, record.eigenvalues[0], record.residual, color))
         elif not eigen:
-            rows.append(Row(called, record.trace, record.trace_half or 0.0, color))
+            rows.append(Row(label, record.trace, record.trace_half or 0.0, color))
     names = len({row.name for row in rows})
     limit = f", the {ROWS} highest of {names}" if names > ROWS else ""
     title = "largest eigenvalue" if eigen else "trace ± 2 standard errors, more for few vectors (t)"

@@ -63,7 +63,7 @@ def loss_bounds(
     Args:
         model: The model to change.
         loss_function: Its loss as a function of the truncated layers.
-        swapped: Its weights; all layers have the values of TUNED.
+        swapped: Its weights; on return, truncated to ``rank``.
         tuned: Quantities at TUNED.
         rank: r.
         along: Fractions t of the distance.

@@ -69,9 +69,9 @@ class LossFunction:
     ) -> None:
         self._model, self._texts, self._size, self._matrix, self._after = model, texts, size, matrix, after
         self.layers = dict(layers)
-        self._locate_layers = _locate_layers(model.module, self.layers)
+        self._locations = _locate_layers(model.module, self.layers)
         self._parameters = list(
-            {id(location.parameter): location.parameter for location in self._locate_layers.values()}.values()
+            {id(location.parameter): location.parameter for location in self._locations.values()}.values()
         )
 
     @property
@@ -101,14 +101,12 @@ class LossFunction:
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
-        return self.flat(
-            {layer: location.of(location.parameter.data) for layer, location in self._locate_layers.items()}
-        )
+        return self.flat({layer: location.of(location.parameter.data) for layer, location in self._locations.items()})
 
     def put(self, weights: Tensor) -> None:
         """Write the layers' weights."""
         for layer, part in self.split(weights).items():
-            location = self._locate_layers[layer]
+            location = self._locations[layer]
             target = location.of(location.parameter.data)
             target.copy_(part.view(target.shape))
 
@@ -150,15 +148,15 @@ class LossFunction:
                 self._after()
         by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, total, strict=True)}
         parts = {
-            layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locate_layers.items()
+            layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locations.items()
         }
         return self.flat(parts) / predictions
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
-        """Return a vector as tensors of the parameters' shapes, zero for other parameters."""
+        """Return a vector as tensors of the parameters' shapes, zero outside the layers."""
         vectors = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
         for layer, part in self.split(vector).items():
-            location = self._locate_layers[layer]
+            location = self._locations[layer]
             target = location.of(vectors[id(location.parameter)])
             target.copy_(part.view(target.shape))
         return [vectors[id(parameter)] for parameter in self._parameters]
@@ -244,7 +242,7 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
 
     Args:
         loss_function: The loss.
-        probes: Random vectors.
+        probes: Number of random vectors.
         seed: Seed of their signs.
 
     Reference:
@@ -257,7 +255,7 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
         signs = signs.to(loss_function.device)
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
-    together = [sum(item) for item in zip(*by_layer.values(), strict=True)]
+    together = [sum(terms) for terms in zip(*by_layer.values(), strict=True)]
     return _mean_with_error(together), {layer: _mean_with_error(samples) for layer, samples in by_layer.items()}
 
 

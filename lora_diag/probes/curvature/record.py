@@ -190,10 +190,10 @@ class LossBound(WholeRecord):
 
     @property
     def predicted_ratio(self) -> float | None:
-        """``predicted`` over ``gap``; None if the gap is zero."""
+        """``predicted`` over ``gap``; None if the gap is below 1e-6."""
         return self.predicted / self.gap if abs(self.gap) >= 1e-6 else None
 
     @property
     def upper_ratio(self) -> float | None:
-        """``upper`` over ``gap``; None if the gap is not positive."""
+        """``upper`` over ``gap``; None if the gap is not above 1e-6."""
         return self.upper / self.gap if self.gap >= 1e-6 else None

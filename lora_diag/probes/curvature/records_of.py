@@ -101,7 +101,7 @@ def curvatures(
 def _make_surrogates(
     loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool
 ) -> dict[str, Surrogate]:
-    """Return the part of the gradient that eigenpairs hold, layer by layer."""
+    """Return the surrogate of every layer from the part of the gradient in the span of the eigenpairs."""
     coefficients, whole = projected(gradient, largest.vectors)
     squared = inner(gradient, gradient)
     return {

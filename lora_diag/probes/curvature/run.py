@@ -51,7 +51,7 @@ def probe_curvature(
         eigenvalues: Number of largest eigenvalues.
         trace_vectors: Number of random vectors of the trace estimate.
         ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without the part from the
-            model's own curvature, never negative definite.
+            model's own curvature, positive semidefinite.
         granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every layer's own block.
         seed: Seed of the Lanczos start and of the random vectors of the trace.
         **options: ``CurvatureOptions``.

@@ -38,8 +38,8 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
         if bounds:
             statements += [
                 make_statement("model", "Model", _describe_model(bounds)),
-                _bound(bounds, joint),
-                make_statement("lower", "Lower bound", _describe_smallest(joint)),
+                _describe_bound(bounds, joint),
+                make_statement("lower", "Lower bound", _describe_lower_bound(joint)),
             ]
     return probe_summary(results, *statements, reading=_interpret(joint) if joint is not None else "")
 
@@ -105,10 +105,10 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
     rows = [(f"r={record.rank}", [record]) for record in whole]
     columns = columns_of(LossBound.shown, rows)
     if any(record.along < 1 for record in smallest_step.values()):
-        share = min(record.along for record in bounds)
+        along = min(record.along for record in bounds)
         nearer = [(name, [smallest_step[r.rank]] if r.rank in smallest_step else []) for name, (r,) in rows]
         ratio_field = next(field for field in LossBound.shown if field.path == "predicted_ratio")
-        columns[-2:-2] = columns_of([replace(ratio_field, head=f"at {share:g}")], nearer)
+        columns[-2:-2] = columns_of([replace(ratio_field, head=f"at {along:g}")], nearer)
     return Grid(
         "Loss gap of truncation to rank r, measured and modelled, E = ΔW_r − ΔW",
         "rank",
@@ -190,7 +190,7 @@ def _describe_model(bounds: Sequence[LossBound]) -> str:
     return "\n".join(lines) or "no gap is large enough to compare"
 
 
-def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
+def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     broken = [record for record in bounds if not record.holds]
     top = joint.eigenvalues[0]
     exceeding = [record for record in bounds if record.curvature > top]
@@ -224,7 +224,7 @@ def _bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     return make_statement("bound", "Bound", *lines, answer=answer)
 
 
-def _describe_smallest(joint: Curvature) -> str:
+def _describe_lower_bound(joint: Curvature) -> str:
     if not joint.strongly_convex:
         rounding = " is zero up to rounding" if (joint.smallest or 0) > 0 else ""
         return f"none: (μ/2)Σσ² needs μ > 0, and μ = {format_shown(joint.smallest)}{rounding}"

@@ -1,4 +1,4 @@
-"""Records of ``probe fisher`` → rank correlations between predictors and the cost of truncating a layer.
+"""Rank correlations between predictors and the cost of truncating a layer, from records of ``probe fisher``.
 
 Uses records only.
 """
@@ -37,10 +37,15 @@ class Correlations:
 
     Args:
         rank: r.
-        n: Number of layers that rank r truncates.
+        records: The layers whose truncation to rank r was measured.
+
+    Attributes:
+        n: Number of layers.
         grouped: Number of these in a module type with more than one.
         kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types.
-        gap: The same with the measured change of the loss.
+        gap: The same with the measured change of the loss, also for its second-order estimate.
+        ratio: Median of F(r)/2 over the measured KL; None if no KL is positive.
+        ratios: The smallest and the largest of these; None likewise.
     """
 
     def __init__(self, rank: int, records: Sequence[Fisher]) -> None:
@@ -48,7 +53,6 @@ class Correlations:
         repeated = [kind for kind in kinds if kinds.count(kind) > 1]
         effects = [effect for record in records if (effect := effect_at(record, rank)) is not None]
         self.rank, self.n, self.grouped = rank, len(records), len(repeated)
-        self.kinds = len(set(repeated))
 
         def both(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
             return spearman(values, target), spearman(values, target, kinds) if self.grouped >= MIN_COUNT else None
@@ -56,9 +60,9 @@ class Correlations:
         kl, gap = [effect.kl for effect in effects], [effect.gap for effect in effects]
         scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
         self.kl = {name: both(values, kl) for name, values in scores.items()}
-        second = [record.linear[str(rank)] + record.at(rank) / 2 for record in records]
+        second_order = [record.linear[str(rank)] + record.at(rank) / 2 for record in records]
         self.gap = {name: both(values, gap) for name, values in scores.items()}
-        self.gap["linear + ½F"] = both(second, gap)
+        self.gap["linear + ½F"] = both(second_order, gap)
         ratios = [
             record.at(rank) / 2 / effect.kl for record, effect in zip(records, effects, strict=True) if effect.kl > 0
         ]

@@ -131,7 +131,7 @@ def _describe_run(by_rank: Sequence[Correlations], index: int) -> str:
 
 
 def _choose_types(records: Sequence[Fisher]) -> dict[str, str]:
-    """Return the module types with the largest updates and their colours; the others share the last."""
+    """Return the colours of module types: one for each with the largest F(0); the others share the last."""
     sums: dict[str, float] = {}
     for record in records:
         kind = module_type_of(record.layer)
@@ -185,10 +185,10 @@ def _make_text(
         notes.append(
             "Layers of one model are not independent, and with few layers small differences of ρ are not significant."
         )
-        subject = "Spearman's ρ of each predictor with the measured KL on held-out text"
+        quantity = "Spearman's ρ of each predictor with the measured KL on held-out text"
     else:
         title = "Expected cost of truncating each module type: ½F(r)"
-        subject = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
+        quantity = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
         notes.append("Each layer is truncated alone, all others as in TUNED; the joint cost can differ from the sum.")
     keys += [
         Key(Line2D([], [], color=color, lw=1.4 * width), name_of(kind))
@@ -198,4 +198,4 @@ def _make_text(
     if other_types := [kind for kind, color in types.items() if color == QUIET]:
         keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(other_types)} other types"))
     about = subject_of(series)
-    return FigureText(title, f"{about}{subject}", (" ".join(notes),), tuple(keys))
+    return FigureText(title, f"{about}{quantity}", (" ".join(notes),), tuple(keys))

@@ -47,6 +47,7 @@ class Tail:
         gg: Σ (Uᵀg)(Uᵀg)ᵀ.
         tokens: Number of inputs.
         problem: Why the layer cannot be measured; empty if it can.
+        _terms: a_{s,i} of the sequences of the current batch; None before its first gradient.
     """
 
     module: nn.Module
@@ -60,7 +61,7 @@ class Tail:
     gg: Tensor = field(init=False)
     tokens: int = 0
     problem: str = ""
-    _alone: Tensor | None = None
+    _terms: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Initialize the sums."""
@@ -69,7 +70,7 @@ class Tail:
         self.xx, self.gg = outer.new_zeros(k, k), outer.new_zeros(k, k)
 
     def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
-        """Add the inputs of a batch, and return Vᵀx of every token ``(sequences, tokens, k)``.
+        """Add the inputs of a batch; return Vᵀx of every token ``(sequences, tokens, k)``, or None with a ``problem``.
 
         Args:
             x: ``(sequences, tokens, in)``, or ``(sequences, in)`` with one input per sequence.
@@ -91,16 +92,16 @@ class Tail:
         outer = g.detach().to(torch.float64).reshape(*inner.shape[:2], -1) @ self.outer
         rows = outer.reshape(-1, outer.shape[-1])
         self.gg.addmm_(rows.T, rows)
-        alone = (outer * inner).sum(1) * self.s
-        self._alone = alone if self._alone is None else self._alone + alone  # a layer may be used several times
+        terms = (outer * inner).sum(1) * self.s
+        self._terms = terms if self._terms is None else self._terms + terms  # a layer may be used several times
 
     def end_batch(self) -> None:
-        """Add the square of each sequence's sum."""
-        if self._alone is not None:
-            tails = torch.cat([self._alone.flip(1).cumsum(1).flip(1), self._alone.new_zeros(len(self._alone), 1)], 1)
+        """Add the products ⟨∇ℓ_s, T_r⟩ of the batch and their squares."""
+        if self._terms is not None:
+            tails = torch.cat([self._terms.flip(1).cumsum(1).flip(1), self._terms.new_zeros(len(self._terms), 1)], 1)
             self.squares += (tails**2).sum(0)
             self.total += tails.sum(0)
-        self._alone = None
+        self._terms = None
 
     @property
     def energies(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,7 +127,7 @@ def _find_modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[
 class _Probe:
     """State of a run."""
 
-    of: ProbeRun
+    probe_run: ProbeRun
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts
@@ -136,31 +136,35 @@ class _Probe:
     draw: Draw
 
     def report_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
-        """Estimate the cost: passes forward and backward, and a forward pass per truncation."""
+        """Report the estimated cost: passes forward and backward, and a forward pass per truncation."""
         passes = sum(1 for _ in groups_of(todo))
         changes = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
-        batches, measured = passes * self.of.batches([self.texts]), 0
+        batches, measured = passes * self.probe_run.batches([self.texts]), 0
         if self.held_out is not None:
-            measured = (changes + 1) * self.of.batches([self.held_out])
-        self.of.watch.total = batches + measured
+            measured = (changes + 1) * self.probe_run.batches([self.held_out])
+        self.probe_run.watch.total = batches + measured
         description = (
             f"{pluralize(len(todo), 'layer', 'layers')}, {pluralize(passes, 'pass', 'passes')} forward and back"
         )
         if self.held_out is not None:
             description += f" and {changes} truncations measured"
-        self.of.estimate(self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measured)
+        self.probe_run.estimate(
+            self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measured
+        )
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the records of all layers, in the order of BASE."""
         self._restore_tuned()
         before: BaseOutputs | None = None
         if self.held_out is not None and todo:
-            before = read_before(self.of.model, self.held_out, self.of.batch, partial(self.of.watch.batch, "TUNED"))
+            before = read_before(
+                self.probe_run.model, self.held_out, self.probe_run.batch, partial(self.probe_run.watch.batch, "TUNED")
+            )
         for group in groups_of(todo):
             tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
             draw = Draw(self.draw.labels, self.draw.seed)  # every pass uses the same labels
-            after = partial(self.of.watch.batch, "gradients")
-            predictions = add_up(self.of.model, self.texts, tails, self.of.batch, draw, after)
+            after = partial(self.probe_run.watch.batch, "gradients")
+            predictions = add_up(self.probe_run.model, self.texts, tails, self.probe_run.batch, draw, after)
             for layer, tail in tails.items():
                 if tail.problem:
                     yield LeftOut(layer=layer, shape=todo[layer], reason="no_gradient", detail=tail.problem)
@@ -201,15 +205,15 @@ class _Probe:
     def _measure_effects(
         self, layer: str, shape: tuple[int, int], before: BaseOutputs | None
     ) -> dict[str, Effect] | None:
-        """Return the effect of truncating one layer alone, at every rank below its own."""
+        """Return the effect of truncating one layer alone, at every rank below its full one."""
         if before is None or self.held_out is None:
             return None
         effects = {}
         for rank in self.ranks:
             if rank < min(shape):
                 self._restore_tuned({layer: rank})
-                after = partial(self.of.watch.batch, f"{layer} r={rank}")
-                effects[str(rank)] = effect(self.of.model, self.held_out, before, self.of.batch, after)
+                after = partial(self.probe_run.watch.batch, f"{layer} r={rank}")
+                effects[str(rank)] = effect(self.probe_run.model, self.held_out, before, self.probe_run.batch, after)
         self._restore_tuned()
         return effects
 

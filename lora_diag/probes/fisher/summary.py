@@ -30,7 +30,7 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
     if records:
         statements += [
             make_statement("gradients", "Gradients", _describe_gradients(records)),
-            make_statement("at_rank", f"At r={rank}", _describe_place(records, rank), scoped=True),
+            make_statement("at_rank", f"At r={rank}", _describe_costliest(records, rank), scoped=True),
         ]
         statements += _describe_predictors(correlations(records, results.run.settings["ranks"]), records)
     return probe_summary(results, *statements, reading=_interpret(records))
@@ -42,7 +42,7 @@ def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     by_rank = correlations(records, results.run.settings["ranks"])
     return [
         *([_make_layers_grid(records, _rank(results), per)] if records else []),
-        *([_make_predictors_grid(records, by_rank)] if by_rank else []),
+        *([_make_predictors_grid(by_rank)] if by_rank else []),
     ]
 
 
@@ -81,25 +81,25 @@ def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: in
     return Shown("fro", title, "fraction of all layers' tails", main=True, form="percent", pool=share, drop=drop)
 
 
-def _make_caption(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> str:
+def _make_caption(by_rank: Sequence[Correlations]) -> str:
     sizes = sorted({at_rank.n for at_rank in by_rank})
     n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
 
 
-def _make_predictors_grid(records: Sequence[Fisher], by_rank: Sequence[Correlations]) -> Grid:
+def _make_predictors_grid(by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
     columns = tuple(
-        Column(f"r={at_rank.rank}", tuple(_pair(at_rank.kl[name]) for name in names)) for at_rank in by_rank
+        Column(f"r={at_rank.rank}", tuple(_format_pair(at_rank.kl[name]) for name in names)) for at_rank in by_rank
     )
     about = (
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
         "module types distinguishes types, not layers."
     )
-    return Grid(_make_caption(records, by_rank), "predictor", names, columns, about=about)
+    return Grid(_make_caption(by_rank), "predictor", names, columns, about=about)
 
 
-def _pair(pair: tuple[float | None, float | None]) -> str:
+def _format_pair(pair: tuple[float | None, float | None]) -> str:
     return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in pair)
 
 
@@ -112,7 +112,7 @@ def _describe_gradients(records: Sequence[Fisher]) -> str:
     )
 
 
-def _describe_place(records: Sequence[Fisher], rank: int) -> str:
+def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
     total = sum(record.at(rank) for record in records)
     energy = sum(record.weight[str(rank)] for record in records)
     if not total or not energy:
@@ -142,29 +142,29 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
         best = max(known, key=lambda name: known[name] or 0.0)
         rho, n = known[best] or 0.0, chosen.n if index == 0 else chosen.grouped
         ends = interval(rho, n) if index == 0 else None
-        within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+        bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
-        lines.append(f"{scope} (n={n}): {best}, ρ = {rho:.2f}{within}; {others}")
-    sentences = [make_statement("best", f"Best at r={chosen.rank}", *lines)]
-    gaps = "; ".join(f"{name} {_pair(pair)}" for name, pair in chosen.gap.items())
-    sentences.append(
+        lines.append(f"{scope} (n={n}): {best}, ρ = {rho:.2f}{bounds}; {others}")
+    statements = [make_statement("best", f"Best at r={chosen.rank}", *lines)]
+    gaps = "; ".join(f"{name} {_format_pair(pair)}" for name, pair in chosen.gap.items())
+    statements.append(
         make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={chosen.rank}, over all | within: {gaps}")
     )
     if chosen.ratio is not None and chosen.ratios is not None:
-        sentences.append(
+        statements.append(
             make_statement(
                 "calibrated",
                 "Calibration",
                 f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from "
                 f"{number(chosen.ratios[0])} to {number(chosen.ratios[1])}; "
-                f"1 is exact{_suggest_reduction(records[0], chosen.ratio)}",
+                f"1 is exact{_explain_high_ratio(records[0], chosen.ratio)}",
             )
         )
-    return sentences
+    return statements
 
 
-def _suggest_reduction(record: Fisher, ratio: float) -> str:
-    """Return a hint on reducing F to the KL if the predictions of a sequence add up."""
+def _explain_high_ratio(record: Fisher, ratio: float) -> str:
+    """Return why ½F is above the KL with the labels of the text, and the remedy; empty if that is not the cause."""
     if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH_RATIO:
         return (
             "; with the text's own labels the gradients of a sequence's predictions are correlated; --labels model "

@@ -62,14 +62,14 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
-    every = sets_of(record for item in series for record in item.records)
-    rows = {name: [_select_lines(item.records, name) for item in series] for name in every}
+    labels = sets_of(record for item in series for record in item.records)
+    rows = {name: [_select_lines(item.records, name) for item in series] for name in labels}
     sets = [name for name, runs in rows.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
-    omitted = [every[name] for name in every if name not in sets]
+    omitted = [labels[name] for name in labels if name not in sets]
     panels = [
         (
-            _describe_run(every[name], rows[name], share),
+            _describe_run(labels[name], rows[name], share),
             lambda ax, inches, runs=rows[name]: _draw(ax, runs, share, style),
         )
         for name in sets

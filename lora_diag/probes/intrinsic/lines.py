@@ -1,4 +1,4 @@
-"""Losses of training in random subspaces, in full and by LoRA → the smallest size that reaches a fraction of the gain.
+"""The smallest size that reaches a fraction of the gain, from losses in random subspaces, in full and by LoRA.
 
 Uses records only. Every size is taken at its own best learning rate.
 """
@@ -18,7 +18,7 @@ Subject = Literal["full", "subspace", "lora"]
 
 
 def _average_share(group: Sequence[Any]) -> float | None:
-    """Return the mean share of the runs of one size; None where there is none."""
+    """Return the mean share of the runs of one size; None if it has none."""
     shares = value_at(group[0], "shares")
     return fmean(shares) if shares else None
 
@@ -60,7 +60,7 @@ class Line:
 
     @property
     def seeds(self) -> int:
-        """How many runs there are."""
+        """Number of runs."""
         return len(self.losses)
 
     @property
@@ -80,7 +80,7 @@ class Reached:
 
     Args:
         line: The runs of this size; None if no size reaches it.
-        below: The next smaller size, which does not.
+        below: The next smaller size, which does not; the largest size if no size reaches it.
         certain: Whether every seed reaches it.
         missed: Larger sizes that do not; the size is then not a threshold.
     """

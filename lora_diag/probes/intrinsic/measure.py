@@ -119,13 +119,12 @@ class Subspace(nn.Module):
         check_dim(dim, total, len(layers))
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
-        own_dim = dim - len(layers)
+        z_dim = dim - len(layers)
         self._parts = {
-            name: Fastfood(parameter.numel(), own_dim, total, generator, device)
-            for name, parameter in parameters.items()
+            name: Fastfood(parameter.numel(), z_dim, total, generator, device) for name, parameter in parameters.items()
         }
         self._scale_of = {name: layers.index(_find_layer(name)) for name in parameters} if layers else {}
-        self.z = nn.Parameter(torch.zeros(own_dim, device=device))
+        self.z = nn.Parameter(torch.zeros(z_dim, device=device))
         self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
         self._fixed: dict[str, Tensor] | None = None
@@ -145,9 +144,9 @@ class Subspace(nn.Module):
         with torch.no_grad():
             self._fixed = self.weights()
 
-    def forward(self, **words: Any) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         """Call the model with these weights."""
-        return functional_call(self.inner, self._fixed or self.weights(), (), words)
+        return functional_call(self.inner, self._fixed or self.weights(), (), inputs)
 
 
 def check_dim(dim: int, total: int, layers: int) -> None:
@@ -168,6 +167,7 @@ def scales_of(module: nn.Module) -> int:
 
 
 def _find_layer(name: str) -> tuple[object, ...]:
+    """Return the key of the weights that share a scale with this one: its block, or itself outside the blocks."""
     depth = depth_of(name)
     return (*tower_of(name), depth) if depth is not None else (name,)
 
@@ -218,11 +218,11 @@ def subspace_losses(
     module = Subspace(model.module, run.dim, run.seed, run.method, lr)
     tuned = replace(model, module=module)
     try:
-        path = train(tuned, Cell(None, lr, run.seed, "full"), training, after)
+        step_losses = train(tuned, Cell(None, lr, run.seed, "full"), training, after)
         module.eval()
         module.fix()
         losses = [measure(tuned, texts, training.batch, after) for texts in sets]
     finally:
         model.module.eval()
-    last = path[-max(1, len(path) // 10) :]
+    last = step_losses[-max(1, len(step_losses) // 10) :]
     return losses, sum(last) / len(last)

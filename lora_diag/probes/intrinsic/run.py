@@ -78,7 +78,7 @@ def probe_intrinsic(
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
     dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "repeats"))
     paces, full_rates, lora_rates = (run.options[name] for name in grids)
-    kind: Method = "said" if run.options["projection"] == "said" else "plain"
+    method: Method = "said" if run.options["projection"] == "said" else "plain"
     requested = list(check_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
@@ -93,11 +93,11 @@ def probe_intrinsic(
     model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:
-        check_dim(dim, total, scales_of(model.module) if kind == "said" else 0)
+        check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
     run.read_all(data, evaluate, shifted, steps)
     settings = {
         "dims": sorted(set(dims)),
-        "method": kind,
+        "method": method,
         "share": share,
         "ranks": requested,
         "paces": sorted(set(paces)),
@@ -105,12 +105,12 @@ def probe_intrinsic(
         "lora_rates": sorted(set(lora_rates)),
         **run.trained(seeds),
         "params": total,
-        "scale_step": SCALE_STEP if kind == "said" else None,
+        "scale_step": SCALE_STEP if method == "said" else None,
         "optimizer": RECIPE,
     }
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
-        probe = _Probe(model, kind, total, run.walk(kept, seeds))
+        probe = _Probe(model, method, total, run.walk(kept, seeds))
         arms = {
             "of full fine-tuning": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
@@ -196,8 +196,8 @@ class _Probe:
             run = Run(cell.dim, cell.rate, cell.seed, cell.method)
             by_set, last = subspace_losses(self.model, run, training, sets, after)
         else:
-            cell_of_model = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
-            by_set, last = losses_after(self.model, cell_of_model, training, sets, after)
+            training_cell = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
+            by_set, last = losses_after(self.model, training_cell, training, sets, after)
         params = self._count_params(cell)
         return [_record(texts, losses, cell, params, last) for texts, losses in zip(sets, by_set, strict=True)]
 
@@ -213,12 +213,12 @@ class _Probe:
         walk = self.walk
         seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
         lines = [
-            f"{pluralize(runs, 'run', 'runs')} {subject} of {walk.training.steps} steps of {step:.2g} s"
-            for subject, (runs, step) in zip(arms, costs, strict=True)
+            f"{pluralize(runs, 'run', 'runs')} {description} of {walk.training.steps} steps of {step:.2g} s"
+            for description, (runs, step) in zip(arms, costs, strict=True)
         ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
-        size = 16 * self.total / 2**30
-        memory = f"; takes {size:.1f} GiB in addition to BASE" if size >= 0.1 else ""
+        gib = 16 * self.total / 2**30
+        memory = f"; takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""
         walk.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{walk.more(list(arms.values()))}{memory}"
         )

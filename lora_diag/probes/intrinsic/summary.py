@@ -98,21 +98,20 @@ def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], s
     return on_set(name, *lines, answer=answer)
 
 
-def _describe_answer(answer: Reached, subject: str, settings: dict[str, Any]) -> str:
+def _describe_answer(answer: Reached, symbol: str, settings: dict[str, Any]) -> str:
     line, below = answer.line, answer.below
     if line is None:
         if below is None:
-            return f"{subject}: no run is finished with a finite loss"
-        requested = settings["dims"] if subject == "d" else settings["ranks"]
+            return f"{symbol}: no run is finished with a finite loss"
+        requested = settings["dims"] if symbol == "d" else settings["ranks"]
         return (
-            f"{subject}: not reached up to {subject.split()[-1]}={max(requested)}, whose gain is "
-            f"{_format_shares(below)}"
+            f"{symbol}: not reached up to {symbol.split()[-1]}={max(requested)}, whose gain is {_format_shares(below)}"
         )
-    text = f"{subject}={line.size} is the smallest that reaches it, with {_format_shares(line)}"
-    if subject != "d":
+    text = f"{symbol}={line.size} is the smallest that reaches it, with {_format_shares(line)}"
+    if symbol != "d":
         text += f" and {count(line.params)} parameters"
     if below is not None:
-        text += f"; {subject}={below.size} gains {_format_shares(below)}"
+        text += f"; {symbol}={below.size} gains {_format_shares(below)}"
     if len(line.shares) > 1 and not answer.certain:
         text += "; not with every seed, so the next larger size is safer"
     if answer.missed:

@@ -55,7 +55,7 @@ class Choice:
 def choices(records: Sequence[Probe]) -> list[Choice]:
     """Return for each set the adapter with the lowest loss, and the comparison with the others.
 
-    None for sets with fewer than two adapters, and for results without losses of sequences.
+    Sets with fewer than two adapters are skipped, and results without losses of sequences.
     """
     results = []
     for name in dict.fromkeys(record.set for record in records):

@@ -43,10 +43,10 @@ class FullFineTune:
         from lora_diag.checkpoints import locate
 
         run, step = _run_and_step(models[0])
-        steps = step >= 0 and any(_run_and_step(path)[0] == run for path in models[1:])
+        is_step = step >= 0 and any(_run_and_step(path)[0] == run for path in models[1:])
         if self.tuned is not None:
             tuned, others = self.tuned, [path for path in models if path.rstrip("/") != self.tuned.rstrip("/")]
-        elif not steps and not is_adapter(locate(models[0])):
+        elif not is_step and not is_adapter(locate(models[0])):
             tuned, *others = models
         else:
             tuned, others = None, list(models)
@@ -84,6 +84,6 @@ def outputs(
     tuned, adapters = full.split(models)
     with shown.callbacks(notes=True) as callbacks:
         results = probe_outputs(base, tuned, adapters, **arguments, **callbacks)
-    words = ["fleet"] if tuned is None else ["residual", str(base), str(tuned)]
-    hint = shlex.join(["loradiag", *words, *map(str, adapters)]) + "   (where in the weights)"
+    command = ["fleet"] if tuned is None else ["residual", str(base), str(tuned)]
+    hint = shlex.join(["loradiag", *command, *map(str, adapters)]) + "   (where in the weights)"
     shown.show(results, next_step(arguments["output"], hint))

@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 from lora_diag.rendering.losses import gap_half
 
-# Maximum number of rows of a panel, and of lines that are still distinguishable.
+# Maximum number of rows of a panel.
 ROWS = 24
 _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
@@ -39,7 +39,7 @@ def find_depth_obstacle(records: Sequence[Probe], options: Options) -> str | Non
 
 
 def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw each model's loss minus that of TUNED, with two paired standard errors; TUNED is the line at zero.
+    """Draw each model's loss minus that of TUNED, with the interval of paired differences; TUNED is the line at zero.
 
     Args:
         results: Results of ``probe outputs``, or their records.
@@ -49,12 +49,12 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
     Returns:
         The Axes drawn on.
     """
-    records, called = one_set(results, "outputs", name)
+    records, label = one_set(results, "outputs", name)
     rows = highest(_make_rows(records, _label_models(records)), ROWS)
     with panel_axes(ax) as (axes, style):
         draw_rows(axes, rows, style)
         axes.set_xlabel("loss minus TUNED's (nats)")
-        axes.set_title(called, parse_math=False, loc="left")
+        axes.set_title(label, parse_math=False, loc="left")
     return axes
 
 
@@ -83,12 +83,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for item in series for record in item.records)
     models = _label_models(record for item in series for record in item.records)
-    for name, called in sets.items():
+    for name, label in sets.items():
         rows: list[Row] = []
         for number, item in enumerate(series):
             color = category(number) if len(series) > 1 else None
             rows += _make_rows([r for r in item.records if r.set == name], models, color)
-        panels.append((called, highest(rows, ROWS, panels[0][1] if panels else ())))
+        panels.append((label, highest(rows, ROWS, panels[0][1] if panels else ())))
     max_rows = max(
         sum(record.set == name for item in series for record in _select_others(item.records)) for name in sets
     )
@@ -132,9 +132,9 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
     )
     shown = names[: len(CATEGORIES)]
     panels: list[tuple[str, Draw]] = []
-    for name, called in sets.items():
-        lines = [(item, dict(by_set[name]).get(item, ())) for item in shown]
-        panels.append((called, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
+    for name, label in sets.items():
+        lines = [(model, dict(by_set[name]).get(model, ())) for model in shown]
+        panels.append((label, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
     return page_of(panels, words, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
@@ -185,7 +185,7 @@ def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], s
     width = style.line if style else 1.2
     values = [0.0, 1.0]
     for number, (name, hidden) in enumerate(lines):
-        known = [(place, value) for place, value in enumerate(hidden) if value is not None]
+        known = [(block, value) for block, value in enumerate(hidden) if value is not None]
         if known:
             line_style: dict[str, Any] = {
                 "color": category(number),

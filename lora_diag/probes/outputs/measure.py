@@ -110,9 +110,9 @@ def outputs(
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"
     for chunk in chunks(model, texts, size):
-        ends = [_compute_answer(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
+        ends = [_compute_answers(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
-            answers = ends[i] if i < 2 else _compute_answer(model, contender, chunk, size, after_batch)
+            answers = ends[i] if i < 2 else _compute_answers(model, contender, chunk, size, after_batch)
             for answer, second in zip(answers, ends[1], strict=True):
                 sums[i].add(answer, second if has_tuned else None)
     for contender, sums_of_one in zip(contenders, sums, strict=True):
@@ -130,7 +130,7 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
         yield replace(texts, sequences=texts.sequences[first : first + step])
 
 
-def _compute_answer(
+def _compute_answers(
     model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
 ) -> list[_Answer]:
     """Return the outputs of a model for every sequence, with the contender's weights in place."""

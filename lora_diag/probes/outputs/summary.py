@@ -42,9 +42,10 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
         statements.append(on_set(name, *lines, answer=answer))
     distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, names))}
     if distances:
-        several = len(by_set) > 1
         all_lines = [
-            f"{short(name)}: {line}" if several else line for name, own_lines in distances.items() for line in own_lines
+            f"{short(name)}: {line}" if len(by_set) > 1 else line
+            for name, own_lines in distances.items()
+            for line in own_lines
         ]
         statements.append(make_statement("distances", "Distances", *all_lines))
     if not has_tuned:

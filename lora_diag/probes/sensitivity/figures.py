@@ -24,13 +24,13 @@ ROWS = 24
 
 def find_obstacle(records: Sequence[Sensitivity], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    return None if _make_rows(records, _first_seed(records), 0) else "no unit is finished with a gain"
+    return None if _make_rows(records, _first_set(records), 0) else "no unit is finished with a gain"
 
 
 def sensitivity(
     results: Results[Any] | Iterable[Sensitivity], ax: Axes | None = None, *, name: str | None = None
 ) -> Axes:
-    """Draw BASE's loss minus that of each unit adapted alone, at its best learning rate, with two standard errors.
+    """Draw BASE's loss minus that of each unit adapted alone, at its best learning rate, with its interval.
 
     Args:
         results: Results of ``probe sensitivity``, or their records.
@@ -42,7 +42,7 @@ def sensitivity(
     """
     every = results.whole if isinstance(results, Results) else results
     records = [record for record in every if isinstance(record, Sensitivity)]
-    chosen = name if name is not None else _first_seed(records)
+    chosen = name if name is not None else _first_set(records)
     rows = highest(_make_rows(records, chosen, 0), ROWS)
     with panel_axes(ax) as (axes, style):
         draw_rows(axes, rows, style)
@@ -54,13 +54,13 @@ def sensitivity(
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the gains, one panel per set, the highest first."""
     panels, max_rows = [], 0
-    for name, called in sets_of(record for item in series for record in item.records).items():
+    for name, label in sets_of(record for item in series for record in item.records).items():
         rows = []
         for number, item in enumerate(series):
             rows += _make_rows(item.records, name, number)
         max_rows = max(max_rows, len({row.name for row in rows}))
-        panels.append((called, highest(rows, ROWS)))
-    ranks = sorted({_rank(item.records) for item in series})
+        panels.append((label, highest(rows, ROWS)))
+    ranks = sorted({_smallest_rank(item.records) for item in series})
     notes = [
         "Error bars: two paired standard errors, more for few sequences (t). Gains of parts adapted alone do not "
         "add up to that of all."
@@ -76,11 +76,11 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure_of(panels, "loss of BASE minus loss (nats)", words, style)
 
 
-def _first_seed(records: Sequence[Sensitivity]) -> str:
+def _first_set(records: Sequence[Sensitivity]) -> str:
     return records[0].set
 
 
-def _rank(records: Sequence[Sensitivity]) -> int:
+def _smallest_rank(records: Sequence[Sensitivity]) -> int:
     return min((record.rank for record in records if record.rank is not None), default=0)
 
 
@@ -88,5 +88,5 @@ def _make_rows(records: Sequence[Sensitivity], name: str, number: int) -> list[R
     seed = min((record.seed for record in records if record.unit), default=0)
     return [
         Row(name_of(gain.unit), gain.gain, gain.half, category(number))
-        for gain in gains_of(records, name, _first_seed(records), _rank(records), seed)
+        for gain in gains_of(records, name, _first_set(records), _smallest_rank(records), seed)
     ]

@@ -1,4 +1,4 @@
-"""Records of ``probe sensitivity`` → gain of each unit alone, predictors of it, and weights for an allocation.
+"""Gain of each unit alone, predictors of it, and weights for an allocation, from records of ``probe sensitivity``.
 
 Uses records only. At every rank a unit has the learning rate with its lowest loss.
 """
@@ -164,19 +164,19 @@ def marginals_of(
     ]
 
 
-# A predictor of gains: a name, and the score of one layer.
+# Names of the scores that may predict gains.
 SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     """Return the first-order scores of a unit, summed over its layers, as far as the gradient provides them."""
-    found_layers = [layers[layer] for layer in gain.layers if layer in layers]
+    first_orders = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
-    if len(found_layers) == len(gain.layers):
-        scores["top"] = math.fsum(record.top for record in found_layers)
-        scores["fresh"] = math.fsum(record.fresh for record in found_layers)
-        scores["adam"] = math.fsum(record.adam for record in found_layers)
-        scores["fro²"] = math.fsum(record.gradient_fro**2 for record in found_layers)
+    if len(first_orders) == len(gain.layers):
+        scores["top"] = math.fsum(record.top for record in first_orders)
+        scores["fresh"] = math.fsum(record.fresh for record in first_orders)
+        scores["adam"] = math.fsum(record.adam for record in first_orders)
+        scores["fro²"] = math.fsum(record.gradient_fro**2 for record in first_orders)
     return scores
 
 

@@ -122,14 +122,14 @@ def record_of(
     train_loss: float = math.nan,
 ) -> Sensitivity:
     """Return the record of a run on one set; without a run, of BASE."""
-    own_losses = losses.on(texts)
+    set_fields = losses.on(texts)
     if unit is None or cell is None or base is None:
         counts = tuple(int(count) for count in losses.counts)
-        return Sensitivity(**own_losses, seed=0, loss=losses.mean, nll=losses.rounded, predictions=counts)
+        return Sensitivity(**set_fields, seed=0, loss=losses.mean, nll=losses.rounded, predictions=counts)
     is_finite = losses.is_finite
     gap, error = losses.minus(base) if is_finite else (None, None)
     return Sensitivity(
-        **own_losses,
+        **set_fields,
         unit=unit.name,
         layers=unit.layers,
         rank=cell.rank,
@@ -205,7 +205,7 @@ def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstO
     """
     (out, inputs), fro = gradient.shape, norm([gradient])
     top = decompose(gradient.contiguous(), top=min(rank, out, inputs), fro=fro).s if fro else torch.zeros(1)
-    rows = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).sum()
+    row_norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).sum()
     return FirstOrder(
         layer=layer,
         shape=(out, inputs),
@@ -213,7 +213,7 @@ def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstO
         gradient_fro=fro,
         top=float((top.double() ** 2).sum()),
         fresh=min(rank / inputs, 1.0) * fro**2,
-        adam=rank * ALPHA_OVER_RANK * math.sqrt(2 / (3 * math.pi * inputs)) * float(rows),
+        adam=rank * ALPHA_OVER_RANK * math.sqrt(2 / (3 * math.pi * inputs)) * float(row_norms),
         sequences=len(texts.sequences),
         data=texts.hash,
     )

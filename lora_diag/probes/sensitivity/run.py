@@ -122,14 +122,14 @@ def _choose_layers(
     names: dict[str, str] = {}
     left_out = []
     for name, layer in linear_layers(model.module).items():
-        called = known.get(name, name)
-        if name in inner and name in known and selected(called):
-            names[name] = called
+        base_name = known.get(name, name)
+        if name in inner and name in known and selected(base_name):
+            names[name] = base_name
             continue
         detail = "the head is not adapted" if name not in inner else "was not selected"
         if name not in known:
             detail = "not stored under a name of its own in BASE (tied)"
-        left_out.append(LeftOut(layer=called, shape=shape_of(layer), reason="not_selected", detail=detail))
+        left_out.append(LeftOut(layer=base_name, shape=shape_of(layer), reason="not_selected", detail=detail))
     if not names:
         raise NothingComparedError(
             f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change --layers or --exclude"
@@ -164,9 +164,13 @@ class _Probe:
         """Compute the gradient of every layer at BASE, and its first-order records."""
         if self._has_scores():
             return
-        texts, walk = self._list_used_sequences(), self.walk
-        scores = gradients(self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient"))
-        walk.kept.put(*(first_order(names[name], gradient, self.ranks[0], texts) for name, gradient in scores.items()))
+        texts, walk = self._select_used_sequences(), self.walk
+        layer_gradients = gradients(
+            self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient")
+        )
+        walk.kept.put(
+            *(first_order(names[name], gradient, self.ranks[0], texts) for name, gradient in layer_gradients.items())
+        )
 
     def measure_base(self) -> dict[str, Losses]:
         """Measure BASE; repeated after an interruption, because errors need its losses by sequence."""
@@ -185,7 +189,7 @@ class _Probe:
     def _has_scores(self) -> bool:
         return any(isinstance(record, FirstOrder) for record in self.walk.kept.records)
 
-    def _list_used_sequences(self) -> Texts:
+    def _select_used_sequences(self) -> Texts:
         """Return the distinct sequences that a run trains on, in order."""
         training = self.walk.training
         sequences = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
@@ -199,14 +203,14 @@ class _Probe:
         step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
         runs = sum(map(walk.left, arms))
-        passes = 0 if self._has_scores() else -(-len(self._list_used_sequences().sequences) // walk.training.batch)
+        passes = 0 if self._has_scores() else -(-len(self._select_used_sequences().sequences) // walk.training.batch)
         walk.watch.total = walk.batches + passes
         walk.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation
-        sizes = sum(
+        entries = sum(
             shape_of(layer)[0] * shape_of(layer)[1] for layer in layers_without_head(self.model.module).values()
         )
-        memory = f"; the gradients take {4 * sizes / 2**30:.1f} GiB" if passes and 4 * sizes >= 2**30 / 10 else ""
+        memory = f"; the gradients take {4 * entries / 2**30:.1f} GiB" if passes and 4 * entries >= 2**30 / 10 else ""
         walk.watch.note(
             f"about {duration(seconds)}: {pluralize(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
             f"at most ({pluralize(len(self.units), 'unit', 'units')}), each evaluated on "

@@ -116,22 +116,24 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     rank, delta = settings["rank"], settings["delta"]
     names = [short(row.unit.removesuffix(".weight")) for row in rows]
 
-    def named(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
+    def align(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
         by_unit = {item.unit: [item] for item in items}
         return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
 
     gain, seeds, *others = Gain.shown
-    columns = columns_of((gain, seeds), named(rows))
+    columns = columns_of((gain, seeds), align(rows))
     for position, name in enumerate(gains):
         if position:
-            columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], named(gains[name]))
+            columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
         elif delta:
-            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], named(marginals[name]))
-    columns += columns_of(others, named(rows))
-    first = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
+            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], align(marginals[name]))
+    columns += columns_of(others, align(rows))
+    score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{_UNITS[settings['per']][0]} alone"
     return [
-        Grid("", title, tuple(names), (*columns, *columns_of(_PROXIES, first)), _make_table_note(settings), MAX_ROWS)
+        Grid(
+            "", title, tuple(names), (*columns, *columns_of(_PROXIES, score_rows)), _make_table_note(settings), MAX_ROWS
+        )
     ]
 
 
@@ -182,9 +184,9 @@ def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
 def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
     if not marginals:
         return []
-    clear = [gain for gain in marginals if gain.is_clear]
-    up = sum(gain.gain > 0 for gain in clear)
-    ordered = sorted(marginals, key=lambda gain: -gain.gain)
+    clear = [marginal for marginal in marginals if marginal.is_clear]
+    up = sum(marginal.gain > 0 for marginal in clear)
+    ordered = sorted(marginals, key=lambda marginal: -marginal.gain)
     rank = settings["rank"]
     text = (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, "

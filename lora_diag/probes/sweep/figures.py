@@ -69,7 +69,7 @@ def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
 
 
 def sweep_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
-    """Return the course of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
+    """Return the curve of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
     first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
     rows = tuple(by_rank(records, name, best_rates(records, first, seed)))
     base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
@@ -109,9 +109,9 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     """Return a panel per set; several sweeps differ by colour."""
     sets = sets_of(record for item in series for record in item.records)
     panels: list[tuple[str, Draw]] = []
-    for name, called in sets.items():
+    for name, label in sets.items():
         curves = [sweep_curve(item.records, name, _get_tolerance(item)) for item in series]
-        title = called if len(curves) > 1 else _describe_run(called, curves[0])
+        title = label if len(curves) > 1 else _describe_run(label, curves[0])
         panels.append((title, partial(_draw, curves=curves, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
     return page_of(panels, _make_text(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
@@ -144,8 +144,8 @@ def _draw(ax: Axes, curves: Sequence[SweepCurve], inches: float, style: PageStyl
                 ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
     _draw_levels(ax, curves, losses, style)
     rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
-    every = [rank for curve in curves for rank, _ in curve.points]
-    measured_axis(ax, every, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
+    ranks = [rank for curve in curves for rank, _ in curve.points]
+    measured_axis(ax, ranks, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     loss_axis(ax)
 
 

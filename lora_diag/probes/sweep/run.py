@@ -103,10 +103,10 @@ def probe_sweep(
 
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, and train."""
-    arguments = run.options
+    options = run.options
     names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
-    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (arguments[name] for name in names)
-    data, evaluate, shifted, targets = (arguments[name] for name in ("data", "evaluate", "shifted", "target_modules"))
+    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in names)
+    data, evaluate, shifted, targets = (options[name] for name in ("data", "evaluate", "shifted", "target_modules"))
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(data, evaluate, shifted, steps, kind)
     settings = {
@@ -125,11 +125,11 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
     workers = run.workers(base, stored)
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
-        plan = kept.run.settings  # with the values of the sweep before it was resumed
-        sweep = _Sweep(model, run.walk(kept, plan["seeds"]), workers)
-        arms = [sweep.arm("lora", plan["ranks"], plan["rates"], quantized)]
-        arms += [sweep.arm("full", [None], plan["full_rates"], None)] if full else []
-        arms += [sweep.arm("bitfit", [None], plan["rates"], None)] if bitfit else []
+        joined = kept.run.settings  # with the values of the sweep before it was resumed
+        sweep = _Sweep(model, run.walk(kept, joined["seeds"]), workers)
+        arms = [sweep.arm("lora", joined["ranks"], joined["rates"], quantized)]
+        arms += [sweep.arm("full", [None], joined["full_rates"], None)] if full else []
+        arms += [sweep.arm("bitfit", [None], joined["rates"], None)] if bitfit else []
         sweep.report_cost(arms)
         sweep.measure_base("")
         for arm in arms:
@@ -188,8 +188,8 @@ class _Sweep:
         self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
     ) -> Iterator[Sequence[WholeRecord]]:
         training = replace(self.walk.training, texts=drop_sequences(self.walk.training.texts))
-        trained = partial(train_on_worker, workers.site, training, grid)
-        return workers.run(trained, [(trial.label, trial.work) for trial in trials], poll)
+        train = partial(train_on_worker, workers.site, training, grid)
+        return workers.run(train, [(trial.label, trial.work) for trial in trials], poll)
 
     def _make_trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)
@@ -226,7 +226,7 @@ class _Sweep:
         )
 
     def _estimate_copies(self, arms: Sequence[_Arm]) -> str:
-        """Return the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
+        """State the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
         if not any(arm.subject == "full" for arm in arms):
             return ""
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.module.parameters()) / 2**30

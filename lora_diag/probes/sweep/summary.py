@@ -43,7 +43,7 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     grids = []
     for name in sets:
         own_records = [record for record in records if record.set == name]
-        lines = [(subject, row) for subject, of_set, row in references if of_set == name]
+        lines = [(subject, row) for subject, set_name, row in references if set_name == name]
         caption = f"On {short(name)}{' (shifted)' if own_records[0].shifted else ''}"
         grids.append(_make_table(caption, own_records, by_rank(records, name, rates), lines))
     return grids
@@ -59,7 +59,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
     bases = {name: base for name, (_, base) in all_verdicts.items()}
     share = settings["tolerance"]
-    on_first_set = [(subject, row) for subject, of_set, row in references if of_set == sets[0]] if sets else []
+    on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]] if sets else []
     return probe_summary(
         results,
         make_statement("trained", "Trained", _describe_training(settings)),

@@ -1,4 +1,4 @@
-"""Losses of a sweep over ranks → the sufficient rank, and its confidence.
+"""The sufficient rank of a sweep, and its confidence, from the losses over ranks.
 
 Uses records only. Every rank has the learning rate with its lowest loss, since a common rate would compare rates
 instead of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of every other rank, where δ is the tolerance:
@@ -75,7 +75,7 @@ class AtRank:
 
     @property
     def seeds(self) -> int:
-        """How many seeds did not diverge."""
+        """Number of seeds that did not diverge."""
         return len(self.runs)
 
     @property
@@ -175,7 +175,7 @@ def confident(confidence: float) -> str:
 
 
 def reasons(verdict: SweepVerdict, share: float) -> list[str]:
-    """Return a line for every rank below the chosen one, and for those that seeds do not decide.
+    """Return a line for every rank up to the chosen one that is not shown to be sufficient.
 
     Args:
         verdict: Verdict on a set.
@@ -186,13 +186,13 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
         if chosen is None or standing.rank > chosen.rank or standing.confidence is None or standing.enough == "yes":
             continue
         rank, behind, half = standing.rank, standing.behind, standing.half or 0
-        interval = (
+        finding = (
             f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} ({behind:+.4f} nats "
             f"[{behind - half:.4f}, {behind + half:.4f}]; tolerance {100 * share:.3g}%, {verdict.tolerance:.4f})"
             if rank != verdict.best
             else f"r={rank} has the lowest mean loss, {confident(standing.confidence)} confidence that it is enough"
         )
-        lines.append(f"{interval}: {'not enough' if standing.enough == 'no' else needs(standing.seeds)}")
+        lines.append(f"{finding}: {'not enough' if standing.enough == 'no' else needs(standing.seeds)}")
     return lines
 
 
@@ -256,14 +256,14 @@ def compare_with_reference(
         return None
     best = min(rows, key=lambda row: row.mean)
     gap = best.mean - other.mean
-    spread, freedom = variance_within([row.losses for row in rows])
-    if not spread or not other.runs:
+    variance, freedom = variance_within([row.losses for row in rows])
+    if not variance or not other.runs:
         return ReferenceComparison(best, other, gap, None, share, "no verdict")
-    its, own_freedom = variance_within([other.losses])
-    fixed = its < FIXED_RATIO**2 * spread
+    line_variance, line_freedom = variance_within([other.losses])
+    fixed = line_variance < FIXED_RATIO**2 * variance
     level = 1 - (1 - LEVEL) / len(rows)
     n, m = len(best.runs), 1 if fixed else len(other.runs)
-    ours, theirs = (spread / n, freedom), ((spread, freedom) if fixed else (its / m, own_freedom))
+    ours, theirs = (variance / n, freedom), ((variance, freedom) if fixed else (line_variance / m, line_freedom))
 
     def estimate(value: float, a: float, b: float) -> Estimate:
         """Return a·μ_best − b·μ_line + constant, whose value is given."""
@@ -272,15 +272,15 @@ def compare_with_reference(
         return Estimate(value, *welch((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
 
     plain, kept_fraction = estimate(gap, 1, 1), 1 - share
-    losses = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
-    gains = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
+    theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
+    theta_line = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
     half = plain.half(level)
-    if max(losses.value + losses.half(level), gains.value + gains.half(level)) <= 0:
+    if max(theta_best.value + theta_best.half(level), theta_line.value + theta_line.half(level)) <= 0:
         return ReferenceComparison(best, other, gap, half, share, "as good", fixed)
     if abs(gap) > half:
         return ReferenceComparison(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
-    distance = max(abs(gap), -max(losses.value, gains.value))
-    spread_of_run = math.sqrt(spread) if fixed else math.sqrt(spread + its)
+    distance = max(abs(gap), -max(theta_best.value, theta_line.value))
+    spread_of_run = math.sqrt(variance) if fixed else math.sqrt(variance + line_variance)
     needed = runs_needed(distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
     return ReferenceComparison(best, other, gap, half, share, "not known", fixed, needed)
 
@@ -314,8 +314,8 @@ def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subjec
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
     key = (subject, choose, seed)
-    lowest_losses = find_best_rates((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
-    return dict(sorted(lowest_losses.items(), key=lambda item: item[0] or 0))
+    rates = find_best_rates((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+    return dict(sorted(rates.items(), key=lambda item: item[0] or 0))
 
 
 def by_rank(
@@ -418,7 +418,7 @@ class _Noise:
     def known(self) -> bool:
         return self.paired > 0 and self.plain > 0
 
-    def of(self, first: AtRank, second: AtRank) -> float:
+    def paired_variance(self, first: AtRank, second: AtRank) -> float:
         """Return the paired variance for two ranks: the pooled one, or their own if larger.
 
         Spreads differ between ranks. With the pooled variance alone, two noisy ranks among quiet ones were judged equal
@@ -461,27 +461,29 @@ def _rank_standing(
     behind = ours - theirs
     if not noise.known:
         return RankStanding(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
-    standings = []
+    thetas = []
     for _, other in ranked:
-        theta, (_, _, a, b), variance = _compute_theta(row, other, base, share), _pair(row, other), noise.of(row, other)
+        theta, (_, _, a, b), variance = (
+            _compute_theta(row, other, base, share),
+            _pair(row, other),
+            noise.paired_variance(row, other),
+        )
         if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
             estimate = Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
-            standings.append((estimate, share * math.sqrt(noise.plain)))
+            thetas.append((estimate, share * math.sqrt(noise.plain)))
         else:
-            standings.append(
-                (noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error)
-            )
-    below = [estimate.below(0.0) for estimate, _ in standings]
-    confidence, against = min(below), max(0.0, 1 - (len(standings) - 1) * min(below))
+            thetas.append((noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error))
+    below = [estimate.below(0.0) for estimate, _ in thetas]
+    confidence, against = min(below), max(0.0, 1 - (len(thetas) - 1) * min(below))
     answer: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
-    spread = Estimate(behind, math.sqrt(noise.of(row, best) * (1 / n + 1 / m)), noise.freedom)
+    difference = Estimate(behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom)
     needed = None
     if answer == "not known":
-        worst, of_one = standings[below.index(confidence)]
-        level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(standings) - 1)
-        needed = runs_needed(worst.value, of_one, len(ranked) - 1, level=level)
+        worst, error_of_one = thetas[below.index(confidence)]
+        level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(thetas) - 1)
+        needed = runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
-    half = 0.0 if row is best else spread.half()
+    half = 0.0 if row is best else difference.half()
     return RankStanding(rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed)
 
 
@@ -510,7 +512,7 @@ class Swept:
 
     Args:
         results: Results of the run.
-        set: The first set that is not shifted.
+        set: The first set that is not shifted; the first of all if there is no other.
         verdict: The verdict on it.
         base: BASE's record on it.
         shifted: The verdicts on shifted sets, by name.
@@ -528,7 +530,7 @@ class Swept:
 
 
 def swept_of(results: Results[Any]) -> Swept | None:
-    """Return the verdict of a sweep; None if no run is conclusive.
+    """Return the verdict of a sweep; None without BASE's loss on a deciding set (``main_sets``).
 
     Args:
         results: Results of ``probe sweep``.
@@ -536,10 +538,12 @@ def swept_of(results: Results[Any]) -> Swept | None:
     records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
     share = results.run.settings.get("tolerance", TOLERANCE)
     verdicts_by_set = verdicts(records, results.run.settings.get("seed", 0), share)
-    own_set = next((name for name in main_sets(records) if name in verdicts_by_set), None)
-    if own_set is None:
+    main_set = next((name for name in main_sets(records) if name in verdicts_by_set), None)
+    if main_set is None:
         return None
-    verdict, base = verdicts_by_set[own_set]
-    shifted = {name: other for name, (other, its) in verdicts_by_set.items() if its.shifted and name != own_set}
+    verdict, base = verdicts_by_set[main_set]
+    shifted = {
+        name: other for name, (other, of_base) in verdicts_by_set.items() if of_base.shifted and name != main_set
+    }
     ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-    return Swept(results, own_set, verdict, base, shifted, tuple(ranks), share)
+    return Swept(results, main_set, verdict, base, shifted, tuple(ranks), share)

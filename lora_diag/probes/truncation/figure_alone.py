@@ -32,10 +32,10 @@ def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
 
 
 def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss minus TUNED's with one layer or module type truncated, with two standard errors.
+    """Draw the loss minus TUNED's with one layer or module type truncated, with the interval of Student's t.
 
     Args:
-        results: Results of ``probe truncation --per layer`` or ``--per type``, or their records.
+        results: Results of ``probe truncation --granularity layer`` or ``type``, or their records.
         ax: Axes to draw on; default those of a new figure.
         name: Name of the evaluation set; default the first.
 
@@ -59,12 +59,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     records = [record for item in series for record in item.records]
     rank = options.rank if options.rank is not None else _smallest_rank(records)
     panels = []
-    for name, called in sets_of(records).items():
+    for name, label in sets_of(records).items():
         rows = []
         for number, item in enumerate(series):
             rows += _make_rows([record for record in item.records if record.set == name], rank, number)
         if rows:
-            panels.append((called, highest(rows, ROWS)))
+            panels.append((label, highest(rows, ROWS)))
     max_rows = len({_cell_name(record) for record in records if record.rank == rank and _cell_name(record)})
     notes = ["All others are as in TUNED. Error bars: two paired standard errors, more for few sequences (t)."]
     if max_rows > ROWS:

@@ -44,7 +44,7 @@ def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
 
 
 def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss of W_0 + ΔW_r minus TUNED's over r with two paired standard errors; BASE and TUNED are lines.
+    """Draw the loss of W_0 + ΔW_r minus TUNED's over r, with the intervals of paired differences; lines: BASE, TUNED.
 
     Dotted: the loss if it were proportional to energy, (1 − C(r)) of the change from BASE to TUNED. A loss nearer to
     TUNED means that energy underestimates the rank.
@@ -57,13 +57,13 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
     Returns:
         The Axes drawn on.
     """
-    records, called = one_set(results, "truncation", name)
+    records, label = one_set(results, "truncation", name)
     of_set = select_joint(records)
     with panel_axes(ax) as (axes, style):
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw_gaps(axes, of_set, inches, style)
         axes.set(xlabel="rank r of the update", ylabel="loss minus TUNED's (nats)")
-        axes.set_title(_describe_run(called, of_set), parse_math=False, loc="left")
+        axes.set_title(_describe_run(label, of_set), parse_math=False, loc="left")
     return axes
 
 
@@ -72,12 +72,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     runs = [select_joint(item.records) for item in series]
     single = len(runs) == 1
     panels: list[tuple[str, Draw]] = []
-    for name, called in sets_of(record for records in runs for record in records).items():
+    for name, label in sets_of(record for records in runs for record in records).items():
         of_set = [[record for record in records if record.set == name] for records in runs]
         if single:
-            panels.append((_describe_run(called, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
+            panels.append((_describe_run(label, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
         else:
-            panels.append((called, partial(_draw_shares, runs=of_set, style=style)))
+            panels.append((label, partial(_draw_shares, runs=of_set, style=style)))
     ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
     return page_of(panels, _make_text(series, style), style, xlabel="rank r of the update", ylabel=ylabel)
 

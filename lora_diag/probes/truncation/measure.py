@@ -45,8 +45,8 @@ class Cell:
     @property
     def label(self) -> str:
         """Label of the progress bar."""
-        subject = self.layer or self.module_type or ""
-        return f"{subject} r={self.rank}".strip() if self.rank is not None else self.subject
+        part = self.layer or self.module_type or ""
+        return f"{part} r={self.rank}".strip() if self.rank is not None else self.subject
 
 
 BASE, TUNED = Cell("base"), Cell("tuned")

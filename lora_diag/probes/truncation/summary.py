@@ -37,9 +37,9 @@ def _make_rows(records: Sequence[Probe]) -> list[_Row]:
     rows = []
     for part, rank, subject in ordered:
         name = subject.upper() if rank is None else f"r={rank}"
-        cell = groups[part, rank, subject]
+        of_row = groups[part, rank, subject]
         rows.append(
-            _Row(f"{short(part)} {name}" if part else name, cell[0].energy, {record.set: record for record in cell})
+            _Row(f"{short(part)} {name}" if part else name, of_row[0].energy, {record.set: record for record in of_row})
         )
     return rows
 

@@ -482,6 +482,8 @@ class Recovered:
         deviation: s of X − L̂ by held-out cells, the error of L̂ included.
         stretch: Factor by which η and x of the fit were too small, by held-out cells; ``low_rank`` has longer η.
         most: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r.
+        held_out: Held-out cells; None without directions.
+        unseen: L without them, not stretched.
     """
 
     z: float
@@ -490,6 +492,8 @@ class Recovered:
     deviation: float = 0.0
     stretch: float = 1.0
     most: Tensor | None = None
+    held_out: HeldOut | None = None
+    unseen: LowRank | None = None
 
 
 def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Recovered:
@@ -533,7 +537,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         deviation = hidden.deviation(
             replace(low_rank, values=replace(low_rank.values, eta=low_rank.values.eta * stretch))
         )
-    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper)
+    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper, hidden, low_rank)
 
 
 def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:

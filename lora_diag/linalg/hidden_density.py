@@ -35,10 +35,6 @@ PRIOR_PRECISION = 0.01
 # Number of entries that the density is fitted to, and most scoring steps.
 SAMPLE, STEPS = 2**17, 40
 
-# Standard error of log ‖X‖_F because no density of three coefficients is the true one: 24 to 28 layers of updates by
-# Adam were off by 1.3% to 1.5% on average where their sampling error was 0.8% to 1.7%.
-MISFIT_ERROR = 0.015
-
 
 @dataclass(frozen=True, slots=True)
 class Density:
@@ -46,7 +42,7 @@ class Density:
 
     Args:
         deviation: Root mean square of x.
-        error: Standard error of its logarithm: of sampling, and of the form of the density.
+        error: Standard error of its logarithm, of sampling.
         kurtosis: E[x⁴]/E[x²]².
         shape: The density itself, of variance 1.
     """
@@ -78,8 +74,7 @@ def fit_density(cells: Source, deviation: float) -> Density:
         slope @ torch.linalg.solve(scores.T @ scores + PRIOR_PRECISION * torch.eye(len(POWERS)).double(), slope)
     )
     fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
-    sampling = variance / (2 * mean) ** 2 * sample.count / total
-    error = math.sqrt(sampling + MISFIT_ERROR**2)
+    error = math.sqrt(variance * sample.count / total) / (2 * mean)
     return Density(deviation * math.sqrt(mean), error, fourth / mean**2, _make_shape(weights, grid))
 
 

@@ -80,8 +80,8 @@ class Hidden(Record):
 
     Args:
         status: ``recovered``: directions of X are above the rounding noise, and held-out cells confirm them.
-            ``size_only``: only the size of X is estimated; no direction is significant. ``not_hidden``: the files
-            resolve the update, D is the answer. ``refused``: nothing is estimated.
+            ``size_only``: only the size of X is estimated; no direction is significant, or their fit is no result.
+            ``not_hidden``: the files resolve the update, D is the answer. ``refused``: nothing is estimated.
         reason: The reason of the status as one sentence; not for comparison by code.
         unchanged: Fraction of the entries that are equal on both sides after rounding BASE to the format of TUNED.
         fro_estimate: ‖X‖_F, in the unit of the weights; null where refused.

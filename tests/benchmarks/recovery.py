@@ -4,7 +4,7 @@
     python -m tests.benchmarks.recovery layers         the sample model's fine-tune, scaled; also .bench/encoder
     python -m tests.benchmarks.recovery noise 100      layers without a direction
     python -m tests.benchmarks.recovery bf16 6         training without master weights, which has no hidden update
-    python -m tests.benchmarks.recovery coverage 40    of the intervals of ‖X‖, C(r) and ranks
+    python -m tests.benchmarks.recovery coverage 1     of the intervals of ‖X‖, C(r) and ranks, by kind of X and W
     python -m tests.benchmarks.recovery speed 4096     time and memory of one layer
     python -m tests.benchmarks.recovery speed 4096 512 the same within 512 MiB, in row blocks
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import StoredDelta, pair
 from lora_diag.layers.recovery import Estimate, recover_layer
+from lora_diag.records.vocabulary import Hidden
 
 CPU = torch.device("cpu")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -58,22 +60,59 @@ def gap(found: Tensor, x: Tensor) -> float:
     return float((found.double() - x.double()).norm() / x.double().norm())
 
 
-def weight(m: int, n: int, rng: np.random.Generator) -> Tensor:
-    return torch.from_numpy(rng.normal(size=(m, n)) * 0.02).bfloat16().float()
+def weight(m: int, n: int, rng: np.random.Generator, kind: str = "normal") -> Tensor:
+    """Return a start of training: ``normal``, ``t3``, ``uniform``, or normal with ``outliers`` or unequal ``rows``."""
+    w = rng.normal(size=(m, n)) * 0.02
+    if kind == "t3":
+        w = rng.standard_t(3, size=(m, n)) * 0.02 / math.sqrt(3)
+    elif kind == "uniform":
+        w = rng.uniform(-0.035, 0.035, (m, n))
+    elif kind == "outliers":
+        w[:, 7] *= 50
+        w[3] *= 20
+    elif kind == "rows":
+        w *= np.exp(0.7 * rng.normal(size=(m, 1)))
+    return torch.from_numpy(w)
+
+
+def bf16_weight(m: int, n: int, rng: np.random.Generator) -> Tensor:
+    return weight(m, n, rng).bfloat16().float()
 
 
 def update(m: int, n: int, kind: str, rms: float, rng: np.random.Generator) -> Tensor:
-    """Return X: ``rank R``, ``1/i``, ``noise``, or ``rank R + noise`` with half of the energy each."""
-    if kind == "1/i":
+    """Return X.
+
+    Args:
+        m: Rows.
+        n: Columns.
+        kind: ``rank R``, ``1/i``, ``noise``, ``flat`` or ``t3`` noise; ``rank R + noise`` has half of the energy in
+            each. ``, rows`` and ``, both`` multiply rows, or rows and columns, by log-normal numbers, ``, few rows``
+            divides seven eighths of the rows by 5, and ``, t3 columns`` has t-distributed columns.
+        rms: Root mean square of its entries.
+        rng: Random numbers.
+    """
+    base, _, scales = kind.partition(", ")
+    if base == "1/i":
         u, v = (np.linalg.qr(rng.normal(size=(k, min(m, n))))[0] for k in (m, n))
         x = (u / np.arange(1, min(m, n) + 1)) @ v.T
-    elif kind == "noise":
+    elif base == "noise":
         x = rng.normal(size=(m, n))
+    elif base == "flat":
+        x = rng.uniform(-1.0, 1.0, (m, n))
+    elif base == "t3":
+        x = rng.standard_t(3, (m, n))
     else:
-        rank = int(kind.split()[1])
-        x = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n)) / math.sqrt(rank)
-        if kind.endswith("noise"):
+        rank = int(base.split()[1])
+        right = rng.standard_t(3, (rank, n)) if scales == "t3 columns" else rng.normal(size=(rank, n))
+        x = rng.normal(size=(m, rank)) @ right / math.sqrt(rank)
+        if base.endswith("noise"):
             x = x + rng.normal(size=(m, n))
+    if scales == "rows":
+        x = x * np.exp(rng.normal(size=(m, 1)))
+    elif scales == "both":
+        x = x * np.exp(0.7 * rng.normal(size=(m, 1))) * np.exp(0.7 * rng.normal(size=(1, n)))
+    elif scales == "few rows":
+        x[m // 8 :] /= 5
     return torch.from_numpy(x * rms / math.sqrt((x**2).mean())).float()
 
 
@@ -104,7 +143,7 @@ def planted(seeds: int = 5) -> None:
         errors = []
         for seed in range(100, 100 + seeds):
             rng = np.random.default_rng(seed)
-            w, x = weight(768, 768, rng), update(768, 768, kind, rms, rng)
+            w, x = bf16_weight(768, 768, rng), update(768, 768, kind, rms, rng)
             got = compared(w, x, 8, seed)
             errors.append(float(got["recovered"]))
             print(
@@ -172,7 +211,7 @@ def noise(layers: int = 100) -> None:
     for seed in range(layers):
         rng = np.random.default_rng(1000 + seed)
         rms = (3e-5, 1e-5, 3e-6)[seed % 3]
-        w, x = weight(256, 256, rng), update(256, 256, "noise", rms, rng)
+        w, x = bf16_weight(256, 256, rng), update(256, 256, "noise", rms, rng)
         hidden = estimate(w.bfloat16(), (w + x).bfloat16(), seed)[0].hidden
         accepted += hidden.status == "recovered"
         low, high = hidden.fro_interval or (math.nan, math.nan)
@@ -231,38 +270,88 @@ def bf16(seeds: int = 6) -> None:
                     )
 
 
-def coverage(seeds: int = 20) -> None:
-    """How often the intervals hold the truth."""
-    print("| update | rms | recovered | ‖X‖ in its interval | C(r) in its interval | r@90% in its interval |")
+# X of ``coverage``, and W, start and root mean square of X for each.
+PLAIN = ("rank 1", "rank 2", "rank 4", "rank 8", "rank 8 + noise", "1/i", "noise", "flat", "t3")
+UPDATES = (*PLAIN, "rank 4, rows", "rank 4, both", "rank 4, few rows", "rank 2, t3 columns", "noise, both")
+SETTINGS = (
+    ("normal", "stored", 1e-5),
+    ("normal", "stored", 3e-6),
+    ("normal", "rounded", 2e-5),
+    ("outliers", "rounded", 1e-5),
+    ("t3", "stored", 6e-6),
+    ("rows", "stored", 1e-5),
+)
+
+
+@dataclass(slots=True)
+class Covered:
+    """Which intervals hold the truth."""
+
+    layers: int = 0
+    norms: list[bool] = field(default_factory=list)
+    halves: list[float] = field(default_factory=list)
+    curves: list[bool] = field(default_factory=list)
+    ranks: list[bool] = field(default_factory=list)
+
+    def add(self, hidden: Hidden, x: Tensor) -> None:
+        self.layers += 1
+        if hidden.status not in ("recovered", "size_only"):
+            return
+        assert hidden.fro_interval is not None
+        s = torch.linalg.svdvals(x.double()).numpy()
+        low, high = hidden.fro_interval
+        self.norms.append(low <= math.sqrt((s**2).sum()) <= high)
+        self.halves.append(math.log(high / low) / 2)
+        if hidden.energy_interval is None or hidden.rank_at_interval is None:
+            return
+        curve = np.cumsum(s**2) / (s**2).sum()
+        for r in RANKS[:6]:
+            low, high = hidden.energy_interval[str(r)]
+            self.curves.append(low - 1e-9 <= curve[r - 1] <= high + 1e-9)
+        least, most = hidden.rank_at_interval["0.9"]
+        true = int(np.searchsorted(curve, 0.9)) + 1
+        self.ranks.append((least or len(s)) <= true <= (most or len(s)))
+
+    def row(self, label: str) -> str:
+        half = f"{np.median(self.halves):.1%}" if self.halves else "-"
+        words = [f"{sum(v)} of {len(v)}" if v else "-" for v in (self.norms, self.curves, self.ranks)]
+        refused = f"{self.layers - len(self.norms)} of {self.layers}"
+        return f"| {' | '.join([label, refused, words[0], half, *words[1:]])} |"
+
+
+def measure_coverage(seeds: int, first: int) -> dict[str, Covered]:
+    """Return which intervals hold the truth: by kind of X, by setting, and in layers of the sample model."""
+    by: dict[str, Covered] = {}
+    real = [(name, w, x) for name, w, x in pairs_of_layers() if name.startswith("llama")][:14]
+
+    def measure(w: Tensor, x: Tensor, start: str, seed: int, *labels: str) -> None:
+        origin = w.bfloat16().double() if start == "stored" else w.double()
+        hidden = estimate(w.bfloat16(), (origin + x.double()).float().bfloat16(), seed)[0].hidden
+        for label in labels:
+            by.setdefault(label, Covered()).add(hidden, x)
+
+    for kind in UPDATES:
+        for shape, start, rms in SETTINGS:
+            for seed in range(first, first + seeds):
+                rng = np.random.default_rng([seed, UPDATES.index(kind), SETTINGS.index((shape, start, rms))])
+                w, x = weight(128, 160, rng, shape), update(128, 160, kind, rms, rng)
+                measure(w, x, start, seed, f"X: {kind}", f"W: {shape}, {start}, {rms:g}", "planted")
+    for i, (_, w, x) in enumerate(real):
+        for c, start in ((0.01, "stored"), (0.003, "stored"), (0.01, "rounded")):
+            measure(w, x * c, start, i, f"sample model, {start}, c = {c:g}")
+    return by
+
+
+def coverage(seeds: int = 1, first: int = 9000) -> None:
+    print("| layers | refused | ‖X‖ in its interval | ± | C(r) in its interval | r@90% in its interval |")
     print("|---|--:|--:|--:|--:|--:|")
-    for kind in ("rank 4", "rank 8", "rank 4 + noise", "1/i", "noise"):
-        for rms in (3e-5, 1e-5, 3e-6):
-            inside, curves, ranks, made = [], [], [], 0
-            for seed in range(seeds):
-                rng = np.random.default_rng(7000 + seed)
-                m, n = 256, 320
-                w, x = weight(m, n, rng), update(m, n, kind, rms, rng)
-                hidden = estimate(w.bfloat16(), (w + x).bfloat16(), seed)[0].hidden
-                low, high = hidden.fro_interval or (math.nan, math.nan)
-                inside.append(low <= float(x.double().norm()) <= high)
-                if hidden.energy_interval is None or hidden.rank_at_interval is None:
-                    continue
-                made += 1
-                s = torch.linalg.svdvals(x.double()).numpy()
-                curve = np.cumsum(s**2) / (s**2).sum()
-                for r in RANKS[:6]:
-                    low, high = hidden.energy_interval[str(r)]
-                    curves.append(low - 1e-9 <= curve[r - 1] <= high + 1e-9)
-                least, most = hidden.rank_at_interval["0.9"]
-                true = int(np.searchsorted(curve, 0.9)) + 1
-                ranks.append((least or 1) <= true <= (most or min(m, n)))
-            words = [f"{np.mean(v):.0%} of {len(v)}" if v else "-" for v in (inside, curves, ranks)]
-            print(f"| {kind} | {rms:g} | {made}/{seeds} | {' | '.join(words)} |", flush=True)
+    for label, covered in measure_coverage(seeds, first).items():
+        print(covered.row(label), flush=True)
 
 
 def speed(side: int = 4096, mebibytes: int | None = None) -> None:
     rng = np.random.default_rng(5)
-    w, x = weight(side, side, rng), update(side, side, "rank 8", 1e-5, rng)
+    w, x = bf16_weight(side, side, rng), update(side, side, "rank 8", 1e-5, rng)
     t = (w + x).bfloat16()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin, worked = time.perf_counter(), time.process_time()

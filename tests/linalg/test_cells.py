@@ -90,7 +90,7 @@ def test_derived_cell_rows_equal_whole(first):
     lo = -torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
     cells = Cells(lo, lo + 1)
     rows, columns = torch.arange(1.0, 7), torch.tensor([1.0, 2, 4, 8])
-    scaled = Scales(rows, columns).divide(cells).rows(first, 6)
+    scaled = Scales(rows, columns, rows * 0, columns * 0).divide(cells).rows(first, 6)
     assert torch.equal(scaled.lo, (lo / torch.outer(rows, columns))[first:])
     opened = Opened(cells, torch.tensor([1, 9, 22])).rows(first, 6)
     expected = lo.clone()

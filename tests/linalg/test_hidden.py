@@ -13,9 +13,9 @@ from scipy.special import ndtr
 from scipy.stats import norm
 
 from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
-from lora_diag.linalg.hidden import fit_low_rank, fit_size, posterior_mean, recover
-from lora_diag.linalg.hidden_scales import fit_scales
-from lora_diag.linalg.shrinkage import add_noise, noise_edge, shrink
+from lora_diag.linalg.hidden import HeldOut, LowRank, fit_low_rank, fit_size, posterior_mean, recover
+from lora_diag.linalg.hidden_scales import Scales, fit_scales, measure_lengths, measure_norm, unscale
+from lora_diag.linalg.shrinkage import Shrunk, add_noise, noise_edge, shrink
 
 
 def planted(m, n, rank, rms, seed, noise=0.0, rows=None):
@@ -189,3 +189,56 @@ def test_scales_of_rows_are_found_and_unneeded_ones_are_not():
     w, _, t = planted(200, 150, 0, 1e-5, 18)
     cells = cells_of(w, t)
     assert fit_scales(cells, fit_size(cells, rms_of(w, t))) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3, 4])
+def test_norm_with_scales_counts_their_posterior_variance(seed):
+    """With the likeliest scales alone it is 6% to 8% too small."""
+    w, x, t = planted(160, 224, 4, 2e-6, seed, rows=1.0)
+    cells = cells_of(w, t)
+    scales, divided, fitted = fit_scales(cells, fit_size(cells, rms_of(w, t)))
+    whole, of_scales = measure_norm(divided, fitted.deviation, scales)
+    off = math.log(whole / float(x.norm()))
+    assert abs(off) < 2 * math.hypot(of_scales, fitted.error, 0.01)
+    assert of_scales < 0.05
+
+
+def planted_directions(seed, noise):
+    """Directions of X/(a·b) off the true ones, their scales, and cells of random entries that they do not know."""
+    rng = np.random.default_rng(seed)
+    m, n = 120, 150
+    scales = Scales(*(torch.tensor(np.exp(0.8 * rng.normal(size=k))).float() for k in (m, n)), *2 * (torch.zeros(1),))
+    divided = rng.normal(size=(m, 2)) @ rng.normal(size=(2, n))
+    u, s, vh = np.linalg.svd(divided + noise * rng.normal(size=(m, n)), full_matrices=False)
+    u, s, vh = (torch.tensor(part.copy()) for part in (u[:, :2], s[:2], vh[:2]))
+    low_rank = LowRank(u.float(), vh.float(), Shrunk(0.6 * s, s, 1.0), 1.0, 1.0, 1, True)
+    x = torch.tensor(divided + 0.5 * rng.normal(size=(m, n))) * scales.times(0, m).double()
+    return scales, low_rank, x, torch.tensor(np.flatnonzero(rng.random(m * n) < 0.3))
+
+
+def test_unscaled_directions_are_the_singular_vectors_of_l():
+    scales, low_rank, _, _ = planted_directions(1, 0.5)
+    u, s, vh = unscale(low_rank, scales)
+    whole = scales.rows.numpy()[:, None] * low_rank.rows(0, 120).numpy() * scales.columns.numpy()
+    np.testing.assert_allclose(s.numpy(), np.linalg.svd(whole, compute_uv=False)[:2], rtol=1e-5)
+    np.testing.assert_allclose((u * s @ vh).numpy(), whole, atol=1e-5 * float(s[0]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lengths_of_held_out_cells_fit_all_entries(seed):
+    """Cells of very different widths, and directions that are off and 40% too short."""
+    scales, low_rank, x, entries = planted_directions(seed, 0.7)
+    u, s, vh = unscale(low_rank, scales)
+    weight = scales.times(0, 120).double()
+    units = torch.stack([torch.outer(u[:, i], vh[i]) / weight for i in range(2)], -1).reshape(-1, 2).numpy()
+    target = (x / weight).flatten().numpy()
+    true = np.linalg.lstsq(units, target, rcond=None)[0]
+    outside = float((target - units @ true).std())
+    step = 3.0 * torch.tensor(np.exp(np.random.default_rng(seed).normal(size=x.shape)))
+    low = (x / step).floor() * step
+    cells = scales.divide(Cells(low, low + step))
+    lengths, errors = measure_lengths(HeldOut(cells.at(entries), entries), low_rank, outside, scales)
+    assert (errors.numpy() < 0.1 * true[0]).all()
+    assert (np.abs(lengths.numpy() - true) < 3.5 * errors.numpy()).all()
+    assert true[0] - float(s[0]) > 3 * float(errors[0])

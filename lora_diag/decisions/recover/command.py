@@ -34,6 +34,8 @@ def recover(
 ) -> None:
     """Estimate the update that 16-bit storage rounded away.
 
+    A part of the update along the weight itself (weight decay, a rescaled layer) is not seen.
+
     Example: loradiag recover base/ tuned_bf16/ -o recovery.jsonl
 
     Example: loradiag recover base/ tuned_bf16/ --rank 16 -o adapter/

@@ -70,7 +70,6 @@ BETWEEN = {
     },
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},
-    "diagnostics.spectrum": {"diagnostics.fleet"},
 }
 
 # Library -> the packages that may import it, or the names of files in features.

@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from inspect import signature
@@ -31,13 +30,10 @@ INTERRUPTED = 130
 
 
 class _Command(TyperCommand):
-    """A command that accepts former option names and groups its help (``running.options.PANELS``)."""
+    """A command that groups its help (``running.options.PANELS``)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Replace old option names; let ``--gradients`` take all arguments up to the next option, as in ``grads/*``."""
-        renamed = getattr(self.callback, "aliases", {})
-        end = args.index("--") if "--" in args else len(args)
-        args = [*(_replace_former_name(arg, renamed) for arg in args[:end]), *args[end:]]
+        """Let ``--gradients`` take all arguments up to the next option, as in ``grads/*``."""
         if not any(param.name == "gradients" and param.multiple for param in self.params):
             return super().parse_args(ctx, args)
         spread: list[str] = []
@@ -68,16 +64,6 @@ class _Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
-
-
-def _replace_former_name(arg: str, renamed: Mapping[str, str]) -> str:
-    """Return a command-line word with a former option name replaced by the current one.
-
-    >>> _replace_former_name("--tol=0.1", {"--tol": "--tolerance"}), _replace_former_name("base", {})
-    ('--tolerance=0.1', 'base')
-    """
-    name, equals, value = arg.partition("=")
-    return f"{renamed.get(name, name)}{equals}{value}"
 
 
 class _Commands(TyperGroup):

@@ -27,7 +27,7 @@ import typer
 
 from lora_diag.cli.output import message, progress_bar, record_printer, report_reading, result, terminal
 from lora_diag.errors import UsageError
-from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, aliases, list_options
+from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, list_options
 
 if TYPE_CHECKING:
     from lora_diag.records import Results
@@ -211,8 +211,6 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         for option in groups.get(name) or [field.replace(kind=Parameter.KEYWORD_ONLY)]  # typer passes arguments by name
     ]
     gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
-    typed = [field.annotation for field in parameters.values() if is_typeddict(field.annotation)]
-    gathered.aliases = {former: new for group in typed for former, new in aliases(group).items()}  # type: ignore[attr-defined]
     return gathered
 
 

@@ -12,7 +12,7 @@ the same reason annotations are evaluated in this module (no ``from __future__ i
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
@@ -55,8 +55,6 @@ class Option:
         metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a flag.
         flags: Names on the command line; default ``--`` and its name.
         panel: Part of the help that shows it, from ``PANELS``.
-        aliases: Former names, such as ``--tolerance``: accepted, also as Python keywords, but not shown.
-        values: Former values, each with the current one.
         setting: Name in the settings of the run record, if different.
         hidden: Whether it is accepted but not shown.
         completions: Words for shell completion, besides the choices.
@@ -68,8 +66,6 @@ class Option:
     metavar: str = ""
     flags: tuple[str, ...] = ()
     panel: str = MEASUREMENT
-    aliases: tuple[str, ...] = ()
-    values: Mapping[str, str] = field(default_factory=dict)
     setting: str = ""
     hidden: bool = False
     completions: tuple[str, ...] = ()
@@ -97,15 +93,12 @@ class Option:
         return self.flags[0] if self.flags else f"--{name.replace('_', '-')}"
 
     def checked(self, name: str, value: Any) -> Any:
-        """Return a value, with a former one replaced by the current one.
+        """Return a value, if the option allows it.
 
         Raises:
             UsageError: The value is not a choice of the option.
         """
-        if not isinstance(value, str) or not self.choices:
-            return value
-        value = self.values.get(value, value)
-        if value not in self.choices:
+        if isinstance(value, str) and self.choices and value not in self.choices:
             raise UsageError(f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}")
         return value
 
@@ -117,27 +110,20 @@ GRANULARITY = Option(
     "all",
     "Truncate all layers together, or each layer or module type alone.",
     "all|layer|type",
-    aliases=("--per",),
     setting="per",
 )
 RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",))
 FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",))
-STEPS = Option(100, "Training steps of a run.", "N", aliases=("--max-steps",))
+STEPS = Option(100, "Training steps of a run.", "N")
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
-REPEATS = Option(2, "Training runs at the best learning rate.", "N", aliases=("--seeds",), setting="seeds")
+REPEATS = Option(2, "Training runs at the best learning rate.", "N", setting="seeds")
 TOP = Option(None, "Compute only the K largest singular values; default: all (plan: all, and 64).", "K")
-SHOW_RANK = Option(
-    None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT, aliases=("--rank",)
-)
+SHOW_RANK = Option(None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT)
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
-MEMORY_BUDGET = Option(
-    None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE", aliases=("--memory",)
-)
+MEMORY_BUDGET = Option(None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE")
 OPTIMIZER = Option("adamw", "Optimizer assumed by --memory-budget.", "adamw|adamw8bit|sgd|sgd_momentum")
-ADAPTER_DTYPE = Option(
-    "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", aliases=("--dtype",), setting="dtype"
-)
+ADAPTER_DTYPE = Option("float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", setting="dtype")
 DORA = Option(False, "Train DoRA instead of LoRA.")
 CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
@@ -152,9 +138,7 @@ DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=I
 LABELS = Option("data", "Labels of the loss: those of the text, or sampled from the model.", "data|model")
 SEED = Option(0, "Seed of all random numbers.", "N")
 # Weights that get an adapter: by default all matrices except embeddings, head and routers.
-TARGETS = Option(
-    None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, aliases=("--target",), setting="target"
-)
+TARGETS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, setting="target")
 PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
 EXCLUDE = Option(None, "Skip weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
@@ -399,37 +383,23 @@ def _list_common() -> dict[str, Option]:
     return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
 
-def aliases(group: type) -> dict[str, str]:
-    """Return the former flags of a group's options, each with the current flag."""
-    return {former: option.flag(name) for name, (_, option) in list_options(group).items() for former in option.aliases}
-
-
 def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
         group: A ``TypedDict`` of options.
-        passed: Options of the caller, by current or former names.
+        passed: Options of the caller.
 
     Raises:
-        TypeError: An option is unknown, given twice, or missing.
+        TypeError: An option is unknown or missing.
         UsageError: A value is none of the option's choices.
     """
     options = list_options(group)
-    names = {
-        former.lstrip("-").replace("-", "_"): name for name, (_, option) in options.items() for former in option.aliases
-    }
-    named: dict[str, Any] = {}
-    for word, value in passed.items():
-        name = word if word in options else names.get(word, "")
-        if not name:
-            raise TypeError(f"unexpected keyword argument {word!r}; use one of {', '.join(options)}")
-        if name in named:
-            raise TypeError(f"{word!r} is the former name of {name!r}; give only one of them")
-        named[name] = value
-    if missing := [name for name, (_, option) in options.items() if option.default is REQUIRED and name not in named]:
+    if unknown := next((name for name in passed if name not in options), None):
+        raise TypeError(f"unexpected keyword argument {unknown!r}; use one of {', '.join(options)}")
+    if missing := [name for name, (_, option) in options.items() if option.default is REQUIRED and name not in passed]:
         raise TypeError(f"missing keyword argument {missing[0]!r}")
-    return {name: option.checked(name, named.get(name, option.default)) for name, (_, option) in options.items()}
+    return {name: option.checked(name, passed.get(name, option.default)) for name, (_, option) in options.items()}
 
 
 def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def test_layer_1_is_not_layer_11(tmp_path):
         ),
     ]  # fmt: skip
     (tmp_path / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    results = lora_diag.extract(base, after, tmp_path / "adapter", ranks=tmp_path / "ranks.jsonl")
+    results = lora_diag.extract(base, after, tmp_path / "adapter", allocation=tmp_path / "ranks.jsonl")
     assert {record.layer: record.rank for record in results} == ranks
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for layer in range(12):
@@ -268,7 +268,9 @@ def test_layer_1_is_not_layer_11(tmp_path):
         close(merged[name], w0[name] + best(w1[name] - w0[name], layer), name)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert "model.layers.1.self_attn.q_proj" in config["target_modules"]  # layer 0 has none: "q_proj" would add it
-    repeated = lora_diag.extract(base, after, tmp_path / "again", ranks=tmp_path / "adapter" / "adapter_config.json")
+    repeated = lora_diag.extract(
+        base, after, tmp_path / "again", allocation=tmp_path / "adapter" / "adapter_config.json"
+    )
     assert {record.layer: record.rank for record in repeated} == ranks
 
 
@@ -279,7 +281,9 @@ def test_unfactored_tensors_are_saved_in_full(tmp_path):
     model = transformers.GPT2LMHeadModel(config)
     tuned = perturbed(model)
     base, after = saved(model, tuned, tmp_path)
-    results = lora_diag.extract(base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", rest="save")
+    results = lora_diag.extract(
+        base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", unfactored="save"
+    )
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for name, weight in merged.items():
         close(weight, w0[name] if "h.1.mlp.c_fc" in name else w1[name], name, 2e-6)
@@ -292,7 +296,7 @@ def test_grown_vocabulary_is_saved_in_full(tmp_path):
     tuned = perturbed(model)
     tuned.resize_token_embeddings(30, mean_resizing=False)
     base, after = saved(model, tuned, tmp_path)
-    lora_diag.extract(base, after, tmp_path / "adapter", rank=16, rest="save")
+    lora_diag.extract(base, after, tmp_path / "adapter", rank=16, unfactored="save")
     model.resize_token_embeddings(30, mean_resizing=False)
     merged, w1 = merged_by_peft(model, tmp_path / "adapter"), state(tuned)
     for name, weight in merged.items():

@@ -160,7 +160,7 @@ def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
 
 def test_non_text_weights_are_refused(loradiag, measured, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x96\xff")
-    ran = loradiag("allocate", measured, "--params", "50k", "--weights", "w.safetensors")
+    ran = loradiag("allocate", measured, "--params", "50k", "--layer-weights", "w.safetensors")
     assert ran.code == 3
     assert_names(ran.err, "Error:", "w.safetensors", "UTF-8")
 

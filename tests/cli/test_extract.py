@@ -268,12 +268,12 @@ def test_ranks_of_another_model_are_refused(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    ran = loradiag("extract", base, tuned, "--ranks", "adapter_config.json", "-o", "adapter")
+    ran = loradiag("extract", base, tuned, "--allocation", "adapter_config.json", "-o", "adapter")
     assert ran.code == 3
     assert_names(ran.err, "target_modules")
     config |= {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 2}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    ran = loradiag("extract", base, tuned, "--ranks", "adapter_config.json", "-o", "adapter", "--json")
+    ran = loradiag("extract", base, tuned, "--allocation", "adapter_config.json", "-o", "adapter", "--json")
     ranks = {r["layer"]: r["rank"] for r in ran.records if r["record"] == "extraction"}
     assert ranks == {
         "model.layers.0.self_attn.q_proj.weight": 4, "model.layers.1.self_attn.q_proj.weight": 4,
@@ -295,7 +295,9 @@ def test_inspect_shows_extraction(loradiag, pair_of_models, tmp_path):
 def test_extract_recovers_shared_cases(loradiag, case, tmp_path):
     folder = SHARED / "cases" / case
     tuned = next(folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir())
-    ran = loradiag("extract", folder / "base", tuned, "--rank", "100", "--rest", "save", "-o", "adapter", "--json")
+    ran = loradiag(
+        "extract", folder / "base", tuned, "--rank", "100", "--unfactored", "save", "-o", "adapter", "--json"
+    )
     if case == "bitfit-like":
         assert (ran.code, mentions(ran.err, "update", "zero")) == (4, True)
         return

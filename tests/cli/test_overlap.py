@@ -44,10 +44,10 @@ def test_json_equals_file_and_inspect_output(loradiag, inputs, tmp_path):
 
 
 def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
-    ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "3", "--per", "layer")
+    ran = loradiag("overlap", *inputs, "--ranks", "2", "--show-rank", "3", "--per", "layer")
     assert "at r=3" in ran.out
     assert "model.layers.1.mlp.up_proj" in ran.out
-    ran = loradiag("overlap", *inputs, "--ranks", "2", "--rank", "70000", "--layers", "q_proj")
+    ran = loradiag("overlap", *inputs, "--ranks", "2", "--show-rank", "70000", "--layers", "q_proj")
     assert "at r=2" in ran.out
     assert_names(ran.err, "--show-rank 70000", "larger")
 
@@ -55,7 +55,7 @@ def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
 def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, tmp_path):
     broken = {name: torch.full_like(value, torch.nan) for name, value in weights(3).items()}
     save_model(tmp_path / "tuned", broken)
-    ran = loradiag("overlap", *inputs, "--rank", "2", "--layers", "layers.0.*q_proj")
+    ran = loradiag("overlap", *inputs, "--show-rank", "2", "--layers", "layers.0.*q_proj")
     assert ran.code == 3
     assert_names(ran.err, "Error:", "model.layers.0.self_attn.q_proj.weight", "TUNED", "nan")
     assert "Next" not in ran.out

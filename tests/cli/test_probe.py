@@ -135,9 +135,9 @@ def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):
     planned = loradiag("allocate", "spectrum.jsonl", *words)
     assert planned.code == 0
     assert_names(planned.out, "sensitivity", "r=1")
-    assert loradiag("extract", base, tuned, "--ranks", "ranks.jsonl", "-o", "adapter").code == 0
+    assert loradiag("extract", base, tuned, "--allocation", "ranks.jsonl", "-o", "adapter").code == 0
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
-    wrong = loradiag("allocate", "spectrum.jsonl", "--total-rank", "9", "--weights", "spectrum.jsonl")
+    wrong = loradiag("allocate", "spectrum.jsonl", "--total-rank", "9", "--layer-weights", "spectrum.jsonl")
     assert (wrong.code, "holds results of loradiag spectrum" in wrong.err) == (3, True)
 
 

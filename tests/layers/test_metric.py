@@ -110,7 +110,7 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
     tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
     file, text = tmp_path / "a.safetensors", some_text(tmp_path, windows=4)
     chosen = r"(layers|h)\.1\."
-    message = lora_diag.probe_activations(tuned, text, file, gradients=True, length=32, batch=3, layers=chosen)
+    message = lora_diag.probe_activations(tuned, text, file, output_gradients=True, length=32, batch=3, layers=chosen)
     assert message.gradients == "data"
     inputs, outputs = caught(tuned, text.read_bytes(), 32)
     stored = as_stored(file)
@@ -167,7 +167,9 @@ def test_labels_drawn_from_model_repeat_with_seed(tmp_path):
     for name, more in {"data": {}, "one": {"seed": 1}, "again": {"seed": 1}, "two": {"seed": 2}}.items():
         labels = "data" if name == "data" else "model"
         files[name] = tmp_path / f"{name}.safetensors"
-        lora_diag.probe_activations(base, text, files[name], gradients=True, labels=labels, layers="c_fc", **more)
+        lora_diag.probe_activations(
+            base, text, files[name], output_gradients=True, labels=labels, layers="c_fc", **more
+        )
     key = PREFIX + "transformer.h.0.mlp.c_fc.weight"
     result = {name: as_stored(file)[key] for name, file in files.items()}
     assert np.array_equal(result["one"], result["again"])

@@ -41,8 +41,11 @@ SITUATIONS = {
     ),
     "adapter": (model(flat_to(12, 512)), SHORT),
     "adapter alone": (SHORT,),
-    "allocation": (model(flat_to(40, 512)), lora_diag.allocate(model(flat_to(40, 512)), memory="2MB", max_rank=9)),
-    "allocation by rank": (model(FLAT), lora_diag.allocate(model(FLAT), total_rank=99, ranks_from=[4, 8])),
+    "allocation": (
+        model(flat_to(40, 512)),
+        lora_diag.allocate(model(flat_to(40, 512)), memory_budget="2MB", max_rank=9),
+    ),
+    "allocation by rank": (model(FLAT), lora_diag.allocate(model(FLAT), total_rank=99, allowed_ranks=[4, 8])),
     "keep": (outputs({"a": 0.0, "b c": 0.3}),),
     "worse": (outputs({"a": 0.3}),),
     "unknown": (outputs({"a": 0.09, "b": 0.1}, error=0.05),),

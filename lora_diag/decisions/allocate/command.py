@@ -10,7 +10,7 @@ from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, line, rerun_command, result, terminal
 from lora_diag.decisions.allocate.options import AllocateOptions
 from lora_diag.errors import UsageError
-from lora_diag.running.options import INPUTS, OUTPUT, RSLORA, SWEEP, UNFINISHED, Option, fill_options, plain
+from lora_diag.running.options import INPUTS, OUTPUT, RSLORA, SWEEP, UNFINISHED, Option
 
 if TYPE_CHECKING:
     from lora_diag.decisions.allocate.record import Allocation
@@ -42,22 +42,12 @@ def allocate(
     *,
     arguments: AllocateOptions,
     config: ConfigOptions,
-    policies: Annotated[bool, options.typer_option("policies", Option(False, "Use rank-rules.", hidden=True))] = False,
     shown: options.Rows,
 ) -> None:
     """Ranks that keep the most energy within a budget.
 
     Example: loradiag allocate results.jsonl --params 10M -o adapter_config.json
     """
-    if policies:
-        defaults = {**fill_options(AllocateOptions, {}), **fill_options(ConfigOptions, {})}
-        free = {"allow_unfinished", "overwrite", "optimizer", "adapter_dtype", "scaling", "rslora"}
-        if any(
-            plain(defaults[name]) != plain(value) for name, value in {**arguments, **config}.items() if name not in free
-        ):
-            raise UsageError("--policies: cannot be combined with other options; use rank-rules")
-        rank_rules(results=results, allow_unfinished=arguments["allow_unfinished"], **vars(shown))
-        return
     from lora_diag.decisions.allocate.run import allocate as choose
     from lora_diag.decisions.allocate.run import kind_of_allocation, write_allocation
     from lora_diag.records import lines_of

@@ -35,7 +35,6 @@ class AllocateOptions(TypedDict, total=False):
             None,
             "Allowed ranks, e.g. 8,16,32; default: any.",
             "R,R,...",
-            aliases=("--ranks-from",),
             setting="ranks_from",
         ),
     ]
@@ -48,7 +47,6 @@ class AllocateOptions(TypedDict, total=False):
             "JSON object of factors by layer, or results of probe sensitivity or fisher.",
             "FILE",
             panel=INPUTS,
-            aliases=("--weights",),
             setting="weights",
         ),
     ]
@@ -60,7 +58,6 @@ class AllocateOptions(TypedDict, total=False):
             "optimal",
             "Maximum energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
             "optimal|heuristic",
-            aliases=("--method",),
             setting="method",
         ),
     ]

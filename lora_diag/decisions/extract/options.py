@@ -28,9 +28,7 @@ class ExtractOptions(FolderOptions, total=False):
     params: Annotated[str | int | None, PARAMS]
     allocation: Annotated[
         Path | str | None,
-        Option(
-            None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS, aliases=("--ranks",)
-        ),
+        Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS),
     ]
     signal: Annotated[bool, Option(False, "Ranks: singular values above the files' rounding noise.")]
     recover: Annotated[bool, RECOVER]
@@ -45,7 +43,6 @@ class ExtractOptions(FolderOptions, total=False):
             "Tensors without factors: list them, or store them in full.",
             "list|save",
             panel=OUTPUT,
-            aliases=("--rest",),
             setting="rest",
         ),
     ]

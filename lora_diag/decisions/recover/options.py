@@ -22,7 +22,6 @@ class RecoverOptions(FolderOptions, total=False):
             "Write a float32 checkpoint: BASE plus the estimated update.",
             flags=("--checkpoint",),
             panel=OUTPUT,
-            aliases=("--full",),
         ),
     ]
     leave_out_refused: Annotated[

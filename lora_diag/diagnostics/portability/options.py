@@ -16,7 +16,6 @@ class PortabilityOptions(RunOptions, total=False):
             "Programs, e.g. vllm or vllm==0.31; default: those for the format.",
             "NAME,...",
             panel=INPUTS,
-            aliases=("--for",),
         ),
     ]
     require: Annotated[

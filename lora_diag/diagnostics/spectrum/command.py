@@ -11,26 +11,8 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, rerun_command
-from lora_diag.diagnostics.fleet.command import show_fleet
-from lora_diag.diagnostics.fleet.options import FleetOptions
 from lora_diag.diagnostics.spectrum.options import GradientSpectrumOptions, SpectrumOptions
-from lora_diag.errors import UsageError
-from lora_diag.running.options import BASE, Option, fill_options, list_options, plain
-
-# Options that do not apply to --adapters, with the reason.
-_EXACT = "the factors of an adapter give all of its singular values, exactly"
-_ONE = "it measures one update at a time"
-_NOT_FOR_FLEETS = {
-    "gradients": _ONE,
-    "activations": _ONE,
-    "kfac": _ONE,
-    "recover": "the factors of an adapter are the update; nothing is rounded away",
-    "memory": "a worker holds one layer of an adapter; --workers bounds it",
-    "ranks": "a fleet's records hold no C(r)",
-    "top": _EXACT,
-    "tol": _EXACT,
-    "method": _EXACT,
-}
+from lora_diag.running.options import BASE
 
 
 @options.spread
@@ -38,9 +20,6 @@ def spectrum(
     base: Annotated[str | None, typer.Argument(metavar="BASE", help="Base checkpoint, or an adapter alone.")] = None,
     tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint, or an adapter.")] = None,
     *,
-    adapters: Annotated[
-        list[str] | None, options.typer_option("adapters", Option(None, "Use fleet.", "GLOB", hidden=True))
-    ] = None,
     arguments: SpectrumOptions,
     shown: options.Rows,
 ) -> None:
@@ -52,17 +31,6 @@ def spectrum(
 
     Of gradients: loradiag gradient-spectrum. Of many adapters: loradiag fleet.
     """
-    if adapters:
-        if tuned is not None:
-            raise UsageError("--adapters: takes only BASE as another input; remove the others")
-        defaults = fill_options(SpectrumOptions, {})
-        for name, why in _NOT_FOR_FLEETS.items():
-            if plain(arguments[name]) != plain(defaults[name]):  # type: ignore[literal-required]
-                option = list_options(SpectrumOptions)[name][1].flag(name)
-                raise UsageError(f"{option}: not with --adapters, because {why}; remove it")
-        of_fleet = {name: value for name, value in arguments.items() if name in list_options(FleetOptions)}
-        show_fleet(adapters, {"base": base, **of_fleet}, shown)
-        return
     _measure(base, tuned, arguments, shown)
 
 

@@ -8,9 +8,7 @@ from lora_diag.running.options import LABELS, OUTPUT, SEED, Option, RecordModelO
 class ActivationsOptions(RecordModelOptions, total=False):
     """Options of ``probe activations``."""
 
-    output_gradients: Annotated[
-        bool, Option(False, "Also record E[ggᵀ] of output gradients, for --kfac.", aliases=("--gradients",))
-    ]
+    output_gradients: Annotated[bool, Option(False, "Also record E[ggᵀ] of output gradients, for --kfac.")]
     labels: Annotated[str, LABELS]
     seed: Annotated[int, SEED]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

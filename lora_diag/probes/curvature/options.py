@@ -11,10 +11,8 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
     along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
-    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", aliases=("--top",), setting="top")]
-    trace_vectors: Annotated[
-        int, Option(10, "Random vectors of the trace estimate.", "N", aliases=("--probes",), setting="probes")
-    ]
+    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", setting="top")]
+    trace_vectors: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", setting="probes")]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
     granularity: Annotated[
         str,

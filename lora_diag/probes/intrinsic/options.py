@@ -18,8 +18,6 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
             "did",
             "Random projection: direct (DID), or with a scale for each layer (SAID).",
             "did|said",
-            aliases=("--method",),
-            values={"plain": "did"},
             setting="method",
         ),
     ]

@@ -44,7 +44,6 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
             0.02,
             "Fraction of the gain that a smaller rank may lose.",
             "X",
-            aliases=("--tolerance",),
             setting="tolerance",
         ),
     ]
@@ -55,7 +54,6 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
             "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
             "NAME,NAME",
             panel=INPUTS,
-            aliases=("--target", "--targets"),
             setting="targets",
         ),
     ]

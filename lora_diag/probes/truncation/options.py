@@ -18,7 +18,6 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
             "Norms, biases, embeddings and head: as in TUNED, or BASE.",
             "tuned|base",
             ("--untruncated",),
-            aliases=("--rest",),
             setting="rest",
         ),
     ]

@@ -175,7 +175,7 @@ def test_peft_builds_llama_as_allocated(tmp_path):
     for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "ranks_from": [4, 16]}):
         result = lora_diag.allocate(spectra, **options)
         assert built(peft_config(result), config, tmp_path) == wanted(result)
-    with_tables = lora_diag.allocate(spectra, params="80k", target="lm_head|q_proj")
+    with_tables = lora_diag.allocate(spectra, params="80k", layers="lm_head|q_proj")
     assert built(peft_config(with_tables), config, tmp_path) == wanted(with_tables)
     assert with_tables["lm_head.weight"].rank > 0
 

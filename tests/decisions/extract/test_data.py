@@ -172,7 +172,7 @@ def test_kfac_needs_recorded_gradients(tmp_path, loradiag):
         with pytest.raises(UsageError, match="--kfac: needs --activations FILE"):
             lora_diag.extract(base, tuned, tmp_path / "out", rank=2, kfac=True, **more)
     both = tmp_path / "b.safetensors"
-    lora_diag.probe_activations(tuned, text, both, gradients=True)
+    lora_diag.probe_activations(tuned, text, both, output_gradients=True)
     ran = loradiag("extract", base, tuned, "--rank", 2, "--activations", both, "--kfac", "-o", tmp_path / "new")
     assert ran.code == 0, ran.err
     assert "by K-FAC" in ran.out

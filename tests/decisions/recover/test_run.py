@@ -345,7 +345,7 @@ def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
     assert "is an adapter" in ran.err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"mine")
-    assert loradiag("recover", base, tuned, "--full", "-o", "mine", "--overwrite").code == 2
+    assert loradiag("recover", base, tuned, "--checkpoint", "-o", "mine", "--overwrite").code == 2
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"
 
 

@@ -118,7 +118,7 @@ def test_recover_accepts_untrained_layer(tmp_path):
 
 def test_ranks_above_server_limit(tmp_path, loradiag):
     adapter(tmp_path, factors((20, 20, 20, 20)), r=20, target_modules=["q_proj", "v_proj"])
-    ran = loradiag("portability", "adapter", "--for", "vllm")
+    ran = loradiag("portability", "adapter", "--consumers", "vllm")
     assert (ran.code, "--max-lora-rank 32" in ran.out) == (0, True)
     ran = loradiag("portability", "adapter", "--require", "vllm", "--max-lora-rank", "16")
     assert ran.code == 1
@@ -126,7 +126,7 @@ def test_ranks_above_server_limit(tmp_path, loradiag):
 
 
 def test_newer_versions_are_flagged(patterned, loradiag):
-    ran = loradiag("portability", "adapter", "--for", "vllm==9.0")
+    ran = loradiag("portability", "adapter", "--consumers", "vllm==9.0")
     assert (ran.code, "may differ" in ran.out) == (0, True)
 
 

@@ -372,5 +372,5 @@ def test_extract_writes_unequal_ranks_portably(tmp_path, loradiag):
     padded, _ = changes(tmp_path / "one", None)
     for layer, change in plain.items():
         close(padded[layer], change, 1e-9)
-    ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "no", "--portable", "--rest", "save")
+    ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "no", "--portable", "--unfactored", "save")
     assert ran.code == 2

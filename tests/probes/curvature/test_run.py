@@ -232,7 +232,7 @@ def measured(case):
         layers="query",
         ranks=(0, 2, 9, 16),
         along=(0.05, 0.1),
-        top=4,
+        eigenvalues=4,
         batch=4,
         tokenizer="bytes",
     )
@@ -249,7 +249,7 @@ def test_announced_products_match_both_ends(case, monkeypatch):
 
     monkeypatch.setattr(LossFunction, "ends", counted)
     options = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
-    result = lora_diag.probe_curvature(base, tuned, along=(), probes=1, **options).whole
+    result = lora_diag.probe_curvature(base, tuned, along=(), trace_vectors=1, **options).whole
     assert next(record for record in result if record.record == "curvature").products == sum(spent[:2]) > spent[0]
 
 
@@ -386,7 +386,7 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
         layers="^classifier",
         ranks=(0, 1, 2),
         along=(0.25, 0.5),
-        top=2,
+        eigenvalues=2,
         tokenizer="bytes",
     )
     joint = result.whole[0]
@@ -414,7 +414,7 @@ def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     base, _, text = case
     options = {"evaluate": [text], "layers": "query", "top": 6, "batch": 9, "tokenizer": "bytes"}
     _, joint = lora_diag.probe_curvature(base, **options).whole
-    _, own = lora_diag.probe_curvature(base, per="layer", **options).whole
+    _, own = lora_diag.probe_curvature(base, granularity="layer", **options).whole
     values, vectors = np.linalg.eigh(at_base.hessian())
     g, v = at_base.gradient(), vectors[:, ::-1][:, :6]
     c = v.T @ g

@@ -326,7 +326,7 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
         paces=(1e-2,),
         full_rates=(1e-2,),
         steps=12,
-        seeds=2,
+        repeats=2,
         tokenizer="bytes",
     )
     shares = [line.share for line in lines(result.whole, "held", "held", 0) if line.subject == "subspace"]

@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_resumable_file(case, tmp_path):
 def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
-    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
+    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), repeats=1, **options)
     labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
 
     def stop(event):
@@ -193,7 +193,7 @@ def test_classifier_can_be_swept(tmp_path):
         ranks=(1, 2),
         rates=(1e-2,),
         steps=20,
-        targets=("query", "value"),
+        target_modules=("query", "value"),
     )
     assert all(r.loss < result.whole[0].loss for r in result.whole[1:])
     assert result.run.settings["targets"] == ["query", "value"]
@@ -323,7 +323,7 @@ def test_row_of_zeros_rounds_to_zeros():
 def test_lora_variants_equal_peft(case, options, of_peft):
     base, train, held, _ = case
     result = lora_diag.probe_sweep(
-        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options
+        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, repeats=1, **options
     )
 
     def change(model):

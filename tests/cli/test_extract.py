@@ -108,9 +108,9 @@ def test_same_command_gives_same_bytes(loradiag, pair_of_models, tmp_path):
         (["--energy", "nan"], 2, "fraction above 0"),
         (["--params", "ten"], 2, "--params"),
         (["--rank", "4", "--split", "a"], 2, "--split a: unknown value; use both, b"),
-        (["--rank", "4", "--dtype", "int8"], 2, "--adapter-dtype int8: unknown value; use float32"),
-        (["--rank", "4", "--rest", "keep"], 2, "--unfactored keep"),
-        (["--ranks", "missing.json"], 3, "missing.json"),
+        (["--rank", "4", "--adapter-dtype", "int8"], 2, "--adapter-dtype int8: unknown value; use float32"),
+        (["--rank", "4", "--unfactored", "keep"], 2, "--unfactored keep"),
+        (["--allocation", "missing.json"], 3, "missing.json"),
         (["--rank", "4", "--layers", "nothing-here"], 4, "--exclude leaves out"),
     ],
 )

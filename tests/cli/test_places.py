@@ -80,7 +80,7 @@ def test_output_does_not_replace_device(told, tmp_path, words):
     "words",
     [
         ["allocate", "r.jsonl", "--energy", "0.9", "-o", "./r.jsonl"],
-        ["allocate", "r.jsonl", "--energy", "0.9", "--weights", "w.jsonl", "-o", "w.jsonl"],
+        ["allocate", "r.jsonl", "--energy", "0.9", "--layer-weights", "w.jsonl", "-o", "w.jsonl"],
         ["interference", PAIR[1], PAIR[1], "-o", "new.jsonl", "--spectrum", "./new.jsonl"],
         ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "r.jsonl"],
         ["gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "new.xml", "--sarif", "./new.xml"],

@@ -89,8 +89,8 @@ def test_outputs_state_losses_and_missing_reference(loradiag, pair, tmp_path):
         assert word in ran.out
     repeated = loradiag("inspect", "o.jsonl").out
     assert repeated.strip() == ran.out[: ran.out.index("Next")].strip()
-    rule = '[[rule]]\nname = "kept"\nrequire = "probe.kept >= {}"\nwhere = {{ subject = "adapter" }}\n'
-    for limit, code in ((-1e6, 0), (1e6, 1)):
+    rule = '[[rule]]\nname = "gap"\nrequire = "probe.gap <= {}"\nwhere = {{ subject = "adapter" }}\n'
+    for limit, code in ((1e6, 0), (-1e6, 1)):
         (tmp_path / "policy.toml").write_text(rule.format(limit))
         assert loradiag("gate", "policy.toml", "o.jsonl").code == code
 
@@ -113,7 +113,20 @@ def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp
 
 def test_sweep_figure_has_reference_lines(loradiag, pair):
     base, _, text, shifted = pair
-    words = ("--ranks", "1", "--lr", "1e-2", "--steps", "2", "--seeds", "1", "--full", "--full-lr", "1e-3", "--bitfit")
+    words = (
+        "--ranks",
+        "1",
+        "--lr",
+        "1e-2",
+        "--steps",
+        "2",
+        "--repeats",
+        "1",
+        "--full",
+        "--full-lr",
+        "1e-3",
+        "--bitfit",
+    )
     ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words, "--rslora", "--quantized", "nf4")
     assert ran.code == 0
     for word in ("BASE nf4", "BitFit", "To full", "rsLoRA, alpha = 16", "memory and speed are not"):
@@ -131,7 +144,7 @@ def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):
         assert word in " ".join(ran.out.split())
     assert loradiag("inspect", "s.jsonl").out.strip() == ran.out[: ran.out.index("Next")].strip()
     assert loradiag("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
-    words = ("--total-rank", "9", "--weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")
+    words = ("--total-rank", "9", "--layer-weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")
     planned = loradiag("allocate", "spectrum.jsonl", *words)
     assert planned.code == 0
     assert_names(planned.out, "sensitivity", "r=1")

@@ -125,7 +125,7 @@ def init(
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a policy: no layer may get worse than in RESULTS by more than 10%.
+    """Write a policy: no value may get 10% worse than in RESULTS.
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """

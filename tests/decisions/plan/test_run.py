@@ -36,7 +36,7 @@ def test_plan_matches_article_table_of_matrices(tmp_path):
 
 
 def test_plan_matches_article_query_value_totals(tmp_path):
-    result = plan(tmp_path, target="q_proj|v_proj")
+    result = plan(tmp_path, layers="q_proj|v_proj")
     assert [(row.rank, row.params) for row in result.ranks] == [
         (4, 2_097_152), (8, 4_194_304), (16, 8_388_608), (64, 33_554_432),
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def test_plan_matches_article_query_value_totals(tmp_path):
 
 def test_plan_matches_article_example(tmp_path):
     """r ≤ 19 under 10 M; r=16 leaves about 1.6 M. Rank 32 in the article's 8 blocks would take 2.1 M: 6 fit."""
-    fit = plan(tmp_path, target="q_proj|v_proj", params="10M").fit
+    fit = plan(tmp_path, layers="q_proj|v_proj", params="10M").fit
     assert (fit.rank, fit.spent, fit.left) == (19, 9_961_472, 38_528)
     assert (fit.listed, fit.listed_left) == (16, 1_611_392)
     assert (fit.doubled, fit.blocks) == (6, 32)
@@ -64,7 +64,7 @@ def test_whole_model_and_its_memory(tmp_path):
     assert eight.bytes["adamw"] == 16 * eight.params
     assert eight.bytes["adamw8bit"] == 10.03125 * eight.params
     assert eight.of_model == eight.params / result.params
-    bf16 = plan(tmp_path, dtype="bfloat16")
+    bf16 = plan(tmp_path, adapter_dtype="bfloat16")
     assert bf16.full_bytes["adamw"] == (2 + 2 + 8) * result.params
 
 
@@ -108,16 +108,16 @@ def test_checkpoint_without_config(tmp_path):
 
 
 def test_memory_budget_includes_optimizer_state(tmp_path):
-    fit = plan(tmp_path, target="q_proj|v_proj", memory="160MB").fit
+    fit = plan(tmp_path, layers="q_proj|v_proj", memory_budget="160MB").fit
     assert (fit.budget, fit.rank) == (10_000_000, 19)
-    assert plan(tmp_path, target="q_proj|v_proj", memory="80MB", optimizer="sgd").fit.rank == 19
-    assert plan(tmp_path, target="q_proj|v_proj", params=524_287).fit.rank == 0
+    assert plan(tmp_path, layers="q_proj|v_proj", memory_budget="80MB", optimizer="sgd").fit.rank == 19
+    assert plan(tmp_path, layers="q_proj|v_proj", params=524_287).fit.rank == 0
 
 
 def test_budget_beyond_full_rank_is_unused(tmp_path):
     """No 4096 × 4096 matrix takes a rank above 4096, which costs twice its entries."""
     for params, rank in ((4096 * 524_288 - 1, 4095), (4096 * 524_288, 4096), ("9000B", 4096)):
-        fit = plan(tmp_path, target="q_proj|v_proj", params=params).fit
+        fit = plan(tmp_path, layers="q_proj|v_proj", params=params).fit
         assert (fit.rank, fit.full_rank, fit.spent) == (rank, 4096, rank * 524_288)
 
 
@@ -125,13 +125,13 @@ def test_budget_beyond_full_rank_is_unused(tmp_path):
     ("options", "message"),
     [
         ({"params": "ten"}, "--params ten"),
-        ({"params": "10M", "memory": "1GB"}, "cannot be combined with --params"),
-        ({"memory": "2"}, "--memory-budget 2"),
-        ({"target": "nothing"}, "--layers nothing"),
-        ({"target": "("}, "--layers"),
+        ({"params": "10M", "memory_budget": "1GB"}, "cannot be combined with --params"),
+        ({"memory_budget": "2"}, "--memory-budget 2"),
+        ({"layers": "nothing"}, "--layers nothing"),
+        ({"layers": "("}, "--layers"),
         ({"ranks": [0]}, "--ranks 0"),
         ({"optimizer": "lion"}, "--optimizer lion"),
-        ({"dtype": "int4"}, "--adapter-dtype int4"),
+        ({"adapter_dtype": "int4"}, "--adapter-dtype int4"),
     ],
 )
 def test_invalid_options_are_refused(tmp_path, options, message):

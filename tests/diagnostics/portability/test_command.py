@@ -133,8 +133,8 @@ def test_newer_versions_are_flagged(patterned, loradiag):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("adapter", "--for", "ollama"), 2, "give one of peft"),
-        (("adapter", "--for", "vllm==0.2"), 2, "no rule is known"),
+        (("adapter", "--consumers", "ollama"), 2, "give one of peft"),
+        (("adapter", "--consumers", "vllm==0.2"), 2, "no rule is known"),
         (("base",), 2, "not an adapter"),
         (("adapter", "adapter"), 2, "not a base"),
         (("--layers", "q"), 2, "no adapter is given"),

@@ -248,7 +248,7 @@ def test_announced_products_match_both_ends(case, monkeypatch):
         return result
 
     monkeypatch.setattr(LossFunction, "ends", counted)
-    options = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
+    options = {"evaluate": [text], "layers": "query", "ranks": (2,), "eigenvalues": 1, "tokenizer": "bytes"}
     result = lora_diag.probe_curvature(base, tuned, along=(), trace_vectors=1, **options).whole
     assert next(record for record in result if record.record == "curvature").products == sum(spent[:2]) > spent[0]
 
@@ -412,7 +412,7 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
 
 def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     base, _, text = case
-    options = {"evaluate": [text], "layers": "query", "top": 6, "batch": 9, "tokenizer": "bytes"}
+    options = {"evaluate": [text], "layers": "query", "eigenvalues": 6, "batch": 9, "tokenizer": "bytes"}
     _, joint = lora_diag.probe_curvature(base, **options).whole
     _, own = lora_diag.probe_curvature(base, granularity="layer", **options).whole
     values, vectors = np.linalg.eigh(at_base.hessian())
@@ -432,7 +432,14 @@ def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     np.testing.assert_allclose(own.eigenvalues, values[::-1][:6], atol=1e-3 * values[-1])
 
 
-BOTH = {"layers": "query|key", "ranks": (0, 4), "top": 1, "probes": 2, "tokenizer": "bytes", "per": "layer"}
+BOTH = {
+    "layers": "query|key",
+    "ranks": (0, 4),
+    "eigenvalues": 1,
+    "trace_vectors": 2,
+    "tokenizer": "bytes",
+    "granularity": "layer",
+}
 
 
 @pytest.fixture(scope="module")
@@ -492,9 +499,9 @@ def test_ctrl_c_leaves_resumable_file(case, by_layer, tmp_path):
         ({"ranks": (-1,)}, UsageError, "--ranks -1"),
         ({"along": (1.5,)}, UsageError, "--along 1.5"),
         ({"along": (math.nan,)}, UsageError, "--along nan"),
-        ({"top": 0}, UsageError, "--eigenvalues 0"),
-        ({"probes": 0}, UsageError, "--trace-vectors 0"),
-        ({"per": "type"}, UsageError, "--granularity type"),
+        ({"eigenvalues": 0}, UsageError, "--eigenvalues 0"),
+        ({"trace_vectors": 0}, UsageError, "--trace-vectors 0"),
+        ({"granularity": "type"}, UsageError, "--granularity type"),
         ({"seed": -1}, UsageError, "--seed -1"),
         ({"dtype": "bfloat16"}, UsageError, "--dtype bfloat16: Hessian-vector products have errors"),
         ({"layers": "nobody"}, NothingComparedError, "no matrix"),
@@ -518,8 +525,21 @@ def test_curvature_uses_one_set(case):
 
 def test_command_states_tightness_of_bound(case, loradiag):
     base, tuned, text = case
-    words = ["probe", "curvature", base, tuned, "--eval", text, "--layers", "query", "--ranks", "0,4", "--top", "1"]
-    ran = loradiag(*words, "--probes", "2", "--tokenizer", "bytes", "-o", "c.jsonl", env={"COLUMNS": "80"})
+    words = [
+        "probe",
+        "curvature",
+        base,
+        tuned,
+        "--eval",
+        text,
+        "--layers",
+        "query",
+        "--ranks",
+        "0,4",
+        "--eigenvalues",
+        "1",
+    ]
+    ran = loradiag(*words, "--trace-vectors", "2", "--tokenizer", "bytes", "-o", "c.jsonl", env={"COLUMNS": "80"})
     assert ran.code == 0, ran.err
     assert "Hessian-vector products" in ran.err
     assert all(len(line) <= 80 for line in ran.out.splitlines())

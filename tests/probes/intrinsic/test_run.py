@@ -343,14 +343,14 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     [
         ({"dims": (0,)}, "--dims 0"),
         ({"dims": (10**6,)}, "--dims 1000000: the model has only"),
-        ({"dims": (6,), "method": "said"}, "--dims 6: --projection said trains 6 scales"),
-        ({"method": "other"}, "--projection other"),
+        ({"dims": (6,), "projection": "said"}, "--dims 6: --projection said trains 6 scales"),
+        ({"projection": "other"}, "--projection other"),
         ({"ranks": (0,)}, "--ranks 0"),
         ({"paces": (math.nan,)}, "--lr nan"),
         ({"full_rates": ()}, "--full-lr"),
         ({"lora_rates": (-1.0,)}, "--lora-lr -1"),
         ({"steps": 0}, "--steps 0"),
-        ({"seeds": 0}, "--repeats 0"),
+        ({"repeats": 0}, "--repeats 0"),
         ({"seed": -1}, "--seed -1"),
         ({"share": 1.0}, "--share 1"),
         ({"widen": -1}, "--widen -1"),
@@ -371,7 +371,7 @@ def test_evaluating_what_was_trained_on_is_refused(base, texts):
 
 def test_command_states_dimension_or_its_absence(base, texts, loradiag):
     words = ["probe", "intrinsic", base, "--data", texts[0], "--eval", texts[1], "--dims", "10", "--ranks", ""]
-    more = ["--steps", "2", "--lr", "1e-3", "--full-lr", "1e-2", "--method", "said", "--seeds", "1"]
+    more = ["--steps", "2", "--lr", "1e-3", "--full-lr", "1e-2", "--projection", "said", "--repeats", "1"]
     ran = loradiag(*words, *more, env={"COLUMNS": "80"})
     assert ran.code == 0, ran.err
     assert_names(ran.out, "reached", "d=10")

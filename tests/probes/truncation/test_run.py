@@ -203,8 +203,8 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
     ("change", "error", "message"),
     [
         ({"ranks": (-1,)}, UsageError, "--ranks -1"),
-        ({"per": "planet"}, UsageError, "--granularity planet"),
-        ({"rest": "none"}, UsageError, "--untruncated none"),
+        ({"granularity": "planet"}, UsageError, "--granularity planet"),
+        ({"untruncated": "none"}, UsageError, "--untruncated none"),
         ({"batch": 0}, UsageError, "--batch 0"),
         ({"length": 1000}, UsageError, "--length 1000.*32 positions"),
         ({"dtype": "int8"}, UsageError, "--dtype int8"),

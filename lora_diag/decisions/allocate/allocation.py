@@ -125,14 +125,14 @@ def allocate(
     factors = {record.layer: _compute_factor(record, weights, relative) for record in candidates}
     parts = units(candidates, factors, constraints, losses)
     _refuse_nothing(parts)
-    every = _make_steps(parts, budget, [part.allowed for part in parts])
-    steps = every if losses is None else _make_steps(parts, budget, [part.corners for part in parts])
+    all_steps = _make_steps(parts, budget, [part.allowed for part in parts])
+    steps = all_steps if losses is None else _make_steps(parts, budget, [part.corners for part in parts])
     fixed = sum(budget.cost_of(part) * part.start for part in parts)
     reserved = _compute_cost_of_heads(saved, budget)
-    chosen, left = _choose(parts, steps, every, budget, fixed, reserved)
+    chosen, left = _choose(parts, steps, all_steps, budget, fixed, reserved)
     if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
-    rule_results = rules(parts, every, left, np.array([_score(part, scores or weights) for part in parts]))
+    rule_results = rules(parts, all_steps, left, np.array([_score(part, scores or weights) for part in parts]))
     if budget.unit == "energy":
         rule_results.pop()  # the allocation itself
     if method == "heuristic":
@@ -190,12 +190,12 @@ def _refuse_nothing(parts: Sequence[Unit]) -> None:
     """
     if any(part.cap and part.energy for part in parts):
         return
-    norms = [member for part in parts for member in part.members if member.fro > 0]
-    if not norms:
+    changed = [member for part in parts for member in part.members if member.fro > 0]
+    if not changed:
         raise UsageError("ΔW is zero in every candidate layer, so there is no energy to keep")
     if not any(part.energy for part in parts):
         raise UsageError("every changed layer has weight 0, so there is no energy to keep")
-    if all(member.resolution.signal_rank == 0 for member in norms):
+    if all(member.resolution.signal_rank == 0 for member in changed):
         raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
     raise UsageError("every layer is smaller than the smallest allowed rank")
 
@@ -214,11 +214,11 @@ def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
 
 
 def _choose(
-    parts: Sequence[Unit], steps: Steps, every: Steps, budget: Budget, fixed: int, reserved: int
+    parts: Sequence[Unit], steps: Steps, all_steps: Steps, budget: Budget, fixed: int, reserved: int
 ) -> tuple[BudgetedRanks, int]:
     """Return the ranks, and the budget for steps above the starting ranks."""
     if budget.unit == "energy":
-        ranks = energy_ranks(parts, every, budget.amount)
+        ranks = energy_ranks(parts, all_steps, budget.amount)
         left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
         best = spend(steps, left)
         gain = _kept_energy(parts, ranks) - _kept_energy(parts, steps.start)
@@ -291,12 +291,12 @@ def _make_certificate(
     parts: Sequence[Unit],
     steps: Steps,
     budget: Budget,
-    ranges: tuple[int, int],
+    fixed_and_saved: tuple[int, int],
     chosen: BudgetedRanks,
     rule_results: Sequence[Rule],
 ) -> Certificate:
-    """Return the certificate of ranks; ``ranges``: cost of starting ranks and heads, parameters of the heads."""
-    fixed, saved = ranges
+    """Return the certificate; ``fixed_and_saved``: cost of starting ranks and heads, parameters of the heads."""
+    fixed, saved = fixed_and_saved
     total = math.fsum(part.energy for part in parts)
     at_start = _kept_energy(parts, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.
@@ -336,16 +336,16 @@ def _compare_baseline(
         float(part.curve[rank] - part.curve[rule_rank])
         for part, rank, rule_rank in zip(parts, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
     ]
-    first = int(np.argmax(gains))
-    leads = len(parts) > 1 and 2 * gains[first] > math.fsum(gains) > 0
+    lead = int(np.argmax(gains))
+    has_lead = len(parts) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
     return Baseline(
         name=rule.name,
         spent=budget.in_unit(fixed + rule.cost),
         kept=min(1.0, max(0.0, _kept_energy(parts, rule.ranks)) / total),
         equal=min(1.0, max(0.0, _kept_energy(parts, equal.ranks)) / total),
         epsilon_min=_epsilon_min(parts, rule.ranks),
-        lead=(parts[first].group or parts[first].members[0].layer) if leads else None,
-        lead_gain=gains[first] / total if leads else None,
+        lead=(parts[lead].group or parts[lead].members[0].layer) if has_lead else None,
+        lead_gain=gains[lead] / total if has_lead else None,
     )
 
 

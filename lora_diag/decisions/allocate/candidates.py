@@ -119,7 +119,7 @@ class Unit:
     @cached_property
     def curves(self) -> tuple[NDArray[np.float64], ...]:
         """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
-        return tuple(np.concatenate([[0.0], _update_energy(member)]) for member in self.members)
+        return tuple(np.concatenate([[0.0], _compute_curve(member)]) for member in self.members)
 
     @cached_property
     def curve(self) -> NDArray[np.float64]:
@@ -137,7 +137,7 @@ class Unit:
         return total
 
 
-def _update_energy(record: Spectrum) -> NDArray[np.float64]:
+def _compute_curve(record: Spectrum) -> NDArray[np.float64]:
     values = np.asarray(record.s)
     return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
 
@@ -187,11 +187,11 @@ def units(
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
-    joined = [_make_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    grouped = [_make_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
     if losses is None:
-        return joined
+        return grouped
     known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
-    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in joined]
+    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in grouped]
 
 
 def _make_unit(

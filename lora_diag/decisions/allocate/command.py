@@ -105,17 +105,17 @@ def _suggest_next(allocation: Results[Allocation], output: Path | None, check: P
     if output is None:
         return f"{rerun_command('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
-        config = f"train with peft.LoraConfig.from_pretrained({str(output.parent)!r})"
+        advice = f"train with peft.LoraConfig.from_pretrained({str(output.parent)!r})"
         base = next((side.path for side in allocation.run.inputs if side.role == "base"), None)
-        checked = rerun_command("--check", base or "BASE")
-        unchecked = f"; PEFT ignores names that the model in memory lacks, so check once: {checked}"
-        return config if check is not None else config + unchecked
+        check_command = rerun_command("--check", base or "BASE")
+        reminder = f"; PEFT ignores names that the model in memory lacks, so check once: {check_command}"
+        return advice if check is not None else advice + reminder
     if output.suffix != ".jsonl" and output.suffix != ".json":
         return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
     if output.suffix == ".json":
         return "rename it to adapter_config.json, the only name that PEFT reads"
     paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]
-    weighted = [side.path for side in allocation.run.inputs if side.role == "activations"]
-    metric = [word for path in weighted for word in ("--activations", path)]
+    activations = [side.path for side in allocation.run.inputs if side.role == "activations"]
+    metric = [word for path in activations for word in ("--activations", path)]
     metric += ["--kfac"] if allocation.run.settings.get("metric") == "kfac" else []
     return shlex.join(["loradiag", "extract", *paths, "--allocation", str(output), *metric, "-o", "adapter"])

@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, sl
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, cut, name_of, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
-# Labels of several runs, whose colours are the categories.
+# Colour of the uniform rule where several runs have the colours of the categories.
 OTHERS = QUIET
 
 _UNITS = {
@@ -73,22 +73,22 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the ranks of the layers, and below the energy of each allocation over its cost."""
-    types = Types(record.layer for results in series for record in results.records)
-    certificates = [item for results in series for item in results.whole if isinstance(item, Certificate)]
+    types = Types(record.layer for run in series for record in run.records)
+    certificates = [item for run in series for item in run.whole if isinstance(item, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
     alike = [item for item in certificates if item.unit == certificates[0].unit]
-    drawn = [make_slots(results.records, options.per, types) for results in series]
+    drawn = [make_slots(run.records, options.per, types) for run in series]
     words = _make_text(series, drawn, alike, len(certificates) - len(alike), style)
     inches = style.width - 6 * style.text / 72
-    all_records = list({slot.name: slot for part in drawn for slot in part}.values())
-    heights = [1.3 * style.panel + label_height(all_records, inches, style.ticks)]
+    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
+    heights = [1.3 * style.panel + label_height(all_slots, inches, style.ticks)]
     if alike:
         bars = (len(alike[0].baselines) + 1) * 1.6 * style.text / 72
         heights.append((1.3 * style.panel if len(alike) > 1 else bars) + 3.5 * style.text / 72)
     panel = sum(heights) / len(heights)
     figure, axes = sheet(style, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
     _draw_ranks(axes[0], drawn, style)
-    slot_axis(axes[0], all_records, inches, style.ticks)
+    slot_axis(axes[0], all_slots, inches, style.ticks)
     axes[0].set_ylabel("rank r")
     if alike:
         _draw_kept(axes[1], alike, style, inches)
@@ -118,20 +118,20 @@ def _draw_kept(ax: Axes, certificates: Sequence[Certificate], style: PageStyle |
         _draw_over_cost(ax, certificates, style)
 
 
-def _draw_rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: float) -> None:
+def _draw_rules(ax: Axes, certificate: Certificate, style: PageStyle | None, inches: float) -> None:
     """Draw one bar per rule with its energy and cost, and the upper bound."""
-    rules = [("this allocation", item.kept, _spent_share(item), BARS)]
-    rules += [(name_of(base.name), base.kept, base.spent, UNIFORM) for base in item.baselines]
+    rules = [("this allocation", certificate.kept, _cost_of(certificate), BARS)]
+    rules += [(name_of(rule.name), rule.kept, rule.spent, UNIFORM) for rule in certificate.baselines]
     size = style.ticks if style else 8
     max_width = 0.62 * inches
     texts = []
     for name, kept, spent, _ in rules:
-        suffix = f": {kept:.1%} ({_count(spent)})"
+        suffix = f": {kept:.1%} ({_format_count(spent)})"
         texts.append(cut(name, max_width - width_of(suffix, size), size) + suffix)
     # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
     needed = max(width_of(text, size) for text in texts) + 2 * pad
-    scale = max(item.bound, *(kept for _, kept, *_ in rules)) or 1.0
+    scale = max(certificate.bound, *(kept for _, kept, *_ in rules)) or 1.0
     ax.set_xlim(0, scale * inches / max(inches - needed, 0.2 * inches))
     for position, (text, (_, kept, _, color)) in enumerate(zip(texts, rules, strict=True)):
         ax.barh(position, kept, height=0.66, color=color, lw=0)
@@ -144,24 +144,22 @@ def _draw_rules(ax: Axes, item: Certificate, style: PageStyle | None, inches: fl
             size=size,
             parse_math=False,
         )
-    ax.axvline(item.bound, color=BOUND, lw=style.line if style else 1.2, ls=(0, (4, 2)), label="_bound")
+    ax.axvline(certificate.bound, color=BOUND, lw=style.line if style else 1.2, ls=(0, (4, 2)), label="_bound")
     ax.set_yticks([])
     ax.set_ylim(len(rules) - 0.4, -0.6)
-    ax.set_xlabel(f"energy fraction kept (and {_UNITS[item.unit]})")
+    ax.set_xlabel(f"energy fraction kept (and {_UNITS[certificate.unit]})")
     ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
 
 
 def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    ordered = sorted(certificates, key=_spent_share)
-    limits = [
-        item.budget if item.budget is not None and item.unit != "energy" else _spent_share(item) for item in ordered
-    ]
-    uniform = [(base.spent, base.kept) for item in ordered if (base := item.uniform) is not None]
+    ordered = sorted(certificates, key=_cost_of)
+    limits = [item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item) for item in ordered]
+    uniform = [(rule.spent, rule.kept) for item in ordered if (rule := item.uniform) is not None]
     ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=(0, (4, 2)), label="_bound")
     for points, color, marker, name in (
         (uniform, OTHERS, "s", "_uniform"),
-        ([(_spent_share(item), item.kept) for item in ordered], INK, "o", "_kept"),
+        ([(_cost_of(item), item.kept) for item in ordered], INK, "o", "_kept"),
     ):
         if points:
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
@@ -171,17 +169,17 @@ def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageSt
     ax.set_ylabel("energy kept")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.xaxis.set_major_formatter(lambda value, _: _count(value))
+    ax.xaxis.set_major_formatter(lambda value, _: _format_count(value))
 
 
-def _spent_share(item: Certificate) -> float:
-    return float(item.params) if item.unit == "energy" else item.spent
+def _cost_of(certificate: Certificate) -> float:
+    return float(certificate.params) if certificate.unit == "energy" else certificate.spent
 
 
-def _count(value: float) -> str:
+def _format_count(value: float) -> str:
     """Return an amount in a short form for an axis.
 
-    >>> _count(40), _count(12_500), _count(2_000_000), _count(3.2e9)
+    >>> _format_count(40), _format_count(12_500), _format_count(2_000_000), _format_count(3.2e9)
     ('40', '12.5k', '2M', '3.2G')
     """
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

@@ -75,17 +75,19 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
         return _read_tails(path, results, spectra)
     records = [record for record in results.whole if isinstance(record, Sensitivity)]
     settings = results.run.settings
-    first = records[0].set if records else ""
-    gains = gains_of(records, first, first, settings["rank"], settings["seed"])
+    first_set = records[0].set if records else ""
+    gains = gains_of(records, first_set, first_set, settings["rank"], settings["seed"])
     measured = weights_of(gains, settings["rank"], spectra.layers)
     if not any(layer in measured.factors for gain in gains for layer in gain.layers):
         raise UsageError(f"--layer-weights {path}: has no gain of a layer of these spectra; measure both on one BASE")
     if not any(measured.factors.values()):
         raise UsageError(
-            f"--layer-weights {path}: no changed layer lowers the loss on {first} alone, so all weights are 0; use "
+            f"--layer-weights {path}: no changed layer lowers the loss on {first_set} alone, so all weights are 0; use "
             "other weights"
         )
-    description = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first)}"
+    description = (
+        f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first_set)}"
+    )
     notes = _make_notes(measured)
     if settings["delta"]:
         ranks = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"

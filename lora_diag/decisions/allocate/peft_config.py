@@ -78,8 +78,8 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
     if not ranks:
         raise InputError("every layer has rank 0, so there is no adapter to configure")
     default_rank = _most_common_rank(ranks.values())
-    others = _make_patterns(ranks, default_rank)
-    alphas = {key: scaling.alpha(rank, default_rank) for key, rank in others.items()}
+    patterns = _make_patterns(ranks, default_rank)
+    alphas = {key: scaling.alpha(rank, default_rank) for key, rank in patterns.items()}
     every = _list_modules(results)
     heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
     config: dict[str, Any] = {
@@ -88,7 +88,7 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "base_model_name_or_path": None,
         "r": default_rank,
         "lora_alpha": _to_plain_number(scaling.alpha(default_rank, default_rank)),
-        "rank_pattern": others,
+        "rank_pattern": patterns,
         "alpha_pattern": {} if scaling.rslora else {key: _to_plain_number(alpha) for key, alpha in alphas.items()},
         "target_modules": _find_suffixes(modules, every, _is_complete(results)),
         "lora_dropout": 0.0,
@@ -162,12 +162,11 @@ def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, fl
                 f"--check: the model has no module {path} that PEFT could adapt; check that it is the model of the "
                 "allocation"
             )
-        rank_found = remaining.pop(name)
+        rank_found, scaling_found = remaining.pop(name)
         factor = scaling.alpha(rank, default_rank) / (math.sqrt(rank) if scaling.rslora else rank)
-        if rank_found[0] != rank or not math.isclose(rank_found[1], factor):
+        if rank_found != rank or not math.isclose(scaling_found, factor):
             raise InputError(
-                f"--check: PEFT gives {name} rank {rank_found[0]}, scaling {rank_found[1]:g} instead of {rank}, "
-                f"{factor:g}"
+                f"--check: PEFT gives {name} rank {rank_found}, scaling {scaling_found:g} instead of {rank}, {factor:g}"
             )
     if remaining:
         raise InputError(f"--check: PEFT also adapts {min(remaining)}, which has no rank")

@@ -18,8 +18,8 @@ Unit = Literal["params", "total_rank", "bytes", "energy"]
 UNFINISHED = "the run did not finish: layers are missing"
 
 
-def _kept(field: str) -> Callable[[Sequence[Allocation]], float | None]:
-    """Return the pooled energy fraction of several layers."""
+def _make_pool(field: str) -> Callable[[Sequence[Allocation]], float | None]:
+    """Return the function that pools an energy fraction over layers."""
 
     def pool(records: Sequence[Allocation]) -> float | None:
         total = math.fsum(record.fro**2 for record in records)
@@ -85,7 +85,7 @@ class Allocation(LayerRecord):
             "fraction of the layer's energy within this rank",
             axis="energy fraction C(r) kept",
             share=True,
-            pool=_kept("kept"),
+            pool=_make_pool("kept"),
             form="percent",
             terminal=True,
         ),
@@ -94,7 +94,7 @@ class Allocation(LayerRecord):
             "kept by uniform",
             "fraction of the layer's energy within one rank for all layers",
             share=True,
-            pool=_kept("uniform_kept"),
+            pool=_make_pool("uniform_kept"),
             head="by uniform",
             form="percent",
             terminal=True,

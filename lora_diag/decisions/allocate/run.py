@@ -99,8 +99,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     budget = _make_budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _read_spectra(results, allow_unfinished)
-    factors = _read_factors(weights, spectra, allow_unfinished)
-    if factors.losses is not None and relative:
+    measured = _read_factors(weights, spectra, allow_unfinished)
+    if measured.losses is not None and relative:
         raise UsageError(
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
@@ -110,14 +110,14 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             spectra.layers,
             budget,
             constraints,
-            factors.factors,
+            measured.factors,
             relative,
             target,
             exclude,
-            factors.losses,
+            measured.losses,
             spectra.left_out,
             method=method,
-            scores=factors.scores,
+            scores=measured.scores,
         )
 
     chosen = one_rank(plan, constraints) if portable else plan(constraints)
@@ -129,7 +129,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     run = Run(
         command="allocate",
         version=__version__,
-        inputs=(described, *spectra.run.inputs, *((factors.described,) if factors.described else ())),
+        inputs=(described, *spectra.run.inputs, *((measured.described,) if measured.described else ())),
         settings={
             "budget": budget.option,
             "energy": energy,
@@ -325,7 +325,7 @@ def _read_spectra(
         raise InputError(f"{path or 'these results'}: hold no layer; measure again")
     notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)
-    changed = sum(joined is not record for joined, record in zip(layers, spectra.layers, strict=True))
+    changed = sum(recovered is not record for recovered, record in zip(layers, spectra.layers, strict=True))
     if changed:
         notes.append(
             f"{changed} of {len(layers)} layers by the update before rounding, as estimated: extract with --recover"

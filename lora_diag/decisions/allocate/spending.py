@@ -84,10 +84,10 @@ def make_steps(curves: Sequence[Floats], costs: Sequence[int], starts: Sequence[
         allowed: By unit: allowed ranks above the minimum, ascending.
     """
     gain, cost, rank, sizes = [], [], [], []
-    for curve, price, start, ranks in zip(curves, costs, starts, allowed, strict=True):
+    for curve, unit_cost, start, ranks in zip(curves, costs, starts, allowed, strict=True):
         stops = np.concatenate([[start], ranks]).astype(np.int64)
         gain.append(np.diff(curve[stops]))
-        cost.append(np.diff(stops) * price)
+        cost.append(np.diff(stops) * unit_cost)
         rank.append(stops[1:])
         sizes.append(len(ranks))
     return Steps(
@@ -212,7 +212,7 @@ def _find_best_steps(steps: Steps, counts: Ints, budget: int) -> Ints:
             span = slice(first[unit], first[unit] + exact[unit])
             cell -= int(steps.cost[span].sum()) // coarse
     # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
-    gains = [math.fsum(steps.gain[_make_mask(steps, spent)]) for spent in (counts, exact)]
+    gains = [math.fsum(steps.gain[_make_mask(steps, taken)]) for taken in (counts, exact)]
     return exact if gains[1] > gains[0] else counts
 
 

@@ -16,7 +16,7 @@ from lora_diag.rendering.statements import Statement, left_out, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import list_names, number, percent, safe, short, span, strip
 
-# Differences of energy fractions below these are called "no gain" and "a small gain"; the value is printed, too.
+# Differences of energy fractions below these are called "a negligible gain" and "a small gain"; the value is printed.
 _NEGLIGIBLE, _SMALL = 0.005, 0.02
 
 # Maximum number of layers named in a statement.
@@ -67,8 +67,8 @@ def allocation_table(
 def _make_statements(results: Results[Allocation]) -> list[Statement]:
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
-        cut = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
-        return [make_statement("unfinished", "Warning", cut, level="failure")]
+        problem = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
+        return [make_statement("unfinished", "Warning", problem, level="failure")]
     lines = [
         make_statement("allocated", "Allocated", *_describe_allocation(results)),
         make_statement("budget", "Budget", _describe_budget(results, certificate)),
@@ -126,12 +126,12 @@ def _describe_allocation(results: Results[Allocation]) -> list[str]:
     lines = [
         f"{len(ranked)} of {len(results)} layers get a rank, {span([r.rank for r in ranked])}" if ranked else "none"
     ]
-    if none := [record for record in results if not record.rank]:
-        unchanged = sum(record.fro == 0 for record in none)
-        noise = sum(record.cap == 0 and record.fro > 0 for record in none)
+    if unranked := [record for record in results if not record.rank]:
+        unchanged = sum(record.fro == 0 for record in unranked)
+        noise = sum(record.cap == 0 and record.fro > 0 for record in unranked)
         why = [f"{unchanged} did not change" if unchanged else "", f"{noise} are only rounding noise" if noise else ""]
         lines.append(
-            f"rank 0: {list_names([record.layer for record in none])}{''.join(f'; {word}' for word in why if word)}"
+            f"rank 0: {list_names([record.layer for record in unranked])}{''.join(f'; {word}' for word in why if word)}"
         )
     lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
     return [*how, *lines, *notes(results.run)]
@@ -202,13 +202,13 @@ def _describe_kept_energy(results: Results[Allocation], certificate: Certificate
 
 def _name_energy(results: Results[Allocation]) -> str:
     """Describe the energy that fractions refer to."""
-    counted = _name_criterion(results)
-    if counted == "fisher":
+    criterion = _name_criterion(results)
+    if criterion == "fisher":
         return "ΣF(0), the Fisher information of discarding the whole update"
     weights = "weighted " if results.run.settings.get("weights") is not None else ""
     if results.run.settings.get("relative"):
         return f"the layers' {weights}energies (Σσ²), each counted as 1"
-    metric = {"data": ", in the data metric", "kfac": ", in K-FAC's metric"}.get(counted, "")
+    metric = {"data": ", in the data metric", "kfac": ", in K-FAC's metric"}.get(criterion, "")
     return f"these layers' {weights}energy (Σσ²{metric})"
 
 
@@ -224,7 +224,7 @@ def _compare_with_baseline(baseline: Baseline, allocated: str) -> str:
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
     gain = baseline.equal - baseline.kept
-    size = (
+    verdict = (
         ", no gain"
         if gain <= 0
         else ", a negligible gain"
@@ -236,7 +236,7 @@ def _compare_with_baseline(baseline: Baseline, allocated: str) -> str:
     text = (
         f"{baseline.name} keeps {_format_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} "
         f"at the same cost, {baseline.spent:,.0f}, keep {_format_points(baseline.equal)}: "
-        f"{gain * 100:+.2f} points{size}"
+        f"{gain * 100:+.2f} points{verdict}"
     )
     if baseline.lead is not None and baseline.lead_gain is not None:
         text += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
@@ -254,7 +254,7 @@ def _describe_marginal_gain(certificate: Certificate) -> str:
 
 def _describe_limits(results: Results[Allocation]) -> list[str]:
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
-    lines = [f"{number_of} layers end at a cap set {_CAPS[reason]}" for reason, number_of in counts.most_common()]
+    lines = [f"{n} layers end at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
     share = results.run.settings.get("energy")
     if isinstance(share, float):
         short_of = [record for record in results if record.kept is not None and record.kept < share - 1e-6]

@@ -28,11 +28,11 @@ def extract(
 
     Example: loradiag extract base/ full_ft/ --rank 16 -o adapter/
     """
-    from lora_diag.decisions.extract.folder import OutputFolder
+    from lora_diag.decisions.extract.folder import check_output_folder
 
     if output is None:
         raise UsageError("extract: no output folder; give it and ranks, such as --rank 16 -o adapter/")
-    OutputFolder(output, (), arguments["overwrite"], arguments["resume"])
+    check_output_folder(output, arguments["overwrite"], arguments["resume"])
     # deferred: imports torch
     from lora_diag.decisions.extract.run import extract as write
     from lora_diag.decisions.extract.summary import extraction_table

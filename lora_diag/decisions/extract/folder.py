@@ -35,7 +35,7 @@ class OutputFolder:
     ``NAME.part``.
 
     Attributes:
-        finished: All work was done when it was interrupted: only its records remain to be reported.
+        finished: The adapter is complete at its final path: only its records remain to be reported.
         whole: All files are written, possibly not yet at their final path.
 
     Raises:
@@ -165,8 +165,8 @@ class OutputFolder:
                 shutil.rmtree(self.work / FACTORS, ignore_errors=True)
             self.spectra.unlink(missing_ok=True)
             for name in self.own_files:
-                for left in self.work.glob(f".{name}.[0-9]*"):
-                    left.unlink()  # half-written when an earlier process was killed (files.replacing)
+                for leftover in self.work.glob(f".{name}.[0-9]*"):
+                    leftover.unlink()  # half-written when an earlier process was killed (files.replacing)
             if self.final.exists():
                 self.final.rename(backup)
             self.work.rename(self.final)
@@ -178,3 +178,12 @@ class OutputFolder:
                 f"{self.final}: cannot be written: {error.strerror}; the adapter is in {self.work}"
             ) from error
         shutil.rmtree(backup, ignore_errors=True)
+
+
+def check_output_folder(final: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse an output folder before any work.
+
+    Raises:
+        UsageError: As ``OutputFolder``.
+    """
+    OutputFolder(final, (), overwrite, resume)

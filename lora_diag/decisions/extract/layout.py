@@ -53,9 +53,9 @@ class Plan:
             f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
             "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the adapter"
         )
-        return ((note,) if is_untested else ()) + self._list_tied()
+        return ((note,) if is_untested else ()) + self._describe_tied()
 
-    def _list_tied(self) -> tuple[str, ...]:
+    def _describe_tied(self) -> tuple[str, ...]:
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
         if target is None or target.kind != "embedding" or not CAUSAL.search(self._read_architecture()):
@@ -97,10 +97,12 @@ class Plan:
         parts = [
             Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results if record.rank
         ]
-        write_adapter(folder, parts, self._write_values(results, parts), self._describe_base(base_name), self.portable)
+        write_adapter(
+            folder, parts, self._collect_values(results, parts), self._describe_base(base_name), self.portable
+        )
         check_written(folder, self.base, parts)
 
-    def _write_values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
+    def _collect_values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
         names = {self._name(record.layer) for record in results.left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}

@@ -94,10 +94,10 @@ class Layer(LayerTask):
 
 def size(layer: Layer, settings: ExtractionSettings) -> int:
     """Estimate the memory of factoring a layer in bytes: ΔW, and the data metric."""
-    cells = (
+    for_recovery = (
         recovery_bytes(layer.shape, settings.memory) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
     )
-    return bytes_of(layer.delta, _make_allowance(layer, settings)) + _weighting_bytes(layer) + cells
+    return bytes_of(layer.delta, _make_allowance(layer, settings)) + _weighting_bytes(layer) + for_recovery
 
 
 def _weighting_bytes(layer: Layer) -> int:
@@ -141,7 +141,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     if change.non_finite is not None:
         return not_finite(layer.delta, change)
     weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
-    files, hidden = change, None
+    as_stored, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
         change, hidden = _before_rounding(change, layer.delta, settings, device)
     best, spectrum = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
@@ -151,8 +151,8 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     if rank == 0 or best.fro == 0.0:
         return _explain_missing_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
     plain = factors = best
-    if change is not files:
-        spectrum = files.decompose(settings.method, tol=settings.tol, seed=settings.seed)
+    if change is not as_stored:
+        spectrum = as_stored.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     if weighted is not None:
         factors = _project(change, best, rank, weighted)
         plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
@@ -184,7 +184,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         dtype=settings.dtype,
         method=best.method,
         blocks=change.row_blocks,
-        resolution=resolution(files.rounding, spectrum),
+        resolution=resolution(as_stored.rounding, spectrum),
         hidden=hidden,
         data=None if weighted is None else _error_on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
     )

@@ -135,8 +135,8 @@ class Extraction(LayerRecord):
             terminal=True,
             mark=_mark,
         ),
-        Shown("kind", "kind", "method of the singular vectors", pool="each", drop=5, terminal=True, wide=True),
-        Shown("solver", "solver", "kind of the layer in PEFT", pool="each", drop=7, terminal=True, wide=True),
+        Shown("kind", "kind", "kind of the layer in PEFT", pool="each", drop=5, terminal=True, wide=True),
+        Shown("solver", "solver", "method of the singular vectors", pool="each", drop=7, terminal=True, wide=True),
     )
     record: Literal["extraction"] = "extraction"
     layer: str

@@ -135,13 +135,13 @@ def extract(
 
     def spectra() -> Results[Spectrum]:
         folder.open()
-        kept: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
-        kept |= {
+        spectrum_options: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
+        spectrum_options |= {
             name: arguments[name]
             for name in list_options(FolderOptions)
             if name not in {"method", "tol", "resume", "on_record"}
         }
-        return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **kept)
+        return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **spectrum_options)
 
     try:
         rules = {} if folder.whole else ranks_for(requested, planned.targets, spectra)

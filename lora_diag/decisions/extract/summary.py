@@ -95,7 +95,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     ]
     missing = [f"- {line}" for line in _describe_missing(results, hint="")]
     in_full = [f"- {line}" for line in _describe_full_tensors(results)]
-    made = any(record.estimated for record in results)
+    has_estimates = any(record.estimated for record in results)
     library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
     return "\n".join(
         [
@@ -109,13 +109,17 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
             "",
             f"# LoRA adapter extracted from {_make_code_span(subject(results.run))}",
             "",
-            f"The {_describe_inputs(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
+            f"The {_name_method(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
             f"{_make_code_span(base_name)}, rank {span(ranks)}, {count(_count_params(results))} parameters, scaling 1. "
             f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
             f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
             f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
             "",
-            *(["**Part of it is an estimate.** " + _describe_estimates(results)[0].lead + ".", ""] if made else []),
+            *(
+                ["**Part of it is an estimate.** " + _describe_estimates(results)[0].lead + ".", ""]
+                if has_estimates
+                else []
+            ),
             *([*_describe_errors_on_data(results), ""] if any(record.data for record in results) else []),
             *table,
             "",
@@ -132,7 +136,7 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
     )
 
 
-def _describe_inputs(results: Results[Extraction]) -> str:
+def _name_method(results: Results[Extraction]) -> str:
     weighted = any(record.data for record in results)
     return "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
 
@@ -226,12 +230,12 @@ def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
         format_shown(pooled_data(weighted, "epsilon")),
         format_shown(pooled_data(weighted, "least_epsilon")),
     )
-    chosen, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
+    objective, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
     if any(record.data and record.data.metric == "kfac" for record in weighted):
-        chosen, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
+        objective, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
     truncated = number(pooled(results.layers, "epsilon_min"))
     lines = [
-        f"Optimal for {chosen}: {norm} = {epsilon} in the {len(weighted)} weights with activations; the lower bound "
+        f"Optimal for {objective}: {norm} = {epsilon} in the {len(weighted)} weights with activations; the lower bound "
         f"for these ranks is {floor}. The cost is a larger ε; truncation has {truncated}."
     ]
     if plain:
@@ -280,11 +284,11 @@ def _describe_resolution(results: Results[Extraction]) -> Statement:
 
 def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
     """State the number of weights whose update is an estimate."""
-    made = [record for record in results if record.estimated]
+    estimated = [record for record in results if record.estimated]
     tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
     if not tried:
         return []
-    lead = f"{len(made)} weights factor the estimated update before rounding, which ε is measured against"
+    lead = f"{len(estimated)} weights factor the estimated update before rounding, which ε is measured against"
     not_estimated = [record.layer for record in tried if not record.estimated]
     return [
         make_statement(

@@ -1,4 +1,4 @@
-"""A model's ``config.json`` → the names and shapes of its weights, for common decoders.
+"""Names and shapes of a model's weights from its ``config.json``, for common decoders.
 
 It derives these architectures from their sizes, with the names of transformers in memory (experts fused into stacks, as
 since version 5). It opens no checkpoint; unknown architectures are an error.
@@ -146,11 +146,11 @@ def _list_llama(reader: Reader) -> Weights:
 
 def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights:
     heads = reader.size("num_attention_heads")
-    pairs = reader.size("num_key_value_heads", default=heads)
+    kv_heads = reader.size("num_key_value_heads", default=heads)
     width = reader.size("head_dim", default=kind.head_dim or hidden // heads)
-    query_size, key_size = heads * width, pairs * width
-    every = reader.flag("attention_bias", False)
-    biased = every or reader.flag("qkv_bias", kind.qkv_bias)
+    query_size, key_size = heads * width, kv_heads * width
+    all_biased = reader.flag("attention_bias", False)
+    biased = all_biased or reader.flag("qkv_bias", kind.qkv_bias)
     if kind.fused:
         yield prefix + "qkv_proj.weight", (query_size + 2 * key_size, hidden)
     else:
@@ -159,7 +159,7 @@ def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> We
             if biased:
                 yield f"{prefix}{name}.bias", (rows,)
     yield prefix + "o_proj.weight", (hidden, query_size)
-    if every and not kind.fused:
+    if all_biased and not kind.fused:
         yield prefix + "o_proj.bias", (hidden,)
     if kind.qk_norm:
         yield prefix + "q_norm.weight", (width if kind.qk_norm == "head" else query_size,)
@@ -167,8 +167,8 @@ def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> We
 
 
 def _list_mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> Weights:
-    model = reader.values["model_type"]
-    if model not in {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"} or _is_dense(reader, index):
+    model_type = reader.values["model_type"]
+    if model_type not in {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"} or _is_dense(reader, index):
         yield from _list_dense(reader, kind, hidden, prefix, reader.size("intermediate_size"))
         return
     experts = reader.size("num_local_experts", "num_experts")
@@ -176,7 +176,7 @@ def _list_mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int)
     yield prefix + "gate.weight", (experts, hidden)
     yield prefix + "experts.gate_up_proj", (experts, 2 * inner, hidden)
     yield prefix + "experts.down_proj", (experts, hidden, inner)
-    if model == "qwen2_moe":
+    if model_type == "qwen2_moe":
         shared = reader.size("shared_expert_intermediate_size")
         yield from _list_dense(reader, kind, hidden, prefix + "shared_expert.", shared)
         yield prefix + "shared_expert_gate.weight", (1, hidden)
@@ -267,22 +267,22 @@ def _list_deepseek(reader: Reader) -> Weights:
 
 def _list_latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
     heads, values = reader.size("num_attention_heads"), reader.size("v_head_dim")
-    turned, plain = reader.size("qk_rope_head_dim"), reader.size("qk_nope_head_dim")
-    narrow, biased = reader.size("kv_lora_rank"), reader.flag("attention_bias", False)
+    rotated, unrotated = reader.size("qk_rope_head_dim"), reader.size("qk_nope_head_dim")
+    kv_rank, biased = reader.size("kv_lora_rank"), reader.flag("attention_bias", False)
     if reader.values.get("q_lora_rank", 0) is None:  # as in the smaller models: full-rank queries
-        yield prefix + "q_proj.weight", (heads * (plain + turned), hidden)
+        yield prefix + "q_proj.weight", (heads * (unrotated + rotated), hidden)
     else:
         rank = reader.size("q_lora_rank")
         yield prefix + "q_a_proj.weight", (rank, hidden)
         if biased:
             yield prefix + "q_a_proj.bias", (rank,)
         yield prefix + "q_a_layernorm.weight", (rank,)
-        yield prefix + "q_b_proj.weight", (heads * (plain + turned), rank)
-    yield prefix + "kv_a_proj_with_mqa.weight", (narrow + turned, hidden)
+        yield prefix + "q_b_proj.weight", (heads * (unrotated + rotated), rank)
+    yield prefix + "kv_a_proj_with_mqa.weight", (kv_rank + rotated, hidden)
     if biased:
-        yield prefix + "kv_a_proj_with_mqa.bias", (narrow + turned,)
-    yield prefix + "kv_a_layernorm.weight", (narrow,)
-    yield prefix + "kv_b_proj.weight", (heads * (plain + values), narrow)
+        yield prefix + "kv_a_proj_with_mqa.bias", (kv_rank + rotated,)
+    yield prefix + "kv_a_layernorm.weight", (kv_rank,)
+    yield prefix + "kv_b_proj.weight", (heads * (unrotated + values), kv_rank)
     yield prefix + "o_proj.weight", (hidden, heads * values)
     if biased:
         yield prefix + "o_proj.bias", (hidden,)

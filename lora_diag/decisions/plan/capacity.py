@@ -1,4 +1,4 @@
-"""Tokens of the training data → the rank required by published rules of thumb.
+"""Rank that published rules of thumb require for the tokens of the training data.
 
 They estimate the capacity of an adapter, not the need of a task. Repeated passes over the data add no information.
 
@@ -54,8 +54,8 @@ def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...
     per_rank = sum(matrix.per_rank for matrix in chosen)
     full_rank = max(min(matrix.shape) for matrix in chosen)
     rules = []
-    for name, source, formula in RULES:
-        params = math.ceil(tokens * formula)
+    for name, source, per_token in RULES:
+        params = math.ceil(tokens * per_token)
         rank = max(1, -(-params // per_rank))
         rules.append(PlanRule(name=name, source=source, params=params, rank=rank if rank <= full_rank else None))
     return tuple(rules)

@@ -1,4 +1,4 @@
-"""Shapes and measured speed → run time of ``spectrum``, and the required read rate of storage.
+"""Run time of ``spectrum``, and the required read rate of storage, from shapes and measured speed.
 
 All times are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many core-seconds
 per second as cores. Idle cores during the last matrices are not included.
@@ -54,8 +54,8 @@ def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
         return costs[nearest] * math.pow(order / nearest, beyond)
     if below == above:
         return costs[below]
-    steepness = math.log(costs[above] / costs[below]) / math.log(above / below)
-    return costs[below] * math.pow(order / below, steepness)
+    exponent = math.log(costs[above] / costs[below]) / math.log(above / below)
+    return costs[below] * math.pow(order / below, exponent)
 
 
 def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int | None) -> PlanCost:

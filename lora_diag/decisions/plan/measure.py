@@ -1,4 +1,4 @@
-"""Names and shapes → cost of LoRA and of full fine-tuning: parameters, memory, multiply-adds.
+"""Cost of LoRA and of full fine-tuning from names and shapes: parameters, memory, multiply-adds.
 
 Uses shapes only; independent of checkpoints and of the outcome of training.
 

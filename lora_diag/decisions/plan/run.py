@@ -92,10 +92,10 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         raise UsageError("--tokens: cannot be combined with --data; give one of them")
     if not ranks or min(ranks) < 1:
         raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from 1 up")
-    asked_ranks = sorted(set(ranks))
+    requested_ranks = sorted(set(ranks))
     included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
     model = _open_model(base)
-    matrices = [_list_matrices(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
+    matrices = [_make_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
     targeted = frozenset(matrix.name for matrix in matrices if not why_no_target(matrix.name, included, excluded))
     if not targeted:
         requested = f"--layers {target}" if target is not None else "the model"
@@ -114,8 +114,8 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         dtype=dtype,
         full_bytes=memory_of(total, dtype),
         types=types_of(matrices, targeted),
-        ranks=tuple(rank_costs(matrices, targeted, total, rank, dtype, active) for rank in asked_ranks),
-        fit=_fit(matrices, targeted, asked_ranks, params, memory, training),
+        ranks=tuple(rank_costs(matrices, targeted, total, rank, dtype, active) for rank in requested_ranks),
+        fit=_fit(matrices, targeted, requested_ranks, params, memory, training),
         rates=rates,
         costs=estimates,
         capacity=capacity,
@@ -126,7 +126,7 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
     """Count the tokens of the data and apply the rules of thumb; None without data or tokens.
 
     Raises:
-        UsageError: The number of tokens is none, or the extra ``train`` is missing.
+        UsageError: The number of tokens is not positive, or the extra ``train`` is missing.
         InputError: The data or the tokenizer cannot be read.
     """
     if arguments["tokens"] is not None:
@@ -227,7 +227,7 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
 
 
-def _list_matrices(name: str, shape: tuple[int, ...]) -> Matrix:
+def _make_matrix(name: str, shape: tuple[int, ...]) -> Matrix:
     """Return a tensor's matrices: a 3-D tensor is a stack of experts, unless it is a convolution, as in ``deltas``."""
     if len(shape) == 3 and (EXPERTS.search(name) or not CONVOLUTION.search(name)):
         return Matrix(name, (shape[1], shape[2]), shape[0])

@@ -35,7 +35,7 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
     """
     speed = Speed(_time_rates(matrices, top))
     requested = (None, top) if speed.rates.few else (None,)
-    return speed.rates, tuple(cost_of(matrices, size, speed, count) for count in requested)
+    return speed.rates, tuple(cost_of(matrices, size, speed, largest) for largest in requested)
 
 
 def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
@@ -49,13 +49,13 @@ def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
         eigen[order] = threads * _median_time([values for _, values in times])
         product = threads * _median_time([products for products, _ in times]) / order**3
     few_from = first_order(top)
-    fitted = {}
+    few = {}
     for order in (order for order in orders if order >= few_from):
         threads, seconds = _time_side_by_side(partial(time_leading, order, top), order, layout)
-        fitted[order] = threads * _median_time(seconds) / order**2
+        few[order] = threads * _median_time(seconds) / order**2
     threads, seconds = _time_side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
     entry = threads * _median_time(seconds) / PASS_ORDER**2
-    return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=fitted, few_from=few_from)
+    return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=few, few_from=few_from)
 
 
 def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:

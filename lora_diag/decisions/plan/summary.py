@@ -83,7 +83,7 @@ def _make_costs_grid(plan: Plan) -> Grid:
             "time",
             main=True,
             form="time",
-            pool=partial(_format_seconds, machines=n),
+            pool=partial(_select_seconds, machines=n),
         )
         for n in plan.costs[0].seconds
     )
@@ -92,7 +92,7 @@ def _make_costs_grid(plan: Plan) -> Grid:
     return grid_of([core, *machines, speed], rows, "loradiag spectrum")
 
 
-def _format_seconds(rows: Sequence[PlanCost], machines: int) -> float:
+def _select_seconds(rows: Sequence[PlanCost], machines: int) -> float:
     return rows[0].seconds[machines]
 
 
@@ -124,9 +124,9 @@ def _make_statements(plan: Plan) -> list[Statement]:
         ),
     ]
     if plan.rates is not None:
-        lines.append(make_statement("time", "Time", *_time(plan, plan.rates)))
+        lines.append(make_statement("time", "Time", *_describe_time(plan, plan.rates)))
     if plan.fit is not None:
-        lines.append(make_statement("budget", "Budget", *_fit(plan, plan.fit)))
+        lines.append(make_statement("budget", "Budget", *_describe_fit(plan, plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
         nothing = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
@@ -134,7 +134,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
     return lines
 
 
-def _time(plan: Plan, rates: PlanRates) -> list[str]:
+def _describe_time(plan: Plan, rates: PlanRates) -> list[str]:
     """State the basis of the estimate."""
     cores = "1 core" if rates.cores == 1 else f"{rates.cores} cores"
     lines = [
@@ -172,7 +172,7 @@ def _describe_frozen(plan: Plan) -> str:
     return "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
 
 
-def _fit(plan: Plan, fit: PlanFit) -> list[str]:
+def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
     if fit.rank == 0:
         minimum = sum(row.per_rank for row in plan.types if row.targeted)
         return [f"{safe(fit.asked)}: too small for r=1, which takes {minimum:,} parameters"]

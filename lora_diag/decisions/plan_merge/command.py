@@ -33,7 +33,7 @@ def plan_merge(
         results = measure(base, adapter, **arguments, **callbacks)
     hint = f"{rerun_command('--per', 'layer')}   (layer by layer)"
     if arguments["output"] is not None:
-        words = shlex.join(["loradiag", "inspect", str(arguments["output"]), "--per", "layer"])
-        hint = f'{words}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'
+        command = shlex.join(["loradiag", "inspect", str(arguments["output"]), "--per", "layer"])
+        hint = f'{command}   (layer by layer; loradiag gate takes a rule such as require = "error <= 0.5")'
     shown.show(results, hint)
     exit_unmeasured(results.unmeasured, "the layer was left out")

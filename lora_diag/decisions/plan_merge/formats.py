@@ -76,17 +76,17 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     top = groups.abs().amax(dim=2, keepdim=True)
     if target.name == "mxfp4":
         exponent = (torch.frexp(top).exponent - 1 - E2M1_EXPONENT).clamp(-E8M0, E8M0)
-        whole = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent)
-        codes = _round_e2m1(groups.double() / whole)
+        scales = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent)
+        codes = _round_e2m1(groups.double() / scales)
     elif target.name == "nvfp4":
         assert peaks is not None
-        over_all = _replace_zeros(peaks / (E2M1 * E4M3))[:, :, None]
-        whole = _round_e4m3(top / (E2M1 * over_all)) * over_all.double()
-        codes = torch.where(whole == 0, 0.0, _round_e2m1(groups.double() / _replace_zeros(whole)))
+        global_scale = _replace_zeros(peaks / (E2M1 * E4M3))[:, :, None]
+        scales = _round_e4m3(top / (E2M1 * global_scale)) * global_scale.double()
+        codes = torch.where(scales == 0, 0.0, _round_e2m1(groups.double() / _replace_zeros(scales)))
     else:
-        whole = _replace_zeros(top / INT4).double()
-        codes = (groups.double() / whole).round().clamp(-INT4, INT4)
-    return _cut(codes, x), _cut(codes * whole, x)
+        scales = _replace_zeros(top / INT4).double()
+        codes = (groups.double() / scales).round().clamp(-INT4, INT4)
+    return _cut(codes, x), _cut(codes * scales, x)
 
 
 def _cut(groups: Tensor, x: Tensor) -> Tensor:

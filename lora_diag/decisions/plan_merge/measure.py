@@ -76,7 +76,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     layer = _Layer(task, settings.target)
     if problem := layer.scan():
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="non_finite", detail=problem),)
-    return (layer.measured(),)
+    return (layer.round_entries(),)
 
 
 def _rows_per_group(task: MergeTask, target: Target) -> int:
@@ -112,14 +112,14 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
-        """Read the layer once for norms and the maxima of scales; return non-finite entries."""
+        """Read the layer once for norms and the maxima of scales; return what is not finite, None if all is."""
         delta = self.task.delta
         assert delta.base is not None
         self.update, self.basis, problem = _load(delta, self.task.in_out)
         if problem:
             return problem
         outputs = self.task.shape[1 if self.task.in_out else 0]
-        whole, before = torch.zeros(outputs, 1), torch.zeros(outputs, 1)
+        merged_peaks, base_peaks = torch.zeros(outputs, 1), torch.zeros(outputs, 1)
         for (first, last), w, u in self._read_blocks():
             problem = first_non_finite("BASE holds", w, first) or first_non_finite("the update holds", u, first)
             if problem:
@@ -131,17 +131,17 @@ class _Layer:
                 steps = delta.base.read_steps(*span)
                 self.step_energy += 0.0 if steps is None else float(steps.double().square().sum())
             rows = slice(None) if self.task.in_out else slice(first, last)
-            for peak, x in ((whole, w + u), (before, w)):
+            for peak, x in ((merged_peaks, w + u), (base_peaks, w)):
                 x = self._to_out_in(x).float()
                 peak[rows] = torch.maximum(peak[rows], x.abs().amax(dim=1, keepdim=True))
         if self.target.name == "nvfp4" or self.target.per_tensor:
-            whole, before = whole.max().expand(outputs, 1), before.max().expand(outputs, 1)
-        self.peaks = whole, before
+            merged_peaks, base_peaks = merged_peaks.max().expand(outputs, 1), base_peaks.max().expand(outputs, 1)
+        self.peaks = merged_peaks, base_peaks
         finite = math.isfinite(self.energy + self.base_energy)
         return None if finite else "the squares of its entries overflow float64"
 
-    def measured(self) -> PlannedMerge:
-        """Round every entry."""
+    def round_entries(self) -> PlannedMerge:
+        """Round every entry; return the record of the layer."""
         delta, target = self.task.delta, self.target
         assert delta.base is not None
         assert self.peaks is not None
@@ -152,17 +152,17 @@ class _Layer:
         for (first, last), w, u in self._read_blocks():
             w, u = self._to_out_in(w), self._to_out_in(u)
             rows = slice(None) if self.task.in_out else slice(first, last)
-            x, whole, before = (w + u).float(), self.peaks[0][rows], self.peaks[1][rows]
-            base_codes, rounded = quantize(w.float(), target, before)
-            off = rounded - w
+            x, merged_peaks, base_peaks = (w + u).float(), self.peaks[0][rows], self.peaks[1][rows]
+            base_codes, rounded = quantize(w.float(), target, base_peaks)
+            rounding = rounded - w
             base.overflow += int((~rounded.isfinite()).sum())
-            base.squares += float(off.square().sum())
+            base.squares += float(rounding.square().sum())
             if self.basis is not None and self.task.in_out:
-                within = within + off @ self.basis[first:last]
+                within = within + rounding @ self.basis[first:last]
             elif self.basis is not None:
-                within += float((off @ self.basis).square().sum())
+                within += float((rounding @ self.basis).square().sum())
             for name, kind in formats.items():
-                codes, stored = quantize(x, kind, whole)
+                codes, stored = quantize(x, kind, merged_peaks)
                 change = stored - w
                 sums[name].overflow += int((~stored.isfinite()).sum())
                 sums[name].inner += float((change * u).sum())
@@ -212,7 +212,7 @@ class _Layer:
 
 
 def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Tensor | None, str | None]:
-    """Return a function for rows of ΔW in float64, a basis of its input space ``(in, r)``, and non-finite entries."""
+    """Return a function for rows of ΔW in float64, a basis of its input space ``(in, r)``, and what is not finite."""
     if isinstance(delta, FactoredDelta):
         b, a = (factor.double() for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)

@@ -11,8 +11,8 @@ from lora_diag.records.shown import SHAPE, Shown
 
 Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
 
-# Rules, not results: a merge keeps the update if c is within 1 ± ARRIVED, and the relative error is at most ERROR, so
-# that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
+# Rules, not results: a merge keeps the update if c is within 1 ± COEFFICIENT_TOLERANCE, and the relative error is at most
+# MAX_ERROR, so that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
 COEFFICIENT_TOLERANCE = 0.1
 MAX_ERROR = 0.5
 
@@ -41,9 +41,9 @@ class FormatEffect(Record):
 def conclude(to: str, target: FormatEffect, sixteen: Iterable[FormatEffect], base_error: float | None) -> Conclusion:
     """Return the conclusion by the rules.
 
-    ``merge`` if the format keeps the update. Else, where a quantized format holds W itself (``base_error`` ≤ ERROR),
-    ``serve unmerged``: BASE in that format and the adapter lose nothing. Else ``merge into 16 bit`` if bf16 or fp16
-    keeps it, and ``serve unmerged`` if neither does.
+    ``merge`` if the format keeps the update. Else, where a quantized format holds W itself (``base_error`` at most
+    ``MAX_ERROR``), ``serve unmerged``: BASE in that format and the adapter lose nothing. Else ``merge into 16 bit`` if
+    bf16 or fp16 keeps it, and ``serve unmerged`` if neither does.
     """
     if target.survives:
         return "merge"
@@ -111,7 +111,7 @@ class PlannedMerge(LayerRecord):
             form="percent",
             drop=2,
             terminal=True,
-            pool=lambda records: _has_moved(records),
+            pool=lambda records: _pool_moved(records),
         ),
         Shown(
             "base_error",
@@ -178,7 +178,7 @@ def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | No
     return math.hypot(*((value or 0.0) * fro for value, fro in pairs)) / math.hypot(*(fro for _, fro in pairs))
 
 
-def _has_moved(records: Sequence[PlannedMerge]) -> float:
+def _pool_moved(records: Sequence[PlannedMerge]) -> float:
     entries = [math.prod(record.shape) for record in records]
     return sum(record.moved * size for record, size in zip(records, entries, strict=True)) / sum(entries)
 

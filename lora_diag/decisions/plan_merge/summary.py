@@ -21,7 +21,7 @@ _WHY = {
     "merge": "the format keeps the update",
     "serve unmerged": "rounding would lose too much of the update",
 }
-# The format represents BASE exactly, but not the update.
+# The format keeps BASE within MAX_ERROR, but not the update.
 _BASE_ONLY = "the format keeps BASE but not the update: BASE in this format with the adapter unmerged loses nothing"
 
 

@@ -45,7 +45,7 @@ def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints)
     kept, bound = best.certificate.kept, max(plan_at_rank.certificate.bound for plan_at_rank in allocated)
     update = {
         "bound": bound,
-        "gap": max(0.0, bound - kept),
+        "gap": max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
         "optimal": best.certificate.optimal and bound <= kept,
         "baselines": tuple(rule for rule in best.certificate.baselines if rule.spent),  # others have no such rank
     }

@@ -11,8 +11,8 @@ from lora_diag.records.shown import SHAPE, Shown
 
 Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
 
-# Rules, not results: a merge keeps the update if c is within 1 ± COEFFICIENT_TOLERANCE, and the relative error is at most
-# MAX_ERROR, so that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
+# Rules, not results: a merge keeps the update if c is within 1 ± COEFFICIENT_TOLERANCE, and the relative error is at
+# most MAX_ERROR, so that the noise has a quarter of the update's energy at most. Neither was calibrated against a loss.
 COEFFICIENT_TOLERANCE = 0.1
 MAX_ERROR = 0.5
 

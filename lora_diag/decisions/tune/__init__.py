@@ -21,7 +21,7 @@ FEATURE = Feature(
             ".figures:figure",
             panels=(".figures:tune",),
             made_by="loradiag tune BASE --data FILE --eval FILE --params N -o run/",
-            obstacle=".figures:missing",
+            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -43,21 +43,21 @@ def tune(
     from lora_diag.decisions.tune.run import tune as choose
     from lora_diag.decisions.tune.summary import plan_text, tune_table
 
-    def confirmed(plan: TunePlan) -> bool:
+    def confirm(plan: TunePlan) -> bool:
         if not shown.json and not shown.quiet:
             result(plan_text(plan, *terminal()))
         if not (yes or sys.stdin.isatty()):
             raise UsageError("tune: cannot ask for confirmation without a terminal; add --yes to start")
         return yes or typer.confirm("Start?", default=True, err=True)
 
-    arguments["on_plan"] = confirmed
+    arguments["on_plan"] = confirm
     silence_matplotlib()
     with shown.callbacks(notes=True) as callbacks:
         results = choose(base, output, **arguments, **callbacks)
     if dry and shown.table:
         result(tune_table(results, *terminal(), next_command=rerun_command("--yes").replace(" --dry-run", "")))
-    outcome = next(iter(results.whole_of(Tune)), None)
-    if outcome is None:
+    choice = next(iter(results.whole_of(Tune)), None)
+    if choice is None:
         if not dry:
             message(f"stopped before training; nothing was written to {output}")
         return
@@ -66,6 +66,6 @@ def tune(
             f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"
         )
         result(tune_table(results, *terminal(), next_command=hint))
-    if not outcome.significant:
+    if not choice.significant:
         message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
         raise typer.Exit(INCONCLUSIVE)

@@ -1,4 +1,4 @@
-"""Losses → decisions: the rank, whether a challenger is kept, which trials the curves justify. Trains nothing.
+"""Decisions from losses: the rank, whether a challenger is kept, which trials the curves justify. Trains nothing.
 
 A challenger is compared with the incumbent on the same seeds and the same sequences. It is kept only where its loss is
 significantly lower in-domain (two standard errors of the paired differences, more with few seeds), and its mean loss is
@@ -48,7 +48,7 @@ class Gap:
     Args:
         value: Mean over seeds, in nats.
         error: The larger of two standard errors: over paired seeds, and over paired sequences; None for one seed.
-        seeds: How many.
+        seeds: Number of these seeds.
         half: Half the interval outside which it is significant, the larger of those of the two errors: two standard
             errors, more with few seeds or sequences (``errors_needed``).
     """
@@ -190,7 +190,7 @@ def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
-    """Return the power of two between the chosen rank and the next lower one tried; None if there is none.
+    """Return the geometric mean of the chosen rank and the next lower one tried; None unless that is below its half.
 
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)

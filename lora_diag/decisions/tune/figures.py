@@ -44,7 +44,7 @@ class Point:
         return fmean(self.losses)
 
 
-def missing(records: Sequence[TuneTrial], options: Options) -> str | None:
+def find_obstacle(records: Sequence[TuneTrial], options: Options) -> str | None:
     """Return why there is nothing to draw; None if there is something."""
     return (
         None
@@ -85,7 +85,7 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
 
     Args:
         results: Results of ``tune``, or its records.
-        ax: Where to draw; a new figure's if not given.
+        ax: Axes to draw on; default those of a new figure.
         name: Name of the evaluation set; default the deciding one.
 
     Returns:
@@ -104,9 +104,9 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return a panel for each set of the first run."""
-    results = series[0]
-    trials = [record for record in results.whole if isinstance(record, TuneTrial)]
-    choice = next((record for record in results.whole if isinstance(record, Tune)), None)
+    run = series[0]
+    trials = [record for record in run.whole if isinstance(record, TuneTrial)]
+    choice = next((record for record in run.whole if isinstance(record, Tune)), None)
     sets = sets_of(trials)
     rows, columns = panels_of(len(sets), style)
     inches = panel_width(style, columns)
@@ -128,7 +128,7 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
         (trial.params, trial.loss) for trial in trials if trial.set == name and trial.params and trial.loss is not None
     ]
     ax.set_xscale("log")
-    every = [loss for _, loss in runs]
+    losses = [loss for _, loss in runs]
     small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
     ax.plot(*zip(*runs, strict=True), color=RUN, label="_runs", **small)
     line = frontier(points)
@@ -159,7 +159,7 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
         )
     base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
     named = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
-    shown = [*every, *(loss for _, loss, _ in named)]
+    shown = [*losses, *(loss for _, loss, _ in named)]
     ax.set_ylim(limits(shown))
     params = [point.params for point in points]
     ax.set_xlim(min(params) / 1.8, max(params) * 1.8)  # before labels are placed: one configuration spans no range

@@ -43,7 +43,7 @@ def write_outputs(
     Args:
         base: The model.
         folder: Folder of the run.
-        run: Its options.
+        run: Options, model and texts of the search.
         plan: The plan.
         variant: The chosen configuration.
         uniform: Content of ``adapter_config.json`` of the shared rank.
@@ -85,46 +85,48 @@ def write_report(folder: Path) -> None:
 
 def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: TunePlan, choice: Tune) -> str:
     """Return a shell script that repeats each step, to be run from the directory of the search."""
-    swept = read_results(folder / "sweep.jsonl").run.settings
+    sweep_settings = read_results(folder / "sweep.jsonl").run.settings
     budget = _list_given(options, "params", "memory_budget")
     texts: list[Any] = ["--data", options["data"]]
     for name, flag in (("evaluate", "--eval"), ("shifted", "--shifted")):
         texts += [word for path in options[name] for word in (flag, path)]
-    how = _list_given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
+    training = _list_given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
     switches = ("dora", "rslora", "gradient_checkpointing")
-    how += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
-    how += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
-    train = ["loradiag", "probe", "sweep", base, *texts, *how]
+    training += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
+    training += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
+    train = ["loradiag", "probe", "sweep", base, *texts, *training]
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
     if plan.halving:
         ends: list[Any] = ["--ranks", _list_values({plan.ranks[0], plan.ranks[-1]}), "--lr", _list_values(plan.rates)]
-        lines.append([*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_to_option("rates.jsonl")])
-    grid: list[Any] = ["--ranks", _list_values(swept["ranks"]), "--lr", _list_values(swept["rates"])]
-    grid += ["--full", "--full-lr", _list_values(swept["full_rates"])] if swept["full_rates"] else []
+        lines.append(
+            [*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_make_output_option("rates.jsonl")]
+        )
+    grid: list[Any] = ["--ranks", _list_values(sweep_settings["ranks"]), "--lr", _list_values(sweep_settings["rates"])]
+    grid += ["--full", "--full-lr", _list_values(sweep_settings["full_rates"])] if sweep_settings["full_rates"] else []
     grid += ["--steps", plan.steps, "--repeats", plan.repeats, "--widen", plan.widen]
-    lines.append([*train, *grid, *_to_option("sweep.jsonl")])
+    lines.append([*train, *grid, *_make_output_option("sweep.jsonl")])
     if (folder / "pilot.jsonl").is_file():
         pilot = next(iter(sorted((folder / "trials").glob("pilot-r*"))))
-        lines.append(["loradiag", "spectrum", base, pilot, *_to_option("pilot.jsonl")])
+        lines.append(["loradiag", "spectrum", base, pilot, *_make_output_option("pilot.jsonl")])
         minimum = least_rank(choice.rank)
-        spent = ["--params", choice.rank * plan.per_rank, "--min-rank", minimum, "--layers", "."]
-        spend = ["loradiag", "allocate", "$OUT/pilot.jsonl", *spent]
+        budget_options = ["--params", choice.rank * plan.per_rank, "--min-rank", minimum, "--layers", "."]
+        allocate_command = ["loradiag", "allocate", "$OUT/pilot.jsonl", *budget_options]
         prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
         scales = [_scaling_arguments(folder / "trials" / name, options) for name in ("marginal", "prior")]
         lines += [
-            [*spend, *scales[0], *_to_option("marginal.json")],
-            [*spend, *prior, *scales[1], *_to_option("prior.json")],
+            [*allocate_command, *scales[0], *_make_output_option("marginal.json")],
+            [*allocate_command, *prior, *scales[1], *_make_output_option("prior.json")],
         ]
     lines += [
-        ["loradiag", "spectrum", base, folder / "adapter", *_to_option("spectrum.jsonl")],
-        ["loradiag", "gate", "init", "$OUT/spectrum.jsonl", *_to_option("gate.toml")],
+        ["loradiag", "spectrum", base, folder / "adapter", *_make_output_option("spectrum.jsonl")],
+        ["loradiag", "gate", "init", "$OUT/spectrum.jsonl", *_make_output_option("gate.toml")],
         [
             "loradiag",
             "report",
             folder / "tune.jsonl",
             "$OUT/sweep.jsonl",
             "$OUT/spectrum.jsonl",
-            *_to_option("report.html"),
+            *_make_output_option("report.html"),
         ],
     ]
     script = "\n".join(" ".join(map(_quote, line)) for line in lines)
@@ -154,7 +156,7 @@ def _list_given(options: Mapping[str, Any], *names: str) -> list[Any]:
     ]
 
 
-def _to_option(name: str) -> list[str]:
+def _make_output_option(name: str) -> list[str]:
     return ["-o", f"$OUT/{name}"]
 
 

@@ -106,13 +106,13 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
         named = f" named {', '.join(names)}" if names else ""
         raise InputError(f"{stored.path}: has no linear layer to adapt{named}; check --target-modules")
     weights = Weights(model.module)
-    in_model = {inner: name for name in stored if (inner := weights.name(name)) is not None}
-    every = [path for path, _ in model.module.named_modules()]
+    stored_names = {inner: name for name in stored if (inner := weights.name(name)) is not None}
+    paths = [path for path, _ in model.module.named_modules()]
     return Target(
         layers,
-        {path: in_model.get(f"{path}.weight", f"{path}.weight") for path in layers},
+        {path: stored_names.get(f"{path}.weight", f"{path}.weight") for path in layers},
         {path: _layer_shape(layer) for path, layer in layers.items()},
-        tuple(names) or tuple(find_shortest_names(list(layers), every)),
+        tuple(names) or tuple(find_shortest_names(list(layers), paths)),
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
         sum(parameter.numel() for parameter in model.module.parameters()),
@@ -164,7 +164,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     search = Search(
         ranks, tuple(sorted(set(options["rates"]))), options["steps"], options["repeats"], options["widen"], full=full
     )
-    never = () if full or options["no_full"] else (Omission.FULL_NEEDS_FLOAT32,)
+    omissions = () if full or options["no_full"] else (Omission.FULL_NEEDS_FLOAT32,)
     return TunePlan(
         budget=budget_plan.fit.budget,
         per_rank=target.per_rank,
@@ -176,7 +176,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         step_seconds=step,
         full_step_seconds=full_step,
         evaluation_seconds=costs.evaluation,
-        **_plan_within(search, costs, limit, never),
+        **_plan_within(search, costs, limit, omissions),
     )
 
 
@@ -223,14 +223,14 @@ def _plan_within(wanted: Search, costs: Costs, limit: float | None, left_out: tu
         limit: Seconds; None for none.
         left_out: Omissions for other reasons.
     """
-    search, narrower = narrow_search(wanted, costs, limit)
+    search, omissions = narrow_search(wanted, costs, limit)
     fields = {field.name: getattr(search, field.name) for field in dataclass_fields(search)}
     return {
         **fields,
         "seconds": seconds_of(search, costs),
         "limit": limit,
         "slots": costs.slots,
-        "left_out": (*narrower, *left_out),
+        "left_out": (*omissions, *left_out),
         "stages": tuple(
             TuneStage(name=stage.name, runs=stage.runs, seconds=stage.seconds, decides=stage.decides)
             for stage in list_stages(search, costs)

@@ -79,7 +79,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     """
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
     arguments, folder = run.options, Path(output)
-    _check_place(folder, arguments)
+    _check_output(folder, arguments)
     limit = None if arguments["time"] is None else read_time(arguments["time"])
     if not 0 < arguments["gain_tolerance"] < 1:
         raise UsageError(f"--gain-tolerance {arguments['gain_tolerance']}: must lie between 0 and 1")
@@ -136,7 +136,7 @@ def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
     }
 
 
-def _check_place(folder: Path, arguments: Mapping[str, Any]) -> None:
+def _check_output(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuse an output before any work.
 
     Raises:

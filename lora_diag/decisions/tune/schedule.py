@@ -134,39 +134,41 @@ def ranks_within(largest: int) -> tuple[int, ...]:
 
 def list_stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
     """Return the stages of a search with their results; runs and seconds are upper estimates."""
-    run = search.steps * costs.step + costs.evaluation
-    later = search.repeats - 1
-    searched = 2 + search.widen  # rounds of a sweep: the grid, each rate beyond it, the seeds
-    planned = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
+    run_seconds = search.steps * costs.step + costs.evaluation
+    further_seeds = search.repeats - 1
+    rounds = 2 + search.widen  # rounds of a sweep: the grid, each rate beyond it, the seeds
+    stages = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
     if search.halving:
         runs = len({search.ranks[0], search.ranks[-1]}) * len(search.rates)
-        short = short_steps(search.steps) * costs.step + costs.evaluation
+        short_seconds = short_steps(search.steps) * costs.step + costs.evaluation
         description = f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs"
-        planned.append(Stage("rates", runs, costs.seconds(runs, short, 1), description))
-    runs = len(search.ranks) * (search.rates_each + later)
-    seconds = costs.seconds(runs, run, searched)
-    planned.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
+        stages.append(Stage("rates", runs, costs.seconds(runs, short_seconds, 1), description))
+    runs = len(search.ranks) * (search.rates_each + further_seeds)
+    seconds = costs.seconds(runs, run_seconds, rounds)
+    stages.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
     if search.full:
-        runs = min(search.rates_each, len(search.rates)) + search.widen + later
-        seconds = costs.seconds(runs, search.steps * costs.full_step + costs.evaluation, searched)
-        planned.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
+        runs = min(search.rates_each, len(search.rates)) + search.widen + further_seeds
+        seconds = costs.seconds(runs, search.steps * costs.full_step + costs.evaluation, rounds)
+        stages.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
     if search.more_seeds and len(search.ranks) > 1:
         runs = len(search.ranks) * search.repeats
-        planned.append(
-            Stage("seeds", runs, costs.seconds(runs, run, 1), "the same with more seeds, if these can decide")
+        stages.append(
+            Stage("seeds", runs, costs.seconds(runs, run_seconds, 1), "the same with more seeds, if these can decide")
         )
     if search.finer and len(search.ranks) > 1:
-        runs = search.rates_each + later
-        planned.append(Stage("finer", runs, costs.seconds(runs, run, searched), "whether a rank in between is enough"))
-    if search.redistribute:
-        runs = 4 + later
-        seconds = costs.seconds(runs, run, 3) + short_steps(search.steps) * costs.step
-        planned.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
-    if search.trials:
-        planned.append(
-            Stage("trials", search.trials, search.trials * run, "stability if needed; gain of more parameters")
+        runs = search.rates_each + further_seeds
+        stages.append(
+            Stage("finer", runs, costs.seconds(runs, run_seconds, rounds), "whether a rank in between is enough")
         )
-    return tuple(planned)
+    if search.redistribute:
+        runs = 4 + further_seeds
+        seconds = costs.seconds(runs, run_seconds, 3) + short_steps(search.steps) * costs.step
+        stages.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
+    if search.trials:
+        stages.append(
+            Stage("trials", search.trials, search.trials * run_seconds, "stability if needed; gain of more parameters")
+        )
+    return tuple(stages)
 
 
 def seconds_of(search: Search, costs: Costs) -> float:
@@ -269,7 +271,7 @@ def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float
     """
     kept: list[float] = []
     ranks = sorted({rank for rank, _ in losses}, reverse=True)
-    orders = [_order(losses, rank) for rank in ranks]
+    orders = [_order_rates(losses, rank) for rank in ranks]
     for position in range(max(map(len, orders), default=0)):
         for order in orders:
             if position < len(order) and order[position] not in kept and len(kept) < KEPT_RATES:
@@ -277,6 +279,6 @@ def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float
     return tuple(sorted(kept))
 
 
-def _order(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
+def _order_rates(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
     at_rank = [(loss, rate) for (tried_rank, rate), loss in losses.items() if tried_rank == rank and loss is not None]
     return [rate for _, rate in sorted(at_rank)]

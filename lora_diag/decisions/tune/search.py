@@ -94,17 +94,17 @@ class Tuner:
     tolerance: float = 0.0
     _seen: int = 0
     _trained: int = 0
-    _ends: bool = False
+    _is_limited: bool = False
     _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.first: int = self.run_.options["seed"]
+        self.first_seed: int = self.run_.options["seed"]
         self.training: Training = replace(self.run_.training, steps=self.plan.steps)
         sets = self.run_.sets
         self.own = next((texts.name for texts in sets if not texts.shifted), sets[0].name)
         self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]
         grid = self.run_.options["quantized"]
-        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._report_after, self.workers)
+        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._report_batches, self.workers)
         watch = self.kept.watch
         watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
@@ -134,21 +134,21 @@ class Tuner:
     @contextmanager
     def _limit_time(self) -> Iterator[None]:
         """Stop training in the block at the time limit; the chosen adapter is trained in any case."""
-        self._ends = True
+        self._is_limited = True
         try:
             yield
         finally:
-            self._ends = False
+            self._is_limited = False
 
-    def _report_after(self, label: str, count: int = 1) -> None:
+    def _report_batches(self, label: str, count: int = 1) -> None:
         self.kept.watch.batch(label, count)
-        if self._ends and self.left < 0:
+        if self._is_limited and self.left < 0:
             raise TimeIsUpError
 
     def _report_progress(self, event: Progress) -> None:
         """Pass on the progress of a sweep, whose events may be of several steps or of none."""
         count, self._seen = event.done - self._seen, event.done
-        self._report_after(event.label, count)
+        self._report_batches(event.label, count)
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class Tuner:
         except TimeIsUpError:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
             results = read_results(self.folder / "sweep.jsonl")
-        ranks, seeds = settings["ranks"], range(self.first, self.first + settings["repeats"])
+        ranks, seeds = settings["ranks"], range(self.first_seed, self.first_seed + settings["repeats"])
         whole = tuple(
             record
             for record in results.whole_of(Probe)
@@ -316,7 +316,7 @@ class Tuner:
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
 
     def _find_best_rates(self, swept: Swept) -> dict[int, float]:
-        rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first)
+        rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first_seed)
         return {rank: rate for rank, rate in rates.items() if rank is not None}
 
     def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
@@ -344,7 +344,7 @@ class Tuner:
 
     def _train_with_adapter(self, variant: Variant) -> TrialRun:
         """Return the run with the first seed, whose adapter is kept."""
-        return TrialRun(variant, self.first, self._adapter_folder(variant))
+        return TrialRun(variant, self.first_seed, self._adapter_folder(variant))
 
     def _adapter_folder(self, variant: Variant) -> Path:
         folder = self.folder / "trials"
@@ -425,7 +425,7 @@ class Tuner:
             texts = replace(self.training.texts, sequences=sequences)
             layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
             measured = gradients(
-                self.run_.model, layers, texts, self.training.batch, lambda: self._report_after("gradient")
+                self.run_.model, layers, texts, self.training.batch, lambda: self._report_batches("gradient")
             )
             weights = {}
             for name, gradient in measured.items():
@@ -451,9 +451,9 @@ class Tuner:
         self.trials.train(*map(self._train_with_adapter, candidates))
         for candidate in candidates:
             runs = self.trials.runs(candidate.name, candidate.lr).get(self.own, {})
-            if self.first in runs:
-                losses[candidate.name] = runs[self.first].loss
-        uniform_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first].loss
+            if self.first_seed in runs:
+                losses[candidate.name] = runs[self.first_seed].loss
+        uniform_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed].loss
         best = min(candidates, key=lambda candidate: losses.get(candidate.name, math.inf))
         for candidate in candidates:
             if candidate is not best:
@@ -474,9 +474,7 @@ class Tuner:
     def _describe_cost(self, candidates: Sequence[Variant]) -> str:
         """Describe the share of the runs so far that the comparison took: pilot and candidates."""
         names = {variant.name for variant in candidates}
-        runs = {
-            (variant.variant, variant.lr, variant.seed) for variant in self.trials.records if variant.variant != "base"
-        }
+        runs = {(trial.variant, trial.lr, trial.seed) for trial in self.trials.records if trial.variant != "base"}
         spent = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
         return f", found with {len(spent)} of {len(runs)} runs"
 
@@ -492,11 +490,11 @@ class Tuner:
 
     def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
         """Train a challenger and the incumbent with the same seeds; return whether the challenger is kept."""
-        seeds = list(range(self.first, self.first + max(self.plan.repeats, 2)))
+        seeds = list(range(self.first_seed, self.first_seed + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
         self.trials.train(*(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent)))
-        outcome = contest(
+        result = contest(
             self.trials.runs(incumbent.name, incumbent.lr, seeds),
             self.trials.runs(challenger.name, challenger.lr, seeds),
             self.own,
@@ -508,19 +506,19 @@ class Tuner:
             "tie": f"not significantly different from {incumbent.name}",
             "worse": f"worse than {incumbent.name} significantly, by paired differences",
             "not known": "too few runs with a loss",
-        }[outcome.outcome]
-        if outcome.outcome == "better" and not outcome.kept:
+        }[result.outcome]
+        if result.outcome == "better" and not result.kept:
             reason += ", but worse on a shifted set"
         self.decide(
             stage,
             challenger.name,
-            "kept" if outcome.kept else "rejected",
+            "kept" if result.kept else "rejected",
             reason,
             lr=challenger.lr,
             params=self._count_params(challenger),
-            **_make_gap_fields(outcome.own, outcome.shifted),
+            **_make_gap_fields(result.own, result.shifted),
         )
-        return outcome.kept
+        return result.kept
 
     def _count_params(self, variant: Variant) -> int:
         counts = (trial.params for trial in self.trials.records if trial.variant == variant.name)
@@ -558,8 +556,8 @@ class Tuner:
     def _judge_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
         self._trained += 1
         self.trials.train(self._train_with_adapter(trial))
-        trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first)
-        incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first]
+        trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first_seed)
+        incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed]
         gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
         if gap >= -self.tolerance:
             self._record_gap(
@@ -570,16 +568,16 @@ class Tuner:
 
     def _collect_curves(self, incumbent: Variant, swept: Swept) -> Curves:
         base = {trial.set: trial for trial in self.trials.records if trial.variant == "base"}
-        own_records = [
+        incumbent_records = [
             trial for trial in self.trials.records if (trial.variant, trial.lr) == (incumbent.name, incumbent.lr)
         ]
-        on_own_set = [trial for trial in own_records if trial.set == self.own and trial.loss is not None]
+        on_own_set = [trial for trial in incumbent_records if trial.set == self.own and trial.loss is not None]
         losses = [trial.loss for trial in on_own_set if trial.loss is not None]
-        trains = [trial.train_loss for trial in on_own_set if trial.train_loss is not None]
+        train_losses = [trial.train_loss for trial in on_own_set if trial.train_loss is not None]
         base_record = base[self.own]
         shifted_losses = [
             trial.loss
-            for trial in own_records
+            for trial in incumbent_records
             if self.shifted and trial.set == self.shifted[0] and trial.loss is not None
         ]
         records = swept.results.whole_of(Probe)
@@ -588,7 +586,7 @@ class Tuner:
             base=base_record.loss or 0.0,
             loss=fmean(losses),
             base_train=base_record.train_loss or 0.0,
-            train=fmean(trains) if trains else base_record.train_loss or 0.0,
+            train=fmean(train_losses) if train_losses else base_record.train_loss or 0.0,
             spread=stdev(losses) if len(losses) > 1 else None,
             tolerance=swept.verdict.tolerance,
             diverged=len(diverged_runs),
@@ -626,14 +624,14 @@ class Tuner:
         self._trained += 1
         try:
             with self._limit_time():
-                self.trials.train(TrialRun(variant, self.first))
+                self.trials.train(TrialRun(variant, self.first_seed))
         except TimeIsUpError:
             self.decide("escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers)
             return
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
             return
-        runs = [self.trials.runs(candidate.name, candidate.lr, [self.first]) for candidate in (incumbent, variant)]
+        runs = [self.trials.runs(candidate.name, candidate.lr, [self.first_seed]) for candidate in (incumbent, variant)]
         gap = self._compute_gap(runs[0], runs[1], self.own)
         shifted_gap = self._compute_gap(runs[0], runs[1], self.shifted[0]) if self.shifted else None
         better = gap is not None and gap.half is not None and gap.value < -gap.half
@@ -649,10 +647,15 @@ class Tuner:
             **_make_gap_fields(gap, shifted_gap),
         )
 
-    def _compute_gap(self, first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> Gap | None:
+    def _compute_gap(
+        self, incumbent_runs: Mapping[str, Any], challenger_runs: Mapping[str, Any], name: str
+    ) -> Gap | None:
         """Return the gap of one seed, with its error over paired sequences."""
         counts = self.trials.predictions.get(name, ())
-        incumbent, challenger = first.get(name, {}).get(self.first), second.get(name, {}).get(self.first)
+        incumbent, challenger = (
+            incumbent_runs.get(name, {}).get(self.first_seed),
+            challenger_runs.get(name, {}).get(self.first_seed),
+        )
         if incumbent is None or challenger is None:
             return None
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
@@ -711,28 +714,28 @@ class Tuner:
             return
         full = self.trials.runs("full", row.lr)
         incumbent_runs = self.trials.runs(incumbent.name, incumbent.lr)
-        outcome = contest(incumbent_runs, full, self.own, self.shifted, self.trials.predictions)
+        result = contest(incumbent_runs, full, self.own, self.shifted, self.trials.predictions)
         self.decide(
             "escalation",
             "full fine-tuning",
-            "proposed" if outcome.outcome == "better" else "rejected",
+            "proposed" if result.outcome == "better" else "rejected",
             {
                 "better": "better significantly, by paired differences",
                 "tie": "not significantly different",
                 "worse": "worse significantly, by paired differences",
                 "not known": "too few runs",
-            }[outcome.outcome],
+            }[result.outcome],
             lr=row.lr,
             params=self.target.total,
             files=("sweep.jsonl",),
-            **_make_gap_fields(outcome.own, outcome.shifted),
+            **_make_gap_fields(result.own, result.shifted),
         )
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _find_full(self, swept: Swept) -> Any:
         records = swept.results.whole_of(Probe)
-        rates = best_rates(records, self.run_.sets[0].name, self.first, "full")
+        rates = best_rates(records, self.run_.sets[0].name, self.first_seed, "full")
         return next(iter(by_rank(records, self.own, rates, "full")), None)
 
     def _compute_gains(self, swept: Swept, variant: Variant) -> tuple[float, float | None]:
@@ -793,7 +796,7 @@ class Tuner:
         self.kept.put(record)
         adapter = self._adapter_folder(incumbent)
         if not (adapter / ADAPTER).is_file():
-            self.trials.train(TrialRun(incumbent, self.first, adapter))
+            self.trials.train(TrialRun(incumbent, self.first_seed, adapter))
         uniform = self.target.config(choice.rank)
         write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, record, adapter)
 

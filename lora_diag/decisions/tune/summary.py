@@ -52,7 +52,7 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
             "time",
             "Time",
             f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
-            f"{_describe_slots(plan)}{_limit(plan)}",
+            f"{_describe_slots(plan)}{_describe_limit(plan)}",
         ),
         *([make_statement("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
     ]
@@ -79,7 +79,7 @@ def _describe_slots(plan: TunePlan) -> str:
     return "" if plan.slots == 1 else f" and {plan.slots} concurrent runs"
 
 
-def _limit(plan: TunePlan) -> str:
+def _describe_limit(plan: TunePlan) -> str:
     return "" if plan.limit is None else f"; limit {duration(plan.limit)}"
 
 
@@ -89,8 +89,8 @@ def _list_values(values: Sequence[float]) -> str:
 
 def tune_lines(results: Results[Any]) -> list[Statement]:
     """Return the choice and its evidence."""
-    outcome, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
-    if outcome is None:
+    choice, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
+    if choice is None:
         last = decisions[-1] if decisions else None
         state = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
         return [
@@ -99,61 +99,57 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         ]
     return [
         make_statement(
-            "choice", "Choice", _describe_choice(outcome), level="ok" if outcome.significant else "warning", priority=0
+            "choice", "Choice", _describe_choice(choice), level="ok" if choice.significant else "warning", priority=0
         ),
-        make_statement("settings", "Training", _describe_settings(outcome)),
+        make_statement("settings", "Training", _describe_settings(choice)),
         make_statement(
             "budget",
             "Budget",
-            f"{outcome.params:,} of {outcome.budget:,} parameters, {percent(outcome.params / outcome.budget)}",
+            f"{choice.params:,} of {choice.budget:,} parameters, {percent(choice.params / choice.budget)}",
         ),
-        make_statement("gain", "Gain", _describe_gain(outcome), priority=0),
-        make_statement("next", "Next rank up", _describe_next_rank(outcome)),
-        make_statement("non_uniform", "Non-uniform", _describe_non_uniform(outcome, decisions)),
-        *(
-            [make_statement("shifted", "Shifted", _describe_shifted(outcome))]
-            if outcome.gain_shifted is not None
-            else []
-        ),
+        make_statement("gain", "Gain", _describe_gain(choice), priority=0),
+        make_statement("next", "Next rank up", _describe_next_rank(choice)),
+        make_statement("non_uniform", "Non-uniform", _describe_non_uniform(choice, decisions)),
+        *([make_statement("shifted", "Shifted", _describe_shifted(choice))] if choice.gain_shifted is not None else []),
         *_describe_trials(decisions),
         *_describe_left_out(decisions),
         *final_statements(results, "records so far"),
     ]
 
 
-def _describe_choice(outcome: Tune) -> str:
-    ranks = span(outcome.ranks.values()) if outcome.ranks else ""
-    description = f"ranks {ranks} by layer ({outcome.variant})" if ranks else f"r={outcome.rank} in every layer"
-    if outcome.significant:
+def _describe_choice(choice: Tune) -> str:
+    ranks = span(choice.ranks.values()) if choice.ranks else ""
+    description = f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
+    if choice.significant:
         return description
     return f"{description}: NOT significant, chosen by the mean losses"
 
 
-def _describe_settings(outcome: Tune) -> str:
-    extra = f", dropout {outcome.dropout:g}" if outcome.dropout else ""
-    extra += f", weight decay {outcome.weight_decay:g}" if outcome.weight_decay else ""
-    alpha = f"{outcome.alpha_over_rank:g}r" if outcome.alpha is None else f"{outcome.alpha:g} (rsLoRA)"
-    dora = "DoRA, " if outcome.dora else ""
-    return f"{dora}learning rate {outcome.lr:g}, {outcome.steps} steps, alpha = {alpha}{extra}"
+def _describe_settings(choice: Tune) -> str:
+    extra = f", dropout {choice.dropout:g}" if choice.dropout else ""
+    extra += f", weight decay {choice.weight_decay:g}" if choice.weight_decay else ""
+    alpha = f"{choice.alpha_over_rank:g}r" if choice.alpha is None else f"{choice.alpha:g} (rsLoRA)"
+    dora = "DoRA, " if choice.dora else ""
+    return f"{dora}learning rate {choice.lr:g}, {choice.steps} steps, alpha = {alpha}{extra}"
 
 
-def _describe_gain(outcome: Tune) -> str:
-    error = "" if outcome.gain_error is None else plus_minus(outcome.gain_error)
-    losses = f"{outcome.base_loss:.4f} to {outcome.loss:.4f}, {outcome.seeds} seeds"
-    line = f"{outcome.gain:.4f}{error} nats on {short(outcome.set)} ({losses})"
-    if outcome.share_of_full is None:
+def _describe_gain(choice: Tune) -> str:
+    error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
+    losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {choice.seeds} seeds"
+    line = f"{choice.gain:.4f}{error} nats on {short(choice.set)} ({losses})"
+    if choice.share_of_full is None:
         return f"{line}; full fine-tuning was not trained or gains nothing"
-    return f"{line}; {percent(min(1.0, max(0.0, outcome.share_of_full)))} of full fine-tuning's"
+    return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
 
 
-def _describe_next_rank(outcome: Tune) -> str:
-    if outcome.next_rank is None or outcome.next_gain is None:
+def _describe_next_rank(choice: Tune) -> str:
+    if choice.next_rank is None or choice.next_gain is None:
         return "none within the budget was tried"
-    verb = "gains" if outcome.next_gain > 0 else "loses"
-    return f"r={outcome.next_rank} {verb} {abs(outcome.next_gain):.4f} nats on average"
+    verb = "gains" if choice.next_gain > 0 else "loses"
+    return f"r={choice.next_rank} {verb} {abs(choice.next_gain):.4f} nats on average"
 
 
-def _describe_non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> str:
+def _describe_non_uniform(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
     of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
     why = next((decision.why for decision in of_stage if decision.name == "non-uniform ranks"), "not in the plan")
     measured = [decision for decision in of_stage if decision.gap is not None and decision.seeds > 1]
@@ -162,13 +158,13 @@ def _describe_non_uniform(outcome: Tune, decisions: Sequence[TuneDecision]) -> s
         for decision in measured
         if decision.gap is not None
     ]
-    return f"{outcome.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
+    return f"{choice.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
 
 
-def _describe_shifted(outcome: Tune) -> str:
-    error = "" if outcome.gain_shifted_error is None else plus_minus(outcome.gain_shifted_error)
-    gain = outcome.gain_shifted or 0.0
-    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(outcome.set_shifted)}"
+def _describe_shifted(choice: Tune) -> str:
+    error = "" if choice.gain_shifted_error is None else plus_minus(choice.gain_shifted_error)
+    gain = choice.gain_shifted or 0.0
+    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(choice.set_shifted)}"
 
 
 def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:

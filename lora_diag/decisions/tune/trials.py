@@ -98,8 +98,8 @@ class Trials:
         Raises:
             InputError: An adapter that a worker wrote is not visible here.
         """
-        left = [run for run in runs if not (self.has(run.variant, run.seed) and run.is_written)]
-        for run, records in zip(left, self._collect_results(left), strict=True):
+        todo = [run for run in runs if not (self.has(run.variant, run.seed) and run.is_written)]
+        for run, records in zip(todo, self._collect_results(todo), strict=True):
             if not run.is_written:
                 raise InputError(
                     f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on storage that all "
@@ -175,12 +175,12 @@ class Trials:
             lr: Its learning rate.
             seeds: Only these; None for all.
         """
-        by_variant: dict[str, dict[int, Measured]] = {}
+        by_set: dict[str, dict[int, Measured]] = {}
         for record in self.records:
             is_selected = (record.variant, record.lr) == (name, lr) and (seeds is None or record.seed in seeds)
             if is_selected and record.loss is not None:
-                by_variant.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
-        return by_variant
+                by_set.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
+        return by_set
 
     @property
     def predictions(self) -> Mapping[str, tuple[int, ...]]:
@@ -247,7 +247,7 @@ def trial_of(
     texts: Texts, losses: Losses, variant: Variant | None, seed: int, params: int, train_loss: float
 ) -> TuneTrial:
     """Return the record of a run on one set; of BASE without a configuration."""
-    is_known = train_loss == train_loss and abs(train_loss) != float("inf")
+    is_finite = train_loss == train_loss and abs(train_loss) != float("inf")
     return TuneTrial(
         **losses.on(texts),
         variant="base" if variant is None else variant.name,
@@ -256,7 +256,7 @@ def trial_of(
         steps=0 if variant is None else variant.steps,
         seed=seed,
         loss=losses.mean if losses.is_finite else None,
-        train_loss=train_loss if is_known else None,
+        train_loss=train_loss if is_finite else None,
         nll=losses.rounded if losses.is_finite else (),
         predictions=tuple(int(count) for count in losses.counts) if variant is None else (),
     )

@@ -190,7 +190,7 @@ class LossBound(WholeRecord):
 
     @property
     def predicted_ratio(self) -> float | None:
-        """``predicted`` over ``gap``; None if the gap is below 1e-6."""
+        """``predicted`` over ``gap``; None if the gap is below 1e-6 in size."""
         return self.predicted / self.gap if abs(self.gap) >= 1e-6 else None
 
     @property

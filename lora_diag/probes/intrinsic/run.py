@@ -117,9 +117,9 @@ def probe_intrinsic(
             **({"of LoRA": probe.arm("lora", requested, lora_rates)} if ranks else {}),
         }
         probe.report_cost(arms)
-        probe.walk.measure_base(model, partial(_record, cell=None, params=0, last=None))
+        probe.plan.measure_base(model, partial(_record, cell=None, params=0, last=None))
         for arm in arms.values():
-            probe.walk.run(arm)
+            probe.plan.run(arm)
         return []
 
     return run.over(run.inputs(open_checkpoint(base)), settings, measured)
@@ -179,7 +179,7 @@ class _Probe:
     model: Model
     method: Method
     total: int
-    walk: RunPlan
+    plan: RunPlan
 
     def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
         """Return a trained method with its grid of sizes and rates."""
@@ -204,23 +204,23 @@ class _Probe:
     def _count_params(self, cell: _Cell) -> int:
         """Count the trained parameters of a run."""
         if cell.rank is not None:
-            with add_lora(self.model, cell.rank, self.walk.training.kind) as tuned:
+            with add_lora(self.model, cell.rank, self.plan.training.kind) as tuned:
                 return sum(parameter.numel() for parameter in tuned.module.parameters() if parameter.requires_grad)
         return cell.dim or self.total
 
     def report_cost(self, arms: Mapping[str, Arm]) -> None:
         """Time one step of each kind and one evaluation batch, and report the estimated cost."""
-        walk = self.walk
-        seconds, costs = walk.cost(list(arms.values()), bases=not walk.has(subject="base"))
+        plan = self.plan
+        seconds, costs = plan.cost(list(arms.values()), bases=not plan.has(subject="base"))
         lines = [
-            f"{pluralize(runs, 'run', 'runs')} {description} of {walk.training.steps} steps of {step:.2g} s"
+            f"{pluralize(runs, 'run', 'runs')} {description} of {plan.training.steps} steps of {step:.2g} s"
             for description, (runs, step) in zip(arms, costs, strict=True)
         ]
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
         gib = 16 * self.total / 2**30
         memory = f"; takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""
-        walk.watch.note(
-            f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{walk.more(list(arms.values()))}{memory}"
+        plan.watch.note(
+            f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{plan.more(list(arms.values()))}{memory}"
         )
 
 

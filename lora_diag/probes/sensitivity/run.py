@@ -99,8 +99,8 @@ def probe_sensitivity(
 
     def measured(kept: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        walk = run.walk(kept, seeds)
-        probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), walk)
+        plan = run.walk(kept, seeds)
+        probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), plan)
         probe.report_cost()
         probe.score(linear, names)
         probe.run(probe.measure_base())
@@ -145,7 +145,7 @@ class _Probe:
     units: Sequence[Unit]
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
-    walk: RunPlan
+    plan: RunPlan
 
     def arm(self, unit: Unit, rank: int, bases: Mapping[str, Losses]) -> Arm:
         """Return one unit at one rank, at every rate; its gains are over the losses of BASE, by set."""
@@ -164,55 +164,55 @@ class _Probe:
         """Compute the gradient of every layer at BASE, and its first-order records."""
         if self._has_scores():
             return
-        texts, walk = self._select_used_sequences(), self.walk
+        texts, plan = self._select_used_sequences(), self.plan
         layer_gradients = gradients(
-            self.model, layers, texts, walk.training.batch, partial(walk.watch.batch, "gradient")
+            self.model, layers, texts, plan.training.batch, partial(plan.watch.batch, "gradient")
         )
-        walk.kept.put(
+        plan.kept.put(
             *(first_order(names[name], gradient, self.ranks[0], texts) for name, gradient in layer_gradients.items())
         )
 
     def measure_base(self) -> dict[str, Losses]:
         """Measure BASE; repeated after an interruption, because errors need its losses by sequence."""
-        walk = self.walk
-        after = partial(walk.watch.batch, "BASE")
-        bases = {texts.name: measure(self.model, texts, walk.training.batch, after) for texts in walk.sets}
-        walk.kept.put(*(record_of(texts, bases[texts.name]) for texts in walk.sets))
+        plan = self.plan
+        after = partial(plan.watch.batch, "BASE")
+        bases = {texts.name: measure(self.model, texts, plan.training.batch, after) for texts in plan.sets}
+        plan.kept.put(*(record_of(texts, bases[texts.name]) for texts in plan.sets))
         return bases
 
     def run(self, bases: Mapping[str, Losses]) -> None:
         """Adapt every unit at every rank."""
         for unit in self.units:
             for rank in self.ranks:
-                self.walk.run(self.arm(unit, rank, bases))
+                self.plan.run(self.arm(unit, rank, bases))
 
     def _has_scores(self) -> bool:
-        return any(isinstance(record, FirstOrder) for record in self.walk.kept.records)
+        return any(isinstance(record, FirstOrder) for record in self.plan.kept.records)
 
     def _select_used_sequences(self) -> Texts:
         """Return the distinct sequences that a run trains on, in order."""
-        training = self.walk.training
+        training = self.plan.training
         sequences = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
         return replace(training.texts, sequences=tuple(sequences))
 
     def report_cost(self) -> None:
         """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
-        walk, steps = self.walk, self.walk.training.steps
-        first = walk.sets[0].first(walk.training.batch)
-        bases = {first.name: measure(self.model, first, walk.training.batch)}
-        step, evaluation = walk.timed(self.arm(self.units[0], self.ranks[-1], bases))
+        plan, steps = self.plan, self.plan.training.steps
+        first = plan.sets[0].first(plan.training.batch)
+        bases = {first.name: measure(self.model, first, plan.training.batch)}
+        step, evaluation = plan.timed(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
-        runs = sum(map(walk.left, arms))
-        passes = 0 if self._has_scores() else -(-len(self._select_used_sequences().sequences) // walk.training.batch)
-        walk.watch.total = walk.batches + passes
-        walk.expect(runs)
-        seconds = (runs * steps + passes) * step + (runs + 1) * walk.batches * evaluation
+        runs = sum(map(plan.left, arms))
+        passes = 0 if self._has_scores() else -(-len(self._select_used_sequences().sequences) // plan.training.batch)
+        plan.watch.total = plan.batches + passes
+        plan.expect(runs)
+        seconds = (runs * steps + passes) * step + (runs + 1) * plan.batches * evaluation
         entries = sum(
             shape_of(layer)[0] * shape_of(layer)[1] for layer in layers_without_head(self.model.module).values()
         )
         memory = f"; the gradients take {4 * entries / 2**30:.1f} GiB" if passes and 4 * entries >= 2**30 / 10 else ""
-        walk.watch.note(
+        plan.watch.note(
             f"about {duration(seconds)}: {pluralize(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
             f"at most ({pluralize(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{pluralize(len(walk.sets), 'set', 'sets')}{walk.more(arms)}{memory}"
+            f"{pluralize(len(plan.sets), 'set', 'sets')}{plan.more(arms)}{memory}"
         )

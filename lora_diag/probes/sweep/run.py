@@ -173,12 +173,12 @@ class _Sweep:
     """State of a sweep."""
 
     model: Model
-    walk: RunPlan
+    plan: RunPlan
     workers: Workers | None
 
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
         """Return a method with its grid of ranks and rates."""
-        tried = {r.lr for r in self.walk.kept.records if r.subject == subject and r.lr is not None}
+        tried = {r.lr for r in self.plan.kept.records if r.subject == subject and r.lr is not None}
         runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._make_trial, subject), tuple(sorted(tried)))
         if self.workers is not None:
             runs = replace(runs, remote=partial(self._run_remotely, self.workers, grid), slots=self.workers.slots)
@@ -187,7 +187,7 @@ class _Sweep:
     def _run_remotely(
         self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
     ) -> Iterator[Sequence[WholeRecord]]:
-        training = replace(self.walk.training, texts=drop_sequences(self.walk.training.texts))
+        training = replace(self.plan.training, texts=drop_sequences(self.plan.training.texts))
         train = partial(train_on_worker, workers.site, training, grid)
         return workers.run(train, [(trial.label, trial.work) for trial in trials], poll)
 
@@ -197,7 +197,7 @@ class _Sweep:
 
     def measure_base(self, grid: str) -> None:
         """Measure BASE, rounded to the grid if there is one."""
-        self.walk.measure_base(self.model, partial(record_of, name=grid), grid)
+        self.plan.measure_base(self.model, partial(record_of, name=grid), grid)
 
     def run(self, arm: _Arm) -> None:
         """Train everything of an arm."""
@@ -205,24 +205,24 @@ class _Sweep:
         with round_weights(layers, arm.grid) if arm.grid else nullcontext():
             if arm.grid:
                 self.measure_base(arm.grid)
-            self.walk.run(arm.runs)
+            self.plan.run(arm.runs)
 
     def report_cost(self, arms: Sequence[_Arm]) -> None:
         """Time one step of each method and one evaluation batch, and report the estimated cost."""
-        walk = self.walk
+        plan = self.plan
         grids = {"", *(arm.grid or "" for arm in arms)}
-        bases = sum(not walk.has(subject="base", name=grid) for grid in grids)
-        seconds, costs = walk.cost([arm.runs for arm in arms], bases)
+        bases = sum(not plan.has(subject="base", name=grid) for grid in grids)
+        seconds, costs = plan.cost([arm.runs for arm in arms], bases)
         lines = []
         for arm, (runs, step) in zip(arms, costs, strict=True):
             description = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
             lines.append(
-                f"{pluralize(runs, 'run', 'runs')}{description} of {walk.training.steps} steps of {step:.2g} s at most"
+                f"{pluralize(runs, 'run', 'runs')}{description} of {plan.training.steps} steps of {step:.2g} s at most"
             )
-        walk.watch.note(
+        plan.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
-            f"{pluralize(len(walk.sets), 'set', 'sets')}"
-            f"{walk.more([arm.runs for arm in arms])}{self._estimate_copies(arms)}"
+            f"{pluralize(len(plan.sets), 'set', 'sets')}"
+            f"{plan.more([arm.runs for arm in arms])}{self._estimate_copies(arms)}"
         )
 
     def _estimate_copies(self, arms: Sequence[_Arm]) -> str:

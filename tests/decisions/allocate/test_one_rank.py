@@ -37,6 +37,12 @@ def test_portable_allocation_is_the_best_of_one_rank(more):
     assert free.whole[0].kept >= result.whole[0].kept
 
 
+def test_gap_of_portable_allocation_is_a_fraction_of_its_bound():
+    certificate = lora_diag.allocate(SPECTRA, params=1000, portable=True).whole[0]
+    assert certificate.gap == pytest.approx(1 - certificate.kept / certificate.bound)
+    assert certificate.gap > 0
+
+
 def test_portable_config_is_exact_in_every_program(tmp_path):
     options = {"params": 1500, "min_rank": 1, "exclude": "self_attn"}  # SGLang wants q and v of a layer both
     result = lora_diag.allocate(SPECTRA, portable=True, **options)

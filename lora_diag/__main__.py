@@ -36,7 +36,7 @@ def main() -> None:
     """Run the command line."""
     _collect_later()
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SHORTEST)
-    # Only what is asked for is asked of the Hub: huggingface_hub also fetches a list to identify programs that use it.
+    # Only requested files are fetched from the Hub: huggingface_hub also fetches a list of programs that use it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _handle_interrupt)
@@ -91,7 +91,7 @@ def _report_unexpected(error: Exception) -> int:
 
 
 def _collect_later() -> None:
-    """Collect garbage as usual only after a first time, and then leave out the objects that were there."""
+    """Delay the first collection of garbage; afterwards collect as usual, without the objects that exist by then."""
     usual = gc.get_threshold()
 
     def restore_collection(phase: str, info: dict[str, int]) -> None:

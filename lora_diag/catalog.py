@@ -61,23 +61,23 @@ _FEATURES = (
 @cache
 def features() -> tuple[Feature, ...]:
     """Return all features: loradiag's own, then those of installed packages. One that fails to load is skipped."""
-    built_in: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
-    names = {feature.name for feature in built_in}
+    loaded_features: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
+    names = {feature.name for feature in loaded_features}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
-            loaded = entry.load()
-            if not isinstance(loaded, Feature):
+            plugin = entry.load()
+            if not isinstance(plugin, Feature):
                 raise TypeError(f"{entry.value} is not a lora_diag.feature.Feature")
-            if loaded.name in names:
-                raise ValueError(f"the command {loaded.name} already exists")
-            for path in (*loaded.records, *([loaded.command] if loaded.command else [])):
-                loaded.load(path)
+            if plugin.name in names:
+                raise ValueError(f"the command {plugin.name} already exists")
+            for path in (*plugin.records, *([plugin.command] if plugin.command else [])):
+                plugin.load(path)
         except Exception as error:  # a plugin can fail in any way, and must not stop loradiag
             _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
             continue
-        names.add(loaded.name)
-        built_in.append(loaded)
-    return tuple(built_in)
+        names.add(plugin.name)
+        loaded_features.append(plugin)
+    return tuple(loaded_features)
 
 
 def feature_of(command: str) -> Feature | None:

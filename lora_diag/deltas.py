@@ -104,7 +104,7 @@ class StoredDelta:
         yield from zip(row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True)
 
     def steps(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]] | None:
-        """Yield the spacing of quantized formats, block by block like ``blocks``; None if neither side is quantized."""
+        """Return the spacing of quantized formats in blocks, like ``blocks``; None if neither side is quantized."""
         if not (self.base.is_quantized or self.tuned.is_quantized):
             return None
         spans = ((first * self.shape[1], last * self.shape[1]) for first, last in row_spans(self.shape))
@@ -131,11 +131,11 @@ class ThinFactors(Protocol):
         """Equal for factors that can be read as one stack: of one file, and of equal shapes and dtypes."""
         ...
 
-    def read_each_b(self, several: Sequence[Any]) -> Numbers:
+    def read_each_b(self, stack: Sequence[Any]) -> Numbers:
         """Return each B of several factors of this kind, ``(k, out, r)``."""
         ...
 
-    def read_each_a(self, several: Sequence[Any]) -> Numbers:
+    def read_each_a(self, stack: Sequence[Any]) -> Numbers:
         """Return each A of several factors of this kind, ``(k, r, in)``."""
         ...
 
@@ -268,8 +268,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
     unpaired: list[Unpaired] = []
     for name in sorted([*base, *(name for name in tuned if name not in base)], key=natural_order):
         if not selected(name):
-            side = base if name in base else tuned
-            unpaired.append(Unpaired(name, side[name].shape, "not_selected", "left out by --layers or --exclude"))
+            checkpoint = base if name in base else tuned
+            unpaired.append(Unpaired(name, checkpoint[name].shape, "not_selected", "left out by --layers or --exclude"))
         elif (after := stored_name(tuned, name)) is None:
             unpaired.append(Unpaired(name, base[name].shape, "only_in_base", f"only in {base.path}"))
         elif (before := stored_name(base, name)) is None:
@@ -432,16 +432,16 @@ def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None
 
 
 def _explain_nothing_paired(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:
-    names = [name for name in base if name in tuned]
-    if not names:
+    common = [name for name in base if name in tuned]
+    if not common:
         return (
             f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared (BASE has names like "
             f"{min(base)}, TUNED like {min(tuned)}); give two checkpoints of one model"
         )
-    reasons = sorted({item.reason for item in unpaired if item.layer in names})
+    reasons = sorted({item.reason for item in unpaired if item.layer in common})
     if reasons == ["not_selected"]:
-        return f"{tuned.path}: --layers or --exclude leaves out all {len(names)} weights; correct the expression"
+        return f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; correct the expression"
     fix = "give two checkpoints of one model" if "shape_differs" in reasons else "nothing was compared"
     return (
-        f"{tuned.path}: all {len(names)} weights in common with {base.path} are left out ({', '.join(reasons)}); {fix}"
+        f"{tuned.path}: all {len(common)} weights in common with {base.path} are left out ({', '.join(reasons)}); {fix}"
     )

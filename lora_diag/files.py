@@ -31,8 +31,8 @@ from lora_diag.errors import InputError, UsageError
 _LOG = logging.getLogger(__name__)
 
 # Errors of file systems without an operation: some NFS mounts have no locks, some FUSE mounts no fsync.
-_CANNOT = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}
-_TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}
+_LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 # Missing on some systems, where only the check of the path prevents writing through a link.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -56,13 +56,13 @@ _WEIGHTS = re.compile(
 class Kind:
     """A kind of file that loradiag writes, and its mark.
 
+    A kind without a mark is replaced only with ``--overwrite``: such files are edited by hand or costly to compute.
+
     Args:
         name: Name in messages, with its article.
         head: Regular expression that the first bytes match.
         tail: Regular expression that is found in the last bytes.
         comment: Template of a comment line in this format, used for the signature; empty if the format has none.
-
-    A kind without a mark is replaced only with ``--overwrite``: such files are edited by hand or costly to compute.
     """
 
     name: str
@@ -178,8 +178,8 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
 
 
 def _find_weights_near(path: Path) -> Path | None:
-    names = (file for file in path.parent.iterdir() if _WEIGHTS.fullmatch(file.name))
-    return min(names, default=None)
+    files = (file for file in path.parent.iterdir() if _WEIGHTS.fullmatch(file.name))
+    return min(files, default=None)
 
 
 def is_unfinished(path: Path) -> bool:
@@ -310,7 +310,7 @@ def sync_descriptor(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
 
 
@@ -361,11 +361,11 @@ def _lock_file(descriptor: int, path: Path) -> None:
     except ImportError:
         return
     except OSError as error:
-        if error.errno in _TAKEN:
+        if error.errno in _LOCKED:
             raise UsageError(
                 f"{path}: another process is writing it now; wait until it has ended, or choose another name"
             ) from error
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
         _LOG.warning("%s: the file system has no locks; make sure that no other process writes this file", path)
 

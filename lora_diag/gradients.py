@@ -103,12 +103,12 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         InputError: A path cannot be read, has no step number, or repeats a step.
     """
     steps: dict[int, Step] = {}
-    for path in (source for argument in paths for source in _find_sources(locate(argument))):
-        checkpoint = open_checkpoint(path)
-        number = _parse_step(checkpoint, path)
+    for source in (source for path in paths for source in _find_sources(locate(path))):
+        checkpoint = open_checkpoint(source)
+        number = _parse_step(checkpoint, source)
         existing = steps.setdefault(number, Step(number, checkpoint))
         if existing.checkpoint is not checkpoint:
-            raise InputError(f"{path}: step {number} is also in {existing.checkpoint.path}; give each step once")
+            raise InputError(f"{source}: step {number} is also in {existing.checkpoint.path}; give each step once")
     return tuple(steps[number] for number in sorted(steps))
 
 
@@ -171,34 +171,34 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
     shapes: dict[str, tuple[int, int]] = {}
     unpaired: dict[str, Unpaired] = {}
     for step in steps:
-        located, rest = _locate_matrices(step.checkpoint, base)
-        unpaired = rest | unpaired
+        located, skipped = _locate_matrices(step.checkpoint, base)
+        unpaired = skipped | unpaired
         for layer, shape, side in located:
-            of_layer = snapshots.setdefault(layer, [])
-            if of_layer and of_layer[-1].step == step.step:
+            earlier = snapshots.setdefault(layer, [])
+            if earlier and earlier[-1].step == step.step:
                 raise InputError(
-                    f"{step.checkpoint.path}: {of_layer[-1].side.name} and {side.name} are both gradients of {layer}; "
+                    f"{step.checkpoint.path}: {earlier[-1].side.name} and {side.name} are both gradients of {layer}; "
                     "remove one of them"
                 )
             if shapes.setdefault(layer, shape) != shape:
                 raise InputError(
                     f"{step.checkpoint.path}: {side.name} is {list(shape)}, and {list(shapes[layer])} in "
-                    f"{of_layer[-1].side.checkpoint.path}; use gradients of one model"
+                    f"{earlier[-1].side.checkpoint.path}; use gradients of one model"
                 )
-            of_layer.append(Snapshot(step.step, side))
+            earlier.append(Snapshot(step.step, side))
     ordered = sorted(snapshots, key=natural_order)
-    followed = tuple(History(layer, shapes[layer], tuple(snapshots[layer])) for layer in ordered)
-    return followed, tuple(unpaired[name] for name in sorted(unpaired, key=natural_order))
+    collected = tuple(History(layer, shapes[layer], tuple(snapshots[layer])) for layer in ordered)
+    return collected, tuple(unpaired[name] for name in sorted(unpaired, key=natural_order))
 
 
 def _locate_matrices(
-    stored: Checkpoint, base: Checkpoint | None
+    gradients: Checkpoint, base: Checkpoint | None
 ) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
     """Return layer, shape and location of every matrix in one snapshot, and the tensors that are not matrices."""
     unpaired: dict[str, Unpaired] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in stored:
-        info = stored[name]
+    for name in gradients:
+        info = gradients[name]
         if info.dtype not in FLOAT_DTYPES:
             unpaired[name] = Unpaired(name, info.shape, "not_float", f"a gradient stored as {info.dtype}")
         elif info.numel == 0:
@@ -208,21 +208,21 @@ def _locate_matrices(
         else:
             shapes[name] = info.shape
     if base is None:
-        return [item for name in shapes for item in _locate_whole(stored, name)], unpaired
+        return [item for name in shapes for item in _locate_whole(gradients, name)], unpaired
     locations, missing = match_names(shapes, base)
     for name, why in missing.items():
         unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
-    return [_place_rows(stored, name, location) for name in locations for location in locations[name]], unpaired
+    return [_locate_rows(gradients, name, location) for name in locations for location in locations[name]], unpaired
 
 
-def _locate_whole(stored: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
-    parts = matrices(name, stored[name].shape)
-    return [(layer, shape, Side(stored, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
+def _locate_whole(gradients: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
+    parts = matrices(name, gradients[name].shape)
+    return [(layer, shape, Side(gradients, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
 
 
-def _place_rows(stored: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
-    """Return the rows of a stored gradient that belong to one weight of BASE."""
-    shape = stored[name].shape
+def _locate_rows(gradients: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
+    """Return layer, shape and location of the rows of a stored gradient that belong to one weight of BASE."""
+    shape = gradients[name].shape
     columns = location.shape[-1]
     row = location.index * (shape[1] if len(shape) == 3 else 0) + (location.rows[0] if location.rows else 0)
-    return location.layer, (location.shape[0], columns), Side(stored, name, row * columns)
+    return location.layer, (location.shape[0], columns), Side(gradients, name, row * columns)

@@ -17,7 +17,7 @@ _local = threading.local()
 
 
 def scratch(name: str, size: int, dtype: DTypeLike = np.uint8) -> NDArray[Any]:
-    """Return memory of this thread, valid until it asks for the same name again.
+    """Return memory of this thread, valid until the thread calls with the same name again.
 
     Args:
         name: Its purpose; the same name gives the same memory.

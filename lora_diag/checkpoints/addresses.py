@@ -52,19 +52,20 @@ def hide_secrets(address: Path | str) -> str:
     """
     text = str(address)
     if match := ADDRESS.fullmatch(text) or SCHEME.fullmatch(text):
-        return _without_secrets(match[1].lower(), match[2].rstrip())
+        return _drop_secrets(match[1].lower(), match[2].rstrip())
     if ":/" not in text:
         return text
-    return ANY.sub(lambda part: _without_secrets(part[1] or part[2], part[3]), text)
+    return ANY.sub(lambda match: _drop_secrets(match[1] or match[2], match[3]), text)
 
 
-def _without_secrets(scheme: str, remainder: str) -> str:
+def _drop_secrets(scheme: str, remainder: str) -> str:
+    """Return an address without its secrets, given the text after ``://``."""
     authority = re.split(r"[/?#]", remainder, maxsplit=1)[0]
-    behind = remainder[len(authority) :]
-    path = re.split(r"[?#]" if scheme.lower() in WEB else r"\?", behind, maxsplit=1)[0]
-    _, at, host = authority.rpartition("@")
+    path_and_query = remainder[len(authority) :]
+    path = re.split(r"[?#]" if scheme.lower() in WEB else r"\?", path_and_query, maxsplit=1)[0]
+    _, sign, host = authority.rpartition("@")
     # A second @ may belong to a password, unless it is behind the ? of an address with a user.
-    is_ambiguous = "@" in (path if at else behind) and ":" in authority
+    is_ambiguous = "@" in (path if sign else path_and_query) and ":" in authority
     if is_ambiguous or HOST.fullmatch(host.rstrip(".,:;)")) is None:
         return f"{scheme}://{HIDDEN}"
     return f"{scheme}://{host}{path}"

@@ -124,7 +124,7 @@ class Archive:
     """
 
     def __init__(self, file: FileBytes, span: tuple[int, int], description: str) -> None:
-        self.file, self.what = file, description
+        self.file, self.description = file, description
         self._offset = span[0]
         try:
             with zipfile.ZipFile(io.BufferedReader(_Window(file, span, description))) as archive:
@@ -151,11 +151,13 @@ class Archive:
         for info in self._entries.values():
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise InputError(
-                    f"{self.file.path}: {info.filename} in {self.what} is compressed, which torch.save never does; "
-                    "save it again"
+                    f"{self.file.path}: {info.filename} in {self.description} is compressed, which torch.save never "
+                    "does; save it again"
                 )
         if sum(info.file_size for info in self._entries.values()) > size:
-            raise InputError(f"{self.file.path}: the entries of {self.what} are larger than the file; copy it again")
+            raise InputError(
+                f"{self.file.path}: the entries of {self.description} are larger than the file; copy it again"
+            )
 
     def tensor(self, value: Any, name: str) -> StoredTensor | None:
         """Return the location of a tensor; None if the value is no tensor.
@@ -171,20 +173,20 @@ class Archive:
         if not isinstance(value, Record) or value.name not in REBUILD or not value.args or len(value.args) < 4:
             return None
         storage, offset, shape, strides = value.args[:4]
-        dtype = value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
+        named_dtype = value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
         if not (are_sizes(shape) and are_sizes(strides) and are_sizes((offset,)) and len(shape) == len(strides)):
             raise self._make_error(name, "has an invalid shape")
-        kind, begin, size = self._locate_storage(storage, name)
-        if isinstance(dtype, Record):
-            kind = dtype.name
-        if kind not in WIDTH:
-            raise self._make_error(name, f"has the unsupported dtype {kind}")
-        count, width = math.prod(shape), WIDTH[kind]
+        dtype, begin, size = self._locate_storage(storage, name)
+        if isinstance(named_dtype, Record):
+            dtype = named_dtype.name
+        if dtype not in WIDTH:
+            raise self._make_error(name, f"has the unsupported dtype {dtype}")
+        count, width = math.prod(shape), WIDTH[dtype]
         if count and not _is_row_major(shape, strides):
             raise self._make_error(name, f"is not stored in row-major order (strides {list(strides)})")
         if (offset + count) * width > size:
             raise self._make_error(name, f"needs {(offset + count) * width:,} bytes, but its storage has {size:,}")
-        return StoredTensor(self.file, name, kind, tuple(shape), begin + offset * width)
+        return StoredTensor(self.file, name, dtype, tuple(shape), begin + offset * width)
 
     def _locate_storage(self, storage: Any, name: str) -> tuple[str, int, int]:
         """Return dtype, position and bytes of a storage."""
@@ -238,7 +240,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: FileBytes, span: tuple[int, int], description: str) -> None:
         self._file, (self._offset, self._length), self._description = file, span, description
-        self._at = 0
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -247,15 +249,15 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if position < 0:
             raise ValueError(f"position {position} is before the start")
-        self._at = position
+        self._position = position
         return position
 
     def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._length - self._at))
+        count = max(0, min(len(buffer), self._length - self._position))
         if count:
-            self._file.fill(memoryview(buffer)[:count], self._offset + self._at, self._description)
-        self._at += count
+            self._file.fill(memoryview(buffer)[:count], self._offset + self._position, self._description)
+        self._position += count
         return count

@@ -66,7 +66,7 @@ class FourBitWeight:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of W, float32."""
         values = self._read_whole("quant_map")[self._read_codes(start, stop)]
-        return values.mul_(spread(self._read_absmax(*self._decode_blocks(start, stop)), self.block, start, stop))
+        return values.mul_(spread(self._read_absmax(*self._find_blocks(start, stop)), self.block, start, stop))
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
         """Return steps whose half bounds the error of the entries ``start:stop``, float32.
@@ -75,7 +75,7 @@ class FourBitWeight:
         from t to its farther neighbour in the table. If a itself is stored as â = a ± δ, the error of t·â is at most
         â·gap/2 + (|t| + gap/2)·δ.
         """
-        codes, (first, last) = self._read_codes(start, stop), self._decode_blocks(start, stop)
+        codes, (first, last) = self._read_codes(start, stop), self._find_blocks(start, stop)
         table = self._read_whole("quant_map")
         gap = gaps(table)[codes]
         steps = gap * spread(self._read_absmax(first, last).abs(), self.block, start, stop)
@@ -85,7 +85,8 @@ class FourBitWeight:
             steps += (table[codes].abs() + gap / 2) * spread(error, self.block, start, stop)
         return steps
 
-    def _decode_blocks(self, start: int, stop: int) -> tuple[int, int]:
+    def _find_blocks(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the first block of the entries ``start:stop``, and one past the last."""
         return start // self.block, -(-stop // self.block)
 
     def _read_codes(self, start: int, stop: int) -> torch.Tensor:
@@ -150,8 +151,8 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
     """
     states = {}
     for name in source:
-        weight, sign, kind = name.rpartition(STATE)
-        if sign:
+        weight, separator, kind = name.rpartition(STATE)
+        if separator:
             states[weight] = kind
     for name in source:
         weight = name.removesuffix(".absmax")
@@ -198,7 +199,7 @@ def _has_row_scales(source: Checkpoint, scale: str, weight: str) -> bool:
 def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
     """Return a 4-bit weight after checking its settings against the sizes of its stored tensors."""
     state_name = f"{name}{STATE}{kind}"
-    state = _state(source, state_name)
+    state = _read_state(source, state_name)
     if kind not in TYPES or state.get("quant_type") != kind:
         raise InputError(
             f"{source.file_of(state_name)}: {name} has the unsupported format {state.get('quant_type', kind)!r}; "
@@ -228,6 +229,7 @@ def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeigh
 
 
 def _check_part(source: Checkpoint, name: str, size: int, dtypes: frozenset[str]) -> None:
+    """Refuse a tensor of a 4-bit weight that is missing, or has another number of entries or dtype."""
     if name not in source:
         raise InputError(f"{source.path}: {name} is missing, which a 4-bit weight needs; save the model again")
     info = source[name]
@@ -238,7 +240,8 @@ def _check_part(source: Checkpoint, name: str, size: int, dtypes: frozenset[str]
         )
 
 
-def _state(source: Checkpoint, name: str) -> dict[str, Any]:
+def _read_state(source: Checkpoint, name: str) -> dict[str, Any]:
+    """Return the settings of a weight, stored as JSON in a tensor."""
     try:
         if source[name].numel > MAX_STATE_BYTES:
             raise ValueError(f"it has {source[name].numel:,} entries")

@@ -71,6 +71,7 @@ class Boxes:
         self._cut = cut[-1] if cut else 0
 
     def _check(self, name: str, path: Path) -> None:
+        """Refuse boxes that overlap, lie outside the tensor, or do not cover it."""
         covered = 0
         for box in self.boxes:
             ends = (offset + size for offset, size in zip(box.offsets, box.sizes, strict=True))
@@ -168,25 +169,25 @@ def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int
         Of each run: its first row in the tensor, its first row in the box, and the number of rows.
     """
     height = shape[cut - 1]  # rows of one slab: neighbours in the tensor and in the box
-    slabs, own_slabs = shape[: cut - 1], box.sizes[: cut - 1]
-    top, own_height = box.offsets[cut - 1], box.sizes[cut - 1]
+    slabs, box_slabs = shape[: cut - 1], box.sizes[: cut - 1]
+    top, box_height = box.offsets[cut - 1], box.sizes[cut - 1]
     runs = []
     for slab in range(first // height, -(-last // height)):
-        index = _index_in_box(slab, slabs, box.offsets, own_slabs)
+        index = _index_in_box(slab, slabs, box.offsets, box_slabs)
         if index is None:
             continue
-        low, high = max(first, slab * height + top), min(last, slab * height + top + own_height)
+        low, high = max(first, slab * height + top), min(last, slab * height + top + box_height)
         if low < high:
-            runs.append((low, index * own_height + low - slab * height - top, high - low))
+            runs.append((low, index * box_height + low - slab * height - top, high - low))
     return runs
 
 
 def _index_in_box(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
     """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
     result, step = 0, 1
-    for size, offset, inside in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
+    for size, offset, box_size in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
         index, coordinate = divmod(index, size)
-        if not offset <= coordinate < offset + inside:
+        if not offset <= coordinate < offset + box_size:
             return None
-        result, step = result + (coordinate - offset) * step, step * inside
+        result, step = result + (coordinate - offset) * step, step * box_size
     return result

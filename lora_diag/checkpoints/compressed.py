@@ -229,7 +229,7 @@ def _refuse_format(source: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse compressed-tensors in a format that is not read: its codes may be laid out in another way."""
     if config.get("quant_method") != "compressed-tensors":
         return
-    for form in (settings.get("format") for settings in (config, *_config_groups(config))):
+    for form in (settings.get("format") for settings in (config, *_list_config_groups(config))):
         if form is not None and form not in FORMATS:
             raise InputError(
                 f"{source.path}: is stored in the format {form!r} of compressed-tensors (config.json), which is not "
@@ -237,15 +237,15 @@ def _refuse_format(source: Checkpoint, config: Mapping[str, Any]) -> None:
             )
 
 
-def _config_groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_config_groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the groups of weights of a configuration; each has settings for its weights and a format."""
     groups = config.get("config_groups")
     return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
-def _weight_schemes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_weight_schemes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the settings of all quantized weights."""
-    return [scheme for group in _config_groups(config) if isinstance(scheme := group.get("weights"), dict)]
+    return [scheme for group in _list_config_groups(config) if isinstance(scheme := group.get("weights"), dict)]
 
 
 def refuse_other_zeros(source: Checkpoint, weights: Iterable[TensorInfo], config: Mapping[str, Any]) -> None:
@@ -263,7 +263,7 @@ def refuse_other_zeros(source: Checkpoint, weights: Iterable[TensorInfo], config
     """
     for info in weights:
         bits = str(info.stored).removeprefix("packed-").removeprefix("int")
-        schemes = [scheme for scheme in _weight_schemes(config) if scheme.get("type", "int") == "int"]
+        schemes = [scheme for scheme in _list_weight_schemes(config) if scheme.get("type", "int") == "int"]
         symmetric = {scheme.get("symmetric") for scheme in schemes if str(scheme.get("num_bits")) == bits}
         zeros = f"{info.name}_zero_point"
         if symmetric == {zeros in source}:
@@ -280,8 +280,8 @@ def _describe_packed(source: Checkpoint, module: str, config: Mapping[str, Any])
     if source[name].dtype != "int32" or len(source[name].shape) != 2:
         raise InputError(f"{source.file_of(name)}: {name} is not an int32 matrix; save the model again")
     bits = _infer_bits(source, name, columns, config)
-    words = frozenset({"int32"})
-    require(source, name, (out, -(-columns * bits // 32)), words, weight)
+    word_dtypes = frozenset({"int32"})
+    require(source, name, (out, -(-columns * bits // 32)), word_dtypes, weight)
     scale, zero, order = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "g_idx"))
     groups = source[scale].shape[-1] if scale in source and source[scale].shape else 0
     require(source, scale, (out, groups), FLOAT_DTYPES, weight)
@@ -294,7 +294,7 @@ def _describe_packed(source: Checkpoint, module: str, config: Mapping[str, Any])
             "equal groups; save the model again"
         )
     if zero in source:
-        require(source, zero, (-(-out * bits // 32), groups), words, weight)
+        require(source, zero, (-(-out * bits // 32), groups), word_dtypes, weight)
     layout = Packed(source, module, (out, columns), bits, groups, columns // groups, ordered, zero in source)
     parts = [scale, f"{module}.weight_shape", *(part for part in (zero, order) if part in source)]
     info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
@@ -321,7 +321,7 @@ def _read_shape(source: Checkpoint, module: str) -> tuple[int, int]:
 
 def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
     """Return the bits of a code: the configured number, else one that fits the packed columns."""
-    declared = [scheme.get("num_bits") for scheme in _weight_schemes(config)]
+    declared = [scheme.get("num_bits") for scheme in _list_weight_schemes(config)]
     width = source[name].shape[1]
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == width]
     chosen = [bits for bits in fitting if bits in declared] if declared else fitting
@@ -336,10 +336,10 @@ def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str
 
 def _describe_float4(source: Checkpoint, module: str) -> RowWeight:
     codes, scale = f"{module}{PACKED}", f"{module}.weight_scale"
-    whole = f"{module}.weight_global_scale"
-    kind: Kind = "nvfp4" if whole in source else "mxfp4"
-    extra = (whole,) if whole in source else ()
-    layout = _make_layout(source, module, codes, scale, kind, divisor=whole if extra else "")
+    global_scale = f"{module}.weight_global_scale"
+    kind: Kind = "nvfp4" if global_scale in source else "mxfp4"
+    extra = (global_scale,) if global_scale in source else ()
+    layout = _make_layout(source, module, codes, scale, kind, divisor=global_scale if extra else "")
     return _make_float4_weight(source, module, layout, (scale, *extra))
 
 
@@ -352,6 +352,7 @@ def _describe_modelopt(source: Checkpoint, module: str) -> RowWeight:
 def _make_layout(
     source: Checkpoint, module: str, codes: str, scale: str, kind: Kind, divisor: str = "", factor: str = ""
 ) -> Float4:
+    """Return the layout of a weight of 4-bit floats, after checking its tensors."""
     weight = f"{module}.weight"
     shape = source[codes].shape if codes in source else ()
     if len(shape) not in {2, 3} or source[codes].dtype != "uint8" or math.prod(shape) == 0:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Numbers = NDArray[np.float32] | NDArray[np.float64]
 
 # Formats that NumPy has: torch's name -> NumPy's.
-_OWN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
+_NUMPY_DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 
 # 8-bit formats: torch's name -> bits of the mantissa, exponent bias, and the meaning of the largest exponent: ``ieee``
 # (an infinity and NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
@@ -51,9 +51,9 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
         np.left_shift(stored, 16, out=bits, dtype=np.uint32)
         return bits.view(np.float32)
     if is_native(dtype):
-        return content.view(_OWN[dtype])
+        return content.view(_NUMPY_DTYPES[dtype])
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        return content.view(_OWN[dtype]).astype(np.float32)
+        return content.view(_NUMPY_DTYPES[dtype]).astype(np.float32)
 
 
 @cache
@@ -63,12 +63,12 @@ def _make_table(dtype: str) -> NDArray[np.float32]:
     codes = np.arange(256)
     fraction = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
     exponent = (codes & 0x7F) >> mantissa_bits
-    size = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+    magnitude = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
     if kind == "ieee":
         top = exponent == 0x7F >> mantissa_bits
-        size = np.where(top, np.where(fraction == 0, np.inf, np.nan), size)
+        magnitude = np.where(top, np.where(fraction == 0, np.inf, np.nan), magnitude)
     elif kind == "fn":
-        size[[0x7F, 0xFF]] = np.nan
+        magnitude[[0x7F, 0xFF]] = np.nan
     else:
-        size[0x80] = np.nan
-    return np.where(codes < 0x80, size, -size).astype(np.float32)
+        magnitude[0x80] = np.nan
+    return np.where(codes < 0x80, magnitude, -magnitude).astype(np.float32)

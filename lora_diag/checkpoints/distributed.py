@@ -61,7 +61,7 @@ class DistributedFolder:
         self.path = folder
         self.metadata: Mapping[str, str] = {}
         index = folder / INDEX
-        state = _state(index)
+        state = _read_index(index)
         tensors = {
             key: item for key, item in state["state_dict_metadata"].items() if isinstance(key, str) and _is_tensor(item)
         }
@@ -71,20 +71,20 @@ class DistributedFolder:
         described: dict[str, TensorInfo] = {}
         self.tensors: Mapping[str, TensorInfo] = described
         self._boxes: dict[str, Boxes] = {}
-        room = index.stat().st_size // BYTES_PER_BOX
+        boxes_left = index.stat().st_size // BYTES_PER_BOX
         for key, name in chosen.items():
-            info, boxes = _read_description(index, key, name, tensors[key])
-            room -= len(boxes)
-            if room < 0:
+            info, extents = _read_description(index, key, name, tensors[key])
+            boxes_left -= len(extents)
+            if boxes_left < 0:
                 raise InputError(f"{index}: {key:.200} repeats the parts of other tensors; save the checkpoint again")
-            chunks = [_make_box(folder, key, name, info.dtype, box, locations, files) for box in boxes]
-            self._boxes[name] = Boxes(name, info.shape, chunks, index)
+            boxes = [_make_box(folder, key, name, info.dtype, extent, locations, files) for extent in extents]
+            self._boxes[name] = Boxes(name, info.shape, boxes, index)
             described[name] = info
         self.notes: tuple[str, ...] = (f"assembled from the parts in {len(files)} files",)
         if prefix:
             self.notes += (f"the weights are those under {prefix} of a training state",)
-        if left := sorted(set(tensors) - set(chosen)):
-            self.notes += (f"{len(left)} tensors that are no weights are left out, such as {left[0]}",)
+        if left_out := sorted(set(tensors) - set(chosen)):
+            self.notes += (f"{len(left_out)} tensors that are no weights are left out, such as {left_out[0]}",)
 
     @staticmethod
     def matches(folder: Path) -> bool:
@@ -143,7 +143,7 @@ class _Stored:
         return self.tensor.read_bytes()
 
 
-def _state(index: Path) -> Mapping[str, Any]:
+def _read_index(index: Path) -> Mapping[str, Any]:
     """Return the content of the index, as far as it is used."""
     try:
         size = index.stat().st_size
@@ -180,13 +180,15 @@ def _read_description(
     """Return the entry of a tensor in the index: its description, and the offsets and sizes of its boxes."""
     shape = _read_sizes(index, key, item.get("size"))
     properties = item.get("properties")
-    first = properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
-    if first is None and isinstance(properties, Record):
-        first = properties.get("dtype")
-    dtype = first.name if isinstance(first, Record) else ""
+    stored_dtype = (
+        properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
+    )
+    if stored_dtype is None and isinstance(properties, Record):
+        stored_dtype = properties.get("dtype")
+    dtype = stored_dtype.name if isinstance(stored_dtype, Record) else ""
     if dtype not in WIDTH:
         raise InputError(f"{index}: {key:.200} has the unsupported dtype {dtype!r}; save it in another")
-    boxes = []
+    extents = []
     chunks = item.get("chunks")
     if not isinstance(chunks, list) or not all(isinstance(chunk, Record) for chunk in chunks):
         raise InputError(f"{index}: the parts of {key:.200} are not described; save the checkpoint again")
@@ -196,8 +198,8 @@ def _read_description(
             raise InputError(
                 f"{index}: a part of {key:.200} has {len(sizes)} dimensions instead of {len(shape)}; save it again"
             )
-        boxes.append((offsets, sizes))
-    return TensorInfo(name, shape, dtype), boxes
+        extents.append((offsets, sizes))
+    return TensorInfo(name, shape, dtype), extents
 
 
 def _read_locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
@@ -215,12 +217,12 @@ def _make_box(
     key: str,
     name: str,
     dtype: str,
-    box: tuple[tuple[int, ...], tuple[int, ...]],
+    extent: tuple[tuple[int, ...], tuple[int, ...]],
     locations: Mapping[tuple[str, tuple[int, ...]], Record],
     files: dict[str, tuple[FileBytes, int]],
 ) -> Box:
     """Return one box of a tensor, after checking that its bytes are there."""
-    offsets, sizes = box
+    offsets, sizes = extent
     location = locations.get((key, offsets))
     if location is None:
         raise InputError(f"{folder / INDEX}: the index does not say where the part of {key:.200} at {list(offsets)} is")
@@ -269,25 +271,27 @@ def _choose_weights(index: Path, tensors: Mapping[str, Record], planned: Any) ->
     """
     paths = {key: _read_path(key, planned) for key in tensors}
     others = {key for key, path in paths.items() if any(OTHERS.search(part) for part in path[:-1]) or _is_moment(key)}
-    inside: dict[tuple[str, ...], list[str]] = {}
+    by_prefix: dict[tuple[str, ...], list[str]] = {}
     for key, path in paths.items():
         position = next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
         if position is not None and key not in others:
-            inside.setdefault(path[: position + 1], []).append(key)
-    if len(inside) > 1:
-        names = ", ".join(sorted(".".join(prefix) for prefix in inside)[:3])
-        raise InputError(f"{index.parent}: holds the weights of {len(inside)} models ({names}); save one of them alone")
-    if inside:
-        ((prefix, keys),) = inside.items()
+            by_prefix.setdefault(path[: position + 1], []).append(key)
+    if len(by_prefix) > 1:
+        names = ", ".join(sorted(".".join(prefix) for prefix in by_prefix)[:3])
+        raise InputError(
+            f"{index.parent}: holds the weights of {len(by_prefix)} models ({names}); save one of them alone"
+        )
+    if by_prefix:
+        ((prefix, keys),) = by_prefix.items()
         named = {key: ".".join(paths[key][len(prefix) :]) for key in keys}
         start = ".".join(prefix) + "."
     else:
-        first = {key: paths[key][0].partition(".")[0] for key in tensors}
-        named = {key: key for key in tensors if key not in others and not OTHERS.search(first[key])}
+        first_parts = {key: paths[key][0].partition(".")[0] for key in tensors}
+        named = {key: key for key in tensors if key not in others and not OTHERS.search(first_parts[key])}
         start = ""
-    twice = [name for name, count in Counter(named.values()).items() if count > 1]
-    if not named or twice:
-        problem = f"two tensors are called {twice[0]:.200}" if twice else "it holds no weights"
+    repeated = [name for name, count in Counter(named.values()).items() if count > 1]
+    if not named or repeated:
+        problem = f"two tensors are called {repeated[0]:.200}" if repeated else "it holds no weights"
         raise InputError(f"{index}: {problem}; save the model's state dict")
     try:
         "".join(named.values()).encode()
@@ -309,6 +313,7 @@ def _read_path(key: str, planned: Any) -> tuple[str, ...]:
 
 
 def _is_moment(key: str) -> bool:
+    """Return whether a key belongs to the state of an optimizer."""
     return MOMENTS.search(key) is not None
 
 

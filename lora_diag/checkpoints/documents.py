@@ -19,19 +19,19 @@ MAX_INDEX_BYTES = 100_000_000
 QUANTIZE_CONFIG = "quantize_config.json"
 
 
-def loads(content: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     r"""Parse JSON and refuse strings that are not valid Unicode (a lone surrogate such as ``\ud800``).
 
     Names are written into results and adapters, which cannot hold lone surrogates.
 
     Args:
         content: The JSON.
-        pairs: Builds an object from its pairs; None for a dictionary.
+        build_object: Builds an object from its pairs; None for a dictionary.
 
     Raises:
         ValueError: The content is not JSON, or a string is not valid Unicode.
     """
-    value = json.loads(content, object_pairs_hook=pairs)
+    value = json.loads(content, object_pairs_hook=build_object)
     if b"\\ud" in content.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value

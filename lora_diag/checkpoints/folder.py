@@ -73,9 +73,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Raises:
         InputError: Nothing readable was found; the message lists what was looked for or how to convert the weights.
     """
-    local = locate(path)
-    path = local if isinstance(local, RemotePath) else Path(path)
-    source = _find_weights(local) if local.is_dir() else local
+    located = locate(path)
+    path = located if isinstance(located, RemotePath) else Path(path)
+    source = _find_weights(located) if located.is_dir() else located
     files, kind, notes = _open(source)
     files, renamed = drop_wrappers(files)
     models = [file for file in files if isinstance(file, GgufModel)]
@@ -87,9 +87,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     settings = _read_quantization(stored, source)
     refuse_packed(stored, settings)
     files, dequantizing = dequantize(stored, settings)
-    fetched = (f"read from the Hugging Face cache: {local}",) if local != path else ()
-    if isinstance(local, RemotePath) and local.store.note:
-        fetched = (local.store.note,)
+    fetched = (f"read from the Hugging Face cache: {located}",) if located != path else ()
+    if isinstance(located, RemotePath) and located.store.note:
+        fetched = (located.store.note,)
     checkpoint = Checkpoint(path, kind, files, (*fetched, *notes, *renamed, *dequantizing), config)
     refuse_integer_weights(checkpoint)
     return checkpoint
@@ -137,8 +137,8 @@ def _read_config(source: Path) -> dict[str, Any]:
     """Return the ``config.json`` of these weights; empty if it belongs to another model, such as an adapter's base."""
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
-    inside = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
-    return {} if of_base else read_config(folder / inside if inside else folder)
+    config_folder = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
+    return {} if of_base else read_config(folder / config_folder if config_folder else folder)
 
 
 def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
@@ -238,7 +238,7 @@ def _open_file(path: Path) -> OpenFile:
 
 def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
     """Open the shards that an index names, and check the index against their contents."""
-    weight_map = _weight_map(index)
+    weight_map = _read_weight_map(index)
     paths: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
         # The name must be plain, but a plain name may be a link into a Hub cache.
@@ -275,7 +275,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty; write the index again")

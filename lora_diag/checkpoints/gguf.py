@@ -217,7 +217,7 @@ class _Cursor:
     """Reads a header from its beginning, never past the end of the file or the limit of a header."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.at, self.end = file, path, 0, min(size, MAX_HEADER_BYTES)
+        self.file, self.path, self.position, self.end = file, path, 0, min(size, MAX_HEADER_BYTES)
         self.is_whole = size <= MAX_HEADER_BYTES
 
     def take(self, count: int, description: str) -> bytes:
@@ -226,17 +226,17 @@ class _Cursor:
         content = self.file.read(count)
         if len(content) != count:
             raise InputError(f"{self.path}: the file ends inside {description}; copy or download it again")
-        self.at += count
+        self.position += count
         return content
 
     def skip(self, count: int, description: str) -> None:
         """Skip the next bytes."""
         self._check(count, description)
         self.file.seek(count, 1)
-        self.at += count
+        self.position += count
 
     def _check(self, count: int, description: str) -> None:
-        if count > self.end - self.at:
+        if count > self.end - self.position:
             limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
             raise InputError(
                 f"{self.path}: {limit} inside {description}, which claims {count:,} bytes; copy or download it again"
@@ -270,15 +270,15 @@ def _read_header(path: Path) -> _Header:
                     f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not supported; "
                     "convert the model again with a current llama.cpp"
                 )
-            count, keys = cursor.number("Q", "the header"), cursor.number("Q", "the header")
-            fields = _read_fields(cursor, keys)
-            rows = _read_rows(cursor, count)
+            tensor_count, field_count = cursor.number("Q", "the header"), cursor.number("Q", "the header")
+            fields = _read_fields(cursor, field_count)
+            rows = _read_rows(cursor, tensor_count)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     alignment = fields.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise InputError(f"{path}: general.alignment is {alignment!r}, not a power of two; convert the model again")
-    return _locate_tensors(fields, rows, path, _pad_size(cursor.at, alignment), size, alignment)
+    return _locate_tensors(fields, rows, path, _pad_size(cursor.position, alignment), size, alignment)
 
 
 def _pad_size(size: int, alignment: int) -> int:

@@ -51,6 +51,7 @@ def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _decode(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+    """Return d · q − m of every code, ``(n, block)``."""
     codes, d, m = parts(blocks)
     values = d * codes.float()
     return (values if m is None else values - m).reshape(len(blocks), codes.shape[1] * codes.shape[2])
@@ -65,7 +66,7 @@ def _compute_steps(parts: Parts, largest: int | None, rounded: bool, blocks: tor
 
     Args:
         parts: Codes, d and m of blocks.
-        largest: The code that stands for one more, too; None if there is none.
+        largest: The largest code, as which a number one step above it is stored, too; None if there is none.
         rounded: Whether d and m are rounded after the codes are chosen.
         blocks: ``(n, size)``.
     """
@@ -194,12 +195,12 @@ def _iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, (half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
 
 
-def _make_table_lookup(
+def _look_up_codes(
     parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     of_table: Callable[[torch.Tensor], torch.Tensor],
     blocks: torch.Tensor,
 ) -> torch.Tensor:
-    """Return a function of the IQ4 table for every code, times d."""
+    """Return a function of the IQ4 table at every code, times d."""
     import torch
 
     codes, d = parts(blocks)
@@ -208,7 +209,7 @@ def _make_table_lookup(
 
 
 def _make_table_codec(parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
-    return Codec(partial(_make_table_lookup, parts, _return_table), partial(_make_table_lookup, parts, gaps))
+    return Codec(partial(_look_up_codes, parts, _return_table), partial(_look_up_codes, parts, gaps))
 
 
 def _return_table(table: torch.Tensor) -> torch.Tensor:

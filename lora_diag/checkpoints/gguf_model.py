@@ -157,8 +157,8 @@ class GgufModel:
     def _count_heads(self, architecture: str, key: str, stored: str, info: TensorInfo) -> int:
         """Return the number of heads whose rows are reordered."""
         block = int(stored.split(".")[1])
-        whole = f"{architecture}.attention.{HEADS['num_attention_heads']}"
-        count = self.fields.get(f"{architecture}.attention.{HEADS[key]}", self.fields.get(whole))
+        default_key = f"{architecture}.attention.{HEADS['num_attention_heads']}"
+        count = self.fields.get(f"{architecture}.attention.{HEADS[key]}", self.fields.get(default_key))
         if isinstance(count, list):
             count = count[block] if block < len(count) else None
         rows = info.shape[0] if info.shape else 0

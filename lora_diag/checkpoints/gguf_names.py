@@ -65,7 +65,8 @@ _PHI3 = {
 }
 _STARCODER2 = {**_ATTENTION, **_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 
-WHOLE = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+# Tensors outside of blocks -> modules outside of layers.
+OUTSIDE_BLOCKS = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Names:
         if match := _BLOCK.fullmatch(stem):
             module = self.block.get(match[2])
             return f"model.layers.{int(match[1])}.{module}.{leaf}" if module is not None else None
-        return f"{WHOLE[stem]}.{leaf}" if stem in WHOLE else None
+        return f"{OUTSIDE_BLOCKS[stem]}.{leaf}" if stem in OUTSIDE_BLOCKS else None
 
     def in_gguf(self, name: str) -> str | None:
         """Return GGUF's name of a tensor of transformers; None if it is not known.
@@ -104,9 +105,14 @@ class Names:
         """
         stem, _, leaf = name.rpartition(".")
         if match := _LAYER.fullmatch(stem):
-            tensor = next((ours for ours, theirs in self.block.items() if theirs == match[2]), None)
+            tensor = next(
+                (in_gguf for in_gguf, in_transformers in self.block.items() if in_transformers == match[2]), None
+            )
             return f"blk.{match[1]}.{tensor}.{leaf}" if tensor is not None else None
-        return next((f"{ours}.{leaf}" for ours, theirs in WHOLE.items() if theirs == stem), None)
+        return next(
+            (f"{in_gguf}.{leaf}" for in_gguf, in_transformers in OUTSIDE_BLOCKS.items() if in_transformers == stem),
+            None,
+        )
 
     def heads_key(self, name: str) -> str:
         """Return the setting of ``config.json`` with the number of heads whose rows are reordered; empty if none are.

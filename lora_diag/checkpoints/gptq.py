@@ -125,31 +125,31 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
     """
     for name in source:
         if name.endswith(CODES):
-            yield _weight(source, name.removesuffix(CODES), config)
+            yield _describe_weight(source, name.removesuffix(CODES), config)
 
 
-def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+def _describe_weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
     codes, scales, zeros, order = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros", ".g_idx"))
     weight = f"{module}.weight"
     if len(source[codes].shape) != 2 or source[codes].dtype != "int32":
-        raise InputError(f"{source.file_of(codes)}: {codes} is not an int32 matrix, as in GPTQ and AWQ; {_OUT}")
+        raise InputError(f"{source.file_of(codes)}: {codes} is not an int32 matrix, as in GPTQ and AWQ; {_FIX}")
     if scales not in source or len(source[scales].shape) != 2:
-        raise InputError(f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {scales} of scales; {_OUT}")
+        raise InputError(f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {scales} of scales; {_FIX}")
     groups, out = source[scales].shape
     awq = source[codes].shape[1] * 8 == out
     method = str(config.get("quant_method", "")).lower()
     if method not in {"awq" if awq else "gptq", ""} or (not awq and source[codes].shape[1] != out):
         raise InputError(
             f"{source.file_of(codes)}: {codes} {list(source[codes].shape)} with scales {[groups, out]} is not laid "
-            f"out as {method or 'GPTQ or AWQ'} does; {_OUT}"
+            f"out as {method or 'GPTQ or AWQ'} does; {_FIX}"
         )
     if zeros not in source or len(source[zeros].shape) != 2 or out == 0:
         raise InputError(
-            f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {zeros} of zero points; {_OUT}"
+            f"{source.file_of(codes)}: {codes} of GPTQ or AWQ has no matrix {zeros} of zero points; {_FIX}"
         )
     bits = 4 if awq else source[zeros].shape[1] * 32 // out
     if bits not in BITS:
-        raise InputError(f"{source.file_of(codes)}: {codes} has {bits} bits a code; 2, 4 and 8 are read; {_OUT}")
+        raise InputError(f"{source.file_of(codes)}: {codes} has {bits} bits a code; 2, 4 and 8 are read; {_FIX}")
     _check_bits(source, codes, bits, config)
     columns = source[codes].shape[0] * (1 if awq else 32 // bits)
     require(source, scales, (groups, out), FLOAT_DTYPES, weight)
@@ -160,11 +160,11 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
     elif config.get("desc_act") is True and groups > 1 and not awq:
         raise InputError(
             f"{source.path}: {order} is missing, but desc_act of quantization_config says that the inputs are "
-            f"reordered; {_OUT}"
+            f"reordered; {_FIX}"
         )
-    group = _group_size(source, scales, columns, groups, ordered, config)
+    group = _find_group_size(source, scales, columns, groups, ordered, config)
     layout = Layout(
-        source, module, (out, columns), bits, groups, group, ordered, _zero_point_offset(source, awq, config), awq
+        source, module, (out, columns), bits, groups, group, ordered, _find_zero_point_offset(source, awq, config), awq
     )
     info = TensorInfo(weight, (out, columns), "float32", stored=f"{'awq' if awq else 'gptq'}-int{bits}")
     parts = (scales, zeros, *((order,) if ordered else ()))
@@ -174,8 +174,8 @@ def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWe
 def _check_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, Any]) -> None:
     """Refuse a configuration with another number of bits. ``dynamic`` of gptqmodel has settings of single modules."""
     dynamic = config.get("dynamic")
-    of_modules = [settings for settings in dynamic.values() if isinstance(settings, dict)] if dynamic else []
-    declared = [settings["bits"] for settings in (config, *of_modules) if "bits" in settings]
+    of_single_modules = [settings for settings in dynamic.values() if isinstance(settings, dict)] if dynamic else []
+    declared = [settings["bits"] for settings in (config, *of_single_modules) if "bits" in settings]
     if declared and not any(type(value) is int and value == bits for value in declared):
         raise InputError(
             f"{source.file_of(codes)}: {codes} has {bits} bits a code, but bits in quantization_config is "
@@ -183,9 +183,10 @@ def _check_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, 
         )
 
 
-def _group_size(
+def _find_group_size(
     source: Checkpoint, scales: str, columns: int, groups: int, ordered: bool, config: Mapping[str, Any]
 ) -> int:
+    """Return the number of inputs in a group, after checking it against the number of groups."""
     configured = config.get("group_size")
     size = configured if type(configured) is int and configured > 0 else -(-columns // max(1, groups))
     if groups < 1 or (not ordered and -(-columns // size) != groups):
@@ -196,12 +197,12 @@ def _group_size(
     return size
 
 
-def _zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
+def _find_zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
     """Return the offset to add to stored zero points."""
     if awq:
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm":
-            raise InputError(f"{source.path}: is AWQ of version {version!r}; only gemm is read; {_OUT}")
+            raise InputError(f"{source.path}: is AWQ of version {version!r}; only gemm is read; {_FIX}")
         return 0
     kind = str(config.get("checkpoint_format", "gptq")).lower()
     if not config:
@@ -210,7 +211,7 @@ def _zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, Any])
             "stored; copy the config.json or quantize_config.json of the model into the same folder"
         )
     if kind not in FORMATS:
-        raise InputError(f"{source.path}: is GPTQ in the format {kind!r}; gptq and gptq_v2 are read; {_OUT}")
+        raise InputError(f"{source.path}: is GPTQ in the format {kind!r}; gptq and gptq_v2 are read; {_FIX}")
     return FORMATS[kind]
 
 
@@ -227,17 +228,20 @@ def ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapp
     for name, weight in weights.items():
         if (stored := str(weight.info.stored)).startswith("gptq-int"):
             bits = int(stored.removeprefix("gptq-int"))
-            full = [
+            bytes_with_full_code = [
                 byte
                 for byte in range(256)
                 if any(byte >> shift & (2**bits - 1) == 2**bits - 1 for shift in range(0, 8, bits))
             ]
             zeros = f"{name.removesuffix('.weight')}.qzeros"
-            if re.search(b"[" + b"".join(re.escape(bytes([byte])) for byte in full) + b"]", source.read_bytes(zeros)):
+            if re.search(
+                b"[" + b"".join(re.escape(bytes([byte])) for byte in bytes_with_full_code) + b"]",
+                source.read_bytes(zeros),
+            ):
                 return (
                     f"{zeros} holds zero points of 0, of which auto-gptq and gptqmodel make other numbers; read as 0",
                 )
     return ()
 
 
-_OUT = "give the unquantized checkpoint, or analyse the adapter alone"
+_FIX = "give the unquantized checkpoint, or analyse the adapter alone"

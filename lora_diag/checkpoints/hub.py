@@ -88,7 +88,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         raise InputError(
             f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: {install_command('hub')}"
         ) from error
-    folder = _complete(_find_cached(hub_id), weights)
+    folder = _find_complete_folder(_search_cache(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
         return folder
     if constants.HF_HUB_OFFLINE:
@@ -96,14 +96,14 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
             f"{hub_id}: no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}; "
             "unset HF_HUB_OFFLINE to download it from the Hub"
         )
-    if folder := _complete(_download(hub_id), weights):
+    if folder := _find_complete_folder(_search_hub(hub_id), weights):
         return folder
     raise InputError(
         f"{hub_id}: the Hub repository has no complete set of weights; looked for {', '.join((*weights, *ADAPTER))}"
     )
 
 
-def _complete(get: Get, weights: Sequence[str]) -> Path | None:
+def _find_complete_folder(get: Get, weights: Sequence[str]) -> Path | None:
     """Return the folder that holds all files of a model or adapter; None if a file is unavailable.
 
     A repository with both an ``adapter_config.json`` and model weights counts as a model, as a local folder does.
@@ -111,8 +111,8 @@ def _complete(get: Get, weights: Sequence[str]) -> Path | None:
     for name in weights:
         if path := get(name):
             get("config.json"), get(QUANTIZE_CONFIG)
-            parts = list(_list_shards(path)) if name.endswith(".index.json") else []
-            return path.parent if all(get(part) for part in parts) else None
+            shards = list(_list_shards(path)) if name.endswith(".index.json") else []
+            return path.parent if all(get(shard) for shard in shards) else None
     if get("adapter_config.json"):
         return next((path.parent for name in ADAPTER if (path := get(name))), None)
     return None
@@ -125,7 +125,8 @@ def _list_shards(index: Path) -> Iterator[str]:
     yield from sorted(name for name in names if isinstance(name, str) and re.fullmatch(PART, name))
 
 
-def _find_cached(hub_id: HubId) -> Get:
+def _search_cache(hub_id: HubId) -> Get:
+    """Return a function that finds a file of a repository in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     def get(name: str) -> Path | None:
@@ -135,7 +136,8 @@ def _find_cached(hub_id: HubId) -> Get:
     return get
 
 
-def _download(hub_id: HubId) -> Get:
+def _search_hub(hub_id: HubId) -> Get:
+    """Return a function that downloads a file of a repository, if it has the file; list its files."""
     from huggingface_hub import HfApi, hf_hub_download
 
     try:

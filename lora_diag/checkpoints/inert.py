@@ -34,7 +34,7 @@ FREE_ENTRIES, ENTRIES_PER_BYTE = 1_000_000, 1
 
 
 def _make_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return {_make_key(key): value for key, value in pairs}
+    return {_check_key(key): value for key, value in pairs}
 
 
 def _make_bytes(content: Any = b"", *_: Any) -> Any:
@@ -186,7 +186,7 @@ class _Machine:
     def store(self, values: list[Any]) -> None:
         target = self.top()
         self.spend(sum(len(key) for key in values[::2] if isinstance(key, tuple)))
-        pairs = [(_make_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
+        pairs = [(_check_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Record):
@@ -199,7 +199,7 @@ class _Machine:
         if isinstance(target, Record):
             target.state = state
 
-    def name(self, module: Any, name: Any) -> None:
+    def push_name(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("a class has no name")
         self.stack.append(Record(module, name))
@@ -229,8 +229,8 @@ class _Machine:
             raise ValueError("it copies the same entries again and again")
 
 
-def _make_key(key: Any) -> Any:
-    """Return a key of a dictionary.
+def _check_key(key: Any) -> Any:
+    """Return a key of a dictionary, after checking that hashing it is cheap.
 
     Nested tuples, which Python hashes by recursion in C, are refused, and long integers, of which many have one hash.
     """
@@ -242,7 +242,7 @@ def _make_key(key: Any) -> Any:
     return key
 
 
-def _make_sequence(machine: _Machine, values: list[Any]) -> None:
+def _push_tuple(machine: _Machine, values: list[Any]) -> None:
     machine.stack.append(tuple(values))
 
 
@@ -251,6 +251,8 @@ def _pop_mark(machine: _Machine, _: Any) -> None:
 
 
 def _make_tuple(count: int) -> Callable[[_Machine, Any], None]:
+    """Return the instruction that makes a tuple of the topmost values."""
+
     def run(machine: _Machine, _: Any) -> None:
         values = [machine.pop() for _ in range(count)]
         machine.stack.append(tuple(reversed(values)))
@@ -270,7 +272,7 @@ def _obj(machine: _Machine, _: Any) -> None:
 
 def _stack_global(machine: _Machine, _: Any) -> None:
     name, module = machine.pop(), machine.pop()
-    machine.name(module, name)
+    machine.push_name(module, name)
 
 
 def _dict(machine: _Machine, _: Any) -> None:
@@ -311,8 +313,8 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "POP": _Machine.drop,
     "POP_MARK": _pop_mark,
     "DUP": lambda machine, _: machine.stack.append(machine.top()),
-    "TUPLE": lambda machine, _: _make_sequence(machine, machine.pop_to_mark()),
-    "FROZENSET": lambda machine, _: _make_sequence(machine, machine.pop_to_mark()),
+    "TUPLE": lambda machine, _: _push_tuple(machine, machine.pop_to_mark()),
+    "FROZENSET": lambda machine, _: _push_tuple(machine, machine.pop_to_mark()),
     "TUPLE1": _make_tuple(1),
     "TUPLE2": _make_tuple(2),
     "TUPLE3": _make_tuple(3),
@@ -323,7 +325,7 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "ADDITEMS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "SETITEM": lambda machine, _: machine.store([machine.pop(), machine.pop()][::-1]),
     "SETITEMS": lambda machine, _: machine.store(machine.pop_to_mark()),
-    "GLOBAL": lambda machine, argument: machine.name(*argument.split(" ", 1)),
+    "GLOBAL": lambda machine, argument: machine.push_name(*argument.split(" ", 1)),
     "STACK_GLOBAL": _stack_global,
     "REDUCE": _Machine.reduce,
     "NEWOBJ": _Machine.reduce,

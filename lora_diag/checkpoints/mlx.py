@@ -89,10 +89,10 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
         module = name.removesuffix(".scales")
         weight = f"{module}.weight"
         if module != name and weight in source and source[weight].dtype == "uint32":
-            yield _weight(source, module, config)
+            yield _describe_weight(source, module, config)
 
 
-def _weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+def _describe_weight(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
     weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
     module_config = config.get(module)
     settings = {**config, **module_config} if isinstance(module_config, dict) else config

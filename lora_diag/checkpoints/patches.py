@@ -94,11 +94,12 @@ class PatchedFile:
             )
         ordered = positions.sort().values
         if (repeated := (ordered[1:] == ordered[:-1]).nonzero()).numel():
-            twice = int(ordered[int(repeated[0])])
-            raise InputError(f"{self._file}: {name}{INDICES} names entry {twice} twice; write the patch again")
+            entry = int(ordered[int(repeated[0])])
+            raise InputError(f"{self._file}: {name}{INDICES} names entry {entry} twice; write the patch again")
         return positions, (positions >= start) & (positions < stop)
 
     def _check(self, name: str) -> None:
+        """Refuse a change of a tensor that is incomplete, or does not fit BASE."""
         values, indices = f"{name}{VALUES}", f"{name}{INDICES}"
         if name not in self._base:
             raise InputError(f"{self._file}: changes {name}, which BASE {self._base.path} lacks; give its own base")

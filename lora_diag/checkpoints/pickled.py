@@ -88,8 +88,8 @@ class TorchFile:
             with open_regular(self.path) as file:
                 self._mapped = file.read(4) == ZIP
             # A mapped file stays readable after its name is removed.
-            whole = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
-            with whole as local, warnings.catch_warnings():
+            local_copy = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
+            with local_copy as local, warnings.catch_warnings():
                 (_check_archive if self._mapped else _check_legacy)(Path(local), self.path)
                 warnings.simplefilter("ignore")  # about pickle protocols: the file is refused or read below
                 loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
@@ -105,7 +105,7 @@ class TorchFile:
         except Exception as error:  # torch raises many types on damaged files, down to a bare EOFError
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.path}: is not a readable torch file ({reason}); copy or save it again") from error
-        self._state = _state_dict(loaded, self.path)
+        self._state = _find_state_dict(loaded, self.path)
         self.metadata: Mapping[str, str] = {}
         if not self._mapped:
             self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
@@ -174,7 +174,7 @@ def _check_legacy(file: Path, path: Path) -> None:
                 inert.load(content, path, f"the {part}")
 
 
-def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
+def _find_state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors by name, from a nested dictionary if the outer one has none."""
     import torch
 
@@ -199,7 +199,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
             return dense
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):
-                return _state_dict(loaded[key], path)
+                return _find_state_dict(loaded[key], path)
     raise InputError(f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()")
 
 

@@ -67,18 +67,18 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, file_info:
         _fill_chunk(store, address, offset, buffer, file_info)
         return
     starts = range(0, len(buffer), CHUNK_BYTES)
-    parts = [
+    futures = [
         _pool("chunk").submit(
             _fill_chunk, store, address, offset + start, buffer[start : start + CHUNK_BYTES], file_info
         )
         for start in starts
     ]
     try:
-        for part in parts:
-            part.result()
+        for future in futures:
+            future.result()
     finally:
-        for part in parts:
-            part.cancel()
+        for future in futures:
+            future.cancel()
 
 
 def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, file_info: FileInfo) -> None:

@@ -118,19 +118,19 @@ class RanksFolder:
 
 
 def _flatten_parts(parts: Mapping[str, list[_Part]]) -> Sequence[_Part]:
-    return [part for of_rank in parts.values() for part in of_rank]
+    return [part for of_tensor in parts.values() for part in of_tensor]
 
 
 def _find_files(folder: Path) -> list[Path]:
     """Return the file of every rank, in their order."""
-    files_of_rank: dict[int, dict[int, Path]] = {}
+    by_world_size: dict[int, dict[int, Path]] = {}
     for path in folder.glob(PATTERN):
         if match := FILE.fullmatch(path.name):
-            files_of_rank.setdefault(int(match[1]), {})[int(match[2])] = path
-    if len(files_of_rank) != 1:
-        sizes = ", ".join(map(str, sorted(files_of_rank)))
-        raise InputError(f"{folder}: holds models of {len(files_of_rank)} world sizes ({sizes}); keep the files of one")
-    ((world, by_rank),) = files_of_rank.items()
+            by_world_size.setdefault(int(match[1]), {})[int(match[2])] = path
+    if len(by_world_size) != 1:
+        sizes = ", ".join(map(str, sorted(by_world_size)))
+        raise InputError(f"{folder}: holds models of {len(by_world_size)} world sizes ({sizes}); keep the files of one")
+    ((world, by_rank),) = by_world_size.items()
     missing = [rank for rank in range(min(world, MAX_RANKS)) if rank not in by_rank]
     if missing or len(by_rank) != world:
         raise InputError(
@@ -162,15 +162,15 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
         "".join(name for name in state if isinstance(name, str)).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
         raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
-    values: dict[str, list[_Part]] = {}
-    room = archive.pickle_bytes // BYTES_PER_PART
+    parts_by_name: dict[str, list[_Part]] = {}
+    parts_left = archive.pickle_bytes // BYTES_PER_PART
     for name, value in state.items():
         if isinstance(name, str) and (parts := _read_value_parts(archive, name, value, rank)):
-            values[name] = parts
-            room -= len(parts)
-        if room < 0:
+            parts_by_name[name] = parts
+            parts_left -= len(parts)
+        if parts_left < 0:
             raise InputError(f"{path}: {name} repeats the parts of other tensors; save the model again")
-    return values
+    return parts_by_name
 
 
 def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
@@ -181,7 +181,7 @@ def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> lis
         tensor = archive.tensor(local, name)
         if tensor is not None:
             return [_make_dtensor_part(archive, name, tensor, spec, rank)]
-    state = _rebuild_state(value, "ShardedTensor")
+    state = _find_state(value, "ShardedTensor")
     if state is not None:
         return _read_sharded(archive, name, state)
     tensor = archive.tensor(value, name)
@@ -190,7 +190,7 @@ def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> lis
     return [] if tensor is None else [_Part(tensor)]
 
 
-def _rebuild_state(value: Any, name: str) -> Any:
+def _find_state(value: Any, name: str) -> Any:
     """Return the state of an object of a subclass of Tensor; None if it is another."""
     if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
         kind = value.args[1]
@@ -203,7 +203,7 @@ def _read_dtensor(value: Any) -> tuple[Any, Any]:
 
     ``_rebuild_from_type_v2(function, type, args, state)``, and the state is that of the object.
     """
-    state = _rebuild_state(value, "DTensor")
+    state = _find_state(value, "DTensor")
     if state is not None:
         for item in state[:2] if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
             if isinstance(item, dict) and "_local_tensor" in item:
@@ -253,8 +253,7 @@ def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensi
         if stored is not None and stored.numel <= MAX_RANKS and stored.dtype in {"int32", "int64"}:
             width, content = WIDTH[stored.dtype], stored.read_bytes()
             ranks = [
-                int.from_bytes(content[coordinate : coordinate + width], "little")
-                for coordinate in range(0, len(content), width)
+                int.from_bytes(content[start : start + width], "little") for start in range(0, len(content), width)
             ]
             coordinates = _unravel_index(ranks.index(rank), stored.shape) if rank in ranks else None
     if (
@@ -284,9 +283,9 @@ def _read_sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
         raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without shards; save the model again")
     parts = []
     for shard in shards:
-        coordinate = shard.get("metadata") if isinstance(shard, Record) else None
+        shard_meta = shard.get("metadata") if isinstance(shard, Record) else None
         tensor = archive.tensor(shard.get("tensor"), name) if isinstance(shard, Record) else None
-        offsets = coordinate.get("shard_offsets") if isinstance(coordinate, Record) else None
+        offsets = shard_meta.get("shard_offsets") if isinstance(shard_meta, Record) else None
         if tensor is None or offsets is None or not are_sizes(offsets):
             raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without offsets; save the model again")
         parts.append(_Part(tensor, shape, offsets=tuple(offsets)))
@@ -334,7 +333,7 @@ def _assemble_parts(folder: Path, name: str, parts: list[_Part]) -> Boxes:
     by_coordinates = {part.coordinates: part for part in parts}
     if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(parts):
         raise InputError(f"{folder}: the ranks disagree about how {name} is cut; the folder holds two checkpoints")
-    counts = [max(coordinate[d] for coordinate in by_coordinates) + 1 for d in range(len(sharded_dims))]
+    counts = [max(coordinates[d] for coordinates in by_coordinates) + 1 for d in range(len(sharded_dims))]
     if math.prod(counts) != len(by_coordinates):
         raise InputError(
             f"{folder}: the device mesh of {name} has {counts} places for {len(by_coordinates)} ranks; copy all files"
@@ -346,16 +345,16 @@ def _assemble_parts(folder: Path, name: str, parts: list[_Part]) -> Boxes:
         )
     )
     boxes = []
-    for coordinate in places:
+    for coordinates in places:
         offsets = [0] * len(shape)
         sizes = list(shape)
-        for position, count, sharded_dim in zip(coordinate, counts, sharded_dims, strict=True):
+        for position, count, sharded_dim in zip(coordinates, counts, sharded_dims, strict=True):
             if sharded_dim is not None:
                 chunk = -(-sizes[sharded_dim] // count)
                 begin = min(sizes[sharded_dim], position * chunk)
                 offsets[sharded_dim] += begin
                 sizes[sharded_dim] = min(chunk, sizes[sharded_dim] - begin)
-        part = by_coordinates[coordinate]
+        part = by_coordinates[coordinates]
         if part.tensor.shape != tuple(sizes):
             raise InputError(
                 f"{part.tensor.file.path}: the part of {name} has shape {list(part.tensor.shape)} instead of {sizes}; "

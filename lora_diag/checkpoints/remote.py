@@ -173,7 +173,7 @@ class _Raw(io.RawIOBase):
     """A remote file as a seekable stream."""
 
     def __init__(self, path: RemotePath) -> None:
-        self._path, self._at, self._size = path, 0, path.file_info().size
+        self._path, self._position, self._size = path, 0, path.file_info().size
 
     def readable(self) -> bool:
         return True
@@ -182,14 +182,14 @@ class _Raw(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
+        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence])
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._at))
+        count = max(0, min(len(buffer), self._size - self._position))
         if count:
-            self._path.read_into(memoryview(buffer)[:count], self._at)
-        self._at += count
+            self._path.read_into(memoryview(buffer)[:count], self._position)
+        self._position += count
         return count
 
 

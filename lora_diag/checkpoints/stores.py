@@ -90,6 +90,7 @@ class Store:
         raise NotImplementedError
 
     def _find(self, address: str) -> FileInfo | None:
+        """Request the properties of a file; return None if it does not exist."""
         raise NotImplementedError
 
 
@@ -103,13 +104,13 @@ def filesystem(scheme: str, **options: Any) -> Any:
     key = (scheme, os.getpid(), settings)
     if key not in _FILE_SYSTEMS:
         package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
-        needed = install_command("remote", *([package] if package else []))
+        command = install_command("remote", *([package] if package else []))
         try:
             import fsspec
 
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
         except ImportError as error:
-            raise InputError(f"{scheme}:// addresses need {package or 'fsspec'}: {needed}") from error
+            raise InputError(f"{scheme}:// addresses need {package or 'fsspec'}: {command}") from error
     return _FILE_SYSTEMS[key]
 
 

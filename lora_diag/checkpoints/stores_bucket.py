@@ -71,8 +71,10 @@ class BucketStore(Store):
             listing = call_with_retries(
                 folder, lambda: self._call(folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
             )
-            named = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}
-            self._listed[folder] = {name: entry for name, entry in named.items() if name.startswith(f"{folder}/")}
+            by_address = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}
+            self._listed[folder] = {
+                address: entry for address, entry in by_address.items() if address.startswith(f"{folder}/")
+            }
         return self._listed[folder]
 
     def _open(self) -> None:
@@ -149,9 +151,10 @@ class BucketStore(Store):
 
 
 def _make_key(address: str) -> str:
+    """Return the bucket and path of an address, as fsspec expects them."""
     return address.partition("://")[2]
 
 
 def _make_file_info(entry: Any) -> FileInfo:
-    named = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
-    return FileInfo(int(entry["size"]), next((str(entry[name]) for name in named if entry.get(name)), ""))
+    version_keys = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
+    return FileInfo(int(entry["size"]), next((str(entry[key]) for key in version_keys if entry.get(key)), ""))

@@ -81,11 +81,15 @@ class HubStore(HttpStore):
 
     def children(self, address: str) -> Iterable[str]:
         """Return the addresses of a folder's content."""
-        rests = (file.removeprefix(f"{address}/") for file in self._files if file.startswith(f"{address}/"))
-        return sorted({f"{address}/{relative.partition('/')[0]}" for relative in rests})
+        relative_paths = (file.removeprefix(f"{address}/") for file in self._files if file.startswith(f"{address}/"))
+        return sorted({f"{address}/{relative.partition('/')[0]}" for relative in relative_paths})
 
     def _find(self, address: str) -> FileInfo | None:
-        return call_with_retries(address, lambda: self._run(self._ask, address)) if address in self._files else None
+        return (
+            call_with_retries(address, lambda: self._run(self._request_head, address))
+            if address in self._files
+            else None
+        )
 
     def _suggest_access(self) -> str:
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"
@@ -94,10 +98,10 @@ class HubStore(HttpStore):
 async def _is_public(host: str) -> bool:
     """Return whether all addresses of a host are public; also if it has none, since a proxy may know it."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None)
+        entries = await asyncio.get_running_loop().getaddrinfo(host, None)
     except OSError:
         return True
-    return all(ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in found)
+    return all(ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in entries)
 
 
 def open_hub(location: str, root: str) -> HubStore:

@@ -86,7 +86,7 @@ class HttpStore(Store):
     def _find(self, address: str) -> FileInfo | None:
         if self.is_folder(address) or (self._alone and address != self._alone):
             return None
-        return call_with_retries(address, lambda: self._run(self._ask, address))
+        return call_with_retries(address, lambda: self._run(self._request_head, address))
 
     def _run(self, coroutine: Callable[..., Any], *args: Any) -> Any:
         self._open()
@@ -115,10 +115,10 @@ class HttpStore(Store):
         session = await self._fs.set_session()
         url = yarl.URL(self.url(address), encoded=True)
         headers = {**self.headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        for left in range(self.redirects, -1, -1):
+        for redirects_left in range(self.redirects, -1, -1):
             async with session.get(url, headers=headers, allow_redirects=False) as response:
                 location = response.headers.get("Location") if 300 <= response.status < 400 else None
-                if location is None or not left:
+                if location is None or not redirects_left:
                     yield response
                     return
                 target = url.join(yarl.URL(location, encoded=True))
@@ -127,9 +127,9 @@ class HttpStore(Store):
                 headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
             url = target
 
-    async def _ask(self, address: str) -> FileInfo | None:
+    async def _request_head(self, address: str) -> FileInfo | None:
         """Request the first bytes of a file: presigned URLs refuse ``HEAD``, which would not prove range support."""
-        async with _paced() as count, self._get(address, 0, HEAD_BYTES) as response:
+        async with _limit_time() as count, self._get(address, 0, HEAD_BYTES) as response:
             if response.status in {404, 410}:
                 return None
             if response.status == 416:
@@ -160,7 +160,7 @@ class HttpStore(Store):
         import aiohttp
 
         stop, done = start + len(buffer), 0
-        async with _paced() as count, self._get(address, start, stop) as response:
+        async with _limit_time() as count, self._get(address, start, stop) as response:
             self._check_status(address, response)
             if response.status == 200:
                 raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
@@ -190,8 +190,8 @@ class HttpStore(Store):
         if status in {401, 403}:
             raise InputError(f"{address}: the server answers {status}: {self._suggest_access()}")
         if 300 <= status < 400:
-            to = hide_secrets(urljoin(address, response.headers.get("Location", "")))
-            raise InputError(f"{address}: the server redirects to {to}; give that address")
+            target = hide_secrets(urljoin(address, response.headers.get("Location", "")))
+            raise InputError(f"{address}: the server redirects to {target}; give that address")
         if status in {404, 410, 412, 416}:
             raise InputError(f"{address}: {CHANGED} (the server answers {status})")
         if status not in {200, 206}:
@@ -212,7 +212,7 @@ class HttpStore(Store):
 
 
 @asynccontextmanager
-async def _paced() -> AsyncIterator[Callable[[int], int]]:
+async def _limit_time() -> AsyncIterator[Callable[[int], int]]:
     """Limit the time of a request: within ``READ_SECONDS`` ``LEAST_BYTES`` must arrive, again and again until its end.
 
     Yields:

@@ -131,10 +131,12 @@ class ZeroFolder:
         """Yield the float32 weights of the optimizer files, then frozen ones, buffers and shared ones."""
         states = [self._open_optimizer_file(path) for path in files]
         stage, ranks = states[0][1], len(files)
-        counts = {(rank, world) for _, rank, world, _, _ in states}
-        if counts != {(stage, ranks)}:
-            sizes = max(world for _, world in counts)
-            raise InputError(f"{self.path}: there are optimizer files of {ranks} ranks of {sizes}; copy all of one run")
+        runs = {(state_stage, world) for _, state_stage, world, _, _ in states}
+        if runs != {(stage, ranks)}:
+            largest = max(world for _, world in runs)
+            raise InputError(
+                f"{self.path}: there are optimizer files of {ranks} ranks of {largest}; copy all of one run"
+            )
         archive = _open_archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
         state = archive.value if isinstance(archive.value, dict) else {}
         groups = state.get("param_shapes")
@@ -160,20 +162,20 @@ class ZeroFolder:
     def _read_consecutive(
         self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
     ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
-        """Stages 1 and 2: the parameters of a group follow each other in the parts of all ranks."""
+        """Yield the parameters of stages 1 and 2: those of a group follow each other in the parts of all ranks."""
         if any(len(flat) != len(groups) for flat in flats):
             raise InputError(
                 f"{self.path}: a rank does not hold the {len(groups)} groups of param_shapes; copy all files"
             )
         for number, group in enumerate(self._check_groups(groups)):
             vector = [flat[number] for flat in flats]
-            position, align = 0, 2 * len(flats)
+            position, alignment = 0, 2 * len(flats)
             for name, shape in group.items():
                 count = math.prod(shape)
                 yield name, (shape, self._slice(vector, position, count, name))
                 position += count
             stored = sum(part.numel for part in vector)
-            if -(-position // align) != -(-stored // align):
+            if -(-position // alignment) != -(-stored // alignment):
                 raise InputError(
                     f"{self.path}: group {number} has {position:,} entries, but {stored:,} are stored; "
                     f"{self._suggest_fix()}"
@@ -182,7 +184,7 @@ class ZeroFolder:
     def _read_partitioned(
         self, groups: Sequence[Mapping[Any, Any]], flats: Sequence[Sequence[StoredTensor]]
     ) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
-        """Stage 3: every rank holds an equal part of each parameter, the last with padding."""
+        """Yield the parameters of stage 3, of each of which every rank holds an equal part, the last with padding."""
         position = 0
         for group in self._check_groups(groups):
             for name, shape in group.items():
@@ -216,11 +218,15 @@ class ZeroFolder:
             archives += [_open_archive(self.path / MODEL.format(rank)) for rank in range(1, ranks)]
         for name, shape in self._check_shapes(frozen).items():
             parts = []
-            for source in archives:
-                fragments = source.value.get("frozen_param_fragments") if isinstance(source.value, dict) else None
-                tensor = source.tensor(fragments.get(name), name) if isinstance(fragments, dict) else None
+            for rank_archive in archives:
+                fragments = (
+                    rank_archive.value.get("frozen_param_fragments") if isinstance(rank_archive.value, dict) else None
+                )
+                tensor = rank_archive.tensor(fragments.get(name), name) if isinstance(fragments, dict) else None
                 if tensor is None:
-                    raise InputError(f"{source.file.path}: has no part of {name:.200}, which is frozen; copy it again")
+                    raise InputError(
+                        f"{rank_archive.file.path}: has no part of {name:.200}, which is frozen; copy it again"
+                    )
                 parts.append((tensor, 0, tensor.numel))
             if sum(count for *_, count in parts) < math.prod(shape):
                 raise InputError(f"{self.path}: the parts of {name:.200} hold fewer entries than {list(shape)}")
@@ -256,7 +262,7 @@ class ZeroFolder:
         return Flat(tuple(parts) or ((vector[0], 0, 0),))
 
     def _check_groups(self, groups: Sequence[Mapping[Any, Any]]) -> list[dict[str, tuple[int, ...]]]:
-        """Return the shapes of the parameters of all groups."""
+        """Return the shapes of the parameters of all groups, after checking them."""
         names: set[str] = set()
         checked = []
         for group in groups:
@@ -315,7 +321,7 @@ def _open_archive(path: Path) -> Archive:
 
 
 def _find_tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor]:
-    """Return flat tensors."""
+    """Return the flat tensors in a value of an optimizer file."""
     tensors = [archive.tensor(value, name) for value in values] if isinstance(values, list | tuple) else []
     flat = [tensor for tensor in tensors if tensor is not None and len(tensor.shape) == 1]
     if not flat or len(flat) != len(tensors) or len({tensor.dtype for tensor in flat}) > 1:

@@ -70,8 +70,8 @@ class _Commands(TyperGroup):
     """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` without it takes files."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        arguments = " ".join(args[:2])
-        return super().resolve_command(ctx, [arguments, *args[2:]] if arguments in self.commands else args)
+        name = " ".join(args[:2])
+        return super().resolve_command(ctx, [name, *args[2:]] if name in self.commands else args)
 
 
 def _format_choices(kind: re.Match[str]) -> str:
@@ -133,8 +133,8 @@ def commands(only: str = "") -> Any:
 
 def _list_paths(feature: Feature) -> list[tuple[str, str, bool]]:
     """Return name and path of each command of a feature, and whether it shows its help if it is given nothing."""
-    own_path = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
-    return [*own_path, *((name, path, True) for name, path in feature.subcommands)]
+    own_command = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
+    return [*own_command, *((name, path, True) for name, path in feature.subcommands)]
 
 
 def _find_command(arguments: list[str]) -> str:
@@ -188,13 +188,13 @@ def _run() -> int:
         return UNREADABLE
     except Exception as error:
         # A usage error of typer, or of the click that an older typer depends on; it carries its message and exit code.
-        tell, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
-        if not callable(tell) or not isinstance(code, int):
+        format_message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+        if not callable(format_message) or not isinstance(code, int):
             raise
-        if "\n" in tell():  # the help of a command without arguments
+        if "\n" in format_message():  # the help of a command without arguments
             error.show()  # type: ignore[attr-defined]
         else:
-            message(f"Error: {_format_usage_error(tell(), getattr(error, 'ctx', None))}")
+            message(f"Error: {_format_usage_error(format_message(), getattr(error, 'ctx', None))}")
     if code == INTERRUPTED:
         message("interrupted; a run with -o continues with --resume" if _can_resume(sys.argv[1:3]) else "interrupted")
     return code if isinstance(code, int) else DONE
@@ -219,12 +219,12 @@ def _format_usage_error(problem: str, context: Any) -> str:
 
 def _can_resume(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
-    named = (
+    matching = (
         feature
         for feature in features()
         if feature.command and feature.name.split() == arguments[: len(feature.name.split())]
     )
-    return any("resume" in signature(feature.load(feature.command)).parameters for feature in named)
+    return any("resume" in signature(feature.load(feature.command)).parameters for feature in matching)
 
 
 def _is_of_a_stream(error: OSError) -> bool:

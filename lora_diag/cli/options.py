@@ -134,7 +134,9 @@ class Shown:
 
     @contextmanager
     def callbacks(self, notes: bool = False) -> Iterator[dict[str, Any]]:
-        """Return the callbacks of a run: a progress bar and, with ``--json``, one line per record.
+        """Yield the callbacks of a run: a progress bar and, with ``--json``, one line per record.
+
+        With ``--verbose``, print afterwards how much was read.
 
         Args:
             notes: Whether the run estimates its cost before it starts.
@@ -194,24 +196,29 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     base/ {'layers': 'q_proj', 'exclude': None}
     """
     parameters = signature(command, eval_str=True).parameters
-    groups = {name: options for name, field in parameters.items() if (options := list(_list_options(field.annotation)))}
+    groups = {
+        name: options
+        for name, parameter in parameters.items()
+        if (options := list(_list_options(parameter.annotation)))
+    }
 
     @wraps(command)
-    def gathered(**values: Any) -> None:
+    def call_with_groups(**values: Any) -> None:
         values = {name: _hide_secrets(value) for name, value in values.items()}
         for name, options in groups.items():
-            group_values = {field.name: values.pop(field.name) for field in options}
+            group_values = {option.name: values.pop(option.name) for option in options}
             values[name] = _gather_group(parameters[name].annotation, group_values)
         with _limit_lines(not any(getattr(values[name], "verbose", False) for name in groups)):
             command(**values)
 
     shown = [
         option
-        for name, field in parameters.items()
-        for option in groups.get(name) or [field.replace(kind=Parameter.KEYWORD_ONLY)]  # typer passes arguments by name
+        for name, parameter in parameters.items()
+        # typer passes arguments by name
+        for option in groups.get(name) or [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
     ]
-    gathered.__signature__ = Signature(shown)  # type: ignore[attr-defined]
-    return gathered
+    call_with_groups.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    return call_with_groups
 
 
 def _hide_secrets(value: Any) -> Any:
@@ -249,8 +256,8 @@ def _list_options(group: Any) -> Iterator[Parameter]:
             if name == "engine":
                 yield from _list_options(Cluster)
             elif option.cli:
-                typed: Any = Annotated[_typed_value(kind, option), typer_option(name, option)]
-                yield Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=typed)
+                annotation: Any = Annotated[_value_type(kind, option), typer_option(name, option)]
+                yield Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=annotation)
 
 
 def _format_default(option: Option) -> Any:
@@ -277,14 +284,14 @@ def _first_type(kind: Any) -> Any:
     return get_args(kind)[0] if isinstance(kind, UnionType) else kind
 
 
-def _typed_value(kind: Any, option: Option) -> Any:
+def _value_type(kind: Any, option: Option) -> Any:
     """Return the type of an option's command-line value: the first type that the function accepts, or None.
 
-    >>> _typed_value(str | int | None, Option(None, "Memory limit.", "SIZE"))
+    >>> _value_type(str | int | None, Option(None, "Memory limit.", "SIZE"))
     str | None
-    >>> _typed_value(Sequence[int], Option((4, 8), "Ranks.", "R,R,..."))
+    >>> _value_type(Sequence[int], Option((4, 8), "Ranks.", "R,R,..."))
     <class 'str'>
-    >>> _typed_value(Sequence[Path | str], Option((), "", "FILE")) == list[Path] | None
+    >>> _value_type(Sequence[Path | str], Option((), "", "FILE")) == list[Path] | None
     True
     """
     first = _first_type(kind)
@@ -296,8 +303,8 @@ def _typed_value(kind: Any, option: Option) -> Any:
     return first | None if optional else first
 
 
-def _read(kind: Any, option: Option, name: str, text: Any) -> Any:
-    """Return the value of an option; a comma-separated word is split, and no files give an empty value."""
+def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
+    """Return the value of an option from its command-line form; no files give the default."""
     first = _first_type(kind)
     if get_origin(first) is not Sequence:
         return text
@@ -325,7 +332,7 @@ def _gather_group(group: Any, values: dict[str, Any]) -> Any:
         values["engine"] = Cluster(**{field.name: values.pop(field.name) for field in fields(Cluster)}).value()
     for name, (kind, option) in list_options(group).items():
         if name in values:
-            values[name] = _read(kind, option, name, option.checked(name, values[name]))
+            values[name] = _parse_value(kind, option, name, option.checked(name, values[name]))
     if {"output", "resume"} <= set(values):  # checked here because reading a model may take minutes
         check_output(values["output"], values["resume"], values["overwrite"])
     return values

@@ -44,14 +44,14 @@ def message(text: str) -> None:
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            shown_text = shorten(safe(public(text)))
+            shown = shorten(safe(public(text)))
             print(
-                _wrap_lines(shown_text, _terminal_columns(sys.stderr)) if sys.stderr.isatty() else shown_text,
+                _wrap_line(shown, _terminal_columns(sys.stderr)) if sys.stderr.isatty() else shown,
                 file=sys.stderr,
             )
 
 
-def _wrap_lines(line: str, width: int) -> str:
+def _wrap_line(line: str, width: int) -> str:
     return fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -114,7 +114,7 @@ def result(text: str) -> None:
 def line(json: str) -> None:
     """Print a line of JSON; characters outside the encoding of standard output are escaped."""
     if (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8":
-        json = re.sub(r"[^\x00-\x7f]", lambda sign: dumps(sign[0])[1:-1], json)
+        json = re.sub(r"[^\x00-\x7f]", lambda match: dumps(match[0])[1:-1], json)
     result(json)
 
 
@@ -132,14 +132,14 @@ def check_outputs(
         UsageError: An output is refused.
         InputError: The folder does not exist or is not writable.
     """
-    resolved = {os.path.realpath(path) for path in inputs if path is not None}
+    used = {os.path.realpath(path) for path in inputs if path is not None}
     for path, kind in outputs:
         if path is None:
             continue
-        if os.path.realpath(path) in resolved:
+        if os.path.realpath(path) in used:
             raise UsageError(f"{path}: already read or written by this command; choose another name")
         check_output(path, kind, overwrite)
-        resolved.add(os.path.realpath(path))
+        used.add(os.path.realpath(path))
 
 
 def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
@@ -165,7 +165,7 @@ def exit_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
     """Name what could not be measured, and exit if there is any.
 
     Raises:
-        Exit: With the code of what could not be measured.
+        Exit: With the exit code for layers that could not be measured.
     """
     if report_unmeasured(items, hint):
         raise Exit(UNREADABLE)
@@ -208,7 +208,7 @@ def terminal() -> tuple[int, bool]:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """Return a function that displays progress; it does nothing if standard error is not a terminal."""
+    """Yield a function that displays progress; it does nothing if standard error is not a terminal."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda event: None
         return

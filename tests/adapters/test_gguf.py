@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints.gguf_names import ARCHITECTURES, WHOLE
+from lora_diag.checkpoints.gguf_names import ARCHITECTURES, OUTSIDE_BLOCKS
 from lora_diag.diagnostics.portability.fix import make_portable
 from lora_diag.errors import InputError, LoradiagError
 from tests.adapters import making
@@ -205,10 +205,10 @@ def test_gguf_names_equal_library():
     keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     for names in ARCHITECTURES.values():
         table = gguf.get_tensor_name_map(keys[names.architecture], 3)
-        for stem in (*(f"blk.2.{part}" for part in names.block), *WHOLE):
+        for stem in (*(f"blk.2.{part}" for part in names.block), *OUTSIDE_BLOCKS):
             theirs = names.in_transformers(f"{stem}.weight")
             result = table.get_name(theirs.replace(".{}", ""), try_suffixes=(".weight",))
-            if result is None and stem in WHOLE:  # a tied head, a final norm without a weight
+            if result is None and stem in OUTSIDE_BLOCKS:  # a tied head, a final norm without a weight
                 continue
             assert result == f"{stem}.weight", (names.architecture, stem)
             assert names.in_gguf(theirs) == f"{stem}.weight"

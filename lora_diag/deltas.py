@@ -369,6 +369,7 @@ def why_left_out(info: TensorInfo) -> str | None:
 
 
 def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
+    """Append the ΔW of one tensor to ``deltas``, or the reason why it has none to ``unpaired``."""
     before, after = base.info, tuned.info
     if problem := _find_mismatch(before, after):
         other_shape = after.shape if problem[0] == "shape_differs" else None

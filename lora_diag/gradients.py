@@ -216,6 +216,7 @@ def _locate_matrices(
 
 
 def _locate_whole(gradients: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
+    """Return layer, shape and location of each matrix of a gradient, under its own name."""
     parts = matrices(name, gradients[name].shape)
     return [(layer, shape, Side(gradients, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
 

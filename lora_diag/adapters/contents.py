@@ -228,6 +228,7 @@ def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item
 
 
 def _infer_value_kind(value: NewValue, adapter: Adapter) -> Part:
+    """Return the form of a weight stored in full."""
     if value.weight.endswith(".bias"):
         return "bias"
     return "norm" if "norm" in value.key and len(adapter.checkpoint[value.key].shape) == 1 else "value"

@@ -75,6 +75,7 @@ def _parse_module(module: str, old_style: bool) -> str:
 
 
 def _read_settings(source: Source) -> dict[str, Any]:
+    """Return the settings in the file's metadata; empty without any."""
     text = source.metadata.get(METADATA)
     if text is None:
         return {}
@@ -134,6 +135,7 @@ def _read_update(source: Source, module: str, parts: dict[str, str], scaling: Sc
 
 
 def _find_scale(scaling: Scaling, module: str, rank: int) -> float:
+    """Return s of a module, after checking its rank against the metadata."""
     path_in_component = module.partition(".")[2]
     if (expected := scaling.rank(path_in_component)) != rank:
         path = scaling.config.path

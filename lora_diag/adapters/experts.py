@@ -113,6 +113,7 @@ def _find_leaves(owner: str, targets: list[str], count: int) -> list[str]:
 
 
 def _find_stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
+    """Return the factors of each adapted parameter of a module."""
     leaves = _find_leaves(owner, targets, len(keys))
     outermost_first = sorted(keys, key=len)
     is_order_known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1

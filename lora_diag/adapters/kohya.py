@@ -76,11 +76,13 @@ def read_kohya(source: Source) -> Reading:
 
 
 def _split(name: str) -> tuple[str, str]:
+    """Return the module and the part in the name of a tensor."""
     module, _, part = name.partition(".")
     return module, part
 
 
 def _name_kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
+    """Return the kinds of modules in a file, and the trainer's settings, as text."""
     parts = set[str]().union(*modules.values())
     typical = {"LoRA": LORA[0], "LoHa": "hada_w1_a", "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": "diff"}
     kinds = [

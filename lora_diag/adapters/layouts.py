@@ -173,6 +173,7 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
 def _to_peft(
     placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
+    """Return the tensors of a PEFT adapter, and its config."""
     plan: Plan = {}
     modules = []
     for part in placed:
@@ -215,6 +216,7 @@ def _keep_used_names(names: Sequence[str], modules: Sequence[str]) -> list[str]:
 def _to_kohya(
     placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
+    """Return the tensors of a kohya file; it has no config."""
     plan: Plan = {}
     for part in placed:
         module = part.item.module
@@ -231,6 +233,7 @@ def _to_kohya(
 def _to_diffusers(
     placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
+    """Return the tensors of a diffusers file; it has no config."""
     plan: Plan = {}
     for part in placed:
         module = f"{_find_component(part.item, contents, base)}.{_make_path(part.item, contents)}"
@@ -241,6 +244,7 @@ def _to_diffusers(
 def _to_mlx(
     placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
+    """Return the tensors of an MLX adapter, and its config."""
     plan: Plan = {}
     keys = set()
     for part in placed:
@@ -255,12 +259,14 @@ def _to_mlx(
 
 
 def _why_not_in_mlx(item: Item, contents: Contents) -> str:
+    """Return the reason why mlx-lm cannot load an item; empty if it can."""
     if item.part == "convolution":
         return "mlx-lm has no LoRA for a convolution"
     return why_not_tied("mlx", item) if contents.tied else ""
 
 
 def _why_not_in_gguf(item: Item, contents: Contents) -> str:
+    """Return the reason why llama.cpp cannot load an item, or it cannot be written; empty if it can."""
     if item.part == "convolution":
         return "llama.cpp has no LoRA for a convolution"
     if contents.form == GGUF and "_exps." in item.key:
@@ -271,6 +277,7 @@ def _why_not_in_gguf(item: Item, contents: Contents) -> str:
 def _to_gguf(
     placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
 ) -> tuple[Plan, dict[str, Any]]:
+    """Return the tensors of a GGUF adapter, and the fields of its header."""
     names = _find_gguf_names(contents, base)
     plan: Plan = {}
     for part in placed:

@@ -256,6 +256,7 @@ def _describe_shape(shape: Shape) -> str:
 
 
 def _equal_shapes(expected: Shape, stored: tuple[int, ...]) -> bool:
+    """Return whether a stored shape is the expected one; None stands for any size."""
     return len(expected) == len(stored) and all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 
@@ -275,6 +276,7 @@ def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], tran
 
 
 def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Location, ...]:
+    """Return the locations of a weight in one stored tensor: of a stack, those of its matrices."""
     if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
@@ -307,6 +309,7 @@ def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[L
 def _find_pieces(
     pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], expected: Shape, base: Checkpoint
 ) -> tuple[Location, ...]:
+    """Return the locations of a fused parameter in the matrices of its experts; empty if they do not make it up."""
     count, out, columns = expected
     if not all(set(leaves.get(piece, {})) == set(range(count or 0)) for piece in pieces) or not count:
         return ()

@@ -52,6 +52,7 @@ class Orientation:
 
 
 def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
+    """Return whether a stored shape of two dimensions is the expected one; None stands for any size."""
     return all(w is None or w == s for w, s in zip(expected, stored, strict=True))
 
 

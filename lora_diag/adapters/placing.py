@@ -214,6 +214,7 @@ def _match_pieces(
 
 
 def _is_in_out(update: Update, location: Location, orientation: Orientation, model_type: str) -> bool:
+    """Return whether BASE stores the weight of an update as ``(in, out)``."""
     if update.in_out is None:
         return orientation.in_out(location.name, update.shape, location.whole)
     if location.rows is not None or len(location.whole) != 3:
@@ -223,6 +224,7 @@ def _is_in_out(update: Update, location: Location, orientation: Orientation, mod
 
 
 def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
+    """Return an update with its location, after checking that it can be computed there."""
     layer = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
     side = layer
     if layer is not None and location.into is not None:
@@ -286,6 +288,7 @@ def load_factors(pieces: list[Piece]) -> Factors:
 
 
 def _read_factors(piece: Piece) -> Factors:
+    """Return B and A of one update in the stored orientation, for all rows of the layer."""
     b, a = cast("Factors", piece.update.load(piece.site))
     if piece.location.rows is not None:
         b = b[slice(*piece.location.rows)]

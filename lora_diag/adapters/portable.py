@@ -262,6 +262,7 @@ def _load_delta_factors(item: Item, delta: FactoredDelta) -> Factors:
 
 
 def _load_cached(file: Path) -> Factors:
+    """Return B and A from a file of ``store_factors``."""
     checkpoint = open_checkpoint(file)
     b, a = (as_float64(checkpoint.read(name)).view(checkpoint[name].shape) for name in ("B", "A"))
     return b, a
@@ -336,6 +337,7 @@ class _Reader:
 
 
 def _write(file: Path, plan: Mapping[str, Slot], config: Mapping[str, Any], reader: _Reader) -> None:
+    """Write the weights file, and the config if the layout has one."""
     infos = {info.name: info for info in reader.infos()}
     if file.suffix == ".gguf":
         write_gguf(file, config, infos, reader)

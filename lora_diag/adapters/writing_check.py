@@ -73,6 +73,7 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
 
 
 def _are_equal(delta: Delta | None, part: Part) -> bool:
+    """Return whether the ΔW read from the file has the factors of a part."""
     import torch
 
     if not isinstance(delta, FactoredDelta) or delta.shape != part.target.shape:

@@ -242,6 +242,7 @@ class Model:
 
 
 def _make_convolution(delta: Delta, module: str, stored: tuple[int, ...], name: str) -> Target | str:
+    """Return the target of a convolution's factors, or the reason why it has none."""
     if len(stored) == 3 and not CONVOLUTION.search(name):
         return "a bare parameter of three dimensions, not the weight of a layer"
     if stored[1] == 1 and stored[0] > 1:

@@ -124,7 +124,7 @@ def _make_no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError
 
 
 def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter without a BASE."""
+    """Return the ΔW of an adapter without a BASE, the skipped updates, and notes."""
     deltas: list[Delta] = []
     unpaired: list[Unpaired] = []
     for update in reading.updates:

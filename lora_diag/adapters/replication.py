@@ -59,6 +59,8 @@ def _read_order(config: Config) -> list[int]:
 
 
 def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
+    """Return the weight of BASE that a weight of the replicated model repeats."""
+
     def find_index(match: re.Match[str]) -> str:
         if int(match[0]) >= len(order):
             raise InputError(

@@ -105,14 +105,14 @@ def _unpack_high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _q4(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Q4_0: d, 16 bytes, q − 8. Q4_1: d, m, 16 bytes, d · q + m. Low halves first."""
+    """Unpack Q4_0 (d, 16 bytes, q − 8) or Q4_1 (d, m, 16 bytes, d · q + m), low halves first."""
     codes = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
     d = half(blocks, 0)[:, None]
     return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 8, d, None)
 
 
 def _q5(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
+    """Unpack Q5_0 or Q5_1: as Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
     low = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
     codes = (low | _unpack_high_bits(blocks, 4 if offset else 2) << 4)[:, None]
     d = half(blocks, 0)[:, None]
@@ -120,21 +120,21 @@ def _q5(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """D and 32 signed bytes."""
+    """Unpack Q8_0: d and 32 signed bytes."""
     import torch
 
     return blocks[:, 2:].contiguous().view(torch.int8)[:, None], half(blocks, 0)[:, None], None
 
 
 def _q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 bytes of 2-bit codes, d and dmin."""
+    """Unpack Q2_K: 16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 of 2-bit codes, d and dmin."""
     scales, d, dmin = blocks[:, :16], half(blocks, 80), half(blocks, 82)
     codes = _unpack_fields(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
     return codes, (d * (scales & 15).float())[:, :, None], (dmin * (scales >> 4).float())[:, :, None]
 
 
 def _q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """32 bytes of inverted third bits, 64 of the two low bits, 12 of 6-bit scales less 32 per group of 16, d."""
+    """Unpack Q3_K: 32 bytes of inverted third bits, 64 of low ones, 12 of 6-bit scales less 32 per group of 16, d."""
     import torch
 
     low = _unpack_fields(blocks[:, 32:96], 2, 4, 32).reshape(-1, 16, 16)
@@ -157,14 +157,14 @@ def _unpack_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """D, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
+    """Unpack Q4_K: d, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
     codes = _unpack_fields(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
     return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
 
 
 def _q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As Q4_K, with 32 bytes of fifth bits before the low ones."""
+    """Unpack Q5_K: as Q4_K, with 32 bytes of fifth bits before the low ones."""
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
     high = _unpack_fields(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
     codes = _unpack_fields(blocks[:, 48:], 4, 2, 32).reshape(-1, 8, 32) | high << 4
@@ -172,7 +172,7 @@ def _q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """128 bytes of four low bits, 64 of two high ones, 16 signed scales per group of 16, d; q − 32."""
+    """Unpack Q6_K: 128 bytes of four low bits, 64 of two high ones, 16 signed scales per group of 16, d; q − 32."""
     import torch
 
     low = _unpack_fields(blocks[:, :128], 4, 2, 64).reshape(-1, 8, 32)
@@ -183,12 +183,12 @@ def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
 
 
 def _iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """D and 16 bytes of codes in a table, low halves first: codes, and d of the block."""
+    """Unpack IQ4_NL, d and 16 bytes of codes in a table, low halves first; return codes, and d of the block."""
     return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), half(blocks, 0)[:, None]
 
 
 def _iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As IQ4_NL, with 6-bit scales less 32 per group of 32: two high bits each in 2 bytes, four low ones in 4."""
+    """Unpack IQ4_XS: as IQ4_NL, with 6-bit scales less 32 per 32: two high bits each in 2 bytes, four low ones in 4."""
     high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
     low = _unpack_fields(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
     codes = _unpack_fields(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)
@@ -217,7 +217,7 @@ def _return_table(table: torch.Tensor) -> torch.Tensor:
 
 
 def _mxfp4(table: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-    """An exponent and 16 bytes of 4-bit floats, low halves first."""
+    """Decode MXFP4: an exponent and 16 bytes of 4-bit floats, low halves first; ``table`` decodes a float."""
     codes = _unpack_fields(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
     return table(codes) * e8m0(blocks[:, :1])
 

@@ -163,6 +163,7 @@ class _Machine:
         return values
 
     def top(self) -> Any:
+        """Return the topmost value, which stays."""
         value = self.stack[-1]
         if value is _MARK:
             raise ValueError("a mark is in place of a value")
@@ -175,6 +176,7 @@ class _Machine:
         self.stack.pop()
 
     def append(self, values: list[Any]) -> None:
+        """Append values to the topmost one."""
         target = self.top()
         if isinstance(target, list):
             target.extend(values)
@@ -184,6 +186,7 @@ class _Machine:
             raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def store(self, values: list[Any]) -> None:
+        """Store values, keys and entries in turn, in the topmost one."""
         target = self.top()
         self.spend(sum(len(key) for key in values[::2] if isinstance(key, tuple)))
         pairs = [(_check_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
@@ -195,11 +198,13 @@ class _Machine:
             raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def build(self, _: Any) -> None:
+        """Set the state of the second value from the top to the topmost, which is removed."""
         state, target = self.pop(), self.top()
         if isinstance(target, Record):
             target.state = state
 
     def push_name(self, module: Any, name: Any) -> None:
+        """Push a class or function on the stack, as data."""
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("a class has no name")
         self.stack.append(Record(module, name))

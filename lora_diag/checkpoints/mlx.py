@@ -71,6 +71,7 @@ def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def _spread(layout: Layout, part: str, first: int, last: int) -> torch.Tensor:
+    """Return the scales or offsets of rows, repeated for every column."""
     stored = read_rows(layout.source, f"{layout.module}.{part}", first, last).float()
     return stored.repeat_interleave(layout.group, dim=1)
 

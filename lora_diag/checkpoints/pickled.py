@@ -165,7 +165,7 @@ def _check_legacy(file: Path, path: Path) -> None:
     """Refuse a file of the legacy format whose pickles take more memory than their length explains.
 
     Raises:
-        InputError: See above.
+        InputError: A pickle takes more memory, or is damaged.
     """
     with file.open("rb") as content:
         # A magic number, version, machine, data and names of the storages; any other file is refused by torch.

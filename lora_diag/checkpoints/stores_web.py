@@ -89,6 +89,7 @@ class HttpStore(Store):
         return call_with_retries(address, lambda: self._run(self._request_head, address))
 
     def _run(self, coroutine: Callable[..., Any], *args: Any) -> Any:
+        """Run a request to its end, and translate its errors."""
         self._open()
         import aiohttp
         from fsspec.asyn import sync

@@ -37,7 +37,7 @@ class _Point:
 
     Args:
         name: Label in the figure.
-        remark: Description of the outlier; empty for other adapters.
+        remark: Kinds of outlier that it is; empty for other adapters.
         used: Position on the x axis.
         fro: Position on the y axis; 0 for a zero update.
         run: Index of its run.
@@ -83,12 +83,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 def _points(series: Sequence[Series[Any]]) -> list[_Point]:
     """Return the adapters that have a rank."""
-    records = [(record, run) for run, one in enumerate(series) for record in one.records]
+    records = [(record, run) for run, item in enumerate(series) for record in item.records]
     names = short_names(record.adapter for record, _ in records)
-    odd = [words for one in series for words in find_outlier_kinds(one.records)]
+    kinds = [remark for item in series for remark in find_outlier_kinds(item.records)]
     return [
-        _Point(names[record.adapter], words, record.used, record.fro, run)
-        for (record, run), words in zip(records, odd, strict=True)
+        _Point(names[record.adapter], remark, record.used, record.fro, run)
+        for (record, run), remark in zip(records, kinds, strict=True)
         if record.used is not None
     ]
 
@@ -191,13 +191,13 @@ def _plain(value: float, _: object = None) -> str:
 
 def _make_text(series: Sequence[Series[Any]], points: Sequence[_Point], style: PageStyle) -> FigureText:
     marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * style.line}
-    several = len(series) > 1
+    many_runs = len(series) > 1
     keys = [
-        Key(Line2D([], [], color=category(n), marker="o", **marker), one.label if several else "one adapter")
-        for n, one in enumerate(series)
+        Key(Line2D([], [], color=category(n), marker="o", **marker), item.label if many_runs else "one adapter")
+        for n, item in enumerate(series)
     ]
     if any(point.fro == 0 for point in points):
-        keys.append(Key(Line2D([], [], color=INK if several else category(0), marker="v", **marker), "ΔW = 0"))
+        keys.append(Key(Line2D([], [], color=INK if many_runs else category(0), marker="v", **marker), "ΔW = 0"))
     line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * style.line, ls=(0, (1, 1.6)))
     keys.append(Key(line, f"over-ranked: at most {OVER_RANKED_BELOW:g}"))
     odd = sum(bool(point.remark) for point in points)
@@ -205,7 +205,7 @@ def _make_text(series: Sequence[Series[Any]], points: Sequence[_Point], style: P
         f"{odd or 'None'} of them {'is an outlier' if odd == 1 else 'are outliers'}; the rarest are named where "
         "space permits."
     ]
-    if rankless := sum(len(one.records) for one in series) - len(points):
+    if rankless := sum(len(item.records) for item in series) - len(points):
         notes.append(f"Not drawn: {rankless} without a rank.")
     many = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return FigureText(

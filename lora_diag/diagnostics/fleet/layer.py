@@ -87,7 +87,7 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     """Measure layers that are thin and of one rank from their stored factors; None where a number is not finite.
 
-    Factors of one shape are read and reduced together, which spares calls; the remaining steps are computed for all
+    Factors of one shape are read and reduced together, which saves calls; the remaining steps are computed for all
     layers together.
     """
     kinds: dict[Hashable, list[int]] = {}
@@ -100,13 +100,13 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         parts += [alike[first : first + most] for first in range(0, len(alike), most)]
     reduced = [_reduce([deltas[i] for i in part]) for part in parts]
     order = [i for part in parts for i in part]
-    several, folded = [deltas[i] for i in order], [each for _, _, some in reduced for each in some]
+    ordered, folded = [deltas[i] for i in order], [each for _, _, some in reduced for each in some]
     left, right = _joined([grams for grams, _, _ in reduced]), _joined([grams for _, grams, _ in reduced])
     values = thin_energies(left, right, np.array([each.scale for each in folded]))
-    found = _measured(several, folded, values)
+    measured = _measured(ordered, folded, values)
     for i in np.flatnonzero(values.energy_error > MAX_GRAM_ERROR).tolist():
-        found[i] = _measure_apart(several[i])
-    return [found[order.index(i)] for i in range(len(deltas))]
+        measured[i] = _measure_apart(ordered[i])
+    return [measured[order.index(i)] for i in range(len(deltas))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +154,13 @@ def _measure_apart(delta: FactoredDelta) -> Measured | None:
     return _measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
 
 
-def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], found: ThinValues) -> list[Measured | None]:
+def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues) -> list[Measured | None]:
     """Return layers of one rank, given their values; None where a norm is not finite."""
     scale = np.array([each.scale for each in folded])
-    assert found.mix is not None
-    fro = np.where(np.isfinite(found.fro) & (found.fro > 0), found.fro, 1.0)
-    needed = ranks_at(energy_curve(found.s, fro[:, None], True), ENERGY)
-    directions = found.mix * (np.arange(found.s.shape[1]) < needed[:, None])[:, None]
+    assert values.mix is not None
+    fro = np.where(np.isfinite(values.fro) & (values.fro > 0), values.fro, 1.0)
+    needed = ranks_at(energy_curve(values.s, fro[:, None], True), ENERGY)
+    directions = values.mix * (np.arange(values.s.shape[1]) < needed[:, None])[:, None]
     names = [delta.layer for delta in deltas]
     rows, row_size = _normalized([each.rows for each in folded])
     columns, column_size = _normalized([each.columns for each in folded])
@@ -171,18 +171,18 @@ def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], found:
     space = join(mixed(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
     measured: list[Measured | None] = []
     for i, delta in enumerate(deltas):
-        if not math.isfinite(found.fro[i]):
+        if not math.isfinite(values.fro[i]):
             measured.append(None)
-        elif found.fro[i] == 0.0:
+        elif values.fro[i] == 0.0:
             measured.append(zero_layer(delta.rank))
         else:
-            layer, top = layer_of(found.s[i], float(found.fro[i]), int(needed[i]), delta.rank)
+            layer, top = layer_of(values.s[i], float(values.fro[i]), int(needed[i]), delta.rank)
             measured.append(Measured(layer, top, update[i], space[i]))
     return measured
 
 
 def _normalized(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Stack arrays, each divided by a power of two, so that products are in the range of float32, and return these."""
+    """Return stacked arrays, each divided by a power of two so that products are in float32's range, and the powers."""
     stack: NDArray[Any] = np.stack(parts)
     flat = stack.reshape(len(stack), -1)
     largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))

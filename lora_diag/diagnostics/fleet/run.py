@@ -60,8 +60,8 @@ class FleetPath:
         except OSError:
             sizes = {}
         lines = "\n".join(f"{name} {size}" for name, size in sizes.items())
-        known = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return cls(path, known if lines else "", sum(sizes.values()))
+        digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return cls(path, digest if lines else "", sum(sizes.values()))
 
     def check(self) -> None:
         """Check that the files are those at the start of the run: a cluster's worker has its own mounts.
@@ -138,8 +138,8 @@ def fleet(
     run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
     base = run.options["base"]
     members = [Member(legible(path), FleetPath.now(path)) for path in expand(adapters)]
-    under = FleetPath.now(as_path(base)) if base is not None else None
-    if not run.torch and under is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
+    base_path = FleetPath.now(as_path(base)) if base is not None else None
+    if not run.torch and base_path is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
         run.apart = sum(member.seen.size for member in members) >= PROCESS_BYTES
         run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
     device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
@@ -147,7 +147,7 @@ def fleet(
         members,
         _measure_here if run.options["engine"] is None else _on_a_worker,
         lambda _, settings: SIZE,
-        FleetSettings(under, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
+        FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
         lambda _, __, ___: (),
         tuple(
             RunInput(

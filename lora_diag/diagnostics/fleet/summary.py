@@ -68,8 +68,8 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
     rows_shown = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
-    found = [_adapters(caption, records, names, notes, shown[:rows_shown])] if shown else []
-    return [*found, _duplicates_grid(names, pairs[:_ROWS])] if pairs else found
+    grids = [_adapters(caption, records, names, notes, shown[:rows_shown])] if shown else []
+    return [*grids, _duplicates_grid(names, pairs[:_ROWS])] if pairs else grids
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -106,7 +106,7 @@ def _adapters(
     return grid_of(Fleet.shown, rows, "adapter", caption, extra=[Column("remark", cells, "left")])
 
 
-_DUPLICATES_NOTE = (
+_DUPLICATE_COLUMNS = (
     Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
     Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
 )
@@ -115,7 +115,7 @@ _DUPLICATES_NOTE = (
 def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
     column = Column("is", tuple(_WORDS[pair.relation] for pair in pairs), "left")
-    return grid_of(_DUPLICATES_NOTE, rows, "pair", "near-duplicates", extra=[column])
+    return grid_of(_DUPLICATE_COLUMNS, rows, "pair", "near-duplicates", extra=[column])
 
 
 def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list[Statement]:

@@ -63,8 +63,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     types = Types(record.layer for _, records in shown for record in records)
     drawn = [make_slots(records, options.per, types) for _, records in shown]
     inches = style.width - 6 * style.text / 72
-    all_records = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(all_records, inches, style.ticks) / (2 * len(shown))
+    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(all_slots, inches, style.ticks) / (2 * len(shown))
     heights = [1.25 * style.panel + below, 0.85 * style.panel + below] * len(shown)
     figure, axes = sheet(
         style,
@@ -85,8 +85,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         shares.set_ylabel("fraction")
         for ax in (ranks, shares):
             slot_axis(ax, part, inches, style.ticks, labels=False)
-            ax.set_xlim(-0.5, len(all_records) - 0.5)
-    slot_axis(axes[-1], all_records, inches, style.ticks)
+            ax.set_xlim(-0.5, len(all_slots) - 0.5)
+    slot_axis(axes[-1], all_slots, inches, style.ticks)
     return figure
 
 

@@ -70,7 +70,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     all_records = [record for item in pairs for record in item.records]
     rank = chosen_rank(all_records, options.rank)
     measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
-    shown = sorted(measured, key=lambda item: -_has_overlap(item.records, rank))[: len(CATEGORIES)]
+    shown = sorted(measured, key=lambda item: -_compute_mean_overlap(item.records, rank))[: len(CATEGORIES)]
     figure, axes = sheet(style, _make_text(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
     for (side, title), ax in zip(SIDES, axes, strict=True):
         _draw(ax, shown, side, rank, style)
@@ -80,7 +80,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return figure
 
 
-def _has_overlap(records: Sequence[Interference], rank: int) -> float:
+def _compute_mean_overlap(records: Sequence[Interference], rank: int) -> float:
     return float(np.mean([record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]))
 
 
@@ -110,15 +110,15 @@ def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64
 
 
 def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
-    """Return the same distribution for random spaces with the measured dimensions."""
+    """Return the cumulative distribution, at ``grid``, of the cosines of random spaces of the measured dimensions."""
     sizes = Counter(
         (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
     )
     angles_of = {size: times * size[0] for size, times in sizes.items()}
     total = sum(angles_of.values())
     mixed = np.zeros_like(grid)
-    for (first, second, dimension), times in angles_of.items():
-        mixed += times / total * random_angles(grid, first, second, dimension)
+    for (first, second, dimension), number in angles_of.items():
+        mixed += number / total * random_angles(grid, first, second, dimension)
     return mixed
 
 

@@ -58,8 +58,8 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     stored = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
     stored += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
-    loading = (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
-    steps = [whole_bytes(task.shape, requested, loaded) for loaded in loading]
+    entry_sizes = (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
+    steps = [whole_bytes(task.shape, requested, entry_size) for entry_size in entry_sizes]
     kept = 0
     if dense:
         kept = 8 * entries + vectors
@@ -136,12 +136,12 @@ def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceS
     # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
     energy = {str(r): _energy_within(task, first, second, r) for r in ranks}
-    used_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
-    near = _is_near_chance(first.u, second, used_rank) and _is_near_chance(second.u, first, used_rank)
+    relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
+    near = _is_near_chance(first.u, second, relation_rank) and _is_near_chance(second.u, first, relation_rank)
     near = (
         near
-        and _is_near_chance(first.v, second, used_rank, rows=True)
-        and _is_near_chance(second.v, first, used_rank, rows=True)
+        and _is_near_chance(first.v, second, relation_rank, rows=True)
+        and _is_near_chance(second.v, first, relation_rank, rows=True)
     )
     noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
     return Interference(

@@ -30,7 +30,7 @@ def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
     Args:
         total: S.
         fro: ‖S‖_F > 0.
-        merge: Its B and A.
+        merge: B and A of the merge.
     """
     norm_squared, along = inner(merge, merge), inner(total, merge)
     return as_loss(fro, math.sqrt(max(0.0, norm_squared)), gap(total, merge), along)
@@ -38,15 +38,15 @@ def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
 
 def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
     """Return a record from ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
-    distances_at_scale = distances(fro, norm, apart, along, None)
-    assert distances_at_scale.epsilon is not None
-    assert distances_at_scale.norm_ratio is not None
+    merge_distances = distances(fro, norm, apart, along, None)
+    assert merge_distances.epsilon is not None
+    assert merge_distances.norm_ratio is not None
     return MergeLoss(
-        residual=distances_at_scale.epsilon,
-        norm_ratio=distances_at_scale.norm_ratio,
-        cosine=distances_at_scale.cosine,
-        best_scale=distances_at_scale.best_scale,
-        residual_best_scale=distances_at_scale.epsilon_best_scale,
+        residual=merge_distances.epsilon,
+        norm_ratio=merge_distances.norm_ratio,
+        cosine=merge_distances.cosine,
+        best_scale=merge_distances.best_scale,
+        residual_best_scale=merge_distances.epsilon_best_scale,
     )
 
 
@@ -74,7 +74,7 @@ def factor_merges(
     roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
     if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
         b, a = [pair.b for pair in pairs], [pair.a for pair in pairs]
-        merges["linear"] = loss(total, fro, (_scale_factors(b, roots), _scale_factors(a, roots)))
+        merges["linear"] = loss(total, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
         merges["ties"] = loss(total, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
     return merges
 
@@ -95,7 +95,7 @@ def ties_merge(
     return as_loss(fro, norm, apart, along), before, after
 
 
-def _scale_factors(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _add_weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return sum(
         (weight * factor.double() for factor, weight in zip(factors, weights, strict=True)),
         start=factors[0].double() * 0,

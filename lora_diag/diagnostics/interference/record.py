@@ -19,7 +19,7 @@ _SHOWN_RANK = 8
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Any]], float | None]:
-    """Return a pooled rank in which null counts as larger than any rank."""
+    """Return a function that pools the ranks of several layers; null counts as larger than any rank."""
 
     def pool(records: Sequence[Any]) -> float | None:
         ranks = [value_at(record, path) for record in records]
@@ -61,8 +61,8 @@ class Interference(LayerRecord):
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
         relation: ``apart`` if the spaces overlap no more than random ones; else ``reinforce`` or ``cancel`` by the sign
-            of the cosine, ``share`` if that is small (``metrics.interference.relation``); ``noise`` if an update is not
-            resolved.
+            of the cosine, ``share`` if that is small (``metrics.interference.classify_relation``); ``noise`` if an
+            update is not resolved.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")

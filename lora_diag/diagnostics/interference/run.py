@@ -73,7 +73,7 @@ def interference(
     compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
     tasks = _align_layers(compared, settings.weights)
     unmeasured = Pairing(
-        tuple(_skip_vectors(compared)), tuple(_skip_unpaired(compared, {task.layer for task in tasks}))
+        tuple(_list_vectors(compared)), tuple(_list_unpaired(compared, {task.layer for task in tasks}))
     )
     return run.over(
         tasks,
@@ -125,7 +125,7 @@ def _refuse_repeated_updates(updates: Sequence[Path | str]) -> None:
     """Refuse fewer than two updates, or one that is given twice.
 
     Raises:
-        UsageError: They are.
+        UsageError: There are fewer than two, or one is given twice.
     """
     if len(updates) < 2:
         raise UsageError(
@@ -149,16 +149,16 @@ def _align_layers(compared: Sequence[Comparison], weights: Sequence[float]) -> l
     for side, weight in zip(compared, weights, strict=True):
         for delta in side.pairing.deltas:
             if delta.is_matrix:
-                alone = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
-                by_layer.setdefault(delta.layer, []).append(Update(_path_of_side(side), weight, alone))
-    if not any(len(layers) > 1 for layers in by_layer.values()):
+                without_base = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
+                by_layer.setdefault(delta.layer, []).append(Update(_path_of_side(side), weight, without_base))
+    if not any(len(updates) > 1 for updates in by_layer.values()):
         examples = "; ".join(f"{_path_of_side(side)} has {_first_layer(side)}" for side in compared)
         raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
-    for layer, layers in by_layer.items():
-        for other in layers[1:]:
-            if other.delta.shape != layers[0].delta.shape:
+    for layer, updates in by_layer.items():
+        for other in updates[1:]:
+            if other.delta.shape != updates[0].delta.shape:
                 raise InputError(
-                    f"{layer}: {list(layers[0].delta.shape)} in {layers[0].name} but {list(other.delta.shape)} in "
+                    f"{layer}: {list(updates[0].delta.shape)} in {updates[0].name} but {list(other.delta.shape)} in "
                     f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
                 )
     names = sorted(by_layer, key=natural_order)
@@ -173,8 +173,8 @@ def _first_layer(side: Comparison) -> str:
     return min((delta.layer for delta in side.pairing.deltas), default="no layer")
 
 
-def _skip_vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
-    """Yield a skipped record for each 1-D tensor, once."""
+def _list_vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
+    """Yield each 1-D tensor of the updates, once."""
     seen: set[str] = set()
     for delta in (delta for side in compared for delta in side.pairing.deltas if not delta.is_matrix):
         if delta.layer not in seen:
@@ -182,8 +182,8 @@ def _skip_vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
             yield delta
 
 
-def _skip_unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
-    """Yield skipped records for tensors that could not be compared, once per tensor."""
+def _list_unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
+    """Yield the tensors that could not be compared, once each, except those of the known layers."""
     names = set(known)
     for side in compared:
         for item in side.pairing.unpaired:

@@ -110,7 +110,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     if pairs:
         lines.append(
             make_statement(
-                "interfere", "Interference", *(_describe_interference(*pair) for pair in _describe_strongest(pairs))
+                "interfere", "Interference", *(_describe_interference(*pair) for pair in _select_strongest(pairs))
             )
         )
     if unions:
@@ -132,7 +132,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     return [*lines, left_out(results), *final_statements(results)]
 
 
-def _describe_strongest(
+def _select_strongest(
     pairs: Sequence[tuple[str, str, list[Interference]]],
 ) -> list[tuple[str, str, list[Interference]]]:
     return sorted(pairs, key=lambda pair: -abs(pooled_cosine(pair[2])))[:_NAMED]

@@ -41,8 +41,8 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
     else:
         factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
     # A sum that cancels leaves only rounding of the parts.
-    largest = math.hypot(*(part.fro for part in parts))
-    if factors.fro <= (ZERO_FACTORED if isinstance(summed, tuple) else ZERO_DENSE) * largest:
+    parts_norm = math.hypot(*(part.fro for part in parts))
+    if factors.fro <= (ZERO_FACTORED if isinstance(summed, tuple) else ZERO_DENSE) * parts_norm:
         factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
     spectrum = record_of(
         task.layer,
@@ -55,9 +55,9 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
     )
     needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
     effective = sum(part.effective for part in changed)
-    several = len(changed) > 1 and factors.fro > 0
-    fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings) if several else _make_null_fields()
-    merges, conflicts = _measure_merges(parts, summed, factors, weights, settings) if several else ({}, {})
+    has_sum = len(changed) > 1 and factors.fro > 0
+    fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings) if has_sum else _make_null_fields()
+    merges, conflicts = _measure_merges(parts, summed, factors, weights, settings) if has_sum else ({}, {})
     return Union(
         layer=task.layer,
         shape=task.shape,
@@ -68,15 +68,15 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         spectrum=spectrum,
         parts_rank_at=needed,
         additive={
-            share: _ratio(spectrum.rank_at[share], ranks_sum) if several else None
+            share: _ratio(spectrum.rank_at[share], ranks_sum) if has_sum else None
             for share, ranks_sum in needed.items()
         },
         parts_effective_rank=effective,
-        additive_effective=_ratio(spectrum.effective_rank, effective) if several else None,
-        energy_ratio=factors.fro**2 / largest**2 if len(changed) > 1 else None,
+        additive_effective=_ratio(spectrum.effective_rank, effective) if has_sum else None,
+        energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
         merges=merges,
-        recompressed={str(r): _reduce_left(factors, r) for r in _measure_recompression(changed, settings)}
-        if several
+        recompressed={str(r): _compute_residual(factors, r) for r in _list_recompression_ranks(changed, settings)}
+        if has_sum
         else {},
         **fields,
         **{name: conflicts.get(name) for name in _CONFLICTS},
@@ -113,7 +113,7 @@ def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
 
 
 def _make_null_fields() -> dict[str, object]:
-    """Return null fields for a layer with fewer than two updates."""
+    """Return null fields for a layer with fewer than two updates, or whose updates cancel."""
     return {
         "rank_for_all": {},
         "weakest_kept": {},
@@ -144,16 +144,16 @@ def _measure_sum(
         kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
-    aligned = _find_alignment_rank(factors)
-    alignments = [math.sqrt(within(factors.u[:, :aligned], part)) for part in changed]
+    alignment_rank = _find_alignment_rank(factors)
+    alignments = [math.sqrt(within(factors.u[:, :alignment_rank], part)) for part in changed]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
         "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in ranks.items()},
         **_measure_task_interference(changed, shape, max(settings.ranks)),
         "alignment": sum(alignments) / len(alignments),
         "alignments": tuple(alignments),
-        "alignment_rank": aligned,
-        "alignment_random": math.sqrt(aligned / shape[0]),
+        "alignment_rank": alignment_rank,
+        "alignment_random": math.sqrt(alignment_rank / shape[0]),
     }
 
 
@@ -198,11 +198,11 @@ def _factor_pairs(parts: Sequence[Part]) -> list[Pair] | None:
     return pairs
 
 
-def _measure_recompression(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
+def _list_recompression_ranks(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
     """Return the recompression ranks: the requested ones, and PEFT's default, the largest of the adapters'."""
     columns = [_count_columns(part) for part in changed]
     return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
 
 
-def _reduce_left(factors: Factors, rank: int) -> float:
+def _compute_residual(factors: Factors, rank: int) -> float:
     return math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro

@@ -19,7 +19,7 @@ class Direction(Record):
         projection: Norm of the projection of u_j on the span of their singular vectors.
         projection_random: √(window / out), that norm for a random direction.
         kind: ``kept`` if ``similarity`` ≥ ε; else ``rotated`` if u_j lies in the window's span more than a random
-            direction does, else ``intruder`` (``metrics.intruders.kind``).
+            direction does, else ``intruder`` (``metrics.intruders.classify_direction``).
     """
 
     sigma: Norm

@@ -17,7 +17,7 @@ _NAMED = 3
 
 
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
-    """Return the table, those with the most intruders first."""
+    """Return the table, the rows with the most intruders first."""
     rows = sorted(rows_of(results, per), key=lambda row: -sum(record.intruders for record in row[1]))
     return [grid_of(Intruders.shown, rows, per)]
 

@@ -115,7 +115,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     names = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
     layers_per_panel = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    words = _make_text(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, style)
+    text = _make_text(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, style)
 
     def draw(ax: Axes, inches: float, name: str) -> None:
         parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
@@ -124,7 +124,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
     panels = {name: partial(draw, name=name) for name in names}
     ylabel = "fraction of ‖G‖_F" if len(names) <= style.columns else "fraction"
-    page = multiples_of(panels, words, style, "training step", ylabel)
+    page = multiples_of(panels, text, style, "training step", ylabel)
     page.axes[0].set_ylim(0, _choose_top(records))
     page.axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     return page
@@ -137,14 +137,14 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
             curve = curve_over_steps(item.records, field, random)
             if not len(curve.steps):
                 continue
-            several = len(series) > 1
-            color = category(number) if several else color
+            many_runs = len(series) > 1
+            color = category(number) if many_runs else color
             marker: dict[str, Any] = {"marker": "o", "markersize": 2.6 * width}
             layers = list(dict.fromkeys(record.layer for record in item.records))
             banded = per == "type" or len(layers) > SINGLE
-            if banded and not several:
+            if banded and not many_runs:
                 ax.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.2, lw=0)
-            elif not several:
+            elif not many_runs:
                 for layer in layers:
                     layer_curve = curve_over_steps(
                         [record for record in item.records if record.layer == layer], field, random
@@ -157,7 +157,7 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
                         alpha=0.45,
                         label=f"_{name} of {layer}",
                     )
-            line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if several else "-"}
+            line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if many_runs else "-"}
             ax.plot(curve.steps, curve.middle, label=f"_{name}", **line, **marker)
             chance: dict[str, Any] = {"color": color, "lw": 0.9 * width, "ls": (0, (1, 1.5))}
             if len(curve.steps) == 1:
@@ -183,15 +183,15 @@ def _make_keys(
     series: Sequence[Series[Overlap]], per: str, style: PageStyle | None, max_layers: int
 ) -> tuple[Key, ...]:
     width = style.line if style else 1.2
-    several = len(series) > 1
+    many_runs = len(series) > 1
     keys = []
-    for number, item in enumerate(series if several else ()):
+    for number, item in enumerate(series if many_runs else ()):
         keys.append(Key(Line2D([], [], color=category(number), lw=2 * width), item.label))
     for name, _, _, color, dashes in MEASURES:
-        color = INK if several else color
-        line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if several else "-")
+        color = INK if many_runs else color
+        line = Line2D([], [], color=color, lw=1.5 * width, ls=dashes if many_runs else "-")
         keys.append(Key(line, f"{name}, median layer"))
-    if not several:
+    if not many_runs:
         banded = per == "type" or max_layers > SINGLE
         description, thick = ("range of the layers", 4.0) if banded else ("single layers", 0.5)
         keys.append(Key(Line2D([], [], color=QUIET, lw=thick * width, alpha=0.4), description))

@@ -26,7 +26,7 @@ class LiveSubspaces:
     ranks: tuple[int, ...] = ()
 
     def subspaces(self, weight: Frozen, step: int) -> Subspaces | LeftOut:
-        """Return the subspaces spanned by the LoRA's factors, or a skipped record while B is zero."""
+        """Return the subspaces spanned by the LoRA's factors, or a ``left_out`` record if there are none."""
         shape = (weight.shape[0], weight.shape[1])
         b, a = _read_factors(weight.module)
         if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed

@@ -78,9 +78,9 @@ class Subspaces:
         return self.u.shape[0], self.v.shape[0]
 
 
-def size(followed: GradientTask, settings: OverlapSettings) -> int:
+def size(task: GradientTask, settings: OverlapSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in blocks."""
-    return bytes_of(followed.delta, _make_allowance(followed.delta, settings))
+    return bytes_of(task.delta, _make_allowance(task.delta, settings))
 
 
 def _make_allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
@@ -89,11 +89,11 @@ def _make_allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None
     return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
 
 
-def overlap(followed: GradientTask, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
+def overlap(task: GradientTask, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
     """Measure the overlap of every gradient of a layer with the subspaces of its update.
 
     Args:
-        followed: The layer.
+        task: The layer.
         settings: Settings of the measurement.
 
     Returns:
@@ -103,22 +103,18 @@ def overlap(followed: GradientTask, settings: OverlapSettings) -> tuple[Overlap 
     Raises:
         InputError: A file could not be read.
     """
-    records, fallback = compute_on_device(
-        partial(_measure_overlap, followed, settings), resolve_device(settings.device)
-    )
+    records, fallback = compute_on_device(partial(_measure_overlap, task, settings), resolve_device(settings.device))
     return tuple(append_note(record, fallback) for record in records)
 
 
 def _measure_overlap(
-    followed: GradientTask, settings: OverlapSettings, device: torch.device
+    task: GradientTask, settings: OverlapSettings, device: torch.device
 ) -> tuple[Overlap | LeftOut, ...]:
-    spaces = subspaces(followed.delta, settings, device)
+    spaces = subspaces(task.delta, settings, device)
     if isinstance(spaces, LeftOut):
         return (spaces,)
     return tuple(
-        record
-        for snapshot in followed.snapshots
-        for record in overlaps(spaces, snapshot.step, snapshot.blocks(followed.shape))
+        record for snapshot in task.snapshots for record in overlaps(spaces, snapshot.step, snapshot.blocks(task.shape))
     )
 
 
@@ -140,7 +136,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         return not_finite(delta, change)
     ranks = _choose_ranks(delta, change, settings.ranks)
     if not ranks:
-        return _has_too_few_directions(delta, settings)
+        return _leave_out_narrow(delta, settings)
     factors = change.decompose(settings.method, ranks[-1], True, TOL, settings.seed)
     if not math.isfinite(factors.fro):
         return not_finite(delta, replace(change, non_finite=PRODUCT_OVERFLOW))
@@ -155,7 +151,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
         ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own_ranks}))
         factors = replace(factors, u=factors.u[:, :directions], vh=factors.vh[:directions])
     if not ranks:
-        return _has_too_few_directions(delta, settings)
+        return _leave_out_narrow(delta, settings)
     assert factors.u is not None
     assert factors.vh is not None
     file_resolution = resolution(change.rounding, factors)
@@ -170,7 +166,7 @@ def subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> 
     )
 
 
-def _has_too_few_directions(delta: Delta, settings: OverlapSettings) -> LeftOut:
+def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:
     detail = f"has fewer directions than {min(settings.ranks)}, the smallest of the ranks asked for"
     return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
 
@@ -198,7 +194,7 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     if isinstance(parts, str):
         detail = f"step {step}: {parts}"
         return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)
-    none = parts.fro == 0.0
+    is_zero = parts.fro == 0.0
     records = []
     for index, rank in enumerate(spaces.ranks):
         random = overlap_by_chance(spaces.shape, rank)
@@ -208,13 +204,13 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
                 shape=spaces.shape,
                 step=step,
                 rank=rank,
-                kappa=None if none else parts.both[index],
+                kappa=None if is_zero else parts.both[index],
                 kappa_random=random.kappa,
-                tangent=None if none else parts.tangent[index],
+                tangent=None if is_zero else parts.tangent[index],
                 tangent_random=random.tangent,
-                left=None if none else parts.left[index],
+                left=None if is_zero else parts.left[index],
                 left_random=random.left,
-                right=None if none else parts.right[index],
+                right=None if is_zero else parts.right[index],
                 right_random=random.right,
                 gradient_fro=parts.fro,
                 method=spaces.method,

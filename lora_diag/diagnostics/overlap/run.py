@@ -81,19 +81,19 @@ def overlap(
     _refuse_gradient(compared.pairing, tuned)
     steps = open_steps(gradients)
     # Layers of a compared BASE have the names of its files, and gradients are matched to these.
-    stored = _find_base(compared.pairing) or open_checkpoint(base)
-    followed, unmatched = histories(steps, stored)
+    checkpoint = _find_base(compared.pairing) or open_checkpoint(base)
+    followed, unmatched = histories(steps, checkpoint)
     tasks, missing = _follow(compared.pairing, followed, unmatched, steps)
     if not tasks:
         raise NothingComparedError(_explain_no_overlap(compared, followed, unmatched))
     chosen = selector(run.options["layers"], run.options["exclude"])
-    rest = [*missing, *_skip_left_over(compared.pairing, followed, unmatched, chosen)]
+    rest = [*missing, *_list_unmatched(compared.pairing, followed, unmatched, chosen)]
     return run.over(
         tasks,
         measure,
         size,
         settings,
-        lambda layout, earlier, limited: _skip_unmeasured(
+        lambda layout, earlier, limited: _list_left_out(
             compared.pairing, rest, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),
@@ -120,7 +120,7 @@ def subspaces(
 
     Args:
         base: Base checkpoint.
-        tuned: Fine-tuned checkpoint a pilot run; or an adapter, whose own subspaces are taken.
+        tuned: Fine-tuned checkpoint of a pilot run; or an adapter, whose own subspaces are taken.
         ranks: Ranks of the overlaps to measure.
         **options: ``SubspaceOptions``.
 
@@ -212,7 +212,7 @@ def _covers_all_rows(history: History, delta: Delta) -> bool:
     return history.shape[1] == delta.shape[1] and history.shape[0] >= delta.shape[0]
 
 
-def _skip_left_over(
+def _list_unmatched(
     pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], chosen: Callable[[str], bool]
 ) -> Iterator[Unpaired]:
     """Yield the gradients that belong to no update."""
@@ -224,7 +224,7 @@ def _skip_left_over(
     yield from (item for item in unmatched if item.layer not in known and chosen(item.layer))
 
 
-def _skip_unmeasured(
+def _list_left_out(
     pairing: Pairing,
     rest: Sequence[Unpaired],
     layout: Layout,
@@ -232,7 +232,7 @@ def _skip_unmeasured(
     earlier: Results[Overlap],
     settings: OverlapSettings,
 ) -> Iterator[LeftOut]:
-    """Yield skipped layers that were known before measuring, including layers of a resumed run."""
+    """Yield the layers that are left out before measuring, and those that a resumed run left out."""
     yield from without_rank(pairing, layout, settings.device)
     yield from record_unpaired(Pairing((), tuple(rest)), layout, settings.device)
     done: dict[str, set[int]] = {}

@@ -53,17 +53,17 @@ def overlap_table(
 
 def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     wide = width >= WIDE
-    max_steps, sampled = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
-    own_steps = _spread(steps, sampled if len(steps) > max_steps else max_steps)
+    max_steps, sample_count = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
+    column_steps = _spread(steps, sample_count if len(steps) > max_steps else max_steps)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
-            columns += [_make_step_column(rows, step, "step " * (step == own_steps[0])) for step in own_steps]
+            columns += [_make_step_column(rows, step, "step " * (step == column_steps[0])) for step in column_steps]
             columns += (
                 [_make_strip_column(rows, steps, _WIDE_STRIP if wide else _STRIP)]
-                if len(steps) > len(own_steps)
+                if len(steps) > len(column_steps)
                 else []
             )
             columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
@@ -84,7 +84,7 @@ def _make_step_column(rows: Rows, step: int, before: str) -> Column:
     """Return the median κ of a step, shaded by its distance from random to 1, and marked if it is near random."""
     cells: list[str | Text] = []
     for _, group in rows:
-        known = [record for record in _cell_at_step(group, step) if record.kappa is not None]
+        known = [record for record in _select_step(group, step) if record.kappa is not None]
         if not known:
             cells.append("-")
             continue
@@ -96,7 +96,7 @@ def _make_step_column(rows: Rows, step: int, before: str) -> Column:
     return Column(f"{before}{step}", tuple(cells))
 
 
-def _cell_at_step(group: Sequence[Track], step: int) -> list[Overlap]:
+def _select_step(group: Sequence[Track], step: int) -> list[Overlap]:
     return [record for track in group for record in track.records if record.step == step]
 
 
@@ -111,6 +111,6 @@ def _make_strip_column(rows: Rows, steps: Sequence[int], width: int) -> Column:
     highest = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
     drawn = []
     for _, group in rows:
-        kappas = [middle([record.kappa for record in _cell_at_step(group, step)]) for step in steps]
+        kappas = [middle([record.kappa for record in _select_step(group, step)]) for step in steps]
         drawn.append(strip([None if kappa is None or not highest else kappa / highest for kappa in kappas], width))
     return Column("over steps", tuple(drawn), "left", drop=3)

@@ -139,10 +139,10 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     line = style.text / 72
     names = crop_names(shown.types, _NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
-    labels = 1.2 * line
+    label_height = 1.2 * line
     if not _names_fit(shown, inches, style.ticks):
-        labels = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
-    panel = 1.75 * max(len(shown.types), 2) * line + labels + 2.4 * line
+        label_height = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
+    panel = 1.75 * max(len(shown.types), 2) * line + label_height + 2.4 * line
     page, (ax,) = sheet(style, _make_text(series, shown), 1, 1, panel=panel, low=True)
     _draw(ax, shown, norm, style.ticks, _NAMES * style.width, inches)
     if norm is not None:
@@ -202,10 +202,10 @@ def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
     keys += [Key(Patch(color=COLORS["unknown"]), "not known without BASE")] if "unknown" in statuses else []
     layers = len({record.layer for item in series for record in item.records})
-    several = len({(name, depth) for name, _, depth in shown.records}) < layers
+    pooled = len({(name, depth) for name, _, depth in shown.records}) < layers
     return FigureText(
         "Weights of the adapter as each program applies them",
         f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
-        ("A cell shows the worst of a block's matrices of its type.",) if several else (),
+        ("A cell shows the worst of a block's matrices of its type.",) if pooled else (),
         tuple(keys),
     )

@@ -56,8 +56,8 @@ def make_portable(
         the errors ε of truncated (also pooled) and of folded factors, and the skipped weights.
 
     Raises:
-        UsageError: ``output`` exists.
-        InputError: A portable adapter cannot store a tensor.
+        UsageError: ``adapter`` is not an adapter, or ``output`` exists.
+        InputError: A portable adapter cannot store a tensor, or the written one reads back differently.
 
     Example:
         >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
@@ -70,8 +70,8 @@ def make_portable(
     checkpoint = open_checkpoint(as_path(base)) if base is not None else None
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
-    rounded = distances(opened, folder, checkpoint)
-    worst = max(rounded.values(), default=0.0)
+    errors = distances(opened, folder, checkpoint)
+    worst = max(errors.values(), default=0.0)
     if worst > ROUNDING and written.dtype == "float32":
         raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use the output, and report this")
     results = portability(folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank)
@@ -95,10 +95,10 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
     Raises:
         InputError: A written weight cannot be read back under its name.
     """
-    old_items = {item.layer: item for item in contents_of(before, base).items}
-    by_layer = {}
+    originals = {item.layer: item for item in contents_of(before, base).items}
+    errors = {}
     for item in contents_of(open_adapter(after), base).items:
-        counterpart = old_items.get(item.layer)
+        counterpart = originals.get(item.layer)
         if counterpart is None:
             if base is None and after.exists() and open_adapter(after).form != before.form:
                 continue  # the two layouts name weights differently, and only BASE relates the names
@@ -107,9 +107,9 @@ def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str
             )
         if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
             continue
-        first, second = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
-        assert isinstance(first, tuple)
-        assert isinstance(second, tuple)
-        norm = gap(second, (second[0] * 0, second[1]))
-        by_layer[item.layer] = gap(first, second) / norm if norm else 0.0
-    return by_layer
+        written, original = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
+        assert isinstance(written, tuple)
+        assert isinstance(original, tuple)
+        norm = gap(original, (original[0] * 0, original[1]))
+        errors[item.layer] = gap(written, original) / norm if norm else 0.0
+    return errors

@@ -77,7 +77,7 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
     the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
     """
     fro: float | None = None
-    whole: Matrix | None = None
+    update: Matrix | None = None
     plain = task.item.part not in NONLINEAR_PARTS
     if task.delta is not None:
         delta = replace(task.delta, base=None) if isinstance(task.delta, FactoredDelta) else task.delta
@@ -87,12 +87,14 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
         fro = fro_of(change)
         if not math.isfinite(fro):
             return (not_finite(task.delta, replace(change, non_finite=PRODUCT_OVERFLOW)),)
-        whole = change.matrix if change.factors is None else change.factors
-    return tuple(_record(task, name, outcome, fro, None if plain else whole) for name, outcome in task.outcomes.items())
+        update = change.matrix if change.factors is None else change.factors
+    return tuple(
+        _record(task, name, outcome, fro, None if plain else update) for name, outcome in task.outcomes.items()
+    )
 
 
-def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None, whole: Matrix | None) -> Portability:
-    status, epsilon, scale, why = _judge(task, outcome, fro, whole)
+def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None, update: Matrix | None) -> Portability:
+    status, epsilon, scale, why = _judge(task, outcome, fro, update)
     if isinstance(outcome, Outcome) and outcome.unjudged and status in AS_INTENDED:
         status, epsilon, why = "unknown", None, outcome.unjudged
     return Portability(
@@ -111,7 +113,7 @@ def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None,
 
 
 def _judge(
-    task: Judged, outcome: Outcome | str, fro: float | None, whole: Matrix | None
+    task: Judged, outcome: Outcome | str, fro: float | None, update: Matrix | None
 ) -> tuple[Status, float | None, float | None, str]:
     """Return status, ε, s' and the reason."""
     if isinstance(outcome, str):
@@ -121,11 +123,11 @@ def _judge(
         return "full", error, None, ""
     if outcome.does == "dropped":
         return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
-    applied, intended = task.item.scale, task.intended
+    stored, intended = task.item.scale, task.intended
     as_intended = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
     if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        return "wrong", _measure_distance(task, outcome, fro, whole), outcome.scale, _explain_plain(task, outcome)
-    if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and applied != 0):
+        return "wrong", _measure_distance(task, outcome, fro, update), outcome.scale, _explain_plain(task, outcome)
+    if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and stored != 0):
         return "exact", error, outcome.scale, ""
     deviation = abs(outcome.scale / intended - 1) if intended else None
     return "wrong", deviation, outcome.scale, outcome.why
@@ -140,17 +142,17 @@ def _explain_plain(task: Judged, outcome: Outcome) -> str:
     return f"B·A alone is added, without {plain}" + (f"; {outcome.why}" if outcome.why else "")
 
 
-def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, whole: Matrix | None) -> float | None:
+def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, update: Matrix | None) -> float | None:
     """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None if that needs a BASE and none is given."""
     item, delta = task.item, task.delta
-    if delta is None or not fro or whole is None or item.load is None or outcome.scale is None or not item.scale:
+    if delta is None or not fro or update is None or item.load is None or outcome.scale is None or not item.scale:
         return None
     loaded = item.load(Site(delta.shape))
     assert isinstance(loaded, tuple)
     b, a = loaded
     if (len(b), a.shape[1]) != delta.shape:
         b, a = a.T, b.T
-    return gap((b * (outcome.scale / item.scale), a), whole) / fro
+    return gap((b * (outcome.scale / item.scale), a), update) / fro
 
 
 def size(task: Judged, settings: PortabilitySettings) -> int:

@@ -67,11 +67,11 @@ class Consumer:
     Args:
         name: Name for ``--consumers``.
         title: Name in tables and figures.
-        forms: Layouts of files that it reads: ``peft``, ``kohya``, ``diffusers``, ``mlx``.
+        forms: Layouts of files that it reads, such as ``peft`` or ``gguf``.
         rules: Its rules, the newest first.
         largest_rank: Largest rank that it can be set to serve; None if there is no limit.
         default_rank: Largest rank that it serves by default; None if there is no limit.
-        rank_option: The option that sets it.
+        rank_option: The option that sets the largest rank; empty without one.
         rank_choices: Values that this option accepts; empty if any.
     """
 
@@ -158,6 +158,6 @@ def unjudged_tie(form: str, contents: Contents) -> str:
     return f"the adapter is refused if {reason}"
 
 
-def unless(*reasons: str) -> str:
+def join_reasons(*reasons: str) -> str:
     """Return the non-empty reasons as one sentence; empty if there are none."""
     return "; ".join(reason for reason in reasons if reason)

@@ -177,7 +177,7 @@ def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: in
 
 
 def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the known ΔW; empty if all of them need a BASE and none is given."""
+    """Return the ΔW of the adapter, and notes; no ΔW if BASE is needed and not given."""
     try:
         return adapter.pair(base, allow_unmatched=allow_unmatched)
     except (InputError, NothingComparedError):

@@ -99,15 +99,15 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     """Return the statements: the treatment by each consumer, and remedies."""
     groups = by_consumer(results)
     lines = [compared(results)]
-    unsupported = [
+    deviating = [
         name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)
     ]
     lines += _describe_fix(results.run.settings.get("fixed"))
     if groups:
-        lines.append(_describe_answer(groups, unsupported, results))
+        lines.append(_describe_answer(groups, deviating, results))
     lines += [_describe_consumer(name, records, results) for name, records in groups.items()]
-    if required := failed(results):
-        titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in required)
+    if failures := failed(results):
+        titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in failures)
         lines.append(make_statement("require", "Required", f"not as intended, or not known: {titles}", level="failure"))
     lines.append(left_out(results))
     return [*lines, *final_statements(results)]
@@ -182,9 +182,9 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
     else:
         parts = [_describe_wrong(records)] if counts["wrong"] else []
         if counts["dropped"]:
-            lost = [record for record in records if record.status == "dropped"]
+            dropped = [record for record in records if record.status == "dropped"]
             parts.append(
-                f"drops {len(lost)} of {len(records)} weights: {list_names([record.layer for record in lost])}"
+                f"drops {len(dropped)} of {len(records)} weights: {list_names([record.layer for record in dropped])}"
             )
         lead, level = "; ".join(parts), "warning"
         if (epsilon := pooled_epsilon(records)) is not None:

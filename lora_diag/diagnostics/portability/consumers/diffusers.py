@@ -29,12 +29,12 @@ def _refuses(contents: Contents) -> str:
     return f"{odd.key}: a part that is no LoRA" if odd is not None else ""
 
 
-def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
+def _applies(contents: Contents, item: Item, alpha_is_rank: bool) -> Outcome:
     if item.rank is None:
         return Outcome("full")
     if item.part == "dora" or (contents.has_metadata and item.alpha is None):
         return Outcome("intended", item.scale)
-    alpha, ranks_are_alphas = _choose_alpha(contents.components[component_of(item.module)], mirrored)
+    alpha, ranks_are_alphas = _choose_alpha(contents.components[component_of(item.module)], alpha_is_rank)
     if ranks_are_alphas:
         return Outcome("applied", 1.0)
     own_alpha = item.alpha if item.alpha is not None else alpha
@@ -42,17 +42,17 @@ def _applies(contents: Contents, item: Item, mirrored: bool) -> Outcome:
     return Outcome("applied", own_alpha / item.rank, why)
 
 
-def _choose_alpha(items: Sequence[Item], mirrored: bool) -> tuple[float, bool]:
+def _choose_alpha(items: Sequence[Item], alpha_is_rank: bool) -> tuple[float, bool]:
     """Return the α of modules without one, and whether it is each module's own rank."""
     alphas = [item.alpha for item in items if item.alpha is not None]
     if alphas:
         return Counter(alphas).most_common(1)[0][0], False
     first = min(items, key=lambda item: item.key)
-    return float(first.rank or 1), mirrored
+    return float(first.rank or 1), alpha_is_rank
 
 
-_NEW: Callable[[Contents, Item], Outcome] = partial(_applies, mirrored=True)
-_OLD: Callable[[Contents, Item], Outcome] = partial(_applies, mirrored=False)
+_NEW: Callable[[Contents, Item], Outcome] = partial(_applies, alpha_is_rank=True)
+_OLD: Callable[[Contents, Item], Outcome] = partial(_applies, alpha_is_rank=False)
 
 CONSUMER = Consumer(
     "diffusers",

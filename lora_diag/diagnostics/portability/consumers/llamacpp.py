@@ -21,13 +21,13 @@ from functools import partial
 
 from lora_diag.adapters.contents import Contents, Item
 from lora_diag.adapters.layouts import GGUF
-from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, tied_refusal, unjudged_tie, unless
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, join_reasons, tied_refusal, unjudged_tie
 
 
 def _refuses(contents: Contents) -> str:
     odd = contents.first("dora", "bias", "value", "rows", "other")
     stack = contents.first("experts", "convolution")
-    return unless(
+    return join_reasons(
         f"the converter stops at {odd.key}" if odd is not None else "",
         "BD-LoRA" if contents.config.get("use_bdlora") else "",
         "KaSA" if contents.config.get("kasa_config") else "",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 from lora_diag.adapters.contents import PAIRS, Contents, Item
-from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, tied_refusal, unjudged_tie, unless
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, join_reasons, tied_refusal, unjudged_tie
 
 
 def _refuses(contents: Contents) -> str:
@@ -24,7 +24,7 @@ def _refuses(contents: Contents) -> str:
     missing += [] if "num_layers" in config else ["num_layers"]
     unequal = next((item for item in contents.pairs if item.rank != settings.get("rank")), None)
     odd = next((item for item in contents.items if item.part not in PAIRS), None)
-    return unless(
+    return join_reasons(
         f"the config gives no {', '.join(missing)}" if missing else "",
         f"{unequal.module} has rank {unequal.rank}, and lora_parameters.rank is {settings['rank']}"
         if unequal is not None and "rank" in settings

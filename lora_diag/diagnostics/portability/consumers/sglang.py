@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 
 from lora_diag.adapters.contents import Contents, Item
-from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, unless
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, join_reasons
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _JOINED = ("q_proj", "k_proj", "v_proj")
@@ -36,7 +36,7 @@ def _refuses(contents: Contents) -> str:
     odd = contents.first("other", "convolution", "experts", "residual" if config.get("kasa_config") else "other")
     rank = config.get("r")
     unequal = next((item for item in contents.pairs if item.rank != rank and item.part != "experts"), None)
-    return unless(
+    return join_reasons(
         f"peft_type {kind}" if kind.lower() != "lora" else "",
         "DoRA" if config.get("use_dora") or contents.first("dora") else "",
         "target_modules as a regular expression"

@@ -20,7 +20,7 @@ from __future__ import annotations
 from functools import partial
 
 from lora_diag.adapters.contents import Contents, Item
-from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, one_scale, unless
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, join_reasons, one_scale
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -35,7 +35,7 @@ _UNREAD = {
 }
 
 
-def _find_saved(contents: Contents, allowed: set[str]) -> str:
+def _refuse_saved(contents: Contents, allowed: set[str]) -> str:
     saved = [name for name in contents.config.get("modules_to_save") or () if name not in allowed]
     return f"modules_to_save {', '.join(map(str, saved))}" if saved else ""
 
@@ -48,8 +48,8 @@ def _refuses(contents: Contents, since: str) -> str:
     odd = contents.first("convolution", "rows", "other") or (contents.first("experts") if since == "0.10" else None)
     value = contents.first("value", "norm")
     plain_value = value is not None and value.module.rpartition(".")[2] in {"classifier", "score"}
-    return unless(
-        _find_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
+    return join_reasons(
+        _refuse_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
         "DoRA" if config.get("use_dora") or contents.first("dora") else "",
         f"bias={config['bias']!r}" if config.get("bias") not in (None, "none") else "",
         ", ".join(unread) if since == "0.32" else "",

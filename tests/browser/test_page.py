@@ -117,7 +117,10 @@ def test_curves_equal_record(page):
     record = small()[0]["model.layers.0.self_attn.q_proj.weight"]
     ranks, values = page.js("(() => { const t = document.getElementById('spectrum').data[0]; return [t.x, t.y]; })()")
     assert values == [record.s[rank - 1] for rank in ranks]
-    assert page.js("document.getElementById('residual').data[0].y") == [small()[1][record.layer].epsilon]
+    residual_record = small()[1][record.layer]
+    assert page.js("document.getElementById('residual').data[0].y") == [residual_record.epsilon]
+    marks = page.js("document.getElementById('residual').data.slice(1).map((trace) => trace.base)")
+    assert marks == [[residual_record.least_epsilon]]
 
 
 def test_page_is_usable_by_keyboard(page):

@@ -11,16 +11,16 @@ function layout(more) {
     ...more, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis } };
 }
 
-function draw(id, traces, more, says) {
-  const there = traces.length > 0;
-  if ($(id + "-figure")) $(id + "-figure").hidden = !there;
-  if (!there) return;
+function draw(id, traces, more, description) {
+  const isDrawn = traces.length > 0;
+  if ($(id + "-figure")) $(id + "-figure").hidden = !isDrawn;
+  if (!isDrawn) return;
   Plotly.react($(id), traces, layout(more), { displayModeBar: false, responsive: true,
     doubleClick: id === "heat" ? false : "reset" });
-  if (says) $(id).setAttribute("aria-label", says);
+  if (description) $(id).setAttribute("aria-label", description);
 }
 
-const color = (place) => css("--series").split(" ")[place % MOST];
+const color = (place) => css("--series").split(" ")[place % MAX_CHOSEN];
 
 // Whether the heat map is navigated by keyboard.
 const onKeys = () => $("heat").matches(":focus-visible");
@@ -29,7 +29,7 @@ function drawHeat() {
   const field = fields.get(state.field);
   if (!field) return;
   const value = (layers) => { const sorted = known(layers, field); return sorted.length ? field.values[middle(sorted)] : null; };
-  const told = (layers) => {
+  const describe = (layers) => {
     if (!layers.length) return "";
     const many = layers.length > 1 ? `median of ${layers.length} matrices, ` : "";
     return `${layers.length > 1 ? plain(label(layers[0])) + " …" : plain(short(layers[0]))}<br>${many}` +
@@ -47,7 +47,7 @@ function drawHeat() {
     box([data.type[layer], column.get(data.depth[layer])], { color: color(place), width: 3 }));
   const cursor = onKeys() ? box(state.at, { color: css("--text"), width: 3, dash: "dot" }) : [];
   const trace = { type: "heatmap", z: shown.map((type) => cells[type].map(value)),
-    text: shown.map((type) => cells[type].map(told)),
+    text: shown.map((type) => cells[type].map(describe)),
     hovertemplate: "%{text}<extra></extra>", colorscale: "Cividis", xgap: 1, ygap: 1, hoverongaps: false,
     colorbar: { thickness: 12, outlinewidth: 0 }, ...(field.share ? { zmin: 0, zmax: 1 } : {}) };
   draw("heat", [trace], { showlegend: false, dragmode: false, height: Math.min(1200, 26 * shown.length + 78),
@@ -96,8 +96,8 @@ function drawSpectra() {
 }
 
 function drawResiduals() {
-  const of = (name) => data.fields.filter((field) => /^a\d+$/.test(field.id.split(".")[0]) && field.id.endsWith("." + name));
-  const floors = new Map(of("floor").map((field) => [field.group, field]));
+  const of = (name) => data.fields.filter((field) => /^a\d+\./.test(field.id) && field.id.replace(/^a\d+\./, "") === name);
+  const floors = new Map(of("least_epsilon").map((field) => [field.group, field]));
   const x = state.layers.map((layer) => plain(label(layer)));
   const traces = of("epsilon").flatMap((field, place) => {
     if (state.layers.every((layer) => field.values[layer] === null)) return [];

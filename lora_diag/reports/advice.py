@@ -188,19 +188,19 @@ def raise_rank(evidence: Evidence) -> Advice | None:
     reason += _describe_limits(evidence, largest_adapters)
     if not is_measured:
         action = f"Measure which rank above {current} the update needs"
-        return Advice(rule, action, reason, condition, source, _find_spectrum(evidence), layers=layers)
+        return Advice(rule, action, reason, condition, source, _make_spectrum_command(evidence), layers=layers)
     target_rank = target or COMMON_RANKS[-1]
     chosen = {item.layer for item in (insufficient if is_local else capacities)}
     total = sum(sum(i.shape) * (max(target_rank, i.rank) if i.layer in chosen else i.rank) for i in capacities)
     params, reference_params, reference_text = total + saved_params(evidence), *reference(evidence)
-    change = f"r={target_rank} in {'these' if is_local else 'all of them'}"
+    placement = f"r={target_rank} in {'these' if is_local else 'all of them'}"
     effect = (
         f"holds half of the energy in {'each of them' if is_local else 'the median matrix'}"
         if target
         else "holds less than half of the energy in some of them"
     )
     reason += (
-        f" The budget is that of {change}{', with the others unchanged' if is_local else ''}, which "
+        f" The budget is that of {placement}{', with the others unchanged' if is_local else ''}, which "
         f"{effect}.{_describe_energy_kept(evidence, params)}"
     )
     return Advice(
@@ -246,7 +246,7 @@ def widen_placement(evidence: Evidence) -> Advice | None:
         f"{ARTICLE}, rank selection step 5.2",
         command("allocate", _find_spectrum_file(evidence), params=params, o="adapter_config.json")
         if measured
-        else _find_spectrum(evidence),
+        else _make_spectrum_command(evidence),
         params=params if measured else None,
         layers=tuple(unreached),
     )
@@ -256,13 +256,13 @@ def train_other_weights(evidence: Evidence) -> Advice | None:
     """Steps 2 and 3: embeddings and head, norms and biases, which adapters of matrices do not reach."""
     fraction = evidence.shares["vocabulary"] if evidence.shares else 0.0
     vectors = large_vector_change(evidence)
-    table = fraction >= PLACEMENT_SHARE and bool(evidence.readable)
+    has_tables = fraction >= PLACEMENT_SHARE and bool(evidence.readable)
     gain_without_matrices = without_matrices(evidence)
-    if not (table or vectors) or (gain_without_matrices is not None and gain_without_matrices < PLACEMENT_SHARE):
+    if not (has_tables or vectors) or (gain_without_matrices is not None and gain_without_matrices < PLACEMENT_SHARE):
         return None
-    parts = [*(["embeddings and head"] if table else []), *(["norms and biases"] if vectors else [])]
+    parts = [*(["embeddings and head"] if has_tables else []), *(["norms and biases"] if vectors else [])]
     parts_text = " and ".join(parts)
-    reason = f"{percent(fraction)} of the whole change ‖Δ‖² is in embeddings and head." if table else ""
+    reason = f"{percent(fraction)} of the whole change ‖Δ‖² is in embeddings and head." if has_tables else ""
     reason += f" {vectors.seen} Most in {named(vectors.layers)}." if vectors else ""
     sides = (evidence.path_of("base"), evidence.path_of("tuned"))
     text = evidence.path_of("eval", "HELD_OUT_TEXT")
@@ -463,5 +463,5 @@ def _find_spectrum_file(evidence: Evidence) -> str:
     return evidence.update.name if evidence.update else "spectrum.jsonl"
 
 
-def _find_spectrum(evidence: Evidence) -> tuple[str, ...]:
+def _make_spectrum_command(evidence: Evidence) -> tuple[str, ...]:
     return command("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), o="spectrum.jsonl")

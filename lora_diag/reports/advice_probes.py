@@ -74,7 +74,7 @@ def place_by_gain(evidence: Evidence) -> Advice | None:
         best, lowest = gains.known[0], (gains.idle or gains.known)[-1]
         largest = named([gain.unit for gain in (gains.clear if gains.idle else gains.known[:3])])
         smallest = f", little in {named([gain.unit for gain in gains.idle])}" if gains.idle else ""
-        argv, params, budget_text = _allocate(evidence, gains.source)
+        argv, params, budget_text = _make_allocate_command(evidence, gains.source)
         return Advice(
             "place by gain",
             f"{budget_text} by what each gains alone: most in {largest}{smallest}",
@@ -127,14 +127,14 @@ def fit_rank(evidence: Evidence) -> Advice | None:
     for source, records in _find_runs(evidence, Intrinsic):
         settings = source.results.run.settings
         name, threshold = main_sets(records)[0], settings["share"]
-        all_rows = lines(records, name, records[0].set, settings["seed"])
-        full = next((line for line in all_rows if line.subject == "full"), None)
-        repeated = [line for line in all_rows if line.subject == "lora" and len(line.shares) > 1]
+        all_lines = lines(records, name, records[0].set, settings["seed"])
+        full = next((line for line in all_lines if line.subject == "full"), None)
+        repeated = [line for line in all_lines if line.subject == "lora" and len(line.shares) > 1]
         if full is None or full.edge or not full.shares:
             continue
-        answer = reached(all_rows, "lora", threshold)
+        answer = reached(all_lines, "lora", threshold)
         insufficient = [line for line in repeated if (line.size or 0) >= chosen[-1] and max(line.shares) < threshold]
-        dimension = _describe_dimension(all_rows, threshold)
+        dimension = _describe_dimension(all_lines, threshold)
         line = answer.line
         if (
             line is not None
@@ -148,7 +148,7 @@ def fit_rank(evidence: Evidence) -> Advice | None:
                 f"On {name}, r={line.size} reached {_format_shares(line)} of full fine-tuning's gain with every seed"
             )
             candidates = [line.size or 0, chosen[0]]
-        elif insufficient and not any(size.edge for size in insufficient) and line is None:
+        elif insufficient and not any(item.edge for item in insufficient) and line is None:
             higher = [2 * (insufficient[-1].size or 0), 4 * (insufficient[-1].size or 0)]
             action = (
                 f"Expect r={_format_range(chosen)} to remain below full fine-tuning: also try {format_ranks(higher)}"
@@ -185,27 +185,25 @@ def fit_rank(evidence: Evidence) -> Advice | None:
 
 
 def prefer_fisher(evidence: Evidence) -> Advice | None:
-    """Avoid truncation by energy if its order of layers differs from the measured cost."""
+    """Recommend ranks by Fisher information if it orders layers by measured cost and energy does not; or to measure."""
     for source, records in _find_runs(evidence, Fisher):
         ranks: list[int] = source.results.run.settings["ranks"]
         rank = DEFAULT_RANK if DEFAULT_RANK in ranks else ranks[0]
         chosen = next((at_rank for at_rank in correlations(records, ranks) if at_rank.rank == rank), None)
-        differing = (
-            _advise_measurement(source, records, rank)
-            if chosen is None
-            else _advise_against_fisher(evidence, source, chosen)
+        step = (
+            _advise_measurement(source, records, rank) if chosen is None else _advise_fisher(evidence, source, chosen)
         )
-        if differing is not None:
-            return differing
+        if step is not None:
+            return step
     return None
 
 
-def _advise_against_fisher(evidence: Evidence, source: Source, chosen: Correlations) -> Advice | None:
+def _advise_fisher(evidence: Evidence, source: Source, chosen: Correlations) -> Advice | None:
     """Apply if the measured cost has the order of the Fisher information, and significantly not that of energy."""
-    fisher, energy = (_correlate(chosen.kl[name][0], chosen.n) for name in ("Fisher", "weight energy"))
+    fisher, energy = (_bound_correlation(chosen.kl[name][0], chosen.n) for name in ("Fisher", "weight energy"))
     if fisher is None or energy is None or fisher[1] <= energy[2]:
         return None
-    argv, params, budget_text = _allocate(evidence, source)
+    argv, params, budget_text = _make_allocate_command(evidence, source)
     return Advice(
         "rank by Fisher",
         f"{budget_text} by the Fisher information of the discarded part instead of energy",
@@ -223,7 +221,7 @@ def _advise_measurement(source: Source, records: Sequence[Fisher], rank: int) ->
     """Without a measured cost, but with significantly different orders: recommend the measurement."""
     pairs = [(record.weight[str(rank)], record.at(rank)) for record in records if record.at(rank) > 0]
     rho = (
-        _correlate(spearman([first for first, _ in pairs], [second for _, second in pairs]), len(pairs))
+        _bound_correlation(spearman([first for first, _ in pairs], [second for _, second in pairs]), len(pairs))
         if pairs
         else None
     )
@@ -298,8 +296,8 @@ def _format_gain(gain: Gain) -> str:
     return f"{gain.gain:+.4f} ± {two_digits(gain.error or 0.0)}"
 
 
-def _describe_dimension(all_rows: Sequence[Line], share: float) -> str:
-    line = reached(all_rows, "subspace", share).line
+def _describe_dimension(all_lines: Sequence[Line], share: float) -> str:
+    line = reached(all_lines, "subspace", share).line
     return "" if line is None else f" {line.size} random directions reached the same."
 
 
@@ -311,7 +309,7 @@ def _format_range(values: Sequence[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _correlate(rho: float | None, n: int) -> tuple[float, float, float] | None:
+def _bound_correlation(rho: float | None, n: int) -> tuple[float, float, float] | None:
     """Return ρ and its interval; None if unknown.
 
     For ρ = 1 the interval is that of a ρ reduced by half a swap of neighbours, since few layers in order are not
@@ -327,7 +325,7 @@ def _format_interval(rho: tuple[float, float, float]) -> str:
     return f"{rho[0]:.2f} [{rho[1]:.2f}, {rho[2]:.2f}]"
 
 
-def _allocate(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int | None, str]:
+def _make_allocate_command(evidence: Evidence, weights: Source) -> tuple[tuple[str, ...], int | None, str]:
     """Return the command that spends a budget by these weights, the budget, and both as text.
 
     Without a spectrum, return the command that measures one.

@@ -42,12 +42,14 @@ def other_answers(evidence: Evidence) -> Iterator[Answer]:
 
 def _answer_questions(sections: Sequence[Section]) -> Iterator[Answer]:
     """Yield the answers to the questions declared by features, from their statements."""
-    times = Counter(section.feature.name for section in sections)
+    run_counts = Counter(section.feature.name for section in sections)
     for section in sections:
         for key, question in section.feature.questions:
-            if answers := [statement for statement in section.statements if statement.key == key]:
-                first, *others = answers
+            if statements := [statement for statement in section.statements if statement.key == key]:
+                first, *others = statements
                 answer, extra = first.answered
                 extra += tuple(line for statement in others for line in statement.labelled)
                 # With several such runs, each answer names its run.
-                yield Answer(question, answer, (*extra, *([section.title] if times[section.feature.name] > 1 else ())))
+                yield Answer(
+                    question, answer, (*extra, *([section.title] if run_counts[section.feature.name] > 1 else ()))
+                )

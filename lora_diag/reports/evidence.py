@@ -198,8 +198,8 @@ class Evidence:
             and len(record.shape) == 2
             and part_of(record.layer) == "matrices"
         ]
-        shown = [record for record in records if record.resolution and record.resolution.verdict == "resolved"]
-        return tuple(shown) if 2 * len(shown) >= len(records) else ()
+        resolved = [record for record in records if record.resolution and record.resolution.verdict == "resolved"]
+        return tuple(resolved) if 2 * len(resolved) >= len(records) else ()
 
     @cached_property
     def capacities(self) -> tuple[Capacity, ...]:
@@ -310,7 +310,7 @@ def _list_adapters(run: Source) -> list[str]:
 
 
 def _identify_tuned(source: Source) -> set[str]:
-    """Return path and fingerprint of the fine-tune of a run; None without one or with several."""
+    """Return path and fingerprint of the fine-tune of a run; empty without one or with several."""
     sides = [side for side in source.results.run.inputs if side.role == "tuned"]
     return {word for side in sides for word in (side.path, side.fingerprint) if word} if len(sides) == 1 else set()
 

@@ -88,7 +88,7 @@ def _list_spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable
         shown = Spectrum.shown_of(source.results.run.settings, source.results.layers)
         if evidence.update is not None and source is not evidence.update:
             shown = tuple(replace(field, main=False) for field in shown)
-        group = filter(None, (_group(sources, source), _METRIC.get(metric_of(source.results))))
+        group = filter(None, (_name_group(sources, source), _METRIC.get(metric_of(source.results))))
         yield from _make_columns(f"s{position}", ", ".join(group), shown, records, layers)
 
 
@@ -110,7 +110,7 @@ def _list_overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[
         place = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         columns = tuple(replace(field, about=f"{field.about}; {place}") for field in Overlap.shown)
         records = {track.layer: track.last for track in shown}
-        yield from _make_columns(f"o{position}", _group(sources, source), columns, records, layers)
+        yield from _make_columns(f"o{position}", _name_group(sources, source), columns, records, layers)
 
 
 def _list_other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -127,7 +127,7 @@ def _list_other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fi
             records = {record.layer: record for record in source.results if isinstance(record, kind)}
             shown = kind.shown_of(source.results.run.settings, source.results.layers)
             prefix = f"{kind.model_fields['record'].default}{position}"
-            yield from _make_columns(prefix, _group(sources, source), shown, records, layers)
+            yield from _make_columns(prefix, _name_group(sources, source), shown, records, layers)
 
 
 def _list_gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
@@ -160,6 +160,6 @@ def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[st
     return pooled_value(shown, group) if group else None
 
 
-def _group(sources: Sequence[Source], source: Source) -> str:
+def _name_group(sources: Sequence[Source], source: Source) -> str:
     """Return the name of the run if there are several."""
     return labels([item.name for item in sources])[list(sources).index(source)] if len(sources) > 1 else ""

@@ -111,7 +111,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     return templates.get_template("report.html").render(
         subject=subject,
         sources=evidence.sources,
-        shown=list(map(_render_run, evidence.sources)),
+        run_tables=list(map(_render_run, evidence.sources)),
         certificates=certificates(evidence),
         outcome=outcome,
         verdicts=verdicts[:VERDICTS],
@@ -122,8 +122,8 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         plain_rows=min(PLAIN_ROWS, len(layers)),
         sections=sections,
         images=[picture for picture in images if picture.name not in used],
-        own_pictures=[picture for picture in images if picture.name in used],
-        most_inputs=INPUTS,
+        section_images=[picture for picture in images if picture.name in used],
+        max_inputs=INPUTS,
         made=made,
         thinning=[*other_metric_sentences(evidence), *_describe_thinning(evidence, layers)],
         metrics=_list_metrics(evidence),
@@ -141,7 +141,7 @@ def _list_parts(
     """Return the ids and titles of the parts of the page; several runs of a command have whole titles."""
     kinds = [section.kind for section in sections]
     titles = [kind if kinds.count(kind) == 1 else item.title for kind, item in zip(kinds, sections, strict=True)]
-    there = (
+    parts = (
         ("next", "Next steps", subject.update),
         ("failures", "Failure modes", subject.update and subject.weights),
         ("gate", "Gate", outcome),
@@ -150,7 +150,7 @@ def _list_parts(
         ("explore", "Layer by layer", layers),
         ("runs", "Runs", True),
     )
-    return [(id, title) for id, title, has in there if has]
+    return [(id, title) for id, title, is_shown in parts if is_shown]
 
 
 @cache

@@ -47,7 +47,7 @@ def keep_adapter(evidence: Evidence) -> Advice | None:
 
 
 def flag_worse_finetune(evidence: Evidence) -> Advice | None:
-    """Do not imitate a full fine-tune that is worse than BASE."""
+    """Advise against imitating a full fine-tune that is worse than BASE."""
     if not rejected_options(evidence).tuned or not (
         measured := [*of(evidence, "outputs"), *of(evidence, "truncation")]
     ):
@@ -75,10 +75,14 @@ def flag_worse_finetune(evidence: Evidence) -> Advice | None:
 
 def close_gap(evidence: Evidence) -> Advice | None:
     """State the gap if every measured adapter is worse than the full fine-tune."""
-    outcomes = contests(evidence)
-    if not outcomes or any(contest.outcome != "worse" for contest in outcomes) or train_at_rank(evidence) is not None:
+    all_contests = contests(evidence)
+    if (
+        not all_contests
+        or any(contest.outcome != "worse" for contest in all_contests)
+        or train_at_rank(evidence) is not None
+    ):
         return None  # a sweep recommends the training
-    best = min(outcomes, key=lambda contest: contest.worst.gap or 0.0)
+    best = min(all_contests, key=lambda contest: contest.worst.gap or 0.0)
     sweep = swept(evidence)
     highest = max([rejected_options(evidence).trained, *(sweep.ranks if sweep else ())])
     candidates = () if rejected_options(evidence).more_rank else tuple(rank for rank in _RANKS if rank > highest)[:3]
@@ -87,7 +91,7 @@ def close_gap(evidence: Evidence) -> Advice | None:
         "close the gap",
         f"Close a gap of {_format_gap(best.worst)} nats to the full fine-tune: "
         f"{f'train at {format_ranks(candidates)}' if candidates else 'sweep learning rates'}",
-        f"{_describe_outcome(best)}{', the best of ' + str(len(outcomes)) if len(outcomes) > 1 else ''}. Steps "
+        f"{_describe_outcome(best)}{', the best of ' + str(len(all_contests)) if len(all_contests) > 1 else ''}. Steps "
         "based on weights suggest its cause; train and measure the loss again.",
         f"every adapter significantly worse on some set, and not shown to keep {SUFFICIENT_SHARE:.0%} of the gain",
         f"{ARTICLE}, rank selection step 5 (escalation); {_PAIRED}",
@@ -98,9 +102,9 @@ def close_gap(evidence: Evidence) -> Advice | None:
 
 def measure_more(evidence: Evidence) -> Advice | None:
     """Recommend more held-out text if the comparison is inconclusive."""
-    outcomes = contests(evidence)
-    unknown = [contest for contest in outcomes if contest.outcome == "not known"]
-    if not unknown or any(contest.outcome == "as good" for contest in outcomes):
+    all_contests = contests(evidence)
+    unknown = [contest for contest in all_contests if contest.outcome == "not known"]
+    if not unknown or any(contest.outcome == "as good" for contest in all_contests):
         return None
     source, _ = next(of(evidence, "outputs"))
     return Advice(

@@ -28,7 +28,7 @@ def markdown_report(evidence: Evidence) -> str:
         f"# {_escape_text(crop(subject.title, 200))}",
         *(f"> **Unfinished:** {_escape_text(line)}" for line in subject.unfinished),
         *(
-            f"**{answer.question}** {_escape_text(answer.says)}" + _count_more(answer.more)
+            f"**{answer.question}** {_escape_text(answer.says)}" + _list_items(answer.more)
             for answer in subject.answers
         ),
         *(_make_advice(subject) if subject.update else ()),
@@ -58,7 +58,7 @@ def _join_fitting(parts: Sequence[str]) -> str:
     return "\n\n".join(kept) + "\n"
 
 
-def _count_more(lines: Sequence[str]) -> str:
+def _list_items(lines: Sequence[str]) -> str:
     return "".join(f"\n- {_escape_text(line)}" for line in lines)
 
 
@@ -92,7 +92,7 @@ def _describe_pooling(columns: Sequence[Field]) -> str:
 
 
 def _make_sections(evidence: Evidence) -> list[str]:
-    """Return a part for each run on several updates, intruders or a fleet: its summary and its tables."""
+    """Return a part for each section: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
         statements = "\n".join(

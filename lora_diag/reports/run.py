@@ -69,36 +69,36 @@ def report(
     return made
 
 
-def _write_html(evidence: Evidence) -> str:
+def _render_html(evidence: Evidence) -> str:
     from lora_diag.reports.html import html_report
     from lora_diag.reports.static import images_of
 
     return html_report(evidence, images_of(evidence), format_minute(timestamp()))
 
 
-def _write_markdown(evidence: Evidence) -> str:
+def _render_markdown(evidence: Evidence) -> str:
     from lora_diag.reports.markdown import markdown_report
 
     return markdown_report(evidence)
 
 
-def _write_csv(evidence: Evidence, values: bool) -> str:
+def _render_csv(evidence: Evidence, values: bool) -> str:
     from lora_diag.reports.tabular import to_csv
 
     return to_csv(evidence, values)
 
 
-def _write_parquet(evidence: Evidence, values: bool) -> bytes:
+def _render_parquet(evidence: Evidence, values: bool) -> bytes:
     from lora_diag.reports.tabular import to_parquet
 
     return to_parquet(evidence, values)
 
 
 _RENDERERS: dict[str, tuple[Callable[..., str | bytes], Kind]] = {
-    "html": (_write_html, PAGE),
-    "md": (_write_markdown, MARKDOWN),
-    "csv": (_write_csv, CSV),
-    "parquet": (_write_parquet, PARQUET),
+    "html": (_render_html, PAGE),
+    "md": (_render_markdown, MARKDOWN),
+    "csv": (_render_csv, CSV),
+    "parquet": (_render_parquet, PARQUET),
 }
 FORMATS = tuple(_RENDERERS)
 _TABLES = ("csv", "parquet")

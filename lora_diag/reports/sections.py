@@ -94,7 +94,7 @@ def is_of_losses(source: Source) -> bool:
 
 
 def named_of(source: Source) -> str:
-    """Return the subject of such a run: its updates, or the number of adapters."""
+    """Return the subject of a run: its updates, or their number."""
     run = source.results.run
     compared = [side for side in run.inputs if side.role not in _TEXTS]
     updates = [side.path for side in compared if side.role != "base"] or [side.path for side in compared]

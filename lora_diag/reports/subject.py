@@ -74,7 +74,7 @@ def subject_of(evidence: Evidence) -> Subject:
         _answer_low_rank(evidence),
         *_answer_in_metrics(evidence),
         _answer_resolved(evidence),
-        _describe_limits(evidence),
+        _answer_limits(evidence),
     )
     measured = any(answer.measured for answer in usual)
     weights = measured or not (others or probed)
@@ -149,8 +149,8 @@ def _describe_unfinished(source: Source) -> str:
 def _answer_low_rank(evidence: Evidence) -> Answer:
     question = "Is the update low-rank?"
     if evidence.update is not None:
-        return Answer(question, *_rank_needed(summary_lines(evidence.update.results)))
-    for source in _answer_in_weights(evidence):
+        return Answer(question, *_select_rank_needed(summary_lines(evidence.update.results)))
+    for source in _list_spectra_in_weights(evidence):
         if used := find(summary_lines(source.results), "rank_used"):
             return Answer(question, used.lead, ("An adapter's rank is a setting: this is the part of it in use.",))
     if evidence.audit is not None:
@@ -163,7 +163,7 @@ def _answer_low_rank(evidence: Evidence) -> Answer:
     return Answer(question, "not measured; run loradiag spectrum BASE FULL_FT", measured=False)
 
 
-def _rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]:
+def _select_rank_needed(statements: Sequence[Statement]) -> tuple[str, tuple[str, ...]]:
     """Return the statement of spectra on the rank needed, or used, with details; or on what changed."""
     if statement := find(statements, "low_rank") or find(statements, "rank_used"):
         return statement.lead, (
@@ -179,7 +179,7 @@ def _make_answer(question: str, statements: Sequence[Statement], key: str, other
     return Answer(question, first, tuple(details))
 
 
-def _answer_in_weights(evidence: Evidence) -> list[Source]:
+def _list_spectra_in_weights(evidence: Evidence) -> list[Source]:
     return [source for source in evidence.of(Spectrum) if source not in evidence.weighted]
 
 
@@ -187,7 +187,7 @@ def _answer_in_metrics(evidence: Evidence) -> Iterator[Answer]:
     """Yield the statements of spectra in other metrics, which apply to outputs or the loss instead of weights."""
     for source in evidence.weighted[:MAX_ADAPTERS]:
         statements = summary_lines(source.results)
-        first, details = _rank_needed(statements)
+        first, details = _select_rank_needed(statements)
         details += tuple(f"The metric is {line}" for line in lines_of(statements, "metric"))
         details += (safe(source.name),) if len(evidence.weighted) > 1 else ()
         yield Answer(f"Is it low-rank in {METRIC_NAMES[metric_of(source.results)]}?", first, details)
@@ -201,7 +201,7 @@ def other_metric_sentences(evidence: Evidence) -> list[str]:
 
 def _answer_resolved(evidence: Evidence) -> Answer:
     question = "Do the files resolve the update?"
-    source = evidence.update or next(iter(_answer_in_weights(evidence)), None)
+    source = evidence.update or next(iter(_list_spectra_in_weights(evidence)), None)
     if source is None and evidence.audit is None:
         source = next(iter(evidence.weighted), None)
     if source is not None:
@@ -211,7 +211,7 @@ def _answer_resolved(evidence: Evidence) -> Answer:
     return Answer(question, "not measured; run loradiag spectrum BASE FULL_FT", measured=False)
 
 
-def _describe_limits(evidence: Evidence) -> Answer:
+def _answer_limits(evidence: Evidence) -> Answer:
     question = "What limits the adapter?"
     if evidence.adapter is not None and evidence.audit is not None:
         statements = residual_lines(evidence.audit.results)
@@ -234,7 +234,7 @@ def _describe_role_of_epsilon(evidence: Evidence) -> list[str]:
 
 
 def certificates(evidence: Evidence) -> list[tuple[str, str]]:
-    """Return one sentence per allocation: its cost, energy, and distance from the optimum."""
+    """Return a label and a sentence for each allocation: its cost, energy, and distance from the optimum."""
     texts = []
     for source in evidence.sources:
         for record in source.results.whole:
@@ -257,5 +257,5 @@ def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     counts = Counter(verdict.status for verdict in verdicts)
     words = ", ".join(f"{times} {status}" for status, times in counts.items())
-    quiet = {"passed", "waived", "not judged"}
-    return f"{outcome(verdicts).upper()}: {words}" if verdicts else "", [v for v in verdicts if v.status not in quiet]
+    omitted = {"passed", "waived", "not judged"}
+    return f"{outcome(verdicts).upper()}: {words}" if verdicts else "", [v for v in verdicts if v.status not in omitted]

@@ -89,10 +89,10 @@ def of(evidence: Evidence, probe: str) -> Iterator[tuple[Source, list[Probe]]]:
 def rejected_options(evidence: Evidence) -> RejectedOptions:
     """Return the options that the losses of all runs show to be worse."""
     ranks = {path: {r.rank for r in records if r.rank} for path, records in evidence.adapted.items()}
-    uniform = {path: next(iter(of_path)) for path, of_path in ranks.items() if len(of_path) == 1}
+    uniform = {path: next(iter(path_ranks)) for path, path_ranks in ranks.items() if len(path_ranks) == 1}
     truncated_adapters = {path for path, records in evidence.adapted.items() if _is_truncation(records)}
-    outcomes = contests(evidence)
-    worse = {contest.name for contest in outcomes if contest.outcome == "worse"} & uniform.keys()
+    all_contests = contests(evidence)
+    worse = {contest.name for contest in all_contests if contest.outcome == "worse"} & uniform.keys()
     trained = [uniform[path] for path in worse - truncated_adapters]
     for source, _ in of(evidence, "sweep"):
         if (sweep := swept_of(source.results)) is not None:
@@ -117,7 +117,7 @@ def rejected_options(evidence: Evidence) -> RejectedOptions:
         tuned=_is_tuned_worse(evidence),
         has_better_adapter=any(
             all(r.gap is not None and (half := gap_half(r)) and r.gap < -half for r in contest.records)
-            for contest in outcomes
+            for contest in all_contests
         ),
     )
 
@@ -139,7 +139,12 @@ def _find_insufficient_ranks(evidence: Evidence) -> list[int]:
 
 
 def _is_tuned_worse(evidence: Evidence) -> bool:
-    records = [record for probe in ("outputs", "truncation") for _, of_run in of(evidence, probe) for record in of_run]
+    records = [
+        record
+        for probe in ("outputs", "truncation")
+        for _, run_records in of(evidence, probe)
+        for record in run_records
+    ]
     bases = [r for r in records if r.subject == "base" and r.layer is None and r.set in main_sets(records)]
     return bool(bases) and all(map(is_tuned_worse, bases))
 
@@ -164,17 +169,17 @@ def contests(evidence: Evidence) -> list[Contest]:
 def swept(evidence: Evidence) -> SweptRun | None:
     """Return the verdict of the first sweep; None without a conclusive one."""
     for source, _ in of(evidence, "sweep"):
-        if (run := swept_of(source.results)) is not None:
-            return SweptRun(**{field.name: getattr(run, field.name) for field in fields(run)}, source=source)
+        if (sweep := swept_of(source.results)) is not None:
+            return SweptRun(**{field.name: getattr(sweep, field.name) for field in fields(sweep)}, source=source)
     return None
 
 
 def compressed(evidence: Evidence) -> Compressed | None:
     """Return the smallest rank at which truncating all layers keeps most of TUNED's gain on every set; None if none."""
-    for source, sets, bases, every in _find_truncations(evidence):
+    for source, sets, bases, joint in _find_truncations(evidence):
         if any(gains(bases.get(name)) is None for name in sets):
             continue
-        truncated = [record for record in every if record.set in sets]
+        truncated = [record for record in joint if record.set in sets]
         zero = [record.kept for record in truncated if record.rank == 0 and record.kept is not None]
         for rank in sorted({record.rank for record in truncated if record.rank}):
             at_rank = tuple(record for record in truncated if record.rank == rank)

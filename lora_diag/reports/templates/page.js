@@ -1,11 +1,11 @@
-// The page's script. It shows the values in the element "data" (written by reports/html.py, _data) and computes only the
-// medians over the matrices of a cell. Layers are indices into data.layers. Names are text, never markup: they go through
+// The page's script. It shows the values in the element "data" (written by reports/html.py, _make_data) and computes only
+// the medians over the matrices of a cell. Layers are indices into data.layers. Names are text, never markup: they go through
 // textContent, or through plain() where Plotly would interpret markup.
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const fields = new Map(data.fields.map((field) => [field.id, field]));
-const MOST = 8, PAGE = 100, DASHES = ["solid", "dash", "dot", "dashdot"], PATTERNS = ["", "/", "x", "."], MARKED = [8, 16, 64];
+const MAX_CHOSEN = 8, PAGE = 100, DASHES = ["solid", "dash", "dot", "dashdot"], PATTERNS = ["", "/", "x", "."], MARKED = [8, 16, 64];
 const numeric = data.fields.filter((field) => field.number);
 const preferred = numeric.find((field) => field.share && field.main) || numeric.find((field) => field.main) || numeric[0];
 
@@ -53,7 +53,7 @@ const representatives = (layers, field) => {
 const state = { metric: data.metrics[0]?.id, field: preferred && preferred.id, layers: [], chosen: false, sort: "", down: false, filter: "", all: false,
   page: 0, at: [0, 0] };
 
-function start() {
+function resetState() {
   const sorted = preferred ? known(data.layers.map((_, layer) => layer), preferred) : [];
   const ends = sorted.length ? [sorted[0], sorted[sorted.length - 1]] : [0];
   Object.assign(state, { metric: data.metrics[0]?.id, field: preferred && preferred.id, layers: [...new Set(ends)], chosen: false, sort: "", down: false,
@@ -61,36 +61,36 @@ function start() {
 }
 
 function readAddress() {
-  start();
-  const said = new URLSearchParams(location.hash.slice(1));
-  const field = fields.get(said.get("field"));
+  resetState();
+  const query = new URLSearchParams(location.hash.slice(1));
+  const field = fields.get(query.get("field"));
   if (field && field.number) state.field = field.id;
-  const metric = data.metrics.find((each) => each.id === said.get("metric"));
+  const metric = data.metrics.find((metric) => metric.id === query.get("metric"));
   if (metric) state.metric = metric.id;
-  const layers = said.getAll("layer").map((name) => data.layers.indexOf(name)).filter((layer) => layer >= 0);
-  if (layers.length) Object.assign(state, { layers: layers.slice(0, MOST), chosen: true });
-  const sort = said.get("sort") || "";
-  if (sort === "layer" || fields.has(sort)) Object.assign(state, { sort, down: said.get("down") === "1" });
-  state.filter = said.get("filter") || "";
-  state.all = said.get("all") === "1";
+  const layers = query.getAll("layer").map((name) => data.layers.indexOf(name)).filter((layer) => layer >= 0);
+  if (layers.length) Object.assign(state, { layers: layers.slice(0, MAX_CHOSEN), chosen: true });
+  const sort = query.get("sort") || "";
+  if (sort === "layer" || fields.has(sort)) Object.assign(state, { sort, down: query.get("down") === "1" });
+  state.filter = query.get("filter") || "";
+  state.all = query.get("all") === "1";
 }
 
 function writeAddress() {
-  const said = new URLSearchParams();
-  if (preferred && state.field !== preferred.id) said.set("field", state.field);
-  if (data.metrics.length && state.metric !== data.metrics[0].id) said.set("metric", state.metric);
-  if (state.chosen) state.layers.forEach((layer) => said.append("layer", data.layers[layer]));
-  if (state.sort) said.set("sort", state.sort);
-  if (state.sort && state.down) said.set("down", "1");
-  if (state.filter) said.set("filter", state.filter);
-  if (state.all) said.set("all", "1");
-  history.replaceState(null, "", "#" + said.toString());
+  const query = new URLSearchParams();
+  if (preferred && state.field !== preferred.id) query.set("field", state.field);
+  if (data.metrics.length && state.metric !== data.metrics[0].id) query.set("metric", state.metric);
+  if (state.chosen) state.layers.forEach((layer) => query.append("layer", data.layers[layer]));
+  if (state.sort) query.set("sort", state.sort);
+  if (state.sort && state.down) query.set("down", "1");
+  if (state.filter) query.set("filter", state.filter);
+  if (state.all) query.set("all", "1");
+  history.replaceState(null, "", "#" + query.toString());
 }
 
 function toggle(layers) {
   const all = layers.every((layer) => state.layers.includes(layer));
   const kept = state.chosen ? state.layers.filter((layer) => !layers.includes(layer)) : [];
-  state.layers = (all && state.chosen ? kept : [...kept, ...layers]).slice(-MOST);
+  state.layers = (all && state.chosen ? kept : [...kept, ...layers]).slice(-MAX_CHOSEN);
   state.chosen = true;
   changed();
 }

@@ -10,7 +10,7 @@ function drawAll() {
   drawCharts();
 }
 
-function say() {
+function describeCursor() {
   const [row, col] = state.at, layers = cells[row][col], field = fields.get(state.field);
   if (!field) return;
   const where = `${data.types[row]}, ${depths[col] === null ? "outside the blocks" : "block " + depths[col]}`;
@@ -21,7 +21,7 @@ function say() {
 
 function choose(row, col) {
   state.at = [row, col];
-  say();
+  describeCursor();
   if (cells[row][col].length) toggle(representatives(cells[row][col], fields.get(state.field)));
 }
 
@@ -29,11 +29,11 @@ function onKey(event) {
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const [row, col] = state.at;
   if (moves[event.key]) {
-    const keep = (value, most) => Math.max(0, Math.min(most - 1, value));
+    const clamp = (value, count) => Math.max(0, Math.min(count - 1, value));
     const shown = rowsOf(fields.get(state.field));
-    state.at = [shown[keep(shown.indexOf(row) + moves[event.key][0], shown.length)],
-      keep(col + moves[event.key][1], depths.length)];
-    say();
+    state.at = [shown[clamp(shown.indexOf(row) + moves[event.key][0], shown.length)],
+      clamp(col + moves[event.key][1], depths.length)];
+    describeCursor();
     drawHeat();
   } else if (event.key === "Enter" || event.key === " ") choose(row, col);
   else return;
@@ -68,7 +68,7 @@ function listen() {
   });
   $("heat").addEventListener("keydown", onKey);
   // Not on focus from a click: drawing between press and release would lose the click.
-  $("heat").addEventListener("focus", () => { if (onKeys()) { say(); if (window.Plotly) drawHeat(); } });
+  $("heat").addEventListener("focus", () => { if (onKeys()) { describeCursor(); if (window.Plotly) drawHeat(); } });
   $("heat").addEventListener("blur", () => { if (window.Plotly) drawHeat(); });
   // The browser has followed a link to a part of the page; restore the state in the address.
   window.addEventListener("hashchange", () => {

@@ -16,15 +16,15 @@ function shownLayers() {
 
 // "C(8) < 0.5" compares a column; other text matches a part of the name.
 function filtering(text) {
-  const asked = text.match(/^\s*(.+?)\s*(<=|>=|<|>|=)\s*(.+?)\s*$/);
-  const field = asked && data.fields.find((field) => [field.title, heading(field), field.id].includes(asked[1]));
+  const comparison = text.match(/^\s*(.+?)\s*(<=|>=|<|>|=)\s*(.+?)\s*$/);
+  const field = comparison && data.fields.find((field) => [field.title, heading(field), field.id].includes(comparison[1]));
   if (!field) {
     const part = text.trim().toLowerCase();
     return (layer) => data.layers[layer].toLowerCase().includes(part);
   }
-  const wanted = field.number ? Number(asked[3]) : asked[3];
+  const wanted = field.number ? Number(comparison[3]) : comparison[3];
   const holds = { "<": (a) => a < wanted, ">": (a) => a > wanted, "<=": (a) => a <= wanted, ">=": (a) => a >= wanted,
-    "=": (a) => a === wanted }[asked[2]];
+    "=": (a) => a === wanted }[comparison[2]];
   return (layer) => field.values[layer] !== null && holds(field.values[layer]);
 }
 

@@ -39,5 +39,4 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
     try:
         return send(payload_of(results), project)
     except ModuleNotFoundError as error:
-        extra = "hub" if to == "hub" else to
-        raise InputError(f"--to {to}: needs {error.name}; {install_command(extra)}") from error
+        raise InputError(f"--to {to}: needs {error.name}; {install_command(to)}") from error

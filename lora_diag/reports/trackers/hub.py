@@ -30,7 +30,7 @@ def send(payload: Payload, project: str | None) -> str:
             old_card = read_card(Path(hf_hub_download(project, "README.md")))
         except EntryNotFoundError:
             old_card = ""
-        done = HfApi().upload_file(
+        commit = HfApi().upload_file(
             path_or_fileobj=with_section(old_card, "report", section).encode(),
             path_in_repo="README.md",
             repo_id=project,
@@ -38,4 +38,4 @@ def send(payload: Payload, project: str | None) -> str:
         )
     except (HfHubHTTPError, ValueError, OSError) as error:
         raise InputError(f"{project}: its model card cannot be updated: {str(error).splitlines()[0]}") from error
-    return str(done)
+    return str(commit)

@@ -61,27 +61,27 @@ def fleet(records: Iterable[Fleet], ax: Axes | None = None) -> Axes:
         The Axes drawn on.
     """
     with panel_axes(ax) as (axes, style):
-        _draw(axes, _points((Series("", tuple(records)),)), style, *_inches(axes))
+        _draw(axes, _make_points((Series("", tuple(records)),)), style, *_measure_inches(axes))
     return axes
 
 
-def _inches(ax: Axes) -> tuple[float, float]:
+def _measure_inches(ax: Axes) -> tuple[float, float]:
     box = ax.get_window_extent()
     return box.width / ax.figure.dpi, box.height / ax.figure.dpi
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the scatter plot of all adapters, with a colour per run."""
-    points = _points(series)
+    points = _make_points(series)
     figure, (ax,) = sheet(style, _make_text(series, points, style), 1, 1)
     # The panel's height depends on the text around it; names have the remaining space.
     _draw(ax, (), style, 1.0, 1.0)
     figure.draw_without_rendering()
-    _draw(ax, points, style, *_inches(ax))
+    _draw(ax, points, style, *_measure_inches(ax))
     return figure
 
 
-def _points(series: Sequence[Series[Any]]) -> list[_Point]:
+def _make_points(series: Sequence[Series[Any]]) -> list[_Point]:
     """Return the adapters that have a rank."""
     records = [(record, run) for run, item in enumerate(series) for record in item.records]
     names = short_names(record.adapter for record, _ in records)
@@ -102,7 +102,7 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
     ax.set_xlim(-0.03, 1 / _PLOT)
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=6))
-    ax.yaxis.set_major_formatter(_plain if high / low < 100 else log_label)
+    ax.yaxis.set_major_formatter(_format_norm if high / low < 100 else log_label)
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("rank at 99% of the energy / r", loc="left")
     ax.set_ylabel("‖ΔW‖_F")
@@ -135,16 +135,16 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
                 clip_on=False,
                 label="_dead" if dead else "_adapters",
             )
-    _names(ax, _named(points, height, size), low, high, width, height, size, line)
+    _write_names(ax, _select_named(points, height, size), low, high, width, height, size, line)
 
 
-def _named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
+def _select_named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
     """Return the named adapters: the rarest outliers, as many as there are lines."""
     odd = [points[i] for i in order_by_rarity([point.remark for point in points])]
     return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
 
-def _names(
+def _write_names(
     ax: Axes,
     named: Sequence[_Point],
     low: float,
@@ -185,7 +185,7 @@ def _names(
         ax.text(1.07, place, text, size=size, va="center", parse_math=False, in_layout=False)
 
 
-def _plain(value: float, _: object = None) -> str:
+def _format_norm(value: float, _: object = None) -> str:
     return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= value < 1e7 else f"{value:.3g}"
 
 

@@ -101,9 +101,9 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     reduced = [_reduce([deltas[i] for i in part]) for part in parts]
     order = [i for part in parts for i in part]
     ordered, folded = [deltas[i] for i in order], [each for _, _, some in reduced for each in some]
-    left, right = _joined([grams for grams, _, _ in reduced]), _joined([grams for _, grams, _ in reduced])
+    left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
     values = thin_energies(left, right, np.array([each.scale for each in folded]))
-    measured = _measured(ordered, folded, values)
+    measured = _make_measured(ordered, folded, values)
     for i in np.flatnonzero(values.energy_error > MAX_GRAM_ERROR).tolist():
         measured[i] = _measure_apart(ordered[i])
     return [measured[order.index(i)] for i in range(len(deltas))]
@@ -136,7 +136,7 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded
     return left, compute_grams(a), folded
 
 
-def _joined(grams: Sequence[Grams]) -> Grams:
+def _concatenate(grams: Sequence[Grams]) -> Grams:
     return Grams(np.concatenate([each.products for each in grams]), np.concatenate([each.terms for each in grams]))
 
 
@@ -151,10 +151,12 @@ def _measure_apart(delta: FactoredDelta) -> Measured | None:
     if left is None or right is None:
         return None
     folded = _Folded(rows.reshape(2, LENGTH, -1), columns, delta.thin.read_scale())
-    return _measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
+    return _make_measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
 
 
-def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues) -> list[Measured | None]:
+def _make_measured(
+    deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues
+) -> list[Measured | None]:
     """Return layers of one rank, given their values; None where a norm is not finite."""
     scale = np.array([each.scale for each in folded])
     assert values.mix is not None
@@ -162,8 +164,8 @@ def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values
     needed = ranks_at(energy_curve(values.s, fro[:, None], True), ENERGY)
     directions = values.mix * (np.arange(values.s.shape[1]) < needed[:, None])[:, None]
     names = [delta.layer for delta in deltas]
-    rows, row_size = _normalized([each.rows for each in folded])
-    columns, column_size = _normalized([each.columns for each in folded])
+    rows, row_size = _normalize([each.rows for each in folded])
+    columns, column_size = _normalize([each.columns for each in folded])
     left_rows, right_rows = transform(rows).swapaxes(0, 1)
     update = (scale * row_size * column_size)[:, None] * join(left_rows, transform(columns), names)
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
@@ -181,7 +183,7 @@ def _measured(deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values
     return measured
 
 
-def _normalized(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def _normalize(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Return stacked arrays, each divided by a power of two so that products are in float32's range, and the powers."""
     stack: NDArray[Any] = np.stack(parts)
     flat = stack.reshape(len(stack), -1)

@@ -39,7 +39,7 @@ def fleet(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
     """
     layers: dict[str, FleetLayer] = {}
     update, space, top = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # top²: Σσ_1²
-    for delta, found in _measured(path, deltas, device):
+    for delta, found in _measure_layers(path, deltas, device):
         layers[delta.layer] = found.layer
         top = math.hypot(top, found.top)
         if found.update is not None and found.space is not None:
@@ -64,12 +64,12 @@ def fleet(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
         used=needed / total if total else None,
         spike=min(1.0, (top / fro) ** 2) if fro else None,
         layers=layers,
-        update=_rounded(update),
-        space=_rounded(space),
+        update=_round(update),
+        space=_round(space),
     )
 
 
-def _measured(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple[Delta, Measured]]:
+def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple[Delta, Measured]]:
     """Yield every layer as measured, in order: consecutive thin ones of one rank together."""
     for key, group in groupby(deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None):
         while part := list(islice(group, TOGETHER if key is not None else 1)):
@@ -82,5 +82,5 @@ def _measured(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple
                 yield delta, found
 
 
-def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
+def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in values.tolist())

@@ -156,7 +156,7 @@ def fleet(
                 kind="adapter",
                 tensors=0,
                 fingerprint=_fingerprint(member.seen),
-                sha256=_content(member.seen.path) if run.options["verify"] else "",
+                sha256=_hash_content(member.seen.path) if run.options["verify"] else "",
             )
             for member in members
         ),
@@ -231,7 +231,7 @@ def _fingerprint(seen: FleetPath) -> str:
         return ""
 
 
-def _content(path: Path) -> str:
+def _hash_content(path: Path) -> str:
     """Return the hash of an adapter's weights; empty if they cannot be read, an error that measuring reports."""
     try:
         return content_hash(files_of(open_adapter(path, "rank").checkpoint))

@@ -68,7 +68,7 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
     rows_shown = len(shown) if per == "layer" else _ROWS
     caption = "all adapters" if per == "layer" else "outliers"
-    grids = [_adapters(caption, records, names, notes, shown[:rows_shown])] if shown else []
+    grids = [_adapters_grid(caption, records, names, notes, shown[:rows_shown])] if shown else []
     return [*grids, _duplicates_grid(names, pairs[:_ROWS])] if pairs else grids
 
 
@@ -98,7 +98,7 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     return found
 
 
-def _adapters(
+def _adapters_grid(
     caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], shown: Sequence[int]
 ) -> Grid:
     rows = [(names[i], [records[i]]) for i in shown]
@@ -127,10 +127,10 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list
         text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
         lines += [
             make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
-            make_statement("rank", "Rank", _rank(records)),
-            make_statement("stand_out", "Outliers", _outliers(records)),
+            make_statement("rank", "Rank", _describe_rank(records)),
+            make_statement("stand_out", "Outliers", _describe_outliers(records)),
         ]
-        lines.append(make_statement("alike", "Near-duplicates", _pairs(pairs)))
+        lines.append(make_statement("alike", "Near-duplicates", _describe_pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:
         named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
         more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
@@ -147,7 +147,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list
     return lines
 
 
-def _rank(records: Sequence[Fleet]) -> str:
+def _describe_rank(records: Sequence[Fleet]) -> str:
     known = [record for record in records if record.used is not None and record.fro]
     if not known:
         return "no adapter has a rank"
@@ -160,7 +160,7 @@ def _rank(records: Sequence[Fleet]) -> str:
     )
 
 
-def _outliers(records: Sequence[Fleet]) -> str:
+def _describe_outliers(records: Sequence[Fleet]) -> str:
     counts = Counter(word for odd in find_outlier_kinds(records) for word in odd)
     words: dict[OutlierKind, str] = {
         "dead": "with dead layers (ΔW = 0)",
@@ -172,7 +172,7 @@ def _outliers(records: Sequence[Fleet]) -> str:
     return ", ".join(lines) or "none"
 
 
-def _pairs(pairs: Sequence[NearDuplicate]) -> str:
+def _describe_pairs(pairs: Sequence[NearDuplicate]) -> str:
     counts = Counter(pair.relation for pair in pairs)
     lines = [
         f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"

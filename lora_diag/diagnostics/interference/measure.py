@@ -125,11 +125,11 @@ def _measure(
             return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
         parts.append(part)
     changed = [part for part in parts if part.fro > 0]
-    pairs = [_pair(task, first, second, settings) for first, second in combinations(changed, 2)]
+    pairs = [_compare_pair(task, first, second, settings) for first, second in combinations(changed, 2)]
     return (*pairs, union(task, parts, changed, settings))
 
 
-def _pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
+def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
     cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     by_chance = 1 / math.sqrt(math.prod(task.shape))

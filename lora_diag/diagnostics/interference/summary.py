@@ -115,8 +115,8 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
         )
     if unions:
         lines += [
-            make_statement("rank_needed", "Rank needed", _rank_needed(unions)),
-            make_statement("merge", "Merge", *_merge(unions)),
+            make_statement("rank_needed", "Rank needed", _describe_rank_needed(unions)),
+            make_statement("merge", "Merge", *_describe_merges(unions)),
         ]
         lines.append(_describe_resolution(unions))
     else:
@@ -156,7 +156,7 @@ def _describe_interference(first: str, second: str, records: list[Interference])
     return sentence + (named if worst else "")
 
 
-def _rank_needed(unions: Sequence[Union]) -> str:
+def _describe_rank_needed(unions: Sequence[Union]) -> str:
     """State the rank of the sum against the parts, and the rank that keeps every part."""
     apart = sum(record.parts_rank_at["0.9"] for record in unions)
     together = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
@@ -176,7 +176,7 @@ def _rank_needed(unions: Sequence[Union]) -> str:
     return sentence
 
 
-def _merge(unions: Sequence[Union]) -> list[str]:
+def _describe_merges(unions: Sequence[Union]) -> list[str]:
     """State the loss of each merge."""
     lines = []
     if merge_residual(unions, "cat") is not None:

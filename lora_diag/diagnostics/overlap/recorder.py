@@ -185,7 +185,7 @@ class GradientRecorder(TrainerCallback):
         """Close the recorder."""
         self.close()
 
-    # --- what both do ---------------------------------------------------------------------------------------------
+    # --- shared by both ---------------------------------------------------------------------------------------------
 
     @property
     def _due(self) -> bool:
@@ -212,7 +212,7 @@ class GradientRecorder(TrainerCallback):
                     "no selected weight of the model is a layer of the reference, which has layers like "
                     f"{next(iter(reference.layers), 'none')}"
                 )
-            reached = {layer.layer for layers in self._against.values() for layer, _ in layers}
+            reached = {spaces.layer for targets in self._against.values() for spaces, _ in targets}
             self._left_out = [*reference.left_out]
             self._left_out += [
                 LeftOut(layer=name, shape=layer.shape, reason="no_gradient", detail="not trained, or not selected")
@@ -291,14 +291,14 @@ class GradientRecorder(TrainerCallback):
             if weight.name not in gradients:
                 continue
             gradient = gradients[weight.name]()
-            layers = self._against.get(weight.name, [])
+            targets = self._against.get(weight.name, [])
             if self._live is not None and isinstance(weight, Frozen):
-                spaces = self._live.subspaces(weight, self._step)
-                self._left_out += [spaces] if isinstance(spaces, LeftOut) else []
-                layers = [] if isinstance(spaces, LeftOut) else [(spaces, 0)]
-            for layer, start in layers:
+                current = self._live.subspaces(weight, self._step)
+                self._left_out += [current] if isinstance(current, LeftOut) else []
+                targets = [] if isinstance(current, LeftOut) else [(current, 0)]
+            for spaces, start in targets:
                 for record in overlaps(
-                    _subspaces_on_device(layer, gradient), self._step, _read_blocks(gradient, layer.shape, start)
+                    _move_to_device(spaces, gradient), self._step, _read_blocks(gradient, spaces.shape, start)
                 ):
                     if isinstance(record, Overlap):
                         measured.append(record)
@@ -326,11 +326,11 @@ def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
     return values
 
 
-def _subspaces_on_device(layer: Subspaces, gradient: Tensor) -> Subspaces:
+def _move_to_device(spaces: Subspaces, gradient: Tensor) -> Subspaces:
     """Return the subspaces on the gradient's device, if that supports float64."""
-    if gradient.device == layer.u.device or gradient.device.type == "mps":
-        return layer
-    return replace(layer, u=layer.u.to(gradient.device), v=layer.v.to(gradient.device))
+    if gradient.device == spaces.u.device or gradient.device.type == "mps":
+        return spaces
+    return replace(spaces, u=spaces.u.to(gradient.device), v=spaces.v.to(gradient.device))
 
 
 def _read_blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:

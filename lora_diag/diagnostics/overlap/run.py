@@ -143,7 +143,7 @@ def subspaces(
     )
     check_running(arguments["workers"], settings.seed)
     check_request(settings.method, settings.ranks[-1], 0.5)
-    on = resolve_device(settings.device)
+    device = resolve_device(settings.device)
     compared = compare(
         base,
         tuned,
@@ -153,8 +153,8 @@ def subspaces(
         stated_alpha=alpha_option(arguments),
     )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-    layout = layout_of(matrices, arguments["workers"], on.type)
-    results = list(run_local(partial(spaces_of, settings=settings, device=on), matrices, layout, footprint))
+    layout = layout_of(matrices, arguments["workers"], device.type)
+    results = list(run_local(partial(spaces_of, settings=settings, device=device), matrices, layout, footprint))
     return Reference(
         base=_find_base(compared.pairing) or open_checkpoint(base),
         layers={item.layer: item for item in results if not isinstance(item, LeftOut)},

@@ -73,8 +73,8 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     types = Types(record.layer for records in matrices for record in records)
     drawn = [make_slots(records, options.per, types) for records in matrices]
     inches = style.width - 5 * style.text / 72
-    all_records = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(all_records, inches, style.ticks) / len(shown)
+    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(all_slots, inches, style.ticks) / len(shown)
     panel = 1.25 * style.panel + below
     page, axes = sheet(style, _make_text(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
     for item, part, ax in zip(shown, drawn, axes, strict=True):
@@ -83,7 +83,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-        slot_axis(ax, all_records, inches, style.ticks, labels=ax is axes[-1])
+        slot_axis(ax, all_slots, inches, style.ticks, labels=ax is axes[-1])
     return page
 
 
@@ -112,8 +112,10 @@ def _describe_run(item: Series[Any]) -> str:
     sums = pooled(item.records)
     if sums.epsilon is None:
         return f"{item.label}{rank}: ΔW = 0"
-    shape = "" if sums.cosine is None else f"; cosine {sums.cosine:.2f}, norm ratio {number(sums.norm_ratio or 0.0)}"
-    return f"{item.label}{rank}: {describe_parts(item.records)}{shape}"
+    similarity = (
+        "" if sums.cosine is None else f"; cosine {sums.cosine:.2f}, norm ratio {number(sums.norm_ratio or 0.0)}"
+    )
+    return f"{item.label}{rank}: {describe_parts(item.records)}{similarity}"
 
 
 def _make_keys(style: PageStyle | None) -> tuple[Key, ...]:

@@ -219,7 +219,7 @@ def _add_energy_error(distances: Distances, factors: Factors) -> dict[str, float
 
 
 def _apply_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
-    """Return D·L, with L·Lᵀ = C."""
+    """Return the metric of the data: distances are those of D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
     on_rows = layer.moments.on_rows
     lower = read_root(layer.moments, device).lower

@@ -112,8 +112,8 @@ def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
     total = math.fsum(record.fro**2 for record in records)
     sums = dict.fromkeys(("rank", "direction", "scale", "not adapted"), 0.0)
     for record in records:
-        if (own := record.parts) is not None:
-            for name, part in zip(sums, (own.rank, own.direction, own.scale), strict=False):
+        if (layer_parts := record.parts) is not None:
+            for name, part in zip(sums, (layer_parts.rank, layer_parts.direction, layer_parts.scale), strict=False):
                 sums[name] += part * record.fro**2
         else:
             sums["direction" if record.epsilon is None else "not adapted"] += record.gap**2

@@ -67,7 +67,7 @@ def residual(
     run = LayerRun("residual", options, ResidualOptions)
     reference, activations, recover = (run.options[name] for name in ("reference", "activations", "recover"))
     check_request(run.options["method"], 1, run.options["tol"])
-    _check_names(tuned, [*adapters, *([reference] if reference is not None else [])])
+    _refuse_repeated_inputs(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # opened once, so that its headers are not read again
     full = run.compare(base, tuned)
     others = [_set_role(run.compare(base, path), "adapter") for path in adapters]
@@ -89,13 +89,13 @@ def residual(
         )
         for delta in full.pairing.deltas
     ]
-    left_out = Pairing((), (*full.pairing.unpaired, *_skip_unmatched(full.pairing, others)))
+    left_out = Pairing((), (*full.pairing.unpaired, *_list_unmatched(full.pairing, others)))
     return run.over(
         tasks,
         measure,
         size,
         run.settings(LayerSettings),
-        lambda layout, earlier, limited: _skip_unmeasured(
+        lambda layout, earlier, limited: _list_left_out(
             left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         inputs,
@@ -103,14 +103,14 @@ def residual(
     )
 
 
-def _skip_unmeasured(
+def _list_left_out(
     left_out: Pairing,
     layout: Layout,
     tasks: Sequence[Layer],
     earlier: Results[Residual],
     settings: LayerSettings,
 ) -> Iterator[LeftOut]:
-    """Yield skipped layers that were known before measuring, including layers of a resumed run."""
+    """Yield the layers that are left out before measuring, and those that a resumed run left out."""
     yield from record_unpaired(left_out, layout, settings.device)
     done: dict[str, set[str]] = {}
     for record in earlier:
@@ -118,12 +118,16 @@ def _skip_unmeasured(
     for task in tasks:
         unrecorded = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
         if unrecorded:
-            missing = measure(replace(task, others=unrecorded), settings)
-            yield from (record for record in missing if isinstance(record, LeftOut))
+            records = measure(replace(task, others=unrecorded), settings)
+            yield from (record for record in records if isinstance(record, LeftOut))
 
 
-def _check_names(tuned: Path | str, others: Sequence[Path | str]) -> None:
-    """Refuse to compare nothing, or an input with itself or twice."""
+def _refuse_repeated_inputs(tuned: Path | str, others: Sequence[Path | str]) -> None:
+    """Refuse to compare nothing, or an input with itself or twice.
+
+    Raises:
+        UsageError: There are no inputs to compare with TUNED, or one is TUNED itself or given twice.
+    """
     if not others:
         raise UsageError(
             "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
@@ -152,7 +156,7 @@ def _drop_base(delta: Delta) -> Delta:
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
-def _skip_unmatched(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
+def _list_unmatched(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
     """Yield tensors of adapters that the fine-tune cannot be compared with."""
     known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
     for other in others:

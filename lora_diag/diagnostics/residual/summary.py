@@ -54,20 +54,18 @@ def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequenc
 
     The rest are tensors that are not adapted, and norms and biases, which have no rank.
     """
-    without_epsilon: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
-    reached = []
+    other_groups: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
+    adapted = []
     for record in records:
         if not record.rank and record.adapter_fro == 0:
-            without_epsilon["not adapted"].append(record)
+            other_groups["not adapted"].append(record)
         elif len(record.shape) < 2:
-            without_epsilon["1-D tensors"].append(record)
+            other_groups["1-D tensors"].append(record)
         else:
-            reached.append(record)
-    rows = sorted(
-        rows_of(reached, per), key=lambda row: (_LIMITS.index(_describe_main_limit(row[1])), -_pool_gap(row[1]))
-    )
+            adapted.append(record)
+    rows = sorted(rows_of(adapted, per), key=lambda row: (_LIMITS.index(_find_main_limit(row[1])), -_pool_gap(row[1])))
     others = [
-        (name if per == "type" else f"{name}: {len(group)}", group) for name, group in without_epsilon.items() if group
+        (name if per == "type" else f"{name}: {len(group)}", group) for name, group in other_groups.items() if group
     ]
     return [*rows, *others]
 
@@ -76,7 +74,7 @@ def _pool_gap(records: Sequence[Residual]) -> float:
     return math.hypot(*(record.gap for record in records))
 
 
-def _describe_main_limit(records: Sequence[Residual]) -> str | None:
+def _find_main_limit(records: Sequence[Residual]) -> str | None:
     """Return what limits the layers that hold most of ‖D − X‖²."""
     shares: Counter[str | None] = Counter()
     for record in records:
@@ -226,7 +224,7 @@ def _compare_with_reference(name: str, adapter: Distances, reference: Distances)
     if adapter.epsilon is None or reference.epsilon is None or adapter.cosine is None or reference.cosine is None:
         return f"{name} has no known distance"
     nearer = "no farther than the reference" if adapter.epsilon <= reference.epsilon else "farther than the reference"
-    turned = "at least as aligned" if adapter.cosine >= reference.cosine else "less aligned"
+    angle = "at least as aligned" if adapter.cosine >= reference.cosine else "less aligned"
     return (
-        f"{name} is {nearer} (ε = {format_shown(adapter.epsilon)}) and {turned} (cosine {format_shown(adapter.cosine)})"
+        f"{name} is {nearer} (ε = {format_shown(adapter.epsilon)}) and {angle} (cosine {format_shown(adapter.cosine)})"
     )

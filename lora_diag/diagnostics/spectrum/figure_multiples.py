@@ -65,7 +65,7 @@ def small_multiples(
     bands = per == "type" or len(series) > 1
     depths, largest = deepest(record.layer for record in records), largest_rank(records)
     by_color = not bands and depths > 0
-    words = FigureText(
+    text = FigureText(
         title,
         f"{_make_subtitle(series, records)}{f'; {formula}' if formula else ''}",
         _make_notes(shown, records, bands),
@@ -79,7 +79,7 @@ def small_multiples(
             also(ax, [record for item in of for record in item.records])
 
     panels = {panel.name: partial(draw, of=panel.series) for panel in shown}
-    figure = multiples_of(panels, words, style, xlabel, ylabel, 0.88 if by_color else 0.97)
+    figure = multiples_of(panels, text, style, xlabel, ylabel, 0.88 if by_color else 0.97)
     if by_color:
         depth_bar(figure, figure.axes, depths, style)
     return figure
@@ -124,7 +124,7 @@ def _make_subtitle(series: Sequence[Series[Spectrum]], records: Sequence[Spectru
 def _make_keys(
     series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], largest: int, bands: bool, style: PageStyle
 ) -> tuple[Key, ...]:
-    """Return the legend."""
+    """Return the legend entries."""
     keys = []
     if bands:
         for number, item in enumerate(series):

@@ -122,7 +122,7 @@ def no_update_reason(records: Sequence[Spectrum], options: Options) -> str | Non
 
 
 def mixed_units_reason(records: Sequence[Spectrum], options: Options) -> str | None:
-    """Refuse σ of different metrics on one axis, since their units differ. Energy fractions have no unit."""
+    """Return why σ cannot be drawn on one axis: different metrics have different units; or every update is zero."""
     metrics = dict.fromkeys(record.metric for record in records)
     if len(metrics) > 1:
         named = " and ".join(METRIC_NAMES[metric] for metric in metrics)

@@ -100,7 +100,7 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Spectra:
     """The spectra of both sides, and Σulp² of the stored gradients."""
 
     side: Factors
@@ -108,8 +108,11 @@ class _Found:
     spacing: Spacing
 
 
-def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Found:
-    """Read the gradients once for each side: two concurrent Gram matrices would take twice the memory."""
+def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Spectra:
+    """Return the spectra of both sides.
+
+    The gradients are read once for each side: two concurrent Gram matrices would take twice the memory.
+    """
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
         require_memory(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
@@ -123,7 +126,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
         other_side = side
     elif max(history.shape) <= OTHER_GRAM_UP_TO:
         other_side = decompose_stack(_read_gradients(history, device, not left, None), settings.top)
-    return _Found(side, other_side, spacing)
+    return _Spectra(side, other_side, spacing)
 
 
 def _read_gradients(
@@ -161,7 +164,7 @@ def _stacked_shape(history: History) -> tuple[int, int]:
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
-def _measure_resolution(result: _Found, history: History) -> Resolution:
+def _measure_resolution(result: _Spectra, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
     noise = noise_of(mix_profiles([(1 / 12, result.spacing.profile)], _stacked_shape(history)), 1)
     edge = max(noise.edge, rounding_threshold(result.side))

@@ -35,15 +35,15 @@ def gradient_spectrum(
         raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
     chosen = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
-    stored = open_checkpoint(base) if base is not None else None
-    followed, rest = histories(steps, stored)
+    checkpoint = open_checkpoint(base) if base is not None else None
+    followed, rest = histories(steps, checkpoint)
     tasks = [history for history in followed if chosen(history.layer)]
     if not tasks:
         raise NothingComparedError("no gradient of a matrix of BASE was found, or none is selected")
-    named = {item.layer: item.shape for item in followed} | {item.layer: item.shape for item in rest}
+    shapes = {item.layer: item.shape for item in followed} | {item.layer: item.shape for item in rest}
     unpaired = [
         *(item for item in rest if chosen(item.layer)),
-        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in named.items() if not chosen(name)),
+        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in shapes.items() if not chosen(name)),
     ]
     verify = run.options["verify"]
     return run.over(
@@ -53,7 +53,7 @@ def gradient_spectrum(
         settings,
         lambda layout, _, __: record_unpaired(Pairing((), tuple(unpaired)), layout, run.where.here),
         (
-            *([describe("base", stored, verify=verify)] if stored is not None else []),
+            *([describe("base", checkpoint, verify=verify)] if checkpoint is not None else []),
             describe_steps(gradients, steps, verify),
         ),
         {"ranks": list(settings.ranks), "source": "gradients", "top": settings.top},

@@ -66,7 +66,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
 
 
 def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple[Hidden, str]:
-    """Return the estimate of the update before rounding from the rounding cells, and the note of ``on_device``."""
+    """Return the estimate of the update before rounding by its cells, and the note of ``compute_on_device``."""
     try:
         refuse_cells(delta.shape, settings.memory)
     except MemoryLimitError as error:

@@ -18,7 +18,7 @@ def usual_ranks(ranks: Sequence[int]) -> list[int]:
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str]:
-    """Return a pooled rank in which null, beyond the kept values, counts as larger than any rank."""
+    """Return a function that pools ranks; null, beyond the kept values, counts as larger than any rank."""
     return lambda records: median_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
 
@@ -209,7 +209,7 @@ class Spectrum(LayerRecord):
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the first missing value at a rank or threshold."""
+        """Return the first missing value at a rank or threshold; None if there is none."""
         requested = [str(rank) for rank in settings.get("ranks", [])]
         missing = [f"energy.{r}" for r in requested if r not in self.energy]
         missing += [f"tail.{r}" for r in requested if r not in self.tail]

@@ -125,7 +125,7 @@ def spectrum(
 
 
 def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
-    """Split the layers into those without second moments, and those with their weighting."""
+    """Return the pairing with layers without second moments unpaired, and the matrices with their weighting."""
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
     if moments is None:
         return pairing, [Layer(delta) for delta in matrices]

@@ -105,14 +105,14 @@ def _describe_no_change(results: Results[Spectrum]) -> str:
     return f"nothing: ΔW is zero in every matrix.{hint}"
 
 
-def _describe_relative_change(records: Sequence[Spectrum], norm_name: str) -> list[str]:
+def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[str]:
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     update, weights = NORMS[records[0].metric]
     if not ratios:
-        return [f"{update} = {number(total)} {norm_name}"]
+        return [f"{update} = {number(total)} {extent}"]
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
-    lines = [f"{update}/{weights} = {number(total / base)} {norm_name}"]
+    lines = [f"{update}/{weights} = {number(total / base)} {extent}"]
     if len(ratios) > 1:
         largest, smallest = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
         lines.append(f"most {number(ratios[largest])} in {short(largest)}")
@@ -156,7 +156,7 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
         *_describe_start(changed),
         *before_rounding(changed),
         make_statement("low_rank", "Low rank", *_describe_low_rank(readable, len(changed), ranks)),
-        make_statement("rank_at_90", "Rank at 90%", _rank_at_90(readable, len(changed))),
+        make_statement("rank_at_90", "Rank at 90%", _describe_rank_at_90(readable, len(changed))),
     ]
 
 
@@ -174,7 +174,7 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     return make_statement(
         "resolved",
         "Resolution",
-        f"{word}: {_count_unresolved(counts)}: rounding is expected to make up "
+        f"{word}: {_describe_unresolved(counts)}: rounding is expected to make up "
         f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{still}; "
         f"ranks beyond the signal rank count noise. "
         f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
@@ -204,7 +204,7 @@ def _describe_start(changed: Sequence[Spectrum]) -> list[Statement]:
         )
     elif unknown and pooled is not None and -0.5 < pooled[0] < min(0.5, 1 - ERRORS * pooled[1]):
         marked = [record for record in unknown if record.resolution.verdict != "resolved"]
-        if cleared := sum(_judge_start(record) == "resolved" for record in marked):
+        if cleared := sum(_judge_without_base_rounding(record) == "resolved" for record in marked):
             lines.append(
                 f"training started at BASE as stored, as all layers together show: {cleared} {of_all} marked ~ or ! "
                 f"{'is' if cleared == 1 else 'are'} resolved"
@@ -240,14 +240,14 @@ def _pool_base_rounding(changed: Sequence[Spectrum]) -> tuple[float, float] | No
     return beta, math.sqrt(max(1.0, spread) / weight)
 
 
-def _judge_start(record: Spectrum) -> str:
+def _judge_without_base_rounding(record: Spectrum) -> str:
     """Return the verdict without the rounding of BASE; the signal rank can only be larger."""
     resolution = record.resolution
     noise = math.sqrt(max(0.0, resolution.noise_fro**2 - (resolution.base_noise_fro or 0.0) ** 2))
     return verdict(noise, record.fro, resolution.signal_rank or None)
 
 
-def _count_unresolved(counts: Counter[str]) -> str:
+def _describe_unresolved(counts: Counter[str]) -> str:
     """State how many matrices are not resolved, by verdict and its mark in the table."""
     words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
     parts = [f"{counts[verdict]} {shown}" for verdict, shown in words.items() if counts[verdict]]
@@ -268,7 +268,7 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequen
         return [f"not known: these files resolve {known}"]
     shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     described = {rank: _describe_rank(rank, readable) for rank in shown}
-    kept = {rank: layers for rank, (layers, _) in described.items() if layers}
+    kept = {rank: shares for rank, (shares, _) in described.items() if shares}
     lines = [line for _, line in described.values()]
     if not kept:
         return lines[:1]
@@ -303,7 +303,7 @@ def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[Sequence[flo
     return kept, f"r={rank} keeps {percent(median(kept))}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
 
 
-def _rank_at_90(records: Sequence[Spectrum], changed: int) -> str:
+def _describe_rank_at_90(records: Sequence[Spectrum], changed: int) -> str:
     if 2 * len(records) < changed or not records:
         return "not shown, for the same reason"
     ranks = [record.rank_at["0.9"] for record in records]

@@ -54,7 +54,7 @@ def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
 
 
 def is_quick(layers: Sequence[Layer]) -> bool:
-    """Return whether one thread measures thin layers as soon as several would: their factors are small."""
+    """Return whether one thread measures thin layers as fast as several would: their factors are small."""
     entries = [layer.delta.rank * sum(layer.delta.shape) for layer in layers if isinstance(layer.delta, FactoredDelta)]
     return sum(entries) < CONCURRENT * len(entries)
 
@@ -63,7 +63,7 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     """Measure the spectrum of a layer that ``is_thin``.
 
     Returns:
-        The spectrum; None if a number is not finite, or overflows: ``measure`` then raises the error.
+        The spectrum; None if a number is not finite, or overflows: ``measure.spectrum`` then states where.
     """
     delta = layer.delta
     assert isinstance(delta, FactoredDelta)

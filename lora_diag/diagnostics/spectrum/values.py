@@ -35,7 +35,7 @@ class Values(Protocol):
 
     @property
     def method(self) -> str:
-        """Method."""
+        """Method of the computation."""
 
     @property
     def energy_error(self) -> float:

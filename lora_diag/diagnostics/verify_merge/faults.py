@@ -28,9 +28,9 @@ MAX_DISTANCE = 0.05
 FEW_ENTRIES = 0.05
 
 # Errors of a ΔW that was computed less precisely are of all sizes: in units of their bound their standard deviation is
-# about 0.2/√r, so that with entries beyond LARGE there are many more beyond SMALL. On products in bf16 (16² to 256²,
-# r from 1 to 64, rows of zeros among them) there were at least 1.6 times as many. Only in matrices of MANY entries, and
-# where errors are so FAR above a spacing that SMALL ones show, too.
+# about 0.2/√r, so that with entries beyond LARGE_ERROR there are at least MIN_SPREAD times as many beyond SMALL_ERROR:
+# on products in bf16 (16² to 256², r from 1 to 64, rows of zeros among them) 1.6 times or more. Only in matrices of
+# MIN_ENTRIES or more, and where the largest error is above MIN_ULP spacings, so that small ones show, too.
 LARGE_ERROR, SMALL_ERROR, MIN_SPREAD, MIN_ENTRIES, MIN_ULP = 1 / 8, 1 / 64, 1.25, 256, 32.0
 
 # Unit roundoff of the coarsest arithmetic in which the ΔW of a right merge is computed, bfloat16.
@@ -144,8 +144,8 @@ def scaled_precisely(failed: FailedLayer) -> Fault | None:
     """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
 
     In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
-    chance COHERENT of them in one with probability 2·exp(−COHERENT²·FLIPPED/2) = 1e-6 (Hoeffding 1963), and no scale
-    explains them.
+    chance MIN_COHERENCE more in one than in the other, of MIN_LINES, with probability
+    2·exp(−MIN_COHERENCE²·MIN_LINES/2) = 1e-6 (Hoeffding 1963), and no scale explains them.
     """
     how = precise(failed.rounding)
     if how == failed.rounding or not failed.check.expected:
@@ -433,7 +433,7 @@ def _describe_place(failed: FailedLayer) -> str:
 
 
 def ranges(marked: Tensor) -> str:
-    """Return the marked indices as ranges, the first few.
+    """Return the marked indices as text, in ranges, the first few.
 
     >>> ranges(torch.tensor([True, True, False, True]))
     '0-1, 3'

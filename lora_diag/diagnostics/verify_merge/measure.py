@@ -91,7 +91,7 @@ class MergedLayer:
             layers: a list for each of 256 experts would be 65,000 entries a block.
         missing: Reason without M.
         kept: The first blocks, once they were read: a layer that is not right is compared with many hypotheses.
-        most: Number of blocks to keep.
+        max_kept: Maximum number of blocks to keep.
     """
 
     layer: str
@@ -104,7 +104,7 @@ class MergedLayer:
     others: tuple[FactoredDelta, ...] = ()
     missing: str = ""
     kept: list[Block] = field(default_factory=list, repr=False, compare=False)
-    most: int = 1
+    max_kept: int = 1
 
     def blocks(self) -> Iterator[Block]:
         """Yield W, M and the steps of M's format in row blocks."""
@@ -115,7 +115,7 @@ class MergedLayer:
         for (first, last), w, m in zip(list(row_spans(self.shape))[skip:], *sides, strict=True):
             step = self.merged.read_steps(first * self.shape[1], last * self.shape[1])
             block = w, m, step.view_as(m) if step is not None else None
-            if len(self.kept) < self.most:
+            if len(self.kept) < self.max_kept:
                 self.kept.append(block)
             yield block
 
@@ -160,7 +160,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         memory: Memory limit in bytes; None without limit.
 
     Returns:
-        The record; if BASE or the adapter is not finite, a skipped record.
+        The record; if BASE or the adapter is not finite, a ``left_out`` record.
 
     Raises:
         InputError: A file could not be read.
@@ -171,7 +171,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     if memory is not None and task.held:
         require_memory(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
     keeps = task.adapted and (memory is None or task.footprint <= memory)
-    return _verify(replace(task, kept=[], most=task.shape[0] if keeps else 1), task.merged)
+    return _verify(replace(task, kept=[], max_kept=task.shape[0] if keeps else 1), task.merged)
 
 
 def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
@@ -183,7 +183,7 @@ def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     if check.base_non_finite is not None:
         return _record_left_out(task, check.base_non_finite)
     if check.non_finite is not None:
-        return _record(task, None, rounding, "other", _describe_vector(task, check.non_finite))
+        return _record(task, None, rounding, "other", _describe_problem(task, check.non_finite))
     if not math.isfinite(check.expected + abs(check.inner)):
         return _record_left_out(task, "the squares of its entries overflow float64")
     right = _find_correct_merge(task, addend, rounding, check)
@@ -215,10 +215,10 @@ def _decide_by_entries(
     if not (coherent or unresolved):
         return None
     how = precise(rounding)
-    exactly = _find_correct_merge(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
-    if exactly is None:
-        return scaled_precisely(_look(task, addend, rounding, check))
-    return Fault("ok", "") if unresolved and exactly.check.moved and _is_clear(task, exactly) else None
+    exact_merge = _find_correct_merge(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
+    if exact_merge is None:
+        return scaled_precisely(_make_failed_layer(task, addend, rounding, check))
+    return Fault("ok", "") if unresolved and exact_merge.check.moved and _is_clear(task, exact_merge) else None
 
 
 def _is_clear(task: MergedLayer, right: _Right) -> bool:
@@ -309,10 +309,10 @@ def _find_fault_of(task: MergedLayer, addend: Addend, rounding: Rounding, check:
         return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
     if not task.deltas:
         return Fault("other", "the rows that the adapter adds are not what it holds")
-    return find_fault(_look(task, addend, rounding, check))
+    return find_fault(_make_failed_layer(task, addend, rounding, check))
 
 
-def _look(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> FailedLayer:
+def _make_failed_layer(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> FailedLayer:
     single = task.deltas[0] if len(task.deltas) == 1 else None
     scale = single.scale if isinstance(single, FactoredDelta) else None
     rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
@@ -349,16 +349,16 @@ def _merge_twice(task: MergedLayer, addend: Addend, rounding: Rounding) -> Itera
 
 
 def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
-    """Return the sum of a layer's updates, and any entry that is not finite.
+    """Return the sum of a layer's updates, and a description of the first entry that is not finite, if any.
 
     Args:
         deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
-            others have none.
+            other rows have none.
         shape: ``(m, n)`` of the layer.
     """
     parts = [_load(delta) for delta in deltas]
     for part in parts:
-        problem = _is_not_finite(part)
+        problem = _find_non_finite(part)
         if problem is not None:
             return part, problem
     products = [part for part in parts if isinstance(part, Product)]
@@ -397,7 +397,7 @@ class _Rows:
         return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
 
 
-def _is_not_finite(part: Addend) -> str | None:
+def _find_non_finite(part: Addend) -> str | None:
     if isinstance(part, Product):
         return first_non_finite("lora_B holds", part.b) or first_non_finite("lora_A holds", part.a)
     for span in row_spans(part.shape):
@@ -439,7 +439,7 @@ def _is_power_of_two(scale: float | None) -> bool:
 
 
 def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
-    """Return the dtype of MERGED's values, determined by changed entries, and whether none changed."""
+    """Return the dtype of MERGED's values, by changed entries, and whether it is a guess because none changed."""
     assert task.merged is not None
     stored = getattr(torch, task.merged.dtype)
     if task.merged.is_quantized or stored == torch.bfloat16:
@@ -458,10 +458,10 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
 
 def _record_left_out(task: MergedLayer, problem: str) -> LeftOut:
     shape = task.shape if task.is_matrix else task.shape[1:]
-    return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_describe_vector(task, problem))
+    return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_describe_problem(task, problem))
 
 
-def _describe_vector(task: MergedLayer, problem: str) -> str:
+def _describe_problem(task: MergedLayer, problem: str) -> str:
     return problem if task.is_matrix else problem.replace("[0, ", "[")  # a vector was read as one row
 
 

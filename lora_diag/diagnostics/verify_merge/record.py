@@ -71,11 +71,9 @@ class Merge(LayerRecord):
         scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what ``scale`` is in a
             right merge. Null where ΔW = 0 and in files of versions before it was recorded.
         scale_error: Standard error of ``scale`` about ``scale_expected`` from the roundings in a right merge: those
-            that
-            M shows, and those of the adapter's factors. Null where ΔW = 0, where BASE and MERGED are both quantized,
-            and
-            in older files.
-        retained: The same c if the merge is correct, else null: the fraction of the adapter left by rounding.
+            that M shows, and those of the adapter's factors. Null where ΔW = 0, where BASE and MERGED are both
+            quantized, and in older files.
+        retained: ``scale`` if the merge is correct, else null: the fraction of the adapter left by rounding.
         residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null if ΔW = 0.
         unchanged: Fraction of the entries with M = W (or W rounded to ``dtype``).
         expected_fro: ‖ΔW‖_F.
@@ -171,7 +169,7 @@ def outcome(records: Iterable[Merge]) -> Outcome:
     if any(record.failed for record in layers):
         return "failed"
     expected = [record for record in layers if record.adapted and record.expected_fro]
-    shown = any(record.unchanged is not None and record.unchanged < 1 for record in expected)
-    if any(record.status == "inconclusive" for record in layers) or not shown:
+    has_changed = any(record.unchanged is not None and record.unchanged < 1 for record in expected)
+    if any(record.status == "inconclusive" for record in layers) or not has_changed:
         return "inconclusive"
     return "correct"

@@ -86,12 +86,12 @@ def verify_merge(
             f"{merged}: an adapter, not a merged checkpoint; the order is: loradiag verify-merge BASE ADAPTER MERGED"
         )
     verify = run.options["verify"]
-    adapter_pairing = compare(
+    adapter_side = compare(
         base, adapter, None, None, run.options["allow_unmatched"], verify, stated_alpha=run.stated_alpha
     )
-    done = compare(base, merged, verify=verify)
+    merged_side = compare(base, merged, verify=verify)
     selected = selector(run.options["layers"], run.options["exclude"])
-    tasks, unpaired = _align_layers(adapter_pairing.pairing, done.pairing, merged, selected)
+    tasks, unpaired = _align_layers(adapter_side.pairing, merged_side.pairing, merged, selected)
     return run.over(
         tasks,
         _measure_layer,
@@ -99,8 +99,8 @@ def verify_merge(
         MergeSettings(),
         lambda layout, _, __: record_unpaired(Pairing((), unpaired), layout, run.where.here),
         (
-            *adapter_pairing.inputs,
-            *(item.model_copy(update={"role": "merged"}) for item in done.inputs if item.role == "tuned"),
+            *adapter_side.inputs,
+            *(item.model_copy(update={"role": "merged"}) for item in merged_side.inputs if item.role == "tuned"),
         ),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
@@ -116,41 +116,45 @@ def _estimate_bytes(task: MergedLayer, settings: MergeSettings) -> int:
 
 
 def _align_layers(
-    adapter_pairing: Pairing, done: Pairing, merged: Path | str, selected: Callable[[str], bool]
+    adapter_pairing: Pairing, merged_pairing: Pairing, merged: Path | str, selected: Callable[[str], bool]
 ) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Returns:
         One task a layer, in natural order of their names; and tensors that neither side allows to check.
     """
-    updates, rest = _group_by_target(adapter_pairing, done)
+    updates, rest = _group_by_target(adapter_pairing, merged_pairing)
     siblings = _group_siblings(adapter_pairing)
-    stored = [delta for delta in done.deltas if isinstance(delta, StoredDelta)]
+    stored = [delta for delta in merged_pairing.deltas if isinstance(delta, StoredDelta)]
     tasks = [_make_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
-    missing = {item.layer: item for item in done.unpaired if item.reason in _MISSING_REASONS}
-    tasks += [_make_missing_task(delta, missing, merged) for delta in rest if selected(delta.layer)]
-    added, unpaired = _compare_added_rows(adapter_pairing, done)
+    absent = {item.layer: item for item in merged_pairing.unpaired if item.reason in _MISSING_REASONS}
+    tasks += [_make_missing_task(delta, absent, merged) for delta in rest if selected(delta.layer)]
+    added, unpaired = _compare_added_rows(adapter_pairing, merged_pairing)
     tasks += added
     unavailable = {task.layer for task in tasks if task.missing}
     unpaired = [item for item in unpaired if item.layer not in unavailable]
     chosen = sorted((task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer))
     if not any(task.adapted for task in chosen):
         raise NothingComparedError("nothing was compared: --layers and --exclude select no adapted weight; change them")
-    dropped = [
+    not_selected = [
         Unpaired(task.layer, task.shape, "not_selected", "left out by --layers or --exclude")
         for task in tasks
         if not selected(task.layer)
     ]
-    return chosen, (*(item for item in unpaired if selected(item.layer)), *dropped)
+    return chosen, (*(item for item in unpaired if selected(item.layer)), *not_selected)
 
 
-def _group_by_target(adapter_pairing: Pairing, done: Pairing) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
+def _group_by_target(
+    adapter_pairing: Pairing, merged_pairing: Pairing
+) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
     """Return the updates of every layer of MERGED, and those without a layer.
 
     Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
     """
-    names = {delta.layer: delta for delta in done.deltas}
-    layers_at = {(delta.base.name, delta.base.offset): delta.layer for delta in done.deltas if delta.base is not None}
+    names = {delta.layer: delta for delta in merged_pairing.deltas}
+    layers_at = {
+        (delta.base.name, delta.base.offset): delta.layer for delta in merged_pairing.deltas if delta.base is not None
+    }
     updates: dict[str, tuple[Delta, ...]] = {}
     rest: list[Delta] = []
     for delta in adapter_pairing.deltas:
@@ -180,15 +184,15 @@ def _make_task(
 
 def _make_missing_task(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
     """Return the task of a layer that the adapter changes and that is missing in MERGED, with the reason."""
-    why = absent.get(delta.layer) or (absent.get(delta.base.name) if delta.base is not None else None)
-    if delta.base is None or (why is not None and why.reason == "not_float"):
-        detail = why.detail if why is not None else "BASE stores it as other than plain numbers"
+    item = absent.get(delta.layer) or (absent.get(delta.base.name) if delta.base is not None else None)
+    if delta.base is None or (item is not None and item.reason == "not_float"):
+        detail = item.detail if item is not None else "BASE stores it as other than plain numbers"
         raise InputError(
             f"{merged}: {delta.layer}: {detail}; merge into a dtype that is not quantized, or skip it with --exclude"
         )
     detail = "the adapter changes it, but MERGED has no such weight"
-    if why is not None and why.reason == "shape_differs":
-        detail = f"the adapter changes it, but MERGED has it in another shape: {why.detail.replace('TUNED', 'MERGED')}"
+    if item is not None and item.reason == "shape_differs":
+        detail = f"the adapter changes it, but MERGED has it in another shape: {item.detail.replace('TUNED', 'MERGED')}"
     return MergedLayer(delta.layer, delta.shape, delta.base, None, (delta,), delta.is_matrix, missing=detail)
 
 
@@ -210,13 +214,13 @@ def _drop_number(layer: str) -> str:
     return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
 
 
-def _compare_added_rows(adapter_pairing: Pairing, done: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
+def _compare_added_rows(adapter_pairing: Pairing, merged_pairing: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
     """Compare vocabulary rows that MERGED adds with the rows in the adapter; also return the remaining tensors."""
     added = {
         item.layer: item for item in adapter_pairing.unpaired if item.reason == "added_rows" and item.rows is not None
     }
     tasks, rest = [], []
-    for item in done.unpaired:
+    for item in merged_pairing.unpaired:
         new = added.get(item.layer)
         if item.reason == "added_rows" and item.rows is not None and new is not None and new.shape == item.shape:
             assert new.rows is not None

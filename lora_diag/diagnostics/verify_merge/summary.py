@@ -67,7 +67,10 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
     lines = [compared(results, *_describe_measured(results))]
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
-        lines += [make_statement("correct", "Correctness", _correct(results), level=level), *_describe_faults(results)]
+        lines += [
+            make_statement("correct", "Correctness", _describe_correctness(results), level=level),
+            *_describe_faults(results),
+        ]
         lines.append(make_statement("rounding", "Rounding", _describe_rounding(results)))
         if weak := _describe_weakened(results):
             lines.append(make_statement("lost", "Lost update", weak, level="warning"))
@@ -92,24 +95,24 @@ def _layers(number_of: int) -> str:
     return f"{number_of} {'layer' if number_of == 1 else 'layers'}"
 
 
-def _list_adapted(number_of: int) -> str:
+def _adapted_layers(number_of: int) -> str:
     return f"{number_of} adapted {'layer' if number_of == 1 else 'layers'}"
 
 
-def _correct(results: Results[Merge]) -> str:
+def _describe_correctness(results: Results[Merge]) -> str:
     adapted = [record for record in results if record.adapted]
     bad = [record for record in adapted if record.failed]
     changed = sum(record.failed for record in results if not record.adapted)
     status = outcome(results)
     if status == "failed":
-        parts = [f"{len(bad)} of {_list_adapted(len(adapted))} are not W + ΔW"] if bad else []
+        parts = [f"{len(bad)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if bad else []
         parts += [f"{_layers(changed)} without an update changed"] if changed else []
         return f"no: {' and '.join(parts)}"
     if status == "inconclusive":
         return f"inconclusive: {_explain_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
     suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
-    return f"yes: all {_list_adapted(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
+    return f"yes: all {_adapted_layers(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
 
 
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
@@ -119,7 +122,7 @@ def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
     unclear = [record for record in adapted if record.status == "inconclusive"]
     if unclear and not still:
         return (
-            f"in {len(unclear)} of {_list_adapted(len(adapted))} MERGED's values are too coarse to distinguish "
+            f"in {len(unclear)} of {_adapted_layers(len(adapted))} MERGED's values are too coarse to distinguish "
             f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_list_names(unclear)}; merge into a finer dtype"
         )
     return (

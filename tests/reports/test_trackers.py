@@ -89,7 +89,7 @@ def test_tracker_must_be_known_and_installed(monkeypatch):
     with pytest.raises(UsageError, match="--project"):
         track([SPECTRUM], "hub")
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(InputError, match=r"loradiag\[wandb\]"):
+    with pytest.raises(InputError, match=r"\.\[wandb\]"):
         track([SPECTRUM], "wandb")
 
 

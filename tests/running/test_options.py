@@ -31,7 +31,7 @@ EXPECTED = {
     "extract": {"memory": None, "tol": 5e-4, "overwrite": False, "adapter_dtype": "float32"},
     "allocate": {"params": None, "strategy": "optimal", "allowed_ranks": None},
     "plan": {"ranks": (4, 8, 16, 64), "memory_budget": None},
-    "gate": {"baseline": None, "shipped": ()},
+    "gate": {"baseline": (), "shipped": ()},
     "plot": {"per": "layer", "width": "slide"},
     "report": {"format": None, "values": False},
     "tune": {"widen": 1, "ranks": (), "dry_run": False, "overwrite": False},

@@ -50,7 +50,7 @@ class Change:
     Args:
         fro: ‖ΔW‖_F; None for factors, whose decomposition yields it.
         base_fro: ‖W_base‖_F; None if the base was not given.
-        rounding: Effect of the rounding of two stored sides on ΔW; None for an update without two sides.
+        rounding: The pass over two stored sides, with the effect of their rounding; None for an update without them.
         matrix: ΔW ``(out, in)``; None if it is given by factors or was not kept.
         factors: B and A, or None.
         non_finite: Position of the first entry that is not finite; None if all are.
@@ -88,15 +88,19 @@ class Change:
     def decompose(
         self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 5e-4, seed: int = 0
     ) -> Factors:
-        """Compute singular values, in factored form if there are factors."""
+        """Compute singular values, in factored form if there are factors.
+
+        Raises:
+            MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and W_base.
+        """
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
         if self.streamed is not None:
             assert self.limit is not None
             assert self.fro is not None
-            bounded = Allowance(self.limit, method, top, vectors)
+            allowance = Allowance(self.limit, method, top, vectors)
             try:
-                return decompose_streamed(self.streamed, bounded, self.fro, tol, seed)
+                return decompose_streamed(self.streamed, allowance, self.fro, tol, seed)
             except MemoryLimitError as error:
                 error.fro, error.base_fro = self.fro, self.base_fro
                 raise
@@ -125,17 +129,17 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     if isinstance(delta, StoredDelta):
         dtype = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, dtype.itemsize)
-        change = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
-        if change.non_finite is not None and device.type != "cpu":  # read again to locate the entry
-            change = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
-        if change.non_finite is None and not (change.rounding and math.isfinite(change.rounding.bound)):
-            change.non_finite = SPACING_OVERFLOW
-        matrix, change.matrix = change.matrix, None
+        stored = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
+        if stored.non_finite is not None and device.type != "cpu":  # read again to locate the entry
+            stored = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
+        if stored.non_finite is None and not (stored.rounding and math.isfinite(stored.rounding.bound)):
+            stored.non_finite = SPACING_OVERFLOW
+        matrix, stored.matrix = stored.matrix, None
         streamed = (
-            None if fits or change.non_finite else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
+            None if fits or stored.non_finite else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
         )
         limit = allowance.limit if allowance else None
-        return Change(change.fro, change.base_fro, change, matrix, None, change.non_finite, streamed, limit)
+        return Change(stored.fro, stored.base_fro, stored, matrix, None, stored.non_finite, streamed, limit)
     if (
         allowance is not None
         and isinstance(delta, DenseDelta)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
-    """Return the norm of a 1-D tensor's change: norms and biases change too, and no adapter holds them."""
+    """Return the record of a 1-D tensor with the norm of its change: such tensors change, and no adapter has them."""
     from lora_diag.layers.change import load_change  # deferred: imports torch
     from lora_diag.linalg import resolve_device
 

@@ -60,7 +60,7 @@ class Weighting:
         return max(self.inputs.size, self.gradients.size if self.gradients else 0)
 
 
-def extra(weighting: Weighting, shape: tuple[int, int]) -> int:
+def weighting_bytes(weighting: Weighting, shape: tuple[int, int]) -> int:
     """Estimate the memory of weighting a matrix in bytes: a root and its eigenvectors, ΔW and W_base in float64."""
     return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
-from lora_diag.layers.metric import Root, extra
+from lora_diag.layers.metric import Root, weighting_bytes
 from lora_diag.metrics import weighted_edge
 from lora_diag.running.activations import second_moments
 from lora_diag.running.inputs import compare
@@ -329,4 +329,8 @@ def test_memory_of_layer_counts_second_moments(pair, tmp_path):
     weighting = result.weighting(UP, False)
     delta = next(delta for delta in pairing.deltas if delta.layer == UP)
     plain = SpectrumSettings()
-    assert size(Layer(delta, weighting), plain) - size(Layer(delta), plain) == extra(weighting, (16, 12)) > 8 * 12 * 12
+    assert (
+        size(Layer(delta, weighting), plain) - size(Layer(delta), plain)
+        == weighting_bytes(weighting, (16, 12))
+        > 8 * 12 * 12
+    )

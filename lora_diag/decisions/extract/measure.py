@@ -17,7 +17,7 @@ from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.errors import InputError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.metric import Weighted, Weighting, extra, fro_of, times, weigh
+from lora_diag.layers.metric import Weighted, Weighting, fro_of, times, weigh, weighting_bytes
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
@@ -101,7 +101,7 @@ def size(layer: Layer, settings: ExtractionSettings) -> int:
 
 
 def _weighting_bytes(layer: Layer) -> int:
-    return extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    return weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
 
 
 def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:

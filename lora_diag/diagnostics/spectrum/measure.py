@@ -14,7 +14,7 @@ from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.metric import Weighted, Weighting, extra, weigh
+from lora_diag.layers.metric import Weighted, Weighting, weigh, weighting_bytes
 from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.resolution import resolution
 from lora_diag.linalg import Factors, resolve_device
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def size(layer: Layer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: ΔW, and the data metric."""
-    extra_bytes = extra(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    extra_bytes = weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
     if settings.recover and isinstance(layer.delta, StoredDelta):
         extra_bytes += recovery_bytes(layer.shape)
     return bytes_of(layer.delta, settings.allowance) + extra_bytes
@@ -82,7 +82,7 @@ def _compute(
     """Read ΔW, apply the metric, and compute its singular values; None if it is not finite."""
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
-        allowance = replace(allowance, limit=allowance.limit - extra(weighting, delta.shape))
+        allowance = replace(allowance, limit=allowance.limit - weighting_bytes(weighting, delta.shape))
     change, weighted = load_change(delta, device, allowance=allowance), None
     if change.non_finite is not None:
         return change, None, None

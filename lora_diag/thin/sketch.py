@@ -49,17 +49,17 @@ def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
         return np.asarray(join(left[None], right[None], [name])[0])
     rows = fold(matrix, ROWS)
     both = fold(rows.T, COLUMNS)  # (buckets of columns, buckets of rows)
-    at = np.arange(LENGTH)
-    return np.asarray(both[(at[:, None] - at) % LENGTH, at].sum(axis=1) * _signs(name))
+    buckets = np.arange(LENGTH)
+    return np.asarray(both[(buckets[:, None] - buckets) % LENGTH, buckets].sum(axis=1) * _signs(name))
 
 
 def row_major(x: Numbers) -> Numbers:
     """Return X in rows, in memory of this thread if it was not: products and sums of rows then take less time."""
     if x.flags.c_contiguous:
         return x
-    turned: Numbers = scratch("turned", x.size, x.dtype).reshape(x.shape)
-    np.copyto(turned, x)
-    return turned
+    copied: Numbers = scratch("turned", x.size, x.dtype).reshape(x.shape)
+    np.copyto(copied, x)
+    return copied
 
 
 def fold(x: Numbers, by: str) -> Numbers:
@@ -73,12 +73,12 @@ def fold(x: Numbers, by: str) -> Numbers:
         ``(…, LENGTH, k)``, of both hashes ``(…, 2·LENGTH, k)``.
     """
     x = row_major(x)
-    *several, rows, columns = x.shape
-    buckets = _buckets(rows, by, x.dtype, math.prod(several))
-    found: Numbers = np.asarray(buckets @ x.reshape(-1, columns)).reshape(*several, -1, columns)
-    if x.dtype != np.float64 and not np.isfinite(found).all():  # sums beyond the range of float32
+    *stack, rows, columns = x.shape
+    buckets = _buckets(rows, by, x.dtype, math.prod(stack))
+    folded: Numbers = np.asarray(buckets @ x.reshape(-1, columns)).reshape(*stack, -1, columns)
+    if x.dtype != np.float64 and not np.isfinite(folded).all():  # sums beyond the range of float32
         return fold(x.astype(np.float64), by)
-    return found
+    return folded
 
 
 def transform(folded: Numbers) -> Transforms:
@@ -89,8 +89,8 @@ def transform(folded: Numbers) -> Transforms:
     """
     from scipy.fft import rfft
 
-    found: Transforms = rfft(folded, axis=-2)
-    return found
+    transforms: Transforms = rfft(folded, axis=-2)
+    return transforms
 
 
 def join(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
@@ -109,11 +109,11 @@ def join(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
 
 def mixed(transforms: Transforms, mix: Array) -> Transforms:
     """Return the transforms of the columns of each B·W of a stack from those of B, on one thread."""
-    block, wide = max(1, (MAX_PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
-    found: Transforms = np.empty_like(transforms, shape=(*transforms.shape[:2], mix.shape[2]))
+    block, converted = max(1, (MAX_PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
+    products: Transforms = np.empty_like(transforms, shape=(*transforms.shape[:2], mix.shape[2]))
     for first in range(0, transforms.shape[1], block):
-        np.matmul(transforms[:, first : first + block], wide, out=found[:, first : first + block])
-    return found
+        np.matmul(transforms[:, first : first + block], converted, out=products[:, first : first + block])
+    return products
 
 
 @lru_cache(maxsize=64)
@@ -124,8 +124,8 @@ def _buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1) -> A
     if count > 1:
         return block_diag([_buckets(dimension, by, dtype)] * count, format="csr")
     hashed = [_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
-    buckets = np.concatenate([LENGTH * at + each[:dimension].astype(np.int32) for at, each in enumerate(hashed)])
-    signs = np.concatenate([1.0 - 2.0 * (each[dimension:] & 1) for each in hashed])
+    buckets = np.concatenate([LENGTH * i + values[:dimension].astype(np.int32) for i, values in enumerate(hashed)])
+    signs = np.concatenate([1.0 - 2.0 * (values[dimension:] & 1) for values in hashed])
     rows = np.tile(np.arange(dimension), len(by))
     return csr_array((signs.astype(dtype), (buckets, rows)), shape=(LENGTH * len(by), dimension))
 

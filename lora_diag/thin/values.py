@@ -158,14 +158,14 @@ def thin_energies(left: Grams, right: Grams, factor: NDArray[np.float64]) -> Thi
     squares = [side.products.diagonal(axis1=1, axis2=2) for side in (left, right)]
     usable = _in_range(squares[0]) & _in_range(squares[1])
     b, a = (np.where(usable[:, None, None], side.products, np.eye(rank)) for side in (left, right))
-    size = np.sqrt(np.where(usable[:, None], squares[0], 1.0))
-    outer = size[:, :, None] * size[:, None, :]
+    norms = np.sqrt(np.where(usable[:, None], squares[0], 1.0))
+    outer = norms[:, :, None] * norms[:, None, :]
     lower = _factor_cholesky(a * outer)
     energies, vectors = np.linalg.eigh(lower.transpose(0, 2, 1) @ (b / outer) @ lower)
     energies, vectors = np.maximum(energies[:, ::-1], 0.0), vectors[:, :, ::-1]
     total, s = energies.sum(axis=1), np.sqrt(energies)
     terms = left.terms + right.terms + rank + 1 + (rank**2 + 2 * rank) * math.sqrt(rank)
-    mix = lower @ vectors / np.where(s > 0, s, 1.0)[:, None] / size[:, :, None]
+    mix = lower @ vectors / np.where(s > 0, s, 1.0)[:, None] / norms[:, :, None]
     scale = np.abs(factor)
     with np.errstate(over="ignore", invalid="ignore"):
         bound = rank * (squares[0] * squares[1]).sum(axis=1) * EPS * terms  # of Σ|σ̂_i² − σ_i²|
@@ -205,9 +205,9 @@ def compute_grams(stack: Numbers) -> Grams:
     if count > 1 and rows % block:
         grams = [compute_grams(x[None]) for x in stack]
         return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
-    x, whole = stack.reshape(-1, rank), -(-rows // block)
+    x, per_matrix = stack.reshape(-1, rank), -(-rows // block)
     step = block * max(1, CACHE_ENTRIES // (block * rank))
-    products_of_blocks = np.empty((count * whole, rank, rank))
+    products_of_blocks = np.empty((count * per_matrix, rank, rank))
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(x), step):
             part = _to_float64(x[first : first + step])
@@ -215,8 +215,8 @@ def compute_grams(stack: Numbers) -> Grams:
             _multiply(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[index : index + blocks])
             if len(part) > blocks * block:
                 _multiply(part[None, blocks * block :], products_of_blocks[index + blocks : index + blocks + 1])
-        products = products_of_blocks.reshape(count, whole, rank, rank).sum(axis=1)
-    return Grams(products, np.full(count, min(rows, block) + whole))
+        products = products_of_blocks.reshape(count, per_matrix, rank, rank).sum(axis=1)
+    return Grams(products, np.full(count, min(rows, block) + per_matrix))
 
 
 @cache
@@ -242,9 +242,9 @@ def _multiply(parts: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     For the whole, NumPy would call syrk, which first copies X into an arrangement for larger matrices: 0.9 ns an entry
     of 16 columns instead of 0.5.
     """
-    turned, half = parts.transpose(0, 2, 1), parts.shape[2] // 2
-    np.matmul(turned[:, :half], parts, out=out[:, :half])
-    np.matmul(turned[:, half:], parts, out=out[:, half:])
+    transposed, half = parts.transpose(0, 2, 1), parts.shape[2] // 2
+    np.matmul(transposed[:, :half], parts, out=out[:, :half])
+    np.matmul(transposed[:, half:], parts, out=out[:, half:])
 
 
 def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:

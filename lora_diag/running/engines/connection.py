@@ -61,15 +61,15 @@ class Ray:
         gpus = self.gpus_per_task
         if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
             raise UsageError(f"--gpus-per-task {gpus:g}: must be a fraction below 1, such as 0.5, or a whole number")
-        named, address = self.named()
+        origin, address = self.find_address()
         if address and "://" in address:
             raise UsageError(
-                f"{named}: unsupported form of address; run loradiag on a node of the cluster with HOST:PORT, such "
+                f"{origin}: unsupported form of address; run loradiag on a node of the cluster with HOST:PORT, such "
                 "as 10.0.0.1:6379, or auto; from outside, submit it with ray job submit"
             )
         import_ray()
 
-    def named(self) -> tuple[str, str | None]:
+    def find_address(self) -> tuple[str, str | None]:
         """Return the origin of the address, for messages, and the address."""
         if self.address is not None:
             return f"--ray-address {self.address}", self.address
@@ -102,7 +102,7 @@ def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    named, address = engine.named()
+    origin, address = engine.find_address()
     own_token = ""
     if address in {None, "local"}:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
@@ -116,7 +116,7 @@ def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
         }
     else:
         options = {"address": address}
-        _check_answers(named, str(address))
+        _check_answers(origin, str(address))
     from ray._private import worker  # the only switch for what Ray prints to standard output when a worker dies
 
     worker._worker_logs_enabled = False
@@ -124,7 +124,7 @@ def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
         with _suppress_stderr(), _allow_interrupts():
             ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many types
-        problem = named if address else "--engine ray: a local Ray could not be started"
+        problem = origin if address else "--engine ray: a local Ray could not be started"
         raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
     try:
         yield
@@ -197,18 +197,18 @@ def _allow_interrupts() -> Iterator[None]:
 
 def _explain_failure(ray: Any, error: BaseException) -> str:
     """Return why Ray could not be reached, in one line."""
-    deepest: BaseException | None = error
-    while deepest is not None:
-        if isinstance(deepest, ray.exceptions.AuthenticationError) or "AuthToken" in str(deepest):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ray.exceptions.AuthenticationError) or "AuthToken" in str(cause):
             return (
                 "it requires a token: export RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from the head node to "
                 "this machine"
             )
-        deepest = deepest.__cause__ or deepest.__context__
+        cause = cause.__cause__ or cause.__context__
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _check_answers(named: str, address: str) -> None:
+def _check_answers(origin: str, address: str) -> None:
     """Refuse an address where no server of Ray's protocol listens; Ray would retry for minutes.
 
     Raises:
@@ -219,7 +219,7 @@ def _check_answers(named: str, address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{named}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
+        raise UsageError(f"{origin}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
     end = time.monotonic() + ANSWER_SECONDS
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as server:
@@ -229,13 +229,15 @@ def _check_answers(named: str, address: str) -> None:
                 server.settimeout(max(0.01, end - time.monotonic()))
                 frame += (part := server.recv(4 - len(frame)))
                 if not part or (len(frame) == 4 and frame[3] != SETTINGS):
-                    raise InputError(f"{named}: the server there is not a Ray cluster; give HOST:PORT of its head node")
+                    raise InputError(
+                        f"{origin}: the server there is not a Ray cluster; give HOST:PORT of its head node"
+                    )
     except TimeoutError as error:
         raise InputError(
-            f"{named}: no Ray cluster answered within {ANSWER_SECONDS:g} s; give HOST:PORT of its head node"
+            f"{origin}: no Ray cluster answered within {ANSWER_SECONDS:g} s; give HOST:PORT of its head node"
         ) from error
     except OSError as error:
         raise InputError(
-            f"{named}: no Ray cluster answers: {error.strerror or error}; start its head with ray start --head "
+            f"{origin}: no Ray cluster answers: {error.strerror or error}; start its head with ray start --head "
             f"--port {port}"
         ) from error

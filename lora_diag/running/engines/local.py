@@ -132,8 +132,8 @@ def run_local(
         from lora_diag.running.engines.processes import Processes
 
         count = min(max_threads, len(tasks)) if isinstance(tasks, Sized) else max_threads
-        with Processes(measure, count) as elsewhere:
-            yield from run_local(elsewhere, tasks, replace(layout, apart=False), footprint)
+        with Processes(measure, count) as processes:
+            yield from run_local(processes, tasks, replace(layout, apart=False), footprint)
         return
     if max_threads == 1 and not layout.torch:  # no call takes so long that Ctrl-C must not wait for it
         yield from map(measure, tasks)

@@ -28,7 +28,7 @@ Record = TypeVar("Record")
 
 
 class Processes(Generic[Task, Record]):
-    """Call it with a task from several threads: each call is made in a process that is free. Leaving ends them.
+    """Processes that each measure one task at a time. A call, from any thread, waits for a free one; leaving ends them.
 
     Args:
         measure: A diagnostic with its settings bound.
@@ -38,9 +38,9 @@ class Processes(Generic[Task, Record]):
     def __init__(self, measure: Callable[[Task], Record], count: int) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-P", "-c", f"import gc; gc.disable(); from {__name__} import serve; serve()"]
+        command = [sys.executable, "-P", "-c", f"import gc; gc.disable(); from {__name__} import serve; serve()"]
         self._started = [
-            subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             for _ in range(count)
         ]
         self._free: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()

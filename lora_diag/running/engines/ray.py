@@ -94,7 +94,7 @@ def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
     with connect(ray, engine, layout.cores):
         cluster = _Cluster(ray, engine.gpus_per_task)
         cores = cluster.threads(layout)(footprint)
-        return cluster.slots if engine.gpus_per_task else cluster.fitting(cores), cores
+        return cluster.slots if engine.gpus_per_task else cluster.count_fitting(cores), cores
 
 
 class _Cluster:
@@ -111,7 +111,7 @@ class _Cluster:
 
     def __init__(self, ray: Any, gpus: float, servers: Mapping[str, tuple[str, int]] | None = None) -> None:
         self._ray, self.gpus = ray, gpus
-        self._looked = self._last_seen = time.monotonic()
+        self._queried_at = self._last_seen = time.monotonic()
         self._servers, self._silent_since = servers or {}, dict[str, float]()
         self._nodes = self._find_fitting_nodes(1)
         while not self._nodes:
@@ -125,6 +125,11 @@ class _Cluster:
         return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
 
     def _wait_for_a_node(self, cores: int) -> None:
+        """Wait until the next query, and make it.
+
+        Raises:
+            InputError: The cluster had no suitable node for the whole waiting time.
+        """
         if time.monotonic() - self._last_seen > MAX_WAIT_SECONDS:
             wanted = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
             raise InputError(
@@ -141,12 +146,12 @@ class _Cluster:
             return max(1, int(sum(node["GPU"] // self.gpus for node in self._nodes)))
         return int(sum(node["CPU"] for node in self._nodes))
 
-    def fitting(self, cores: int) -> int:
+    def count_fitting(self, cores: int) -> int:
         """Return the number of concurrent tasks that request this number of cores."""
         return max(1, int(sum(node["CPU"] // cores for node in self._nodes)))
 
     def threads(self, layout: Layout) -> Callable[[int], int]:
-        """Return the number of cores for a layer of this size; with a GPU, that GPU's fraction of the cores."""
+        """Return a function from the memory of a layer to its cores; with GPUs, their fraction of a node's cores."""
         if self.gpus:
             share = int(min(node["CPU"] * self.gpus / node["GPU"] for node in self._nodes))
             return lambda footprint: max(1, share)
@@ -165,15 +170,15 @@ class _Cluster:
             InputError: No node could run the waiting tasks for the whole waiting time, or the head or this machine's
                 node is lost.
         """
-        if time.monotonic() - self._looked < QUERY_SECONDS:
+        if time.monotonic() - self._queried_at < QUERY_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._queried_at = time.monotonic()
         if not self._is_connected():
             return
         if nodes := self._find_fitting_nodes(1):
             self._nodes = nodes
         if self._find_fitting_nodes(cores):
-            self._last_seen = self._looked
+            self._last_seen = self._queried_at
         else:
             self._wait_for_a_node(cores)
 
@@ -215,7 +220,7 @@ class _Run:
     def __init__(
         self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized], poll: Callable[[], None], advice: str
     ) -> None:
-        self._ray, self._cluster, self._tasks, self._look, self._advice = ray, cluster, tasks, poll, advice
+        self._ray, self._cluster, self._tasks, self._poll, self._advice = ray, cluster, tasks, poll, advice
         self._name, self._fetch_job = job.hex(), partial(ray.get, job)
         self._remote = ray.remote(measure_batch)
         self._under_way: dict[Any, Batch] = {}
@@ -240,7 +245,7 @@ class _Run:
         for ticket in done:
             del self._under_way[ticket]
             yield ticket, self._fetch_outcomes(ticket)
-        self._look()
+        self._poll()
         self._cluster.poll(max((batch.threads for batch in self._under_way.values()), default=1))
 
     def _fetch_outcomes(self, ticket: Any) -> Sequence[Any] | None:

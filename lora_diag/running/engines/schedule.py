@@ -100,12 +100,12 @@ def batches(
     """
     sizes = [footprint(task) for task in tasks]
     costs = [cost(task.shape, size) for task, size in zip(tasks, sizes, strict=True)]
-    max_layers = min(BATCH, sum(costs) // (4 * max(1, slots)))
+    max_cost = min(BATCH, sum(costs) // (4 * max(1, slots)))
     planned: list[Batch] = []
     for index, layer_cost in enumerate(costs):
         wanted = threads(sizes[index])
         last = planned[-1] if planned else None
-        if last is not None and last.threads == wanted and last.cost + layer_cost <= max_layers:
+        if last is not None and last.threads == wanted and last.cost + layer_cost <= max_cost:
             planned[-1] = Batch(last.start, index + 1, wanted, last.cost + layer_cost)
         else:
             planned.append(Batch(index, index + 1, wanted, layer_cost))
@@ -130,17 +130,17 @@ class Waiting:
         self._closed = deque(sorted(opens))
         self._heap: list[tuple[int, int]] = []
 
-    def pop(self, written: int, may: Callable[[Batch], bool]) -> Batch | None:
+    def pop(self, written: int, has_room: Callable[[Batch], bool]) -> Batch | None:
         """Return the next batch; None if none is within reach or there is no room.
 
         Args:
             written: Number of leading batches that are finished.
-            may: Returns whether there is room for a batch.
+            has_room: Returns whether there is room for a batch.
         """
         while self._closed and self._closed[0][0] < written:
             index = self._closed.popleft()[1]
             heapq.heappush(self._heap, (-self._plan[index].cost, index))
-        if not self._heap or not may(self._plan[self._heap[0][1]]):
+        if not self._heap or not has_room(self._plan[self._heap[0][1]]):
             return None
         return self._plan[heapq.heappop(self._heap)[1]]
 
@@ -151,13 +151,13 @@ class Capacity:
 
     Args:
         cores: Cores of all machines.
-        most: Concurrent batches, if set by the user or limited by another resource than cores; else None.
+        max_batches: Submitted batches, if set by the user or limited by another resource than cores; else None.
     """
 
     cores: int
-    most: int | None = None
+    max_batches: int | None = None
 
-    def has(self, batch: Batch, batches: int, threads: int) -> bool:
+    def has_room(self, batch: Batch, batches: int, threads: int) -> bool:
         """Return whether a batch may be sent.
 
         Args:
@@ -165,12 +165,12 @@ class Capacity:
             batches: Number of submitted batches.
             threads: Cores of all submitted batches.
 
-        >>> Capacity(2).has(Batch(0, 1, 2), 2, 2), Capacity(2).has(Batch(0, 1, 2), 3, 3)
+        >>> Capacity(2).has_room(Batch(0, 1, 2), 2, 2), Capacity(2).has_room(Batch(0, 1, 2), 3, 3)
         (True, False)
         """
         if not batches:
             return True
-        if self.most is not None and batches >= self.most:
+        if self.max_batches is not None and batches >= self.max_batches:
             return False
         return threads + batch.threads <= 2 * self.cores
 
@@ -205,9 +205,8 @@ def in_order(
     written = threads = 0
     while written < len(plan):
         while True:
-            free = capacity()
-            may = partial(free.has, batches=len(under_way), threads=threads)
-            batch = (retry.pop() if may(retry[-1]) else None) if retry else waiting.pop(written, may)
+            has_room = partial(capacity().has_room, batches=len(under_way), threads=threads)
+            batch = (retry.pop() if has_room(retry[-1]) else None) if retry else waiting.pop(written, has_room)
             if batch is None:
                 break
             if batch.start < end:

@@ -54,7 +54,7 @@ def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, thre
     """
     outcomes: list[Any | LoradiagError] = []
     try:
-        measure, tasks = _run_job(name, job)
+        measure, tasks = _load_job(name, job)
         import torch
 
         torch.set_num_threads(threads)
@@ -64,7 +64,8 @@ def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, thre
     return outcomes
 
 
-def _run_job(name: str, job: Callable[[], Job]) -> Work:
+def _load_job(name: str, job: Callable[[], Job]) -> Work:
+    """Return a job, unpickled unless it is the current one."""
     global _current_job
     if _current_job is None or _current_job[0] != name:
         _current_job = (name, open_job(job()))

@@ -167,6 +167,6 @@ def test_later_error_keeps_earlier_and_stops_sending():
     plan = [Batch(at, at + 5, 1, 5) for at in range(0, 60, 5)]
     machines, result = InTurn([5, 10, 0], broken=[6, 11]), []
     with pytest.raises(InputError, match="broken 6"):
-        result.extend(machines.run(plan, Capacity(2, most=3), reach=4))
+        result.extend(machines.run(plan, Capacity(2, max_batches=3), reach=4))
     assert result == list(range(6))
     assert [batch.start for batch in machines.sent] == [0, 5, 10]

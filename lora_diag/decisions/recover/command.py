@@ -58,14 +58,14 @@ def recover(
         hint = None
         any_estimated = any(record.status in ("recovered", "size_only") for record in results)
         if not writes and (lost or (any_measured and not any_estimated)):
-            words = ["loradiag", "extract", str(base), str(tuned), "--rank", "16", "-o", "adapter/"]
-            hint = f"{shlex.join(words)}   (the best adapter of the files' difference)"
+            command = ["loradiag", "extract", str(base), str(tuned), "--rank", "16", "-o", "adapter/"]
+            hint = f"{shlex.join(command)}   (the best adapter of the files' difference)"
         elif not writes and any_measured:
-            words = ["loradiag", "recover", str(base), str(tuned), "--checkpoint", "-o", "recovered/"]
-            hint = f"{shlex.join(words)}   (the better checkpoint; or --rank R for an adapter)"
+            command = ["loradiag", "recover", str(base), str(tuned), "--checkpoint", "-o", "recovered/"]
+            hint = f"{shlex.join(command)}   (the better checkpoint; or --rank R for an adapter)"
         elif any_measured and not full:
-            words = ["loradiag", "residual", str(base), str(tuned), str(output)]
-            hint = f"{shlex.join(words)}   (distance to the files' difference, rounding included)"
+            command = ["loradiag", "residual", str(base), str(tuned), str(output)]
+            hint = f"{shlex.join(command)}   (distance to the files' difference, rounding included)"
         folder = str(output) if writes else None
         result(recovery_table(results, *terminal(), per=shown.per, next_command=hint, folder=folder))
     exit_unmeasured(results.unmeasured, "the layer was left out")

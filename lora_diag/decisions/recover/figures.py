@@ -47,7 +47,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return one panel a module type."""
+    """Return the figure, one panel per module type."""
     estimated = [
         record for series_item in series for record in series_item.records if record.energy_estimate is not None
     ]
@@ -61,7 +61,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         for number, name in ((without_curve, "layers without an estimate"), (len(groups) - len(shown), "module types"))
         if number
     ]
-    words = FigureText(
+    text = FigureText(
         title="Energy fraction C(r) before rounding, estimated, and in the files",
         about=" · ".join(series_item.label for series_item in series if series_item.label),
         notes=(
@@ -71,7 +71,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         keys=_make_keys(),
     )
     panels = {name: (lambda ax, inches, subset=records: _draw(ax, subset)) for name, records in shown.items()}
-    return multiples_of(panels, words, style, "rank r", "C(r)")
+    return multiples_of(panels, text, style, "rank r", "C(r)")
 
 
 def _draw(ax: Axes, records: Sequence[Recovery]) -> None:

@@ -68,10 +68,10 @@ def write_checkpoint(
     """Write ``model.safetensors`` in float32, one tensor in memory at a time, and ``config.json``.
 
     Args:
-        folder: It is there.
+        folder: The folder, which exists.
         tuned: TUNED, whose values are used where nothing was recovered.
-        recovered: The layers that are not TUNED's.
-        files: The weight of each.
+        recovered: The layers whose estimated weights replace those of TUNED.
+        files: The file with the estimated weight of each of them.
 
     Raises:
         InputError: A file cannot be read or written.
@@ -83,14 +83,16 @@ def write_checkpoint(
         name: TensorInfo(name, tuned[name].shape, "float32" if tuned[name].dtype in FLOAT_DTYPES else tuned[name].dtype)
         for name in tuned
     }
-    write_safetensors(folder / MODEL, infos, partial(_weight, tuned=tuned, parts=parts, files=files), {"format": "pt"})
+    write_safetensors(
+        folder / MODEL, infos, partial(_read_weight, tuned=tuned, parts=parts, files=files), {"format": "pt"}
+    )
     if tuned.config:
         config = {key: value for key, value in tuned.config.items() if key != "quantization_config"}
         config |= {key: "float32" for key in ("torch_dtype", "dtype") if key in config}
         write_whole(folder / MODEL_CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _weight(
+def _read_weight(
     name: str, tuned: Checkpoint, parts: Mapping[str, list[tuple[int, StoredDelta]]], files: Mapping[str, Path]
 ) -> torch.Tensor:
     """Return one tensor of the checkpoint: TUNED's, with the matrices that were recovered in their places."""

@@ -76,8 +76,8 @@ class RecoveryTask(LayerTask):
     known: Recovery | None = None
 
 
-def size(layer: RecoveryTask, settings: LayerSettings) -> int:
-    """Return about how many bytes a layer takes: D with its decomposition, then the cells."""
+def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
+    """Estimate the memory of a layer in bytes: D with its decomposition, then the cells."""
     needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
     return needed if settings.memory is None else min(needed, settings.memory)
 
@@ -109,13 +109,13 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
 
     Args:
         layer: The layer.
-        settings: How.
+        settings: Settings of the measurement.
         store: Puts ``B`` and ``A``, or ``W``, into a file.
         load: Reads them back.
 
     Raises:
         InputError: A file could not be read or written.
-        MemoryLimitError: It does not fit, even in row blocks.
+        MemoryLimitError: The layer does not fit, even in row blocks.
     """
     if layer.known is not None:
         return truncate_stored(layer.known, layer.request, store, load)
@@ -190,7 +190,7 @@ def _write(
         return "posterior", 0, None
     if not request.factors or not change.fro or (status == "refused" and request.leave_out_refused):
         return "nothing", 0, None
-    rank = min(request.rank or _rank_of(request, delta.shape, estimate, curve), min(delta.shape))
+    rank = min(request.rank or _choose_rank(request, delta.shape, estimate, curve), min(delta.shape))
     factor = 1.0
     if estimate.cells is not None:
         factor = _estimate_length_factor(estimate) if request.keep_length else 1.0
@@ -206,7 +206,7 @@ def _write(
     return ("posterior" if estimate.cells is not None else "file"), rank, values
 
 
-def _rank_of(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
+def _choose_rank(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
     """Return the smallest rank with the requested fraction of the energy, or the largest useful rank."""
     if request.energy is None:
         largest = len(curve) if estimate.hidden.status != "recovered" else len(estimate.curve)

@@ -22,7 +22,7 @@ STATUS = {
 
 
 def _make_ratio(field: str) -> Callable[[Sequence[Any]], Value]:
-    """Return ‖·‖/‖W‖ of several layers together, those with a value."""
+    """Return a function that pools ‖·‖/‖W‖ over the layers with a value."""
 
     def pooled(records: Sequence[Any]) -> Value:
         known = [record for record in records if getattr(record, field) is not None and record.base_fro]
@@ -33,20 +33,20 @@ def _make_ratio(field: str) -> Callable[[Sequence[Any]], Value]:
     return pooled
 
 
-def _count_verdicts(records: Sequence[Any]) -> str:
+def _describe_verdicts(records: Sequence[Any]) -> str:
     """Return the common verdict, or the best with its number of layers."""
     counts: Counter[str] = Counter(record.status for record in records)
     best = next(status for status in STATUS if counts[status])
     return STATUS[best] if len(counts) == 1 else f"{STATUS[best]} {counts[best]}/{len(records)}"
 
 
-def _middle_of_file(records: Sequence[Any]) -> Value:
+def _pool_file_ranks(records: Sequence[Any]) -> Value:
     """Return the median rank; none where a layer needs more than the values that were kept."""
     known = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
     return int(median(known)) if known and len(known) == len(records) else None
 
 
-def _middle_estimate(records: Sequence[Any]) -> Value:
+def _pool_estimated_ranks(records: Sequence[Any]) -> Value:
     """Return the median rank; where the directions that were found carry less, more than their number."""
     estimated = [record for record in records if record.rank_at_estimate is not None]
     if not estimated:
@@ -55,7 +55,7 @@ def _middle_estimate(records: Sequence[Any]) -> Value:
     return median_rank([record.rank_at_estimate["0.9"] for record in estimated], beyond)
 
 
-def _middle_directions(records: Sequence[Any]) -> Value:
+def _pool_directions(records: Sequence[Any]) -> Value:
     known = [record.directions for record in records if record.directions is not None]
     return int(median(known)) if known else None
 
@@ -85,7 +85,7 @@ class Recovery(Hidden, LayerRecord):
             "verdict",
             "whether rounding hides an update, and whether it could be estimated",
             main=True,
-            pool=_count_verdicts,
+            pool=_describe_verdicts,
         ),
         Shown("unchanged", "unchanged", "fraction of unchanged entries", share=True, main=True, form="percent"),
         Shown(
@@ -109,7 +109,7 @@ class Recovery(Hidden, LayerRecord):
             "r@90% file",
             "smallest rank that keeps 90% of the energy of the files' difference",
             main=True,
-            pool=_middle_of_file,
+            pool=_pool_file_ranks,
             drop=3,
         ),
         Shown(
@@ -118,14 +118,14 @@ class Recovery(Hidden, LayerRecord):
             "smallest rank whose estimated directions carry 90% of the update's energy; empty if they do not",
             axis="estimated rank at 90% of the energy",
             main=True,
-            pool=_middle_estimate,
+            pool=_pool_estimated_ranks,
         ),
         Shown(
             "directions",
             "directions",
             "directions of the update above the noise of the rounding",
             main=True,
-            pool=_middle_directions,
+            pool=_pool_directions,
             drop=5,
         ),
         Shown("gain_z", "z", "gain of hidden cells in standard errors", main=True, form=".1f", drop=2),

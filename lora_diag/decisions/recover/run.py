@@ -17,7 +17,7 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract.folder import OutputFolder
 from lora_diag.decisions.extract.layout import Plan, plan
 from lora_diag.decisions.recover.folder import AdapterFolder, CheckpointFolder, load, store, write_checkpoint
-from lora_diag.decisions.recover.measure import OutputRequest, RecoveryTask, measure, size
+from lora_diag.decisions.recover.measure import OutputRequest, RecoveryTask, estimate_bytes, measure
 from lora_diag.decisions.recover.options import RecoverOptions
 from lora_diag.decisions.recover.ranks import ranks_within
 from lora_diag.decisions.recover.record import Recovery
@@ -97,7 +97,7 @@ def recover(
     params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
     leave_out_refused, base_name = resolved["leave_out_refused"], resolved["base_name"]
     nearest, overwrite = resolved["nearest"], resolved["overwrite"]
-    _check(rank, energy, params, full, leave_out_refused, output)
+    _check_options(rank, energy, params, full, leave_out_refused, output)
     base, tuned = as_path(base), as_path(tuned)
     check_exists(base)
     if is_adapter(locate(tuned)):
@@ -190,7 +190,7 @@ def recover(
     return run.over(
         tasks,
         partial(_measure_layer, files=files, deadline=deadline),
-        size,
+        estimate_bytes,
         settings,
         left_out_of,
         compared.inputs,
@@ -214,11 +214,11 @@ def _spend_budget(
     Raises:
         UsageError: The budget is too small for rank 1.
     """
-    kept = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
-    records = LayerRun("recover", kept).over(
+    options = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
+    records = LayerRun("recover", options).over(
         tasks,
         partial(_measure_layer, files=files),
-        size,
+        estimate_bytes,
         settings,
         lambda *_: (),
         compared.inputs,
@@ -235,7 +235,7 @@ def _spend_budget(
     ]
 
 
-def _check(
+def _check_options(
     rank: int | None, energy: float | None, params: int | None, full: bool, leave_out_refused: bool, output: object
 ) -> None:
     """Refuse invalid options.

@@ -45,10 +45,10 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
     records = list(results)
     if records:
         lines += [
-            _select_hidden(records),
+            _describe_hidden(records),
             *_describe_size(records),
             *_describe_directions(records),
-            *_start(records),
+            *_describe_start(records),
             *_describe_refused(records),
         ]
         lines.append(
@@ -77,13 +77,13 @@ def is_lost(records: Iterable[Recovery]) -> bool:
     return 2 * len(select_misfits(judged)) > len(judged)
 
 
-def _select_hidden(records: Sequence[Recovery]) -> Statement:
+def _describe_hidden(records: Sequence[Recovery]) -> Statement:
     counts: Counter[str] = Counter(record.status for record in records)
     parts = ", ".join(f"{counts[status]} {words}" for status, words in STATUS.items() if counts[status])
     unchanged = percent(median(record.unchanged for record in records))
     level: Level = "note"
     if is_lost(records):
-        misfits = f"{len(select_misfits(records))} of {_matrices(len(records))}"
+        misfits = f"{len(select_misfits(records))} of {_count_matrices(len(records))}"
         lead = f"no: {misfits} do not look like one rounding; training in bf16 probably lost its steps"
         level = "warning"
     elif counts["recovered"]:
@@ -114,13 +114,13 @@ def _describe_size(records: Sequence[Recovery]) -> list[Statement]:
         if record.fro_interval is not None and record.fro_estimate
     ]
     line = (
-        f"‖X‖ = {number(estimated)} estimated over {_matrices(len(known))}, ± {percent(median(errors))} in the median "
-        f"layer; the files show ‖D‖ = {number(observed)}, {number(observed / estimated)} times that"
+        f"‖X‖ = {number(estimated)} estimated over {_count_matrices(len(known))}, ± {percent(median(errors))} in the "
+        f"median layer; the files show ‖D‖ = {number(observed)}, {number(observed / estimated)} times that"
     )
     return [make_statement("size", "Size", line)]
 
 
-def _matrices(number_of: int) -> str:
+def _count_matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
@@ -139,13 +139,15 @@ def _describe_directions(records: Sequence[Recovery]) -> list[Statement]:
     known = [rank for rank in ranks if rank is not None]
     shown_file = [record.rank_at["0.9"] or 0 for record in recovered]
     if known:
-        line2 = f"rank at 90%: {span(known)} in {len(known)} of {len(ranks)}, where the files read {span(shown_file)}"
+        ranks_line = (
+            f"rank at 90%: {span(known)} in {len(known)} of {len(ranks)}, where the files read {span(shown_file)}"
+        )
     else:
-        line2 = f"rank at 90%: beyond the directions that can be seen; the files read {span(shown_file)}"
-    return [make_statement("directions", "Directions", line, line2)]
+        ranks_line = f"rank at 90%: beyond the directions that can be seen; the files read {span(shown_file)}"
+    return [make_statement("directions", "Directions", line, ranks_line)]
 
 
-def _start(records: Sequence[Recovery]) -> list[Statement]:
+def _describe_start(records: Sequence[Recovery]) -> list[Statement]:
     known = [record for record in records if record.start is not None and record.status != "refused"]
     rounded = [record for record in known if record.start == "rounded"]
     if not known:
@@ -168,8 +170,8 @@ def _describe_refused(records: Sequence[Recovery]) -> list[Statement]:
     if not refused:
         return []
     first = refused[0]
-    words = f"{_matrices(len(refused))}: {list_names([record.layer for record in refused])}"
-    return [make_statement("refused", "Refused", words, f"{short(first.layer)}: {first.reason}", level="warning")]
+    names = f"{_count_matrices(len(refused))}: {list_names([record.layer for record in refused])}"
+    return [make_statement("refused", "Refused", names, f"{short(first.layer)}: {first.reason}", level="warning")]
 
 
 def _list_out_of_time(results: Results[Recovery]) -> list[str]:
@@ -181,8 +183,9 @@ def _describe_reached(results: Results[Recovery]) -> list[Statement]:
     out_of_time = _list_out_of_time(results)
     if not out_of_time:
         return []
-    words = f"{len(out_of_time)} of {_matrices(len(out_of_time) + len(results))} within --time; --resume measures them"
-    return [make_statement("not_reached", "Not reached", words, level="warning")]
+    matrices = _count_matrices(len(out_of_time) + len(results))
+    text = f"{len(out_of_time)} of {matrices} within --time; --resume measures them"
+    return [make_statement("not_reached", "Not reached", text, level="warning")]
 
 
 def _describe_written(results: Results[Recovery], folder: str | None) -> list[Statement]:
@@ -191,7 +194,7 @@ def _describe_written(results: Results[Recovery], folder: str | None) -> list[St
     posterior = [record for record in results if record.written == "posterior"]
     file = [record for record in results if record.written == "file"]
     missing = _list_missing(results)
-    lines = [f"{safe(folder)}: {_matrices(len(posterior))} from the estimate"]
+    lines = [f"{safe(folder)}: {_count_matrices(len(posterior))} from the estimate"]
     if file:
         kinds = Counter(STATUS[record.status] for record in file)
         lines[0] += (
@@ -245,9 +248,9 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         "stored weight loradiag estimates the update before rounding. It assumes that training kept float32 "
         "master weights, started at the base model, and was rounded once. Evaluate it before you use it.",
         "",
-        f"- {_matrices(len(recovered))} from the estimate: ‖X‖ = {number(estimated)}, and the files show ‖D‖ = "
+        f"- {_count_matrices(len(recovered))} from the estimate: ‖X‖ = {number(estimated)}, and the files show ‖D‖ = "
         f"{number(observed)}{'; each is scaled to its ‖X‖' if keep_length else ''}",
-        f"- {_matrices(len(file))} as the files have them",
+        f"- {_count_matrices(len(file))} as the files have them",
         *([f"- not in it: {list_names(missing, 12)}"] if missing else []),
         *([f"- not reached within the time limit: {list_names(out_of_time, 12)}"] if out_of_time else []),
         "",

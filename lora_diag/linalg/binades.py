@@ -93,8 +93,8 @@ class Binades:
         judged = torch.minimum(self.expected, self.entries - self.expected) >= MIN_EXPECTED
         if int(judged.sum()) < 2:
             return None
-        off = (self.changed - self.expected)[judged] ** 2 / self.variance[judged]
-        return float(off.sum()) / (int(judged.sum()) - 1)  # one size was fitted
+        terms = (self.changed - self.expected)[judged] ** 2 / self.variance[judged]
+        return float(terms.sum()) / (int(judged.sum()) - 1)  # one size was fitted
 
     @property
     def misplaced(self) -> float:

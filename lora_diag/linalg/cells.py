@@ -114,7 +114,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, first: int, last: int) -> Cells:
-        """Return some of the rows."""
+        """Return the rows from ``first`` to before ``last``."""
 
     @property
     def count(self) -> int:
@@ -188,7 +188,7 @@ class Cells(Source):
         return self.below is not None
 
     def rows(self, first: int, last: int) -> Cells:
-        """Return some of the rows, as views."""
+        """Return the rows from ``first`` to before ``last``, as views."""
         parts = (None if part is None else part[first:last] for part in (self.lo, self.hi, self.below, self.above))
         return Cells(*parts)  # type: ignore[arg-type]
 
@@ -249,7 +249,7 @@ class Opened(Derived):
     entries: Tensor
 
     def rows(self, first: int, last: int) -> Cells:
-        """Return some of the rows."""
+        """Return the rows from ``first`` to before ``last``."""
         known, columns = self.cells.rows(first, last), self.shape[1]
         inside = _select_between(self.entries, first * columns, last * columns) - first * columns
         low, high = known.lo.clone(), known.hi.clone()

@@ -81,8 +81,8 @@ def missed(squares: Tensor, residual_gram: Tensor, top: int, fro: float, mu: flo
         if x > mu:
             above = torch.linalg.eigvalsh(torch.diag(squares) + bounded / (x - mu)).flip(0)[:top]
             upper = torch.minimum(upper, above.clamp(min=x))
-    missing = float((upper - squares[:top]).clamp(min=0).sum())
-    return min(1.0, missing / fro**2 + rounding(a))
+    energy = float((upper - squares[:top]).clamp(min=0).sum())
+    return min(1.0, energy / fro**2 + rounding(a))
 
 
 def rounding(a: Matrix) -> float:
@@ -104,11 +104,11 @@ def enlargement(dimension: int, probes: int, degree: int) -> float:
     """
     from scipy.special import betaincinv  # 0.1 s, for the largest values only
 
-    least = float(betaincinv(probes / 2, (dimension - 1) / 2, FAILURE)) if dimension > 1 else 1.0
+    quantile = float(betaincinv(probes / 2, (dimension - 1) / 2, FAILURE)) if dimension > 1 else 1.0
     epsilon = 0.0
-    found = math.inf
-    while found > least:
+    share = math.inf  # largest ⟨y, v⟩²/‖y‖² with which the event is possible
+    while share > quantile:
         epsilon += 0.005
         chebyshev = math.cosh(degree * math.acosh(1 + 2 * epsilon / (1 - epsilon)))
-        found = (1 - epsilon) / (epsilon * chebyshev**2)
+        share = (1 - epsilon) / (epsilon * chebyshev**2)
     return 1 / (1 - epsilon)

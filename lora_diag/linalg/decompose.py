@@ -49,6 +49,7 @@ def decompose(
 
     Raises:
         UsageError: The method is unknown, or ``top`` or ``tol`` is invalid.
+        ValueError: The matrix has no entries, or not two dimensions.
 
     Example:
         >>> import torch

@@ -119,11 +119,11 @@ def difference(
 
     Returns:
         ΔW and its norms. After a non-finite entry nothing more is read and the norms are NaN. A GPU is awaited once,
-        after the last block, and does not tell where that entry is.
+        after the last block, and the position of that entry is not given.
     """
     matrix: Tensor | None = None
     fro = base_fro = 0.0
-    read = _Roundings(shape, device)
+    roundings = _Roundings(shape, device)
     same = row = 0
     unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
@@ -142,7 +142,7 @@ def difference(
         else:
             norm, base_norm, unchanged = sizes = _measure_sizes_on_gpu(block, base, tuned)
             unread += sizes
-        read.add(
+        roundings.add(
             base,
             tuned,
             block,
@@ -156,7 +156,7 @@ def difference(
                 matrix = _allocate(shape, dtype, device)
             matrix[row : row + len(block)] = block
         row += len(block)
-    if fetched := read.fetch(unread):
+    if fetched := roundings.fetch(unread):
         fro, base_fro = math.hypot(*fetched[::3]), math.hypot(*fetched[1::3])
         same = int(sum(fetched[2::3]))
         if not math.isfinite(fro + base_fro):
@@ -166,8 +166,8 @@ def difference(
         fro=fro,
         base_fro=base_fro,
         unchanged=same / max(1, math.prod(shape)),
-        rounding=read.rounding(),
-        mantissa=(read.base.mantissa, read.tuned.mantissa),
+        rounding=roundings.rounding(),
+        mantissa=(roundings.base.mantissa, roundings.tuned.mantissa),
     )
 
 
@@ -219,16 +219,16 @@ class _Roundings:
 
     def rounding(self) -> Rounding:
         """Return the effect of rounding over all blocks, which have been fetched."""
-        moved, base_spacing, tuned_spacing = self.sampled
+        changes, base_spacing, tuned_spacing = self.sampled
         start, beta = self.start()
         exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]
         spacing = tuned_spacing if exact else torch.maximum(base_spacing, tuned_spacing)
-        moves = Moves.of(moved, spacing)
-        alone = moves.untouched()
-        weight = moves.noise_per_change(alone, len(sides))
-        still = float((moved == 0).double().mean() if len(moved) else torch.zeros(()))
-        absorbed = 1 - min(1.0, alone / still) if still else 1.0
+        moves = Moves.of(changes, spacing)
+        untouched = moves.untouched()
+        weight = moves.noise_per_change(untouched, len(sides))
+        still = float((changes == 0).double().mean() if len(changes) else torch.zeros(()))
+        absorbed = 1 - min(1.0, untouched / still) if still else 1.0
         parts = [(weight, side.profile) for side in sides] + [(absorbed / 12, side.still) for side in sides]
         parts.append((1 / 12, self.subtracted.profile))
         return Rounding(
@@ -238,7 +238,7 @@ class _Roundings:
             start=start,
             base_fro=self.base.profile.unit * math.sqrt(float(self.base.profile.rows.sum()) / 12),
             base_rounding=beta,
-            untouched=alone,
+            untouched=untouched,
         )
 
     def start(self) -> tuple[Start, tuple[float, float] | None]:
@@ -296,36 +296,36 @@ def _move_blocks(
     """Yield blocks on a device: on the CPU in pieces that stay in its cache, on a GPU joined to few large ones."""
     pairs = zip(blocks, steps, strict=False)
     if device.type != "cpu":
-        held: list[tuple[Tensor | None, ...]] = []
+        pending: list[tuple[Tensor | None, ...]] = []
         entries = 0
         for (base, tuned), spacings in pairs:
             moved = (step if step is None else move(step.reshape(base.shape), device) for step in spacings)
-            held.append((move(base, device), move(tuned, device), *moved))
+            pending.append((move(base, device), move(tuned, device), *moved))
             entries += base.numel()
             if entries >= GPU_PIECE_ENTRIES:
-                yield _join_blocks(held)
-                held, entries = [], 0
-        if held:
-            yield _join_blocks(held)
+                yield _join_blocks(pending)
+                pending, entries = [], 0
+        if pending:
+            yield _join_blocks(pending)
         return
     for (base, tuned), (base_step, tuned_step) in pairs:
         rows = max(1, PIECE_ENTRIES // max(1, base.shape[1]))
-        before, after = (
+        base_steps, tuned_steps = (
             repeat(None) if step is None else torch.split(step.reshape(base.shape), rows)
             for step in (base_step, tuned_step)
         )
         yield from zip(
-            torch.split(base, rows), torch.split(tuned, rows), zip(before, after, strict=False), strict=False
+            torch.split(base, rows), torch.split(tuned, rows), zip(base_steps, tuned_steps, strict=False), strict=False
         )
 
 
 def _join_blocks(
-    held: list[tuple[Tensor | None, ...]],
+    pending: list[tuple[Tensor | None, ...]],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Return blocks and their spacings as one block."""
     base, tuned, *steps = (
         None if parts[0] is None else torch.cat([part for part in parts if part is not None])
-        for parts in zip(*held, strict=True)
+        for parts in zip(*pending, strict=True)
     )
     assert base is not None
     assert tuned is not None

@@ -178,8 +178,8 @@ def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
 def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, the ``top`` largest or all, and the eigenvectors of the ``top`` largest."""
     n = len(gram)
-    alone = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
-    if top is not None and alone and n >= SUBSET_FROM and top <= SUBSET_SHARE * n:
+    has_all_cores = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
+    if top is not None and has_all_cores and n >= SUBSET_FROM and top <= SUBSET_SHARE * n:
         largest = _compute_largest(gram, top)
         if largest is not None:
             return largest

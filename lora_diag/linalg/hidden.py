@@ -125,6 +125,7 @@ def fit_size(cells: Source, guess: float) -> Size:
 
 
 def _iterate(cells: Source, deviation: float) -> float:
+    """Return the deviation after scoring steps with fast moments, until one changes nothing."""
     for _ in range(60):
         step = _scoring_step(_sum_moments(cells, deviation, fast=True))
         deviation *= math.exp(step)
@@ -134,6 +135,7 @@ def _iterate(cells: Source, deviation: float) -> float:
 
 
 def _refine(cells: Source, deviation: float) -> Size:
+    """Return the size after a few more scoring steps with accurate moments."""
     for _ in range(8):
         sums = _sum_moments(cells, deviation)
         step = _scoring_step(sums)
@@ -151,10 +153,9 @@ def _refine(cells: Source, deviation: float) -> Size:
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over entries: of E[x²]/s², its variance given the cells, (E[x²]/s² − 1)², 1 − v/s², log-likelihoods."""
+    """Sums over entries: of E[x²]/s², (E[x²]/s² − 1)², 1 − Var[x]/s², and log-likelihoods, given the cells."""
 
     square: float = 0.0
-    doubt: float = 0.0
     scores: float = 0.0
     known: float = 0.0
     log_likelihood: float = 0.0
@@ -299,30 +300,30 @@ def fit_low_rank(
         held_out: Cells that are open in ``cells``, for the rule ``held_out``; None to keep the s of ``start``.
         keep: Whether posterior means are kept in memory.
     """
-    shape, total = cells.shape, size.deviation
-    whole = total * math.sqrt(cells.count)
-    stored = torch.empty(shape, device=cells.device) if keep else None
-    deviation = total if start is None else start.deviation
+    shape, s0 = cells.shape, size.deviation
+    norm = s0 * math.sqrt(cells.count)
+    buffer = torch.empty(shape, device=cells.device) if keep else None
+    deviation = s0 if start is None else start.deviation
     part = None if held_out is None else held_out.part()
     current = start
     mean: Callable[[int, int], Tensor | float] = _zero if start is None else start.rows
     momentum, basis = 1.0, None if start is None else start.vh.T
     converged, iteration = False, 0
     for iteration in range(1, MAX_ITERATIONS + 1):
-        posterior = _Posterior(cells, mean, deviation, stored)
-        new = _compute_shrunk_svd(posterior, basis, seed)
-        basis = new.basis
-        estimate = LowRank(new.u, new.vh, new.values, deviation, posterior.information, iteration, False)
+        posterior = _Posterior(cells, mean, deviation, buffer)
+        shrunk = _compute_shrunk_svd(posterior, basis, seed)
+        basis = shrunk.basis
+        estimate = LowRank(shrunk.u, shrunk.vh, shrunk.values, deviation, posterior.information, iteration, False)
         if rule == "held_out":
             step = 0.0 if part is None else part.step(part.mean(estimate), deviation, deviation)
         else:
             length = estimate.values.eta if rule == "norm" else estimate.values.debiased
-            left = max(MIN_DEVIATION**2, 1 - float((length**2).sum()) / whole**2)
-            step = math.log(total * math.sqrt(left) / deviation)
+            left = max(MIN_DEVIATION**2, 1 - float((length**2).sum()) / norm**2)
+            step = math.log(s0 * math.sqrt(left) / deviation)
             step = max(-MAX_STEP, min(MAX_STEP, step))
         deviation *= math.exp(step)
         moved = _distance(estimate, current)
-        scale = max(float((estimate.values.eta**2).sum()) ** 0.5, 0.01 * whole)
+        scale = max(float((estimate.values.eta**2).sum()) ** 0.5, 0.01 * norm)
         if estimate.rank == 0 and current is None:
             converged = True
             current = estimate
@@ -349,26 +350,26 @@ class _Posterior:
         cells: The cells.
         mean: Rows of L.
         deviation: s.
-        held: Where the blocks of the first pass are kept; None to compute them in every pass.
+        buffer: Where the blocks of the first pass are kept; None to compute them in every pass.
     """
 
     cells: Source
     mean: Callable[[int, int], Tensor | float]
     deviation: float
-    held: Tensor | None
+    buffer: Tensor | None
     information: float = 0.0  # q, after the first pass
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield E[X | cells] in row blocks."""
-        if self.held is not None and self.information:
-            yield from (self.held[first:last] for first, last in self.cells.spans())
+        if self.buffer is not None and self.information:
+            yield from (self.buffer[first:last] for first, last in self.cells.spans())
             return
         variance = 0.0
         for first, last in self.cells.spans():
             given = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
             variance += float(given.variance.sum(dtype=torch.float64))
-            if self.held is not None:
-                self.held[first:last] = given.mean
+            if self.buffer is not None:
+                self.buffer[first:last] = given.mean
             yield given.mean
         self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
 
@@ -379,6 +380,8 @@ class _Posterior:
 
 @dataclass(frozen=True, slots=True)
 class _Decomposed:
+    """The shrunk singular values of a posterior mean, with vectors, and an initial basis for the next decomposition."""
+
     u: Tensor
     vh: Tensor
     values: Shrunk
@@ -386,15 +389,15 @@ class _Decomposed:
 
 
 def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Decomposed:
-    """Return the shrunk singular values above the noise edge, with vectors and an initial basis for the next call."""
+    """Return the singular values above the noise edge, shrunk."""
     shape = posterior.cells.shape
     smaller = min(shape)
     if smaller <= FULL_SVD_UP_TO:
         matrix = torch.cat(list(posterior.blocks()))
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        kept = posterior.shrink(s)
-        rank = len(kept.eta)
-        return _Decomposed(u[:, :rank].to(matrix), vh[:rank].to(matrix), kept, None)
+        values = posterior.shrink(s)
+        rank = len(values.eta)
+        return _Decomposed(u[:, :rank].to(matrix), vh[:rank].to(matrix), values, None)
     streamed = Streamed(posterior.blocks, shape, device=posterior.cells.device)
     width = 24 if basis is None else basis.shape[1] + 8
     while True:
@@ -406,17 +409,18 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
             projected = streamed.T.times(left).T
             basis = torch.linalg.qr(projected.T)[0]
         small_u, s, vh = torch.linalg.svd(projected.double(), full_matrices=False)
-        kept = posterior.shrink(s)
-        rank = len(kept.eta)
+        values = posterior.shrink(s)
+        rank = len(values.eta)
         if rank + 4 <= width or width == smaller:
             u = (left.double() @ small_u[:, :rank]).float()
-            return _Decomposed(u, vh[:rank].float(), kept, vh[: rank + 4].T.float())
+            return _Decomposed(u, vh[:rank].float(), values, vh[: rank + 4].T.float())
         basis, width = vh.T.float(), 2 * width
 
 
 def _widen_basis(basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int) -> Tensor:
-    known = 0 if basis is None else basis.shape[1]
-    fresh = torch.randn(columns, width - known, generator=torch.Generator().manual_seed(seed)).to(device)
+    """Return a basis with random columns added up to ``width``."""
+    existing = 0 if basis is None else basis.shape[1]
+    fresh = torch.randn(columns, width - existing, generator=torch.Generator().manual_seed(seed)).to(device)
     return fresh if basis is None else torch.cat([basis, fresh / math.sqrt(columns)], 1)
 
 

@@ -57,7 +57,7 @@ def fit_density(cells: Source, deviation: float) -> Density:
     """Estimate the root mean square of the entries.
 
     Args:
-        cells: Where the entries lie.
+        cells: Cells of the entries.
         deviation: s0, their deviation if they are normal.
     """
     total, sample, unit = cells.count, cells, deviation
@@ -113,7 +113,7 @@ def _fit(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     base = torch.ones_like(grid)
     base[0] = 0.5  # both signs of the other points are counted
     start = torch.tensor([-2.0 if power == 2 else 0.0 for power in POWERS], dtype=torch.float64)
-    coefficients, pull = start.clone(), PRIOR_PRECISION * torch.eye(len(POWERS)).double()
+    coefficients, prior = start.clone(), PRIOR_PRECISION * torch.eye(len(POWERS)).double()
 
     def weights_at(values: Tensor) -> Tensor:
         return torch.softmax(features @ values + base.log(), 0)
@@ -126,7 +126,7 @@ def _fit(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(STEPS):
         scores = (likelihood * weights / (likelihood @ weights)[:, None]) @ features - weights @ features
         gradient = scores.sum(0) - PRIOR_PRECISION * (coefficients - start)
-        step = torch.linalg.solve(scores.T @ scores + pull, gradient)
+        step = torch.linalg.solve(scores.T @ scores + prior, gradient)
         previous = current
         for _ in range(12):
             current = objective(coefficients + step)

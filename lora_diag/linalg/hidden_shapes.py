@@ -73,6 +73,7 @@ def _make_flat(points: int, rho: float) -> Shape:
 
 
 def _make_heavy(sigma: float) -> Shape:
+    """Return normal distributions of three deviations, with the weights of a log-normal one of log-deviation σ."""
     scales = [math.exp(sigma * point) for point in (-math.sqrt(3), 0.0, math.sqrt(3))]
     weights = (1 / 6, 2 / 3, 1 / 6)
     unit = math.sqrt(sum(weight * scale**2 for weight, scale in zip(weights, scales, strict=True)))
@@ -89,7 +90,7 @@ class Shaped:
     """The likeliest shape, and its scale.
 
     Args:
-        shape: It.
+        shape: The shape.
         deviation: The standard deviation of the entries.
         log_likelihood: For all cells.
     """
@@ -101,6 +102,8 @@ class Shaped:
 
 @dataclass(slots=True)
 class _Sums:
+    """Sums over entries of ∂ log-likelihood/∂ log s, of its square, and of log-likelihoods."""
+
     score: float = 0.0
     squares: float = 0.0
     log_likelihood: float = 0.0
@@ -108,7 +111,7 @@ class _Sums:
 
 
 def _sum_scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
-    """Return sums over entries of ∂ log-likelihood/∂ log s, of its square, and of log-likelihoods."""
+    """Return the sums for a shape of this deviation."""
     sums = _Sums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
@@ -143,9 +146,9 @@ def _fit_neighbours(cells: Source, guess: float) -> list[tuple[Shape, float, _Su
     shapes = [first]
     # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
     # only where those are not offered together; real updates did not need both.
-    for way in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
+    for side in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
         last = first
-        for shape in way:
+        for shape in side:
             fit = (shape, *_fit(cells, shape, last[1]))
             shapes.append(fit)
             if fit[2].log_likelihood < last[2].log_likelihood:

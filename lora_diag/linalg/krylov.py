@@ -140,15 +140,15 @@ def decompose_krylov(
 
 
 def _decompose(
-    matrix: Matrix, fro: float, top: int, vectors: bool, tol: float, seed: int, most: int, budget: float
+    matrix: Matrix, fro: float, top: int, vectors: bool, tol: float, seed: int, max_columns: int, budget: float
 ) -> Factors | None:
-    wide = matrix.shape[0] < matrix.shape[1]
-    tall = matrix.T if wide else matrix
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if is_wide else matrix
     generator = torch.Generator().manual_seed(seed)
-    basis, mu, target = _start(tall, generator), math.inf, first_basis(top, vectors)
+    basis, mu, target = _make_first_block(tall, generator), math.inf, first_basis(top, vectors)
     progress, correction = _Progress(tall.shape, top, tol, budget), 1.0
     rounds = 3 if tall.device.type == "cpu" else 2
-    while target <= most:
+    while target <= max_columns:
         grown = _grow(tall, basis, target, rounds)
         projected = fetch(grown.qq, grown.zz, grown.qz)
         if rounds < 3 and not _is_orthonormal(projected[0], tall.dtype):
@@ -158,14 +158,14 @@ def _decompose(
         last = float(ritz.squares[top - 1])
         error = expected = missing(ritz.squares[:top], fro, tall)
         if error > tol:
-            assumed = min(mu, correction * _assumed(ritz, fro, tall))
+            assumed = min(mu, correction * _estimate_mu(ritz, fro, tall))
             expected = missed(ritz.squares, ritz.residuals, top, fro, assumed, tall)
             if mu < math.inf and expected <= tol and (not vectors or last > mu):  # μ of an earlier probe may do
                 error = min(error, missed(ritz.squares, ritz.residuals, top, fro, mu, tall))
             # after a refuted estimate of μ a probe needs a margin
             likely = expected <= (tol / 2 if progress.refuted else tol) and (not vectors or last > assumed)
             if error > tol and likely:
-                probed = _largest_outside(tall, basis.q, generator)
+                probed = _bound_outside(tall, basis.q, generator)
                 correction, mu = correction * max(1.0, probed / assumed), min(mu, probed)
                 expected = missed(ritz.squares, ritz.residuals, top, fro, mu, tall)
                 if not vectors or last > mu:
@@ -173,11 +173,11 @@ def _decompose(
                 if error > tol:
                     progress.refute(probed / assumed)
         if error <= tol:
-            return _finished(tall, basis, ritz, top, vectors, wide, fro, error)
+            return _make_factors(tall, basis, ritz, top, vectors, is_wide, fro, error)
         flat = _is_flat(ritz, top, fro, tall)
         if flat and (vectors or expected > NEAR * tol):
             return None
-        target = progress.next_check(basis.q.shape[1], max(expected, tol), flat, most)
+        target = progress.next_check(basis.q.shape[1], max(expected, tol), flat, max_columns)
     return None
 
 
@@ -241,34 +241,34 @@ class _Progress:
         """Return the cost of all checks and refuted probes so far, and of a check at so many columns."""
         return self.refuted + krylov_cost(self.shape, [*(p for p, _ in self.checks if p < columns), columns], top)
 
-    def next_check(self, columns: int, bound: float, flat: bool, most: int) -> int:
-        """Return the number of columns at the next check; more than ``most`` if a full method is cheaper.
+    def next_check(self, columns: int, bound: float, flat: bool, max_columns: int) -> int:
+        """Return the number of columns at the next check; more than ``max_columns`` if a full method is cheaper.
 
         Args:
             columns: Columns of the basis.
             bound: The bound with that basis, at least ``tol``.
             flat: Whether the spectrum is that of noise.
-            most: Maximum number of columns.
+            max_columns: Maximum number of columns.
         """
-        before = self.checks[-1] if self.checks else None
-        late = self.budget < math.inf and self.cost(columns) > LOSS * self.full
-        if late and self.refuted and not self.mildly and bound > REFUTED * self.tol:
-            return most + 1
+        previous = self.checks[-1] if self.checks else None
+        costly = self.budget < math.inf and self.cost(columns) > LOSS * self.full
+        if costly and self.refuted and not self.mildly and bound > REFUTED * self.tol:
+            return max_columns + 1
         self.checks.append((columns, bound))
         rate, needed = 0.0, self.top / 2
-        if before is not None:
-            rate = math.log(before[1] / bound) / (columns - before[0])
+        if previous is not None:
+            rate = math.log(previous[1] / bound) / (columns - previous[0])
             if self.mildly:  # the bound before was that of the estimate
                 rate = max(rate, self.rate)
             if flat:
                 rate = min(rate, CREEP)
-            if late and rate < SLOWER * self.rate:
-                return most + 1
+            if costly and rate < SLOWER * self.rate:
+                return max_columns + 1
             needed = (SLOW if flat else NEXT) * math.log(bound / self.tol) / rate if rate > 0 else math.inf
         self.rate, self.mildly = rate, False
-        total = math.ceil(columns + max(1, min(needed, most)))
+        total = math.ceil(columns + max(1, min(needed, max_columns)))
         if self.cost(total, self.top) > self.budget:
-            return most + 1
+            return max_columns + 1
         blocks = max(1, round((total - columns) / BLOCK))
         affordable = max(LOSS * self.full, self.cost(columns) + STEP * self.full)
         while blocks > 1 and self.cost(columns + blocks * BLOCK) > affordable:
@@ -277,14 +277,14 @@ class _Progress:
         return columns + max(math.ceil(columns / 8 / BLOCK), blocks) * BLOCK
 
 
-def _start(a: Matrix, generator: torch.Generator) -> _Basis:
+def _make_first_block(a: Matrix, generator: torch.Generator) -> _Basis:
     """Return the first block: Q₁ orthonormal and random."""
-    q, _ = torch.linalg.qr(_random(a, min(BLOCK, a.shape[1]), generator))
+    q, _ = torch.linalg.qr(_draw_random(a, min(BLOCK, a.shape[1]), generator))
     none = torch.empty(0, 0, device=a.device, dtype=torch.float64)
-    return _extended(_Basis(q[:, :0], q.new_empty(a.shape[0], 0), q[:, :0], none, none, none), q, *normal(a, q))
+    return _extend(_Basis(q[:, :0], q.new_empty(a.shape[0], 0), q[:, :0], none, none, none), q, *normal(a, q))
 
 
-def _random(a: Matrix, columns: int, generator: torch.Generator) -> Tensor:
+def _draw_random(a: Matrix, columns: int, generator: torch.Generator) -> Tensor:
     """Return a Gaussian matrix ``(n, columns)``, drawn on the CPU: the same for every device."""
     return move(torch.randn(a.shape[1], columns, generator=generator, dtype=a.dtype), a.device)
 
@@ -294,29 +294,29 @@ def _grow(a: Matrix, basis: _Basis, target: int, rounds: int) -> _Basis:
     q, back = basis.q, basis.z
     blocks, products, backs = list[Tensor](), list[Tensor](), list[Tensor]()
     while q.shape[1] < target:
-        block = _orthonormal(back[:, -BLOCK:], q, rounds)
+        block = _orthonormalize(back[:, -BLOCK:], q, rounds)
         product, back = normal(a, block)
         q = torch.cat((q, block), 1)
         for stored, new in zip((blocks, products, backs), (block, product, back), strict=True):
             stored.append(new)
-    return _extended(basis, *(torch.cat(new, 1) for new in (blocks, products, backs))) if blocks else basis
+    return _extend(basis, *(torch.cat(new, 1) for new in (blocks, products, backs))) if blocks else basis
 
 
-def _extended(basis: _Basis, q: Tensor, y: Tensor, z: Tensor) -> _Basis:
+def _extend(basis: _Basis, q: Tensor, y: Tensor, z: Tensor) -> _Basis:
     """Return a basis with more columns and their products."""
     new = {"q": q, "y": y, "z": z}
-    whole = {name: torch.cat((getattr(basis, name), more), 1) for name, more in new.items()}
-    wide = {name: whole[name].to(torch.float64) for name in ("q", "z")}
+    whole = {name: torch.cat((getattr(basis, name), columns), 1) for name, columns in new.items()}
+    converted = {name: whole[name].to(torch.float64) for name in ("q", "z")}
     old, grams = basis.q.shape[1], dict[str, Tensor]()
     for left, right in ("qq", "zz", "qz"):
-        before = getattr(basis, left + right)
-        last = wide[left].T @ wide[right][:, old:]
-        first = last[:old].T if left == right else wide[left][:, old:].T @ wide[right][:, :old]
-        grams[left + right] = torch.cat((torch.cat((before, first)), last), 1)
+        corner = getattr(basis, left + right)
+        last = converted[left].T @ converted[right][:, old:]
+        below = last[:old].T if left == right else converted[left][:, old:].T @ converted[right][:, :old]
+        grams[left + right] = torch.cat((torch.cat((corner, below)), last), 1)
     return _Basis(**whole, **grams)
 
 
-def _orthonormal(block: Tensor, q: Tensor, rounds: int = 3) -> Tensor:
+def _orthonormalize(block: Tensor, q: Tensor, rounds: int = 3) -> Tensor:
     """Orthonormalize a block against Q and itself.
 
     Two rounds of projection and QR suffice while directions remain (Giraud et al. 2005). If the Krylov space is
@@ -351,8 +351,8 @@ def _rayleigh_ritz(qq: Tensor, zz: Tensor, qz: Tensor) -> _Ritz:
     return _Ritz(squares.flip(0).clamp_(min=0), vectors, residuals)
 
 
-def _finished(
-    a: Matrix, basis: _Basis, ritz: _Ritz, top: int, vectors: bool, wide: bool, fro: float, error: float
+def _make_factors(
+    a: Matrix, basis: _Basis, ritz: _Ritz, top: int, vectors: bool, is_wide: bool, fro: float, error: float
 ) -> Factors:
     """Return the singular values of A restricted to span(V), V the first Ritz vectors, with their bound.
 
@@ -373,38 +373,38 @@ def _finished(
         u, r = torch.linalg.qr(product)
         u_core, s, vh_core = torch.linalg.svd(r.cpu())
         u, vh = u @ move(u_core, a.device), move(vh_core, a.device) @ v.T
-        u, vh = fix_signs(vh.T, u.T) if wide else fix_signs(u, vh)
+        u, vh = fix_signs(vh.T, u.T) if is_wide else fix_signs(u, vh)
     else:
         s = torch.linalg.svdvals(torch.linalg.qr(product, mode="r").R.cpu())
     error = min(missing(s**2, fro, a), error)
     return Factors(s, False, f"krylov:{columns}", error, fro, u, vh)
 
 
-def _largest_outside(a: Matrix, q: Tensor, generator: torch.Generator) -> float:
+def _bound_outside(a: Matrix, q: Tensor, generator: torch.Generator) -> float:
     """Return μ ≥ the largest eigenvalue of (I − QQᵀ)AᵀA(I − QQᵀ), from the Krylov space of fresh random vectors."""
     dimension = a.shape[1] - q.shape[1]
-    block = _orthonormal(_random(a, PROBES, generator), q)
+    block = _orthonormalize(_draw_random(a, PROBES, generator), q)
     products = []
     for _ in range(DEGREE):
         product, back = normal(a, block)
         products.append(product)
         q = torch.cat((q, block), 1)
-        block = _orthonormal(back, q)
+        block = _orthonormalize(back, q)
     products.append(times(a, block))
     product = torch.cat(products, 1).to(torch.float64)
     largest = float(torch.linalg.eigvalsh((product.T @ product).cpu())[-1])
     return enlargement(dimension, block.shape[1], DEGREE) * largest
 
 
-def _assumed(ritz: _Ritz, fro: float, a: Matrix) -> float:
+def _estimate_mu(ritz: _Ritz, fro: float, a: Matrix) -> float:
     """Return an estimate of μ, to save a probe.
 
     λ_max(N) was measured near the first Ritz value θ_i² whose residual is UNCONVERGED of its square (0.01 to 0.1 on
     power laws, ranks and 96 to 256 columns), and at the edge of the Marchenko–Pastur distribution for noise.
     """
     p = len(ritz.squares)
-    open_ones = ritz.residuals.diagonal() > UNCONVERGED * ritz.squares**2
-    first = int(open_ones.to(torch.uint8).argmax()) if bool(open_ones.any()) else p - 1
+    unconverged = ritz.residuals.diagonal() > UNCONVERGED * ritz.squares**2
+    first = int(unconverged.to(torch.uint8).argmax()) if bool(unconverged.any()) else p - 1
     largest = max(float(ritz.squares[max(first, p // 3, (p - 48) // 2)]), _noise_edge(ritz, fro, a))
     return enlargement(a.shape[1] - p, PROBES, DEGREE) * largest
 

@@ -157,10 +157,9 @@ def require_memory(needed: int, limit: int, shape: tuple[int, int], description:
         >>> require_memory(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
     """
     if needed > limit:
-        left = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(limit)} for a layer"
-        raise MemoryLimitError(
-            f"{left}, and {description} {_format_size(needed)}; {_suggest_memory(needed, Allowance(limit))}, or {way}"
-        )
+        problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(limit)} for a layer"
+        fix = f"{_suggest_memory(needed, Allowance(limit))}, or {way}"
+        raise MemoryLimitError(f"{problem}, and {description} {_format_size(needed)}; {fix}")
 
 
 def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
@@ -184,9 +183,9 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     top = allowance.top or min(64, small)
     krylov = READING_BYTES + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
     if allowance.top is None and krylov < needed:
-        more = _suggest_memory(needed, allowance)
+        fix = _suggest_memory(needed, allowance)
         return (
-            f"{problem}, and all values take {_format_size(needed)}; {more}, or --top {top} "
+            f"{problem}, and all values take {_format_size(needed)}; {fix}, or --top {top} "
             f"({_format_size(krylov)} if they decay)"
         )
     if krylov <= allowance.limit:

@@ -59,8 +59,7 @@ _FACTOR_ROUNDINGS, _WHOLE_ROUNDINGS = 2.0, 4.0
 _BIAS = 4.0
 
 # A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if it came from the
-# cell
-# (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should, u/4 of what lies about q/2 for each
+# cell (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should, u/4 of what lies about q/2 for each
 # rounding.
 _TIED = 0.5
 
@@ -107,23 +106,23 @@ class Product:
         """
         if not rounding.cast:
             return 0.0
-        once = _VARIANCE * rounding.roundoff**2
+        variance_of_one = _VARIANCE * rounding.roundoff**2
         absolute = _FACTOR_ROUNDINGS * smallest_subnormal(rounding.dtype) ** 2 / 12
         by_b, by_a = self.b @ (self.a @ self.a.T), (self.b.T @ self.b) @ self.a  # ⟨E, ΔW⟩ for E = 1 in one entry
         sides = ((rows, self.b, by_b, rounding.scale**2, 1.0), (columns, self.a.T, by_a.T, 1.0, rounding.scale**2))
         variance = 0.0
         for lines, factor, by_entry, own_scale, other_scale in sides:
             relative = (factor * by_entry).square().sum(1)
-            own = once * _FACTOR_ROUNDINGS * relative + absolute * own_scale * by_entry.square().sum(1)
-            shared = once * _FACTOR_ROUNDINGS * lines.deviation
+            own = variance_of_one * _FACTOR_ROUNDINGS * relative + absolute * own_scale * by_entry.square().sum(1)
+            shared = variance_of_one * _FACTOR_ROUNDINGS * lines.deviation
             shared += absolute * other_scale * factor.square().sum(1) * lines.energy
             if rounding.diagonal:
-                shared += once * (relative + lines.energy.square())
+                shared += variance_of_one * (relative + lines.energy.square())
             lines.variance.add_(own)
             lines.deviation.copy_(shared.sqrt())
             variance += float(own.sum())
         if rounding.diagonal:
-            variance += once * float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
+            variance += variance_of_one * float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
         return variance
 
     def bias(self) -> float:
@@ -364,7 +363,7 @@ class Check:
         return (self.bias + gain) * lines.energy + biased + lines.along.abs()
 
     def resolves(self, change: float) -> bool:
-        """Whether a scale with the relative error ``change`` would be detected, with a margin of two."""
+        """Return whether a scale with the relative error ``change`` would be detected, with a margin of two."""
         if not self.expected or self.gridded:
             return False
         noise = math.sqrt(self.variance + change * self.crossing) / self.expected
@@ -422,7 +421,7 @@ def check_merge(
             w, m = stored_w[part].double(), stored_m[part].double()
             steps = step[part].double() if step is not None else None
             span = first + row, first + row + len(w)
-            _add(check, w, m, steps, addend, rounding, span)
+            _add_rows(check, w, m, steps, addend, rounding, span)
             if not whole and bool(check.beyond[0][span[0] : span[1]].any()):
                 return check
         first = last
@@ -438,9 +437,20 @@ def _make_counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64)
 
 
-def _add(
+def _add_rows(
     check: Check, w: Tensor, m: Tensor, step: Tensor | None, addend: Addend, rounding: Rounding, span: tuple[int, int]
 ) -> None:
+    """Add rows to the result of a check.
+
+    Args:
+        check: Result to update.
+        w: Rows of W.
+        m: Rows of M.
+        step: The spacing of a quantized M at every entry; None if M is not quantized.
+        addend: ΔW.
+        rounding: Possible rounding of a correct merge.
+        span: First row and the one after the last.
+    """
     delta = addend.rows(*span)
     size = delta.abs()
     error, summed = addend.error(*span, size, w, rounding)
@@ -453,12 +463,12 @@ def _add(
         half = torch.maximum(half, step * (_SECOND_ORDER / 2))
     tolerance = error.mul_(_SECOND_ORDER).add_(half, alpha=1 + 1e-9)
     observed = m - w
-    apart = observed - delta
-    off, off_base, unchanged = apart.abs(), observed.abs(), observed == 0
+    residual = observed - delta
+    off, off_base, unchanged = residual.abs(), observed.abs(), observed == 0
     _add_scale(check, w, m, delta, 2 * half, step is not None, addend, rounding, span)
     for dtype in rounding.bases:
         shift = w.to(dtype).double() - w
-        off = torch.fmin(off, (apart - shift).abs())  # not minimum: W may overflow in float16
+        off = torch.fmin(off, (residual - shift).abs())  # not minimum: W may overflow in float16
         off_base = torch.fmin(off_base, (observed - shift).abs())
         unchanged |= observed == shift
     for counts, bad in ((check.beyond, off > tolerance), (check.beyond_base, off_base > tolerance)):
@@ -471,7 +481,7 @@ def _add(
     check.inner += _inner(observed, delta)
     check.expected += _inner(delta, delta)
     check.observed += _inner(observed, observed)
-    check.residual += _inner(apart, apart)
+    check.residual += _inner(residual, residual)
     check.base += _inner(w, w)
     check.allowed += _inner(tolerance, tolerance)
 
@@ -498,17 +508,17 @@ def _add_scale(
         quantized: Whether that is the step of a quantized format, which M* leaves out.
         addend: ΔW.
         rounding: Possible rounding of a correct merge.
-        span: First and last row.
+        span: First row and the one after the last.
     """
     squares, size = delta.square(), delta.abs()
     difference = (m - rounding.round_sum(w, delta)).mul_(delta)
     check.apart += float(difference.abs().sum())
-    flow = size.mul_(spacing)
-    check.crossing += _inner(squares, flow)
+    weighted = size.mul_(spacing)
+    check.crossing += _inner(squares, weighted)
     if quantized:
         check.coarsest += float(spacing.square().sum()) / 12
         check.gridded |= rounding.dequantized
-    ties = flow.mul_((4 * squares > flow) & (squares < flow))
+    ties = weighted.mul_((4 * squares > weighted) & (squares < weighted))
     along = w * delta if rounding.dequantized or isinstance(addend, Whole) else None
     shared = addend.shared_terms(*span, w, delta, rounding)
     for lines, axis, part in zip(check.lines, (1, 0), (slice(*span), slice(None)), strict=True):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 # Number of standard errors by which the scale c of a layer may differ from c*. Errors have random signs; given their
-# sizes, a sum exceeds LIMIT·√Σx² with probability at most 2·exp(−LIMIT²/2) = 3e-8 (Hoeffding 1963), for any number of
+# sizes, a sum exceeds L·√Σx² with probability at most 2·exp(−L²/2) = 3e-8, L = 6 (Hoeffding 1963), for any number of
 # terms.
 MAX_SCALE_ERRORS = 6.0
 
@@ -86,7 +86,7 @@ def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Ten
     counts = [len(lines.energy) for lines in sides]
     exponent = MAX_SCALE_ERRORS**2 / 2 + math.log(2 * sum(counts))
     limit = math.sqrt(2 * exponent)
-    found: dict[tuple[int, bool], tuple[float, Stretch]] = {}
+    clearest: dict[tuple[int, bool], tuple[float, Stretch]] = {}
     for axis, lines in enumerate(sides):
         width = 1
         while len(lines.energy) > 1:
@@ -100,15 +100,15 @@ def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Ten
             spread = len(excess) + 2 * math.sqrt(len(excess) * exponent) + 2 * exponent
             if bool((excess > limit).any()) or float(squares) > spread:
                 for more in (True, False):
-                    at = int(torch.where((lines.difference > 0) == more, excess, -1.0).argmax())
-                    clear, known = float(excess[at]), found.get((axis, more))
-                    if clear > 0 and (known is None or clear > known[0]):
-                        energy = float(lines.energy[at])
-                        ends = at * width, min(counts[axis], (at + 1) * width)
-                        stretch = Stretch(axis, *ends, float(lines.difference[at]) / energy, float(error[at]) / energy)
-                        found[axis, more] = clear, stretch
+                    i = int(torch.where((lines.difference > 0) == more, excess, -1.0).argmax())
+                    largest, known = float(excess[i]), clearest.get((axis, more))
+                    if largest > 0 and (known is None or largest > known[0]):
+                        energy = float(lines.energy[i])
+                        ends = i * width, min(counts[axis], (i + 1) * width)
+                        stretch = Stretch(axis, *ends, float(lines.difference[i]) / energy, float(error[i]) / energy)
+                        clearest[axis, more] = largest, stretch
             lines, width = lines.join_pairs(), 2 * width
-    if not found:
+    if not clearest:
         return ()
-    axis = max(found, key=lambda side: found[side][0])[0]
-    return tuple(found[axis, more][1] for more in (True, False) if (axis, more) in found)
+    axis = max(clearest, key=lambda side: clearest[side][0])[0]
+    return tuple(clearest[axis, more][1] for more in (True, False) if (axis, more) in clearest)

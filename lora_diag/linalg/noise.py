@@ -46,7 +46,7 @@ class Sample:
             self.stride += 1
 
     def of(self, row: int) -> slice:
-        """Return a mask of the sampled entries of the block that begins with this row."""
+        """Return the slice of the sampled entries of the flattened block that begins with this row."""
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
     def add(self, *matrices: Tensor) -> None:
@@ -101,11 +101,11 @@ class Moves:
         """
         count, changed, far = (counts.cumsum(0) for counts in (self.entries, self.changed, self.far))
         small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= MIN_COUNT)
-        telling = small & ((2 * far - changed > 2 * changed.sqrt()) | (self.changed.sum() == 0))
-        if not telling.any():
+        informative = small & ((2 * far - changed > 2 * changed.sqrt()) | (self.changed.sum() == 0))
+        if not informative.any():
             return 0.0
-        share = (1 - changed / count)[telling]
-        error = 2 * (share * (1 - share) / count[telling]).sqrt()
+        share = (1 - changed / count)[informative]
+        error = 2 * (share * (1 - share) / count[informative]).sqrt()
         return max(0.0, float((share - error)[(share + error).argmin()]))
 
     def noise_per_change(self, untouched: float, sides: int) -> float:
@@ -121,8 +121,8 @@ class Moves:
         """
         trained = torch.maximum(self.entries * (1 - untouched), self.changed)
         share = self.changed / trained.clamp(min=1e-300)
-        few_changed = torch.minimum(share * (1 - share) / sides, torch.full_like(share, 1 / 12))
-        variance = torch.where(share > 0.5, self.changed / 12, trained * few_changed)
+        variance_of_few = torch.minimum(share * (1 - share) / sides, torch.full_like(share, 1 / 12))
+        variance = torch.where(share > 0.5, self.changed / 12, trained * variance_of_few)
         weight = (self.spacing / self.spacing.max()) ** 2 if len(share) else share
         changed = float((weight * self.changed).sum())
         return float((weight * variance).sum()) / changed if changed else 1 / 12

@@ -63,13 +63,13 @@ class Profile:
         """
         if isinstance(self.unit, Tensor):
             top = spacing.max().clamp(min=torch.finfo(spacing.dtype).tiny).to(self.unit)
-            self._measure_in(torch.maximum(self.unit, top * scale))
+            self._set_unit(torch.maximum(self.unit, top * scale))
         else:
             if top is None:
                 top = float(spacing.amax()) if spacing.numel() else 0.0  # ``max`` took 55 us a piece, not 15
             if not 0.0 < top * scale < math.inf:
                 return self.rows.new_full((), float(top * scale))
-            self._measure_in(max(self.unit, top * scale))
+            self._set_unit(max(self.unit, top * scale))
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
         # exact for powers of two, which most spacings are; a division took 45 us a piece, not 17
@@ -83,8 +83,8 @@ class Profile:
         self.columns_fourth[across] += ratio**2 * fourth.sum(0).to(self.rows)
         return rows.sum() * (top * scale) * (top * scale)
 
-    def _measure_in(self, unit: float | Tensor) -> None:
-        """Change the unit."""
+    def _set_unit(self, unit: float | Tensor) -> None:
+        """Change the unit, and express the sums in it."""
         ratio = (self.unit / unit) ** 2
         for sums, power in ((self.rows, 1), (self.columns, 1), (self.rows_fourth, 2), (self.columns_fourth, 2)):
             sums *= ratio**power
@@ -156,10 +156,10 @@ class Spacing:
         Args:
             block: Stored values, or dequantized ones; ``(rows, columns)``.
             step: The spacing of a quantized format at every entry, in place of that of the dtype.
-            unchanged: Mask of entries equal on both sides; None if none is.
+            unchanged: The entries equal on both sides; None if none is.
             row: Row number of the first row.
             column: Column number of the first column.
-            sample: Mask of the entries whose spacing is returned.
+            sample: Slice of the flattened block: the entries whose spacing is returned.
             weight: 1, or 0 if the block does not count; a decision on a GPU.
 
         Returns:

@@ -119,8 +119,8 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     rows = PASS_ROWS if torch.get_num_threads() > 1 else LARGE_ROWS if a.numel() >= LARGE else SMALL_ROWS
     for row in range(0, len(a), rows):
         part = a[row : row + rows]
-        own = torch.mm(part, x, out=product[row : row + rows])
-        back.addmm_(own.T, part)  # a thin matrix on the left, see ``times``
+        part_product = torch.mm(part, x, out=product[row : row + rows])
+        back.addmm_(part_product.T, part)  # a thin matrix on the left, see ``times``
     return product, back.T
 
 

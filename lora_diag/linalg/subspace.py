@@ -73,7 +73,7 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
         [1, 3, 5]
     """
     from_left = torch.zeros(u.shape[1], v.shape[0], dtype=torch.float64, device=u.device)
-    right = torch.zeros(v.shape[1], dtype=torch.float64, device=u.device)
+    squares = torch.zeros(v.shape[1], dtype=torch.float64, device=u.device)
     fro, row = 0.0, 0
     for stored in blocks:
         block = move(stored, u.device).to(torch.float64)
@@ -82,14 +82,14 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
             return first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows float64"
         fro = math.hypot(fro, size)
         from_left.addmm_(u[row : row + len(block)].T, block)
-        right += (block @ v).square().sum(0)
+        squares += (block @ v).square().sum(0)
         row += len(block)
     if fro == 0.0:
         nothing = (0.0,) * len(ranks)
         return Shares(0.0, nothing, nothing, nothing, nothing)
     both = (from_left @ v).square().cumsum(0).cumsum(1).diagonal().tolist()
-    left, right_of = from_left.square().sum(1).cumsum(0).tolist(), right.cumsum(0).tolist()
-    by_rank = [_compute_shares(both[r - 1], left[r - 1], right_of[r - 1], fro) for r in ranks]
+    left, right = from_left.square().sum(1).cumsum(0).tolist(), squares.cumsum(0).tolist()
+    by_rank = [_compute_shares(both[r - 1], left[r - 1], right[r - 1], fro) for r in ranks]
     return Shares(fro, *(tuple(part) for part in zip(*by_rank, strict=True)))
 
 

@@ -46,7 +46,7 @@ class Conflicts:
 
     @property
     def random(self) -> float | None:
-        """The same for random signs."""
+        """Expected fraction if signs were random; None without shared entries."""
         return self.by_chance / self.shared if self.shared else None
 
 
@@ -82,8 +82,8 @@ def merged(trimmed: Tensor, weights: Tensor) -> Tensor:
     """
     elected = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
     agreeing = trimmed.sign() == elected
-    kept: Tensor = (trimmed * agreeing * weights.view(-1, 1, 1)).sum(0) / agreeing.sum(0).clamp(min=1)
-    return kept
+    averaged: Tensor = (trimmed * agreeing * weights.view(-1, 1, 1)).sum(0) / agreeing.sum(0).clamp(min=1)
+    return averaged
 
 
 def ties_blocks(

@@ -125,9 +125,9 @@ TEMPTING = {
 def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
     """Of a diagonal matrix: its Krylov space from a Gaussian start is that of any matrix with these values."""
     checks, probes = [], []
-    solve, probe = krylov._rayleigh_ritz, krylov._largest_outside
+    solve, probe = krylov._rayleigh_ritz, krylov._bound_outside
     monkeypatch.setattr(krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest))
-    monkeypatch.setattr(krylov, "_largest_outside", lambda *words: probes.append(1) or probe(*words))
+    monkeypatch.setattr(krylov, "_bound_outside", lambda *words: probes.append(1) or probe(*words))
     matrix = torch.from_numpy(np.diag(np.sort(TEMPTING[name])[::-1]).astype(np.float32))
     full, probing = full_cost(matrix.shape), PROBE * matrix.numel()
     for tol in (5e-4, 1e-2):
@@ -161,8 +161,8 @@ def test_attempt_ends_where_bound_stops_falling():
 @pytest.mark.parametrize("name", ["power law", "rank 20, loud noise"])
 def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
     """Not below the bound (2) of the basis that was probed, with λ_max(N) from float64 eigenvalues."""
-    bases, probe = [], krylov._largest_outside
-    monkeypatch.setattr(krylov, "_largest_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest))
+    bases, probe = [], krylov._bound_outside
+    monkeypatch.setattr(krylov, "_bound_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest))
     a = oracles.with_spectrum(HARD[name], N, N, 3)
     fro = float(np.linalg.norm(a))
     result = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)

@@ -229,7 +229,7 @@ def test_bound_covers_energy_outside_basis(monkeypatch):
     matrix = torch.from_numpy(np.diag(s))
     matrix[0, 0] = 0.05  # a direction worth 0.15% of the energy, on an axis of its own
 
-    start, gaussian = krylov._start, torch.randn
+    start, gaussian = krylov._make_first_block, torch.randn
 
     def blind(a, generator):
         with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +237,7 @@ def test_bound_covers_energy_outside_basis(monkeypatch):
             return start(a, generator)
 
     first = torch.tensor([0])
-    monkeypatch.setattr(krylov, "_start", blind)
+    monkeypatch.setattr(krylov, "_make_first_block", blind)
     factors = krylov.decompose_krylov(matrix, float(matrix.norm()), top=30)
     true = np.sort(np.diag(matrix.numpy()))[::-1]
     if factors is not None:
@@ -249,9 +249,9 @@ def test_energy_outside_basis_is_bounded_above(monkeypatch):
     """The probe's Ritz value is below λ_max(N) for every matrix; μ must be above it."""
     s = np.concatenate([4.0 ** -np.arange(4.0), np.linspace(0.003, 0.001, 396)])
     seen = []
-    outside = krylov._largest_outside
+    outside = krylov._bound_outside
     monkeypatch.setattr(
-        krylov, "_largest_outside", lambda a, q, probe: seen.append((a, q, outside(a, q, probe))) or seen[-1][2]
+        krylov, "_bound_outside", lambda a, q, probe: seen.append((a, q, outside(a, q, probe))) or seen[-1][2]
     )
     matrix = torch.from_numpy(oracles.with_spectrum(s, 500, 400, 3))
     assert krylov.decompose_krylov(matrix, float(matrix.norm()), top=4) is not None

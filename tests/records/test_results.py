@@ -85,7 +85,7 @@ def test_repr_states_measurement(results):
     assert len(repr(Results(run("spectrum", *[("adapter", str(i)) for i in range(99)]), ()))) < 200
 
 
-class FigureText(html.parser.HTMLParser):
+class PageParser(html.parser.HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.tags, self.cells = [], []
@@ -108,7 +108,7 @@ def test_html_escapes_names_and_loads_nothing(command):
     inputs = [("base", HOSTILE), ("adapter", "<b>x</b>"), ("adapter", "y")]
     page = replace(residuals(records), run=run(command, *inputs))._repr_html_()
     allowed = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "pre", "details", "summary"}
-    tags = FigureText(page).tags
+    tags = PageParser(page).tags
     assert {tag for tag, _ in tags} <= allowed
     styles = [style for _, attributes in tags for name, style in attributes if name == "style"]
     assert len(styles) == sum(len(attributes) for _, attributes in tags)
@@ -121,7 +121,7 @@ def test_html_shows_the_tables_of_the_command():
     made = [residual(name, 8, 0.5, adapter=path) for name in names(2) for path in ("runs/a", "runs/b")]
     inputs = [("base", "base"), ("adapter", "runs/a"), ("adapter", "runs/b")]
     results = replace(residuals(made), run=run("residual", *inputs))
-    cells = FigureText(results._repr_html_()).cells
+    cells = PageParser(results._repr_html_()).cells
     for grid in feature_of("residual").tables(results, "type"):
         for name, row in grid.rows():
             assert any(cells[at : at + 1 + len(row)] == [name, *row] for at in range(len(cells)))

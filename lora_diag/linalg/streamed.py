@@ -186,17 +186,17 @@ def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
         ``(m, m)`` float64; entries above the diagonal blocks are zero.
     """
     gram = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64, device=a.device)
-    first, unread = 0, True
-    while unread:
+    first, remaining = 0, True
+    while remaining:
         panel: list[tuple[int, Tensor]] = []
-        unread = False
+        remaining = False
         for index, (row, block) in enumerate(number_blocks(a.read())):
             if index < first:
                 continue
             if len(panel) < cached_blocks:
                 panel.append((row, block))
             else:
-                unread = True
+                remaining = True
             for other_row, other_block in panel:
                 gram[row : row + len(block), other_row : other_row + len(other_block)] = _outer(block, other_block)
         first += cached_blocks

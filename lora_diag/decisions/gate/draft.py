@@ -126,40 +126,40 @@ def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Sugges
 
 def _draft_rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     (field,) = find(suggestion.field)
-    matching = list(_select_subjects(suggestion, field, sources))
-    values = [value for s in matching if isinstance(value := value_of(field, s)[0], float | int)]
+    subjects = list(_select_subjects(suggestion, field, sources))
+    values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
     if not any(values):
         return ""  # no fraction of zero is a tolerance
-    kept = max(len(getattr(subject.record, "s", ())) for subject in matching)
+    kept = max(len(getattr(subject.record, "s", ())) for subject in subjects)
     if field.path[0] == "rank_at" and math.ceil(1.1 * max(values)) >= kept:
         return ""  # such as the rank of an adapter: its updates cannot need more than it has
     where = f"where = {{ {suggestion.where} }}\n" if suggestion.where else ""
     return (
         f"# {field.name} is {min(values):.4g} to {max(values):.4g}.\n"
         f'[[baseline]]\nfield = "{suggestion.field}"\nworse = "{suggestion.worse}"\n{where}'
-        f'tolerance = "{suggestion.tolerance}"\nmessage = "{suggestion.message}"\n{_draft_coverage(field, matching)}'
+        f'tolerance = "{suggestion.tolerance}"\nmessage = "{suggestion.message}"\n{_draft_coverage(field, subjects)}'
     )
 
 
-def _draft_coverage(field: Field, matching: Sequence[Subject]) -> str:
+def _draft_coverage(field: Field, subjects: Sequence[Subject]) -> str:
     """Return the coverage of a field that is null in some records, such as the cosine of a zero update."""
-    none = [subject for subject in matching if subject.record is not None and field.of(subject.record) is None]
-    if not none or any(subject.fro is None for subject in matching):
+    none = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
+    if not none or any(subject.fro is None for subject in subjects):
         return ""
-    energy = math.fsum((subject.fro or 0.0) ** 2 for subject in matching)
+    energy = math.fsum((subject.fro or 0.0) ** 2 for subject in subjects)
     missing = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
     if not missing:
         return ""
     share = math.floor(100 * (1 - missing / energy)) / 100
-    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(matching)} layers\n"
+    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(subjects)} layers\n"
 
 
 def _select_subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
     for source in sources:
         if source.holds(field.kind):
-            matching = list_subjects(field.kind, source)
+            subjects = list_subjects(field.kind, source)
             yield from (
-                s for s in matching if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter"
+                s for s in subjects if not suggestion.where or getattr(s.record, "role", "adapter") == "adapter"
             )
 
 

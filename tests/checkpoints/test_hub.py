@@ -231,7 +231,7 @@ def test_missing_huggingface_hub_names_extra(cache, monkeypatch):
         return original(name, *words, **options)
 
     monkeypatch.setattr(builtins, "__import__", refusing)
-    with pytest.raises(InputError, match=r"loradiag\[hub\]"):
+    with pytest.raises(InputError, match=r"\.\[hub\]"):
         open_checkpoint("org/name")
 
 

@@ -156,7 +156,7 @@ def split(
     candidates, left_out = [], []
     for record in records:
         if why := why_no_target(record.layer, target, exclude):
-            left_out.append(_record_left_out(record, why))
+            left_out.append(_make_left_out(record, why))
         else:
             candidates.append(record)
     if not candidates:
@@ -165,7 +165,7 @@ def split(
     return candidates, left_out
 
 
-def _record_left_out(record: Spectrum, reason: str) -> LeftOut:
+def _make_left_out(record: Spectrum, reason: str) -> LeftOut:
     return LeftOut(
         layer=record.layer,
         shape=record.shape,

@@ -61,11 +61,11 @@ def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
         head = f"by a factor of 2 or more in {len(differing)} of {len(records)} layers; most in"
         lines.append(make_statement("disagree", "Disagreement", head, *sentences))
     if noisy := [record for record in records if _exceeds_signal(record)]:
-        needs = (
+        excess = (
             f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
             "noise"
         )
-        lines.append(make_statement("noise", "Noise", needs))
+        lines.append(make_statement("noise", "Noise", excess))
     meanings = [
         "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
         "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
@@ -74,8 +74,8 @@ def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
     ]
     lines.append(make_statement("rules", "Rules", *meanings))
     if missing := sum(None in record.ranks.values() for record in records):
-        needs = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-        lines.append(make_statement("not_known", "Unknown", needs))
+        requirement = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
+        lines.append(make_statement("not_known", "Unknown", requirement))
     return lines
 
 

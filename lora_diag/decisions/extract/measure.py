@@ -93,7 +93,7 @@ class Layer(LayerTask):
 
 
 def size(layer: Layer, settings: ExtractionSettings) -> int:
-    """Estimate the memory of factoring a layer in bytes: ΔW, and the data metric."""
+    """Estimate the memory of factoring a layer in bytes: ΔW, the data metric, and recovery."""
     for_recovery = (
         recovery_bytes(layer.shape, settings.memory) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
     )

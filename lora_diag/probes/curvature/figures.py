@@ -194,7 +194,7 @@ def _format_ratio(ratio: float) -> str:
 
 
 def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
-    """Return the largest eigenvalues of the layers, else their traces, and the title of the panel."""
+    """Return the largest eigenvalues of the layers, else their traces; the title of the panel, and the axis label."""
     named = [
         (category(number), record)
         for number, (_, records) in enumerate(runs)
@@ -210,8 +210,8 @@ def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> t
             rows.append(Row(label, record.eigenvalues[0], record.residual, color))
         elif not eigen:
             rows.append(Row(label, record.trace, record.trace_half or 0.0, color))
-    names = len({row.name for row in rows})
-    limit = f", the {ROWS} highest of {names}" if names > ROWS else ""
+    distinct = len({row.name for row in rows})
+    limit = f", the {ROWS} highest of {distinct}" if distinct > ROWS else ""
     title = "largest eigenvalue" if eigen else "trace ± 2 standard errors, more for few vectors (t)"
     return highest(rows, ROWS), f"{title}{limit}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
 

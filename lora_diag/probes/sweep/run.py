@@ -222,12 +222,12 @@ class _Sweep:
         plan.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
             f"{pluralize(len(plan.sets), 'set', 'sets')}"
-            f"{plan.more([arm.runs for arm in arms])}{self._estimate_copies(arms)}"
+            f"{plan.more([arm.runs for arm in arms])}{self._describe_full_memory(arms)}"
         )
 
-    def _estimate_copies(self, arms: Sequence[_Arm]) -> str:
+    def _describe_full_memory(self, arms: Sequence[_Arm]) -> str:
         """State the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
         if not any(arm.subject == "full" for arm in arms):
             return ""
-        size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.module.parameters()) / 2**30
-        return f"; a full fine-tune takes {4 * size:.1f} GiB in addition to BASE" if 4 * size >= 0.1 else ""
+        gib = 4 * sum(weight.numel() * weight.element_size() for weight in self.model.module.parameters()) / 2**30
+        return f"; a full fine-tune takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""

@@ -199,7 +199,7 @@ def _list_dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: in
 
 
 def _list_gpt2(reader: Reader) -> Weights:
-    """GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding."""
+    """Yield the weights of GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding."""
     hidden, vocabulary = reader.size("n_embd", "hidden_size"), reader.size("vocab_size")
     inner = reader.size("n_inner", default=4 * hidden)
     yield "transformer.wte.weight", (vocabulary, hidden)
@@ -244,7 +244,7 @@ def _list_gpt_neox(reader: Reader) -> Weights:
 
 
 def _list_deepseek(reader: Reader) -> Weights:
-    """DeepSeek V3: low-rank queries, keys and values (MLA), and a mixture of experts after the first blocks."""
+    """Yield the weights of DeepSeek V3: low-rank queries, keys and values (MLA), and a mixture of experts after the first blocks."""
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):

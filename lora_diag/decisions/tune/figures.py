@@ -72,7 +72,7 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Return the configurations that none with as few parameters beats, ascending."""
+    """Return the configurations with a lower loss than all with as few or fewer parameters, ascending."""
     best: list[Point] = []
     for point in sorted(points, key=lambda item: (item.params, item.mean)):
         if not best or point.mean < best[-1].mean:

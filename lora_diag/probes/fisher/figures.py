@@ -119,7 +119,7 @@ def _mark(number: int, width: float) -> dict[str, Any]:
 
 
 def _describe_run(by_rank: Sequence[Correlations], index: int) -> str:
-    """Return the best predictor at the middle rank, and its lead over the next."""
+    """Return the title of a panel: its layers, the best predictor at the middle rank, and the next."""
     chosen = by_rank[len(by_rank) // 2]
     known = sorted(((pair[index], name) for name, pair in chosen.kl.items() if pair[index] is not None), reverse=True)
     n = chosen.grouped if index else chosen.n

@@ -25,7 +25,7 @@ USUAL_RANK = 8
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the layers whose tails matter for the loss, and the best predictor."""
-    records, rank = results.whole_of(Fisher), _rank(results)
+    records, rank = results.whole_of(Fisher), _choose_rank(results)
     statements = []
     if records:
         statements += [
@@ -41,12 +41,12 @@ def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     records = results.whole_of(Fisher)
     by_rank = correlations(records, results.run.settings["ranks"])
     return [
-        *([_make_layers_grid(records, _rank(results), per)] if records else []),
+        *([_make_layers_grid(records, _choose_rank(results), per)] if records else []),
         *([_make_predictors_grid(by_rank)] if by_rank else []),
     ]
 
 
-def _rank(results: Results[Any]) -> int:
+def _choose_rank(results: Results[Any]) -> int:
     ranks: list[int] = results.run.settings["ranks"]
     return USUAL_RANK if USUAL_RANK in ranks else ranks[0]
 

@@ -244,7 +244,7 @@ def _list_gpt_neox(reader: Reader) -> Weights:
 
 
 def _list_deepseek(reader: Reader) -> Weights:
-    """Yield the weights of DeepSeek V3: low-rank queries, keys and values (MLA), and a mixture of experts after the first blocks."""
+    """Yield the weights of DeepSeek V3: low-rank attention (MLA), and a mixture of experts after the first blocks."""
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):

@@ -251,7 +251,7 @@ def test_row_scales_keep_the_values_of_a_low_rank_update(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 11])
-def test_ranks_of_unequal_rows_cover_the_truth_where_few_entries_changed(tmp_path, seed):
+def test_ranks_of_unequal_rows_are_in_their_intervals(tmp_path, seed):
     w, x, t = planted(160, 256, 4, 1.8e-6, seed, rows=1.0)
     hidden = estimate(tmp_path, w.bfloat16(), t.bfloat16()).hidden
     assert hidden.scales
@@ -271,7 +271,7 @@ def test_ranks_of_unequal_rows_cover_the_truth_where_few_entries_changed(tmp_pat
 
 
 @pytest.mark.slow
-def test_interval_of_size_does_not_grow_with_the_number_of_entries(tmp_path):
+def test_interval_of_size_does_not_grow_with_entries(tmp_path):
     """A size that varies by 6% with |W| gives a large χ² in 360,000 entries, and an error of 4%."""
     rng = np.random.default_rng(8)
     start = rng.normal(size=(600, 600)) * 0.02

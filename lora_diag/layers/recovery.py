@@ -117,7 +117,7 @@ class Estimate:
         for posterior in _posterior_moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
             block = posterior.mean
             if self.scales is not None:
-                block = block * self.scales.times(row, row + len(block))
+                block = block * self.scales.of_rows(row, row + len(block))
             row += len(block)
             yield block * self.unit
 
@@ -271,7 +271,7 @@ class _Read:
         return math.prod(self.delta.shape)
 
     @property
-    def wide(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """Dtype of differences."""
         dtypes = {getattr(torch, side.own, None) for side in (self.base, self.tuned)}
         return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -279,7 +279,7 @@ class _Read:
     def cells(self, first: int, w: Tensor, t: Tensor, rounded: bool) -> tuple[Cells, _Stats]:
         """Return the cells of rows from ``first`` on, in units, and their sums."""
         shape, unit = self.delta.shape, self.unit
-        w, t = move(w, self.device).to(self.wide), move(t, self.device).to(self.wide)
+        w, t = move(w, self.device).to(self.dtype), move(t, self.device).to(self.dtype)
         scale = self.tuned.scales(first, first + len(t), shape, t)
         low, high = self.tuned.halves(t, scale)
         d = t - w
@@ -344,7 +344,7 @@ class _Stream(Source):
             return self._known[block]
         (rows, columns), first = self.shape, block * self._step
         last = min(rows, first + self._step)
-        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _make_sides(self._read.delta))
+        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(self._read.delta))
         return self._read.cells(first, w, t, self._rounded)[0]
 
 
@@ -362,7 +362,7 @@ def recover_layer(
         delta: The layer; finite.
         fro: ‖D‖_F.
         ranks: Ranks of C(r).
-        seed: Seed of hidden cells and starting vectors.
+        seed: Seed of held-out cells and starting vectors.
         device: Where to compute.
         memory: Memory limit in bytes; None without limit. The estimate does not depend on it.
 
@@ -372,9 +372,9 @@ def recover_layer(
     """
     refuse_cells(delta.shape, memory)
     sample = [
-        next(iter(side.checkpoint.read_each(side.name, [_read_head(side, delta.shape)]))) for side in _make_sides(delta)
+        next(iter(side.checkpoint.read_each(side.name, [_locate_head(side, delta.shape)]))) for side in _sides_of(delta)
     ]
-    stored = [_Stored.of(side, part) for side, part in zip(_make_sides(delta), sample, strict=True)]
+    stored = [_Stored.of(side, part) for side, part in zip(_sides_of(delta), sample, strict=True)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
         return _make_refusal(math.nan, f"the rounding cells of {side.info.stored} are unknown")
@@ -396,7 +396,7 @@ def recover_layer(
             unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
         )
     rms = math.sqrt(stats.square / read.entries)
-    cells, start, start_gain = _start(every, rms)
+    cells, start, start_gain = _choose_start(every, rms)
     size = fit_size(cells, rms)
     model = _fit_model(read, cells, size, start, seed, keep)
     shaped = model.shaped
@@ -437,7 +437,7 @@ def recover_layer(
         if shaped is None:
             return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
         return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
-    curve, curves = _energy_curves(recovered, size, scales, whole, error, ranks, read.unit)
+    curve, curves = _compute_energy_curves(recovered, size, scales, whole, error, ranks, read.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",
@@ -482,15 +482,15 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
     very different sizes, and L is what explains them. After a rejection only a fit that can be tested counts.
     """
 
-    def describe(shaped: Shaped) -> _Model:
+    def test_shape(shaped: Shaped) -> _Model:
         fit = _compare_binades(read, cells, shaped.deviation, shaped.shape, None, start)
         return _Model(cells, size, None, fit, shaped=shaped)
 
-    plain = describe(fit_shape(cells, size.deviation))
+    plain = test_shape(fit_shape(cells, size.deviation))
     if plain.fit.is_rejected(start):
         density = fit_density(cells, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = describe(refit_shape(cells, density.shape, density.deviation))
+            flat = test_shape(refit_shape(cells, density.shape, density.deviation))
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]
@@ -548,10 +548,10 @@ def hidden_energy(delta: StoredDelta) -> float:
     spans = [(first, min(rows, first + span_rows)) for first in places]
     blocks = [
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
-        for side in _make_sides(delta)
+        for side in _sides_of(delta)
     ]
     stored = [
-        _Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(_make_sides(delta), blocks, strict=True)
+        _Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(_sides_of(delta), blocks, strict=True)
     ]
     square = sum(float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True))
     if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
@@ -562,18 +562,18 @@ def hidden_energy(delta: StoredDelta) -> float:
     cells_of_blocks = [read.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
     cells = join_cells([part for part, _ in cells_of_blocks])
     deviation = fit_size(cells, rms / read.unit).deviation
-    each_x = moments(cells, 0.0, deviation, fast=True)
+    posterior = moments(cells, 0.0, deviation, fast=True)
     d = torch.cat([(t.double() - w.double()) / read.unit for w, t in zip(*blocks, strict=True)])
-    missing = float(((each_x.mean - d).square() + each_x.variance).sum(dtype=torch.float64))
+    missing = float(((posterior.mean - d).square() + posterior.variance).sum(dtype=torch.float64))
     return missing * read.unit**2 * math.prod(delta.shape) / count
 
 
-def _make_sides(delta: StoredDelta) -> tuple[Side, Side]:
+def _sides_of(delta: StoredDelta) -> tuple[Side, Side]:
     return delta.base, delta.tuned
 
 
-def _read_head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the entries that determine the format of most values."""
+def _locate_head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the range of the entries that determine the format of most values."""
     return side.offset, side.offset + min(math.prod(shape), 2**16)
 
 
@@ -597,7 +597,7 @@ def _read(read: _Read, whole: bool) -> tuple[Cells | _Stream, _Stats]:
     return Cells(*ends) if whole else _Stream(read, rounded), stats
 
 
-def _start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
+def _choose_start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
 
     The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
@@ -629,11 +629,11 @@ def _compare_binades(
     limit = math.inf if low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
     counts, shape = Binades(most_uneven=limit), read.delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), read.delta.blocks(), strict=True):
-        w, t = move(w, read.device).to(read.wide), move(t, read.device).to(read.wide)
-        home = read.tuned.round(w, read.tuned.scales(first, last, shape, t))
-        cells = read.cells(first, w, home, start == "rounded")[0]
+        w, t = move(w, read.device).to(read.dtype), move(t, read.device).to(read.dtype)
+        unmoved = read.tuned.round(w, read.tuned.scales(first, last, shape, t))
+        cells = read.cells(first, w, unmoved, start == "rounded")[0]
         if scales is not None:
-            cells = divide_cells(cells, scales.times(first, last))
+            cells = divide_cells(cells, scales.of_rows(first, last))
         if low_rank is None:
             mean: Tensor | float = 0.0
             still = form.moments(cells, deviation, fast=True)
@@ -643,7 +643,7 @@ def _compare_binades(
             still = moments(cells, mean, deviation, fast=True)
             exact = moments(stored.rows(first, last), mean, deviation)
         square = ((exact.mean - mean) ** 2 + exact.variance) / deviation**2
-        counts.add(w, t != home, 1 - still.log_mass.exp(), square, 1 - exact.variance / deviation**2)
+        counts.add(w, t != unmoved, 1 - still.log_mass.exp(), square, 1 - exact.variance / deviation**2)
     return counts
 
 
@@ -671,7 +671,7 @@ def _posterior_norm(
     for posterior in _posterior_moments(cells, deviation, shape, low_rank):
         square = posterior.mean.square() + posterior.variance
         if scales is not None:
-            square = square * scales.times(row, row + len(square)) ** 2
+            square = square * scales.of_rows(row, row + len(square)) ** 2
         row += len(square)
         total += float(square.sum(dtype=torch.float64))
     return math.sqrt(total)
@@ -702,7 +702,7 @@ def _find_fault(recovered: Recovered, scales: Scales | None, whole: float) -> st
     return None
 
 
-def _energy_curves(
+def _compute_energy_curves(
     recovered: Recovered,
     size: Size,
     scales: Scales | None,
@@ -744,8 +744,8 @@ def _energy_curves(
     lower = np.minimum(np.append(lower, np.full(max(0, len(curve) - len(lower)), lower[-1]))[: len(curve)], curve)
     lowest = whole * math.exp(-Z95 * error)
     upper = np.cumsum((high.numpy() / lowest) ** 2)
-    if recovered.most is not None:
-        highest = recovered.most.numpy()[: len(x)]
+    if recovered.upper is not None:
+        highest = recovered.upper.numpy()[: len(x)]
         allowed = np.cumsum((x.numpy() / lowest) ** 2)[: len(highest)] * highest
         upper[: len(highest)] = np.maximum(upper[: len(highest)], allowed)
     upper[: len(curve)] = np.maximum(upper[: len(curve)], curve)

@@ -485,7 +485,7 @@ class Recovered:
         rule: The rule for s given L.
         deviation: s of X − L̂ by held-out cells, the error of L̂ included.
         stretch: Factor by which η and x of the fit were too small, by held-out cells; ``low_rank`` has longer η.
-        most: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r.
+        upper: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r.
         held_out: Held-out cells; None without directions.
         unseen: L without them, not stretched.
     """
@@ -495,7 +495,7 @@ class Recovered:
     rule: Rule = "norm"
     deviation: float = 0.0
     stretch: float = 1.0
-    most: Tensor | None = None
+    upper: Tensor | None = None
     held_out: HeldOut | None = None
     unseen: LowRank | None = None
 
@@ -510,15 +510,15 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed twice.
     """
     entries = _draw_held_out(cells.shape, seed, cells.device)
-    hidden = HeldOut(cells.at(entries), entries)
+    held_out = HeldOut(cells.at(entries), entries)
     known = cells.open_entries(entries)
-    flat = moments(hidden.cells, 0.0, size.deviation).log_mass
+    baseline = moments(held_out.cells, 0.0, size.deviation).log_mass
     low_rank = fit_low_rank(known, size, seed=seed, keep=keep)
     rule: Rule = "norm"
     if not low_rank.rank:
         return Recovered(0.0, None)
-    deviation = hidden.deviation(low_rank)
-    gains = hidden.log_likelihood(low_rank, deviation) - flat
+    deviation = held_out.deviation(low_rank)
+    gains = held_out.log_likelihood(low_rank, deviation) - baseline
     z = _in_standard_errors(gains)
     if z <= MIN_GAIN:
         return Recovered(z, None)
@@ -527,21 +527,21 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     for other_rule in others:
         if rule == "held_out" and deviation < first.deviation / 2:
             break  # almost nothing is outside L, where ``debiased`` is not better
-        fit = fit_low_rank(known, size, other_rule, first, seed, hidden if other_rule == "held_out" else None, keep)
+        fit = fit_low_rank(known, size, other_rule, first, seed, held_out if other_rule == "held_out" else None, keep)
         if not fit.rank:
             continue
-        likeliest = hidden.deviation(fit)
-        other_gains = hidden.log_likelihood(fit, likeliest) - flat
+        likeliest = held_out.deviation(fit)
+        other_gains = held_out.log_likelihood(fit, likeliest) - baseline
         if _in_standard_errors(other_gains - gains) > MIN_IMPROVEMENT:
             low_rank, rule, deviation, gains = fit, other_rule, likeliest, other_gains
     whole = fit_low_rank(cells, size, rule, low_rank, seed, keep=keep)
-    stretch, upper = _estimate_stretch(hidden, low_rank, deviation)
+    stretch, upper = _estimate_stretch(held_out, low_rank, deviation)
     longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
     if stretch > 1:
-        deviation = hidden.deviation(
+        deviation = held_out.deviation(
             replace(low_rank, values=replace(low_rank.values, eta=low_rank.values.eta * stretch))
         )
-    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper, hidden, low_rank)
+    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper, held_out, low_rank)
 
 
 def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:

@@ -44,8 +44,8 @@ class Scales:
         """Return cells of x_ij / √(a_i·b_j)."""
         return Divided(cells, self)
 
-    def times(self, first: int, last: int) -> Tensor:
-        """Return √(a_i·b_j) of some rows."""
+    def of_rows(self, first: int, last: int) -> Tensor:
+        """Return √(a_i·b_j) of the rows from ``first`` to before ``last``."""
         return self.rows[first:last, None] * self.columns
 
 
@@ -61,8 +61,8 @@ class Divided(Derived):
     scales: Scales
 
     def rows(self, first: int, last: int) -> Cells:
-        """Return some of the rows."""
-        return divide_cells(self.cells.rows(first, last), self.scales.times(first, last))
+        """Return the rows from ``first`` to before ``last``."""
+        return divide_cells(self.cells.rows(first, last), self.scales.of_rows(first, last))
 
 
 def divide_cells(cells: Cells, scale: Tensor) -> Cells:
@@ -84,7 +84,7 @@ def measure_norm(cells: Source, deviation: float, scales: Scales) -> tuple[float
     for first, last in cells.spans():
         given = moments(cells.rows(first, last), 0.0, deviation)
         share = (given.variance.double() / deviation**2).cpu()  # of the variance, that the cell leaves open
-        energy = ((given.mean.square() + given.variance) * scales.times(first, last) ** 2).double().cpu()
+        energy = ((given.mean.square() + given.variance) * scales.of_rows(first, last) ** 2).double().cpu()
         energy *= (share**2 * (variances[0][first:last, None] + variances[1]) / 2).exp()
         total += float(energy.sum())
         open_energy[0][first:last] += (energy * share).sum(1)
@@ -137,28 +137,28 @@ def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
         The scales, the cells divided by them, and the size of their contents; None if one variance explains the cells
         equally well, by the score test or the Bayesian information criterion.
     """
-    scores = _sum_moments(cells, size.deviation)
+    scores = _sum_scores(cells, size.deviation)
     if max(_excess_variation(scores, dim) for dim in (0, 1)) < MIN_EXCESS:
         return None
     log_rows, log_columns = (torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     variances = [torch.zeros(count, dtype=torch.float64) for count in cells.shape]
-    deviation, parts = size.deviation, cells
+    deviation, divided = size.deviation, cells
     for turn in range(2 * ROUNDS):
         dim = turn % 2
         logs = log_columns if dim else log_rows
         step, variances[dim] = _newton_step(scores, dim, logs)
         logs += step
         logs -= logs.mean()
-        scales = Scales(*((part / 2).exp().float().to(cells.device) for part in (log_rows, log_columns)), *variances)
-        parts = scales.divide(cells)
-        scores = _sum_moments(parts, deviation)
+        scales = Scales(*((log / 2).exp().float().to(cells.device) for log in (log_rows, log_columns)), *variances)
+        divided = scales.divide(cells)
+        scores = _sum_scores(divided, deviation)
         deviation *= math.exp(max(-0.5, min(0.5, 0.5 * scores.level)))
-    fitted = fit_size(parts, deviation)
+    fitted = fit_size(divided, deviation)
     # Cells divided by √(a_i·b_j) have the same probabilities, so that the likelihoods are comparable.
     penalty = (sum(cells.shape) - 2) / 2 * math.log(cells.count)
     if fitted.log_likelihood - size.log_likelihood < penalty:
         return None
-    return scales, parts, fitted
+    return scales, divided, fitted
 
 
 @dataclass(slots=True)
@@ -171,15 +171,16 @@ class _Scores:
     level: float
 
 
-def _sum_moments(cells: Source, deviation: float) -> _Scores:
+def _sum_scores(cells: Source, deviation: float) -> _Scores:
+    """Return the sums for x_ij ~ N(0, s²) given its cell."""
     score = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     squares = 0.0
     for first, last in cells.spans():
         given = moments(cells.rows(first, last), 0.0, deviation, fast=True)
         excess = (given.mean / deviation).square() + given.variance / deviation**2 - 1
-        certain = 1 - given.variance / deviation**2
-        for sums, values in ((score, excess), (known, certain)):
+        removed = 1 - given.variance / deviation**2
+        for sums, values in ((score, excess), (known, removed)):
             sums[0][first:last] += values.sum(1).double().cpu()
             sums[1].add_(values.sum(0).double().cpu())
         squares += float(excess.double().square().sum())

@@ -213,7 +213,7 @@ def planted_directions(seed, noise):
     u, s, vh = np.linalg.svd(divided + noise * rng.normal(size=(m, n)), full_matrices=False)
     u, s, vh = (torch.tensor(part.copy()) for part in (u[:, :2], s[:2], vh[:2]))
     low_rank = LowRank(u.float(), vh.float(), Shrunk(0.6 * s, s, 1.0), 1.0, 1.0, 1, True)
-    x = torch.tensor(divided + 0.5 * rng.normal(size=(m, n))) * scales.times(0, m).double()
+    x = torch.tensor(divided + 0.5 * rng.normal(size=(m, n))) * scales.of_rows(0, m).double()
     return scales, low_rank, x, torch.tensor(np.flatnonzero(rng.random(m * n) < 0.3))
 
 
@@ -230,7 +230,7 @@ def test_lengths_of_held_out_cells_fit_all_entries(seed):
     """Cells of very different widths, and directions that are off and 40% too short."""
     scales, low_rank, x, entries = planted_directions(seed, 0.7)
     u, s, vh = unscale(low_rank, scales)
-    weight = scales.times(0, 120).double()
+    weight = scales.of_rows(0, 120).double()
     units = torch.stack([torch.outer(u[:, i], vh[i]) / weight for i in range(2)], -1).reshape(-1, 2).numpy()
     target = (x / weight).flatten().numpy()
     true = np.linalg.lstsq(units, target, rcond=None)[0]

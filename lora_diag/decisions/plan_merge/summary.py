@@ -41,7 +41,7 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
                 "rules",
                 "Rules",
                 f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most "
-                f"{number(MAX_ERROR)} over all layers; rules of thumb, not calibrated against a loss",
+                f"{number(MAX_ERROR)} over all layers; rules of thumb, compared with the loss of one LoRA only",
             )
         )
     return [*lines, left_out(results), *final_statements(results)]

@@ -112,11 +112,6 @@ PNG = Kind("a figure", head=rb"\x89PNG\r\n\x1a\n.{25}\x00\x00\x00\x11tEXtSoftwar
 SVG = Kind("a figure", comment="<!-- {} -->")
 PDF = Kind("a figure", comment="% {}")
 JUNIT = Kind("a JUnit report", comment="<!-- {} -->")
-SARIF = Kind(
-    "a SARIF log",
-    head=rb'\{\s*"\$schema": "[^"]*",\s*"version": "[^"]*",\s*"runs": \[\s*\{\s*"tool": \{\s*"driver": \{\s*'
-    rb'"name": "loradiag"',
-)
 # JSON has no comments, and PEFT warns about unknown keys, so the order of the first keys is the mark. PEFT itself
 # writes them sorted.
 CONFIG = Kind(

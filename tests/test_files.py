@@ -15,7 +15,6 @@ from lora_diag.files import (
     PDF,
     POLICY,
     RESULTS,
-    SARIF,
     SVG,
     check_folder_of,
     check_output,
@@ -61,7 +60,7 @@ def test_signed_file_is_own_until_it_is_edited(tmp_path, kind):
 
 
 def test_file_of_another_kind_is_not_replaced(tmp_path):
-    kinds = [RESULTS, PAGE, MARKDOWN, JUNIT, CSV, SARIF, CONFIG, POLICY]
+    kinds = [RESULTS, PAGE, MARKDOWN, JUNIT, CSV, CONFIG, POLICY]
     for kind in (PAGE, MARKDOWN, JUNIT):
         path = tmp_path / "a"
         write_whole(path, "text", kind, overwrite=True)

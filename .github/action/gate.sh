@@ -42,7 +42,7 @@ if [ -z "$results" ]; then
   results=$folder/results.jsonl
 fi
 
-words=(--overwrite --junit="$folder/gate.xml" --sarif="$folder/gate.sarif" --output="$folder/verdicts.jsonl" --for="$ships")
+words=(--overwrite --junit="$folder/gate.xml" --output="$folder/verdicts.jsonl" --for="$ships")
 if [ -n "${GITHUB_ACTIONS:-}" ]; then words+=(--github); fi
 if [ -e "$policy" ]; then words+=(-- "$policy"); else words+=(--policy="$policy" --); fi
 code=0

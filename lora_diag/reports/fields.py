@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 from lora_diag.catalog import record_kinds
-from lora_diag.decisions.gate.record import Status
-from lora_diag.decisions.gate.summary import WORST_FIRST
+from lora_diag.decisions.gate.record import WORST_FIRST, Status
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.tracks import tracks

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from lora_diag.decisions.allocate.record import Certificate
-from lora_diag.decisions.gate.record import Verdict, outcome
-from lora_diag.decisions.gate.summary import WORST_FIRST
+from lora_diag.decisions.gate.record import WORST_FIRST, Verdict, outcome
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.summary import lines as overlap_lines
 from lora_diag.diagnostics.overlap.tracks import tracks

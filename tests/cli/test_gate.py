@@ -1,6 +1,5 @@
 """``loradiag gate`` as a user runs it, on the sample checkpoints and on results made by hand."""
 
-import json
 import re
 import shutil
 from xml.etree import ElementTree
@@ -9,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.policy import read_policy
 from tests.conftest import ROOT, edit_results
 from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
 from tests.messages import assert_names
@@ -64,7 +63,7 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
         (2, [name, "r.jsonl", "--json", "--github"], "both write"),
         (2, [name, "r.jsonl", "--ratchet"], "--baseline"),
         (2, [name, "r.jsonl", "-o", "r.jsonl"], "already read or written"),
-        (2, [name, "r.jsonl", "--junit", "x.xml", "--sarif", "./x.xml"], "already read or written"),
+        (2, [name, "r.jsonl", "--junit", "x.md", "--model-card", "./x.md"], "already read or written"),
         (2, ["-q", "init", "r.jsonl", "--junit", "x.xml"], "takes only results"),
         (2, ["-q", "init"], "no results are given"),
         (3, [name, "absent.jsonl"], "absent.jsonl"),
@@ -134,11 +133,10 @@ def test_gate_init_accepts_old_form(loradiag, results):
 
 def test_reports_are_written_and_model_card_is_kept(loradiag, results, policy, tmp_path):
     (tmp_path / "README.md").write_text("# My model\n")
-    words = ["--junit", "j.xml", "--sarif", "s.json", "--model-card", "README.md"]
+    words = ["--junit", "j.xml", "--model-card", "README.md"]
     assert loradiag("gate", policy(0.08), "r.jsonl", *words).code == 1
     root = ElementTree.fromstring((tmp_path / "j.xml").read_text())
     assert (root.get("failures"), root.find(".//failure").get("type")) == ("2", "failed")
-    assert json.loads((tmp_path / "s.json").read_text())["runs"][0]["results"]
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("# My model\n")
     assert "FAILED" in card
@@ -146,7 +144,7 @@ def test_reports_are_written_and_model_card_is_kept(loradiag, results, policy, t
     card = (tmp_path / "README.md").read_text()
     assert "PASSED" in card
     assert "FAILED" not in card
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "j.xml", "p.toml", "r.jsonl", "s.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "j.xml", "p.toml", "r.jsonl"}
 
 
 def test_github_mode_escapes_commands_and_writes_step_summary(loradiag, tmp_path, policy):

@@ -191,7 +191,6 @@ MADE = {
     "a.jsonl": ["allocate", "r.jsonl", "--energy", "0.9", "-q", "-o"],
     "v.jsonl": ["gate", "r.jsonl", "--policy", "adapter-basic", "-q", "-o"],
     "v.xml": ["gate", "r.jsonl", "--policy", "adapter-basic", "-q", "--junit"],
-    "v.sarif": ["gate", "r.jsonl", "--policy", "adapter-basic", "-q", "--sarif"],
     "r.html": ["report", "r.jsonl", "-q", "-o"],
     "r.md": ["report", "r.jsonl", "-q", "-o"],
     "r.csv": ["report", "r.jsonl", "-q", "-o"],
@@ -260,10 +259,10 @@ def test_overwrite_spares_inputs_and_replaces_at_end(run, tmp_path, records):
         before = place.read_bytes()
         code, err = run(*words, place)
         assert (code, mentions(err, "belongs", "input"), place.read_bytes() == before) == (2, True, True)
-    for name in (records, "r.sarif"):
-        code, err = run("gate", records, "--policy", "adapter-basic", "--overwrite", "--sarif", name, "--junit", name)
+    for name in (records, "r.xml"):
+        code, err = run("gate", records, "--policy", "adapter-basic", "--overwrite", "-o", name, "--junit", name)
         assert (code, "another name" in err) == (2, True)
-    assert not (tmp_path / "r.sarif").exists()
+    assert not (tmp_path / "r.xml").exists()
 
 
 def test_model_card_keeps_other_text(run, tmp_path, records):

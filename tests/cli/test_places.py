@@ -20,7 +20,6 @@ WRITERS = [
     ["allocate", "r.jsonl", "--energy", "0.9", "-o", "{}.json"],
     ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "{}.jsonl"],
     ["gate", "--policy", "adapter-basic", "--base", PAIR[0], "--adapter", PAIR[1], "--junit", "{}.xml"],
-    ["gate", "--policy", "adapter-basic", "r.jsonl", "--sarif", "{}.sarif"],
     ["gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "{}.md"],
     ["gate", "init", "r.jsonl", "-o", "{}.toml"],
     ["report", "r.jsonl", "-o", "{}.html"],
@@ -83,7 +82,7 @@ def test_output_does_not_replace_device(told, tmp_path, words):
         ["allocate", "r.jsonl", "--energy", "0.9", "--layer-weights", "w.jsonl", "-o", "w.jsonl"],
         ["interference", PAIR[1], PAIR[1], "-o", "new.jsonl", "--spectrum", "./new.jsonl"],
         ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "r.jsonl"],
-        ["gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "new.xml", "--sarif", "./new.xml"],
+        ["gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "new.md", "--model-card", "./new.md"],
         ["report", "r.jsonl", "--format", "html", "-o", "r.jsonl"],
     ],
 )

@@ -50,7 +50,7 @@ def test_written_results_equal_read(written, tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_sarif_lines_equal_documentation(written):
+def test_lines_equal_documentation(written):
     _, path = written
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["record"] for line in lines] == ["run"] + ["spectrum"] * 10 + ["left_out"] * 2 + ["end"]

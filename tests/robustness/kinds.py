@@ -208,7 +208,7 @@ def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:
     (at / "p.toml").write_bytes(content)
     runs = [str(whole / "runs" / f"{run}.jsonl") for run in rng.sample(["spectrum", "residual", "overlap", "merge"], 2)]
     runs = [run.replace("merge.jsonl", "verify-merge.jsonl") for run in runs]
-    more = rng.choice([[], ["--junit", "j.xml"], ["--sarif", "s.json"], ["--model-card", "c.md"], ["-o", "out.jsonl"]])
+    more = rng.choice([[], ["--junit", "j.xml"], ["--model-card", "c.md"], ["-o", "out.jsonl"]])
     return ["gate", "p.toml", *runs, *more]
 
 

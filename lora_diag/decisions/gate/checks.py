@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lora_diag.decisions.gate.baseline import Stored
 from lora_diag.decisions.gate.evidence import Source
 from lora_diag.decisions.gate.policy import Checks, Policy
 from lora_diag.decisions.gate.record import Verdict
@@ -51,14 +50,14 @@ class Alarm:
     unknown: bool = False
 
 
-Check = Callable[[Policy, Sequence[Source], Stored | None], Iterator[Alarm]]
+Check = Callable[[Policy, Sequence[Source], Sequence[Source]], Iterator[Alarm]]
 
 
-def run_checks(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Verdict]:
+def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Verdict]:
     """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm."""
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
-        if severity == "off" or (name == "missing" and baseline is None):
+        if severity == "off" or (name == "missing" and not baseline):
             continue
         alarms = list(check(policy, sources, baseline))
         idle = Alarm(None, None, _explain_inapplicable(name, sources))
@@ -99,25 +98,25 @@ def has_updates(sources: Sequence[Source]) -> bool:
     return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
-def _check_finished(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_finished(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
             yield Alarm(None, None, f"{source.path}: the run did not finish; continue with --resume, or measure again")
 
 
-def _check_finite(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_finite(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     for item in _list_left_out(sources):
         if item.reason == "non_finite":
             yield Alarm(item.layer, None, f"{item.detail}; do not ship it")
 
 
-def _check_mismatch(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_mismatch(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     for item in _list_left_out([source for source in sources if _is_of_adapter(source)]):
         if item.reason in _NOT_OF_THIS_BASE:
             yield Alarm(item.layer, None, f"the adapter does not fit BASE here: {item.detail}")
 
 
-def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     for run_input in _list_adapters(sources):
         for layer in run_input.lacking:
             text = (
@@ -127,7 +126,7 @@ def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Stored 
             yield Alarm(layer, None, text)
 
 
-def _check_base(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_base(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", run_input.fingerprint) in policy.inputs.pins for run_input in source.results.run.inputs)
@@ -167,7 +166,7 @@ def is_same_name(first: str, second: str) -> bool:
     return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 
 
-def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     """Yield alarms for adapted layers whose update is zero; for two checkpoints only if nothing changed at all."""
     for source in sources:
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
@@ -188,7 +187,7 @@ def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Stor
             yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
 
 
-def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     for record in _select_in_weights(sources):
         if record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
@@ -197,7 +196,7 @@ def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Stor
                 yield Alarm(record.layer, float(used), text)
 
 
-def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     limit = policy.checks.spike_above
     for record in _select_in_weights(sources):
         if record.spike is None or len(record.s) < 2:
@@ -210,7 +209,7 @@ def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Stored | 
             yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
 
 
-def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     records: list[Spectrum | Residual] = [*_list_layers(sources, Spectrum), *_list_layers(sources, Residual)]
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
@@ -222,9 +221,9 @@ def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Store
         yield Alarm(record.layer, "unresolved", text)
 
 
-def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Stored | None) -> Iterator[Alarm]:
+def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     measured = {record.layer for source in sources for record in source.results.layers}
-    for layer in baseline.layers() if baseline is not None else ():
+    for layer in dict.fromkeys(record.layer for source in baseline for record in source.results.layers):
         if layer not in measured:
             yield Alarm(layer, None, "the baseline has this layer and the results do not")
 

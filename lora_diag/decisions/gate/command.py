@@ -12,9 +12,9 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, line, message, rerun_command, result, terminal
-from lora_diag.decisions.gate.options import GateOptions
+from lora_diag.decisions.gate import GateOptions
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
-from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, SARIF, write_whole
+from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, write_whole
 from lora_diag.rendering.cards import read_card
 from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 
@@ -41,7 +41,6 @@ class CommandOptions(TypedDict, total=False):
     adapter: Annotated[Sequence[str], Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS)]
     output: Annotated[Path | None, Option(None, "Verdicts (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)]
     junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
-    sarif: Annotated[Path | None, Option(None, "SARIF log to write.", "FILE", panel=OUTPUT)]
     model_card: Annotated[Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)]
     github: Annotated[bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
@@ -69,7 +68,7 @@ def gate(
         own_options["overwrite"],
         own_options["github"],
     )
-    report_files = (own_options["junit"], own_options["sarif"], own_options["model_card"])
+    report_files = (own_options["junit"], own_options["model_card"])
     if github and shown.json:
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
     if files[:1] == ["init"] and policy is None:
@@ -83,15 +82,15 @@ def gate(
     read = [*(files if ready else files[1:]), *([] if ready else files[:1]), *baseline]
     # The content of a baseline is checked as it is read.
     check_outputs([], [(Path(path) if ratchet else None, RESULTS) for path in baseline], overwrite=True)
-    written = [(output, RESULTS), (own_options["junit"], JUNIT), (own_options["sarif"], SARIF)]
+    written = [(output, RESULTS), (own_options["junit"], JUNIT)]
     check_outputs(read, written, overwrite)
     # Only a block of the card is replaced; its other text is checked when it is read.
     check_outputs([*read, *(path for path, _ in written)], [(own_options["model_card"], CARD)], overwrite=True)
     if own_options["model_card"] is not None:
         read_card(own_options["model_card"])
+    from lora_diag.decisions.gate.policy import ready_policy
     from lora_diag.decisions.gate.record import outcome
     from lora_diag.decisions.gate.run import gate as judge
-    from lora_diag.decisions.gate.run import ready_policy
 
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
@@ -107,7 +106,7 @@ def gate(
         for text in lines_of(results.records()):
             line(text)
     if shown.quiet and outcome(results.whole) != "passed":
-        from lora_diag.decisions.gate.summary import reason
+        from lora_diag.decisions.gate.show import reason
 
         message(reason(results))
     if shown.table:
@@ -146,7 +145,7 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
     write_whole(output, text, POLICY, overwrite)
     if not quiet:
         from lora_diag.decisions.gate.run import gate as judge
-        from lora_diag.decisions.gate.summary import headline
+        from lora_diag.decisions.gate.show import headline
 
         count = text.count("\n[[baseline]]")
         fields = f"{count} {'field' if count == 1 else 'fields'}"
@@ -175,25 +174,17 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
     return measure(base, tuned, adapters)
 
 
-def _write_reports(
-    results: Results[Any], junit: Path | None, sarif: Path | None, card: Path | None, overwrite: bool
-) -> None:
+def _write_reports(results: Results[Any], junit: Path | None, card: Path | None, overwrite: bool) -> None:
+    from lora_diag.decisions.gate import outputs
+
     if junit is not None:
-        from lora_diag.decisions.gate.junit import junit as as_junit
-
-        write_whole(junit, as_junit(results), JUNIT, overwrite)
-    if sarif is not None:
-        from lora_diag.decisions.gate.sarif import sarif as as_sarif
-
-        write_whole(sarif, as_sarif(results), SARIF, overwrite)
+        write_whole(junit, outputs.junit(results), JUNIT, overwrite)
     if card is not None:
-        from lora_diag.decisions.gate.model_card import model_card
-
-        write_whole(card, model_card(results, read_card(card)), CARD, overwrite=True)
+        write_whole(card, outputs.model_card(results, read_card(card)), CARD, overwrite=True)
 
 
 def _show(results: Results[Any], github: bool, hint: str) -> None:
-    from lora_diag.decisions.gate.summary import verdict_table
+    from lora_diag.decisions.gate.show import verdict_table
 
     text = verdict_table(results, *terminal(), next_command=hint)
     if github:
@@ -206,7 +197,7 @@ def _show(results: Results[Any], github: bool, hint: str) -> None:
 
 
 def _write_to_github(results: Results[Any]) -> None:
-    from lora_diag.decisions.gate.github import step_summary, workflow_commands
+    from lora_diag.decisions.gate.outputs import step_summary, workflow_commands
 
     for command in workflow_commands(results):
         result(command)

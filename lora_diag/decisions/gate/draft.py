@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.decisions.gate.evidence import Source, Subject, list_subjects, value_of
-from lora_diag.decisions.gate.fields import Field, find
+from lora_diag.decisions.gate.evidence import RecordField, Source, Subject, find, list_subjects, value_of
 from lora_diag.decisions.gate.policy import SPIKE
 from lora_diag.errors import InputError
 from lora_diag.records.vocabulary import metric_of
@@ -141,7 +140,7 @@ def _draft_rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
     )
 
 
-def _draft_coverage(field: Field, subjects: Sequence[Subject]) -> str:
+def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
     """Return the coverage of a field that is null in some records, such as the cosine of a zero update."""
     none = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
     if not none or any(subject.fro is None for subject in subjects):
@@ -154,7 +153,7 @@ def _draft_coverage(field: Field, subjects: Sequence[Subject]) -> str:
     return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(subjects)} layers\n"
 
 
-def _select_subjects(suggestion: Suggestion, field: Field, sources: Sequence[Source]) -> Iterator[Subject]:
+def _select_subjects(suggestion: Suggestion, field: RecordField, sources: Sequence[Source]) -> Iterator[Subject]:
     for source in sources:
         if source.holds(field.kind):
             subjects = list_subjects(field.kind, source)

@@ -1,19 +1,183 @@
-"""The records to judge, and missing ones."""
+"""What a rule is about: the values it can name, the records that have them, and missing records.
+
+The values are every number, word and flag of every kind of record. They are derived from the definitions of the
+records, so new kinds of records need no change here. A name is the dotted path to the value: ``epsilon``, ``energy.8``,
+``rank_at.0.9``, ``tail.8.fro``, ``resolution.verdict``; prefixed by the kind if several kinds have it:
+``spectrum.fro``, ``end.left_out``.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
+import types
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lora_diag.catalog import read_results
-from lora_diag.decisions.gate.consistency import find_contradictions
-from lora_diag.decisions.gate.fields import KINDS, LAYER_KINDS, Field
+from lora_diag.catalog import read_results, record_kinds
 from lora_diag.errors import InputError
-from lora_diag.records import Results, totals
+from lora_diag.records import End, LayerRecord, Results, totals
 from lora_diag.records.base import Record
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
+
+KINDS: dict[str, type[Record]] = {**record_kinds(), "end": End}
+# Kinds of which a layer has records, by their name in a results file.
+LAYER_KINDS = frozenset(name for name, kind in KINDS.items() if issubclass(kind, LayerRecord))
+
+# Fields of the stored bytes or of the run, independent of the rounding of the update. Every other field of a record
+# with a ``resolution`` describes the update, and is doubtful where the files do not resolve it.
+FILE_FIELDS = frozenset(
+    {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "dtype", "fro", "gradient_fro"}
+    | {"layer", "method", "params", "rank", "relative", "resolution", "role", "source", "step", "verdict"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordField:
+    """One value of one kind of record.
+
+    Args:
+        kind: The kind's name in a results file.
+        path: Path to the value: names of fields and keys of tables.
+        leaf: Type of the value.
+        options: Allowed words; empty for any.
+        share: Whether it is a fraction in [0, 1].
+    """
+
+    kind: str
+    path: tuple[str, ...]
+    leaf: Literal["number", "word", "flag"]
+    options: tuple[str, ...] = ()
+    share: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path in the form of a policy."""
+        return ".".join(self.path)
+
+    @property
+    def doubtful_at_floor(self) -> bool:
+        """Whether the value may be due to rounding of the files."""
+        return self.path[0] not in FILE_FIELDS
+
+    def of(self, record: Record) -> float | str | bool | None:
+        """Return the value in a record; None if it is null or the record does not have the key."""
+        value: Any = record
+        for step in self.path:
+            value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
+        assert value is None or isinstance(value, float | int | str)
+        return value
+
+
+def find(name: str) -> tuple[RecordField, ...]:
+    """Return the fields with a name, at most one per kind of record; empty without one.
+
+    >>> "residual" in [field.kind for field in find("epsilon")], [field.kind for field in find("allocation.rank")]
+    (True, ['allocation'])
+    >>> find("rank_at.0.9")[0].path, find("tail.8.fro")[0].path, find("s")
+    (('rank_at', '0.9'), ('tail', '8', 'fro'), ())
+    """
+    first, *rest = name.split(".")
+    if first in KINDS and (field := _resolve(first, KINDS[first], (), tuple(rest), False)):
+        return (field,)
+    # ``end`` has counts; its norms repeat those of the layers' records, so they need their full name.
+    kinds = [kind for kind in KINDS if kind != "end"]
+    fields = (_resolve(kind, KINDS[kind], (), (first, *rest), False) for kind in kinds)
+    return tuple(field for field in fields if field is not None)
+
+
+def similar(name: str) -> str | None:
+    """Return a similar field name.
+
+    >>> similar("epsilom"), similar("enrgy.16")
+    ('epsilon', 'energy.16')
+    """
+    first, dot, rest = name.partition(".")
+    if close := difflib.get_close_matches(first, _list_first_names(), n=1):
+        guess = f"{close[0]}{dot}{rest}"
+        if find(guess):
+            return guess
+    close = difflib.get_close_matches(name, _list_first_names(), n=1)
+    return close[0] if close and find(close[0]) else None
+
+
+@cache
+def _list_first_names() -> tuple[str, ...]:
+    names = (name for kind in KINDS.values() for name in (*kind.model_fields, *_list_properties(kind)))
+    return tuple(dict.fromkeys((*KINDS, *names)))
+
+
+def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...], share: bool) -> RecordField | None:
+    """Return the field at the end of a path through the types of the records; None without one.
+
+    Args:
+        kind: The kind's name.
+        hint: The type reached.
+        done: The path up to it.
+        rest: The keys that are left.
+        share: Whether the value is a fraction, as far as the path is known.
+    """
+    hint, share = _strip_annotation(hint, share)
+    if isinstance(hint, type) and issubclass(hint, Record):
+        if not rest or rest[0] == "record":
+            return None
+        step, *further = rest
+        if step in hint.model_fields:
+            info = hint.model_fields[step]
+            inner, marked = info.annotation, share or "share" in info.metadata
+        elif step in _list_properties(hint):
+            inner, marked = _list_properties(hint)[step], share
+        else:
+            return None
+        return _resolve(kind, inner, (*done, step), tuple(further), marked)
+    if get_origin(hint) is dict:
+        # A key may contain dots, as in rank_at.0.9.
+        splits: Iterator[RecordField | None] = (
+            _resolve(kind, get_args(hint)[1], (*done, ".".join(rest[:n])), rest[n:], share)
+            for n in range(1, len(rest) + 1)
+        )
+        return next((field for field in splits if field is not None), None)
+    return None if rest else _make_leaf(kind, hint, done, share)
+
+
+def _make_leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> RecordField | None:
+    if get_origin(hint) is Literal:
+        return RecordField(kind, path, "word", tuple(map(str, get_args(hint))))
+    if hint is bool:
+        return RecordField(kind, path, "flag")
+    if hint in {int, float}:
+        return RecordField(kind, path, "number", share=share)
+    return RecordField(kind, path, "word") if hint is str else None
+
+
+def _strip_annotation(hint: Any, share: bool) -> tuple[Any, bool]:
+    """Return a type without ``| None`` and its annotations, and whether it is annotated as a fraction."""
+    if get_origin(hint) in {Union, types.UnionType}:
+        kept = [part for part in get_args(hint) if part is not type(None)]
+        return _strip_annotation(kept[0], share) if len(kept) == 1 else (None, share)
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        return _strip_annotation(inner, share or "share" in marks)
+    return hint, share
+
+
+@cache
+def _list_properties(kind: type[Record]) -> dict[str, Any]:
+    """Return the derived values of a kind of record, such as ``relative``, with their types."""
+    members = {name: value for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, property)}
+    declared = {
+        name: value for name, value in members.items() if value.fget and value.fget.__module__.startswith("lora_diag")
+    }
+    hints = {}
+    for name, value in declared.items():
+        with suppress(NameError):  # a type that is imported for type checking alone: not a value for a policy
+            hints[name] = get_type_hints(value.fget, include_extras=True).get("return")
+    return hints
+
 
 # Reasons of left-out tensors that need no record: 1-D tensors have no rank; of the others the remaining rows are
 # measured.
@@ -102,36 +266,36 @@ class Subject:
 
 
 def read_source(path: Path | str) -> Source:
-    """Read a results file and check it against its last line.
+    """Read a results file and check it against its last line: the hash of its lines and their number.
 
     Raises:
-        InputError: The file cannot be read, or records are missing.
+        InputError: The file cannot be read, was edited, or records are missing.
     """
     results = read_results(path)
     return check_source(Source(str(path), results, sealed=results.end is None or bool(results.end.sha256)))
 
 
 def check_source(source: Source) -> Source:
-    """Return a source whose records are consistent with each other and with its last line, if it has one.
+    """Return a source whose last line, which its hash does not cover, has the totals of its records.
 
     Raises:
-        InputError: The records are inconsistent.
+        InputError: It has other totals.
     """
     results = source.results
     if results.end is not None:
-        expected, actual = results.end, totals(results.layers, results.left_out)
-        for name, n, total in (
-            ("layers", actual.layers, expected.layers),
-            ("left_out", actual.left_out, expected.left_out),
-        ):
-            if n != total:
+        actual = totals(results.layers, results.left_out)
+        for name in ("layers", "left_out", *(("fro", "base_fro") if results.layers else ())):
+            total, stated = getattr(actual, name), getattr(results.end, name)
+            if total != stated and (total is None or stated is None or not math.isclose(total, stated)):
                 raise InputError(
-                    f"{source.path}: has {n} {name}, but its last line states {total}, so it was truncated or edited; "
-                    "measure again"
+                    f"{source.path}: has {_show(total)} {name}, but its last line states {_show(stated)}, so it was "
+                    "truncated or edited; measure again"
                 )
-    if problem := next(find_contradictions(results), None):
-        raise InputError(f"{source.path}: {problem}; its records contradict each other; measure again")
     return source
+
+
+def _show(value: float | None) -> str:
+    return "no" if value is None else f"{value:.9g}"
 
 
 def list_subjects(
@@ -200,7 +364,7 @@ def _pair_with_stable_keys(groups: Sequence[tuple[Any, ...]]) -> Iterator[tuple[
         yield group, tuple(texts.index(value) if isinstance(value, str) else value for value in group)
 
 
-def value_of(field: Field, subject: Subject, floor: str = "inconclusive") -> tuple[float | str | None, str]:
+def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") -> tuple[float | str | None, str]:
     """Return the value of a subject for a rule, or None with the reason.
 
     Args:
@@ -234,7 +398,7 @@ def command_for(kind: str) -> str:
     return f"loradiag {_COMMANDS.get(kind, kind)}"
 
 
-def _explain_null(field: Field, subject: Subject) -> str:
+def _explain_null(field: RecordField, subject: Subject) -> str:
     if subject.fro == 0:
         return f"the update is zero, so {field.name} does not exist"
     table = getattr(subject.record, field.path[0], None)

@@ -5,7 +5,7 @@
     share     = "share of layers with", comparison, "is", operator, number ;
     comparison = field, operator, value | field, "in", "(", value, { ",", value }, ")" ;
     aggregate = "max" | "min" | "mean" | "median" | "sum" | "p", digit, [ digit ] ;
-    field     = word ;                                       (* lora_diag.decisions.gate.fields *)
+    field     = word ;                                       (* lora_diag.decisions.gate.evidence *)
     operator  = "<=" | "<" | ">=" | ">" | "==" | "!=" ;
     value     = number | "true" | "false" | word | quoted ;
     number    = [ "+" | "-" ], digits, [ ".", digits ], [ "e", [ "+" | "-" ], digits ] ;
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from lora_diag.decisions.gate.fields import KINDS, Field, find, similar
+from lora_diag.decisions.gate.evidence import KINDS, RecordField, find, similar
 
 Value = float | str | bool
 Tokens = list[tuple[str, str]]
@@ -164,7 +164,7 @@ def parse(text: str) -> Condition:
     return condition
 
 
-def problem_with(condition: Condition, field: Field) -> str | None:
+def problem_with(condition: Condition, field: RecordField) -> str | None:
     """Return why a condition is invalid for a field; None if it is valid."""
     test, text = condition.test, condition.text
     if field.leaf == "number":

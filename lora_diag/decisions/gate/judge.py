@@ -7,20 +7,31 @@ inconclusive, unless the rest reaches the coverage that the policy demands.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from itertools import groupby
+from typing import Any
 
-from lora_diag.decisions.gate.baseline import Stored
 from lora_diag.decisions.gate.checks import has_updates, run_checks
-from lora_diag.decisions.gate.evidence import Present, Source, Subject, command_for, list_subjects, value_of
-from lora_diag.decisions.gate.fields import LAYER_KINDS, Field, find
+from lora_diag.decisions.gate.evidence import (
+    KINDS,
+    LAYER_KINDS,
+    Present,
+    RecordField,
+    Source,
+    Subject,
+    command_for,
+    find,
+    list_subjects,
+    value_of,
+)
 from lora_diag.decisions.gate.grammar import problem_with
 from lora_diag.decisions.gate.inputs import judge_inputs
-from lora_diag.decisions.gate.policy import Criterion, Policy, Regression, Rule
+from lora_diag.decisions.gate.policy import Criterion, Policy, Regression, Rule, Waiver
 from lora_diag.decisions.gate.record import Verdict
-from lora_diag.decisions.gate.waivers import Waivers
 from lora_diag.errors import NothingComparedError
+from lora_diag.records import Results, totals
+from lora_diag.records.vocabulary import METRIC_NAMES, Metric, metric_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +73,9 @@ def judge(
     _refuse_nothing(policy, sources)
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
-    stored = Stored(*baseline) if baseline else None
+    stored = Baseline(*baseline) if baseline else None
     about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, baseline, unmatched, now)]
-    verdicts = [*about, *map(waivers.apply, run_checks(policy, sources, stored))]
+    verdicts = [*about, *map(waivers.apply, run_checks(policy, sources, baseline))]
     for rule in policy.rules:
         verdicts += _judge_rule(policy, rule, sources, waivers)
     for regression in policy.regressions:
@@ -156,7 +167,7 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
 
 
 def _judge_regression(
-    policy: Policy, demand: Regression, sources: Sequence[Source], stored: Stored | None, waivers: Waivers
+    policy: Policy, demand: Regression, sources: Sequence[Source], stored: Baseline | None, waivers: Waivers
 ) -> list[Verdict]:
     allowed = f"{demand.field} not {demand.worse} than in the baseline"
     if stored is None:
@@ -183,7 +194,7 @@ def _judge_regression(
 
 def _find_field(
     policy: Policy, demand: Criterion, sources: Sequence[Source], allowed: str
-) -> tuple[Field | None, list[Verdict]]:
+) -> tuple[RecordField | None, list[Verdict]]:
     """Return the field of a rule among the kinds of records present; else None and a verdict that names the missing.
 
     Raises:
@@ -201,7 +212,7 @@ def _find_field(
     return None, [_make_empty_verdict(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
 
 
-def _select_subjects(policy: Policy, demand: Criterion, field: Field, sources: Sequence[Source]) -> list[Subject]:
+def _select_subjects(policy: Policy, demand: Criterion, field: RecordField, sources: Sequence[Source]) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
@@ -218,11 +229,11 @@ def _select_subjects(policy: Policy, demand: Criterion, field: Field, sources: S
     return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
-def _filter_subjects(policy: Policy, demand: Criterion, field: Field, selected: list[Subject]) -> list[Subject]:
+def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, selected: list[Subject]) -> list[Subject]:
     """Keep the records that match ``where``, and missing ones next to such records."""
     if not demand.where:
         return selected
-    tests: list[tuple[Field, object]] = []
+    tests: list[tuple[RecordField, object]] = []
     for name, value in demand.where.items():
         fields = [candidate for candidate in find(name) if candidate.kind == field.kind]
         if not fields:
@@ -255,7 +266,7 @@ def _judge_each(policy: Policy, demand: Criterion, findings: list[Finding], waiv
 
 
 def _judge_aggregate(
-    policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding], waivers: Waivers
+    policy: Policy, rule: Rule, field: RecordField, group: str, findings: list[Finding], waivers: Waivers
 ) -> Verdict:
     """Judge one aggregate of all records; if it fails, waived layers are excluded."""
     verdict = _judge_number(policy, rule, field, group, findings)
@@ -270,7 +281,7 @@ def _judge_aggregate(
     return verdict
 
 
-def _judge_number(policy: Policy, rule: Rule, field: Field, group: str, findings: list[Finding]) -> Verdict:
+def _judge_number(policy: Policy, rule: Rule, field: RecordField, group: str, findings: list[Finding]) -> Verdict:
     """Judge one aggregate of records, without waivers."""
     judged = [finding for finding in findings if not finding.reason]
     is_enough, why = _check_coverage(policy, rule, findings)
@@ -330,3 +341,157 @@ def _make_verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
 
 def _make_empty_verdict(demand: Criterion, allowed: str, reason: str) -> Verdict:
     return _make_verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, reason), "inconclusive")
+
+
+class Waivers:
+    """The waivers of a policy on a date.
+
+    Args:
+        policy: The policy.
+        today: The date; a waiver is valid to the end of its last day.
+
+    Attributes:
+        used: Waivers that were applied.
+    """
+
+    def __init__(self, policy: Policy, today: date) -> None:
+        self.active = tuple(waiver for waiver in policy.waivers if today <= waiver.expires)
+        self.expired = tuple(waiver for waiver in policy.waivers if today > waiver.expires)
+        self.used: set[Waiver] = set()
+
+    def of(self, rule: str, layer: str | None) -> Waiver | None:
+        """Return the waiver of a rule for a layer; for the whole run only a waiver of all layers."""
+        return next((waiver for waiver in self.active if waiver.covers(rule, layer or "")), None)
+
+    def apply(self, verdict: Verdict) -> Verdict:
+        """Return a verdict as waived if it does not pass and a waiver applies."""
+        if verdict.status not in {"failed", "warned", "inconclusive"}:
+            return verdict
+        waiver = self.of(verdict.rule, verdict.layer)
+        if waiver is None:
+            return verdict
+        self.used.add(waiver)
+        return verdict.model_copy(update={"status": "waived", "message": self.reason(waiver)})
+
+    def reason(self, waiver: Waiver) -> str:
+        """Return the message of a waived verdict."""
+        return f"waived to {waiver.expires}: {waiver.reason}"
+
+    def reports(self) -> list[Verdict]:
+        """Return a warning for every waiver that has expired or was not applied."""
+        return [
+            *(self._report(waiver, f"expired on {waiver.expires}, so it no longer applies") for waiver in self.expired),
+            *(
+                self._report(waiver, "has no effect any more: delete it")
+                for waiver in self.active
+                if waiver not in self.used
+            ),
+        ]
+
+    def _report(self, waiver: Waiver, text: str) -> Verdict:
+        return Verdict(
+            rule="waiver",
+            layer=None,
+            measured=None,
+            allowed=f"{waiver.rule} on {waiver.layers.pattern}",
+            status="warned",
+            severity="warning",
+            message=f"the waiver of {waiver.rule} {text}",
+            line=waiver.line,
+        )
+
+
+class Baseline:
+    """Earlier records, by metric, layer and the position of their adapter, step or rank in the file."""
+
+    def __init__(self, *sources: Source) -> None:
+        self.sources = sources
+        self.subjects: dict[str, dict[tuple[Any, ...], Subject]] = {}
+
+    def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
+        """Return all subjects of a kind."""
+        if kind not in self.subjects:
+            stored = self.subjects[kind] = {}
+            for source in self.sources:
+                metric = metric_of(source.results.layers)
+                for subject in list_subjects(kind, source) if source.holds(kind) else ():
+                    key = (_get_metric(subject, metric), subject.layer, *subject.key)
+                    # With two records in one place it is undefined which one a new record is compared with.
+                    twice = key in stored and subject.record is not None
+                    ambiguous = replace(subject, record=None, why="several records of it, which nothing distinguishes")
+                    stored[key] = ambiguous if twice else subject
+        return self.subjects[kind]
+
+    def find(self, kind: str, subject: Subject) -> Subject | None:
+        """Return the earlier subject at the place of a measured one; None without one."""
+        return self.of_kind(kind).get((_get_metric(subject), subject.layer, *subject.key))
+
+    def value(self, field: RecordField, subject: Subject, floor: str) -> tuple[float | None, str]:
+        """Return the baseline's value of a field for a subject, or None with the reason."""
+        stored = self.find(field.kind, subject)
+        if stored is None:
+            metric, metrics = _get_metric(subject), list(dict.fromkeys(key[0] for key in self.of_kind(field.kind)))
+            if metrics and metric not in metrics:
+                before, now = METRIC_NAMES[metrics[0]], METRIC_NAMES[metric]
+                return None, f"the baseline is in {before} and this in {now}: no comparison"
+            return None, "not in the baseline: measure the baseline anew to compare it from now on"
+        value, reason = value_of(field, stored, floor)
+        if not isinstance(value, float | int):
+            return None, f"in the baseline: {reason}"
+        return float(value), ""
+
+    def limit(self, demand: Regression, before: float) -> tuple[float, str]:
+        """Return the limit of a value, given that of the baseline, and its description."""
+        increase = demand.allowed_increase(before)
+        limit, sign = (before + increase, "<=") if demand.worse == "higher" else (before - increase, ">=")
+        return limit, f"{demand.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
+
+
+def tighten_baseline(
+    regressions: Sequence[Regression], stored: Baseline, sources: Sequence[Source]
+) -> Results[Any] | None:
+    """Return a baseline, of one file, with improved records in place of the stored ones; None without improvements.
+
+    A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is better.
+    Whole records are replaced, never single values, so that each was measured.
+    """
+    better: dict[int, Any] = {}
+    for kind in sorted(LAYER_KINDS):
+        fields = [(demand, field) for demand in regressions for field in find(demand.field) if field.kind == kind]
+        holding = [source for source in sources if source.holds(kind)]
+        if not fields or len(holding) != 1:
+            continue
+        for subject in list_subjects(kind, holding[0]):
+            old = stored.find(kind, subject)
+            if old and old.record and subject.record and _is_better(subject, old, fields):
+                better[id(old.record)] = subject.record
+    if not better:
+        return None
+    (source,) = stored.sources
+    results = source.results
+    layers = tuple(
+        _rename_record(better[id(record)], record) if id(record) in better else record for record in results.layers
+    )
+    return replace(results, layers=layers, end=totals(layers, results.left_out))
+
+
+def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
+    metric: Metric = getattr(subject.record, "metric", "weights" if subject.record else default)
+    return metric
+
+
+def _is_better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, RecordField]]) -> bool:
+    gains = []
+    for demand, field in fields:
+        if new.layer is None or not demand.selects(new.layer):
+            continue
+        now, before = value_of(field, new, demand.floor)[0], value_of(field, old, demand.floor)[0]
+        if not isinstance(now, float | int) or not isinstance(before, float | int):
+            return False
+        gains.append(before - now if demand.worse == "higher" else now - before)
+    return bool(gains) and min(gains) >= 0 and max(gains) > 0
+
+
+def _rename_record(record: Any, old: Any) -> Any:
+    """Return a record under the key of the one it replaces, such as the path of its adapter."""
+    return record.model_copy(update={name: getattr(old, name) for name in KINDS[record.record].key})

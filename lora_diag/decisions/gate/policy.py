@@ -1,20 +1,35 @@
 """A policy: the conditions for releasing a checkpoint. Each table of its file is a model that validates its keys.
 
-Unknown keys are errors: a misspelled key would otherwise silently remove a rule.
+Unknown keys are errors: a misspelled key would otherwise silently remove a rule. Errors name the line.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import tomllib
+from bisect import bisect_left
+from collections.abc import Iterator
 from datetime import date, timedelta
-from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
-from lora_diag.decisions.gate.fields import LAYER_KINDS, find
+from lora_diag.decisions.gate.evidence import LAYER_KINDS, find
 from lora_diag.decisions.gate.grammar import Condition, Value, parse
-from lora_diag.decisions.gate.tables import QUOTED, Pattern, PlacedError, Share, Table, Text, is_a
 from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of
 from lora_diag.records.run import Reason
@@ -26,7 +41,88 @@ READY = ("adapter-basic", "full-ft-drift", "merge")
 SPIKE = 0.9
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+# About 1,000 rules. The parser takes the square of the depth of a key, and no key of a policy is deeper than 3.
+MAX_BYTES, MAX_DEPTH = 100_000, 16
+_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*"""
+_DEEP = re.compile(rf"(?<![\w\\-])(?:{_PART}){{{MAX_DEPTH}}}", re.ASCII)
 
+KeyPath = tuple[str | int, ...]
+
+# A comment, a string, a bracket or the end of a line of a valid file.
+_TOKEN = re.compile(
+    r"""#[^\n]*|"{3}(?:[^"\\]|\\.|"{1,2}(?!"))*"{3,5}|'{3}(?:[^']|'{1,2}(?!'))*'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*'"""
+    r"""|[][{}\n]""",
+    re.DOTALL,
+)
+
+
+class PlacedError(ValueError):
+    """An invalid value.
+
+    Args:
+        text: The problem.
+        place: Keys and indices that lead to it from the checked table.
+    """
+
+    def __init__(self, text: str, *place: str | int) -> None:
+        super().__init__(text)
+        self.place = place
+
+
+class PolicyTable(BaseModel):
+    """A table of a policy. Excluded fields are not read from the file."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        known = [field.alias or name for name, field in cls.model_fields.items() if not field.exclude]
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
+                raise PlacedError(f"unknown key '{key}'; {hint}", key)
+        return values
+
+
+def is_a(description: str) -> WrapValidator:
+    """Replace pydantic's message by a description of valid values."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"{info.field_name} is {description}, not {quote_text(value)}") from None
+
+    return WrapValidator(check)
+
+
+def quote_text(value: object) -> str:
+    """Return a value for a message, with text in quotes."""
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _check_text(value: Any, info: ValidationInfo) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{info.field_name} is text in quotes, not {value}")
+    return value
+
+
+def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{info.field_name}: {quote_text(text)} is not a valid regular expression ({error}); correct it"
+        ) from error
+
+
+# Applied before the validator that reads the text, as in ``Pattern``.
+QUOTED = BeforeValidator(_check_text)
+PolicyText = Annotated[str, QUOTED]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), is_a("a number from 0 to 1")]
+Pattern = Annotated[re.Pattern[str], BeforeValidator(_compile), QUOTED]
 Severity = Literal["error", "warning"]
 Level = Literal["error", "warning", "off"]
 Fixed = Annotated[Literal["error"], is_a("always an error (a waiver names the layers that may pass)")]
@@ -56,7 +152,7 @@ def read_age(text: object) -> timedelta:
     return int(match[1]) * _UNITS[match[2]]
 
 
-class Criterion(Table):
+class Criterion(PolicyTable):
     """Common fields of rules and comparisons with a baseline.
 
     Args:
@@ -78,7 +174,7 @@ class Criterion(Table):
     depth: Depth | None = None
     where: Where = Field({})
     severity: Severity = "error"
-    message: Text = ""
+    message: PolicyText = ""
     floor: Literal["inconclusive", "ignore"] = "inconclusive"
     coverage: Share | None = None
     line: int = Field(1, exclude=True)
@@ -161,7 +257,7 @@ class Regression(Criterion):
         tolerance: Allowed change for the worse, in the field's unit; with a ``%``, as a fraction of the stored value.
     """
 
-    field: Text
+    field: PolicyText
     worse: Literal["higher", "lower"]
     tolerance: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
@@ -188,10 +284,10 @@ class Regression(Criterion):
         return self.tolerance
 
 
-class Waiver(Table):
+class Waiver(PolicyTable):
     """Layers that may break a rule until a date, with the reason."""
 
-    rule: Text
+    rule: PolicyText
     layers: Pattern
     reason: Annotated[str, Field(pattern=r"\S"), is_a("text in quotes that gives the reason")]
     expires: Annotated[date, is_a("a date without quotes, such as 2027-01-31")]
@@ -218,7 +314,7 @@ class Waiver(Table):
         return self.rule == rule and self.layers.search(layer) is not None
 
 
-class Checks(Table):
+class Checks(PolicyTable):
     """Built-in checks with their severity.
 
     Args:
@@ -248,7 +344,7 @@ class Checks(Table):
         return [name for name in cls.model_fields if name != "spike_above"]
 
 
-class Coverage(Table):
+class Coverage(PolicyTable):
     """Required coverage of the selected subjects.
 
     Args:
@@ -269,7 +365,7 @@ class Coverage(Table):
         return reasons
 
 
-class Inputs(Table):
+class Inputs(PolicyTable):
     """Required inputs of results.
 
     Args:
@@ -284,7 +380,7 @@ class Inputs(Table):
     tuned: Fingerprint | None = None
     adapter: Fingerprint | None = None
     max_age: Annotated[timedelta, BeforeValidator(read_age)] | None = None
-    baseline: Annotated[list[Text], is_a("a list of results files")] = Field([])
+    baseline: Annotated[list[PolicyText], is_a("a list of results files")] = Field([])
 
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:
@@ -293,7 +389,7 @@ class Inputs(Table):
         return tuple((role, value) for role, value in roles if value is not None)
 
 
-class Policy(Table):
+class Policy(PolicyTable):
     """A policy; see docs/reference/gate.md.
 
     Args:
@@ -309,7 +405,7 @@ class Policy(Table):
         ready: Whether it is part of the package, so that users cannot edit its lines.
     """
 
-    title: Text = ""
+    title: PolicyText = ""
     about: Literal["adapter", "tuned"] | None = None
     rules: list[Rule] = Field([], alias="rule")
     regressions: list[Regression] = Field([], alias="baseline")
@@ -339,3 +435,159 @@ class Policy(Table):
     def error(self, line: int, text: str) -> UsageError:
         """Return an error in this policy."""
         return UsageError(f"{self.path}: line {line}: {text}")
+
+
+def read_policy(path: Path | str, content: str | None = None) -> Policy:
+    """Read a policy.
+
+    Args:
+        path: Its file.
+        content: Its text; default read from the file.
+
+    Raises:
+        UsageError: The file cannot be read or is invalid; the message names the line.
+    """
+    if content is None:
+        try:
+            with Path(path).open("rb") as file:
+                content = file.read(4 * MAX_BYTES + 1).decode("utf-8")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as a policy: {why}"
+            fix = (
+                f"for the built-in policy use --policy {path}"
+                if str(path) in READY
+                else "the order is: loradiag gate POLICY RESULTS..."
+            )
+            raise UsageError(f"{path}: {problem}; {fix}") from error
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{path}: has more than {MAX_BYTES:,} characters, too many for a policy; use fewer rules")
+    if content.startswith('{"record"'):
+        raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
+    content = content.replace("\r\n", "\n")
+    if deep := _DEEP.search(content):
+        line = content.count("\n", 0, deep.start()) + 1
+        raise UsageError(f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it")
+    try:
+        policy = Policy.model_validate(tomllib.loads(content))
+    except ValidationError as error:
+        where, text = _describe_error(error)
+        raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
+    except (ValueError, RecursionError) as error:  # of tomllib, and of Python for integers of more than 4,300 digits
+        if not isinstance(error, tomllib.TOMLDecodeError | RecursionError):
+            raise UsageError(f"{path}: is not valid TOML: a number has too many digits; correct it") from error
+        position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        location = f"line {position[1]}" if position else f"line {content.count(chr(10)) + 1}"
+        raise UsageError(
+            f"{path}: {location}: is not valid TOML: {str(error)[: position.start() if position else None]}"
+        ) from error
+
+    def add_lines(key: str, tables: list[Any]) -> list[Any]:
+        lines = lines_of_tables(content, key)
+        if len(lines) != len(tables):  # they are written inline, in one statement
+            lines = [line_of(content, (key,))] * len(tables)
+        return [table.model_copy(update={"line": line}) for table, line in zip(tables, lines, strict=True)]
+
+    return policy.model_copy(
+        update={
+            "path": str(path),
+            "rules": add_lines("rule", policy.rules),
+            "regressions": add_lines("baseline", policy.regressions),
+            "waivers": add_lines("waiver", policy.waivers),
+        }
+    )
+
+
+def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """Return the path of keys and indices to the first error, and its description."""
+    first = error.errors()[0]
+    location, value, details = first["loc"], quote_text(first["input"]), first.get("ctx", {})
+    key = next(step for step in reversed(("", *location)) if isinstance(step, str))
+    match first["type"]:
+        case "missing":
+            return location, f"{location[0]}: '{key}' is missing"
+        case "literal_error":
+            return location, f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {value}"
+        case "list_type":
+            return location, f"{key} is a list of tables: write [[{key}]], not {value}"
+        case "model_type":
+            expected = f"a list of tables: write [[{key}]]" if isinstance(location[-1], int) else f"a table, [{key}]"
+            return location, f"{key} is {expected}, not {value}"
+    cause = details.get("error")
+    return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(cause or first["msg"])
+
+
+def ready_policy(name: str) -> Policy:
+    """Return a policy of the package.
+
+    Raises:
+        UsageError: The name is unknown.
+
+    Example:
+        >>> ready_policy("adapter-basic").title
+        'Is this adapter sound?'
+    """
+    if name not in READY:
+        raise UsageError(
+            f"--policy {name}: unknown; give one of {', '.join(READY)}, or a policy file without --policy: loradiag "
+            f"gate {name} RESULTS"
+        )
+    text = files("lora_diag.decisions.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
+    return read_policy(name, text).model_copy(update={"ready": True})
+
+
+def line_of(text: str, path: KeyPath) -> int:
+    r"""Return the line, counted from 1, on which the value at a path begins; for the longest existing part of the path.
+
+    ``tomllib`` gives no positions. The first statements of a file are a valid file; of two such files, one statement
+    apart, the longer has the value, and the shorter does not.
+
+    Args:
+        text: The text of a valid file.
+        path: Keys of tables and indices of arrays.
+
+    Example:
+        >>> line_of("a = 1\n\n[[rule]]\nname = 'x'\n", ("rule", 0, "name"))
+        4
+    """
+    document = tomllib.loads(text)
+    while not _has_path(document, path):
+        path = path[:-1]
+    starts = list(_statements(text))
+    with_value = bisect_left(starts, True, key=lambda start: _has_path(tomllib.loads(text[:start]), path))
+    return text.count("\n", 0, starts[max(with_value - 1, 0)]) + 1
+
+
+def lines_of_tables(text: str, key: str) -> list[int]:
+    r"""Return the lines, counted from 1, of the headers ``[[key]]`` of a valid file.
+
+    >>> lines_of_tables("[[rule]]\nx = '''\n[[rule]]\n'''\n [[ \"rule\" ]] # two\n", "rule")
+    [1, 5]
+    """
+    header = re.compile(rf"""[ \t]*\[\[[ \t]*(["']?){re.escape(key)}\1[ \t]*\]\]""")
+    lines, line, before = [], 1, 0
+    for start in _statements(text):
+        line, before = line + text.count("\n", before, start), start
+        if header.match(text, start):
+            lines.append(line)
+    return lines
+
+
+def _statements(text: str) -> Iterator[int]:
+    """Yield the positions at which the statements of a valid file begin, and its end."""
+    depth = 0
+    yield 0
+    for token in _TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if token[0] == "\n" and not depth:
+            yield token.end()
+    yield len(text)
+
+
+def _has_path(document: Any, path: KeyPath) -> bool:
+    for step in path:
+        try:
+            document = document[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

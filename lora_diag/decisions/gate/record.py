@@ -11,6 +11,9 @@ from lora_diag.records.shown import Shown
 Status = Literal["passed", "failed", "warned", "waived", "inconclusive", "not judged"]
 Outcome = Literal["passed", "failed", "inconclusive"]
 
+# Order of statuses in every report, the most severe first.
+WORST_FIRST: tuple[Status, ...] = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
+
 
 class Verdict(WholeRecord):
     """The verdict of one rule on one layer, or on the whole.

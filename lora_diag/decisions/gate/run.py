@@ -7,15 +7,12 @@ from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.decisions.gate.baseline import Stored, tighten_baseline
+from lora_diag.decisions.gate import GateOptions
 from lora_diag.decisions.gate.draft import draft
 from lora_diag.decisions.gate.evidence import Source, check_source, read_source
-from lora_diag.decisions.gate.judge import judge
-from lora_diag.decisions.gate.options import GateOptions
-from lora_diag.decisions.gate.policy import Policy, read_age
-from lora_diag.decisions.gate.present import compare_inputs
-from lora_diag.decisions.gate.reading import read_policy
-from lora_diag.decisions.gate.ready import ready_policy
+from lora_diag.decisions.gate.inputs import compare_inputs
+from lora_diag.decisions.gate.judge import Baseline, judge, tighten_baseline
+from lora_diag.decisions.gate.policy import Policy, read_age, read_policy
 from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import RESULTS, check_output
@@ -24,8 +21,6 @@ from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
-
-__all__ = ["gate", "gate_init", "measure", "ready_policy"]
 
 
 @show_options
@@ -52,12 +47,12 @@ def gate(
 
     Raises:
         UsageError: The policy is invalid, or does not fit the results.
-        InputError: A file cannot be read, is truncated, or contradicts itself.
+        InputError: A file cannot be read, or was truncated or edited.
         NothingComparedError: There is no record to judge.
 
     Example:
         >>> import lora_diag
-        >>> from lora_diag.decisions.gate.ready import ready_policy
+        >>> from lora_diag.decisions.gate.policy import ready_policy
         >>> measured = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")
         >>> verdicts = gate(ready_policy("full-ft-drift"), measured)
         >>> outcome(verdicts.whole)
@@ -88,7 +83,7 @@ def gate(
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
     if ratchet and outcome(verdicts) == "passed":
-        better = tighten_baseline(rules.regressions, Stored(*stored), sources)
+        better = tighten_baseline(rules.regressions, Baseline(*stored), sources)
         if better is not None:
             better.write(stored[0].path)
     return _make_results(rules, sources, stored, verdicts, day)

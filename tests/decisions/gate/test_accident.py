@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.policy import read_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import LoradiagError
@@ -91,6 +91,23 @@ def changed(record: dict, path: tuple, value) -> dict:
     else:
         inner[path[-1]] = value
     return copy
+
+
+def test_edited_value_does_not_pass(tmp_path):
+    """Any value of any line, also of the last, which no hash covers; the other lines stay as they were."""
+    whole = content(passing()).decode().splitlines()
+    for i, line in enumerate(whole):
+        for path in places(record := json.loads(line)):
+            value = record
+            for step in path:
+                value = value[step]
+            if isinstance(value, dict | list):
+                continue
+            edits = (value * 1.01 + 1, None) if isinstance(value, int | float) else (f"{value}0", "", None)
+            for edit in edits:
+                if (edited := changed(record, path, edit)) != record:
+                    broken = [*whole[:i], json.dumps(edited), *whole[i + 1 :]]
+                    assert comes_to(POLICY, "\n".join(broken).encode(), tmp_path) != "passed", (path, edit)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "", KeyError, {}, []], ids=str)

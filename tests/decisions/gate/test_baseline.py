@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.policy import read_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import InputError, UsageError

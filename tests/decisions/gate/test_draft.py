@@ -6,7 +6,7 @@ import pytest
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.policy import read_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate, gate_init
 from lora_diag.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.decisions.gate.fields import KINDS, find
+from lora_diag.decisions.gate.evidence import KINDS, find
 from lora_diag.decisions.gate.grammar import ConditionError, parse
 
 SIGNS = {

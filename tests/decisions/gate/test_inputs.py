@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.decisions.gate.checks import is_same_name
-from lora_diag.decisions.gate.reading import read_policy
-from lora_diag.decisions.gate.ready import ready_policy
+from lora_diag.decisions.gate.policy import read_policy, ready_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import UsageError
@@ -245,12 +244,10 @@ def test_fully_hidden_updates_do_not_pass(tmp_path):
 
 
 def test_reports_carry_fingerprints(shop, loradiag):
-    ran = loradiag(
-        "gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "j", "--sarif", "s", "--model-card", "c.md", "--json"
-    )
+    ran = loradiag("gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "j", "--model-card", "c.md", "--json")
     prints = [given.fingerprint for given in lora_diag.read_results("r.jsonl").run.inputs]
     assert all(len(each) == 32 for each in prints)
-    for text in (ran.out, *((shop / name).read_text() for name in ("j", "s", "c.md"))):
+    for text in (ran.out, *((shop / name).read_text() for name in ("j", "c.md"))):
         assert all(each in text for each in prints)
 
 

@@ -5,13 +5,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_diag.catalog import read_results
-from lora_diag.decisions.gate.github import step_summary
-from lora_diag.decisions.gate.junit import junit
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.outputs import junit, step_summary
+from lora_diag.decisions.gate.policy import read_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate, gate_init
-from lora_diag.decisions.gate.summary import verdict_table
+from lora_diag.decisions.gate.show import verdict_table
 from lora_diag.errors import UsageError
 from tests.decisions.gate.making import LAYERS, left_out, spectrum, write
 from tests.messages import assert_names
@@ -96,22 +94,17 @@ def test_update_outside_data_is_not_dead(tmp_path):
     assert result["dead"].status == "passed"
 
 
-def test_drafted_policy_names_metric_of_limits(tmp_path):
+def test_drafted_policy_names_metric_of_baseline(tmp_path):
     lost = [left_out("model.embed_tokens.weight", "no_activations")]
     files = file(tmp_path / "w.jsonl"), file(tmp_path / "d.jsonl", "data", s=(9.0, 2.0), lost=lost)
     policy = read_policy("p.toml", gate_init(files[1]))
-    assert {tuple(rule.where.items()) for rule in policy.rules} == {(("metric", "data"),)}
-    assert outcome(gate(policy, files[1], today=TODAY).whole) == "passed"
+    assert {item.where["metric"] for item in policy.regressions} == {"data"}
+    assert outcome(gate(policy, files[1], baseline=files[1], today=TODAY).whole) == "passed"
     with pytest.raises(UsageError, match="no spectrum record matches 'where'"):
-        gate(policy, files[0], today=TODAY)
+        gate(policy, files[0], baseline=files[0], today=TODAY)
     both = read_policy("p.toml", gate_init(*files))
-    assert {rule.name for rule in both.rules} >= {"drift-weights", "drift-data"}
-    alone = {rule.name: rule.require for rule in policy.rules}
-    assert {rule.name: rule.require for rule in both.rules if rule.name in alone} == alone
-    in_weights = {f"{rule.name}-weights": rule.require for rule in read_policy("p.toml", gate_init(files[0])).rules}
-    assert {rule.name: rule.require for rule in both.rules if rule.name in in_weights} == in_weights
-    assert outcome(gate(both, *files, today=TODAY).whole) == "passed"
-    plain = gate_init(files[0])
-    assert "metric =" not in plain
-    assert 'name = "drift"' in plain
-    assert read_results(files[1]).layers[0].metric == "data"
+    assert {item.where["metric"] for item in both.regressions} == {"weights", "data"}
+    assert outcome(gate(both, *files, baseline=files, today=TODAY).whole) == "passed"
+    worse = file(tmp_path / "worse.jsonl", "data", s=(12.0, 2.0), lost=lost)
+    assert outcome(gate(both, files[0], worse, baseline=files, today=TODAY).whole) == "failed"
+    assert "metric =" not in gate_init(files[0])

@@ -4,7 +4,7 @@ from datetime import date
 
 import pytest
 
-from lora_diag.decisions.gate.reading import read_policy
+from lora_diag.decisions.gate.policy import read_policy
 from lora_diag.decisions.gate.record import outcome
 from lora_diag.decisions.gate.run import gate
 from tests.decisions.gate.making import LAYERS, left_out, spectrum, write

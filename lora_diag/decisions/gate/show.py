@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.decisions.gate.record import Status, Verdict, outcome
+from lora_diag.decisions.gate.record import WORST_FIRST, Verdict, outcome
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.columns import shorten_names
 from lora_diag.rendering.statements import Statement, make_statement, summary_of
@@ -21,18 +21,16 @@ from lora_diag.rendering.text import crop, number, safe, short, to_text
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
 ROWS, ROWS_OF_A_RULE = 20, 6
 
-# Order of statuses in every report, the most severe first.
-WORST_FIRST: tuple[Status, ...] = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
 _STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow"}
 
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
     """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
-    verdicts = [record for record in results.whole if isinstance(record, Verdict)]
-    rules = list(dict.fromkeys(verdict.rule for verdict in verdicts))
+    verdicts = results.whole_of(Verdict)
+    places = {rule: i for i, rule in enumerate(dict.fromkeys(verdict.rule for verdict in verdicts))}
     return sorted(
         verdicts,
-        key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, rules.index(v.rule), _distance_from_limit(v)),
+        key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, places[v.rule], _distance_from_limit(v)),
     )
 
 
@@ -41,11 +39,6 @@ def _distance_from_limit(verdict: Verdict) -> float:
     if not isinstance(verdict.measured, float):
         return 0.0
     return -verdict.measured if "<" in verdict.allowed else verdict.measured
-
-
-def policy_file(results: Results[Any]) -> str | None:
-    """Return the path of the policy's file; None for a policy of the package."""
-    return next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
 
 
 def measured(verdict: Verdict) -> str:
@@ -120,11 +113,6 @@ def reason(results: Results[Any]) -> str:
     value = f"measured {measured(worst)}, allowed {safe(worst.allowed)}"
     text = f"; {safe(worst.message)}" if worst.message else ""
     return f"{headline(results)}: {safe(worst.rule)}: {of_layer}{value}{text}"
-
-
-def weights_of(results: Results[Any]) -> list[RunInput]:
-    """Return the checkpoints and adapters of a gate's results."""
-    return [run_input for run_input in results.run.inputs if run_input.fingerprint]
 
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lora_diag.decisions.gate.summary import headline, measured, verdict_table
+from lora_diag.decisions.gate.show import headline, measured, verdict_table
 from lora_diag.reports.fields import fields_of
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report

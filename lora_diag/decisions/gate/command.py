@@ -175,6 +175,8 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
 
 
 def _write_reports(results: Results[Any], junit: Path | None, card: Path | None, overwrite: bool) -> None:
+    if junit is None and card is None:
+        return
     from lora_diag.decisions.gate import outputs
 
     if junit is not None:

@@ -151,6 +151,15 @@ def test_junit_case_is_rule_and_module_type():
     }
 
 
+def test_layer_that_does_not_block_makes_no_error():
+    """Nor is a case skipped of which one layer passed."""
+    unknown = results(verdict("inconclusive", severity="warning"))
+    assert list(cases(junit(unknown)).values()) == ["passed"]
+    assert [parsed(line)[0] for line in workflow_commands(unknown)] == ["warning"]
+    waived = verdict("waived"), verdict("passed", layer="model.layers.1.mlp.up_proj.weight")
+    assert list(cases(junit(results(*waived))).values()) == ["passed"]
+
+
 def test_failure_names_its_layers_values_and_what_to_do():
     root = ElementTree.fromstring(junit(results(*ONE_OF_EACH)))
     failure = root.find(".//failure")

@@ -212,6 +212,12 @@ def test_headers_of_tables_are_found_outside_strings():
     assert lines_of_tables(TEXT, "rule") == [line_of(TEXT, ("rule", number)) for number in range(2)] == [13, 17]
 
 
+def test_rules_written_inline_are_on_line_of_their_list():
+    rules = [f'{{name = "r{i}", require = "epsilon <= 1"}}' for i in range(2)]
+    policy = read_policy("p.toml", f'title = "x"\nrule = [{", ".join(rules)}]\n')
+    assert [rule.line for rule in policy.rules] == [2, 2]
+
+
 def test_long_files_are_searched_quickly():
     """Fewer than 40 readings of a file of 3,000 lines."""
     text = "".join(f'[[rule]]\nname = "r{i}"\nrequire = "epsilon <= 1"\n' for i in range(1000))

@@ -91,7 +91,8 @@ class Feature:
         table: ``module:name`` of ``table(results, width, color, per=..., next_command=...)``, for a terminal; if empty,
             it shows the tables above the summary.
         section: The feature's section of a report; None if it has none.
-        questions: Pairs of a statement's key in that section and the question that it answers at the top of a report.
+        questions: Pairs of a statement's key and the question that it answers at the top of a report; further keys of a
+            question add lines to its answer.
         figures: The figures, in the order in which they are listed.
         needs_input: Whether the command without a word shows its help.
     """

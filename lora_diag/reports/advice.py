@@ -1,467 +1,544 @@
-"""Recommended next steps: the escalation path of the article, each step with its evidence and its command.
+"""Recommended next steps: a table of conditions, sentences and commands over the fields of records.
 
-Rules are evaluated in order: those on held-out losses (``loss_advice``), those on probes of parts (``advice_probes``),
-then those in this module, the cheapest step first. Each rule sees all runs of one full fine-tune: all adapters, an
-allocation with its budget, and options that losses have shown to be worse (``worth.rejected_options``), which are not
-recommended again. A rule does not apply if its evidence is missing or at the rounding noise floor. The rules in this
-module use energy in weights, which bounds what a rank can hold of *this* full fine-tune; the loss of an adapter trained
-at that rank may be lower or higher.
+``RULES`` is evaluated from top to bottom for each full fine-tune of the page. Rules on held-out losses come first;
+weights are only indications, so the last rule asks for the loss where none was compared. A rule does not apply if its
+evidence is missing, within its error or at the rounding noise floor. Sentence and command of a rule are filled from the
+same values, so that they cannot disagree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
-from lora_diag.decisions.allocate.allocation import Budget, allocate, budget_of
-from lora_diag.decisions.allocate.options import AllocateOptions
-from lora_diag.decisions.allocate.record import Allocation
-from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.decisions.allocate.allocation import Budget, allocate
+from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
-from lora_diag.records import Run
-from lora_diag.records.names import module_type_of
-from lora_diag.rendering.text import number
-from lora_diag.reports.advice_probes import PROBE_RULES, fit_rank, negligible_layers
-from lora_diag.reports.budget import find_allocations, reference, saved_params
-from lora_diag.reports.evidence import ARTICLE, Capacity, Evidence, energy_at
-from lora_diag.reports.findings import (
-    MIN_ENERGY,
-    MOST_LAYERS,
-    VECTORS_SHARE,
-    large_vector_change,
-    named,
-    percent,
-    ranks,
-    scale_mismatch,
-    shares_at,
+from lora_diag.probes.outputs.contest import (
+    SUFFICIENT_SHARE,
+    Contest,
+    compare_with_base,
+    gains,
+    is_tuned_worse,
 )
-from lora_diag.reports.loss_advice import LOSS_RULES, flag_shifted_loss, sweep_of
-from lora_diag.reports.step import Advice, command, format_ranks
-from lora_diag.reports.worth import rejected_options, swept, without_matrices
-from lora_diag.running.options import list_typed_options
+from lora_diag.probes.sweep.options import SweepOptions
+from lora_diag.probes.sweep.verdict import confident, reasons
+from lora_diag.records.names import module_type_of, part_of
+from lora_diag.records.probe import main_sets
+from lora_diag.rendering.losses import gap
+from lora_diag.rendering.text import list_names, percent, span
+from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, energy_at
+from lora_diag.running.options import list_options, list_typed_options
 
-# Ranks commonly used in training and supported by servers.
-COMMON_RANKS = (4, 8, 16, 32, 64)
-# Energy fraction of every layer from which a rank is sufficient.
-SUFFICIENT_ENERGY = 0.9
-# Fraction of the change from which adapting a skipped part of the model is recommended.
+# A rank that keeps less than half of a layer's energy is too small there; one that keeps 90% in all is sufficient.
+MIN_ENERGY, SUFFICIENT_ENERGY = 0.5, 0.9
+# A factor within these of 1 changes ε² by less than 6% of ‖X‖²: (1 − 1/1.25)² = 0.04, (1.25 − 1)² = 0.0625.
+MAX_SCALE = 1.25
+# Below this cosine the adapter's direction holds less than a quarter of ‖D‖², and the scale is irrelevant.
+MIN_COSINE = 0.5
+# Fraction of the change that no adapter reaches from which other modules are recommended.
 PLACEMENT_SHARE = 0.1
 # A LoRA of rank r on an n×n matrix has 2r/n of its parameters: for n < 4r it is not small.
 SIZEABLE_RATIO = 4
+# Ranks that a step may try.
+COMMON_RANKS = tuple(2**power for power in range(2, 12))
+
+Facts = dict[str, Any]
+ENERGY = "Energy bounds what a rank can hold of this one full fine-tune; the held-out loss shows whether it is enough."
 
 
-def advice(evidence: Evidence) -> list[Advice]:
-    """Return the steps supported by the records, those on losses first, then the cheapest first.
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A row of the table.
+
+    Args:
+        name: Its name.
+        condition: Its condition, for a reader.
+        find: Returns the values of sentence and command; None if the condition is false.
+        do: The step, a format string.
+        because: Its evidence, a format string.
+        command: Its command without ``loradiag``, words of format strings; ``{base}``, ``{tuned}``, ``{eval}`` and
+            ``{data}`` are inputs of the page, and a word that is a tuple is several.
+        unless: Names of the rules above that replace it.
+    """
+
+    name: str
+    condition: str
+    find: Callable[[Evidence], Facts | None]
+    do: str
+    because: str
+    command: str
+    unless: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step.
+
+    Args:
+        rule: The name of the rule.
+        condition: Its condition.
+        do: What to do.
+        because: The evidence, with its numbers.
+        argv: The command, word by word.
+        facts: The values of sentence and command.
+        layers: All layers concerned, with names as in the file.
+        about: Paths of the full fine-tunes concerned, if the page has several.
+    """
+
+    rule: str
+    condition: str
+    do: str
+    because: str
+    argv: tuple[str, ...]
+    facts: Mapping[str, Any] = field(compare=False)
+    layers: tuple[str, ...] = ()
+    about: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command, quoted for a shell."""
+        return shlex.join(self.argv)
+
+
+def advice(evidence: Evidence) -> list[Step]:
+    """Return the steps supported by the records, in the order of ``RULES``.
 
     Unfinished runs support no step. A step that applies to several full fine-tunes is listed once and names them all.
     """
     groups = evidence.finished().groups()
-    by_command: dict[tuple[str, ...], Advice] = {}
+    by_command: dict[tuple[str, ...], Step] = {}
     for group in groups:
         about = (group.path_of("tuned"),) if len(groups) > 1 else ()
-        for step in _advise_one(group):
+        for step in _apply_rules(group):
             known = by_command.get(step.argv, step)
             by_command[step.argv] = replace(known, about=(*known.about, *about))
     # A step that applies to all applies to the page.
     return [replace(step, about=()) if len(step.about) == len(groups) else step for step in by_command.values()]
 
 
-def _advise_one(evidence: Evidence) -> list[Advice]:
-    """Return the steps for one full fine-tune and its adapters.
-
-    If the held-out loss shows that an adapter is as good as the full fine-tune, only steps on shifted text remain; if
-    the full fine-tune is worse than BASE, no step uses its weights; if a sweep has shown a sufficient rank, no step
-    derives one from weights.
-    """
-    first = [step for rule in LOSS_RULES if (step := rule(evidence)) is not None]
-    rules = {step.rule for step in first}
-    if "keep the adapter" in rules:
-        shift = flag_shifted_loss(evidence)
-        return [step for step in first if step.rule == "keep the adapter" or step == shift]
-    if "fine-tune worse than BASE" in rules:
-        return [step for step in first if step.rule != "compress"]
-    rank_sweep = swept(evidence)
-    has_rank = rank_sweep is not None and rank_sweep.verdict.rank is not None
-    parts, weights = (
-        [step for rule in rules if not (has_rank and rule in RANK_RULES) and (step := rule(evidence)) is not None]
-        for rules in (PROBE_RULES, RULES)
-    )
-    last = None if first or weights else extract_at_small_rank(evidence) or sweep(evidence)
-    return [*first, *parts, *weights, *([last] if last is not None else [])]
-
-
-def set_scale(evidence: Evidence) -> Advice | None:
-    """Step 0: correct the scale of adapters, without training."""
-    scales = {}
-    for path in evidence.adapted or ([evidence.adapter] if evidence.adapter else []):
-        single = replace(evidence, about=path)
-        if (mismatch := scale_mismatch(single)) is not None:
-            off = [record.best_scale or 0.0 for record in single.residuals if record.layer in set(mismatch.layers)]
-            scales[path] = (median(off), mismatch)
-    if not scales:
-        return None
-    factors = ", ".join(f"of {path} by {factor:.3g}" for path, (factor, _) in scales.items())
-    return Advice(
-        "scale",
-        f"Multiply lora_alpha {factors} and measure again, before changing any rank",
-        " ".join(mismatch.seen for _, mismatch in scales.values()),
-        next(iter(scales.values()))[1].condition,
-        f"{ARTICLE}, rank selection step 4 (α scaling)",
-        command("residual", evidence.path_of("base"), evidence.path_of("tuned"), list(scales)),
-        adapters=tuple(scales),
-        layers=tuple(dict.fromkeys(layer for _, mismatch in scales.values() for layer in mismatch.layers)),
-    )
-
-
-def take_allocation(evidence: Evidence) -> Advice | None:
-    """Step 1 with a budget of the user: the ranks chosen by ``allocate``."""
-    for source, certificate in find_allocations(evidence):
-        argv = _repeat_allocation(source.results.run, evidence)
-        if argv is None or not evidence.readable:
-            continue
-        short = [r for r in source.results if isinstance(r, Allocation) and r.kept is not None and r.kept < MIN_ENERGY]
-        uniform = certificate.uniform
-        baseline_text = f", {uniform.name} {percent(uniform.kept)}" if uniform is not None else ""
-        budget_text = f"{number(certificate.spent)}" + (
-            f" of {number(certificate.budget)}" if certificate.budget else ""
-        )
-        return Advice(
-            "take the allocation",
-            f"Train with the ranks of {source.name}, {certificate.params:,} parameters",
-            f"They use {budget_text} ({certificate.unit.replace('_', ' ')}) and keep {percent(certificate.kept)} of "
-            f"the energy{baseline_text}; {len(short)} of {len(source.results)} matrices keep less than "
-            f"{MIN_ENERGY:.0%}.",
-            "an allocation by a budget, and no evidence that a smaller rank suffices",
-            f"{ARTICLE}, multi-layer allocation",
-            argv,
-            params=certificate.params,
-            layers=tuple(record.layer for record in short),
-        )
-    return None
-
-
-def raise_rank(evidence: Evidence) -> Advice | None:
-    """Step 1: a higher rank if the largest one is too small, in named layers if these are few, else everywhere.
-
-    Does not apply to adapters superseded by a larger one, if losses show that a higher rank is worse, or if an
-    allocation uses the user's budget.
-    """
-    capacities, worse = evidence.largest, rejected_options(evidence)
-    insufficient = [item for item in capacities if item.kept < MIN_ENERGY]
-    if not insufficient or worse.more_rank or any(find_allocations(evidence)):
-        return None
-    is_local = 2 * len(insufficient) <= len(capacities)
-    measured = {record.layer: record for record in evidence.readable}
-    is_measured = all(item.layer in measured for item in capacities)
-    target = (
-        _target(measured, insufficient if is_local else capacities, 1.0 if is_local else 0.5, worse.trained)
-        if is_measured
-        else None
-    )
-    if (
-        is_measured
-        and target is None
-        and (not is_local or COMMON_RANKS[-1] <= worse.trained or train_fully(evidence) is not None)
-    ):
-        return None  # no common rank suffices for these layers: handled by ``train_fully``
-    current, worst = ranks([item.rank for item in insufficient]), min(insufficient, key=lambda item: item.kept)
-    affected = f"{len(insufficient)} of {len(capacities)} matrices"
-    largest_adapters = _find_largest_adapters(evidence)
-    state = f"At rank {current}{f' ({_join_paths(largest_adapters)})' if largest_adapters else ''}"
-    reason = (
-        f"{state}, {affected} can hold less than {MIN_ENERGY:.0%} of their energy: at worst {percent(worst.kept)}, in "
-        f"{named([worst.layer])}."
-    )
-    rule = "raise rank in named layers" if is_local else "raise rank everywhere"
-    condition = (
-        f"C(r) < {MIN_ENERGY} in at most half of the resolved matrices, at the largest rank of any adapter there"
-        if is_local
-        else f"C(r) < {MIN_ENERGY} in more than half of the resolved matrices, at the largest rank of any adapter "
-        f"there; a rank up to {COMMON_RANKS[-1]} suffices for the median"
-    )
-    source, layers = (
-        f"{ARTICLE}, rank selection step 5.1; Eckart & Young 1936",
-        tuple(item.layer for item in insufficient),
-    )
-    reason += _describe_limits(evidence, largest_adapters)
-    if not is_measured:
-        action = f"Measure which rank above {current} the update needs"
-        return Advice(rule, action, reason, condition, source, _make_spectrum_command(evidence), layers=layers)
-    target_rank = target or COMMON_RANKS[-1]
-    chosen = {item.layer for item in (insufficient if is_local else capacities)}
-    total = sum(sum(i.shape) * (max(target_rank, i.rank) if i.layer in chosen else i.rank) for i in capacities)
-    params, reference_params, reference_text = total + saved_params(evidence), *reference(evidence)
-    placement = f"r={target_rank} in {'these' if is_local else 'all of them'}"
-    effect = (
-        f"holds half of the energy in {'each of them' if is_local else 'the median matrix'}"
-        if target
-        else "holds less than half of the energy in some of them"
-    )
-    reason += (
-        f" The budget is that of {placement}{', with the others unchanged' if is_local else ''}, which "
-        f"{effect}.{_describe_energy_kept(evidence, params)}"
-    )
-    return Advice(
-        rule,
-        f"Allocate {params:,} trainable parameters to ranks by energy: {params / reference_params:.2g} times "
-        f"{reference_text}",
-        reason,
-        condition,
-        source,
-        command("allocate", _find_spectrum_file(evidence), params=params, o="adapter_config.json"),
-        params=params,
-        layers=layers,
-    )
-
-
-def widen_placement(evidence: Evidence) -> Advice | None:
-    """Step 2: adapt module types that no adapter covers, with the same budget."""
-    if not any(record.rank for records in evidence.adapted.values() for record in records):
-        return None
-    # A weight that is trained in full (modules_to_save) has an update without a rank.
-    reached = {r.layer for records in evidence.adapted.values() for r in records if r.rank or r.adapter_fro > 0}
-    by_layer = {r.layer: r for records in evidence.adapted.values() for r in records}
-    negligible = negligible_layers(evidence)
-    unreached = {layer: r.fro**2 for layer, r in by_layer.items() if layer not in reached and layer not in negligible}
-    total = math.fsum(record.fro**2 for record in by_layer.values())
-    fractions: dict[str, float] = {}
-    for layer, energy in unreached.items():
-        name = module_type_of(layer)
-        fractions[name] = fractions.get(name, 0.0) + energy / total
-    if math.fsum(fractions.values()) < PLACEMENT_SHARE or any(find_allocations(evidence)):
-        return None
-    params, reference_text = reference(evidence)
-    missing_types = ", ".join(sorted(fractions, key=lambda name: -fractions[name]))
-    measured = evidence.update is not None
-    return Advice(
-        "widen placement",
-        f"Allocate {params:,} trainable parameters, {reference_text}, to all matrices: {missing_types} have none"
-        if measured
-        else f"Measure the spectrum, to adapt {missing_types} too",
-        f"{percent(math.fsum(fractions.values()))} of ‖ΔW‖² is in matrices that {_join_paths(list(evidence.adapted))} "
-        f"{'does' if len(evidence.adapted) == 1 else 'do'} not adapt: {_fractions_text(fractions)}.",
-        f"fraction of ‖ΔW‖² in matrices without an adapter ≥ {PLACEMENT_SHARE}",
-        f"{ARTICLE}, rank selection step 5.2",
-        command("allocate", _find_spectrum_file(evidence), params=params, o="adapter_config.json")
-        if measured
-        else _make_spectrum_command(evidence),
-        params=params if measured else None,
-        layers=tuple(unreached),
-    )
-
-
-def train_other_weights(evidence: Evidence) -> Advice | None:
-    """Steps 2 and 3: embeddings and head, norms and biases, which adapters of matrices do not reach."""
-    fraction = evidence.shares["vocabulary"] if evidence.shares else 0.0
-    vectors = large_vector_change(evidence)
-    has_tables = fraction >= PLACEMENT_SHARE and bool(evidence.readable)
-    gain_without_matrices = without_matrices(evidence)
-    if not (has_tables or vectors) or (gain_without_matrices is not None and gain_without_matrices < PLACEMENT_SHARE):
-        return None
-    parts = [*(["embeddings and head"] if has_tables else []), *(["norms and biases"] if vectors else [])]
-    parts_text = " and ".join(parts)
-    reason = f"{percent(fraction)} of the whole change ‖Δ‖² is in embeddings and head." if has_tables else ""
-    reason += f" {vectors.seen} Most in {named(vectors.layers)}." if vectors else ""
-    sides = (evidence.path_of("base"), evidence.path_of("tuned"))
-    text = evidence.path_of("eval", "HELD_OUT_TEXT")
-    if not evidence.spectra:
-        action = "Train norms and biases alone: no matrix outside embeddings and head changed"
-        sweep_ranks: tuple[int, ...] = (COMMON_RANKS[0],)
-        action += f"; compare with {format_ranks(sweep_ranks)} in addition, to see whether matrices matter"
-        argv = sweep_of(evidence, sweep_ranks, bitfit=True)
-    elif gain_without_matrices is None:
-        sweep_ranks = (0,)
-        action = f"Measure the gain of {parts_text} alone, with every matrix truncated to r=0"
-        argv = command(
-            "probe truncation", *sides, eval=text, ranks=sweep_ranks, untruncated="tuned", o="truncation.jsonl"
-        )
-    else:
-        sweep_ranks = (
-            next(
-                (rank for rank in COMMON_RANKS if rank > rejected_options(evidence).truncated_rank),
-                2 * COMMON_RANKS[-1],
-            ),
-        )
-        action = (
-            f"Also train {parts_text} (PEFT: modules_to_save), as in an adapter of {format_ranks(sweep_ranks)} "
-            "that saves all of them"
-        )
-        reason += f" With every matrix as in BASE they give {percent(gain_without_matrices)} of the gain."
-        argv = command("extract", *sides, rank=sweep_ranks[0], unfactored="save", o="adapter/")
-    return Advice(
-        "hybrid" if vectors else "train embeddings and head",
-        action,
-        f"{reason} An adapter on the other matrices cannot reach it.".strip(),
-        f"fraction of ‖Δ‖² in embeddings and head ≥ {PLACEMENT_SHARE}, or in norms and biases ≥ {VECTORS_SHARE}; "
-        f"truncation to r=0, if measured, keeps ≥ {PLACEMENT_SHARE} of the gain",
-        f"{ARTICLE}, rank selection steps 5.2, carried over to tables, and 5.3; BitFit (Ben Zaken et al. 2022)",
-        argv,
-        ranks=sweep_ranks,
-        layers=vectors.layers if vectors else (),
-    )
-
-
-def train_fully(evidence: Evidence) -> Advice | None:
-    """Step 4: train the weights themselves if the largest common rank is too small."""
-    rank = COMMON_RANKS[-1]
-    large = [record for record in evidence.readable if min(record.shape) >= SIZEABLE_RATIO * rank]
-    by_type: dict[str, list[float]] = {}
-    for layer, fraction in shares_at(rank, large).items():
-        by_type.setdefault(module_type_of(layer), []).append(fraction)
-    flat_types = [
-        name
-        for name, fractions in by_type.items()
-        if sum(fraction < MIN_ENERGY for fraction in fractions) >= MOST_LAYERS * len(fractions)
-    ]
-    if not flat_types or rejected_options(evidence).has_better_adapter:
-        return None
-    all_types = len(flat_types) == len(by_type)
-    kept = median(fraction for name in flat_types for fraction in by_type[name])
-    return Advice(
-        "full fine-tuning" if all_types else "partial fine-tuning",
-        (f"Fine-tune fully, or accept a low-rank bias; compare the cost with r={rank}" if all_types else "")
-        or f"Unfreeze {', '.join(flat_types)}, adapters on the rest; compare the cost with r={rank} everywhere",
-        f"Even r={rank} keeps {percent(kept)} of the energy in the median matrix of "
-        f"{'every type' if all_types else f'these types, {len(flat_types)} of {len(by_type)}'}.",
-        f"C({rank}) < {MIN_ENERGY} in at least {MOST_LAYERS:.0%} of a type's resolved matrices with both sizes ≥ "
-        f"{SIZEABLE_RATIO * rank}",
-        f"{ARTICLE}, rank selection step 5.4; Biderman et al. 2024 (arXiv 2405.09673) measure 10 to 100 times common "
-        "ranks",
-        command("plan", evidence.path_of("base"), ranks=(rank,)),
-        ranks=(rank,),
-        layers=tuple(record.layer for record in large if module_type_of(record.layer) in flat_types),
-    )
-
-
-RULES = (set_scale, take_allocation, raise_rank, widen_placement, train_other_weights, train_fully)
-RANK_RULES = (fit_rank, take_allocation, raise_rank, train_fully)
-
-
-def extract_at_small_rank(evidence: Evidence) -> Advice | None:
-    """Without another rule: recommend a small rank that suffices for every layer, if there is one."""
-    for rank in COMMON_RANKS[:-1]:
-        kept = [energy_at(record, rank) for record in evidence.readable]
-        known = [fraction for fraction in kept if fraction is not None]
-        small = [record for record in evidence.readable if min(record.shape) >= SIZEABLE_RATIO * rank]
-        if rank <= rejected_options(evidence).truncated_rank:
-            continue
-        if len(known) == len(evidence.spectra) <= 2 * len(small) and small and min(known) >= SUFFICIENT_ENERGY:
-            return Advice(
-                "sufficient rank",
-                f"Extract the update at r={rank}, which is sufficient",
-                f"r={rank} keeps {percent(min(known))} of the energy in the worst of {len(known)} matrices, and no "
-                "measured change is outside the reach of an adapter.",
-                f"C({rank}) ≥ {SUFFICIENT_ENERGY} in every matrix outside embeddings and head, all resolved, half "
-                f"of them {SIZEABLE_RATIO * rank} or more wide; no other rule applies",
-                f"{ARTICLE}, rank sweep (fast saturation); Eckart & Young 1936",
-                command("extract", evidence.path_of("base"), evidence.path_of("tuned"), rank=rank, o="adapter/"),
-                ranks=(rank,),
+def _apply_rules(evidence: Evidence) -> Iterator[Step]:
+    applied: set[str] = set()
+    inputs = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAIN_TEXT", "shifted": "SHIFTED_TEXT"}
+    paths = {role: evidence.path_of(role, placeholder) for role, placeholder in inputs.items()}
+    for rule in RULES:
+        if not applied & set(rule.unless) and (found := rule.find(evidence)) is not None:
+            applied.add(rule.name)
+            facts: Facts = {**paths, **found}
+            texts = {name: _join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+            yield Step(
+                rule.name,
+                rule.condition,
+                rule.do.format_map(texts),
+                " ".join(rule.because.format_map(texts).split()),
+                tuple(_fill_command(rule.command, facts)),
+                facts,
+                facts.get("layers", ()),
             )
-    return None
 
 
-def sweep(evidence: Evidence) -> Advice | None:
-    """Without another rule and without a sufficient small rank: compare losses."""
-    items = evidence.largest
-    kept = [item.kept for item in items]
-    above = [
-        rank
-        for rank in (*COMMON_RANKS, *(COMMON_RANKS[-1] * 2**i for i in (1, 2)))
-        if rank > rejected_options(evidence).trained
-    ]
-    if not kept or rejected_options(evidence).more_rank:
+def _fill_command(template: str, facts: Facts) -> Iterator[str]:
+    yield "loradiag"
+    for word in template.split():
+        value = facts.get(word[1:-1])
+        if word.startswith("{") and isinstance(value, tuple):
+            numbers = value and not isinstance(value[0], str)
+            yield from (",".join(map(_format, value)),) if numbers else value
+        else:
+            yield word.format_map(facts)
+
+
+def _join(values: Sequence[Any]) -> str:
+    """Return values as part of a sentence.
+
+    >>> _join(["a"]), _join([4, 8, 16])
+    ('a', '4, 8 and 16')
+    """
+    words = list(map(_format, values))
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def _format(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _find_worse_finetune(evidence: Evidence) -> Facts | None:
+    records = [record for _, of_run in evidence.losses("outputs", "truncation") for record in of_run]
+    bases = [r for r in records if r.subject == "base" and r.layer is None and r.set in main_sets(records)]
+    if not bases or not all(map(is_tuned_worse, bases)):
         return None
-    rank = ranks([item.rank for item in items])
-    nearest = min(range(len(above)), key=lambda index: abs(math.log(above[index] / median(i.rank for i in items))))
-    candidates = tuple(above[max(0, nearest - 1) : max(0, nearest - 1) + 3])
-    return Advice(
-        "sweep",
-        f"Compare the held-out loss: train at {format_ranks(candidates)}",
-        f"Rank {rank} keeps between {percent(min(kept))} and {percent(max(kept))} of the energy, "
-        f"{percent(median(kept))} in the median matrix: no other rule shows whether that is sufficient.",
-        "no other rule applies",
-        f"{ARTICLE}, diagnostic 3 (rank sweep)",
-        sweep_of(evidence, candidates),
-        ranks=candidates,
-    )
+    worst = min(bases, key=lambda record: record.gap or 0.0)
+    return {"set": worst.set, "gap": gap(worst)}
 
 
-def _target(
-    measured: Mapping[str, Spectrum], items: Sequence[Capacity], at_least: float, larger_than: int
-) -> int | None:
-    """Return the smallest common rank that keeps half of the energy in a fraction of the layers; None if none does."""
-    for rank in COMMON_RANKS:
-        kept = [energy_at(measured[item.layer], rank) or 0.0 for item in items]
-        is_higher = rank > max(larger_than, *(item.rank for item in items)) if len(items) else False
-        if is_higher and sum(k >= MIN_ENERGY for k in kept) >= at_least * len(kept):
-            return rank
+def _find_equal_adapter(evidence: Evidence) -> Facts | None:
+    equal = sorted((c for c in evidence.contests if c.outcome == "as good"), key=lambda contest: contest.worst.nats)
+    if not equal:
+        return None
+    best, *others = equal
+    every = f"The same holds for {_join([c.name for c in others])}: use the smallest." if others else ""
+    return {"adapter": best.name, "others": every, **_facts_of(best)}
+
+
+def _facts_of(contest: Contest) -> Facts:
+    record = contest.worst
+    return {"set": record.set, "gap": gap(record), "kept": "-" if record.kept is None else f"{record.kept:.0%}"}
+
+
+def _find_forgetting(evidence: Evidence) -> Facts | None:
+    """Find a shifted set on which a trained model is significantly worse than BASE."""
+    for source, records in evidence.losses("outputs", "truncation"):
+        for base in (r for r in records if r.subject == "base" and r.shifted and r.layer is None):
+            rises = {source.paths("tuned")[0]: -(base.gap or 0.0)} if is_tuned_worse(base) else {}
+            for record in (r for r in records if r.subject == "adapter" and r.set == base.set):
+                rise, half = compare_with_base(record, base)
+                rises |= {record.name: rise} if half is not None and rise > half else {}
+            if rises:
+                name = max(rises, key=lambda name: rises[name])
+                ranks = tuple(sorted(set(evidence.ranks.values()))) or (DEFAULT_RANK,)
+                return {"set": base.set, "model": name, "rise": rises[name], "ranks": ranks, "gain": ""}
+    if evidence.sweep is None or evidence.sweep[1].verdict.gain <= 0:
+        return None
+    swept = evidence.sweep[1]
+    for name, other in swept.shifted.items():
+        if other.outcome == "no gain":
+            gain = f", for a gain of {swept.verdict.gain:.3g} on {swept.set}"
+            return {"set": name, "model": f"r={other.best}", "rise": -other.gain, "ranks": swept.ranks, "gain": gain}
     return None
 
 
-def _find_largest_adapters(evidence: Evidence) -> list[str]:
-    """Return the adapters with the largest rank in some layer."""
-    largest = {item.layer: item.rank for item in evidence.largest}
-    return [
-        path
-        for path, records in evidence.adapted.items()
-        if any(record.rank and largest.get(record.layer) == record.rank for record in records)
-    ]
-
-
-def _describe_limits(evidence: Evidence, paths: Sequence[str]) -> str:
-    """State where adapters are limited by factors other than rank."""
-    limited = [record.limited_by for path in paths for record in evidence.adapted[path] if record.rank]
-    by_rank = limited.count("rank")
-    if not limited or 2 * by_rank >= len(limited):
-        return ""
-    return (
-        f" But rank is the larger part of ε in {f'only {by_rank}' if by_rank else 'none'} of the {len(limited)} "
-        f"matrices that {_join_paths(paths)} {'adapts' if len(paths) == 1 else 'adapt'}: the adapter found another "
-        "solution, which may be as good."
+def _find_swept_rank(evidence: Evidence) -> Facts | None:
+    """Return the rank and learning rate of a sweep; what would settle it otherwise: seeds, ranks or rates."""
+    if evidence.sweep is None:
+        return None
+    source, swept = evidence.sweep
+    verdict, chosen = swept.verdict, swept.verdict.chosen
+    facts: Facts = {"set": swept.set, "ranks": swept.ranks, "output": source.name, "outcome": verdict.outcome}
+    typed = list_typed_options(SweepOptions, source.results.run.settings) | {"ranks": swept.ranks}
+    if chosen is None:
+        tried = min(record.lr for _, records in evidence.losses("sweep") for record in records if record.lr)
+        facts["rates"] = typed["rates"] = tuple(float(f"{tried / factor:.2g}") for factor in (100, 10, 3))
+        facts["action"] = f"Change the training before the rank: try learning rates {_join(facts['rates'])}"
+        facts["why"] = f"every rank is worse than BASE, the best by {-verdict.gain:.3g} nats, from {tried:g} up"
+        return facts | {"then": (*_sweep_again(evidence, typed), "-o", "sweep-2.jsonl")}
+    higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
+    facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher}
+    confidence = chosen.confidence if verdict.rank is not None else verdict.confidence
+    shown = (
+        "the smallest rank shown to keep" if verdict.rank is not None else "the best candidate, not confirmed, to keep"
     )
+    kept = f"r={chosen.rank} is {shown} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
+    kept += "" if confidence is None else f", {confident(confidence)} confidence"
+    facts["why"] = "; ".join([kept, *reasons(verdict, swept.tolerance)])
+    facts["action"] = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
+    if higher or verdict.more_seeds is not None:
+        facts["action"] += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
+        facts["action"] += f"; {verdict.more_seeds} seeds would confirm it" if verdict.more_seeds is not None else ""
+        typed |= {"ranks": (*swept.ranks, *higher), "repeats": verdict.more_seeds or verdict.seeds}
+        return facts | {"then": (*_sweep_again(evidence, typed), "--resume", "-o", source.name)}
+    if not evidence.changed:
+        return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
+    facts["params"] = sum(chosen.rank * sum(record.shape) for record in evidence.changed)
+    words = ("--params", str(facts["params"]), "--sweep", source.name, "-o", "adapter_config.json")
+    return facts | {"then": ("allocate", evidence.update.name if evidence.update else "", *words)}
 
 
-def _describe_energy_kept(evidence: Evidence, params: int) -> str:
-    """State the energy that the command will keep, by running it on these records."""
-    assert evidence.update is not None
-    results = evidence.update.results
+def _sweep_again(evidence: Evidence, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a sweep with the inputs and the options of the one on the page."""
+    assert evidence.sweep is not None
+    source, declared = evidence.sweep[0], list_options(SweepOptions)
+    run = source.results.run
+    # Options that the run record has in another form.
+    limits = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
+    kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
+    full = bool(run.settings.get("full_rates"))
+    options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
+    yield from ("probe", "sweep", *source.paths("base"), "--data", *(source.paths("data") or ["TRAIN_TEXT"])[:1])
+    for role in ("eval", "shifted"):
+        yield from (word for path in source.paths(role) for word in (f"--{role}", path))
+    for name, value in options.items():
+        if name in declared and value and value != "all-linear":
+            yield declared[name][1].flag(name)
+            if value is not True:
+                yield ",".join(map(_format, value)) if isinstance(value, tuple | list) else _format(value)
+
+
+def _find_gap(evidence: Evidence) -> Facts | None:
+    """Find the gap of the best adapter if all are worse than the full fine-tune."""
+    outcomes = evidence.contests
+    if not outcomes or any(contest.outcome != "worse" for contest in outcomes) or evidence.higher_rank_is_worse:
+        return None
+    best = min(outcomes, key=lambda contest: contest.worst.gap or 0.0)
+    ranks = tuple(rank for rank in COMMON_RANKS if rank > evidence.insufficient_rank)[:3]
+    return {"adapter": best.name, "ranks": ranks, "count": len(outcomes), **_facts_of(best)}
+
+
+def _find_small_rank(evidence: Evidence) -> Facts | None:
+    """Find matrices in which the largest rank of any adapter holds less than half of the energy."""
+    items = evidence.capacities
+    short = sorted((item for item in items if item.kept < MIN_ENERGY), key=lambda item: item.kept)
+    if not short or evidence.higher_rank_is_worse:
+        return None
+    facts: Facts = {
+        "rank": span(item.rank for item in short),
+        "short": len(short),
+        "count": len(items),
+        "worst": percent(short[0].kept),
+        "layers": tuple(item.layer for item in short),
+        "named": list_names([item.layer for item in short]),
+    }
+    own_rank = {path: [r for r in records if r.rank] for path, records in evidence.compared.items()}
+    by_rank = [r.limited_by == "rank" for records in own_rank.values() for r in records]
+    facts["limits"] = (
+        f"But rank is the larger part of ε in {sum(by_rank)} of {len(by_rank)} adapted matrices: the adapter found "
+        "another solution, which may be as good."
+        if by_rank and 2 * sum(by_rank) < len(by_rank)
+        else ""
+    )
+    if evidence.update is None:
+        measure = ("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), "-o", "spectrum.jsonl")
+        return facts | {"action": "Measure which rank the update needs", "then": measure}
+    least, results = min(item.rank for item in items), evidence.update.results
     try:
-        allocation = allocate(results.layers, Budget("params", params, "--params"), left_out=results.left_out)
+        allocation = allocate(
+            results.layers,
+            Budget("energy", MIN_ENERGY, f"--energy {MIN_ENERGY}"),
+            Constraints(min_rank=least),
+            left_out=results.left_out,
+        )
     except UsageError:
-        return ""
-    return f" Allocated this way, they keep {percent(allocation.certificate.kept)} of the energy of all matrices."
-
-
-def _repeat_allocation(run: Run, evidence: Evidence) -> tuple[str, ...] | None:
-    """Return the command of an allocation that writes its config; None if its weights were given in Python."""
-    settings = run.settings
-    if isinstance(settings.get("weights"), Mapping):
         return None
-    results_file = next((side.path for side in run.inputs if side.role == "results" and side.path), None)
-    return command(
-        "allocate",
-        results_file or _find_spectrum_file(evidence),
-        **budget_of(settings),
-        **{name: value for name, value in list_typed_options(AllocateOptions, settings).items() if name != "energy"},
-        o="adapter_config.json",
+    now = sum(
+        item.rank * sum(record.shape) for item in items for record in evidence.changed if record.layer == item.layer
     )
+    facts |= {"params": allocation.certificate.params, "min_rank": least}
+    times = f", {facts['params'] / now:.2g} times as many as now" if now else ""
+    facts["action"] = f"Raise the rank where it is too small: {facts['params']:,} trainable parameters{times}"
+    words = ("--energy", f"{MIN_ENERGY:g}", "--min-rank", str(least), "-o", "adapter_config.json")
+    return facts | {"then": ("allocate", evidence.update.name, *words)}
 
 
-def _join_paths(paths: Sequence[str]) -> str:
-    return " and ".join([", ".join(paths[:-1]), paths[-1]]) if len(paths) > 1 else "".join(paths)
+def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
+    """Find the smallest rank of the update that keeps its gain, or without that its energy in every matrix."""
+    truncated_rank = 0
+    for source, records in evidence.losses("truncation"):
+        settings = source.results.run.settings
+        if settings.get("layers") or settings.get("exclude"):
+            continue
+        joint = [record for record in records if record.layer is None and record.module_type is None]
+        sets = main_sets(joint)
+        bases = {record.set: record for record in joint if record.subject == "base"}
+        if any(gains(bases.get(name)) is None for name in sets):
+            continue
+        cut = [record for record in joint if record.subject == "truncated" and record.set in sets]
+        for rank in sorted({record.rank for record in cut if record.rank}):
+            kept = [record.kept or 0.0 for record in cut if record.rank == rank]
+            if len(kept) < len(sets) or min(kept) < SUFFICIENT_SHARE:
+                truncated_rank = max(truncated_rank, rank)
+                continue
+            rest = max((record.kept or 0.0 for record in cut if record.rank == 0), default=None)
+            saved = settings.get("rest") == "tuned" and rest != 0
+            alone = "" if rest is None else f", which keep {rest:.0%} alone"
+            return {
+                "rank": rank,
+                "why": f"r={rank} keeps {min(kept):.0%} of the gain on held-out text"
+                f"{f' with the norms, biases, embeddings and head of TUNED{alone}' if saved else ''}.",
+                "unfactored": ("--unfactored", "save") if saved else (),
+            }
+    if evidence.contests or evidence.sweep or any(item.kept < MIN_ENERGY for item in evidence.capacities):
+        return None
+    for rank in COMMON_RANKS[:4]:
+        energies = [energy_at(record, rank) or 0.0 for record in evidence.resolved]
+        sizeable = [record for record in evidence.resolved if min(record.shape) >= SIZEABLE_RATIO * rank]
+        known = rank > truncated_rank and 0 < len(energies) == len(evidence.changed) <= 2 * len(sizeable)
+        if known and min(energies) >= SUFFICIENT_ENERGY:
+            why = f"r={rank} keeps {percent(min(energies))} of the energy in the worst of {len(energies)} matrices."
+            return {"rank": rank, "why": f"{why} {ENERGY}", "unfactored": ()}
+    return None
 
 
-def _fractions_text(fractions: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{percent(fractions[name])} in {name}" for name in sorted(fractions, key=lambda name: -fractions[name])
-    )
+def _find_scale(evidence: Evidence) -> Facts | None:
+    """Find adapters with the right direction and the wrong scale in most layers."""
+    factors: dict[str, float] = {}
+    layers: list[str] = []
+    hint = ""
+    for path, records in evidence.compared.items():
+        scaled = [record for record in records if record.best_scale is not None]
+        off = [r for r in scaled if (r.cosine or 0.0) >= MIN_COSINE and abs(math.log(_scale(r))) > math.log(MAX_SCALE)]
+        if off and 2 * len(off) >= len(scaled):
+            factors[path] = median(map(_scale, off))
+            layers += [record.layer for record in off]
+            root = math.sqrt(median(record.rank or 1 for record in off))
+            if abs(abs(math.log(factors[path])) - math.log(root)) < 0.05 < math.log(root):
+                hint = "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was meant."
+    if not factors:
+        return None
+    words = _join([f"of {path} by {factor:.3g}" for path, factor in factors.items()])
+    return {"factors": factors, "words": words, "adapters": tuple(factors), "hint": hint,
+            "layers": tuple(dict.fromkeys(layers)), "count": len(layers)}  # fmt: skip
 
 
-def _find_spectrum_file(evidence: Evidence) -> str:
-    return evidence.update.name if evidence.update else "spectrum.jsonl"
+def _scale(record: Residual) -> float:
+    return max(record.best_scale or 0.0, 1e-9)
 
 
-def _make_spectrum_command(evidence: Evidence) -> tuple[str, ...]:
-    return command("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), o="spectrum.jsonl")
+def _find_unreached(evidence: Evidence) -> Facts | None:
+    """Find module types that no adapter changes, with their fractions of ‖ΔW‖²; embeddings, norms, biases included."""
+    adapted = [path for path, records in evidence.compared.items() if records]
+    records = [record for path in adapted for record in evidence.adapters[path]]
+    # A weight that is trained in full (modules_to_save) has an update without a rank.
+    reached = {record.layer for record in records if record.rank or record.adapter_fro > 0}
+    energies = {record.layer: record.fro**2 for record in records}
+    total = math.fsum(energies.values())
+    shares: dict[str, float] = {}
+    for layer in energies.keys() - reached:
+        name = module_type_of(layer)
+        shares[name] = shares.get(name, 0.0) + energies[layer] / total
+    if not reached or math.fsum(shares.values()) < PLACEMENT_SHARE:
+        return None
+    first = sorted(shares, key=lambda name: -shares[name])
+    ranks = [record.rank for record in records if record.rank]
+    inside = {r.layer for path in adapted for r in evidence.compared[path]}
+    whole = any(layer not in inside for layer in energies.keys() - reached)
+    return {
+        "share": math.fsum(shares.values()),
+        "types": list_names(first),
+        "adapters": tuple(adapted),
+        "rank": max(ranks, default=DEFAULT_RANK),
+        "unfactored": ("--unfactored", "save") if whole else (),
+        "layers": tuple(sorted(energies.keys() - reached)),
+    }
+
+
+def _find_unresolved(evidence: Evidence) -> Facts | None:
+    first = next(iter(evidence.adapters.values()), ())
+    verdicts = [
+        r.resolution.verdict for r in evidence.changed or first if r.resolution and part_of(r.layer) == "matrices"
+    ]
+    resolved = verdicts.count("resolved")
+    return {"count": len(verdicts), "unresolved": len(verdicts) - resolved} if 2 * resolved < len(verdicts) else None
+
+
+def _find_unknown_loss(evidence: Evidence) -> Facts | None:
+    """Find distances without a loss, or adapters whose loss is not known well enough."""
+    unknown = tuple(contest.name for contest in evidence.contests if contest.outcome == "not known")
+    if unknown:
+        state = "; ".join(f"{c.name} is {gap(c.worst)} nats from the full fine-tune" for c in evidence.contests)
+        return {"why": f"{state}: too little text to decide.", "adapters": unknown, "eval": "MORE_TEXT", "next": "-2"}
+    if any(evidence.losses("outputs", "truncation", "sweep")) or not (evidence.changed or evidence.adapters):
+        return None
+    adapters = tuple(evidence.adapters) or ("ADAPTER",)
+    return {"why": "Distances in weights do not show which model is better.", "adapters": adapters, "next": ""}
+
+
+_STANDARD = ("fine-tune worse than BASE", "keep the adapter")
+RULES = (
+    Rule(
+        "fine-tune worse than BASE",
+        "the full fine-tune is significantly worse than BASE on every set that is not shifted",
+        _find_worse_finetune,
+        "Do not ship or imitate {tuned}: measure it on other held-out text first",
+        "On {set}, BASE is {gap} nats from the full fine-tune: training made the model worse there.",
+        "probe truncation {base} {tuned} --eval OTHER_TEXT --ranks 0 -o truncation-2.jsonl",
+    ),
+    Rule(
+        "keep the adapter",
+        f"the loss is significantly within {1 - SUFFICIENT_SHARE:.0%} of the full fine-tune's gain on every set that "
+        "is not shifted and where that gain is positive, and that gain is significant",
+        _find_equal_adapter,
+        "No change: {adapter} does as well as the full fine-tune on held-out text",
+        "It is {gap} nats from the full fine-tune on {set} and keeps {kept} of its gain. {others} Distances in weights "
+        "do not contradict this.",
+        "gate --policy adapter-basic --base {base} --adapter {adapter}",
+    ),
+    Rule(
+        "forgetting",
+        "a trained model is significantly worse than BASE on a shifted set; in a sweep, no rank gains there",
+        _find_forgetting,
+        "Train on a mixture with text like {set} if it matters",
+        "On {set}, {model} is {rise:.3g} nats worse than BASE{gain}.",
+        "probe sweep {base} --data MIXED_TEXT --eval {eval} --shifted {shifted} --ranks {ranks} -o mixed.jsonl",
+        ("fine-tune worse than BASE",),
+    ),
+    Rule(
+        "sweep",
+        "a sweep has a verdict: equivalence test over seeds, each rank at its best learning rate",
+        _find_swept_rank,
+        "{action}",
+        "On {set}, {why}.",
+        "{then}",
+        ("keep the adapter",),
+    ),
+    Rule(
+        "close the gap",
+        "every adapter is significantly worse than the full fine-tune on some set",
+        _find_gap,
+        "Do not ship {adapter} yet: train at r={ranks} and compare the held-out loss",
+        "It is the best of {count}, {gap} nats from the full fine-tune on {set}, and keeps {kept} of its gain.",
+        "probe sweep {base} --data {data} --eval {eval} --ranks {ranks} -o sweep.jsonl",
+        (*_STANDARD, "sweep"),
+    ),
+    Rule(
+        "unresolved files",
+        "most matrices of the update are at the rounding noise floor of the files",
+        _find_unresolved,
+        "Measure the adapter instead of its merge, or a fine-tune saved in float32; else recover the update",
+        "{unresolved} of {count} matrices are at or near the rounding noise floor, so their ranks and distances mean "
+        "nothing.",
+        "recover {base} {tuned} -o recovery.jsonl",
+        _STANDARD,
+    ),
+    Rule(
+        "scale",
+        f"the best scale is outside [{1 / MAX_SCALE:.2g}, {MAX_SCALE}] with cosine ≥ {MIN_COSINE}, in at least half of "
+        "the adapted matrices",
+        _find_scale,
+        "Multiply lora_alpha {words} and measure again, before changing any rank",
+        "In {count} matrices the direction is right and the scale is not. {hint}",
+        "residual {base} {tuned} {adapters}",
+        _STANDARD,
+    ),
+    Rule(
+        "sufficient rank",
+        f"truncating all layers to this rank keeps ≥ {SUFFICIENT_SHARE:.0%} of a significant gain on every unshifted "
+        f"set; or, without losses and a rank to raise, C(r) ≥ {SUFFICIENT_ENERGY} in every matrix, all resolved",
+        _find_sufficient_rank,
+        "Extract the update at r={rank}, without training",
+        "{why}",
+        "extract {base} {tuned} --rank {rank} {unfactored} -o adapter/",
+        _STANDARD,
+    ),
+    Rule(
+        "raise the rank",
+        f"C(r) < {MIN_ENERGY} in some resolved matrix, at the largest rank of any adapter there, or r={DEFAULT_RANK}",
+        _find_small_rank,
+        "{action}",
+        "Rank {rank} can hold less than half of the energy in {short} of {count} matrices, at worst {worst}: {named}. "
+        f"{{limits}} {ENERGY}",
+        "{then}",
+        (*_STANDARD, "sweep", "sufficient rank"),
+    ),
+    Rule(
+        "widen placement",
+        f"at least {PLACEMENT_SHARE:.0%} of ‖ΔW‖² is in tensors that no adapter changes",
+        _find_unreached,
+        "Also adapt {types}: compare the loss with that of an adapter of the whole update",
+        "{adapters} cannot reach {share:.0%} of ‖ΔW‖².",
+        "extract {base} {tuned} --rank {rank} {unfactored} -o adapter/",
+        _STANDARD,
+    ),
+    Rule(
+        "measure the loss",
+        "the page has distances and no loss, or too little text to compare an adapter with the full fine-tune",
+        _find_unknown_loss,
+        "Measure the held-out loss of {adapters} on {eval} before relying on distances",
+        "{why}",
+        "probe outputs {base} {tuned} {adapters} --eval {eval} -o outputs{next}.jsonl",
+        ("keep the adapter",),
+    ),
+)

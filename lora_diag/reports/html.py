@@ -30,7 +30,6 @@ from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.sections import Section, sections_of
 from lora_diag.reports.subject import (
-    ENERGY,
     Subject,
     certificates,
     gate_outcome,
@@ -129,7 +128,6 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         metrics=_list_metrics(evidence),
         parts=_list_parts(subject, outcome, evidence, sections, layers),
         epsilon=EPSILON,
-        energy=ENERGY,
         data=_make_data(evidence, layers, columns),
         plotly=_pack_script(get_plotlyjs) if layers else "",
     )
@@ -142,8 +140,7 @@ def _list_parts(
     kinds = [section.kind for section in sections]
     titles = [kind if kinds.count(kind) == 1 else item.title for kind, item in zip(kinds, sections, strict=True)]
     parts = (
-        ("next", "Next steps", subject.update),
-        ("failures", "Failure modes", subject.update and subject.weights),
+        ("next", "Next steps", subject.advice),
         ("gate", "Gate", outcome),
         ("allocation", "Allocation", certificates(evidence)),
         *((f"several{position}", title, True) for position, title in enumerate(titles, 1)),

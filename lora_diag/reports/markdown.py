@@ -13,7 +13,7 @@ from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.sections import sections_of
-from lora_diag.reports.subject import ENERGY, Subject, certificates, gate_outcome, other_metric_sentences, subject_of
+from lora_diag.reports.subject import Subject, certificates, gate_outcome, other_metric_sentences, subject_of
 
 # GitHub limits comments to 65,536 characters.
 MAX_BYTES = 60_000
@@ -22,7 +22,7 @@ ROWS, NAMED, NAME = 40, 10, 90
 
 
 def markdown_report(evidence: Evidence) -> str:
-    """Return the report: answers, next steps, failure modes, tables, inputs."""
+    """Return the report: answers, next steps, tables, inputs."""
     subject = subject_of(evidence)
     parts = [
         f"# {_escape_text(crop(subject.title, 200))}",
@@ -31,8 +31,7 @@ def markdown_report(evidence: Evidence) -> str:
             f"**{answer.question}** {_escape_text(answer.says)}" + _list_items(answer.more)
             for answer in subject.answers
         ),
-        *(_make_advice(subject) if subject.update else ()),
-        *_make_findings(subject),
+        *_make_advice(subject),
         *_make_sections(evidence),
         *_make_table(evidence),
         *_make_gate(evidence),
@@ -117,37 +116,15 @@ def _make_sections(evidence: Evidence) -> list[str]:
 
 
 def _make_advice(subject: Subject) -> list[str]:
-    parts = ["## Next steps"]
-    parts += [_escape_text(ENERGY)] if subject.weights else []
+    parts = ["## Next steps"] if subject.advice else []
     for position, step in enumerate(subject.advice, 1):
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
+        layers = f" Layers: {_list_layers(step.layers)}." if step.layers else ""
         parts.append(
             f"{position}. **{_escape_text(step.do)}.** {_escape_text(step.because)}{about}\n   "
-            f"{code(step.command, 1000)}\n   Rule: {_escape_text(step.condition)} ({_escape_text(step.source)})."
+            f"{code(step.command, 1000)}\n   Rule: {_escape_text(step.condition)}.{layers}"
         )
-    if not subject.advice:
-        parts.append("These records support no step.")
-    if subject.silent:
-        parts.append(f"*and {subject.silent} more adapters or updates: report on them separately*")
-    parts += [
-        f"- not measured: {_escape_text(quantity)}{f': {code(how, 1000)}' if how else ''}"
-        for quantity, how in subject.missing
-    ]
     return parts
-
-
-def _make_findings(subject: Subject) -> list[str]:
-    if not subject.findings:
-        return []
-    return [
-        "## Failure modes",
-        *(
-            f"- **{finding.name}.** {_escape_text(finding.seen)} {_escape_text(finding.means)} "
-            f"Rule: {_escape_text(finding.condition)} ({_escape_text(finding.source)})."
-            + (f" Layers: {_list_layers(finding.layers)}." if finding.layers else "")
-            for finding in subject.findings
-        ),
-    ]
 
 
 def _make_gate(evidence: Evidence) -> list[str]:

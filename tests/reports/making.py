@@ -7,8 +7,6 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
-from lora_diag.reports.evidence import Evidence
-from lora_diag.reports.subject import subject_of
 from tests.building import build, layer_spectrum
 
 RANKS = (4, 8, 16, 32, 64)
@@ -124,11 +122,11 @@ def seven_billion(blocks: int = 32, values: int = 4096) -> Results:
     return spectra(records)
 
 
-def questions(*commands: str) -> list[str]:
-    """Return the first question that each command's records answer, as its feature declares it."""
-    return [catalog.feature_of(command).questions[0][1] for command in commands]
+def questions(*commands: str, place: int = 0) -> list[str]:
+    """Return the first question, or the one in this place, that each command's feature declares."""
+    return [catalog.feature_of(command).questions[place][1] for command in commands]
 
 
 def low_rank() -> str:
-    """Return the question about the rank of an update, as a page without measurements asks it."""
-    return subject_of(Evidence(())).answers[0].question
+    """Return the question about the rank of an update."""
+    return questions("spectrum")[0]

@@ -1,19 +1,19 @@
-"""Planted situations: each rule speaks where its evidence is, and is silent where it is missing or at the floor."""
+"""Planted situations: each rule applies where its evidence is, and not where it is missing or at the noise floor."""
 
-import math
 import shlex
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.reports.advice import RULES as STEPS
-from lora_diag.reports.advice import advice
-from lora_diag.reports.evidence import MAX_ADAPTERS, Evidence, Source, energy_at
-from lora_diag.reports.findings import RULES, findings
+from lora_diag.cli.app import application
+from lora_diag.reports.advice import RULES, advice
+from lora_diag.reports.evidence import Evidence, Source, energy_at
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.subject import subject_of
@@ -25,13 +25,10 @@ from tests.reports.making import (
     decay,
     flat_to,
     names,
-    overlap,
-    overlaps,
     residual,
     residuals,
     spectra,
     spectrum,
-    vector,
 )
 
 EASY, STEEP, FLAT = flat_to(4, 512), decay(512, 1.2), decay(512, 0.05)
@@ -42,11 +39,12 @@ def evidence(*results) -> Evidence:
 
 
 def told(*results) -> list[str]:
-    return [step.rule for step in advice(evidence(*results))]
+    """Return the rules that apply, but for the request to measure a loss, which all pages without one have."""
+    return [step.rule for step in advice(evidence(*results)) if step.rule != "measure the loss"]
 
 
-def seen(*results) -> list[str]:
-    return [result.name for result in findings(evidence(*results))]
+def steps(*results) -> dict[str, object]:
+    return {step.rule: step for step in advice(evidence(*results))}
 
 
 def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
@@ -61,126 +59,87 @@ def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
     )
 
 
-def test_sufficient_small_rank_is_advised():
-    (step,) = advice(evidence(model(EASY)))
-    assert (step.rule, step.ranks) == ("sufficient rank", (4,))
-    assert_names(step.because, "100%", "28 matrices")
-    assert findings(evidence(model(EASY))) == []
-
-
-def test_enough_is_smallest_rank_keeping_90_percent_per_layer():
+def test_sufficient_small_rank_is_extracted():
+    assert told(model(EASY)) == ["sufficient rank"]
+    step = steps(model(EASY))["sufficient rank"]
+    assert step.facts["rank"] == 4
+    assert step.command == "loradiag extract base full_ft --rank 4 -o adapter/"
+    # At 8, one layer keeps a half.
     results = model(flat_to(8, 512), special={"layers.2.mlp.up_proj": flat_to(16, 512)})
-    (step,) = advice(evidence(results))
-    assert step.ranks == (16,)  # at 8, one layer keeps a half
+    assert steps(results)["sufficient rank"].facts["rank"] == 16
 
 
 def test_full_rank_is_not_sufficient():
     assert told(model(flat_to(4, 16))) == ["sufficient rank"]  # r=4 of 16
-    assert told(model(flat_to(9, 16))) == ["sweep"]  # r=16 of 16 keeps all of anything
+    assert told(model(flat_to(9, 16))) == []  # r=16 of 16 keeps all of anything
 
 
 def test_fractions_are_not_rounded_up_to_one():
     nearly = np.sqrt(np.array([0.999, 0.0, 0.0, 0.0, 0.001, *[0.0] * 507]))
-    (step,) = advice(evidence(model(nearly)))
-    assert_names(step.because, "r=4", ">99%")
+    assert_names(steps(model(nearly))["sufficient rank"].because, "r=4", "99.9%")
 
 
-def test_norms_alone_need_no_adapter():
-    zero = spectra([spectrum(n, np.zeros(16)) for n in names(1)], [vector("norm.weight", 1.0)])
-    (step,) = advice(evidence(zero))
-    assert (step.rule, "--bitfit" in step.argv, step.layers) == ("hybrid", True, ("norm.weight",))
-
-
-def test_insufficient_layers_get_larger_ranks():
-    results = model(
-        EASY, special={"layers.1.self_attn.o_proj": FLAT * 5, "layers.2.self_attn.o_proj": flat_to(30, 512)}
-    )
-    # flat_to(30) keeps 8/30 at r=8 and more than half at 16; the flat one never gets there, so no rank mends all.
-    (step,) = advice(evidence(results))
-    assert step.params == (26 * 8 + 2 * 64) * 1024
-    assert_names(step.because, 2, "28 matrices", "50%", "r=64")
+def test_insufficient_layers_are_named_and_get_rank():
+    # flat_to(30) keeps 8/30 at r=8, and half of its energy needs 15.
     results = model(EASY, special={"layers.2.self_attn.o_proj": flat_to(30, 512)})
-    (step,) = advice(evidence(results))
-    assert step.rule == "raise rank in named layers"
-    assert step.params == (27 * 8 + 16) * 1024
+    step = steps(results)["raise the rank"]
     assert step.layers == ("model.layers.2.self_attn.o_proj.weight",)
-    assert step.command == f"loradiag allocate spectrum.jsonl --params {step.params} -o adapter_config.json"
-    assert seen(results) == ["Under-ranked critical layers"]
+    assert step.facts["worst"] == "27%"
+    assert step.command == "loradiag allocate spectrum.jsonl --energy 0.5 --min-rank 8 -o adapter_config.json"
+    assert step.facts["params"] == (27 * 8 + 15) * 1024
 
 
-def test_mostly_insufficient_rank_is_raised_everywhere():
-    results = model(flat_to(40, 512))
-    (step,) = advice(evidence(results))
-    assert (step.rule, step.params) == ("raise rank everywhere", 28 * 32 * 1024)
-    assert_names(step.do, "4 times", "r=8")
-    assert seen(results) == ["Slow spectral decay everywhere"]
+def test_advised_allocation_leaves_no_layer_short():
+    results = model(flat_to(40, 512), special={"q_proj": EASY})
+    step = steps(results)["raise the rank"]
+    planned = lora_diag.allocate(results, energy=0.5, min_rank=8)
+    assert planned.whole[0].params == step.facts["params"]
+    assert all(record.kept >= 0.5 and record.rank >= min(8, 4) for record in planned)
+    assert {record.rank for record in planned if "q_proj" not in record.layer} == {20}
 
 
-def test_full_training_advised_if_no_rank_reaches_half():
-    assert told(model(FLAT)) == ["full fine-tuning"]
-    (step,) = advice(evidence(model(EASY, special={"mlp.down_proj": FLAT})))
-    assert step.rule == "partial fine-tuning"
-    assert_names(step.do, "mlp.down_proj")
-    assert len(step.layers) == 4
+def test_adapter_is_judged_by_its_own_rank():
+    full = model(flat_to(40, 512))
+    short = residuals([residual(layer, 4, kept=0.1) for layer in names(4)])
+    wide = residuals([residual(layer, 32, kept=0.8, adapter="wide") for layer in names(4)])
+    assert steps(full, short)["raise the rank"].facts["min_rank"] == 4
+    assert told(full, wide) == told(full, residuals([*short, *wide])) == []  # the larger one replaces the smaller
 
 
-def test_small_matrices_do_not_suggest_full_training():
-    """r=64 on 128×128 is a full matrix's worth of parameters: it says nothing about LoRA."""
-    assert "full fine-tuning" not in told(model(decay(128, 0.0)))
+def test_small_rank_without_spectrum_suggests_measurement():
+    step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))["raise the rank"]
+    assert (step.facts["rank"], step.facts["worst"]) == ("4", "33%")
+    assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
 
-def test_intermediate_spectrum_suggests_measuring_loss():
-    s = flat_to(12, 512)  # C(8) = 0.67, C(16) = 1
-    results = model(s, special={"q_proj": flat_to(100, 512)})
-    assert told(model(s)) == ["sufficient rank"]
-    assert told(results) == ["raise rank in named layers"]
-    s = decay(512, 0.75)
-    kept = np.cumsum(s**2) / np.sum(s**2)
-    assert (kept[7] > 0.5, kept[31] < 0.9) == (True, True)
-    (step,) = advice(evidence(model(s)))
-    assert step.rule == "sweep"
-    assert step.command.endswith(" --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl")
-
-
-def test_changed_norms_and_biases_suggest_training_them():
-    results = model(EASY)
-    total = sum(record.fro**2 for record in results)
-    share = 0.2
-    heavy = vector("model.norm.weight", math.sqrt(total * share / (1 - share)))
-    (step,) = advice(evidence(model(EASY, left_out=[heavy])))
-    assert step.rule == "hybrid"
-    assert_names(step.because, "20%", "‖Δ‖²", 1, "norms and biases")
-    (result,) = findings(evidence(model(EASY, left_out=[heavy])))
-    assert result.name == "Norm- or bias-heavy update"
-    assert "0.45·‖Δ‖" in result.means
-    light = vector("model.norm.weight", math.sqrt(total * 0.04))
-    assert told(model(EASY, left_out=[light])) == ["sufficient rank"]
-
-
-def test_selection_without_norms_has_no_norm_statement():
-    heavy = vector("model.norm.weight", 1e3)
-    selected = heavy.model_copy(update={"layer": "x", "reason": "not_selected"})
-    assert "hybrid" not in told(model(EASY, left_out=[heavy, selected]))
-
-
-def test_changed_head_suggests_modules_to_save():
-    results = model(EASY)
-    grown = spectra([*results.layers, spectrum("lm_head.weight", EASY * 10)])
-    assert told(grown) == ["train embeddings and head"]
+def test_other_limits_than_rank_are_noted():
+    records = [residual(layer, 4, kept=1 / 3, limited_by="direction") for layer in names(4)]
+    assert "0 of 28" in steps(residuals(records))["raise the rank"].because
 
 
 def test_layers_without_adapter_widen_placement():
     records = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95) for layer in names(4)]
-    (step,) = advice(evidence(residuals(records)))
-    assert step.rule == "widen placement"
-    assert_names(step.because, "43%", "‖ΔW‖²", "lora")
-    assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
-    (step,) = [each for each in advice(evidence(model(), residuals(records))) if each.rule == "widen placement"]
-    assert step.params == 16 * 8 * 256
-    assert step.command == f"loradiag allocate spectrum.jsonl --params {step.params} -o adapter_config.json"
+    step = steps(residuals(records))["widen placement"]
+    assert step.facts["share"] == pytest.approx(3 / 7)
+    assert step.command == "loradiag extract base full_ft --rank 8 -o adapter/"
+    assert {layer.split(".")[3] for layer in step.layers} == {"mlp"}
     small = [residual(layer, 8 if "self_attn" in layer else 0, kept=0.95, fro=1.0 if "self_attn" in layer else 0.1)
              for layer in names(4)]  # fmt: skip
     assert "widen placement" not in told(residuals(small))
+    # Two halves are one whole: what one adapter leaves alone another adapts.
+    halves = [residual(n, 8 if ("mlp" in n) == (name == "mlp") else 0, 0.95, adapter=name)
+              for name in ("mlp", "attention") for n in names(4)]  # fmt: skip
+    assert "widen placement" not in told(residuals(halves))
+    assert "widen placement" in told(residuals(halves[:28]))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_change_in_head_or_norms_is_unreached(name):
+    shape = (128, 128) if "head" in name else (128,)
+    other = residual(name, 0, kept=0.0, fro=3.0).model_copy(update={"shape": shape})
+    step = steps(residuals([*(residual(layer, 8, kept=0.95) for layer in names(4)), other]))["widen placement"]
+    assert step.facts["share"] == pytest.approx(9 / 37)
+    assert step.command == "loradiag extract base full_ft --rank 8 --unfactored save -o adapter/"
 
 
 def test_weights_trained_in_full_are_adapted():
@@ -193,133 +152,115 @@ def test_weights_trained_in_full_are_adapted():
 
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
-def test_wrong_scale_comes_first(factor):
-    records = [residual(layer, 16, kept=0.95, scale=factor, limited_by="scale") for layer in names(4)]
+def test_wrong_scale_comes_before_rank(factor):
+    records = [residual(layer, 16, kept=0.4, cosine=0.6, scale=factor, limited_by="scale") for layer in names(4)]
     step, *_ = advice(evidence(residuals(records)))
     assert step.rule == "scale"
-    assert_names(step.do, "lora_alpha", "lora", f"{factor:.3g}")
-    assert step.argv[-1] == "lora"
-    (result,) = findings(evidence(residuals(records)))
-    assert result.name == "Scale mismatch"
-    assert ("rsLoRA" in result.seen) == (factor == 4.0)  # √16
+    assert step.facts["factors"] == {"lora": pytest.approx(factor)}
+    assert step.command == "loradiag residual base full_ft lora"
+    assert ("rsLoRA" in step.because) == (factor == 4.0)  # √16
+    assert told(residuals(records)) == ["scale", "raise the rank"]
 
 
-def test_scale_without_direction_is_null():
-    records = [residual(layer, 16, kept=0.95, scale=0.3, cosine=0.2) for layer in names(4)]
-    assert seen(residuals(records)) == []
+@pytest.mark.parametrize(("scale", "cosine"), [(0.3, 0.2), (1.2, 0.9)])
+def test_scale_without_direction_or_near_one_is_kept(scale, cosine):
+    assert told(residuals([residual(layer, 16, kept=0.95, scale=scale, cosine=cosine) for layer in names(4)])) == []
 
 
-def test_adapter_is_judged_by_its_own_rank():
-    full = model(flat_to(12, 512))
-    short = residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])
-    wide = residuals([residual(layer, 16, kept=1.0) for layer in names(4)])
-    (step,) = advice(evidence(full, short))
-    assert step.params == 28 * 8 * 256
-    assert_names(step.do, "2 times", "lora")
-    assert told(full, wide) == ["sufficient rank"]
+def test_scale_of_half_of_matrices_decides():
+    for off, rules in ((14, ["scale"]), (13, [])):
+        records = [residual(n, 16, kept=0.95, scale=3.0 if i < off else 1.0) for i, n in enumerate(names(4))]
+        assert told(residuals(records)) == rules
 
 
-def test_advice_without_spectrum_suggests_measurement():
-    (step,) = advice(evidence(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)])))
-    assert_names(step.do, "rank", 4)
-    assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
-
-
-def test_non_limiting_rank_is_noted_in_advice():
-    full = model(flat_to(12, 512))
-    records = [residual(layer, 4, kept=1 / 3, limited_by="direction") for layer in names(4)]
-    (step,) = advice(evidence(full, residuals(records)))
-    assert_names(step.because, "28 matrices")
-
-
-def test_flat_projections_are_found_and_others_not():
-    flat = decay(512, 0.0)
-    assert "Flat spectra in projection layers" in seen(model(EASY, special={"o_proj": flat}))
-    assert "Flat spectra in projection layers" not in seen(model(EASY, special={"q_proj": flat}))
-    connector = spectra([*model(EASY).layers, spectrum("multi_modal_projector.linear_1.weight", flat)])
-    (result,) = [item for item in findings(evidence(connector)) if item.name.startswith("Flat")]
-    assert result.layers == ("multi_modal_projector.linear_1.weight",)
-    assert_names(result.seen, "90%")
-
-
-def test_gradients_out_of_reach():
-    inside = [overlap(layer, step, 0.3, 0.6) for layer in names(1) for step in (0, 100)]
-    assert seen(overlaps(inside)) == []
-    rejected_options = [overlap(names(1)[0], 100, 0.035, 0.25)]
-    (result,) = findings(evidence(overlaps([*inside[:-1], *rejected_options])))
-    assert result.layers == (names(1)[0],)
-    assert_names(result.seen, "0.25", "‖G‖", "0.25")
-    early = [overlap(names(1)[0], 0, 0.035, 0.25), overlap(names(1)[0], 100, 0.3, 0.6)]
-    assert seen(overlaps(early)) == []
-    unread = [overlap(names(1)[0], 100, 0.035, 0.25, verdict="floor-limited")]
-    assert seen(overlaps(unread)) == []
-    one_sided = [overlap(names(1)[0], 100, 0.035, 0.6)]
-    assert seen(overlaps(one_sided)) == []
+def test_every_adapter_of_one_step_is_named():
+    scaled = residuals([residual(n, 16, 0.95, scale=4.0, adapter=name) for name in "ab" for n in names(4)])
+    assert steps(scaled)["scale"].argv[-2:] == ("a", "b")
+    assert steps(scaled)["measure the loss"].facts["adapters"] == ("a", "b")
 
 
 @pytest.mark.parametrize("verdict", ["floor-limited", "unresolved"])
 @pytest.mark.parametrize("s", [EASY, FLAT, flat_to(40, 512)], ids=["easy", "flat", "forty"])
-def test_no_advice_at_rounding_floor(verdict, s):
-    results = model(s, verdict=verdict)
-    assert (told(results), seen(results)) == ([], [])
+def test_unresolved_files_support_no_other_rule(verdict, s):
+    step = steps(model(s, verdict=verdict))["unresolved files"]
+    assert (step.facts["unresolved"], step.facts["count"]) == (28, 28)
+    assert step.command == "loradiag recover base full_ft -o recovery.jsonl"
+    assert told(model(s, verdict=verdict)) == ["unresolved files"]
     records = [residual(layer, 8, kept=0.1, scale=0.3, verdict=verdict) for layer in names(4)]
-    assert (told(residuals(records)), seen(residuals(records))) == ([], [])
-    assert any("float32" in what for what, _ in evidence(results).missing())
+    assert told(residuals(records)) == ["unresolved files"]
 
 
-def test_less_than_half_resolved_has_no_advice():
+def test_half_resolved_decides():
     layers = names(4)
-    mixed = [spectrum(layer, EASY, "resolved" if i < 13 else "unresolved") for i, layer in enumerate(layers)]
-    assert told(spectra(mixed)) == []
+    for resolved, rules in ((13, ["unresolved files"]), (27, []), (28, ["sufficient rank"])):
+        mixed = [spectrum(n, EASY, "resolved" if i < resolved else "unresolved") for i, n in enumerate(layers)]
+        assert told(spectra(mixed)) == rules
+    mixed = [spectrum(n, FLAT, "resolved" if i < 15 else "unresolved") for i, n in enumerate(layers)]
+    assert steps(spectra(mixed))["raise the rank"].facts["count"] == 15
 
 
-def test_unresolved_layers_prevent_sufficiency():
-    layers = names(4)
-    mixed = [spectrum(layer, EASY, "resolved" if i < 27 else "unresolved") for i, layer in enumerate(layers)]
-    assert told(spectra(mixed)) == ["sweep"]
+def test_page_without_update_has_no_step():
+    factored = spectra([spectrum(layer, EASY, method="factored") for layer in names(2)])  # a rank is a setting
+    for results in (factored, spectra([]), model(np.zeros(64))):
+        assert advice(evidence(results)) == []
+    assert advice(Evidence(())) == []
 
 
-def test_adapter_rank_is_not_evidence():
-    records = [spectrum(layer, EASY, method="factored") for layer in names(2)]
-    assert (told(spectra(records)), seen(spectra(records))) == ([], [])
-
-
-def test_advice_without_measurement_is_empty():
-    empty = spectra([])
-    assert (told(empty), seen(empty)) == ([], [])
-    assert Evidence(()).missing()
-
-
-def test_zero_update_has_no_statement():
-    results = model(np.zeros(64))
-    assert (told(results), seen(results)) == ([], [])
+def test_distances_ask_for_loss():
+    step = steps(model(EASY))["measure the loss"]
+    assert step.command == "loradiag probe outputs base full_ft ADAPTER --eval HELD_OUT_TEXT -o outputs.jsonl"
+    step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))["measure the loss"]
+    assert step.argv[5] == "lora"
 
 
 def test_path_with_blanks_stays_one_argument():
-    path = "my 'models'/$(rm -rf)"
-    results = spectra(model(FLAT).layers, inputs=(("base", path), ("tuned", "t")))
-    (step,) = advice(evidence(results))
-    assert tuple(shlex.split(step.command)) == step.argv == ("loradiag", "plan", path, "--ranks", "64")
+    path = "my 'models'/$(rm -rf) {base}"
+    results = spectra(model(EASY).layers, inputs=(("base", path), ("tuned", "t")))
+    step = steps(results)["sufficient rank"]
+    assert tuple(shlex.split(step.command)) == step.argv == (
+        "loradiag", "extract", path, "t", "--rank", "4", "-o", "adapter/",
+    )  # fmt: skip
 
 
-def test_every_rule_states_version_and_source():
-    """All that the planted situations above bring out has a condition, a source and a command."""
-    heavy = vector("n", 1e3)
-    runs = [
-        (model(EASY),), (model(FLAT),), (model(flat_to(40, 512)),), (model(EASY, left_out=[heavy]),),
-        (model(decay(512, 0.75)),), (model(EASY, special={"2.self_attn.o": flat_to(30, 512)}),),
-        (residuals([residual(n, 16, kept=0.95, scale=3) for n in names(4)]),),
+def situations():
+    """Return runs in which each rule applies, several for those with more than one command."""
+    from tests.reports.test_loss_advice import outputs, sweep, truncation  # which import this file
+
+    short = residuals([residual(n, 16, kept=0.4, cosine=0.6, scale=3) for n in names(4)])
+    settled = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
+    return [
+        (model(EASY),), (model(flat_to(40, 512)),), (short,), (model(EASY, verdict="unresolved"),),
         (residuals([residual(n, 8 if n in names(4, TYPES) else 0, kept=0.95) for n in names(4, TYPES + MLP)]),),
+        (outputs({"a": 0.0, "b c": 0.3}),), (outputs({"a": 0.3}),), (outputs({"a": 0.09}, error=0.05),),
+        (outputs({"a": 0.1}, base=0.5),), (settled,), (model(EASY), settled), (sweep({4: 1.5, 8: 1.2, 16: 1.1}),),
+        (sweep({4: 1.50, 8: 1.51}, spread=0.04),), (sweep({4: 2.1, 8: 2.2}),),
+        (sweep({4: 1.1, 8: 1.099, 16: 1.098}, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4}),),
+        (truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99}),),
     ]  # fmt: skip
-    steps = [step for results in runs for step in advice(evidence(*results))]
-    result = [item for results in runs for item in findings(evidence(*results))]
-    assert len({step.rule for step in steps}) >= 7
-    assert all(step.condition and step.source and step.command.startswith("loradiag ") for step in steps)
-    assert all(item.condition and item.source and item.means for item in result)
+
+
+@pytest.mark.slow
+def test_every_rule_has_parsable_command_and_page_in_docs():
+    """The program itself parses every command."""
+    found = [step for results in situations() for step in advice(evidence(*results))]
+    assert {step.rule for step in found} == {rule.name for rule in RULES}
+    for step in found:
+        command, words = typer.main.get_command(application()), list(step.argv[1:])
+        context = click.Context(command, info_name="loradiag")
+        while hasattr(command, "resolve_command"):
+            name, command, words = command.resolve_command(context, words)
+        params = command.make_context(name, words, parent=context).params
+        for key in ("rank", "ranks"):
+            if f"--{key}" in step.argv and not isinstance(step.facts.get(key), str):
+                given = [int(part) for part in str(params[key]).split(",")]
+                assert given == [step.facts.get("rank")] or set(step.facts.get("ranks", (0,))) <= set(given)
     page = (ROOT / "docs" / "reference" / "report.md").read_text()
-    assert len(STEPS) + len(RULES) == 12
-    for name in {step.rule for step in steps} | {item.name for item in result}:
-        assert name in page, f"docs/reference/report.md does not explain {name!r}"
+    assert [rule.name for rule in RULES if f"| `{rule.name}` |" not in page] == []
+
+
+def test_rule_excluded_by_later_one_would_never_be():
+    for place, rule in enumerate(RULES):
+        assert set(rule.unless) <= {earlier.name for earlier in RULES[:place]}, rule.name
 
 
 @pytest.mark.slow
@@ -340,56 +281,15 @@ def test_advice_is_independent_of_layer_order(order):
     assert [set(step.layers) for step in first] == [set(step.layers) for step in second]
 
 
-def test_advice_names_all_adapters_of_one_step():
-    layers = names(4)
-    same = residuals([residual(n, 4, 0.3, adapter=name) for name in "abcd" for n in layers])
-    (step,) = advice(evidence(model(flat_to(12, 512)), same))
-    assert_names(step.because, "rank 4", "a, b, c and d", 28, "28 matrices")
-    scaled = residuals([residual(n, 16, 0.95, scale=4.0, adapter=name) for name in "ab" for n in layers])
-    (step,) = [each for each in advice(evidence(scaled)) if each.rule == "scale"]
-    assert (step.adapters, step.argv[-2:]) == (("a", "b"), ("a", "b"))
-
-
-def test_advice_ignores_adapters_replaced_by_larger():
-    full, layers = model(flat_to(12, 512)), names(4)
-    small = [residual(n, 4, 0.3, adapter="small") for n in layers]
-    large = [residual(n, 16, 1.0, adapter="large") for n in layers]
-    assert told(full, residuals(small)) == ["raise rank everywhere"]
-    assert told(full, residuals([*small, *large])) == told(full, residuals(large)) == ["sufficient rank"]
-    # Two halves are one whole: what one adapter leaves alone another adapts.
-    halves = [residual(n, 8 if ("mlp" in n) == (name == "mlp") else 0, 0.95, adapter=name)
-              for name in ("mlp", "attention") for n in layers]  # fmt: skip
-    assert "widen placement" not in told(residuals(halves))
-    assert "widen placement" in told(residuals(halves[:28]))
-
-
 def test_advice_names_each_fine_tune_once():
     one = model(flat_to(40, 512))
     other = spectra(one.layers, inputs=(("base", "base"), ("tuned", "other")))
     runs = Evidence((Source("one.jsonl", one), Source("other.jsonl", other)))
-    assert [(step.about, step.argv[2]) for step in advice(runs)] == [
-        (("full_ft",), "one.jsonl"),
-        (("other",), "other.jsonl"),
-    ]
+    raised = [step for step in advice(runs) if step.rule == "raise the rank"]
+    assert [(step.about, step.argv[2]) for step in raised] == [(("full_ft",), "one.jsonl"), (("other",), "other.jsonl")]
     flat = [Evidence(tuple(Source("s.jsonl", spectra(model(FLAT).layers, inputs=(("base", "b"), ("tuned", name))))
                            for name in group)) for group in (["x"], ["x", "y"])]  # fmt: skip
-    assert advice(flat[0]) == advice(flat[1])  # the same step for both, once
-
-
-def test_advice_spends_budget_of_allocation():
-    full = model(flat_to(40, 512))
-    plan = lora_diag.allocate(full, params=50_000, exclude="o_proj")
-    assert told(full) == ["raise rank everywhere"]
-    (step,) = advice(evidence(full, plan))
-    assert step.rule == "take the allocation"
-    assert step.params == plan.whole[0].params <= 50_000
-    words = "loradiag allocate spectrum.jsonl --params 50000 --exclude o_proj -o adapter_config.json"
-    assert step.command == words
-    from tests.reports.test_advice_probes import sensitivity  # which imports this file
-
-    gains = sensitivity([0.5, 0.4, 0.3, *[0.0] * 7])
-    (place,) = [each for each in advice(evidence(full, plan, gains)) if each.rule == "place by gain"]
-    assert place.params == step.params
+    assert [step for step in advice(flat[1]) if step.rule == "raise the rank"] == advice(flat[0])[:1]  # for both, once
 
 
 def test_unfinished_run_is_announced_first_and_supports_no_step():
@@ -403,10 +303,3 @@ def test_unfinished_run_is_announced_first_and_supports_no_step():
     page = html_report(runs)
     assert page.index("Unfinished.") < page.index('class="answers"')
     assert subject_of(evidence(model())).unfinished == ()
-
-
-def test_many_adapters_are_shortened_and_counted():
-    records = [residual(n, 4, 0.3, adapter=f"a{i}") for i in range(12) for n in names(1)]
-    told = subject_of(evidence(residuals(records)))
-    assert told.silent == 12 - MAX_ADAPTERS
-    assert_names(markdown_report(evidence(residuals(records))), "4 more", "adapters")

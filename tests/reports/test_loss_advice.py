@@ -13,12 +13,10 @@ from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
 from lora_diag.rendering.losses import gap_half
 from lora_diag.rendering.statements import find
-from lora_diag.reports.advice import advice
-from lora_diag.reports.worth import contests
 from tests import oracles
 from tests.messages import assert_names
-from tests.reports.making import flat_to
-from tests.reports.test_advice import evidence, model, told
+from tests.reports.making import flat_to, names, residual, residuals
+from tests.reports.test_advice import EASY, evidence, model, steps, told
 
 
 def probe(kind, subject, loss, *, name="own", shifted=False, **more):
@@ -83,7 +81,7 @@ def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
 
 
 def words(*results):
-    return {contest.name: contest.outcome for contest in contests(evidence(*results))}
+    return {contest.name: contest.outcome for contest in evidence(*results).contests}
 
 
 def test_contest_as_good_keeps_90_percent_within_errors():
@@ -103,9 +101,11 @@ def test_finetune_worse_than_base_is_no_standard_for_adapters():
     own, two = outputs({"a": 0.05}).whole, outputs({"a": 0.3}, base=0.75, sets=("two",)).whole
     results = run("probe outputs", (*own, *two))
     assert words(results) == {"a": "as good"}
+    assert told(results) == ["keep the adapter"]
     worse = run("probe outputs", two)
     assert words(worse) == {}
-    assert told(worse) == ["fine-tune worse than BASE"]
+    assert told(worse) == told(model(flat_to(40, 512)), worse) == ["fine-tune worse than BASE"]
+    assert steps(worse)["fine-tune worse than BASE"].facts["set"] == "two"
 
 
 def measured(moves, sequences, seed=3):
@@ -153,12 +153,14 @@ def test_few_sequences_need_more_than_two_errors(sequences):
 
 def test_equal_adapter_ends_advice():
     flat = model(flat_to(40, 512))
-    assert told(flat) == ["raise rank everywhere"]
-    (step,) = advice(evidence(flat, outputs({"runs/a": 0.3, "runs/b": -0.02})))
-    assert step.rule == "keep the adapter"
-    assert_names(step.do, "runs/b")
-    assert_names(step.because, "-0.0200 ± 0.010 nats", "own", "102%")
-    assert step.command == "loradiag gate --policy adapter-basic --base 'my base' --adapter runs/b"
+    assert told(flat) == ["raise the rank"]
+    runs = flat, outputs({"runs/a": 0.3, "runs/b": -0.02, "runs/c": 0.01})
+    assert told(*runs) == ["keep the adapter"]
+    step = steps(*runs)["keep the adapter"]
+    assert step.facts["adapter"] == "runs/b"
+    assert_names(step.because, "-0.0200", "own", "102%", "runs/c")
+    assert step.command == "loradiag gate --policy adapter-basic --base base --adapter runs/b"
+    assert "measure the loss" not in steps(*runs)
 
 
 def rivals(seed=0, apart=0.1, sequences=20, sets=("own",)):
@@ -207,104 +209,143 @@ def test_equal_adapters_false_positive_rate_below_5_percent():
     assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
-def test_gap_is_stated_before_weights():
-    steps = advice(evidence(model(flat_to(40, 512)), outputs({"a": 0.3, "b": 0.2})))
-    assert [step.rule for step in steps] == ["close the gap", "raise rank everywhere"]
-    assert_names(steps[0].do, "+0.2000 ± 0.010 nats", "r=4", "r=8", "r=16")
-    assert_names(steps[0].because, "best of 2")
-    command = "loradiag probe sweep base --data TRAIN_TEXT --eval HELD_OUT_TEXT --ranks 4,8,16 -o sweep.jsonl"
-    assert steps[0].command == command
-    (more,) = advice(evidence(outputs({"a b": 0.09}, error=0.05)))
-    assert more.rule == "measure more"
-    assert more.command == "loradiag probe outputs 'my base' full_ft 'a b' --eval MORE_TEXT -o outputs-2.jsonl"
+def test_worse_adapter_is_not_shipped():
+    trained = residuals([residual(n, 8, kept=0.3, adapter="b") for n in names(4)], ("b",))
+    runs = model(flat_to(40, 512)), trained, outputs({"a": 0.3, "b": 0.2})
+    assert told(*runs) == ["close the gap", "raise the rank"]
+    step = steps(*runs)["close the gap"]
+    assert (step.facts["adapter"], step.facts["ranks"], step.facts["count"]) == ("b", (16, 32, 64), 2)  # r=8 lost
+    command = "loradiag probe sweep base --data TRAIN_TEXT --eval own.txt --ranks 16,32,64 -o sweep.jsonl"
+    assert step.command == command
+    assert "measure the loss" not in steps(*runs)
 
 
-def test_sweep_names_rank_and_rate_instead_of_weights():
+def test_undecided_adapter_needs_more_text():
+    assert told(outputs({"a b": 0.09, "c": 0.4}, error=0.05)) == []  # nor is there a gap to close
+    step = steps(outputs({"a b": 0.09, "c": 0.4}, error=0.05))["measure the loss"]
+    assert step.facts["adapters"] == ("a b",)
+    assert step.command == "loradiag probe outputs 'my base' full_ft 'a b' --eval MORE_TEXT -o outputs-2.jsonl"
+
+
+def test_rank_is_not_raised_where_higher_rank_lost():
+    full = model(flat_to(40, 512))
+    records, *_ = rivals()  # c is shown to be worse than b
+    for rank, raised in ((16, False), (2, True)):
+        ranks = {"a": 4, "b": 4, "c": rank}
+        trained = residuals(
+            [residual(n, r, 0.3, cosine=0.2, adapter=name) for name, r in ranks.items() for n in names(4)]
+        )
+        assert ("raise the rank" in told(full, trained, run("probe outputs", records))) == raised
+
+
+def test_settled_sweep_gives_rank_rate_and_configuration():
     steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
-    steps = advice(evidence(model(flat_to(40, 512)), steep))
-    assert [step.rule for step in steps] == ["sweep: gradual decline"]
-    assert_names(steps[0].do, "r=16", "learning rate 0.001")
-    assert_names(steps[0].because, 4, 8, 16, 64, "98%")
-    assert_names(steps[0].because, "r=8", "11%", "r=64")
-    assert steps[0].command == "loradiag plan 'my base' --ranks 16"
-    (last,) = advice(evidence(sweep({4: 1.5, 8: 1.2, 16: 1.1})))
-    assert_names(last.do, "r=16", "learning rate 0.001", "r=32", "r=64")
-    assert last.ranks == (4, 8, 16, 32, 64)
-    (fast,) = advice(evidence(sweep({4: 1.1, 8: 1.099, 16: 1.098})))
-    assert fast.rule == "sweep: fast saturation"
-    assert_names(fast.do, "r=4", "learning rate 0.001")
+    step = steps(steep)["sweep"]
+    assert (step.facts["rank"], step.facts["lr"], step.facts["outcome"]) == (16, 1e-3, "gradual decline")
+    assert step.command == "loradiag plan 'my base' --ranks 16"
+    assert told(model(flat_to(40, 512)), steep) == ["sweep"]  # no rank by weights
+    step = steps(model(flat_to(40, 512)), steep)["sweep"]
+    assert step.facts["params"] == 28 * 16 * 1024
+    words = f"--params {step.facts['params']} --sweep 'probe sweep.jsonl' -o adapter_config.json"
+    assert step.command == f"loradiag allocate spectrum.jsonl {words}"
+    assert steps(sweep({4: 1.1, 8: 1.099, 16: 1.098}))["sweep"].facts["rank"] == 4
 
 
-def test_sweep_without_rank_uses_weights():
-    steps = advice(evidence(model(flat_to(40, 512)), sweep({4: 2.1, 8: 2.2})))
-    assert [step.rule for step in steps] == ["sweep: no gain", "raise rank everywhere"]
-    sweeps = "loradiag probe sweep 'my base' --data DATA --eval own.txt"
-    assert steps[0].command == f"{sweeps} --lr 1e-05,0.0001,0.00033 --ranks 4,8 -o sweep-2.jsonl"  # all below 0.001
+def test_open_sweep_is_extended():
+    repeated = "loradiag probe sweep 'my base' --data TRAIN_TEXT --eval own.txt"
+    last = steps(sweep({4: 1.5, 8: 1.2, 16: 1.1}))["sweep"]
+    assert last.facts["higher"] == (32, 64)
+    assert last.command == f"{repeated} --ranks 4,8,16,32,64 --repeats 2 --resume -o 'probe sweep.jsonl'"
     noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
-    steps = advice(evidence(model(flat_to(40, 512)), noisy))
-    assert [step.rule for step in steps] == ["sweep: not resolved", "raise rank everywhere"]
     (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
-    assert_names(steps[0].do, "r=4", "learning rate 0.001", f"{verdict.more_seeds} seeds")
-    assert f"{math.floor(100 * verdict.confidence)}% confidence" in steps[0].because
-    # The command adds seeds to the file that is there.
-    command = "loradiag probe sweep 'my base' --data DATA --eval own.txt --ranks 4,8 --seed 0 --gain-tolerance 0.02"
-    assert steps[0].command == f"{command} --repeats {verdict.more_seeds} --resume -o 'probe sweep.jsonl'"
-    assert verdict.more_seeds > 2
+    step = steps(noisy)["sweep"]
+    assert step.facts["seeds"] == verdict.more_seeds > 2
+    assert f"--repeats {verdict.more_seeds} --resume" in step.command
+    assert f"{math.floor(100 * verdict.confidence)}% confidence" in step.because
+    worse = steps(sweep({4: 2.1, 8: 2.2}))["sweep"]
+    assert worse.facts["rates"] == (1e-5, 1e-4, 3.3e-4)  # all below 0.001
+    assert worse.command == f"{repeated} --ranks 4,8 --lr 1e-05,0.0001,0.00033 -o sweep-2.jsonl"
 
 
-def test_shifted_set_is_judged_separately():
-    losses = {4: 1.1, 8: 1.099, 16: 1.098}
-    worse = advice(evidence(sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})))
-    assert [step.rule for step in worse] == ["sweep: fast saturation", "shifted set"]
-    assert "Least at r=4, by 0.2 nats" in worse[1].because
-    assert "--data MIXED_TEXT --eval own.txt --ranks 4,8,16" in worse[1].command
-    more = advice(evidence(sweep(losses, own=2.0, shifted={4: 1.5, 8: 1.3, 16: 1.1})))
-    assert_names(more[1].do, "r=16", "other", "r=4", "own")
-    assert more[1].command == "loradiag plan 'my base' --ranks 4,16"
-    assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep: fast saturation"]
-    repeated = sweep({4: 2.1, 8: 2.2}, own=2.0, shifted={4: 2.1, 8: 2.2})
+def test_extended_sweep_repeats_options_of_first():
+    first = sweep({4: 1.50, 8: 1.51}, spread=0.04)
+    settings = {"seed": 7, "steps": 9, "tolerance": 0.05, "targets": ["q_proj"], "bitfit": True, "rates": [1e-3, 1e-2]}
+    settings |= {"full_rates": [1e-5], "kind": "DoRA"}
     other = RunInput(role="shifted", path="other.txt", kind="", tensors=1)
-    repeated = replace(repeated, run=repeated.run.model_copy(update={"inputs": (*repeated.run.inputs, other)}))
-    assert "--data DATA --eval own.txt --shifted other.txt" in advice(evidence(repeated))[0].command
+    first = replace(
+        first, run=first.run.model_copy(update={"inputs": (*first.run.inputs, other), "settings": settings})
+    )
+    first = replace(first, whole=tuple(r.model_copy(update={"seed": 7 + r.seed}) for r in first.whole))
+    words = steps(first)["sweep"].argv
+    given = {words[i]: words[i + 1] for i in range(3, len(words) - 1) if words[i].startswith("-")}
+    assert given["--shifted"] == "other.txt"
+    assert (given["--seed"], given["--steps"], given["--gain-tolerance"]) == ("7", "9", "0.05")
+    assert (given["--target-modules"], given["--lr"]) == ("q_proj", "0.001,0.01")
+    assert {"--bitfit", "--full", "--dora"} <= {*words}
+    assert "--rslora" not in words
 
 
-def test_truncation_names_lossless_rank():
-    (step,) = advice(evidence(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99})))
-    assert step.rule == "compress"
-    assert_names(step.do, "r=16")
-    assert_names(step.because, "93%", "own", "+0.0700 ± 0.010", "C(16) = 0.47")
+def test_forgetting_on_shifted_set_is_named():
+    losses = {4: 1.1, 8: 1.099, 16: 1.098}
+    runs = sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})
+    assert told(runs) == ["forgetting", "sweep"]
+    step = steps(runs)["forgetting"]
+    assert (step.facts["model"], step.facts["rise"]) == ("r=4", pytest.approx(0.2))
+    assert "--data MIXED_TEXT --eval own.txt --shifted SHIFTED_TEXT --ranks 4,8,16" in step.command
+    assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep"]
+    assert told(sweep({4: 2.1, 8: 2.2}, own=1.0, shifted={4: 1.2, 8: 1.3})) == ["sweep"]  # no gain anywhere
+    tuned = outputs({"a": 0.0}).whole + outputs({"a": 0.0}, base=0.75, sets=(), shifted=("far",)).whole
+    step = steps(run("probe outputs", tuned))["forgetting"]
+    assert (step.facts["model"], step.facts["rise"]) == ("full_ft", pytest.approx(0.25))
+
+
+@pytest.mark.parametrize(("move", "forgets"), [(0.1, True), (0.002, False), (-0.1, False)])
+def test_adapter_forgets_only_beyond_its_error(move, forgets):
+    records, _, nll = measured({"tuned": -0.1, "adapter": move}, 36)
+    shifted = run("probe outputs", [r.model_copy(update={"shifted": True, "set": "far"}) for r in records])
+    found = steps(run("probe outputs", (*records, *shifted.whole))).get("forgetting")
+    rise = (nll["adapter"] - nll["base"]).sum() / np.sum(records[0].predictions)
+    assert ((found is not None), rise > 0) == (forgets, move > 0)
+    if found:
+        assert (found.facts["model"], found.facts["rise"]) == ("runs/a", pytest.approx(rise))
+
+
+def test_truncation_names_rank_that_keeps_gain():
+    step = steps(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99}))["sufficient rank"]
+    assert step.facts["rank"] == 16
+    assert_names(step.because, "93%", "20%")
     assert step.command == "loradiag extract 'my base' full_ft --rank 16 --unfactored save -o adapter/"
-    (bare,) = advice(evidence(truncation({4: 0.95}, rest="base")))
-    assert "--rest" not in bare.command
+    # Where norms, biases, embeddings and head bring nothing, or are those of BASE, they need not be saved.
+    for runs in (truncation({0: 0.0, 4: 0.95}), truncation({4: 0.95}, rest="base")):
+        assert "--unfactored" not in steps(runs)["sufficient rank"].argv
+    assert told(model(flat_to(40, 512)), truncation({4: 0.95})) == ["sufficient rank"]  # its loss decides, not energy
 
 
 def test_loss_advice_without_evidence_is_empty():
     assert told(truncation({4: 0.5})) == []
     assert told(truncation({4: 0.99}, gain_error=0.9)) == []  # the fine-tune's own gain is noise
-    assert told(truncation({4: 0.99}, layers="mlp")) == []
+    assert told(truncation({4: 0.99}, layers="mlp")) == []  # a selection
     assert told(sweep({4: 1.5})) == []
     assert told(run("probe outputs", [])) == []
+    # A rank whose truncation loses gain is not taken for its energy.
+    assert steps(model(EASY))["sufficient rank"].facts["rank"] == 4
+    assert steps(model(EASY), truncation({4: 0.5}))["sufficient rank"].facts["rank"] == 8
 
 
-def test_shipped_rank_is_judged_on_worst_set():
-    (step,) = advice(evidence(truncation({0: 0.95, 4: 0.96})))
-    assert_names(step.do, "r=4")
+def test_sufficient_rank_is_judged_on_worst_set():
     runs = truncation({4: 0.99}), truncation({4: 0.93})
     two = [
         record.model_copy(update={"set": name}) for name, one in zip("ab", runs, strict=True) for record in one.whole
     ]
-    (step,) = advice(evidence(run("probe truncation", two, rest="base")))
-    assert_names(step.because, "93%", "gain on b")
+    assert_names(steps(run("probe truncation", two, rest="base"))["sufficient rank"].because, "93%")
+    lost = [r.model_copy(update={"kept": 0.5}) if (r.set, r.rank) == ("b", 4) else r for r in two]
+    assert told(run("probe truncation", lost, rest="base")) == []
     # A rank that was measured on one set only says nothing of the other.
     more = [record for record in truncation({2: 0.97}).whole if record.rank == 2]
-    (step,) = advice(evidence(run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base")))
-    assert_names(step.do, "r=4")
-    # Where norms, biases, embeddings and head bring nothing, they need not be saved.
-    (step,) = advice(evidence(truncation({0: 0.0, 4: 0.95})))
-    assert "--rest" not in step.command
+    step = steps(run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base"))
+    assert step["sufficient rank"].facts["rank"] == 4
 
 
-def test_text_and_shifts_are_omitted_under_another_main_answer():
-    assert told(outputs({"a": (0.09, 0.09), "b": (0.0, 0.0)}, error=0.04, sets=("own", "two"))) == ["keep the adapter"]
-    no_gain = sweep({4: 2.1, 8: 2.2}, own=1.0, shifted={4: 1.2, 8: 1.3})
-    assert told(no_gain) == ["sweep: no gain"]
+def test_undecided_adapter_is_ignored_next_to_equal_one():
+    runs = outputs({"a": (0.09, 0.09), "b": (0.0, 0.0)}, error=0.04, sets=("own", "two"))
+    assert list(steps(runs)) == ["keep the adapter"]

@@ -94,12 +94,6 @@ def test_losses_come_first_in_any_mix(mix, also):
         assert f"Figure of {mix[0]}" in page
 
 
-def test_page_without_losses_names_commands_that_measure_them():
-    (command,) = [how for what, how in evidence(*small()).missing() if what == NO_LOSS]
-    assert command.startswith("loradiag probe outputs ")
-    assert command in markdown_report(evidence(*small()))
-
-
 def test_first_statement_compares_adapter_with_error():
     assert_names(
         " ".join(Elements(html_report(evidence(outputs()))).words),

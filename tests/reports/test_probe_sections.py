@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from lora_diag.reports.answers import losses
+from lora_diag.reports.answers import answers
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.sections import sections_of
@@ -154,7 +154,7 @@ def test_all_runs_diverged_is_stated(command):
 @pytest.mark.parametrize("command", [*MORE, "probe outputs", "probe sweep", "probe truncation"])
 def test_answers_of_two_probe_runs_name_their_run(command):
     one = probed(command) if command in MORE else KINDS[command.removeprefix("probe ")]()
-    alone, both = list(losses(evidence(one))), list(losses(evidence(one, one)))
+    alone, both = answers(evidence(one)), answers(evidence(one, one))
     assert alone
     titles = [section.title for section in sections_of(evidence(one, one))]
     assert [answer.more[-1] for answer in both] == [title for title in titles for _ in alone]

@@ -13,6 +13,11 @@ FEATURE = Feature(
         ".recorder:GradientRecorder",
     ),
     table=".table:overlap_table",
+    statements=".summary:lines",
+    questions=(
+        ("inside", "Do the gradients stay in the subspaces?"),
+        ("reach", "Do the gradients stay in the subspaces?"),
+    ),
     figures=(
         Figure(
             "overlap",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapter, trend
+from lora_diag.diagnostics.overlap.tracks import Track, near, reference_is_adapter, tracks, trend
 from lora_diag.metrics.overlap import NEAR_RANDOM
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
@@ -23,13 +23,14 @@ _LIMIT = f"below {NEAR_RANDOM:g}× random or halfway to 1"
 MIN_REACH = 0.1
 
 
-def lines(results: Results[Overlap], shown: Sequence[Track]) -> list[Statement]:
+def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> list[Statement]:
     """Return the summary.
 
     Args:
         results: The results.
-        shown: Its layers at the rank of the table.
+        shown: Its layers at the rank of the table; default: at the default rank.
     """
+    shown = tracks(results) if shown is None else shown
     sentences = [compared(results, *_describe_measured(results))]
     relevant = [track for track in _select_relevant(shown) if track.known]
     if relevant:

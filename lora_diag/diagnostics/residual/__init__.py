@@ -10,6 +10,13 @@ FEATURE = Feature(
     functions=(".run:residual",),
     statements=".summary:residual_lines",
     grids=".summary:residual_grids",
+    questions=(
+        ("low_rank", "Is the update low-rank?"),
+        ("resolved", "Do the files resolve the update?"),
+        ("limited_by", "What limits the adapter?"),
+        ("distance", "What limits the adapter?"),
+        ("interpretation", "What limits the adapter?"),
+    ),
     figures=(
         Figure(
             "residual",

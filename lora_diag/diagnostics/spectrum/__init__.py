@@ -10,6 +10,14 @@ FEATURE = Feature(
     records=(".record:Spectrum",),
     functions=(".run:spectrum",),
     table=".table:spectrum_table",
+    statements=".summary:summary_lines",
+    questions=(
+        ("low_rank", "Is the update low-rank?"),
+        ("rank_used", "Is the update low-rank?"),
+        ("rank_at_90", "Is the update low-rank?"),
+        ("resolved", "Do the files resolve the update?"),
+        ("moved", "How far did the weights move?"),
+    ),
     figures=(
         Figure(
             "energy",

@@ -194,7 +194,8 @@ def _find_forgetting(evidence: Evidence) -> Facts | None:
     """Find a shifted set on which a trained model is significantly worse than BASE."""
     for source, records in evidence.losses("outputs", "truncation"):
         for base in (r for r in records if r.subject == "base" and r.shifted and r.layer is None):
-            rises = {source.paths("tuned")[0]: -(base.gap or 0.0)} if is_tuned_worse(base) else {}
+            tuned = next(iter(source.paths("tuned")), "TUNED")
+            rises = {tuned: -(base.gap or 0.0)} if is_tuned_worse(base) else {}
             for record in (r for r in records if r.subject == "adapter" and r.set == base.set):
                 rise, half = compare_with_base(record, base)
                 rises |= {record.name: rise} if half is not None and rise > half else {}

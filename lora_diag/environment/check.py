@@ -208,9 +208,9 @@ def _check_disk() -> Iterator[Statement]:
 
 def _check_cache() -> Statement:
     """Check the folder into which the Hub's library downloads models."""
-    home = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     folder = Path(
-        home or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+        cache or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     ).expanduser()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(existing, os.W_OK):

@@ -68,8 +68,8 @@ def _posterior_shares(weights: list[float], parts: list[Moments]) -> tuple[Tenso
 def _make_flat(points: int, rho: float) -> Shape:
     """Return evenly spaced points of variance ρ, each spread by a variance of 1 − ρ."""
     offsets = [2 * k + 1 - points for k in range(points)]
-    unit = math.sqrt(rho / (sum(place**2 for place in offsets) / points))
-    return Shape(tuple((1 / points, place * unit, math.sqrt(1 - rho)) for place in offsets))
+    unit = math.sqrt(rho / (sum(offset**2 for offset in offsets) / points))
+    return Shape(tuple((1 / points, offset * unit, math.sqrt(1 - rho)) for offset in offsets))
 
 
 def _make_heavy(sigma: float) -> Shape:
@@ -129,7 +129,7 @@ def _sum_scores(cells: Source, shape: Shape, deviation: float, fast: bool = True
 
 
 def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
-    """Return the scale of the largest likelihood, by steps of the score over its own variance."""
+    """Return the scale of the largest likelihood, by steps of the score over its own variance, and the sums there."""
     sums = _sum_scores(cells, shape, deviation)
     for _ in range(STEPS):
         step = max(-0.3, min(0.3, sums.score / max(sums.squares, 1e-9)))

@@ -129,7 +129,7 @@ class ProbeRun:
         self,
         inputs: Iterable[RunInput],
         settings: dict[str, Any],
-        measured: Callable[[RunRecords[Any]], Iterable[LeftOut]],
+        measure_missing: Callable[[RunRecords[Any]], Iterable[LeftOut]],
         extendable: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
         """Measure the records missing from an interrupted run; nothing if it was finished.
@@ -137,7 +137,7 @@ class ProbeRun:
         Args:
             inputs: For the run record.
             settings: The probe's own settings, for the run record.
-            measured: Measures what is not yet in ``kept``, puts every record there, and returns the skipped tensors.
+            measure_missing: Measures what is not yet in ``kept``, puts it there, and returns the skipped tensors.
             extendable: Settings that may be extended when the run is resumed, as in ``ResultsWriter``.
 
         Returns:
@@ -162,7 +162,7 @@ class ProbeRun:
         )
         with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], extendable) as writer:
             kept = RunRecords(writer, self.watch)
-            return kept.end(measured(kept)) if kept.finished is None else kept.finished
+            return kept.end(measure_missing(kept)) if kept.finished is None else kept.finished
 
 
 def check_files(models: Sequence[Path | str], evaluate: Sequence[Path | str], *others: Path | str) -> None:

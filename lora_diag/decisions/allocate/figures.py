@@ -72,7 +72,7 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the ranks of the layers, and below the energy of each allocation over its cost."""
+    """Draw the ranks of the layers, and below the energy of each allocation over its cost."""
     types = Types(record.layer for run in series for record in run.records)
     certificates = [item for run in series for item in run.whole if isinstance(item, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.

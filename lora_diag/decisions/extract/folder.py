@@ -122,7 +122,9 @@ class OutputFolder:
         return self.work / FACTORS / f"{index:06d}.safetensors"
 
     def open(self) -> None:
-        """Create the folder next to the target, if it does not exist yet.
+        """Create the folder next to the target, or keep the one to resume: a target that is not complete is moved back.
+
+        A folder there that is not resumed is deleted first.
 
         Raises:
             UsageError: Another process is writing the folder.

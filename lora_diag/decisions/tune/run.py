@@ -110,12 +110,12 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             _extend(folder, plan)
         arguments["output"] = folder / RECORDS
 
-        def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+        def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
             Tuner(base, folder, run, target, plan, kept, workers).run()
             return []
 
-        results = run.over(run.inputs(stored), record.settings, measured)
+        results = run.over(run.inputs(stored), record.settings, measure_missing)
     write_report(folder)
     return results
 

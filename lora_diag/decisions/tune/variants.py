@@ -108,9 +108,9 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
     """
     ranks = {}
     for path in paths:
-        keys = (rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
+        matching_ranks = (rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
         is_target = any(path == name or path.endswith(f".{name}") for name in config["target_modules"])
-        ranks[path] = next(keys, config["r"]) if is_target else 0
+        ranks[path] = next(matching_ranks, config["r"]) if is_target else 0
     return ranks
 
 

@@ -145,7 +145,7 @@ def fleet(
     device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
     return run.over(
         members,
-        _measure_here if run.options["engine"] is None else _on_a_worker,
+        _measure_here if run.options["engine"] is None else _measure_on_worker,
         lambda _, settings: SIZE,
         FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
         lambda _, __, ___: (),
@@ -165,7 +165,7 @@ def fleet(
     )
 
 
-def _on_a_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     for seen in (member.seen, settings.base):
         if seen is not None:
             seen.check()
@@ -181,12 +181,15 @@ def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | Left
             kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.stated_alpha)
         elif base is None:
             inside = path.is_dir() and any(map(is_adapter, path.iterdir()))
-            pattern = f"quote the pattern '{path}/**' for the adapters in it"
-            fix = pattern if inside else "give its base with --base if it is a checkpoint"
+            fix = (
+                f"quote the pattern '{path}/**' for the adapters in it"
+                if inside
+                else "give its base with --base if it is a checkpoint"
+            )
             raise InputError(f"{path}: is not an adapter; {fix}")
         else:
-            side = compare(base, path, settings.layers, settings.exclude, stated_alpha=settings.stated_alpha)
-            kind, deltas = side.inputs[-1].kind, side.pairing.deltas
+            comparison = compare(base, path, settings.layers, settings.exclude, stated_alpha=settings.stated_alpha)
+            kind, deltas = comparison.inputs[-1].kind, comparison.pairing.deltas
         matrices = (delta for delta in deltas if delta.is_matrix)
         return (measure(member.layer, kind, matrices, settings.device),)
     except LoradiagError as error:

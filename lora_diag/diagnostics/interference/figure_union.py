@@ -57,7 +57,7 @@ def shared(records: Iterable[Union]) -> tuple[Union, ...]:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the ranks of the layers, with the additive fraction below, once per run."""
+    """Draw the ranks of the layers, with the additive fraction below, once per run."""
     shown = [(item, shared(item.records)) for item in series]
     shown = [(item, records) for item, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)

@@ -65,7 +65,7 @@ def ranks_of(records: Iterable[Interference]) -> list[int]:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the angles of the column spaces and of the row spaces, one panel each."""
+    """Draw the angles of the column spaces and of the row spaces, one panel each."""
     pairs = by_pair(series)
     all_records = [record for item in pairs for record in item.records]
     rank = chosen_rank(all_records, options.rank)

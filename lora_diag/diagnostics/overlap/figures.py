@@ -106,7 +106,7 @@ def chosen_rank(records: Sequence[Overlap], rank: int | None) -> int:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return κ and tangent by module type, one panel each."""
+    """Draw κ and tangent by module type, one panel each."""
     all_records = [record for item in series for record in item.records]
     rank = chosen_rank(all_records, options.rank)
     shown = [Series(item.label, tuple(r for r in item.records if r.rank == rank)) for item in series]

@@ -86,7 +86,7 @@ def pooled_epsilon(records: Sequence[Portability]) -> float | None:
 
 
 def failed(results: Results[Portability]) -> list[Name]:
-    """Return the required consumers that do not apply the intended ΔW, as far as known."""
+    """Return the required consumers that do not apply the intended ΔW in every weight, or of which it is not known."""
     required = set(results.run.settings.get("require") or ())
     return [
         name

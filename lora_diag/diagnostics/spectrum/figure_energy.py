@@ -62,7 +62,7 @@ def energy(
 
 
 def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
-    """Return C(r) by module type, one panel each."""
+    """Draw C(r) by module type, one panel each."""
     change = changes_of(record for item in series for record in item.records)
     total = "Σσ²" if " and " in change else f"‖{change}‖_F²"
     return small_multiples(

@@ -60,7 +60,7 @@ def spectrum(
 
 
 def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
-    """Return σ_i by module type, one panel each, with common axes."""
+    """Draw σ_i by module type, one panel each, with common axes."""
     all_records = tuple(record for item in series for record in item.records)
     return small_multiples(
         series,

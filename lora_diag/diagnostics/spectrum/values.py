@@ -51,7 +51,7 @@ def record_of(
     shape: tuple[int, int],
     dtypes: tuple[str | None, str],
     base_fro: float | None,
-    factors: Values,
+    values: Values,
     ranks: tuple[int, ...],
     resolution: Resolution,
 ) -> Spectrum:
@@ -62,17 +62,17 @@ def record_of(
         shape: ``(out, in)``.
         dtypes: As in the record.
         base_fro: ‖W_base‖_F; None if it is not known.
-        factors: The singular values.
+        values: The singular values, with their errors.
         ranks: Ranks of C(r) and the truncation errors.
         resolution: Resolution under the rounding of the files.
     """
-    fro = factors.fro
-    exact: NDArray[np.float64] = np.asarray(factors.s)
+    fro = values.fro
+    exact: NDArray[np.float64] = np.asarray(values.s)
     s = _round_to_nine_digits(exact)
     zero = fro == 0.0
     rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
-    error = min(1.0, factors.energy_error + rounding)
-    curve = np.zeros(len(s)) if zero else energy_curve(s, fro, factors.complete)
+    error = min(1.0, values.energy_error + rounding)
+    curve = np.zeros(len(s)) if zero else energy_curve(s, fro, values.complete)
     return Spectrum(
         layer=layer,
         shape=shape,
@@ -80,14 +80,14 @@ def record_of(
         fro=fro,
         base_fro=base_fro,
         s=tuple(s.tolist()),
-        complete=factors.complete,
-        method=factors.method,
+        complete=values.complete,
+        method=values.method,
         energy_error=error,
-        energy={str(r): None if zero else _curve_at_rank(curve, r, factors.complete) for r in ranks},
+        energy={str(r): None if zero else _curve_at_rank(curve, r, values.complete) for r in ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
-        tail={str(r): _compute_tail(s, fro, r, factors.complete, error) for r in ranks},
+        tail={str(r): _compute_tail(s, fro, r, values.complete, error) for r in ranks},
         stable_rank=None if zero else stable_rank(s, fro),
-        effective_rank=effective_rank(s) if factors.complete and not zero else None,
+        effective_rank=effective_rank(s) if values.complete and not zero else None,
         resolution=resolution,
     )
 

@@ -78,7 +78,7 @@ def curvature(
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
+    """Draw the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
     runs = [(item.label, [r for r in item.whole if isinstance(r, Curvature | LossBound)]) for item in series]
     all_records = [record for _, records in runs for record in records]
     sets = _list_sets(all_records)

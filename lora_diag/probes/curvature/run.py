@@ -111,14 +111,14 @@ def probe_curvature(
     point = Point(model, loss_function, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
         _measure(point, effort, per, _list_todo(kept, requested, chosen), fractions, kept, run.batches([texts]))
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
-    return run.over([*inputs, describe_texts(texts)], settings, measured)
+    return run.over([*inputs, describe_texts(texts)], settings, measure_missing)
 
 
 def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:

@@ -91,7 +91,7 @@ def probe_fisher(
         )
     probe = _Probe(run, swapped, modules, texts, held_out, requested, Draw(labels, seed))
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         done = {record.layer for record in kept.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
         probe.report_cost(todo)
@@ -105,7 +105,7 @@ def probe_fisher(
 
     settings = {"ranks": list(requested), "labels": labels, "seed": seed, **run.selection}
     sets = [describe_texts(texts, "data"), *([describe_texts(held_out)] if held_out is not None else [])]
-    return run.over([*compared.inputs, *sets], settings, measured)
+    return run.over([*compared.inputs, *sets], settings, measure_missing)
 
 
 def _find_modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:

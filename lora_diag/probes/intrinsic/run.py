@@ -109,7 +109,7 @@ def probe_intrinsic(
         "optimizer": RECIPE,
     }
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         probe = _Probe(model, method, total, run.walk(kept, seeds))
         arms = {
             "of full fine-tuning": probe.arm("full", [None], full_rates),
@@ -122,7 +122,7 @@ def probe_intrinsic(
             probe.plan.run(arm)
         return []
 
-    return run.over(run.inputs(open_checkpoint(base)), settings, measured)
+    return run.over(run.inputs(open_checkpoint(base)), settings, measure_missing)
 
 
 @dataclass(frozen=True, slots=True)

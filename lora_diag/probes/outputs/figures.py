@@ -79,7 +79,7 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the gaps, one panel per set."""
+    """Draw the gaps, one panel per set."""
     panels: list[tuple[str, list[Row]]] = []
     sets = sets_of(record for item in series for record in item.records)
     models = _label_models(record for item in series for record in item.records)
@@ -98,17 +98,17 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     ]
     notes.append(f"The {ROWS} largest gaps of {max_rows}." if max_rows > ROWS else "")
     about = subject_of(series)
-    words = FigureText(
+    text = FigureText(
         "Held-out loss of each model minus that of the full fine-tune",
         f"{about}mean negative log-likelihood, nats; left of the line: better than TUNED",
         (" ".join(filter(None, notes)),),
         run_keys(series, style),
     )
-    return figure_of(panels, "loss minus TUNED's (nats)", words, style)
+    return figure_of(panels, "loss minus TUNED's (nats)", text, style)
 
 
 def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the distances by depth, one panel per set."""
+    """Draw the distances by depth, one panel per set."""
     sets = sets_of(record for item in series for record in item.records if not find_depth_obstacle([record], options))
     models = _label_models(record for item in series for record in item.records)
     by_set = {
@@ -121,7 +121,7 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
     }
     names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
     about = subject_of(series)
-    words = FigureText(
+    text = FigureText(
         "Distance of the hidden states from those of the full fine-tune",
         f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
         (
@@ -135,7 +135,7 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
     for name, label in sets.items():
         lines = [(model, dict(by_set[name]).get(model, ())) for model in shown]
         panels.append((label, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
-    return page_of(panels, words, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
+    return page_of(panels, text, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
 def _select_others(records: Iterable[Probe]) -> list[Probe]:

@@ -77,7 +77,7 @@ def probe_outputs(
         name = "" if role == "tuned" else given.path
         contenders.append(Contender(role, name, Swapped(model, comparison.pairing.deltas, 0)))
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [
             text_set
             for text_set in texts
@@ -92,7 +92,7 @@ def probe_outputs(
                 kept.put(record)
         return _list_left_out(compared, contenders[1:])
 
-    return run.over([*inputs, *map(describe_texts, texts)], {}, measured)
+    return run.over([*inputs, *map(describe_texts, texts)], {}, measure_missing)
 
 
 def _refuse_repeated(tuned: Path | str | None, others: Sequence[Path | str]) -> None:

@@ -52,7 +52,7 @@ def sensitivity(
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the gains, one panel per set, the highest first."""
+    """Draw the gains, one panel per set, the highest first."""
     panels, max_rows = [], 0
     for name, label in sets_of(record for item in series for record in item.records).items():
         rows = []
@@ -67,13 +67,13 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     ]
     notes += [f"The {ROWS} highest of {max_rows}."] if max_rows > ROWS else []
     about = subject_of(series)
-    words = FigureText(
+    text = FigureText(
         f"Gain of each part adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
         f"{about}loss of BASE minus loss on held-out text, nats; right of the line: better",
         (" ".join(notes),),
         run_keys(series, style),
     )
-    return figure_of(panels, "loss of BASE minus loss (nats)", words, style)
+    return figure_of(panels, "loss of BASE minus loss (nats)", text, style)
 
 
 def _first_set(records: Sequence[Sensitivity]) -> str:

@@ -97,7 +97,7 @@ def probe_sensitivity(
         "optimizer": RECIPE,
     }
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
         plan = run.walk(kept, seeds)
         probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), plan)
@@ -106,7 +106,7 @@ def probe_sensitivity(
         probe.run(probe.measure_base())
         return left_out
 
-    return run.over(run.inputs(stored), settings, measured)
+    return run.over(run.inputs(stored), settings, measure_missing)
 
 
 def _choose_layers(

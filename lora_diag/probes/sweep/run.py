@@ -124,7 +124,7 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 
     workers = run.workers(base, stored)
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         joined = kept.run.settings  # with the values of the sweep before it was resumed
         sweep = _Sweep(model, run.walk(kept, joined["seeds"]), workers)
         arms = [sweep.arm("lora", joined["ranks"], joined["rates"], quantized)]
@@ -136,7 +136,7 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
             sweep.run(arm)
         return []
 
-    return run.over(run.inputs(stored), settings, measured, EXTENDABLE_SETTINGS)
+    return run.over(run.inputs(stored), settings, measure_missing, EXTENDABLE_SETTINGS)
 
 
 def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> Sequence[Probe]:

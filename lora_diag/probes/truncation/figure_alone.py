@@ -55,7 +55,7 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the layers or types with the largest cost at the smallest measured rank, one panel per set."""
+    """Draw the layers or types with the largest cost at the smallest measured rank, one panel per set."""
     records = [record for item in series for record in item.records]
     rank = options.rank if options.rank is not None else _smallest_rank(records)
     panels = []
@@ -72,13 +72,13 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     if others := [other_rank for other_rank in _list_ranks(records) if other_rank != rank]:
         notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
     about = subject_of(series)
-    words = FigureText(
+    text = FigureText(
         f"Cost of truncating one part alone to r\xa0=\xa0{rank}",
         f"{about}held-out loss minus that of TUNED, nats; right of the line: worse",
         (" ".join(notes),),
         run_keys(series, style),
     )
-    return figure_of(panels, "loss minus TUNED's (nats)", words, style)
+    return figure_of(panels, "loss minus TUNED's (nats)", text, style)
 
 
 def _cell_name(record: Probe) -> str:

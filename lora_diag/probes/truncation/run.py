@@ -67,7 +67,7 @@ def probe_truncation(
     swapped = Swapped(model, deltas, requested[-1])
     sets = [text_set.name for text_set in texts]
 
-    def measured(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
         todo = [cell for cell in cells if not kept.has(sets, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
         svds = f", and the SVD of {pluralize(len(chosen), 'matrix', 'matrices')}"
@@ -77,4 +77,4 @@ def probe_truncation(
         return left_out(compared.pairing, swapped.absent)
 
     settings = {"ranks": requested, "per": per, "rest": rest, **run.selection}
-    return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measured)
+    return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

@@ -53,14 +53,14 @@ class Types:
 
 
 def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Return the first part of each tower's name that differs; the whole name if one is a prefix of another."""
+    """Return the first part of each tower's name that differs; the whole names if these parts are not all distinct."""
     shared = 0
     while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):
         shared += 1
-    words = {tower: ".".join(tower[shared : shared + 1]) for tower in towers}
-    if len(set(words.values())) < len(words) or "" in words.values():
+    labels = {tower: ".".join(tower[shared : shared + 1]) for tower in towers}
+    if len(set(labels.values())) < len(labels) or "" in labels.values():
         return {tower: ".".join(tower) for tower in towers}
-    return words
+    return labels
 
 
 def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:

@@ -92,7 +92,7 @@ def run_keys(series: Sequence[Series[Any]], style: PageStyle) -> tuple[Key, ...]
 
 
 def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: FigureText, style: PageStyle) -> Figure:
-    """Return a page of such panels: side by side if there are few, and stacked on a column page."""
+    """Return a page of panels of named values: side by side if there are few, and stacked on a column page."""
     columns = 1 if style.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
     shown = {row.name for _, panel_rows in panels for row in panel_rows}

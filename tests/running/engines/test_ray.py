@@ -25,7 +25,7 @@ from lora_diag.cli import options
 from lora_diag.decisions.tune import trials
 from lora_diag.decisions.tune.record import TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
-from lora_diag.diagnostics.fleet.run import FleetPath, FleetSettings, Member, _on_a_worker
+from lora_diag.diagnostics.fleet.run import FleetPath, FleetSettings, Member, _measure_on_worker
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
@@ -398,7 +398,7 @@ def test_worker_checks_adapter_and_base(other):
     member = Member("one", seen["lora_r4"])
 
     def work():
-        return _on_a_worker(member, FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu"))
+        return _measure_on_worker(member, FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu"))
 
     if other in seen:
         with raises_naming(InputError, other, "worker"):

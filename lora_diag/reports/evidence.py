@@ -104,18 +104,18 @@ class Evidence:
 
     def groups(self) -> list[Evidence]:
         """Return the evidence for each full fine-tune, with the runs that belong to none, such as sweeps."""
-        sides: list[set[str]] = []  # path and fingerprint of each fine-tune
+        fine_tunes: list[set[str]] = []  # paths and fingerprints of each
         for source in self.sources:
             if tuned_ids := _identify_tuned(source):
-                matching = next((side for side in sides if side & tuned_ids), None)
+                matching = next((ids for ids in fine_tunes if ids & tuned_ids), None)
                 if matching is None:
-                    sides.append(matching := set())
+                    fine_tunes.append(matching := set())
                 matching |= tuned_ids
-        if len(sides) < 2:
+        if len(fine_tunes) < 2:
             return [self]
         return [
-            replace(self, sources=tuple(s for s in self.sources if not (ids := _identify_tuned(s)) or ids & side))
-            for side in sides
+            replace(self, sources=tuple(s for s in self.sources if not (ids := _identify_tuned(s)) or ids & tuned_ids))
+            for tuned_ids in fine_tunes
         ]
 
     @cached_property
@@ -234,8 +234,8 @@ def _resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
 
 def _identify_tuned(source: Source) -> set[str]:
     """Return path and fingerprint of the fine-tune of a run; empty without one or with several."""
-    sides = [side for side in source.results.run.inputs if side.role == "tuned"]
-    return {word for side in sides for word in (side.path, side.fingerprint) if word} if len(sides) == 1 else set()
+    tuned = [item for item in source.results.run.inputs if item.role == "tuned"]
+    return {tuned[0].path, tuned[0].fingerprint} - {""} if len(tuned) == 1 else set()
 
 
 def _is_full_update(records: Sequence[Any]) -> bool:

@@ -145,12 +145,12 @@ def _describe_measured(evidence: Evidence) -> str:
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run
-        sides = ", ".join(f"{_escape_text(side.role)} {code(side.path)}" for side in run.inputs[:NAMED])
-        sides += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
+        inputs = ", ".join(f"{_escape_text(item.role)} {code(item.path)}" for item in run.inputs[:NAMED])
+        inputs += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
         state = "" if source.results.end is not None else "; the run did not finish"
         made = f"; started {source.made}" if source.made else ""
         lines.append(
-            f"- {code(source.name)}: loradiag {_escape_text(run.command)} {_escape_text(run.version)}: {sides}; "
+            f"- {code(source.name)}: loradiag {_escape_text(run.command)} {_escape_text(run.version)}: {inputs}; "
             f"{len(source.results) or len(source.results.whole)} records{made}{state}"
         )
     return "\n".join(lines)

@@ -104,7 +104,7 @@ def fleet(folder: Path) -> str:
         config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q_proj"]}
         (where / "adapter_config.json").write_text(json.dumps(config))
     file = str(folder / "fleet.jsonl")
-    terminal(["spectrum", "--adapters", str(folder / "fleet" / "*"), "-o", file, "-q"])
+    terminal(["fleet", str(folder / "fleet" / "*"), "-o", file, "-q"])
     return file
 
 

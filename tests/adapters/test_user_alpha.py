@@ -122,7 +122,7 @@ def test_commands_record_stated_alpha(tmp_path, loradiag):
     assert norms["--alpha-is-rank",] == norms[()]
     for words in (
         ("inspect", "lora.safetensors"),
-        ("spectrum", "--adapters", "lora.safetensors"),
+        ("fleet", "lora.safetensors"),
         ("portability", "lora.safetensors"),
     ):
         assert loradiag(*words, "--alpha", "8").code == 0

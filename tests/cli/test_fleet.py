@@ -1,4 +1,4 @@
-"""``loradiag spectrum --adapters`` as a user runs it."""
+"""``loradiag fleet`` as a user runs it."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def test_pattern_table_and_gate(loradiag, tmp_path):
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "fleet" / "one")
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "fleet" / "copy")
     shutil.copytree(SAMPLES / "lora_r16", tmp_path / "fleet" / "other")
-    ran = loradiag("spectrum", "--adapters", "fleet/**", "-o", "f.jsonl")
+    ran = loradiag("fleet", "fleet/**", "-o", "f.jsonl")
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
     message = " ".join(ran.out.split())
@@ -29,7 +29,7 @@ def test_pattern_table_and_gate(loradiag, tmp_path):
     assert [json.loads(line)["record"] for line in text.splitlines()] == ["run", "fleet", "fleet", "fleet", "end"]
     assert loradiag("inspect", "f.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
     (tmp_path / "f.jsonl").write_text("".join(text.splitlines(keepends=True)[:2]))
-    assert loradiag("spectrum", "--adapters", "fleet/**", "-o", "f.jsonl", "--resume", "-q").code == 0
+    assert loradiag("fleet", "fleet/**", "-o", "f.jsonl", "--resume", "-q").code == 0
     assert (tmp_path / "f.jsonl").read_text() == text
     for rule, code in (("dead <= 0", 0), ("used <= 0.5", 1)):
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
@@ -40,7 +40,7 @@ def test_pattern_table_and_gate(loradiag, tmp_path):
 def test_list_on_standard_input(server, tmp_path):
     listed = "".join(f"{SAMPLES / name}\n" for name in ("lora_r4", "lora_r16"))
     done = subprocess.run(
-        [*PROGRAM, "spectrum", "--adapters", "-", "--json"],
+        [*PROGRAM, "fleet", "-", "--json"],
         input=listed.encode(),
         capture_output=True,
         cwd=tmp_path,
@@ -51,18 +51,12 @@ def test_list_on_standard_input(server, tmp_path):
 
 
 def test_fleet_errors_give_one_message(loradiag, tmp_path):
-    none = loradiag("spectrum", "--adapters", "nowhere/**")
+    none = loradiag("fleet", "nowhere/**")
     assert none.code == 4
     assert_names(none.err, "adapter found")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_config.json").write_text("{")
-    ran = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", "--adapters", "bad")
+    ran = loradiag("fleet", SAMPLES / "lora_r4", "bad")
     assert ran.code == 3
     assert ran.err.startswith("Error: bad:")
     assert "Not measured" in ran.out
-    for words in (["--top", "4"], ["--ranks", "2"], ["--memory", "8GB"]):
-        refused = loradiag("spectrum", "--adapters", SAMPLES / "lora_r4", *words)
-        assert (refused.code, refused.out) == (2, "")
-        assert refused.err.startswith(f"Error: {words[0]}: not with --adapters")
-    both = loradiag("spectrum", SAMPLES / "base", SAMPLES / "full_ft", "--adapters", "x")
-    assert both.code == 2

@@ -59,7 +59,7 @@ def test_json_is_one_record(loradiag):
     ("words", "code", "message"),
     [
         (["--params", "1 million"], 2, "--params 1 million"),
-        (["--params", "1M", "--memory", "1GB"], 2, "cannot be combined with --params"),
+        (["--params", "1M", "--memory-budget", "1GB"], 2, "cannot be combined with --params"),
         (["--layers", "zzz"], 2, "--layers zzz"),
         (["--ranks", "x"], 2, "--ranks x"),
     ],

@@ -100,13 +100,20 @@ def heatmap(inputs):
     return [run for run, _ in made], [by_type(records, lambda r: r.energy["8"]) for _, records in made]
 
 
+def parts_of_epsilon(record):
+    """Return where rank, direction and scale end in ε²; X's overshoot along D beyond no update is of scale."""
+    along = record.norm_ratio * record.cosine
+    worse = min(record.epsilon**2, max(1.0, (along - 1) ** 2 if along > 1 else 0.0))
+    return [record.epsilon_min**2, record.epsilon**2 - (worse - (1 - record.cosine**2)), record.epsilon**2]
+
+
 def residual(inputs):
     runs, expected = [], []
     for layers, name in zip(inputs, NAMES, strict=False):
         records = [making.residual(n, 1.0, 0.01 * next(NUMBERS), 0.5, 0.1, adapter=f"runs/{name}") for n in layers]
         runs.append(making.results(records, name=name))
-        # Three parts a bar, each as high as the square that it ends at.
-        bands = by_type(records, lambda r: np.square([r.epsilon_min, r.epsilon_best_scale, r.epsilon]))
+        # Three parts a bar: rank, direction, and what another α gains over the better of X and no update.
+        bands = by_type(records, parts_of_epsilon)
         expected.append({name: np.ravel(values) for name, values in bands.items()})
     return runs, expected
 

@@ -445,7 +445,7 @@ def test_plot_writes_all_that_can_be_drawn(tmp_path):
         {"output": "x.png", "figure": "all"},
         {"output": "x.png", "format": "svg"},
         {"output": "x.png", "figure": "energy", "field": "fro"},
-        {"output": "x.png", "figure": "energy", "rank": 4},
+        {"output": "x.png", "figure": "energy", "show_rank": 4},
         {"output": "x.png", "figure": "residual"},
         {"output": "x", "format": "gif"},
         {"output": "x", "layers": "("},

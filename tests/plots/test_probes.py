@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from lora_diag import plots
 from tests import oracles
@@ -170,7 +171,9 @@ def test_gains_of_single_units_are_ranked_at_best_rate(snapshot):
         run = max((r for r in records if r.set == "held_out" and r.unit == unit), key=lambda r: r.gain)
         d, n = np.subtract(base.nll, run.nll), np.array(base.predictions)
         gain = d.sum() / n.sum()
-        expected.append((gain, 2 * 4 * oracles.error_of_mean(d - gain * n) / n.sum()))
+        # As improbable as two errors of a normal variable: Student's t with 1.5(4/2 − 1) degrees of freedom.
+        errors = scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 1.5)
+        expected.append((gain, errors * 4 * oracles.error_of_mean(d - gain * n) / n.sum()))
     drawn = bars(plots.sensitivity(making.probed(records)))
     assert [name for name, *_ in drawn] == ["self_attn.q_proj", "mlp.up_proj"]
     np.testing.assert_allclose([row[1:] for row in drawn], expected)

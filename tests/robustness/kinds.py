@@ -138,7 +138,7 @@ def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
             ["inspect", "m"],
             ["spectrum", "m", "-q"],
             ["spectrum", base, "m", "-q", "-o", "out.jsonl"],
-            ["spectrum", "--adapters", "m", "-q"],
+            ["fleet", "m", "-q"],
             ["extract", base, "m", "--rank", "1", "-q", "-o", "new"],
             ["verify-merge", base, "m", base, "-q"],
         ]
@@ -264,7 +264,6 @@ OF_ONE = (
     "--figure",
     "--format",
     "--label",
-    "--adapters",
 )
 OPTIONS = (
     *SHARED,

@@ -124,7 +124,7 @@ def init(
     quiet: options.Quiet = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a policy: no value may get 10% worse than in RESULTS.
+    """Write a policy: no value of RESULTS may get 10% worse.
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """

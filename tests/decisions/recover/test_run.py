@@ -305,7 +305,7 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--rank", "2", "--full", "-o", "out"], 2, "give one of"),
+        (["--rank", "2", "--checkpoint", "-o", "out"], 2, "give one of"),
         (["--rank", "2"], 2, "-o"),
         (["--rank", "0", "-o", "out"], 2, "--rank 0"),
         (["--energy", "1.5", "-o", "out"], 2, "--energy 1.5"),
@@ -317,7 +317,7 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
         (["--layers", "lm_head", "--params", "1k", "-o", "out"], 5, "nothing was written"),
         (["--layers", "lm_head"], 5, ""),
         (["--layers", "lm_head", "--rank", "2", "-o", "out"], 5, "no entry changed"),
-        (["--layers", "lm_head", "--full", "-o", "out"], 5, "nothing was written"),
+        (["--layers", "lm_head", "--checkpoint", "-o", "out"], 5, "nothing was written"),
         (["--layers", "nowhere"], 4, "--exclude leaves out"),
     ],
 )

@@ -163,7 +163,14 @@ def test_unit_of_several_layers_has_parameters_of_all(case):
 def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
     base, train, held, shifted = case
     options = {"data": train, "evaluate": [held], "shifted": [shifted], "rank": 2, "delta": 1, "rates": RATES}
-    options |= {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
+    options |= {
+        "widen": 0,
+        "steps": STEPS,
+        "batch": 2,
+        "repeats": 2,
+        "seed": SEED,
+        "layers": r"h\.1\.(attn|mlp)\.c_proj",
+    }
     steps = []
 
     def stop(event):
@@ -304,10 +311,10 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
         ({"rank": 0}, UsageError, "--rank 0"),
         ({"delta": 0}, UsageError, "--delta 0"),
         ({"steps": 0}, UsageError, "--steps 0"),
-        ({"seeds": 0}, UsageError, "--repeats 0"),
+        ({"repeats": 0}, UsageError, "--repeats 0"),
         ({"seed": -1}, UsageError, "--seed -1"),
         ({"rates": ()}, UsageError, "--lr"),
-        ({"per": "head"}, UsageError, "--granularity head: unknown value; use layer, block, type"),
+        ({"granularity": "head"}, UsageError, "--granularity head: unknown value; use layer, block, type"),
         ({"layers": "nobody"}, NothingComparedError, "no linear layer is selected"),
     ],
     ids=str,

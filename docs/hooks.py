@@ -287,7 +287,7 @@ def api() -> str:
     more = [
         "lora_diag.records.results.Results",
         "lora_diag.catalog.read_results",
-        "lora_diag.running.engines.connection.Ray",
+        "lora_diag.running.engines.ray.Ray",
     ]
     more += [f"lora_diag.errors.{name}" for name in errors]
     return "\n\n".join(f"::: {path}" for path in (*paths, *more)) + "\n"

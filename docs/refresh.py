@@ -47,7 +47,7 @@ def refreshed(text: str) -> str:
 
 def with_rules(text: str) -> str:
     """Return a page with the tables of rules made again."""
-    from lora_diag.diagnostics.portability.features import history_table
+    from lora_diag.diagnostics.portability.measure import history_table
 
     return RULES.sub(
         lambda found: f"<!-- rules: {found['form']} -->\n{history_table(found['form'])}\n<!-- end -->", text

@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from lora_diag.decisions.extract.run import extract as extract
     from lora_diag.decisions.gate.run import gate as gate
     from lora_diag.decisions.plan.run import plan as plan
-    from lora_diag.decisions.plan_merge.run import plan_merge as plan_merge
-    from lora_diag.decisions.recover.run import recover as recover
+    from lora_diag.decisions.plan_merge.measure import plan_merge as plan_merge
+    from lora_diag.decisions.recover.measure import recover as recover
     from lora_diag.decisions.tune.run import tune as tune
-    from lora_diag.diagnostics.fleet.run import fleet as fleet
-    from lora_diag.diagnostics.interference.run import interference as interference
-    from lora_diag.diagnostics.intruders.run import intruders as intruders
+    from lora_diag.diagnostics.fleet.measure import fleet as fleet
+    from lora_diag.diagnostics.interference.measure import interference as interference
+    from lora_diag.diagnostics.intruders.measure import intruders as intruders
+    from lora_diag.diagnostics.overlap.measure import overlap as overlap
+    from lora_diag.diagnostics.overlap.measure import subspaces as subspaces
     from lora_diag.diagnostics.overlap.recorder import GradientRecorder as GradientRecorder
-    from lora_diag.diagnostics.overlap.run import overlap as overlap
-    from lora_diag.diagnostics.overlap.run import subspaces as subspaces
-    from lora_diag.diagnostics.portability.fix import make_portable as make_portable
-    from lora_diag.diagnostics.portability.run import portability as portability
-    from lora_diag.diagnostics.residual.run import residual as residual
+    from lora_diag.diagnostics.portability.measure import make_portable as make_portable
+    from lora_diag.diagnostics.portability.measure import portability as portability
+    from lora_diag.diagnostics.residual.measure import residual as residual
     from lora_diag.diagnostics.spectrum.run import spectrum as spectrum
-    from lora_diag.diagnostics.verify_merge.run import verify_merge as verify_merge
+    from lora_diag.diagnostics.verify_merge.measure import verify_merge as verify_merge
     from lora_diag.inspection.run import inspect as inspect
     from lora_diag.plots.run import plot as plot
-    from lora_diag.probes.activations.run import probe_activations as probe_activations
-    from lora_diag.probes.curvature.run import probe_curvature as probe_curvature
-    from lora_diag.probes.fisher.run import probe_fisher as probe_fisher
-    from lora_diag.probes.intrinsic.run import probe_intrinsic as probe_intrinsic
-    from lora_diag.probes.outputs.run import probe_outputs as probe_outputs
-    from lora_diag.probes.sensitivity.run import probe_sensitivity as probe_sensitivity
-    from lora_diag.probes.sweep.run import probe_sweep as probe_sweep
-    from lora_diag.probes.truncation.run import probe_truncation as probe_truncation
+    from lora_diag.probes.activations.measure import probe_activations as probe_activations
+    from lora_diag.probes.curvature.measure import probe_curvature as probe_curvature
+    from lora_diag.probes.fisher.measure import probe_fisher as probe_fisher
+    from lora_diag.probes.intrinsic.measure import probe_intrinsic as probe_intrinsic
+    from lora_diag.probes.outputs.measure import probe_outputs as probe_outputs
+    from lora_diag.probes.sensitivity.measure import probe_sensitivity as probe_sensitivity
+    from lora_diag.probes.sweep.measure import probe_sweep as probe_sweep
+    from lora_diag.probes.truncation.measure import probe_truncation as probe_truncation
     from lora_diag.records import Results as Results
     from lora_diag.reports.run import report as report
     from lora_diag.running.engines import Ray as Ray

@@ -7,7 +7,7 @@ line in ``FAMILIES``; unsupported kinds are listed in ``refused``.
 
 from lora_diag.adapters.adapter import FAMILIES, Adapter, open_adapter
 from lora_diag.adapters.names import Location, drop_all_wrappers, is_same_part, match_names
-from lora_diag.adapters.orientation import Orientation
+from lora_diag.adapters.placing import Orientation
 from lora_diag.adapters.source import is_adapter
 from lora_diag.adapters.updates import Shape
 

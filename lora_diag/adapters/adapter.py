@@ -10,20 +10,17 @@ from lora_diag.adapters.adalora import read_adalora
 from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
 from lora_diag.adapters.fourierft import read_fourierft
 from lora_diag.adapters.gguf import is_gguf, read_gguf
-from lora_diag.adapters.ia3 import read_ia3
 from lora_diag.adapters.kohya import is_kohya, read_kohya
-from lora_diag.adapters.ln_tuning import read_ln_tuning
 from lora_diag.adapters.loha import read_loha
 from lora_diag.adapters.lokr import read_lokr
-from lora_diag.adapters.lora import read_lora
+from lora_diag.adapters.lora import read_lora, read_trainable_tokens
 from lora_diag.adapters.mlx import is_mlx, read_mlx
 from lora_diag.adapters.oft import read_oft
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.refused import refuse_unsupported
-from lora_diag.adapters.source import Source, StatedAlpha, open_source, refuse_integers
-from lora_diag.adapters.tokens import read_trainable_tokens
+from lora_diag.adapters.source import Source, StatedAlpha, add_config, open_source, refuse_integers
 from lora_diag.adapters.updates import Reading
-from lora_diag.adapters.user_alpha import add_config
+from lora_diag.adapters.vectors import read_ia3, read_ln_tuning
 from lora_diag.adapters.vera import read_vera
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.keys import is_named
 from lora_diag.adapters.patterns import find_targets
-from lora_diag.adapters.source import Config
+from lora_diag.adapters.source import Config, is_named
 from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order

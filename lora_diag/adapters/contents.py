@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusers import METADATA
 from lora_diag.adapters.gguf import TABLE, fields_of, reorder_rows
-from lora_diag.adapters.keys import strip
 from lora_diag.adapters.names import match_names
-from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.patterns import Scale, scale_of
+from lora_diag.adapters.source import strip
 from lora_diag.adapters.updates import NewValue, Site, Update
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import has_tied_head, is_head, is_table, natural_order

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters.kohya import factors, shapes_of
-from lora_diag.adapters.scales import Scale, Scaling, scale_in
+from lora_diag.adapters.patterns import Scale, Scaling, scale_in
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import Reading, Update

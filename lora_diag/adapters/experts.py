@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import Modules, is_named, pair_of
 from lora_diag.adapters.patterns import find_targets
-from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.source import Config, Modules, Source, is_named, pair_of
 from lora_diag.adapters.updates import Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError

@@ -8,10 +8,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import by_module
-from lora_diag.adapters.source import Source
-from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import add_stored_values
+from lora_diag.adapters.source import Source, by_module
+from lora_diag.adapters.updates import Reading, Site, Update, add_stored_values, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 

@@ -19,7 +19,7 @@ from lora_diag.adapters.source import Source, is_number
 from lora_diag.adapters.updates import Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf import GgufFile, Value
-from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, to_halves
+from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, to_halves
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:

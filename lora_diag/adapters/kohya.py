@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import dora, loha, lokr
-from lora_diag.adapters.scales import Scale, scale_in, scale_of
+from lora_diag.adapters.patterns import Scale, scale_in, scale_of
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import Reading, Site, Update, read

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from lora_diag.adapters.contents import Contents, Item, component_of
 from lora_diag.adapters.gguf import ALPHA, TABLE
-from lora_diag.adapters.keys import PREFIX
 from lora_diag.adapters.names import drop_leading_wrappers
+from lora_diag.adapters.source import PREFIX
 from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.gguf_names import ARCHITECTURES, Names, heads, of_config
+from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, of_config
 from lora_diag.deltas import has_tied_head
 from lora_diag.errors import InputError, UsageError
 

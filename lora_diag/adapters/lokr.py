@@ -9,11 +9,9 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.keys import by_module, check_rank
-from lora_diag.adapters.scales import Scale, Scaling, scale_of, scaling_words
-from lora_diag.adapters.source import Source
-from lora_diag.adapters.updates import Reading, Site, Update, read
-from lora_diag.adapters.values import add_stored_values
+from lora_diag.adapters.patterns import Scale, Scaling, scale_of, scaling_words
+from lora_diag.adapters.source import Source, by_module, check_rank
+from lora_diag.adapters.updates import Reading, Site, Update, add_stored_values, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 

@@ -2,24 +2,32 @@
 
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
 https://arxiv.org/abs/2312.03732; ``peft.tuners.lora``.
+
+Trainable tokens: an adapter that only replaces some rows of an embedding.
+
+Reference: ``peft.tuners.trainable_tokens``.
+
+``layer_replication``: a model that repeats some layers of its base, each copy with its own factors.
+
+Layer j of the replicated model is layer ``concat(range(s, e) for s, e in layer_replication)[j]`` of BASE. Several
+updates then change one stored weight, and no single checkpoint can hold them all: each is measured against the weight
+it acts on, under its own name in the replicated model.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import dora, experts, residual
-from lora_diag.adapters.keys import Modules, by_module, check_rank, pair_of
+from lora_diag.adapters.patterns import Scale, Scaling, scaling_words
 from lora_diag.adapters.refused import refuse_lora_variants
-from lora_diag.adapters.replication import replicate_updates
-from lora_diag.adapters.scales import Scale, Scaling, scaling_words
-from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.source import Config, Modules, Source, by_module, check_rank, pair_of
 from lora_diag.adapters.thin import StoredFactors, thin_factors
-from lora_diag.adapters.updates import Reading, Site, Update, flat, read
-from lora_diag.adapters.values import add_stored_values
+from lora_diag.adapters.updates import ROWS, Reading, Site, Update, add_stored_values, flat, read, rows_update
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_diag.adapters.updates import Factors
+
 
 PAIR, TABLE = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 PARTS = (*PAIR, *TABLE, "lora_magnitude_vector", "lora_diag")
@@ -246,3 +255,72 @@ def blocked_factors(
     if in_b:
         b = torch.block_diag(*b.chunk(count))  # type: ignore[no-untyped-call]
     return b * scale, a
+
+
+def read_trainable_tokens(source: Source) -> Reading:
+    """Read a TRAINABLE_TOKENS adapter.
+
+    Raises:
+        InputError: Indices and rows are inconsistent.
+    """
+    modules, rest = by_module(source.checkpoint, (ROWS,), source.path)
+    indices = source.settings.values.get("token_indices")
+    updates = tuple(rows_update(source, module, parts[ROWS], indices) for module, parts in modules.items())
+    return add_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, rest)
+
+
+# The first number between dots is the layer index.
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+# Limit on the layers of a replicated model, which has hundreds: a range in a config may claim any number.
+MAX_LAYERS = 100_000
+
+
+def replicate_updates(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
+    """Assign every update to the layer of BASE that it acts on.
+
+    Raises:
+        InputError: The ranges are invalid, or an update belongs to a layer beyond them.
+    """
+    if "layer_replication" not in config:
+        return updates, []
+    order = _read_order(config)
+    note = (
+        f"layer_replication: {len(order)} layers are made of {len(set(order))}; layers are named as in the replicated "
+        "model, and each is compared with the layer of BASE that it repeats"
+    )
+    assigned = [
+        replace(update, base_weight=_rename_in_base(update.weight, order, config), keeps_name=True)
+        for update in updates
+    ]
+    return assigned, [note]
+
+
+def _read_order(config: Config) -> list[int]:
+    """Return for each layer of the replicated model its layer in BASE."""
+    ranges = config.values["layer_replication"]
+    try:
+        pairs = [(int(first), int(last)) for first, last in ranges]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{config.path}: layer_replication must be a list of [first, last) pairs; correct the config"
+        ) from error
+    if not all(0 <= first < last <= MAX_LAYERS for first, last in pairs) or len(pairs) > MAX_LAYERS:
+        raise InputError(f"{config.path}: layer_replication has an invalid range: {ranges!r:.100}; correct the config")
+    order = [layer for first, last in pairs for layer in range(first, last)]
+    if not order:
+        raise InputError(f"{config.path}: layer_replication is empty; correct the config")
+    return order
+
+
+def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
+    """Return the weight of BASE that a weight of the replicated model repeats."""
+
+    def find_index(match: re.Match[str]) -> str:
+        if int(match[0]) >= len(order):
+            raise InputError(
+                f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication; correct the config"
+            )
+        return str(order[int(match[0])])
+
+    return LAYER.sub(find_index, weight, count=1)

@@ -13,9 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import dora
-from lora_diag.adapters.keys import by_module
-from lora_diag.adapters.scales import Scale
-from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.patterns import Scale
+from lora_diag.adapters.source import Config, Source, by_module
 from lora_diag.adapters.thin import thin_factors
 from lora_diag.adapters.updates import NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint

@@ -26,9 +26,9 @@ from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64
 from lora_diag.adapters.writing import store_factors
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
-from lora_diag.checkpoints.gguf_names import to_pairs
-from lora_diag.checkpoints.gguf_writing import write_gguf
-from lora_diag.checkpoints.writing import write_safetensors
+from lora_diag.checkpoints.gguf import write_gguf
+from lora_diag.checkpoints.gguf_model import to_pairs
+from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, sync, write_whole

@@ -1,13 +1,23 @@
 """The files at an adapter's path: weights, config if there is one, and the file's metadata.
 
 Handles the file layouts of PEFT, diffusers, MLX and kohya, independent of the meaning of tensors.
+
+Names of tensors in PEFT adapter files: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``.
+
+Groups the tensors of a module, and checks them against each other and the config.
+
+α for adapters whose files give none: the user's ``--alpha`` or ``--alpha-is-rank``.
+
+It never overrides an α in a file. A PEFT file without its config is read by the ranks of its factors.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -15,7 +25,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
@@ -277,3 +287,166 @@ def _find_weights(folder: Path) -> Path:
     if single is None:
         raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
     return single
+
+
+PREFIX = "base_model.model."
+
+# module -> part -> the tensor's name in the file.
+Modules = dict[str, dict[str, str]]
+
+
+def strip(name: str) -> str:
+    """Return a name without PEFT's wrapper.
+
+    >>> strip("base_model.model.model.norm.weight")
+    'model.norm.weight'
+    """
+    return name.removeprefix(PREFIX)
+
+
+def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple[Modules, list[str]]:
+    """Group tensor names by module.
+
+    PEFT removes the adapter's name on saving (``lora_A.weight``); a manual dump still has it
+    (``lora_A.default.weight``), which is accepted if there is only one.
+
+    Args:
+        names: All names of the file.
+        parts: Names of the family's parts, such as ``lora_A``; a bias is the part ``lora_B.bias``.
+        path: For the message.
+
+    Returns:
+        The parts of every module, and the names without a part.
+
+    Raises:
+        InputError: The file holds several adapters.
+
+    Example:
+        >>> by_module(["base_model.model.h.0.fc.lora_A.weight", "h.bias"], ("lora_A",), Path("x"))
+        ({'h.0.fc': {'lora_A': 'base_model.model.h.0.fc.lora_A.weight'}}, ['h.bias'])
+    """
+    alternatives = "|".join(map(re.escape, parts))
+    pattern = re.compile(
+        rf"(?:(?P<module>.+)\.)?(?P<part>{alternatives})(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(\.weight|(?P<bias>\.bias))?"
+    )
+    modules: Modules = {}
+    rest: list[str] = []
+    adapters: set[str | None] = set()
+    for name in names:
+        match = pattern.fullmatch(strip(name))
+        if match is None:
+            rest.append(name)
+            continue
+        adapters.add(match["name"])
+        modules.setdefault(match["module"] or "", {})[match["part"] + (match["bias"] or "")] = name
+    if len(adapters) > 1:
+        shown = ", ".join(sorted(name or "(no name)" for name in adapters))
+        raise InputError(f"{path}: holds several adapters ({shown}); save one of them separately")
+    return modules, rest
+
+
+def is_named(module: str, name: str) -> bool:
+    """Return whether a name in a config matches a module: equal, or the module ends in ``.name``.
+
+    >>> is_named("h.0.q_proj", "q_proj"), is_named("h.0.q_proj", "proj")
+    (True, False)
+    """
+    return module == name or module.endswith(f".{name}")
+
+
+def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
+    """Return the names of A and B of a module.
+
+    Raises:
+        InputError: One is missing, or is not a matrix.
+    """
+    for part in ("A", "B"):
+        if prefix + part not in parts:
+            other = parts.get(prefix + ("B" if part == "A" else "A"), module)
+            raise InputError(
+                f"{source.checkpoint.path}: {module} has no {prefix}{part}, only {other}, so the file is "
+                "incomplete; save the adapter again"
+            )
+        shape = source.checkpoint[parts[prefix + part]].shape
+        if len(shape) < 2 or 0 in shape:
+            raise InputError(
+                f"{source.checkpoint.path}: {parts[prefix + part]} has shape {list(shape)}, as saved under "
+                "DeepSpeed ZeRO-3 or FSDP without gathering the shards; save the adapter again, gathered"
+            )
+    return parts[prefix + "A"], parts[prefix + "B"]
+
+
+def check_rank(source: Source, module: str, rank_a: int, expected: int, rank_b: int) -> None:
+    """Check the ranks of a module's factors against each other and against the config.
+
+    Raises:
+        InputError: They differ, so that the scaling is unknown.
+    """
+    if rank_a != rank_b:
+        raise InputError(
+            f"{source.checkpoint.path}: {module}: A has rank {rank_a}, but B has rank {rank_b}; save the adapter again"
+        )
+    if rank_a != expected:
+        raise InputError(
+            f"{source.checkpoint.path}: {module} has rank {rank_a}, but {source.settings.path.name} says {expected}, "
+            "so the scaling is unknown; give the config that this adapter was trained with"
+        )
+
+
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+def alpha_option(options: Mapping[str, Any]) -> StatedAlpha:
+    """Return the α of the options ``alpha`` and ``alpha_is_rank``; ``rank`` for α = r, None without either.
+
+    Raises:
+        UsageError: Both are given, or α is zero or not finite.
+    """
+    alpha, is_rank = options.get("alpha"), bool(options.get("alpha_is_rank"))
+    if alpha is not None and is_rank:
+        raise UsageError("--alpha and --alpha-is-rank: contradict each other; give only one of them")
+    if alpha is not None and not (math.isfinite(alpha) and alpha != 0):
+        raise UsageError(f"--alpha {alpha:g}: must be a finite number other than 0")
+    return "rank" if is_rank else alpha
+
+
+def add_config(source: Source) -> Source:
+    """Return a source with the settings that are missing in a PEFT file, from the ranks of its factors and the given α.
+
+    Raises:
+        InputError: The file holds several adapters.
+    """
+    if source.stated_alpha is None:
+        return source
+    config = source.config
+    if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
+        return replace(
+            source, config=Config(Path(f"{source.path} (--alpha)"), _make_settings(source)), is_completed=True
+        )
+    if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
+        added: dict[str, Any] = {"lora_alpha": source.stated_alpha}
+        if source.stated_alpha == "rank":
+            added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
+        return replace(source, config=Config(config.path, {**config.values, **added}), is_completed=True)
+    return source
+
+
+def _make_settings(source: Source) -> dict[str, Any]:
+    """Return the settings of a PEFT file without a config, from the shapes of its factors and the given α."""
+    modules, _ = by_module(source.checkpoint, _FACTORS, source.path)
+    ranks = {
+        module: source.checkpoint[parts[key]].shape[0]
+        for module, parts in modules.items()
+        for key in ("lora_A", "lora_embedding_A")
+        if key in parts and source.checkpoint[parts[key]].shape
+    }
+    default_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != default_rank}
+    return {
+        "peft_type": "LORA",
+        "r": default_rank,
+        "lora_alpha": default_rank if source.stated_alpha == "rank" else source.stated_alpha,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern if source.stated_alpha == "rank" else {},
+        "use_dora": any("lora_magnitude_vector" in parts for parts in modules.values()),
+    }

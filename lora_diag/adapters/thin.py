@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.scales import Scale, scale_of
+from lora_diag.adapters.patterns import Scale, scale_of
 from lora_diag.adapters.updates import flat
 from lora_diag.checkpoints import Checkpoint
 

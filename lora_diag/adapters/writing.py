@@ -1,4 +1,13 @@
-"""Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""Ranks from an existing ``adapter_config.json``.
+
+Tensors without factors, stored in full: norms and other small modules, biases, embeddings with a resized vocabulary.
+
+PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It matches saved modules
+by the end of their names, so full names are given; and it needs every tensor of a saved module in the file.
+
+Check of a written adapter by reading it: the same factors, on the same weights, or an error.
+
+Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
 s = lora_alpha / r is 1 in every layer, so that B·A is the update itself. Every pattern of the config is resolved by
 PEFT's own rules against the modules of BASE before anything is written; a pattern that would match other modules is
@@ -19,16 +28,210 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.adapters.adapter import open_adapter
 from lora_diag.adapters.experts import REGISTERED
-from lora_diag.adapters.keys import PREFIX, is_named
-from lora_diag.adapters.source import CONFIG
-from lora_diag.adapters.writing_targets import Target
-from lora_diag.checkpoints import TensorInfo, open_checkpoint
-from lora_diag.checkpoints.writing import write_safetensors
+from lora_diag.adapters.patterns import find_targets, rank_of, read_pattern
+from lora_diag.adapters.source import CONFIG, PREFIX, Config, is_named
+from lora_diag.adapters.updates import as_float64
+from lora_diag.adapters.writing_targets import Model, Target
+from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
+from lora_diag.checkpoints.safetensors import write_safetensors
+from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
+from lora_diag.errors import InputError
 from lora_diag.files import write_whole
 
 if TYPE_CHECKING:
     import torch
+
+
+def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
+    """Return the rank of every layer that a PEFT config adapts, by PEFT's own rules.
+
+    Args:
+        path: ``adapter_config.json``.
+        targets: PEFT's view of the layers.
+
+    Raises:
+        InputError: It is not a LoRA config, a rank is invalid, or no module is a layer here.
+    """
+    config = Config.read(path)
+    modules = [target.module for target in targets.values()]
+    adapted = find_targets(config, modules)
+    parameters = config.names("target_parameters")
+    pattern = read_pattern(config, "rank_pattern", modules)
+    ranks: dict[str, int] = {}
+    for layer, target in targets.items():
+        by_name = any(is_named(target.module, name) for name in parameters)
+        if not (by_name if target.kind == "parameter" else target.module in adapted):
+            continue
+        # A fused parameter has one rank; its halves are factored separately and share it.
+        ranks[layer] = max(1, rank_of(config, pattern, target.module) // target.half[1])
+    if not ranks:
+        raise InputError(
+            f"{path}: its target_modules match no layer of this model, which has layers like "
+            f"{next(iter(targets.values())).module if targets else '(none)'}; give the config of this model"
+        )
+    return ranks
+
+
+def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
+    """Return whether PEFT can store a tensor of BASE in full.
+
+    Args:
+        name: Its name in BASE.
+        base: The checkpoint.
+        model: Its names in memory.
+    """
+    module, _, leaf = name.rpartition(".")
+    if name not in base or not module or leaf not in {"weight", "bias"}:
+        return False
+    if f"{module.rpartition('.')[0]}.in_proj_weight" in base:
+        return False  # part of an nn.MultiheadAttention
+    inside = [other for other in base if other.startswith(f"{module}.")]
+    return all("." not in other[len(module) + 1 :] for other in inside) and bool(model.in_memory(name))
+
+
+def full_values(
+    names: Collection[str],
+    deltas: Mapping[str, Delta],
+    base: Checkpoint,
+    model: Model,
+    adapted: Collection[str],
+) -> list[Value]:
+    """Return the tensors of the adapter file that store some tensors of BASE in full.
+
+    Args:
+        names: Tensors of BASE.
+        deltas: Their changes, and those of their siblings in a module, by their names in BASE.
+        base: The checkpoint.
+        model: Its names in memory.
+        adapted: Modules with factors, whose own tensors PEFT calls ``base_layer``.
+    """
+    values: dict[str, Value] = {}
+    whole = {name.rpartition(".")[0] for name in names if not _is_bias_of_layer(name, base)}
+    for name in names:
+        disk_module = name.rpartition(".")[0]
+        module = model.in_memory(name).rpartition(".")[0]
+        if disk_module not in whole:
+            key = f"{module}.base_layer.bias" if module in adapted else f"{module}.bias"
+            values[key] = _make_value(key, name, deltas.get(name), base)
+            continue
+        for sibling in base:
+            if sibling.rpartition(".")[0] == disk_module:
+                key = model.in_memory(sibling)
+                values[key] = _make_value(key, sibling, deltas.get(sibling), base, module)
+    return list(values.values())
+
+
+def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
+    """Return whether a tensor is the bias of a layer whose weight is a matrix."""
+    weight = f"{name.removesuffix('bias')}weight"
+    return name.endswith(".bias") and weight in base and len(base[weight].shape) > 1
+
+
+def _make_value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
+    """Return a tensor of BASE as it is after its change, to be stored in full."""
+    info = base[name]
+    if isinstance(delta, StoredDelta):
+        info = delta.tuned.info
+        read = partial(_read_whole, delta.tuned)
+    elif delta is None:
+        read = partial(_read_whole, Side(base, name))
+    else:
+        info = TensorInfo(key, info.shape, "float32")
+        read = partial(_compute_changed_value, delta, base, name)
+    return Value(key, TensorInfo(key, info.shape, info.dtype), read, module)
+
+
+def _read_whole(side: Side) -> torch.Tensor:
+    return side.checkpoint.read(side.name).view(side.info.shape)
+
+
+def _compute_changed_value(delta: Delta, base: Checkpoint, name: str) -> torch.Tensor:
+    """Return the new value of a tensor that an adapter changes, float32."""
+    assert not isinstance(delta, StoredDelta)
+    if isinstance(delta, FactoredDelta):
+        b, a = delta.load()
+        change = b @ a
+    else:
+        change = delta.load()
+    shape = base[name].shape
+    return (as_float64(base.read(name)).view(shape) + as_float64(change).reshape(shape)).float()
+
+
+def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None:
+    """Compare an adapter folder with its factors.
+
+    For a stack of experts, only the first and the last are compared, since each reads the whole stack.
+
+    Args:
+        folder: The adapter.
+        base: The checkpoint it belongs to.
+        parts: The factors, whose errors were measured.
+
+    Raises:
+        InputError: A layer differs when read back, so that the measured errors are not those of the file.
+    """
+    pairing, _ = open_adapter(folder).pair(base)
+    deltas = {delta.layer: delta for delta in pairing.deltas}
+    for part in parts:
+        index, count = part.target.expert
+        if index in {0, count - 1} and not _are_equal(deltas.get(part.target.layer), part):
+            raise InputError(
+                f"{folder}: the factors of {part.target.layer} differ when read back, since names and shapes of "
+                "BASE do not determine its layout; exclude it with --exclude and report this"
+            )
+
+
+def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
+    """Compare an adapter in another layout with the PEFT adapter that it was made from, layer by layer.
+
+    Args:
+        folder: The adapter in the other layout; both have a scale of 1 in every layer.
+        written: The PEFT adapter.
+        base: The checkpoint that both belong to.
+
+    Raises:
+        InputError: A layer reads back as other factors.
+    """
+    import torch
+
+    actual, expected = ({d.layer: d for d in open_adapter(path).pair(base)[0].deltas} for path in (folder, written))
+    for layer, delta in expected.items():
+        actual_delta = actual.get(layer)
+        if (
+            not isinstance(delta, FactoredDelta)
+            or not isinstance(actual_delta, FactoredDelta)
+            or actual_delta.shape != delta.shape
+        ):
+            raise InputError(
+                f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
+            )
+        pairs = zip(_select_used(*actual_delta.load()), _select_used(*delta.load()), strict=True)
+        if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            raise InputError(
+                f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
+            )
+
+
+def _are_equal(delta: Delta | None, part: Part) -> bool:
+    """Return whether the ΔW read from the file has the factors of a part."""
+    import torch
+
+    if not isinstance(delta, FactoredDelta) or delta.shape != part.target.shape:
+        return False
+    written = as_float64(part.read("B")), as_float64(part.read("A"))
+    if part.target.transposed:
+        written = written[1].T, written[0].T
+    pairs = zip(_select_used(*delta.load()), _select_used(*written), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def _select_used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns of B and rows of A that are not padding."""
+    used = (b != 0).any(0) & (a != 0).any(1)
+    return b[:, used], a[used]
+
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -14,7 +14,7 @@ from typing import Literal
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.names import EXPERT, match_names
-from lora_diag.adapters.orientation import Orientation
+from lora_diag.adapters.placing import Orientation
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import CONVOLUTION, EXPERTS, HEAD, Delta
 

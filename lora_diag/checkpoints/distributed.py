@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.archives import MAX_DIMENSIONS, WIDTH, Archive, StoredTensor, are_sizes
-from lora_diag.checkpoints.chunks import Box, Boxes
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.inert import Record, describe, load
 from lora_diag.checkpoints.pickled import WRAPPERS
+from lora_diag.checkpoints.pieces import Box, Boxes
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
 from lora_diag.files import open_regular

@@ -1,9 +1,14 @@
-"""Open a path: a file, a shard index, or a folder that contains weights."""
+"""Files and folders with weights in an unsupported form: recognized by name, and refused with a conversion command.
+
+Open a path: a file, a shard index, or a folder that contains weights.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +20,81 @@ from lora_diag.checkpoints.documents import (
     read_config,
     read_object,
 )
-from lora_diag.checkpoints.foreign import refuse_foreign
 from lora_diag.checkpoints.gguf_model import GgufModel, config_of, notes_of, open_model, single_model
 from lora_diag.checkpoints.gptq import CODES
-from lora_diag.checkpoints.names import drop_wrappers
+from lora_diag.checkpoints.names import (
+    drop_wrappers,
+    quantization,
+    refuse_integer_weights,
+    refuse_packed,
+    refuse_unmerged,
+)
 from lora_diag.checkpoints.pickled import TorchFile
 from lora_diag.checkpoints.pieces import PATTERN as PIECES
 from lora_diag.checkpoints.pieces import PiecesFolder
 from lora_diag.checkpoints.quantized import dequantize
 from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder
-from lora_diag.checkpoints.refused import quantization, refuse_integer_weights, refuse_packed, refuse_unmerged
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
 from lora_diag.checkpoints.zero import ZeroFolder
 from lora_diag.errors import InputError
+
+DCP = "is a part of a torch.distributed checkpoint; give its folder, with the file .metadata in it: {folder}"
+DEEPSPEED = (
+    "is one file of a DeepSpeed checkpoint; give the folder with those of all ranks, or convert it: "
+    "python {tool} {root} out --safe_serialization"
+)
+FSDP = "holds FSDP shards; convert them first: accelerate merge-weights {shards} out"
+ORBAX = (
+    "is an Orbax checkpoint (JAX), which is not supported; convert it to safetensors first, for example with orbaxport"
+)
+MEGATRON = (
+    "is a Megatron checkpoint, which is not supported; export it in Hugging Face's format first, for example with "
+    "megatron-bridge"
+)
+TENSORRT = "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint from which it was built"
+HQQ = "is quantized by HQQ, which is not supported; give the unquantized checkpoint, or analyse the adapter alone"
+
+# Pattern of a file name -> the message; the first match is used.
+FOREIGN = (
+    ("adapter_config.json", "is an adapter, not a checkpoint; give a full model"),
+    ("pytorch_model_fsdp_*", FSDP),
+    (".metadata", DCP),
+    ("*.distcp", DCP),
+    ("*zero_pp_rank_*", DEEPSPEED),
+    ("mp_rank_*_model_states.pt", DEEPSPEED),
+    ("_CHECKPOINT_METADATA", ORBAX),
+    ("manifest.ocdbt", ORBAX),
+    ("latest_checkpointed_iteration.txt", MEGATRON),
+    ("model_optim_rng.pt", MEGATRON),
+    ("*.engine", TENSORRT),
+    ("*.plan", TENSORRT),
+    ("qmodel.pt", HQQ),
+)
+# Files inside the folder of a training step, not next to it.
+INSIDE_STEP = ("*zero_pp_rank_*", "mp_rank_*_model_states.pt")
+
+
+def refuse_foreign(folder: Path, names: Sequence[str]) -> None:
+    """Refuse weights in an unsupported form, with the command that converts them.
+
+    Args:
+        folder: The folder of the files.
+        names: File names to check: all of a folder without readable weights, or the one requested file.
+
+    Raises:
+        InputError: A name matches such a form.
+    """
+    for pattern, message in FOREIGN:
+        for name in names:
+            if fnmatchcase(name, pattern):
+                root = folder.parent if pattern in INSIDE_STEP else folder
+                paths = {"folder": folder, "root": root, "tool": root / "zero_to_fp32.py", "shards": folder / name}
+                quoted = {key: shlex.quote(str(path)) for key, path in paths.items()}
+                raise InputError(f"{folder / name}: {message.format(**quoted)}")
+
 
 # The formats, in the order in which they are tried.
 FORMATS: tuple[type[SafetensorsFile] | type[GgufModel] | type[TorchFile], ...] = (SafetensorsFile, GgufModel, TorchFile)
@@ -253,7 +317,7 @@ def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
 
     opened: Iterable[OpenFile] = map(open_shard, paths.values())
     if isinstance(index, RemotePath):
-        from lora_diag.checkpoints.ranges import map_concurrently  # imported only for remote files
+        from lora_diag.checkpoints.addresses import map_concurrently  # imported only for remote files
 
         opened = map_concurrently(open_shard, paths.values())
     files = dict(zip(paths, opened, strict=True))

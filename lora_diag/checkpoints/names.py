@@ -3,19 +3,23 @@
 ``torch.compile``, FSDP and activation checkpointing wrap modules and add their attribute to every name. No model has a
 module ``_orig_mod``, so these attributes are dropped anywhere in a name. ``module`` (DataParallel, DeepSpeed) could be
 a model's own name, so it is dropped only if every name begins with it.
+
+Weights in unsupported quantized formats: recognized by tensor names or configuration, and refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.tensors import TensorFile, TensorInfo
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile, TensorInfo
+from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
 
 WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PREFIX = "module."
@@ -84,3 +88,108 @@ def plain_names(names: Sequence[str]) -> list[str]:
     while plain and all(name.startswith(PREFIX) for name in plain):
         plain = [name.removeprefix(PREFIX) for name in plain]
     return plain
+
+
+# Endings of tensor names that a single method uses, the most specific first.
+PACKED = (
+    (".bitmask", "compressed-tensors (sparse)"),
+    (".W_q", "HQQ"),
+    (".codebooks", "AQLM"),
+    ("._data", "quanto"),
+)
+# Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
+AMBIGUOUS = frozenset({"._data", ".bitmask"})
+
+# Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
+READ = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
+
+# Formats in which every quantized weight is packed into tensors of other names.
+PACKING = ("gptq", "awq", "mxfp4")
+
+KEY = "quant_method in config.json"
+FLOATS = "if these weights are plain floats, remove quantization_config from config.json"
+NOT_FLOATS = "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
+
+# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
+WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``quantization_config`` under any of its historical names; empty if there is none."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if isinstance(value := config.get(key), dict):
+            return value
+    return {}
+
+
+def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuse unsupported quantization methods.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+
+    Raises:
+        InputError: A tensor's name or the configuration belongs to such a method.
+    """
+    method = config.get("quant_method")
+    suffixes = tuple(suffix for suffix, _ in PACKED)
+    packed = [name for name in source if name.endswith(suffixes)]
+    for suffix, label in PACKED:
+        for name in packed:
+            if name.endswith(suffix) and (suffix not in AMBIGUOUS or source[name].dtype not in FLOAT_DTYPES):
+                label = str(method).upper() if method and str(method).upper() in label else label
+                raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {NOT_FLOATS}")
+    if method is not None and method not in READ:
+        raise InputError(
+            f"{source.path}: is quantized with {method!r} ({KEY}), which is not supported; {NOT_FLOATS}; {FLOATS}"
+        )
+
+
+def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
+    """Refuse a checkpoint that is packed according to its configuration but has no packed tensor.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+        stored: Storage formats of the quantized weights that were found.
+
+    Raises:
+        InputError: None is of the configured method.
+    """
+    method = config.get("quant_method")
+    if method in PACKING and not any(str(kind).startswith(method) for kind in stored):
+        raise InputError(f"{source.path}: is quantized with {method!r} ({KEY}), but holds no such weight; {FLOATS}")
+
+
+def refuse_integer_weights(presented: Checkpoint) -> None:
+    """Refuse integer matrices of no known format, which would otherwise be silently skipped.
+
+    Args:
+        presented: The checkpoint after dequantization.
+
+    Raises:
+        InputError: There is such a matrix.
+    """
+    for name in presented:
+        info = presented[name]
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype.startswith(("int", "uint", "F4", "F6")):
+            raise InputError(
+                f"{presented.file_of(name)}: {name} is stored as {info.dtype}, in no known quantized format; "
+                f"{NOT_FLOATS}"
+            )
+
+
+def refuse_unmerged(source: Checkpoint) -> None:
+    """Refuse the state dict of a running PEFT model, which has no ``lora_alpha``.
+
+    Raises:
+        InputError: A weight and the factors of its adapter are both present.
+    """
+    for name in source:
+        match = WRAPPED.fullmatch(name)
+        if match and any(f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")):
+            raise InputError(
+                f"{source.file_of(name)}: is an unmerged PEFT state dict ({name} and its weight are both present) "
+                "without lora_alpha; save the adapter with save_pretrained(), or the model after merge_and_unload()"
+            )

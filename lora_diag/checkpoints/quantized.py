@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diag.checkpoints import bitsandbytes, compressed, gptq, mlx, mxfp4, scaled
+from lora_diag.checkpoints.names import refuse_unfound
 from lora_diag.checkpoints.packing import RowWeight
-from lora_diag.checkpoints.refused import refuse_unfound
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
 from lora_diag.errors import InputError
 

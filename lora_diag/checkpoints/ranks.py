@@ -29,10 +29,10 @@ from lora_diag.checkpoints.archives import (
     are_sizes,
     unwrap_parameter,
 )
-from lora_diag.checkpoints.chunks import Box, Boxes
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.inert import Record
+from lora_diag.checkpoints.pieces import Box, Boxes
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
 

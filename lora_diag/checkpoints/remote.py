@@ -125,7 +125,7 @@ class RemotePath(_Path):
             InputError: The range cannot be read, the file has changed since it was opened, or the server sent other
                 bytes than requested.
         """
-        from lora_diag.checkpoints.ranges import fill
+        from lora_diag.checkpoints.addresses import fill
 
         fill(self.store, self.address, buffer, offset, self.file_info())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lora_diag.checkpoints.ranges import TransientError, call_with_retries
+from lora_diag.checkpoints.addresses import TransientError, call_with_retries
 from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 

@@ -13,9 +13,8 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from lora_diag.checkpoints.addresses import hide_secrets
+from lora_diag.checkpoints.addresses import call_with_retries, hide_secrets
 from lora_diag.checkpoints.hub import PART, HubId, unreachable
-from lora_diag.checkpoints.ranges import call_with_retries
 from lora_diag.checkpoints.stores import FileInfo, Store
 from lora_diag.checkpoints.stores_web import HttpStore
 from lora_diag.errors import InputError, install_command

@@ -13,8 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urljoin
 
-from lora_diag.checkpoints.addresses import hide_secrets
-from lora_diag.checkpoints.ranges import LEAST_BYTES, TransientError, call_with_retries
+from lora_diag.checkpoints.addresses import LEAST_BYTES, TransientError, call_with_retries, hide_secrets
 from lora_diag.checkpoints.stores import CHANGED, TRANSIENT, FileInfo, Store, filesystem, first_line_of
 from lora_diag.errors import InputError
 

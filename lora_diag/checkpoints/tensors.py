@@ -156,7 +156,7 @@ class Checkpoint:
     def are_zero(self, names: Iterable[str]) -> Iterator[bool]:
         """Yield whether all entries of tensors are zero; remote files are requested concurrently."""
         if isinstance(self.files[0].path, RemotePath):
-            from lora_diag.checkpoints.ranges import map_concurrently  # imported only for remote files
+            from lora_diag.checkpoints.addresses import map_concurrently  # imported only for remote files
 
             yield from map_concurrently(self._is_zero, names)
             return
@@ -220,7 +220,7 @@ class Checkpoint:
         """
         file = self._file_by_name[name]
         if isinstance(file.path, RemotePath):
-            from lora_diag.checkpoints.ranges import READ_AHEAD, map_concurrently
+            from lora_diag.checkpoints.addresses import READ_AHEAD, map_concurrently
 
             yield from map_concurrently(lambda span: file.read(name, *span), spans, READ_AHEAD)
             return

@@ -156,7 +156,7 @@ class Shown:
             per: Content of a row, ``type`` or ``layer``; the default is that of the options.
         """
         if self.table:
-            from lora_diag.inspection.tables import table
+            from lora_diag.inspection.table import table
 
             result(table(results, *terminal(), per=per or getattr(self, "per", Per.type), next_command=next_command))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.adapters.user_alpha import alpha_option
+from lora_diag.adapters.source import alpha_option
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError

@@ -1,20 +1,30 @@
-"""The table of ``inspect`` for a checkpoint or an adapter."""
+"""The table of ``inspect`` for a checkpoint or an adapter.
+
+Tables of any results: ``inspect`` shows them as the command that measured them did.
+
+Display of results in a notebook: the tables and the summary of their command, as HTML.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
+from lora_diag.catalog import feature_of
+from lora_diag.errors import InputError
+from lora_diag.records import Results
+from lora_diag.records.base import Shown, value_at
 from lora_diag.records.inventory import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.records.names import module_type_of
-from lora_diag.records.shown import Shown, value_at
-from lora_diag.rendering.columns import Grid
-from lora_diag.rendering.tables import grid_of
+from lora_diag.rendering.html import grid_html, statement_html
+from lora_diag.rendering.statements import Statement
+from lora_diag.rendering.tables import Grid, grid_of, grids_table
 from lora_diag.rendering.text import count, safe, to_text
 
 
@@ -54,3 +64,47 @@ def _make_headline(inventory: Inventory) -> str:
     notes = "".join(f"\nNote: {safe(note)}" for note in inventory.notes)
     head = f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, {dtypes}"
     return head + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes
+
+
+def table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+) -> str:
+    """Return the table and the summary of results of any command.
+
+    Args:
+        results: The results.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        next_command: The suggested next command, printed last.
+
+    Raises:
+        InputError: The results come from a command that is unknown to this version.
+    """
+    feature = feature_of(results.run.command)
+    if feature is not None and feature.table:
+        shown: str = feature.load(feature.table)(results, width, color, per=per, next_command=next_command)
+        return shown
+    if feature is not None and feature.statements:
+        statements = feature.load(feature.statements)(results)
+        return grids_table(feature.tables(results, per), statements, width, color, next_command)
+    raise InputError(
+        f"results of loradiag {results.run.command}: this version has no table for them; update loradiag, or install "
+        "the package that adds the command"
+    )
+
+
+# Characters of a line where a command has a table for terminals and no section of a report.
+_WIDTH = 100
+
+
+def html_of(results: Results[Any]) -> str:
+    """Return results as HTML. Names are escaped, and nothing is loaded from elsewhere."""
+    feature = feature_of(results.run.command)
+    if feature is None or not feature.statements or (feature.table and not feature.section):
+        text = feature.load(feature.table)(results, _WIDTH) if feature and feature.table else repr(results)
+        return f"<pre>{escape(text)}</pre>"
+    tables = "".join(grid_html(grid) for grid in feature.tables(results, "type"))
+    statements: list[Statement] = feature.load(feature.statements)(results)
+    first = sorted(statements, key=lambda statement: statement.key != "unfinished")
+    return f"<div>{tables}<table><tbody>{''.join(map(statement_html, first))}</tbody></table></div>"

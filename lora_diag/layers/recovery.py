@@ -32,12 +32,22 @@ from lora_diag.linalg.hidden import (
     fit_size,
     recover,
 )
-from lora_diag.linalg.hidden_density import fit_density
-from lora_diag.linalg.hidden_scales import Scales, divide_cells, fit_scales, measure_lengths, measure_norm, unscale
-from lora_diag.linalg.hidden_shapes import NORMAL, Shape, Shaped, fit_shape, refit_shape
+from lora_diag.linalg.hidden_models import (
+    NORMAL,
+    Scales,
+    Shape,
+    Shaped,
+    divide_cells,
+    fit_density,
+    fit_scales,
+    fit_shape,
+    measure_lengths,
+    measure_norm,
+    refit_shape,
+    unscale,
+)
 from lora_diag.linalg.rounding import SHORTER
-from lora_diag.linalg.shrinkage import add_noise
-from lora_diag.linalg.truncated import Moments, moments
+from lora_diag.linalg.truncated import Moments, add_noise, moments
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lora_diag.errors import UsageError
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.exact import decompose_exact
+from lora_diag.linalg.exact import decompose_exact, decompose_gram
 from lora_diag.linalg.factors import Factors, scale_of
-from lora_diag.linalg.gram import decompose_gram
 from lora_diag.linalg.krylov import decompose_krylov, may_be_cheaper
 
 # Default bound on the error of an energy fraction: C(r) to three digits.

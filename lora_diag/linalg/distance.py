@@ -1,15 +1,30 @@
-"""Comparison of two matrices block by block, without forming their difference."""
+"""Comparison of two matrices block by block, without forming their difference.
+
+Fractions of a matrix in given subspaces, from products with thin matrices only.
+
+With orthonormal U (m × r) and V (n × r), the projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ is
+P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical low-rank approximation*, SIAM J. Matrix Anal. Appl. 29,
+lemma 4.1; Vandereycken 2013, *Low-rank matrix completion by Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its
+three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ are orthogonal to each other, so
+
+    ‖P(G)‖² = ‖UᵀG‖² + ‖GV‖² − ‖UᵀGV‖²,
+
+and no matrix of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most the smaller of the
+other two. The first r columns of larger U and V give every smaller rank at once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.difference import norm
+from lora_diag.linalg.devices import move
+from lora_diag.linalg.difference import first_non_finite, norm
 
 
 class Products(NamedTuple):
@@ -78,3 +93,80 @@ def root(moments: Tensor) -> tuple[Tensor, float]:
     positive = eigenvalues.clamp(min=0)
     total = float(eigenvalues.abs().sum())
     return vectors * positive.sqrt(), float((positive - eigenvalues).sum()) / total if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Norms of the parts of G over ‖G‖_F; one value per requested rank.
+
+    Args:
+        fro: ‖G‖_F.
+        both: ‖UᵀGV‖_F / ‖G‖_F.
+        left: ‖UᵀG‖_F / ‖G‖_F.
+        right: ‖GV‖_F / ‖G‖_F.
+        tangent: ‖P(G)‖_F / ‖G‖_F.
+    """
+
+    fro: float
+    both: tuple[float, ...]
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    tangent: tuple[float, ...]
+
+
+def orthonormalize(vectors: Tensor) -> Tensor:
+    """Return float64 columns, orthonormal up to rounding, whose first k columns span the first k given ones.
+
+    Args:
+        vectors: ``(m, r)``, r ≤ m, linearly independent.
+    """
+    columns: Tensor = torch.linalg.qr(vectors.to(torch.float64))[0]
+    return columns
+
+
+def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]) -> Shares | str:
+    """Measure the fractions of G in the subspaces of the first r columns of U and V.
+
+    Args:
+        blocks: The rows of G, ``(rows, n)`` each, any floating dtype, from the first row to the last.
+        u: U, ``(m, R)`` float64, orthonormal columns.
+        v: V, ``(n, R)`` likewise, on the same device.
+        ranks: The r, 1 ≤ r ≤ R each.
+
+    Returns:
+        The fractions, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1, all 0 if G is zero; or the value and position of an
+        entry that is not finite.
+
+    Example:
+        >>> e = torch.eye(3, dtype=torch.float64)
+        >>> found = shares([torch.ones(3, 3)], e[:, :1], e[:, :1], [1])
+        >>> [round(share[0] ** 2 * 9) for share in (found.both, found.left, found.tangent)]
+        [1, 3, 5]
+    """
+    from_left = torch.zeros(u.shape[1], v.shape[0], dtype=torch.float64, device=u.device)
+    squares = torch.zeros(v.shape[1], dtype=torch.float64, device=u.device)
+    fro, row = 0.0, 0
+    for stored in blocks:
+        block = move(stored, u.device).to(torch.float64)
+        size = norm([block])
+        if not math.isfinite(size):
+            return first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows float64"
+        fro = math.hypot(fro, size)
+        from_left.addmm_(u[row : row + len(block)].T, block)
+        squares += (block @ v).square().sum(0)
+        row += len(block)
+    if fro == 0.0:
+        nothing = (0.0,) * len(ranks)
+        return Shares(0.0, nothing, nothing, nothing, nothing)
+    both = (from_left @ v).square().cumsum(0).cumsum(1).diagonal().tolist()
+    left, right = from_left.square().sum(1).cumsum(0).tolist(), squares.cumsum(0).tolist()
+    by_rank = [_compute_shares(both[r - 1], left[r - 1], right[r - 1], fro) for r in ranks]
+    return Shares(fro, *(tuple(part) for part in zip(*by_rank, strict=True)))
+
+
+def _compute_shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:
+    """Return both, left, right and tangent from squares, with their order enforced against rounding."""
+    inside, columns, rows = (min(1.0, math.sqrt(square) / fro) for square in (both, left, right))
+    inside = min(inside, columns, rows)
+    tangent = min(1.0, max(columns, rows, math.sqrt(max(0.0, left + right - both)) / fro))
+    return inside, columns, rows, tangent

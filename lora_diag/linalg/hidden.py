@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.cells import Cells, Source
-from lora_diag.linalg.shrinkage import Shrunk, shrink
 from lora_diag.linalg.streamed import Streamed
-from lora_diag.linalg.truncated import moments
+from lora_diag.linalg.truncated import Shrunk, moments, shrink
 
 # Number of entries from which the size is first fitted to a sample, and the size of that sample.
 SAMPLE = 2**19

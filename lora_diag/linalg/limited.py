@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from lora_diag.errors import MemoryLimitError
 from lora_diag.linalg.decompose import EXACT_UP_TO, TOL, budget_of, check_request, tries_krylov
+from lora_diag.linalg.exact import IN_PLACE_FROM, decompose_gram
 from lora_diag.linalg.factors import Factors, scale_of
-from lora_diag.linalg.gram import IN_PLACE_FROM, decompose_gram
 from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
 from lora_diag.linalg.streamed import ROWS, Streamed
 

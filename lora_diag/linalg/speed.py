@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_diag.linalg.decompose import decompose
 from lora_diag.linalg.difference import difference
-from lora_diag.linalg.gram import gram_matrix
+from lora_diag.linalg.exact import gram_matrix
 from lora_diag.linalg.stacked import BLOCK_ENTRIES
 
 # σ_i ∝ i^-DECAY, as for the updates of the benchmark; the work of krylov depends on it.

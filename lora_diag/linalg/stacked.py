@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.factored import decompose_factored
+from lora_diag.linalg.exact import decompose_factored
 
 # A, or B and A of a product B·A.
 Matrix = Tensor | tuple[Tensor, Tensor]

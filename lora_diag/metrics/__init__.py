@@ -3,11 +3,19 @@
 Functions take singular values and norms and return numbers or arrays; independent of torch, names and files.
 """
 
-from lora_diag.metrics.distance import Distances, Parts, distances, limit, parts, pooled
-from lora_diag.metrics.effective_rank import effective_rank, stable_rank
-from lora_diag.metrics.energy import RANKS, THRESHOLDS, energy_curve, rank_at, ranks_at
+from lora_diag.metrics.energy import (
+    RANKS,
+    THRESHOLDS,
+    effective_rank,
+    energy_curve,
+    rank_at,
+    ranks_at,
+    spectral_error,
+    stable_rank,
+    truncation_error,
+)
 from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighted_edge
-from lora_diag.metrics.truncation import spectral_error, truncation_error
+from lora_diag.metrics.subspaces import Distances, Parts, distances, limit, parts, pooled
 
 __all__ = [
     "RANKS",

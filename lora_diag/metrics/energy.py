@@ -1,6 +1,16 @@
-"""Energy curves: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F²."""
+"""Energy curves: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F².
+
+Scalar summaries of the number of directions of an update.
+
+Eckart–Young: distance of the best rank-r approximation from the matrix.
+
+Spectra thinned for drawing: a subset of unchanged values.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,3 +61,121 @@ def ranks_at(curves: NDArray[np.float64], threshold: float) -> NDArray[np.int64]
         [2, 3]
     """
     return np.asarray((curves < threshold).sum(axis=-1) + 1, np.int64)
+
+
+def stable_rank(s: NDArray[np.float64], fro: float) -> float:
+    """Return ‖A‖_F² / σ_1², between 1 and rank(A).
+
+    Reference: Rudelson and Vershynin 2007, "Sampling from large matrices", section 1.
+
+    Example:
+        >>> stable_rank(np.array([1.0, 1.0]), np.sqrt(2.0)).__round__(6)
+        2.0
+    """
+    return max(1.0, float((fro / s[0]) ** 2))
+
+
+def effective_rank(s: NDArray[np.float64]) -> float:
+    """Return exp(−Σ p_i ln p_i) with p_i = σ_i² / Σσ²: the number of equal directions with the same entropy of energy.
+
+    Roy and Vetterli 2007 ("The effective rank") define it on p_i = σ_i/Σσ; here p is the energy, as in the rest of the
+    package.
+
+    Args:
+        s: All singular values; the largest is positive.
+
+    Example:
+        >>> effective_rank(np.array([1.0, 1.0, 0.0])).__round__(6)
+        2.0
+    """
+    energy = np.square(s / s[0])
+    p = energy[energy > 0] / energy.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def truncation_error(
+    s: NDArray[np.float64], fro: float, rank: int, complete: bool
+) -> tuple[float, float | None] | None:
+    """Return ‖A − A_r‖_F = √Σ_{i>r}σ_i² and ‖A − A_r‖_2 = σ_{r+1} for the best approximation of rank r.
+
+    Args:
+        s: The K largest singular values, descending.
+        fro: ‖A‖_F.
+        rank: r ≥ 0.
+        complete: True if ``s`` holds every singular value. The Frobenius error is then summed from its small end,
+            free of cancellation; else it is √(‖A‖_F² − Σ_{i≤r}σ_i²).
+
+    Returns:
+        Both errors; the spectral one is None if σ_{r+1} was not computed; None if r > K, where both are unknown.
+
+    Reference: Eckart and Young 1936; Mirsky 1960, theorem 2 (any unitarily invariant norm).
+
+    Example:
+        >>> truncation_error(np.array([3.0, 2.0, 1.0]), math.sqrt(14), 2, complete=True)
+        (1.0, 1.0)
+    """
+    if complete:
+        tail = s[rank:]
+        return math.hypot(*tail[::-1].tolist()), float(tail[0]) if len(tail) else 0.0
+    if rank > len(s):
+        return None
+    kept = math.hypot(*s[:rank].tolist())
+    left = math.sqrt(max(0.0, fro - kept)) * math.sqrt(fro + kept)
+    return left, float(s[rank]) if rank < len(s) else None
+
+
+def spectral_error(value: float, fro: float, energy_error: float) -> float:
+    """Return a bound on |σ̂_i − σ_i| of one singular value.
+
+    σ_i² is the difference of two partial sums of energy, each of which is off by at most energy_error·‖A‖_F², so
+    |σ̂_i² − σ_i²| ≤ 2·energy_error·‖A‖_F².
+
+    Args:
+        value: σ̂_i.
+        fro: ‖A‖_F.
+        energy_error: Bound on the error of every energy fraction up to the i-th.
+
+    Example:
+        >>> spectral_error(1.0, 1.0, 0.0), round(spectral_error(1.0, 1.0, 0.18), 12), spectral_error(0.0, 1.0, 0.5)
+        (0.0, 0.2, 1.0)
+    """
+    tolerance = 2 * energy_error * fro**2
+    return max(value - math.sqrt(max(0.0, value**2 - tolerance)), math.sqrt(value**2 + tolerance) - value)
+
+
+def thinned_ranks(values: int, points: int) -> list[int]:
+    """Return the ranks to draw: all if they fit, else half of the points without gaps and the other half log-spaced.
+
+    Args:
+        values: K, the number of singular values.
+        points: Maximum number of points, at least 2.
+
+    Returns:
+        Ascending ranks from 1 to K, no more than ``points``.
+
+    Example:
+        >>> thinned_ranks(4, 8), thinned_ranks(4096, 8)
+        ([1, 2, 3, 4], [1, 2, 3, 4, 23, 128, 724, 4096])
+    """
+    if values <= points:
+        return list(range(1, values + 1))
+    first = points // 2
+    spaced = np.geomspace(first, values, points - first + 1)[1:]
+    return sorted({*range(1, first + 1), *(int(rank) for rank in np.rint(spaced))})
+
+
+def curve_at(s: Sequence[float], fro: float, complete: bool, ranks: Sequence[int]) -> list[float]:
+    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² at given ranks.
+
+    Args:
+        s: Singular values, descending, ``(K,)``.
+        fro: ‖ΔW‖_F > 0.
+        complete: True if ``s`` holds every singular value.
+        ranks: From 1 to K.
+
+    Example:
+        >>> [round(share, 3) for share in curve_at([2.0, 1.0, 1.0], 6**0.5, True, [1, 3])]
+        [0.667, 1.0]
+    """
+    curve = energy_curve(np.asarray(s, dtype=np.float64), fro, complete)
+    return [float(curve[rank - 1]) for rank in ranks]

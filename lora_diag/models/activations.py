@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lora_diag.errors import InputError
 from lora_diag.models.data import Sequence, Texts
-from lora_diag.models.gradients import Draw, backward
-from lora_diag.models.losses import logits_of
+from lora_diag.models.losses import Draw, backward, logits_of
 from lora_diag.models.opening import Model
 
 # transformers' name of its linear layer that stores (in, out); GPT-2 has it.

@@ -1,4 +1,6 @@
-"""In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, layer by layer.
+"""The layers that a probe truncates.
+
+In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, layer by layer.
 
 Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets are
 kept, as many numbers as in an adapter of the largest rank.
@@ -6,17 +8,39 @@ kept, as many numbers as in an adapter of the largest rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, Side, StoredDelta, row_blocks, row_spans
-from lora_diag.errors import InputError
+from lora_diag.deltas import Delta, Side, StoredDelta, row_blocks, row_spans, selector
+from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.layers.change import Change, load_change
 from lora_diag.linalg import Factors
 from lora_diag.models.opening import Model, Weights
+from lora_diag.records.names import part_of
+
+
+def truncated_layers(
+    deltas: Sequence[Delta], layers: str | None = None, exclude: str | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return the layers to truncate, with their shapes: the selected matrices outside embeddings and head.
+
+    Raises:
+        UsageError: A regular expression is invalid.
+        NothingComparedError: No matrix is selected.
+    """
+    selected = selector(layers, exclude)
+    truncated = {
+        delta.layer: delta.shape
+        for delta in deltas
+        if delta.is_matrix and part_of(delta.layer) == "matrices" and selected(delta.layer)
+    }
+    if not truncated:
+        raise NothingComparedError("no matrix outside embeddings and head is selected; check --layers and --exclude")
+    return truncated
+
 
 # Used instead of a rank for the whole ΔW.
 FULL = -1

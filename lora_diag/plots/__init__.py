@@ -33,15 +33,15 @@ FEATURE = Feature(
 )
 
 _EXPORTS = {
-    "FIGURES": ".figures:FIGURES",
+    "FIGURES": ".run:FIGURES",
     "FORMATS": "lora_diag.rendering.figures.style:FORMATS",
-    "FigureKind": ".figures:FigureKind",
+    "FigureKind": ".run:FigureKind",
     "drawn": "lora_diag.rendering.figures.series:drawn",
     "encoded": "lora_diag.rendering.figures.style:encode_figure",
-    "figure": ".figures:figure",
-    "figure_named": ".figures:figure_named",
-    "obstacle": ".figures:obstacle",
-    "why_not": ".figures:why_not",
+    "figure": ".run:figure",
+    "figure_named": ".run:figure_named",
+    "obstacle": ".run:obstacle",
+    "why_not": ".run:why_not",
 }
 
 

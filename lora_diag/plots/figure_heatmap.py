@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from lora_diag.records import LayerRecord
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.fields import format_cell, metric_suffix, numbers_of, title_in, value_of
-from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.fields import Types, format_cell, metric_suffix, numbers_of, title_in, value_of
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import Record
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Record, Shown
 
 
 def _common_shape(rows: Sequence[Any]) -> str:

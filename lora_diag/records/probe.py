@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal, Protocol
 
-from lora_diag.records.base import Count, Nats, Ratio, Record, Share, WholeRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Count, Nats, Ratio, Record, Share, Shown, WholeRecord
 
 Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
 

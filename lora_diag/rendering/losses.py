@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_diag.metrics.equivalence import paired_half
+from lora_diag.metrics.statistics import paired_half
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
 from lora_diag.rendering.text import percent, plus_minus, short

@@ -1,19 +1,214 @@
-"""The table of any records of layers, derived from their declarations, so that a feature needs no table of its own."""
+"""Tables that fit a terminal: columns without room are dropped, then row names are shortened.
+
+The table of any records of layers, derived from their declarations, so that a feature needs no table of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
-from rich.console import Group
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from lora_diag.records import LayerRecord, Results
-from lora_diag.records.shown import Shown, pooled_value, value_at
-from lora_diag.rendering.columns import Column, Grid, drop_repeated_captions, rows_of, title_of
+from lora_diag.records.base import Shown, pooled_value, value_at
+from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.statements import Statement, summary_of
-from lora_diag.rendering.text import ends, plus_minus, safe, to_text, written
+from lora_diag.rendering.text import crop, ends, plus_minus, safe, short, to_text, written
+
+# Terminal width from which the wide table is shown.
+WIDE = 120
+
+# Length of a name that columns must leave room for, in the narrow and in the wide table.
+_NAME, _WIDE_NAME = 12, 32
+
+
+class HasLayer(Protocol):
+    """A record of one layer."""
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        ...
+
+
+R = TypeVar("R", bound=HasLayer)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column.
+
+    Args:
+        title: Its heading.
+        cells: Cells from the first row to the last.
+        justify: Alignment of the cells.
+        drop: Priority of dropping in a narrow terminal: the largest value first, of equal ones the last column; 0 for
+            never.
+        wide: Whether it is shown in wide terminals only.
+    """
+
+    title: str
+    cells: tuple[str | Text, ...]
+    justify: Literal["left", "right"] = "right"
+    drop: int = 0
+    wide: bool = False
+
+    @property
+    def width(self) -> int:
+        """Width of its longest cell or its title."""
+        return max(len(self.title), *map(len, self.cells), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table, independent of the output format.
+
+    Args:
+        caption: Caption; may be empty.
+        title: Title of the column of names.
+        names: One per row.
+        columns: The others.
+        about: Explanation for pages; a terminal has a summary instead.
+        most: How many rows, the first, a terminal shows, with whole names; None for all, with names as there is room.
+    """
+
+    caption: str
+    title: str
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    about: str = ""
+    most: int | None = None
+
+    def shown(self, width: int) -> list[RenderableType]:
+        """Return the columns for a terminal of a given width."""
+        names, limit = self.names[: self.most], self.most
+        columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
+        table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if limit else None)
+        hidden = len(self.names) - len(names)
+        return [
+            *([Text(self.caption, style="bold")] if self.caption else []),
+            table,
+            *([Text(f"and {hidden} more")] if hidden else []),
+        ]
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Return the name and the cells of each row."""
+        cells = zip(*(column.cells for column in self.columns), strict=True)
+        return [(name, [str(cell) for cell in row]) for name, row in zip(self.names, cells, strict=True)]
+
+
+def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
+    """Return the rows of a table: names, each with its records in the order of the file.
+
+    Args:
+        records: Records of layers.
+        per: ``layer`` for one row a layer; ``type`` for one row per module type, attention before MLP before vocabulary
+            tables.
+    """
+    groups: dict[str, list[R]] = {}
+    for record in records:
+        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
+    rows = [(short(name), tuple(group)) for name, group in groups.items()]
+    return sorted(rows, key=lambda row: place_of(row[1][0].layer)) if per == "type" else rows
+
+
+def title_of(per: str) -> str:
+    """Return the title of the column of names: of module types, or unchanged."""
+    return "module type" if per == "type" else per
+
+
+def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width: int, keep: int | None = None) -> Table:
+    """Return a table of named rows; the caption names the columns that do not fit.
+
+    Args:
+        title: Title of the column of names.
+        names: One per row; shortened to fit, but kept distinct.
+        columns: The others.
+        width: Width of the terminal.
+        keep: Characters of a name that columns must leave room for; default 12, in a wide terminal 32.
+    """
+    longest = max(len(title), *map(len, names), 0)
+    at_most = [column for column in columns if width >= WIDE or not column.wide]
+    fitting = _drop_columns(at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME)))
+    room = min(longest, _room_for_names(fitting, width))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left")
+    if hidden := [column.title for column in columns if column not in fitting]:
+        table.caption = f"not shown at {width} columns: {', '.join(hidden)}\n"
+    table.add_column(title, no_wrap=True, width=room)
+    for column in fitting:
+        table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
+    for name, *cells in zip(shorten_names(names, room), *(column.cells for column in fitting), strict=True):
+        table.add_row(name, *cells)
+    return table
+
+
+def drop_repeated_captions(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
+    """Return tables and the separators between them; of tables with one caption, only the last keeps it."""
+    last = {part.caption: part for part in parts if isinstance(part, Table)}
+    for part in parts:
+        if isinstance(part, Table) and last[part.caption] is not part:
+            part.caption = None
+    return parts
+
+
+def shorten_names(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names to a width: at the beginning, and also after the differing part if two would be equal.
+
+    >>> shorten_names(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
+    ['…0.…output.dense', '…1.…output.dense', 'pooler.dense']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(crop(name, width), []).append(name)
+    shortened_names = {name: short_name for short_name, (name, *_) in groups.items()}
+    used = {short_name for short_name, group in groups.items() if len(group) == 1}
+    for group in groups.values():
+        if len(group) > 1:
+            cuts = _disambiguate(group, width, used)
+            shortened_names |= dict(zip(group, cuts, strict=True))
+            used |= set(cuts)
+    return [shortened_names[name] for name in names]
+
+
+def _disambiguate(names: Sequence[str], width: int, used: Set[str]) -> list[str]:
+    """Shorten names with equal endings: keep the first parts in which they differ, and the end."""
+    differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
+    start = names[0].rfind(".", 0, differ) + 1
+    lead = "…" if start else ""
+    room = width - len(lead) - 1
+
+    def cuts(heads: Sequence[str]) -> list[str]:
+        return [f"{lead}{head}…{name[len(name) - room + len(head) :]}" for head, name in zip(heads, names, strict=True)]
+
+    rests = [name[start:] for name in names]
+    parts = [[".".join([*tail.split(".")[:n], ""]) for tail in rests] for n in range(1, 4)]
+    pieces = [[tail[:n] for tail in rests] for n in range(1, room)]
+    for heads in (*parts, *pieces):
+        if max(map(len, heads)) < room and len(set(result := cuts(heads))) == len(names) and not used & set(result):
+            return result
+    # No room for the differing part: use a number.
+    return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(used) + 1)]
+
+
+def _room_for_names(columns: Sequence[Column], width: int) -> int:
+    """Return the width left for names: each column takes a blank, and both edges one."""
+    return max(1, width - sum(column.width + 1 for column in columns) - 2)
+
+
+def _drop_columns(columns: Sequence[Column], width: int, name: int) -> list[Column]:
+    """Drop as many columns as needed for names to keep ``name`` characters."""
+    fitting = list(columns)
+    for position in sorted(range(len(columns)), key=lambda position: (-columns[position].drop, -position)):
+        if columns[position].drop and _room_for_names(fitting, width) < name:
+            fitting = [column for column in fitting if column is not columns[position]]
+    return fitting
+
 
 Rows = Sequence[tuple[str, Sequence[Any]]]
 

@@ -15,18 +15,17 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from lora_diag.decisions.allocate.allocation import Budget, allocate
-from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.errors import UsageError
-from lora_diag.probes.outputs.contest import (
+from lora_diag.probes.outputs.show import (
     SUFFICIENT_SHARE,
     Contest,
     compare_with_base,
     gains,
     is_tuned_worse,
 )
-from lora_diag.probes.sweep.options import SweepOptions
+from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.verdict import confident, reasons
 from lora_diag.records.names import module_type_of, part_of
 from lora_diag.records.probe import main_sets

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 from lora_diag.cli import options
 from lora_diag.cli.output import message, result, silence_matplotlib
 from lora_diag.errors import UsageError
-from lora_diag.reports.options import ReportOptions
+from lora_diag.reports import ReportOptions
 from lora_diag.reports.trackers import TRACKERS, track
 from lora_diag.running.options import OUTPUT, Option, fill_options, plain
 

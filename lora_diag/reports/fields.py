@@ -14,11 +14,11 @@ from lora_diag.catalog import record_kinds
 from lora_diag.decisions.gate.record import WORST_FIRST, Status
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.overlap.show import tracks
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records import LayerRecord
-from lora_diag.records.shown import Shown, Value, pooled_value
+from lora_diag.records.base import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import metric_of
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import labels

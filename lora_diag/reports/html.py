@@ -1,4 +1,6 @@
-r"""Records → one HTML page that opens from disk, without a network, and is complete without JavaScript.
+r"""Static figures of a page, as in ``loradiag plot``, shown without scripts.
+
+Records → one HTML page that opens from disk, without a network, and is complete without JavaScript.
 
 Jinja2 escapes all text; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are escaped as
 ``\u003c`` and so on, so that no layer name can close the script element. plotly.js draws the interactive charts; it is
@@ -17,26 +19,46 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.diagnostics.overlap.tracks import tracks
+from lora_diag.diagnostics.overlap.show import tracks
 from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, install_command
-from lora_diag.inspection.tables import table
-from lora_diag.metrics.thinning import curve_at, thinned_ranks
+from lora_diag.inspection.table import table
+from lora_diag.metrics.energy import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
 from lora_diag.rendering.text import plain, safe, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
-from lora_diag.reports.sections import Section, sections_of
 from lora_diag.reports.subject import (
+    Section,
     Subject,
     certificates,
     gate_outcome,
     labels,
     other_metric_sentences,
+    sections_of,
     subject_of,
 )
+
+
+def images_of(evidence: Evidence) -> list[Image]:
+    """Return every figure that the records allow."""
+    from lora_diag import plots  # deferred: importing Matplotlib takes half a second
+
+    runs = [source.results for source in evidence.sources]
+    files = [source.name for source in evidence.sources]
+    images = []
+    # Name in the page, figure, description, field of a heat map.
+    kinds: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
+    kinds.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
+    for name, kind, shows, field in kinds:
+        if plots.why_not(kind, runs, field=field) is None:
+            drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
+            address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
+            images.append(Image(name, shows, f"Figure of {name}: {shows}.", address))
+    return images
+
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -166,7 +188,7 @@ def _render_run(source: Source) -> str:
 
 def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
     """Return the data of the page's script (``templates/page.js``); layers are numbered."""
-    from lora_diag.rendering.figures.groups import Types
+    from lora_diag.rendering.figures.fields import Types
 
     types = Types(layers)
     row = {name: position for position, name in enumerate(types.names)}

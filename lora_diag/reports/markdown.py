@@ -12,8 +12,14 @@ from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
-from lora_diag.reports.sections import sections_of
-from lora_diag.reports.subject import Subject, certificates, gate_outcome, other_metric_sentences, subject_of
+from lora_diag.reports.subject import (
+    Subject,
+    certificates,
+    gate_outcome,
+    other_metric_sentences,
+    sections_of,
+    subject_of,
+)
 
 # GitHub limits comments to 65,536 characters.
 MAX_BYTES = 60_000

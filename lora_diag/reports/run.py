@@ -12,8 +12,8 @@ from lora_diag.errors import UsageError
 from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
 from lora_diag.records.run import timestamp
+from lora_diag.reports import ReportOptions
 from lora_diag.reports.evidence import Evidence, Source, format_minute
-from lora_diag.reports.options import ReportOptions
 from lora_diag.running.options import fill_options, show_options
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
@@ -70,8 +70,7 @@ def report(
 
 
 def _render_html(evidence: Evidence) -> str:
-    from lora_diag.reports.html import html_report
-    from lora_diag.reports.static import images_of
+    from lora_diag.reports.html import html_report, images_of
 
     return html_report(evidence, images_of(evidence), format_minute(timestamp()))
 

@@ -1,4 +1,13 @@
-"""The first part of a report: inputs, answers, next steps.
+"""Report sections for losses, merges, several updates, intruder dimensions and fleets, from the commands' summaries.
+
+Used by both the HTML and the Markdown report. Names are ``safe``, as in the terminal.
+
+The answers at the top of a page: statements of commands, found by the keys that features declare.
+
+``Feature.questions`` pairs keys and questions. A question of several keys has the first statement as its answer and the
+others as further lines. Names are ``safe``.
+
+The first part of a report: inputs, answers, next steps.
 
 Shared by HTML and Markdown. Names and paths are ``safe``; escaping for a page is left to the page.
 """
@@ -9,16 +18,162 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lora_diag.catalog import feature_of, features
 from lora_diag.decisions.allocate.record import Certificate
 from lora_diag.decisions.gate.record import WORST_FIRST, Verdict, outcome
 from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.diagnostics.spectrum.summary import METRICS
+from lora_diag.diagnostics.spectrum.show import METRICS
+from lora_diag.feature import Feature
+from lora_diag.feature import Section as SectionKind
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
+from lora_diag.rendering.statements import Statement, short_paths
+from lora_diag.rendering.tables import Grid
 from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import Step, advice
-from lora_diag.reports.answers import Answer, answers
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.sections import is_of_losses, named_of, section_kind
+
+# Statements that the list of runs already contains.
+_OTHER_SECTIONS = {"compared", "left_out", "adapters"}
+
+# Maximum number of updates named in a title.
+_NAMED = 4
+
+# Roles of inputs that are not compared.
+_TEXTS = {"data", "eval", "shifted"}
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The section of one run.
+
+    Args:
+        title: Its title.
+        kind: Its title without the run's inputs.
+        feature: The feature of its records.
+        statements: Its statements.
+        grids: Its tables.
+        figures: Names of its figures; several runs of a command have them in the first section.
+        source: The run.
+    """
+
+    title: str
+    kind: str
+    feature: Feature
+    statements: tuple[Statement, ...]
+    grids: tuple[Grid, ...]
+    figures: tuple[str, ...]
+    source: Source
+
+    @property
+    def command(self) -> str:
+        """The command that measured it."""
+        return self.source.results.run.command
+
+
+def section_kind(source: Source) -> SectionKind | None:
+    """Return the section declared by a run's feature; None without one."""
+    feature = feature_of(source.results.run.command)
+    return feature.section if feature else None
+
+
+def sections_of(evidence: Evidence) -> list[Section]:
+    """Return a section for each run whose feature has one, losses first; runs of one command in the given order."""
+    sections = []
+    drawn: set[str] = set()
+    known = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
+    order = [feature.name for feature in features()]
+    for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
+        feature = feature_of(source.results.run.command)
+        assert feature is not None
+        statements: list[Statement] = feature.load(feature.statements)(source.results)
+        grids = feature.tables(source.results, kind.per)
+        figures = kind.figures or tuple(figure.name for figure in feature.figures)
+        sections.append(
+            Section(
+                f"{kind.title}: {named_of(source)}",
+                kind.title,
+                feature,
+                tuple(statement for statement in statements if statement.key not in _OTHER_SECTIONS),
+                tuple(grid for grid in grids if grid.names),
+                () if feature.name in drawn else figures,
+                source,
+            )
+        )
+        drawn.add(feature.name)
+    return sections
+
+
+def is_of_losses(source: Source) -> bool:
+    """Return whether a run measured losses of a model."""
+    kind = section_kind(source)
+    return kind is not None and kind.losses
+
+
+def named_of(source: Source) -> str:
+    """Return the subject of a run: its updates, or their number."""
+    run = source.results.run
+    compared = [side for side in run.inputs if side.role not in _TEXTS]
+    updates = [side.path for side in compared if side.role != "base"] or [side.path for side in compared]
+    if run.command == "spectrum --adapters" or len(updates) > _NAMED:
+        return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
+    between = " in " if run.command == "verify-merge" else " + "
+    return between.join(short_paths(updates)) or safe(source.name)
+
+
+# Maximum number of runs of one command that answer a question.
+MAX_RUNS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question at the top of the page, with its answer.
+
+    Args:
+        question: The question.
+        says: The answer, with its numbers.
+        more: Further lines.
+    """
+
+    question: str
+    says: str
+    more: tuple[str, ...] = ()
+
+
+def answers(evidence: Evidence) -> list[Answer]:
+    """Return the answers: losses first with their paired standard errors, then weights, then all others.
+
+    A question that several features declare is answered by the first of them that has a statement on it.
+    """
+    order = sorted(
+        (feature for feature in features() if feature.questions),
+        key=lambda feature: feature.section.order if feature.section else 40,
+    )
+    answered_by: dict[str, str] = {}
+    result = []
+    for feature in order:
+        sources = [source for source in evidence.sources if source.results.run.command == feature.name][:MAX_RUNS]
+        for source in sources:
+            found = _answer_questions(feature, source, len(sources) > 1)
+            result += [a for a in found if answered_by.setdefault(a.question, feature.name) == feature.name]
+    return result
+
+
+def _answer_questions(feature: Feature, source: Source, with_source: bool) -> list[Answer]:
+    statements: list[Statement] = feature.load(feature.statements)(source.results)
+    metric = metric_of(source.results.layers)
+    suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
+    name = f"{feature.section.title}: {named_of(source)}" if feature.section else safe(source.name)
+    result = []
+    for question in dict.fromkeys(question for _, question in feature.questions):
+        keys = [key for key, of_key in feature.questions if of_key == question]
+        found = [statement for key in keys for statement in statements if statement.key == key]
+        if found:
+            answer, extra = found[0].answered
+            extra += tuple(line for statement in found[1:] for line in statement.labelled)
+            # With several such runs, each answer names its run.
+            extra += (name,) if with_source else ()
+            result.append(Answer(f"{question.removesuffix('?')}{suffix}?", answer, extra))
+    return result
 
 
 @dataclass(frozen=True, slots=True)

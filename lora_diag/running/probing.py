@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.user_alpha import alpha_option
+from lora_diag.adapters.source import alpha_option
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
 from lora_diag.linalg import resolve_device
-from lora_diag.models.data import Texts, check_names, read_texts
+from lora_diag.models.data import Texts, check_names, check_texts, read_texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model, open_model
-from lora_diag.models.rows import check_texts
 from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.rendering.text import duration
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
-from lora_diag.running.measuring import record_unpaired
+from lora_diag.running.layers import record_unpaired
 from lora_diag.running.options import ProbeOptions, fill_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints.gguf_names import ARCHITECTURES, OUTSIDE_BLOCKS
-from lora_diag.diagnostics.portability.fix import make_portable
+from lora_diag.checkpoints.gguf_model import ARCHITECTURES, OUTSIDE_BLOCKS
+from lora_diag.diagnostics.portability.measure import make_portable
 from lora_diag.errors import InputError, LoradiagError
 from tests.adapters import making
 from tests.adapters.making import changes, close, normal

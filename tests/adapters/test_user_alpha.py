@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.user_alpha import alpha_option
+from lora_diag.adapters.source import alpha_option
 from lora_diag.decisions.allocate.run import _count_params
-from lora_diag.diagnostics.portability.fix import make_portable
-from lora_diag.diagnostics.portability.run import portability
+from lora_diag.diagnostics.portability.measure import make_portable, portability
 from lora_diag.errors import InputError, UsageError
-from lora_diag.probes.curvature.options import CurvatureOptions
-from lora_diag.probes.fisher.options import FisherOptions
-from lora_diag.probes.outputs.options import OutputsOptions
-from lora_diag.probes.truncation.options import TruncationOptions
+from lora_diag.probes.curvature import CurvatureOptions
+from lora_diag.probes.fisher import FisherOptions
+from lora_diag.probes.outputs import OutputsOptions
+from lora_diag.probes.truncation import TruncationOptions
 from lora_diag.running.probing import ProbeRun
 from tests.adapters.dense import dense
 from tests.adapters.making import adapter, base, close, normal, write

@@ -12,9 +12,7 @@ from torch import nn
 
 import lora_diag
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.writing import Described, Part, store_factors, write_adapter
-from lora_diag.adapters.writing_check import check_written
-from lora_diag.adapters.writing_ranks import ranks_of_config
+from lora_diag.adapters.writing import Described, Part, check_written, ranks_of_config, store_factors, write_adapter
 from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair

@@ -57,7 +57,7 @@ def kernels(peers: bool) -> None:
     import torch
 
     from lora_diag.linalg import decompose
-    from lora_diag.linalg.gram import gram_matrix
+    from lora_diag.linalg.exact import gram_matrix
     from tests.benchmarks.pairs import update, weight
 
     print("| matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified |")

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from lora_diag import residual, spectrum
 from lora_diag.linalg import Difference, Factors, decompose, difference, use_own_stream
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.gram import gram_matrix
+from lora_diag.linalg.exact import gram_matrix
 from tests.benchmarks.measure import machine
 from tests.benchmarks.pairs import make_adapter, make_pair, weight
 from tests.standin import GPU, counted

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
-from lora_diag.metrics.equivalence import freedom, paired_difference
+from lora_diag.metrics.statistics import freedom, paired_difference
 
 SAMPLES, LENGTH, TRIALS = Path("sample_checkpoints"), 256, 1000
 

@@ -18,9 +18,8 @@ import torch
 
 import lora_diag
 from lora_diag.catalog import read_results, read_results_of
-from lora_diag.decisions.allocate.allocation import Budget
-from lora_diag.decisions.allocate.allocation import allocate as by_losses
-from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate.measure import Budget, Constraints
+from lora_diag.decisions.allocate.measure import allocate as by_losses
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import measure

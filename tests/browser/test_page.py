@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.html import html_report
-from lora_diag.reports.static import images_of
+from lora_diag.reports.html import html_report, images_of
 from tests.browser.chromium import Page, find_chromium
 from tests.reports import test_losses as losses
 from tests.reports.making import decay, names, residual, residuals, seven_billion, spectra, spectrum

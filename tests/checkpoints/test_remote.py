@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lora_diag import deltas, inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import as_path, hide_secrets, locate, open_checkpoint, ranges
+from lora_diag.checkpoints import addresses as ranges
+from lora_diag.checkpoints import as_path, hide_secrets, locate, open_checkpoint
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint, legible
 from tests.checkpoints.web import Web, basic, large, save_large

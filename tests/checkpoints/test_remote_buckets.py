@@ -9,8 +9,9 @@ import torch
 
 from lora_diag import inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import locate, open_checkpoint, ranges, stores
-from lora_diag.checkpoints.ranges import TransientError
+from lora_diag.checkpoints import addresses as ranges
+from lora_diag.checkpoints import locate, open_checkpoint, stores
+from lora_diag.checkpoints.addresses import TransientError
 from lora_diag.checkpoints.stores_bucket import BucketStore
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint

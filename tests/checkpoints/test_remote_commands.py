@@ -11,7 +11,8 @@ from ipaddress import ip_address
 import pytest
 
 from lora_diag import read_results, spectrum
-from lora_diag.checkpoints import ranges, stores_hub
+from lora_diag.checkpoints import addresses as ranges
+from lora_diag.checkpoints import stores_hub
 from lora_diag.cli.app import main
 from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, basic

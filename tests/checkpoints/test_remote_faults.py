@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lora_diag.checkpoints import open_checkpoint, ranges, stores_web
-from lora_diag.checkpoints.ranges import fill
+from lora_diag.checkpoints import addresses as ranges
+from lora_diag.checkpoints import open_checkpoint, stores_web
+from lora_diag.checkpoints.addresses import fill
 from lora_diag.checkpoints.stores import FileInfo
 from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, large, save_large

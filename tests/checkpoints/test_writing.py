@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diag.checkpoints import TensorInfo, open_checkpoint
-from lora_diag.checkpoints.writing import write_safetensors
+from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.errors import InputError
 from tests.messages import raises_naming
 

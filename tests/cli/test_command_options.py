@@ -9,7 +9,7 @@ import lora_diag
 from lora_diag import catalog
 from lora_diag.cli import options
 from lora_diag.cli.app import application
-from lora_diag.probes.intrinsic.options import IntrinsicOptions
+from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.running.options import PANELS, Option, fill_options
 from tests.conftest import ROOT, save_model, save_pair
 from tests.messages import mentions

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.diagnostics.overlap.table import overlap_table
+from lora_diag.diagnostics.overlap.show import overlap_table
 from tests.conftest import save_model, weights
 from tests.messages import assert_names
 from tests.test_gradients import save_step

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import lora_diag
-from lora_diag.decisions.plan.summary import plan_table
+from lora_diag.decisions.plan.show import plan_table
 from tests.conftest import ROOT
 from tests.messages import assert_names
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.deltas import Unpaired
-from lora_diag.diagnostics.verify_merge.run import _make_missing_task
+from lora_diag.diagnostics.verify_merge.measure import _make_missing_task
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, normal, write
 from tests.benchmarks.merge_scale import ORDERS, factors

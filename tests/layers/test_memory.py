@@ -10,7 +10,7 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.interference import measure as interference
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Update
+from lora_diag.diagnostics.interference.measure import InterferenceSettings, LayerUpdates, Update
 from lora_diag.diagnostics.intruders import measure as intruders
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.running.inputs import compare

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.linalg.cells import GRIDS, Cells, Opened, cell_halves, round_to_nearest
-from lora_diag.linalg.hidden_scales import Scales
+from lora_diag.linalg.hidden_models import Scales
 
 SHORT = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.special import ndtr
 
-from lora_diag.linalg import hidden_density
+from lora_diag.linalg import hidden_models as hidden_density
 from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
 from lora_diag.linalg.hidden import fit_size
-from lora_diag.linalg.hidden_density import END, KERNEL, SPACING, fit_density
+from lora_diag.linalg.hidden_models import END, KERNEL, SPACING, fit_density
 
 
 def drawn(kind, side, rng):

@@ -10,7 +10,7 @@ from scipy.special import ndtr
 
 from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
 from lora_diag.linalg.hidden import fit_size
-from lora_diag.linalg.hidden_shapes import FLATTER, HEAVIER, NORMAL, fit_shape
+from lora_diag.linalg.hidden_models import FLATTER, HEAVIER, NORMAL, fit_shape
 
 
 @pytest.mark.parametrize("shape", [NORMAL, *FLATTER, *HEAVIER], ids=lambda shape: f"{shape.kurtosis:.2f}")

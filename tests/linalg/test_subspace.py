@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.subspace import orthonormalize, shares
-from lora_diag.metrics.overlap import is_near, overlap_by_chance
+from lora_diag.linalg.distance import orthonormalize, shares
+from lora_diag.metrics.subspaces import is_near, overlap_by_chance
 
 
 def dense_overlaps(delta: np.ndarray, gradient: np.ndarray, rank: int) -> dict[str, float]:

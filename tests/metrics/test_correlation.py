@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from lora_diag.metrics.correlation import interval, p_value, spearman
+from lora_diag.metrics.statistics import interval, p_value, spearman
 
 SCORES = st.lists(st.integers(0, 6), min_size=3, max_size=12)
 

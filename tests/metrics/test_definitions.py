@@ -7,20 +7,23 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from lora_diag.metrics.distance import distances, limit, parts, pooled
-from lora_diag.metrics.equivalence import Estimate, freedom, paired_difference
+from lora_diag.metrics.energy import curve_at, spectral_error, thinned_ranks
 from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers, find_outlier_kinds, order_by_rarity
-from lora_diag.metrics.interference import (
+from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
+from lora_diag.metrics.statistics import Estimate, freedom, paired_difference
+from lora_diag.metrics.subspaces import (
     classify_relation,
+    distances,
+    is_near,
     is_near_chance,
+    limit,
+    overlap_by_chance,
+    parts,
+    pooled,
     task_interference,
     task_interference_at_random,
 )
-from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
-from lora_diag.metrics.overlap import is_near, overlap_by_chance
-from lora_diag.metrics.thinning import curve_at, thinned_ranks
 from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
-from lora_diag.metrics.truncation import spectral_error
 from tests import oracles
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_diag.metrics.equivalence import (
+from lora_diag.metrics.statistics import (
     LEVEL,
     MAX_RUNS,
     Estimate,

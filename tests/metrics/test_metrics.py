@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
-from lora_diag.metrics.angles import random_angles
+from lora_diag.metrics.subspaces import random_angles
 from tests import oracles
 
 values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(lambda v: np.sort(np.array(v))[::-1])

@@ -9,9 +9,8 @@ import torch
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.data import read_texts
+from lora_diag.models.data import read_source, read_texts
 from lora_diag.models.opening import open_model
-from lora_diag.models.rows import read_source
 from tests.messages import raises_naming
 from tests.probes.making import bert, gpt2, moved
 

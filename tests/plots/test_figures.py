@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 import lora_diag
 from lora_diag import plots
 from lora_diag.diagnostics.residual.record import sum_parts
-from lora_diag.diagnostics.residual.summary import residual_lines
+from lora_diag.diagnostics.residual.show import residual_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.figure_heatmap import cells, norm_of
 from lora_diag.records import Results, RunInput

@@ -4,8 +4,7 @@ import pytest
 
 from lora_diag import plots
 from lora_diag.records import Run, RunInput
-from lora_diag.rendering.figures.names import names_of, run_name
-from lora_diag.rendering.figures.series import by_adapter, series_of
+from lora_diag.rendering.figures.series import by_adapter, names_of, run_name, series_of
 from tests.plots import making
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.rendering.columns import Column, drop_repeated_captions, shorten_names, table_of
+from lora_diag.rendering.tables import Column, drop_repeated_captions, shorten_names, table_of
 
 PARTS = st.sampled_from(["0", "1", "10", "layer", "attention", "output", "dense", "LayerNorm", "bias"])
 NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size=1, max_size=20)

@@ -11,10 +11,8 @@ from rich.console import Group
 
 from lora_diag import catalog
 from lora_diag.diagnostics.interference.record import Interference, pooled_cosine
-from lora_diag.records.base import LayerRecord
-from lora_diag.records.shown import POOLS, Shown, pooled_value
-from lora_diag.rendering.columns import Column, table_of
-from lora_diag.rendering.tables import columns_of, grid_of
+from lora_diag.records.base import POOLS, LayerRecord, Shown, pooled_value
+from lora_diag.rendering.tables import Column, columns_of, grid_of, table_of
 from lora_diag.rendering.text import FORMS, to_text, written
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from lora_diag.catalog import features
 from lora_diag.rendering.losses import on_set
-from lora_diag.reports.answers import answers
 from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.reports.subject import answers
 from tests.reports.making import names, overlap, overlaps, residual, residuals, spectra, spectrum
 from tests.reports.test_advice import EASY
 

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.diagnostics.residual.record import EPSILON
-from lora_diag.metrics.thinning import thinned_ranks
+from lora_diag.metrics.energy import thinned_ranks
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.html import PLAIN_ROWS, _select_evenly, html_report
-from lora_diag.reports.static import images_of
+from lora_diag.reports.html import PLAIN_ROWS, _select_evenly, html_report, images_of
 from lora_diag.reports.subject import labels
 from tests.messages import assert_names
 from tests.reports.making import (

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_diag.probes.outputs.choice import choices
-from lora_diag.probes.outputs.summary import outputs_lines
+from lora_diag.probes.outputs.show import choices, outputs_lines
 from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
 from lora_diag.rendering.losses import gap_half

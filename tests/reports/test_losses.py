@@ -9,9 +9,8 @@ from markdown_it import MarkdownIt
 
 from lora_diag.catalog import features
 from lora_diag.records import End, Results, Run, RunInput
-from lora_diag.reports.html import html_report
+from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.static import images_of
 from lora_diag.reports.tabular import to_csv, to_parquet
 from tests.messages import assert_names
 from tests.plots import making

@@ -6,12 +6,9 @@ from statistics import fmean
 
 import pytest
 
-from lora_diag.reports.answers import answers
-from lora_diag.reports.html import html_report
+from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.sections import sections_of
-from lora_diag.reports.static import images_of
-from lora_diag.reports.subject import subject_of
+from lora_diag.reports.subject import answers, sections_of, subject_of
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence
 from tests.reports.test_losses import KINDS, SETTINGS, run

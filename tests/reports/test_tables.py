@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.diagnostics.spectrum.table import spectrum_table
+from lora_diag.diagnostics.spectrum.show import spectrum_table
 from lora_diag.inspection.table import inventory_table
 from lora_diag.rendering.text import fraction
 from tests.conftest import ROOT, save_model, weights

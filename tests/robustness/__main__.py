@@ -31,8 +31,8 @@ def main() -> int:
     torch.set_num_threads(1)
     # Imported here, once, so that no child pays for it.
     import lora_diag.decisions.extract.run
-    import lora_diag.diagnostics.overlap.run
-    import lora_diag.diagnostics.verify_merge.run
+    import lora_diag.diagnostics.overlap.measure
+    import lora_diag.diagnostics.verify_merge.measure
     import lora_diag.plots
     import lora_diag.reports.html  # noqa: F401
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lora_diag.decisions.extract.run
-import lora_diag.diagnostics.interference.run
-import lora_diag.diagnostics.overlap.run
-import lora_diag.diagnostics.residual.run
+import lora_diag.diagnostics.interference.measure
+import lora_diag.diagnostics.overlap.measure
+import lora_diag.diagnostics.residual.measure
 import lora_diag.records.writing
 import lora_diag.running.engines.local
 

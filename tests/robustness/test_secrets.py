@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_diag.catalog import features
-from lora_diag.checkpoints import ranges
+from lora_diag.checkpoints import addresses as ranges
 from lora_diag.cli.app import main
 from tests.checkpoints.web import Web, basic
 from tests.conftest import ROOT, Ran

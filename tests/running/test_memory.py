@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag import deltas
 from lora_diag.diagnostics.spectrum import gradients as covariance
-from lora_diag.diagnostics.verify_merge import run as verify_merge
+from lora_diag.diagnostics.verify_merge import measure as verify_merge
 from lora_diag.errors import UsageError
 from lora_diag.linalg import limited
-from lora_diag.running import measuring
+from lora_diag.running import layers as measuring
 from lora_diag.running.engines import local
 from tests.conftest import ROOT, save_model
 from tests.messages import assert_names, mentions, raises_naming

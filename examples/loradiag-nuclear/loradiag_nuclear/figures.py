@@ -3,7 +3,7 @@
 from collections import Counter
 
 from lora_diag.records.names import depth_of
-from lora_diag.rendering.figures.ranked import Row, figure_of
+from lora_diag.rendering.figures.pages import Row, figure_of
 from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import category
 

@@ -2,8 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import LayerRecord, Shown
 
 
 class Nuclear(LayerRecord):

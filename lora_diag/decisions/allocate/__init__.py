@@ -1,6 +1,26 @@
-"""``allocate``: choose ranks under a budget, with a certificate."""
+"""``allocate``: choose ranks under a budget, with a certificate.
+
+Options of ``allocate``.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, TypedDict
 
 from lora_diag.feature import Feature, Figure
+from lora_diag.running.options import (
+    ADAPTER_DTYPE,
+    ENERGY,
+    EXCLUDE,
+    INPUTS,
+    MEMORY_BUDGET,
+    OPTIMIZER,
+    PARAMS,
+    PORTABLE,
+    TARGETS,
+    UNFINISHED,
+    Option,
+)
 
 FEATURE = Feature(
     __name__,
@@ -12,7 +32,7 @@ FEATURE = Feature(
         ".record:Certificate",
     ),
     functions=(".run:allocate",),
-    table=".summary:allocation_table",
+    table=".show:allocation_table",
     figures=(
         Figure(
             "allocation",
@@ -24,3 +44,50 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class AllocateOptions(TypedDict, total=False):
+    """Options of ``allocate``."""
+
+    params: Annotated[str | int | None, PARAMS]
+    total_rank: Annotated[int | None, Option(None, "Budget: sum of the ranks of all layers.", "R")]
+    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
+    energy: Annotated[float | None, ENERGY]
+    match: Annotated[Path | str | None, Option(None, "Budget: number of parameters of this adapter.", "ADAPTER")]
+    min_rank: Annotated[int, Option(0, "Smallest rank of a layer with any signal.", "R")]
+    max_rank: Annotated[int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")]
+    allowed_ranks: Annotated[
+        Sequence[int] | None,
+        Option(
+            None,
+            "Allowed ranks, e.g. 8,16,32; default: any.",
+            "R,R,...",
+            setting="ranks_from",
+        ),
+    ]
+    layers: Annotated[str | None, TARGETS]
+    exclude: Annotated[str | None, EXCLUDE]
+    layer_weights: Annotated[
+        Path | str | Mapping[str, float] | None,
+        Option(
+            None,
+            "JSON object of factors by layer, or results of probe sensitivity or fisher.",
+            "FILE",
+            panel=INPUTS,
+            setting="weights",
+        ),
+    ]
+    portable: Annotated[bool, PORTABLE]
+    relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
+    strategy: Annotated[
+        str,
+        Option(
+            "optimal",
+            "Maximum energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
+            "optimal|heuristic",
+            setting="method",
+        ),
+    ]
+    optimizer: Annotated[str, OPTIMIZER]
+    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    allow_unfinished: Annotated[bool, UNFINISHED]

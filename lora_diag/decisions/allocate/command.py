@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, line, rerun_command, result, terminal
-from lora_diag.decisions.allocate.options import AllocateOptions
+from lora_diag.decisions.allocate import AllocateOptions
 from lora_diag.errors import UsageError
 from lora_diag.running.options import INPUTS, OUTPUT, RSLORA, SWEEP, UNFINISHED, Option
 
@@ -63,7 +63,7 @@ def allocate(
         check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
     rate = ""
     if sweep is not None:
-        from lora_diag.probes.sweep.best_rate import swept_rate
+        from lora_diag.probes.sweep.verdict import swept_rate
 
         rate = f"\nlearning rate {swept_rate(sweep)}"
     allocation = choose(results, **arguments)
@@ -73,7 +73,7 @@ def allocate(
         for text in lines_of(allocation.records()):
             line(text)
     elif not shown.quiet:
-        from lora_diag.decisions.allocate.summary import allocation_table
+        from lora_diag.decisions.allocate.show import allocation_table
 
         hint = f"{_suggest_next(allocation, output, check)}{rate}"
         result(allocation_table(allocation, *terminal(), per=shown.per, next_command=hint))
@@ -90,8 +90,8 @@ def rank_rules(
 
     Example: loradiag rank-rules results.jsonl
     """
-    from lora_diag.decisions.allocate.policies_table import policies_table
     from lora_diag.decisions.allocate.run import rank_table
+    from lora_diag.decisions.allocate.show import policies_table
 
     table = rank_table(results, allow_unfinished)
     for row in table if shown.json else ():

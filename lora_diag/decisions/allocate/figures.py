@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from lora_diag.decisions.allocate.record import Allocation, Certificate
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.fields import Types
+from lora_diag.rendering.figures.panels import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, cut, name_of, width_of
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK

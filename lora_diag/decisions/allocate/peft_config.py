@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_diag.decisions.allocate.heads import head_of, task_type_of
+from lora_diag.decisions.allocate.measure import head_of, task_type_of
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import Results

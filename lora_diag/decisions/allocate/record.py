@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, WholeRecord
-from lora_diag.records.shown import SHAPE, Shown
+from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Ratio, Record, Share, Shown, WholeRecord
 
 CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
 Method = Literal["optimal", "heuristic"]
@@ -193,7 +192,7 @@ class Certificate(WholeRecord):
         """Return a bound on the energy fraction that ``amount`` more units of the budget add to ``kept``.
 
         Weak duality: within a budget B + n no allocation keeps more than the bound at B plus λn
-        (``decisions/allocate/spending.py``). The fraction missing to 1 is also a bound.
+        (``decisions/allocate/measure.py``). The fraction missing to 1 is also a bound.
         """
         slack = self.bound - self.kept if self.slack is None else self.slack
         return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)

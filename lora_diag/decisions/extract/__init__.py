@@ -1,6 +1,27 @@
-"""``extract``: write the best adapter of given ranks in PEFT's format."""
+"""``extract``: write the best adapter of given ranks in PEFT's format.
+
+Options of ``extract``.
+"""
+
+from pathlib import Path
+from typing import Annotated
 
 from lora_diag.feature import Feature
+from lora_diag.running.options import (
+    ACTIVATIONS,
+    ADAPTER_DTYPE,
+    ENERGY,
+    INPUTS,
+    KFAC,
+    OUTPUT,
+    PARAMS,
+    PORTABLE,
+    RANK,
+    RECOVER,
+    SWEEP,
+    FolderOptions,
+    Option,
+)
 
 FEATURE = Feature(
     __name__,
@@ -8,5 +29,43 @@ FEATURE = Feature(
     command=".command:extract",
     records=(".record:Extraction",),
     functions=(".run:extract",),
-    table=".summary:extraction_table",
+    table=".show:extraction_table",
 )
+
+
+class ExtractOptions(FolderOptions, total=False):
+    """Options of ``extract``."""
+
+    rank: Annotated[int | None, RANK]
+    energy: Annotated[float | None, ENERGY]
+    params: Annotated[str | int | None, PARAMS]
+    allocation: Annotated[
+        Path | str | None,
+        Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS),
+    ]
+    signal: Annotated[bool, Option(False, "Ranks: singular values above the files' rounding noise.")]
+    recover: Annotated[bool, RECOVER]
+    activations: Annotated[Path | str | None, ACTIVATIONS]
+    kfac: Annotated[bool, KFAC]
+    split: Annotated[str, Option("both", "√Σ in both factors, or Σ in B.", "both|b")]
+    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    unfactored: Annotated[
+        str,
+        Option(
+            "list",
+            "Tensors without factors: list them, or store them in full.",
+            "list|save",
+            panel=OUTPUT,
+            setting="rest",
+        ),
+    ]
+    portable: Annotated[bool, PORTABLE]
+    format: Annotated[
+        str,
+        Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
+    ]
+    base_name: Annotated[
+        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
+    ]
+    sweep: Annotated[Path | str | None, SWEEP]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, result, terminal
-from lora_diag.decisions.extract.options import ExtractOptions
+from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.errors import UsageError
 from lora_diag.running.options import OUTPUT, Option
 
@@ -35,7 +35,7 @@ def extract(
     check_output_folder(output, arguments["overwrite"], arguments["resume"])
     # deferred: imports torch
     from lora_diag.decisions.extract.run import extract as write
-    from lora_diag.decisions.extract.summary import extraction_table
+    from lora_diag.decisions.extract.show import extraction_table
 
     with shown.callbacks() as callbacks:
         results = write(base, tuned, output, **arguments, **callbacks)

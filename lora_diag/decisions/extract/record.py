@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, least_epsilon
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, Shown, least_epsilon
 from lora_diag.records.vocabulary import Hidden, Resolution, noise_mark
 
 

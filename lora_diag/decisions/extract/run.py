@@ -13,25 +13,22 @@ from lora_diag.adapters import open_adapter
 from lora_diag.adapters.contents import Item, Part
 from lora_diag.adapters.layouts import LAYOUTS, PEFT, Placed, check_layout
 from lora_diag.adapters.portable import convert
-from lora_diag.adapters.writing import store_factors
-from lora_diag.adapters.writing_check import check_converted
+from lora_diag.adapters.writing import check_converted, store_factors
 from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
-from lora_diag.decisions.extract.folder import FACTORS, OutputFolder
-from lora_diag.decisions.extract.layout import Plan, plan
-from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, size
+from lora_diag.decisions.extract import ExtractOptions
+from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, Plan, plan
+from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, RankRule, ranks_for, size
 from lora_diag.decisions.extract.measure import extract as factor
-from lora_diag.decisions.extract.options import ExtractOptions
-from lora_diag.decisions.extract.ranks import RankRule, ranks_for
 from lora_diag.decisions.extract.record import Extraction
-from lora_diag.decisions.extract.summary import model_card
+from lora_diag.decisions.extract.show import model_card
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
-from lora_diag.probes.sweep.best_rate import swept_rate
+from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count

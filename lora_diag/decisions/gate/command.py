@@ -15,7 +15,7 @@ from lora_diag.cli.output import check_outputs, line, message, rerun_command, re
 from lora_diag.decisions.gate import GateOptions
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, write_whole
-from lora_diag.rendering.cards import read_card
+from lora_diag.rendering.html import read_card
 from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 
 if TYPE_CHECKING:

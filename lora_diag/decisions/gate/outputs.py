@@ -16,7 +16,7 @@ from lora_diag.decisions.gate.record import Status, Verdict
 from lora_diag.decisions.gate.show import by_rule, headline, measured, shared_description, subject_name, verdicts_of
 from lora_diag.records import Results, RunInput
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.cards import with_section
+from lora_diag.rendering.html import with_section
 from lora_diag.rendering.text import safe
 
 # Maximum numbers of annotations of a kind, of layers in one line, and of layers in the details of a JUnit case.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Record, WholeRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Record, Shown, WholeRecord
 
 Status = Literal["passed", "failed", "warned", "waived", "inconclusive", "not judged"]
 Outcome = Literal["passed", "failed", "inconclusive"]

@@ -135,7 +135,7 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     Raises:
         UsageError: Neither a fine-tune nor an adapter is given.
     """
-    from lora_diag.diagnostics.residual.run import residual
+    from lora_diag.diagnostics.residual.measure import residual
     from lora_diag.diagnostics.spectrum.run import spectrum
 
     shipped = list(adapters) or ([tuned] if tuned is not None else [])

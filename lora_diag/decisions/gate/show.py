@@ -14,8 +14,8 @@ from rich.text import Text
 
 from lora_diag.decisions.gate.record import WORST_FIRST, Verdict, outcome
 from lora_diag.records import Results, RunInput
-from lora_diag.rendering.columns import shorten_names
 from lora_diag.rendering.statements import Statement, make_statement, summary_of
+from lora_diag.rendering.tables import shorten_names
 from lora_diag.rendering.text import crop, number, safe, short, to_text
 
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.

@@ -1,5 +1,46 @@
-"""``plan``: parameters, memory and time of LoRA at each rank."""
+"""``plan``: parameters, memory and time of LoRA at each rank.
+
+Options of ``plan``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypedDict
 
 from lora_diag.feature import Feature
+from lora_diag.running.options import (
+    ADAPTER_DTYPE,
+    DATA,
+    EXCLUDE,
+    MEMORY_BUDGET,
+    OPTIMIZER,
+    PARAMS,
+    RANKS,
+    TARGETS,
+    TOP,
+    ModelOptions,
+    Option,
+    list_options,
+)
 
 FEATURE = Feature(__name__, "plan", command=".command:plan", functions=(".run:plan",))
+
+
+class PlanOptions(TypedDict, total=False):
+    """Options of ``plan``."""
+
+    ranks: Annotated[Sequence[int], RANKS.by((4, 8, 16, 64))]
+    layers: Annotated[str | None, TARGETS]
+    exclude: Annotated[str | None, EXCLUDE]
+    params: Annotated[str | int | None, PARAMS]
+    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
+    optimizer: Annotated[str, OPTIMIZER]
+    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")]
+    top: Annotated[int, TOP.by(64)]
+    data: Annotated[Path | str | None, DATA.by(None)]
+    tokens: Annotated[
+        str | int | None, Option(None, "Predicted tokens of the training data; default: those in --data.", "N")
+    ]
+    tokenizer: Annotated[str, list_options(ModelOptions)["tokenizer"][1]]
+    length: Annotated[int | None, list_options(ModelOptions)["length"][1]]

@@ -9,7 +9,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import line, result, terminal
-from lora_diag.decisions.plan.options import PlanOptions
+from lora_diag.decisions.plan import PlanOptions
 
 
 @options.spread
@@ -26,7 +26,7 @@ def plan(
     Example: loradiag plan base/ --layers 'q_proj|v_proj' --params 10M
     """
     from lora_diag.decisions.plan.run import plan as count
-    from lora_diag.decisions.plan.summary import plan_table
+    from lora_diag.decisions.plan.show import plan_table
 
     results = count(base, **arguments)
     if shown.json:

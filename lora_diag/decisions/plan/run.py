@@ -12,13 +12,11 @@ from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
-from lora_diag.decisions.memory import BYTES, Training
+from lora_diag.decisions.plan import PlanOptions
 from lora_diag.decisions.plan.architectures import weights_of
-from lora_diag.decisions.plan.capacity import capacity_rules
-from lora_diag.decisions.plan.measure import Matrix, fit, memory_of, rank_costs, types_of
-from lora_diag.decisions.plan.options import PlanOptions
+from lora_diag.decisions.plan.measure import Matrix, capacity_rules, fit, memory_of, rank_costs, types_of
 from lora_diag.decisions.plan.record import Plan, PlanCapacity, PlanCost, PlanRates
-from lora_diag.decisions.targets import compiled, why_no_target
+from lora_diag.decisions.targets import BYTES, Training, compiled, why_no_target
 from lora_diag.deltas import CONVOLUTION, EXPERTS, natural_order
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_bytes, read_count
@@ -155,7 +153,7 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
 def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
     """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them."""
     # deferred: imports torch
-    from lora_diag.decisions.plan.speed import costs
+    from lora_diag.decisions.plan.cost import costs
 
     if top < 1:
         raise UsageError(f"--top {top}: must be at least 1")

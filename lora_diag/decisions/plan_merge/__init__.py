@@ -1,14 +1,28 @@
-"""``plan-merge``: fraction of an adapter's update that storage in a format keeps, before a merge."""
+"""``plan-merge``: fraction of an adapter's update that storage in a format keeps, before a merge.
+
+Options of ``plan-merge``.
+"""
+
+from typing import Annotated
 
 from lora_diag.feature import Feature, Section
+from lora_diag.running.options import REQUIRED, Option, RunOptions
 
 FEATURE = Feature(
     __name__,
     "plan-merge",
     command=".command:plan_merge",
     records=(".record:PlannedMerge",),
-    functions=(".run:plan_merge",),
-    statements=".summary:plan_lines",
+    functions=(".measure:plan_merge",),
+    statements=".show:plan_lines",
     section=Section("Merge plan"),
     questions=(("conclusion", "Should the adapter be merged or served unmerged?"),),
 )
+
+
+class PlanMergeOptions(RunOptions, total=False):
+    """Options of ``plan-merge``."""
+
+    to: Annotated[str, Option(REQUIRED, "Format of the merged weights.", "bf16|fp16|fp8|mxfp4|nvfp4|int4")]
+    group_size: Annotated[int | None, Option(None, "Inputs that share a scale of int4; default: 128.", "N")]
+    scale: Annotated[str | None, Option(None, "Scales of fp8: one per row (default) or one per tensor.", "row|tensor")]

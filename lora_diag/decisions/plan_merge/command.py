@@ -9,7 +9,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, rerun_command
-from lora_diag.decisions.plan_merge.options import PlanMergeOptions
+from lora_diag.decisions.plan_merge import PlanMergeOptions
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter to merge.")]
 
@@ -27,7 +27,7 @@ def plan_merge(
     Example: loradiag plan-merge base/ lora_r16/ --to mxfp4
     """
     # deferred: imports torch
-    from lora_diag.decisions.plan_merge.run import plan_merge as measure
+    from lora_diag.decisions.plan_merge.measure import plan_merge as measure
 
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, **arguments, **callbacks)

@@ -1,20 +1,135 @@
-"""Rounding of one layer's W + ΔW to a format, entry by entry in row blocks."""
+"""Storage formats of merged weights, and their rounding.
+
+x is a float32 matrix ``(out, in)``; groups are consecutive inputs of one output, the last group of a row may be
+shorter. ``rne`` rounds to the nearest value of a type, ties to even. All scales of a zero maximum give zeros.
+
+    bf16, fp16  rne(x); fp16 overflows to infinity from 65520 on
+    fp8         e4m3: rne(x/s)·s, saturating at ±448; s = fl32(max|x| / 448) of an output, or of the matrix
+    mxfp4       groups of 32: e2m1(x/s)·s, saturating at ±6; s = 2^(⌊log₂ max|x|⌋ − 2), 2^−127 ≤ s ≤ 2^127
+    nvfp4       groups of 16: e2m1(x/(s·g))·s·g; g = fl32(max|x| of the matrix / 2688), s = e4m3(max|x| / (6g))
+    int4        groups of 128: clamp(round(x/s), −7, 7)·s; s = fl32(max|x| / 7)
+
+Reference: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3 (mxfp4); NVIDIA, Pretraining Large
+Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448). Round to nearest, without calibration.
+
+Rounding of one layer's W + ΔW to a format, entry by entry in row blocks.
+
+``plan-merge``: fraction of an update that a merge keeps.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from lora_diag.decisions.plan_merge.formats import SIXTEEN_BIT, Target, quantize
+from lora_diag.adapters import is_adapter
+from lora_diag.adapters.experts import TRANSPOSED_MODELS
+from lora_diag.adapters.placing import Orientation
+from lora_diag.checkpoints import as_path, check_exists, locate
+from lora_diag.decisions.plan_merge import PlanMergeOptions
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
-from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, FactoredDelta
+from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta, FactoredDelta
+from lora_diag.errors import UsageError
 from lora_diag.layers.task import LayerTask
 from lora_diag.linalg import first_non_finite, require_memory
-from lora_diag.records import LeftOut
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.layers import LayerRun, without_rank
+from lora_diag.running.options import show_options
+
+E4M3, E2M1, INT4 = 448.0, 6.0, 7.0  # largest values
+GROUPS = {"mxfp4": 32, "nvfp4": 16, "int4": 128}
+SIXTEEN_BIT = ("bf16", "fp16")
+# Largest exponent of e2m1, and the exponents that E8M0 has.
+E2M1_EXPONENT, E8M0 = 2, 127
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A storage format.
+
+    Args:
+        name: ``bf16``, ``fp16``, ``fp8``, ``mxfp4``, ``nvfp4`` or ``int4``.
+        group: Number of inputs that share a scale; 0 without groups.
+        per_tensor: Whether fp8 has one scale for the whole matrix.
+    """
+
+    name: str
+    group: int = 0
+    per_tensor: bool = False
+
+    @property
+    def needs_peaks(self) -> bool:
+        """Whether scales depend on more of the matrix than a group."""
+        return self.name in {"fp8", "nvfp4"}
+
+
+def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round a matrix, or whole groups of its inputs.
+
+    Args:
+        x: ``(out, in)``, float32.
+        target: The format.
+        peaks: max|x| of every output over all inputs of the matrix, ``(out, 1)``; of a format with one scale for all,
+            the same number in every row. Not needed where scales follow from groups alone.
+
+    Returns:
+        Codes, and the numbers that they encode, float64; both ``(out, in)``.
+
+    Example:
+        >>> quantize(torch.tensor([[1.0, 0.3, -6.1]]), Target("mxfp4", 32))[1]
+        tensor([[ 1.0000,  0.5000, -6.0000]], dtype=torch.float64)
+    """
+    if target.name in SIXTEEN_BIT:
+        codes = x.to(torch.bfloat16 if target.name == "bf16" else torch.float16).double()
+        return codes, codes
+    if target.name == "fp8":
+        assert peaks is not None
+        scale = _replace_zeros(peaks / E4M3)
+        codes = _round_e4m3(x / scale)
+        return codes, codes * scale.double()
+    padding = -x.shape[1] % target.group
+    groups = torch.nn.functional.pad(x, (0, padding)).view(len(x), -1, target.group)
+    top = groups.abs().amax(dim=2, keepdim=True)
+    if target.name == "mxfp4":
+        exponent = (torch.frexp(top).exponent - 1 - E2M1_EXPONENT).clamp(-E8M0, E8M0)
+        scales = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent)
+        codes = _round_e2m1(groups.double() / scales)
+    elif target.name == "nvfp4":
+        assert peaks is not None
+        global_scale = _replace_zeros(peaks / (E2M1 * E4M3))[:, :, None]
+        scales = _round_e4m3(top / (E2M1 * global_scale)) * global_scale.double()
+        codes = torch.where(scales == 0, 0.0, _round_e2m1(groups.double() / _replace_zeros(scales)))
+    else:
+        scales = _replace_zeros(top / INT4).double()
+        codes = (groups.double() / scales).round().clamp(-INT4, INT4)
+    return _cut(codes, x), _cut(codes * scales, x)
+
+
+def _cut(groups: Tensor, x: Tensor) -> Tensor:
+    return groups.reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def _replace_zeros(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _round_e4m3(x: Tensor) -> Tensor:
+    """Round float32 numbers to e4m3, saturating, float64."""
+    return x.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn).double()
+
+
+def _round_e2m1(x: Tensor) -> Tensor:
+    """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign, saturating: spacing 1/2 below 2, 1 below 4, 2 above."""
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return ((x / step).round() * step).clamp(-E2M1, E2M1)
+
 
 # Bytes for each entry of a block: 93 (bf16) to 159 (nvfp4) were measured with blocks of 2^20 entries.
 BLOCK = 160
@@ -236,3 +351,85 @@ def _row_space_basis(a: Tensor) -> Tensor:
     threshold = max(a.shape) * torch.finfo(a.dtype).eps * (float(s[0]) if len(s) else 0.0)
     basis: Tensor = vh[s > threshold].T
     return basis
+
+
+@show_options
+def plan_merge(
+    base: Path | str,
+    adapter: Path | str,
+    **options: Unpack[PlanMergeOptions],
+) -> Results[PlannedMerge]:
+    r"""Measure how much of an adapter's update survives a merge into a storage format, without merging.
+
+    W + ΔW is computed in float64, rounded to float32 and then to the format, entry by entry, as a merge in float32
+    does. Nothing is written but the records.
+
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        adapter: The adapter.
+        to: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4`` or ``int4``: format of the merged weights.
+        group_size: Number of inputs that share a scale of ``int4``; default 128.
+        scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per matrix.
+        **options: ``PlanMergeOptions``.
+
+    Returns:
+        One record for each matrix that the adapter changes.
+
+    Raises:
+        UsageError: An option is invalid, or ``adapter`` is not an adapter.
+        InputError: An input cannot be read, or the adapter does not fit ``base``.
+        NothingComparedError: The two have no weight in common.
+
+    Example:
+        >>> found = plan_merge("sample_checkpoints/base", "sample_checkpoints/lora_r4", to="bf16",
+        ...     layers=r"layers\.0\..*q_proj")
+        >>> found[0].conclusion
+        'merge'
+    """
+    engine = options.get("engine")
+    if engine is not None and engine.gpus_per_task:
+        raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
+    run = LayerRun("plan-merge", options, PlanMergeOptions)
+    target = _target(*(run.options[name] for name in ("to", "group_size", "scale")))
+    base, adapter = as_path(base), as_path(adapter)
+    check_exists(base)
+    if not is_adapter(locate(adapter)):
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
+    compared = run.compare(base, adapter)
+    matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
+    orientation = next((Orientation(d.base.checkpoint, {}, flag=False) for d in matrices if d.base is not None), None)
+    return run.over(
+        [MergeTask(delta, orientation is not None and _is_in_out(delta, orientation)) for delta in matrices],
+        measure,
+        size,
+        PlanSettings(target),
+        lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
+        compared.inputs,
+        run.own,
+        recorded=("layers", "exclude", "allow_unmatched"),
+    )
+
+
+def _target(to: str, group_size: int | None, scale: str | None) -> Target:
+    """Return the format.
+
+    Raises:
+        UsageError: An option does not apply to the format, or a group has no inputs.
+    """
+    if group_size is not None and to != "int4":
+        raise UsageError(f"--group-size: applies to int4 only; remove it with --to {to}")
+    if scale is not None and to != "fp8":
+        raise UsageError(f"--scale: applies to fp8 only; remove it with --to {to}")
+    if group_size is not None and group_size < 1:
+        raise UsageError(f"--group-size {group_size}: must be a positive integer")
+    return Target(to, group_size or GROUPS.get(to, 0), scale == "tensor")
+
+
+def _is_in_out(delta: Delta, orientation: Orientation) -> bool:
+    """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models."""
+    if delta.base is None:
+        return False
+    stored = delta.base.info.shape
+    if len(stored) == 3 and EXPERTS.search(delta.base.name):
+        return delta.base.checkpoint.config.get("model_type") in TRANSPOSED_MODELS
+    return orientation.in_out(delta.base.name, (None, None), stored)

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, result, terminal
-from lora_diag.decisions.recover.options import RecoverOptions
+from lora_diag.decisions.recover import RecoverOptions
 from lora_diag.errors import INCONCLUSIVE
 from lora_diag.running.options import OUTPUT, Option
 
@@ -47,8 +47,8 @@ def recover(
     if not writes:
         options.check_output(output, arguments["resume"], arguments["overwrite"])
     # deferred: imports torch
-    from lora_diag.decisions.recover.run import recover as estimate
-    from lora_diag.decisions.recover.summary import is_lost, recovery_table
+    from lora_diag.decisions.recover.measure import recover as estimate
+    from lora_diag.decisions.recover.show import is_lost, recovery_table
 
     with shown.callbacks() as callbacks:
         results = estimate(base, tuned, output, **arguments, **callbacks)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Share
-from lora_diag.records.shown import Shown, Value, pooled_value
+from lora_diag.records.base import Count, LayerRecord, Norm, Share, Shown, Value, pooled_value
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.rendering.text import median_rank
 

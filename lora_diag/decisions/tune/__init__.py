@@ -1,6 +1,40 @@
-"""``tune``: from a base model, data and a budget to an adapter configuration, with every decision on record."""
+"""``tune``: from a base model, data and a budget to an adapter configuration, with every decision on record.
+
+Options of ``tune``.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Required
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import (
+    CHECKPOINTING,
+    DATA,
+    DORA,
+    EXECUTION,
+    INPUTS,
+    MEMORY_BUDGET,
+    OUTPUT,
+    PARAMS,
+    RANKS,
+    RATES,
+    REPEATS,
+    RSLORA,
+    STEPS,
+    Callbacks,
+    ModelOptions,
+    Notes,
+    Option,
+    Resuming,
+    Shifted,
+    Training,
+    TrainingRuns,
+)
+
+if TYPE_CHECKING:
+    from lora_diag.decisions.tune.record import TunePlan
+
 
 FEATURE = Feature(
     __name__,
@@ -8,9 +42,9 @@ FEATURE = Feature(
     command=".command:tune",
     records=(".record:TunePlan", ".record:TuneTrial", ".record:TuneDecision", ".record:Tune"),
     functions=(".run:tune",),
-    table=".summary:tune_table",
-    statements=".summary:tune_lines",
-    grids=".summary:tune_grids",
+    table=".show:tune_table",
+    statements=".show:tune_lines",
+    grids=".show:tune_grids",
     section=Section("Choice of an adapter", order=5, losses=True),
     questions=(("choice", "Which adapter should be trained?"),),
     figures=(
@@ -25,3 +59,41 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callbacks, Notes, total=False):
+    """Options of ``tune``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    params: Annotated[str | int | None, PARAMS]
+    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
+    time: Annotated[str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME")]
+    ranks: Annotated[Sequence[int], RANKS.by(())]
+    rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    gradient_checkpointing: Annotated[bool, CHECKPOINTING]
+    steps: Annotated[int, STEPS]
+    repeats: Annotated[int, REPEATS.by(3)]
+    gain_tolerance: Annotated[
+        float, Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", setting="tolerance")
+    ]
+    target_modules: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
+            "NAME,NAME",
+            panel=INPUTS,
+            setting="targets",
+        ),
+    ]
+    dora: Annotated[bool, DORA]
+    rslora: Annotated[bool, RSLORA]
+    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
+    no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
+    widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]
+    dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+    on_plan: Annotated[
+        "Callable[[TunePlan], bool] | None",
+        Option(None, "Called with the plan; training stops if it returns False.", cli=False),
+    ]

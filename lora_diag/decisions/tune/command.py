@@ -11,7 +11,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import message, rerun_command, result, silence_matplotlib, terminal
-from lora_diag.decisions.tune.options import TuneOptions
+from lora_diag.decisions.tune import TuneOptions
 from lora_diag.errors import INCONCLUSIVE, UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, Option
 
@@ -41,7 +41,7 @@ def tune(
     # deferred: imports torch
     from lora_diag.decisions.tune.record import Tune
     from lora_diag.decisions.tune.run import tune as choose
-    from lora_diag.decisions.tune.summary import plan_text, tune_table
+    from lora_diag.decisions.tune.show import plan_text, tune_table
 
     def confirm(plan: TunePlan) -> bool:
         if not shown.json and not shown.quiet:

@@ -14,10 +14,9 @@ from lora_diag.catalog import read_results
 from lora_diag.decisions import trainers
 from lora_diag.decisions.gate.run import gate_init
 from lora_diag.decisions.trainers import yaml_of
+from lora_diag.decisions.tune.planning import short_steps
 from lora_diag.decisions.tune.record import Tune, TunePlan
-from lora_diag.decisions.tune.schedule import short_steps
-from lora_diag.decisions.tune.trials import save_copy
-from lora_diag.decisions.tune.variants import RSLORA_ALPHA, Variant, least_rank
+from lora_diag.decisions.tune.trials import RSLORA_ALPHA, Variant, least_rank, save_copy
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError
 from lora_diag.files import write_whole

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from lora_diag.records.base import Count, Nats, Record, Seconds, WholeRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Count, Nats, Record, Seconds, Shown, WholeRecord
 
 
 class TuneStage(Record):

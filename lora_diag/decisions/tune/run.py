@@ -10,16 +10,15 @@ from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.tune.options import TuneOptions
+from lora_diag.decisions.tune import TuneOptions
 from lora_diag.decisions.tune.outputs import write_report
 from lora_diag.decisions.tune.planning import Target, extend_plan, plan_of, target_of
 from lora_diag.decisions.tune.record import TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
 from lora_diag.files import check_folder_of, write_whole
-from lora_diag.models.methods import Lora
 from lora_diag.models.opening import keep_open
-from lora_diag.models.training import RECIPE
+from lora_diag.models.training import RECIPE, Lora
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.results import to_line
 from lora_diag.records.run import AnyRecord

@@ -18,36 +18,39 @@ from typing import Any
 from lora_diag.catalog import read_results
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
-from lora_diag.decisions.tune.contest import (
+from lora_diag.decisions.tune.outputs import write_outputs
+from lora_diag.decisions.tune.planning import Target, halve_rates, short_steps
+from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
+from lora_diag.decisions.tune.trials import (
+    ADAPTER,
     Curves,
     Gap,
     Measured,
     RankChoice,
+    TrialRun,
+    Trials,
+    Variant,
     between,
+    change_variant,
     choose_rank,
     contest,
     escalation_reason,
     gap_of,
+    least_rank,
+    ranks_of,
     stability_trials,
+    uniform_name,
 )
-from lora_diag.decisions.tune.outputs import write_outputs
-from lora_diag.decisions.tune.planning import Target
-from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
-from lora_diag.decisions.tune.schedule import halve_rates, short_steps
-from lora_diag.decisions.tune.trials import ADAPTER, TrialRun, Trials, uniform_name
-from lora_diag.decisions.tune.variants import Variant, change_variant, least_rank, ranks_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
-from lora_diag.metrics.equivalence import errors_needed
-from lora_diag.models.methods import layers_without_head
-from lora_diag.models.training import Training
+from lora_diag.metrics.statistics import errors_needed
+from lora_diag.models.training import Training, layers_without_head
 from lora_diag.probes.sensitivity.measure import gradients
-from lora_diag.probes.sweep.run import probe_sweep
+from lora_diag.probes.sweep.measure import probe_sweep
 from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, diverged, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
-from lora_diag.running.training_runs import TrainRun
-from lora_diag.running.training_workers import Workers
+from lora_diag.running.training_runs import TrainRun, Workers
 
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
 FULL_OVER_LORA = 0.1

@@ -1,16 +1,23 @@
-"""``fleet``: comparison of many adapters."""
+"""``fleet``: comparison of many adapters.
+
+Options of ``fleet``.
+"""
+
+from pathlib import Path
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import BASE, Callbacks, Device, Machines, MissingAlpha, Output, Resuming, Selection
 
 FEATURE = Feature(
     __name__,
     "spectrum --adapters",
     records=(".record:Fleet",),
-    functions=(".run:fleet",),
+    functions=(".measure:fleet",),
     subcommands=(("fleet", ".command:fleet"),),
-    table=".summary:fleet_table",
-    statements=".summary:fleet_section_lines",
-    grids=".summary:fleet_section_grids",
+    table=".show:fleet_table",
+    statements=".show:fleet_section_lines",
+    grids=".show:fleet_section_grids",
     section=Section(
         "A fleet",
     ),
@@ -30,3 +37,9 @@ FEATURE = Feature(
         ("alike", "Which adapters are near-duplicates?"),
     ),
 )
+
+
+class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False):
+    """Options of ``fleet``."""
+
+    base: Annotated[str | Path | None, BASE]

@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, rerun_command
-from lora_diag.diagnostics.fleet.options import FleetOptions
+from lora_diag.diagnostics.fleet import FleetOptions
 
 
 @options.spread
@@ -35,8 +35,8 @@ def fleet(
 def show_fleet(adapters: list[str], arguments: Any, shown: options.Rows) -> None:
     """Measure many adapters in one pass, and show what was measured."""
     # deferred: imports torch
-    from lora_diag.diagnostics.fleet.run import fleet as measure
-    from lora_diag.diagnostics.fleet.run import unreadable
+    from lora_diag.diagnostics.fleet.measure import fleet as measure
+    from lora_diag.diagnostics.fleet.measure import unreadable
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
     with shown.callbacks() as callbacks:

@@ -14,8 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.fleet import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.names import short_names
-from lora_diag.rendering.figures.series import Options, Series
+from lora_diag.rendering.figures.series import Options, Series, short_names
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     INK,

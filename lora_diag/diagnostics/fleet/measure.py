@@ -1,22 +1,257 @@
-"""One adapter of a fleet: the norm and rank of its layers, and a sketch for comparison with others."""
+"""A layer of an adapter whose update is not the product of two stored factors, or whose rank is large; with torch.
+
+One layer of an adapter: its norm and rank, and sketches for comparison; from thin factors with NumPy alone.
+
+One adapter of a fleet: the norm and rank of its layers, and a sketch for comparison with others.
+
+``fleet``: measure many adapters in one pass.
+"""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import math
-from collections.abc import Iterable, Iterator
+import platform
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 
 import numpy as np
+import torch
 
-from lora_diag.deltas import Delta
-from lora_diag.diagnostics.fleet.layer import Measured, is_thin, measure_thin
+from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.source import StatedAlpha
+from lora_diag.checkpoints import as_path, locate, open_checkpoint
+from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.deltas import Delta, FactoredDelta, natural_order
+from lora_diag.diagnostics.fleet import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
-from lora_diag.errors import InputError
-from lora_diag.thin import LENGTH
+from lora_diag.errors import InputError, LoradiagError, NothingComparedError
+from lora_diag.layers.change import load_change
+from lora_diag.linalg import resolve_device
+from lora_diag.metrics import energy_curve, rank_at, ranks_at
+from lora_diag.records import LeftOut, Results, RunInput
+from lora_diag.running.fingerprint import content_hash, files_of, legible
+from lora_diag.running.inputs import adapter_deltas, compare, describe
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.options import show_options
+from lora_diag.thin import (
+    BOTH,
+    COLUMNS,
+    LENGTH,
+    MAX_GRAM_ERROR,
+    MAX_RANK,
+    Grams,
+    ThinValues,
+    compute_grams,
+    fold,
+    join,
+    mixed,
+    row_major,
+    sketch,
+    thin_energies,
+    thin_values,
+    transform,
+    triangle,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from lora_diag.checkpoints.decoding import Numbers
+
+
+def measure_dense(path: str, delta: Delta, device: str) -> Measured:
+    """Measure one layer.
+
+    Args:
+        path: The adapter's path.
+        delta: The layer.
+        device: Device of the computation.
+
+    Raises:
+        InputError: The adapter cannot be read, or an entry is not finite.
+    """
+    torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
+    change = load_change(delta, resolve_device(device))
+    if change.non_finite is not None:
+        raise InputError(f"{path}: {delta.layer}: {change.non_finite}")
+    factors = change.decompose(vectors=True)
+    if not math.isfinite(factors.fro):
+        raise InputError(f"{path}: {delta.layer}: the product of its factors overflows float64")
+    rank = change.factors[0].shape[1] if change.factors is not None else None
+    if factors.fro == 0.0:
+        return zero_layer(rank)
+    assert factors.u is not None
+    s = factors.s.numpy()
+    needed = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
+    layer, top = layer_of(s, factors.fro, needed, rank)
+    parts = change.factors if change.factors is not None else (change.matrix,)
+    arrays = [part.to("cpu", torch.float64).numpy() for part in parts if part is not None]
+    update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
+    columns = factors.u[:, : layer.rank_99].cpu().numpy()
+    return Measured(layer, top, update, sketch((columns, columns.T), delta.layer))
+
+
+# Entries of factors that are read at once: 4 MiB in float32.
+ENTRIES = 2**20
+
+# The fraction of the energy that a layer's rank is counted to.
+ENERGY = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One layer of one adapter.
+
+    Args:
+        layer: Its part of the record.
+        top: σ_1.
+        update: The sketch of ΔW; None for a zero update.
+        space: The sketch of the projector on the left singular vectors up to 99% of the energy, likewise.
+    """
+
+    layer: FleetLayer
+    top: float = 0.0
+    update: NDArray[np.float64] | None = None
+    space: NDArray[np.float64] | None = None
+
+
+def layer_of(s: NDArray[np.float64], fro: float, needed: int | None, rank: int | None) -> tuple[FleetLayer, float]:
+    """Return a layer's part of the record, and σ_1.
+
+    Args:
+        s: The largest singular values.
+        fro: ‖ΔW‖_F, not 0.
+        needed: Smallest r with C(r) ≥ ``ENERGY``; None if it is beyond ``s``.
+        rank: Columns of its factors; None if it has none.
+    """
+    largest = float(s[0])
+    spike = min(1.0, (largest / fro) ** 2)
+    return FleetLayer(fro=fro, rank=rank, rank_99=needed or len(s), spike=spike), largest
+
+
+def zero_layer(rank: int | None) -> Measured:
+    """Return a layer whose update is zero."""
+    return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
+
+
+def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
+    """Return whether a layer has stored factors of a small rank, and nothing else takes part."""
+    return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= MAX_RANK
+
+
+def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
+    """Measure layers that are thin and of one rank from their stored factors; None where a number is not finite.
+
+    Factors of one shape are read and reduced together, which saves calls; the remaining steps are computed for all
+    layers together.
+    """
+    kinds: dict[Hashable, list[int]] = {}
+    for i, delta in enumerate(deltas):
+        assert delta.thin is not None
+        kinds.setdefault(delta.thin.kind, []).append(i)
+    parts: list[list[int]] = []
+    for alike in kinds.values():
+        most = max(1, ENTRIES // (max(deltas[alike[0]].shape) * deltas[alike[0]].rank))
+        parts += [alike[first : first + most] for first in range(0, len(alike), most)]
+    reduced = [_reduce([deltas[i] for i in part]) for part in parts]
+    order = [i for part in parts for i in part]
+    ordered, folded = [deltas[i] for i in order], [each for _, _, some in reduced for each in some]
+    left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
+    values = thin_energies(left, right, np.array([each.scale for each in folded]))
+    measured = _make_measured(ordered, folded, values)
+    for i in np.flatnonzero(values.energy_error > MAX_GRAM_ERROR).tolist():
+        measured[i] = _measure_apart(ordered[i])
+    return [measured[order.index(i)] for i in range(len(deltas))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """The factors of a layer, folded, and their scale.
+
+    Args:
+        rows: The rows of B in the buckets of both hashes, ``(2, LENGTH, r)``.
+        columns: The columns of A in the buckets of theirs, ``(LENGTH, r)``.
+        scale: s.
+    """
+
+    rows: Numbers
+    columns: Numbers
+    scale: float
+
+
+def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded]]:
+    """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
+    thin = [delta.thin for delta in deltas if delta.thin is not None]
+    b = row_major(thin[0].read_each_b(thin))
+    left, rows = compute_grams(b), fold(b, BOTH).reshape(len(thin), 2, LENGTH, -1)
+    del b
+    a = row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
+    columns = fold(a, COLUMNS)
+    folded = [_Folded(rows[i], columns[i], each.read_scale()) for i, each in enumerate(thin)]
+    return left, compute_grams(a), folded
+
+
+def _concatenate(grams: Sequence[Grams]) -> Grams:
+    return Grams(np.concatenate([each.products for each in grams]), np.concatenate([each.terms for each in grams]))
+
+
+def _measure_apart(delta: FactoredDelta) -> Measured | None:
+    """Measure a layer whose energies are not known well enough: it is read again, and folded in float64."""
+    assert delta.thin is not None
+    b, a = delta.thin.read_b().astype(np.float64), delta.thin.read_a().T.astype(np.float64)
+    if not (b.any() and a.any()) and np.isfinite(b).all() and np.isfinite(a).all():
+        return zero_layer(delta.rank)
+    left, rows = triangle(b), fold(b, BOTH)
+    right, columns = triangle(a), fold(a, COLUMNS)
+    if left is None or right is None:
+        return None
+    folded = _Folded(rows.reshape(2, LENGTH, -1), columns, delta.thin.read_scale())
+    return _make_measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
+
+
+def _make_measured(
+    deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues
+) -> list[Measured | None]:
+    """Return layers of one rank, given their values; None where a norm is not finite."""
+    scale = np.array([each.scale for each in folded])
+    assert values.mix is not None
+    fro = np.where(np.isfinite(values.fro) & (values.fro > 0), values.fro, 1.0)
+    needed = ranks_at(energy_curve(values.s, fro[:, None], True), ENERGY)
+    directions = values.mix * (np.arange(values.s.shape[1]) < needed[:, None])[:, None]
+    names = [delta.layer for delta in deltas]
+    rows, row_size = _normalize([each.rows for each in folded])
+    columns, column_size = _normalize([each.columns for each in folded])
+    left_rows, right_rows = transform(rows).swapaxes(0, 1)
+    update = (scale * row_size * column_size)[:, None] * join(left_rows, transform(columns), names)
+    # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
+    directions *= row_size[:, None, None]
+    space = join(mixed(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
+    measured: list[Measured | None] = []
+    for i, delta in enumerate(deltas):
+        if not math.isfinite(values.fro[i]):
+            measured.append(None)
+        elif values.fro[i] == 0.0:
+            measured.append(zero_layer(delta.rank))
+        else:
+            layer, top = layer_of(values.s[i], float(values.fro[i]), int(needed[i]), delta.rank)
+            measured.append(Measured(layer, top, update[i], space[i]))
+    return measured
+
+
+def _normalize(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return stacked arrays, each divided by a power of two so that products are in float32's range, and the powers."""
+    stack: NDArray[Any] = np.stack(parts)
+    flat = stack.reshape(len(stack), -1)
+    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
+    size = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -120, 120))
+    stack *= (1 / size).astype(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
+    return stack, size
+
 
 # Layers that are computed together: of rank 16, what is left of them takes 6 MB.
 TOGETHER = 32
@@ -25,7 +260,7 @@ TOGETHER = 32
 DIGITS = 4
 
 
-def fleet(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
+def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
     """Measure one adapter layer by layer; nothing of the size of a weight is kept.
 
     Args:
@@ -76,11 +311,231 @@ def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator
             thin = [delta for delta in part if is_thin(delta)] if key is not None else []
             for delta, found in zip(part, measure_thin(thin) if thin else [None], strict=True):
                 if found is None:
-                    from lora_diag.diagnostics.fleet.dense import measure_dense  # deferred: imports torch
-
                     found = measure_dense(path, delta, device)
                 yield delta, found
 
 
 def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in values.tolist())
+
+
+COMMAND = "spectrum --adapters"
+
+# Memory of one adapter while it is measured: factors of a layer, their vectors, normals of the sketches.
+SIZE = 64 * 2**20
+
+# Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
+PROCESS_BYTES = 2**29
+
+# Files that identify an adapter or a base; others, such as a log, may change.
+READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPath:
+    """A path and its files at the start of the run.
+
+    Args:
+        path: An adapter, or the base of all.
+        files: Hash of its files' names and sizes; empty if they cannot be listed, as on object storage.
+        size: Their bytes.
+    """
+
+    path: Path
+    files: str
+    size: int = 0
+
+    @classmethod
+    def now(cls, path: Path) -> FleetPath:
+        """Return the path with its current files."""
+        try:
+            files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
+            sizes = {file.name: file.stat().st_size for file in files if file.suffix in READ and file.is_file()}
+        except OSError:
+            sizes = {}
+        lines = "\n".join(f"{name} {size}" for name, size in sizes.items())
+        digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return cls(path, digest if lines else "", sum(sizes.values()))
+
+    def check(self) -> None:
+        """Check that the files are those at the start of the run: a cluster's worker has its own mounts.
+
+        Raises:
+            InputError: The files differ or are missing.
+        """
+        if self.now(self.path).files != self.files:
+            raise InputError(
+                f"{self.path}: the worker on {platform.node()} finds other files there, or none; put adapters and "
+                "base on storage shared by all nodes, under the same path, and do not change them during the run"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter that is not opened yet."""
+
+    layer: str
+    seen: FleetPath
+    shape: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """Settings of the measurement of an adapter.
+
+    Args:
+        base: Base checkpoint of all adapters.
+        layers: Only weights whose name contains a match.
+        exclude: Skip weights whose name contains a match.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
+        memory: Unused; adapters have no memory limit.
+        stated_alpha: α of adapters whose files give none.
+    """
+
+    base: FleetPath | None
+    layers: str | None
+    exclude: str | None
+    device: str
+    memory: int | None = None
+    stated_alpha: StatedAlpha = None
+
+
+@show_options
+def fleet(
+    adapters: Iterable[Path | str],
+    **options: Unpack[FleetOptions],
+) -> Results[Fleet]:
+    r"""Measure many adapters: used rank, zero updates, spikes, outliers and near-duplicates.
+
+    Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. From 512 MiB
+    of adapters on, these are processes, by default one per core. An adapter that cannot be read is skipped.
+
+    Args:
+        adapters: Folders, files, or patterns such as ``runs/**``.
+        base: Base checkpoint, for adapters that need it (DoRA, PiSSA).
+        **options: ``FleetOptions``.
+
+    Returns:
+        One record per adapter.
+
+    Raises:
+        UsageError: An option is invalid.
+        InputError: The results file cannot be written, or a cluster's worker has different files.
+        NothingComparedError: No adapter was found.
+
+    Example:
+        >>> found = fleet(["sample_checkpoints/*"], layers=r"layers\.0")
+        >>> [(record.adapter, record.rank, record.dead) for record in found]
+        [('sample_checkpoints/lora_r4', 4, 0), ('sample_checkpoints/lora_r16', 16, 0)]
+    """
+    run = LayerRun(COMMAND, options, FleetOptions)
+    run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
+    base = run.options["base"]
+    members = [Member(legible(path), FleetPath.now(path)) for path in expand(adapters)]
+    base_path = FleetPath.now(as_path(base)) if base is not None else None
+    if not run.torch and base_path is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
+        run.apart = sum(member.seen.size for member in members) >= PROCESS_BYTES
+        run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
+    device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
+    return run.over(
+        members,
+        _measure_here if run.options["engine"] is None else _measure_on_worker,
+        lambda _, settings: SIZE,
+        FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
+        lambda _, __, ___: (),
+        tuple(
+            RunInput(
+                role="adapter",
+                path=member.layer,
+                kind="adapter",
+                tensors=0,
+                fingerprint=_fingerprint(member.seen),
+                sha256=_hash_content(member.seen.path) if run.options["verify"] else "",
+            )
+            for member in members
+        ),
+        {"base": legible(base) if base is not None else None},
+        recorded=("layers", "exclude", "device"),
+    )
+
+
+def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+    for seen in (member.seen, settings.base):
+        if seen is not None:
+            seen.check()
+    return _measure_here(member, settings)
+
+
+def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+    path = member.seen.path
+    base = settings.base.path if settings.base is not None else None
+    try:
+        if is_adapter(locate(path)):
+            opened = open_checkpoint(base) if base is not None else None
+            kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.stated_alpha)
+        elif base is None:
+            inside = path.is_dir() and any(map(is_adapter, path.iterdir()))
+            fix = (
+                f"quote the pattern '{path}/**' for the adapters in it"
+                if inside
+                else "give its base with --base if it is a checkpoint"
+            )
+            raise InputError(f"{path}: is not an adapter; {fix}")
+        else:
+            comparison = compare(base, path, settings.layers, settings.exclude, stated_alpha=settings.stated_alpha)
+            kind, deltas = comparison.inputs[-1].kind, comparison.pairing.deltas
+        matrices = (delta for delta in deltas if delta.is_matrix)
+        return (measure_adapter(member.layer, kind, matrices, settings.device),)
+    except LoradiagError as error:
+        detail = str(error).removeprefix(f"{path}: ")
+        return (LeftOut(layer=member.layer, shape=(), reason="unreadable", detail=detail),)
+
+
+def expand(patterns: Iterable[Path | str]) -> list[Path]:
+    """Return the distinct adapters given by paths and patterns, in natural order.
+
+    Matches of a pattern that are not adapters are ignored, and so are the contents of an adapter's folder.
+
+    Raises:
+        NothingComparedError: No adapter was found.
+    """
+    words = [pattern if isinstance(pattern, str) else str(pattern) for pattern in patterns]
+    found: dict[Path, None] = {}
+    for word in words:
+        named = not glob.has_magic(word) or as_path(word).exists()
+        for path in [as_path(word)] if named else map(Path, glob.glob(word, recursive=True)):  # noqa: PTH207
+            if named or is_adapter(path):
+                found.setdefault(path)
+    folders = {path for path in found if path.is_dir()}
+    paths = [path for path in found if path.parent not in folders]
+    if not paths:
+        raise NothingComparedError(
+            f"{', '.join(words) or 'standard input'}: no adapter found; give folders of adapters, or a quoted pattern"
+        )
+    return sorted(paths, key=lambda path: natural_order(str(path)))
+
+
+def _fingerprint(seen: FleetPath) -> str:
+    """Return a fingerprint that lets ``--resume`` detect a changed adapter by file sizes, without opening it.
+
+    An adapter on object storage is opened, since its server may not list folders and sizes cost as many requests.
+    """
+    if not isinstance(seen.path, RemotePath):
+        return seen.files
+    try:
+        return describe("adapter", open_adapter(seen.path, "rank").checkpoint).fingerprint
+    except LoradiagError:
+        return ""
+
+
+def _hash_content(path: Path) -> str:
+    """Return the hash of an adapter's weights; empty if they cannot be read, an error that measuring reports."""
+    try:
+        return content_hash(files_of(open_adapter(path, "rank").checkpoint))
+    except LoradiagError:
+        return ""
+
+
+def unreadable(results: Results[Fleet]) -> Sequence[LeftOut]:
+    """Return the adapters that could not be measured."""
+    return [item for item in results.left_out if item.reason == "unreadable"]

@@ -1,6 +1,13 @@
-"""``interference``: angles, sums and merges of several updates of one base."""
+"""``interference``: angles, sums and merges of several updates of one base.
+
+Options of ``interference``.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import INPUTS, RANKS, LayerOptions, Option
 
 FEATURE = Feature(
     __name__,
@@ -10,9 +17,9 @@ FEATURE = Feature(
         ".record:Interference",
         ".record:Union",
     ),
-    functions=(".run:interference",),
-    statements=".summary:interference_lines",
-    grids=".summary:interference_grids",
+    functions=(".measure:interference",),
+    statements=".show:interference_lines",
+    grids=".show:interference_grids",
     section=Section(
         "Several updates",
     ),
@@ -31,11 +38,11 @@ FEATURE = Feature(
             "union",
             "rank of the sum of updates, compared with the sum of ranks",
             "union",
-            ".figure_union:figure",
-            panels=(".figure_union:union",),
+            ".figures:union_figure",
+            panels=(".figures:union",),
             made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
             by_color=False,
-            obstacle=".figure_union:find_obstacle",
+            obstacle=".figures:find_union_obstacle",
         ),
     ),
     questions=(
@@ -43,3 +50,14 @@ FEATURE = Feature(
         ("rank_needed", "Which rank do all updates together need?"),
     ),
 )
+
+
+class InterferenceOptions(LayerOptions, total=False):
+    """Options of ``interference``."""
+
+    weights: Annotated[
+        Sequence[float] | None,
+        Option(None, "Weight of each update in the sum; default: all 1.", "W,W,...", panel=INPUTS),
+    ]
+    ranks: Annotated[Sequence[int], RANKS]
+    density: Annotated[float, Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D")]

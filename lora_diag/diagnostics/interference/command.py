@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, exit_unmeasured
-from lora_diag.diagnostics.interference.options import InterferenceOptions
+from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.files import RESULTS
 from lora_diag.running.options import OUTPUT, Option
 
@@ -40,8 +40,8 @@ def interference(
     """
     check_outputs([*inputs, arguments["output"]], [(spectrum, RESULTS)], arguments["overwrite"])
     # deferred: imports torch
-    from lora_diag.diagnostics.interference.run import interference as measure
-    from lora_diag.diagnostics.interference.run import split_base, union_spectra
+    from lora_diag.diagnostics.interference.measure import interference as measure
+    from lora_diag.diagnostics.interference.measure import split_base, union_spectra
 
     base, updates = split_base(inputs)
     with shown.callbacks() as callbacks:

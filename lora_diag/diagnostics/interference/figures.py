@@ -1,24 +1,182 @@
-"""`angles`: principal angles between the spaces of two updates, with the distribution of random spaces."""
+"""`union`: rank of the sum of several updates against the sum of their ranks, layer by layer.
+
+`angles`: principal angles between the spaces of two updates, with the distribution of random spaces.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.diagnostics.interference.record import Interference
-from lora_diag.metrics.angles import random_angles
+from lora_diag.diagnostics.interference.record import Interference, Union
+from lora_diag.metrics.subspaces import random_angles
 from lora_diag.records import Agreement
 from lora_diag.rendering.figures.axes import panel_axes
+from lora_diag.rendering.figures.fields import Types
+from lora_diag.rendering.figures.panels import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.series import Options, Series, by_pair, rank_absent
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, category
+from lora_diag.rendering.figures.style import CATEGORIES, INK, PageStyle, category, wrap_text
+
+SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
+
+# Fraction of the energy at which ranks are shown.
+ENERGY = "0.9"
+
+
+def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer") -> Axes:
+    """Draw the rank at which the sum of the updates has 90% of its energy, and the sum of the ranks of the updates.
+
+    Their ratio is the additive fraction: 1 if every direction is needed, 1/K for K equal updates. Green: the rank at
+    which every update keeps 90% of its energy; no line if none does.
+
+    Args:
+        records: Records of ``interference``; layers that a single update changes are skipped.
+        ax: Axes to draw on; default those of a new figure.
+        per: ``layer`` for one bar per layer (median over the experts of a block), ``type`` for one bar per module type.
+
+    Returns:
+        The Axes drawn on.
+    """
+    with panel_axes(ax) as (axes, style):
+        drawn = make_slots(shared(records), per)
+        _draw_ranks(axes, drawn, style)
+        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
+        axes.set_ylabel("rank at 90% of the energy")
+        keys = _make_union_keys(style, shares=False)
+        axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
+    return axes
+
+
+def shared(records: Iterable[Union]) -> tuple[Union, ...]:
+    """Return the records of layers that at least two updates change."""
+    return tuple(record for record in records if len(record.updates) > 1)
+
+
+def union_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
+    """Draw the ranks of the layers, with the additive fraction below, once per run."""
+    shown = [(item, shared(item.records)) for item in series]
+    shown = [(item, records) for item, records in shown if records]
+    types = Types(record.layer for _, records in shown for record in records)
+    drawn = [make_slots(records, options.per, types) for _, records in shown]
+    inches = style.width - 6 * style.text / 72
+    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
+    below = label_height(all_slots, inches, style.ticks) / (2 * len(shown))
+    heights = [1.25 * style.panel + below, 0.85 * style.panel + below] * len(shown)
+    union_figure, axes = sheet(
+        style,
+        _make_union_text(series, shown, drawn, style),
+        len(heights),
+        1,
+        panel=sum(heights) / len(heights),
+        ratios=heights,
+        share=False,
+        low=True,
+    )
+    for position, ((item, records), part) in enumerate(zip(shown, drawn, strict=True)):
+        ranks, shares = axes[2 * position : 2 * position + 2]
+        _draw_ranks(ranks, part, style)
+        ranks.set_title(wrap_text(_describe_run(item, records), inches, style.text), parse_math=False)
+        ranks.set_ylabel("rank")
+        _draw_shares(shares, part, max(len(record.updates) for record in records), style)
+        shares.set_ylabel("fraction")
+        for ax in (ranks, shares):
+            slot_axis(ax, part, inches, style.ticks, labels=False)
+            ax.set_xlim(-0.5, len(all_slots) - 0.5)
+    slot_axis(axes[-1], all_slots, inches, style.ticks)
+    return union_figure
+
+
+def _draw_ranks(ax: Axes, drawn: Sequence[Slot[Union]], style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
+    _draw_stairs(ax, drawn, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
+    _draw_stairs(ax, drawn, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
+    _draw_stairs(ax, drawn, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+
+
+def _draw_shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, style: PageStyle | None) -> None:
+    width = style.line if style else 1.2
+    _draw_stairs(ax, drawn, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
+    for share in (1.0, 1 / updates):
+        ax.axhline(share, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=3)
+    ax.set_ylim(0, max(1.08, 1.05 * ax.get_ylim()[1]))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
+
+
+def _draw_stairs(
+    ax: Axes, drawn: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **line_style: Any
+) -> None:
+    for slot in drawn:
+        heights = _compute_medians(slot, value)
+        if np.isfinite(heights).any():
+            ax.stairs(heights, slot.edges, label=label, **line_style)
+
+
+def _compute_medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
+    """Return the median of each bar's layers; NaN if a layer has no value."""
+    by_bar = [[value(record) for record in bar] for bar in slot.bars]
+    return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in by_bar])
+
+
+def _describe_run(item: Series[Any], records: Sequence[Union]) -> str:
+    """Return the label of a run with the total rank of its layers."""
+    known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
+    together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
+    apart = sum(record.parts_rank_at[ENERGY] for record in known)
+    text = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
+    return f"{item.label}: {text}" if item.label else text
+
+
+def _make_union_keys(style: PageStyle | None, shares: bool = True) -> tuple[Key, ...]:
+    width = style.line if style else 1.2
+    line = Line2D([], [], color=INK, lw=0.8 * width, ls=(0, (4, 2)))
+    return (
+        Key(Patch(facecolor=SUM), "rank of the sum"),
+        Key(Line2D([], [], color=APART, lw=1.3 * width), "sum of the updates' ranks"),
+        Key(Line2D([], [], color=EVERY, lw=1.3 * width), "rank that keeps 90% of every update"),
+        *((Key(line, "fraction 1: every direction needed; 1/K: K equal updates"),) if shares else ()),
+    )
+
+
+def _make_union_text(
+    series: Sequence[Series[Any]],
+    shown: Sequence[tuple[Series[Any], tuple[Union, ...]]],
+    drawn: Sequence[Sequence[Slot[Union]]],
+    style: PageStyle,
+) -> FigureText:
+    layers = len({record.layer for _, records in shown for record in records})
+    joined = max((slot.joined for part in drawn for slot in part), default=1)
+    notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
+    if joined > 1:
+        notes.append(f"A bar is the median of up to {joined} layers.")
+    if singles := sum(len(item.records) - len(shared(item.records)) for item in series):
+        notes.append(f"Not drawn: {singles} {'layer' if singles == 1 else 'layers'} changed by fewer than two updates.")
+    if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
+        notes.append("No green line: no rank of the sum keeps 90% of every update.")
+    return FigureText(
+        "Rank of the sum of updates, compared with the sum of their ranks",
+        f"{layers} {'matrix' if layers == 1 else 'matrices'}; ranks at 90% of the energy Σσ²; below, the additive "
+        "fraction: rank of the sum / sum of the ranks",
+        (" ".join(notes),),
+        _make_union_keys(style),
+    )
+
+
+def find_union_obstacle(records: Sequence[Union], options: Options) -> str | None:
+    """Return why records cannot be drawn: no layer has a sum."""
+    return None if shared(records) else "no layer is changed by two updates"
+
 
 Side = Literal["columns", "rows"]
 SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "row spaces"))

@@ -1,26 +1,456 @@
-"""Interference of several updates of one layer: their spaces pair by pair, and their sum."""
+"""Reading and decomposing several updates of one layer.
+
+Distance of merges of several updates from their sum, without writing the merges.
+
+All updates of one layer together: rank of their sum, interference, and losses of merges.
+
+Interference of several updates of one layer: their spaces pair by pair, and their sum.
+
+``interference``: compare several updates of one model.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from pathlib import Path
+from typing import Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
-from lora_diag.diagnostics.interference.parts import InterferenceSettings, LayerUpdates, Part, read_part, within
-from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
-from lora_diag.diagnostics.interference.union import union
+from lora_diag.adapters import is_adapter
+from lora_diag.checkpoints import as_path, locate
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, StoredDelta, Unpaired, footprint, natural_order
+from lora_diag.diagnostics.interference import InterferenceOptions
+from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.spectrum.values import record_of
+from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.agreement import agreement
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, append_note, compute_on_device
+from lora_diag.layers.change import (
+    COMPUTED_ENTRY_BYTES,
+    Change,
+    append_note,
+    compute_on_device,
+    load_change,
+    why_not_comparable,
+)
 from lora_diag.layers.left_out import not_finite
-from lora_diag.linalg import Allowance, require_memory, resolve_device, whole_bytes
-from lora_diag.linalg.stacked import inner
-from lora_diag.metrics.interference import classify_relation, is_near_chance
-from lora_diag.records import LeftOut
+from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings
+from lora_diag.linalg import (
+    Allowance,
+    Factors,
+    check_request,
+    decompose,
+    decompose_factored,
+    numerical_rank,
+    require_memory,
+    resolve_device,
+    rounding_threshold,
+    whole_bytes,
+)
+from lora_diag.linalg.distance import products
+from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
+from lora_diag.linalg.stacked import Matrix, gap, inner, stack_products, total
+from lora_diag.linalg.ties import Conflicts, ties_blocks, ties_factor
+from lora_diag.metrics import RANKS, THRESHOLDS, distances, effective_rank, energy_curve, rank_at, signal_rank, verdict
+from lora_diag.metrics.subspaces import (
+    classify_relation,
+    is_near_chance,
+    task_interference,
+    task_interference_at_random,
+)
+from lora_diag.records import LeftOut, Resolution, Results, totals
+from lora_diag.running.inputs import Comparison
+from lora_diag.running.layers import LayerRun, check_ranks, without_rank
+from lora_diag.running.options import show_options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterferenceSettings(LayerSettings):
+    """Settings of the measurement of a layer.
+
+    Args:
+        ranks: Ranks r at which spaces are compared and merges recompressed.
+        weights: w_k > 0 of each update in the sum.
+        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign conflicts, which need
+            every entry.
+    """
+
+    ranks: tuple[int, ...] = RANKS
+    weights: tuple[float, ...] = ()
+    density: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One of several updates of a layer.
+
+    Args:
+        name: The input's path.
+        weight: w_k.
+        delta: Its ΔW.
+    """
+
+    name: str
+    weight: float
+    delta: Delta
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUpdates:
+    """One layer and all its updates."""
+
+    layer: str
+    shape: tuple[int, int]
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One decomposed update; ``s`` and ``fro`` include its weight."""
+
+    update: Update
+    change: Change
+    matrix: Matrix
+    factors: Factors
+    rank: int
+    resolution: Resolution
+
+    @property
+    def s(self) -> Tensor:
+        """Singular values above rounding, times the weight."""
+        return self.update.weight * self.factors.s[: self.rank]
+
+    @property
+    def fro(self) -> float:
+        """‖wΔW‖_F."""
+        return self.update.weight * self.factors.fro
+
+    @property
+    def u(self) -> Tensor:
+        """Their left singular vectors, as columns."""
+        assert self.factors.u is not None
+        return self.factors.u[:, : self.rank]
+
+    @property
+    def v(self) -> Tensor:
+        """Their right singular vectors, as columns."""
+        assert self.factors.vh is not None
+        return self.factors.vh[: self.rank].T
+
+    @property
+    def curve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Energy fractions C(r) at every rank."""
+        return energy_curve(self.factors.s.numpy(), self.factors.fro, self.factors.complete)
+
+    @property
+    def effective(self) -> float:
+        """Effective rank."""
+        return effective_rank(self.factors.s.numpy())
+
+
+def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
+    """Read and decompose one update; return only its change if it is not finite."""
+    change = load_change(update.delta, device)
+    if change.non_finite is not None:
+        return change
+    factors = change.decompose(settings.method, None, True, settings.tol, settings.seed)
+    if problem := why_not_comparable(factors.fro):
+        return replace(change, non_finite=problem)
+    matrix = change.factors if change.factors is not None else change.matrix
+    assert matrix is not None
+    file_resolution = resolution(change.rounding, factors)
+    return Part(update, change, matrix, factors, numerical_rank(factors), file_resolution)
+
+
+def within(u: Tensor, part: Part, rows: bool = False) -> float:
+    """Return ‖UᵀΔW‖²/‖ΔW‖², or ‖ΔW·U‖²/‖ΔW‖², from the singular vectors of ΔW."""
+    vectors = part.v if rows else part.u
+    inside = (u.T @ vectors) * part.s.to(u.device)
+    return min(1.0, float((inside**2).sum() / (part.s**2).sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The stored factors of one adapter and their scale: ΔW = scale·B·A."""
+
+    b: Tensor
+    a: Tensor
+    scale: float
+
+
+def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
+    """Return the loss of a merge in factored form relative to the sum.
+
+    Args:
+        total: S.
+        fro: ‖S‖_F > 0.
+        merge: B and A of the merge.
+    """
+    norm_squared, along = inner(merge, merge), inner(total, merge)
+    return as_loss(fro, math.sqrt(max(0.0, norm_squared)), gap(total, merge), along)
+
+
+def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
+    """Return a record from ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
+    merge_distances = distances(fro, norm, apart, along, None)
+    assert merge_distances.epsilon is not None
+    assert merge_distances.norm_ratio is not None
+    return MergeLoss(
+        residual=merge_distances.epsilon,
+        norm_ratio=merge_distances.norm_ratio,
+        cosine=merge_distances.cosine,
+        best_scale=merge_distances.best_scale,
+        residual_best_scale=merge_distances.epsilon_best_scale,
+    )
+
+
+def factor_merges(
+    total: Matrix, fro: float, pairs: Sequence[Pair] | None, weights: Sequence[float], density: float
+) -> dict[str, MergeLoss | None]:
+    """Return the losses of merges made from the factors.
+
+    ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its distance from S is that of its cross terms
+    Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k likewise. (``peft.tuners.lora.model``,
+    ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
+
+    Args:
+        total: S.
+        fro: ‖S‖_F > 0.
+        pairs: The factors; None if an update has none.
+        weights: The w_k > 0.
+        density: Fraction of the entries that ``ties`` keeps.
+    """
+    if pairs is None:
+        return {"cat": None, "linear": None, "ties": None}
+    weighted = [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)]
+    concatenated = stack_products(weighted, [1.0] * len(pairs))
+    merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, concatenated), "linear": None, "ties": None}
+    roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
+    if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
+        b, a = [pair.b for pair in pairs], [pair.a for pair in pairs]
+        merges["linear"] = loss(total, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
+        merges["ties"] = loss(total, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
+    return merges
+
+
+def ties_merge(
+    parts: Sequence[Matrix], fro: float, weights: Sequence[float], density: float
+) -> tuple[MergeLoss, Conflicts, Conflicts]:
+    """Return the loss of TIES on the updates themselves, and their sign conflicts before and after trimming.
+
+    Args:
+        parts: The ΔW_k, without weights.
+        fro: ‖Σ w_kΔW_k‖_F > 0.
+        weights: The w_k.
+        density: Fraction of the entries of each update to keep.
+    """
+    before, after = Conflicts(), Conflicts()
+    apart, norm, along = products(ties_blocks(parts, weights, density, before, after))
+    return as_loss(fro, norm, apart, along), before, after
+
+
+def _add_weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(
+        (weight * factor.double() for factor, weight in zip(factors, weights, strict=True)),
+        start=factors[0].double() * 0,
+    )
+
+
+# Relative residual ‖S − S_k‖_F/‖S‖_F of the directions in the subspace alignment ratio (Marczak et al. 2025).
+ALIGNMENT_ERROR = 0.05
+
+
+def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings) -> Union:
+    """Return the record of all updates of a layer together.
+
+    Args:
+        task: The layer.
+        parts: Its updates.
+        changed: The nonzero updates.
+        settings: Settings of the measurement.
+    """
+    weights = [part.update.weight for part in parts]
+    summed = total([part.matrix for part in parts], weights)
+    if isinstance(summed, tuple):
+        factors = decompose_factored(*summed, vectors=True)
+    else:
+        factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
+    # A sum that cancels leaves only rounding of the parts.
+    parts_norm = math.hypot(*(part.fro for part in parts))
+    if factors.fro <= (ZERO_FACTORED if isinstance(summed, tuple) else ZERO_DENSE) * parts_norm:
+        factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
+    spectrum = record_of(
+        task.layer,
+        task.shape,
+        (None, "float32" if isinstance(summed, tuple) else "float64"),
+        None,
+        factors,
+        settings.ranks,
+        _bound_resolution(parts, factors),
+    )
+    needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
+    effective = sum(part.effective for part in changed)
+    has_sum = len(changed) > 1 and factors.fro > 0
+    fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings) if has_sum else _make_null_fields()
+    merges, conflicts = _measure_merges(parts, summed, factors, weights, settings) if has_sum else ({}, {})
+    return Union(
+        layer=task.layer,
+        shape=task.shape,
+        updates=tuple(part.update.name for part in changed),
+        ranks=tuple(_count_columns(part) for part in changed),
+        fro=factors.fro,
+        parts_fro=tuple(part.fro for part in changed),
+        spectrum=spectrum,
+        parts_rank_at=needed,
+        additive={
+            share: _ratio(spectrum.rank_at[share], ranks_sum) if has_sum else None
+            for share, ranks_sum in needed.items()
+        },
+        parts_effective_rank=effective,
+        additive_effective=_ratio(spectrum.effective_rank, effective) if has_sum else None,
+        energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
+        merges=merges,
+        recompressed={str(r): _compute_residual(factors, r) for r in _list_recompression_ranks(changed, settings)}
+        if has_sum
+        else {},
+        **fields,
+        **{name: conflicts.get(name) for name in _CONFLICTS},
+    )
+
+
+_CONFLICTS = ("sign_conflicts", "sign_conflicts_random", "trimmed_conflicts", "trimmed_conflicts_random")
+
+
+def _count_columns(part: Part) -> int | None:
+    return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
+
+
+def _ratio(value: float | None, total: float) -> float | None:
+    return value / total if value is not None and total else None
+
+
+def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
+    """Bound the rounding of the sum by the sum of the roundings: the rounding of a common BASE is equal in all."""
+    noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
+    edge = sum(part.update.weight * part.resolution.edge for part in parts)
+    if edge:  # not of adapters, whose factors are the update
+        edge = max(edge, rounding_threshold(factors))
+    signal = signal_rank(factors.s.numpy(), edge, factors.complete)
+    return Resolution(
+        unchanged=None,
+        mantissa=None,
+        rounding_fro=sum(part.update.weight * part.resolution.rounding_fro for part in parts),
+        noise_fro=noise,
+        edge=edge,
+        signal_rank=signal,
+        verdict=verdict(noise, factors.fro, signal),
+    )
+
+
+def _make_null_fields() -> dict[str, object]:
+    """Return null fields for a layer with fewer than two updates, or whose updates cancel."""
+    return {
+        "rank_for_all": {},
+        "weakest_kept": {},
+        "sti": None,
+        "sti_relative": None,
+        "sti_random": None,
+        "alignment": None,
+        "alignments": (),
+        "alignment_rank": None,
+        "alignment_random": None,
+    }
+
+
+def _measure_sum(
+    changed: Sequence[Part],
+    factors: Factors,
+    ranks: dict[str, int | None],
+    shape: tuple[int, int],
+    settings: InterferenceSettings,
+) -> dict[str, object]:
+    """Return the rank of the sum, and the fraction of the parts that its directions keep."""
+    assert factors.u is not None
+    assert factors.vh is not None
+    # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
+    kept = []
+    for part in changed:
+        core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
+        kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
+    # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
+    weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
+    alignment_rank = _find_alignment_rank(factors)
+    alignments = [math.sqrt(within(factors.u[:, :alignment_rank], part)) for part in changed]
+    return {
+        "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
+        "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in ranks.items()},
+        **_measure_task_interference(changed, shape, max(settings.ranks)),
+        "alignment": sum(alignments) / len(alignments),
+        "alignments": tuple(alignments),
+        "alignment_rank": alignment_rank,
+        "alignment_random": math.sqrt(alignment_rank / shape[0]),
+    }
+
+
+def _find_alignment_rank(factors: Factors) -> int:
+    """Return the smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959)."""
+    curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
+    return rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
+
+
+def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], limit: int) -> dict[str, float]:
+    u = torch.cat([part.u[:, :limit] for part in changed], dim=1)
+    v = torch.cat([part.v[:, :limit] for part in changed], dim=1)
+    s = torch.cat([part.s[:limit] for part in changed]).numpy()
+    owner = np.repeat(np.arange(len(changed)), [min(part.rank, limit) for part in changed])
+    sti, relative = task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
+    return {"sti": sti, "sti_relative": relative, "sti_random": task_interference_at_random(s, owner, shape)}
+
+
+def _measure_merges(
+    parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
+) -> tuple[dict[str, MergeLoss | None], dict[str, float | None]]:
+    """Return the losses of merges, and the sign conflicts."""
+    # A zero adapter is not an update, but its A enters PEFT's merges.
+    density = settings.density or 0.2
+    merges = factor_merges(summed, factors.fro, _factor_pairs(parts), weights, density)
+    if settings.density == 0:
+        return {**merges, "ties": None, "ties_dense": None}, {}
+    dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
+    shares = (before.share, before.random, after.share, after.random)
+    return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, shares, strict=True))
+
+
+def _factor_pairs(parts: Sequence[Part]) -> list[Pair] | None:
+    """Return the stored factors; None if an update has none or its scale is unknown."""
+    pairs = []
+    for part in parts:
+        delta = part.update.delta
+        if not isinstance(part.matrix, tuple) or not isinstance(delta, FactoredDelta) or not delta.scale:
+            return None
+        b, a = (factor.to(torch.float64) for factor in part.matrix)
+        pairs.append(Pair(b / delta.scale, a, delta.scale))
+    return pairs
+
+
+def _list_recompression_ranks(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
+    """Return the recompression ranks: the requested ones, and PEFT's default, the largest of the adapters'."""
+    columns = [_count_columns(part) for part in changed]
+    return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
+
+
+def _compute_residual(factors: Factors, rank: int) -> float:
+    return math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro
+
 
 # The relation of two updates is judged at the requested rank nearest to this.
 RELATION_RANK = 8
@@ -89,7 +519,7 @@ def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
     require_memory(needed, settings.memory, task.shape, f"{description} take", fix)
 
 
-def interference(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
+def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
     """Compare all updates of one layer.
 
     Args:
@@ -173,3 +603,168 @@ def _energy_within(task: LayerUpdates, first: Part, second: Part, rank: int) -> 
 def _is_near_chance(vectors: Tensor, part: Part, rank: int, rows: bool = False) -> bool:
     space = vectors[:, :rank]
     return is_near_chance(within(space, part, rows), space.shape[1], len(space), part.effective)
+
+
+@show_options
+def interference(
+    updates: Sequence[Path | str],
+    *,
+    base: Path | str | None = None,
+    **options: Unpack[InterferenceOptions],
+) -> Results[Interference | Union]:
+    r"""Compare several updates of one model, pair by pair and all together, layer by layer.
+
+    Args:
+        updates: Two or more checkpoints or adapters.
+        base: Base checkpoint; not needed for adapters.
+        weights: w_k > 0 of each update in the sum Σ w_kΔW_k; all 1 by default.
+        ranks: Ranks at which spaces are compared, and to which merges are recompressed.
+        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign conflicts, which need
+            every entry of every layer.
+        **options: ``InterferenceOptions``.
+
+    Returns:
+        One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each
+        layer that any changes.
+
+    Raises:
+        UsageError: An option is invalid, or there are fewer than two updates.
+        InputError: An input cannot be read, or two of them are not of one model.
+        NothingComparedError: No weight is changed by two of them.
+
+    Example:
+        >>> adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]
+        >>> found = interference(adapters, layers=r"0\.mlp\.up_proj")
+        >>> [record.record for record in found], found.layers[1].ranks
+        (['interference', 'union'], (4, 16))
+    """
+    run = LayerRun("interference", options, InterferenceOptions)
+    weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
+    settings = run.settings(
+        InterferenceSettings, ranks=check_ranks(ranks), weights=_check_weights(weights, len(updates)), density=density
+    )
+    check_request(settings.method, 1, settings.tol)
+    if not 0 <= density <= 1:
+        raise UsageError(f"--density {density}: must lie between 0 and 1")
+    _refuse_repeated_updates(updates)
+    base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
+    compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
+    tasks = _align_layers(compared, settings.weights)
+    unmeasured = Pairing(
+        tuple(_list_vectors(compared)), tuple(_list_unpaired(compared, {task.layer for task in tasks}))
+    )
+    return run.over(
+        tasks,
+        measure_layer,
+        size,
+        settings,
+        lambda layout, _, __: without_rank(unmeasured, layout, run.where.here),
+        (*compared[0].inputs[:-1], *(side.inputs[-1] for side in compared)),
+        {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
+    )
+
+
+def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Path | str]]:
+    """Return BASE and the updates: adapters alone have no BASE, else it comes first.
+
+    Raises:
+        UsageError: An adapter comes first, but not all inputs are adapters.
+    """
+    inputs = [as_path(path) for path in inputs]
+    adapters = [is_adapter(locate(path)) for path in inputs]
+    if all(adapters):
+        return None, list(inputs)
+    if adapters[0]:
+        raise UsageError(f"{inputs[0]}: is an adapter, not BASE; give BASE first, then the updates")
+    return inputs[0], list(inputs[1:])
+
+
+def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
+    """Return the spectra of the sums in the form of ``spectrum``, for ``allocate``, ``plot`` and ``gate``.
+
+    Args:
+        results: Results of ``interference``.
+    """
+    spectra = tuple(record.spectrum for record in results if isinstance(record, Union))
+    end = totals(spectra, results.left_out) if results.end is not None else None
+    return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
+
+
+def _check_weights(requested: Sequence[float] | None, number: int) -> tuple[float, ...]:
+    weights = tuple(requested) if requested is not None else (1.0,) * number
+    if len(weights) != number:
+        raise UsageError(f"--weights: {len(weights)} weights for {number} updates; give one for each, in their order")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise UsageError("--weights: must be positive; subtraction of updates is not measured")
+    return weights
+
+
+def _refuse_repeated_updates(updates: Sequence[Path | str]) -> None:
+    """Refuse fewer than two updates, or one that is given twice.
+
+    Raises:
+        UsageError: There are fewer than two, or one is given twice.
+    """
+    if len(updates) < 2:
+        raise UsageError(
+            "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"
+        )
+    seen: set[str] = set()
+    for path in updates:
+        if (real := os.path.realpath(path)) in seen:
+            raise UsageError(f"{path}: given twice; give each path once")
+        seen.add(real)
+
+
+def _align_layers(compared: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
+    """Align the updates by the names of the layers.
+
+    Raises:
+        InputError: Two have different shapes for one name.
+        NothingComparedError: No layer is changed by two.
+    """
+    by_layer: dict[str, list[Update]] = {}
+    for side, weight in zip(compared, weights, strict=True):
+        for delta in side.pairing.deltas:
+            if delta.is_matrix:
+                without_base = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
+                by_layer.setdefault(delta.layer, []).append(Update(_path_of_side(side), weight, without_base))
+    if not any(len(updates) > 1 for updates in by_layer.values()):
+        examples = "; ".join(f"{_path_of_side(side)} has {_first_layer(side)}" for side in compared)
+        raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
+    for layer, updates in by_layer.items():
+        for other in updates[1:]:
+            if other.delta.shape != updates[0].delta.shape:
+                raise InputError(
+                    f"{layer}: {list(updates[0].delta.shape)} in {updates[0].name} but {list(other.delta.shape)} in "
+                    f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
+                )
+    names = sorted(by_layer, key=natural_order)
+    return [LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
+
+
+def _path_of_side(side: Comparison) -> str:
+    return side.inputs[-1].path
+
+
+def _first_layer(side: Comparison) -> str:
+    return min((delta.layer for delta in side.pairing.deltas), default="no layer")
+
+
+def _list_vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
+    """Yield each 1-D tensor of the updates, once."""
+    seen: set[str] = set()
+    for delta in (delta for side in compared for delta in side.pairing.deltas if not delta.is_matrix):
+        if delta.layer not in seen:
+            seen.add(delta.layer)
+            yield delta
+
+
+def _list_unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
+    """Yield the tensors that could not be compared, once each, except those of the known layers."""
+    names = set(known)
+    for side in compared:
+        for item in side.pairing.unpaired:
+            if item.layer not in names:
+                names.add(item.layer)
+                yield replace(item, detail=f"{_path_of_side(side)}: {item.detail}")

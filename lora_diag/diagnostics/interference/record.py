@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records.base import LayerRecord, Norm, Ratio, Record, Share
-from lora_diag.records.shown import Shown, count_texts, value_at
+from lora_diag.records.base import LayerRecord, Norm, Ratio, Record, Share, Shown, count_texts, value_at
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]

@@ -1,15 +1,29 @@
-"""``intruders``: singular vectors of the tuned weights without a counterpart in the base."""
+"""``intruders``: singular vectors of the tuned weights without a counterpart in the base.
+
+Options of ``intruders``.
+"""
+
+from typing import Annotated
 
 from lora_diag.feature import Feature, Section
+from lora_diag.running.options import LayerOptions, Option
 
 FEATURE = Feature(
     __name__,
     "intruders",
     command=".command:intruders",
     records=(".record:Intruders",),
-    functions=(".run:intruders",),
-    statements=".summary:intruders_lines",
-    grids=".summary:intruders_grids",
+    functions=(".measure:intruders",),
+    statements=".show:intruders_lines",
+    grids=".show:intruders_grids",
     section=Section("Intruder dimensions", figures=("intruders",)),
     questions=(("intruders", "Are there intruder dimensions?"),),
 )
+
+
+class IntruderOptions(LayerOptions, total=False):
+    """Options of ``intruders``."""
+
+    directions: Annotated[int, Option(10, "Largest singular directions of each weight to test.", "K", setting="top")]
+    epsilon: Annotated[float, Option(0.5, "Cosine similarity to BASE below which a direction is new.", "E")]
+    window: Annotated[float, Option(0.1, "Relative gap below which singular values count as equal.", "W")]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured
-from lora_diag.diagnostics.intruders.options import IntruderOptions
+from lora_diag.diagnostics.intruders import IntruderOptions
 
 
 @options.spread
@@ -23,7 +23,7 @@ def intruders(
     Example: loradiag intruders base/ lora_r8/ -o intruders.jsonl
     """
     # deferred: imports torch
-    from lora_diag.diagnostics.intruders.run import intruders as measure
+    from lora_diag.diagnostics.intruders.measure import intruders as measure
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, **arguments, **callbacks)

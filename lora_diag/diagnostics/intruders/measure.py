@@ -1,4 +1,7 @@
-"""New directions of a fine-tuned weight: W_tuned's left singular vectors compared with W_base's."""
+"""New directions of a fine-tuned weight: W_tuned's left singular vectors compared with W_base's.
+
+``intruders``: find new directions among the largest of a fine-tuned weight.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,34 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
+from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
+from lora_diag.errors import UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, append_note, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg import Allowance, Factors, decompose, norm, require_memory, resolve_device, whole_bytes
+from lora_diag.linalg import (
+    Allowance,
+    Factors,
+    check_request,
+    decompose,
+    norm,
+    require_memory,
+    resolve_device,
+    whole_bytes,
+)
 from lora_diag.linalg.devices import move
 from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
-from lora_diag.records import LeftOut
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.layers import LayerRun, without_rank
+from lora_diag.running.options import show_options
 
 NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this one"
 
@@ -67,7 +85,7 @@ def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
     return update + math.prod(delta.shape) * entry + max(base, vectors + top)
 
 
-def intruders(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
+def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
     """Compare the largest directions of a fine-tuned weight with all directions of its base.
 
     Args:
@@ -178,4 +196,53 @@ def _record(
         count_random=k * below_at_random(rows, vectors, settings.epsilon),
         directions=directions,
         method=method,
+    )
+
+
+@show_options
+def intruders(
+    base: Path | str,
+    tuned: Path | str,
+    **options: Unpack[IntruderOptions],
+) -> Results[Intruders]:
+    r"""Count intruder dimensions: largest left singular vectors of W_tuned without a counterpart in W_base.
+
+    Args:
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint or adapter.
+        directions: k, the number of largest directions of each weight to compare.
+        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is no direction of W_base.
+        window: Width of the window of nearly equal singular values, as a fraction of σ_j.
+        **options: ``IntruderOptions``.
+
+    Returns:
+        One record per matrix that both sides have.
+
+    Raises:
+        UsageError: An option is invalid.
+        InputError: An input cannot be read.
+        NothingComparedError: The sides have no weight in common.
+
+    Example:
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> found = intruders(base, tuned, layers=r"0\.mlp\.up_proj")
+        >>> found.layers[0].k, found.layers[0].intruders
+        (10, 0)
+    """
+    run = LayerRun("intruders", options, IntruderOptions)
+    top, epsilon, window = (run.options[name] for name in ("directions", "epsilon", "window"))
+    check_request(run.options["method"], top, run.options["tol"])
+    if not 0 < epsilon < 1:
+        raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
+    if not 0 <= window < 1:
+        raise UsageError(f"--window {window}: must lie between 0 and 1")
+    compared = run.compare(base, tuned)
+    return run.over(
+        [delta for delta in compared.pairing.deltas if delta.is_matrix],
+        measure_layer,
+        size,
+        run.settings(IntruderSettings, k=top, epsilon=epsilon, window=window),
+        lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
+        compared.inputs,
+        run.own,
     )

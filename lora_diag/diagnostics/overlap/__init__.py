@@ -1,6 +1,13 @@
-"""``overlap``: whether gradients stay in the subspaces of an update."""
+"""``overlap``: whether gradients stay in the subspaces of an update.
+
+Options of ``overlap``.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure
+from lora_diag.running.options import RANKS, MethodOptions
 
 FEATURE = Feature(
     __name__,
@@ -8,12 +15,12 @@ FEATURE = Feature(
     command=".command:overlap",
     records=(".record:Overlap",),
     functions=(
-        ".run:overlap",
-        ".run:subspaces",
+        ".measure:overlap",
+        ".measure:subspaces",
         ".recorder:GradientRecorder",
     ),
-    table=".table:overlap_table",
-    statements=".summary:lines",
+    table=".show:overlap_table",
+    statements=".show:lines",
     questions=(
         ("inside", "Do the gradients stay in the subspaces?"),
         ("reach", "Do the gradients stay in the subspaces?"),
@@ -30,3 +37,9 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class OverlapOptions(MethodOptions, total=False):
+    """Options of ``overlap``."""
+
+    ranks: Annotated[Sequence[int], RANKS]

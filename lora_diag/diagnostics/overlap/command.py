@@ -10,7 +10,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, message, rerun_command, result, terminal
-from lora_diag.diagnostics.overlap.options import OverlapOptions
+from lora_diag.diagnostics.overlap import OverlapOptions
 from lora_diag.running.options import SHOW_RANK
 
 
@@ -38,8 +38,8 @@ def overlap(
     Example: loradiag overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl
     """
     # deferred: imports torch
-    from lora_diag.diagnostics.overlap.run import overlap as measure
-    from lora_diag.diagnostics.overlap.table import overlap_table
+    from lora_diag.diagnostics.overlap.measure import overlap as measure
+    from lora_diag.diagnostics.overlap.show import overlap_table
 
     rank = drawn["show_rank"]
     with shown.callbacks() as callbacks:

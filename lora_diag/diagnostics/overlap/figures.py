@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.rendering.figures.axes import label_ticks, panel_axes
-from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.fields import Types
 from lora_diag.rendering.figures.pages import multiples_of
 from lora_diag.rendering.figures.series import Options, Series, rank_absent
 from lora_diag.rendering.figures.sheet import MAX_PANELS, FigureText, Key

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Share
-from lora_diag.records.shown import SHAPE, Shown
+from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Share, Shown
 
 
 class Overlap(LayerRecord):

@@ -8,7 +8,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, line, rerun_command, result, terminal
-from lora_diag.diagnostics.portability.options import PortabilityOptions
+from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.errors import GATE_FAILED, UsageError
 from lora_diag.running.options import OUTPUT, Option
 
@@ -46,7 +46,7 @@ def portability(
     """
     form, dora_to_lora, leave_out = fixing["format"], fixing["dora_to_lora"], fixing["leave_out"]
     if fixing["rules"]:
-        from lora_diag.diagnostics.portability.table import rules_table
+        from lora_diag.diagnostics.portability.show import rules_table
 
         result(rules_table(*terminal()))
         return
@@ -54,9 +54,9 @@ def portability(
         raise UsageError("portability: no adapter is given; give one, or use --rules for the rules of all programs")
     _check_fix(fixing["fix"], arguments, {"--format": form, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out})
     # deferred: imports torch
-    from lora_diag.diagnostics.portability.fix import make_portable
-    from lora_diag.diagnostics.portability.run import portability as measure
-    from lora_diag.diagnostics.portability.summary import failed
+    from lora_diag.diagnostics.portability.measure import make_portable
+    from lora_diag.diagnostics.portability.measure import portability as measure
+    from lora_diag.diagnostics.portability.show import failed
     from lora_diag.records import to_line
 
     judging: dict[str, Any] = {name: arguments[name] for name in ("consumers", "require", "max_lora_rank")}

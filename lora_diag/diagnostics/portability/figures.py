@@ -17,10 +17,10 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from lora_diag.diagnostics.portability.record import AS_INTENDED, ORDER, Portability
-from lora_diag.diagnostics.portability.summary import by_consumer, title_of
+from lora_diag.diagnostics.portability.show import by_consumer, title_of
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.fields import Types
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (

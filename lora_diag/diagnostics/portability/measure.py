@@ -1,26 +1,185 @@
-"""One weight and its treatment by each consumer → records with the relative error of the applied ΔW."""
+"""Treatment of each adapter feature by each consumer and version, computed from the rules.
+
+One weight and its treatment by each consumer → records with the relative error of the applied ΔW.
+
+``portability --fix``: write an adapter that every consumer scales alike, and judge it.
+
+``portability``: the ΔW that each serving program applies.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.adapters.contents import Item
+from lora_diag.adapters import Adapter, is_adapter, open_adapter
+from lora_diag.adapters.contents import Contents, Item, Part, contents_of
+from lora_diag.adapters.portable import write_portable
+from lora_diag.adapters.source import alpha_option
 from lora_diag.adapters.updates import Site
-from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, selector
+from lora_diag.diagnostics.portability import PortabilityOptions
+from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
-from lora_diag.diagnostics.portability.rules import Outcome
+from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, largest_rank
+from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import fro_of
 from lora_diag.linalg import resolve_device
 from lora_diag.linalg.stacked import gap
-from lora_diag.records import LeftOut
+from lora_diag.records import LeftOut, Results
+from lora_diag.rendering.tables import Column, Grid
+from lora_diag.rendering.text import number
+from lora_diag.running.inputs import describe, describe_adapter
+from lora_diag.running.layers import LayerRun, record_unpaired
+from lora_diag.running.options import show_options
 
 if TYPE_CHECKING:
     from lora_diag.linalg.stacked import Matrix
+
+
+_Q, _V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+_CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+
+
+def _pair_features(module: str, rank: int, scale: float, alpha: float | None = None, part: Part = "factors") -> Item:
+    return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
+
+
+def _make_peft_contents(
+    config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *extra: Item
+) -> Contents:
+    items = _pair_features(_Q, ranks[0], scales[0]), _pair_features(_V, ranks[1], scales[1])
+    return Contents("peft", (*items, *extra), {**_CONFIG, **config})
+
+
+def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
+    items = (_pair_features(f"lora_unet_block_{n}", *pair) for n, pair in enumerate(pairs))
+    return Contents("kohya", tuple(items))
+
+
+# Feature -> an adapter of two layers with only this feature, and the intended scales.
+FEATURES: dict[str, Contents] = {
+    "one rank, one alpha": _make_peft_contents({}, (8, 8), (2.0, 2.0)),
+    "rsLoRA": _make_peft_contents({"use_rslora": True}, (8, 8), (16 / 8**0.5, 16 / 8**0.5)),
+    "rank_pattern": _make_peft_contents({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, (4, 8), (4.0, 2.0)),
+    "alpha_pattern": _make_peft_contents({"alpha_pattern": {"layers.0.self_attn.q_proj": 32}}, (8, 8), (4.0, 2.0)),
+    "both, alpha = rank": _make_peft_contents(
+        {"lora_alpha": 8, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}}, (4, 8), (1.0, 1.0)
+    ),
+    "anchored pattern (^)": _make_peft_contents({"alpha_pattern": {f"^{_Q}": 32}}, (8, 8), (4.0, 2.0)),
+    "target_modules is a regex": _make_peft_contents({"target_modules": ".*(q|v)_proj"}, (8, 8), (2.0, 2.0)),
+    "q_proj without v_proj": Contents("peft", (_pair_features(_Q, 8, 2.0),), _CONFIG),
+    "embeddings (untied head)": replace(
+        _make_peft_contents(
+            {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+            (8, 8),
+            (2.0, 2.0),
+            _pair_features("model.embed_tokens", 8, 2.0, part="embedding"),
+        ),
+        tied=False,
+    ),
+    "target_parameters (experts)": _make_peft_contents(
+        {}, (8, 8), (2.0, 2.0), _pair_features("model.layers.0.mlp.experts.down_proj", 8, 2.0, part="experts")
+    ),
+    "DoRA": Contents(
+        "peft",
+        tuple(_pair_features(module, 8, 2.0, part="dora") for module in (_Q, _V)),
+        {**_CONFIG, "use_dora": True},
+    ),
+    "lora_bias": _make_peft_contents(
+        {"lora_bias": True}, (8, 8), (2.0, 2.0), Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias")
+    ),
+    "modules_to_save": _make_peft_contents(
+        {"modules_to_save": ["lm_head"]},
+        (8, 8),
+        (2.0, 2.0),
+        Item("lm_head.weight", "lm_head", "value", "lm_head.weight"),
+    ),
+    "PiSSA, not converted": Contents(
+        "peft",
+        tuple(_pair_features(module, 8, 2.0, part="residual") for module in (_Q, _V)),
+        {**_CONFIG, "init_lora_weights": "pissa"},
+    ),
+    "no alpha, unequal ranks": _make_kohya_contents((16, 1.0, None), (4, 1.0, None)),
+    "one alpha, unequal ranks": _make_kohya_contents((16, 0.25, 4.0), (4, 1.0, 4.0)),
+    "alpha in some modules": _make_kohya_contents((16, 0.25, 4.0), (16, 1.0, None)),
+}
+
+
+def outcome(contents: Contents, consumer: Consumer, rule: Rule) -> list[Portability]:
+    """Return the records of one consumer and version for an adapter without weights."""
+    name = consumer.name, rule.read[-1]
+    records: list[Portability] = []
+    for task in judged(contents, {name: (consumer, rule)}):
+        records += [record for record in judge(task, PortabilitySettings()) if isinstance(record, Portability)]
+    return records
+
+
+def words(records: list[Portability]) -> str:
+    """Return a short description of a consumer's treatment of an adapter: that of the worst weight."""
+    statuses = {record.status for record in records}
+    if "refused" in statuses:
+        return "refuses"
+    if "dropped" in statuses:
+        return "drops"
+    if "wrong" in statuses:
+        if any(record.part in NONLINEAR_PARTS for record in records):
+            return "B·A alone"
+        factors = (r.scale / r.intended for r in records if r.status == "wrong" and r.scale and r.intended)
+        return ", ".join(f"×{number(factor)}" for factor in sorted(set(factors)))
+    return "exact"
+
+
+def rules_grids() -> list[Grid]:
+    """Return two tables per file layout, of the newest and of older rules, with one row per feature."""
+    grids = []
+    for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
+        features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
+        readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
+        newest = [_make_column(consumer, consumer.rules[0], features) for consumer in readers]
+        older = [_make_column(consumer, rule, features) for consumer in readers for rule in consumer.rules[1:]]
+        grids.append(Grid(f"Files of {form}", "feature", tuple(features), tuple(newest)))
+        grids.append(Grid(f"Files of {form}, older versions", "feature", tuple(features), tuple(older)))
+    return grids
+
+
+def _make_column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) -> Column:
+    cells = tuple(words(outcome(contents, consumer, rule)) for contents in features.values())
+    return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), cells, "left")
+
+
+def history(contents: Contents, consumer: Consumer) -> str:
+    """Return a consumer's treatment of an adapter by version, such as ``exact since 0.32, before ×0.5``.
+
+    Rules that do the same are one range of versions.
+    """
+    spans: list[tuple[str, str]] = []  # the first known version of each behaviour, newest first
+    for rule in consumer.rules:
+        done = words(outcome(contents, consumer, rule))
+        if spans and spans[-1][1] == done:
+            spans[-1] = rule.since, done
+        else:
+            spans.append((rule.since, done))
+    if len(spans) == 1:
+        return spans[0][1]
+    *newer, (_, oldest) = spans
+    return f"{', '.join(f'{done} since {since}' for since, done in newer)}, before {oldest}"
+
+
+def history_table(form: str) -> str:
+    """Return a Markdown table of a file layout: one row per feature, one column per consumer that reads it."""
+    features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
+    readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
+    rows = [["feature of the adapter", *(consumer.title for consumer in readers)], ["---"] * (len(readers) + 1)]
+    rows += [[name, *(history(contents, consumer) for consumer in readers)] for name, contents in features.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
 
 # Scales that differ by less than this are equal, computed in another order: α/√r and √(α²/r).
 SAME = 1e-9
@@ -160,3 +319,265 @@ def size(task: Judged, settings: PortabilitySettings) -> int:
     if task.item.part in NONLINEAR_PARTS and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
+
+
+# Rounding of s·B to float32 is 2^-24 per entry; a larger error is a fault of the writer.
+ROUNDING = 1e-5
+
+
+def make_portable(
+    adapter: Path | str,
+    output: Path | str,
+    base: Path | str | None = None,
+    *,
+    form: str | None = None,
+    dora_to_lora: bool = False,
+    leave_out: bool = False,
+    consumers: Sequence[str] = (),
+    require: Sequence[str] = (),
+    max_lora_rank: int | None = None,
+    alpha: float | None = None,
+    alpha_is_rank: bool = False,
+) -> Results[Portability]:
+    r"""Write an adapter that every program scales alike: one rank, zeros where it was lower, α = r, s folded into B.
+
+    Args:
+        adapter: The adapter.
+        output: Folder to write; must not exist.
+        base: The checkpoint it was trained on: for DoRA, for names missing from the adapter, and for other layouts.
+        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
+        dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
+        leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
+        consumers: Programs for which the written adapter is judged.
+        require: Programs that must apply the written adapter.
+        max_lora_rank: Largest rank that servers are configured to serve.
+        alpha: α if the adapter's files have none.
+        alpha_is_rank: State that α = r if they have none.
+
+    Returns:
+        The results of ``portability`` for the written adapter. Their settings name under ``fixed`` the rank, the dtype,
+        the errors ε of truncated (also pooled) and of folded factors, and the skipped weights.
+
+    Raises:
+        UsageError: ``adapter`` is not an adapter, or ``output`` exists.
+        InputError: A portable adapter cannot store a tensor, or the written one reads back differently.
+
+    Example:
+        >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
+        >>> [(record.consumer, record.status) for record in found]  # doctest: +SKIP
+    """
+    path = as_path(adapter)
+    if not is_adapter(locate(path)):
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
+    opened = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+    checkpoint = open_checkpoint(as_path(base)) if base is not None else None
+    folder = Path(output)
+    written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
+    errors = distances(opened, folder, checkpoint)
+    worst = max(errors.values(), default=0.0)
+    if worst > ROUNDING and written.dtype == "float32":
+        raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use the output, and report this")
+    results = portability(folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank)
+    fixed = {
+        "rank": written.rank,
+        "dtype": written.dtype,
+        "rounding": worst,
+        "truncated": dict(written.truncated),
+        "epsilon": written.epsilon,
+        "left_out": dict(written.unsupported),
+    }
+    run = results.run.model_copy(update={"settings": {**results.run.settings, "fixed": fixed}})
+    return replace(results, run=run)
+
+
+def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter for every weight with plain factors.
+
+    Both are read as adapters are, and compared in factored form.
+
+    Raises:
+        InputError: A written weight cannot be read back under its name.
+    """
+    originals = {item.layer: item for item in contents_of(before, base).items}
+    errors = {}
+    for item in contents_of(open_adapter(after), base).items:
+        counterpart = originals.get(item.layer)
+        if counterpart is None:
+            if base is None and after.exists() and open_adapter(after).form != before.form:
+                continue  # the two layouts name weights differently, and only BASE relates the names
+            raise InputError(
+                f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, and report this"
+            )
+        if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
+            continue
+        written, original = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
+        assert isinstance(written, tuple)
+        assert isinstance(original, tuple)
+        norm = gap(original, (original[0] * 0, original[1]))
+        errors[item.layer] = gap(written, original) / norm if norm else 0.0
+    return errors
+
+
+Chosen = dict[Name, tuple[Consumer, Rule]]
+
+
+@show_options
+def portability(
+    adapter: Path | str,
+    base: Path | str | None = None,
+    **options: Unpack[PortabilityOptions],
+) -> Results[Portability]:
+    r"""Determine the ΔW that each program which loads an adapter applies, and its distance from the intended one.
+
+    Nothing is loaded by those programs: their rules, as read in their sources, are applied to the adapter's file.
+    ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F; where only the scale s' differs from s, ε = |s'/s − 1| and ΔW is never formed.
+
+    Args:
+        adapter: The adapter.
+        base: The checkpoint it was trained on: for names of weights, and for DoRA.
+        consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default those that read
+            files of this layout.
+        require: Programs that must apply the intended ΔW, in the same form; they are also judged.
+        intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.
+        max_lora_rank: The maximum rank set in servers (``--max-lora-rank``); by default as large as it
+            takes.
+        **options: ``PortabilityOptions``.
+
+    Returns:
+        One record for each weight and program.
+
+    Raises:
+        UsageError: An option is invalid, or there is no rule for a program or its version.
+        InputError: An input cannot be read, or the adapter does not fit ``base``.
+        NothingComparedError: No weight is selected.
+
+    Example:
+        >>> adapter, programs = "sample_checkpoints/lora_r4", ["peft", "llamacpp"]
+        >>> results = portability(adapter, consumers=programs, layers="0.*q_proj")
+        >>> [(record.consumer, record.status, record.scale) for record in results]
+        [('peft', 'exact', 2.0), ('llamacpp', 'exact', 2.0)]
+    """
+    run = LayerRun("portability", options, PortabilityOptions)
+    consumers, require = run.options["consumers"], run.options["require"]
+    intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
+    path = as_path(adapter)
+    if not is_adapter(locate(path)):
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE]")
+    if base is not None and is_adapter(locate(base)):
+        raise UsageError(f"{base}: an adapter, not a base; the order is: loradiag portability ADAPTER [BASE]")
+    opened = open_adapter(locate(path), run.stated_alpha)
+    checkpoint = open_checkpoint(as_path(base)) if base is not None else None
+    contents = contents_of(opened, checkpoint)
+    chosen = choose([*consumers, *require], contents.form)
+    selected = selector(run.options["layers"], run.options["exclude"])
+    pairing, notes = _pair(opened, checkpoint, run.options["allow_unmatched"])
+    tasks = [task for task in judged(contents, chosen, intended, max_lora_rank, pairing) if selected(task.layer)]
+    if not tasks:
+        raise NothingComparedError(f"{adapter}: no weight of the adapter is selected; change --layers and --exclude")
+    verify = run.options["verify"]
+    described = describe_adapter(opened, path, checkpoint, pairing, notes, verify)
+    missing = [item for item in pairing.unpaired if item.reason == "not_in_base" and selected(item.layer)]
+    return run.over(
+        tasks,
+        judge,
+        size,
+        PortabilitySettings(),
+        lambda layout, _, __: record_unpaired(Pairing((), tuple(missing)), layout, run.where.here),
+        (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), described),
+        {
+            "consumers": [f"{name}=={version}" for name, version in chosen],
+            "require": [f"{name}=={version}" for name, version in choose(require, contents.form)] if require else [],
+            "intended": intended,
+            "max_lora_rank": max_lora_rank,
+            "ranks_to_set": _find_required_options(chosen, contents, max_lora_rank),
+            "newer": [f"{name}=={version}" for name, version in chosen if chosen[name, version][0].is_newer(version)],
+        },
+        recorded=("layers", "exclude"),
+    )
+
+
+def choose(names: Sequence[str], form: str) -> Chosen:
+    """Return the named consumers, each with the rule of its version.
+
+    Args:
+        names: Names, with or without a version; empty for those that read files of this layout.
+        form: The layout of the adapter's files.
+
+    Raises:
+        UsageError: A consumer is unknown, or has no rule for the version.
+    """
+    named = names or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
+    chosen: Chosen = {}
+    for word in named:
+        name, _, version = word.partition("==")
+        name = name.strip().replace(".", "").replace("-", "").lower()
+        consumer = CONSUMERS.get(name)
+        if consumer is None:
+            raise UsageError(f"--consumers {word}: unknown program; give one of {', '.join(CONSUMERS)}")
+        rule = consumer.rule(version.strip())
+        chosen[name, version.strip() or consumer.newest] = consumer, rule
+    return chosen
+
+
+def judged(
+    contents: Contents,
+    chosen: Chosen,
+    intended: str | None = None,
+    max_lora_rank: int | None = None,
+    pairing: Pairing | None = None,
+) -> list[Judged]:
+    """Return the treatment of every weight by every consumer.
+
+    Raises:
+        UsageError: The consumer that defines the intended ΔW refuses the adapter.
+    """
+    reference: Rule | None = None
+    if intended is not None:
+        ((name, (consumer, reference)),) = choose([intended], contents.form).items()
+        if reason := refusal(consumer, reference, contents, max_lora_rank):
+            raise UsageError(f"--intended {intended}: {name[0]} refuses this adapter: {reason}")
+    refusals = {name: refusal(consumer, rule, contents, max_lora_rank) for name, (consumer, rule) in chosen.items()}
+    unjudged = {name: rule.unjudged(contents) for name, (_, rule) in chosen.items()}
+    deltas = {delta.layer: delta for delta in (pairing.deltas if pairing is not None else ())}
+    tasks = []
+    for item in contents.items:
+        outcomes: dict[Name, Outcome | str] = {
+            name: refusals[name] or replace(rule.applies(contents, item), unjudged=unjudged[name])
+            for name, (_, rule) in chosen.items()
+        }
+        scale = item.scale if reference is None else reference.applies(contents, item).scale
+        tasks.append(Judged(item, outcomes, scale, deltas.get(item.layer)))
+    return tasks
+
+
+def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None) -> str:
+    """Return the reason for which a consumer does not load an adapter; empty if it does."""
+    if contents.form not in consumer.forms:
+        return f"it reads files of {' and '.join(sorted(consumer.forms))}, and this one is of {contents.form}"
+    if contents.form == "peft" and not contents.config:
+        return "adapter_config.json is missing or gives no lora_alpha; --fix writes one"
+    rank = largest_rank(contents)
+    limit = max_lora_rank if max_lora_rank is not None and consumer.rank_option else consumer.largest_rank
+    if limit is not None and rank > limit:
+        return f"rank {rank} is above {consumer.rank_option} {limit}"
+    return rule.refuses(contents)
+
+
+def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:
+    """Return the option with which a server must be started for this adapter, by consumer."""
+    if max_lora_rank is not None:
+        return {}
+    needed = {consumer: consumer.rank_needed(contents) for consumer, _ in chosen.values()}
+    return {consumer.name: f"{consumer.rank_option} {rank}" for consumer, rank in needed.items() if rank is not None}
+
+
+def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
+    """Return the ΔW of the adapter, and notes; no ΔW if BASE is needed and not given."""
+    try:
+        return adapter.pair(base, allow_unmatched=allow_unmatched)
+    except (InputError, NothingComparedError):
+        if base is not None:
+            raise
+        needs = [update.layer for update in adapter.reading.updates if update.needs_weight]
+        unpaired = tuple(Unpaired(layer, (), "needs_base", "BASE is needed") for layer in needs)
+        return Pairing((), unpaired), adapter.notes

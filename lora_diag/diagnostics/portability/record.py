@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import LayerRecord, Norm, Ratio
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import LayerRecord, Norm, Ratio, Shown
 
 Status = Literal["exact", "wrong", "dropped", "full", "refused", "unknown"]
 

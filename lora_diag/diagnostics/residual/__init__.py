@@ -1,15 +1,22 @@
-"""``residual``: distance of an adapter from a full fine-tune."""
+"""``residual``: distance of an adapter from a full fine-tune.
+
+Options of ``residual``.
+"""
+
+from pathlib import Path
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure
+from lora_diag.running.options import ACTIVATIONS, RECOVER, REFERENCE, LayerOptions
 
 FEATURE = Feature(
     __name__,
     "residual",
     command=".command:residual",
     records=(".record:Residual",),
-    functions=(".run:residual",),
-    statements=".summary:residual_lines",
-    grids=".summary:residual_grids",
+    functions=(".measure:residual",),
+    statements=".show:residual_lines",
+    grids=".show:residual_grids",
     questions=(
         ("low_rank", "Is the update low-rank?"),
         ("resolved", "Do the files resolve the update?"),
@@ -30,3 +37,11 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class ResidualOptions(LayerOptions, total=False):
+    """Options of ``residual``."""
+
+    reference: Annotated[str | Path | None, REFERENCE]
+    activations: Annotated[Path | str | None, ACTIVATIONS]
+    recover: Annotated[bool, RECOVER]

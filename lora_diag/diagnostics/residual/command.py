@@ -9,7 +9,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured
-from lora_diag.diagnostics.residual.options import ResidualOptions
+from lora_diag.diagnostics.residual import ResidualOptions
 
 
 @options.spread
@@ -26,7 +26,7 @@ def residual(
     Example: loradiag residual base/ full_ft/ lora_r8/ lora_r64/ -o residual.jsonl
     """
     # deferred: imports torch
-    from lora_diag.diagnostics.residual.run import residual as measure
+    from lora_diag.diagnostics.residual.measure import residual as measure
 
     with shown.callbacks() as callbacks:
         results = measure(base, tuned, adapters or [], **arguments, **callbacks)

@@ -16,10 +16,10 @@ from lora_diag.diagnostics.residual.record import Residual, describe_parts, sum_
 from lora_diag.errors import UsageError
 from lora_diag.metrics import pooled
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.groups import Types
+from lora_diag.rendering.figures.fields import Types
+from lora_diag.rendering.figures.panels import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.series import Options, Series, by_adapter
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.strip import Slot, label_height, make_slots, slot_axis
 from lora_diag.rendering.figures.style import CATEGORIES, FLOOR, INK, PageStyle, wrap_text
 from lora_diag.rendering.text import number
 

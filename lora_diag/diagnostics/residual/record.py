@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, least_epsilon
-from lora_diag.records.shown import Shown, count_texts
+from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Shown, count_texts, least_epsilon
 from lora_diag.records.vocabulary import Agreement, Resolution
 from lora_diag.rendering.text import number
 

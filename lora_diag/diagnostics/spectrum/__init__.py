@@ -1,6 +1,28 @@
-"""``spectrum``: singular values of ΔW, energy curves, and the rounding noise of the files."""
+"""``spectrum``: singular values of ΔW, energy curves, and the rounding noise of the files.
+
+Options of ``spectrum`` and ``gradient-spectrum``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure
+from lora_diag.running.options import (
+    ACTIVATIONS,
+    KFAC,
+    RANKS,
+    RECOVER,
+    TOP,
+    Accuracy,
+    Callbacks,
+    LayerOptions,
+    Option,
+    Output,
+    Resources,
+    Resuming,
+    Selection,
+)
 
 FEATURE = Feature(
     __name__,
@@ -9,8 +31,8 @@ FEATURE = Feature(
     subcommands=(("gradient-spectrum", ".command:gradient_spectrum"),),
     records=(".record:Spectrum",),
     functions=(".run:spectrum",),
-    table=".table:spectrum_table",
-    statements=".summary:summary_lines",
+    table=".show:spectrum_table",
+    statements=".show:summary_lines",
     questions=(
         ("low_rank", "Is the update low-rank?"),
         ("rank_used", "Is the update low-rank?"),
@@ -23,8 +45,8 @@ FEATURE = Feature(
             "energy",
             "C(r): energy kept by the best adapter of each rank",
             "spectrum",
-            ".figure_energy:figure",
-            panels=(".figure_energy:energy",),
+            ".figures:energy_figure",
+            panels=(".figures:energy",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
             obstacle=".figures:no_update_reason",
         ),
@@ -39,3 +61,21 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class GradientSpectrumOptions(Selection, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
+    """Options of ``gradient-spectrum``: no adapter takes part."""
+
+    ranks: Annotated[Sequence[int], RANKS]
+    top: Annotated[int | None, TOP]
+
+
+class SpectrumOptions(LayerOptions, total=False):
+    """Options of ``spectrum``."""
+
+    ranks: Annotated[Sequence[int], RANKS]
+    top: Annotated[int | None, TOP]
+    gradients: Annotated[Sequence[Path | str], Option((), "Use gradient-spectrum.", "GRADIENTS...", hidden=True)]
+    activations: Annotated[Path | str | None, ACTIVATIONS]
+    kfac: Annotated[bool, KFAC]
+    recover: Annotated[bool, RECOVER]

@@ -11,7 +11,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import exit_unmeasured, rerun_command
-from lora_diag.diagnostics.spectrum.options import GradientSpectrumOptions, SpectrumOptions
+from lora_diag.diagnostics.spectrum import GradientSpectrumOptions, SpectrumOptions
 from lora_diag.running.options import BASE
 
 

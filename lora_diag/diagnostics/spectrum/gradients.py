@@ -1,29 +1,37 @@
-"""Spectrum of a layer's gradients, stacked over the steps, before any update exists."""
+"""Spectrum of a layer's gradients, stacked over the steps, before any update exists.
+
+``gradient-spectrum``: the spectrum of the gradients of all steps, before any update exists.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
-from lora_diag.diagnostics.spectrum.task import SpectrumSettings
-from lora_diag.diagnostics.spectrum.values import record_of
-from lora_diag.gradients import History
+from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.gradients import History, histories, open_steps
 from lora_diag.layers.change import SPACING_OVERFLOW, compute_on_device
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import Factors, first_non_finite, norm, require_memory, resolve_device, rounding_threshold
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.gram import decompose_stack
+from lora_diag.linalg.exact import decompose_stack
 from lora_diag.linalg.limited import READING_BYTES
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict
-from lora_diag.records import LeftOut, Resolution
+from lora_diag.records import LeftOut, Resolution, Results
+from lora_diag.running.inputs import describe, describe_steps
+from lora_diag.running.layers import LayerRun, record_unpaired
 
 # Largest order of the larger side's Gram matrix: it takes 128 MiB, and its eigenvalues take 2 s.
 OTHER_GRAM_UP_TO = 4096
@@ -178,3 +186,50 @@ def _measure_resolution(result: _Spectra, history: History) -> Resolution:
         signal_rank=signal,
         verdict=verdict(noise.fro, result.side.fro, signal),
     )
+
+
+NOT_SELECTED = "left out by --layers or --exclude"
+
+
+def gradient_spectrum(
+    run: LayerRun, base: Path | str | None, gradients: Sequence[Path | str], settings: SpectrumSettings
+) -> Results[Spectrum]:
+    """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
+
+    Raises:
+        UsageError: The requested method does not apply.
+        InputError: An input cannot be read.
+        NothingComparedError: No gradient of a matrix exists or is selected.
+    """
+    if settings.method not in {"auto", "gram"}:
+        raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
+    chosen = selector(run.options["layers"], run.options["exclude"])
+    steps = open_steps(gradients)
+    checkpoint = open_checkpoint(base) if base is not None else None
+    followed, rest = histories(steps, checkpoint)
+    tasks = [history for history in followed if chosen(history.layer)]
+    if not tasks:
+        raise NothingComparedError("no gradient of a matrix of BASE was found, or none is selected")
+    shapes = {item.layer: item.shape for item in followed} | {item.layer: item.shape for item in rest}
+    unpaired = [
+        *(item for item in rest if chosen(item.layer)),
+        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in shapes.items() if not chosen(name)),
+    ]
+    verify = run.options["verify"]
+    return run.over(
+        tasks,
+        _measure_layer,
+        size,
+        settings,
+        lambda layout, _, __: record_unpaired(Pairing((), tuple(unpaired)), layout, run.where.here),
+        (
+            *([describe("base", checkpoint, verify=verify)] if checkpoint is not None else []),
+            describe_steps(gradients, steps, verify),
+        ),
+        {"ranks": list(settings.ranks), "source": "gradients", "top": settings.top},
+        recorded=("layers", "exclude", "top", "device"),
+    )
+
+
+def _measure_layer(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+    return (covariance(history, settings),)

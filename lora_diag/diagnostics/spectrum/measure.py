@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
-from lora_diag.diagnostics.spectrum.values import record_of
+from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, record_of
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.left_out import not_finite

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share
-from lora_diag.records.shown import SHAPE, Shown, value_at
+from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Record, Share, Shown, value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
 from lora_diag.rendering.text import median_rank, shade
 

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Unpack
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import Pairing, StoredDelta, Unpaired, footprint
-from lora_diag.diagnostics.spectrum.options import SpectrumOptions
+from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
-from lora_diag.diagnostics.spectrum.thin import is_quick, is_thin, thin_spectrum
+from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, is_quick, is_thin, thin_spectrum
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.layers import LayerRun
-from lora_diag.running.measuring import check_ranks, without_rank
+from lora_diag.running.layers import LayerRun, check_ranks, without_rank
 from lora_diag.running.options import show_options
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ def spectrum(
             raise UsageError("--activations: applies to an update, not to --gradients; remove one of the two")
         if tuned is not None:
             raise UsageError("--gradients: cannot be combined with TUNED; give BASE alone, or nothing")
-        from lora_diag.diagnostics.spectrum.gradients_run import gradient_spectrum
+        from lora_diag.diagnostics.spectrum.gradients import gradient_spectrum
 
         return gradient_spectrum(run, base, gradients, settings)
     if base is None:

@@ -1,13 +1,25 @@
-"""Singular values of a layer's update → its record."""
+"""Input of a layer's spectrum: its update, its weighting, and the settings of the measurement.
+
+Singular values of a layer's update → its record.
+
+Spectrum of a LoRA adapter's layer from its two stored factors, with NumPy alone.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.layers.resolution import make_unrounded
+from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.metrics import (
+    RANKS,
     THRESHOLDS,
     effective_rank,
     energy_curve,
@@ -17,9 +29,44 @@ from lora_diag.metrics import (
     truncation_error,
 )
 from lora_diag.records import Resolution, Tail
+from lora_diag.thin import MAX_RANK, thin_values, triangle
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+
+    from lora_diag.diagnostics.spectrum.record import Spectrum
+    from lora_diag.layers.metric import Weighting
+    from lora_diag.linalg import Allowance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectrumSettings(LayerSettings):
+    """Settings of the measurement of a layer.
+
+    Args:
+        ranks: Ranks r of C(r) and the truncation errors.
+        top: Number of largest singular values to keep; None for all.
+        recover: Whether to estimate the update before rounding where the files do not resolve it.
+    """
+
+    ranks: tuple[int, ...] = RANKS
+    top: int | None = None
+    recover: bool = False
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """Return the method's settings and memory limit for a layer."""
+        from lora_diag.linalg import Allowance  # deferred: imports torch
+
+        return None if self.memory is None else Allowance(self.memory, self.method, self.top)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(LayerTask):
+    """One layer's update and its weighting; None for the plain metric."""
+
+    weighting: Weighting | None = None
 
 
 class Values(Protocol):
@@ -111,3 +158,65 @@ def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool,
     if spectral is not None:
         error = spectral_error(spectral, fro, energy_error) if rank < len(s) else 0.0
     return Tail(fro=errors[0], spectral=spectral, spectral_error=error)
+
+
+# Entries of a layer's factors from which layers are measured concurrently. Below, threads wait for each other between
+# calls of NumPy: on all layers of a 7B model, two threads took 0.60 s at rank 32 where one took 0.52; at rank 64, with
+# 0.7 million entries, 0.77 s where one took 0.99.
+CONCURRENT = 2**19
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The values that are kept: a ``Values``."""
+
+    s: NDArray[np.float64]
+    complete: bool
+    energy_error: float
+    fro: float
+    method: str = "factored"
+
+
+def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
+    """Return whether a layer is measured here; this depends only on the input and the options.
+
+    Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``; nothing of BASE is
+    measured; and no GPU is requested.
+    """
+    delta = layer.delta
+    return (
+        isinstance(delta, FactoredDelta)
+        and delta.thin is not None
+        and delta.base is None
+        and delta.rank <= MAX_RANK
+        and layer.weighting is None
+        and settings.device in {"auto", "cpu"}
+    )
+
+
+def is_quick(layers: Sequence[Layer]) -> bool:
+    """Return whether one thread measures thin layers as fast as several would: their factors are small."""
+    entries = [layer.delta.rank * sum(layer.delta.shape) for layer in layers if isinstance(layer.delta, FactoredDelta)]
+    return sum(entries) < CONCURRENT * len(entries)
+
+
+def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
+    """Measure the spectrum of a layer that ``is_thin``.
+
+    Returns:
+        The spectrum; None if a number is not finite, or overflows: ``measure.spectrum`` then states where.
+    """
+    delta = layer.delta
+    assert isinstance(delta, FactoredDelta)
+    assert delta.thin is not None
+    left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
+    if left is None or right is None:
+        return None
+    computed = thin_values(left, right, delta.thin.read_scale())
+    fro = float(computed.fro[0])
+    if not math.isfinite(fro):
+        return None
+    s = computed.s[0, : settings.top]
+    values = _Kept(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
+    file_resolution = make_unrounded(s, fro, values.complete)
+    return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)

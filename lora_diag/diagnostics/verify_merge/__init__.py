@@ -7,9 +7,9 @@ FEATURE = Feature(
     "verify-merge",
     command=".command:verify_merge",
     records=(".record:Merge",),
-    functions=(".run:verify_merge",),
-    statements=".summary:merge_lines",
-    grids=".summary:merge_grids",
+    functions=(".measure:verify_merge",),
+    statements=".show:merge_lines",
+    grids=".show:merge_grids",
     section=Section("Merge", order=40),
     questions=(("correct", "Is the merge correct?"),),
 )

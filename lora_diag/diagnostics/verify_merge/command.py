@@ -33,8 +33,8 @@ def verify_merge(
     Example: loradiag verify-merge base/ lora_r16/ merged/
     """
     # deferred: imports torch
+    from lora_diag.diagnostics.verify_merge.measure import verify_merge as measure
     from lora_diag.diagnostics.verify_merge.record import outcome
-    from lora_diag.diagnostics.verify_merge.run import verify_merge as measure
 
     with shown.callbacks() as callbacks:
         results = measure(base, adapter, merged, **arguments, **callbacks)

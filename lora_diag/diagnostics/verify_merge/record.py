@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Share
-from lora_diag.records.shown import SHAPE, Shown
+from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Ratio, Share, Shown
 
 MergeStatus = Literal[
     "ok",

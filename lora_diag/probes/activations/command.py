@@ -9,7 +9,7 @@ from typing import Annotated
 from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, line, result, terminal
 from lora_diag.files import SECOND_MOMENTS
-from lora_diag.probes.activations.options import ActivationsOptions
+from lora_diag.probes.activations import ActivationsOptions
 from lora_diag.running.options import DATA, OUTPUT, REQUIRED, Option
 
 _OUTPUT = Option(REQUIRED, "Safetensors file to write.", "FILE", ("--output", "-o"), OUTPUT)
@@ -30,8 +30,8 @@ def activations(
     """
     check_outputs([data], [(output, SECOND_MOMENTS)], arguments["overwrite"])
     # deferred: imports torch
-    from lora_diag.probes.activations.run import probe_activations
-    from lora_diag.probes.activations.summary import activations_table
+    from lora_diag.probes.activations.measure import probe_activations
+    from lora_diag.probes.activations.show import activations_table
 
     with shown.callbacks(notes=True) as callbacks:
         callbacks.pop("on_record")  # moments are written to the file

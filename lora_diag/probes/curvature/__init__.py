@@ -1,6 +1,13 @@
-"""``probe curvature``: curvature of the loss along the update."""
+"""``probe curvature``: curvature of the loss along the update.
+
+Options of ``probe curvature``.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
 
 FEATURE = Feature(
     __name__,
@@ -10,9 +17,9 @@ FEATURE = Feature(
         ".record:Curvature",
         ".record:LossBound",
     ),
-    functions=(".run:probe_curvature",),
-    statements=".summary:curvature_lines",
-    grids=".summary:curvature_grids",
+    functions=(".measure:probe_curvature",),
+    statements=".show:curvature_lines",
+    grids=".show:curvature_grids",
     section=Section("Curvature of the loss", per="layer", order=14, losses=True),
     questions=(
         ("bound", "How tight is the loss bound of a truncation?"),
@@ -29,3 +36,18 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe curvature``."""
+
+    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
+    along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
+    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", setting="top")]
+    trace_vectors: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", setting="probes")]
+    ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
+    granularity: Annotated[
+        str,
+        GRANULARITY.by("all", metavar="all|layer", help="Eigenvalues of all layers together, or also of each alone."),
+    ]
+    seed: Annotated[int, SEED]

@@ -9,7 +9,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step
-from lora_diag.probes.curvature.options import CurvatureOptions
+from lora_diag.probes.curvature import CurvatureOptions
 
 
 @options.spread
@@ -25,7 +25,7 @@ def curvature(
     Example: loradiag probe curvature base/ full_ft/ --max-sequences 16 --eval held_out.txt
     """
     # deferred: imports torch
-    from lora_diag.probes.curvature.run import probe_curvature
+    from lora_diag.probes.curvature.measure import probe_curvature
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_curvature(base, tuned, **arguments, **callbacks)

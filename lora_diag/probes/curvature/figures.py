@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import measured_axis, panel_width
-from lora_diag.rendering.figures.ranked import NAMES, Row, draw_rows, highest, run_keys
+from lora_diag.rendering.figures.pages import NAMES, Row, draw_rows, highest, run_keys
+from lora_diag.rendering.figures.panels import measured_axis, panel_width
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, Nats, Record, Share, WholeRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Count, Nats, Record, Share, Shown, WholeRecord
 
 Point = Literal["base", "tuned"]
 Matrix = Literal["hessian", "ggn"]
@@ -104,7 +103,7 @@ class Curvature(WholeRecord):
     @property
     def trace_half(self) -> float | None:
         """Half the interval outside which ``trace`` is significant (``errors_needed``); None for one random vector."""
-        from lora_diag.metrics.equivalence import errors_needed  # imports NumPy
+        from lora_diag.metrics.statistics import errors_needed  # imports NumPy
 
         if self.trace_error is None:
             return None
@@ -179,7 +178,7 @@ class LossBound(WholeRecord):
     @property
     def gap_half(self) -> float | None:
         """Half the interval outside which ``gap`` is significant for other text (``paired_half``)."""
-        from lora_diag.metrics.equivalence import paired_half  # imports NumPy
+        from lora_diag.metrics.statistics import paired_half  # imports NumPy
 
         return paired_half(self.gap_error, self.sequences)
 

@@ -1,15 +1,23 @@
-"""``probe fisher``: Fisher information of the part that a truncation discards."""
+"""``probe fisher``: Fisher information of the part that a truncation discards.
+
+Options of ``probe fisher``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Required
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import DATA, LABELS, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
 
 FEATURE = Feature(
     __name__,
     "probe fisher",
     command=".command:fisher",
     records=(".record:Fisher",),
-    functions=(".run:probe_fisher",),
-    statements=".summary:fisher_lines",
-    grids=".summary:fisher_grids",
+    functions=(".measure:probe_fisher",),
+    statements=".show:fisher_lines",
+    grids=".show:fisher_grids",
     section=Section(
         "Expected cost of truncation (Fisher)",
         per="layer",
@@ -30,3 +38,13 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe fisher``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    measure: Annotated[bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")]
+    ranks: Annotated[Sequence[int], RANKS]
+    labels: Annotated[str, LABELS]
+    seed: Annotated[int, SEED]

@@ -6,7 +6,7 @@ import shlex
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step
-from lora_diag.probes.fisher.options import FisherOptions
+from lora_diag.probes.fisher import FisherOptions
 
 
 @options.spread
@@ -22,7 +22,7 @@ def fisher(
     Example: loradiag probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o fisher.jsonl
     """
     # deferred: imports torch
-    from lora_diag.probes.fisher.run import probe_fisher
+    from lora_diag.probes.fisher.measure import probe_fisher
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_fisher(base, tuned, **arguments, **callbacks)

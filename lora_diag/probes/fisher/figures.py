@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lora_diag.probes.fisher.correlations import PREDICTORS, Correlations, correlations
 from lora_diag.probes.fisher.record import Fisher
+from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlations
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.axes import panel_axes, rank_axis
-from lora_diag.rendering.figures.losses import loss_axis, measured_axis
 from lora_diag.rendering.figures.pages import Draw, page_of
+from lora_diag.rendering.figures.panels import loss_axis, measured_axis
 from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import (

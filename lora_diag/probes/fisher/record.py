@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, Nats, Norm, Record, WholeRecord
-from lora_diag.records.shown import Shown
+from lora_diag.records.base import Count, Nats, Norm, Record, Shown, WholeRecord
 
 
 class Effect(Record):

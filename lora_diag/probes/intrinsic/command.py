@@ -6,7 +6,7 @@ import shlex
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step
-from lora_diag.probes.intrinsic.options import IntrinsicOptions
+from lora_diag.probes.intrinsic import IntrinsicOptions
 
 
 @options.spread
@@ -23,7 +23,7 @@ def intrinsic(
     Example: loradiag probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 -o dims.jsonl
     """
     # deferred: imports torch
-    from lora_diag.probes.intrinsic.run import probe_intrinsic
+    from lora_diag.probes.intrinsic.measure import probe_intrinsic
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_intrinsic(base, **arguments, **callbacks)

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-from lora_diag.probes.intrinsic.lines import Line, lines, reached
 from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.probes.intrinsic.show import Line, lines, reached
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import GROUND, levels, limits, loss_axis, sets_of
 from lora_diag.rendering.figures.pages import page_of
+from lora_diag.rendering.figures.panels import GROUND, levels, limits, loss_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, log_label

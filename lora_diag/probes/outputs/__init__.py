@@ -1,15 +1,22 @@
-"""``probe outputs``: held-out loss and outputs of adapters compared with the full fine-tune."""
+"""``probe outputs``: held-out loss and outputs of adapters compared with the full fine-tune.
+
+Options of ``probe outputs``.
+"""
+
+from pathlib import Path
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import REFERENCE, MissingAlpha, ProbeOptions, Shifted
 
 FEATURE = Feature(
     __name__,
     "probe outputs",
     command=".command:outputs",
     records=("lora_diag.records.probe:Probe",),
-    functions=(".run:probe_outputs",),
-    statements=".summary:outputs_lines",
-    grids=".summary:outputs_grids",
+    functions=(".measure:probe_outputs",),
+    statements=".show:outputs_lines",
+    grids=".show:outputs_grids",
     section=Section("Held-out loss and outputs", order=10, losses=True),
     questions=(("on", "Is the adapter as good as the full fine-tune?"),),
     figures=(
@@ -35,3 +42,9 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class OutputsOptions(Shifted, ProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe outputs``."""
+
+    reference: Annotated[str | Path | None, REFERENCE]

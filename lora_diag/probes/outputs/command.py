@@ -12,7 +12,7 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step
-from lora_diag.probes.outputs.options import OutputsOptions
+from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.running.options import INPUTS, Option
 
 Models = Annotated[
@@ -79,7 +79,7 @@ def outputs(
     Example: loradiag probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o outputs.jsonl
     """
     # deferred: imports torch
-    from lora_diag.probes.outputs.run import probe_outputs
+    from lora_diag.probes.outputs.measure import probe_outputs
 
     tuned, adapters = full.split(models)
     with shown.callbacks(notes=True) as callbacks:

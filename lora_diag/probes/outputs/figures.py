@@ -12,11 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import limits, one_set, sets_of
-from lora_diag.rendering.figures.names import short_names
-from lora_diag.rendering.figures.pages import Draw, page_of
-from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
-from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.pages import Draw, Row, draw_rows, figure_of, highest, page_of, run_keys
+from lora_diag.rendering.figures.panels import limits, one_set, sets_of
+from lora_diag.rendering.figures.series import Options, Series, owner_of, short_names, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 from lora_diag.rendering.losses import gap_half

@@ -1,6 +1,24 @@
-"""``probe sensitivity``: loss gain of adapting one layer or module type alone."""
+"""``probe sensitivity``: loss gain of adapting one layer or module type alone.
+
+Options of ``probe sensitivity``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Required
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import (
+    DATA,
+    GRANULARITY,
+    RANK,
+    RATES,
+    REPEATS,
+    STEPS,
+    LayerTrainOptions,
+    Option,
+    Shifted,
+)
 
 FEATURE = Feature(
     __name__,
@@ -10,9 +28,9 @@ FEATURE = Feature(
         ".record:Sensitivity",
         ".record:FirstOrder",
     ),
-    functions=(".run:probe_sensitivity",),
-    statements=".summary:sensitivity_lines",
-    grids=".summary:sensitivity_grids",
+    functions=(".measure:probe_sensitivity",),
+    statements=".show:sensitivity_lines",
+    grids=".show:sensitivity_grids",
     section=Section("Layers adapted alone", order=13, losses=True),
     questions=(("on", "Which layers gain most when adapted alone?"),),
     figures=(
@@ -27,3 +45,15 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
+    """Options of ``probe sensitivity``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    rank: Annotated[int, RANK.by(8)]
+    delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D")]
+    granularity: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
+    rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
+    steps: Annotated[int, STEPS.by(50)]
+    repeats: Annotated[int, REPEATS.by(1)]

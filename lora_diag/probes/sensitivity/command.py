@@ -6,7 +6,7 @@ import shlex
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step
-from lora_diag.probes.sensitivity.options import SensitivityOptions
+from lora_diag.probes.sensitivity import SensitivityOptions
 
 
 @options.spread
@@ -21,7 +21,7 @@ def sensitivity(
     Example: loradiag probe sensitivity base/ --data train.txt --eval held_out.txt -o sensitivity.jsonl
     """
     # deferred: imports torch
-    from lora_diag.probes.sensitivity.run import probe_sensitivity
+    from lora_diag.probes.sensitivity.measure import probe_sensitivity
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sensitivity(base, **arguments, **callbacks)

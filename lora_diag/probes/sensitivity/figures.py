@@ -12,8 +12,8 @@ from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import sets_of
-from lora_diag.rendering.figures.ranked import Row, draw_rows, figure_of, highest, run_keys
+from lora_diag.rendering.figures.pages import Row, draw_rows, figure_of, highest, run_keys
+from lora_diag.rendering.figures.panels import sets_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText
 from lora_diag.rendering.figures.style import PageStyle, category, name_of

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import ClassVar
 
-from lora_diag.metrics.correlation import interval, p_value, spearman
-from lora_diag.metrics.equivalence import paired_difference, paired_half
+from lora_diag.metrics.statistics import interval, p_value, paired_difference, paired_half, spearman
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from lora_diag.records.base import Shown
 from lora_diag.records.names import module_type_of
-from lora_diag.records.shown import Shown
 from lora_diag.records.vocabulary import SingularValues
-from lora_diag.running.rates import edge, find_best_rates
+from lora_diag.running.amounts import edge, find_best_rates
 
 
 def _describe_gain(group: Sequence[Gain | Marginal]) -> str | None:

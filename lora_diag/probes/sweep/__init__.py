@@ -1,15 +1,38 @@
-"""``probe sweep``: held-out loss after training at several ranks."""
+"""``probe sweep``: held-out loss after training at several ranks.
+
+Options of ``probe sweep``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Required
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import (
+    CHECKPOINTING,
+    DATA,
+    DORA,
+    FULL_RATES,
+    INPUTS,
+    RANKS,
+    RATES,
+    REPEATS,
+    RSLORA,
+    STEPS,
+    Option,
+    Shifted,
+    TrainingRuns,
+    TrainOptions,
+)
 
 FEATURE = Feature(
     __name__,
     "probe sweep",
     command=".command:sweep",
     records=("lora_diag.records.probe:Probe",),
-    functions=(".run:probe_sweep",),
-    statements=".summary:sweep_lines",
-    grids=".summary:sweep_grids",
+    functions=(".measure:probe_sweep",),
+    statements=".show:sweep_lines",
+    grids=".show:sweep_grids",
     section=Section("Rank sweep", order=11, losses=True),
     questions=(
         ("on", "Which rank does training need?"),
@@ -27,3 +50,40 @@ FEATURE = Feature(
         ),
     ),
 )
+
+
+class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
+    """Options of ``probe sweep``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    ranks: Annotated[Sequence[int], RANKS]
+    rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    full: Annotated[bool, Option(False, "Also fine-tune all parameters, as a baseline.")]
+    # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
+    full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
+    bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
+    dora: Annotated[bool, DORA]
+    rslora: Annotated[bool, RSLORA]
+    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
+    gradient_checkpointing: Annotated[bool, CHECKPOINTING]
+    steps: Annotated[int, STEPS]
+    repeats: Annotated[int, REPEATS]
+    gain_tolerance: Annotated[
+        float,
+        Option(
+            0.02,
+            "Fraction of the gain that a smaller rank may lose.",
+            "X",
+            setting="tolerance",
+        ),
+    ]
+    target_modules: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
+            "NAME,NAME",
+            panel=INPUTS,
+            setting="targets",
+        ),
+    ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step, rerun_command
-from lora_diag.probes.sweep.options import SweepOptions
+from lora_diag.probes.sweep import SweepOptions
 
 if TYPE_CHECKING:
     from lora_diag.records import Results
@@ -25,7 +25,7 @@ def sweep(
     Example: loradiag probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl
     """
     # deferred: imports torch
-    from lora_diag.probes.sweep.run import probe_sweep
+    from lora_diag.probes.sweep.measure import probe_sweep
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sweep(base, **arguments, **callbacks)
@@ -34,7 +34,7 @@ def sweep(
 
 def _suggest_next(results: Results[Any], base: str) -> str:
     """Return the command that a user would run next: more seeds where they would decide, else the cost of the rank."""
-    from lora_diag.probes.sweep.summary import main_verdict
+    from lora_diag.probes.sweep.show import main_verdict
 
     verdict = main_verdict(results)
     if verdict is not None and verdict.more_seeds is not None:

@@ -16,7 +16,8 @@ from lora_diag.probes.sweep.verdict import TOLERANCE, AtRank, SweepVerdict, best
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.losses import (
+from lora_diag.rendering.figures.pages import Draw, page_of
+from lora_diag.rendering.figures.panels import (
     levels,
     limits,
     loss_axis,
@@ -24,7 +25,6 @@ from lora_diag.rendering.figures.losses import (
     probes,
     sets_of,
 )
-from lora_diag.rendering.figures.pages import Draw, page_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category

@@ -8,6 +8,8 @@ instead of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of eve
 with μ the mean loss over seeds. This is a claim of equivalence, so it must be demonstrated: the upper confidence limit
 of every θ_rk is at or below 0. If neither this nor the contrary is demonstrated, the rank is ``not known``, with an
 estimate of the number of seeds needed. Noisier seeds widen the limits and never make a smaller rank sufficient.
+
+The best learning rate of a sweep, for the commands that suggest the next training.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from lora_diag.metrics.equivalence import (
+from lora_diag.catalog import read_results
+from lora_diag.errors import UsageError
+from lora_diag.metrics.statistics import (
     LEVEL,
     MAX_RUNS,
     Estimate,
@@ -28,9 +33,10 @@ from lora_diag.metrics.equivalence import (
     welch,
 )
 from lora_diag.records import Probe, Results
+from lora_diag.records.base import Shown
 from lora_diag.records.probe import Subject, main_sets
-from lora_diag.records.shown import Shown
-from lora_diag.running.rates import edge, find_best_rates
+from lora_diag.running.amounts import edge, find_best_rates
+from lora_diag.running.fingerprint import legible
 
 Outcome = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
 Answer = Literal["yes", "no", "not known"]
@@ -547,3 +553,24 @@ def swept_of(results: Results[Any]) -> Swept | None:
     }
     ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
     return Swept(results, main_set, verdict, base, shifted, tuple(ranks), share)
+
+
+def swept_rate(path: Path | str) -> str:
+    """Return the best learning rate of a sweep's chosen rank, with its origin as text.
+
+    Args:
+        path: Results of ``probe sweep``.
+
+    Raises:
+        UsageError: No rank has a gain, or there is no verdict.
+        InputError: The file cannot be read.
+    """
+    name, results = legible(path), read_results(path)
+    swept = swept_of(results)
+    chosen = None if swept is None else swept.verdict.chosen
+    if chosen is None:
+        raise UsageError(f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank gains")
+    settings = results.run.settings
+    kind, steps = settings.get("kind", "LoRA, alpha = 2r"), settings.get("steps")
+    steps_text = f", {steps} steps" if steps else ""
+    return f"{chosen.lr:g}, the best at r={chosen.rank} in {name} (fresh factors, {kind}{steps_text})"

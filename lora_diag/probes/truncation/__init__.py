@@ -1,15 +1,22 @@
-"""``probe truncation``: held-out loss of the update truncated to each rank."""
+"""``probe truncation``: held-out loss of the update truncated to each rank.
+
+Options of ``probe truncation``.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
 
 from lora_diag.feature import Feature, Figure, Section
+from lora_diag.running.options import GRANULARITY, RANKS, LayerProbeOptions, MissingAlpha, Option, Shifted
 
 FEATURE = Feature(
     __name__,
     "probe truncation",
     command=".command:truncation",
     records=("lora_diag.records.probe:Probe",),
-    functions=(".run:probe_truncation",),
-    statements=".summary:truncation_lines",
-    grids=".summary:truncation_grids",
+    functions=(".measure:probe_truncation",),
+    statements=".show:truncation_lines",
+    grids=".show:truncation_grids",
     section=Section("Truncated update", order=12, losses=True),
     questions=(("on", "How much of its gain does the truncated update keep?"),),
     figures=(
@@ -26,10 +33,27 @@ FEATURE = Feature(
             "alone",
             "cost of truncating one layer or module type alone",
             "truncation",
-            ".figure_alone:figure",
-            panels=(".figure_alone:alone",),
+            ".figures:alone_figure",
+            panels=(".figures:alone",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o truncation.jsonl",
-            obstacle=".figure_alone:find_obstacle",
+            obstacle=".figures:find_alone_obstacle",
         ),
     ),
 )
+
+
+class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe truncation``."""
+
+    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
+    granularity: Annotated[str, GRANULARITY]
+    untruncated: Annotated[
+        str,
+        Option(
+            "tuned",
+            "Norms, biases, embeddings and head: as in TUNED, or BASE.",
+            "tuned|base",
+            ("--untruncated",),
+            setting="rest",
+        ),
+    ]

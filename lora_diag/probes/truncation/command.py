@@ -6,7 +6,7 @@ import shlex
 
 from lora_diag.cli import options
 from lora_diag.cli.output import next_step
-from lora_diag.probes.truncation.options import TruncationOptions
+from lora_diag.probes.truncation import TruncationOptions
 
 
 @options.spread
@@ -22,7 +22,7 @@ def truncation(
     Example: loradiag probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl
     """
     # deferred: imports torch
-    from lora_diag.probes.truncation.run import probe_truncation
+    from lora_diag.probes.truncation.measure import probe_truncation
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_truncation(base, tuned, **arguments, **callbacks)

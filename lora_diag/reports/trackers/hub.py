@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import CARD, check_output, write_whole
-from lora_diag.rendering.cards import read_card, with_section
+from lora_diag.rendering.html import read_card, with_section
 from lora_diag.reports.trackers.payload import Payload
 
 

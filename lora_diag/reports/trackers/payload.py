@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_diag.catalog import read_results
 from lora_diag.records import LayerRecord, Results
-from lora_diag.records.shown import pooled_value
+from lora_diag.records.base import pooled_value
 from lora_diag.reports.run import report
 
 

@@ -4,8 +4,7 @@ This is the only package with a loop over layers. An engine takes descriptors an
 descriptors, not of completion; arrays never pass through it.
 """
 
-from lora_diag.running.engines.connection import Ray, keep_connection
 from lora_diag.running.engines.local import Layout, layout_for, run_local
-from lora_diag.running.engines.ray import capacity_of, run_ray
+from lora_diag.running.engines.ray import Ray, capacity_of, keep_connection, run_ray
 
 __all__ = ["Layout", "Ray", "capacity_of", "keep_connection", "layout_for", "run_local", "run_ray"]

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.decisions.allocate import spending
-from lora_diag.decisions.allocate.allocation import Budget, allocate
-from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate import measure as spending
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut
 from tests.decisions.allocate.records import llama, record

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.decisions.allocate.allocation import Budget, allocate
-from lora_diag.decisions.allocate.candidates import Constraints, units
-from lora_diag.decisions.allocate.summary import allocation_table
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate, units
+from lora_diag.decisions.allocate.show import allocation_table
 from lora_diag.errors import InputError, UsageError
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.records import ResultsWriter, Run, totals

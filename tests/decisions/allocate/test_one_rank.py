@@ -6,7 +6,7 @@ import pytest
 
 import lora_diag
 from lora_diag.adapters.contents import Contents, Item
-from lora_diag.decisions.allocate.one_rank import GRID
+from lora_diag.decisions.allocate.measure import GRID
 from lora_diag.decisions.allocate.run import write_allocation
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.errors import UsageError

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import lora_diag
-from lora_diag.decisions.allocate.allocation import Budget, allocate
-from lora_diag.decisions.allocate.candidates import Constraints
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
 from lora_diag.decisions.allocate.peft_config import Scaling, check, compare, module_of, peft_config
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import LeftOut, Results, totals

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lora_diag.decisions.allocate.policies import policies
-from lora_diag.decisions.memory import Training
-from lora_diag.decisions.targets import why_no_target
+from lora_diag.decisions.allocate.run import policies
+from lora_diag.decisions.targets import Training, why_no_target
 from lora_diag.errors import UsageError
 from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
 from lora_diag.running.amounts import read_bytes, read_count, read_share

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.decisions.allocate import spending
-from lora_diag.decisions.allocate.spending import make_steps, spend
+from lora_diag.decisions.allocate import measure as spending
+from lora_diag.decisions.allocate.measure import make_steps, spend
 
 UNITS = st.lists(
     st.tuples(st.lists(st.floats(0.01, 10), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 1)),

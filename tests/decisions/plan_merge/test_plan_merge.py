@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
-from lora_diag.decisions.plan_merge.formats import GROUPS, Target, quantize
-from lora_diag.decisions.plan_merge.measure import MergeTask, PlanSettings
+from lora_diag.decisions.plan_merge.measure import GROUPS, MergeTask, PlanSettings, Target, quantize
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude, conclusion
-from lora_diag.decisions.plan_merge.summary import plan_lines
+from lora_diag.decisions.plan_merge.show import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
 from lora_diag.rendering.statements import lines_of

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.recover.summary import recovery_lines, recovery_table
+from lora_diag.decisions.recover.show import recovery_lines, recovery_table
 from lora_diag.deltas import pair
 from lora_diag.layers.recovery import hidden_energy
 from tests.conftest import save_model
@@ -255,7 +255,7 @@ def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypat
     base, tuned, *_ = models
     whole = lora_diag.recover(base, tuned, tmp_path / "whole", **ways)
     clock = iter([0.0, 1.0])
-    monkeypatch.setattr("lora_diag.decisions.recover.run.time.time", lambda: next(clock, 1e9))
+    monkeypatch.setattr("lora_diag.decisions.recover.measure.time.time", lambda: next(clock, 1e9))
     some = lora_diag.recover(base, tuned, tmp_path / "some", time="2s", workers=1, **ways)
     assert some.layers == (whole[Q],)
     late = {item.layer: item.detail for item in some.left_out if item.reason == "time"}

@@ -3,18 +3,21 @@
 import numpy as np
 import pytest
 
-from lora_diag.decisions.tune.contest import (
+from lora_diag.decisions.tune.figures import Point, frontier
+from lora_diag.decisions.tune.trials import (
     Curves,
     Measured,
+    Variant,
     between,
+    change_variant,
     choose_rank,
     contest,
     escalation_reason,
+    find_shortest_names,
     gap_of,
     stability_trials,
+    uniform,
 )
-from lora_diag.decisions.tune.figures import Point, frontier
-from lora_diag.decisions.tune.variants import Variant, change_variant, find_shortest_names, uniform
 from lora_diag.probes.sweep.verdict import AtRank, judge
 
 COUNTS = np.array([5, 7, 3, 9])

@@ -19,12 +19,11 @@ import yaml
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
-from lora_diag.decisions.tune.contest import Measured
 from lora_diag.decisions.tune.outputs import configs
 from lora_diag.decisions.tune.planning import extend_plan
 from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
-from lora_diag.decisions.tune.variants import Variant, uniform
+from lora_diag.decisions.tune.trials import Measured, Variant, uniform
 from lora_diag.errors import InconclusiveError, UsageError
 from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.decisions.tune.schedule import MARGIN, Costs, Search, halve_rates, list_stages, narrow_search, seconds_of
+from lora_diag.decisions.tune.planning import MARGIN, Costs, Search, halve_rates, list_stages, narrow_search, seconds_of
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_time
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 import lora_diag
-from lora_diag.diagnostics.fleet import run
-from lora_diag.diagnostics.fleet.dense import measure_dense
-from lora_diag.diagnostics.fleet.layer import measure_thin
-from lora_diag.diagnostics.fleet.run import expand
-from lora_diag.diagnostics.fleet.summary import remarks
+from lora_diag.diagnostics.fleet import measure as run
+from lora_diag.diagnostics.fleet.measure import expand, measure_dense, measure_thin
+from lora_diag.diagnostics.fleet.show import remarks
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers
 from lora_diag.running.inputs import compare

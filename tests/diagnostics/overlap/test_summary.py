@@ -3,9 +3,8 @@
 import pytest
 
 from lora_diag.diagnostics.overlap.record import Overlap
-from lora_diag.diagnostics.overlap.table import overlap_table
-from lora_diag.diagnostics.overlap.tracks import tracks
-from lora_diag.metrics.overlap import overlap_by_chance
+from lora_diag.diagnostics.overlap.show import overlap_table, tracks
+from lora_diag.metrics.subspaces import overlap_by_chance
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from tests.building import build
 from tests.messages import assert_names

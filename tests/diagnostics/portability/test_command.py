@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lora_diag.diagnostics.portability.run import portability
-from lora_diag.diagnostics.portability.summary import pooled_epsilon
+from lora_diag.diagnostics.portability.measure import portability
+from lora_diag.diagnostics.portability.show import pooled_epsilon
 from tests.adapters.making import adapter, base, normal, write
 from tests.messages import assert_names
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_diag.diagnostics.portability.fix import make_portable
-from lora_diag.diagnostics.portability.run import portability
+from lora_diag.diagnostics.portability.measure import make_portable, portability
 from lora_diag.errors import InputError, UsageError
 from tests.adapters.making import adapter, base, changes, close, normal, write
 from tests.messages import assert_names, raises_naming

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.features import FEATURES, history, history_table, rules_grids, words
-from lora_diag.diagnostics.portability.features import outcome as outcome_of
+from lora_diag.diagnostics.portability.measure import FEATURES, history, history_table, portability, rules_grids, words
+from lora_diag.diagnostics.portability.measure import outcome as outcome_of
 from lora_diag.diagnostics.portability.rules import is_before
-from lora_diag.diagnostics.portability.run import portability
 from lora_diag.errors import UsageError
 from tests.conftest import ROOT, SHARED
 from tests.messages import assert_names

@@ -10,7 +10,7 @@ from lora_diag.diagnostics.spectrum import gradients as module
 from lora_diag.diagnostics.spectrum.measure import SpectrumSettings
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.gradients import histories, open_steps
-from lora_diag.linalg.gram import decompose_gram, decompose_stack
+from lora_diag.linalg.exact import decompose_gram, decompose_stack
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.messages import mentions, raises_naming
 from tests.test_gradients import save_step

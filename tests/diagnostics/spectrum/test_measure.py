@@ -10,7 +10,7 @@ import lora_diag
 import lora_diag.diagnostics.spectrum.measure as diagnostic
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import DenseDelta, FactoredDelta, Side
-from lora_diag.diagnostics.spectrum.summary import summary_lines
+from lora_diag.diagnostics.spectrum.show import summary_lines
 from lora_diag.layers.change import load_change
 from tests import oracles
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights

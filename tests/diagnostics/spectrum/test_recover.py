@@ -5,7 +5,7 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.spectrum import measure
-from lora_diag.diagnostics.spectrum.summary import summary_lines
+from lora_diag.diagnostics.spectrum.show import summary_lines
 from tests.conftest import save_model
 from tests.linalg.test_hidden import planted
 from tests.messages import assert_names

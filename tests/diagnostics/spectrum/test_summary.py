@@ -6,8 +6,7 @@ import re
 import pytest
 
 import lora_diag
-from lora_diag.diagnostics.spectrum.summary import summary_lines
-from lora_diag.diagnostics.spectrum.table import spectrum_table
+from lora_diag.diagnostics.spectrum.show import spectrum_table, summary_lines
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.statements import find
 from tests.building import layer_spectrum
@@ -89,7 +88,7 @@ def test_changed_norms_count_as_change(tmp_path):
 def test_every_reason_has_text():
     from typing import get_args
 
-    from lora_diag.diagnostics.spectrum.summary import REASONS
+    from lora_diag.diagnostics.spectrum.show import REASONS
     from lora_diag.records.run import Reason
 
     assert set(REASONS) == set(get_args(Reason))

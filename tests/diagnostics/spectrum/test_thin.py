@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.diagnostics.spectrum import run
 from lora_diag.diagnostics.spectrum.measure import spectrum as with_torch
-from lora_diag.diagnostics.spectrum.task import Layer, SpectrumSettings
-from lora_diag.diagnostics.spectrum.thin import is_thin, thin_spectrum
+from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, is_thin, thin_spectrum
 from lora_diag.running.inputs import compare
 from tests.adapters.making import adapter, normal, write
 from tests.messages import raises_naming

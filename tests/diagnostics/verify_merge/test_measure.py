@@ -14,9 +14,8 @@ from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.file_bytes import READING
 from lora_diag.deltas import BLOCK_ENTRIES, DenseDelta, Side
-from lora_diag.diagnostics.verify_merge.measure import BLOCK, MergedLayer, verify
+from lora_diag.diagnostics.verify_merge.measure import BLOCK, MergedLayer, verify, verify_merge
 from lora_diag.diagnostics.verify_merge.record import outcome
-from lora_diag.diagnostics.verify_merge.run import verify_merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running.engines import local
 from tests.adapters import making

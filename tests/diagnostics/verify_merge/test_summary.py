@@ -4,11 +4,11 @@ import pytest
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
-from lora_diag.diagnostics.verify_merge.summary import ORDER, REMEDIES, merge_grids, merge_lines
-from lora_diag.inspection.tables import table
+from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_grids, merge_lines
+from lora_diag.inspection.table import table
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
-from lora_diag.rendering.columns import WIDE
 from lora_diag.rendering.statements import find
+from lora_diag.rendering.tables import WIDE
 from tests.messages import assert_names
 
 RIGHT = {

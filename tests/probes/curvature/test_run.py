@@ -14,11 +14,11 @@ from torch.func import functional_call
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.inspection.tables import table
+from lora_diag.inspection.table import table
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
-from lora_diag.probes.curvature import loss_bound
+from lora_diag.probes.curvature import measure as loss_bound
 from lora_diag.probes.curvature.measure import LossFunction, traces
 from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
 

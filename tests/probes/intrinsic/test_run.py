@@ -14,14 +14,14 @@ from scipy.linalg import hadamard as dense_hadamard
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
-from lora_diag.inspection.tables import table
+from lora_diag.inspection.table import table
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.models.training import Training
 from lora_diag.probes.intrinsic import measure as intrinsic
-from lora_diag.probes.intrinsic.lines import best_rates, lines, reached
 from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, hadamard, scales_of
 from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.probes.intrinsic.show import best_rates, lines, reached
 from lora_diag.records import Results, Run
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, some_text

@@ -15,7 +15,7 @@ import lora_diag
 import lora_diag.probes.outputs.measure
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
-from lora_diag.inspection.tables import table
+from lora_diag.inspection.table import table
 from lora_diag.models.data import Sequence, Texts
 from lora_diag.probes.outputs.command import FullFineTune
 from tests import oracles

@@ -15,10 +15,10 @@ import lora_diag.models.training
 import lora_diag.running.probing
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
-from lora_diag.inspection.tables import table
-from lora_diag.models.methods import Lora, add_lora
+from lora_diag.inspection.table import table
 from lora_diag.models.opening import keep_open, open_model
-from lora_diag.probes.sweep.rounding import round_weights, to_int8, to_nf4
+from lora_diag.models.training import Lora, add_lora
+from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained

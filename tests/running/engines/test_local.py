@@ -10,7 +10,7 @@ import torch
 import lora_diag
 from lora_diag.errors import InputError
 from lora_diag.running.engines import Layout, layout_for, run_local
-from lora_diag.running.measuring import layout_of
+from lora_diag.running.layers import layout_of
 
 
 def test_records_come_in_order_of_tasks():

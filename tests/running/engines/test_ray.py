@@ -25,19 +25,18 @@ from lora_diag.cli import options
 from lora_diag.decisions.tune import trials
 from lora_diag.decisions.tune.record import TuneDecision, TunePlan, TuneTrial
 from lora_diag.decisions.tune.search import Tuner
-from lora_diag.diagnostics.fleet.run import FleetPath, FleetSettings, Member, _measure_on_worker
+from lora_diag.diagnostics.fleet.measure import FleetPath, FleetSettings, Member, _measure_on_worker
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
-from lora_diag.probes.sweep import run as sweep
-from lora_diag.probes.sweep.options import SweepOptions
-from lora_diag.running.engines import connection
+from lora_diag.probes.sweep import SweepOptions
+from lora_diag.probes.sweep import measure as sweep
+from lora_diag.running.engines import ray as connection
 from lora_diag.running.engines import ray as engine
-from lora_diag.running.engines.connection import import_ray
+from lora_diag.running.engines.ray import import_ray
 from lora_diag.running.engines.worker import Job, open_job
-from lora_diag.running.measuring import DevicePlan, plan_device
-from lora_diag.running.training_runs import TrainRun
-from lora_diag.running.training_workers import Site, drop_sequences, open_site
+from lora_diag.running.layers import DevicePlan, plan_device
+from lora_diag.running.training_runs import Site, TrainRun, drop_sequences, open_site
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model

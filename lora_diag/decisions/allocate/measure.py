@@ -1,0 +1,1068 @@
+"""Heads of a fine-tuned model that are trained in full (PEFT's ``modules_to_save``), and their task type.
+
+A task head is new, so BASE has no weight for a low-rank update, and it is small. PEFT itself trains ``classifier`` and
+``score`` (sequence and token classification) and ``qa_outputs`` (question answering) in full.
+
+Candidate layers for adapters, groups with a common rank, and the largest rank of each.
+
+Uses records of ``spectrum`` and constraints; independent of budgets.
+
+Other rules for the same budget: one rank for all, the article's prior, one energy fraction for all.
+
+Each rule orders the steps by a key and takes them in that order, steps with equal keys together, while the budget
+lasts. Constraints and caps are those of the allocation, so that only the rules differ.
+
+Spend a budget on steps of decreasing yield, with a bound on the distance from the optimum.
+
+max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with decreasing gains. It uses gains, costs
+and a budget; independent of layers, files and units.
+
+Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r) − λ·cost_u·r) for all ranks within the budget
+(weak duality). G_u is concave on the allowed ranks, so the inner maximum takes exactly the steps whose gain per cost
+exceeds λ. The right side is least where those steps just fill the budget: with all steps sorted by gain per cost, at
+the first one that does not fit. This is the greedy order, so one sort gives the greedy prefix and its bound. The rest
+of the budget is filled with later steps that fit; if the table of all budgets is small, dynamic programming finds the
+optimum.
+
+Reference: Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix); Bellman 1957 (the table).
+
+One rank for all layers with a rank, which every serving program scales alike.
+
+Programs that read one r and one lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one
+rank r the choice is which layers get it; every r of a grid is tried, and the allocation that keeps most is taken.
+
+Allocation of a budget to layers, with a certificate of its distance from the optimum.
+
+Combines candidates, steps and baselines into records; opens and measures nothing.
+
+Reference: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
+with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a budget of parameters the order is that of
+σ²/(d_in + d_out).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diag.decisions.allocate.record import Allocation, Baseline, CappedBy, Certificate, Method
+from lora_diag.decisions.allocate.record import Unit as BudgetUnit
+from lora_diag.decisions.targets import compiled, why_no_target
+from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.errors import UsageError
+from lora_diag.metrics import energy_curve
+from lora_diag.records import LeftOut, Results
+from lora_diag.records.names import depth_of
+
+# Names of heads of transformers 5 classes for classification and question answering; the language-modelling head is a
+# vocabulary table (``names.part_of``) and not included.
+_HEAD = re.compile(
+    r"(?:.*\.)?(?:\w*classifier|score|qa_outputs|\w*pooler|classification_head|multiple_choice_head|sequence_summary"
+    r"|logits_proj)(?=\.|$)"
+)
+
+# The end of a class name -> PEFT's task type. Other classes (masked language models, multiple choice) have none.
+_TASKS = (
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+)
+_SEQ_2_SEQ = re.compile(
+    r"(T5(Gemma)?|Bart|PegasusX?|LED|ProphetNet|M2M100|Blenderbot(Small)?|NllbMoe|FSMT|SwitchTransformers)"
+    r"ForConditionalGeneration$|MarianMTModel$"
+)
+
+
+def head_of(name: str) -> str | None:
+    """Return the module of the head that contains a tensor; None outside of heads.
+
+    >>> head_of("classifier.out_proj.weight"), head_of("bert.pooler.dense.bias"), head_of("lm_head.weight")
+    ('classifier', 'bert.pooler', None)
+    >>> head_of("model.layers.3.score.weight")  # a block's own
+    """
+    match = _HEAD.match(name)
+    return match[0] if match and depth_of(match[0]) is None else None
+
+
+def heads_to_save(
+    records: Sequence[Spectrum],
+    left_out: Sequence[LeftOut],
+    target: re.Pattern[str] | None,
+    exclude: re.Pattern[str] | None,
+) -> list[LeftOut]:
+    """Return every tensor of the heads to train in full.
+
+    These are the heads that TUNED changed or that only it has, except those with a tensor that matches a pattern:
+    a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
+
+    Args:
+        records: Spectra.
+        left_out: Tensors without a spectrum.
+        target: The user's selection of layers.
+        exclude: The user's exclusion of layers.
+    """
+    heads: dict[str, list[Spectrum | LeftOut]] = {}
+    tensors: list[Spectrum | LeftOut] = [*records, *left_out]
+    for item in tensors:
+        if head := head_of(item.layer):
+            heads.setdefault(head, []).append(item)
+    return [
+        LeftOut(
+            layer=item.layer,
+            shape=(item.tuned_shape if isinstance(item, LeftOut) else None) or item.shape,
+            reason="saved",
+            detail=f"in the head {head}, which is trained in full (modules_to_save)",
+            fro=item.fro,
+            base_fro=item.base_fro,
+        )
+        for head, items in heads.items()
+        if any(map(_is_new_or_moved, items)) and not any(_is_named(item.layer, target, exclude) for item in items)
+        for item in items
+        if not isinstance(item, LeftOut) or item.reason != "only_in_base"
+    ]
+
+
+def _is_new_or_moved(item: Spectrum | LeftOut) -> bool:
+    return bool(item.fro) or (isinstance(item, LeftOut) and item.reason in {"only_in_tuned", "shape_differs"})
+
+
+def _is_named(name: str, *patterns: re.Pattern[str] | None) -> bool:
+    return any(pattern is not None and pattern.search(name) for pattern in patterns)
+
+
+def size_of(items: Iterable[LeftOut]) -> int:
+    """Return the number of parameters of these tensors."""
+    return sum(math.prod(item.shape) for item in items)
+
+
+def task_type_of(results: Results[Any], heads: Collection[str]) -> str | None:
+    """Return PEFT's task type of a fine-tune by the class in its config; None if it cannot be determined.
+
+    Args:
+        results: Spectra or an allocation of it: the class of TUNED is used, else that of BASE.
+        heads: Heads that are trained in full. PEFT always trains the heads of a task type in full, so a task type whose
+            head is not among them is not returned.
+    """
+    sides = [side for role in ("tuned", "base") for side in results.run.inputs if side.role == role]
+    architecture = next((side.architecture for side in sides if side.architecture), "")
+    if _SEQ_2_SEQ.search(architecture):
+        return "SEQ_2_SEQ_LM"
+    task = next((task for end, task in _TASKS if architecture.endswith(end)), None)
+    return task if heads or task == "CAUSAL_LM" else None
+
+
+_STACKED = re.compile(r"(.+)\[\d+\]")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Constraints of every allocation.
+
+    Args:
+        min_rank: Smallest rank of a layer that has any signal.
+        max_rank: Largest rank of a layer.
+        ranks_from: Allowed ranks besides 0; None for any.
+    """
+
+    min_rank: int = 0
+    max_rank: int | None = None
+    ranks_from: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the constraints can be met.
+
+        Raises:
+            UsageError: They are invalid or contradict each other.
+        """
+        if self.min_rank < 0:
+            raise UsageError(f"--min-rank {self.min_rank}: must be 0 or more")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise UsageError(f"--max-rank {self.max_rank}: must be 1 or more")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise UsageError(f"--min-rank {self.min_rank} is above --max-rank {self.max_rank}")
+        if self.ranks_from is not None:
+            if not self.ranks_from or min(self.ranks_from) < 1:
+                raise UsageError("--allowed-ranks: ranks must be 1 or more, such as 8,16,32,64")
+            if not any(self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from):
+                raise UsageError("--allowed-ranks: none of its ranks lies between --min-rank and --max-rank")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers with a common rank: one layer, or a stack of experts with one factor pair.
+
+    Args:
+        members: Their spectra.
+        group: The stack's name; None for a layer on its own.
+        weights: Factor of each member's energy.
+        start: Its minimum rank.
+        allowed: Allowed ranks above ``start``, ascending.
+        capped_by: Reason for the largest of them.
+        losses: F(0), F(1), … of each member: measured cost of discarding everything beyond a rank; None to use energy.
+    """
+
+    members: tuple[Spectrum, ...]
+    group: str | None
+    weights: tuple[float, ...]
+    start: int
+    allowed: NDArray[np.int64]
+    capped_by: CappedBy
+    losses: tuple[NDArray[np.float64], ...] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Parameters per rank: Σ (out + in)."""
+        return sum(sum(member.shape) for member in self.members)
+
+    @property
+    def cap(self) -> int:
+        """The largest rank it may have."""
+        return int(self.allowed[-1]) if len(self.allowed) else self.start
+
+    @property
+    def energy(self) -> float:
+        """Its weighted energy Σ w‖ΔW‖_F², or ΣF(0)."""
+        if self.losses is not None:
+            return float(sum(loss[0] for loss in self.losses))
+        return sum(weight * member.fro**2 for weight, member in zip(self.weights, self.members, strict=True))
+
+    @property
+    def corners(self) -> NDArray[np.int64]:
+        """The allowed ranks at the corners of the concave envelope of ``curve``, where the gain per rank decreases.
+
+        Between two corners no rank is better than a mixture of both, and beyond the last there is no gain.
+        """
+        stops = np.concatenate([[self.start], self.allowed]).astype(np.int64)
+        values = self.curve[stops]
+
+        def slope(first: int, last: int) -> float:
+            return float((values[last] - values[first]) / (stops[last] - stops[first]))
+
+        kept = [0]
+        for index in range(1, len(stops)):
+            while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], index):
+                kept.pop()
+            kept.append(index)
+        best = int(np.argmax(values[kept]))
+        return stops[kept[1 : best + 1]]
+
+    @cached_property
+    def curves(self) -> tuple[NDArray[np.float64], ...]:
+        """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
+        return tuple(np.concatenate([[0.0], _compute_curve(member)]) for member in self.members)
+
+    @cached_property
+    def curve(self) -> NDArray[np.float64]:
+        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); constant beyond the measured values.
+
+        With losses ΣF(0) − F(r), which may decrease with rank.
+        """
+        total = np.zeros(self.cap + 1)
+        for loss in self.losses or ():
+            total += loss[0] - loss[np.minimum(np.arange(self.cap + 1), len(loss) - 1)]
+        if self.losses is not None:
+            return total
+        for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True):
+            total += weight * member.fro**2 * curve[np.minimum(np.arange(self.cap + 1), len(curve) - 1)]
+        return total
+
+
+def _compute_curve(record: Spectrum) -> NDArray[np.float64]:
+    values = np.asarray(record.s)
+    return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
+
+
+def split(
+    records: Sequence[Spectrum], target: re.Pattern[str] | None, exclude: re.Pattern[str] | None
+) -> tuple[list[Spectrum], list[LeftOut]]:
+    """Split layers into candidates and skipped ones, with the reason.
+
+    Without ``target``, candidates are the matrices that adapters usually target: no embeddings, no head, no routers.
+    With it, all layers whose name contains a match.
+
+    Raises:
+        UsageError: There is no candidate.
+    """
+    candidates, left_out = [], []
+    for record in records:
+        if why := why_no_target(record.layer, target, exclude):
+            left_out.append(_make_left_out(record, why))
+        else:
+            candidates.append(record)
+    if not candidates:
+        requested = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
+        raise UsageError(f"{requested} no layer that could get an adapter; select layers with --layers")
+    return candidates, left_out
+
+
+def _make_left_out(record: Spectrum, reason: str) -> LeftOut:
+    return LeftOut(
+        layer=record.layer,
+        shape=record.shape,
+        reason="not_selected",
+        detail=reason,
+        fro=record.fro,
+        base_fro=record.base_fro,
+    )
+
+
+def units(
+    records: Sequence[Spectrum],
+    weights: Mapping[str, float],
+    constraints: Constraints,
+    losses: Mapping[str, Sequence[float]] | None = None,
+) -> list[Unit]:
+    """Return the units of an allocation, in the order of their first layers."""
+    groups: dict[str, list[Spectrum]] = {}
+    for record in records:
+        stacked = _STACKED.fullmatch(record.layer)
+        groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
+    grouped = [_make_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
+    if losses is None:
+        return grouped
+    known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
+    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in grouped]
+
+
+def _make_unit(
+    members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints
+) -> Unit:
+    soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
+    largest = break_even(members[0].shape)
+    hard = min(constraints.max_rank or largest, largest)
+    if soft:
+        raised = max(soft, min(constraints.min_rank, hard))
+        soft, reason = raised, reason if raised == soft else "break_even" if raised == largest else reason
+    start, allowed = _allowed_ranks(soft, hard, constraints)
+    last = int(allowed[-1]) if len(allowed) else start
+    return Unit(
+        members=members,
+        group=None if members[0].layer == name else name,
+        weights=tuple(weights[member.layer] for member in members),
+        start=start,
+        allowed=allowed,
+        capped_by=reason if last == soft else "ranks_from",
+    )
+
+
+def break_even(shape: tuple[int, int]) -> int:
+    """Return the largest rank whose factors have no more parameters than the matrix: r(out + in) ≤ out·in.
+
+    >>> break_even((77, 384)), break_even((128, 128)), break_even((1, 64))
+    (64, 64, 0)
+    """
+    return math.prod(shape) // sum(shape)
+
+
+def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
+    """Return the largest rank with a measured gain, and the reason for this limit."""
+    caps: list[tuple[int, CappedBy]] = [(break_even(record.shape), "break_even")]
+    if record.complete:
+        caps.append((sum(value > 0 for value in record.s), "update_rank"))
+    if record.resolution.signal_rank is not None:
+        caps.append((record.resolution.signal_rank, "signal_rank"))
+    if not record.complete:
+        caps.append((len(record.s), "values_kept"))
+    if max_rank is not None:
+        caps.append((max_rank, "max_rank"))
+    return min(caps, key=lambda cap: cap[0])
+
+
+def _allowed_ranks(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
+    """Return the minimum rank of a unit, and the allowed ranks above it.
+
+    In a list of ranks, the last is the first that reaches ``soft``: a signal of rank 5 may get 8 of 8, 16, 32.
+    """
+    minimum = min(constraints.min_rank, soft)
+    if constraints.ranks_from is None:
+        return minimum, np.arange(minimum + 1, soft + 1)
+    possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard]
+    first = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
+    possible = possible[: first + 1] if soft else []
+    start = next((rank for rank in possible if rank >= minimum), possible[-1]) if possible and minimum else 0
+    return start, np.asarray([rank for rank in possible if rank > start], np.int64)
+
+
+# Index of the heuristic prior among the rules.
+PRIOR = 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The result of a rule for a budget.
+
+    Args:
+        name: Such as ``uniform r=8``.
+        ranks: Ranks by unit.
+        cost: Cost of the steps above the starting ranks.
+    """
+
+    name: str
+    ranks: Ints
+    cost: int
+
+
+def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> list[Rule]:
+    """Return the results of uniform rank, the prior and an energy threshold for a budget.
+
+    Args:
+        units: The units of the allocation.
+        steps: Their steps.
+        budget: Budget for steps.
+        scores: Sensitivity s_u of each unit, for the prior r ∝ s·√(d_in + d_out).
+
+    Reference: The article, "Rank Selection Strategy", step 2 (the prior).
+    """
+    level, uniform = _take(steps, steps.rank.astype(np.float64), budget)
+    slope = scores * np.sqrt([sum(unit.members[0].shape) for unit in units])
+    with np.errstate(divide="ignore"):
+        _, prior = _take(steps, steps.rank / slope[steps.unit], budget)
+    threshold, energy = _take(steps, _share_before(units, steps), budget)
+    return [
+        Rule(f"uniform r={level:.0f}", *uniform),
+        Rule("heuristic prior s·√(d_in+d_out)", *prior),
+        Rule(f"same energy share, {threshold:.2f}", *energy),
+    ]
+
+
+def energy_ranks(units: Sequence[Unit], steps: Steps, share: float) -> Ints:
+    """Return the smallest allowed rank of each unit that keeps ``share`` of its energy, else its cap."""
+    selected = _share_before(units, steps) < share
+    ranks = steps.start.copy()
+    np.maximum.at(ranks, steps.unit[selected], steps.rank[selected])
+    return ranks
+
+
+def _share_before(units: Sequence[Unit], steps: Steps) -> Floats:
+    """Return for each step the fraction of its unit's energy kept without it.
+
+    An error of 1e-9 in the sum of 9-digit values must not increase the rank by one: 0.9 is reached by 0.8999999995.
+    """
+    share = np.empty(len(steps.gain))
+    for unit, first, end in zip(units, steps.first[:-1], steps.first[1:], strict=True):
+        stops = np.concatenate([[unit.start], unit.allowed[:-1]]).astype(np.int64)[: end - first]
+        share[first:end] = unit.curve[stops] / unit.energy if unit.energy > 0 else 1.0
+    return share + 1e-9
+
+
+def _take(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, int]]:
+    """Take steps by ascending key, steps with equal keys together, while the budget lasts.
+
+    Returns:
+        The last key whose steps were all taken (0 if none), and the ranks with their cost.
+    """
+    # Steps of a unit stay in order despite rounding of their keys.
+    key = key.copy()
+    for first, end in zip(steps.first[:-1], steps.first[1:], strict=True):
+        key[first:end] = np.maximum.accumulate(key[first:end])
+    order = np.argsort(key, kind="stable")
+    total = np.cumsum(steps.cost[order])
+    fitting = int(np.searchsorted(total, budget, side="right"))
+    if fitting < len(order):
+        fitting = int(np.searchsorted(key[order], key[order[fitting]], side="left"))
+    ranks = steps.start.copy()
+    chosen = order[:fitting]
+    np.maximum.at(ranks, steps.unit[chosen], steps.rank[chosen])
+    return float(key[chosen[-1]]) if fitting else 0.0, (ranks, int(total[fitting - 1]) if fitting else 0)
+
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Largest table of the exact method: about 1 s and 100 MB (2 cores in 2026; 40 M entries took 0.4 s).
+MAX_TABLE, MAX_WORK = 4e7, 2e8
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of all units, unit by unit, in order of rank.
+
+    Args:
+        gain: Gain of each step, ``(n,)``; decreasing in ``gain / cost`` within a unit.
+        cost: Cost of each step, ``(n,)``, positive.
+        unit: Index of its unit, ``(n,)``, ascending.
+        rank: The unit's rank after it, ``(n,)``.
+        start: The unit's rank before its first step, ``(units,)``.
+    """
+
+    gain: Floats
+    cost: Ints
+    unit: Ints
+    rank: Ints
+    start: Ints
+
+    @property
+    def first(self) -> Ints:
+        """Index of each unit's first step; one past the end closes the last."""
+        return np.searchsorted(self.unit, np.arange(len(self.start) + 1))
+
+
+@dataclass(frozen=True)
+class BudgetedRanks:
+    """Ranks within a budget.
+
+    Args:
+        ranks: Ranks by unit, ``(units,)``.
+        gain: Total gain of the steps.
+        cost: Total cost of the steps.
+        bound: Upper bound on the gain within the budget.
+        price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
+        optimal: True if this is the optimum: found by the exact method, or because all steps were taken.
+    """
+
+    ranks: Ints
+    gain: float
+    cost: int
+    bound: float
+    price: float
+    optimal: bool
+
+
+def make_steps(curves: Sequence[Floats], costs: Sequence[int], starts: Sequence[int], allowed: Sequence[Ints]) -> Steps:
+    """Return the steps from each unit's starting rank over its allowed ranks.
+
+    Args:
+        curves: By unit: G(0), …, G(cap), concave, ``(cap + 1,)``.
+        costs: By unit: cost of one rank.
+        starts: By unit: its minimum rank.
+        allowed: By unit: allowed ranks above the minimum, ascending.
+    """
+    gain, cost, rank, sizes = [], [], [], []
+    for curve, unit_cost, start, ranks in zip(curves, costs, starts, allowed, strict=True):
+        stops = np.concatenate([[start], ranks]).astype(np.int64)
+        gain.append(np.diff(curve[stops]))
+        cost.append(np.diff(stops) * unit_cost)
+        rank.append(stops[1:])
+        sizes.append(len(ranks))
+    return Steps(
+        gain=np.concatenate([*gain, np.empty(0)]),
+        cost=np.concatenate([*cost, np.empty(0, np.int64)]),
+        unit=np.repeat(np.arange(len(sizes)), sizes),
+        rank=np.concatenate([*rank, np.empty(0, np.int64)]),
+        start=np.asarray(starts, np.int64),
+    )
+
+
+def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
+    """Choose steps within a budget.
+
+    Args:
+        steps: Available steps.
+        budget: Budget for steps, from 0 up.
+        exact: Whether to find the optimum if its table is small.
+
+    Returns:
+        A choice whose gain is at least that of the greedy prefix, and a bound on every choice.
+
+    Example:
+        >>> curves = [np.array([0.0, 4.0, 5.0]), np.array([0.0, 3.0])]
+        >>> steps = make_steps(curves, [2, 1], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
+        >>> spent = spend(steps, 3)
+        >>> spent.ranks.tolist(), spent.gain, spent.bound
+        ([1, 1], 7.0, 7.0)
+    """
+    order = _order_by_yield(steps)
+    total = np.cumsum(steps.cost[order])
+    fitting = int(np.searchsorted(total, budget, side="right"))
+    counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
+    if fitting == len(order):
+        gain = math.fsum(steps.gain[order])
+        return BudgetedRanks(
+            _reached_ranks(steps, counts), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True
+        )
+    left = budget - int(total[fitting - 1] if fitting else 0)
+    next_step = order[fitting]
+    price = float(steps.gain[next_step] / steps.cost[next_step])
+    bound = math.fsum(steps.gain[order[:fitting]]) + left * price
+    _fill(steps, counts, left)
+    choice = _find_best_steps(steps, counts, budget) if exact else counts
+    chosen = _make_mask(steps, choice)
+    gain = math.fsum(steps.gain[chosen])
+    return BudgetedRanks(
+        ranks=_reached_ranks(steps, choice),
+        gain=gain,
+        cost=int(steps.cost[chosen].sum()),
+        bound=max(bound, gain),  # equal if the prefix fills the budget, up to rounding of sums
+        price=price,
+        optimal=exact and (_is_table_small(steps, budget) or left == 0),
+    )
+
+
+def _order_by_yield(steps: Steps) -> Ints:
+    """Return the steps with a positive gain by decreasing gain per cost; the steps of one unit keep their order."""
+    density = steps.gain / steps.cost
+    for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
+        # Rounding of sums must not reorder the steps of a unit.
+        density[unit_first:unit_end] = np.minimum.accumulate(density[unit_first:unit_end])
+    order = np.argsort(-density, kind="stable")
+    return order[density[order] > 0]
+
+
+def _fill(steps: Steps, counts: Ints, left: int) -> None:
+    """Take the next step of the unit with the largest yield per cost while any fits."""
+    first = steps.first
+    while True:
+        upcoming = first[:-1] + counts
+        open_units = np.flatnonzero(upcoming < first[1:])
+        steps_at = upcoming[open_units]
+        fits = (steps.cost[steps_at] <= left) & (steps.gain[steps_at] > 0)
+        if not fits.any():
+            return
+        steps_at, open_units = steps_at[fits], open_units[fits]
+        best = int(np.argmax(steps.gain[steps_at] / steps.cost[steps_at]))
+        counts[open_units[best]] += 1
+        left -= int(steps.cost[steps_at[best]])
+
+
+def _size_table(steps: Steps, budget: int) -> tuple[int, int]:
+    """Return the unit in which costs are exact integers, and the budget in this unit."""
+    coarse = int(np.gcd.reduce(steps.cost))
+    return coarse, budget // coarse
+
+
+def _is_table_small(steps: Steps, budget: int) -> bool:
+    _, cells = _size_table(steps, budget)
+    return (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
+
+
+def _find_best_steps(steps: Steps, counts: Ints, budget: int) -> Ints:
+    """Return the optimal number of steps of each unit by dynamic programming; ``counts`` if the table is too large.
+
+    best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
+    """
+    if not _is_table_small(steps, budget):
+        return counts
+    coarse, cells = _size_table(steps, budget)
+    first = steps.first
+    best = np.zeros(cells + 1)
+    choice = np.zeros((len(steps.start), cells + 1), np.uint16)
+    for unit in range(len(steps.start)):
+        previous = best.copy()
+        span = slice(first[unit], first[unit + 1])
+        for k, (gain, cost) in enumerate(
+            zip(np.cumsum(steps.gain[span]), np.cumsum(steps.cost[span]) // coarse, strict=True), 1
+        ):
+            if cost > cells:
+                break
+            candidate = previous[: cells + 1 - cost] + gain
+            better = candidate > best[cost:]
+            best[cost:][better] = candidate[better]
+            choice[unit, cost:][better] = k
+    exact = np.zeros_like(counts)
+    cell = cells
+    for unit in reversed(range(len(steps.start))):
+        exact[unit] = choice[unit, cell]
+        if exact[unit]:
+            span = slice(first[unit], first[unit] + exact[unit])
+            cell -= int(steps.cost[span].sum()) // coarse
+    # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
+    gains = [math.fsum(steps.gain[_make_mask(steps, taken)]) for taken in (counts, exact)]
+    return exact if gains[1] > gains[0] else counts
+
+
+def _make_mask(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
+    """Return a mask of steps from the number of steps per unit."""
+    position = np.arange(len(steps.unit)) - steps.first[steps.unit]
+    return np.asarray(position < counts[steps.unit])
+
+
+def _reached_ranks(steps: Steps, counts: Ints) -> Ints:
+    """Return the rank of each unit after a number of its steps."""
+    ranks = steps.start.copy()
+    moved = np.flatnonzero(counts)
+    ranks[moved] = steps.rank[steps.first[moved] + counts[moved] - 1]
+    return ranks
+
+
+# Powers of two and the ranks half-way between them.
+GRID = tuple(sorted({rank * 2**power for power in range(9) for rank in (2, 3)} | {1}))
+
+
+def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints) -> Allocated:
+    """Return the best allocation in which every layer has rank 0 or one common rank.
+
+    Args:
+        plan: Chooses ranks under constraints.
+        constraints: What every rank has to keep; ``ranks_from`` takes the place of the grid.
+
+    Returns:
+        The allocation; its bound is that of all ranks tried.
+
+    Raises:
+        UsageError: The budget is too small for every rank.
+    """
+    allocated: list[Allocated] = []
+    refused: UsageError | None = None
+    for rank in constraints.ranks_from or GRID:
+        if not constraints.min_rank <= rank <= (constraints.max_rank or rank):
+            continue
+        try:
+            allocated.append(plan(replace(constraints, ranks_from=(rank,))))
+        except UsageError as error:
+            refused = refused or error
+    if not allocated:
+        raise refused or UsageError("--portable: no rank lies between --min-rank and --max-rank")
+    best = max(allocated, key=lambda plan_at_rank: (plan_at_rank.certificate.kept, -plan_at_rank.certificate.spent))
+    kept, bound = best.certificate.kept, max(plan_at_rank.certificate.bound for plan_at_rank in allocated)
+    update = {
+        "bound": bound,
+        "gap": max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
+        "optimal": best.certificate.optimal and bound <= kept,
+        "baselines": tuple(rule for rule in best.certificate.baselines if rule.spent),  # others have no such rank
+    }
+    return replace(best, certificate=best.certificate.model_copy(update=update))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget.
+
+    Args:
+        unit: Unit of the budget; ``energy`` is not a budget but a fraction that every layer has to keep.
+        amount: Amount in this unit.
+        option: The option as given, for messages.
+        bytes_per_param: Memory of one trainable parameter, for a budget in bytes.
+    """
+
+    unit: BudgetUnit
+    amount: float
+    option: str
+    bytes_per_param: float = 1.0
+
+    def cost_of(self, unit: Unit) -> int:
+        """Return the cost of one rank of a unit as a whole number of ranks or parameters."""
+        return len(unit.members) if self.unit == "total_rank" else unit.cost
+
+    @property
+    def whole(self) -> int:
+        """The budget in the unit of ``cost_of``."""
+        return math.floor(self.amount / self.bytes_per_param) if self.unit == "bytes" else int(self.amount)
+
+    def in_unit(self, cost: int) -> float:
+        """Return a cost in the unit of the budget."""
+        return cost * self.bytes_per_param if self.unit == "bytes" else float(cost)
+
+
+def budget_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the option of a run's budget by its name, such as ``{"params": "40k"}``.
+
+    Args:
+        settings: Settings of the run record, in which ``budget`` is ``Budget.option``.
+    """
+    option, _, amount = str(settings["budget"]).partition(" ")
+    return {option.removeprefix("--").replace("-", "_"): amount}
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The result of an allocation for the layers of a spectrum run.
+
+    Args:
+        layers: Candidates with their ranks.
+        certificate: Distance of the ranks from the optimum.
+        left_out: Layers that are not candidates.
+    """
+
+    layers: tuple[Allocation, ...]
+    certificate: Certificate
+    left_out: tuple[LeftOut, ...]
+
+
+def allocate(
+    records: Sequence[Spectrum],
+    budget: Budget,
+    constraints: Constraints = Constraints(),
+    weights: Mapping[str, float] | None = None,
+    relative: bool = False,
+    target: str | None = None,
+    exclude: str | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
+    left_out: Sequence[LeftOut] = (),
+    save_heads: bool = True,
+    method: Method = "optimal",
+    scores: Mapping[str, float] | None = None,
+) -> Allocated:
+    """Choose the ranks that keep the most energy within a budget, or the ranks of the heuristic prior.
+
+    Args:
+        records: Spectra, one per layer.
+        budget: The budget.
+        constraints: Constraints on the ranks.
+        weights: Factor of each layer's energy, by name; None for 1.
+        relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximized instead of Σ‖ΔW‖²C_ℓ.
+        target: Only layers whose name contains a match; None for the matrices that adapters usually target.
+        exclude: No layers whose name contains a match.
+        losses: F(0), F(1), … by layer, from ``probe fisher``; ranks then minimize ΣF_ℓ(r_ℓ). F need not be convex, so
+            ranks are chosen from the corners of its convex envelope, and the bound holds for all ranks.
+        left_out: Tensors without a spectrum, including heads that only TUNED has.
+        save_heads: Whether heads are trained in full and paid for first; else they are layers.
+        method: ``optimal``, or ``heuristic`` for r ∝ s·√(d_in + d_out).
+        scores: s by layer for the heuristic; None for the weights, or ‖ΔW‖/‖W‖ without weights.
+
+    Raises:
+        UsageError: The budget is too small for the constraints or for any rank; a pattern is not a valid regular
+            expression.
+    """
+    included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
+    saved = heads_to_save(records, left_out, included, excluded) if save_heads else []
+    names = {item.layer for item in saved}
+    candidates, not_chosen = split([record for record in records if record.layer not in names], included, excluded)
+    factors = {record.layer: _compute_factor(record, weights, relative) for record in candidates}
+    parts = units(candidates, factors, constraints, losses)
+    _refuse_nothing(parts)
+    all_steps = _make_steps(parts, budget, [part.allowed for part in parts])
+    steps = all_steps if losses is None else _make_steps(parts, budget, [part.corners for part in parts])
+    fixed = sum(budget.cost_of(part) * part.start for part in parts)
+    reserved = _compute_cost_of_heads(saved, budget)
+    chosen, left = _choose(parts, steps, all_steps, budget, fixed, reserved)
+    if losses is not None:  # the exact method considered the corners only
+        chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
+    rule_results = rules(parts, all_steps, left, np.array([_score(part, scores or weights) for part in parts]))
+    if budget.unit == "energy":
+        rule_results.pop()  # the allocation itself
+    if method == "heuristic":
+        chosen = _allocate_by(rule_results[PRIOR], parts, steps, budget, chosen)
+    layers = _make_records(parts, chosen.ranks, rule_results[0].ranks)
+    order = {record.layer: i for i, record in enumerate(records)}
+    return Allocated(
+        layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
+        certificate=_make_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
+        left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in names)),
+    )
+
+
+def _compute_cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
+    """Return the cost of the heads in the unit of ``Budget.cost_of``.
+
+    Raises:
+        UsageError: The heads exceed the budget.
+    """
+    if budget.unit in {"total_rank", "energy"}:
+        return 0
+    size = size_of(saved)
+    if size > budget.whole:
+        heads = sorted({head_of(item.layer) or "" for item in saved})
+        raise UsageError(
+            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
+            f"{_format_amount(budget, size)}, {_format_amount(budget, size - budget.whole)} more than the budget; "
+            f"raise it, or exclude a head with --exclude {heads[0]}"
+        )
+    return size
+
+
+def _allocate_by(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
+    """Return the ranks of another rule, with the bound for all ranks.
+
+    Raises:
+        UsageError: The rule gives no rank.
+    """
+    if not rule.ranks.any():
+        raise UsageError(f"{budget.option}: too small for the first rank of the {rule.name}; raise it")
+    gain = _kept_energy(parts, rule.ranks) - _kept_energy(parts, steps.start)
+    return BudgetedRanks(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
+
+
+def _make_steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
+    curves, starts = [part.curve for part in parts], [part.start for part in parts]
+    return make_steps(curves, [budget.cost_of(part) for part in parts], starts, allowed)
+
+
+def _refuse_nothing(parts: Sequence[Unit]) -> None:
+    """Refuse layers of which none can get a rank.
+
+    Raises:
+        UsageError: No layer can get a rank.
+    """
+    if any(part.cap and part.energy for part in parts):
+        return
+    changed = [member for part in parts for member in part.members if member.fro > 0]
+    if not changed:
+        raise UsageError("ΔW is zero in every candidate layer, so there is no energy to keep")
+    if not any(part.energy for part in parts):
+        raise UsageError("every changed layer has weight 0, so there is no energy to keep")
+    if all(member.resolution.signal_rank == 0 for member in changed):
+        raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
+    raise UsageError("every layer is smaller than the smallest allowed rank")
+
+
+def _compute_factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
+    weight = 1.0 if weights is None else weights[record.layer]
+    return weight / record.fro**2 if relative and record.fro > 0 else weight
+
+
+def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
+    """Return s for the prior: the given scores, else the relative change ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
+    if weights is not None:
+        return math.fsum(weights[member.layer] for member in part.members) / len(part.members)
+    norms = [member.fro if member.relative is None else member.relative for member in part.members]
+    return math.fsum(norms) / len(norms)
+
+
+def _choose(
+    parts: Sequence[Unit], steps: Steps, all_steps: Steps, budget: Budget, fixed: int, reserved: int
+) -> tuple[BudgetedRanks, int]:
+    """Return the ranks, and the budget for steps above the starting ranks."""
+    if budget.unit == "energy":
+        ranks = energy_ranks(parts, all_steps, budget.amount)
+        left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
+        best = spend(steps, left)
+        gain = _kept_energy(parts, ranks) - _kept_energy(parts, steps.start)
+        return BudgetedRanks(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
+    left = budget.whole - reserved - fixed
+    budget_text = (
+        f"the {_format_amount(budget, budget.whole - reserved)} that remain after the heads"
+        if reserved
+        else "the budget"
+    )
+    if left < 0:
+        raise UsageError(
+            f"{budget.option}: the smallest ranks allowed by --min-rank take {_format_amount(budget, fixed)}, "
+            f"{_format_amount(budget, -left)} more than {budget_text}; raise it, lower --min-rank "
+            "or select fewer layers with --layers"
+        )
+    if not fixed and not len(steps.gain):
+        raise UsageError(f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank")
+    if not fixed and left < (minimum := int(steps.cost.min())):
+        part = parts[int(steps.unit[np.argmin(steps.cost)])]
+        raise UsageError(
+            f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
+            f"{_format_amount(budget, minimum)}; "
+            f"give a budget of at least {_format_amount(budget, budget.whole - left + minimum)}"
+        )
+    return spend(steps, left), left
+
+
+def _format_amount(budget: Budget, cost: int) -> str:
+    words = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
+    return f"{budget.in_unit(cost):,.0f} {words[budget.unit]}"
+
+
+def _make_records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
+    return [
+        Allocation(
+            layer=member.layer,
+            shape=member.shape,
+            rank=rank,
+            params=rank * sum(member.shape),
+            kept=_kept_at(curve, rank) if member.fro > 0 else None,
+            fro=member.fro,
+            base_fro=member.base_fro,
+            weight=weight,
+            cap=part.cap,
+            capped_by=part.capped_by,
+            verdict=member.resolution.verdict,
+            uniform_rank=uniform_rank,
+            uniform_kept=_kept_at(curve, uniform_rank) if member.fro > 0 else None,
+            group=part.group,
+            source=member.source,
+            fisher=None if part.losses is None else _loss_at(part.losses[position], rank),
+        )
+        for part, rank, uniform_rank in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
+        for position, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
+    ]
+
+
+def _loss_at(loss: Floats, rank: int) -> float:
+    """Return F(r), 0 beyond its last value."""
+    return float(loss[rank]) if rank < len(loss) else 0.0
+
+
+def _kept_at(curve: Floats, rank: int) -> float:
+    """Return C(rank) of a layer from its measured values."""
+    return float(curve[min(rank, len(curve) - 1)])
+
+
+def _make_certificate(
+    parts: Sequence[Unit],
+    steps: Steps,
+    budget: Budget,
+    fixed_and_saved: tuple[int, int],
+    chosen: BudgetedRanks,
+    rule_results: Sequence[Rule],
+) -> Certificate:
+    """Return the certificate; ``fixed_and_saved``: cost of starting ranks and heads, parameters of the heads."""
+    fixed, saved = fixed_and_saved
+    total = math.fsum(part.energy for part in parts)
+    at_start = _kept_energy(parts, steps.start)
+    # Losses may be larger at the smallest ranks than without an adapter.
+    kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
+    error = math.fsum(
+        weight * member.fro**2 * member.energy_error
+        for part in parts
+        if part.losses is None
+        for weight, member in zip(part.weights, part.members, strict=True)
+    )
+    price = chosen.price / total / budget.bytes_per_param
+    unused_budget = 0.0 if budget.unit == "energy" else budget.amount - budget.in_unit(budget.whole)
+    return Certificate(
+        unit=budget.unit,
+        budget=None if budget.unit == "energy" else budget.amount,
+        spent=budget.in_unit(fixed + chosen.cost),
+        params=saved + sum(rank * part.cost for part, rank in zip(parts, chosen.ranks.tolist(), strict=True)),
+        saved=saved,
+        kept=kept,
+        bound=bound,
+        gap=max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
+        optimal=chosen.optimal,
+        energy_error=min(1.0, error / total),
+        epsilon_min=_epsilon_min(parts, chosen.ranks),
+        price=price,
+        slack=bound - kept + price * unused_budget,
+        baselines=tuple(_compare_baseline(rule, parts, steps, budget, fixed, total) for rule in rule_results),
+    )
+
+
+def _compare_baseline(
+    rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
+) -> Baseline:
+    """Compare another rule with the ranks that keep the most at the same cost."""
+    equal = spend(steps, rule.cost)
+    gains = [
+        float(part.curve[rank] - part.curve[rule_rank])
+        for part, rank, rule_rank in zip(parts, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
+    ]
+    lead = int(np.argmax(gains))
+    has_lead = len(parts) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
+    return Baseline(
+        name=rule.name,
+        spent=budget.in_unit(fixed + rule.cost),
+        kept=min(1.0, max(0.0, _kept_energy(parts, rule.ranks)) / total),
+        equal=min(1.0, max(0.0, _kept_energy(parts, equal.ranks)) / total),
+        epsilon_min=_epsilon_min(parts, rule.ranks),
+        lead=(parts[lead].group or parts[lead].members[0].layer) if has_lead else None,
+        lead_gain=gains[lead] / total if has_lead else None,
+    )
+
+
+def _kept_energy(parts: Sequence[Unit], ranks: Ints) -> float:
+    """Return the weighted energy that ranks keep."""
+    return math.fsum(float(part.curve[rank]) for part, rank in zip(parts, ranks.tolist(), strict=True))
+
+
+def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
+    """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
+    total = math.fsum(member.fro**2 for part in parts for member in part.members)
+    energy = math.fsum(
+        _bound_lost_energy(member, curve, rank)
+        for part, rank in zip(parts, ranks.tolist(), strict=True)
+        for member, curve in zip(part.members, part.curves, strict=True)
+    )
+    return math.sqrt(energy / total)
+
+
+def _bound_lost_energy(member: Spectrum, curve: Floats, rank: int) -> float:
+    """Return a lower bound on Σ_{i>rank}σ_i²; missing values are at most the last kept value."""
+    error = member.fro**2 * member.energy_error
+    energy = member.fro**2 * (1.0 - _kept_at(curve, rank)) - error
+    if rank > len(member.s) and not member.complete:
+        energy -= (rank - len(member.s)) * (member.s[-1] ** 2 + 2 * error)
+    return max(0.0, energy)

@@ -1,0 +1,397 @@
+"""Terminal output of ``rank-rules``: ranks of several rules side by side.
+
+Terminal output of ``allocate``: ranks by layer, energy kept, and distance from the optimum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+
+from lora_diag.decisions.allocate.measure import head_of, task_type_of
+from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Baseline, Certificate, Policies
+from lora_diag.records import Results
+from lora_diag.records.base import Shown
+from lora_diag.records.names import part_of
+from lora_diag.rendering.statements import Statement, left_out, make_statement, notes
+from lora_diag.rendering.tables import Column, grid_of, grids_table, rows_of
+from lora_diag.rendering.text import list_names, number, percent, safe, short, span, strip
+
+# Maximum number of layers named in a statement.
+_NAMED_LAYERS = 3
+
+
+def policies_table(records: Sequence[Policies], width: int = 80, color: bool = False, per: str = "type") -> str:
+    """Return the ranks of several rules side by side, and their disagreements.
+
+    Args:
+        records: One per layer.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for medians over a module type, ``layer`` for one row per layer.
+    """
+    shown = [
+        Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
+        *(
+            Shown(f"ranks.{rule}", rule, "rank", main=True, form=".0f", pool=_make_median(rule))
+            for rule in records[0].ranks
+        ),
+    ]
+    return grids_table([grid_of(shown, rows_of(records, per), per)], _describe_disagreements(records), width, color)
+
+
+def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
+    """Return the function that gives the median rank by a rule; None where it cannot be applied to all records."""
+
+    def median_of(group: Sequence[Policies]) -> float | None:
+        known = [rank for record in group if (rank := record.ranks[rule]) is not None]
+        return median(known) if len(known) == len(group) else None
+
+    return median_of
+
+
+def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
+    """State in how many layers the rules differ, where most, and which cannot be applied."""
+    spread = {}
+    for record in records:
+        known = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
+        if len(known) > 1:
+            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+            spread[record.layer] = (known[high] / known[low], f"{low} {known[low]}, {high} {known[high]}")
+    lines = []
+    if spread:
+        differing = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
+        worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED_LAYERS]
+        sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
+        head = f"by a factor of 2 or more in {len(differing)} of {len(records)} layers; most in"
+        lines.append(make_statement("disagree", "Disagreement", head, *sentences))
+    if noisy := [record for record in records if _exceeds_signal(record)]:
+        excess = (
+            f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
+            "noise"
+        )
+        lines.append(make_statement("noise", "Noise", excess))
+    meanings = [
+        "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
+        "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
+        "upper limit",
+        "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
+    ]
+    lines.append(make_statement("rules", "Rules", *meanings))
+    if missing := sum(None in record.ranks.values() for record in records):
+        requirement = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
+        lines.append(make_statement("not_known", "Unknown", requirement))
+    return lines
+
+
+def _exceeds_signal(record: Policies) -> bool:
+    energy, signal = record.ranks["energy 90%"], record.ranks["signal"]
+    return energy is not None and signal is not None and energy > signal
+
+
+# Differences of energy fractions below these are called "a negligible gain" and "a small gain"; the value is printed.
+_NEGLIGIBLE, _SMALL = 0.005, 0.02
+
+# Maximum number of layers named in a statement.
+_NAMED = 3
+
+_CAPS = {
+    "signal_rank": "by their signal rank, beyond which is rounding noise",
+    "values_kept": "by the values kept by --top: measure with a larger --top, or without",
+    "update_rank": "by the rank of their own update",
+    "break_even": "by break-even: a larger rank has more parameters than the matrix",
+    "shape": "by their shape",
+    "max_rank": "by --max-rank",
+    "ranks_from": "by the ranks of --allowed-ranks",
+}
+_UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
+
+
+def allocation_table(
+    results: Results[Allocation],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
+) -> str:
+    """Return the table and the summary of an allocation.
+
+    Args:
+        results: An allocation and its certificate.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        next_command: The suggested next command, printed last.
+
+    Returns:
+        Lines of text, without a trailing newline.
+    """
+    rows = rows_of(results, per)
+    extra = []
+    if per == "type":
+        largest = max((record.rank for record in results), default=0) or 1
+        strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
+        extra.append(Column("by depth", strips, "left", drop=3))
+    return grids_table(
+        [grid_of(Allocation.shown, rows, per, extra=extra)], _make_statements(results), width, color, next_command
+    )
+
+
+def _make_statements(results: Results[Allocation]) -> list[Statement]:
+    certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
+    if certificate is None:
+        problem = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
+        return [make_statement("unfinished", "Warning", problem, level="failure")]
+    lines = [
+        make_statement("allocated", "Allocated", *_describe_allocation(results)),
+        make_statement("budget", "Budget", _describe_budget(results, certificate)),
+        *([make_statement("heads", "Heads", *_describe_heads(results, certificate))] if certificate.saved else []),
+        make_statement("keeps", "Energy kept", *_describe_kept_energy(results, certificate)),
+        *(
+            [make_statement("portable", "Portable", *_describe_portability(results))]
+            if results.run.settings.get("portable")
+            else []
+        ),
+    ]
+    heuristic = results.run.settings.get("method") == "heuristic"
+    allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
+    if certificate.price:
+        lines.append(
+            make_statement(
+                "against",
+                "Baselines",
+                *(_compare_with_baseline(baseline, allocated) for baseline in certificate.baselines),
+            )
+        )
+        lines += [] if heuristic else [make_statement("more", "Marginal gain", _describe_marginal_gain(certificate))]
+    if (limits := _describe_limits(results)) and not results.run.settings.get("portable"):
+        lines.append(make_statement("limits", "Limits", *limits))
+    return [
+        *lines,
+        make_statement("note", "Note", _describe_limits_of_energy(results)),
+        replace(left_out(results, *_describe_outside(results)), priority=1),
+        *(make_statement("warning", "Warning", warning, level="failure") for warning in _make_warnings(results)),
+    ]
+
+
+def _describe_limits_of_energy(results: Results[Allocation]) -> str:
+    """State the limits of energy as a criterion."""
+    text = {
+        "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from "
+        "the sum: compare the held-out loss",
+        "data": "energy is the change of the outputs on that text, not the importance for the loss: compare the "
+        "held-out loss",
+        "kfac": "energy is the K-FAC estimate of the change of the loss: compare the held-out loss",
+    }.get(
+        _name_criterion(results),
+        "energy is the size of the weight change, not the importance for the loss: compare the held-out loss",
+    )
+    if any(record.cap and not record.rank for record in results):
+        text += "; a layer of rank 0 learns nothing: --min-rank sets a minimum, --relative counts all layers equally"
+    return text
+
+
+def _describe_allocation(results: Results[Allocation]) -> list[str]:
+    ranked = [record for record in results if record.rank]
+    how = []
+    if results.run.settings.get("method") == "heuristic":
+        how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
+    lines = [
+        f"{len(ranked)} of {len(results)} layers get a rank, {span([r.rank for r in ranked])}" if ranked else "none"
+    ]
+    if unranked := [record for record in results if not record.rank]:
+        unchanged = sum(record.fro == 0 for record in unranked)
+        noise = sum(record.cap == 0 and record.fro > 0 for record in unranked)
+        why = [f"{unchanged} did not change" if unchanged else "", f"{noise} are only rounding noise" if noise else ""]
+        lines.append(
+            f"rank 0: {list_names([record.layer for record in unranked])}{''.join(f'; {word}' for word in why if word)}"
+        )
+    lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
+    return [*how, *lines, *notes(results.run)]
+
+
+def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
+    requested, unit = safe(str(results.run.settings.get("budget", ""))), _UNITS[certificate.unit]
+    if certificate.budget is None:
+        return f"{requested}: takes {certificate.params:,} parameters"
+    left = certificate.budget - certificate.spent
+    text = f"{requested}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, {left:,.0f} left"
+    if not certificate.price:
+        text += "; every layer is at its cap, so a larger budget has no effect"
+    return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
+
+
+def _describe_portability(results: Results[Allocation]) -> list[str]:
+    """State the property of a portable allocation, and what programs still refuse or drop."""
+    lines = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
+    ranked = {record.layer.removesuffix(".weight") for record in results if record.rank}
+    for module in sorted(ranked):
+        owner, _, leaf = module.rpartition(".")
+        sibling = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
+        if sibling is not None and f"{owner}.{sibling}" not in ranked:
+            lines.append(f"SGLang refuses {short(module)} without {sibling}: --min-rank gives both a rank")
+            break
+    if any(item.reason == "saved" for item in results.left_out):
+        lines.append(
+            "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
+        )
+    return lines
+
+
+def _describe_heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
+    """Name the heads that are trained in full, with their cost."""
+    names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
+    payment = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
+    task = task_type_of(results, names)
+    return [
+        f"{list_names(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {payment}",
+        f"task_type {task}, from the config of the fine-tune"
+        if task
+        else "task_type: not in the config of the fine-tune; set it in the PEFT config",
+    ]
+
+
+def _describe_kept_energy(results: Results[Allocation], certificate: Certificate) -> list[str]:
+    kept = f"{_format_points(certificate.kept)} of {_name_energy(results)}; "
+    if certificate.unit == "energy":
+        best = f"an unconstrained choice with as many parameters could keep at most {_format_points(certificate.bound)}"
+    elif certificate.optimal:
+        best = "optimal within budget and caps"
+    else:
+        bound, gap = _format_points(certificate.bound), _format_gap(certificate.gap)
+        best = f"the maximum within budget and caps is at most {bound}: gap {gap}"
+    lines = [kept + best]
+    if _name_criterion(results) == "fisher":
+        left = math.fsum(record.fisher or 0.0 for record in results)
+        lines.append(f"Σ½F = {number(left / 2)} nats per prediction remain beyond these ranks")
+    lines.append(
+        f"ε_min = {number(certificate.epsilon_min)}: lower bound on the distance of any adapter of these ranks from "
+        "this update"
+    )
+    if certificate.energy_error > 1e-4:
+        lines.append(f"the measured spectra have an error of ±{percent(certificate.energy_error)}")
+    return lines
+
+
+def _name_energy(results: Results[Allocation]) -> str:
+    """Describe the energy that fractions refer to."""
+    criterion = _name_criterion(results)
+    if criterion == "fisher":
+        return "ΣF(0), the Fisher information of discarding the whole update"
+    weights = "weighted " if results.run.settings.get("weights") is not None else ""
+    if results.run.settings.get("relative"):
+        return f"the layers' {weights}energies (Σσ²), each counted as 1"
+    metric = {"data": ", in the data metric", "kfac": ", in K-FAC's metric"}.get(criterion, "")
+    return f"these layers' {weights}energy (Σσ²{metric})"
+
+
+def _name_criterion(results: Results[Allocation]) -> str:
+    """Return the criterion of the ranks: ``fisher``, or the metric of the energies."""
+    if any(record.fisher is not None for record in results):
+        return "fisher"
+    return str(results.run.settings.get("metric", "weights"))
+
+
+def _compare_with_baseline(baseline: Baseline, allocated: str) -> str:
+    """Compare another rule with the optimal ranks at the same cost."""
+    if not baseline.kept:
+        return f"{baseline.name}: no rank of this rule fits the budget"
+    gain = baseline.equal - baseline.kept
+    verdict = (
+        ", no gain"
+        if gain <= 0
+        else ", a negligible gain"
+        if gain < _NEGLIGIBLE
+        else ", a small gain"
+        if gain < _SMALL
+        else ""
+    )
+    text = (
+        f"{baseline.name} keeps {_format_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} "
+        f"at the same cost, {baseline.spent:,.0f}, keep {_format_points(baseline.equal)}: "
+        f"{gain * 100:+.2f} points{verdict}"
+    )
+    if baseline.lead is not None and baseline.lead_gain is not None:
+        text += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
+    return text
+
+
+def _describe_marginal_gain(certificate: Certificate) -> str:
+    """Bound the gain of a further part of the budget: one rank, or a power of ten small against the cost."""
+    if certificate.unit == "total_rank":
+        return f"one more rank keeps at most another {_format_points_up(certificate.more_at_most(1))}"
+    part = 10 ** math.floor(math.log10(max(certificate.spent, 100) / 10))
+    gain = _format_points_up(certificate.more_at_most(part))
+    return f"{part:,.0f} more {_UNITS[certificate.unit]} keep at most another {gain}"
+
+
+def _describe_limits(results: Results[Allocation]) -> list[str]:
+    counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
+    lines = [f"{n} layers end at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
+    share = results.run.settings.get("energy")
+    if isinstance(share, float):
+        short_of = [record for record in results if record.kept is not None and record.kept < share - 1e-6]
+        if short_of:
+            lines.append(
+                f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
+            )
+    return lines
+
+
+def _describe_outside(results: Results[Allocation]) -> list[str]:
+    """State the fraction of the change that an adapter cannot reach.
+
+    This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
+    """
+    inside = math.fsum(record.fro**2 for record in results)
+    outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
+    lines = []
+    chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
+    tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
+    if outside and results.run.settings.get("metric", "weights") == "weights":
+        share = percent(outside / (inside + outside))
+        unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
+        measured = " among the measured tensors" if unknown else ""
+        lines.append(f"{share} of the whole change ‖Δ‖²{measured} is there, outside this adapter")
+    if tables:
+        lines.append(f"select {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
+    return lines
+
+
+def _make_warnings(results: Results[Allocation]) -> list[str]:
+    lines = []
+    if any(record.source == "gradients" for record in results):
+        lines.append("these are spectra of gradients: ranks for a first-order step, not for an update")
+    if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
+        lines.append(
+            f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy "
+            "is not that of the update; measure the adapter or a float32 fine-tune"
+        )
+    if any(UNFINISHED in side.notes for side in results.run.inputs):
+        lines.append("the spectrum run did not finish: missing layers have no rank")
+    return lines
+
+
+def _format_points(share: float) -> str:
+    """Return a fraction as a percentage with two decimals, in which allocations differ.
+
+    >>> _format_points(0.353812), _format_points(1.0)
+    ('35.38%', '100.00%')
+    """
+    return f"{share * 100:.2f}%"
+
+
+def _format_points_up(share: float) -> str:
+    """Return an upper bound as a percentage, rounded up to remain a bound.
+
+    >>> _format_points_up(0.001201), _format_points_up(0.0012)
+    ('0.13%', '0.12%')
+    """
+    return f"{math.ceil(share * 1e4 - 1e-9) / 100:.2f}%"
+
+
+def _format_gap(gap: float) -> str:
+    return "below 0.01%" if gap < 1e-4 else f"{gap * 100:.2f}%"

@@ -1,0 +1,353 @@
+"""Terminal output of ``extract``, and the model card of the adapter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
+from lora_diag.records import LeftOut, Results
+from lora_diag.rendering.statements import (
+    REASONS,
+    Level,
+    Statement,
+    compared,
+    final_statements,
+    left_out_level,
+    make_statement,
+    qualify_fractions,
+    subject,
+)
+from lora_diag.rendering.tables import grid_of, grids_table, rows_of
+from lora_diag.rendering.text import count, format_shown, list_names, number, percent, safe, short, span
+
+# Reason of a layer without factors if ΔW = 0, as recorded.
+ZERO = "its update is zero"
+
+# Format of an adapter -> the library in the card's metadata, and how the adapter is loaded.
+_USAGE = {
+    "peft": (
+        "peft",
+        (
+            "```python",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
+            "```",
+        ),
+    ),
+    "kohya": ("", ("`lora.safetensors` is in the layout of kohya's sd-scripts.",)),
+    "diffusers": ("diffusers", ("```python", 'pipeline.load_lora_weights("THIS_FOLDER")', "```")),
+    "mlx": (
+        "mlx",
+        (
+            "```python",
+            "from mlx_lm import load",
+            "",
+            'model, tokenizer = load(base_model, adapter_path="THIS_FOLDER")',
+            "```",
+        ),
+    ),
+    "gguf": ("", ("```console", "llama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf", "```")),
+}
+
+# Fraction of the lower bound by which ε must exceed it to be attributed to the dtype.
+_VISIBLE = 1e-3
+
+
+def extraction_table(
+    results: Results[Extraction],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
+    folder: str | None = None,
+) -> str:
+    """Return the table and the summary of an extraction.
+
+    Args:
+        results: Records of the written adapter.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        next_command: The suggested next command, printed last.
+        folder: Folder of the adapter.
+
+    Returns:
+        Lines of text, without a trailing newline.
+    """
+    rows = rows_of(results, per)
+    grids = [grid_of(Extraction.shown, rows, per)] if rows else []
+    return grids_table(grids, _make_statements(results, folder), width, color, next_command)
+
+
+def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
+    """Return the ``README.md`` of an adapter folder.
+
+    Args:
+        results: Records of the written adapter.
+        base_name: The base model.
+        command: The command that wrote it.
+        rate: The learning rate for further training, and its source.
+    """
+    ranks = sorted(record.rank for record in results)
+    table = [
+        "| modules | layers | rank | energy kept | ε | lower bound on ε |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    table += [
+        f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | {percent(pooled_energy(group))} | "
+        f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
+        for name, group in rows_of(results, "type")
+    ]
+    missing = [f"- {line}" for line in _describe_missing(results, hint="")]
+    in_full = [f"- {line}" for line in _describe_full_tensors(results)]
+    has_estimates = any(record.estimated for record in results)
+    library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {_quote_yaml(base_name)}",
+            *([f"library_name: {library}"] if library else []),
+            "tags:",
+            "- lora",
+            "- loradiag",
+            "---",
+            "",
+            f"# LoRA adapter extracted from {_make_code_span(subject(results.run))}",
+            "",
+            f"The {_name_method(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
+            f"{_make_code_span(base_name)}, rank {span(ranks)}, {count(_count_params(results))} parameters, scaling 1. "
+            f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
+            f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
+            f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
+            "",
+            *(
+                ["**Part of it is an estimate.** " + _describe_estimates(results)[0].lead + ".", ""]
+                if has_estimates
+                else []
+            ),
+            *([*_describe_errors_on_data(results), ""] if any(record.data for record in results) else []),
+            *table,
+            "",
+            *([f"Learning rate for further training: {_make_code_span(rate)}.", ""] if rate is not None else []),
+            *(["In addition to the factors:", "", *in_full, ""] if in_full else []),
+            *(["Not included:", "", *missing, ""] if missing else []),
+            *usage,
+            "",
+            f"Made by loradiag {results.run.version}; `extraction.jsonl` has the numbers of every weight:",
+            "",
+            f"    {safe(command)}",
+            "",
+        ]
+    )
+
+
+def _name_method(results: Results[Extraction]) -> str:
+    weighted = any(record.data for record in results)
+    return "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
+
+
+def _quote_yaml(text: str) -> str:
+    """Return text quoted for YAML."""
+    return "'" + safe(text).replace("'", "''") + "'"
+
+
+def _make_code_span(text: str) -> str:
+    return f"`{safe(text).replace('`', chr(39))}`"
+
+
+def _count_params(results: Results[Extraction]) -> int:
+    return sum(record.params for record in results)
+
+
+def _make_statements(results: Results[Extraction], folder: str | None) -> list[Statement]:
+    """Return the statements of the summary."""
+    lines = [compared(results)]
+    if len(results):
+        lines.append(make_statement("wrote", "Written", *_describe_written(results, folder)))
+        lines += [
+            make_statement("price", "Error", *_describe_errors(results)),
+            _describe_resolution(results),
+            *_describe_estimates(results),
+        ]
+    if split := _describe_energy_split(results):
+        lines.append(make_statement("where", "Distribution", split))
+    missing = _describe_missing(results) or ["nothing: every changed tensor is in the adapter"]
+    level = left_out_level(results, "saved", "rank_0", "no_factors", "non_finite")
+    return [*lines, make_statement("not_in_it", "Not included", *missing, level=level), *final_statements(results)]
+
+
+def _describe_written(results: Results[Extraction], folder: str | None) -> list[str]:
+    ranks = sorted(record.rank for record in results)
+    dtype = results.layers[0].dtype
+    to = f"{safe(folder)}: " if folder else ""
+    tables = sum(record.kind == "embedding" for record in results)
+    suffix, params = f" ({tables} of them embeddings)" if tables else "", count(_count_params(results))
+    return [
+        f"{to}{len(results)} weights{suffix}, rank {span(ranks)}, {params} parameters in {dtype}",
+        *_describe_full_tensors(results),
+    ]
+
+
+def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
+    """State which tensors are stored in full, and how to prepare the base model before loading."""
+    rows: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
+    resized = set()
+    for item in results.left_out:
+        if item.reason == "saved":
+            rows[item.layer] += item.shape[0]
+            resized |= {item.layer} if "vocabulary" in item.detail else set()
+    names = sorted(rows)
+    if not names:
+        return []
+    lines = [f"stored in full: {list_names(names)}"]
+    if resized:
+        sizes = ", ".join(str(size) for size in sorted({rows[name] for name in resized}))
+        lines.append(f"before loading: base_model.resize_token_embeddings({sizes})")
+    return lines
+
+
+def _describe_errors(results: Results[Extraction]) -> list[str]:
+    """State the error of truncation, and that of the dtype."""
+    epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
+    truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
+    lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
+    if any(record.data for record in results):
+        lines += _describe_errors_on_data(results)
+    else:
+        lines.append(
+            f"within {_round_up(epsilon - floor)} of the smallest ε of any adapter of these ranks (Eckart-Young)"
+        )
+        if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
+            lines.append(f"rounding to {results.layers[0].dtype} adds {number(epsilon - truncated)} of that")
+    if len(results) > 1:
+        worst = max(results, key=lambda record: record.epsilon)
+        best = min(results, key=lambda record: record.epsilon)
+        lines.append(f"most {number(worst.epsilon)} in {short(worst.layer)} (rank {worst.rank})")
+        lines.append(f"least {number(best.epsilon)} in {short(best.layer)} (rank {best.rank})")
+    return lines
+
+
+def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
+    """State the error in the metric for which the factors are optimal, and layers without it."""
+    weighted = [record for record in results if record.data]
+    plain = [record.layer for record in results if not record.data]
+    epsilon, floor = (
+        format_shown(pooled_data(weighted, "epsilon")),
+        format_shown(pooled_data(weighted, "least_epsilon")),
+    )
+    objective, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
+    if any(record.data and record.data.metric == "kfac" for record in weighted):
+        objective, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
+    truncated = number(pooled(results.layers, "epsilon_min"))
+    lines = [
+        f"Optimal for {objective}: {norm} = {epsilon} in the {len(weighted)} weights with activations; the lower bound "
+        f"for these ranks is {floor}. The cost is a larger ε; truncation has {truncated}."
+    ]
+    if plain:
+        lines.append(f"Without activations, and optimal for the weights: {list_names(plain)}.")
+    return lines
+
+
+def _round_up(value: float) -> str:
+    """Return an upper bound with one digit, rounded up, from 1e-6 on.
+
+    >>> _round_up(1.23e-5), _round_up(2e-3), _round_up(-1e-17)
+    ('2e-05', '0.002', '1e-06')
+    """
+    value = max(value, 1e-6)
+    digit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / digit - 1e-9) * digit:.1g}"
+
+
+def _describe_resolution(results: Results[Extraction]) -> Statement:
+    """State whether the files resolve the update: else the adapter holds rounding noise."""
+    noisy = [record for record in results if record.resolution.verdict == "unresolved" and not record.estimated]
+    below_noise = [
+        record
+        for record in results
+        if not record.estimated
+        and record.resolution.signal_rank is not None
+        and record.rank > record.resolution.signal_rank
+    ]
+    level: Level = "note"
+    if all(record.method == "factored" for record in results):
+        word = "yes: the factors define the update, without rounding of merged weights"
+    elif not below_noise and not noisy and any(record.estimated for record in results):
+        word = "yes: by the files, or by rounding cells where those do not resolve it"
+    elif not below_noise and not noisy:
+        word = "yes: every direction in the adapter is above the rounding of the files"
+    else:
+        level = "warning"
+        sentence = f"{len(below_noise)} of {len(results)} weights have directions below the files' rounding noise"
+        word = f"partly: {sentence}; --signal writes only those above"
+        if all(record.resolution.signal_rank == 0 and not record.estimated for record in results):
+            word = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
+        elif not below_noise:
+            word = f"no: {len(noisy)} are rounding noise"
+    return make_statement("resolved", "Resolution", word, level=level)
+
+
+def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
+    """State the number of weights whose update is an estimate."""
+    estimated = [record for record in results if record.estimated]
+    tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
+    if not tried:
+        return []
+    lead = f"{len(estimated)} weights factor the estimated update before rounding, which ε is measured against"
+    not_estimated = [record.layer for record in tried if not record.estimated]
+    return [
+        make_statement(
+            "estimated",
+            "Estimate",
+            lead,
+            *([f"from the files, without an estimate: {list_names(not_estimated)}"] if not_estimated else []),
+        )
+    ]
+
+
+def _describe_energy_split(results: Results[Extraction]) -> str:
+    """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the remainder."""
+    parts = {
+        "in the adapter": [math.sqrt(max(0.0, 1 - record.epsilon**2)) * record.fro for record in results],
+        "truncated by rank": [min(1.0, record.epsilon) * record.fro for record in results],
+        "stored in full": [item.fro or 0.0 for item in results.left_out if item.reason == "saved"],
+        "not included": [item.fro for item in results.left_out if item.fro and item.reason != "saved"],
+    }
+    norms = {words: math.hypot(*values) for words, values in parts.items()}
+    total = math.hypot(*norms.values())
+    if total == 0:
+        return ""
+    shares = ", ".join(f"{percent(min(1.0, (norm / total) ** 2))} {words}" for words, norm in norms.items() if norm)
+    return f"of the whole change ‖Δ‖²{qualify_fractions(results.left_out)}, {shares}"
+
+
+def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
+    """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖²."""
+    listed = results.run.settings.get("rest") == "list"
+    total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0
+    groups: dict[tuple[str, str], list[LeftOut]] = {}
+    for item in results.left_out:
+        if item.reason not in {"saved", "non_finite"}:
+            why = item.detail if item.reason in {"rank_0", "no_factors"} else ""
+            groups.setdefault((item.reason, why), []).append(item)
+    lines = []
+    for (reason, why), items in groups.items():
+        norm = math.hypot(*(item.fro or 0.0 for item in items))
+        share = f", {percent((norm / total) ** 2)} of ‖Δ‖²" if norm else ""
+        if why == ZERO:
+            lines.append(f"{len(items)} unchanged: {_list_names(items)}")
+            continue
+        line = f"{len(items)} {REASONS[reason]}{share}"
+        if reason == "vector":
+            line += (hint if listed else "") if norm else "  unchanged"
+        elif reason != "not_selected":
+            line += f": {_list_names(items)}"
+        lines.append(f"{line} ({why})" if why else line)
+    return lines
+
+
+def _list_names(items: Sequence[LeftOut]) -> str:
+    return list_names([item.layer for item in items])

@@ -1,0 +1,192 @@
+"""Terminal output of ``plan``: parameters, memory and compute of LoRA by rank, with full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from lora_diag.decisions.plan.measure import LORA_RATE, RATE_SOURCE
+from lora_diag.decisions.plan.record import (
+    Plan,
+    PlanCapacity,
+    PlanCost,
+    PlanFit,
+    PlanRank,
+    PlanRates,
+    PlanRule,
+    PlanType,
+)
+from lora_diag.records.base import Shown
+from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.tables import Grid, Rows, grid_of, grids_table
+from lora_diag.rendering.text import byte_count, percent, safe, short
+
+
+def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: str | None = None) -> str:
+    """Return the tables and the summary of a plan.
+
+    Args:
+        plan: The costs.
+        width: Columns of the terminal; 80 are enough.
+        color: Whether to use ANSI colours.
+        next_command: The suggested next command, printed last.
+
+    Returns:
+        Lines of text, without a trailing newline.
+    """
+    grids = [_make_types_grid(plan), _make_ranks_grid(plan), *([_make_costs_grid(plan)] if plan.costs else [])]
+    return grids_table(grids, _make_statements(plan), width, color, next_command)
+
+
+def _make_types_grid(plan: Plan) -> Grid:
+    first = plan.ranks[0].rank
+    ranks = (
+        Shown(
+            "per_rank",
+            f"r={at_rank.rank}",
+            "what LoRA trains",
+            main=True,
+            form="count",
+            pool=partial(_count_lora_params, rank=at_rank.rank),
+            drop=6 - position if position else 0,
+        )
+        for position, at_rank in enumerate(plan.ranks[:6])
+    )
+    pool = partial(_compute_rho, rank=first)
+    share = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)
+    rows = [(short(row.name), [row]) for row in sorted(plan.types, key=lambda row: not row.targeted)]
+    return grid_of([*PlanType.shown, *ranks, share], rows, "module type")
+
+
+def _count_lora_params(rows: Sequence[PlanType], rank: int) -> int | None:
+    """Return the parameters of a LoRA of a rank on a type; None if the type has no LoRA."""
+    return rank * rows[0].per_rank if rows[0].targeted else None
+
+
+def _compute_rho(rows: Sequence[PlanType], rank: int) -> float | None:
+    """Return ρ = r(d_in + d_out)/(d_in·d_out); None where LoRA is not put on the type."""
+    return rank * rows[0].per_rank / rows[0].params if rows[0].targeted else None
+
+
+def _make_ranks_grid(plan: Plan) -> Grid:
+    full = {"params": plan.params, "of_model": 1.0, "bytes": plan.full_bytes}
+    rows: Rows = [("full fine-tune", [full]), *((f"LoRA r={row.rank}", [row]) for row in plan.ranks)]
+    return grid_of(PlanRank.shown, rows, "")
+
+
+def _make_costs_grid(plan: Plan) -> Grid:
+    machines = (
+        Shown(
+            "core_seconds",
+            "this machine" if n == 1 else f"{n} such",
+            "time",
+            main=True,
+            form="time",
+            pool=partial(_select_seconds, machines=n),
+        )
+        for n in plan.costs[0].seconds
+    )
+    rows = [("all values" if cost.top is None else f"--top {cost.top}", [cost]) for cost in plan.costs]
+    core, speed = PlanCost.shown
+    return grid_of([core, *machines, speed], rows, "loradiag spectrum")
+
+
+def _select_seconds(rows: Sequence[PlanCost], machines: int) -> float:
+    return rows[0].seconds[machines]
+
+
+def _make_statements(plan: Plan) -> list[Statement]:
+    targeted = [row for row in plan.types if row.targeted]
+    matrices = sum(row.matrices for row in targeted)
+    lines = [
+        make_statement(
+            "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)
+        ),
+        make_statement(
+            "targets",
+            "LoRA on",
+            f"{matrices} matrices with {plan.targeted:,} entries; each rank trains "
+            f"{sum(row.per_rank for row in targeted):,} parameters",
+        ),
+        *_describe_capacity(plan.capacity),
+        make_statement(
+            "memory",
+            "Memory",
+            f"right columns: trainable weights and gradients in {plan.dtype}, and the optimizer's state; LoRA also "
+            f"needs the frozen model{_describe_frozen(plan)}; activations are not included",
+        ),
+        make_statement(
+            "flops",
+            "FLOPs",
+            "multiply-adds of an unmerged adapter relative to those of the model's matrices; a merged adapter adds "
+            "none",
+        ),
+    ]
+    if plan.rates is not None:
+        lines.append(make_statement("time", "Time", *_describe_time(plan, plan.rates)))
+    if plan.fit is not None:
+        lines.append(make_statement("budget", "Budget", *_describe_fit(plan, plan.fit)))
+    too_large = [row for row in plan.ranks if row.rho >= 1]
+    if too_large:
+        nothing = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
+        lines.append(make_statement("note", "Note", nothing))
+    return lines
+
+
+def _describe_time(plan: Plan, rates: PlanRates) -> list[str]:
+    """State the basis of the estimate."""
+    cores = "1 core" if rates.cores == 1 else f"{rates.cores} cores"
+    lines = [
+        f"an estimate for {cores}, from the current speed of this machine, including its current load; start-up is "
+        "not included",
+        "storage is assumed to be fast enough: one machine reads at the rate in the last column, n machines at n "
+        "times that",
+    ]
+    if len(plan.costs) > 1:
+        lines.append(f"--top {plan.costs[1].top} assumes decaying spectra; a flat spectrum costs as much as all values")
+    if any(seconds <= cost.longest for cost in plan.costs for seconds in cost.seconds.values()):
+        lines.append("the largest matrix on one machine is a lower bound for any number of machines")
+    return lines
+
+
+def _describe_capacity(capacity: PlanCapacity | None) -> list[Statement]:
+    """Return the size of the data and the rules of thumb, each with its source; empty if none was requested."""
+    if capacity is None:
+        return []
+    requested = [f"{_format_rank(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
+    lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(requested)}"
+    lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
+    rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
+    return [
+        make_statement("capacity", "Capacity", *lines, *map(safe, capacity.notes)),
+        make_statement("rate", "Learning rate", rate),
+    ]
+
+
+def _format_rank(rule: PlanRule) -> str:
+    return "more than full rank" if rule.rank is None else f"r ≥ {rule.rank}"
+
+
+def _describe_frozen(plan: Plan) -> str:
+    return "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
+
+
+def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
+    if fit.rank == 0:
+        minimum = sum(row.per_rank for row in plan.types if row.targeted)
+        return [f"{safe(fit.asked)}: too small for r=1, which takes {minimum:,} parameters"]
+    if fit.rank == fit.full_rank:
+        used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
+        return [
+            f"{safe(fit.asked)}: {used} give every matrix full rank, r={fit.rank}: a larger budget has no effect, "
+            f"and full fine-tuning of these matrices trains {plan.targeted:,}"
+        ]
+    allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere, {fit.spent:,}; {fit.left:,} remain"
+    lines = [f"{safe(fit.asked)}: {allowed}"]
+    if fit.spent >= plan.targeted:
+        lines.append(f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}")
+    if fit.listed is not None and fit.listed_left is not None and fit.listed != fit.rank:
+        lines.append(f"of the requested ranks, r={fit.listed} fits with {fit.listed_left:,} remaining")
+    if fit.listed is not None and fit.doubled:
+        lines.append(f"the rest doubles it to r={2 * fit.listed} in {fit.doubled} of {fit.blocks} blocks")
+    return [*lines, "loradiag allocate computes where the rest keeps the most energy, from the spectrum of a pilot run"]

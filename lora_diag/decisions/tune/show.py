@@ -1,0 +1,251 @@
+"""Terminal output of ``tune``: the plan before it, the decisions, and the choice in at most twelve lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.records import Results
+from lora_diag.rendering.statements import Statement, final_statements, make_statement, summary_of
+from lora_diag.rendering.tables import Column, Grid, grids_table
+from lora_diag.rendering.text import count, duration, percent, plus_minus, safe, short, span, to_text
+
+
+def tune_table(
+    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+) -> str:
+    """Return the choice, without the trail of decisions; the plan alone where nothing was trained."""
+    plan = next(iter(results.whole_of(TunePlan)), None)
+    if plan is not None and not results.whole_of(Tune) and not results.whole_of(TuneTrial):
+        return plan_text(plan, width, color)
+    return to_text(Group(summary_of(tune_lines(results), next_command)), width, color)
+
+
+def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
+    """Return the plan of a search, which is printed before it starts."""
+    stages = [*plan.stages]
+    grid = Grid(
+        "",
+        "stage",
+        tuple(stage.name for stage in stages),
+        (
+            Column("runs", tuple(f"≤ {stage.runs}" if stage.runs else "-" for stage in stages)),
+            Column("time", tuple(duration(stage.seconds) if stage.seconds >= 1 else "<1 s" for stage in stages)),
+            Column("decides", tuple(stage.decides for stage in stages), justify="left"),
+        ),
+    )
+    rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
+    lines = [
+        make_statement("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
+        make_statement("capacity", "Capacity", f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}"),
+        make_statement(
+            "tries",
+            "Tries",
+            f"r={_list_values(plan.ranks)} at learning rates {_list_values(plan.rates)}, {plan.steps} steps each",
+        ),
+        *_describe_kind(plan),
+        make_statement(
+            "time",
+            "Time",
+            f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
+            f"{_describe_slots(plan)}{_describe_limit(plan)}",
+        ),
+        *([make_statement("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
+    ]
+    return grids_table([grid], lines, width, color)
+
+
+def _describe_kind(plan: TunePlan) -> list[Statement]:
+    """Return the kind of adapter where it is not plain LoRA, with what differs in comparisons."""
+    notes = []
+    if "DoRA" in plan.kind:
+        notes.append(
+            f"{plan.magnitudes:,} parameters at every rank are magnitudes; the spectrum of an update includes their "
+            "change and is not low-rank"
+        )
+    if "rsLoRA" in plan.kind:
+        notes.append(
+            "the scale of B·A is alpha/√r, above that of alpha = 2r for r < 64, so learning rates cannot be carried "
+            "over; a tenth of them for full fine-tuning is a rule for alpha = 2r"
+        )
+    return [make_statement("kind", "Adapter", plan.kind, *notes)] if notes else []
+
+
+def _describe_slots(plan: TunePlan) -> str:
+    return "" if plan.slots == 1 else f" and {plan.slots} concurrent runs"
+
+
+def _describe_limit(plan: TunePlan) -> str:
+    return "" if plan.limit is None else f"; limit {duration(plan.limit)}"
+
+
+def _list_values(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def tune_lines(results: Results[Any]) -> list[Statement]:
+    """Return the choice and its evidence."""
+    choice, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
+    if choice is None:
+        last = decisions[-1] if decisions else None
+        state = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
+        return [
+            make_statement("choice", "Choice", state, level="warning"),
+            *final_statements(results, "records so far"),
+        ]
+    return [
+        make_statement(
+            "choice", "Choice", _describe_choice(choice), level="ok" if choice.significant else "warning", priority=0
+        ),
+        make_statement("settings", "Training", _describe_settings(choice)),
+        make_statement(
+            "budget",
+            "Budget",
+            f"{choice.params:,} of {choice.budget:,} parameters, {percent(choice.params / choice.budget)}",
+        ),
+        make_statement("gain", "Gain", _describe_gain(choice), priority=0),
+        make_statement("next", "Next rank up", _describe_next_rank(choice)),
+        make_statement("non_uniform", "Non-uniform", _describe_non_uniform(choice, decisions)),
+        *([make_statement("shifted", "Shifted", _describe_shifted(choice))] if choice.gain_shifted is not None else []),
+        *_describe_trials(decisions),
+        *_describe_left_out(decisions),
+        *final_statements(results, "records so far"),
+    ]
+
+
+def _describe_choice(choice: Tune) -> str:
+    ranks = span(choice.ranks.values()) if choice.ranks else ""
+    description = f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
+    if choice.significant:
+        return description
+    return f"{description}: NOT significant, chosen by the mean losses"
+
+
+def _describe_settings(choice: Tune) -> str:
+    extra = f", dropout {choice.dropout:g}" if choice.dropout else ""
+    extra += f", weight decay {choice.weight_decay:g}" if choice.weight_decay else ""
+    alpha = f"{choice.alpha_over_rank:g}r" if choice.alpha is None else f"{choice.alpha:g} (rsLoRA)"
+    dora = "DoRA, " if choice.dora else ""
+    return f"{dora}learning rate {choice.lr:g}, {choice.steps} steps, alpha = {alpha}{extra}"
+
+
+def _describe_gain(choice: Tune) -> str:
+    error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
+    losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {choice.seeds} seeds"
+    line = f"{choice.gain:.4f}{error} nats on {short(choice.set)} ({losses})"
+    if choice.share_of_full is None:
+        return f"{line}; full fine-tuning was not trained or gains nothing"
+    return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
+
+
+def _describe_next_rank(choice: Tune) -> str:
+    if choice.next_rank is None or choice.next_gain is None:
+        return "none within the budget was tried"
+    verb = "gains" if choice.next_gain > 0 else "loses"
+    return f"r={choice.next_rank} {verb} {abs(choice.next_gain):.4f} nats on average"
+
+
+def _describe_non_uniform(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
+    of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
+    why = next((decision.why for decision in of_stage if decision.name == "non-uniform ranks"), "not in the plan")
+    measured = [decision for decision in of_stage if decision.gap is not None and decision.seeds > 1]
+    gaps = [
+        f"{decision.name} {decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)}"
+        for decision in measured
+        if decision.gap is not None
+    ]
+    return f"{choice.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
+
+
+def _describe_shifted(choice: Tune) -> str:
+    error = "" if choice.gain_shifted_error is None else plus_minus(choice.gain_shifted_error)
+    gain = choice.gain_shifted or 0.0
+    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(choice.set_shifted)}"
+
+
+def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
+    """Return the trials for stability, and the gain of more parameters."""
+    statements = []
+    for stage, label in (("stability", "Stability"), ("escalation", "More")):
+        of_stage = [decision for decision in decisions if decision.stage == stage]
+        if not of_stage:
+            continue
+        outcomes = dict.fromkeys(decision.outcome for decision in of_stage if decision.outcome != "not needed")
+        lead = "; ".join(f"{outcome}: {_list_trials(of_stage, outcome)}" for outcome in outcomes)
+        lead = lead or "the curves give no reason for a trial"
+        statements.append(
+            make_statement(
+                stage, label, lead, *(f"{safe(decision.name)}: {safe(decision.why)}" for decision in of_stage)
+            )
+        )
+    return statements
+
+
+def _list_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
+    """Return the trials of one outcome, by what they change in the incumbent, and their gaps."""
+    of_outcome = [decision for decision in decisions if decision.outcome == outcome]
+    return ", ".join(f"{safe(decision.name.rpartition('+')[2])}{_format_gaps(decision)}" for decision in of_outcome)
+
+
+def _format_gaps(decision: TuneDecision) -> str:
+    if decision.gap is not None:
+        return f" ({decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)})"
+    return "" if decision.seconds is None else f" (about {duration(decision.seconds)})"
+
+
+def _describe_left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
+    omitted = [decision for decision in decisions if decision.outcome == "not tried"]
+    lines = [f"{safe(decision.name)}: {safe(decision.why)}" for decision in omitted]
+    if len(omitted) < 2:
+        return [make_statement("left_out", "Not tried", *lines)] if omitted else []
+    return [make_statement("left_out", "Not tried", "; ".join(safe(decision.name) for decision in omitted), *lines)]
+
+
+def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return the trail of decisions, and the losses of all configurations."""
+    decisions = results.whole_of(TuneDecision)
+    history = Grid(
+        "Decisions, in their order",
+        "stage",
+        tuple(decision.stage for decision in decisions),
+        (
+            Column("on", tuple(safe(decision.name) for decision in decisions), justify="left"),
+            Column("outcome", tuple(decision.outcome for decision in decisions), justify="left"),
+            Column("rank", tuple("" if decision.rank is None else str(decision.rank) for decision in decisions)),
+            Column("gap", tuple("" if decision.gap is None else f"{decision.gap:+.4f}" for decision in decisions)),
+            Column("± gap", tuple("" if decision.error is None else f"{decision.error:.4f}" for decision in decisions)),
+            Column("seeds", tuple(str(decision.seeds or "") for decision in decisions)),
+            Column("why", tuple(safe(decision.why) for decision in decisions), justify="left"),
+        ),
+        "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences.",
+    )
+    return [history, *_make_losses_grids(results.whole_of(TuneTrial))]
+
+
+def _make_losses_grids(trials: Sequence[TuneTrial]) -> list[Grid]:
+    grids = []
+    for name in dict.fromkeys(trial.set for trial in trials):
+        groups: dict[tuple[str, float | None], list[TuneTrial]] = {}
+        for trial in trials:
+            if trial.set == name:
+                groups.setdefault((trial.variant, trial.lr), []).append(trial)
+        rows = [
+            (key, [trial.loss for trial in group if trial.loss is not None], group[0]) for key, group in groups.items()
+        ]
+        grids.append(
+            Grid(
+                f"Losses on {short(name)}",
+                "configuration",
+                tuple(variant for (variant, _), _, _ in rows),
+                (
+                    Column("lr", tuple("" if lr is None else f"{lr:g}" for (_, lr), _, _ in rows)),
+                    Column("params", tuple(count(trial.params) for _, _, trial in rows)),
+                    Column("seeds", tuple(str(len(losses)) for _, losses, _ in rows)),
+                    Column("loss", tuple(f"{sum(v) / len(v):.4f}" if v else "diverged" for _, v, _ in rows)),
+                ),
+            )
+        )
+    return grids

@@ -1,0 +1,195 @@
+"""Terminal output of ``fleet``: outliers, near-duplicates, and a summary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from lora_diag.diagnostics.fleet.record import Fleet
+from lora_diag.metrics.fleet import (
+    MIN_NEAR_COSINE,
+    MIN_SPACE_OVERLAP,
+    OVER_RANKED_BELOW,
+    SPIKED_FROM,
+    NearDuplicate,
+    OutlierKind,
+    find_near_duplicates,
+    find_norm_outliers,
+    find_outlier_kinds,
+    order_by_rarity,
+)
+from lora_diag.records import Results
+from lora_diag.records.base import Shown
+from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table
+from lora_diag.rendering.text import number, percent, safe
+
+# Maximum number of rows of a table; the records have all.
+_ROWS, _NAMED = 20, 3
+
+_WORDS = {
+    "same": "the same update, up to scale",
+    "near": "nearly the same update",
+    "space": "same column spaces, different update",
+}
+
+
+def fleet_table(
+    results: Results[Fleet], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+) -> str:
+    """Return the tables and the summary of a fleet.
+
+    Args:
+        results: The results.
+        width: Width of the terminal in columns; the layout adapts from 80 to 140.
+        color: Whether to use ANSI colours.
+        per: ``layer`` for one row per adapter, ``type`` for outliers only.
+        next_command: The suggested next command, printed last.
+
+    Returns:
+        Lines of text, without a trailing newline.
+    """
+    pairs = pairs_of(results)
+    return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, next_command)
+
+
+def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
+    """Return the pairs of near-duplicate adapters."""
+    return find_near_duplicates([record.update for record in results], [record.space for record in results])
+
+
+def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: str = "type") -> list[Grid]:
+    """Return the tables: outliers, or every adapter; and near-duplicates."""
+    records = list(results)
+    names, notes = short_names([record.adapter for record in records]), remarks(records)
+    odd = order_by_rarity(find_outlier_kinds(records))
+    shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
+    rows_shown = len(shown) if per == "layer" else _ROWS
+    caption = "all adapters" if per == "layer" else "outliers"
+    grids = [_adapters_grid(caption, records, names, notes, shown[:rows_shown])] if shown else []
+    return [*grids, _duplicates_grid(names, pairs[:_ROWS])] if pairs else grids
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the paths without their common beginning.
+
+    >>> short_names(["runs/a/lora", "runs/b/lora"]), short_names(["runs/a"])
+    (['a/lora', 'b/lora'], ['a'])
+    """
+    split = [path.split("/") for path in paths]
+    common = 0
+    while all(len(parts) > common + 1 for parts in split) and len({tuple(parts[: common + 1]) for parts in split}) == 1:
+        common += 1
+    return [safe("/".join(parts[common:])) for parts in split]
+
+
+def remarks(records: Sequence[Fleet]) -> list[list[str]]:
+    """Return descriptions of the faults and oddities of each adapter."""
+    ratios = find_norm_outliers([record.fro for record in records])
+    found = []
+    for record, ratio, odd in zip(records, ratios, find_outlier_kinds(records), strict=True):
+        words: dict[OutlierKind, str] = {
+            "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
+            "norm": f"norm {number(ratio or 0.0)}× the median",
+        }
+        found.append([words.get(word, word) for word in odd])
+    return found
+
+
+def _adapters_grid(
+    caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], shown: Sequence[int]
+) -> Grid:
+    rows = [(names[i], [records[i]]) for i in shown]
+    cells = tuple(", ".join(notes[i]) or "-" for i in shown)
+    return grid_of(Fleet.shown, rows, "adapter", caption, extra=[Column("remark", cells, "left")])
+
+
+_DUPLICATE_COLUMNS = (
+    Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
+    Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
+)
+
+
+def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
+    rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
+    column = Column("is", tuple(_WORDS[pair.relation] for pair in pairs), "left")
+    return grid_of(_DUPLICATE_COLUMNS, rows, "pair", "near-duplicates", extra=[column])
+
+
+def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list[Statement]:
+    """Return the statements of the summary."""
+    records = list(results)
+    lines: list[Statement] = []
+    if records:
+        kinds = Counter(record.family for record in records)
+        text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
+        lines += [
+            make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
+            make_statement("rank", "Rank", _describe_rank(records)),
+            make_statement("stand_out", "Outliers", _describe_outliers(records)),
+        ]
+        lines.append(make_statement("alike", "Near-duplicates", _describe_pairs(pairs)))
+    if failed := [item for item in results.left_out if item.reason == "unreadable"]:
+        named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
+        more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
+        lines.append(make_statement("not_measured", "Not measured", *named, *more, level="failure"))
+    if results.end is None:
+        lines.append(
+            make_statement(
+                "unfinished",
+                "Warning",
+                "the run did not finish; these are the adapters measured so far",
+                level="failure",
+            )
+        )
+    return lines
+
+
+def _describe_rank(records: Sequence[Fleet]) -> str:
+    known = [record for record in records if record.used is not None and record.fro]
+    if not known:
+        return "no adapter has a rank"
+    ranks = sorted({record.rank for record in known if record.rank is not None})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    needed = sum(record.total_rank_99 for record in known) / sum(record.total_rank or 0 for record in known)
+    middle = median(record.total_rank_99 / record.modules for record in known)
+    return (
+        f"r = {span}; 99% of the energy needs a median r of {number(middle)} per layer, {percent(needed)} of all ranks"
+    )
+
+
+def _describe_outliers(records: Sequence[Fleet]) -> str:
+    counts = Counter(word for odd in find_outlier_kinds(records) for word in odd)
+    words: dict[OutlierKind, str] = {
+        "dead": "with dead layers (ΔW = 0)",
+        "over-ranked": f"over-ranked (99% of the energy in at most {OVER_RANKED_BELOW:.0%} of the rank)",
+        "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
+        "norm": "with an outlying norm",
+    }
+    lines = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
+    return ", ".join(lines) or "none"
+
+
+def _describe_pairs(pairs: Sequence[NearDuplicate]) -> str:
+    counts = Counter(pair.relation for pair in pairs)
+    lines = [
+        f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"
+        for word, text in _WORDS.items()
+        if counts[word]
+    ]
+    how = (
+        f"|cosine| ≥ {MIN_NEAR_COSINE} or column spaces with an overlap ≥ {MIN_SPACE_OVERLAP}, both estimated from "
+        "sketches"
+    )
+    return f"{', '.join(lines) or 'none'} ({how})"
+
+
+def fleet_section_lines(results: Results[Fleet]) -> list[Statement]:
+    """Return the summary, with the pairs of the run."""
+    return fleet_lines(results, pairs_of(results))
+
+
+def fleet_section_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
+    """Return the tables, with the pairs of the run."""
+    return fleet_grids(results, pairs_of(results), per)

@@ -1,0 +1,213 @@
+"""Terminal output of ``interference``: pairs, rank of the sum, losses of merges, and a summary."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union, pooled_cosine
+from lora_diag.records import Results
+from lora_diag.records.base import Shown
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement, short_paths
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.text import number, percent, short
+
+# Maximum number of pairs with a table each; more share one table with a row per pair.
+_TABLES = 3
+
+# Maximum number of layers or pairs named in a sentence.
+_NAMED = 3
+
+# Below this, ‖sum − merge‖/‖sum‖ is rounding.
+_EXACT = 1e-9
+
+# Names of merges in the order of the columns; ``cat`` is exact and has no column.
+MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
+
+
+def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
+    """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of merges."""
+    grids = _pair_grids(pairs_of(results), per)
+    if unions := shared(results):
+        rows = rows_of(unions, per)
+        grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
+        grids.append(grid_of(_make_loss_columns(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"))
+    return grids
+
+
+def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
+    """Return the records of each pair by the shortest names of its updates, in the order of the inputs."""
+    paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
+    names = dict(zip(paths, short_paths(paths), strict=True))
+    groups: dict[tuple[str, str], list[Interference]] = {}
+    for record in results:
+        if isinstance(record, Interference):
+            groups.setdefault((record.first, record.second), []).append(record)
+    order = {path: i for i, path in enumerate(paths)}
+    ordered = sorted(groups.items(), key=lambda item: (order.get(item[0][0], 0), order.get(item[0][1], 0)))
+    return [(names.get(first, first), names.get(second, second), records) for (first, second), records in ordered]
+
+
+def shared(results: Results[Interference | Union]) -> list[Union]:
+    """Return the unions of layers that at least two updates change."""
+    return [record for record in results if isinstance(record, Union) and len(record.updates) > 1]
+
+
+def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
+    if len(pairs) > _TABLES:
+        rows = [(f"{first} × {second}", records) for first, second, records in pairs]
+        shown = Interference.shown_of({}, [record for _, _, records in pairs for record in records])
+        return [replace(grid_of(shown, rows, "type", "pairs"), title="pair")]
+    grids = []
+    for first, second, records in pairs:
+        layers = sorted(rows_of(records, per), key=lambda row: -abs(pooled_cosine(row[1])))
+        grids.append(grid_of(Interference.shown_of({}, records), layers, per, f"1 {first}, 2 {second}"))
+    return grids
+
+
+def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
+    """Yield a column for each way to merge, and for each rank to which the sum is cut, that loses something."""
+    for key, title in MERGES.items():
+        yield Shown(f"merges.{key}", title, "‖S − M‖/‖S‖", pool=partial(merge_residual, merge=key), terminal=True)
+    for rank in _lossy_ranks(unions):
+        pool = partial(recompressed_residual, rank=rank)
+        yield Shown(f"recompressed.{rank}", f"svd {rank}", "‖S − S_r‖/‖S‖", pool=pool, drop=2, main=True)
+
+
+def merge_residual(records: Sequence[Union], merge: str) -> float | None:
+    """Return ‖S − M‖/‖S‖ over several layers; None if a layer does not have the merge."""
+    losses: list[MergeLoss | None] = [r.merges.get(merge) for r in records if r.fro > 0]
+    known = [loss for loss in losses if loss is not None]
+    if not known or len(known) < len(losses):
+        return None
+    fro = [r.fro for r in records if r.fro > 0]
+    return math.hypot(*(loss.residual * f for loss, f in zip(known, fro, strict=True))) / math.hypot(*fro)
+
+
+def recompressed_residual(records: Sequence[Union], rank: int) -> float:
+    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r lost nothing."""
+    gaps = [(r.recompressed.get(str(rank)) or 0.0) * r.fro for r in records]
+    return math.hypot(*gaps) / (math.hypot(*(r.fro for r in records)) or 1.0)
+
+
+def _lossy_ranks(records: Sequence[Union]) -> list[int]:
+    """Return the truncation ranks, up to the first without loss in every sum."""
+    ranks = sorted({int(rank) for record in records for rank in record.recompressed})
+    lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
+    return [rank for rank in ranks if rank <= min(lossless, default=rank)]
+
+
+def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
+    """Return the statements of the summary."""
+    lines = [compared(results)]
+    pairs, unions = pairs_of(results), shared(results)
+    if pairs:
+        lines.append(
+            make_statement(
+                "interfere", "Interference", *(_describe_interference(*pair) for pair in _select_strongest(pairs))
+            )
+        )
+    if unions:
+        lines += [
+            make_statement("rank_needed", "Rank needed", _describe_rank_needed(unions)),
+            make_statement("merge", "Merge", *_describe_merges(unions)),
+        ]
+        lines.append(_describe_resolution(unions))
+    else:
+        why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
+        lines.append(make_statement("interfere", "Interference", why))
+    lines.append(
+        make_statement(
+            "interpretation",
+            "Interpretation",
+            "weights alone do not show interference between tasks; the held-out loss of each task does",
+        )
+    )
+    return [*lines, left_out(results), *final_statements(results)]
+
+
+def _select_strongest(
+    pairs: Sequence[tuple[str, str, list[Interference]]],
+) -> list[tuple[str, str, list[Interference]]]:
+    return sorted(pairs, key=lambda pair: -abs(pooled_cosine(pair[2])))[:_NAMED]
+
+
+def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
+    """State what two updates have in common, and in which layers most."""
+    counts = Counter(record.relation for record in records)
+    words: dict[Relation, str] = {
+        "apart": "no more in common than chance",
+        "share": "sharing directions",
+        "reinforce": "reinforcing each other",
+        "cancel": "cancelling each other",
+        "noise": "not resolved by the files",
+    }
+    wording = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+    cosine = number(round(pooled_cosine(records), 4))
+    sentence = f"{first} and {second}: {wording}, of {len(records)} layers; cosine {cosine}"
+    worst = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)[:_NAMED]
+    named = f"; most in {', '.join(f'{short(r.layer)} ({number(round(r.cosine, 3))})' for r in worst)}"
+    return sentence + (named if worst else "")
+
+
+def _describe_rank_needed(unions: Sequence[Union]) -> str:
+    """State the rank of the sum against the parts, and the rank that keeps every part."""
+    apart = sum(record.parts_rank_at["0.9"] for record in unions)
+    together = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
+    share = number(together / apart) if apart else "-"
+    sentence = f"90% of the sum's energy needs Σr = {together}, {share} of the {apart} that the updates need separately"
+    kept = [record.weakest_kept["0.9"] for record in unions if record.weakest_kept.get("0.9") is not None]
+    known = [value for value in kept if value is not None]
+    if known:
+        sentence += f", but keeps a median of {percent(median(known))} of the most affected update"
+    ranks = [record.rank_for_all.get("0.9") for record in unions]
+    reached = [rank for rank in ranks if rank is not None]
+    if len(reached) == len(ranks) and reached:
+        sentence += f"; 90% of every update needs Σr = {sum(reached)}, at most r = {max(reached)} in a layer"
+    elif reached:
+        missing = len(ranks) - len(reached)
+        sentence += f"; in {missing} of {len(ranks)} layers no rank of the sum keeps 90% of every update"
+    return sentence
+
+
+def _describe_merges(unions: Sequence[Union]) -> list[str]:
+    """State the loss of each merge."""
+    lines = []
+    if merge_residual(unions, "cat") is not None:
+        ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
+        lines.append(f"cat (concatenated factors) is exact, with r = {ranks}")
+    lossy = [(rank, recompressed_residual(unions, rank)) for rank in _lossy_ranks(unions)]
+    if lossy:
+        text = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in lossy)
+        lines.append(f"svd (the sum truncated to rank r) loses this fraction of the energy: {text}")
+    linear, ties, dense = (merge_residual(unions, name) for name in ("linear", "ties", "ties_dense"))
+    if linear is not None:
+        lines.append(
+            f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"
+        )
+    elif any(None not in record.ranks for record in unions):
+        lines.append("PEFT's linear and ties need adapters of equal rank and known scale in every layer")
+    if ties is not None:
+        lines.append(f"PEFT's ties (of A and B separately) differs from the sum by {number(ties)} of its norm")
+    if dense is not None:
+        best = [loss.best_scale for r in unions if (loss := r.merges.get("ties_dense")) and loss.best_scale]
+        lines.append(
+            f"TIES of ΔW differs by {number(dense)}; it is nearest to the sum when scaled by about "
+            f"{number(median(best))}"
+            if best
+            else f"TIES of ΔW differs by {number(dense)}"
+        )
+    return lines
+
+
+def _describe_resolution(unions: Sequence[Union]) -> Statement:
+    verdicts = Counter(record.resolution.verdict for record in unions if record.fro > 0)
+    if set(verdicts) <= {"resolved"}:
+        return make_statement("resolved", "Resolution", "yes: rounding plays no part in the sums")
+    parts = [f"{verdicts[word]} {word}" for word in ("unresolved", "floor-limited") if verdicts[word]]
+    text = f"of {sum(verdicts.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
+    return make_statement("resolved", "Resolution", text, level="warning")

@@ -1,0 +1,82 @@
+"""Terminal output of ``intruders``: number and location of new directions, with a random baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from lora_diag.diagnostics.intruders.record import Intruders
+from lora_diag.records import Results
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.text import number, short
+
+# Maximum number of layers named in a sentence.
+_NAMED = 3
+
+
+def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
+    """Return the table, the rows with the most intruders first."""
+    rows = sorted(rows_of(results, per), key=lambda row: -sum(record.intruders for record in row[1]))
+    return [grid_of(Intruders.shown, rows, per)]
+
+
+def intruders_lines(results: Results[Intruders]) -> list[Statement]:
+    """Return the statements of the summary."""
+    lines = [compared(results)]
+    records = list(results)
+    if records:
+        lines += [
+            make_statement(
+                "intruders",
+                "Intruders",
+                _describe_intruders(records),
+                level="warning" if any(r.intruders for r in records) else "note",
+            ),
+            make_statement("rotated", "Rotated", _describe_rotated(records)),
+            make_statement("chance", "Random baseline", _describe_chance(records)),
+        ]
+    lines.append(
+        make_statement(
+            "interpretation",
+            "Interpretation",
+            "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the "
+            "fine-tune shows whether this model forgot",
+        )
+    )
+    return [*lines, left_out(results), *final_statements(results)]
+
+
+def _describe_intruders(records: Sequence[Intruders]) -> str:
+    looked = sum(record.k for record in records)
+    total = sum(record.intruders for record in records)
+    first = records[0]
+    requested = f"the {first.k} largest directions of each weight, similarity below {number(first.epsilon)}"
+    still = sum(record.fro == 0 for record in records)
+    unchanged = f"; {still} {'weight' if still == 1 else 'weights'} did not change" if still else ""
+    if not total:
+        return f"none in {len(records)} layers ({requested}){unchanged}"
+    hit = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))
+    named = ", ".join(f"{short(r.layer)} ({r.intruders})" for r in hit[:_NAMED])
+    return f"{total} of {looked} directions, in {len(hit)} of {len(records)} layers ({requested}){unchanged}: {named}"
+
+
+def _describe_rotated(records: Sequence[Intruders]) -> str:
+    """State how many directions the published count adds."""
+    rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
+    near = number(records[0].window * 100)
+    if not rotated:
+        return f"none: the published count is also {count}"
+    return (
+        f"{rotated} more have no single match but lie in the span of directions of BASE with singular values within "
+        f"{near}%, which can rotate freely. The published count, {count}, includes them"
+    )
+
+
+def _describe_chance(records: Sequence[Intruders]) -> str:
+    similarity = median(record.similarity_random for record in records)
+    count, looked = sum(record.count_random for record in records), sum(record.k for record in records)
+    return (
+        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {looked} would "
+        "count: an intruder is a direction that BASE does not have, not one that is significant against chance"
+    )

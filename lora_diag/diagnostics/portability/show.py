@@ -1,0 +1,225 @@
+"""Terminal table of the treatment of each feature by each consumer.
+
+Terminal output of ``portability``: one line per consumer, with its deviations from the intended ΔW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+
+from lora_diag.diagnostics.portability.consumers import CONSUMERS
+from lora_diag.diagnostics.portability.measure import rules_grids
+from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability, Status
+from lora_diag.records import Results
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.tables import Column, Grid, rows_of
+from lora_diag.rendering.tables import title_of as row_title
+from lora_diag.rendering.text import format_shown, list_names, number, percent, safe, short, span, to_text
+
+
+def rules_table(width: int = 80, color: bool = False) -> str:
+    """Return the tables of consumers and features, one for each layout of files."""
+    return to_text(Group(*(part for grid in rules_grids() for part in grid.shown(width))), width, color)
+
+
+Name = tuple[str, str]
+
+
+def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
+    """Return the table of errors: one row per module type or layer, one column per consumer."""
+    if not len(results):
+        return []
+    rows = rows_of(results, per)
+    names = list(by_consumer(results))
+    columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows), drop=1)]
+    columns += [Column("rank", tuple(_describe_ranks(group) for _, group in rows), drop=2)]
+    for name in names:
+        cells = tuple(_make_cell([record for record in group if _name(record) == name]) for _, group in rows)
+        columns.append(Column(title_of(name, names), cells))
+    kept = tuple(column for column in columns if per == "type" or column.title != "n")
+    return [Grid("", row_title(per), tuple(row for row, _ in rows), kept)]
+
+
+def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:
+    """Return the records of each consumer and version, in the requested order."""
+    groups: dict[Name, list[Portability]] = {}
+    for record in records:
+        groups.setdefault(_name(record), []).append(record)
+    return groups
+
+
+def _name(record: Portability) -> Name:
+    return record.consumer, record.version
+
+
+def title_of(name: Name, names: Sequence[Name]) -> str:
+    """Return the name of a consumer, with its version if there are several."""
+    title = CONSUMERS[name[0]].title if name[0] in CONSUMERS else name[0]
+    alone = sum(other == name[0] for other, _ in names) == 1
+    return title if alone else f"{title} {name[1]}"
+
+
+def _describe_ranks(group: Sequence[Portability]) -> str:
+    ranks = {record.rank for record in group if record.rank is not None}
+    return span(ranks) if ranks else "-"
+
+
+def _make_cell(group: Sequence[Portability]) -> str:
+    """Return the worst treatment of some weights by a consumer, with the largest error."""
+    if not group:
+        return "-"
+    status = _worst_status(group)
+    if status != "wrong":
+        return status
+    scales = sorted({record.scale / record.intended for record in group if record.scale and record.intended})
+    if not scales or any(record.part in NONLINEAR_PARTS for record in group):
+        return f"ε {format_shown(max((r.epsilon for r in group if r.epsilon is not None), default=None))}"
+    low, high = number(scales[0]), number(scales[-1])
+    return f"×{low}" if low == high else f"×{low} to ×{high}"
+
+
+def _worst_status(group: Sequence[Portability]) -> Status:
+    statuses = {record.status for record in group}
+    return next(status for status in ORDER if status in statuses)
+
+
+def pooled_epsilon(records: Sequence[Portability]) -> float | None:
+    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None if one of them is not known."""
+    known = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
+    total = math.hypot(*(fro for _, fro in known))
+    if len(known) < len(records) or total == 0:
+        return None
+    return math.hypot(*(epsilon * fro for epsilon, fro in known)) / total
+
+
+def failed(results: Results[Portability]) -> list[Name]:
+    """Return the required consumers that do not apply the intended ΔW in every weight, or of which it is not known."""
+    required = set(results.run.settings.get("require") or ())
+    return [
+        name
+        for name, records in by_consumer(results).items()
+        if "==".join(name) in required and any(record.status not in AS_INTENDED for record in records)
+    ]
+
+
+def portability_lines(results: Results[Portability]) -> list[Statement]:
+    """Return the statements: the treatment by each consumer, and remedies."""
+    groups = by_consumer(results)
+    lines = [compared(results)]
+    deviating = [
+        name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)
+    ]
+    lines += _describe_fix(results.run.settings.get("fixed"))
+    if groups:
+        lines.append(_describe_answer(groups, deviating, results))
+    lines += [_describe_consumer(name, records, results) for name, records in groups.items()]
+    if failures := failed(results):
+        titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in failures)
+        lines.append(make_statement("require", "Required", f"not as intended, or not known: {titles}", level="failure"))
+    lines.append(left_out(results))
+    return [*lines, *final_statements(results)]
+
+
+def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
+    """State the written files and their errors."""
+    if fixed is None:
+        return []
+    rounding = number(fixed["rounding"]) if fixed["rounding"] else "0"
+    lines = [
+        f"rank {fixed['rank']} and alpha {fixed['rank']} for all, {fixed['dtype']}; folding: largest ε = {rounding}"
+    ]
+    if truncated := fixed["truncated"]:
+        layer, worst = max(truncated.items(), key=lambda pair: pair[1])
+        lines.append(
+            f"nearest LoRA for {len(truncated)} weights with DoRA: largest ε = {number(worst)} ({short(layer)})"
+        )
+    skipped = fixed["left_out"]
+    if skipped:
+        lines.append(f"left out: {list_names([*skipped])}")
+    return [make_statement("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
+
+
+def _describe_answer(
+    groups: dict[Name, list[Portability]], lost: Sequence[Name], results: Results[Portability]
+) -> Statement:
+    names = [*groups]
+    unknown = [name for name in lost if all(record.status in {*AS_INTENDED, "unknown"} for record in groups[name])]
+    supported = [name for name in names if name not in lost]
+    lost = [name for name in lost if name not in unknown]
+    fixed = results.run.settings.get("fixed") or {}
+    same = f"the same ΔW in {_list_titles(names, names)}"
+    truncated = f"only {_describe_truncation(fixed)}" if fixed.get("truncated") else ""
+    level: Level = "warning"
+    if lost or unknown:
+        prefix = f"as {'written' if truncated else 'intended'} in {_list_titles(supported, names)}" if supported else ""
+        no = f"{' and ' if prefix else ''}not in {_list_titles(lost, names)}" if lost else ""
+        open_ = f"not known without BASE in {_list_titles(unknown, names)}: give BASE" if unknown else ""
+        lead = ("no: " if lost else "") + "; ".join(filter(None, (prefix + no, open_)))
+    elif truncated:
+        lead = same
+    elif skipped := fixed.get("left_out"):
+        lead = f"{same}, without {len(skipped)} weights of the adapter"
+    else:
+        lead, level = f"yes: {same}", "ok"
+    return make_statement("portable", "Portable", *filter(None, (truncated, lead)), level=level)
+
+
+def _describe_truncation(fixed: Mapping[str, Any]) -> str:
+    """State how much of DoRA's update the written factors keep."""
+    epsilon = fixed["epsilon"]
+    kept = percent(max(0.0, 1 - epsilon**2))
+    return f"{kept} of the energy of DoRA's ΔW (ε = {number(epsilon)}); merge the adapter into BASE to serve all of it"
+
+
+def _list_titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
+    return ", ".join(title_of(name, names) for name in chosen)
+
+
+def _describe_consumer(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
+    """State the treatment by one consumer."""
+    counts = Counter(record.status for record in records)
+    details = []
+    if counts["refused"]:
+        lead, level = f"refuses the adapter: {safe(records[0].why)}", "failure"
+    elif counts["unknown"] and not set(counts) - {*AS_INTENDED, "unknown"}:
+        why = next(record.why for record in records if record.status == "unknown")
+        lead, level = f"not known without BASE: {safe(why)}", "warning"
+    elif not set(counts) - set(AS_INTENDED):
+        lead, level = f"exact in all {len(records)} weights", "ok"
+    else:
+        parts = [_describe_wrong(records)] if counts["wrong"] else []
+        if counts["dropped"]:
+            dropped = [record for record in records if record.status == "dropped"]
+            parts.append(
+                f"drops {len(dropped)} of {len(records)} weights: {list_names([record.layer for record in dropped])}"
+            )
+        lead, level = "; ".join(parts), "warning"
+        if (epsilon := pooled_epsilon(records)) is not None:
+            details.append(f"over all weights ε = {number(epsilon)}")
+        details += list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
+    if name[0] in (needed := results.run.settings.get("ranks_to_set") or {}) and not counts["refused"]:
+        details.append(f"start it with {needed[name[0]]}")
+    if "==".join(name) in (results.run.settings.get("newer") or ()):
+        details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ")
+    label = f"{title_of(name, [name])} {name[1]}"
+    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
+
+
+def _describe_wrong(records: Sequence[Portability]) -> str:
+    """State the error, its number of weights, and its largest value."""
+    altered = [record for record in records if record.status == "wrong"]
+    text = f"in {len(altered)} of {len(records)} weights"
+    known = [record for record in altered if record.epsilon is not None]
+    if known:
+        worst = max(known, key=lambda record: record.epsilon or 0.0)
+        text += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
+    scales = sorted({record.scale / record.intended for record in altered if record.scale and record.intended})
+    if not scales or any(record.part in NONLINEAR_PARTS for record in altered):
+        return f"a different ΔW {text}"
+    low, high = number(scales[0]), number(scales[-1])
+    return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {text}"

@@ -1,0 +1,228 @@
+"""Terminal output of ``residual``: one table per adapter, sorted by the limiting factor, and a summary."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from lora_diag.diagnostics.residual.record import SEEDS, Residual, describe_parts
+from lora_diag.metrics import Distances, pooled
+from lora_diag.records import Agreement, Results
+from lora_diag.records.base import Shown
+from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement, short_paths
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.text import format_shown, list_names, percent, safe
+
+# What limits a layer, in the order of the table.
+_LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
+
+
+def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
+    """Return the tables, one for each adapter."""
+    return [_make_grid(name, records, per) for name, records in _group_by_adapter(results)]
+
+
+def _group_by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
+    """Return the records of each adapter and reference by its shortest name, in the given order."""
+    groups: dict[str, list[Residual]] = {}
+    for record in results:
+        groups.setdefault(record.adapter, []).append(record)
+    return list(zip(short_paths([*groups]), groups.values(), strict=True))
+
+
+def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
+    rows = _make_rows(records, per)
+    total = _pool_gap(records) or 1.0
+    share = Shown(
+        "epsilon",
+        "of ε²",
+        "fraction of the total ‖ΔW_full − ΔW_adapter‖²",
+        main=True,
+        form="percent",
+        pool=lambda group: (_pool_gap(group) / total) ** 2,
+    )
+    *first, last = Residual.shown
+    return grid_of([*first, share, last], rows, per, f"{name}, {records[0].role}, compared with TUNED")
+
+
+def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
+    """Return rows of the adapted matrices, sorted by their limiting factor, and one row for the other layers.
+
+    The rest are tensors that are not adapted, and norms and biases, which have no rank.
+    """
+    other_groups: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
+    adapted = []
+    for record in records:
+        if not record.rank and record.adapter_fro == 0:
+            other_groups["not adapted"].append(record)
+        elif len(record.shape) < 2:
+            other_groups["1-D tensors"].append(record)
+        else:
+            adapted.append(record)
+    rows = sorted(rows_of(adapted, per), key=lambda row: (_LIMITS.index(_find_main_limit(row[1])), -_pool_gap(row[1])))
+    others = [
+        (name if per == "type" else f"{name}: {len(group)}", group) for name, group in other_groups.items() if group
+    ]
+    return [*rows, *others]
+
+
+def _pool_gap(records: Sequence[Residual]) -> float:
+    return math.hypot(*(record.gap for record in records))
+
+
+def _find_main_limit(records: Sequence[Residual]) -> str | None:
+    """Return what limits the layers that hold most of ‖D − X‖²."""
+    shares: Counter[str | None] = Counter()
+    for record in records:
+        shares[record.limited_by] += record.gap**2  # type: ignore[assignment]  # a Counter of floats
+    return shares.most_common(1)[0][0]
+
+
+def _describe_agreement(spaces: Sequence[Agreement | None]) -> str:
+    """Return the median overlap, with the random baseline in brackets."""
+    known = [space for space in spaces if space is not None]
+    if not known:
+        return "-"
+    return f"{median(s.overlap for s in known):.2f} ({median(s.random for s in known):.2f})"
+
+
+def residual_lines(results: Results[Residual]) -> list[Statement]:
+    """Return the statements of the summary."""
+    lines = [compared(results)]
+    if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
+        against = f"{safe(tuned.path)}, given as TUNED, is an adapter, not a full fine-tune"
+        lines.append(
+            make_statement(
+                "note", "Note", f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
+            )
+        )
+    groups = _group_by_adapter(results)
+    adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
+    if adapters:
+        lines += [
+            make_statement(
+                "distance", "Distance", *(f"{name}: {_describe_distance(records)}" for name, records in adapters)
+            ),
+            make_statement(
+                "limited_by", "Limiting factor", *(f"{name}: {_describe_limits(records)}" for name, records in adapters)
+            ),
+            make_statement(
+                "low_rank", "Low rank", *(f"{name}: {_describe_rank_limit(records)}" for name, records in adapters)
+            ),
+        ]
+    if groups:
+        lines += [
+            _describe_resolution(groups[0][1]),
+            make_statement("interpretation", "Interpretation", *_interpret(groups)),
+        ]
+    return [*lines, left_out(results), *final_statements(results)]
+
+
+def _describe_distance(records: Sequence[Residual]) -> str:
+    """State the distance from the whole update, and from the part that the adapter changes."""
+    whole, acting = pooled(records), [record for record in records if record.adapter_fro > 0]
+    if whole.epsilon is None:
+        return "TUNED changes nothing, so there is no ε"
+    if not acting:
+        return "changes nothing that TUNED changes: ε = 1"
+    there = pooled(acting)
+    parts = [f"ε = {format_shown(whole.epsilon)} for the whole model"]
+    if len(acting) < len(records) and there.epsilon is not None:
+        parts.append(f"{format_shown(there.epsilon)} where it acts")
+    parts.append(
+        f"there its norm is {format_shown(there.norm_ratio)} times that of TUNED's update, with cosine "
+        f"{format_shown(there.cosine)}"
+    )
+    return "; ".join(parts)
+
+
+def _describe_limits(records: Sequence[Residual]) -> str:
+    """State in how many layers each factor limits the adapter, and which layers it does not change."""
+    total = math.hypot(*(record.fro for record in records)) or 1.0
+    acting = [record for record in records if record.adapter_fro > 0]
+    counts = Counter(record.limited_by for record in acting if record.limited_by)
+    still = [record for record in records if record.adapter_fro == 0]
+    words = [f"{word} in {number_of} of {_tensors(len(acting))}" for word, number_of in counts.most_common()]
+    if still:
+        share = percent((math.hypot(*(record.fro for record in still)) / total) ** 2)
+        words.append(f"{_tensors(len(still))} not adapted, with {share} of ‖ΔW‖²")
+    if scaled := [record for record in acting if record.limited_by == "scale"]:
+        words.append(
+            f"the best α of the {_tensors(len(scaled))} limited by scale is "
+            f"{format_shown(pooled(scaled).best_scale)} times theirs"
+        )
+    return "; ".join([*words, *([describe_parts(records)] if any(record.fro for record in records) else [])])
+
+
+def _tensors(number_of: int) -> str:
+    return f"{number_of} {'tensor' if number_of == 1 else 'tensors'}"
+
+
+def _describe_rank_limit(records: Sequence[Residual]) -> str:
+    """State where the rank is the limit, and its cost."""
+    total = math.hypot(*(record.fro for record in records)) or 1.0
+    ranked = [record for record in records if record.rank and record.epsilon_min is not None]
+    if not ranked:
+        return "no layer with a known rank was compared with TUNED"
+    out_of_reach = percent((math.hypot(*(record.floor for record in ranked)) / total) ** 2)
+    bound = [record for record in ranked if record.limited_by == "rank"]
+    if not bound:
+        return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the ranks of its layers"
+    cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
+    worst = list_names([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
+    return f"is the limit in {len(bound)} of {len(ranked)} layers, at a cost of {cost} of ‖ΔW‖²: {worst}"
+
+
+def _describe_resolution(records: Sequence[Residual]) -> Statement:
+    """State whether the files resolve TUNED's update."""
+    resolutions = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
+    if not resolutions:
+        return make_statement("resolved", "Resolution", "no matrix of TUNED changed", level="warning")
+    counts = Counter(resolution.verdict for resolution in resolutions)
+    if counts["resolved"] == len(resolutions):
+        return make_statement("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
+    parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
+    return make_statement(
+        "resolved",
+        "Resolution",
+        f"of {len(resolutions)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning "
+        "there (limited by: noise)",
+        level="warning",
+    )
+
+
+def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
+    """Interpret ε: against another full fine-tune if there is one, else in general."""
+    lines = []
+    for name, records in groups:
+        if records[0].role == "reference":
+            total = pooled(records)
+            spaces = [record.column_space for record in records], [record.row_space for record in records]
+            lines.append(
+                f"another full fine-tune, {name}, has ε = {format_shown(total.epsilon)} and cosine "
+                f"{format_shown(total.cosine)}; its top directions overlap {_describe_agreement(spaces[0])} in the "
+                f"column space and {_describe_agreement(spaces[1])} in the row space (in brackets: random)"
+            )
+            lines += [
+                _compare_with_reference(other, pooled(others), total)
+                for other, others in groups
+                if others[0].role == "adapter"
+            ]
+    if lines:
+        return [*lines, "ε is the distance to one solution; the held-out loss shows which is better"]
+    return [
+        f"ε is the distance to this one solution, not quality: it exceeds 1 where ‖X‖/‖ΔW‖ > 2·cosine; {SEEDS}. "
+        "--reference TUNED2 measures that of two of your seeds; the held-out loss shows which is better"
+    ]
+
+
+def _compare_with_reference(name: str, adapter: Distances, reference: Distances) -> str:
+    if adapter.epsilon is None or reference.epsilon is None or adapter.cosine is None or reference.cosine is None:
+        return f"{name} has no known distance"
+    nearer = "no farther than the reference" if adapter.epsilon <= reference.epsilon else "farther than the reference"
+    angle = "at least as aligned" if adapter.cosine >= reference.cosine else "less aligned"
+    return (
+        f"{name} is {nearer} (ε = {format_shown(adapter.epsilon)}) and {angle} (cosine {format_shown(adapter.cosine)})"
+    )

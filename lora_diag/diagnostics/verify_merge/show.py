@@ -1,0 +1,211 @@
+"""Terminal output of ``verify-merge``: failures first, with likely cause and fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+
+from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
+from lora_diag.records import Results
+from lora_diag.records.names import module_type_of, place_of
+from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.tables import Grid, grid_of
+from lora_diag.rendering.text import count, list_names, number, percent, safe, short
+
+# Remedy for each fault.
+REMEDIES: dict[MergeStatus, str] = {
+    "missing": "save the whole merged model again, under BASE's names",
+    "dropped": "merge again, and check that the merge finds these modules in the adapter (names, target_modules)",
+    "partial": "merge again from complete weights: a shard, a rank or a block of rows is missing",
+    "wrong scale": "merge again with the scaling that adapter_config.json gives, once",
+    "transposed": "merge again with the model's own class, which handles weights stored as (in, out)",
+    "wrong order": "merge again with versions of peft and transformers that use the same order of experts and halves",
+    "other base": "give the BASE of the merge, or merge again into this one",
+    "changed": "merge again from BASE, or find what else changed these weights",
+    "other": "check that this is the merged adapter; else merge again from BASE (peft's merge_and_unload())",
+}
+
+# A correct merge that kept less than this fraction of ΔW in a layer gets a warning.
+WEAK_RETENTION = 0.9
+# Standard errors below this are not stated: fractions are shown as percentages with two decimals.
+INVISIBLE_ERROR = 5e-5
+
+# Maximum number of causes stated per fault.
+SHOWN = 3
+
+
+def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
+    """Return the table, the worst status first; empty without layers."""
+    rows = _group_rows(results, per)
+    return [grid_of(Merge.shown, rows, per)] if rows else []
+
+
+def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
+    """Group the layers by name and status; unchanged layers without an adapter are one row."""
+    groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
+    for record in results:
+        name = short(module_type_of(record.layer) if per == "type" else record.layer)
+        if not record.adapted and not record.failed:
+            name = "(not adapted)"
+        groups.setdefault((name, record.status), []).append(record)
+
+    def order(row: tuple[str, list[Merge]]) -> tuple[int, bool, tuple[bool, bool, int]]:
+        first = row[1][0]
+        return ORDER.index(first.status), not first.adapted, place_of(first.layer)
+
+    return sorted(((name, records) for (name, _), records in groups.items()), key=order)
+
+
+_LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
+
+
+def merge_lines(results: Results[Merge]) -> list[Statement]:
+    """Return the statements of the summary."""
+    lines = [compared(results, *_describe_measured(results))]
+    if len(results):
+        level = _LEVELS.get(outcome(results), "ok")
+        lines += [
+            make_statement("correct", "Correctness", _describe_correctness(results), level=level),
+            *_describe_faults(results),
+        ]
+        lines.append(make_statement("rounding", "Rounding", _describe_rounding(results)))
+        if weak := _describe_weakened(results):
+            lines.append(make_statement("lost", "Lost update", weak, level="warning"))
+        if untouched := [record for record in results if not record.adapted]:
+            lines.append(make_statement("not_adapted", "Not adapted", _describe_untouched(untouched)))
+    skipped = left_out(results)
+    lines.append(replace(skipped, lead=skipped.lead.replace("TUNED", "MERGED")))
+    return [*lines, *final_statements(results, "layers checked so far")]
+
+
+def _describe_measured(results: Results[Merge]) -> list[str]:
+    if not len(results):
+        return []
+    entries = sum(math.prod(record.shape) for record in results)
+    adapted = sum(record.adapted for record in results)
+    dtypes = sorted({record.dtype for record in results if record.adapted and record.dtype})
+    others = len(results) - adapted
+    return [f"{_layers(adapted)} adapted, {others} not, {count(entries)} entries, values in {', '.join(dtypes) or '-'}"]
+
+
+def _layers(number_of: int) -> str:
+    return f"{number_of} {'layer' if number_of == 1 else 'layers'}"
+
+
+def _adapted_layers(number_of: int) -> str:
+    return f"{number_of} adapted {'layer' if number_of == 1 else 'layers'}"
+
+
+def _describe_correctness(results: Results[Merge]) -> str:
+    adapted = [record for record in results if record.adapted]
+    bad = [record for record in adapted if record.failed]
+    changed = sum(record.failed for record in results if not record.adapted)
+    status = outcome(results)
+    if status == "failed":
+        parts = [f"{len(bad)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if bad else []
+        parts += [f"{_layers(changed)} without an update changed"] if changed else []
+        return f"no: {' and '.join(parts)}"
+    if status == "inconclusive":
+        return f"inconclusive: {_explain_inconclusive(adapted)}"
+    coarse = sum(record.status == "coarse" for record in adapted)
+    suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
+    return f"yes: all {_adapted_layers(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
+
+
+def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
+    if all(not record.expected_fro for record in adapted):
+        return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
+    still = all(record.unchanged == 1 for record in adapted if record.expected_fro)
+    unclear = [record for record in adapted if record.status == "inconclusive"]
+    if unclear and not still:
+        return (
+            f"in {len(unclear)} of {_adapted_layers(len(adapted))} MERGED's values are too coarse to distinguish "
+            f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_list_names(unclear)}; merge into a finer dtype"
+        )
+    return (
+        "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
+        "merge that did not happen; merge into float32, or serve the adapter unmerged"
+    )
+
+
+def _describe_faults(results: Results[Merge]) -> list[Statement]:
+    """Return the layers, cause and fix of every failing status; further causes follow in a separate statement."""
+    lines = []
+    for status in ORDER:
+        records = [record for record in results if record.status == status and record.failed]
+        if not records:
+            continue
+        causes: dict[str, list[Merge]] = {}
+        for record in records:
+            causes.setdefault(record.cause, []).append(record)
+        first, *others = [f"{_list_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
+        if len(causes) > SHOWN:
+            remaining = sum(len(layers) for layers in list(causes.values())[SHOWN:])
+            others.append(f"and {_layers(remaining)} more; --per layer and the records name each")
+        key = status.replace(" ", "_")
+        lines.append(make_statement(key, status.capitalize(), first, f"→ {REMEDIES[status]}", level="failure"))
+        if others:
+            lines.append(make_statement(f"{key}_more", "Further causes", *others))
+    return lines
+
+
+def _list_names(records: Sequence[Merge]) -> str:
+    return list_names([record.layer for record in records])
+
+
+def _select_right(results: Results[Merge]) -> list[Merge]:
+    return [record for record in results if record.adapted and record.retained is not None]
+
+
+def _describe_rounding(results: Results[Merge]) -> str:
+    """State how much of the update the dtype of MERGED kept where the merge is correct."""
+    right = _select_right(results)
+    if not right:
+        return "unknown: no adapted layer is correct"
+    kept = {record.layer: record.retained for record in right if record.retained is not None}
+    worst = min(kept, key=kept.__getitem__)
+    noise = median(record.residual for record in right if record.residual is not None)
+    still = median(record.unchanged for record in right if record.unchanged is not None)
+    arrived = (
+        f"a median of {_format_kept(median(kept.values()))} of ΔW was kept, the least, "
+        f"{_format_kept(kept[worst])}, in {short(worst)}"
+    )
+    if len(kept) == 1 or kept[worst] > 0.995:
+        arrived = f"{_format_kept(kept[worst])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
+    if any(record.failed for record in results if record.adapted):
+        arrived = f"where the merge is correct, {arrived}"
+    errors = [record.scale_error for record in right if record.scale_error is not None]
+    if errors and max(errors) >= INVISIBLE_ERROR:
+        arrived += f" (standard error at most {number(100 * max(errors))}%)"
+    return f"{arrived}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries unchanged"
+
+
+def _format_kept(share: float) -> str:
+    return f"{share:.2%}" if 0.99 < share < 1.01 else percent(share)
+
+
+def _describe_weakened(results: Results[Merge]) -> str:
+    right = [record for record in _select_right(results) if record.retained is not None and record.residual is not None]
+    weak = [record for record in right if (record.retained or 0.0) < WEAK_RETENTION or (record.residual or 0.0) > 1]
+    if not weak:
+        return ""
+    weak.sort(key=lambda record: record.retained or 0.0)
+    return (
+        f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
+        f"{_layers(len(weak))}: {_list_names(weak)}. The merge is correct, but its dtype is too coarse for this "
+        "adapter: serve the adapter unmerged, or merge into float32"
+    )
+
+
+def _describe_untouched(records: Sequence[Merge]) -> str:
+    changed = [record for record in records if record.failed]
+    if not changed:
+        return f"all {len(records)} equal BASE"
+    entries = sum(math.prod(record.shape) for record in records)
+    share = sum(record.differing or 0 for record in changed) / max(1, entries)
+    by_change = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
+    return (
+        f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_list_names(by_change)}"
+    )

@@ -1,0 +1,319 @@
+"""Rank correlation of two scores, with an interval and a p-value that do not assume normality.
+
+Differences of means with Student's t: limits, confidences, and the number of runs needed for a decision.
+
+Equality is never concluded from a difference that is not significant. It needs an equivalence test: the interval of the
+difference has to lie inside a margin that was fixed before (two one-sided tests, TOST).
+
+References: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power approach"; Welch 1947,
+"The generalization of Student's problem", equation 28; Berger 1982, "Multiparameter hypothesis testing"
+(intersection-union).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
+
+Array = NDArray[np.float64]
+
+# Number of permutations: enough to distinguish p = 0.05 from 0.06, in milliseconds.
+PERMUTATIONS = 9999
+
+
+def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None) -> float | None:
+    """Return Spearman's ρ: Pearson's correlation of the ranks, with mean ranks for ties.
+
+    Args:
+        x: Scores.
+        y: Other scores of the same items.
+        groups: Compare items only within a group: ranks are within the group, minus their mean.
+
+    Returns:
+        ρ in [−1, 1]; None if all ranks of one side are equal.
+
+    Example:
+        >>> round(spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]), 6)
+        0.8
+    """
+    return _correlate(_rank_within_groups(x, groups), _rank_within_groups(y, groups))
+
+
+def p_value(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
+) -> float | None:
+    """Return the fraction of random pairings with a ρ at least as far from zero: a two-sided permutation test.
+
+    Items are assumed exchangeable (within their group), which holds only roughly for layers of one model.
+
+    Args:
+        x: Scores.
+        y: Other scores of the same items.
+        groups: Permute only within a group.
+        seed: Seed of the permutations.
+
+    Reference: Phipson and Smyth 2010, "Permutation p-values should never be zero", equation 3.
+
+    Example:
+        >>> p_value([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) > 0.3
+        True
+    """
+    first, second = _rank_within_groups(x, groups), _rank_within_groups(y, groups)
+    correlation = _correlate(first, second)
+    if correlation is None:
+        return None
+    random = np.random.default_rng(seed)
+    labels = [0] * len(x) if groups is None else list(groups)
+    members = [np.array([i for i, label in enumerate(labels) if label == group]) for group in dict.fromkeys(labels)]
+    norm = float(np.linalg.norm(first) * np.linalg.norm(second))
+    shuffled, as_far = second.copy(), 0
+    for _ in range(PERMUTATIONS):
+        for indices in members:
+            shuffled[indices] = second[random.permutation(indices)]
+        as_far += abs(float(first @ shuffled)) >= (abs(correlation) - 1e-12) * norm
+    return (as_far + 1) / (PERMUTATIONS + 1)
+
+
+def interval(rho: float, n: int) -> tuple[float, float] | None:
+    """Return the 95% interval of Spearman's ρ: tanh(artanh ρ ± 1.96·√((1 + ρ²/2)/(n − 3))).
+
+    Args:
+        rho: ρ.
+        n: Number of ranked items, assumed independent.
+
+    Returns:
+        None for fewer than five items, or |ρ| = 1.
+
+    Reference: Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall and Spearman
+    correlations", equation 3.
+
+    Example:
+        >>> [round(end, 2) for end in interval(0.5, 28)]
+        [0.13, 0.75]
+    """
+    if n < 5 or abs(rho) >= 1:
+        return None
+    reach = float(ndtri(0.975)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)
+
+
+def _rank_within_groups(values: Sequence[float], groups: Sequence[Hashable] | None) -> Array:
+    """Return ranks within groups, minus their mean."""
+    array = np.asarray(values, dtype=np.float64)
+    labels = [0] * len(values) if groups is None else list(groups)
+    ranks = np.empty(len(array))
+    for group in set(labels):
+        in_group = np.array([i for i, label in enumerate(labels) if label == group])
+        _, inverse, counts = np.unique(array[in_group], return_inverse=True, return_counts=True)
+        ranks[in_group] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+        ranks[in_group] -= ranks[in_group].mean()
+    return ranks
+
+
+def _correlate(x: Array, y: Array) -> float | None:
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None
+
+
+# Each limit of an interval holds with this confidence, so that a statement read from one limit is wrong in 5% at most.
+LEVEL = 0.95
+# Power of a planned number of runs, if the true difference is the observed one.
+POWER = 0.8
+# Maximum number of runs that is recommended.
+MAX_RUNS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """An estimate whose error follows Student's t.
+
+    Args:
+        value: The estimate.
+        error: Its standard error.
+        freedom: Degrees of freedom of ``error``.
+    """
+
+    value: float
+    error: float
+    freedom: float
+
+    def half(self, level: float = LEVEL) -> float:
+        """Return t(level; ν)·error: each of the limits ``value ± half`` holds with confidence ``level``."""
+        return float(stdtrit(self.freedom, level)) * self.error
+
+    def below(self, limit: float) -> float:
+        """Return the one-sided confidence in [0, 1] that the true value is below a limit: 1 − p of the t test.
+
+        Example:
+            >>> round(Estimate(1.0, 0.5, 2).below(1.0 + 2.92 * 0.5), 3)
+            0.95
+        """
+        if self.error == 0:
+            return 0.5 if self.value == limit else float(self.value < limit)
+        return float(stdtr(self.freedom, (limit - self.value) / self.error))
+
+
+def errors_needed(freedom: float) -> float:
+    """Return the number of standard errors of a significant difference: t(Φ(2); ν).
+
+    That is two standard errors (95.4% two-sided) if the error is known well, and more if it has few degrees of freedom.
+
+    Example:
+        >>> [round(errors_needed(freedom), 2) for freedom in (1, 2, 10, 1e9)]
+        [13.97, 4.53, 2.28, 2.0]
+    """
+    return float(stdtrit(freedom, float(ndtr(2.0))))
+
+
+def paired_half(error: float | None, sequences: int | None) -> float | None:
+    """Return half the interval outside which a paired difference is significant; None without an error.
+
+    Args:
+        error: Its standard error by ``paired_difference``.
+        sequences: Their number; None if unknown, as in files of earlier versions: two standard errors.
+
+    Example:
+        >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
+        (1.4, 0.2)
+    """
+    return None if error is None else error * (errors_needed(freedom(sequences)) if sequences else 2.0)
+
+
+def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
+    """Return the residual variance of runs paired by seed, pooled over groups, and its degrees of freedom.
+
+    The model is loss = group + seed + error with one variance of the errors (randomised blocks); effects of a seed
+    common to all groups are removed. With every seed in every one of K groups the degrees of freedom are (K − 1)(n −
+    1); for two groups the variance is half that of the paired differences, as in the paired t test.
+
+    Args:
+        cells: One mapping of seed to loss for each group; seeds may be missing.
+
+    Example:
+        >>> blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[1]
+        1
+        >>> round(blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4)  # variance of 0.5 and 0.7, halved
+        0.01
+    """
+    seeds = {seed: position for position, seed in enumerate(sorted({seed for cell in cells for seed in cell}))}
+    runs = [(group, seeds[seed], loss) for group, cell in enumerate(cells) for seed, loss in cell.items()]
+    design = np.zeros((len(runs), len(cells) + len(seeds)))
+    for row, (group, seed, _) in enumerate(runs):
+        design[row, group] = design[row, len(cells) + seed] = 1.0
+    losses = np.array([loss for _, _, loss in runs])
+    fitted, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    freedom = len(runs) - int(rank)
+    spread = float(((losses - design @ fitted) ** 2).sum())
+    return (spread / freedom if freedom else 0.0), freedom
+
+
+def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1).
+
+    Example:
+        >>> variance_within([(1.0, 2.0), (3.0,), (5.0, 5.0, 5.0)])
+        (0.16666666666666666, 3)
+    """
+    freedom = sum(len(group) - 1 for group in groups)
+    spread = math.fsum((value - math.fsum(group) / len(group)) ** 2 for group in groups for value in group)
+    return (spread / freedom if freedom else 0.0), freedom
+
+
+def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), for two variances of means v and w.
+
+    Example:
+        >>> error, freedom = welch((0.02, 3), (0.02, 3))
+        >>> round(error, 3), round(freedom, 6)
+        (0.2, 6.0)
+    """
+    total = first[0] + second[0]
+    return math.sqrt(total), total**2 / (first[0] ** 2 / first[1] + second[0] ** 2 / second[1])
+
+
+def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL) -> int | None:
+    """Estimate the number of runs of each group needed to decide on which side of a limit an estimate lies.
+
+    That is the smallest n with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ distance, ν = max(1, groups·(n − 1)).
+
+    Args:
+        distance: Observed distance from the estimate to the limit.
+        error: Standard error of the estimate from one run of each group.
+        groups: Degrees of freedom that a further run adds.
+        fixed: The part of the standard error that more runs do not change.
+        level: Confidence of the limit.
+
+    Returns:
+        None if more than ``MAX_RUNS`` are needed.
+
+    Example:
+        >>> runs_needed(1.0, 1.0, 2), runs_needed(0.0, 1.0, 2)
+        (8, None)
+    """
+
+    def decides(n: int) -> bool:
+        freedom = max(1, groups * (n - 1))
+        quantiles = float(stdtrit(freedom, level)) + float(stdtrit(freedom, POWER))
+        return quantiles * math.sqrt(error**2 / n + fixed**2) <= abs(distance)
+
+    if not decides(MAX_RUNS):
+        return None
+    low, high = 1, MAX_RUNS  # decides() is monotonic: false at low (one run has no spread), true at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle, high)
+    return high
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], counts: Sequence[int]
+) -> tuple[float, float | None]:
+    """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
+
+    Sequences that are close in a text are not independent, so the error is that of overlapping blocks of ⌊√N⌋
+    consecutive ones. It allows for dependence within a block, and has the expectation of the usual formula if there is
+    none.
+
+    Args:
+        first: Summed negative log-likelihood of each sequence, in the order of the text.
+        second: Likewise.
+        counts: Predictions of each.
+
+    Returns:
+        Σd_i/Σn_i, and √(N/b · N/(N − b) · mean_j S_j²)/Σn_i, where S_j are the sums of b consecutive d_i − g·n_i; None
+        for N = 1.
+
+    References: Cochran 1977, Sampling Techniques, section 2.11; Meketon and Schmeiser 1984, "Overlapping batch means:
+    something for nothing?"; Flegal and Jones 2010, "Batch means and spectral variance estimators" (blocks of √N).
+
+    Example:
+        >>> paired_difference([3.0, 5.0], [2.0, 2.0], [2, 2])
+        (1.0, 0.5)
+    """
+    difference, n = np.subtract(first, second), np.asarray(counts, dtype=np.float64)
+    gap = float(difference.sum() / n.sum())
+    count = len(n)
+    if count < 2:
+        return gap, None
+    size = math.isqrt(count)
+    sums = np.cumsum(np.concatenate([[0.0], difference - gap * n]))
+    variance = count / size * count / (count - size) * float(np.mean((sums[size:] - sums[:-size]) ** 2))
+    return gap, math.sqrt(variance) / float(n.sum())
+
+
+def freedom(count: int) -> float:
+    """Return the degrees of freedom of the standard error of ``paired_difference`` over so many sequences.
+
+    1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984).
+
+    Example:
+        >>> freedom(3), freedom(100)
+        (2, 13.5)
+    """
+    size = math.isqrt(count)
+    return count - 1 if size == 1 else 1.5 * (count / size - 1)

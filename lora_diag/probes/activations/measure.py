@@ -1,0 +1,175 @@
+"""``probe activations``: second moments of layer inputs on a text, for ``--activations``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Unpack
+
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
+from lora_diag.checkpoints.safetensors import write_safetensors
+from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.deltas import natural_order, selector
+from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.files import SECOND_MOMENTS, check_output
+from lora_diag.models.activations import (
+    Listener,
+    Moment,
+    input_dimension,
+    iterate_equal_batches,
+    linear_layers,
+    output_dimension,
+    record,
+)
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Draw
+from lora_diag.models.opening import Model, Weights
+from lora_diag.probes.activations import ActivationsOptions
+from lora_diag.records.probe import Activations, LayerInput
+from lora_diag.running.activations import GRADIENTS
+from lora_diag.running.fingerprint import fingerprint, legible
+from lora_diag.running.inputs import MOMENTS
+from lora_diag.running.options import show_options
+from lora_diag.running.probing import ProbeRun, pluralize
+from lora_diag.version import __version__
+
+
+@show_options
+def probe_activations(
+    base: Path | str,
+    data: Path | str,
+    output: Path | str,
+    **options: Unpack[ActivationsOptions],
+) -> Activations:
+    r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
+
+    With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square change of the layer's output due to the update.
+
+    Args:
+        base: Model whose layer inputs are recorded: a folder that transformers can open, or a Hub id.
+        data: A text or JSONL file.
+        output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
+        output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss with respect to each output
+            of a layer, for the K-FAC metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Needs a
+            backward pass.
+        labels: Labels of that loss: ``data`` for those of the text, ``model`` for labels sampled from the model.
+        seed: Seed of the sampled labels.
+        overwrite: Replace an existing ``output``.
+        **options: ``ActivationsOptions``.
+
+    Returns:
+        The recorded and the skipped layers.
+
+    Raises:
+        UsageError: An option is invalid, or ``output`` exists.
+        InputError: An input cannot be read, or the output cannot be written.
+        NothingComparedError: No linear layer is selected.
+
+    Example:
+        >>> recorded = probe_activations("sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/eval/in_domain.txt", "activations.safetensors")
+        >>> spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft",
+        ...     activations="activations.safetensors")  # doctest: +SKIP
+    """
+    run = ProbeRun("probe activations", options, ActivationsOptions)
+    gradients, labels, seed, overwrite = (
+        run.options[name] for name in ("output_gradients", "labels", "seed", "overwrite")
+    )
+    if labels != "data" and not gradients:
+        raise UsageError(f"--labels {labels}: needs --output-gradients")
+    output = Path(output)
+    check_output(output, SECOND_MOMENTS, overwrite)
+    selected = selector(**run.selection)
+    stored = open_checkpoint(base)
+    model = run.open(base)
+    texts = run.read(data)
+    names, left_out = _choose_layers(model, stored, selected)
+    run.watch.total = sum(1 for _ in iterate_equal_batches(texts, run.batch))
+    linear = linear_layers(model.module)
+    requested = {name: linear[name] for name in names}
+    sizes = [(input_dimension(layer), output_dimension(layer)) for layer in requested.values()]
+    gib = 8 * sum(inputs**2 + gradients * outputs**2 for inputs, outputs in sizes) / 2**30
+    memory = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
+    memory += "; about three times as long with the backward pass" if gradients else ""
+    run.estimate(texts, f"{pluralize(len(requested), 'layer', 'layers')} on 1 set", memory)
+    draw = Draw(labels, seed) if gradients else None
+    listener = record(model, texts, requested, run.batch, partial(run.watch.batch, "reading"), draw)
+    moments = {names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}
+    left_out |= {names[layer]: "not used on this text" for layer in requested if names[layer] not in moments}
+    moments |= {GRADIENTS + names[layer]: moment for layer, moment in listener.outputs.items()}
+    tokens = sum(len(sequence.ids) for sequence in texts.sequences)
+    metadata = _make_metadata(stored, model, texts, tokens)
+    _write(
+        output, moments, {**metadata, "gradients": f"of labels of the {labels}"} if gradients else metadata, overwrite
+    )
+    return Activations(
+        path=legible(output),
+        model=legible(base),
+        text=legible(texts.path),
+        about=f"{texts.about}; {model.tokens.about}",
+        notes=texts.notes,
+        tokens=tokens,
+        gradients=labels if gradients else None,
+        layers=tuple(_list_layer_inputs(listener, names)),
+        left_out={
+            legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
+        },
+    )
+
+
+def _choose_layers(
+    model: Model, stored: Checkpoint, selected: Callable[[str], bool]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the selected linear layers by their names in the model, with those in BASE; and the skipped ones."""
+    weights, linear = Weights(model.module), linear_layers(model.module)
+    known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
+    names = {name: known[name] for name in linear if name in known and selected(known[name])}
+    left_out = {name: "not stored under a name of its own in BASE (tied)" for name in linear if name not in known}
+    for name, stored_name in known.items():
+        if name not in names and len(stored[stored_name].shape) > 1:
+            left_out[stored_name] = "not selected" if name in linear else "not a linear layer of its own"
+    if not names:
+        raise NothingComparedError(
+            f"{stored.path}: no linear layer is selected, so there is nothing to record; change --layers or --exclude"
+        )
+    return names, left_out
+
+
+def _make_metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> dict[str, str]:
+    return {
+        "kind": MOMENTS,
+        "tokens": str(tokens),
+        "set": legible(texts.name),
+        "data": texts.hash,
+        "sequences": str(len(texts.sequences)),
+        "length": str(model.length),
+        "tokenizer": legible(model.tokens.about),
+        "dtype": str(model.module.dtype).removeprefix("torch."),
+        "base": fingerprint(stored),
+        "loradiag": __version__,
+    }
+
+
+def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], overwrite: bool) -> None:
+    shapes = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
+    write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
+
+
+def _list_layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]:
+    inputs: list[LayerInput] = []
+    for moment in listener.moments.values():
+        c, first = moment.mean, moment.layers[0]
+        square, fro = float(c.trace()), float(c.norm())
+        inputs += [
+            LayerInput(
+                layer=legible(names[layer]),
+                size=len(c),
+                rows=moment.rows,
+                square=square,
+                directions=(square / fro) ** 2 if fro else 1.0,
+                shares=None if layer == first else legible(names[first]),
+            )
+            for layer in moment.layers
+        ]
+    return sorted(inputs, key=lambda item: natural_order(item.layer))

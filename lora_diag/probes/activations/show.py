@@ -1,0 +1,60 @@
+"""Terminal output of ``probe activations``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_diag.records.probe import Activations, LayerInput
+from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.tables import grid_of, grids_table, rows_of
+from lora_diag.rendering.text import count, list_names, safe, short
+
+
+def activations_table(
+    recorded: Activations, width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+) -> str:
+    """Return the table of recorded layers, one row per module ``type`` (medians) or per ``layer``, and a summary."""
+    rows = rows_of(recorded.layers, per)
+    return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, next_command)
+
+
+def activations_lines(recorded: Activations) -> list[Statement]:
+    """Return the statements: model and text, recorded layers, and skipped layers."""
+    sums = sum(item.shares is None for item in recorded.layers)
+    underdetermined = [item for item in recorded.layers if item.rows < item.size]
+    statements = [
+        make_statement("model", "Model", safe(recorded.model)),
+        make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
+        make_statement(
+            "recorded",
+            "Recorded",
+            f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} "
+            f"tokens; {sums} of them have inputs of their own, the others share inputs",
+        ),
+    ]
+    if recorded.gradients:
+        labels = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
+        gradients = (
+            f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {labels}"
+        )
+        statements.append(make_statement("gradients", "Gradients", gradients))
+    if underdetermined:
+        statements.append(make_statement("few_inputs", "Warning", _describe_too_few(underdetermined), level="warning"))
+    reading = (
+        "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
+        "dimension has most of ‖x‖²"
+    )
+    statements.append(make_statement("interpretation", "Interpretation", reading))
+    by_reason: dict[str, list[str]] = {}
+    for layer, why in recorded.left_out.items():
+        by_reason.setdefault(why, []).append(layer)
+    parts = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
+    return [*statements, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
+
+
+def _describe_too_few(layers: Sequence[LayerInput]) -> str:
+    worst = min(layers, key=lambda item: item.rows / item.size)
+    return (
+        f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
+        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more text"
+    )

@@ -1,0 +1,301 @@
+"""The smallest size that reaches a fraction of the gain, from losses in random subspaces, in full and by LoRA.
+
+Uses records only. Every size is taken at its own best learning rate.
+
+Terminal output of ``probe intrinsic``: gain of each size, and the smallest sufficient one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, ClassVar, Literal
+
+from lora_diag.probes.intrinsic.record import Intrinsic
+from lora_diag.records import Results
+from lora_diag.records.base import Shown, value_at
+from lora_diag.records.probe import set_names
+from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.tables import Grid, Rows, grid_of
+from lora_diag.rendering.text import count, number, percent, short
+from lora_diag.running.amounts import edge, find_best_rates
+
+Subject = Literal["full", "subspace", "lora"]
+
+
+def _average_share(group: Sequence[Any]) -> float | None:
+    """Return the mean share of the runs of one size; None if it has none."""
+    shares = value_at(group[0], "shares")
+    return fmean(shares) if shares else None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The runs of one size at its best learning rate, on one set.
+
+    Args:
+        subject: ``full``, ``subspace`` or ``lora``.
+        size: d of a subspace, r of a LoRA; None for full fine-tuning.
+        params: Number of trained parameters.
+        lr: Peak learning rate of Adam.
+        pace: Equivalent learning rate of full fine-tuning; None for LoRA.
+        losses: Losses of all seeds at that rate.
+        edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
+        shares: (L_base − L) / (L_base − L_full) of every seed; empty if full fine-tuning has no gain.
+    """
+
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("params", "params", "number of trained parameters", main=True, form="count"),
+        Shown("lr", "lr", "peak learning rate of Adam", main=True, form=".2g"),
+        Shown("pace", "pace", "equivalent learning rate of full fine-tuning", main=True, form=".2g", drop=2),
+        Shown("seeds", "seeds", "runs at that rate", main=True, drop=1),
+        Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f"),
+        Shown(
+            "shares", "gain", "fraction of full fine-tuning's gain, mean", main=True, form=".0%", pool=_average_share
+        ),
+        Shown("shares", "min to max", "over seeds", main=True, form=".0%", pool="ends"),
+    )
+    subject: Subject
+    size: int | None
+    params: int
+    lr: float
+    pace: float | None
+    losses: tuple[float, ...]
+    edge: bool
+    shares: tuple[float, ...] = ()
+
+    @property
+    def seeds(self) -> int:
+        """Number of runs."""
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return fmean(self.losses)
+
+    @property
+    def share(self) -> float:
+        """Fraction of full fine-tuning's gain, mean over seeds."""
+        return fmean(self.shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The smallest size that reaches the requested fraction, by the mean over its seeds.
+
+    Args:
+        line: The runs of this size; None if no size reaches it.
+        below: The next smaller size, which does not; the largest size if no size reaches it.
+        certain: Whether every seed reaches it.
+        missed: Larger sizes that do not; the size is then not a threshold.
+    """
+
+    line: Line | None
+    below: Line | None
+    certain: bool
+    missed: tuple[int, ...]
+
+
+def best_rates(records: Iterable[Intrinsic], choose: str, seed: int, subject: Subject) -> dict[int | None, float]:
+    """Return, for every size, the learning rate with the lowest loss of the first seed on one set.
+
+    Args:
+        records: Records of a run.
+        choose: The set that decides.
+        seed: The first seed.
+        subject: Kind of the runs.
+    """
+    key = (subject, choose, seed)
+    return find_best_rates((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+
+
+def size_of(record: Intrinsic) -> int | None:
+    """Return d or r."""
+    return record.dim if record.subject == "subspace" else record.rank
+
+
+def lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int) -> list[Line]:
+    """Return the runs of every size at its best rate on one set: full, subspaces, LoRAs, ascending.
+
+    Args:
+        records: Records of a run.
+        name: The set.
+        choose: The set by which rates were chosen.
+        seed: The first seed.
+    """
+    base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
+    all_rows = [
+        line for subject in ("full", "subspace", "lora") for line in _select_lines(records, name, choose, seed, subject)
+    ]
+    full = next((line for line in all_rows if line.subject == "full"), None)
+    gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
+    if base is None or gain <= 0:
+        return all_rows
+    return [_add_shares(line, base, gain) for line in all_rows]
+
+
+def _add_shares(line: Line, base: float, gain: float) -> Line:
+    shares = tuple((base - loss) / gain for loss in line.losses)
+    return Line(line.subject, line.size, line.params, line.lr, line.pace, line.losses, line.edge, shares)
+
+
+def _select_lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subject: Subject) -> list[Line]:
+    of_subject = [r for r in records if r.subject == subject and r.set == name]
+    rows = []
+    for size, lr in sorted(best_rates(records, choose, seed, subject).items(), key=lambda item: item[0] or 0):
+        tried = {r.lr for r in of_subject if size_of(r) == size and r.lr is not None}
+        runs = sorted((r for r in of_subject if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
+        losses = tuple(r.loss for r in runs if r.loss is not None)
+        if losses:
+            rows.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))
+    return rows
+
+
+def reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
+    """Return the smallest subspace or LoRA whose mean fraction of full fine-tuning's gain is at least ``share``.
+
+    Example:
+        >>> rows = [
+        ...     Line("subspace", d, d, 0.1, 0.1, (), False, shares)
+        ...     for d, shares in [(10, (0.5, 0.4)), (100, (0.95, 0.88)), (1000, (0.99, 0.97))]
+        ... ]
+        >>> answer = reached(rows, "subspace", 0.9)
+        >>> answer.line.size, answer.below.size, answer.certain
+        (100, 10, False)
+    """
+    rows = [line for line in all_rows if line.subject == subject and line.shares]
+    index = next((i for i, line in enumerate(rows) if line.share >= share), None)
+    if index is None:
+        return Reached(None, rows[-1] if rows else None, False, ())
+    line = rows[index]
+    missed = tuple(row.size for row in rows[index:] if row.share < share and row.size is not None)
+    return Reached(line, rows[index - 1] if index else None, min(line.shares) >= share, missed)
+
+
+def intrinsic_lines(results: Results[Any]) -> list[Statement]:
+    """Return the statements: for each set, the smallest subspace and LoRA with nearly the full gain."""
+    records, settings = results.whole_of(Intrinsic), results.run.settings
+    sets = set_names(records)
+    statements = [make_statement("trained", "Trained", _describe_training(settings))]
+    for name in sets:
+        rows = lines(records, name, sets[0], settings["seed"])
+        statements.append(_describe_set(name, _find_base(records, name), rows, settings))
+    if sets:
+        rows = lines(records, sets[0], sets[0], settings["seed"])
+        statements.append(make_statement("rates", "Rates", _describe_rates(rows, records, settings)))
+    return probe_summary(results, *statements, reading=_READING)
+
+
+def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return a table per set, one row per size."""
+    records, settings = results.whole_of(Intrinsic), results.run.settings
+    sets = set_names(records)
+    grids = []
+    for name in sets:
+        shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
+        rows = lines(records, name, sets[0], settings["seed"])
+        grids.append(_make_grid(f"On {short(name)}{shifted}", _find_base(records, name), rows, settings["share"]))
+    return grids
+
+
+def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
+    return next((r for r in records if r.subject == "base" and r.set == name), None)
+
+
+_READING = (
+    "the dimension is for this task, number of steps and fraction; more steps can give another; rates were chosen "
+    "on the first set, so losses there are slightly too low; LoRA trains no embeddings, norms, biases or head, "
+    "full fine-tuning and subspaces train all"
+)
+
+
+def _name(line: Line) -> str:
+    return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
+
+
+def _make_grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float) -> Grid:
+    about = (
+        "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. The intrinsic "
+        f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the smallest such r. "
+        "If min to max includes that fraction, the result depends on the seed."
+    )
+    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name(line), [line]) for line in all_rows)]
+    return grid_of(Line.shown, rows, "trained", caption, about)
+
+
+def _describe_training(settings: dict[str, Any]) -> str:
+    scales = f", one scale per layer, {settings['scale_step']:.0%} per step" if settings["method"] == "said" else ""
+    return (
+        f"all {count(settings['params'])} parameters, or z in random subspaces of them (Fastfood, {settings['method']}"
+        f"{scales}), or LoRA on all linear layers but the head, alpha = 2r; {settings['steps']} steps of "
+        f"{settings['batch']} sequences; {settings['optimizer']}"
+    )
+
+
+def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]) -> Statement:
+    full = next((line for line in all_rows if line.subject == "full"), None)
+    if base is None or base.loss is None:
+        return on_set(name, "not measured yet")
+    if full is None:
+        return on_set(name, "no run of full fine-tuning is finished with a finite loss")
+    gain = base.loss - full.loss
+    if gain <= 0:
+        worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
+        return on_set(name, worse)
+    share = settings["share"]
+    lines = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
+    if full.edge:
+        lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
+    if any(line.shares and line.share > 1 for line in all_rows if line.subject != "full"):
+        lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
+    lines.append(answer := _describe_answer(reached(all_rows, "subspace", share), "d", settings))
+    if settings["ranks"]:
+        lines.append(_describe_answer(reached(all_rows, "lora", share), "LoRA r", settings))
+    return on_set(name, *lines, answer=answer)
+
+
+def _describe_answer(answer: Reached, symbol: str, settings: dict[str, Any]) -> str:
+    line, below = answer.line, answer.below
+    if line is None:
+        if below is None:
+            return f"{symbol}: no run is finished with a finite loss"
+        requested = settings["dims"] if symbol == "d" else settings["ranks"]
+        return (
+            f"{symbol}: not reached up to {symbol.split()[-1]}={max(requested)}, whose gain is {_format_shares(below)}"
+        )
+    text = f"{symbol}={line.size} is the smallest that reaches it, with {_format_shares(line)}"
+    if symbol != "d":
+        text += f" and {count(line.params)} parameters"
+    if below is not None:
+        text += f"; {symbol}={below.size} gains {_format_shares(below)}"
+    if len(line.shares) > 1 and not answer.certain:
+        text += "; not with every seed, so the next larger size is safer"
+    if answer.missed:
+        missed = ", ".join(map(str, answer.missed))
+        text += f"; not reached at {missed}, so seeds or rates matter here, not only size"
+    return text
+
+
+def _format_shares(line: Line) -> str:
+    spread = f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)" if len(line.shares) > 1 else ""
+    return f"{line.share:.0%}{spread}"
+
+
+# Setting and option of the learning rates of each subject.
+_GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
+
+
+def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
+    lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
+    for subject, grid, option in _GRIDS:
+        tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
+        lines += beyond_grid(tried, settings.get(grid), option)
+    if edge := [_name(line) for line in all_rows if line.edge]:
+        lines.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
+    if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
+        lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
+    diverged = sum(record.loss is None for record in records)
+    return "\n".join([*lines, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])

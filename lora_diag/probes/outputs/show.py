@@ -1,0 +1,379 @@
+"""Choice among adapters: comparison of their held-out losses, paired by sequence.
+
+Comparison of an adapter with the full fine-tune by held-out losses.
+
+A difference of two losses is significant above two paired standard errors, more with few sequences (``paired_half``).
+
+Terminal output of ``probe outputs``: loss of every model, and distance of its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_diag.metrics.statistics import MAX_RUNS, Estimate, freedom, paired_difference, paired_half, runs_needed
+from lora_diag.records import Probe, Results
+from lora_diag.records.probe import main_sets, set_names
+from lora_diag.rendering.losses import both_ends, gap, gap_half, on_set, probe_summary, share
+from lora_diag.rendering.statements import Statement, make_statement, short_paths
+from lora_diag.rendering.tables import Column, Grid, grid_of
+from lora_diag.rendering.text import plus_minus, safe, short
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """An adapter compared with the best one on the same sequences.
+
+    Args:
+        name: Its path.
+        behind: Its loss minus that of the best.
+        half: Half the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
+            (Bonferroni); None for one sequence.
+        sequences: Estimated number of sequences that would separate them; None if already separated, or above 1000.
+    """
+
+    name: str
+    behind: float
+    half: float | None
+    sequences: int | None
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is significantly worse than the best."""
+        return self.half is not None and self.behind > self.half
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The best of several adapters by their losses on one set.
+
+    Args:
+        set: Its name.
+        best: The path of the adapter with the lowest loss.
+        rivals: The others, by their losses.
+    """
+
+    set: str
+    best: str
+    rivals: tuple[Rival, ...]
+
+    @property
+    def equals(self) -> tuple[Rival, ...]:
+        """Adapters that are not distinguishable from the best."""
+        return tuple(rival for rival in self.rivals if not rival.worse)
+
+
+def choices(records: Sequence[Probe]) -> list[Choice]:
+    """Return for each set the adapter with the lowest loss, and the comparison with the others.
+
+    Sets with fewer than two adapters are skipped, and results without losses of sequences.
+    """
+    results = []
+    for name in dict.fromkeys(record.set for record in records):
+        of_set = [record for record in records if record.set == name]
+        counts = next((record.predictions for record in of_set if record.subject == "base"), ())
+        adapters = sorted((r for r in of_set if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
+        if len(adapters) > 1 and counts:
+            best, *others = adapters
+            level = 1 - 0.05 / 2 / len(others)
+            results.append(
+                Choice(name, best.name, tuple(_compare_rival(other, best, counts, level) for other in others))
+            )
+    return results
+
+
+def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
+    gap, error = paired_difference(other.nll, best.nll, counts)
+    if error is None:
+        return Rival(other.name, gap, None, None)
+    half = Estimate(gap, error, freedom(len(counts))).half(level)
+    needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
+    return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
+
+
+# Fraction of the full fine-tune's gain from which an adapter is called as good.
+SUFFICIENT_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """An adapter compared with the full fine-tune on held-out text.
+
+    Args:
+        name: The adapter's path.
+        records: Its records on ``deciding_sets``, one per set.
+        outcome: ``as good`` if it significantly keeps at least 90% of TUNED's gain on every set; else ``worse`` if it
+            is significantly worse on any set; else ``not known``.
+    """
+
+    name: str
+    records: tuple[Probe, ...]
+    outcome: Literal["as good", "worse", "not known"]
+
+    @property
+    def worst(self) -> Probe:
+        """Its record on the set with the largest gap to TUNED."""
+        return max(self.records, key=lambda record: record.gap or 0.0)
+
+
+def gains(base: Probe | None) -> float | None:
+    """Return the gain of TUNED over BASE; None if it is not significant."""
+    if base is None or base.gap is None or (half := gap_half(base)) is None or base.gap <= half:
+        return None
+    return base.gap
+
+
+def is_tuned_worse(base: Probe | None) -> bool:
+    """Return whether TUNED is significantly worse than BASE on a set, so that an adapter has no gain to keep."""
+    return base is not None and base.gap is not None and (half := gap_half(base)) is not None and base.gap < -half
+
+
+def deciding_sets(records: Sequence[Probe]) -> list[str]:
+    """Return the sets on which adapters are compared with TUNED.
+
+    They are not shifted unless there is no other, and not those where TUNED is worse than BASE.
+    """
+    bases = _find_bases(records)
+    return [name for name in main_sets(records) if not is_tuned_worse(bases.get(name))]
+
+
+def compare_with_base(record: Probe, base: Probe) -> tuple[float, float | None]:
+    """Return a model's loss minus that of BASE, and half the interval outside which it is significant."""
+    if not record.nll or not base.predictions:
+        return record.nats - base.nats, None
+    gap, error = paired_difference(record.nll, base.nll, base.predictions)
+    return gap, paired_half(error, len(base.predictions))
+
+
+def _find_bases(records: Sequence[Probe]) -> dict[str, Probe]:
+    return {record.set: record for record in records if record.subject == "base"}
+
+
+def contests_of(records: Sequence[Probe]) -> list[Contest]:
+    """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without one, or without TUNED."""
+    if not any(record.subject == "tuned" for record in records):
+        return []
+    sets, bases = deciding_sets(records), _find_bases(records)
+    names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
+    results = []
+    for name in names:
+        own_records = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
+        if own_records:
+            results.append(
+                Contest(
+                    name, own_records, _judge(own_records, {set_name: gains(bases.get(set_name)) for set_name in sets})
+                )
+            )
+    return results
+
+
+def _judge(own_records: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
+    if any(record.gap is None or gap_half(record) is None for record in own_records):
+        return "not known"
+    if all(
+        (gain := gained[record.set]) is not None
+        and (record.gap or 0.0) + (gap_half(record) or 0.0) <= (1 - SUFFICIENT_SHARE) * gain
+        for record in own_records
+    ):
+        return "as good"
+    worse = any((record.gap or 0.0) > (gap_half(record) or 0.0) for record in own_records)
+    return "worse" if worse else "not known"
+
+
+# For runs without a reference: measured values for comparison (docs/reference/probe-outputs.md).
+_NO_REFERENCE = (
+    "none for the distances; give another full fine-tune with --reference (two seeds had a distance of 0.39 on the "
+    "one model measured)"
+)
+
+_EQUALS = "none: the models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"
+
+# Maximum number of depths of hidden states in the table; the records have all.
+DEPTHS = 7
+
+
+def outputs_lines(results: Results[Any]) -> list[Statement]:
+    """Return the statements: for each set, the better model, then the distances."""
+    records = results.whole_of(Probe)
+    names, judged = _label_models(records), _describe_best(contests_of(records))
+    by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
+    statements = []
+    has_tuned = any(record.subject == "tuned" for record in records)
+    for name, of_set in by_set.items():
+        lines = _describe_losses(of_set, names) if has_tuned else _describe_equals(of_set, names)
+        answer = judged or (lines[1] if len(lines) > 1 else "") if has_tuned else f"not compared with one: {lines[0]}"
+        statements.append(on_set(name, *lines, answer=answer))
+    distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, names))}
+    if distances:
+        all_lines = [
+            f"{short(name)}: {line}" if len(by_set) > 1 else line
+            for name, own_lines in distances.items()
+            for line in own_lines
+        ]
+        statements.append(make_statement("distances", "Distances", *all_lines))
+    if not has_tuned:
+        statements.append(make_statement("tuned", "TUNED", _EQUALS))
+    elif not any(record.subject == "reference" for record in records):
+        statements.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
+    return probe_summary(results, *statements, reading=_READING if has_tuned else "")
+
+
+def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
+    records = results.whole_of(Probe)
+    names = _label_models(records)
+    grids = []
+    for name in set_names(records):
+        of_set = [record for record in records if record.set == name]
+        grids += [_make_losses_grid(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
+        if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
+            grids.append(
+                _make_depths_grid(f"On {short(name)}: distance of the hidden states after block", others, names)
+            )
+    return grids
+
+
+_READING = (
+    "compare models by their loss; distances (of logits, of hidden states) and KL measure similarity, not quality: "
+    "in one real case the adapter nearest in logits had the worst loss. Runs with the same batch order are closer "
+    "than others (0.35 instead of 0.42 to 0.44 there)"
+)
+
+
+def _label_models(records: Sequence[Probe]) -> dict[str, str]:
+    """Return the label of each adapter and reference."""
+    paths = list(dict.fromkeys(record.name for record in records if record.name))
+    return dict(zip(paths, short_paths(paths), strict=True))
+
+
+def _name(record: Probe, names: dict[str, str]) -> str:
+    if not record.name:
+        return record.subject.upper()
+    return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
+
+
+def _make_losses_grid(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
+    rows = [(_name(record, names), [record]) for record in of_set]
+    return grid_of(Probe.shown, rows, "model", caption)
+
+
+def _make_depths_grid(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
+    """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
+    last = max(len(record.hidden or ()) for record in of_set) - 1
+    shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+    columns = []
+    for depth in shown:
+        values = [(record.hidden or ())[depth] for record in of_set]
+        cells = tuple("same" if value is None else f"{value:.2f}" for value in values)
+        columns.append(Column(str(depth) if depth else "0 (input)", cells))
+    return Grid(caption, "model", tuple(_name(record, names) for record in of_set), tuple(columns))
+
+
+def _describe_losses(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
+    if len(ends) < 2:
+        return ["not measured yet"]
+    adapters = [record for record in of_set if record.subject == "adapter"]
+    return [
+        both_ends(ends["base"], ends["tuned"]),
+        *_describe_adapters(ends["base"], adapters, names),
+        *(_describe_choice(choice, names) for choice in choices(of_set)),
+    ]
+
+
+def _describe_equals(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    """State which of several models to use, and how the best compares with BASE."""
+    base = next((record for record in of_set if record.subject == "base"), None)
+    adapters = [record for record in of_set if record.subject == "adapter"]
+    if base is None or not adapters:
+        return ["not measured yet"]
+    best = min(adapters, key=lambda record: record.nats)
+    compared = _describe_relative_to_base(best, base, names)
+    return [*(_describe_choice(choice, names) for choice in choices(of_set)), compared]
+
+
+def _describe_adapters(base: Probe, adapters: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    """Compare adapters with TUNED; where TUNED is worse than BASE, with BASE."""
+    if not is_tuned_worse(base):
+        return [f"{_name(record, names)}: {_compare_with_tuned(record)}" for record in adapters]
+    loss = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
+    lines = [f"TUNED is worse than BASE by {loss}: it has no gain here, and adapters are compared with BASE"]
+    return [*lines, *(_describe_relative_to_base(record, base, names) for record in adapters)]
+
+
+def _describe_relative_to_base(record: Probe, base: Probe, names: dict[str, str]) -> str:
+    """State whether a model is better or worse than BASE, or not distinguishable."""
+    value, half = compare_with_base(record, base)
+    difference = f"{value:+.4f}" if half is None else f"{value:+.4f} [{value - half:.4f}, {value + half:.4f}]"
+    word = "no significant difference from"
+    if half is not None and abs(value) > half:
+        word = "better than" if value < 0 else "worse than"
+    return f"{_name(record, names)}: {word} BASE ({difference})"
+
+
+def _describe_best(contests: Sequence[Contest]) -> str:
+    """State whether the best adapter does as well as the full fine-tune."""
+    if not contests:
+        return ""
+    words = {"as good": "yes", "worse": "no", "not known": "not known"}
+    word = next(word for word in words if any(contest.outcome == word for contest in contests))
+    best = min((item for item in contests if item.outcome == word), key=lambda item: item.worst.gap or 0.0)
+    record = best.worst
+    kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
+    others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
+    (name,) = short_paths([best.name])
+    return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
+
+
+def _describe_choice(choice: Choice, names: dict[str, str]) -> str:
+    """State which adapter to use: the significantly best one, or that some are not distinguishable."""
+    best = names[choice.best]
+    text = "; ".join(f"{names[rival.name]} {_format_gap(rival)}" for rival in choice.rivals)
+    if not choice.equals:
+        return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {text}"
+    equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
+    return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {text}"
+
+
+def _format_gap(rival: Rival) -> str:
+    if rival.half is None:
+        return f"{rival.behind:+.4f} (one sequence has no error)"
+    span = f"{rival.behind:+.4f} [{rival.behind - rival.half:.4f}, {rival.behind + rival.half:.4f}]"
+    if rival.worse:
+        return span
+    needed = f"more than {MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
+    return f"{span}, {needed} sequences would decide"
+
+
+def _compare_with_tuned(record: Probe) -> str:
+    """State whether a model is better or worse than TUNED, or not distinguishable."""
+    if record.gap is None or (half := gap_half(record)) is None:
+        return "one sequence has no error"
+    if abs(record.gap) <= half:
+        return f"no significant difference from TUNED ({gap(record)})"
+    kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
+    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
+
+
+def _describe_distances(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+    known = [record for record in of_set if record.subject == "adapter" and record.distance is not None]
+    if not known or not {"base", "tuned"} <= {record.subject for record in of_set}:
+        return []
+    reference = next((record for record in of_set if record.subject == "reference"), None)
+    lines = []
+    if reference is not None and reference.distance is not None:
+        near = [record for record in known if (record.distance or 0.0) <= reference.distance]
+        lines.append(
+            f"{len(near)} of {len(known)} adapters are as near to TUNED as the reference is ({reference.distance:.2f})"
+        )
+    nearest = min(known, key=lambda record: record.distance or 0.0)
+    best = min(known, key=lambda record: record.nats)
+    if len(known) > 1:
+        conclusion = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
+        lines.append(
+            f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {conclusion}"
+            + (" the best in loss" if nearest is best else " distance is not quality")
+        )
+    return lines

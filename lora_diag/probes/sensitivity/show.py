@@ -1,0 +1,286 @@
+"""Terminal output of ``probe sensitivity``: gain of each unit alone, and cheaper predictors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_diag.metrics.statistics import spearman
+from lora_diag.probes.sensitivity.gains import (
+    Correlation,
+    Gain,
+    Marginal,
+    correlations,
+    gains_of,
+    marginals_of,
+    scores_of,
+)
+from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from lora_diag.records import Results
+from lora_diag.records.base import Shown
+from lora_diag.records.probe import set_names
+from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.tables import Grid, Rows, columns_of
+from lora_diag.rendering.text import short
+
+# Maximum number of rows of the table in a terminal; the file and the HTML report have all.
+MAX_ROWS = 40
+# Maximum number of units named in a sentence.
+_NAMED = 3
+_UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
+# Descriptions of the scores, as in docs/reference/probe-sensitivity.md.
+_SCORES = {
+    "top": "Σσ_i(G)² to r",
+    "fresh": "‖P_T G‖² of a fresh LoRA",
+    "adam": "Adam's first step",
+    "fro²": "‖G‖²",
+    "size": "parameters, no gradient",
+}
+# Scores from one gradient that the table shows.
+_PROXIES = (
+    Shown("top", "Σσ² to r", "Σ_{i≤r}σ_i(G)²", terminal=True, drop=5),
+    Shown(
+        "adam",
+        "first step",
+        "decrease of the loss in Adam's first step, per unit of learning rate",
+        terminal=True,
+        drop=2,
+    ),
+)
+# ρ from which a score predicts the order; below it, the statement says "in part". Both print ρ.
+STRONG_CORRELATION = 0.7
+# Largest p-value of a significant correlation.
+_CHANCE = 0.05
+
+
+def sensitivity_lines(results: Results[Any]) -> list[Statement]:
+    """Return the statements: for each set, gains by unit, gains by rank, and quality of first-order predictions."""
+    settings, records = results.run.settings, results.whole_of(Sensitivity)
+    gains = _read_gains(results)
+    statements = [make_statement("trained", "Trained", _describe_training(settings))]
+    statements += [_describe_set(name, records, gains[name], settings) for name in gains]
+    first = next(iter(gains.values()), [])
+    if first:
+        statements += _describe_marginal(next(iter(_read_marginals(results, gains).values())), settings)
+        statements += _describe_repeats(first)
+        statements += _describe_other_sets(gains, list(gains))
+        statements += [
+            make_statement("cheaper", "Proxies", _describe_proxies(correlations(first, _read_scores(results)), first))
+        ]
+        statements += [make_statement("rates", "Rates", _describe_rates(first, records, settings))]
+    return probe_summary(results, *statements, reading=_READING)
+
+
+def _read_scores(results: Results[Any]) -> dict[str, FirstOrder]:
+    return {record.layer: record for record in results.whole_of(FirstOrder)}
+
+
+def _read_gains(results: Results[Any]) -> dict[str, list[Gain]]:
+    """Return the gains by set, the deciding set first."""
+    records, settings = results.whole_of(Sensitivity), results.run.settings
+    sets = set_names(records)
+    return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
+
+
+def _read_marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
+    """Return the gains of the higher rank by set; empty if only one rank was trained."""
+    records, settings = results.whole_of(Sensitivity), results.run.settings
+    rank = settings["rank"] + (settings["delta"] or 0)
+    if rank == settings["rank"]:
+        return {name: [] for name in gains}
+    choose = next(iter(gains), "")
+    return {
+        name: marginals_of(records, name, lower, gains_of(records, name, choose, rank, settings["seed"]))
+        for name, lower in gains.items()
+    }
+
+
+_READING = (
+    "gains of layers adapted alone do not add up to that of all; results of few steps need not hold for many; "
+    "rates were chosen on the first set, so gains there are slightly too high; layers of one model are not "
+    "independent, so intervals of ρ are too narrow and p-values too small"
+)
+
+
+def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return one row per unit, the most sensitive first; no table before a run is finished."""
+    gains, scores, settings = _read_gains(results), _read_scores(results), results.run.settings
+    marginals = _read_marginals(results, gains)
+    rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
+    if not rows:
+        return []
+    rank, delta = settings["rank"], settings["delta"]
+    names = [short(row.unit.removesuffix(".weight")) for row in rows]
+
+    def align(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
+        by_unit = {item.unit: [item] for item in items}
+        return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
+
+    gain, seeds, *others = Gain.shown
+    columns = columns_of((gain, seeds), align(rows))
+    for position, name in enumerate(gains):
+        if position:
+            columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
+        elif delta:
+            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], align(marginals[name]))
+    columns += columns_of(others, align(rows))
+    score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
+    title = f"{_UNITS[settings['per']][0]} alone"
+    return [
+        Grid(
+            "", title, tuple(names), (*columns, *columns_of(_PROXIES, score_rows)), _make_table_note(settings), MAX_ROWS
+        )
+    ]
+
+
+def _make_table_note(settings: dict[str, Any]) -> str:
+    """Return the explanation below the table."""
+    rank, delta = settings["rank"], settings["delta"]
+    suffix = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
+    return (
+        f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
+        f"{_UNITS[settings['per']][0]} alone, with its standard error over sequences; a gain below two standard "
+        f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are predictions from one "
+        "gradient at BASE."
+    )
+
+
+def _describe_training(settings: dict[str, Any]) -> str:
+    ranks = f"r={settings['rank']}" + (f" and {settings['rank'] + settings['delta']}" if settings["delta"] else "")
+    return (
+        f"{settings['kind']}, {ranks} on one {_UNITS[settings['per']][0]} at a time, {settings['steps']} steps of "
+        f"{settings['batch']} sequences; {settings['optimizer']}"
+    )
+
+
+def _describe_set(
+    name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], settings: dict[str, Any]
+) -> Statement:
+    base = next(record for record in records if record.set == name and not record.unit)
+    if not gains:
+        return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
+    singular, plural = _UNITS[settings["per"]]
+    better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
+    worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
+    ordered = sorted(gains, key=lambda gain: -gain.gain)
+    lines = [
+        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else singular} "
+        f"lower it significantly{f', {worse} raise it' if worse else ''}",
+        f"highest: {_list_gains(ordered[:_NAMED])}",
+    ]
+    if len(ordered) > 2 * _NAMED:
+        lines.append(f"lowest: {_list_gains(ordered[-_NAMED:])}")
+    return on_set(name, *lines, shifted=base.shifted, answer=lines[1])
+
+
+def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
+    return ", ".join(f"{short(gain.unit.removesuffix('.weight'))} {gain.gain:+.4f}" for gain in gains)
+
+
+def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
+    if not marginals:
+        return []
+    clear = [marginal for marginal in marginals if marginal.is_clear]
+    up = sum(marginal.gain > 0 for marginal in clear)
+    ordered = sorted(marginals, key=lambda marginal: -marginal.gain)
+    rank = settings["rank"]
+    text = (
+        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, "
+        f"{len(clear) - up} lose as much; highest: {_list_gains(ordered[:_NAMED])}"
+    )
+    return [make_statement("more_rank", "More rank", text)]
+
+
+def _describe_repeats(gains: Sequence[Gain]) -> list[Statement]:
+    """State whether another seed gives the same order of units."""
+    repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
+    if len(repeated) < 3:
+        return []
+    rho = spearman([seeds[0] for seeds in repeated], [seeds[1] for seeds in repeated])
+    return [
+        make_statement(
+            "repeats",
+            "Seed agreement",
+            f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared",
+        )
+    ]
+
+
+def _describe_other_sets(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
+    """State whether other sets give the same order of units."""
+    lines = []
+    for name in sets[1:]:
+        other_gains = {gain.unit: gain.gain for gain in gains[name]}
+        pairs = [(gain.gain, other_gains[gain.unit]) for gain in gains[sets[0]] if gain.unit in other_gains]
+        if len(pairs) > 2:
+            rho = spearman([first for first, _ in pairs], [second for _, second in pairs])
+            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_format_rho(rho)}, {len(pairs)} compared")
+    return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
+
+
+def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
+    """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
+    if not proxies:
+        return "not known; at least three units must be measured"
+    ordered = sorted(proxies, key=lambda correlation: -(correlation.rho or 0.0))
+    best, size = (
+        next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1),
+        proxies[-1],
+    )
+    clear = sum(gain.is_clear for gain in gains)
+    lines = [_judge_proxy(best, size)]
+    if 2 * clear < len(gains):  # noise has no order to predict
+        lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
+    inside = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
+    if inside and min(inside) > _CHANCE:
+        lines.append("within module types, no score is significantly better than chance")
+    lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
+    for correlation in ordered:
+        ends = f" [{correlation.ends[0]:+.2f}, {correlation.ends[1]:+.2f}]" if correlation.ends else ""
+        p = "" if correlation.p is None else f" p {_format_p(correlation.p)}"
+        within = (
+            ""
+            if correlation.within is None or correlation.within_p is None
+            else f"; {correlation.within:+.2f} p {_format_p(correlation.within_p)}"
+        )
+        lines.append(f"{_format_rho(correlation.rho)}{ends}{p}{within}: {_SCORES[correlation.score]}")
+    return "\n".join(lines)
+
+
+def _judge_proxy(best: Correlation, size: Correlation) -> str:
+    """State whether the best score of the gradient is useful."""
+    name = _SCORES[best.score]
+    if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
+        return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
+    if size.rho is not None and size.rho >= best.rho:
+        return f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {name}"
+    word = "yes" if best.rho >= STRONG_CORRELATION else "in part"
+    return (
+        f"{word}: {name} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters with "
+        f"{_format_rho(size.rho)}"
+    )
+
+
+def _format_p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _format_rho(rho: float | None) -> str:
+    return "-" if rho is None else f"{rho:+.2f}"
+
+
+def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
+    counts = Counter(gain.lr for gain in gains)
+    text = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
+    text = "\n".join([text, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
+    low, high = (sum(gain.edge == end for gain in gains) for end in (-1, 1))
+    if len({record.lr for record in records if record.lr is not None}) == 1:
+        text += "\none rate for all: the effect of the rate cannot be separated from the gain"
+    elif low or high:
+        ways = [f"{n} at the {end} rate tried" for n, end in ((low, "lowest"), (high, "highest")) if n]
+        text += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"
+    diverged = sum(record.loss is None for record in records)
+    return text + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")

@@ -1,0 +1,333 @@
+"""Rounding of frozen weights to the values of a quantized base, in ordinary modules.
+
+Values equal those of bitsandbytes (0.50.2 on a CPU: NF4 bit for bit, int8 up to one rounding of float32). Memory is not
+reduced, products are in the model's own dtype, and activations, which LLM.int8() also rounds, are not rounded.
+
+``probe sweep``: measure the loss of LoRA trained at each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.errors import UsageError
+from lora_diag.models.opening import Model
+from lora_diag.models.training import RECIPE, Cell, Lora, Training, layers_without_head, record_of, run_cell
+from lora_diag.probes.sweep import SweepOptions
+from lora_diag.records import LeftOut, Probe, Results, WholeRecord
+from lora_diag.records.probe import Subject
+from lora_diag.rendering.text import duration
+from lora_diag.running.layers import check_ranks
+from lora_diag.running.options import show_options
+from lora_diag.running.probing import check_files, pluralize
+from lora_diag.running.progress import RunRecords
+from lora_diag.running.training_runs import (
+    Arm,
+    RunPlan,
+    RunTask,
+    Site,
+    TrainRun,
+    Trial,
+    Workers,
+    drop_sequences,
+    open_site,
+)
+
+# Quantiles of N(0, 1) with an exact zero: Dettmers et al. 2023, QLoRA, appendix E.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+BLOCK = 64
+GRIDS = ("nf4", "int8")
+
+
+def to_nf4(weight: Tensor) -> Tensor:
+    """Return the nearest NF4 values: 16 levels times the largest magnitude of each 64 consecutive entries.
+
+    Args:
+        weight: ``(out, in)``; blocks are in row-major order and may span rows.
+
+    Example:
+        >>> to_nf4(torch.tensor([[0.5, 0.1, -1.0, 0.0]])).tolist()[0][1:]
+        [0.07958029955625534, -1.0, 0.0]
+    """
+    flat = weight.reshape(-1).float()
+    blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    table = torch.tensor(NF4, device=weight.device)
+    places = torch.bucketize(blocks / largest.clamp(min=torch.finfo(torch.float32).tiny), (table[1:] + table[:-1]) / 2)
+    return (table[places] * largest).view(-1)[: len(flat)].view_as(weight).to(weight.dtype)
+
+
+def to_int8(weight: Tensor) -> Tensor:
+    """Return the nearest of 255 evenly spaced values per row: round(127·w/a)·a/127.
+
+    Args:
+        weight: ``(out, in)``; a is the largest magnitude of a row.
+
+    Example:
+        >>> to_int8(torch.tensor([[1.27, 0.004, 0.006]])).mul(100).round().tolist()
+        [[127.0, 0.0, 1.0]]
+    """
+    largest = weight.float().abs().amax(1, keepdim=True)
+    codes = (
+        weight.float() * (127 / largest.clamp(min=1e-30))
+    ).round()  # 127 divided by the smallest float32 would be infinite
+    return (codes * largest / 127).to(weight.dtype)
+
+
+@contextmanager
+def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[None]:
+    """Round the weights of linear layers within the block, then restore them.
+
+    Args:
+        layers: Linear layers, or transformers' Conv1D, whose weights are stored ``(in, out)``.
+        grid: ``nf4`` or ``int8``; None to round nothing.
+
+    Reference: Dettmers et al. 2023, QLoRA, equation 4; Dettmers et al. 2022, LLM.int8(), section 3.1.
+    """
+    weights = [(layer.weight, isinstance(layer, nn.Linear)) for layer in layers] if grid else []
+    kept = [weight.detach().to("cpu", copy=True) for weight, _ in weights if isinstance(weight, Tensor)]
+    to_grid = to_nf4 if grid == "nf4" else to_int8
+    try:
+        with torch.no_grad():
+            for weight, is_out_in in weights:
+                assert isinstance(weight, Tensor)
+                weight.copy_(to_grid(weight) if is_out_in else to_grid(weight.T.contiguous()).T)
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), original in zip(weights, kept, strict=True):
+                assert isinstance(weight, Tensor)
+                weight.copy_(original)
+
+
+# Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
+EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
+    "ranks": lambda then, now: sorted({*then, *now}),
+    "rates": lambda then, now: sorted({*then, *now}),
+    "full_rates": lambda then, now: sorted({*then, *now}),
+    "seeds": max,
+    "widen": max,
+}
+
+
+@show_options
+def probe_sweep(
+    base: Path | str,
+    **options: Unpack[SweepOptions],
+) -> Results[Any]:
+    r"""Train a LoRA at every rank, with the same batches in the same order and number of steps, and compare losses.
+
+    At every rank all learning rates are tried with the first seed; the rate with the lowest loss on the first
+    evaluation set is also run with the other seeds.
+
+    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``repeats``, a
+    larger ``widen``, ``full``, and other ``ranks`` and ``rates`` are added; all other settings must be equal.
+
+    Args:
+        base: Base model: a folder that transformers can open, or a Hub id.
+        data: Training text or JSONL.
+        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        shifted: Files of another distribution.
+        ranks: Ranks r.
+        rates: Peak learning rates of LoRA and BitFit.
+        full: Also fine-tune BASE fully: every parameter, including embeddings and head.
+        full_rates: Peak learning rates of full fine-tuning.
+        bitfit: Also train biases and norms only.
+        dora: Train DoRA: factors and a magnitude per output.
+        rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
+        quantized: ``nf4`` or ``int8``: LoRA is trained on linear layers rounded to this grid. They are rounded but not
+            packed: the values of a quantized base without its memory savings.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, equal losses.
+        steps: Number of updates of a run.
+        repeats: Number of runs of each rank at its best rate; they differ in the initial factors, not in the data.
+        gain_tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
+        target_modules: Modules to adapt, by PEFT's names; default all linear layers except the head.
+        **options: ``SweepOptions``.
+
+    Returns:
+        The records are in ``whole``: BASE's losses, and those of every run, set by set.
+
+    Raises:
+        UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is
+            missing.
+        InputError: An input cannot be read, or the model cannot be opened or adapted.
+
+    Example:
+        >>> found = probe_sweep("sample_checkpoints/base", data="train.txt",  # doctest: +SKIP
+        ...     evaluate=["held_out.txt"], ranks=[2, 8], steps=50)
+        >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
+    """
+    run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
+    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
+    names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
+    full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in names)
+    requested = check_ranks(run.options["ranks"])
+    if not 0 < tolerance < 1:
+        raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
+    if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
+        raise UsageError(
+            f"--dtype {dtype}: rounds away most steps of {'--full' if full else '--bitfit'}, while LoRA's factors "
+            "stay float32; use --dtype float32"
+        )
+    check_files([base], evaluate, *shifted, data)
+    kind = Lora(tuple(targets) or None, dora, rslora)
+    with run.joined():
+        return _run_sweep(run, base, kind, requested)
+
+
+def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
+    """Open the model and the texts, and train."""
+    options = run.options
+    names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
+    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in names)
+    data, evaluate, shifted, targets = (options[name] for name in ("data", "evaluate", "shifted", "target_modules"))
+    model, stored = run.open(base), open_checkpoint(base)
+    run.read_all(data, evaluate, shifted, steps, kind)
+    settings = {
+        "ranks": list(ranks),
+        "rates": sorted(set(rates)),
+        "full_rates": sorted(set(full_rates)) if full else None,
+        "bitfit": bitfit,
+        "kind": kind.description,
+        "quantized": quantized,
+        **run.trained(seeds),
+        "tolerance": tolerance,
+        "targets": list(targets) or "all-linear",
+        "optimizer": RECIPE,
+    }
+
+    workers = run.workers(base, stored)
+
+    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
+        joined = kept.run.settings  # with the values of the sweep before it was resumed
+        sweep = _Sweep(model, run.walk(kept, joined["seeds"]), workers)
+        arms = [sweep.arm("lora", joined["ranks"], joined["rates"], quantized)]
+        arms += [sweep.arm("full", [None], joined["full_rates"], None)] if full else []
+        arms += [sweep.arm("bitfit", [None], joined["rates"], None)] if bitfit else []
+        sweep.report_cost(arms)
+        sweep.measure_base("")
+        for arm in arms:
+            sweep.run(arm)
+        return []
+
+    return run.over(run.inputs(stored), settings, measure_missing, EXTENDABLE_SETTINGS)
+
+
+def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> Sequence[Probe]:
+    """Train one cell on a worker of a cluster.
+
+    Args:
+        site: What the worker opens.
+        training: Settings shared by all runs, without the text.
+        grid: Grid of BASE's linear layers; None without rounding.
+        task: Its ``work`` is the cell.
+    """
+    model, texts, sets = open_site(site)
+    with round_weights(layers_without_head(model.module).values(), grid):
+        return run_cell(model, task.work, replace(training, texts=texts), sets, lambda: None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """A trained method, and its BASE.
+
+    Args:
+        subject: LoRA, or a reference line.
+        runs: Its ranks and rates.
+        grid: Grid of BASE's linear layers; None without rounding.
+    """
+
+    subject: Subject
+    runs: Arm
+    grid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """State of a sweep."""
+
+    model: Model
+    plan: RunPlan
+    workers: Workers | None
+
+    def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
+        """Return a method with its grid of ranks and rates."""
+        tried = {r.lr for r in self.plan.kept.records if r.subject == subject and r.lr is not None}
+        runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._make_trial, subject), tuple(sorted(tried)))
+        if self.workers is not None:
+            runs = replace(runs, remote=partial(self._run_remotely, self.workers, grid), slots=self.workers.slots)
+        return _Arm(subject, runs, grid)
+
+    def _run_remotely(
+        self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
+    ) -> Iterator[Sequence[WholeRecord]]:
+        training = replace(self.plan.training, texts=drop_sequences(self.plan.training.texts))
+        train = partial(train_on_worker, workers.site, training, grid)
+        return workers.run(train, [(trial.label, trial.work) for trial in trials], poll)
+
+    def _make_trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
+        cell = Cell(rank, lr, seed, subject)
+        return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell), cell)
+
+    def measure_base(self, grid: str) -> None:
+        """Measure BASE, rounded to the grid if there is one."""
+        self.plan.measure_base(self.model, partial(record_of, name=grid), grid)
+
+    def run(self, arm: _Arm) -> None:
+        """Train everything of an arm."""
+        layers = layers_without_head(self.model.module).values()
+        with round_weights(layers, arm.grid) if arm.grid else nullcontext():
+            if arm.grid:
+                self.measure_base(arm.grid)
+            self.plan.run(arm.runs)
+
+    def report_cost(self, arms: Sequence[_Arm]) -> None:
+        """Time one step of each method and one evaluation batch, and report the estimated cost."""
+        plan = self.plan
+        grids = {"", *(arm.grid or "" for arm in arms)}
+        bases = sum(not plan.has(subject="base", name=grid) for grid in grids)
+        seconds, costs = plan.cost([arm.runs for arm in arms], bases)
+        lines = []
+        for arm, (runs, step) in zip(arms, costs, strict=True):
+            description = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
+            lines.append(
+                f"{pluralize(runs, 'run', 'runs')}{description} of {plan.training.steps} steps of {step:.2g} s at most"
+            )
+        plan.watch.note(
+            f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
+            f"{pluralize(len(plan.sets), 'set', 'sets')}"
+            f"{plan.more([arm.runs for arm in arms])}{self._describe_full_memory(arms)}"
+        )
+
+    def _describe_full_memory(self, arms: Sequence[_Arm]) -> str:
+        """State the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
+        if not any(arm.subject == "full" for arm in arms):
+            return ""
+        gib = 4 * sum(weight.numel() * weight.element_size() for weight in self.model.module.parameters()) / 2**30
+        return f"; a full fine-tune takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""

@@ -1,0 +1,269 @@
+"""Terminal output of ``probe sweep``: loss at every rank and learning rate, and the sufficient rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_diag.probes.sweep.verdict import (
+    AtRank,
+    ReferenceComparison,
+    SweepVerdict,
+    best_rates,
+    by_rank,
+    compare_with_reference,
+    confident,
+    diverged,
+    needs,
+    reasons,
+    swept_of,
+)
+from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
+from lora_diag.records import Probe, Results
+from lora_diag.records.probe import Subject, set_names
+from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.tables import Column, Grid, Rows, grid_of
+from lora_diag.rendering.text import number, short
+
+
+def main_verdict(results: Results[Any]) -> SweepVerdict | None:
+    """Return the verdict on the first set that is not shifted; None without one."""
+    swept = swept_of(results)
+    return None if swept is None else swept.verdict
+
+
+def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
+    """Return a table per set, one row per rank."""
+    records, seed = results.whole_of(Probe), results.run.settings["seed"]
+    sets = set_names(records)
+    rates = best_rates(records, sets[0], seed) if sets else {}
+    references = _list_references(records, sets, seed)
+    grids = []
+    for name in sets:
+        own_records = [record for record in records if record.set == name]
+        lines = [(subject, row) for subject, set_name, row in references if set_name == name]
+        caption = f"On {short(name)}{' (shifted)' if own_records[0].shifted else ''}"
+        grids.append(_make_table(caption, own_records, by_rank(records, name, rates), lines))
+    return grids
+
+
+def sweep_lines(results: Results[Any]) -> list[Statement]:
+    """Return the statements: for each set, the sufficient rank and its evidence."""
+    records, settings = results.whole_of(Probe), results.run.settings
+    sets = set_names(records)
+    rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
+    references = _list_references(records, sets, settings["seed"])
+    all_verdicts = verdicts_of(records, settings["seed"], settings["tolerance"])
+    verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
+    bases = {name: base for name, (_, base) in all_verdicts.items()}
+    share = settings["tolerance"]
+    on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]] if sets else []
+    return probe_summary(
+        results,
+        make_statement("trained", "Trained", _describe_training(settings)),
+        *(on_set(name, *_state_verdict(verdict, bases[name], share)) for name, verdict in verdicts.items()),
+        *_describe_agreement(verdicts, bases),
+        *_compare_references(records, bases, rates, references, share),
+        make_statement(
+            "rates",
+            "Rates",
+            _describe_rates(by_rank(records, sets[0], rates) if sets else [], on_first_set, records, settings),
+        ),
+        reading=_interpret(settings),
+    )
+
+
+# Names of the reference lines.
+_LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
+
+_READING = (
+    "the rate of each rank was chosen on the first set, so losses there are slightly too low; all runs have the "
+    "same batch order, so seeds differ less than independent runs; with fewer steps than you will train, small "
+    "ranks may look better than they are"
+)
+
+
+def _interpret(settings: dict[str, Any]) -> str:
+    """Return notes on the interpretation of the table."""
+    extra = []
+    if settings.get("full_rates"):
+        extra.append(
+            "full trains every parameter, including embeddings and head, and only its dropout depends on the seed: "
+            "without dropout all its seeds are one run, whose error is assumed to be that of a LoRA run"
+        )
+    if settings.get("quantized"):
+        extra.append(
+            f"BASE's linear layers are rounded to {settings['quantized']} and not packed, so values are those of a "
+            "quantized base, memory and speed are not; reference lines are trained on the unrounded BASE"
+        )
+    return "; ".join([_READING, *extra])
+
+
+def _list_references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
+    """Return the runs of each reference line at its best rate, on every set."""
+    rows = []
+    for subject in _LINES:
+        rates = best_rates(records, sets[0], seed, subject) if sets else {}
+        rows += [(subject, name, row) for name in sets for row in by_rank(records, name, rates, subject)]
+    return rows
+
+
+def _compare_references(
+    records: Sequence[Probe],
+    bases: dict[str, Probe],
+    rates: dict[int | None, float],
+    references: Sequence[tuple[Subject, str, AtRank]],
+    share: float,
+) -> list[Statement]:
+    """Compare the best rank with each reference line, on every set with a measured BASE."""
+    sentences: dict[Subject, list[str]] = {}
+    for subject, name, row in references:
+        base = bases.get(name)
+        comparison = (
+            None if base is None else compare_with_reference(by_rank(records, name, rates), row, base.nats, share)
+        )
+        if comparison is not None:
+            where = f"on {short(name)}: " if len(bases) > 1 else ""
+            sentences.setdefault(subject, []).append(f"{where}{_describe_comparison(comparison, _LINES[subject])}")
+    return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
+
+
+def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
+    """Compare the best rank with a line, with the interval of the difference."""
+    means = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
+    if comparison.half is None:
+        return f"no verdict: {means} ({comparison.gap:+.4f}); one seed has no spread"
+    words = {
+        "as good": f"LoRA is as good: each keeps {1 - comparison.tolerance:.0%} of the other's gain",
+        "better": "LoRA is better",
+        "worse": "LoRA is worse",
+        "not known": "not known: "
+        + ("no number of seeds would decide" if comparison.seeds is None else needs(comparison.seeds)),
+    }
+    span = f"{comparison.gap:+.4f} [{comparison.gap - comparison.half:.4f}, {comparison.gap + comparison.half:.4f}]"
+    return f"{words[comparison.outcome]}; {means} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
+
+
+def _make_table(
+    caption: str, of_set: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
+) -> Grid:
+    """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
+    tried = sorted({record.lr for record in of_set if record.lr is not None})
+    first = min((record.seed for record in of_set if record.lr is not None), default=0)
+    by_setting = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
+    bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
+    runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
+    rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
+    rates = [
+        Column(
+            f"lr {lr:g}",
+            (
+                *["-"] * len(bases),
+                *(_format_loss(by_setting.get((row_subject, r.rank, lr))) for row_subject, r in runs),
+            ),
+            drop=drop,
+        )
+        for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
+    ]
+    return grid_of(AtRank.shown, rows, "rank", caption, extra=rates)
+
+
+def _format_loss(record: Probe | None) -> str:
+    if record is None:
+        return "-"
+    return "diverged" if record.loss is None else f"{record.loss:.4f}"
+
+
+def _describe_training(settings: dict[str, Any]) -> str:
+    targets = settings["targets"] if isinstance(settings["targets"], str) else ", ".join(settings["targets"])
+    grid = settings.get("quantized")
+    kind, on = settings.get("kind", "LoRA, alpha = 2r"), f"{targets}{f' rounded to {grid}' if grid else ''}"
+    steps = f"{settings['steps']} steps of {settings['batch']} sequences"
+    return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
+
+
+def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
+    """State the rank to train at, its confidence, and the reasons against smaller ranks."""
+    if verdict.best is None:
+        return ["no verdict: no run is finished with a finite loss"]
+    if verdict.outcome == "no gain":
+        by = number(-verdict.gain)
+        return [f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} by the least, {by}"]
+    chosen = verdict.chosen
+    if verdict.outcome == "no verdict" or chosen is None or chosen.confidence is None:
+        why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
+        suffix = "" if chosen is None else "; use more --repeats with --resume"
+        return [f"no verdict: {why}; lowest loss at r={verdict.best}{suffix}"]
+    place = f"r={chosen.rank} at learning rate {chosen.lr:g}"
+    target = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
+    if verdict.rank is not None:
+        lead = f"{verdict.outcome}: {place} {target}, with {confident(chosen.confidence)} confidence"
+    else:
+        confidence = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
+        lead = f"{verdict.outcome}: the best answer is {place}{confidence} that it {target} and no smaller rank does"
+    return [lead, *reasons(verdict, share)]
+
+
+def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
+    """State whether shifted sets need another rank."""
+    shifted = [name for name in verdicts if bases[name].shifted]
+    own_sets = [name for name in verdicts if not bases[name].shifted]
+    if not shifted or not own_sets:
+        return []
+    first = verdicts[own_sets[0]]
+    lines = []
+    for name in shifted:
+        other_verdict = verdicts[name]
+        if other_verdict.outcome == "no gain":
+            lines.append(
+                f"no: training raises the loss on {short(name)} at every rank, least at r={other_verdict.best}"
+            )
+        elif first.rank is None or other_verdict.rank is None:
+            pair = " and ".join(
+                f"r={verdict.answer} on {short(where)}"
+                for where, verdict in ((own_sets[0], first), (name, other_verdict))
+                if verdict.answer
+            )
+            suffix = f"; the best answers are {pair}" if first.answer and other_verdict.answer else ""
+            undecided = other_verdict if other_verdict.rank is None else first
+            lines.append(f"not known on {short(name)}: {undecided.outcome}{suffix}")
+        elif other_verdict.rank == first.rank:
+            lines.append(f"yes: r={other_verdict.rank} is also enough on {short(name)}")
+        else:
+            lines.append(
+                f"no: r={first.rank} is enough on {short(own_sets[0])}, r={other_verdict.rank} on {short(name)}"
+            )
+    return [make_statement("shifted", "Shifted sets", *lines)]
+
+
+def _describe_rates(
+    rows: Sequence[AtRank],
+    lines: Sequence[tuple[Subject, AtRank]],
+    records: Sequence[Probe],
+    settings: dict[str, Any],
+) -> str:
+    infinite = sum(record.loss is None for record in records)
+    notes = [f"{infinite} losses are not finite: those runs diverged"] if infinite else []
+    known = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
+    for run in sorted(diverged(records) & known, key=str):
+        named = f"r={run[1]}" if run[0] == "lora" else _LINES[run[0]]
+        notes.append(f"{named} at {run[2]:g} diverged with seed {run[3]} (far above BASE): left out of mean and spread")
+    if not rows:
+        return "\n".join(notes) or "no run is finished yet"
+    text = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
+    text += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
+    text = f"lowest loss of the first seed: {text}"
+    tried = {record.lr for record in records if record.subject != "full"}
+    hints = beyond_grid(tried, settings.get("rates"), "--lr")
+    hints += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
+    text = "\n".join([text, *hints])
+    if edge := [row for row in rows if row.edge]:
+        text += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in edge)}; extend --lr"
+    for subject, row in lines:
+        if row.edge:
+            option = "--full-lr" if subject == "full" else "--lr"
+            text += f"\nat the edge of the rates tried for {_LINES[subject]}; extend {option}"
+    if len({record.lr for record in records if record.subject == "lora"}) == 1:
+        text += "\none rate for all ranks: the effects of rank and rate cannot be separated"
+    return "\n".join([text, *notes])

@@ -76,7 +76,7 @@ BETWEEN = {
 LIBRARIES = {
     "click": set(),
     "typer": {"cli", "command.py"},
-    "rich": {"cli", "rendering", "inspection", "show.py", "summary.py", "table.py", "command.py"},
+    "rich": {"cli", "rendering", "inspection", "show.py", "command.py"},
     "matplotlib": {"rendering", "plots", "figures.py", "payload.py"},
     "jinja2": {"reports"},
     "plotly": {"reports"},

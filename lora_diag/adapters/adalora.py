@@ -23,15 +23,15 @@ def read_adalora(source: Source) -> Reading:
     """Read an AdaLoRA adapter.
 
     Raises:
-        InputError: Its parts are inconsistent.
+        InputError: A part is missing, the parts are inconsistent, or the config is invalid.
     """
     config = source.settings
-    modules, rest = by_module(source.checkpoint, PARTS, source.path)
+    modules, unclaimed = by_module(source.checkpoint, PARTS, source.path)
     updates = [_read_update(source, module, parts) for module, parts in modules.items()]
     kind = f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, alpha={config.values.get('lora_alpha')}"
     scaling = f"lora_alpha / (r + 1e-5), from {config.path.name}"
     reading = Reading(f"{kind}, {len(modules)} modules", tuple(updates), scaling=scaling)
-    return add_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, unclaimed)
 
 
 def _read_update(source: Source, module: str, parts: dict[str, str]) -> Update:

@@ -109,7 +109,7 @@ class Adapter:
         return (*self.reading.notes, *self.checkpoint.notes)
 
     def weights(self) -> tuple[AdaptedWeight, ...]:
-        """Return the weights it changes, in natural order of their names."""
+        """Return the weights it changes, in natural order of their names, without optional biases and copies."""
         changed = [
             AdaptedWeight(
                 layer=update.layer,
@@ -137,12 +137,12 @@ class Adapter:
         """
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
-        notes = (f"rank {rank}: {SERVED_RANK_NOTE}",) if rank > SERVED_RANK else ()
+        rank_warnings = (f"rank {rank}: {SERVED_RANK_NOTE}",) if rank > SERVED_RANK else ()
         zero_keys = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
         if not zero_keys:
-            return notes
-        example = f"such as {zero_keys[0]}"
-        return (*notes, f"{len(zero_keys)} of {len(keys)} updates are zero: a factor was never trained, {example}")
+            return rank_warnings
+        zero = f"{len(zero_keys)} of {len(keys)} updates are zero: a factor was never trained, such as {zero_keys[0]}"
+        return (*rank_warnings, zero)
 
     def pair(
         self,
@@ -151,7 +151,7 @@ class Adapter:
         exclude: str | None = None,
         allow_unmatched: bool = False,
     ) -> tuple[Pairing, tuple[str, ...]]:
-        """Return the named ΔW, and notes; see ``placing.place``."""
+        """Return the named ΔW with the skipped tensors, and notes with the warnings; see ``placing.place``."""
         pairing, notes = place(self.source, self.reading, base, layers, exclude, allow_unmatched)
         return pairing, (*self.notes, *self.warnings(), *notes)
 
@@ -167,19 +167,19 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
         InputError: The path cannot be read, or the kind of adapter is not supported; the message has the fix.
     """
     source = open_source(path, stated_alpha)
-    note = "its files give alpha or a scale; the one that is stated is not used"
+    note_on_alpha = "its files give alpha or a scale; the one that is stated is not used"
     if not is_kohya(source) and not is_diffusers(source) and (completed := add_config(source)) is not source:
-        source, note = completed, f"its files give no lora_alpha; alpha = {stated_alpha} was given"
+        source, note_on_alpha = completed, f"its files give no lora_alpha; alpha = {stated_alpha} was given"
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _add_notes(source, family.read(source), note), family.form)
+            return Adapter(source, _add_notes(source, family.read(source), note_on_alpha), family.form)
     refuse_unsupported(source)
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
 def _add_notes(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
-    """Add notes on tensors without effect and on a given α; refuse an adapter that changes no weight."""
+    """Add notes on an activated LoRA, a given α and unused tensors; refuse an adapter that changes no weight."""
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
     notes = list(reading.notes)

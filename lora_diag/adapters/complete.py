@@ -27,8 +27,9 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
         pairing: The adapted weights of BASE, selected or not.
 
     Returns:
-        None if the config does not determine it: there is none, it names parameters or all linear layers, or its names
-        of modules in memory differ from those in BASE.
+        None if the config does not determine it: there is none or it has no ``target_modules``, it names parameters or
+        all linear layers, it replicates layers, or none of the modules that it targets has factors, since modules in
+        memory have other names than in BASE.
 
     Raises:
         InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
@@ -58,12 +59,12 @@ def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[in
 
 def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
     """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE."""
-    dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
+    min_dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
     modules: dict[str, str] = {}
     for name in base:
         parameter = model.parameter(name)
         module = parameter.removesuffix(".weight")
-        if module == parameter or len(base[name].shape) < dimensions:
+        if module == parameter or len(base[name].shape) < min_dimensions:
             continue
         # Experts and routers are parameters in memory, which PEFT does not adapt as modules.
         is_parameter = ROUTER.match(parameter) or (
@@ -75,7 +76,7 @@ def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Con
 
 
 def _is_in_layers(module: str, config: Config) -> bool:
-    """Return whether a module is in one of ``layers_to_transform`` (``peft.tuners.tuners_utils``)."""
+    """Return whether a module is in one of ``layers_to_transform``, by PEFT's rule; True if the config has none."""
     layers = config.values.get("layers_to_transform")
     if layers is None:
         return True

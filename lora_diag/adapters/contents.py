@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 Part = Literal[
     "factors", "embedding", "convolution", "experts", "dora", "residual", "bias", "value", "norm", "rows", "other"
 ]
-_DOWN = {"lora_B": "lora_A", "lora_up": "lora_down", "up": "down"}
+_DOWN_BY_UP = {"lora_B": "lora_A", "lora_up": "lora_down", "up": "down"}
+# Parts with two factors.
 PAIRS = frozenset({"factors", "embedding", "convolution", "experts", "dora", "residual"})
 
 
@@ -72,8 +73,8 @@ class Item:
         """What the weight is to a head that is tied to the token embedding; empty for others."""
         if is_head(self.layer):
             return "head"
-        tokens = RESIZABLE.search(self.layer) or self.key.startswith(TABLE)
-        return "embedding" if self.is_table and tokens else ""
+        is_token_table = RESIZABLE.search(self.layer) or self.key.startswith(TABLE)
+        return "embedding" if self.is_table and is_token_table else ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Contents:
         return {name: tuple(group) for name, group in groups.items()}
 
     def first(self, *parts: Part) -> Item | None:
-        """Return the first item with one of the given parts."""
+        """Return the first item with one of the given parts; None without one."""
         return next((item for item in self.items if item.part in parts), None)
 
 
@@ -129,7 +130,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
         base: Its BASE, for the weights' names there.
 
     Raises:
-        InputError: An α in the file could not be read.
+        InputError: An α in the file could not be read, or BASE does not give the number of heads of a GGUF adapter.
     """
     config = adapter.source.config
     values = config.values if config is not None and not adapter.source.is_completed else {}
@@ -150,7 +151,7 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
     matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
     for update in updates:
         index = 0 if update.expert is None else update.expert[0]
-        locations = [location.layer for location in matched.get(update.expected[0], ()) if location.index == index]
+        layers = [location.layer for location in matched.get(update.expected[0], ()) if location.index == index]
         alpha = None
         if update.alpha:
             alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
@@ -158,7 +159,7 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
             scale = scale_of(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
         part = _find_part(update, adapter)
-        for layer in [update.layer] if update.keeps_name or not locations else locations:
+        for layer in [update.layer] if update.keeps_name or not layers else layers:
             yield Item(
                 layer=layer,
                 module=update.weight.removesuffix(".weight"),
@@ -195,16 +196,19 @@ def _find_part(update: Update, adapter: Adapter) -> Part:
 
 
 def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return ``(in, kh, kw)`` of a convolution, given the factor on its output side."""
-    down = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda match: _DOWN[match[0]], key)
-    mid = key.replace("lora_up", "lora_mid")
-    if mid in checkpoint and mid != key:
-        return (checkpoint[down].shape[1], *checkpoint[mid].shape[2:])
-    return checkpoint[down].shape[1:]
+    """Return ``(in, kh, kw)`` of a convolution, given the name of the factor on its output side."""
+    down_key = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda match: _DOWN_BY_UP[match[0]], key)
+    mid_key = key.replace("lora_up", "lora_mid")
+    if mid_key in checkpoint and mid_key != key:
+        return (checkpoint[down_key].shape[1], *checkpoint[mid_key].shape[2:])
+    return checkpoint[down_key].shape[1:]
 
 
 def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
-    """Return one tensor of an update in the file: its factor that starts at zero, else one of its part."""
+    """Return the name of one tensor of an update: its factor that starts at zero, else one of its part or module.
+
+    Empty if the file has none.
+    """
     if update.zero_if:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")
@@ -221,8 +225,8 @@ def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     matched = match_names(dict(expected), base)[0] if base is not None else {}
     for value in values:
-        locations = [location.layer for location in matched.get(value.weight, ())] or [value.weight]
-        for layer in locations:
+        layers = [location.layer for location in matched.get(value.weight, ())] or [value.weight]
+        for layer in layers:
             module = value.weight.removesuffix(".weight").removesuffix(".bias")
             yield Item(layer, module, _infer_value_kind(value, adapter), value.key, shape=expected[value.weight])
 

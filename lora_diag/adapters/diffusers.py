@@ -26,7 +26,7 @@ PIPELINE = re.compile(r"(unet|text_encoder(_\d)?|transformer(_\d)?|prior|control
 FILE = "pytorch_lora_weights"
 METADATA = "lora_adapter_metadata"
 
-# Names of the two factors in current diffusers, and before PEFT.
+# Names of the two factors in current diffusers, and before PEFT; and of α.
 PART = re.compile(
     r"(?P<module>.+?)(?:\.lora\.|\.|(?P<old>_lora\.))(?P<part>lora_A|lora_B|lora_down|lora_up|down|up|alpha)(\.weight)?"
 )
@@ -37,15 +37,16 @@ def is_diffusers(source: Source) -> bool:
     """Return whether this family reads the adapter."""
     if source.config is not None or not any(PIPELINE.match(name) for name in source.checkpoint):
         return False
-    named = source.checkpoint.files[0].path.name.startswith(FILE) or METADATA in source.metadata
-    return named or any("transformer_blocks." in name or ".processor." in name for name in source.checkpoint)
+    has_mark = source.checkpoint.files[0].path.name.startswith(FILE) or METADATA in source.metadata
+    return has_mark or any("transformer_blocks." in name or ".processor." in name for name in source.checkpoint)
 
 
 def read_diffusers(source: Source) -> Reading:
     """Read a diffusers LoRA file.
 
     Raises:
-        InputError: A tensor is unknown, a factor is missing, or the metadata is invalid.
+        InputError: A tensor is unknown, a factor is missing, the factors do not fit together or to the metadata, or the
+            metadata are invalid.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
@@ -67,7 +68,7 @@ def read_diffusers(source: Source) -> Reading:
 
 
 def _parse_module(module: str, old_style: bool) -> str:
-    """Return the module of a key; ``attn1.processor.to_q_lora`` is ``attn1.to_q``, ``to_out`` its first part."""
+    """Return the module of a key; ``attn1.processor.to_q_lora`` is ``attn1.to_q``; ``to_out`` is ``to_out.0``."""
     if not old_style:
         return module
     name = module.replace(".processor", "")
@@ -99,9 +100,9 @@ def _read_scalings(source: Source, modules: list[str]) -> dict[str, Scaling]:
     scalings: dict[str, Scaling] = {}
     for prefix in dict.fromkeys(f"{module.partition('.')[0]}." for module in modules):
         values = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        of_component = [module for module in modules if module.startswith(prefix)] if values else []
-        scaling = Scaling.of(Config(path, values), [module.removeprefix(prefix) for module in of_component])
-        scalings |= dict.fromkeys(of_component, scaling)
+        component_modules = [module for module in modules if module.startswith(prefix)] if values else []
+        scaling = Scaling.of(Config(path, values), [module.removeprefix(prefix) for module in component_modules])
+        scalings |= dict.fromkeys(component_modules, scaling)
     return scalings
 
 

@@ -1,6 +1,6 @@
-"""DoRA: the direction of W + ΔW, with the length of every row from a trained vector.
+"""DoRA: the direction of W + D, with the length of every row (or column) from a trained vector.
 
-V = W + D with D = s·B·A, or in LyCORIS that of a LoHa or LoKr; ΔW = (m / ‖V‖_row) ⊙ V − W. It generally has full rank,
+V = W + D with D = s·B·A, or in LyCORIS that of a LoHa or LoKr; ΔW = (m / ‖V‖) ⊙ V − W. It generally has full rank,
 so it is computed in full and needs W.
 
 Reference: Liu et al. 2024, https://arxiv.org/abs/2402.09353; ``peft.tuners.lora.dora``; LyCORIS ``weight_decompose``.

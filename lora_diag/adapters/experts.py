@@ -74,7 +74,7 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
         The parameters, and the other modules.
 
     Raises:
-        InputError: The parameter of the factors is ambiguous.
+        InputError: The parameter of the factors is ambiguous, or ``target_modules`` is invalid.
     """
     targets = config.names("target_parameters")
     if not targets:
@@ -84,45 +84,51 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
     # stands for linear layers without parameters as targets.
     is_all_linear = config.values.get("target_modules") == "all-linear"
     target_modules = frozenset[str]() if is_all_linear else find_targets(config, owners.values())
-    nested: dict[str, list[str]] = {}
+    modules_by_owner: dict[str, list[str]] = {}
     for module, owner in owners.items():
         if _find_parameters(owner, targets) and owner not in target_modules:
-            nested.setdefault(owner, []).append(module)
-    stacks = [stack for owner, keys in nested.items() for stack in _find_stacks(owner, keys, targets, modules, config)]
+            modules_by_owner.setdefault(owner, []).append(module)
+    stacks = [
+        stack
+        for owner, wrapped in modules_by_owner.items()
+        for stack in _find_stacks(owner, wrapped, targets, modules, config)
+    ]
     stacked = {stack.module for stack in stacks}
     return stacks, {module: parts for module, parts in modules.items() if module not in stacked}
 
 
 def _find_parameters(owner: str, targets: list[str]) -> list[str]:
-    """Return the parameters of a module that the config targets, by PEFT's rule: equal, or ending in ``.target``."""
+    """Return the names of a module's parameters whose paths equal a target of the config or end in ``.target``."""
     leaves = dict.fromkeys(target.rpartition(".")[2] for target in targets)
     return [leaf for leaf in leaves if any(is_named(f"{owner}.{leaf}", target) for target in targets)]
 
 
 def _find_leaves(owner: str, targets: list[str], count: int) -> list[str]:
-    """Return the parameters of a module for its pairs of factors.
+    """Return the parameters of a module for its ``count`` pairs of factors; all targeted ones if no choice has as many.
 
     ``gate_up_proj`` alone may belong to any module, ``gate.weight`` is the router's, as written by PEFT 0.21 for
     ``all-linear`` or ``gate_proj`` on a mixture of experts.
     """
-    every = _find_parameters(owner, targets)
-    named = _find_parameters(owner, [target for target in targets if "." in target])
-    candidates = every, named, [leaf for leaf in every if leaf not in named]
-    return next((leaves for leaves in candidates if len(leaves) == count), every)
+    targeted = _find_parameters(owner, targets)
+    with_dot = _find_parameters(owner, [target for target in targets if "." in target])
+    candidates = targeted, with_dot, [leaf for leaf in targeted if leaf not in with_dot]
+    return next((leaves for leaves in candidates if len(leaves) == count), targeted)
 
 
-def _find_stacks(owner: str, keys: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
-    """Return the factors of each adapted parameter of a module."""
-    leaves = _find_leaves(owner, targets, len(keys))
-    outermost_first = sorted(keys, key=len)
+def _find_stacks(owner: str, wrapped: list[str], targets: list[str], modules: Modules, config: Config) -> list[Stack]:
+    """Return the factors of each adapted parameter of ``owner``; ``wrapped`` are its names with ``.base_layer``s."""
+    leaves = _find_leaves(owner, targets, len(wrapped))
+    outermost_first = sorted(wrapped, key=len)
     is_order_known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
-    if len(leaves) != len(keys) or not is_order_known:
+    if len(leaves) != len(wrapped) or not is_order_known:
         raise InputError(
-            f"{config.path}: the parameters of {owner} for its {len(keys)} pairs of factors are ambiguous "
+            f"{config.path}: the parameters of {owner} for its {len(wrapped)} pairs of factors are ambiguous "
             f"(target_parameters names {', '.join(leaves)}); merge the adapter with peft and pass the merged checkpoint"
         )
     ordered = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if len(leaves) > 1 else 0, reverse=True)
-    return [Stack(key, f"{owner}.{leaf}", modules[key]) for key, leaf in zip(outermost_first, ordered, strict=True)]
+    return [
+        Stack(module, f"{owner}.{leaf}", modules[module]) for module, leaf in zip(outermost_first, ordered, strict=True)
+    ]
 
 
 def updates(

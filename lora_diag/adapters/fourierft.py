@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 
 def read_fourierft(source: Source) -> Reading:
-    """Read a PEFT FourierFT adapter."""
+    """Read a PEFT FourierFT adapter.
+
+    Raises:
+        InputError: ``scaling`` or ``random_loc_seed`` is missing or invalid.
+    """
     config = source.settings
-    modules, rest = by_module(source.checkpoint, ("fourierft_spectrum",), source.path)
+    modules, unclaimed = by_module(source.checkpoint, ("fourierft_spectrum",), source.path)
     scaling = config.number("scaling")
     seed = int(config.number("random_loc_seed", 777))
     if not 0 <= seed < 2**63:
@@ -38,11 +42,15 @@ def read_fourierft(source: Source) -> Reading:
     ]
     kind = f"PEFT FourierFT, scaling={scaling:g}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), scaling=f"scaling, from {config.path.name}")
-    return add_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, unclaimed)
 
 
 def delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:
-    """Return Re ifft2(S)·scaling."""
+    """Return Re ifft2(S)·scaling.
+
+    Raises:
+        InputError: There are more frequencies than entries of the weight.
+    """
     import torch
 
     values = read(checkpoint, key).reshape(-1)

@@ -63,8 +63,8 @@ def read_gguf(source: Source) -> Reading:
         update for name, parts in pairs.items() for update in _read_updates(source, name, parts, float(alpha), names)
     ]
     ranks = sorted({update.rank or 0 for update in updates})
-    shown = "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
-    kind = f"GGUF LoRA, r={shown}, alpha={alpha:g}, {len(pairs)} modules"
+    rank_range = "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
+    kind = f"GGUF LoRA, r={rank_range}, alpha={alpha:g}, {len(pairs)} modules"
     notes = _make_notes(fields, names, norms)
     if not alpha:
         notes += source.note_missing_alpha([*pairs], "llama.cpp")
@@ -152,7 +152,7 @@ def _read_updates(
 
 
 def factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert: int | None, site: Site) -> Factors:
-    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``; of one expert of a stack."""
+    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``; of one expert of a stack if its index is given."""
     a, b = (read(checkpoint, key) for key in keys)
     if expert is not None:
         a, b = a[expert], b[expert]
@@ -162,13 +162,13 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert:
 def table_factors(
     checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert: int | None, site: Site
 ) -> Factors:
-    """Return s·lora_a ``(vocab, r)`` and lora_bᵀ ``(r, dim)``."""
+    """Return s·lora_a ``(vocab, r)`` and lora_bᵀ ``(r, dim)``; there are no experts."""
     a, b = (read(checkpoint, key) for key in keys)
     return a * scale, b.T
 
 
 def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
-    """Return an update with its rows in the order of BASE.
+    """Return an update with its rows in the order of BASE; unchanged if they are, or without a BASE.
 
     Raises:
         InputError: BASE does not give the number of heads, or it does not divide the rows.

@@ -47,7 +47,7 @@ def read_kohya(source: Source) -> Reading:
     """Read a kohya or LyCORIS file.
 
     Raises:
-        InputError: It holds unsupported tensors, or a factor is missing.
+        InputError: It holds unsupported or invalid tensors, a factor is missing, or the factors do not fit together.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:

@@ -24,14 +24,14 @@ GGUF = "gguf"
 PEFT = "peft"
 
 # kohya's prefixes -> parts of a pipeline, and the inverse.
-_PARTS = {
+_COMPONENT_BY_PREFIX = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
     "lora_transformer": "transformer",
 }
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+_PREFIX_BY_COMPONENT = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 # Fields of a config on training and on the adapted modules, which are kept.
 _KEPT = (
@@ -124,7 +124,7 @@ def why_not_tied(form: str, item: Item) -> str:
 
 
 def _find_convolution_shapes(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B of a convolution, 0 for the rank; nothing for others."""
+    """Return the shapes of A and B of a convolution, 0 for the rank; both empty for others."""
     if not item.kernel:
         return (), ()
     return (0, *item.kernel), (item.shape[0], 0, *(1 for _ in item.kernel[1:]))
@@ -153,12 +153,12 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
     """Return the part of a pipeline that a weight is in.
 
     Raises:
-        InputError: BASE is not such a part.
+        InputError: The adapter does not name the part, and BASE is missing or is no U-Net or transformer.
     """
     if contents.form == "diffusers":
         return component_of(item.module)
     if contents.form == "kohya":
-        return _PARTS.get(component_of(item.module), component_of(item.module))
+        return _COMPONENT_BY_PREFIX.get(component_of(item.module), component_of(item.module))
     name = str(base.config.get("_class_name", "")) if base is not None else ""
     if "UNet" in name:
         return "unet"
@@ -176,14 +176,14 @@ def _to_peft(
     """Return the tensors of a PEFT adapter, and its config."""
     plan: Plan = {}
     modules = []
-    for part in placed:
-        path = _make_path(part.item, contents)
+    for weight in placed:
+        path = _make_path(weight.item, contents)
         modules.append(path)
-        if part.item.is_table:  # ΔW = (B·A)ᵀ of what PEFT stores
-            plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(part, "B", turned=True)
-            plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(part, "A", turned=True)
+        if weight.item.is_table:  # ΔW = (B·A)ᵀ of what PEFT stores
+            plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(weight, "B", turned=True)
+            plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(weight, "A", turned=True)
         else:
-            plan |= _plan_pair(part, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
+            plan |= _plan_pair(weight, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
     kept = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
     names = contents.config.get("target_modules") if contents.form == "peft" else None
     config = {
@@ -218,14 +218,13 @@ def _to_kohya(
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the tensors of a kohya file; it has no config."""
     plan: Plan = {}
-    for part in placed:
-        module = part.item.module
+    for weight in placed:
+        module = weight.item.module
         if contents.form != "kohya":
-            component = _find_component(part.item, contents, base)
-            module = (
-                f"{_PREFIXES.get(component, f'lora_{component}')}_{_make_path(part.item, contents).replace('.', '_')}"
-            )
-        plan |= _plan_pair(part, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
+            component = _find_component(weight.item, contents, base)
+            prefix = _PREFIX_BY_COMPONENT.get(component, f"lora_{component}")
+            module = f"{prefix}_{_make_path(weight.item, contents).replace('.', '_')}"
+        plan |= _plan_pair(weight, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
         plan[f"{module}.alpha"] = Slot(None, value=float(rank))
     return plan, {}
 
@@ -235,9 +234,9 @@ def _to_diffusers(
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the tensors of a diffusers file; it has no config."""
     plan: Plan = {}
-    for part in placed:
-        module = f"{_find_component(part.item, contents, base)}.{_make_path(part.item, contents)}"
-        plan |= _plan_pair(part, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+    for weight in placed:
+        module = f"{_find_component(weight.item, contents, base)}.{_make_path(weight.item, contents)}"
+        plan |= _plan_pair(weight, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
     return plan, {}
 
 
@@ -247,13 +246,13 @@ def _to_mlx(
     """Return the tensors of an MLX adapter, and its config."""
     plan: Plan = {}
     keys = set()
-    for part in placed:
-        path = _make_path(part.item, contents)
+    for weight in placed:
+        path = _make_path(weight.item, contents)
         _, layers, inside = path.partition("layers.")
         keys.add(inside.partition(".")[2] if layers else path)
-        table = part.item.is_table  # LoRAEmbedding has (vocab, r) and (r, dim)
-        plan[f"{path}.lora_a"] = Slot(part, "B") if table else Slot(part, "A", turned=True)
-        plan[f"{path}.lora_b"] = Slot(part, "A") if table else Slot(part, "B", turned=True)
+        table = weight.item.is_table  # LoRAEmbedding has (vocab, r) and (r, dim)
+        plan[f"{path}.lora_a"] = Slot(weight, "B") if table else Slot(weight, "A", turned=True)
+        plan[f"{path}.lora_b"] = Slot(weight, "A") if table else Slot(weight, "B", turned=True)
     settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
 
@@ -280,22 +279,22 @@ def _to_gguf(
     """Return the tensors of a GGUF adapter, and the fields of its header."""
     names = _find_gguf_names(contents, base)
     plan: Plan = {}
-    for part in placed:
-        name = _convert_to_gguf_name(part.item, names, contents)
+    for weight in placed:
+        name = _convert_to_gguf_name(weight.item, names, contents)
         if name == TABLE:
-            plan[f"{name}.lora_a"] = Slot(part, "B")
-            plan[f"{name}.lora_b"] = Slot(part, "A", turned=True)
+            plan[f"{name}.lora_a"] = Slot(weight, "B")
+            plan[f"{name}.lora_b"] = Slot(weight, "A", turned=True)
             continue
         count = 0
         if base is not None and (key := names.heads_key(name) if names is not None else ""):
             count = heads(base.config, key) or 0
-            if not count or part.shape[0] % (2 * count):
+            if not count or weight.shape[0] % (2 * count):
                 raise InputError(
-                    f"{base.path}: its config.json gives {count or 'no'} heads ({key}) for the {part.shape[0]} rows of "
-                    f"{part.item.layer}; give the folder of the model that the adapter was trained on"
+                    f"{base.path}: its config.json gives {count or 'no'} heads ({key}) for the {weight.shape[0]} rows "
+                    f"of {weight.item.layer}; give the folder of the model that the adapter was trained on"
                 )
-        plan[f"{name}.lora_a"] = Slot(part, "A")
-        plan[f"{name}.lora_b"] = Slot(part, "B", heads=count)
+        plan[f"{name}.lora_a"] = Slot(weight, "A")
+        plan[f"{name}.lora_b"] = Slot(weight, "B", heads=count)
     architecture = names.architecture if names is not None else str(contents.config["general.architecture"])
     fields = {
         "general.architecture": architecture,

@@ -30,7 +30,7 @@ def read_loha(source: Source) -> Reading:
     Raises:
         InputError: Its parts do not fit together.
     """
-    modules, rest = by_module(source.checkpoint, FACTORS + CORES, source.path)
+    modules, unclaimed = by_module(source.checkpoint, FACTORS + CORES, source.path)
     scaling = Scaling.of(source.settings, list(modules))
     updates = []
     for module, parts in modules.items():
@@ -41,14 +41,14 @@ def read_loha(source: Source) -> Reading:
     kind = f"PEFT LoHa, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
     notes = tuple(scaling.notes(list(modules)))
     reading = Reading(kind, tuple(updates), notes=notes, scaling=scaling.words("alpha"))
-    return add_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, unclaimed)
 
 
 def rank_of(source: Source, module: str, parts: dict[str, str]) -> int:
     """Return the rank of a module's factors.
 
     Raises:
-        InputError: A factor is missing.
+        InputError: A factor, or one of two cores, is missing.
     """
     missing = [part for part in FACTORS if part not in parts]
     if missing or len(set(CORES) & set(parts)) == 1:

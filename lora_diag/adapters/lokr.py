@@ -27,7 +27,7 @@ def read_lokr(source: Source) -> Reading:
     Raises:
         InputError: Its parts do not fit together.
     """
-    modules, rest = by_module(source.checkpoint, PARTS, source.path)
+    modules, unclaimed = by_module(source.checkpoint, PARTS, source.path)
     scaling = Scaling.of(source.settings, list(modules))
     updates = []
     for module, parts in modules.items():
@@ -39,7 +39,7 @@ def read_lokr(source: Source) -> Reading:
     kind = f"PEFT LoKr, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
     notes = tuple(scaling.notes(list(modules)))
     reading = Reading(kind, tuple(updates), notes=notes, scaling=scaling.words("alpha"))
-    return add_stored_values(reading, source, rest)
+    return add_stored_values(reading, source, unclaimed)
 
 
 def rank_of(source: Source, parts: dict[str, str]) -> int | None:
@@ -61,7 +61,7 @@ def kronecker(source: Source, weight: str, parts: dict[str, str], scale: Scale, 
         as_peft: Whether the sides are multiplied as by PEFT instead of LyCORIS.
 
     Raises:
-        InputError: A side is incomplete.
+        InputError: A side is incomplete, or its parts do not fit together.
     """
     left, right = (_read_side_shape(source, weight, parts, side) for side in ("lokr_w1", "lokr_w2"))
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))

@@ -1,15 +1,14 @@
-"""PEFT LoRA and its variants by config: ΔW = s·B·A, s = α/r or, with rsLoRA, α/√r.
+"""PEFT LoRA and its variants by config, with replicated layers and trainable tokens.
+
+ΔW = s·B·A with s = α/r or, with rsLoRA, α/√r.
 
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
 https://arxiv.org/abs/2312.03732; ``peft.tuners.lora``.
 
-Trainable tokens: an adapter that only replaces some rows of an embedding.
+A TRAINABLE_TOKENS adapter only replaces some rows of an embedding (``peft.tuners.trainable_tokens``).
 
-Reference: ``peft.tuners.trainable_tokens``.
-
-``layer_replication``: a model that repeats some layers of its base, each copy with its own factors.
-
-Layer j of the replicated model is layer ``concat(range(s, e) for s, e in layer_replication)[j]`` of BASE. Several
+With ``layer_replication``, a model repeats some layers of its base, each copy with its own factors. Layer j of the
+replicated model is layer ``concat(range(s, e) for s, e in layer_replication)[j]`` of BASE. Several
 updates then change one stored weight, and no single checkpoint can hold them all: each is measured against the weight
 it acts on, under its own name in the replicated model.
 """
@@ -80,13 +79,15 @@ def read_lora(source: Source) -> Reading:
     """Read a PEFT LoRA adapter.
 
     Raises:
-        InputError: Its parts are inconsistent, or its config is invalid.
+        InputError: A part is missing, its parts are inconsistent, its config is invalid, or the variant is unsupported.
     """
     config = source.settings
     refuse_lora_variants(source)
-    sampler = tuple(name for name in source.checkpoint if "lora_monteclora_sampler" in name)  # only used in training
-    names = [name for name in source.checkpoint if name not in sampler]
-    modules, rest = by_module(names, PARTS, source.path)
+    sampler_names = tuple(
+        name for name in source.checkpoint if "lora_monteclora_sampler" in name
+    )  # only used in training
+    names = [name for name in source.checkpoint if name not in sampler_names]
+    modules, unclaimed = by_module(names, PARTS, source.path)
     stacks, plain = experts.split(modules, config)
     paths = [*(module.removesuffix(OUT_PROJ) for module in plain), *(stack.parameter for stack in stacks)]
     scaling = Scaling.of(config, paths)
@@ -99,21 +100,21 @@ def read_lora(source: Source) -> Reading:
     updates += [
         update for stack in stacks for update in experts.updates(source, stack, scaling.rank, scaling.of_module)
     ]
-    notes = [*scaling.notes(paths), *_describe_attentions(plain)]
-    updates, replication = replicate_updates(updates, config)
+    notes = [*scaling.notes(paths), *_note_doubled_updates(plain)]
+    updates, replication_notes = assign_to_base_layers(updates, config)
     kind = f"PEFT {_name_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
-    reading = Reading(kind, tuple(updates), (), (*notes, *replication), sampler, scaling.words())
-    return add_stored_values(reading, source, rest)
+    reading = Reading(kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.words())
+    return add_stored_values(reading, source, unclaimed)
 
 
 def _name_variant(config: Config) -> str:
-    words = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
-    name = next((word for key, word in words.items() if config.flag(key)), "LoRA")
+    name_by_key = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
+    name = next((variant for key, variant in name_by_key.items() if config.flag(key)), "LoRA")
     name = residual.name_of(config) or name
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
 
 
-def _describe_attentions(modules: Modules) -> list[str]:
+def _note_doubled_updates(modules: Modules) -> list[str]:
     doubled = [module for module in modules if module.endswith(OUT_PROJ)]
     if not doubled:
         return []
@@ -137,7 +138,7 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
         zero_if=_find_zero_factor(scaling.config, *keys),
         rank=rank,
         scale=scale,
-        thin=_read_thin_factors(source, owner.module, parts, keys, scale),
+        thin=_find_thin_factors(source, owner.module, parts, keys, scale),
     )
     update = residual.make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
@@ -149,17 +150,17 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
     return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
 
 
-def _read_thin_factors(
+def _find_thin_factors(
     source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
 ) -> StoredFactors | None:
-    """Return the factors to be read with NumPy; None if the update depends on more than B, A and s."""
+    """Return the factors to be read with NumPy; None if that is impossible, or not all of the update."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
         return None
     a, b = keys
-    known = Scale(scale)
+    known_scale = Scale(scale)
     if "lora_embedding_A" in parts:  # ΔW = (B·A)ᵀ
-        return thin_factors(source.checkpoint, a, b, known, turned=True)
-    return thin_factors(source.checkpoint, b, a, known)
+        return thin_factors(source.checkpoint, a, b, known_scale, turned=True)
+    return thin_factors(source.checkpoint, b, a, known_scale)
 
 
 # ``(out, in)``, the loader of the factors, and the names of A and B.
@@ -213,7 +214,7 @@ def read_scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> t
 
 
 def _count_blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:
-    """Return the number of blocks of a BD-LoRA module, and whether A and B are stored as blocks.
+    """Return the number of blocks of a BD-LoRA module, and whether A and B are stored as blocks; None for others.
 
     Reference: Wang et al. 2025, https://arxiv.org/abs/2510.23346; ``peft.tuners.lora.variants.BdLoraLinearVariant``.
     """
@@ -245,7 +246,7 @@ def _read_blocked_shape(
 def blocked_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, blocks: tuple[int, bool, bool], site: Site
 ) -> Factors:
-    """Return s·B and A with their stacked blocks on the diagonal."""
+    """Return s·B and A, with blocks on the diagonal where they are stored as blocks."""
     import torch
 
     count, in_a, in_b = blocks
@@ -263,10 +264,10 @@ def read_trainable_tokens(source: Source) -> Reading:
     Raises:
         InputError: Indices and rows are inconsistent.
     """
-    modules, rest = by_module(source.checkpoint, (ROWS,), source.path)
+    modules, unclaimed = by_module(source.checkpoint, (ROWS,), source.path)
     indices = source.settings.values.get("token_indices")
     updates = tuple(rows_update(source, module, parts[ROWS], indices) for module, parts in modules.items())
-    return add_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, rest)
+    return add_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, unclaimed)
 
 
 # The first number between dots is the layer index.
@@ -276,8 +277,10 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 MAX_LAYERS = 100_000
 
 
-def replicate_updates(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
-    """Assign every update to the layer of BASE that it acts on.
+def assign_to_base_layers(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
+    """Return the updates, each assigned to the layer of BASE that it acts on, and notes.
+
+    Without ``layer_replication`` the updates are unchanged, and there are no notes.
 
     Raises:
         InputError: The ranges are invalid, or an update belongs to a layer beyond them.

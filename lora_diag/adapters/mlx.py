@@ -29,15 +29,15 @@ def is_mlx(source: Source) -> bool:
     """Return whether this family reads the adapter."""
     if source.peft_type:
         return False
-    named = any(name.endswith((".lora_a", ".lora_b")) for name in source.checkpoint)
-    return named or (source.config is not None and "fine_tune_type" in source.config)
+    has_factors = any(name.endswith((".lora_a", ".lora_b")) for name in source.checkpoint)
+    return has_factors or (source.config is not None and "fine_tune_type" in source.config)
 
 
 def read_mlx(source: Source) -> Reading:
     """Read an MLX adapter.
 
     Raises:
-        InputError: The scale is missing, or the factors are inconsistent.
+        InputError: The scale or a factor is missing, or the factors are inconsistent.
     """
     config = source.settings if source.stated_alpha is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":
@@ -49,17 +49,19 @@ def read_mlx(source: Source) -> Reading:
             f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown; give it with "
             "--alpha"
         )
-    modules, rest = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
+    modules, unclaimed = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
     updates = [_read_update(source, module, parts, scale, settings) for module, parts in modules.items()]
-    values = tuple(NewValue(key, key) for key in rest)
+    values = tuple(NewValue(key, key) for key in unclaimed)
     notes = source.note_missing_alpha(list(modules), "mlx-lm") if scale is None else []
-    shown = "unknown" if scale is None else f"{scale:g}"
-    kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={shown}"
+    scale_text = "unknown" if scale is None else f"{scale:g}"
+    kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={scale_text}"
     scaling = f"lora_parameters.scale, from {config.path.name}"
     return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values, tuple(notes), scaling=scaling)
 
 
-def _read_update(source: Source, module: str, parts: dict[str, str], stated: float | None, settings: Config) -> Update:
+def _read_update(
+    source: Source, module: str, parts: dict[str, str], config_scale: float | None, settings: Config
+) -> Update:
     if "lora_a" not in parts or "lora_b" not in parts:
         raise InputError(
             f"{source.path}: {module} has only {', '.join(sorted(parts))}, so the file is incomplete; save it again"
@@ -75,7 +77,7 @@ def _read_update(source: Source, module: str, parts: dict[str, str], stated: flo
             f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}; "
             "give the config that this adapter was trained with"
         )
-    scale = stated if stated is not None else source.scale_without_alpha(a[1])
+    scale = config_scale if config_scale is not None else source.scale_without_alpha(a[1])
     weight, key = f"{module}.weight", parts["lora_b"]
     table = is_table(weight) or ("m" in parts and source.checkpoint[parts["m"]].numel == a[0] != b[1])
     shape = (a[0], b[1]) if table else (b[1], a[0])

@@ -213,7 +213,7 @@ class _Index:
                 leaves.setdefault(match["leaf"], {})[int(match["index"])] = name
 
     def lookups(self, name: str) -> Iterator[list[str]]:
-        """Yield the stored names that may match a name, the most certain first."""
+        """Yield lists of stored names that may match a name, the most certain first; a list may be empty."""
         for candidate in dialects(name):
             yield [candidate] if candidate in self.base else []
             yield self.canonical.get(drop_leading_wrappers(candidate), [])
@@ -255,21 +255,23 @@ def _describe_shape(shape: Shape) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
-def _equal_shapes(expected: Shape, stored: tuple[int, ...]) -> bool:
+def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
     """Return whether a stored shape is the expected one; None stands for any size."""
-    return len(expected) == len(stored) and all(w is None or w == s for w, s in zip(expected, stored, strict=True))
+    return len(expected) == len(stored) and all(
+        size in (None, actual) for size, actual in zip(expected, stored, strict=True)
+    )
 
 
 def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
     """Return whether a stored weight may be the requested one."""
-    if _equal_shapes(expected, stored):
+    if _shapes_agree(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
-        return _equal_shapes(expected, flat(stored))
+        return _shapes_agree(expected, flat(stored))
     if (
         transposed
         and len(expected) == len(stored) > 1
-        and _equal_shapes((*expected[:-2], expected[-1], expected[-2]), stored)
+        and _shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored)
     ):
         return True
     return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
@@ -293,7 +295,7 @@ def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: 
 
 
 def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
-    """Return the locations of a fused parameter in a BASE that stores experts separately."""
+    """Return the locations of a fused parameter in a BASE that stores experts separately; empty if none."""
     owner, _, leaf = name.rpartition(".")
     if len(expected) != 3 or leaf not in FUSED:
         return ()
@@ -330,7 +332,7 @@ def _find_pieces(
 
 
 def _find_part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
-    """Return the location of one expert's matrix in a BASE that stores all experts as one tensor."""
+    """Return the location of one expert's matrix in a BASE that stores all experts as one tensor; empty if none."""
     match = EXPERT.fullmatch(name)
     if match is None or len(expected) != 2 or expected[0] is None:
         return ()

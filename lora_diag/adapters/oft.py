@@ -33,19 +33,19 @@ def read_oft(source: Source) -> Reading:
     """Read a PEFT OFT adapter.
 
     Raises:
-        InputError: It uses an unsupported constraint, or its parts are inconsistent.
+        InputError: It uses an unsupported constraint, its config is invalid, or its parts are inconsistent.
     """
     config = source.settings
     if config.flag("coft"):
         raise InputError(f"{source.path}: constrained OFT (coft=true) is not supported; {MERGE}")
-    modules, rest = by_module(source.checkpoint, (LAYER, TABLE), source.path)
+    modules, unclaimed = by_module(source.checkpoint, (LAYER, TABLE), source.path)
     terms = config.integer("num_cayley_neumann_terms", 5) if config.values.get("use_cayley_neumann", True) else 0
     if terms > MAX_TERMS:
         raise InputError(
             f"{config.path}: num_cayley_neumann_terms {terms} is above the limit of {MAX_TERMS}; check the config"
         )
     updates = tuple(_read_update(source, module, parts, terms) for module, parts in modules.items())
-    return add_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, rest)
+    return add_stored_values(Reading(f"PEFT OFT, {len(modules)} modules", updates), source, unclaimed)
 
 
 def _read_update(source: Source, module: str, parts: dict[str, str], terms: int) -> Update:
@@ -68,7 +68,11 @@ def _read_update(source: Source, module: str, parts: dict[str, str], terms: int)
 
 
 def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, site: Site) -> torch.Tensor:
-    """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns."""
+    """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns.
+
+    Raises:
+        InputError: The blocks do not divide the columns.
+    """
     import torch
 
     upper = read(checkpoint, key)

@@ -1,12 +1,10 @@
-r"""Regular expressions of an adapter's config, matched by PEFT's rules under a limit of time.
+r"""Rank, α and scale of each module, from the regular expressions of an adapter's config or numbers in its file.
 
 A key k of ``rank_pattern`` or ``alpha_pattern`` matches module m iff ``re.match(rf"(.*\.)?({k})$", m)``; the first key
 in the order of the file wins (``peft.utils.other.get_pattern_key``). ``target_modules`` and ``exclude_modules`` are a
 list of names, or one expression for the whole path. The expressions are from untrusted files, and Python's engine
 backtracks. Engines that do not have no lookaheads, which trainers write, and static bounds refuse harmless patterns.
 Hence the engine is Python's own, in a process that is ended when its time is over.
-
-Scales of updates: from a PEFT config, or from a number in the file with the factors.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ class Pattern:
     matched: Mapping[str, list[tuple[str, float]]]
 
     def matches(self, module: str) -> list[tuple[str, float]]:
-        """Return the keys that match a module and their values, the deciding one first."""
+        """Return the keys that match a module and their values, the deciding one first; if none does, the equal key."""
         return self.matched[module] or [entry for entry in self.entries if entry[0] == module]
 
     def notes(self, modules: Iterable[str]) -> list[str]:
@@ -139,10 +137,14 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
             raise InputError(f"{where}: the pattern {text[:80]!r}… has {len(text):,} characters; simplify it")
     hard = tuple(pattern for pattern, text in patterns.items() if not _BRANCHING.isdisjoint(text))
     unmatched = [None] * len(hard)
-    rows = dict(zip(hard, [*_match_in_process(method, hard, names), *unmatched], strict=False)) if hard else {}
-    results = []
+    row_by_pattern: dict[str, str | None] = (
+        dict(zip(hard, [*_match_in_process(method, hard, names), *unmatched], strict=False)) if hard else {}
+    )
+    rows = []
     for pattern, text in patterns.items():
-        row = rows[pattern] if pattern in rows else matcher.match_names(method, pattern, list(names))
+        row = (
+            row_by_pattern[pattern] if pattern in row_by_pattern else matcher.match_names(method, pattern, list(names))
+        )
         if row is None:
             raise InputError(
                 f"{where}: the pattern {text[:80]!r} could not be matched with {len(names)} names in {SECONDS:g} s "
@@ -150,8 +152,8 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
             )
         if len(row) != len(names) or row.strip("01"):
             raise InputError(f"{where}: the key {text[:80]!r} is not a valid regular expression ({row}); correct it")
-        results.append(row)
-    return results
+        rows.append(row)
+    return rows
 
 
 @lru_cache(maxsize=64)
@@ -168,7 +170,7 @@ def _match_in_process(method: str, patterns: tuple[str, ...], names: tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """s = ``factor``, or ``factor``·α with α read from the file.
+    """s = ``factor``, or ``factor``·α / ``rank`` with α read from the file.
 
     Args:
         factor: The number.

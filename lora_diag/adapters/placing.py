@@ -1,10 +1,9 @@
-"""Orientation of weights in BASE: ``(out, in)``, as ``nn.Linear``, or ``(in, out)``, as the ``Conv1D`` of GPT-2.
+"""An adapter and a BASE → named ΔW: every update is matched with its weight, or skipped with the reason.
 
+A weight of BASE is stored as ``(out, in)``, as by ``nn.Linear``, or as ``(in, out)``, as by the ``Conv1D`` of GPT-2.
 ``fan_in_fan_out`` in an adapter's config is unreliable: PEFT overwrites it layer by layer during injection, so that the
 kind of the last layer is saved for all. Shapes decide; a square weight takes the orientation of weights of the same
 name elsewhere (``mlp.c_proj`` for ``attn.c_proj``), then of its block, and only then of the flag.
-
-An adapter and a BASE → named ΔW: every update is matched with its weight, or skipped with the reason.
 """
 
 from __future__ import annotations
@@ -42,6 +41,13 @@ if TYPE_CHECKING:
     import torch
 
     from lora_diag.adapters.updates import Factors
+
+
+# Note on a GGUF adapter without BASE.
+LLAMA_ROWS = "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value depends on it"
+
+# Maximum number of names in a message.
+SHOWN = 3
 
 
 class Orientation:
@@ -83,7 +89,7 @@ class Orientation:
 
 def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
     """Return whether a stored shape of two dimensions is the expected one; None stands for any size."""
-    return all(w is None or w == s for w, s in zip(expected, stored, strict=True))
+    return all(size in (None, actual) for size, actual in zip(expected, stored, strict=True))
 
 
 def _list_groups(name: str) -> tuple[str, str]:
@@ -107,13 +113,6 @@ def _infer_nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Sh
         return None
     size = base[bias].shape[0]
     return size == stored[1] if size in stored else None
-
-
-# Note on a GGUF adapter without BASE.
-LLAMA_ROWS = "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value depends on it"
-
-# Maximum number of names in a message.
-SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ def place(
     exclude: str | None = None,
     allow_unmatched: bool = False,
 ) -> tuple[Pairing, list[str]]:
-    """Return the named ΔW of an adapter.
+    """Return the named ΔW of an adapter with the skipped tensors, and notes.
 
     Args:
         source: The adapter.
@@ -165,7 +164,7 @@ def place(
     )
     missing = [item for item in unpaired if item.reason == "not_in_base"]
     if missing and not allow_unmatched:
-        raise InputError(_make_unmatched_error(source, cast(Checkpoint, base), missing))
+        raise InputError(_make_unmatched_message(source, cast(Checkpoint, base), missing))
     chosen = [delta for delta in deltas if selected(delta.layer)]
     unpaired += [
         Unpaired(delta.layer, delta.shape, "not_selected", "left out by --layers or --exclude")
@@ -173,31 +172,31 @@ def place(
         if not selected(delta.layer)
     ]
     if not chosen:
-        raise _make_no_match_error(source, unpaired)
+        raise _make_nothing_measured_error(source, unpaired)
     ordered = sorted(chosen, key=lambda delta: natural_order(delta.layer))
     return Pairing(tuple(ordered), tuple(unpaired)), notes
 
 
-def _make_unmatched_error(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
-    shown = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
+def _make_unmatched_message(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
+    examples = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return (
-        f"{source.path}: {len(missing)} of its weights match none of {base.path}: {shown}{suffix} (BASE has names like "
-        f"{min(base)}); give the base it was trained on, or skip these weights with --allow-unmatched"
+        f"{source.path}: {len(missing)} of its weights match none of {base.path}: {examples}{suffix} (BASE has names "
+        f"like {min(base)}); give the base it was trained on, or skip these weights with --allow-unmatched"
     )
 
 
-def _make_no_match_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
-    needs = next((item for item in unpaired if item.reason == "needs_base"), None)
-    if needs is not None and all(item.reason == "needs_base" for item in unpaired):
+def _make_nothing_measured_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
+    first_needing = next((item for item in unpaired if item.reason == "needs_base"), None)
+    if first_needing is not None and all(item.reason == "needs_base" for item in unpaired):
         fix = f"run loradiag spectrum BASE {source.path}, or loradiag fleet {source.path} --base BASE"
-        return InputError(f"{source.path}: {needs.layer}: {needs.detail}; {fix}")
+        return InputError(f"{source.path}: {first_needing.layer}: {first_needing.detail}; {fix}")
     reasons = ", ".join(sorted({item.reason for item in unpaired})) or "it holds none"
     return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({reasons})")
 
 
 def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter without a BASE, the skipped updates, and notes."""
+    """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
     deltas: list[Delta] = []
     unpaired: list[Unpaired] = []
     for update in reading.updates:
@@ -218,25 +217,25 @@ def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], 
 
 
 def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter relative to its BASE, the skipped updates, and notes."""
+    """Return the ΔW of an adapter relative to its BASE, the skipped weights and rows, and notes."""
     copies, values = _sort_values(source, reading, base)
     pieces, missing = _match_pieces(source, reading, base)
     unpaired = [
         Unpaired(name, tuple(size for size in shape if size is not None), "not_in_base", why)
         for name, (shape, why) in missing.items()
     ]
-    layers: dict[str, list[Piece]] = {}
+    pieces_by_layer: dict[str, list[Piece]] = {}
     for piece in pieces:
-        layers.setdefault(piece.location.layer, []).append(piece)
+        pieces_by_layer.setdefault(piece.location.layer, []).append(piece)
         unpaired += _note_added_rows(piece)
     deltas: list[Delta] = []
-    for layer, updating in layers.items():
-        _refuse_overlap(source, layer, updating)
-        copy = copies.pop(updating[0].location.name, None)
+    for layer, layer_pieces in pieces_by_layer.items():
+        _refuse_overlap(source, layer, layer_pieces)
+        copy = copies.pop(layer_pieces[0].location.name, None)
         plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
-        deltas.append(_make_delta(layer, updating, plus))
-    stored = [*values, *copies.values()]
-    value_deltas, left_out = _pair_new_values(source, stored, base)
+        deltas.append(_make_delta(layer, layer_pieces, plus))
+    unpaired_values = [*values, *copies.values()]
+    value_deltas, skipped = _pair_new_values(source, unpaired_values, base)
     changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in value_deltas}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     tied = sorted(
@@ -247,7 +246,7 @@ def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[
         "to the one stored weight"
         for layer in tied
     ]
-    return [*deltas, *value_deltas], [*unpaired, *left_out], notes
+    return [*deltas, *value_deltas], [*unpaired, *skipped], notes
 
 
 def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
@@ -263,7 +262,10 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
 def _match_pieces(
     source: Source, reading: Reading, base: Checkpoint
 ) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
-    """Match every update with BASE and determine its orientation."""
+    """Return every update with its location and orientation in BASE, and the others with shape and reason.
+
+    Optional updates without a weight are left out.
+    """
     expected = dict(update.expected for update in reading.updates)
     matched, missing = match_names(expected, base, transposed=True, parts=True)
     shapes = {
@@ -298,10 +300,10 @@ def _is_in_out(update: Update, location: Location, orientation: Orientation, mod
 
 def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
     """Return an update with its location, after checking that it can be computed there."""
-    layer = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
-    side = layer
-    if layer is not None and location.into is not None:
-        side = replace(layer, offset=layer.offset + location.into[0] * location.shape[1])
+    whole_side = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
+    side = whole_side
+    if whole_side is not None and location.into is not None:
+        side = replace(whole_side, offset=whole_side.offset + location.into[0] * location.shape[1])
     if side is None and update.needs_weight:
         raise InputError(
             f"{base.file_of(location.name)}: {location.name} is stored as {base[location.name].dtype}, but "
@@ -314,7 +316,7 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
             f"{location.name} has another vocabulary size in BASE than in the adapter, but its update needs all rows; "
             "give the base with the resized vocabulary"
         )
-    return Piece(update, location, Site(shape, side, in_out), layer)
+    return Piece(update, location, Site(shape, side, in_out), whole_side)
 
 
 def _read_model_type(base: Checkpoint, source: Source) -> str:
@@ -326,7 +328,7 @@ def _read_model_type(base: Checkpoint, source: Source) -> str:
 
 
 def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
-    """Return the ΔW of one layer from its updates."""
+    """Return the ΔW of one layer from its updates, and from ``plus``, the change of a saved copy of its weight."""
     first = pieces[0]
     shape = first.location.shape if len(first.location.shape) == 2 else (1, first.location.shape[0])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
@@ -335,13 +337,13 @@ def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Te
         scale = scales.pop() if len(scales) == 1 else None
         diagonal = any(piece.update.diagonal for piece in pieces)
         load = partial(load_factors, pieces)
-        whole = (
+        is_whole = (
             len(pieces) == 1
             and first.location.rows is None
             and first.location.into is None
             and not first.site.transposed
         )
-        thin = first.update.thin if whole else None
+        thin = first.update.thin if is_whole else None
         ranks = [piece.update.rank or 0 for piece in pieces]
         return FactoredDelta(
             layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=sum(ranks), thin=thin
@@ -397,19 +399,19 @@ def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None)
 
 
 def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
-    """Yield the vocabulary rows that only the adapter or only BASE has, if there are any."""
+    """Yield a record of the vocabulary rows that only the adapter or only BASE has, if there are any."""
     expected, location = piece.update.shape[0], piece.location
     if piece.update.expert is not None or location.rows is None or expected is None:
         return
     common, stored = location.rows[1], location.whole[0]
-    first, last, side = (common, expected, "TUNED") if expected > stored else (common, stored, "BASE")
-    detail = f"vocabulary rows {first}-{last - 1} are only in {side}; the others are compared"
+    first, stop, owner = (common, expected, "TUNED") if expected > stored else (common, stored, "BASE")
+    detail = f"vocabulary rows {first}-{stop - 1} are only in {owner}; the others are compared"
     reason: Reason = "added_rows" if expected > stored else "removed_rows"
-    yield Unpaired(location.layer, (last - first, location.shape[1]), reason, detail)
+    yield Unpaired(location.layer, (stop - first, location.shape[1]), reason, detail)
 
 
 def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[dict[str, NewValue], list[NewValue]]:
-    """Split stored values into differing copies of BASE, by name, and new values; equal copies are dropped."""
+    """Split stored values into copies that differ from BASE, by their names in it, and others; drop equal copies."""
     copies: dict[str, NewValue] = {}
     for value in reading.values:
         if value.is_copy:
@@ -441,7 +443,7 @@ def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor
 def _pair_new_values(
     source: Source, values: list[NewValue], base: Checkpoint
 ) -> tuple[list[StoredDelta], list[Unpaired]]:
-    """Pair the weights stored in full in the adapter with BASE."""
+    """Return the changes of the weights stored in full, and the skipped weights and rows."""
     expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
     matched, missing = match_names(expected, base)
     deltas: list[StoredDelta] = []

@@ -106,7 +106,7 @@ def write_portable(
     dora_to_lora: bool = False,
     leave_out: bool = False,
 ) -> Written:
-    """Write a portable copy of an adapter to a temporary folder, then rename it.
+    """Write a portable copy of an adapter to a temporary folder, rename it, and return a description of it.
 
     Args:
         adapter: The adapter.
@@ -117,8 +117,8 @@ def write_portable(
         leave_out: Skip unsupported weights instead of raising an error.
 
     Raises:
-        UsageError: Something is at ``folder``.
-        InputError: A weight is unsupported, or the other layout needs names from a BASE.
+        UsageError: Something is at ``folder``, or there is no such layout.
+        InputError: A weight is unsupported, the other layout needs names from a BASE, or the folder cannot be written.
     """
     form = form or adapter.form
     if form not in LAYOUTS:
@@ -147,7 +147,7 @@ def convert(
     leave_out: bool = False,
     for_tied_head: bool = False,
 ) -> Written:
-    """Write the files of a portable copy into an existing folder; see ``write_portable``.
+    """Write the files of a portable copy into an existing folder, and return their description.
 
     Args:
         adapter: The adapter.
@@ -227,7 +227,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
 
 
 def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
-    """Return the factors of one item: how to read them, their shapes, and whether a dtype holds them."""
+    """Return the factors of one item; write those of a full-rank ΔW to a numbered file in ``scratch``."""
     import torch
 
     load: Callable[[], Factors] = partial(_load_factors, item)
@@ -269,7 +269,7 @@ def _load_cached(file: Path) -> Factors:
 
 
 def _is_turned(item: Item, delta: Delta) -> bool:
-    """Return whether BASE stores a weight as ``(in, out)``."""
+    """Return whether BASE stores a weight that is not square as ``(in, out)``."""
     return delta.shape != item.shape and delta.shape == item.shape[::-1]
 
 
@@ -291,7 +291,7 @@ def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Te
 
 
 def _list_by_reason(unsupported: Mapping[str, str]) -> str:
-    """List unsupported weights by reason."""
+    """Return unsupported weights by reason as text, with one example each."""
     reasons: dict[str, list[str]] = {}
     for layer, reason in unsupported.items():
         reasons.setdefault(reason, []).append(layer)

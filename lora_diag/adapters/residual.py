@@ -36,7 +36,7 @@ def name_of(config: Config) -> str:
 
 
 def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
-    """Return the update relative to the original base."""
+    """Return the update relative to the original base; unchanged if the initialization did not change it."""
     name = name_of(config)
     if not name:
         return update

@@ -1,14 +1,11 @@
-"""The files at an adapter's path: weights, config if there is one, and the file's metadata.
+"""The files at an adapter's path: weights, settings, metadata, and the tensors of each module.
 
-Handles the file layouts of PEFT, diffusers, MLX and kohya, independent of the meaning of tensors.
+Finds the files of PEFT, diffusers, MLX, kohya and GGUF. Tensors of PEFT have names
+``base_model.model.MODULE.PART[.ADAPTER][.weight]``; they are grouped by module, and checked against each other and the
+config.
 
-Names of tensors in PEFT adapter files: ``base_model.model.MODULE.PART[.ADAPTER][.weight]``.
-
-Groups the tensors of a module, and checks them against each other and the config.
-
-α for adapters whose files give none: the user's ``--alpha`` or ``--alpha-is-rank``.
-
-It never overrides an α in a file. A PEFT file without its config is read by the ranks of its factors.
+``--alpha`` or ``--alpha-is-rank`` gives α for adapters whose files give none; it never overrides an α in a file. A PEFT
+file without its config is then read by the ranks of its factors.
 """
 
 from __future__ import annotations
@@ -29,6 +26,9 @@ from lora_diag.errors import InputError, UsageError
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
+
+# PEFT's wrapper in the names of tensors.
+PREFIX = "base_model.model."
 
 # The user's α for a file without one; ``rank`` for α = r.
 StatedAlpha = float | Literal["rank"] | None
@@ -88,7 +88,7 @@ class Config:
         """Return a positive whole number.
 
         Raises:
-            InputError: The value is missing, not whole, or below 1.
+            InputError: The value is missing, not whole, below 1, or above 2^31.
         """
         value = self.values.get(key, default)
         if type(value) is float and value.is_integer():
@@ -101,7 +101,7 @@ class Config:
         """Return a finite number.
 
         Raises:
-            InputError: The value is missing or not a number.
+            InputError: The value is missing, not a number, or beyond float32.
         """
         value = self.values.get(key, default)
         if not is_number(value):
@@ -133,7 +133,7 @@ class Config:
         return value
 
     def names(self, key: str) -> list[str]:
-        """Return a list of names; empty if it is absent or not a list."""
+        """Return the names in a list; empty if it is absent or not a list."""
         value = self.values.get(key)
         return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
@@ -206,7 +206,7 @@ class Source:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Return whether a path holds an adapter instead of a full checkpoint, by file and tensor names alone."""
+    """Return whether a path holds an adapter and no full checkpoint, by file and tensor names or a GGUF header."""
     path = as_path(path)
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
@@ -249,7 +249,7 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
 
 
 def refuse_integers(source: Source) -> None:
-    """Refuse tensors other than floats, which no supported family has.
+    """Refuse tensors other than floats, which no supported family has, except single numbers.
 
     Raises:
         InputError: A tensor is not a float.
@@ -272,7 +272,7 @@ def _is_gguf_adapter(path: Path) -> bool:
 
 
 def _find_single_file(folder: Path) -> Path | None:
-    """Return the only safetensors or GGUF file of a folder that holds no full checkpoint."""
+    """Return the only safetensors or GGUF file of a folder without a full checkpoint; None if there is none."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
     files = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
@@ -288,8 +288,6 @@ def _find_weights(folder: Path) -> Path:
         raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
     return single
 
-
-PREFIX = "base_model.model."
 
 # module -> part -> the tensor's name in the file.
 Modules = dict[str, dict[str, str]]
@@ -330,19 +328,19 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
         rf"(?:(?P<module>.+)\.)?(?P<part>{alternatives})(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(\.weight|(?P<bias>\.bias))?"
     )
     modules: Modules = {}
-    rest: list[str] = []
+    unclaimed: list[str] = []
     adapters: set[str | None] = set()
     for name in names:
         match = pattern.fullmatch(strip(name))
         if match is None:
-            rest.append(name)
+            unclaimed.append(name)
             continue
         adapters.add(match["name"])
         modules.setdefault(match["module"] or "", {})[match["part"] + (match["bias"] or "")] = name
     if len(adapters) > 1:
-        shown = ", ".join(sorted(name or "(no name)" for name in adapters))
-        raise InputError(f"{path}: holds several adapters ({shown}); save one of them separately")
-    return modules, rest
+        adapter_names = ", ".join(sorted(name or "(no name)" for name in adapters))
+        raise InputError(f"{path}: holds several adapters ({adapter_names}); save one of them separately")
+    return modules, unclaimed
 
 
 def is_named(module: str, name: str) -> bool:
@@ -358,7 +356,7 @@ def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "l
     """Return the names of A and B of a module.
 
     Raises:
-        InputError: One is missing, or is not a matrix.
+        InputError: One is missing, is empty, or has fewer than two dimensions.
     """
     for part in ("A", "B"):
         if prefix + part not in parts:
@@ -412,6 +410,8 @@ def alpha_option(options: Mapping[str, Any]) -> StatedAlpha:
 
 def add_config(source: Source) -> Source:
     """Return a source with the settings that are missing in a PEFT file, from the ranks of its factors and the given α.
+
+    Without a given α, or with α in the config, it is unchanged.
 
     Raises:
         InputError: The file holds several adapters.

@@ -1,12 +1,11 @@
-"""IA³: every output of a layer (or every input in feed-forward layers) is multiplied by a trained number.
+"""IA³ and LN tuning, which train vectors.
 
-ΔW = (l − 1) ⊙ W, with l along the rows, or along the columns; a bias follows the rows.
+IA³ multiplies every output of a layer (or every input in feed-forward layers) by a trained number: ΔW = (l − 1) ⊙ W,
+with l along the rows, or along the columns; a bias follows the rows. LN tuning trains normalization layers in full and
+stores their new values.
 
-Reference: Liu et al. 2022, https://arxiv.org/abs/2205.05638; ``peft.tuners.ia3.layer``.
-
-LN tuning: normalization layers trained in full and stored with their new values.
-
-Reference: Zhao et al. 2023, https://arxiv.org/abs/2312.11420; ``peft.tuners.ln_tuning``.
+Reference: Liu et al. 2022, https://arxiv.org/abs/2205.05638, ``peft.tuners.ia3.layer``; Zhao et al. 2023,
+https://arxiv.org/abs/2312.11420, ``peft.tuners.ln_tuning``.
 """
 
 from __future__ import annotations
@@ -25,21 +24,25 @@ if TYPE_CHECKING:
     import torch
 
 
+# End of a key of LN tuning, without the tensor's own name.
+PART = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bias)$)")
+
+
 def read_ia3(source: Source) -> Reading:
     """Read a PEFT IA³ adapter.
 
     Raises:
         InputError: A tensor is not a vector.
     """
-    modules, rest = by_module(source.checkpoint, ("ia3_l",), source.path)
+    modules, unclaimed = by_module(source.checkpoint, ("ia3_l",), source.path)
     updates = tuple(
         update for module, parts in modules.items() for update in read_scaled_layer(source, module, parts["ia3_l"])
     )
-    return add_stored_values(Reading(f"PEFT IA3, {len(modules)} modules", updates), source, rest)
+    return add_stored_values(Reading(f"PEFT IA3, {len(modules)} modules", updates), source, unclaimed)
 
 
 def read_scaled_layer(source: Source, module: str, key: str) -> list[Update]:
-    """Return the updates of a module's weight and of its bias, if there is one.
+    """Return the update of a module's weight and, if it is along the rows, an optional one of its bias.
 
     Raises:
         InputError: ``ia3_l`` is not a vector.
@@ -81,12 +84,9 @@ def bias_delta(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
     return (read(checkpoint, key).reshape(-1) - 1) * site.weight()
 
 
-PART = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bias)$)")
-
-
 def read_ln_tuning(source: Source) -> Reading:
     """Read a PEFT LN_TUNING adapter."""
     norm_keys = [key for key in source.checkpoint if PART.search(key)]
     values = tuple(NewValue(PART.sub("", strip(key)), key) for key in norm_keys)
-    rest = [key for key in source.checkpoint if key not in set(norm_keys)]
-    return add_stored_values(Reading(f"PEFT LN tuning, {len(norm_keys)} tensors", (), values), source, rest)
+    unclaimed = [key for key in source.checkpoint if key not in set(norm_keys)]
+    return add_stored_values(Reading(f"PEFT LN tuning, {len(norm_keys)} tensors", (), values), source, unclaimed)

@@ -34,10 +34,10 @@ def read_vera(source: Source) -> Reading:
             f"generator of the training machine; {MERGE}"
         )
     names = [name for name in source.checkpoint if name not in SHARED]
-    modules, rest = by_module(names, PARTS, source.path)
+    modules, unclaimed = by_module(names, PARTS, source.path)
     updates = [_read_update(source, module, parts) for module, parts in modules.items()]
     kind = f"PEFT VeRA, r={source.shape(a_key, 2)[0]}, {len(modules)} modules"
-    return add_stored_values(Reading(kind, tuple(updates)), source, rest)
+    return add_stored_values(Reading(kind, tuple(updates)), source, unclaimed)
 
 
 def _read_update(source: Source, module: str, parts: dict[str, str]) -> Update:
@@ -60,12 +60,16 @@ def _read_update(source: Source, module: str, parts: dict[str, str]) -> Update:
 
 
 def factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:
-    """Return diag(b)·B[:out] and diag(d)·A[:, :in]."""
+    """Return diag(b)·B[:out] and diag(d)·A[:, :in].
+
+    Raises:
+        InputError: The weight has more columns than A.
+    """
     a, b = (read(checkpoint, key) for key in SHARED)
     if site.shape[1] > a.shape[1]:
         raise InputError(
             f"{checkpoint.path}: the shared A has {a.shape[1]} columns, but the weight {site.shape[1]}; check that it "
             "belongs to this BASE"
         )
-    by_row, by_rank = (read(checkpoint, parts[part]).reshape(-1, 1) for part in PARTS)
-    return by_row * b[: site.shape[0]], by_rank * a[:, : site.shape[1]]
+    b_column, d_column = (read(checkpoint, parts[part]).reshape(-1, 1) for part in PARTS)
+    return b_column * b[: site.shape[0]], d_column * a[:, : site.shape[1]]

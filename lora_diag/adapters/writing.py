@@ -1,17 +1,12 @@
-"""Ranks from an existing ``adapter_config.json``.
-
-Tensors without factors, stored in full: norms and other small modules, biases, embeddings with a resized vocabulary.
-
-PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It matches saved modules
-by the end of their names, so full names are given; and it needs every tensor of a saved module in the file.
-
-Check of a written adapter by reading it: the same factors, on the same weights, or an error.
-
-Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``, checked by reading them.
 
 s = lora_alpha / r is 1 in every layer, so that B·A is the update itself. Every pattern of the config is resolved by
 PEFT's own rules against the modules of BASE before anything is written; a pattern that would match other modules is
-written out in full.
+written out in full. Ranks can be read from an existing config.
+
+Tensors without factors are stored in full: norms and other small modules, biases, embeddings with a resized vocabulary.
+PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It matches saved modules
+by the end of their names, so full names are given; and it needs every tensor of a saved module in the file.
 
 Reference: ``peft.tuners.tuners_utils.check_target_module_exists``, ``peft.utils.other.get_pattern_key``,
 ``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21.
@@ -44,6 +39,15 @@ if TYPE_CHECKING:
     import torch
 
 
+WEIGHTS = "adapter_model.safetensors"
+
+# First version of PEFT with this layout of stacked experts (huggingface/peft#3165).
+PEFT_VERSION = "0.19.1"
+
+# Classes of transformers whose task is passed to PEFT; for some others it would add modules.
+CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+
+
 def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     """Return the rank of every layer that a PEFT config adapts, by PEFT's own rules.
 
@@ -52,7 +56,7 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
         targets: PEFT's view of the layers.
 
     Raises:
-        InputError: It is not a LoRA config, a rank is invalid, or no module is a layer here.
+        InputError: It cannot be read, a rank or pattern is invalid, or it adapts no layer here.
     """
     config = Config.read(path)
     modules = [target.module for target in targets.values()]
@@ -87,8 +91,8 @@ def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
         return False
     if f"{module.rpartition('.')[0]}.in_proj_weight" in base:
         return False  # part of an nn.MultiheadAttention
-    inside = [other for other in base if other.startswith(f"{module}.")]
-    return all("." not in other[len(module) + 1 :] for other in inside) and bool(model.in_memory(name))
+    names_inside = [other for other in base if other.startswith(f"{module}.")]
+    return all("." not in other[len(module) + 1 :] for other in names_inside) and bool(model.in_memory(name))
 
 
 def full_values(
@@ -108,11 +112,11 @@ def full_values(
         adapted: Modules with factors, whose own tensors PEFT calls ``base_layer``.
     """
     values: dict[str, Value] = {}
-    whole = {name.rpartition(".")[0] for name in names if not _is_bias_of_layer(name, base)}
+    saved_modules = {name.rpartition(".")[0] for name in names if not _is_bias_of_layer(name, base)}
     for name in names:
         disk_module = name.rpartition(".")[0]
         module = model.in_memory(name).rpartition(".")[0]
-        if disk_module not in whole:
+        if disk_module not in saved_modules:
             key = f"{module}.base_layer.bias" if module in adapted else f"{module}.bias"
             values[key] = _make_value(key, name, deltas.get(name), base)
             continue
@@ -228,18 +232,9 @@ def _are_equal(delta: Delta | None, part: Part) -> bool:
 
 
 def _select_used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of B and rows of A that are not padding."""
+    """Return the columns of B and rows of A of which neither is zero, as padding is."""
     used = (b != 0).any(0) & (a != 0).any(1)
     return b[:, used], a[used]
-
-
-WEIGHTS = "adapter_model.safetensors"
-
-# First version of PEFT with this layout of stacked experts (huggingface/peft#3165).
-PEFT_VERSION = "0.19.1"
-
-# Classes of transformers whose task is passed to PEFT; for some others it would add modules.
-CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ GRADIENTS = "output_gradients."
 
 @dataclass(frozen=True, slots=True)
 class SecondMoments:
-    """Second moments C = E[xxᵀ] of layers' inputs.
+    """Second moments C = E[xxᵀ] of layers' inputs, and G = E[ggᵀ] of their output gradients.
 
     Args:
         described: For the run record.
@@ -41,7 +41,7 @@ class SecondMoments:
 
 
 def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify: bool = False) -> SecondMoments:
-    """Open a file of second moments, reading its header, and match it with BASE.
+    """Open second moments by their headers, and return them by the compared layers that they belong to.
 
     Args:
         path: A safetensors file, or a folder, with one ``(in, in)`` matrix under each weight's name, and perhaps one
@@ -63,7 +63,9 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
                 "matrix; record the second moments again with loradiag probe activations"
             )
         sizes[name] = shape[0]
-    outputs = {name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)}
+    gradient_sizes = {
+        name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)
+    }
     matched, _ = match_names({name: (None, size) for name, size in sizes.items()}, before, transposed=True, parts=True)
     shapes: dict[str, Shape] = {
         location.name: (None, sizes[name]) for name, locations in matched.items() for location in locations
@@ -77,8 +79,10 @@ def second_moments(path: Path | str, base: Path | str, pairing: Pairing, verify:
             on_rows = orientation.in_out(location.name, (None, sizes[name]), before[location.name].shape)
             if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:
                 of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
-                if outputs.get(name) == location.shape[1 if on_rows else 0]:
-                    gradients[location.layer] = Moments(Side(stored, GRADIENTS + name), outputs[name], not on_rows)
+                if gradient_sizes.get(name) == location.shape[1 if on_rows else 0]:
+                    gradients[location.layer] = Moments(
+                        Side(stored, GRADIENTS + name), gradient_sizes[name], not on_rows
+                    )
     if not of:
         raise InputError(
             f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "

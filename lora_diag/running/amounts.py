@@ -1,6 +1,7 @@
-"""Parsing of amounts: ``10M`` parameters, ``2GB`` of memory, ``2h`` of time, ``0.9`` of the energy.
+"""Amounts in options: ``10M`` parameters, ``2GB`` of memory, ``2h`` of time, ``0.9`` of the energy, learning rates.
 
-Choice of the best learning rate of a grid and extension of the grid at its edge, shared by all probes that train.
+Texts are parsed. Of a grid of learning rates the best is chosen, and the grid is extended at its edge, for all probes
+that train.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)\s*(d|h|min|m|s))", re.IGNORECASE)
 _AMOUNT = re.compile(r"(\d+(?:_\d{3})*(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
-def read_count(words: str, option: str) -> int:
+def read_count(text: str, option: str) -> int:
     """Parse a number of parameters.
 
     >>> read_count("10M", "--params"), read_count("1.5B", "--params"), read_count("8_388_608", "--params")
@@ -34,10 +35,10 @@ def read_count(words: str, option: str) -> int:
     Raises:
         UsageError: The value is invalid or not positive.
     """
-    return _read(words, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
+    return _read(text, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
 
 
-def read_bytes(words: str, option: str) -> int:
+def read_bytes(text: str, option: str) -> int:
     """Parse a size in bytes; GB is a power of ten, GiB a power of two. A unit is required.
 
     >>> read_bytes("2GB", "--memory"), read_bytes("1GiB", "--memory")
@@ -46,39 +47,38 @@ def read_bytes(words: str, option: str) -> int:
     Raises:
         UsageError: The value is invalid or not positive.
     """
-    return _read(words, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
+    return _read(text, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
 
 
-def read_time(words: str) -> float:
+def read_time(text: str) -> float:
     """Return a time limit in seconds.
 
     >>> read_time("2h"), read_time("1h30min"), read_time("90 s"), read_time("0.5d")
     (7200.0, 5400.0, 90.0, 43200.0)
 
     Raises:
-        UsageError: It is not a time.
+        UsageError: It is not a time, or not positive.
     """
-    text = words.strip()
-    parts = _TIME.findall(text)
-    if not parts or re.sub(r"\s", "", _TIME.sub("", text)):
-        raise UsageError(f"--time {words}: give a time with its unit, such as 2h, 90min or 1h30min")
-    seconds = sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts)
+    numbers_with_units = _TIME.findall(text)
+    if not numbers_with_units or re.sub(r"\s", "", _TIME.sub("", text)):
+        raise UsageError(f"--time {text}: give a time with its unit, such as 2h, 90min or 1h30min")
+    seconds = sum(float(number) * _SECONDS[unit.lower()] for number, unit in numbers_with_units)
     if seconds <= 0:
-        raise UsageError(f"--time {words}: must be above 0")
+        raise UsageError(f"--time {text}: must be above 0")
     return seconds
 
 
-def _read(words: str, option: str, units: dict[str, int], expected: str) -> int:
-    match = _AMOUNT.fullmatch(words.strip())
+def _read(text: str, option: str, units: dict[str, int], expected: str) -> int:
+    match = _AMOUNT.fullmatch(text.strip())
     factor = units.get(match[2].upper()) if match else None
     amount = int(Decimal(match[1].replace("_", "")) * factor) if match and factor else 0
     if amount < 1:
-        raise UsageError(f"{option} {words}: give {expected}")
+        raise UsageError(f"{option} {text}: give {expected}")
     return amount
 
 
 def read_share(value: float, option: str) -> float:
-    """Check an energy fraction.
+    """Return an energy fraction after checking it.
 
     >>> read_share(0.9, "--energy")
     0.9
@@ -94,16 +94,16 @@ def read_share(value: float, option: str) -> float:
 Key = TypeVar("Key", bound=Hashable)
 
 # Upper limit of learning rates.
-MAX_FACTOR = 10.0
+MAX_RATE = 10.0
 # Largest step beyond an edge: from 1e-3 and 1e-2 the next rate is 3.3e-2, a common grid step.
 STEP = 10 / 3
 
 
 def find_best_rates(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, float]:
-    """Return the learning rate with the lowest loss for each trained item; omit items that always diverged.
+    """Return the learning rate with the lowest loss for each key; omit keys whose runs all diverged.
 
     Args:
-        runs: Item, loss and learning rate of each run; of one seed, on the deciding evaluation set.
+        runs: Key (such as the rank), loss and learning rate of each run; of one seed, on the deciding evaluation set.
 
     >>> find_best_rates([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}
@@ -134,11 +134,11 @@ def next_rate(tried: Collection[float], best: float) -> float | None:
     >>> next_rate([1e-3, 2e-3, 4e-3], 4e-3), next_rate([1e-3, 1e-2], 1e-3), next_rate([1e-3, 3e-3, 1e-2], 3e-3)
     (0.008, 0.0003, None)
     """
-    side = edge(tried, best)
-    if side == 0:
+    direction = edge(tried, best)
+    if direction == 0:
         return None
-    inner = sorted(tried)[1 if side < 0 else -2]
-    further = float(f"{best * min(max(best, inner) / min(best, inner), STEP) ** side:.2g}")
+    neighbour = sorted(tried)[1 if direction < 0 else -2]
+    further = float(f"{best * min(max(best, neighbour) / min(best, neighbour), STEP) ** direction:.2g}")
     return (
-        further if 0 < further < MAX_FACTOR and (further - best) * side > 0 else None
+        further if 0 < further < MAX_RATE and (further - best) * direction > 0 else None
     )  # rounded to two digits, a rate may no longer exceed the edge

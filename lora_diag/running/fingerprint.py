@@ -96,15 +96,15 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     real_path = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{real_path}/")
     folder = os.path.dirname(real_path) if path.suffix in {".safetensors", ".bin", ".pt", ".json"} else real_path  # noqa: PTH120
-    named = f"{cached[1]}/{cached[2]}" if cached else os.path.basename(folder)  # noqa: PTH119
-    missing = () if os.path.exists(path) else (str(path),)  # noqa: PTH110  (a Hub id or an address)
-    return tuple(dict.fromkeys(name for name in (stored, *missing, named) if name))
+    folder_name = f"{cached[1]}/{cached[2]}" if cached else os.path.basename(folder)  # noqa: PTH119
+    remote_id = () if os.path.exists(path) else (str(path),)  # noqa: PTH110  (a Hub id or an address)
+    return tuple(dict.fromkeys(name for name in (stored, *remote_id, folder_name) if name))
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """Return the files that hold a checkpoint's tensors; for parts of tensors, all such files of the folder."""
     sources = {checkpoint.file_of(name) for name in checkpoint}
-    return sorted({file for home in sources for file in (_find_parts(home) if home.is_dir() else [home])})
+    return sorted({file for source in sources for file in (_find_parts(source) if source.is_dir() else [source])})
 
 
 def _find_parts(folder: Path) -> list[Path]:
@@ -128,7 +128,7 @@ def content_hash(files: Sequence[Path]) -> str:
 
 
 def _hash_file_once(file: Path) -> str:
-    """Hash a file once per process while it stays unchanged, since BASE may occur many times."""
+    """Return the SHA-256 of a file, computed once per process while it stays unchanged: BASE may occur many times."""
     try:
         if isinstance(file, RemotePath):
             return _hash_file(file, file.file_info().size, file.file_info().version)
@@ -150,7 +150,7 @@ def _hash_file(file: Path, *_: object) -> str:
 def _digest_file(file: Path, whole: bool) -> bytes:
     """Return the fingerprint of one file: the hash of its bytes, or of its size and sampled pages.
 
-    For a remote file, its ETag replaces the pages, each of which would be a request.
+    For a remote file with an ETag, the ETag replaces the pages, each of which would be a request.
     """
     if isinstance(file, RemotePath):
         size = file.file_info().size

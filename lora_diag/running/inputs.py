@@ -1,7 +1,4 @@
-"""Description of gradient files in the run record.
-
-Opening of the inputs of a command: paths → inputs for the run record, and named ΔW.
-"""
+"""The inputs of a command: paths → descriptions for the run record, and named ΔW."""
 
 from __future__ import annotations
 
@@ -33,32 +30,6 @@ from lora_diag.running.fingerprint import (
     names_of,
 )
 
-
-def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
-    """Return the inputs of gradients for the run record."""
-    suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
-    digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
-    return RunInput(
-        role="gradients",
-        path=f"{legible(paths[0])}{suffix}",
-        kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
-        tensors=sum(len(step.checkpoint) for step in steps),
-        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _make_notes(step))),
-        fingerprint=digest.hexdigest()[:DIGITS],
-        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
-    )
-
-
-def _make_notes(step: Step) -> tuple[str, ...]:
-    if not step.checkpoint.config:
-        return step.checkpoint.notes
-    return (
-        *step.checkpoint.notes,
-        f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint",
-    )
-
-
 # Metadata that ``probe activations`` writes: its matrices have names of weights, and would pair with them.
 MOMENTS = "second moments of layers' inputs"
 
@@ -85,7 +56,7 @@ def compare(
     verify: bool = False,
     stated_alpha: StatedAlpha = None,
 ) -> Comparison:
-    """Open both sides and pair their weights.
+    """Open both sides, pair their weights, and describe the inputs.
 
     Args:
         base: Base checkpoint; or an adapter, if ``tuned`` is None.
@@ -152,16 +123,18 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
     Raises:
         InputError: Two weights have one name.
     """
-    first: dict[str, Delta] = {}
+    first_by_name: dict[str, Delta] = {}
     for delta in deltas:
-        earlier = first.setdefault(delta.layer, delta)
+        earlier = first_by_name.setdefault(delta.layer, delta)
         if earlier is not delta:
             names = " and ".join(item.base.name if item.base else item.layer for item in (earlier, delta))
             raise InputError(f"{delta.layer}: two weights have this name, from {names}; exclude one with --exclude")
 
 
 def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
-    """Pair tensors that TUNED stores under other names, such as fused experts that BASE stores one by one.
+    """Return the pairing with tensors that TUNED stores under other names, and a note on them if there are any.
+
+    Such are fused experts that BASE stores one by one.
 
     Two sides without a common name may be one model, saved with and without its head or inside a wrapper. They are
     paired if half of either side has a matching name, unless their configs name different models.
@@ -169,12 +142,12 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     locations = _match_other_names(base, tuned)
     if not locations or not (pairing.deltas or _is_one_model(base, tuned, locations)):
         return pairing, ()
-    free = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
+    only_in_base = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
     only_in_tuned = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
     renamed = {
         name: [_make_delta(base, location, tuned, name) for location in locations[name]]
         for name in locations
-        if name in only_in_tuned and all(location.name in free for location in locations[name])
+        if name in only_in_tuned and all(location.name in only_in_base for location in locations[name])
     }
     if not renamed:
         return pairing, ()
@@ -182,14 +155,14 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     deltas = sorted(
         (*pairing.deltas, *(d for new in renamed.values() for d in new)), key=lambda d: natural_order(d.layer)
     )
-    rest = tuple(item for item in pairing.unpaired if item.layer not in used)
-    name, first = min((name, deltas[0].layer) for name, deltas in renamed.items())
-    note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {first}"
-    return Pairing(tuple(deltas), rest), (note,)
+    unpaired = tuple(item for item in pairing.unpaired if item.layer not in used)
+    name, layer = min((name, deltas[0].layer) for name, deltas in renamed.items())
+    note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {layer}"
+    return Pairing(tuple(deltas), unpaired), (note,)
 
 
 def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Location, ...]]:
-    """Find names in BASE for tensors that only TUNED has by name, independent of the selection.
+    """Return the locations in BASE of tensors that only TUNED has by name, independent of the selection.
 
     Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
     one named RoBERTa.
@@ -215,7 +188,7 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
 
 
 def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Location]]) -> bool:
-    """Return whether two sides without common names are one model, by the number of tensors with a matching name."""
+    """Return whether half of either side has a matching name and the configs do not name different models."""
     types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
     common = {name for name in base if name in tuned}
     names = common | {location.name for locations in renamed.values() for location in locations}
@@ -223,7 +196,7 @@ def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Seq
 
 
 def _matrix_shape(base: Checkpoint, location: Location) -> tuple[int, ...]:
-    """Return the shape of the whole stored weight as a matrix; only whole weights are paired under another name."""
+    """Return the shape of a location that covers a whole weight, or one matrix of a stack; only these are paired."""
     shape = base[location.name].shape
     return shape if len(shape) < 3 else location.shape
 
@@ -248,7 +221,7 @@ def describe_adapter(
     """Return the description of an adapter for the run record."""
     config = adapter.source.config
     targets = targets_of(adapter, base, pairing) if base is not None else None
-    named = config.text("base_model_name_or_path") if config is not None else ""
+    base_name = config.text("base_model_name_or_path") if config is not None else ""
     return RunInput(
         role="adapter",
         path=legible(path),
@@ -257,7 +230,7 @@ def describe_adapter(
         notes=tuple(map(legible, notes)),
         fingerprint=fingerprint_of_adapter(adapter.source),
         sha256=content_hash(files_of(adapter.checkpoint)) if verify else "",
-        names=(legible(named),) if named else (),
+        names=(legible(base_name),) if base_name else (),
         targets=targets[0] if targets is not None else None,
         lacking=tuple(map(legible, targets[1])) if targets is not None else (),
     )
@@ -266,7 +239,7 @@ def describe_adapter(
 def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:
     """Return the description of a checkpoint for the run record."""
     classes = checkpoint.config.get("architectures")
-    named = classes[0] if isinstance(classes, list) and classes else None
+    class_name = classes[0] if isinstance(classes, list) and classes else None
     return RunInput(
         role=role,
         path=legible(checkpoint.path),
@@ -275,6 +248,31 @@ def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), ver
         notes=tuple(map(legible, (*checkpoint.notes, *notes))),
         fingerprint=fingerprint(checkpoint),
         sha256=content_hash(files_of(checkpoint)) if verify else "",
-        architecture=legible(named) if isinstance(named, str) else "",
+        architecture=legible(class_name) if isinstance(class_name, str) else "",
         names=tuple(map(legible, names_of(checkpoint))) if role == "base" else (),
+    )
+
+
+def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
+    """Return the description of the gradients of steps for the run record."""
+    suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
+    digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
+    return RunInput(
+        role="gradients",
+        path=f"{legible(paths[0])}{suffix}",
+        kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
+        tensors=sum(len(step.checkpoint) for step in steps),
+        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _make_notes(step))),
+        fingerprint=digest.hexdigest()[:DIGITS],
+        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
+    )
+
+
+def _make_notes(step: Step) -> tuple[str, ...]:
+    if not step.checkpoint.config:
+        return step.checkpoint.notes
+    return (
+        *step.checkpoint.notes,
+        f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint",
     )

@@ -1,7 +1,4 @@
-"""The loop of a command over its layers: keep existing records, measure, report and write the others.
-
-A run over layers: check options, open inputs, measure every layer, write records.
-"""
+"""A run of a command over layers: check options, open inputs, measure the layers without a record, write records."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ class DevicePlan:
 
 
 def plan_device(engine: Ray | None, device: str) -> DevicePlan:
-    """Return the device; on a cluster it follows from the GPUs of its tasks.
+    """Return the devices; on a cluster they follow from the GPUs of its tasks.
 
     Raises:
         UsageError: The device does not exist, or the cluster's tasks have no GPU.
@@ -90,7 +87,7 @@ def layout_of(
 
 
 def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
-    """Parse the memory limit of a run.
+    """Return the memory limit of a run in bytes; None without one.
 
     Raises:
         UsageError: The value is not a size, or the run uses a cluster.
@@ -103,7 +100,7 @@ def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
 
 
 def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
-    """Measure one layer; if it does not fit into memory, return a record with that reason."""
+    """Return the records of one layer; if it does not fit into memory, a record of it as skipped."""
     try:
         return measure(task)
     except MemoryLimitError as error:
@@ -115,7 +112,7 @@ def measure_layers(
     writer: ResultsWriter[L],
     tasks: Sequence[T],
     measure: Callable[[T], Sequence[L | LeftOut]],
-    rest: Callable[[], Iterable[LeftOut]],
+    measure_skipped: Callable[[], Iterable[LeftOut]],
     layout: Layout,
     size: Callable[[T], int],
     watch: ProgressReporter,
@@ -127,7 +124,7 @@ def measure_layers(
         writer: The results file, with the records of an earlier run.
         tasks: One per layer, in the order of the file.
         measure: A diagnostic with its settings bound; returns the records of one layer, or why it has none.
-        rest: Further skipped tensors, measured after the layers.
+        measure_skipped: Returns further skipped tensors; called after the layers.
         layout: Allocation of the machine.
         size: Returns the memory of a running task in bytes.
         watch: Callbacks.
@@ -142,19 +139,22 @@ def measure_layers(
     kept = RunRecords(writer, watch)
     if kept.finished is not None:
         return kept.finished
-    measured = {record.layer for record in kept.layers}
-    todo = [task for task in tasks if task.layer not in measured]
+    finished = {record.layer for record in kept.layers}
+    todo = [task for task in tasks if task.layer not in finished]
     left_out = list[LeftOut]()
     run = partial(run_ray, engine=engine) if engine is not None else run_local
     for records in _report_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
         left_out += [record for record in records if isinstance(record, LeftOut)]
         kept.put(*(record for record in records if not isinstance(record, LeftOut)))
-    return kept.end(sorted([*left_out, *rest()], key=lambda record: (natural_order(record.layer), record.reason)))
+    return kept.end(
+        sorted([*left_out, *measure_skipped()], key=lambda record: (natural_order(record.layer), record.reason))
+    )
 
 
 def _report_progress(
     measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: ProgressReporter
 ) -> Iterator[Sequence[L | LeftOut]]:
+    """Yield the records of each task, and report the progress before the first and after each."""
     sizes = [math.prod(task.shape) for task in todo]
     names = [task.layer for task in todo] + [""]
     entries_done, entries = 0, sum(sizes)
@@ -262,8 +262,8 @@ class LayerRun:
             NothingComparedError: The sides have no weight in common.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
-        selected: dict[str, Any] = {name: self.options[name] for name in names}
-        return compare(base, tuned, stated_alpha=self.stated_alpha, **selected)
+        pairing_options: dict[str, Any] = {name: self.options[name] for name in names}
+        return compare(base, tuned, stated_alpha=self.stated_alpha, **pairing_options)
 
     def pair(
         self,
@@ -281,6 +281,9 @@ class LayerRun:
             measure: Returns the records of one layer, or why it has none.
             size: Returns the memory needed to measure a layer, in bytes.
             settings: The command's own settings, for the run record.
+
+        Returns:
+            All records of the run.
         """
         compared = self.compare(base, tuned)
         matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
@@ -305,7 +308,7 @@ class LayerRun:
         measure: Callable[..., Sequence[L | LeftOut]],
         size: Callable[..., int],
         settings: S,
-        rest: Callable[[Layout, Results[L], S], Iterable[LeftOut]],
+        measure_skipped: Callable[[Layout, Results[L], S], Iterable[LeftOut]],
         inputs: tuple[RunInput, ...],
         requested: Mapping[str, object],
         recorded: Sequence[str] = RECORDED,
@@ -318,8 +321,8 @@ class LayerRun:
             measure: ``measure(task, settings=...)`` returns the records of one layer, or why it has none.
             size: ``size(task, settings=...)`` returns the memory of a running task in bytes.
             settings: A frozen dataclass with a field ``memory``, which is set to the memory limit of a layer in bytes.
-            rest: Returns further skipped tensors, given the layout, the records of an interrupted run, and the
-                settings.
+            measure_skipped: Returns further skipped tensors, given the layout, the records of an interrupted run, and
+                the settings.
             inputs: For the run record.
             requested: The command's own settings, for the run record.
             recorded: Names of settings that come last in the run record, in this order.
@@ -333,12 +336,12 @@ class LayerRun:
         """
         options = self.options
         values = {**options, "device": self.where.kind, **requested}
-        first = {name: value for name, value in requested.items() if name not in recorded}
+        own_settings = {name: value for name, value in requested.items() if name not in recorded}
         run = Run(
             command=self.command,
             version=__version__,
             inputs=inputs,
-            settings={**first, **{name: values[name] for name in recorded}, **stated_alpha(self.options)},
+            settings={**own_settings, **{name: values[name] for name in recorded}, **stated_alpha(self.options)},
         )
         layout = self.layout(tasks)
         limited: S = replace(settings, memory=layout.limit)
@@ -347,7 +350,7 @@ class LayerRun:
                 writer,
                 tasks,
                 partial(measure, settings=limited),
-                lambda: rest(layout, writer.earlier, limited),
+                lambda: measure_skipped(layout, writer.earlier, limited),
                 layout,
                 partial(size, settings=limited),
                 ProgressReporter(options["on_progress"], options["on_record"]),

@@ -5,8 +5,8 @@ A group is a ``TypedDict`` whose fields are annotated with ``Option``. A Python 
 command line builds its own options from the same declaration (``lora_diag.cli.options.spread``). Options of one command
 are a group in the ``options.py`` of its folder; those of several are here.
 
-``--help`` reads the groups, so nothing heavy is imported here: a type from torch or pydantic is quoted. For
-the same reason annotations are evaluated in this module (no ``from __future__ import annotations``).
+``--help`` reads the groups, so nothing heavy is imported here, and a type from torch or pydantic is quoted; and
+annotations are evaluated in this module (no ``from __future__ import annotations``).
 """
 
 import re
@@ -76,7 +76,7 @@ class Option:
         return f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
 
     def by(self, default: Any, **changes: Any) -> "Option":
-        """Return the option with another default."""
+        """Return the option with another default, and with changes of other fields."""
         return replace(self, default=default, **changes)
 
     @property
@@ -89,7 +89,7 @@ class Option:
         return tuple(self.metavar.split("|")) if re.fullmatch(r"[a-z0-9_]+(\|[a-z0-9_]+)+", self.metavar) else ()
 
     def flag(self, name: str) -> str:
-        """Return its name on the command line."""
+        """Return the option's name on the command line, given its name in Python."""
         return self.flags[0] if self.flags else f"--{name.replace('_', '-')}"
 
     def checked(self, name: str, value: Any) -> Any:
@@ -265,7 +265,7 @@ class RunOptions(Matching, Resources, Output, Resuming, Callbacks, total=False):
 
 
 class MethodOptions(Matching, Method, Resources, Output, Resuming, Callbacks, total=False):
-    """``RunOptions``, and the method for singular values."""
+    """``RunOptions``, and the device and method for singular values."""
 
 
 class LayerOptions(Matching, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
@@ -361,7 +361,7 @@ def list_options(group: type) -> dict[str, tuple[Any, Option]]:
 
 
 def own_options(group: type) -> list[str]:
-    """Return the names of a group's options that no group of this module has: the command's own options."""
+    """Return the names of a group's options that no group of this module declares alike: the command's own options."""
     common = _list_common()
     return [name for name, (_, option) in _list_declared(group).items() if common.get(name) != option]
 
@@ -403,7 +403,7 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
 
 
 def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of one command for the settings of the run record.
+    """Return the own options of one command for the settings of the run record, in their JSON form.
 
     Args:
         group: A ``TypedDict`` of options.
@@ -433,7 +433,7 @@ def plain(value: Any) -> Any:
 
 
 def show_options(function: F) -> F:
-    """Show the options of a function's group in its signature and docstring.
+    """Show the options of a function's group in its signature and docstring; return the same function.
 
     An option that the docstring already describes keeps that description.
 
@@ -457,10 +457,10 @@ def show_options(function: F) -> F:
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=shown))
     function.__signature__ = own_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
-    def lines(match: re.Match[str]) -> str:
+    def make_lines(match: re.Match[str]) -> str:
         missing = {name: option for name, (_, option) in options.items() if f"\n{match[1]}{name}: " not in written}
         return "".join(f"{match[1]}{name}: {option.words()}\n" for name, option in missing.items())
 
     written = function.__doc__ or ""
-    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", lines, written, flags=re.MULTILINE)
+    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", make_lines, written, flags=re.MULTILINE)
     return function

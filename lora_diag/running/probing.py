@@ -60,7 +60,7 @@ class ProbeRun:
         return {name: self.options[name] for name in ("layers", "exclude")}
 
     def compare(self, base: Path | str, tuned: Path | str) -> Comparison:
-        """Open both sides and pair their weights.
+        """Open both sides, pair their weights, and describe the inputs.
 
         Raises:
             InputError: A side cannot be read, or the adapter does not fit BASE.
@@ -73,7 +73,7 @@ class ProbeRun:
         return describe("base", stored, verify=self.options["verify"])
 
     def open(self, base: Path | str) -> Model:
-        """Open the model.
+        """Open the model, keep it as ``model``, and return it.
 
         Raises:
             UsageError: The device does not exist, or the extra ``train`` is not installed.
@@ -84,7 +84,7 @@ class ProbeRun:
         return self.model
 
     def read(self, path: Path | str, shifted: bool = False) -> Texts:
-        """Read one text.
+        """Return one text, read for the model.
 
         Raises:
             InputError: It cannot be read.
@@ -92,7 +92,7 @@ class ProbeRun:
         return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
 
     def read_sets(self, evaluate: Sequence[Path | str], shifted: Sequence[Path | str] = ()) -> list[Texts]:
-        """Read all evaluation sets.
+        """Return all evaluation sets.
 
         Raises:
             UsageError: Two have one name.
@@ -107,7 +107,7 @@ class ProbeRun:
         return sum(-(-len(text_set.sequences) // self.batch) for text_set in texts)
 
     def estimate(self, texts: Texts, description: str, extra: str = "", passes: int | None = None) -> None:
-        """Time one batch, and report an estimate of the run's duration.
+        """Time one batch, after another to warm up, and report an estimate of the run's duration.
 
         Args:
             texts: An evaluation set.
@@ -131,7 +131,7 @@ class ProbeRun:
         measure_missing: Callable[[RunRecords[Any]], Iterable[LeftOut]],
         extendable: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
-        """Measure the records missing from an interrupted run; nothing if it was finished.
+        """Measure what an interrupted run has no records of, or nothing if it was finished; write and return records.
 
         Args:
             inputs: For the run record.
@@ -146,7 +146,7 @@ class ProbeRun:
             InputError: An input cannot be read, or the file cannot be written.
         """
         options, model = self.options, self.model
-        running = {
+        run_settings = {
             "length": model.length,
             "batch": self.batch,
             "dtype": options["dtype"],
@@ -157,7 +157,7 @@ class ProbeRun:
             command=self.command,
             version=__version__,
             inputs=tuple(inputs),
-            settings={**settings, **running, **stated_alpha(options)},
+            settings={**settings, **run_settings, **stated_alpha(options)},
         )
         with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], extendable) as writer:
             kept = RunRecords(writer, self.watch)
@@ -192,7 +192,7 @@ def describe_texts(texts: Texts, role: str | None = None) -> RunInput:
 
 
 def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
-    """Return the tensors that could not be paired or that the model does not use."""
+    """Return the records of tensors that could not be paired or that the model does not use."""
     detail = "the model that transformers builds of BASE has no such weight"
     return [
         *record_unpaired(pairing, Layout(1, 1), "cpu"),

@@ -95,7 +95,7 @@ class RunRecords(Generic[L]):
         return set(sets) <= have
 
     def put(self, *records: L | WholeRecord) -> None:
-        """Write missing records immediately, and pass them on."""
+        """Write records of layers, and those of the whole run that are new, immediately, and pass them on."""
         new = [r for r in records if not isinstance(r, WholeRecord) or key_of(r) not in self._keys]
         for record in new:
             if isinstance(record, WholeRecord):
@@ -106,10 +106,10 @@ class RunRecords(Generic[L]):
         self._write(*new)
 
     def end(self, left_out: Iterable[LeftOut]) -> Results[L]:
-        """Write missing records of skipped tensors, and the totals; return all results."""
-        for item in list(left_out)[len(self._left_out) :]:
-            self._left_out.append(item)
-            self._write(item)
+        """Write records of skipped tensors beyond those of the interrupted run, and the totals; return all results."""
+        for record in list(left_out)[len(self._left_out) :]:
+            self._left_out.append(record)
+            self._write(record)
         (last,) = self._write(totals(self.layers, self._left_out))
         return Results(self.run, tuple(self.layers), tuple(self._left_out), last, tuple(self.records))
 

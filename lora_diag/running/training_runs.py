@@ -1,13 +1,11 @@
-"""Training runs as tasks of a cluster: a worker opens the model and the texts, trains, and returns the records.
+"""The runs of probes that train: options, texts, the sequence of runs, and runs as tasks of a cluster.
 
-A task is a small descriptor. What a worker opened is kept for its next tasks. BASE is measured, and a step timed, in
-the submitting program.
+Every size is trained at every learning rate with the first seed, and at further rates if the best is at the edge of the
+grid; then at its best rate with the other seeds. Finished runs are not repeated. The probe determines the trained
+parameters.
 
-Shared parts of probes that train: validation of options, a held-out text, and the sequence of runs.
-
-The sequence: every size at every learning rate with the first seed, extended if the best rate is at the edge of the
-grid; then the best rate of each size with the other seeds. Finished runs are not repeated. The probe determines the
-trained parameters.
+On a cluster, a worker opens the model and the texts, trains, and returns the records. A task is a small descriptor.
+What a worker opened is kept for its next tasks. BASE is measured, and a step timed, in the submitting program.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.models.training import Lora, Training, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
-from lora_diag.running.amounts import MAX_FACTOR, find_best_rates, next_rate
+from lora_diag.running.amounts import MAX_RATE, find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, keep_connection, run_ray
 from lora_diag.running.layers import plan_device
 from lora_diag.running.options import list_options
@@ -161,17 +159,17 @@ def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     if _open is None or _open[0] != site:
         _open = None  # two models may not fit
         model = open_model(site.base, torch.device(site.device), site.dtype, site.length, site.tokenizer)
-        texts = [_read(source, model, site.most if place else None) for place, source in enumerate(site.texts)]
+        texts = [_read(described, model, site.most if index else None) for index, described in enumerate(site.texts)]
         _open = (site, model, texts)
     _, model, (text, *sets) = _open
     return model, text, sets
 
 
-def _read(wanted: Texts, model: Model, max_sequences: int | None) -> Texts:
-    texts = read_texts(wanted.path, model, max_sequences, shifted=wanted.shifted)
-    if texts.hash != wanted.hash:
+def _read(described: Texts, model: Model, max_sequences: int | None) -> Texts:
+    texts = read_texts(described.path, model, max_sequences, shifted=described.shifted)
+    if texts.hash != described.hash:
         raise InputError(
-            f"{wanted.path}: has other contents on the worker on {platform.node()}; put inputs on storage that all "
+            f"{described.path}: has other contents on the worker on {platform.node()}; put inputs on storage that all "
             "nodes share, or copy the same file to every node"
         )
     return texts
@@ -258,7 +256,7 @@ class RunPlan:
     def measure_base(
         self, model: Model, record: Callable[[Texts, Losses], WholeRecord], name: str | None = None
     ) -> None:
-        """Measure BASE on every set, unless that is done.
+        """Measure BASE on every set and write the records, unless that is done.
 
         Args:
             model: BASE.
@@ -282,14 +280,14 @@ class RunPlan:
             Total seconds; and for each arm the remaining runs and the seconds of a step.
         """
         self.watch.total = bases * self.batches
-        seconds, lengths, evaluation = 0.0, [], 0.0
+        seconds, runs_and_steps, evaluation = 0.0, [], 0.0
         for arm in arms:
             step, evaluation = self.timed(arm)
             runs = self.left(arm)
             seconds += math.ceil(runs / arm.slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
-            lengths.append((runs, step))
-        return seconds + bases * self.batches * evaluation, lengths
+            runs_and_steps.append((runs, step))
+        return seconds + bases * self.batches * evaluation, runs_and_steps
 
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others.
@@ -316,7 +314,7 @@ class RunPlan:
         self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
 
     def left(self, arm: Arm) -> int:
-        """Count the unfinished runs, except those beyond the grid, which are unknown in advance."""
+        """Return the number of unfinished runs, except those beyond the grid, which are unknown in advance."""
         first, left = self.training.order, 0
         for size in arm.sizes:
             best = self._best_rate(arm, size, [*self._iterate_rates(arm, size), *arm.earlier])
@@ -327,7 +325,7 @@ class RunPlan:
         return left
 
     def more(self, arms: Sequence[Arm]) -> str:
-        """Describe how many runs the edges of the grids may add."""
+        """Return as text how many runs the edges of the grids may add; empty if none."""
         limit = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
         return (
             f"; up to {pluralize(limit, 'run', 'runs')} more if the best rate is at the edge of the grid"
@@ -348,7 +346,7 @@ class RunPlan:
         return ticks[2] - ticks[1], ticks[3] - ticks[2]
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
-        """Train the runs that are not finished, and write their records in this order."""
+        """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
         left = [trial for trial in trials if not self._has(trial)]
         if arm.remote is None:
             for trial in left:
@@ -376,7 +374,7 @@ class RunPlan:
             tried.append(further)
 
     def _best_rate(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
-        """Return the rate of a size with the lowest loss of the first seed on the first set, so far."""
+        """Return the rate of a size with the lowest loss of the first seed on the first set; None without a loss."""
         runs = ((size, self._loss_of(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
         return find_best_rates(runs).get(size)
 
@@ -433,7 +431,7 @@ class TrainRun(ProbeRun):
         steps: int,
         kind: Lora | None = None,
     ) -> None:
-        """Read the text to train on and the evaluation sets.
+        """Read the text to train on and the evaluation sets; set ``sets`` and ``training``.
 
         Raises:
             UsageError: Two evaluation sets have one name, the training text is also an evaluation set, or the model has
@@ -506,7 +504,7 @@ class TrainRun(ProbeRun):
         return workers_for(site, self.on, self.options["concurrent"])
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
-        """Return the inputs, for the run record."""
+        """Return the descriptions of BASE and the texts for the run record."""
         return [self.describe(stored), describe_texts(self.training.texts, "data"), *map(describe_texts, self.sets)]
 
     def trained(self, seeds: int) -> dict[str, Any]:
@@ -522,7 +520,7 @@ class TrainRun(ProbeRun):
         }
 
     def walk(self, kept: RunRecords[Any], seeds: int) -> RunPlan:
-        """Return the sequence of runs."""
+        """Return the plan of the runs, each size with a number of seeds."""
         return RunPlan(self.training, self.sets, seeds, self.options["widen"], kept)
 
 
@@ -541,9 +539,9 @@ def check_training(
         UsageError: A number is out of range.
     """
     for option, grid in rates.items():
-        if not grid or not all(0 < rate < MAX_FACTOR for rate in grid):
+        if not grid or not all(0 < rate < MAX_RATE for rate in grid):
             shown = ",".join(f"{rate:g}" for rate in grid)
-            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MAX_FACTOR:g}")
+            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MAX_RATE:g}")
     for option, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")
@@ -554,7 +552,7 @@ def check_training(
 
 
 def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Texts:
-    """Read the text to train on.
+    """Return the text to train on.
 
     Raises:
         UsageError: The text is one of the evaluation sets.

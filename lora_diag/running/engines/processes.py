@@ -3,8 +3,8 @@
 Threads of one Python process hold each other up where a task is many short calls of NumPy: two threads took 1.5 times
 the processor time of one, and were hardly faster.
 
-A process runs ``serve`` and talks by pickles over pipes. ``multiprocessing`` would start the main
-program again, which a script that calls ``lora_diag`` may not expect, or fork, which is unsafe with threads of BLAS.
+A process runs ``serve`` and talks by pickles over pipes. ``multiprocessing`` would start the main program again, which
+a script that calls ``lora_diag`` may not expect, or fork, which is unsafe with threads of BLAS.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Processes(Generic[Task, Record]):
             for _ in range(count)
         ]
         self._free: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        self._first = pickle.dumps(measure)
-        self._reported: set[int] = set()
+        self._pickled_measure = pickle.dumps(measure)
+        self._prepared: set[int] = set()
         for process in self._started:
             self._free.put(process)
 
@@ -62,7 +62,7 @@ class Processes(Generic[Task, Record]):
                 pass
 
     def __call__(self, task: Task) -> Record:
-        """Measure a task.
+        """Measure a task in a free process; return its record.
 
         Raises:
             LoradiagError: As raised by ``measure``.
@@ -72,9 +72,9 @@ class Processes(Generic[Task, Record]):
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            if process.pid not in self._reported:
-                self._reported.add(process.pid)
-                process.stdin.write(self._first)
+            if process.pid not in self._prepared:
+                self._prepared.add(process.pid)
+                process.stdin.write(self._pickled_measure)
             process.stdin.write(pickle.dumps(task))
             process.stdin.flush()
             outcome, error = pickle.load(process.stdout)

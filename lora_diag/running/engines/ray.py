@@ -1,11 +1,7 @@
-"""The Ray cluster: finding its address, connecting to it or starting one on this machine, and leaving it.
+"""The engine on a Ray cluster: connecting to it, and batches of layers as Ray tasks, retried if a worker or node dies.
 
-Handles addresses, tokens and Ray's own output; independent of tasks.
-
-The engine on a cluster: batches of layers as Ray tasks, retried if a worker or a node dies.
-
-Tasks are sent as indices into a list that each worker gets once, and records are returned; no array passes through the
-object store.
+A cluster is found by its address, or started on this machine for the run. Tasks are sent as indices into a list that
+each worker gets once, and records are returned; no array passes through the object store.
 """
 
 from __future__ import annotations
@@ -91,7 +87,7 @@ class Ray:
 
 
 def import_ray() -> Any:
-    """Import ``ray`` with its logging off.
+    """Return the module ``ray``, imported after its environment variables are set.
 
     Raises:
         UsageError: Ray is not installed.
@@ -172,7 +168,7 @@ def keep_connection(engine: Ray, cores: int) -> Iterator[bool]:
 def _suppress_stderr() -> Iterator[None]:
     """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are raised anyway."""
     try:
-        kept = os.dup(2)
+        saved_stderr = os.dup(2)
     except OSError:  # standard error has no file descriptor
         yield
         return
@@ -181,8 +177,8 @@ def _suppress_stderr() -> Iterator[None]:
         os.dup2(devnull, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
         os.close(devnull)
 
 
@@ -195,11 +191,11 @@ def _allow_interrupts() -> Iterator[None]:
         return
     signals: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record_and_raise(number: int, frame: FrameType | None) -> None:
         signals.append(number)
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, record_and_raise)
     try:
         yield
     finally:
@@ -352,7 +348,7 @@ class _Cluster:
         self.largest = int(max(node["CPU"] for node in self._nodes))
 
     def _find_fitting_nodes(self, cores: int) -> list[dict[str, float]]:
-        """Return the resources of living nodes that have enough for a layer."""
+        """Return the resources of living nodes that have this number of cores, and the GPUs of a task."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
 
@@ -436,7 +432,7 @@ class _Cluster:
 
 
 def _find_servers(ray: Any) -> dict[str, tuple[str, int]]:
-    """Return the addresses of the head and of the node of this machine."""
+    """Return the addresses of the head and of the node of this machine, by their names in messages."""
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
     here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
@@ -458,7 +454,7 @@ class _Run:
         self._under_way: dict[Any, Batch] = {}
 
     def send(self, batch: Batch) -> Any:
-        """Submit a batch."""
+        """Submit a batch; return its ticket."""
         remote = self._remote.options(
             num_cpus=batch.threads,
             num_gpus=self._cluster.gpus,

@@ -126,8 +126,8 @@ class Waiting:
     def __init__(self, plan: Sequence[Batch], reach: int) -> None:
         self._plan = plan
         mean = sum(batch.cost for batch in plan) / max(1, len(plan)) or 1.0
-        opens = [(index - math.ceil(reach * max(1.0, batch.cost / mean)), index) for index, batch in enumerate(plan)]
-        self._closed = deque(sorted(opens))
+        openings = [(index - math.ceil(reach * max(1.0, batch.cost / mean)), index) for index, batch in enumerate(plan)]
+        self._closed = deque(sorted(openings))
         self._heap: list[tuple[int, int]] = []
 
     def pop(self, written: int, has_room: Callable[[Batch], bool]) -> Batch | None:
@@ -190,8 +190,8 @@ def in_order(
         reach: See ``Waiting``.
         capacity: Returns the current capacity.
         send: Submits a batch.
-        fetch: Waits a limited time and yields finished batches. None instead of outcomes means that every
-            worker that ran the batch died. Outcomes may end early, with an error.
+        fetch: Waits a limited time and yields finished batches with their outcomes. None instead of outcomes means that
+            every worker that ran the batch died. Outcomes may end early, with an error.
         lost_error: Returns the error for a single task whose workers all died.
 
     Raises:

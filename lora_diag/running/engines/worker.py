@@ -65,7 +65,7 @@ def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, thre
 
 
 def _load_job(name: str, job: Callable[[], Job]) -> Work:
-    """Return a job, unpickled unless it is the current one."""
+    """Return the work of a job, unpickled once and kept until another job comes."""
     global _current_job
     if _current_job is None or _current_job[0] != name:
         _current_job = (name, open_job(job()))
@@ -73,7 +73,7 @@ def _load_job(name: str, job: Callable[[], Job]) -> Work:
 
 
 def open_job(job: Job) -> Work:
-    """Unpickle a job after checking the version and the files.
+    """Change to the folder of the run, check the version and the files, and return the unpickled work.
 
     Raises:
         InputError: The worker has another version of loradiag or other files.

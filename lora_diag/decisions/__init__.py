@@ -1,1 +1,1 @@
-"""Decisions from records, one folder per command."""
+"""Commands that plan, choose, extract, recover or check adapters, one package each; targets and trainers' settings."""

@@ -1,4 +1,6 @@
-"""The weights that get adapters: by the user's pattern, or the matrices that adapters usually target.
+"""Weights that get adapters, by the user's pattern or by default, and the memory of their trainable parameters.
+
+By default these are the matrices that adapters usually target.
 
 Memory of a trainable parameter: its value, its gradient, and the state of its optimizer.
 
@@ -52,7 +54,7 @@ def why_no_target(name: str, target: re.Pattern[str] | None, exclude: re.Pattern
 
 
 def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
-    """Compile a user's pattern.
+    """Return a user's pattern compiled; None without one.
 
     Raises:
         UsageError: The pattern is not a valid regular expression.

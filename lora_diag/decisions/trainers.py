@@ -20,13 +20,14 @@ def axolotl(config: Mapping[str, Any]) -> Settings:
     return {
         "adapter": "lora",
         "lora_r": config["r"],
-        "lora_alpha": _round_alpha(config["lora_alpha"], "axolotl"),
+        "lora_alpha": _require_integer_alpha(config["lora_alpha"], "axolotl"),
         "lora_dropout": config["lora_dropout"],
         "lora_target_modules": list(config["target_modules"]),
         **_make_argument("lora_target_parameters", config.get("target_parameters")),
         **_make_argument("lora_rank_pattern", config["rank_pattern"]),
         **_make_argument(
-            "lora_alpha_pattern", {key: _round_alpha(a, "axolotl") for key, a in config["alpha_pattern"].items()}
+            "lora_alpha_pattern",
+            {key: _require_integer_alpha(a, "axolotl") for key, a in config["alpha_pattern"].items()},
         ),
         **_make_argument("lora_modules_to_save", config.get("modules_to_save")),
         **_make_argument("peft_use_rslora", config["use_rslora"]),
@@ -40,7 +41,7 @@ def llamafactory(config: Mapping[str, Any]) -> Settings:
     return {
         "finetuning_type": "lora",
         "lora_rank": config["r"],
-        "lora_alpha": _round_alpha(config["lora_alpha"], "llamafactory"),
+        "lora_alpha": _require_integer_alpha(config["lora_alpha"], "llamafactory"),
         "lora_dropout": config["lora_dropout"],
         "lora_target": ",".join(config["target_modules"]),
         **_make_argument("additional_target", ",".join(config.get("modules_to_save") or ())),
@@ -55,7 +56,7 @@ def trl(config: Mapping[str, Any]) -> Settings:
     return {
         "use_peft": True,
         "lora_r": config["r"],
-        "lora_alpha": _round_alpha(config["lora_alpha"], "trl"),
+        "lora_alpha": _require_integer_alpha(config["lora_alpha"], "trl"),
         "lora_dropout": config["lora_dropout"],
         "lora_target_modules": list(config["target_modules"]),
         **_make_argument("lora_target_parameters", config.get("target_parameters")),
@@ -118,10 +119,16 @@ def yaml_of(values: Mapping[str, Any]) -> str:
 
 
 def _make_argument(key: str, value: Any) -> Settings:
+    """Return a setting as a mapping; an empty mapping if its value is empty or false."""
     return {key: value} if value else {}
 
 
-def _round_alpha(alpha: float, trainer: str) -> int:
+def _require_integer_alpha(alpha: float, trainer: str) -> int:
+    """Return alpha as an integer.
+
+    Raises:
+        UsageError: It is not a whole number.
+    """
     if alpha != int(alpha):
         raise UsageError(f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another --scaling")
     return int(alpha)
@@ -131,7 +138,7 @@ def _refuse_patterns(config: Mapping[str, Any], trainer: str) -> None:
     """Refuse settings that a trainer would ignore without a message.
 
     Raises:
-        UsageError: Ranks differ by layer, or experts are adapted as parameters.
+        UsageError: Ranks differ by layer; or, for LLaMA-Factory, experts are adapted as parameters.
     """
     if config["rank_pattern"]:
         raise UsageError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")

@@ -1,7 +1,4 @@
-"""``allocate``: choose ranks under a budget, with a certificate.
-
-Options of ``allocate``.
-"""
+"""``allocate``: choose ranks under a budget, with a certificate; its declaration and options."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

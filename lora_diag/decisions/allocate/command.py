@@ -1,4 +1,4 @@
-"""``loradiag allocate``."""
+"""``loradiag allocate`` and ``loradiag rank-rules``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ConfigOptions(TypedDict, total=False):
-    """Options of the written config."""
+    """Options of the output: its file and format, the check of a config, and the source of a learning rate."""
 
     output: Annotated[
         Path | None,
@@ -101,12 +101,12 @@ def rank_rules(
 
 
 def _suggest_next(allocation: Results[Allocation], output: Path | None, check: Path | None) -> str:
-    """Return the suggested next command, quoted for a shell."""
+    """Return the suggested next step: a command quoted for a shell, or advice on the written file."""
     if output is None:
         return f"{rerun_command('-o', 'adapter_config.json')}   (for training with PEFT; .jsonl for loradiag extract)"
     if output.name == "adapter_config.json":
         advice = f"train with peft.LoraConfig.from_pretrained({str(output.parent)!r})"
-        base = next((side.path for side in allocation.run.inputs if side.role == "base"), None)
+        base = next((run_input.path for run_input in allocation.run.inputs if run_input.role == "base"), None)
         check_command = rerun_command("--check", base or "BASE")
         reminder = f"; PEFT ignores names that the model in memory lacks, so check once: {check_command}"
         return advice if check is not None else advice + reminder
@@ -114,8 +114,8 @@ def _suggest_next(allocation: Results[Allocation], output: Path | None, check: P
         return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
     if output.suffix == ".json":
         return "rename it to adapter_config.json, the only name that PEFT reads"
-    paths = [side.path for side in allocation.run.inputs if side.role in {"base", "tuned", "adapter"}]
-    activations = [side.path for side in allocation.run.inputs if side.role == "activations"]
+    paths = [run_input.path for run_input in allocation.run.inputs if run_input.role in {"base", "tuned", "adapter"}]
+    activations = [run_input.path for run_input in allocation.run.inputs if run_input.role == "activations"]
     metric = [word for path in activations for word in ("--activations", path)]
     metric += ["--kfac"] if allocation.run.settings.get("metric") == "kfac" else []
     return shlex.join(["loradiag", "extract", *paths, "--allocation", str(output), *metric, "-o", "adapter"])

@@ -46,9 +46,9 @@ def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: st
     """
     records = tuple(records)
     with panel_axes(ax) as (axes, style):
-        drawn = make_slots(records, per)
-        _draw_ranks(axes, [drawn], style)
-        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
+        slots = make_slots(records, per)
+        _draw_ranks(axes, [slots], style)
+        slot_axis(axes, slots, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank r")
         axes.legend([Patch(facecolor=BARS), Line2D([], [], color=UNIFORM)], ["allocated", "uniform"], fontsize="small")
     return axes
@@ -66,41 +66,42 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
     """
     with panel_axes(ax) as (axes, style):
         _draw_kept(axes, certificates, style, float(axes.get_window_extent().width) / axes.figure.dpi)
-        keys = _make_budget_keys(certificates, style)
-        axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
+        legend_keys = _make_budget_keys(certificates, style)
+        axes.legend([entry.handle for entry in legend_keys], [entry.label for entry in legend_keys], fontsize="small")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the ranks of the layers, and below the energy of each allocation over its cost."""
+    """Draw the ranks of the layers, and below the energy kept by each rule, or over the cost."""
     types = Types(record.layer for run in series for record in run.records)
-    certificates = [item for run in series for item in run.whole if isinstance(item, Certificate)]
+    certificates = [certificate for run in series for certificate in run.whole if isinstance(certificate, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
-    alike = [item for item in certificates if item.unit == certificates[0].unit]
-    drawn = [make_slots(run.records, options.per, types) for run in series]
-    words = _make_text(series, drawn, alike, len(certificates) - len(alike), style)
+    comparable = [certificate for certificate in certificates if certificate.unit == certificates[0].unit]
+    run_slots = [make_slots(run.records, options.per, types) for run in series]
+    text = _make_text(series, run_slots, comparable, len(certificates) - len(comparable), style)
     inches = style.width - 6 * style.text / 72
-    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
+    all_slots = list({slot.name: slot for slots in run_slots for slot in slots}.values())
     heights = [1.3 * style.panel + label_height(all_slots, inches, style.ticks)]
-    if alike:
-        bars = (len(alike[0].baselines) + 1) * 1.6 * style.text / 72
-        heights.append((1.3 * style.panel if len(alike) > 1 else bars) + 3.5 * style.text / 72)
+    if comparable:
+        bars_height = (len(comparable[0].baselines) + 1) * 1.6 * style.text / 72
+        heights.append((1.3 * style.panel if len(comparable) > 1 else bars_height) + 3.5 * style.text / 72)
     panel = sum(heights) / len(heights)
-    figure, axes = sheet(style, words, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
-    _draw_ranks(axes[0], drawn, style)
+    figure, axes = sheet(style, text, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
+    _draw_ranks(axes[0], run_slots, style)
     slot_axis(axes[0], all_slots, inches, style.ticks)
     axes[0].set_ylabel("rank r")
-    if alike:
-        _draw_kept(axes[1], alike, style, inches)
+    if comparable:
+        _draw_kept(axes[1], comparable, style, inches)
     return figure
 
 
-def _draw_ranks(ax: Axes, drawn: Sequence[Sequence[Slot[Allocation]]], style: PageStyle | None) -> None:
+def _draw_ranks(ax: Axes, run_slots: Sequence[Sequence[Slot[Allocation]]], style: PageStyle | None) -> None:
+    """Draw the ranks of each run by slot; of a single run also those of the uniform rule."""
     width = style.line if style else 1.2
-    for number, part in enumerate(drawn):
-        for slot in part:
+    for number, slots in enumerate(run_slots):
+        for slot in slots:
             ranks = np.array([float(np.median([record.rank for record in bar])) for bar in slot.bars])
-            if len(drawn) > 1:
+            if len(run_slots) > 1:
                 ax.stairs(ranks, slot.edges, baseline=None, color=category(number), lw=1.5 * width, label="_ranks")
                 continue
             uniform = np.array([float(np.median([record.uniform_rank for record in bar])) for bar in slot.bars])
@@ -124,19 +125,19 @@ def _draw_rules(ax: Axes, certificate: Certificate, style: PageStyle | None, inc
     rules += [(name_of(rule.name), rule.kept, rule.spent, UNIFORM) for rule in certificate.baselines]
     size = style.ticks if style else 8
     max_width = 0.62 * inches
-    texts = []
+    labels = []
     for name, kept, spent, _ in rules:
         suffix = f": {kept:.1%} ({_format_count(spent)})"
-        texts.append(cut(name, max_width - width_of(suffix, size), size) + suffix)
+        labels.append(cut(name, max_width - width_of(suffix, size), size) + suffix)
     # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
-    needed = max(width_of(text, size) for text in texts) + 2 * pad
+    needed = max(width_of(label, size) for label in labels) + 2 * pad
     scale = max(certificate.bound, *(kept for _, kept, *_ in rules)) or 1.0
     ax.set_xlim(0, scale * inches / max(inches - needed, 0.2 * inches))
-    for position, (text, (_, kept, _, color)) in enumerate(zip(texts, rules, strict=True)):
+    for position, (label, (_, kept, _, color)) in enumerate(zip(labels, rules, strict=True)):
         ax.barh(position, kept, height=0.66, color=color, lw=0)
         ax.annotate(
-            text,
+            label,
             (scale, position),
             xytext=(72 * pad, 0),
             textcoords="offset points",
@@ -152,6 +153,7 @@ def _draw_rules(ax: Axes, certificate: Certificate, style: PageStyle | None, inc
 
 
 def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None) -> None:
+    """Draw the bound over the budget, and the energy kept by allocations and by the uniform rule over their cost."""
     width = style.line if style else 1.2
     ordered = sorted(certificates, key=_cost_of)
     limits = [item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item) for item in ordered]
@@ -173,6 +175,7 @@ def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageSt
 
 
 def _cost_of(certificate: Certificate) -> float:
+    """Return the cost of an allocation in the unit of the axis: parameters for an energy fraction."""
     return float(certificate.params) if certificate.unit == "energy" else certificate.spent
 
 
@@ -200,9 +203,9 @@ def _make_budget_keys(certificates: Sequence[Certificate], style: PageStyle | No
 
 def _make_text(
     series: Sequence[Series[Any]],
-    drawn: Sequence[Sequence[Slot[Allocation]]],
+    run_slots: Sequence[Sequence[Slot[Allocation]]],
     certificates: Sequence[Certificate],
-    missing: int,
+    not_drawn: int,
     style: PageStyle,
 ) -> FigureText:
     keys: list[Key] = []
@@ -210,29 +213,33 @@ def _make_text(
         keys.append(Key(Patch(facecolor=BARS), "rank allocated"))
         keys.append(Key(Line2D([], [], color=UNIFORM, lw=1.3 * style.line), "uniform rule, same budget"))
     else:
-        keys += [
-            Key(Line2D([], [], color=category(n), lw=1.5 * style.line), item.label) for n, item in enumerate(series)
-        ]
-    records = [record for item in series for record in item.records]
+        keys += [Key(Line2D([], [], color=category(n), lw=1.5 * style.line), run.label) for n, run in enumerate(series)]
+    records = [record for run in series for record in run.records]
     layers = len({record.layer for record in records})
     about = f"{layers} {'matrix' if layers == 1 else 'matrices'}"
     if len(certificates) == 1:
-        (item,) = certificates
-        gap = "the optimum" if item.optimal or item.gap == 0 else f"at most {item.gap:.2%} below the optimum"
-        about += f"; {item.params:,} parameters keep {item.kept:.1%} of the energy, {gap}"
-    metrics = {item.run.settings.get("metric", "weights") if item.run else "weights" for item in series}
-    text = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
+        (certificate,) = certificates
+        gap = (
+            "the optimum"
+            if certificate.optimal or certificate.gap == 0
+            else f"at most {certificate.gap:.2%} below the optimum"
+        )
+        about += f"; {certificate.params:,} parameters keep {certificate.kept:.1%} of the energy, {gap}"
+    metrics = {run.run.settings.get("metric", "weights") if run.run else "weights" for run in series}
+    metric_name = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
     notes = [
-        f"Energy is Σσ² as measured{f', in {text}' if text else ''}; blocks run from left to right in each module type."
+        f"Energy is Σσ² as measured{f', in {metric_name}' if metric_name else ''}; "
+        "blocks run from left to right in each module type."
     ]
-    joined = max((slot.joined for part in drawn for slot in part), default=1)
+    joined = max((slot.joined for slots in run_slots for slot in slots), default=1)
     if joined > 1:
         notes.append(f"A bar is the median rank of up to {joined} layers.")
     if any(record.weight != 1 for record in records):
         notes.append("Fractions are of the weighted energy.")
-    if missing:
+    if not_drawn:
         notes.append(
-            f"Not drawn: {missing} {'certificate' if missing == 1 else 'certificates'} with a budget in another unit."
+            f"Not drawn: {not_drawn} {'certificate' if not_drawn == 1 else 'certificates'} "
+            "with a budget in another unit."
         )
     return FigureText(
         "Allocation: rank r by layer, and the energy kept",

@@ -1,21 +1,21 @@
-"""Heads of a fine-tuned model that are trained in full (PEFT's ``modules_to_save``), and their task type.
+"""Allocation of a budget to layers, with a certificate of its distance from the optimum.
 
-A task head is new, so BASE has no weight for a low-rank update, and it is small. PEFT itself trains ``classifier`` and
-``score`` (sequence and token classification) and ``qa_outputs`` (question answering) in full.
+Combines heads, candidates, steps and other rules into records; opens no files, and takes the spectra as measured.
 
-Candidate layers for adapters, groups with a common rank, and the largest rank of each.
+Heads: those of a fine-tuned model are trained in full (PEFT's ``modules_to_save``). A task head is new, so BASE has no
+weight for a low-rank update, and it is small. PEFT itself trains ``classifier`` and ``score`` (sequence and token
+classification) and ``qa_outputs`` (question answering) in full.
 
-Uses records of ``spectrum`` and constraints; independent of budgets.
+Candidates: the layers for adapters, groups with a common rank, and the largest rank of each, from records of
+``spectrum`` and constraints; independent of budgets.
 
-Other rules for the same budget: one rank for all, the article's prior, one energy fraction for all.
+Other rules for the same budget: one rank for all, the article's prior, one energy fraction for all. Each rule orders
+the steps by a key and takes them in that order, steps with equal keys together, while the budget lasts. Constraints and
+caps are those of the allocation, so that only the rules differ.
 
-Each rule orders the steps by a key and takes them in that order, steps with equal keys together, while the budget
-lasts. Constraints and caps are those of the allocation, so that only the rules differ.
-
-Spend a budget on steps of decreasing yield, with a bound on the distance from the optimum.
-
-max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with decreasing gains. It uses gains, costs
-and a budget; independent of layers, files and units.
+Steps: a budget is spent on steps of decreasing yield, with a bound on the distance from the optimum.
+max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with decreasing gains. This uses gains,
+costs and a budget; independent of layers, files and units.
 
 Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r) − λ·cost_u·r) for all ranks within the budget
 (weak duality). G_u is concave on the allowed ranks, so the inner maximum takes exactly the steps whose gain per cost
@@ -24,20 +24,14 @@ the first one that does not fit. This is the greedy order, so one sort gives the
 of the budget is filled with later steps that fit; if the table of all budgets is small, dynamic programming finds the
 optimum.
 
-Reference: Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix); Bellman 1957 (the table).
+One rank for all layers with a rank, which every serving program scales alike: programs that read one r and one
+lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one rank r the choice is which layers
+get it; every r of a grid is tried, and the allocation that keeps most is taken.
 
-One rank for all layers with a rank, which every serving program scales alike.
-
-Programs that read one r and one lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one
-rank r the choice is which layers get it; every r of a grid is tried, and the allocation that keeps most is taken.
-
-Allocation of a budget to layers, with a certificate of its distance from the optimum.
-
-Combines candidates, steps and baselines into records; opens and measures nothing.
-
-Reference: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
+References: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
 with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a budget of parameters the order is that of
-σ²/(d_in + d_out).
+σ²/(d_in + d_out). Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix); Bellman 1957 (the
+table).
 """
 
 from __future__ import annotations
@@ -99,7 +93,7 @@ def heads_to_save(
     target: re.Pattern[str] | None,
     exclude: re.Pattern[str] | None,
 ) -> list[LeftOut]:
-    """Return every tensor of the heads to train in full.
+    """Return a record of every tensor of the heads to train in full that TUNED has.
 
     These are the heads that TUNED changed or that only it has, except those with a tensor that matches a pattern:
     a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
@@ -149,8 +143,8 @@ def task_type_of(results: Results[Any], heads: Collection[str]) -> str | None:
 
     Args:
         results: Spectra or an allocation of it: the class of TUNED is used, else that of BASE.
-        heads: Heads that are trained in full. PEFT always trains the heads of a task type in full, so a task type whose
-            head is not among them is not returned.
+        heads: Heads that are trained in full. PEFT always trains the heads of a task type in full, so
+            without heads only ``CAUSAL_LM`` and ``SEQ_2_SEQ_LM`` are returned.
     """
     sides = [side for role in ("tuned", "base") for side in results.run.inputs if side.role == role]
     architecture = next((side.architecture for side in sides if side.architecture), "")
@@ -247,13 +241,13 @@ class Unit:
         def slope(first: int, last: int) -> float:
             return float((values[last] - values[first]) / (stops[last] - stops[first]))
 
-        kept = [0]
+        hull = [0]
         for index in range(1, len(stops)):
-            while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], index):
-                kept.pop()
-            kept.append(index)
-        best = int(np.argmax(values[kept]))
-        return stops[kept[1 : best + 1]]
+            while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], index):
+                hull.pop()
+            hull.append(index)
+        best = int(np.argmax(values[hull]))
+        return stops[hull[1 : best + 1]]
 
     @cached_property
     def curves(self) -> tuple[NDArray[np.float64], ...]:
@@ -277,6 +271,7 @@ class Unit:
 
 
 def _compute_curve(record: Spectrum) -> NDArray[np.float64]:
+    """Return C(1), …, C(K) of a layer; zeros for a zero update."""
     values = np.asarray(record.s)
     return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
 
@@ -287,7 +282,7 @@ def split(
     """Split layers into candidates and skipped ones, with the reason.
 
     Without ``target``, candidates are the matrices that adapters usually target: no embeddings, no head, no routers.
-    With it, all layers whose name contains a match.
+    With it, all layers whose name contains a match. Layers that match ``exclude`` are skipped.
 
     Raises:
         UsageError: There is no candidate.
@@ -321,7 +316,7 @@ def units(
     constraints: Constraints,
     losses: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Unit]:
-    """Return the units of an allocation, in the order of their first layers."""
+    """Return the units of an allocation, in the order of their first layers; a layer without losses gets F = 0."""
     groups: dict[str, list[Spectrum]] = {}
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
@@ -329,13 +324,16 @@ def units(
     grouped = [_make_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
     if losses is None:
         return grouped
-    known = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
-    return [replace(unit, losses=tuple(known.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in grouped]
+    losses_by_layer = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
+    return [
+        replace(unit, losses=tuple(losses_by_layer.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in grouped
+    ]
 
 
 def _make_unit(
     members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints
 ) -> Unit:
+    """Return the unit of these layers, capped at their largest cap, or at the minimum rank if higher."""
     soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
     largest = break_even(members[0].shape)
     hard = min(constraints.max_rank or largest, largest)
@@ -465,14 +463,14 @@ def _take(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, in
     for first, end in zip(steps.first[:-1], steps.first[1:], strict=True):
         key[first:end] = np.maximum.accumulate(key[first:end])
     order = np.argsort(key, kind="stable")
-    total = np.cumsum(steps.cost[order])
-    fitting = int(np.searchsorted(total, budget, side="right"))
+    cumulative = np.cumsum(steps.cost[order])
+    fitting = int(np.searchsorted(cumulative, budget, side="right"))
     if fitting < len(order):
         fitting = int(np.searchsorted(key[order], key[order[fitting]], side="left"))
     ranks = steps.start.copy()
     chosen = order[:fitting]
     np.maximum.at(ranks, steps.unit[chosen], steps.rank[chosen])
-    return float(key[chosen[-1]]) if fitting else 0.0, (ranks, int(total[fitting - 1]) if fitting else 0)
+    return float(key[chosen[-1]]) if fitting else 0.0, (ranks, int(cumulative[fitting - 1]) if fitting else 0)
 
 
 Floats = NDArray[np.float64]
@@ -516,7 +514,8 @@ class BudgetedRanks:
         cost: Total cost of the steps.
         bound: Upper bound on the gain within the budget.
         price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
-        optimal: True if this is the optimum: found by the exact method, or because all steps were taken.
+        optimal: True if this is the optimum: found by the exact method, or because all steps were taken or the
+            greedy prefix spends the whole budget.
     """
 
     ranks: Ints
@@ -571,15 +570,15 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
         ([1, 1], 7.0, 7.0)
     """
     order = _order_by_yield(steps)
-    total = np.cumsum(steps.cost[order])
-    fitting = int(np.searchsorted(total, budget, side="right"))
+    cumulative = np.cumsum(steps.cost[order])
+    fitting = int(np.searchsorted(cumulative, budget, side="right"))
     counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     if fitting == len(order):
         gain = math.fsum(steps.gain[order])
         return BudgetedRanks(
-            _reached_ranks(steps, counts), gain, int(total[-1]) if fitting else 0, gain, 0.0, optimal=True
+            _reached_ranks(steps, counts), gain, int(cumulative[-1]) if fitting else 0, gain, 0.0, optimal=True
         )
-    left = budget - int(total[fitting - 1] if fitting else 0)
+    left = budget - int(cumulative[fitting - 1] if fitting else 0)
     next_step = order[fitting]
     price = float(steps.gain[next_step] / steps.cost[next_step])
     bound = math.fsum(steps.gain[order[:fitting]]) + left * price
@@ -608,7 +607,7 @@ def _order_by_yield(steps: Steps) -> Ints:
 
 
 def _fill(steps: Steps, counts: Ints, left: int) -> None:
-    """Take the next step of the unit with the largest yield per cost while any fits."""
+    """Add to ``counts`` the next step of the unit with the largest gain per cost, while any with a gain fits."""
     first = steps.first
     while True:
         upcoming = first[:-1] + counts
@@ -624,7 +623,7 @@ def _fill(steps: Steps, counts: Ints, left: int) -> None:
 
 
 def _size_table(steps: Steps, budget: int) -> tuple[int, int]:
-    """Return the unit in which costs are exact integers, and the budget in this unit."""
+    """Return the largest unit in which costs are integers, and the budget in this unit, rounded down."""
     coarse = int(np.gcd.reduce(steps.cost))
     return coarse, budget // coarse
 
@@ -635,7 +634,9 @@ def _is_table_small(steps: Steps, budget: int) -> bool:
 
 
 def _find_best_steps(steps: Steps, counts: Ints, budget: int) -> Ints:
-    """Return the optimal number of steps of each unit by dynamic programming; ``counts`` if the table is too large.
+    """Return the optimal number of steps of each unit by dynamic programming.
+
+    Returns ``counts`` if the table is too large, or if they have as much gain.
 
     best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
     """
@@ -692,25 +693,25 @@ def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints)
 
     Args:
         plan: Chooses ranks under constraints.
-        constraints: What every rank has to keep; ``ranks_from`` takes the place of the grid.
+        constraints: Constraints on the rank; ``ranks_from`` replaces the grid.
 
     Returns:
-        The allocation; its bound is that of all ranks tried.
+        The allocation that keeps most; its bound is that of all ranks tried, and rules without any rank are omitted.
 
     Raises:
-        UsageError: The budget is too small for every rank.
+        UsageError: The budget is too small for every rank, or no rank is within the constraints.
     """
     allocated: list[Allocated] = []
-    refused: UsageError | None = None
+    first_error: UsageError | None = None
     for rank in constraints.ranks_from or GRID:
         if not constraints.min_rank <= rank <= (constraints.max_rank or rank):
             continue
         try:
             allocated.append(plan(replace(constraints, ranks_from=(rank,))))
         except UsageError as error:
-            refused = refused or error
+            first_error = first_error or error
     if not allocated:
-        raise refused or UsageError("--portable: no rank lies between --min-rank and --max-rank")
+        raise first_error or UsageError("--portable: no rank lies between --min-rank and --max-rank")
     best = max(allocated, key=lambda plan_at_rank: (plan_at_rank.certificate.kept, -plan_at_rank.certificate.spent))
     kept, bound = best.certificate.kept, max(plan_at_rank.certificate.bound for plan_at_rank in allocated)
     update = {
@@ -744,7 +745,7 @@ class Budget:
 
     @property
     def whole(self) -> int:
-        """The budget in the unit of ``cost_of``."""
+        """The budget in the unit of ``cost_of``, rounded down."""
         return math.floor(self.amount / self.bytes_per_param) if self.unit == "bytes" else int(self.amount)
 
     def in_unit(self, cost: int) -> float:
@@ -753,7 +754,7 @@ class Budget:
 
 
 def budget_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the option of a run's budget by its name, such as ``{"params": "40k"}``.
+    """Return the budget of a run as an argument of ``allocate``, such as ``{"params": "40k"}``.
 
     Args:
         settings: Settings of the run record, in which ``budget`` is ``Budget.option``.
@@ -809,39 +810,41 @@ def allocate(
         scores: s by layer for the heuristic; None for the weights, or ‖ΔW‖/‖W‖ without weights.
 
     Raises:
-        UsageError: The budget is too small for the constraints or for any rank; a pattern is not a valid regular
-            expression.
+        UsageError: The budget is too small for the heads, the constraints or any rank; no layer is a candidate or can
+            get a rank; a pattern is not a valid regular expression.
     """
     included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
     saved = heads_to_save(records, left_out, included, excluded) if save_heads else []
-    names = {item.layer for item in saved}
-    candidates, not_chosen = split([record for record in records if record.layer not in names], included, excluded)
+    saved_names = {item.layer for item in saved}
+    candidates, not_chosen = split(
+        [record for record in records if record.layer not in saved_names], included, excluded
+    )
     factors = {record.layer: _compute_factor(record, weights, relative) for record in candidates}
-    parts = units(candidates, factors, constraints, losses)
-    _refuse_nothing(parts)
-    all_steps = _make_steps(parts, budget, [part.allowed for part in parts])
-    steps = all_steps if losses is None else _make_steps(parts, budget, [part.corners for part in parts])
-    fixed = sum(budget.cost_of(part) * part.start for part in parts)
+    grouped = units(candidates, factors, constraints, losses)
+    _require_possible_rank(grouped)
+    all_steps = _make_steps(grouped, budget, [unit.allowed for unit in grouped])
+    steps = all_steps if losses is None else _make_steps(grouped, budget, [unit.corners for unit in grouped])
+    fixed = sum(budget.cost_of(unit) * unit.start for unit in grouped)
     reserved = _compute_cost_of_heads(saved, budget)
-    chosen, left = _choose(parts, steps, all_steps, budget, fixed, reserved)
+    chosen, left = _choose(grouped, steps, all_steps, budget, fixed, reserved)
     if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
-    rule_results = rules(parts, all_steps, left, np.array([_score(part, scores or weights) for part in parts]))
+    rule_results = rules(grouped, all_steps, left, np.array([_score(unit, scores or weights) for unit in grouped]))
     if budget.unit == "energy":
         rule_results.pop()  # the allocation itself
     if method == "heuristic":
-        chosen = _allocate_by(rule_results[PRIOR], parts, steps, budget, chosen)
-    layers = _make_records(parts, chosen.ranks, rule_results[0].ranks)
+        chosen = _allocate_by(rule_results[PRIOR], grouped, steps, budget, chosen)
+    layers = _make_records(grouped, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_make_certificate(parts, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
-        left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in names)),
+        certificate=_make_certificate(grouped, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
+        left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in saved_names)),
     )
 
 
 def _compute_cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
-    """Return the cost of the heads in the unit of ``Budget.cost_of``.
+    """Return the cost of the heads in the unit of ``Budget.cost_of``; 0 for budgets that do not count them.
 
     Raises:
         UsageError: The heads exceed the budget.
@@ -859,7 +862,7 @@ def _compute_cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
     return size
 
 
-def _allocate_by(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
+def _allocate_by(rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
     """Return the ranks of another rule, with the bound for all ranks.
 
     Raises:
@@ -867,27 +870,27 @@ def _allocate_by(rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget
     """
     if not rule.ranks.any():
         raise UsageError(f"{budget.option}: too small for the first rank of the {rule.name}; raise it")
-    gain = _kept_energy(parts, rule.ranks) - _kept_energy(parts, steps.start)
+    gain = _kept_energy(units, rule.ranks) - _kept_energy(units, steps.start)
     return BudgetedRanks(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
 
 
-def _make_steps(parts: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
-    curves, starts = [part.curve for part in parts], [part.start for part in parts]
-    return make_steps(curves, [budget.cost_of(part) for part in parts], starts, allowed)
+def _make_steps(units: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
+    curves, starts = [unit.curve for unit in units], [unit.start for unit in units]
+    return make_steps(curves, [budget.cost_of(unit) for unit in units], starts, allowed)
 
 
-def _refuse_nothing(parts: Sequence[Unit]) -> None:
-    """Refuse layers of which none can get a rank.
+def _require_possible_rank(units: Sequence[Unit]) -> None:
+    """Refuse layers without energy, or of which none can get a rank.
 
     Raises:
-        UsageError: No layer can get a rank.
+        UsageError: There is no energy to keep, or no layer can get a rank.
     """
-    if any(part.cap and part.energy for part in parts):
+    if any(unit.cap and unit.energy for unit in units):
         return
-    changed = [member for part in parts for member in part.members if member.fro > 0]
+    changed = [member for unit in units for member in unit.members if member.fro > 0]
     if not changed:
         raise UsageError("ΔW is zero in every candidate layer, so there is no energy to keep")
-    if not any(part.energy for part in parts):
+    if not any(unit.energy for unit in units):
         raise UsageError("every changed layer has weight 0, so there is no energy to keep")
     if all(member.resolution.signal_rank == 0 for member in changed):
         raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
@@ -895,27 +898,32 @@ def _refuse_nothing(parts: Sequence[Unit]) -> None:
 
 
 def _compute_factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
+    """Return the factor of a layer's energy: its weight, divided by its energy if ``relative``."""
     weight = 1.0 if weights is None else weights[record.layer]
     return weight / record.fro**2 if relative and record.fro > 0 else weight
 
 
-def _score(part: Unit, weights: Mapping[str, float] | None) -> float:
-    """Return s for the prior: the given scores, else the relative change ‖ΔW‖/‖W‖ (or ‖ΔW‖)."""
+def _score(unit: Unit, weights: Mapping[str, float] | None) -> float:
+    """Return s for the prior, the mean over the layers: of their weights, else of ‖ΔW‖/‖W‖ (‖ΔW‖ without W)."""
     if weights is not None:
-        return math.fsum(weights[member.layer] for member in part.members) / len(part.members)
-    norms = [member.fro if member.relative is None else member.relative for member in part.members]
+        return math.fsum(weights[member.layer] for member in unit.members) / len(unit.members)
+    norms = [member.fro if member.relative is None else member.relative for member in unit.members]
     return math.fsum(norms) / len(norms)
 
 
 def _choose(
-    parts: Sequence[Unit], steps: Steps, all_steps: Steps, budget: Budget, fixed: int, reserved: int
+    units: Sequence[Unit], steps: Steps, all_steps: Steps, budget: Budget, fixed: int, reserved: int
 ) -> tuple[BudgetedRanks, int]:
-    """Return the ranks, and the budget for steps above the starting ranks."""
+    """Return the ranks, and the budget for steps above the starting ranks.
+
+    Raises:
+        UsageError: The budget is too small for the starting ranks or for any rank.
+    """
     if budget.unit == "energy":
-        ranks = energy_ranks(parts, all_steps, budget.amount)
-        left = sum(int(rank - part.start) * part.cost for rank, part in zip(ranks, parts, strict=True))
+        ranks = energy_ranks(units, all_steps, budget.amount)
+        left = sum(int(rank - unit.start) * unit.cost for rank, unit in zip(ranks, units, strict=True))
         best = spend(steps, left)
-        gain = _kept_energy(parts, ranks) - _kept_energy(parts, steps.start)
+        gain = _kept_energy(units, ranks) - _kept_energy(units, steps.start)
         return BudgetedRanks(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
     left = budget.whole - reserved - fixed
     budget_text = (
@@ -932,9 +940,9 @@ def _choose(
     if not fixed and not len(steps.gain):
         raise UsageError(f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank")
     if not fixed and left < (minimum := int(steps.cost.min())):
-        part = parts[int(steps.unit[np.argmin(steps.cost)])]
+        unit = units[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
-            f"{budget.option}: even the cheapest rank, one of {part.group or part.members[0].layer}, takes "
+            f"{budget.option}: even the cheapest rank, one of {unit.group or unit.members[0].layer}, takes "
             f"{_format_amount(budget, minimum)}; "
             f"give a budget of at least {_format_amount(budget, budget.whole - left + minimum)}"
         )
@@ -942,11 +950,11 @@ def _choose(
 
 
 def _format_amount(budget: Budget, cost: int) -> str:
-    words = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
-    return f"{budget.in_unit(cost):,.0f} {words[budget.unit]}"
+    nouns = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
+    return f"{budget.in_unit(cost):,.0f} {nouns[budget.unit]}"
 
 
-def _make_records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
+def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
     return [
         Allocation(
             layer=member.layer,
@@ -957,17 +965,17 @@ def _make_records(parts: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[All
             fro=member.fro,
             base_fro=member.base_fro,
             weight=weight,
-            cap=part.cap,
-            capped_by=part.capped_by,
+            cap=unit.cap,
+            capped_by=unit.capped_by,
             verdict=member.resolution.verdict,
             uniform_rank=uniform_rank,
             uniform_kept=_kept_at(curve, uniform_rank) if member.fro > 0 else None,
-            group=part.group,
+            group=unit.group,
             source=member.source,
-            fisher=None if part.losses is None else _loss_at(part.losses[position], rank),
+            fisher=None if unit.losses is None else _loss_at(unit.losses[position], rank),
         )
-        for part, rank, uniform_rank in zip(parts, ranks.tolist(), uniform.tolist(), strict=True)
-        for position, (weight, member, curve) in enumerate(zip(part.weights, part.members, part.curves, strict=True))
+        for unit, rank, uniform_rank in zip(units, ranks.tolist(), uniform.tolist(), strict=True)
+        for position, (weight, member, curve) in enumerate(zip(unit.weights, unit.members, unit.curves, strict=True))
     ]
 
 
@@ -982,7 +990,7 @@ def _kept_at(curve: Floats, rank: int) -> float:
 
 
 def _make_certificate(
-    parts: Sequence[Unit],
+    units: Sequence[Unit],
     steps: Steps,
     budget: Budget,
     fixed_and_saved: tuple[int, int],
@@ -991,15 +999,15 @@ def _make_certificate(
 ) -> Certificate:
     """Return the certificate; ``fixed_and_saved``: cost of starting ranks and heads, parameters of the heads."""
     fixed, saved = fixed_and_saved
-    total = math.fsum(part.energy for part in parts)
-    at_start = _kept_energy(parts, steps.start)
+    total = math.fsum(unit.energy for unit in units)
+    at_start = _kept_energy(units, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.
     kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
     error = math.fsum(
         weight * member.fro**2 * member.energy_error
-        for part in parts
-        if part.losses is None
-        for weight, member in zip(part.weights, part.members, strict=True)
+        for unit in units
+        if unit.losses is None
+        for weight, member in zip(unit.weights, unit.members, strict=True)
     )
     price = chosen.price / total / budget.bytes_per_param
     unused_budget = 0.0 if budget.unit == "energy" else budget.amount - budget.in_unit(budget.whole)
@@ -1007,56 +1015,56 @@ def _make_certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
         spent=budget.in_unit(fixed + chosen.cost),
-        params=saved + sum(rank * part.cost for part, rank in zip(parts, chosen.ranks.tolist(), strict=True)),
+        params=saved + sum(rank * unit.cost for unit, rank in zip(units, chosen.ranks.tolist(), strict=True)),
         saved=saved,
         kept=kept,
         bound=bound,
         gap=max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
         optimal=chosen.optimal,
         energy_error=min(1.0, error / total),
-        epsilon_min=_epsilon_min(parts, chosen.ranks),
+        epsilon_min=_epsilon_min(units, chosen.ranks),
         price=price,
         slack=bound - kept + price * unused_budget,
-        baselines=tuple(_compare_baseline(rule, parts, steps, budget, fixed, total) for rule in rule_results),
+        baselines=tuple(_compare_baseline(rule, units, steps, budget, fixed, total) for rule in rule_results),
     )
 
 
 def _compare_baseline(
-    rule: Rule, parts: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
+    rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
 ) -> Baseline:
     """Compare another rule with the ranks that keep the most at the same cost."""
     equal = spend(steps, rule.cost)
     gains = [
-        float(part.curve[rank] - part.curve[rule_rank])
-        for part, rank, rule_rank in zip(parts, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
+        float(unit.curve[rank] - unit.curve[rule_rank])
+        for unit, rank, rule_rank in zip(units, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
     ]
     lead = int(np.argmax(gains))
-    has_lead = len(parts) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
+    has_lead = len(units) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
     return Baseline(
         name=rule.name,
         spent=budget.in_unit(fixed + rule.cost),
-        kept=min(1.0, max(0.0, _kept_energy(parts, rule.ranks)) / total),
-        equal=min(1.0, max(0.0, _kept_energy(parts, equal.ranks)) / total),
-        epsilon_min=_epsilon_min(parts, rule.ranks),
-        lead=(parts[lead].group or parts[lead].members[0].layer) if has_lead else None,
+        kept=min(1.0, max(0.0, _kept_energy(units, rule.ranks)) / total),
+        equal=min(1.0, max(0.0, _kept_energy(units, equal.ranks)) / total),
+        epsilon_min=_epsilon_min(units, rule.ranks),
+        lead=(units[lead].group or units[lead].members[0].layer) if has_lead else None,
         lead_gain=gains[lead] / total if has_lead else None,
     )
 
 
-def _kept_energy(parts: Sequence[Unit], ranks: Ints) -> float:
+def _kept_energy(units: Sequence[Unit], ranks: Ints) -> float:
     """Return the weighted energy that ranks keep."""
-    return math.fsum(float(part.curve[rank]) for part, rank in zip(parts, ranks.tolist(), strict=True))
+    return math.fsum(float(unit.curve[rank]) for unit, rank in zip(units, ranks.tolist(), strict=True))
 
 
-def _epsilon_min(parts: Sequence[Unit], ranks: Ints) -> float:
+def _epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:
     """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
-    total = math.fsum(member.fro**2 for part in parts for member in part.members)
-    energy = math.fsum(
+    total = math.fsum(member.fro**2 for unit in units for member in unit.members)
+    lost_energy = math.fsum(
         _bound_lost_energy(member, curve, rank)
-        for part, rank in zip(parts, ranks.tolist(), strict=True)
-        for member, curve in zip(part.members, part.curves, strict=True)
+        for unit, rank in zip(units, ranks.tolist(), strict=True)
+        for member, curve in zip(unit.members, unit.curves, strict=True)
     )
-    return math.sqrt(energy / total)
+    return math.sqrt(lost_energy / total)
 
 
 def _bound_lost_energy(member: Spectrum, curve: Floats, rank: int) -> float:

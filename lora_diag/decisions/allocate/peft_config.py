@@ -80,7 +80,7 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
     default_rank = _most_common_rank(ranks.values())
     patterns = _make_patterns(ranks, default_rank)
     alphas = {key: scaling.alpha(rank, default_rank) for key, rank in patterns.items()}
-    every = _list_modules(results)
+    model_paths = _list_modules(results)
     heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -90,7 +90,7 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "lora_alpha": _to_plain_number(scaling.alpha(default_rank, default_rank)),
         "rank_pattern": patterns,
         "alpha_pattern": {} if scaling.rslora else {key: _to_plain_number(alpha) for key, alpha in alphas.items()},
-        "target_modules": _find_suffixes(modules, every, _is_complete(results)),
+        "target_modules": _find_suffixes(modules, model_paths, _is_complete(results)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(_WIDENING.search(layer.layer) and layer.shape[0] < layer.shape[1] for layer in results),
@@ -99,43 +99,43 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "inference_mode": False,
     }
     if heads:
-        config["modules_to_save"] = _find_shortest_suffixes(heads, every)
+        config["modules_to_save"] = _find_shortest_suffixes(heads, model_paths)
     if parameters:
-        config["target_parameters"] = _find_suffixes(parameters, every, _is_complete(results))
-    check(config, modules, parameters, every)
+        config["target_parameters"] = _find_suffixes(parameters, model_paths, _is_complete(results))
+    check(config, modules, parameters, model_paths)
     return config
 
 
 def check(
-    config: Mapping[str, Any], modules: Mapping[str, int], parameters: Mapping[str, int], every: set[str]
+    config: Mapping[str, Any], modules: Mapping[str, int], parameters: Mapping[str, int], model_paths: set[str]
 ) -> None:
-    """Resolve every name of a config by PEFT's rules against the names of a model.
+    """Check that PEFT's rules give every name of a config the intended layers of a model, and every layer its rank.
 
     Args:
         config: Content of ``adapter_config.json``.
         modules: Rank by module to adapt.
         parameters: Rank by parameter (stacks of experts) to adapt.
-        every: All names of the model.
+        model_paths: All names of the model.
 
     Raises:
         InputError: A name matches nothing or a wrong layer, or two keys clash.
     """
-    for option, names in (("target_modules", modules), ("target_parameters", parameters)):
+    for option, ranks in (("target_modules", modules), ("target_parameters", parameters)):
         entries = config.get(option) or []
-        matching = {name: [path for path in every if _ends_in(path, name)] for name in entries}
+        matching = {name: [path for path in model_paths if _ends_in(path, name)] for name in entries}
         if unmatched := [name for name, paths in matching.items() if not paths]:
             raise InputError(f"adapter_config.json: {option} {unmatched[0]!r} matches no layer")
         reached = {path for paths in matching.values() for path in paths}
-        if differing := reached ^ set(names):
+        if differing := reached ^ set(ranks):
             raise InputError(f"adapter_config.json: {option} cannot tell {min(differing)} from other layers")
     targets = {**modules, **parameters}
     matches = _find_matching_keys(config["rank_pattern"], targets)
-    if empty := set(config["rank_pattern"]) - {key for keys in matches.values() for key in keys}:
-        raise InputError(f"adapter_config.json: rank_pattern {min(empty)!r} matches no layer")
+    if unmatched_keys := set(config["rank_pattern"]) - {key for keys in matches.values() for key in keys}:
+        raise InputError(f"adapter_config.json: rank_pattern {min(unmatched_keys)!r} matches no layer")
     for path, rank in targets.items():
-        claimed = {config["rank_pattern"][key] for key in matches[path]} or {config["r"]}
-        if claimed != {rank}:
-            raise InputError(f"adapter_config.json: rank_pattern gives {path} rank {sorted(claimed)}, not {rank}")
+        key_ranks = {config["rank_pattern"][key] for key in matches[path]} or {config["r"]}
+        if key_ranks != {rank}:
+            raise InputError(f"adapter_config.json: rank_pattern gives {path} rank {sorted(key_ranks)}, not {rank}")
 
 
 def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
@@ -186,17 +186,21 @@ def module_of(layer: str) -> str:
 
 
 def _ranks_by_target(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return ranks by module, and by parameter other than ``weight``: stacks of experts, ``in_proj_weight``."""
-    chosen = [record for record in results if record.rank]
-    if apart := [record.layer for record in chosen if _EXPERT.search(record.layer)]:
+    """Return ranks by module, and by parameter other than ``weight``: stacks of experts, ``in_proj_weight``.
+
+    Raises:
+        InputError: PEFT cannot adapt a layer with a rank, or two layers share a module name.
+    """
+    ranked = [record for record in results if record.rank]
+    if apart := [record.layer for record in ranked if _EXPERT.search(record.layer)]:
         raise InputError(
             f"{len(apart)} matrices are experts that BASE stores one by one, such as {apart[0]}, to which PEFT "
             "cannot give ranks, because transformers 5 fuses them on loading; exclude them with --exclude experts, "
             "measure a model that transformers 5 saved fused, or write the allocation as .jsonl"
         )
-    modules = {module_of(record.layer): record.rank for record in chosen if record.layer.endswith(".weight")}
-    parameters = {module_of(record.layer): record.rank for record in chosen if not record.layer.endswith(".weight")}
-    if len(modules) + len(parameters) != len({record.group or record.layer for record in chosen}):
+    modules = {module_of(record.layer): record.rank for record in ranked if record.layer.endswith(".weight")}
+    parameters = {module_of(record.layer): record.rank for record in ranked if not record.layer.endswith(".weight")}
+    if len(modules) + len(parameters) != len({record.group or record.layer for record in ranked}):
         raise InputError("two layers have the same module name; select layers with --layers")
     return modules, parameters
 
@@ -208,6 +212,7 @@ def _list_modules(results: Results[Allocation]) -> set[str]:
 
 
 def _list_names(results: Results[Allocation]) -> list[str]:
+    """Return the names of all layers and tensors of the results, with a rank or without."""
     return [record.layer for record in results.layers] + [item.layer for item in results.left_out]
 
 
@@ -216,29 +221,33 @@ def _is_complete(results: Results[Allocation]) -> bool:
 
     Results of an adapter do not: layers without an update have no record.
     """
-    base = [side.tensors for side in results.run.inputs if side.role == "base"]
+    tensor_counts = [side.tensors for side in results.run.inputs if side.role == "base"]
     stored = {re.sub(r"\[\d+\]$", "", layer) for layer in _list_names(results)}
-    return bool(base) and len(stored) >= base[0]
+    return bool(tensor_counts) and len(stored) >= tensor_counts[0]
 
 
-def _find_suffixes(targets: Mapping[str, int], every: set[str], complete: bool) -> list[str]:
-    """Return the shortest suffixes that match these modules and no other."""
+def _find_suffixes(targets: Mapping[str, int], model_paths: set[str], complete: bool) -> list[str]:
+    """Return names that match these targets and no other path.
+
+    The last part of the targets' paths if no other path ends in it and all paths are known; else each path, without its
+    wrappers where unambiguous.
+    """
     names = []
     for leaf in sorted({_last_part(path) for path in targets}):
-        reached = {path for path in every if _ends_in(path, leaf)}
+        reached = {path for path in model_paths if _ends_in(path, leaf)}
         if complete and reached <= set(targets):
             names.append(leaf)
         else:
-            names += [_drop_wrappers(path, every) for path in targets if _last_part(path) == leaf]
+            names += [_drop_wrappers(path, model_paths) for path in targets if _last_part(path) == leaf]
     return names
 
 
-def _find_shortest_suffixes(heads: set[str], every: set[str]) -> list[str]:
-    """Return the shortest path endings, not necessarily at a dot, that match these modules and no other."""
+def _find_shortest_suffixes(heads: set[str], model_paths: set[str]) -> list[str]:
+    """Return the last part of each head's path if no other path ends in it, not necessarily at a dot; else the path."""
     names = set()
     for head in heads:
         leaf = _last_part(head)
-        names.add(leaf if all(path in heads for path in every if path.endswith(leaf)) else head)
+        names.add(leaf if all(path in heads for path in model_paths if path.endswith(leaf)) else head)
     return sorted(names)
 
 
@@ -248,18 +257,18 @@ def _last_part(path: str) -> str:
 
 
 def _make_patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
-    """Return pattern keys for modules with another rank than the usual: one per kind if all agree, else one each."""
+    """Return ranks by pattern key for modules with another rank than the usual: one key per kind if all agree."""
     patterns: dict[str, int] = {}
     kinds: dict[str, dict[str, int]] = {}
     for path, rank in ranks.items():
         kinds.setdefault(path.rpartition(".")[2], {})[path] = rank
     for leaf, members in kinds.items():
-        agreed = set(members.values())
+        kind_ranks = set(members.values())
         reached = [path for path in ranks if _ends_in(path, leaf)]
-        if agreed == {default_rank}:
+        if kind_ranks == {default_rank}:
             continue
-        if len(agreed) == 1 and len(reached) == len(members) > 1:
-            patterns[_escape_name(leaf)] = agreed.pop()
+        if len(kind_ranks) == 1 and len(reached) == len(members) > 1:
+            patterns[_escape_name(leaf)] = kind_ranks.pop()
         else:
             patterns |= {
                 _escape_name(_drop_wrappers(path, set(ranks))): rank
@@ -269,10 +278,10 @@ def _make_patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int
     return patterns
 
 
-def _drop_wrappers(path: str, every: Iterable[str]) -> str:
-    """Return a path without its wrappers, if no other path has this ending."""
+def _drop_wrappers(path: str, paths: Iterable[str]) -> str:
+    """Return a path without its wrappers if no other path has this ending, else unchanged."""
     short = _WRAPPERS.sub("", path)
-    return path if any(other != path and _ends_in(other, short) for other in every) else short
+    return path if any(other != path and _ends_in(other, short) for other in paths) else short
 
 
 def _escape_name(name: str) -> str:
@@ -309,4 +318,5 @@ def _most_common_rank(ranks: Iterable[int]) -> int:
 
 
 def _to_plain_number(value: float) -> float | int:
+    """Return a number, as an integer if it is whole."""
     return int(value) if value == int(value) else value

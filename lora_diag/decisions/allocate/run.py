@@ -1,12 +1,8 @@
-"""``allocate --layer-weights`` from results of ``probe sensitivity`` or ``probe fisher``.
+"""``allocate``: distribute ranks over layers, with a bound on the distance from the optimum; ``rank-rules``.
 
-Gains become factors of energies; tails replace energies.
-
-Ranks of one layer by several rules.
-
-Uses one spectrum. Rules that need every singular value are undefined for a truncated one.
-
-``allocate``: distribute ranks over layers, with a bound on the distance from the optimum.
+``--layer-weights`` takes results of ``probe sensitivity``, whose gains become factors of energies, or of ``probe
+fisher``, whose tails replace energies. ``rank-rules`` gives the ranks of each layer by rules that use one spectrum;
+rules that need every singular value are undefined for a truncated one.
 """
 
 from __future__ import annotations
@@ -51,15 +47,15 @@ from lora_diag.version import __version__
 _NAMED = 3
 
 # Commands whose results give weights of layers.
-MEASURED = ("probe sensitivity", "probe fisher")
+WEIGHT_COMMANDS = ("probe sensitivity", "probe fisher")
 
 # ‖ΔW‖_F of two measurements of one update differ by at most this fraction.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Weights of layers from a results file.
+class LayerWeights:
+    """Weights of layers, from a results file or from the user; all None without weights.
 
     Args:
         described: Input for the run record; None for weights from the user.
@@ -75,7 +71,7 @@ class Measured:
     scores: dict[str, float] | None = None
 
 
-def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> Measured:
+def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
     """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), and the input for the run record.
 
     Args:
@@ -88,7 +84,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
         InputError: The file cannot be read, is of another command, or is unfinished.
     """
     results = read_results(path)
-    if results.run.command not in MEASURED:
+    if results.run.command not in WEIGHT_COMMANDS:
         raise InputError(
             f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those of probe "
             "sensitivity or fisher, or a JSON object of layer and factor"
@@ -124,10 +120,10 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
     described = RunInput(
         role="weights", path=legible(path), kind=description, tensors=len(measured.factors), notes=tuple(notes)
     )
-    return Measured(described, factors=measured.factors, scores=measured.scores)
+    return LayerWeights(described, factors=measured.factors, scores=measured.scores)
 
 
-def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> Measured:
+def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> LayerWeights:
     """Return the tails of ``probe fisher``.
 
     Raises:
@@ -155,19 +151,19 @@ def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -
         f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
     )
     described = RunInput(role="weights", path=legible(path), kind=description, tensors=len(in_both), notes=tuple(notes))
-    return Measured(described, losses={record.layer: records[record.layer].fisher for record in in_both})
+    return LayerWeights(described, losses={record.layer: records[record.layer].fisher for record in in_both})
 
 
 def _make_notes(measured: Weights) -> list[str]:
-    """State which layers get weight 0, and which gains are within noise."""
+    """Return notes on layers with weight 0, gains within noise, and spectra with too few values."""
     missing = [layer for layer in measured.not_adapted if part_of(layer) == "matrices"]
-    lines = [
+    groups = [
         (measured.negative, "have no gain alone and get weight 0, so no rank"),
         (missing, "were not adapted alone and get weight 0, so no rank"),
         (measured.unclear, "have no significant gain, and are used unchanged"),
         (measured.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
-    return [f"{len(names)} of them {problem}: {_list_names(names)}" for names, problem in lines if names]
+    return [f"{len(names)} of them {problem}: {_list_names(names)}" for names, problem in groups if names]
 
 
 def _list_names(names: Sequence[str]) -> str:
@@ -415,11 +411,11 @@ def _make_budget(
         "--energy": energy,
         "--match": match,
     }
-    named = [option for option, value in budgets.items() if value is not None]
-    if len(named) != 1:
-        given = f"{len(named)} budgets ({', '.join(named)})" if named else "no budget"
-        raise UsageError(f"allocate: {given}; give exactly one of {', '.join(budgets)}")
-    option = f"{named[0]} {legible(str(budgets[named[0]]))}"
+    given_options = [option for option, value in budgets.items() if value is not None]
+    if len(given_options) != 1:
+        problem = f"{len(given_options)} budgets ({', '.join(given_options)})" if given_options else "no budget"
+        raise UsageError(f"allocate: {problem}; give exactly one of {', '.join(budgets)}")
+    option = f"{given_options[0]} {legible(str(budgets[given_options[0]]))}"
     if params is not None:
         return Budget("params", read_count(str(params), "--params"), option)
     if total_rank is not None:
@@ -452,7 +448,7 @@ def _count_params(path: Path | str) -> int:
     return total
 
 
-def _read(path: Path | str) -> Results[Spectrum]:
+def _read_spectra_file(path: Path | str) -> Results[Spectrum]:
     """Read spectra.
 
     Raises:
@@ -463,10 +459,10 @@ def _read(path: Path | str) -> Results[Spectrum]:
         return read_results_of(Spectrum, path)
     except InputError:
         run = read_results(path).run
-        if run.command not in MEASURED:
+        if run.command not in WEIGHT_COMMANDS:
             raise
-        sides = {side.role: side.path for side in reversed(run.inputs)}
-        update = shlex.join([sides.get("base", "BASE"), sides.get("tuned", "TUNED")])
+        paths_by_role = {run_input.role: run_input.path for run_input in reversed(run.inputs)}
+        update = shlex.join([paths_by_role.get("base", "BASE"), paths_by_role.get("tuned", "TUNED")])
         raise InputError(
             f"{legible(path)}: holds results of loradiag {run.command}, which are weights, not spectra; measure "
             f"spectra with loradiag spectrum {update} -o spectrum.jsonl, and use these as weights: loradiag "
@@ -477,7 +473,12 @@ def _read(path: Path | str) -> Results[Spectrum]:
 def _read_spectra(
     results: Results[Spectrum] | Path | str, allow_unfinished: bool
 ) -> tuple[Results[Spectrum], RunInput]:
-    spectra = results if isinstance(results, Results) else _read(results)
+    """Return spectra, recovered layers by their update before rounding, and the input for the run record.
+
+    Raises:
+        InputError: The results cannot be read, are unfinished, or hold no layer.
+    """
+    spectra = results if isinstance(results, Results) else _read_spectra_file(results)
     path = "" if isinstance(results, Results) else legible(results)
     if spectra.end is None and not allow_unfinished:
         raise InputError(
@@ -501,7 +502,7 @@ def _read_spectra(
 
 def _read_factors(
     weights: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
-) -> Measured:
+) -> LayerWeights:
     """Return the factor of every layer, or losses that replace energies, and their results file.
 
     Raises:
@@ -509,14 +510,14 @@ def _read_factors(
         InputError: The file cannot be read, or is unfinished.
     """
     if weights is None or isinstance(weights, Mapping) or not is_results_file(weights):
-        return Measured(factors=_read_weights(weights, spectra))
+        return LayerWeights(factors=_read_weights(weights, spectra))
     return measured_weights(Path(weights), spectra, allow_unfinished)
 
 
 def _read_weights(
     weights: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum]
 ) -> dict[str, float] | None:
-    """Return the factor of every layer; names may omit ``.weight``.
+    """Return the factor of every layer, None without weights; names may omit ``.weight``.
 
     Raises:
         UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from 0 up.

@@ -1,6 +1,7 @@
-"""Terminal output of ``rank-rules``: ranks of several rules side by side.
+"""Terminal output of ``allocate`` and ``rank-rules``.
 
-Terminal output of ``allocate``: ranks by layer, energy kept, and distance from the optimum.
+``allocate``: ranks by layer, energy kept, and distance from the optimum. ``rank-rules``: ranks of several rules side by
+side.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lora_diag.rendering.tables import Column, grid_of, grids_table, rows_of
 from lora_diag.rendering.text import list_names, number, percent, safe, short, span, strip
 
 # Maximum number of layers named in a statement.
-_NAMED_LAYERS = 3
+_NAMED = 3
 
 
 def policies_table(records: Sequence[Policies], width: int = 80, color: bool = False, per: str = "type") -> str:
@@ -54,20 +55,20 @@ def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
 
 
 def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
-    """State in how many layers the rules differ, where most, and which cannot be applied."""
+    """State where the rules differ and by how much, noise, the meaning of each rule, and where rules do not apply."""
     spread = {}
     for record in records:
-        known = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
-        if len(known) > 1:
-            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-            spread[record.layer] = (known[high] / known[low], f"{low} {known[low]}, {high} {known[high]}")
+        ranks = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
+        if len(ranks) > 1:
+            low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
+            spread[record.layer] = (ranks[high] / ranks[low], f"{low} {ranks[low]}, {high} {ranks[high]}")
     lines = []
     if spread:
         differing = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
-        worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED_LAYERS]
+        worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
         sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
-        head = f"by a factor of 2 or more in {len(differing)} of {len(records)} layers; most in"
-        lines.append(make_statement("disagree", "Disagreement", head, *sentences))
+        lead = f"by a factor of 2 or more in {len(differing)} of {len(records)} layers; most in"
+        lines.append(make_statement("disagree", "Disagreement", lead, *sentences))
     if noisy := [record for record in records if _exceeds_signal(record)]:
         excess = (
             f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
@@ -95,8 +96,6 @@ def _exceeds_signal(record: Policies) -> bool:
 # Differences of energy fractions below these are called "a negligible gain" and "a small gain"; the value is printed.
 _NEGLIGIBLE, _SMALL = 0.005, 0.02
 
-# Maximum number of layers named in a statement.
-_NAMED = 3
 
 _CAPS = {
     "signal_rank": "by their signal rank, beyond which is rounding noise",
@@ -196,21 +195,29 @@ def _describe_limits_of_energy(results: Results[Allocation]) -> str:
 
 def _describe_allocation(results: Results[Allocation]) -> list[str]:
     ranked = [record for record in results if record.rank]
-    how = []
+    method_notes = []
     if results.run.settings.get("method") == "heuristic":
-        how = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
+        method_notes = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
     lines = [
         f"{len(ranked)} of {len(results)} layers get a rank, {span([r.rank for r in ranked])}" if ranked else "none"
     ]
     if unranked := [record for record in results if not record.rank]:
         unchanged = sum(record.fro == 0 for record in unranked)
         noise = sum(record.cap == 0 and record.fro > 0 for record in unranked)
-        why = [f"{unchanged} did not change" if unchanged else "", f"{noise} are only rounding noise" if noise else ""]
+        reasons = [
+            f"{unchanged} did not change" if unchanged else "",
+            f"{noise} are only rounding noise" if noise else "",
+        ]
         lines.append(
-            f"rank 0: {list_names([record.layer for record in unranked])}{''.join(f'; {word}' for word in why if word)}"
+            f"rank 0: {list_names([record.layer for record in unranked])}"
+            f"{''.join(f'; {reason}' for reason in reasons if reason)}"
         )
-    lines += [f"{side.role} {safe(side.path)} ({side.kind})" for side in results.run.inputs if side.path]
-    return [*how, *lines, *notes(results.run)]
+    lines += [
+        f"{run_input.role} {safe(run_input.path)} ({run_input.kind})"
+        for run_input in results.run.inputs
+        if run_input.path
+    ]
+    return [*method_notes, *lines, *notes(results.run)]
 
 
 def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
@@ -342,20 +349,20 @@ def _describe_limits(results: Results[Allocation]) -> list[str]:
 
 
 def _describe_outside(results: Results[Allocation]) -> list[str]:
-    """State the fraction of the change that an adapter cannot reach.
+    """State the fraction of the change that an adapter cannot reach, and embeddings that could get a rank.
 
     This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
     lines = []
-    chosen = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
-    tables = [short(item.layer) for item in chosen if part_of(item.layer) == "vocabulary"]
+    not_selected = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
+    tables = [short(item.layer) for item in not_selected if part_of(item.layer) == "vocabulary"]
     if outside and results.run.settings.get("metric", "weights") == "weights":
         share = percent(outside / (inside + outside))
         unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
-        measured = " among the measured tensors" if unknown else ""
-        lines.append(f"{share} of the whole change ‖Δ‖²{measured} is there, outside this adapter")
+        scope = " among the measured tensors" if unknown else ""
+        lines.append(f"{share} of the whole change ‖Δ‖²{scope} is there, outside this adapter")
     if tables:
         lines.append(f"select {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
     return lines
@@ -370,7 +377,7 @@ def _make_warnings(results: Results[Allocation]) -> list[str]:
             f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy "
             "is not that of the update; measure the adapter or a float32 fine-tune"
         )
-    if any(UNFINISHED in side.notes for side in results.run.inputs):
+    if any(UNFINISHED in run_input.notes for run_input in results.run.inputs):
         lines.append("the spectrum run did not finish: missing layers have no rank")
     return lines
 

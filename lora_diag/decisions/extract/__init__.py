@@ -1,7 +1,4 @@
-"""``extract``: write the best adapter of given ranks in PEFT's format.
-
-Options of ``extract``.
-"""
+"""``extract``: write the best adapter of given ranks in PEFT's format or another; its declaration and options."""
 
 from pathlib import Path
 from typing import Annotated

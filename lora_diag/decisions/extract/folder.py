@@ -1,10 +1,8 @@
-"""The output folder of ``extract``, written next to its target and renamed when complete.
+"""The output folder of ``extract``, and the treatment of each tensor: factors, stored in full, or skipped.
 
-Until then, ``NAME.part`` holds the records so far and one file of factors per layer, so that an interrupted extraction
-resumes after the last layer. The model card is written last and marks a complete adapter. Files that this command did
-not write are never removed.
-
-The treatment of each tensor by ``extract``: factors, stored in full, or skipped with a reason.
+The folder is written next to its target and renamed when complete. Until then, ``NAME.part`` holds the records so far
+and one file of factors per layer, so that an interrupted extraction resumes after the last layer. The model card is
+written last and marks a complete adapter. Files that this command did not write are never removed.
 """
 
 from __future__ import annotations
@@ -107,6 +105,11 @@ class OutputFolder:
             os.close(lock(file))
 
     def _check_final(self) -> None:
+        """Refuse a target that is a file, or a folder that may not be replaced.
+
+        Raises:
+            UsageError: The target may not be written.
+        """
         if not self.final.exists():
             return
         if not self.final.is_dir():
@@ -120,6 +123,9 @@ class OutputFolder:
         """Refuse to replace a folder that this command did not write, or that has other files in it.
 
         A trained adapter has files of the same names, but no records and no factors by layer.
+
+        Raises:
+            UsageError: The folder may not be replaced.
         """
         names = {path.name for path in folder.iterdir()}
         if not names & {self.records_name, FACTORS}:
@@ -131,12 +137,12 @@ class OutputFolder:
 
     @property
     def records(self) -> Path:
-        """The results file while the folder is incomplete."""
+        """The results file, where the folder is now: next to its target, or at it once finished."""
         return self.work / self.records_name
 
     @property
     def spectra(self) -> Path:
-        """The file of spectra for a budget, while the folder is incomplete."""
+        """The file of spectra for a budget; it exists only while the folder is incomplete."""
         return self.work / SPECTRA
 
     def factors(self, index: int) -> Path:
@@ -146,7 +152,7 @@ class OutputFolder:
     def open(self) -> None:
         """Create the folder next to the target, or keep the one to resume: a target that is not complete is moved back.
 
-        A folder there that is not resumed is deleted first.
+        A folder there that is not resumed is deleted first. Nothing is done if all files are written.
 
         Raises:
             UsageError: Another process is writing the folder.
@@ -171,7 +177,9 @@ class OutputFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(self, card: str, complete: bool = True) -> None:
-        """Move the finished folder to its target, without the files needed only for resuming.
+        """Write the model card, remove the files needed only for resuming, and move the folder to its target.
+
+        An adapter at the target is replaced.
 
         Args:
             card: Text of the model card.
@@ -248,6 +256,7 @@ class Plan:
         return ((note,) if is_untested else ()) + self._describe_tied()
 
     def _describe_tied(self) -> tuple[str, ...]:
+        """Return a note if factors of an embedding that is tied to the head are in the adapter; else nothing."""
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
         if target is None or target.kind != "embedding" or not CAUSAL.search(self._read_architecture()):
@@ -266,12 +275,12 @@ class Plan:
         """Return a record unchanged, or as that of a tensor stored in full."""
         if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
             return record
-        if not can_be_saved(self._name(record.layer), self.base, self.model):
+        if not can_be_saved(self._find_base_name(record.layer), self.base, self.model):
             return record
         return record.model_copy(update={"reason": "saved", "detail": f"{record.detail}; stored in full"})
 
-    def _name(self, layer: str) -> str:
-        """Return the tensor of BASE for a layer."""
+    def _find_base_name(self, layer: str) -> str:
+        """Return the name of the tensor of BASE for a layer."""
         return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
 
     def write(self, folder: Path, results: Results[Any], files: Mapping[str, Path], base_name: str) -> None:
@@ -295,12 +304,13 @@ class Plan:
         check_written(folder, self.base, parts)
 
     def _collect_values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
-        names = {self._name(record.layer) for record in results.left_out if record.reason == "saved"}
+        names = {self._find_base_name(record.layer) for record in results.left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
         return full_values(sorted(names), deltas, self.base, self.model, adapted)
 
     def _read_architecture(self) -> str:
+        """Return the first class in the config of BASE; empty without one."""
         classes = self.base.config.get("architectures")
         first = classes[0] if isinstance(classes, list) and classes else ""
         return first if isinstance(first, str) else ""
@@ -367,6 +377,11 @@ def plan(
 
 
 def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
+    """Refuse layers that change one weight of BASE.
+
+    Raises:
+        InputError: Two layers do.
+    """
     first: dict[tuple[str, tuple[int, int], tuple[int, int]], str] = {}
     for layer, target in targets.items():
         earlier = first.setdefault((target.module, target.expert, target.half), layer)

@@ -1,6 +1,6 @@
-"""The rank of each layer: one value for all, a rule, or an allocation.
+"""Extraction of one layer: its rank, the factors of its best update of this rank, and the error of those stored.
 
-Extraction of one layer: ΔW → factors of its best update of a rank, and the error of the stored factors.
+The rank is one value for all layers, or follows from a rule or an allocation.
 """
 
 from __future__ import annotations
@@ -107,16 +107,20 @@ def ranks_for(
         reachable = tuple(record.before_rounding() for record in measured if record.layer in targets)
         budget = Budget("params", requested.params, f"--params {requested.params}")
         # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
-        chosen = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
+        ranks = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
     elif requested.allocation is not None:
-        chosen = _read(Path(requested.allocation), targets)
+        ranks = _read_ranks(Path(requested.allocation), targets)
     else:
         return dict.fromkeys(targets, Rank(requested.rank, requested.energy, requested.signal))
-    return {layer: Rank(chosen.get(layer, 0)) for layer in targets}
+    return {layer: Rank(ranks.get(layer, 0)) for layer in targets}
 
 
-def _read(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
-    """Read the ranks of layers from a results file of ``allocate`` or from a PEFT config."""
+def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
+    """Return the ranks of layers from a results file of ``allocate`` or from a PEFT config.
+
+    Raises:
+        InputError: The file cannot be read, or gives ranks to unknown layers.
+    """
     if not is_results_file(path):
         return ranks_of_config(path / "adapter_config.json" if path.is_dir() else path, targets)
     ranks = {record.layer: record.rank for record in read_results_of(Allocation, path)}
@@ -204,7 +208,7 @@ def _weighting_bytes(layer: Layer) -> int:
 
 
 def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
-    """Return the memory available for ΔW; if the rank depends on all values, with as many vectors."""
+    """Return the memory available for ΔW and vectors, all if the rank depends on all values; None if unlimited."""
     if settings.memory is None:
         return None
     return Allowance(
@@ -364,26 +368,30 @@ def _decompose(
     if layer.rank.at_most is not None:
         factors = _compute_vectors(change, min(layer.rank.at_most, limit), settings)
         return factors, factors
-    every = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
+    spectrum = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
     rank = 0
     if hidden is not None and hidden.status == "recovered":
         values, size = np.array(hidden.values_estimate or ()), hidden.fro_estimate or math.inf
         share = np.cumsum((values / size) ** 2)
         rank = len(values) if layer.rank.energy is None else rank_at(share, layer.rank.energy) or len(values)
-    elif every.fro > 0 and layer.rank.energy is not None:
-        rank = rank_at(energy_curve(every.s.numpy(), every.fro, every.complete), layer.rank.energy) or len(every.s)
-    elif every.fro > 0:
+    elif spectrum.fro > 0 and layer.rank.energy is not None:
+        rank = rank_at(energy_curve(spectrum.s.numpy(), spectrum.fro, spectrum.complete), layer.rank.energy) or len(
+            spectrum.s
+        )
+    elif spectrum.fro > 0:
         gains = weighted.gains if weighted is not None else None
-        signal = resolution(change.rounding, every, gains).signal_rank
-        rank = len(every.s) if signal is None else signal
-    return _compute_vectors(change, rank, settings, every), every
+        signal = resolution(change.rounding, spectrum, gains).signal_rank
+        rank = len(spectrum.s) if signal is None else signal
+    return _compute_vectors(change, rank, settings, spectrum), spectrum
 
 
-def _compute_vectors(change: Change, rank: int, settings: ExtractionSettings, known: Factors | None = None) -> Factors:
+def _compute_vectors(
+    change: Change, rank: int, settings: ExtractionSettings, spectrum: Factors | None = None
+) -> Factors:
     """Return the ``rank`` largest singular values with their vectors; none for rank 0."""
     if rank == 0:
         empty = torch.zeros(0, dtype=torch.float64)
-        fro = known.fro if known is not None else fro_of(change)
+        fro = spectrum.fro if spectrum is not None else fro_of(change)
         return Factors(empty, False, "none", 0.0, fro)
     return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
 
@@ -406,15 +414,15 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
     if change.factors is not None:
         return gap(change.factors, (b, a))
     b, a = b.to(torch.float64), a.to(torch.float64)
-    apart, row = 0.0, 0
+    distance, row = 0.0, 0
     for block in change.blocks(shape):
-        apart = math.hypot(apart, norm([block - b[row : row + len(block)] @ a]))
+        distance = math.hypot(distance, norm([block - b[row : row + len(block)] @ a]))
         row += len(block)
-    return apart
+    return distance
 
 
 def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
-    """Return the record of a matrix without factors, with the norm of its change."""
+    """Return the record of a matrix without factors, with the norm of its change; or that it is not finite."""
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)
@@ -428,11 +436,18 @@ def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
     )
 
 
-def _explain_missing_factors(layer: Layer, change: Change, fro: float, measured: float) -> LeftOut:
-    """Return why a layer has no factors, given ‖ΔW‖_F and its norm in the data metric."""
+def _explain_missing_factors(layer: Layer, change: Change, fro: float, weighted_fro: float) -> LeftOut:
+    """Return the record of a layer without factors, with the reason.
+
+    Args:
+        layer: The layer.
+        change: Its update.
+        fro: ‖ΔW‖_F.
+        weighted_fro: Norm of ΔW in the data metric; ‖ΔW‖_F without one.
+    """
     if fro == 0.0:
         detail = "its update is zero"
-    elif measured == 0.0:
+    elif weighted_fro == 0.0:
         detail = "its update does not change its output on this text"
     elif layer.rank.signal:
         detail = "no singular value is above the rounding noise of the files"

@@ -38,13 +38,16 @@ class OnData(Record):
 
 
 def _median_signal_rank(records: Sequence[Extraction]) -> int | str | None:
-    """Return the median signal rank, with ``≥`` if all kept values are above the noise."""
+    """Return the median signal rank of merged updates; None without any.
+
+    If all kept values of one of them are above the noise, return ``≥`` and the range of the stored ranks.
+    """
     merged = [record for record in records if record.method != "factored"]
-    known = [record.resolution.signal_rank for record in merged if record.resolution.signal_rank is not None]
-    if len(known) < len(merged):
+    signal_ranks = [record.resolution.signal_rank for record in merged if record.resolution.signal_rank is not None]
+    if len(signal_ranks) < len(merged):
         ranks = sorted({min(record.rank for record in records), max(record.rank for record in records)})
         return f"≥ {'-'.join(map(str, ranks))}"
-    return int(median(known)) if known else None
+    return int(median(signal_ranks)) if signal_ranks else None
 
 
 def _mark(records: Sequence[Extraction]) -> str:
@@ -196,9 +199,9 @@ def pooled(records: Sequence[Extraction], field: Literal["epsilon", "epsilon_min
 
 def pooled_data(records: Sequence[Extraction], field: Literal["epsilon", "least_epsilon"]) -> float | None:
     """Return a pooled error in the data metric of several layers; None if no layer has one."""
-    measures = [record.data for record in records if record.data is not None]
-    total = math.hypot(*(data.fro for data in measures))
-    return math.hypot(*(getattr(data, field) * data.fro for data in measures)) / total if total else None
+    errors = [record.data for record in records if record.data is not None]
+    total = math.hypot(*(data.fro for data in errors))
+    return math.hypot(*(getattr(data, field) * data.fro for data in errors)) / total if total else None
 
 
 def pooled_energy(records: Sequence[Extraction]) -> float:

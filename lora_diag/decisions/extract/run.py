@@ -100,19 +100,23 @@ def extract(
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
     arguments = fill_options(ExtractOptions, options)
-    rank, energy, params, ranks, signal = (arguments[n] for n in ("rank", "energy", "params", "allocation", "signal"))
+    rank, energy, params, allocation, signal = (
+        arguments[n] for n in ("rank", "energy", "params", "allocation", "signal")
+    )
     activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
-    split, dtype, rest, portable = (arguments[name] for name in ("split", "adapter_dtype", "unfactored", "portable"))
+    split, dtype, unfactored, portable = (
+        arguments[name] for name in ("split", "adapter_dtype", "unfactored", "portable")
+    )
     overwrite, form = arguments["overwrite"], arguments["format"]
     requested = RankRule(
-        rank, energy, read_count(str(params), "--params") if params is not None else None, ranks, signal
+        rank, energy, read_count(str(params), "--params") if params is not None else None, allocation, signal
     )
     requested.check()
     recover = arguments["recover"]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
     rate = None if sweep is None else swept_rate(sweep)
-    if (portable or form != PEFT) and rest == "save":
+    if (portable or form != PEFT) and unfactored == "save":
         kind = "a portable adapter" if portable else f"an adapter in {form}"
         raise UsageError(f"--unfactored save: {kind} cannot store weights in full; remove one of the two")
     portable = portable or form != PEFT
@@ -124,13 +128,13 @@ def extract(
     compared = run.compare(base, tuned)
     if recover and not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, rest == "save", portable, run.stated_alpha)
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, unfactored == "save", portable, run.stated_alpha)
     check_layout(form, [_place_target(target) for target in planned.targets.values()], planned.base)
     moments = second_moments(activations, base, compared.pairing) if activations is not None else None
     if kfac and (moments is None or not moments.gradients):
         raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
 
-    def spectra() -> Results[Spectrum]:
+    def measure_spectra() -> Results[Spectrum]:
         folder.open()
         spectrum_options: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
         spectrum_options |= {
@@ -141,7 +145,7 @@ def extract(
         return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **spectrum_options)
 
     try:
-        rules = {} if folder.whole else ranks_for(requested, planned.targets, spectra)
+        rules = {} if folder.whole else ranks_for(requested, planned.targets, measure_spectra)
     except UsageError as error:
         if not folder.spectra.exists():
             raise
@@ -169,8 +173,8 @@ def extract(
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
             _write(planned, folder, results, files, name, form)
-        named = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*named, *requested.words().split(" ", 1), *_list_options(results.run)]
+        words = map(legible, ("loradiag", "extract", str(base), str(tuned)))
+        command = [*words, *requested.words().split(" ", 1), *_list_options(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
@@ -179,7 +183,7 @@ def extract(
     *other_inputs, tuned_input = compared.inputs
     return run.over(
         tasks,
-        partial(_measure_layer, files=files),
+        partial(_extract_layer, files=files),
         size,
         run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover),
         lambda layout, _, __: planned.left_out(layout, run.where.here),
@@ -192,7 +196,7 @@ def extract(
             "ranks": requested.words(),
             "split": split,
             "dtype": dtype,
-            "rest": rest,
+            "rest": unfactored,
             **({"portable": True} if portable else {}),
             **({"format": form} if form != PEFT else {}),
             **({"recover": True} if recover else {}),
@@ -246,11 +250,11 @@ def _flag(name: str) -> str:
 
 
 def _drop_base(delta: Delta) -> Delta:
-    """Return an update given by factors without its base weight: reading W_base would take minutes."""
+    """Return an update given by factors without its base weight, which takes minutes to read; others unchanged."""
     return replace(delta, base=None) if isinstance(delta, FactoredDelta) else delta
 
 
-def _measure_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
+def _extract_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
     return (factor(task, settings, partial(store_factors, files[task.layer])),)
 
 

@@ -193,24 +193,24 @@ def _describe_written(results: Results[Extraction], folder: str | None) -> list[
 
 def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
     """State which tensors are stored in full, and how to prepare the base model before loading."""
-    rows: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
+    rows_by_tensor: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
     resized = set()
     for item in results.left_out:
         if item.reason == "saved":
-            rows[item.layer] += item.shape[0]
+            rows_by_tensor[item.layer] += item.shape[0]
             resized |= {item.layer} if "vocabulary" in item.detail else set()
-    names = sorted(rows)
+    names = sorted(rows_by_tensor)
     if not names:
         return []
     lines = [f"stored in full: {list_names(names)}"]
     if resized:
-        sizes = ", ".join(str(size) for size in sorted({rows[name] for name in resized}))
+        sizes = ", ".join(str(size) for size in sorted({rows_by_tensor[name] for name in resized}))
         lines.append(f"before loading: base_model.resize_token_embeddings({sizes})")
     return lines
 
 
 def _describe_errors(results: Results[Extraction]) -> list[str]:
-    """State the error of truncation, and that of the dtype."""
+    """State the error of truncation, that of the dtype, and the layers with the largest and the smallest error."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
     truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
     lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
@@ -274,20 +274,20 @@ def _describe_resolution(results: Results[Extraction]) -> Statement:
     ]
     level: Level = "note"
     if all(record.method == "factored" for record in results):
-        word = "yes: the factors define the update, without rounding of merged weights"
+        text = "yes: the factors define the update, without rounding of merged weights"
     elif not below_noise and not noisy and any(record.estimated for record in results):
-        word = "yes: by the files, or by rounding cells where those do not resolve it"
+        text = "yes: by the files, or by rounding cells where those do not resolve it"
     elif not below_noise and not noisy:
-        word = "yes: every direction in the adapter is above the rounding of the files"
+        text = "yes: every direction in the adapter is above the rounding of the files"
     else:
         level = "warning"
-        sentence = f"{len(below_noise)} of {len(results)} weights have directions below the files' rounding noise"
-        word = f"partly: {sentence}; --signal writes only those above"
+        count_text = f"{len(below_noise)} of {len(results)} weights have directions below the files' rounding noise"
+        text = f"partly: {count_text}; --signal writes only those above"
         if all(record.resolution.signal_rank == 0 and not record.estimated for record in results):
-            word = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
+            text = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
         elif not below_noise:
-            word = f"no: {len(noisy)} are rounding noise"
-    return make_statement("resolved", "Resolution", word, level=level)
+            text = f"no: {len(noisy)} are rounding noise"
+    return make_statement("resolved", "Resolution", text, level=level)
 
 
 def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
@@ -309,24 +309,26 @@ def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
 
 
 def _describe_energy_split(results: Results[Extraction]) -> str:
-    """Split the change ‖Δ‖² into the part in the adapter, the part truncated by rank, and the remainder."""
-    parts = {
+    """Return the fractions of ‖Δ‖² in the adapter, truncated, stored in full and not included; empty for Δ = 0."""
+    fros_by_part = {
         "in the adapter": [math.sqrt(max(0.0, 1 - record.epsilon**2)) * record.fro for record in results],
         "truncated by rank": [min(1.0, record.epsilon) * record.fro for record in results],
         "stored in full": [item.fro or 0.0 for item in results.left_out if item.reason == "saved"],
         "not included": [item.fro for item in results.left_out if item.fro and item.reason != "saved"],
     }
-    norms = {words: math.hypot(*values) for words, values in parts.items()}
-    total = math.hypot(*norms.values())
+    norm_by_part = {part: math.hypot(*values) for part, values in fros_by_part.items()}
+    total = math.hypot(*norm_by_part.values())
     if total == 0:
         return ""
-    shares = ", ".join(f"{percent(min(1.0, (norm / total) ** 2))} {words}" for words, norm in norms.items() if norm)
+    shares = ", ".join(
+        f"{percent(min(1.0, (norm / total) ** 2))} {part}" for part, norm in norm_by_part.items() if norm
+    )
     return f"of the whole change ‖Δ‖²{qualify_fractions(results.left_out)}, {shares}"
 
 
 def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
     """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖²."""
-    listed = results.run.settings.get("rest") == "list"
+    is_listed = results.run.settings.get("rest") == "list"
     total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0
     groups: dict[tuple[str, str], list[LeftOut]] = {}
     for item in results.left_out:
@@ -342,7 +344,7 @@ def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored 
             continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
-            line += (hint if listed else "") if norm else "  unchanged"
+            line += (hint if is_listed else "") if norm else "  unchanged"
         elif reason != "not_selected":
             line += f": {_list_names(items)}"
         lines.append(f"{line} ({why})" if why else line)

@@ -1,7 +1,4 @@
-"""``plan``: parameters, memory and time of LoRA at each rank.
-
-Options of ``plan``.
-"""
+"""``plan``: parameters, memory and time of LoRA at each rank; its declaration and options."""
 
 from collections.abc import Sequence
 from pathlib import Path

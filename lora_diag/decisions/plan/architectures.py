@@ -54,7 +54,7 @@ class Reader:
         return number
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a Boolean value."""
+        """Return a value as a Boolean; the default where it is missing or null."""
         value = self.values.get(key)
         return default if value is None else bool(value)
 
@@ -119,13 +119,13 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     """
     inner = config.get("text_config")
     reader = Reader(inner if isinstance(inner, Mapping) else config, where)
-    kind = reader.values.get("model_type")
-    build = BUILDERS.get(kind) if isinstance(kind, str) else None
+    model_type = reader.values.get("model_type")
+    build = BUILDERS.get(model_type) if isinstance(model_type, str) else None
     if build is None:
-        known = ", ".join(BUILDERS)
+        supported = ", ".join(BUILDERS)
         raise InputError(
-            f"{where}: model_type {kind!r} is not supported ({known}); give the checkpoint itself, of which only "
-            "headers are read"
+            f"{where}: model_type {model_type!r} is not supported ({supported}); give the checkpoint itself, "
+            "of which only headers are read"
         )
     return list(build(reader))
 

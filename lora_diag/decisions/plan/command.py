@@ -25,26 +25,26 @@ def plan(
 
     Example: loradiag plan base/ --layers 'q_proj|v_proj' --params 10M
     """
-    from lora_diag.decisions.plan.run import plan as count
+    from lora_diag.decisions.plan.run import plan as compute_costs
     from lora_diag.decisions.plan.show import plan_table
 
-    results = count(base, **arguments)
+    costs = compute_costs(base, **arguments)
     if shown.json:
-        line(results.model_dump_json())
+        line(costs.model_dump_json())
         return
     params, memory = arguments["params"], arguments["memory_budget"]
     budget = (
         ["--params", str(params)] if params else ["--memory-budget", str(memory)] if memory else ["--params", "10M"]
     )
-    if results.fit is not None and not results.fit.rank:  # the budget allows no rank: name the smallest that does
-        budget = ["--params", str(sum(kind.per_rank for kind in results.types if kind.targeted))]
+    if costs.fit is not None and not costs.fit.rank:  # the budget allows no rank: name the smallest that does
+        budget = ["--params", str(sum(row.per_rank for row in costs.types if row.targeted))]
     pilot = shlex.join(["loradiag", "spectrum", str(base), "TUNED", "-o", "results.jsonl"])
-    chosen = [
+    selection = [
         word
         for option in (("--layers", arguments["layers"]), ("--exclude", arguments["exclude"]))
         if option[1]
         for word in option
     ]
-    hint = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, chosen)])}"
+    hint = f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *map(str, selection)])}"
     if not shown.quiet:
-        result(plan_table(results, *terminal(), next_command=hint))
+        result(plan_table(costs, *terminal(), next_command=hint))

@@ -1,9 +1,7 @@
-"""Run time of ``spectrum``, and the required read rate of storage, from shapes and measured speed.
+"""Run time of ``spectrum`` on machines like this one, from shapes and a measurement of its speed in some seconds.
 
 All times are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many core-seconds
 per second as cores. Idle cores during the last matrices are not included.
-
-Run time of ``spectrum`` on this machine, from a measurement of its speed in some seconds.
 """
 
 from __future__ import annotations
@@ -75,7 +73,9 @@ def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int
         top: K; None for all values.
     """
     core_seconds = [speed.core_seconds(matrix.shape, top) for matrix in matrices]
-    total = math.fsum(matrix.count * each for matrix, each in zip(matrices, core_seconds, strict=True))
+    total = math.fsum(
+        matrix.count * matrix_seconds for matrix, matrix_seconds in zip(matrices, core_seconds, strict=True)
+    )
     seconds = total / speed.rates.cores
     longest = max(core_seconds) / speed.rates.cores
     return PlanCost(
@@ -100,7 +100,9 @@ PASS_ORDER = 2048
 
 
 def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Return the speed of this machine, and the cost of a model's spectra on it: all values, and the largest.
+    """Return the speed of this machine, and the cost of a model's spectra on it.
+
+    The first cost is that of all values; the second, where krylov is used, that of the K largest.
 
     Args:
         matrices: Those of the model.
@@ -109,7 +111,7 @@ def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanR
     """
     speed = Speed(_time_rates(matrices, top))
     requested = (None, top) if speed.rates.few else (None,)
-    return speed.rates, tuple(cost_of(matrices, size, speed, largest) for largest in requested)
+    return speed.rates, tuple(cost_of(matrices, size, speed, k) for k in requested)
 
 
 def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
@@ -133,7 +135,7 @@ def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
 
 
 def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
-    """Return the number of cores per matrix, and the times of as many concurrent runs as fit."""
+    """Return the number of cores per matrix, and the results of ``work``: of as many runs as fit, or 3 if quick."""
     footprint = 4 * order**2 + 16 * order**2
     threads = layout.threads(footprint)
     copies = range(max(1 if order > QUICK else 3, layout.cores // threads))

@@ -1,16 +1,13 @@
-"""Rank that published rules of thumb require for the tokens of the training data.
+"""Cost of LoRA and of full fine-tuning from names and shapes, and the rank that rules of thumb require for the data.
 
-They estimate the capacity of an adapter, not the need of a task. Repeated passes over the data add no information.
+The cost is parameters, memory and multiply-adds. It uses shapes only; independent of checkpoints and of the outcome of
+training. The published rules estimate the capacity of an adapter, not the need of a task. Repeated passes over the data
+add no information.
 
-References: Thinking Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without
-Regret", thinkingmachines.ai/blog/lora; Allen-Zhu and Li 2024, "Physics of Language Models: Part 3.3, Knowledge
-Capacity Scaling Laws", arXiv 2404.05405.
-
-Cost of LoRA and of full fine-tuning from names and shapes: parameters, memory, multiply-adds.
-
-Uses shapes only; independent of checkpoints and of the outcome of training.
-
-Reference: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead".
+References: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead"; Thinking
+Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without Regret",
+thinkingmachines.ai/blog/lora; Allen-Zhu and Li 2024, "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling
+Laws", arXiv 2404.05405.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ RULES = (
 
 
 def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
-    """Return the parameters required by each rule.
+    """Return the parameters and the rank required by each rule.
 
     Args:
         chosen: The matrices that LoRA is put on.
@@ -100,7 +97,7 @@ class Matrix:
 
 
 def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[PlanType, ...]:
-    """Group matrices by module type and shape.
+    """Return the module types: matrices grouped by type, shape, and whether they get LoRA.
 
     Args:
         matrices: All matrices of the model.
@@ -137,9 +134,9 @@ def rank_costs(
     """
     chosen = [matrix for matrix in matrices if matrix.name in targeted]
     trained = rank * sum(matrix.per_rank for matrix in chosen)
-    used = {matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices}
-    extra = rank * math.fsum(matrix.per_rank * used[matrix.name] for matrix in chosen)
-    base = math.fsum(matrix.entries * used[matrix.name] for matrix in _select_multiplied(matrices))
+    active_fractions = {matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices}
+    extra = rank * math.fsum(matrix.per_rank * active_fractions[matrix.name] for matrix in chosen)
+    base = math.fsum(matrix.entries * active_fractions[matrix.name] for matrix in _select_multiplied(matrices))
     return PlanRank(
         rank=rank,
         params=trained,
@@ -190,13 +187,13 @@ def fit(
     full_rank = max(min(matrix.shape) for matrix in chosen)
     rank = min(budget // per_rank, full_rank)
     listed = max((candidate for candidate in ranks if candidate <= rank), default=None)
-    blocks: dict[int | None, int] = {}
+    params_by_block: dict[int | None, int] = {}
     for matrix in chosen:
         depth = depth_of(matrix.name)
-        blocks[depth] = blocks.get(depth, 0) + matrix.per_rank
+        params_by_block[depth] = params_by_block.get(depth, 0) + matrix.per_rank
     remaining = budget - listed * per_rank if listed is not None else None
     doubled, left = 0, remaining or 0
-    for cost in sorted(blocks.values()):
+    for cost in sorted(params_by_block.values()):
         if listed is None or (left := left - cost * listed) < 0:
             break
         doubled += 1
@@ -210,5 +207,5 @@ def fit(
         listed=listed,
         listed_left=remaining,
         doubled=doubled,
-        blocks=len(blocks),
+        blocks=len(params_by_block),
     )

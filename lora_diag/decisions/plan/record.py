@@ -74,7 +74,7 @@ class PlanFit(Record):
         left: Remaining parameters.
         listed: Largest requested rank that fits; null if none does.
         listed_left: Parameters remaining at ``listed``; null if none fits.
-        doubled: Number of blocks that can have twice that rank with the rest.
+        doubled: Number of blocks that can have twice ``listed`` with the rest; 0 if none fits.
         blocks: Number of blocks with targeted matrices.
     """
 

@@ -71,7 +71,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
 
     Raises:
         UsageError: An option is invalid, or no matrix is targeted.
-        InputError: The model cannot be read.
+        InputError: The model, the data or the tokenizer cannot be read.
 
     Example:
         >>> found = plan("sample_checkpoints/base/config.json", layers="q_proj|v_proj", params="10k")
@@ -164,7 +164,7 @@ def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tupl
 
 
 def _split_experts(matrix: Matrix) -> list[Matrix]:
-    """Return the gate and up matrices of a stack of experts, which transformers holds as one."""
+    """Return the gate and up matrices of a stack of experts, which transformers holds as one; others unchanged."""
     if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
         return [matrix]
     half = (matrix.shape[0] // 2, matrix.shape[1])
@@ -179,6 +179,7 @@ def _fit(
     memory: int | str | None,
     training: Training,
 ) -> Any:
+    """Return the ranks that a budget of parameters or memory allows; None without a budget."""
     if params is not None:
         return fit(matrices, targeted, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
     if memory is not None:
@@ -248,15 +249,15 @@ def _stored_size(checkpoint: Checkpoint) -> int | None:
 
 
 def _active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
-    """Return the fraction of a mixture's experts that are active for a token, and a note."""
+    """Return the fraction of experts that are active for a token, and notes; 1 without experts or if unknown."""
     if not any(EXPERTS.search(matrix.name) for matrix in matrices):
         return 1.0, ()
-    inner = config.get("text_config")
-    values = inner if isinstance(inner, Mapping) else config
-    chosen = values.get("num_experts_per_tok")
+    text_config = config.get("text_config")
+    values = text_config if isinstance(text_config, Mapping) else config
+    active = values.get("num_experts_per_tok")
     experts = next(
         (values[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in values), 0
     )
-    if isinstance(chosen, int) and isinstance(experts, int) and 0 < chosen <= experts:
-        return chosen / experts, (f"{chosen} of {experts} experts count for the multiply-adds per token",)
+    if isinstance(active, int) and isinstance(experts, int) and 0 < active <= experts:
+        return active / experts, (f"{active} of {experts} experts count for the multiply-adds per token",)
     return 1.0, ("number of active experts unknown: all count for the multiply-adds per token",)

@@ -40,7 +40,7 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: s
 
 def _make_types_grid(plan: Plan) -> Grid:
     first = plan.ranks[0].rank
-    ranks = (
+    rank_columns = (
         Shown(
             "per_rank",
             f"r={at_rank.rank}",
@@ -53,9 +53,9 @@ def _make_types_grid(plan: Plan) -> Grid:
         for position, at_rank in enumerate(plan.ranks[:6])
     )
     pool = partial(_compute_rho, rank=first)
-    share = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)
+    fraction = Shown("per_rank", f"ρ at r={first}", "share", main=True, form="small_percent", pool=pool)
     rows = [(short(row.name), [row]) for row in sorted(plan.types, key=lambda row: not row.targeted)]
-    return grid_of([*PlanType.shown, *ranks, share], rows, "module type")
+    return grid_of([*PlanType.shown, *rank_columns, fraction], rows, "module type")
 
 
 def _count_lora_params(rows: Sequence[PlanType], rank: int) -> int | None:
@@ -75,7 +75,7 @@ def _make_ranks_grid(plan: Plan) -> Grid:
 
 
 def _make_costs_grid(plan: Plan) -> Grid:
-    machines = (
+    machine_columns = (
         Shown(
             "core_seconds",
             "this machine" if n == 1 else f"{n} such",
@@ -88,7 +88,7 @@ def _make_costs_grid(plan: Plan) -> Grid:
     )
     rows = [("all values" if cost.top is None else f"--top {cost.top}", [cost]) for cost in plan.costs]
     core, speed = PlanCost.shown
-    return grid_of([core, *machines, speed], rows, "loradiag spectrum")
+    return grid_of([core, *machine_columns, speed], rows, "loradiag spectrum")
 
 
 def _select_seconds(rows: Sequence[PlanCost], machines: int) -> float:
@@ -128,8 +128,8 @@ def _make_statements(plan: Plan) -> list[Statement]:
         lines.append(make_statement("budget", "Budget", *_describe_fit(plan, plan.fit)))
     too_large = [row for row in plan.ranks if row.rho >= 1]
     if too_large:
-        nothing = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
-        lines.append(make_statement("note", "Note", nothing))
+        note = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
+        lines.append(make_statement("note", "Note", note))
     return lines
 
 
@@ -150,11 +150,11 @@ def _describe_time(plan: Plan, rates: PlanRates) -> list[str]:
 
 
 def _describe_capacity(capacity: PlanCapacity | None) -> list[Statement]:
-    """Return the size of the data and the rules of thumb, each with its source; empty if none was requested."""
+    """Return the size of the data, and rules of thumb for rank and learning rate; empty if not requested."""
     if capacity is None:
         return []
-    requested = [f"{_format_rank(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
-    lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(requested)}"
+    required_ranks = [f"{_format_rank(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
+    lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(required_ranks)}"
     lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
     rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
     return [

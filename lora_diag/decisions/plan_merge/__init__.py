@@ -1,6 +1,6 @@
 """``plan-merge``: fraction of an adapter's update that storage in a format keeps, before a merge.
 
-Options of ``plan-merge``.
+Its declaration and options.
 """
 
 from typing import Annotated

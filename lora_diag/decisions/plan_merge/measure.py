@@ -1,7 +1,10 @@
-"""Storage formats of merged weights, and their rounding.
+"""``plan-merge``: fraction of an update that a merge into a storage format keeps.
 
-x is a float32 matrix ``(out, in)``; groups are consecutive inputs of one output, the last group of a row may be
-shorter. ``rne`` rounds to the nearest value of a type, ties to even. All scales of a zero maximum give zeros.
+W + ΔW of each layer is rounded to the format, entry by entry in row blocks.
+
+In the formats below x is a float32 matrix ``(out, in)``; groups are consecutive inputs of one output, the last group of
+a row may be shorter. ``rne`` rounds to the nearest value of a type, ties to even. All scales of a zero maximum give
+zeros.
 
     bf16, fp16  rne(x); fp16 overflows to infinity from 65520 on
     fp8         e4m3: rne(x/s)·s, saturating at ±448; s = fl32(max|x| / 448) of an output, or of the matrix
@@ -11,10 +14,6 @@ shorter. ``rne`` rounds to the nearest value of a type, ties to even. All scales
 
 Reference: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3 (mxfp4); NVIDIA, Pretraining Large
 Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448). Round to nearest, without calibration.
-
-Rounding of one layer's W + ΔW to a format, entry by entry in row blocks.
-
-``plan-merge``: fraction of an update that a merge keeps.
 """
 
 from __future__ import annotations
@@ -108,14 +107,16 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     else:
         scales = _replace_zeros(top / INT4).double()
         codes = (groups.double() / scales).round().clamp(-INT4, INT4)
-    return _cut(codes, x), _cut(codes * scales, x)
+    return _drop_padding(codes, x), _drop_padding(codes * scales, x)
 
 
-def _cut(groups: Tensor, x: Tensor) -> Tensor:
+def _drop_padding(groups: Tensor, x: Tensor) -> Tensor:
+    """Return groups of inputs as a matrix of the shape of ``x``."""
     return groups.reshape(len(x), -1)[:, : x.shape[1]]
 
 
 def _replace_zeros(scale: Tensor) -> Tensor:
+    """Return scales with 1 in place of 0."""
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -215,7 +216,7 @@ class _Sum:
 
 @dataclass
 class _Layer:
-    """One layer during its measurement."""
+    """One layer during its measurement: ``scan`` reads it, then ``round_entries`` measures it."""
 
     task: MergeTask
     target: Target
@@ -276,8 +277,8 @@ class _Layer:
                 within = within + rounding @ self.basis[first:last]
             elif self.basis is not None:
                 within += float((rounding @ self.basis).square().sum())
-            for name, kind in formats.items():
-                codes, stored = quantize(x, kind, merged_peaks)
+            for name, storage in formats.items():
+                codes, stored = quantize(x, storage, merged_peaks)
                 change = stored - w
                 sums[name].overflow += int((~stored.isfinite()).sum())
                 sums[name].inner += float((change * u).sum())
@@ -285,12 +286,12 @@ class _Layer:
                 if name == target.name:
                     changed += int((codes != base_codes).sum())
         inside = float(within.square().sum()) if isinstance(within, Tensor) else within
-        known = bool(self.energy) and not base.overflow
+        has_base_error = bool(self.energy) and not base.overflow
         effect, sixteen = (
             sums[target.name].effect(self.energy),
             [sums[name].effect(self.energy) for name in SIXTEEN_BIT],
         )
-        base_error = math.sqrt(base.squares / self.energy) if known else None
+        base_error = math.sqrt(base.squares / self.energy) if has_base_error else None
         quantized = delta.base.is_quantized and self.energy
         return PlannedMerge(
             layer=delta.layer,
@@ -303,7 +304,7 @@ class _Layer:
             moved=changed / math.prod(delta.shape),
             overflow=sums[target.name].overflow,
             base_error=base_error,
-            base_error_inside=math.sqrt(inside / self.energy) if known and self.basis is not None else None,
+            base_error_inside=math.sqrt(inside / self.energy) if has_base_error and self.basis is not None else None,
             base_noise=math.sqrt(self.step_energy / 12 / self.energy) if quantized else None,
             bf16=sixteen[0],
             fp16=sixteen[1],
@@ -338,11 +339,11 @@ def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Ten
         return lambda first, last: matrix[first:last].double(), None, None
     columns = delta.shape[1]
 
-    def rows(first: int, last: int) -> Tensor:
+    def read_rows(first: int, last: int) -> Tensor:
         span = first * columns, last * columns
         return (delta.tuned.read(*span).double() - delta.base.read(*span).double()).view(-1, columns)
 
-    return rows, None, None
+    return read_rows, None, None
 
 
 def _row_space_basis(a: Tensor) -> Tensor:

@@ -161,18 +161,18 @@ class PlannedMerge(LayerRecord):
 def total(
     records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], PlannedMerge | FormatEffect] = lambda record: record
 ) -> FormatEffect:
-    """Return c and error of several layers together; null if an entry overflows."""
-    moving = [record for record in records if record.fro]
-    energy = sum(record.fro**2 for record in moving)
-    inner = [(of(record).arrived, record.fro) for record in moving]
+    """Return c and error of several layers together in the format of ``of``; null without an update, or on overflow."""
+    changed = [record for record in records if record.fro]
+    energy = sum(record.fro**2 for record in changed)
+    coefficients = [(of(record).arrived, record.fro) for record in changed]
     arrived = None
-    if moving and all(c is not None for c, _ in inner):
-        arrived = sum(c * fro**2 for c, fro in inner if c is not None) / energy
+    if changed and all(c is not None for c, _ in coefficients):
+        arrived = sum(c * fro**2 for c, fro in coefficients if c is not None) / energy
     return FormatEffect(arrived=arrived, error=rms(records, lambda record: of(record).error))
 
 
 def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:
-    """Return a norm relative to ‖ΔW‖ over several layers together; null if a layer with an update has none."""
+    """Return a norm relative to ‖ΔW‖ over the layers with an update; None if there is none, or one has no norm."""
     pairs = [(of(record), record.fro) for record in records if record.fro]
     if not pairs or any(value is None for value, _ in pairs):
         return None

@@ -1,6 +1,6 @@
 """``tune``: from a base model, data and a budget to an adapter configuration, with every decision on record.
 
-Options of ``tune``.
+Its declaration and options.
 """
 
 from collections.abc import Callable, Sequence

@@ -74,7 +74,7 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the configurations with a lower loss than all with as few or fewer parameters, ascending."""
     best: list[Point] = []
-    for point in sorted(points, key=lambda item: (item.params, item.mean)):
+    for point in sorted(points, key=lambda candidate: (candidate.params, candidate.mean)):
         if not best or point.mean < best[-1].mean:
             best.append(point)
     return best
@@ -86,24 +86,24 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
     Args:
         results: Results of ``tune``, or its records.
         ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the deciding one.
+        name: Name of the evaluation set; default the deciding one, or that of the first record without a choice.
 
     Returns:
         The Axes drawn on.
     """
-    every = list(results.whole if isinstance(results, Results) else results)
-    choice = next((record for record in every if isinstance(record, Tune)), None)
-    trials = [record for record in every if isinstance(record, TuneTrial)]
-    chosen = name if name is not None else choice.set if choice is not None else trials[0].set
+    records = list(results.whole if isinstance(results, Results) else results)
+    choice = next((record for record in records if isinstance(record, Tune)), None)
+    trials = [record for record in records if isinstance(record, TuneTrial)]
+    set_name = name if name is not None else choice.set if choice is not None else trials[0].set
     with panel_axes(ax) as (axes, style):
-        _draw(axes, trials, chosen, choice, style)
+        _draw(axes, trials, set_name, choice, style)
         axes.set(xlabel="trained parameters", ylabel="loss (nats)")
-        axes.set_title(chosen, parse_math=False, loc="left")
+        axes.set_title(set_name, parse_math=False, loc="left")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return a panel for each set of the first run."""
+    """Draw a panel for each set of the first run."""
     run = series[0]
     trials = [record for record in run.whole if isinstance(record, TuneTrial)]
     choice = next((record for record in run.whole if isinstance(record, Tune)), None)
@@ -122,6 +122,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 
 def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None, style: PageStyle | None) -> None:
+    """Draw all runs on one set, the frontier, the choice with its error, and the loss of BASE."""
     width = style.line if style else 1.2
     points = points_of(trials, name)
     runs = [
@@ -129,12 +130,12 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
     ]
     ax.set_xscale("log")
     losses = [loss for _, loss in runs]
-    small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
-    ax.plot(*zip(*runs, strict=True), color=RUN, label="_runs", **small)
-    line = frontier(points)
+    marker_style: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
+    ax.plot(*zip(*runs, strict=True), color=RUN, label="_runs", **marker_style)
+    best = frontier(points)
     ax.plot(
-        [point.params for point in line],
-        [point.mean for point in line],
+        [point.params for point in best],
+        [point.mean for point in best],
         color=FRONTIER,
         lw=1.5 * width,
         marker="o",
@@ -157,13 +158,13 @@ def _draw(ax: Axes, trials: Sequence[TuneTrial], name: str, choice: Tune | None,
             zorder=3,
             label="_chosen",
         )
-    base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
-    named = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
-    shown = [*losses, *(loss for _, loss, _ in named)]
-    ax.set_ylim(limits(shown))
+    base_loss = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
+    labelled = [] if base_loss is None else [(f"BASE {base_loss:.3f}", base_loss, INK)]
+    drawn_losses = [*losses, *(loss for _, loss, _ in labelled)]
+    ax.set_ylim(limits(drawn_losses))
     params = [point.params for point in points]
     ax.set_xlim(min(params) / 1.8, max(params) * 1.8)  # before labels are placed: one configuration spans no range
-    levels(ax, named, style)
+    levels(ax, labelled, style)
     loss_axis(ax)
     ax.xaxis.set_major_locator(LogLocator(numticks=8))
     ax.xaxis.set_major_formatter(log_label)

@@ -37,7 +37,7 @@ def write_outputs(
     choice: Tune,
     adapter: Path,
 ) -> None:
-    """Write all but the report, which reads the finished records.
+    """Write all but the report, which reads the finished records; an earlier adapter is replaced.
 
     Args:
         base: The model.
@@ -69,6 +69,7 @@ def write_outputs(
 
 
 def _describe_significance(choice: Tune) -> str:
+    """Return a comment for the gate if the choice is not significant; else empty."""
     if choice.significant:
         return ""
     return "# The choice was not significant: these limits are of a candidate that is not shown to be sufficient.\n"
@@ -86,14 +87,14 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     """Return a shell script that repeats each step, to be run from the directory of the search."""
     sweep_settings = read_results(folder / "sweep.jsonl").run.settings
     budget = _list_given(options, "params", "memory_budget")
-    texts: list[Any] = ["--data", options["data"]]
+    text_arguments: list[Any] = ["--data", options["data"]]
     for name, flag in (("evaluate", "--eval"), ("shifted", "--shifted")):
-        texts += [word for path in options[name] for word in (flag, path)]
-    training = _list_given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
+        text_arguments += [word for path in options[name] for word in (flag, path)]
+    training_arguments = _list_given(options, "batch", "seed", "dtype", "length", "max_sequences", "quantized")
     switches = ("dora", "rslora", "gradient_checkpointing")
-    training += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
-    training += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
-    train = ["loradiag", "probe", "sweep", base, *texts, *training]
+    training_arguments += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
+    training_arguments += ["--target-modules", ",".join(options["target_modules"])] if options["target_modules"] else []
+    train = ["loradiag", "probe", "sweep", base, *text_arguments, *training_arguments]
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
     if plan.halving:
         ends: list[Any] = ["--ranks", _list_values({plan.ranks[0], plan.ranks[-1]}), "--lr", _list_values(plan.rates)]
@@ -140,7 +141,7 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
 
 
 def _scaling_arguments(adapter: Path, options: Mapping[str, Any]) -> list[Any]:
-    """Return the arguments by which ``allocate`` gives a candidate the alpha of rsLoRA that it was trained with."""
+    """Return the arguments by which ``allocate`` gives a candidate its alpha of rsLoRA; none without rsLoRA."""
     if not options["rslora"]:
         return []
     path = adapter / "adapter_config.json"
@@ -160,6 +161,7 @@ def _make_output_option(name: str) -> list[str]:
 
 
 def _quote(word: object) -> str:
+    """Return a word quoted for a shell, in which ``$OUT`` is expanded."""
     text = str(word)
     return f'"{text}"' if text.startswith("$OUT/") else shlex.quote(text)
 
@@ -169,13 +171,13 @@ def _list_values(values: Iterable[float]) -> str:
 
 
 def configs(
-    base: str, texts: Sequence[str], variant: Variant, uniform: Mapping[str, Any], settings: Mapping[str, int]
+    base: str, files: Sequence[str], variant: Variant, uniform: Mapping[str, Any], settings: Mapping[str, int]
 ) -> dict[str, str]:
     """Return configurations of the chosen adapter for other trainers, by file name.
 
     Args:
         base: The model.
-        texts: The training file and the held-out one.
+        files: The training file and the held-out one.
         variant: The chosen configuration.
         uniform: Content of ``adapter_config.json`` of the shared rank, for trainers that have no rank of each layer.
         settings: ``batch`` and ``length``.
@@ -188,18 +190,18 @@ def configs(
         )
         single = {**uniform, "lora_dropout": single["lora_dropout"]}
     return {
-        "config.axolotl.yaml": yaml_of(_make_axolotl(base, texts, variant, settings)),
+        "config.axolotl.yaml": yaml_of(_make_axolotl(base, files, variant, settings)),
         "config.llamafactory.yaml": note
-        + yaml_of(_make_llamafactory(base, texts, replace(variant, config=single), settings)),
-        "config.trl.py": _make_trl(base, texts, variant, settings),
+        + yaml_of(_make_llamafactory(base, files, replace(variant, config=single), settings)),
+        "config.trl.py": _make_trl(base, files, variant, settings),
     }
 
 
-def _make_axolotl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+def _make_axolotl(base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
     return {
         "base_model": base,
-        "datasets": [{"path": texts[0], "type": "completion"}],
-        "test_datasets": [{"path": texts[1], "type": "completion", "split": "train"}],
+        "datasets": [{"path": files[0], "type": "completion"}],
+        "test_datasets": [{"path": files[1], "type": "completion", "split": "train"}],
         "sequence_len": settings["length"],
         **trainers.axolotl(variant.config),
         "micro_batch_size": settings["batch"],
@@ -216,15 +218,15 @@ def _make_axolotl(base: str, texts: Sequence[str], variant: Variant, settings: M
 
 
 def _make_llamafactory(
-    base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]
+    base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]
 ) -> dict[str, Any]:
     return {
         "model_name_or_path": base,
         "stage": "sft",
         "do_train": True,
         **trainers.llamafactory(variant.config),
-        "dataset": Path(texts[0]).stem,
-        "dataset_dir": str(Path(texts[0]).parent),
+        "dataset": Path(files[0]).stem,
+        "dataset_dir": str(Path(files[0]).parent),
         "template": "default",
         "cutoff_len": settings["length"],
         "per_device_train_batch_size": settings["batch"],
@@ -239,9 +241,9 @@ def _make_llamafactory(
     }
 
 
-def _make_trl(base: str, texts: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
+def _make_trl(base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
     kinds = {".jsonl": "json", ".json": "json"}
-    kind = kinds.get(Path(texts[0]).suffix.lower(), "text")
+    kind = kinds.get(Path(files[0]).suffix.lower(), "text")
     values = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}
     arguments = "".join(f"        {key}={value!r},\n" for key, value in values.items())
     return f'''"""Train the chosen adapter with TRL: pip install trl peft datasets."""
@@ -250,7 +252,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-data = load_dataset({kind!r}, data_files={{"train": {texts[0]!r}, "test": {texts[1]!r}}})
+data = load_dataset({kind!r}, data_files={{"train": {files[0]!r}, "test": {files[1]!r}}})
 trainer = SFTTrainer(
     model={base!r},
     train_dataset=data["train"],

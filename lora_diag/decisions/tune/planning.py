@@ -1,11 +1,9 @@
-"""Cost of a search, and its reduction to a time limit: stages, successive halving, omissions.
+"""The plan of a search: the adapted layers, their cost from timed steps, and the reduction to a time limit.
 
-Uses times and counts only; trains nothing.
+A plan has stages; omissions, such as successive halving, reduce it until it fits.
 
 Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"
 (successive halving), here over training steps: many learning rates get few steps, the best of them all steps.
-
-The adapted layers, their cost, and the plan of a search from one timed step.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.training_runs import TrainRun
 
-# The short round of halving trains for this fraction of the steps, at the smallest and the largest rank.
+# The short round of halving trains for the steps divided by this, at the smallest and the largest rank.
 SHORT_ROUND_DIVISOR = 4
-# Learning rates that continue after it.
+# Number of learning rates that continue after it.
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
 MIN_STEPS = 10
-# Most runs of stability and escalation, in addition to the seeds of confirmed ones.
+# Maximum number of runs of stability and escalation, in addition to the seeds of confirmed ones.
 TRIALS = 6
 # Factor for opening models, writing files and a busy machine.
 MARGIN = 1.1
@@ -65,21 +63,21 @@ class Costs:
     full_step: float = 0.0
     slots: int = 1
 
-    def seconds(self, runs: int, step_seconds: float, rounds: int) -> float:
+    def seconds(self, runs: int, run_seconds: float, rounds: int) -> float:
         """Return an upper bound on the duration of runs in rounds, each of which waits for the one before.
 
         Σ⌈nᵢ/s⌉ ≤ ⌈Σnᵢ/s⌉ + rounds − 1 for rounds of nᵢ runs on s slots.
 
         Args:
             runs: Number of runs of all rounds.
-            step_seconds: Seconds of one run.
+            run_seconds: Seconds of one run.
             rounds: Number of them.
 
         Example:
             >>> Costs(1.0, 0.0).seconds(6, 2.0, 3), Costs(1.0, 0.0, slots=4).seconds(6, 2.0, 3)
             (12.0, 8.0)
         """
-        return step_seconds * min(runs, math.ceil(runs / self.slots) + rounds - 1)
+        return run_seconds * min(runs, math.ceil(runs / self.slots) + rounds - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Search:
         rates: Learning rates.
         steps: Updates of a run.
         repeats: Seeds.
-        widen: Rates beyond the grid, at each rank.
+        widen: Number of rates beyond the grid, at each rank.
         halving: Whether a short round chooses ``KEPT_RATES`` of the rates.
         full: Whether full fine-tuning is trained as a baseline.
         more_seeds: Whether seeds are added, up to twice as many, where they would decide which rank is enough.
@@ -114,7 +112,7 @@ class Search:
 
     @property
     def rates_each(self) -> int:
-        """Rates that a rank is trained at with all steps, at most."""
+        """Maximum number of rates that a rank is trained at with all steps."""
         grid = min(KEPT_RATES, len(self.rates)) if self.halving else len(self.rates)
         return grid + (self.widen if grid > 1 else 0)
 
@@ -137,12 +135,12 @@ class Stage:
 
 
 def short_steps(steps: int) -> int:
-    """Return the steps of the short round, and of the batches whose gradients are taken."""
+    """Return the number of steps of the short round, and of batches whose gradients are taken."""
     return max(1, steps // SHORT_ROUND_DIVISOR)
 
 
 def ranks_within(largest: int) -> tuple[int, ...]:
-    """Return up to four ranks to start from: the largest power of two within the budget, and fourths of it.
+    """Return up to four ranks to start from: the largest power of two within the budget, and fourths (below 4: halves).
 
     >>> ranks_within(19), ranks_within(3), ranks_within(1)
     ((1, 4, 16), (1, 2), (1,))
@@ -226,6 +224,7 @@ STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS
 
 
 def _halve_steps(search: Search) -> Search:
+    """Return a search with half of the steps, but at least ``MIN_STEPS``."""
     return replace(search, steps=max(MIN_STEPS, search.steps // 2))
 
 
@@ -280,8 +279,8 @@ def _merge_omissions(left_out: Sequence[str]) -> tuple[str, ...]:
 def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
     """Return the ``KEPT_RATES`` learning rates that continue after the short round, ascending.
 
-    At every rank the rate with the lowest loss continues. Where all agree, so does the better of its neighbours in the
-    order of losses; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
+    At every rank the rate with the lowest loss continues. Where all agree, so does the second best of the largest
+    rank; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
 
     Args:
         losses: Losses by rank and rate; None where a run diverged.
@@ -302,6 +301,7 @@ def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float
 
 
 def _order_rates(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
+    """Return the rates tried at a rank by their losses, the lowest first, without those that diverged."""
     at_rank = [(loss, rate) for (tried_rank, rate), loss in losses.items() if tried_rank == rank and loss is not None]
     return [rate for _, rate in sorted(at_rank)]
 
@@ -344,13 +344,13 @@ class Target:
         """Return the configuration of one rank everywhere."""
         return uniform(self.names, rank, self.transposed, self.task, self.kind.rslora, self.kind.dora)
 
-    def allocated(self, ranks: Results[Allocation]) -> dict[str, object]:
+    def config_of(self, allocation: Results[Allocation]) -> dict[str, object]:
         """Return the configuration of allocated ranks, of the same kind as that of one rank.
 
         Raises:
             InputError: No layer has a rank, or PEFT cannot express them.
         """
-        config = {**peft_config(ranks, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
+        config = {**peft_config(allocation, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
         alpha = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
         return {**config, **alpha, **({"use_dora": True} if self.kind.dora else {})}
 
@@ -387,6 +387,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
 
 
 def _layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return ``(out, in)`` of a layer."""
     weight, inputs = layer.get_parameter("weight"), input_dimension(layer)
     return weight.numel() // inputs, inputs
 
@@ -402,13 +403,13 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The budget is too small for rank 1, or the time for any search.
+        UsageError: The budget is too small for rank 1 or a requested rank, or the time for any search.
     """
     options = run.options
     tokens = count_predictions(run.training.texts, run.model)
     budgets = {name: options[name] for name in ("params", "memory_budget")}
-    exact = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
-    budget_plan = plan(base, layers=exact, tokens=max(1, tokens), **budgets)
+    target_pattern = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
+    budget_plan = plan(base, layers=target_pattern, tokens=max(1, tokens), **budgets)
     assert budget_plan.fit is not None
     assert budget_plan.capacity is not None
     largest = budget_plan.fit.rank
@@ -421,12 +422,12 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
             "give a budget of at least that, or choose fewer layers with --target-modules"
         )
     ranks = tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
-    if above := [rank for rank in ranks if rank > largest]:
-        raise UsageError(f"--ranks {','.join(map(str, above))}: {budget_plan.fit.asked} allows r ≤ {largest}")
+    if too_large := [rank for rank in ranks if rank > largest]:
+        raise UsageError(f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
-    step, batch = step_seconds(run.model, Cell(max(ranks), 1e-6, 0), run.training, run.sets)
+    lora_step, batch_seconds = step_seconds(run.model, Cell(max(ranks), 1e-6, 0), run.training, run.sets)
     full_step = step_seconds(run.model, Cell(None, 1e-9, 0, "full"), run.training, run.sets)[0] if full else 0.0
-    costs = Costs(step, batch * run.batches(run.sets), full_step, slots)
+    costs = Costs(lora_step, batch_seconds * run.batches(run.sets), full_step, slots)
     search = Search(
         ranks, tuple(sorted(set(options["rates"]))), options["steps"], options["repeats"], options["widen"], full=full
     )
@@ -439,7 +440,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         largest=largest,
         tokens=tokens,
         rules={f"{rule.name} ({rule.source})": rule.rank for rule in budget_plan.capacity.rules},
-        step_seconds=step,
+        step_seconds=lora_step,
         full_step_seconds=full_step,
         evaluation_seconds=costs.evaluation,
         **_plan_within(search, costs, limit, omissions),
@@ -458,7 +459,7 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The limit is not above the earlier one.
+        UsageError: The limit is below the earlier one, or the earlier plan has none.
     """
     if plan.limit is None or limit < plan.limit:
         planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
@@ -480,25 +481,25 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
     return plan.model_copy(update=_plan_within(search, costs, limit, kept))
 
 
-def _plan_within(wanted: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:
+def _plan_within(search: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:
     """Return the fields of a plan that follow from its limit.
 
     Args:
-        wanted: What would be trained without one.
+        search: The search without one.
         costs: Times.
         limit: Seconds; None for none.
         left_out: Omissions for other reasons.
     """
-    search, omissions = narrow_search(wanted, costs, limit)
-    fields = {field.name: getattr(search, field.name) for field in dataclass_fields(search)}
+    reduced, omissions = narrow_search(search, costs, limit)
+    fields = {field.name: getattr(reduced, field.name) for field in dataclass_fields(reduced)}
     return {
         **fields,
-        "seconds": seconds_of(search, costs),
+        "seconds": seconds_of(reduced, costs),
         "limit": limit,
         "slots": costs.slots,
         "left_out": (*omissions, *left_out),
         "stages": tuple(
             TuneStage(name=stage.name, runs=stage.runs, seconds=stage.seconds, decides=stage.decides)
-            for stage in list_stages(search, costs)
+            for stage in list_stages(reduced, costs)
         ),
     }

@@ -53,7 +53,7 @@ class TunePlan(WholeRecord):
         evaluation_seconds: Measured time of evaluating all sets.
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
-        left_out: What is omitted to stay within ``limit``.
+        left_out: What is omitted: to stay within ``limit``, or full fine-tuning of weights that are not float32.
         stages: The stages of the search.
     """
 

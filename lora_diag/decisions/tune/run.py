@@ -70,6 +70,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         UsageError: An option is invalid, the budget is too small for a rank, the time for a search, or ``output`` holds
             other files.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
+        InconclusiveError: No rank is trained with a finite loss.
 
     Example:
         >>> found = tune("sample_checkpoints/base", "run/", data="train.txt",  # doctest: +SKIP
@@ -109,12 +110,12 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             _extend(folder, plan)
         arguments["output"] = folder / RECORDS
 
-        def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
+        def run_search(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
             Tuner(base, folder, run, target, plan, kept, workers).run()
             return []
 
-        results = run.over(run.inputs(stored), record.settings, measure_missing)
+        results = run.over(run.inputs(stored), record.settings, run_search)
     write_report(folder)
     return results
 
@@ -139,7 +140,8 @@ def _check_output(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuse an output before any work.
 
     Raises:
-        UsageError: The output is a link, a file, or a folder with other files.
+        UsageError: The output is a link, a file, a folder with other files, or one with a run that is not to be
+            resumed or replaced.
         InputError: The folder cannot be created.
     """
     records = folder / RECORDS
@@ -158,7 +160,7 @@ def _check_output(folder: Path, arguments: Mapping[str, Any]) -> None:
 
 
 def _latest_file(folder: Path) -> Path:
-    """Return the records of a run; those of a search that was extended grow in another file until it ends."""
+    """Return the file of a run's records; those of a search that was extended grow in another file until it ends."""
     part = folder / f"{RECORDS}.part"
     return part if part.is_file() else folder / RECORDS
 

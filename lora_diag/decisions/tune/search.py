@@ -144,6 +144,11 @@ class Tuner:
             self._is_limited = False
 
     def _report_batches(self, label: str, count: int = 1) -> None:
+        """Report steps or batches as progress.
+
+        Raises:
+            TimeIsUpError: The time limit is over, in a block that it applies to.
+        """
         self.kept.watch.batch(label, count)
         if self._is_limited and self.left < 0:
             raise TimeIsUpError
@@ -155,15 +160,15 @@ class Tuner:
 
     # -- records -----------------------------------------------------------------------------------------------------
 
-    def decided(self, stage: str, name: str) -> TuneDecision | None:
-        """Return a decision of an interrupted run; None if it was not made."""
+    def find_decision(self, stage: str, name: str) -> TuneDecision | None:
+        """Return a recorded decision, also of an interrupted run; None if it was not made."""
         decisions = (decision for decision in self.kept.records if isinstance(decision, TuneDecision))
         return next((decision for decision in decisions if (decision.stage, decision.name) == (stage, name)), None)
 
     def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> TuneDecision:
         """Record a decision, and report it as a note."""
         decision = TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields)
-        if self.decided(stage, name) is None:
+        if self.find_decision(stage, name) is None:
             self.kept.put(decision)
             self.kept.watch.note(f"{stage}: {name} {outcome}: {reason}")
         return decision
@@ -211,7 +216,7 @@ class Tuner:
             return probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
 
     def _choose_rates(self) -> tuple[float, ...]:
-        """Return the learning rates to try with all steps."""
+        """Return the learning rates to try with all steps, after a short round if the plan has one."""
         plan = self.plan
         if not plan.halving:
             return plan.rates
@@ -240,7 +245,7 @@ class Tuner:
         return rates
 
     def _sweep_ranks(self, rates: Sequence[float], **options: Any) -> Swept:
-        """Return the sweep over shared ranks.
+        """Run the sweep over shared ranks or resume it, record its losses, and return it.
 
         Raises:
             InconclusiveError: No run is finished.
@@ -297,7 +302,7 @@ class Tuner:
         return finer, suggested
 
     def _add_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
-        """Return the sweep with more seeds, where it is not significant and these would decide; and their number."""
+        """Return the sweep, the choice and the number of seeds: more of them, where these would make it significant."""
         needed, plan = swept.verdict.more_seeds, self.plan
         if choice.significant or not plan.more_seeds or needed is None:
             return swept, choice, plan.repeats
@@ -319,10 +324,12 @@ class Tuner:
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
 
     def _find_best_rates(self, swept: Swept) -> dict[int, float]:
+        """Return the best learning rate of each shared rank, by the first set and the first seed."""
         rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first_seed)
         return {rank: rate for rank, rate in rates.items() if rank is not None}
 
     def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
+        """Record the choice of a shared rank, with its gap to the best."""
         verdict = swept.verdict
         standing = next((item for item in verdict.standings if item.rank == choice.rank), None)
         behind = None if standing is None else standing.behind
@@ -340,16 +347,17 @@ class Tuner:
         )
 
     def _make_incumbent(self, choice: RankChoice) -> Variant:
-        """Return the chosen shared rank as a configuration, and keep its adapter."""
+        """Return the chosen shared rank as a configuration, trained with its adapter kept."""
         variant = Variant(uniform_name(choice.rank), self.target.config(choice.rank), choice.lr, self.plan.steps)
-        self.trials.train(self._train_with_adapter(variant))
+        self.trials.train(self._make_run_with_adapter(variant))
         return variant
 
-    def _train_with_adapter(self, variant: Variant) -> TrialRun:
-        """Return the run with the first seed, whose adapter is kept."""
+    def _make_run_with_adapter(self, variant: Variant) -> TrialRun:
+        """Return the run of a configuration with the first seed, whose adapter is kept; it is not trained here."""
         return TrialRun(variant, self.first_seed, self._adapter_folder(variant))
 
     def _adapter_folder(self, variant: Variant) -> Path:
+        """Return the folder for the adapter of a configuration, and create its parent."""
         folder = self.folder / "trials"
         folder.mkdir(exist_ok=True)
         return folder / variant.name
@@ -365,7 +373,7 @@ class Tuner:
         if reason:
             self.decide(stage, "non-uniform ranks", "not needed", reason)
             return incumbent
-        if not self.decided(stage, "non-uniform ranks") and not self.allows(3 + plan.repeats):
+        if not self.find_decision(stage, "non-uniform ranks") and not self.allows(3 + plan.repeats):
             self.decide(stage, "non-uniform ranks", "not tried", "no time was left")
             return incumbent
         try:
@@ -385,10 +393,13 @@ class Tuner:
         return ""
 
     def _make_candidates(self, incumbent: Variant, choice: RankChoice) -> list[Variant]:
-        """Return non-uniform ranks of the same budget: by marginal gains of a pilot, and by its gradients."""
+        """Train a pilot, and return non-uniform ranks of the same budget, by its spectrum and by gradients at BASE.
+
+        Ranks that PEFT cannot express, or that equal the shared rank, are recorded and left out.
+        """
         rank = min(2 * choice.rank, max(min(shape) for shape in self.target.shapes.values()))
         pilot = Variant(f"pilot-r{rank}", self.target.config(rank), choice.lr, self.plan.steps)
-        self.trials.train(self._train_with_adapter(pilot))
+        self.trials.train(self._make_run_with_adapter(pilot))
         path = self.folder / "pilot.jsonl"
         spectrum(
             self.base, self._adapter_folder(pilot), output=path, overwrite=True, device=self.run_.options["device"]
@@ -403,7 +414,7 @@ class Tuner:
         for name, options in strategies.items():
             try:
                 allocated = self._allocate_from_pilot(budget, minimum, **options)
-                config = self.target.allocated(allocated)
+                config = self.target.config_of(allocated)
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
                 continue
@@ -426,12 +437,12 @@ class Tuner:
             batches = list(replace(self.training, steps=steps).batches())
             sequences = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
             texts = replace(self.training.texts, sequences=sequences)
-            layers = {f"{path_}.weight": layer for path_, layer in self.target.layers.items()}
-            measured = gradients(
+            layers = {f"{module_path}.weight": layer for module_path, layer in self.target.layers.items()}
+            gradients_by_layer = gradients(
                 self.run_.model, layers, texts, self.training.batch, lambda: self._report_batches("gradient")
             )
             weights = {}
-            for name, gradient in measured.items():
+            for name, gradient in gradients_by_layer.items():
                 weight = layers[name].get_parameter("weight")
                 stored = self.target.stored[name.removesuffix(".weight")]
                 weights[stored] = float(gradient.double().norm() / weight.double().norm())
@@ -447,22 +458,22 @@ class Tuner:
         several, its first seed is not used.
         """
         if not candidates:
-            if self.decided(stage, comparison) is None:
+            if self.find_decision(stage, comparison) is None:
                 self.decide(stage, comparison, "not tried", "no other ranks to try")
             return incumbent
         losses: dict[str, float] = {}
-        self.trials.train(*map(self._train_with_adapter, candidates))
+        self.trials.train(*map(self._make_run_with_adapter, candidates))
         for candidate in candidates:
             runs = self.trials.runs(candidate.name, candidate.lr).get(self.own, {})
             if self.first_seed in runs:
                 losses[candidate.name] = runs[self.first_seed].loss
-        uniform_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed].loss
+        incumbent_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed].loss
         best = min(candidates, key=lambda candidate: losses.get(candidate.name, math.inf))
         for candidate in candidates:
             if candidate is not best:
-                gap = losses.get(candidate.name, math.inf) - uniform_loss
+                gap = losses.get(candidate.name, math.inf) - incumbent_loss
                 self._record_gap(stage, candidate, "rejected", f"{best.name} has a lower loss at the first seed", gap)
-        gap = losses.get(best.name, math.inf) - uniform_loss
+        gap = losses.get(best.name, math.inf) - incumbent_loss
         if gap >= -self.tolerance:
             why = f"{self._find_reason_to_stop()} of {incumbent.name} at the first seed"
             self._record_gap(stage, best, "rejected", why, gap)
@@ -470,25 +481,33 @@ class Tuner:
             self.decide(stage, comparison, "rejected", why)
             return incumbent
         kept = self._confirm(stage, incumbent, best, fresh=len(candidates) > 1)
-        word = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
-        self.decide(stage, comparison, "kept" if kept else "rejected", f"{word}{self._describe_cost(candidates)}")
+        result = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
+        self.decide(stage, comparison, "kept" if kept else "rejected", f"{result}{self._describe_cost(candidates)}")
         return best if kept else incumbent
 
     def _describe_cost(self, candidates: Sequence[Variant]) -> str:
         """Describe the share of the runs so far that the comparison took: pilot and candidates."""
         names = {variant.name for variant in candidates}
         runs = {(trial.variant, trial.lr, trial.seed) for trial in self.trials.records if trial.variant != "base"}
-        spent = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
-        return f", found with {len(spent)} of {len(runs)} runs"
+        comparison_runs = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
+        return f", found with {len(comparison_runs)} of {len(runs)} runs"
 
     def _find_reason_to_stop(self) -> str:
         """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""
         return f"not ahead by the tolerance of {self.tolerance:.4f} nats" if self.tolerance else "not ahead"
 
     def _record_gap(self, stage: str, variant: Variant, outcome: str, reason: str, gap: float) -> None:
-        known = gap if math.isfinite(gap) else None
+        """Record the outcome of a configuration from its gap at one seed."""
+        finite_gap = gap if math.isfinite(gap) else None
         self.decide(
-            stage, variant.name, outcome, reason, lr=variant.lr, params=self._count_params(variant), gap=known, seeds=1
+            stage,
+            variant.name,
+            outcome,
+            reason,
+            lr=variant.lr,
+            params=self._count_params(variant),
+            gap=finite_gap,
+            seeds=1,
         )
 
     def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
@@ -524,6 +543,7 @@ class Tuner:
         return result.kept
 
     def _count_params(self, variant: Variant) -> int:
+        """Return the trainable parameters of a configuration by its records; 0 if it has none."""
         counts = (trial.params for trial in self.trials.records if trial.variant == variant.name)
         return next(counts, 0)
 
@@ -539,8 +559,8 @@ class Tuner:
             if name not in reasons:
                 continue
             trial = change_variant(incumbent, name)
-            known = self.decided("stability", trial.name)
-            if known is None and not self._has_time(1 + self.plan.repeats):
+            decision = self.find_decision("stability", trial.name)
+            if decision is None and not self._has_time(1 + self.plan.repeats):
                 self.decide(
                     "stability", trial.name, "proposed", reasons[name], seconds=self.plan.repeats * self.one_run
                 )
@@ -557,8 +577,9 @@ class Tuner:
         return self._trained < self.plan.trials and self.allows(runs)
 
     def _judge_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
+        """Train a stability trial, and return it if it is kept; else the incumbent."""
         self._trained += 1
-        self.trials.train(self._train_with_adapter(trial))
+        self.trials.train(self._make_run_with_adapter(trial))
         trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first_seed)
         incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed]
         gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
@@ -570,6 +591,7 @@ class Tuner:
         return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
 
     def _collect_curves(self, incumbent: Variant, swept: Swept) -> Curves:
+        """Return the losses of the incumbent and of BASE from which stability is judged."""
         base = {trial.set: trial for trial in self.trials.records if trial.variant == "base"}
         incumbent_records = [
             trial for trial in self.trials.records if (trial.variant, trial.lr) == (incumbent.name, incumbent.lr)
@@ -605,12 +627,12 @@ class Tuner:
         share = gain / of_full if of_full else None
         why = escalation_reason(choice.rank, swept.ranks, share)
         if not why:
-            gains = swept.verdict.outcome != "no gain"
-            why = "a rank below the largest is enough" if gains else "no rank lowers the loss of BASE"
+            has_gain = swept.verdict.outcome != "no gain"
+            why = "a rank below the largest is enough" if has_gain else "no rank lowers the loss of BASE"
             self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
         for name, build in self._list_escalations(incumbent, choice).items():
-            if self.decided("escalation", name) is not None:
+            if self.find_decision("escalation", name) is not None:
                 continue
             variant, layers = build()
             if variant is None:
@@ -624,6 +646,7 @@ class Tuner:
         self._record_full(swept, incumbent, why)
 
     def _test_escalation(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
+        """Train a step beyond the budget with one seed, and record whether it is proposed."""
         self._trained += 1
         try:
             with self._limit_time():
@@ -653,7 +676,7 @@ class Tuner:
     def _compute_gap(
         self, incumbent_runs: Mapping[str, Any], challenger_runs: Mapping[str, Any], name: str
     ) -> Gap | None:
-        """Return the gap of one seed, with its error over paired sequences."""
+        """Return the gap of the first seed, with its error over paired sequences; None without both runs."""
         counts = self.trials.predictions.get(name, ())
         incumbent, challenger = (
             incumbent_runs.get(name, {}).get(self.first_seed),
@@ -678,12 +701,13 @@ class Tuner:
         }
 
     def _raise_rank(self, incumbent: Variant, choice: RankChoice) -> tuple[Variant | None, tuple[str, ...]]:
+        """Return ranks for a larger budget, and the layers that gain most; None without a pilot or such layers."""
         path = self.folder / "pilot.jsonl"
         if not path.is_file():
             return None, ()
         try:
             allocated = self._allocate_from_pilot(round(RAISED_FACTOR * choice.rank * self.plan.per_rank), choice.rank)
-            config = self.target.allocated(allocated)
+            config = self.target.config_of(allocated)
         except LoradiagError:
             return None, ()
         grown = sorted((record for record in allocated if record.rank > choice.rank), key=lambda r: -r.rank)
@@ -693,7 +717,7 @@ class Tuner:
         return variant, tuple(record.layer for record in grown[:MAX_NAMED])
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
-        """Return the incumbent on all linear layers too, where it is on some; else on the head, if it is untied."""
+        """Return the incumbent with further linear layers, else an untied head, and their names; None without any."""
         layers = {name.removesuffix(".weight") for name in layers_without_head(self.run_.model.module)}
         missing = sorted(layers - set(self.target.layers))
         if not missing:
@@ -737,6 +761,7 @@ class Tuner:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _find_full(self, swept: Swept) -> Any:
+        """Return the row of full fine-tuning at its best rate; None if it was not trained."""
         records = swept.results.whole_of(Probe)
         rates = best_rates(records, self.run_.sets[0].name, self.first_seed, "full")
         return next(iter(by_rank(records, self.own, rates, "full")), None)
@@ -750,11 +775,12 @@ class Tuner:
         return base - fmean(losses), full
 
     def _get_base_loss(self, name: str) -> float:
+        """Return the loss of BASE on a set; NaN if it is not finite."""
         loss = next(trial.loss for trial in self.trials.records if trial.variant == "base" and trial.set == name)
         return math.nan if loss is None else loss
 
     def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
-        """Record the choice, and write the outputs."""
+        """Record the choice, train its adapter if that is missing, and write the outputs."""
         runs = self.trials.runs(incumbent.name, incumbent.lr)
         losses = [run.loss for run in runs[self.own].values()]
         gain, of_full = self._compute_gains(swept, incumbent)
@@ -765,7 +791,7 @@ class Tuner:
         shifted_gains, set_shifted = [], self.shifted[0] if self.shifted else ""
         if set_shifted:
             shifted_gains = [self._get_base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
-        redistributed = self.decided("redistribution", "non-uniform ranks")
+        redistributed = self.find_decision("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
         record = Tune(
             set=self.own,

@@ -1,14 +1,11 @@
-"""Adapter configurations of a search, in PEFT's form. Trains nothing.
+"""Configurations of a search, decisions from their losses, and training runs outside the sweep.
 
-Decisions from losses: the rank, whether a challenger is kept, which trials the curves justify. Trains nothing.
+Configurations are in PEFT's form. Decisions are the rank, whether a challenger is kept, and which trials the curves
+justify. A challenger is compared with the incumbent on the same seeds and the same sequences. It is kept only where its
+loss is significantly lower in-domain (two standard errors of the paired differences, more with few seeds), and its mean
+loss is not higher on the shifted sets: the incumbent wins ties.
 
-A challenger is compared with the incumbent on the same seeds and the same sequences. It is kept only where its loss is
-significantly lower in-domain (two standard errors of the paired differences, more with few seeds), and its mean loss is
-not higher on the shifted sets: the incumbent wins ties.
-
-Training runs of ``tune`` outside the sweep: each runs once and is recorded with its losses.
-
-BASE is unchanged after every run.
+Each run is trained once and recorded with its losses. BASE is unchanged after every run.
 """
 
 from __future__ import annotations
@@ -78,12 +75,12 @@ class Variant:
         return float(self.config["lora_alpha"]) / int(self.config["r"])
 
 
-def find_shortest_names(chosen: Sequence[str], every: Collection[str]) -> list[str]:
+def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> list[str]:
     """Return the shortest names by which PEFT finds these modules and no other.
 
     Args:
         chosen: Paths of the modules to adapt.
-        every: Paths of all modules.
+        all_paths: Paths of all modules.
 
     Example:
         >>> find_shortest_names(["a.0.q", "a.1.q", "a.0.v"], ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
@@ -92,7 +89,7 @@ def find_shortest_names(chosen: Sequence[str], every: Collection[str]) -> list[s
     names: set[str] = set()
     for path in chosen:
         leaf = path.rpartition(".")[2]
-        reached = {candidate for candidate in every if candidate == leaf or candidate.endswith(f".{leaf}")}
+        reached = {candidate for candidate in all_paths if candidate == leaf or candidate.endswith(f".{leaf}")}
         names.add(leaf if reached <= set(chosen) else path)
     return sorted(names)
 
@@ -272,6 +269,7 @@ def gap_of(
 
 
 def _average_nll(runs: Sequence[Measured]) -> list[float]:
+    """Return the mean over runs of each sequence's NLL; empty if the runs have different sequences."""
     if len({len(run.nll) for run in runs}) > 1:
         return []
     return [fmean(values) for values in zip(*(run.nll for run in runs), strict=True)]
@@ -280,7 +278,7 @@ def _average_nll(runs: Sequence[Measured]) -> list[float]:
 def contest(
     incumbent: Runs, challenger: Runs, own: str, shifted: Sequence[str], predictions: Mapping[str, Sequence[int]]
 ) -> Contest:
-    """Return whether a challenger is kept.
+    """Compare a challenger with the incumbent, and return whether it is kept.
 
     Args:
         incumbent: Its runs.
@@ -290,12 +288,12 @@ def contest(
         predictions: Number of predictions of each sequence, by set.
     """
     own_gap = gap_of(incumbent.get(own, {}), challenger.get(own, {}), predictions.get(own, ()))
-    others = [
+    shifted_gaps = [
         gap
         for name in shifted
         if (gap := gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))) is not None
     ]
-    shifted_gap = _pool_gaps(others)
+    shifted_gap = _pool_gaps(shifted_gaps)
     if own_gap is None or own_gap.half is None:
         return Contest("not known", False, own_gap, shifted_gap)
     is_better, is_worse = (
@@ -303,11 +301,11 @@ def contest(
         own_gap.value > own_gap.half,
     )
     outcome: Outcome = "better" if is_better else "worse" if is_worse else "tie"
-    return Contest(outcome, is_better and all(gap.value <= 0 for gap in others), own_gap, shifted_gap)
+    return Contest(outcome, is_better and all(gap.value <= 0 for gap in shifted_gaps), own_gap, shifted_gap)
 
 
 def _pool_gaps(gaps: Sequence[Gap]) -> Gap | None:
-    """Return the mean over sets; their errors are treated as independent."""
+    """Return the mean over sets, with errors treated as independent; None without sets."""
     if not gaps:
         return None
     errors = [gap.error for gap in gaps if gap.error is not None]
@@ -354,7 +352,7 @@ def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
-    """Return the geometric mean of the chosen rank and the next lower one tried; None unless that is below its half.
+    """Return the geometric mean of the chosen rank and the next lower one tried; None unless the latter is below half.
 
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)
@@ -377,7 +375,7 @@ class Curves:
         train: Its training loss at the end, mean over seeds.
         spread: Standard deviation of its held-out loss over seeds; None for one seed.
         tolerance: In nats.
-        diverged: Runs that diverged at its rank, at any rate up to its own.
+        diverged: Number of LoRA runs of the sweep that diverged, at any rate up to its own.
         base_shifted: BASE's loss on the first shifted set; None without one.
         shifted: Its own loss there.
     """
@@ -647,7 +645,7 @@ def uniform_name(rank: int) -> str:
 def trial_of(
     texts: Texts, losses: Losses, variant: Variant | None, seed: int, params: int, train_loss: float
 ) -> TuneTrial:
-    """Return the record of a run on one set; of BASE without a configuration."""
+    """Return the record of a run on one set; of BASE if ``variant`` is None."""
     is_finite = train_loss == train_loss and abs(train_loss) != float("inf")
     return TuneTrial(
         **losses.on(texts),
@@ -677,7 +675,7 @@ def save_adapter(module: Any, folder: Path) -> None:
 
 
 def save_copy(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write an adapter's weights with another configuration to a temporary folder, then rename it."""
+    """Write an adapter's weights with another configuration to a temporary folder, then replace ``folder``."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()

@@ -360,7 +360,7 @@ def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
         trials=SimpleNamespace(
             train=lambda *_: None, runs=lambda name, lr, *_: {"dev": {0: Measured(losses[name])}}
         ),
-        tolerance=0.005, first_seed=0, own="dev", _train_with_adapter=lambda one: None, _count_params=lambda one: 1,
+        tolerance=0.005, first_seed=0, own="dev", _make_run_with_adapter=lambda one: None, _count_params=lambda one: 1,
         _find_reason_to_stop=lambda: "", _describe_cost=lambda candidates: "",
         _record_gap=lambda stage, one, outcome, why, gap: outcomes.update({one.name: outcome}),
         decide=lambda stage, name, outcome, why: outcomes.update({name: outcome}),

@@ -22,7 +22,7 @@ from lora_diag.probes.outputs.show import (
     SUFFICIENT_SHARE,
     Contest,
     compare_with_base,
-    gains,
+    find_gain,
     is_tuned_worse,
 )
 from lora_diag.probes.sweep import SweepOptions
@@ -333,7 +333,7 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
         joint = [record for record in records if record.layer is None and record.module_type is None]
         sets = main_sets(joint)
         bases = {record.set: record for record in joint if record.subject == "base"}
-        if any(gains(bases.get(name)) is None for name in sets):
+        if any(find_gain(bases.get(name)) is None for name in sets):
             continue
         cut = [record for record in joint if record.subject == "truncated" and record.set in sets]
         for rank in sorted({record.rank for record in cut if record.rank}):

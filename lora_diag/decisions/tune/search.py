@@ -47,7 +47,7 @@ from lora_diag.metrics.statistics import errors_needed
 from lora_diag.models.training import Training, layers_without_head
 from lora_diag.probes.sensitivity.measure import gradients
 from lora_diag.probes.sweep.measure import probe_sweep
-from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, diverged, swept_of
+from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, find_diverged, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
@@ -606,7 +606,7 @@ class Tuner:
             if self.shifted and trial.set == self.shifted[0] and trial.loss is not None
         ]
         records = swept.results.whole_of(Probe)
-        diverged_runs = {run for run in diverged(records) if run[0] == "lora" and (run[2] or 0.0) <= incumbent.lr}
+        diverged_runs = {run for run in find_diverged(records) if run[0] == "lora" and (run[2] or 0.0) <= incumbent.lr}
         return Curves(
             base=base_record.loss or 0.0,
             loss=fmean(losses),

@@ -1,7 +1,4 @@
-"""``probe activations``: second moments of the layers' inputs.
-
-Options of ``probe activations``.
-"""
+"""``probe activations``, registration and options: second moments of the layers' inputs."""
 
 from typing import Annotated
 

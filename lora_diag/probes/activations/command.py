@@ -1,4 +1,4 @@
-"""``loradiag probe activations``: the inputs of the layers."""
+"""``loradiag probe activations``: second moments of the layers' inputs."""
 
 from __future__ import annotations
 

@@ -59,11 +59,11 @@ def probe_activations(
         **options: ``ActivationsOptions``.
 
     Returns:
-        The recorded and the skipped layers.
+        The output file, the text, the recorded layers, and the skipped ones with the reason.
 
     Raises:
-        UsageError: An option is invalid, or ``output`` exists.
-        InputError: An input cannot be read, or the output cannot be written.
+        UsageError: An option is invalid, ``output`` exists, or the extra ``train`` is not installed.
+        InputError: An input cannot be read, transformers cannot open BASE, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
 
     Example:
@@ -84,20 +84,20 @@ def probe_activations(
     stored = open_checkpoint(base)
     model = run.open(base)
     texts = run.read(data)
-    names, left_out = _choose_layers(model, stored, selected)
+    base_names, left_out = _choose_layers(model, stored, selected)
     run.watch.total = sum(1 for _ in iterate_equal_batches(texts, run.batch))
     linear = linear_layers(model.module)
-    requested = {name: linear[name] for name in names}
-    sizes = [(input_dimension(layer), output_dimension(layer)) for layer in requested.values()]
+    layers = {name: linear[name] for name in base_names}
+    sizes = [(input_dimension(layer), output_dimension(layer)) for layer in layers.values()]
     gib = 8 * sum(inputs**2 + gradients * outputs**2 for inputs, outputs in sizes) / 2**30
-    memory = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
-    memory += "; about three times as long with the backward pass" if gradients else ""
-    run.estimate(texts, f"{pluralize(len(requested), 'layer', 'layers')} on 1 set", memory)
+    cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
+    cost_note += "; about three times as long with the backward pass" if gradients else ""
+    run.estimate(texts, f"{pluralize(len(layers), 'layer', 'layers')} on 1 set", cost_note)
     draw = Draw(labels, seed) if gradients else None
-    listener = record(model, texts, requested, run.batch, partial(run.watch.batch, "reading"), draw)
-    moments = {names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}
-    left_out |= {names[layer]: "not used on this text" for layer in requested if names[layer] not in moments}
-    moments |= {GRADIENTS + names[layer]: moment for layer, moment in listener.outputs.items()}
+    listener = record(model, texts, layers, run.batch, partial(run.watch.batch, "reading"), draw)
+    moments = {base_names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}
+    left_out |= {base_names[layer]: "not used on this text" for layer in layers if base_names[layer] not in moments}
+    moments |= {GRADIENTS + base_names[layer]: moment for layer, moment in listener.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
     metadata = _make_metadata(stored, model, texts, tokens)
     _write(
@@ -111,7 +111,7 @@ def probe_activations(
         notes=texts.notes,
         tokens=tokens,
         gradients=labels if gradients else None,
-        layers=tuple(_list_layer_inputs(listener, names)),
+        layers=tuple(_list_layer_inputs(listener, base_names)),
         left_out={
             legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
         },
@@ -121,19 +121,25 @@ def probe_activations(
 def _choose_layers(
     model: Model, stored: Checkpoint, selected: Callable[[str], bool]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the selected linear layers by their names in the model, with those in BASE; and the skipped ones."""
+    """Return the names in BASE of the selected linear layers, by their names in the model; and why others are skipped.
+
+    Raises:
+        NothingComparedError: No linear layer is selected.
+    """
     weights, linear = Weights(model.module), linear_layers(model.module)
-    known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
-    names = {name: known[name] for name in linear if name in known and selected(known[name])}
-    left_out = {name: "not stored under a name of its own in BASE (tied)" for name in linear if name not in known}
-    for name, stored_name in known.items():
-        if name not in names and len(stored[stored_name].shape) > 1:
+    stored_names = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
+    base_names = {name: stored_names[name] for name in linear if name in stored_names and selected(stored_names[name])}
+    left_out = {
+        name: "not stored under a name of its own in BASE (tied)" for name in linear if name not in stored_names
+    }
+    for name, stored_name in stored_names.items():
+        if name not in base_names and len(stored[stored_name].shape) > 1:
             left_out[stored_name] = "not selected" if name in linear else "not a linear layer of its own"
-    if not names:
+    if not base_names:
         raise NothingComparedError(
             f"{stored.path}: no linear layer is selected, so there is nothing to record; change --layers or --exclude"
         )
-    return names, left_out
+    return base_names, left_out
 
 
 def _make_metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) -> dict[str, str]:
@@ -152,23 +158,23 @@ def _make_metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) 
 
 
 def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], overwrite: bool) -> None:
-    shapes = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
-    write_safetensors(output, shapes, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
+    infos = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
+    write_safetensors(output, infos, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
 
 
-def _list_layer_inputs(listener: Listener, names: dict[str, str]) -> list[LayerInput]:
+def _list_layer_inputs(listener: Listener, base_names: dict[str, str]) -> list[LayerInput]:
     inputs: list[LayerInput] = []
     for moment in listener.moments.values():
         c, first = moment.mean, moment.layers[0]
         square, fro = float(c.trace()), float(c.norm())
         inputs += [
             LayerInput(
-                layer=legible(names[layer]),
+                layer=legible(base_names[layer]),
                 size=len(c),
                 rows=moment.rows,
                 square=square,
                 directions=(square / fro) ** 2 if fro else 1.0,
-                shares=None if layer == first else legible(names[first]),
+                shares=None if layer == first else legible(base_names[first]),
             )
             for layer in moment.layers
         ]

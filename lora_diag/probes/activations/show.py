@@ -19,8 +19,8 @@ def activations_table(
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:
-    """Return the statements: model and text, recorded layers, and skipped layers."""
-    sums = sum(item.shares is None for item in recorded.layers)
+    """Return the statements: model, text, recorded layers, gradients, warning, interpretation, skipped layers."""
+    distinct = sum(item.shares is None for item in recorded.layers)
     underdetermined = [item for item in recorded.layers if item.rows < item.size]
     statements = [
         make_statement("model", "Model", safe(recorded.model)),
@@ -29,7 +29,7 @@ def activations_lines(recorded: Activations) -> list[Statement]:
             "recorded",
             "Recorded",
             f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} "
-            f"tokens; {sums} of them have inputs of their own, the others share inputs",
+            f"tokens; {distinct} of them have inputs of their own, the others share inputs",
         ),
     ]
     if recorded.gradients:
@@ -39,7 +39,9 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         )
         statements.append(make_statement("gradients", "Gradients", gradients))
     if underdetermined:
-        statements.append(make_statement("few_inputs", "Warning", _describe_too_few(underdetermined), level="warning"))
+        statements.append(
+            make_statement("few_inputs", "Warning", _describe_too_few_inputs(underdetermined), level="warning")
+        )
     reading = (
         "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
         "dimension has most of ‖x‖²"
@@ -48,11 +50,11 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
-    parts = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
-    return [*statements, make_statement("left_out", "Left out", "; ".join(parts) or "nothing")]
+    skipped = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
+    return [*statements, make_statement("left_out", "Left out", "; ".join(skipped) or "nothing")]
 
 
-def _describe_too_few(layers: Sequence[LayerInput]) -> str:
+def _describe_too_few_inputs(layers: Sequence[LayerInput]) -> str:
     worst = min(layers, key=lambda item: item.rows / item.size)
     return (
         f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "

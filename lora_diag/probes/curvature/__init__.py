@@ -1,7 +1,4 @@
-"""``probe curvature``: curvature of the loss along the update.
-
-Options of ``probe curvature``.
-"""
+"""``probe curvature``, registration and options: curvature of the loss along the update."""
 
 from collections.abc import Sequence
 from typing import Annotated

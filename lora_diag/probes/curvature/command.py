@@ -29,11 +29,11 @@ def curvature(
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_curvature(base, tuned, **arguments, **callbacks)
-    text = str(arguments["evaluate"][0])
-    hint = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", text])
-    why = "   (the gap at every rank, on more text)"
+    evaluation_file = str(arguments["evaluate"][0])
+    hint = shlex.join(["loradiag", "probe", "truncation", str(base), str(tuned), "--eval", evaluation_file])
+    explanation = "   (the gap at every rank, on more text)"
     if tuned is None:
-        hint = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", text])
-        why = "   (which rank training needs)"
+        hint = shlex.join(["loradiag", "probe", "sweep", str(base), "--data", "TEXT", "--eval", evaluation_file])
+        explanation = "   (which rank training needs)"
     rows = "layer" if arguments["granularity"] == "layer" else "type"
-    shown.show(results, next_step(arguments["output"], hint + why), rows)
+    shown.show(results, next_step(arguments["output"], hint + explanation), rows)

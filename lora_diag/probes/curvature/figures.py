@@ -1,4 +1,4 @@
-"""`curvature`: loss gap of a truncation as measured, by the second-order model, and its upper bound."""
+"""`curvature`: loss gaps of truncations, their second-order model and upper bound; eigenvalues or traces of layers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from lora_diag.rendering.figures.style import (
     wrap_text,
 )
 
+# Colours of the lines.
 MEASURED, MODEL, BOUND = CATEGORIES[0], CATEGORIES[1], QUIET
-# Names and styles of the lines.
+# Quantities, names and styles of the lines.
 STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gap", "measured", {"marker": "o"}),
     ("predicted", "linear + quadratic model", {"ls": (0, (4, 2)), "marker": "s"}),
@@ -38,7 +39,7 @@ STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 # Name of the last line if λ is of the Gauss–Newton matrix, which omits part of the Hessian and so gives no bound.
 NO_BOUND = "λ term, no bound"
-# Maximum number of rows of eigenvalues.
+# Maximum number of rows of eigenvalues or traces.
 ROWS = 24
 
 
@@ -53,7 +54,8 @@ def curvature(
         name: Name of the evaluation set; default the first.
 
     Returns:
-        The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers.
+        The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers, or
+            their traces if no eigenvalue of a layer was computed.
     """
     records = list(results.whole if isinstance(results, Results) else results)
     sets = _list_sets(records)
@@ -65,7 +67,7 @@ def curvature(
             )
             axes.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
             axes.set_title(
-                _describe_run(chosen, [_select_bounds(records, chosen)], _is_bound(records)),
+                _make_title(chosen, [_select_bounds(records, chosen)], _is_bound(records)),
                 parse_math=False,
                 loc="left",
             )
@@ -78,7 +80,7 @@ def curvature(
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the gaps, one panel per set, and the largest eigenvalue of each layer if computed."""
+    """Draw the gaps, one panel per set, and largest eigenvalues of layers if computed; without gaps, else traces."""
     runs = [(item.label, [r for r in item.whole if isinstance(r, Curvature | LossBound)]) for item in series]
     all_records = [record for _, records in runs for record in records]
     sets = _list_sets(all_records)
@@ -91,14 +93,12 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         inches *= 1 - NAMES
     short = crop_names(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
     panel_height = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
-    words = _make_text(series, all_records, bool(sets), style)
-    figure, axes = sheet(style, words, -(-panels // columns), columns, panel=panel_height, share=False)
+    text = _make_text(series, all_records, bool(sets), style)
+    figure, axes = sheet(style, text, -(-panels // columns), columns, panel=panel_height, share=False)
     for name, ax in zip(sets, axes, strict=False):
         bounds = [_select_bounds(records, name) for _, records in runs]
         _draw_gaps(ax, bounds, inches, style)
-        ax.set_title(
-            wrap_text(_describe_run(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False
-        )
+        ax.set_title(wrap_text(_make_title(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
         ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
     if rows:
         ax = axes[len(sets)]
@@ -128,6 +128,7 @@ def _select_bounds(records: Iterable[Curvature | LossBound], name: str) -> list[
 
 
 def _quantity_values(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a quantity of each truncation; NaN where it is not positive, so that the logarithmic axis omits it."""
     values = [r.linear + r.upper if quantity == "bound" else float(getattr(r, quantity)) for r in records]
     return np.array([value if value > 0 else np.nan for value in values])
 
@@ -135,12 +136,12 @@ def _quantity_values(records: Sequence[LossBound], quantity: str) -> np.ndarray[
 def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
     ax.set_yscale("log")
-    shown = []
+    drawn_values = []
     for number, records in enumerate(runs):
         ranks = [record.rank for record in records]
         for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
             values = _quantity_values(records, quantity)
-            shown += values[np.isfinite(values)].tolist()
+            drawn_values += values[np.isfinite(values)].tolist()
             line_options: dict[str, Any] = {
                 "color": color if len(runs) == 1 else category(number),
                 "ms": 3 * width,
@@ -162,14 +163,14 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
                     label=f"_{quantity}",
                     **line_options,
                 )
-    low, high = min(shown, default=1.0), max(shown, default=1.0)
+    low, high = min(drawn_values, default=1.0), max(drawn_values, default=1.0)
     ax.set_ylim(low / 2.5, high * 2.5)
     ax.yaxis.set_major_formatter(log_label)
     measured_axis(ax, [record.rank for records in runs for record in records], inches, style)
 
 
-def _describe_run(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
-    """Return the label of a set with the ratios of model and bound to the measured gap."""
+def _make_title(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
+    """Return the label of a set, for one run with the ratios of model and bound to the measured gap."""
     label = name_of(name)
     positive = [record for records in runs for record in records if record.gap > 0]
     if len(runs) > 1 or not positive:
@@ -183,7 +184,7 @@ def _describe_run(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool)
 
 
 def _format_range(ratios: Sequence[float]) -> str:
-    """Return a range to two digits."""
+    """Return the range of the ratios, to two digits."""
     low, high = (_format_ratio(ratio) for ratio in (min(ratios), max(ratios)))
     return low if low == high else f"{low} to {high}"
 
@@ -194,7 +195,7 @@ def _format_ratio(ratio: float) -> str:
 
 
 def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
-    """Return the largest eigenvalues of the layers, else their traces; the title of the panel, and the axis label."""
+    """Return rows of largest eigenvalues, or traces if no layer has eigenvalues; the panel's title; the axis label."""
     named = [
         (category(number), record)
         for number, (_, records) in enumerate(runs)

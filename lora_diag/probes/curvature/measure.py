@@ -1,18 +1,12 @@
-"""Curvature of the loss: Hessian-vector products of a model's mean loss on a set, and derived quantities.
+"""``probe curvature``: measure the curvature of the loss, and compare its prediction for truncations with their loss.
 
-A product is one backward pass through a gradient (Pearlmutter 1994), which works for every model that torch can
-differentiate twice. Forward mode, as in curvlinops 3.0, does not support SiLU, used by every Llama; the tests compare
-these products with curvlinops where it runs, and with dense Hessians.
-
-Records of curvature at one point, of all layers jointly and of every layer.
-
-Loss of a truncation: the second-order model at the fine-tuned point, its bounds, and the measured loss.
+A Hessian-vector product of a model's mean loss on a set is one backward pass through a gradient (Pearlmutter 1994),
+which works for every model that torch can differentiate twice. Forward mode, as in curvlinops 3.0, does not support
+SiLU, used by every Llama; the tests compare these products with curvlinops where it runs, and with dense Hessians.
 
 With E = ΔW_r − ΔW over all truncated layers, L(W_tuned + E) − L(W_tuned) = ⟨∇L, E⟩ + ½⟨E, H(ξ)E⟩ for some point ξ
 between the two (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvature between them exceeds λ; λ is measured at
 one end.
-
-``probe curvature``: measure the curvature of the loss and its prediction for truncations.
 """
 
 from __future__ import annotations
@@ -115,9 +109,9 @@ class LossFunction:
         shapes = {layer: self.layers[layer]}
         return LossFunction(self._model, self._texts, self._size, shapes, self._matrix, self._after)
 
-    def flat(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one vector ``(n,)`` of all layers' tensors."""
-        return torch.cat([parts[layer].reshape(-1) for layer in self.layers])
+        return torch.cat([tensors[layer].reshape(-1) for layer in self.layers])
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the layers' matrices ``(out, in)`` of one vector."""
@@ -157,22 +151,22 @@ class LossFunction:
         return top, eigenpairs(self.product, n, 1, "smallest", seed, device, float(top.values[0]))
 
     def _sum(self, step: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
-        """Sum the results of a step over batches, divided by the number of predictions."""
-        total = [torch.zeros_like(parameter) for parameter in self._parameters]
+        """Return the sum of a step's results over batches, divided by the number of predictions, ``(n,)``."""
+        sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         predictions = 0
         with _enable_gradients(self._parameters):
             for batch in iterate_batches(len(self._texts.sequences), self._size):
                 chosen = [self._texts.sequences[i] for i in batch]
                 outputs = logits_of(self._model, chosen)
-                kept = [select_predictions(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
-                logits = torch.cat([values for values, _ in kept]).float()
-                targets = torch.cat([labels for _, labels in kept])
+                pairs = [select_predictions(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
+                logits = torch.cat([values for values, _ in pairs]).float()
+                targets = torch.cat([labels for _, labels in pairs])
                 loss = functional.cross_entropy(logits, targets, reduction="sum")
-                for sum_, part in zip(total, step(loss, logits), strict=True):
+                for sum_, part in zip(sums, step(loss, logits), strict=True):
                     sum_ += part.detach()
                 predictions += len(targets)
                 self._after()
-        by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, total, strict=True)}
+        by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, sums, strict=True)}
         parts = {
             layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locations.items()
         }
@@ -189,6 +183,11 @@ class LossFunction:
 
 
 def _locate_layers(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Location]:
+    """Return where the model has each layer of BASE.
+
+    Raises:
+        InputError: The model has no such weight.
+    """
     names, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
     locations = {}
     for layer in layers:
@@ -204,7 +203,7 @@ def _locate_layers(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> 
 
 @contextmanager
 def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Enable gradients of these parameters only, with attention that can be differentiated twice."""
+    """Enable gradients of these parameters within the block, with attention that can be differentiated twice."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -219,7 +218,7 @@ def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def _multiply_hessian(
     loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Return ∇⟨∇L, x⟩ (Pearlmutter 1994)."""
+    """Return ∇⟨∇L, x⟩ (Pearlmutter 1994), L the summed loss of a batch."""
     gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     inner = torch.stack([(part * vector).sum() for part, vector in zip(gradient, vectors, strict=True)]).sum()
     if not inner.requires_grad:  # the loss is linear in these parameters, or does not depend on them
@@ -271,6 +270,9 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
         probes: Number of random vectors.
         seed: Seed of their signs.
 
+    Returns:
+        The trace of the joint Hessian, and those of the blocks by layer.
+
     Reference:
         Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix".
     """
@@ -281,11 +283,11 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
         signs = signs.to(loss_function.device)
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
-    together = [sum(terms) for terms in zip(*by_layer.values(), strict=True)]
-    return _mean_with_error(together), {layer: _mean_with_error(samples) for layer, samples in by_layer.items()}
+    joint_samples = [sum(terms) for terms in zip(*by_layer.values(), strict=True)]
+    return _estimate_trace(joint_samples), {layer: _estimate_trace(samples) for layer, samples in by_layer.items()}
 
 
-def _mean_with_error(samples: Sequence[float]) -> Trace:
+def _estimate_trace(samples: Sequence[float]) -> Trace:
     n = len(samples)
     mean = sum(samples) / n
     if n < 2:
@@ -293,21 +295,21 @@ def _mean_with_error(samples: Sequence[float]) -> Trace:
     return Trace(mean, math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (n - 1) / n), n)
 
 
-def projected(gradient: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def project(gradient: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return the coefficients ⟨v_j, g⟩ ``(k,)`` of a gradient, and Σ_j ⟨v_j, g⟩ v_j ``(n,)``."""
     coefficients = vectors.T @ gradient
     return coefficients, vectors @ coefficients
 
 
 def surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squared: float) -> Surrogate:
-    """Return how many eigenpairs, and which matrix rank, hold most of a projected gradient.
+    """Return the fraction of a gradient in the span of eigenpairs, and the number and rank that hold most of that part.
 
     Args:
         coefficients: Coefficients of all eigenpairs in order, ``(k,)``.
         matrix: The projected gradient of this layer, ``(out, in)``.
         joint: Whether the eigenpairs are those of all layers together.
         size: Number of parameters of the eigenvectors.
-        squared: ‖g‖² of the projected gradient.
+        squared: ‖g‖² of the gradient before projection.
     """
     energy_held = coefficients.double().square().cumsum(0)
     s = torch.linalg.svdvals(matrix.double())
@@ -373,7 +375,7 @@ def curvatures(
     joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the requested records; records of one list belong together.
+    """Yield the requested records; surrogates only at BASE. Records of one list come from the same eigenpairs.
 
     Args:
         point: The point.
@@ -388,14 +390,14 @@ def curvatures(
     if not joint and not layers:
         return
     loss_function, parts = point.loss_function, point.loss_function.split(gradient)
-    together, alone = traces(loss_function, effort.probes, effort.seed)
+    joint_trace, layer_traces = traces(loss_function, effort.probes, effort.seed)
     if joint or (per == "all" and layers):
         largest, smallest = loss_function.ends(effort.top, effort.seed)
-        records = [_record(point, losses, None, gradient, together, largest, smallest)]
+        records = [_record(point, losses, None, gradient, joint_trace, largest, smallest)]
         if per == "all":
             surrogates = _make_surrogates(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
             records += [
-                _record(point, losses, layer, parts[layer], alone[layer], surrogate=surrogates.get(layer))
+                _record(point, losses, layer, parts[layer], layer_traces[layer], surrogate=surrogates.get(layer))
                 for layer in layers
             ]
         yield records
@@ -403,18 +405,20 @@ def curvatures(
         block, own_gradient = loss_function.only(layer), parts[layer].reshape(-1)
         largest, smallest = block.ends(effort.top, effort.seed)
         surrogates = _make_surrogates(block, own_gradient, largest, joint=False) if point.at == "base" else {}
-        yield [_record(point, losses, layer, own_gradient, alone[layer], largest, smallest, surrogates.get(layer))]
+        yield [
+            _record(point, losses, layer, own_gradient, layer_traces[layer], largest, smallest, surrogates.get(layer))
+        ]
 
 
 def _make_surrogates(
     loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool
 ) -> dict[str, Surrogate]:
     """Return the surrogate of every layer from the part of the gradient in the span of the eigenpairs."""
-    coefficients, whole = projected(gradient, largest.vectors)
+    coefficients, projection = project(gradient, largest.vectors)
     squared = inner(gradient, gradient)
     return {
         layer: surrogate(coefficients, part, joint, loss_function.params, squared)
-        for layer, part in loss_function.split(whole).items()
+        for layer, part in loss_function.split(projection).items()
     }
 
 
@@ -566,7 +570,8 @@ def probe_curvature(
         **options: ``CurvatureOptions``.
 
     Returns:
-        The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank.
+        The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank
+            and fraction, if there is a TUNED.
 
     Raises:
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
@@ -586,7 +591,7 @@ def probe_curvature(
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
     evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
-    requested, fractions = list(check_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
+    ranks, fractions = list(check_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := run.options["dtype"]) != "float32":
         raise UsageError(
@@ -601,12 +606,12 @@ def probe_curvature(
     chosen = truncated_layers(deltas, **run.selection) if compared is not None else {}
     model = run.open(base)
     (texts,) = run.read_sets(evaluate)
-    swapped = Swapped(model, deltas, requested[-1]) if compared is not None else None
+    swapped = Swapped(model, deltas, ranks[-1]) if compared is not None else None
     if compared is None:
         chosen = _select_matrices(base, model, run.selection)
     matrix: Matrix = "ggn" if ggn else "hessian"
     settings = {
-        "ranks": requested if swapped else [],
+        "ranks": ranks if swapped else [],
         "along": fractions if swapped else [],
         "top": top,
         "probes": probes,
@@ -620,10 +625,12 @@ def probe_curvature(
     point = Point(model, loss_function, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         if swapped is not None:
             swapped.arrange(dict.fromkeys(swapped.layers, FULL))
-        _measure(point, effort, per, _list_todo(kept, requested, chosen), fractions, kept, run.batches([texts]))
+        _measure(
+            point, effort, per, _list_todo(run_records, ranks, chosen), fractions, run_records, run.batches([texts])
+        )
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
@@ -677,9 +684,9 @@ def _list_skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[
     ]
 
 
-def _list_todo(kept: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
+def _list_todo(run_records: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
     """Return the ranks that truncate a layer and are not measured yet."""
-    done = {record.rank for record in kept.records if isinstance(record, LossBound)}
+    done = {record.rank for record in run_records.records if isinstance(record, LossBound)}
     largest = max(min(shape) for shape in chosen.values())
     return [rank for rank in ranks if rank < largest and rank not in done]
 
@@ -690,12 +697,12 @@ def _measure(
     per: str,
     ranks: list[int],
     fractions: list[float],
-    kept: RunRecords[Any],
+    run_records: RunRecords[Any],
     batches: int,
 ) -> None:
-    """Measure records that are not in the file: joint curvature, layers, ranks."""
-    done = {record.layer: record for record in kept.records if isinstance(record, Curvature)}
-    loss_function, watch = point.loss_function, kept.watch
+    """Estimate the cost, then measure records that are not in the file: joint curvature, layers, ranks."""
+    done = {record.layer: record for record in run_records.records if isinstance(record, Curvature)}
+    loss_function, watch = point.loss_function, run_records.watch
     missing = [layer for layer in loss_function.layers if layer not in done]
     products, note = _estimate_cost(point, effort, None in done, missing if per == "layer" else [], ranks, fractions)
     watch.total = watch.done + products * batches
@@ -703,14 +710,14 @@ def _measure(
     gradient = loss_function.gradient()
     losses = measure(point.model, point.texts, point.batch, partial(watch.batch, "loss"))
     for records in curvatures(point, effort, per, gradient, losses, None not in done, missing):
-        kept.put(*records)
-    joint = next(record for record in kept.records if isinstance(record, Curvature) and record.layer is None)
+        run_records.put(*records)
+    joint = next(record for record in run_records.records if isinstance(record, Curvature) and record.layer is None)
     if point.swapped is not None:
         smallest = joint.smallest if joint.strongly_convex else None
         tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
         for rank in ranks:
             after = partial(watch.batch, f"r={rank}")
-            kept.put(
+            run_records.put(
                 *loss_bounds(
                     point.model, loss_function, point.swapped, tuned, rank, fractions, point.texts, point.batch, after
                 )
@@ -720,7 +727,7 @@ def _measure(
 def _estimate_cost(
     point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], fractions: list[float]
 ) -> tuple[int, str]:
-    """Time one product; return the estimated number of products, and a note on the duration."""
+    """Time one product; return the estimated number of products, and a note on duration and memory."""
     start = time.perf_counter()
     point.loss_function.product(point.loss_function.weights())
     seconds = time.perf_counter() - start

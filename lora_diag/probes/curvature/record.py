@@ -21,7 +21,8 @@ class Surrogate(Record):
         eigenpairs: K.
         joint: Whether the eigenvectors are those of all layers jointly, restricted to this layer; else of its own
             block.
-        share: ‖P‖²/‖g‖² of the projected gradient: of all layers if ``joint``, else of this layer.
+        share: ‖P‖²/‖g‖² of the gradient: of all layers if ``joint``, else of this layer;
+            null if g is 0.
         random: Expected fraction in a random K-dimensional space, K over the number of parameters.
         pairs_at: The smallest m such that the first m eigenpairs hold 90% of ‖P‖²; null if P is 0.
         rank_at: Matrix rank of P at 90%, 95% and 99% of its energy; null if P is 0.
@@ -42,8 +43,8 @@ def _pool_norm(records: Sequence[Curvature]) -> float:
 
 
 def _pool_trace_error(records: Sequence[Curvature]) -> float | None:
-    known = [record.trace_error for record in records if record.trace_error is not None]
-    return math.hypot(*known) if len(known) == len(records) else None
+    errors = [record.trace_error for record in records if record.trace_error is not None]
+    return math.hypot(*errors) if len(errors) == len(records) else None
 
 
 class Curvature(WholeRecord):
@@ -68,7 +69,7 @@ class Curvature(WholeRecord):
         trace_error: Its standard error; null with one random vector.
         trace_vectors: Number of random vectors.
         products: Number of Hessian-vector products for the eigenvalues.
-        surrogate: Surrogate from the gradient; null except at BASE.
+        surrogate: Surrogate from the gradient; null except for a layer at BASE.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "layer", "at", "matrix")
@@ -136,12 +137,13 @@ class LossBound(WholeRecord):
         quadratic: ½⟨E, HE⟩.
         upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
         lower: (μ/2)‖E‖² with μ the smallest eigenvalue if that is positive; else null.
-        curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian at W_tuned + E.
+        curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian or GGN at W_tuned + E; 0 if E is 0.
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.
-        gap_error: Its standard error over other text of the distribution; on this set the gap is exact.
+        gap_error: Its standard error over other text of the distribution; on this set the gap is exact. Null for one
+            sequence.
         sequences: Number of sequences.
-        holds: Whether ``gap`` ≤ ``linear`` + ``upper``.
+        holds: Whether ``gap`` ≤ ``linear`` + ``upper``, up to rounding.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
@@ -194,5 +196,5 @@ class LossBound(WholeRecord):
 
     @property
     def upper_ratio(self) -> float | None:
-        """``upper`` over ``gap``; None if the gap is not above 1e-6."""
+        """``upper`` over ``gap``; None if the gap is below 1e-6."""
         return self.upper / self.gap if self.gap >= 1e-6 else None

@@ -20,7 +20,7 @@ LOOSE_RATIO = 100.0
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: curvature of the loss, and quality of the model and the bound of a truncation."""
+    """Return the statements: loss, curvature, gradient; at BASE the surrogate, at TUNED model and bounds."""
     joint, layers, bounds = _split_records(results)
     statements = []
     if joint is not None:
@@ -44,7 +44,7 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table of curvatures, one row per module ``type`` or ``layer``, and that of bounds by rank."""
+    """Return the table of curvatures, one row per module ``type`` or ``layer``, and that of bounds by rank, if any."""
     joint, layers, bounds = _split_records(results)
     return [
         *([_make_curvatures_grid(joint, layers, per)] if joint is not None else []),
@@ -73,8 +73,8 @@ def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> 
         )
         columns = [
             Column("held", tuple(format_shown(middle([s.share for s in group]), percent) for group in shares)),
-            Column("pairs", tuple(_median_rank_text([s.pairs_at for s in group]) for group in shares)),
-            Column("rank 90%", tuple(_median_rank_text([s.rank_at["0.9"] for s in group]) for group in surrogates)),
+            Column("pairs", tuple(_format_median_rank([s.pairs_at for s in group]) for group in shares)),
+            Column("rank 90%", tuple(_format_median_rank([s.rank_at["0.9"] for s in group]) for group in surrogates)),
         ]
     columns = [column for column in columns if set(column.cells) != {"-"}]
     about = (
@@ -89,7 +89,7 @@ def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> 
     return grid_of(Curvature.shown, groups, title_of(per), caption, about, columns)
 
 
-def _median_rank_text(ranks: Sequence[int | None]) -> str:
+def _format_median_rank(ranks: Sequence[int | None]) -> str:
     known = [rank for rank in ranks if rank is not None]
     return median_rank(known, max(known)) if known else "-"
 
@@ -99,13 +99,13 @@ def _name_matrix(joint: Curvature) -> str:
 
 
 def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
-    whole = [record for record in bounds if record.along == 1]
-    smallest_step = {record.rank: record for record in bounds if record.along == min(bound.along for bound in bounds)}
-    rows = [(f"r={record.rank}", [record]) for record in whole]
+    truncated = [record for record in bounds if record.along == 1]
+    nearest_by_rank = {record.rank: record for record in bounds if record.along == min(bound.along for bound in bounds)}
+    rows = [(f"r={record.rank}", [record]) for record in truncated]
     columns = columns_of(LossBound.shown, rows)
-    if any(record.along < 1 for record in smallest_step.values()):
+    if any(record.along < 1 for record in nearest_by_rank.values()):
         along = min(record.along for record in bounds)
-        nearer = [(name, [smallest_step[r.rank]] if r.rank in smallest_step else []) for name, (r,) in rows]
+        nearer = [(name, [nearest_by_rank[r.rank]] if r.rank in nearest_by_rank else []) for name, (r,) in rows]
         ratio_field = next(field for field in LossBound.shown if field.path == "predicted_ratio")
         columns[-2:-2] = columns_of([replace(ratio_field, head=f"at {along:g}")], nearer)
     return Grid(
@@ -155,21 +155,21 @@ def _describe_convexity(joint: Curvature) -> str:
 
 def _describe_gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
     text = f"‖∇L‖ = {number(joint.gradient)}"
-    whole = [record for record in bounds if record.along == 1 and abs(record.gap) > 1e-6]
-    if not whole:
+    truncated = [record for record in bounds if record.along == 1 and abs(record.gap) > 1e-6]
+    if not truncated:
         return text
-    last = whole[-1]
-    part = last.linear / last.gap
+    last = truncated[-1]
+    linear_share = last.linear / last.gap
     verdict = (
         "small compared with the gap"
-        if abs(part) < ACCURATE_ERROR
+        if abs(linear_share) < ACCURATE_ERROR
         else "not small, so the zero gradient that the bound assumes does not hold"
     )
-    return f"{text}; ⟨∇L, E⟩ is {part:.0%} of the measured gap at r={last.rank}: {verdict}"
+    return f"{text}; ⟨∇L, E⟩ is {linear_share:.0%} of the measured gap at r={last.rank}: {verdict}"
 
 
 def _describe_model(bounds: Sequence[LossBound]) -> str:
-    """State from which rank on, and how near to TUNED, the second-order model predicts the gap."""
+    """State, for each fraction of the way, the range of model over gap, and the ranks at which it is accurate."""
     lines = []
     for along in sorted({record.along for record in bounds}, reverse=True):
         at_fraction = [record for record in bounds if record.along == along and abs(record.gap) > 1e-6]
@@ -177,12 +177,12 @@ def _describe_model(bounds: Sequence[LossBound]) -> str:
         if not ratios:
             continue
         point = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
-        right = [
+        accurate_ranks = [
             record.rank for record, ratio in zip(at_fraction, ratios, strict=True) if abs(ratio - 1) <= ACCURATE_ERROR
         ]
         named = (
-            f"within {ACCURATE_ERROR:.0%} at {', '.join(f'r={rank}' for rank in right)}"
-            if right
+            f"within {ACCURATE_ERROR:.0%} at {', '.join(f'r={rank}' for rank in accurate_ranks)}"
+            if accurate_ranks
             else f"not within {ACCURATE_ERROR:.0%} at any rank"
         )
         lines.append(f"{point} it is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, {named}")
@@ -190,13 +190,13 @@ def _describe_model(bounds: Sequence[LossBound]) -> str:
 
 
 def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
-    broken = [record for record in bounds if not record.holds]
+    exceeded = [record for record in bounds if not record.holds]
     top = joint.eigenvalues[0]
     exceeding = [record for record in bounds if record.curvature > top]
-    whole = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
+    truncated = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
     lines, answer = [], ""
-    if broken:
-        named = ", ".join(f"r={record.rank} (fraction {record.along:g})" for record in broken)
+    if exceeded:
+        named = ", ".join(f"r={record.rank} (fraction {record.along:g})" for record in exceeded)
         why = (
             "the curvature between the points exceeds λ"
             if exceeding
@@ -205,16 +205,16 @@ def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is exceeded at {named}: {why}")
     else:
         lines.append(f"⟨∇L, E⟩ + (λ/2)Σσ² is at or above the gap at all {len(bounds)} points measured")
-    if whole:
-        ratios = [record.upper / record.gap for record in whole]
+    if truncated:
+        ratios = [record.upper / record.gap for record in truncated]
         loose = ": too loose to choose a rank" if min(ratios) > LOOSE_RATIO else ""
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
         lines.append(answer)
     largest = max(record.curvature for record in bounds)
     comparison = "exceeds" if exceeding else "does not exceed"
     lines.append(f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured")
-    if whole and joint.trace > (joint.trace_half or 0.0):
-        last = whole[-1]
+    if truncated and joint.trace > (joint.trace_half or 0.0):
+        last = truncated[-1]
         mean = joint.trace / joint.params / 2 * last.tail_energy
         lines.append(
             f"with the mean curvature, (tr H/2n)Σσ² is {number(mean)} at r={last.rank}; ½⟨E,HE⟩ is "

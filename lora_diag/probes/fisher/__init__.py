@@ -1,7 +1,4 @@
-"""``probe fisher``: Fisher information of the part that a truncation discards.
-
-Options of ``probe fisher``.
-"""
+"""``probe fisher``, registration and options: Fisher information of the part that a truncation discards."""
 
 from collections.abc import Sequence
 from pathlib import Path

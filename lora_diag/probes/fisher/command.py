@@ -26,6 +26,6 @@ def fisher(
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_fisher(base, tuned, **arguments, **callbacks)
-    weights = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
-    hint = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks by the loss)"
+    weights_file = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
+    hint = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights_file}   (ranks by the loss)"
     shown.show(results, next_step(arguments["output"], hint))

@@ -61,29 +61,34 @@ def fisher(
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         if by_rank:
             _draw_correlations(axes, by_rank, int(within), inches, style)
-            axes.set_title(_describe_run(by_rank, int(within)), parse_math=False, loc="left")
+            axes.set_title(_make_title(by_rank, int(within)), parse_math=False, loc="left")
         else:
-            _draw_tails(axes, records, _choose_types(records), inches, style)
+            _draw_tails(axes, records, _color_types(records), inches, style)
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
-    by_rank = [_correlate(item.records) if options.per == "layer" else [] for item in series]
-    types = _choose_types([r for item, known in zip(series, by_rank, strict=True) if not known for r in item.records])
+    """Draw panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
+    by_run = [_correlate(item.records) if options.per == "layer" else [] for item in series]
+    color_by_type = _color_types(
+        [r for item, by_rank in zip(series, by_run, strict=True) if not by_rank for r in item.records]
+    )
     panels: list[tuple[str, Draw]] = []
-    for item, known in zip(series, by_rank, strict=True):
+    for item, by_rank in zip(series, by_run, strict=True):
         owner = owner_of(item, series)
-        if not known:
+        if not by_rank:
             panels.append(
-                (item.label if owner else "", partial(_draw_tails, records=item.records, types=types, style=style))
+                (
+                    item.label if owner else "",
+                    partial(_draw_tails, records=item.records, color_by_type=color_by_type, style=style),
+                )
             )
             continue
-        within = any(rho[1] is not None for at_rank in known for rho in at_rank.kl.values())
+        within = any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values())
         for index in (0, 1) if within else (0,):
-            title = f"{owner}{_describe_run(known, index)}"
-            panels.append((title, partial(_draw_correlations, by_rank=known, index=index, style=style)))
-    return page_of(panels, _make_text(series, by_rank, types, style), style)
+            title = f"{owner}{_make_title(by_rank, index)}"
+            panels.append((title, partial(_draw_correlations, by_rank=by_rank, index=index, style=style)))
+    return page_of(panels, _make_text(series, by_run, color_by_type, style), style)
 
 
 def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
@@ -94,20 +99,21 @@ def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
 def _draw_correlations(
     ax: Axes, by_rank: Sequence[Correlations], index: int, inches: float, style: PageStyle | None
 ) -> None:
+    """Draw ρ of each predictor over the ranks: over all layers (``index`` 0), or within module types (1)."""
     width = style.line if style else 1.2
     ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     lowest = min(0.0, *(rho for at_rank in by_rank for pair in at_rank.kl.values() for rho in pair if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
         points = [(at_rank.rank, rho) for at_rank in by_rank if (rho := at_rank.kl[name][index]) is not None]
         if points:
-            ax.plot(*zip(*points, strict=True), label=f"_{name}", **_mark(number, width))
+            ax.plot(*zip(*points, strict=True), label=f"_{name}", **_make_line_style(number, width))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
     measured_axis(ax, [at_rank.rank for at_rank in by_rank], inches, style)
     loss_axis(ax)
     ax.set(xlabel="rank r to which each layer is truncated", ylabel="Spearman's ρ with the KL")
 
 
-def _mark(number: int, width: float) -> dict[str, Any]:
+def _make_line_style(number: int, width: float) -> dict[str, Any]:
     last = number == len(PREDICTORS) - 1
     return {
         "color": CATEGORIES[number],
@@ -118,20 +124,20 @@ def _mark(number: int, width: float) -> dict[str, Any]:
     }
 
 
-def _describe_run(by_rank: Sequence[Correlations], index: int) -> str:
+def _make_title(by_rank: Sequence[Correlations], index: int) -> str:
     """Return the title of a panel: its layers, the best predictor at the middle rank, and the next."""
     chosen = by_rank[len(by_rank) // 2]
-    known = sorted(((pair[index], name) for name, pair in chosen.kl.items() if pair[index] is not None), reverse=True)
+    ranked = sorted(((pair[index], name) for name, pair in chosen.kl.items() if pair[index] is not None), reverse=True)
     n = chosen.grouped if index else chosen.n
     scope = f"{'within module types' if index else 'over all layers'} (n\xa0=\xa0{n})"
-    if not known:
+    if not ranked:
         return scope
-    second = f", then {known[1][1]} {known[1][0]:.2f}" if len(known) > 1 else ""
-    return f"{scope}, r\xa0=\xa0{chosen.rank}: {known[0][1]} {known[0][0]:.2f}{second}"
+    second = f", then {ranked[1][1]} {ranked[1][0]:.2f}" if len(ranked) > 1 else ""
+    return f"{scope}, r\xa0=\xa0{chosen.rank}: {ranked[0][1]} {ranked[0][0]:.2f}{second}"
 
 
-def _choose_types(records: Sequence[Fisher]) -> dict[str, str]:
-    """Return the colours of module types: one for each with the largest F(0); the others share the last."""
+def _color_types(records: Sequence[Fisher]) -> dict[str, str]:
+    """Return the colours of module types: one for each with the largest F(0); the others are grey."""
     sums: dict[str, float] = {}
     for record in records:
         kind = module_type_of(record.layer)
@@ -142,20 +148,21 @@ def _choose_types(records: Sequence[Fisher]) -> dict[str, str]:
 
 
 def _draw_tails(
-    ax: Axes, records: Sequence[Fisher], types: dict[str, str], inches: float, style: PageStyle | None
+    ax: Axes, records: Sequence[Fisher], color_by_type: dict[str, str], inches: float, style: PageStyle | None
 ) -> None:
+    """Draw ½F(r) summed over the layers of each type, and of all grey types together."""
     width = style.line if style else 1.2
     ax.set_yscale("log")
     longest = max(len(record.fisher) for record in records)
     ranks = np.arange(1, longest + 1)
     curves = {}
-    for kind, color in types.items():
+    for kind, color in color_by_type.items():
         of_type = [record for record in records if module_type_of(record.layer) == kind]
         tail = np.array([sum(record.at(int(rank)) for record in of_type) / 2 for rank in ranks])
         curves[kind] = tail
         if color != QUIET:
             ax.plot(ranks, np.where(tail > 0, tail, np.nan), color=color, lw=1.4 * width, label=f"_{kind}")
-    remainder = sum((curves[kind] for kind, color in types.items() if color == QUIET), start=np.zeros(longest))
+    remainder = sum((curves[kind] for kind, color in color_by_type.items() if color == QUIET), start=np.zeros(longest))
     if remainder.any():
         ax.plot(ranks, np.where(remainder > 0, remainder, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
     high = max(float(tail.max()) for tail in curves.values())
@@ -172,14 +179,16 @@ def _draw_tails(
 
 def _make_text(
     series: Sequence[Series[Any]],
-    by_rank: Sequence[Sequence[Correlations]],
-    types: dict[str, str],
+    by_run: Sequence[Sequence[Correlations]],
+    color_by_type: dict[str, str],
     style: PageStyle,
 ) -> FigureText:
     width = style.line
     keys, notes = [], []
-    if any(by_rank):
-        keys = [Key(Line2D([], [], **_mark(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)]
+    if any(by_run):
+        keys = [
+            Key(Line2D([], [], **_make_line_style(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)
+        ]
         title = "Rank correlation of predicted and measured cost of truncating each layer alone"
         notes.append("Each layer is truncated alone, all others as in TUNED. ρ = 1: same order; 0: no correlation.")
         notes.append(
@@ -192,10 +201,10 @@ def _make_text(
         notes.append("Each layer is truncated alone, all others as in TUNED; the joint cost can differ from the sum.")
     keys += [
         Key(Line2D([], [], color=color, lw=1.4 * width), name_of(kind))
-        for kind, color in types.items()
+        for kind, color in color_by_type.items()
         if color != QUIET
     ]
-    if other_types := [kind for kind, color in types.items() if color == QUIET]:
+    if other_types := [kind for kind, color in color_by_type.items() if color == QUIET]:
         keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(other_types)} other types"))
     about = subject_of(series)
     return FigureText(title, f"{about}{quantity}", (" ".join(notes),), tuple(keys))

@@ -1,6 +1,6 @@
-"""Effect of a weight change on a model's loss and probabilities on a text, relative to the unchanged model.
+"""``probe fisher``: measure the exact Fisher of the part that a truncation discards, and its effect on the loss.
 
-The exact Fisher of what truncation discards of a layer: Σ_s ⟨∇ℓ_s, T_r⟩², T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i v_iᵀ.
+It is Σ_s ⟨∇ℓ_s, T_r⟩² of each layer, with the discarded part T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i v_iᵀ.
 
 No gradient of a weight is formed. In a linear layer ∇ℓ_s = Σ_t g_t x_tᵀ over the tokens of sequence s, with x the input
 and g the gradient with respect to the output, so that
@@ -11,8 +11,6 @@ and one pass over the text gives the sum for every rank at once. The same projec
 in the bases of the singular vectors, and with them the energy of the tail in the metric of the data and in K-FAC's:
 
     ‖T_r·C^½‖² = Σ_{i>r} σ_i² v_iᵀCv_i,    ‖G^½·T_r·C^½‖² = Σ_{i,j>r} σ_iσ_j (u_iᵀGu_j)(v_iᵀCv_j).
-
-``probe fisher``: measure the exact Fisher information of the part that a truncation discards.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ LOGIT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class BaseOutputs:
+class UnchangedOutputs:
     """The unchanged model on a text: its losses, and its logits of every sequence."""
 
     losses: Losses
@@ -55,33 +53,33 @@ class BaseOutputs:
 
 
 @torch.no_grad()
-def read_before(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> BaseOutputs:
-    """Run a model on a text and keep its logits.
+def read_unchanged(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> UnchangedOutputs:
+    """Return the losses and the logits of the unchanged model on a text.
 
     Raises:
         InputError: Its logits take too much memory.
     """
-    sums, counts, kept = list[float](), list[int](), list[Tensor]()
+    sums, counts, all_logits = list[float](), list[int](), list[Tensor]()
     used_bytes = 0
     for logits, labels in iterate_predictions(model, texts, size):
         for outputs, target in zip(logits, labels, strict=True):
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))
-            kept.append(outputs.float())
+            all_logits.append(outputs.float())
             used_bytes += outputs.numel() * 4
         if used_bytes > LOGIT_BYTES:
             raise InputError(
-                f"{texts.path}: the logits of its first {len(kept)} of {len(texts.sequences)} sequences need more "
-                f"than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
+                f"{texts.path}: the logits of its first {len(all_logits)} of {len(texts.sequences)} sequences need "
+                f"more than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
             )
         after()
-    return BaseOutputs(
-        Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)), tuple(kept)
+    return UnchangedOutputs(
+        Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)), tuple(all_logits)
     )
 
 
 @torch.no_grad()
-def effect(model: Model, texts: Texts, before: BaseOutputs, size: int, after: Callable[[], None]) -> Effect:
+def effect(model: Model, texts: Texts, before: UnchangedOutputs, size: int, after: Callable[[], None]) -> Effect:
     """Run the changed model on the same text, and return the effect of the change."""
     sums = list[float]()
     kl = 0.0
@@ -186,6 +184,7 @@ class Tail:
 
 
 def _tail_sums(values: Tensor) -> Tensor:
+    """Return Σ_{i>r} of the values for r = 0, …, k."""
     return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 
@@ -228,6 +227,8 @@ def add_up(
 ) -> int:
     """Run a text forward and backward, and accumulate each layer's products with the gradients of its sequences.
 
+    A layer that no gradient reaches gets a ``problem``.
+
     Args:
         model: TUNED.
         texts: The text.
@@ -261,8 +262,8 @@ def add_up(
                 tail.end_batch()
             after()
     finally:
-        for registered in hooks:
-            registered.remove()
+        for handle in hooks:
+            handle.remove()
     for tail in tails.values():
         if not tail.problem and not tail.tokens:
             tail.problem = "no gradient reaches it on this text"
@@ -270,11 +271,12 @@ def add_up(
 
 
 def _mask(chosen: list[Sequence]) -> Tensor:
+    """Return True for tokens other than padding, ``(sequences, tokens)``."""
     lengths = torch.tensor([len(sequence.ids) for sequence in chosen])
     return torch.arange(int(lengths.max()))[None] < lengths[:, None]
 
 
-# Cost of a backward pass in forward passes, in addition to its own forward pass.
+# Cost of a pass forward and back, in forward passes.
 _BACKWARD = 3
 
 
@@ -302,7 +304,7 @@ def probe_fisher(
         **options: ``FisherOptions``.
 
     Returns:
-        The records are in ``whole``: one ``Fisher`` per layer.
+        The records are in ``whole``: one ``Fisher`` per measured layer.
 
     Raises:
         UsageError: An option is invalid, or the extra ``train`` is not installed.
@@ -321,7 +323,7 @@ def probe_fisher(
     run = ProbeRun("probe fisher", options, FisherOptions)
     data, evaluate, measure = (run.options[name] for name in ("data", "evaluate", "measure"))
     labels, seed = run.options["labels"], run.options["seed"]
-    requested = check_ranks(run.options["ranks"])
+    ranks = check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
     check_files([base, tuned], [data, *evaluate])
@@ -331,27 +333,27 @@ def probe_fisher(
     model = run.open(base)
     texts = run.read(data)
     held_out = run.read(evaluate[0]) if evaluate else texts if measure else None
-    swapped = Swapped(model, deltas, max(requested))
-    modules, rest = _find_modules(model, chosen)
+    swapped = Swapped(model, deltas, max(ranks))
+    modules, unmeasured = _find_modules(model, chosen)
     if not modules:
         raise NothingComparedError(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
         )
-    probe = _Probe(run, swapped, modules, texts, held_out, requested, Draw(labels, seed))
+    probe = _Probe(run, swapped, modules, texts, held_out, ranks, Draw(labels, seed))
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
-        done = {record.layer for record in kept.records}
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
+        done = {record.layer for record in run_records.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
         probe.report_cost(todo)
         problems = list[LeftOut]()
-        for item in probe.run(todo):
-            if isinstance(item, Fisher):
-                kept.put(item)
+        for outcome in probe.run(todo):
+            if isinstance(outcome, Fisher):
+                run_records.put(outcome)
             else:
-                problems.append(item)
-        return [*left_out(compared.pairing, swapped.absent), *rest, *problems]
+                problems.append(outcome)
+        return [*left_out(compared.pairing, swapped.absent), *unmeasured, *problems]
 
-    settings = {"ranks": list(requested), "labels": labels, "seed": seed, **run.selection}
+    settings = {"ranks": list(ranks), "labels": labels, "seed": seed, **run.selection}
     sets = [describe_texts(texts, "data"), *([describe_texts(held_out)] if held_out is not None else [])]
     return run.over([*compared.inputs, *sets], settings, measure_missing)
 
@@ -386,26 +388,26 @@ class _Probe:
     def report_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
         """Report the estimated cost: passes forward and backward, and a forward pass per truncation."""
         passes = sum(1 for _ in groups_of(todo))
-        changes = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
-        batches, measured = passes * self.probe_run.batches([self.texts]), 0
+        truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
+        batches, measuring_batches = passes * self.probe_run.batches([self.texts]), 0
         if self.held_out is not None:
-            measured = (changes + 1) * self.probe_run.batches([self.held_out])
-        self.probe_run.watch.total = batches + measured
+            measuring_batches = (truncations + 1) * self.probe_run.batches([self.held_out])
+        self.probe_run.watch.total = batches + measuring_batches
         description = (
             f"{pluralize(len(todo), 'layer', 'layers')}, {pluralize(passes, 'pass', 'passes')} forward and back"
         )
         if self.held_out is not None:
-            description += f" and {changes} truncations measured"
+            description += f" and {truncations} truncations measured"
         self.probe_run.estimate(
-            self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measured
+            self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measuring_batches
         )
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
-        """Yield the records of all layers, in the order of BASE."""
+        """Yield the record of each layer, or why it cannot be measured, in the order of BASE."""
         self._restore_tuned()
-        before: BaseOutputs | None = None
+        before: UnchangedOutputs | None = None
         if self.held_out is not None and todo:
-            before = read_before(
+            before = read_unchanged(
                 self.probe_run.model, self.held_out, self.probe_run.batch, partial(self.probe_run.watch.batch, "TUNED")
             )
         for group in groups_of(todo):
@@ -420,7 +422,7 @@ class _Probe:
                     yield self._record(layer, todo[layer], tail, predictions, before)
 
     def _record(
-        self, layer: str, shape: tuple[int, int], tail: Tail, predictions: int, before: BaseOutputs | None
+        self, layer: str, shape: tuple[int, int], tail: Tail, predictions: int, before: UnchangedOutputs | None
     ) -> Fisher:
         curve = (tail.squares / predictions).tolist()
         if not all(value < float("inf") for value in curve):
@@ -451,9 +453,9 @@ class _Probe:
         )
 
     def _measure_effects(
-        self, layer: str, shape: tuple[int, int], before: BaseOutputs | None
+        self, layer: str, shape: tuple[int, int], before: UnchangedOutputs | None
     ) -> dict[str, Effect] | None:
-        """Return the effect of truncating one layer alone, at every rank below its full one."""
+        """Return the effect of truncating one layer alone, by rank below its full one; None if it is not requested."""
         if before is None or self.held_out is None:
             return None
         effects = {}
@@ -465,5 +467,6 @@ class _Probe:
         self._restore_tuned()
         return effects
 
-    def _restore_tuned(self, except_layers: Mapping[str, int] | None = None) -> None:
-        self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(except_layers or {})})
+    def _restore_tuned(self, ranks_by_layer: Mapping[str, int] | None = None) -> None:
+        """Restore TUNED, except for layers truncated to these ranks."""
+        self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(ranks_by_layer or {})})

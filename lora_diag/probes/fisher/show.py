@@ -1,8 +1,6 @@
-"""Rank correlations between predictors and the cost of truncating a layer, from records of ``probe fisher``.
+"""Terminal output of ``probe fisher``: costly tails, and rank correlations of predictors with the measured cost.
 
 Uses records only.
-
-Terminal output of ``probe fisher``: tails that matter for the loss, and the best predictor of their cost.
 """
 
 from __future__ import annotations
@@ -63,15 +61,15 @@ class Correlations:
         effects = [effect for record in records if (effect := effect_at(record, rank)) is not None]
         self.rank, self.n, self.grouped = rank, len(records), len(repeated)
 
-        def both(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
+        def correlate(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
             return spearman(values, target), spearman(values, target, kinds) if self.grouped >= MIN_COUNT else None
 
         kl, gap = [effect.kl for effect in effects], [effect.gap for effect in effects]
         scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
-        self.kl = {name: both(values, kl) for name, values in scores.items()}
+        self.kl = {name: correlate(values, kl) for name, values in scores.items()}
         second_order = [record.linear[str(rank)] + record.at(rank) / 2 for record in records]
-        self.gap = {name: both(values, gap) for name, values in scores.items()}
-        self.gap["linear + ½F"] = both(second_order, gap)
+        self.gap = {name: correlate(values, gap) for name, values in scores.items()}
+        self.gap["linear + ½F"] = correlate(second_order, gap)
         ratios = [
             record.at(rank) / 2 / effect.kl for record, effect in zip(records, effects, strict=True) if effect.kl > 0
         ]
@@ -81,23 +79,23 @@ class Correlations:
 
 def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
     """Return the rank correlations of the predictors at every rank with enough measured layers."""
-    results = []
+    by_rank = []
     for rank in ranks:
-        known = [record for record in records if effect_at(record, rank) is not None]
-        if len(known) >= MIN_COUNT:
-            results.append(Correlations(rank, known))
-    return results
+        measured = [record for record in records if effect_at(record, rank) is not None]
+        if len(measured) >= MIN_COUNT:
+            by_rank.append(Correlations(rank, measured))
+    return by_rank
 
 
 # Ratio of ½F to the KL above which it is too high; on the sample model 2.0 with the text's labels, 1.0 with drawn ones.
 HIGH_RATIO = 1.5
 
-# The rank of the table's fractions, if it was measured.
+# The rank of the table's fractions, if it is among the ranks of the run; else the first.
 USUAL_RANK = 8
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: the layers whose tails matter for the loss, and the best predictor."""
+    """Return the statements: gradients, costliest layers, predictors of KL and loss gap, and calibration."""
     records, rank = results.whole_of(Fisher), _choose_rank(results)
     statements = []
     if records:
@@ -110,7 +108,7 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table of tails, one row per module ``type`` or ``layer``, and that of rank correlations."""
+    """Return the table of tails, one row per module ``type`` or ``layer``, and of rank correlations, if measured."""
     records = results.whole_of(Fisher)
     by_rank = correlations(records, results.run.settings["ranks"])
     return [
@@ -125,26 +123,28 @@ def _choose_rank(results: Results[Any]) -> int:
 
 
 def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
-    """Return the fraction of each module type or layer in all tails, and the effect of its truncation."""
-    shown = [
-        _share(records, title, PREDICTORS[index][1], rank, drop)
+    """Return the fraction of each module type or layer in all tails, its ½F, and the measured effect."""
+    fractions = [
+        _make_share_column(records, title, PREDICTORS[index][1], rank, drop)
         for title, index, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
     ]
-    half = Shown("fro", "½F", "mean KL per prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2)
+    expected = Shown(
+        "fro", "½F", "mean KL per prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2
+    )
     effects = (
         Shown(f"effect.{rank}.kl", "KL", "measured", terminal=True, pool="sum"),
         Shown(f"effect.{rank}.gap", "loss gap", "measured", terminal=True, form="+.4f", pool="sum"),
     )
-    known = any(effect_at(record, rank) for record in records)
+    is_measured = any(effect_at(record, rank) for record in records)
     about = (
         f"Columns in % are fractions of all layers' tails beyond r={rank}. Where that of F({rank}) is far above "
         "that of σ², the energy underestimates the cost of truncation. ½F is the mean KL per prediction, in nats, "
-        f"expected from truncating each layer alone{'; KL and loss gap are measured' if known else ''}."
+        f"expected from truncating each layer alone{'; KL and loss gap are measured' if is_measured else ''}."
     )
-    return grid_of([*shown, half, *effects], rows_of(records, per), per, about=about)
+    return grid_of([*fractions, expected, *effects], rows_of(records, per), per, about=about)
 
 
-def _share(records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int) -> Shown:
+def _make_share_column(records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int) -> Shown:
     """Return the column of the fraction of a row's tails in all tails."""
     total = sum(predictor(record, rank) for record in records)
 
@@ -194,13 +194,15 @@ def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
     named = ", ".join(
         f"{short(record.layer.removesuffix('.weight'))} {percent(record.at(rank) / total)}" for record in top[:3]
     )
-    half, running = 0, 0.0
+    n_half, running = 0, 0.0
     while running < total / 2:
-        running += top[half].at(rank)
-        half += 1
-    tails = sum(record.weight[str(rank)] for record in top[:half]) / energy
-    text = f"half of ΣF is in {half} of {len(records)} layers, which have {percent(tails)} of Σσ² beyond r"
-    return f"{text}\nmost: {named}"
+        running += top[n_half].at(rank)
+        n_half += 1
+    energy_share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
+    return (
+        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(energy_share)} of Σσ² beyond r\n"
+        f"most: {named}"
+    )
 
 
 def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
@@ -209,14 +211,14 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
     chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL_RANK), by_rank[0])
     lines = []
     for index, scope in ((0, "over all"), (1, "within module types")):
-        known = {name: pair[index] for name, pair in chosen.kl.items() if pair[index] is not None}
-        if not known:
+        rhos = {name: pair[index] for name, pair in chosen.kl.items() if pair[index] is not None}
+        if not rhos:
             continue
-        best = max(known, key=lambda name: known[name] or 0.0)
-        rho, n = known[best] or 0.0, chosen.n if index == 0 else chosen.grouped
+        best = max(rhos, key=lambda name: rhos[name] or 0.0)
+        rho, n = rhos[best] or 0.0, chosen.n if index == 0 else chosen.grouped
         ends = interval(rho, n) if index == 0 else None
         bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
-        others = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if name != best)
+        others = ", ".join(f"{name} {value:.2f}" for name, value in rhos.items() if name != best)
         lines.append(f"{scope} (n={n}): {best}, ρ = {rho:.2f}{bounds}; {others}")
     statements = [make_statement("best", f"Best at r={chosen.rank}", *lines)]
     gaps = "; ".join(f"{name} {_format_pair(pair)}" for name, pair in chosen.gap.items())

@@ -1,7 +1,4 @@
-"""``probe intrinsic``: number of trained parameters that reach a fraction of the full gain.
-
-Options of ``probe intrinsic``.
-"""
+"""``probe intrinsic`` (registration, options): number of trained parameters that reach a fraction of the full gain."""
 
 from collections.abc import Sequence
 from pathlib import Path

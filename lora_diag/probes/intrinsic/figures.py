@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.intrinsic.show import Line, lines, reached
+from lora_diag.probes.intrinsic.show import Line, find_reached, lines
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.pages import page_of
@@ -20,6 +20,7 @@ from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, log_label
 
+# Colours of the lines.
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
 # Fraction that defines the dimension if the run does not record it: the command's default.
 SHARE = 0.9
@@ -43,8 +44,8 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     Returns:
         The Axes drawn on: subspaces as a line over d, LoRAs over their parameters with their ranks.
     """
-    every = results.whole if isinstance(results, Results) else results
-    records = [record for record in every if isinstance(record, Intrinsic)]
+    all_records = results.whole if isinstance(results, Results) else results
+    records = [record for record in all_records if isinstance(record, Intrinsic)]
     share = results.run.settings.get("share", SHARE) if isinstance(results, Results) else SHARE
     sets = sets_of(records)
     chosen = (
@@ -56,30 +57,30 @@ def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = Non
     with panel_axes(ax) as (axes, style):
         _draw(axes, [rows], share, style)
         axes.set(xlabel="trained parameters", ylabel="fraction of the full gain")
-        axes.set_title(_describe_run(sets[chosen], [rows], share), parse_math=False, loc="left")
+        axes.set_title(_make_title(sets[chosen], [rows], share), parse_math=False, loc="left")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return a panel for each set on which full fine-tuning gains; runs differ by colour."""
+    """Draw a panel for each set with a gain of full fine-tuning and a subspace or LoRA; runs differ by colour."""
     labels = sets_of(record for item in series for record in item.records)
-    rows = {name: [_select_lines(item.records, name) for item in series] for name in labels}
-    sets = [name for name, runs in rows.items() if any(line.subject != "full" for run in runs for line in run)]
+    runs_by_set = {name: [_select_lines(item.records, name) for item in series] for name in labels}
+    sets = [name for name, runs in runs_by_set.items() if any(line.subject != "full" for run in runs for line in run)]
     share = float(series[0].run.settings.get("share", SHARE)) if series[0].run else SHARE
     omitted = [labels[name] for name in labels if name not in sets]
     panels = [
         (
-            _describe_run(labels[name], rows[name], share),
-            lambda ax, inches, runs=rows[name]: _draw(ax, runs, share, style),
+            _make_title(labels[name], runs_by_set[name], share),
+            lambda ax, inches, runs=runs_by_set[name]: _draw(ax, runs, share, style),
         )
         for name in sets
     ]
-    words = _make_text(series, share, omitted, style)
-    return page_of(panels, words, style, xlabel="trained parameters", ylabel="fraction of the full gain")
+    text = _make_text(series, share, omitted, style)
+    return page_of(panels, text, style, xlabel="trained parameters", ylabel="fraction of the full gain")
 
 
 def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
-    """Return the runs of every size with a gain, at the rate chosen by the first set."""
+    """Return the runs of every size, at the rate chosen on the first set; none where full fine-tuning has no gain."""
     seed = min((record.seed for record in records if record.subject != "base"), default=0)
     return [line for line in lines(records, name, records[0].set, seed) if line.shares] if records else []
 
@@ -87,7 +88,7 @@ def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
 def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageStyle | None) -> None:
     width, size = (style.line, style.ticks) if style else (1.2, 9.0)
     ax.set_xscale("log")
-    shown = [0.0, 1.0]
+    drawn_values = [0.0, 1.0]
     for number, rows in enumerate(runs):
         for subject, marker_color, mark in (("subspace", SUBSPACE, "o"), ("lora", LORA, "D")):
             of_subject = [line for line in rows if line.subject == subject]
@@ -95,7 +96,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
                 continue
             color = marker_color if len(runs) == 1 else category(number)
             dots = [(line.params, value) for line in of_subject for value in line.shares]
-            shown += [value for _, value in dots]
+            drawn_values += [value for _, value in dots]
             small: dict[str, Any] = {"ls": "", "marker": mark, "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
             ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
             line_style: dict[str, Any] = {"ls": "-" if subject == "subspace" else (0, (1, 1.5)), "lw": 1.5 * width}
@@ -120,7 +121,7 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
                     va="top",
                     bbox=GROUND,
                 )
-    ax.set_ylim(limits(shown))
+    ax.set_ylim(limits(drawn_values))
     levels(ax, [("full fine-tuning", 1.0, INK)], style)
     ax.axhline(share, color=QUIET, lw=0.8 * width, ls=(0, (4, 2)), zorder=1.5, label="_share")
     ax.annotate(
@@ -142,13 +143,13 @@ def _draw(ax: Axes, runs: Sequence[Sequence[Line]], share: float, style: PageSty
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _describe_run(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
-    """Return the label of a set with the smallest sufficient subspace and LoRA."""
+def _make_title(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
+    """Return the label of a set, for one run with the smallest sufficient sizes, else the largest ones."""
     if len(runs) > 1:
         return label
     lines = []
     for subject, word in (("subspace", "d"), ("lora", "LoRA r")):
-        answer = reached(runs[0], subject, share)  # type: ignore[arg-type]
+        answer = find_reached(runs[0], subject, share)  # type: ignore[arg-type]
         if answer.line is not None:
             lines.append(f"{word}\xa0=\xa0{_format_size(answer.line)} reaches {share:.0%}")
         elif answer.below is not None:
@@ -158,9 +159,9 @@ def _describe_run(label: str, runs: Sequence[Sequence[Line]], share: float) -> s
     return f"{label}: {', '.join(lines)}" if lines else label
 
 
-def _format_below(fraction: float, wanted: float) -> str:
+def _format_below(fraction: float, share: float) -> str:
     """Return a fraction in percent, with one more digit if it would round to the missed threshold."""
-    return f"{fraction:.0%}" if f"{fraction:.0%}" != f"{wanted:.0%}" else f"{fraction:.1%}"
+    return f"{fraction:.0%}" if f"{fraction:.0%}" != f"{share:.0%}" else f"{fraction:.1%}"
 
 
 def _format_size(line: Line) -> str:
@@ -170,10 +171,10 @@ def _format_size(line: Line) -> str:
 def _make_text(series: Sequence[Series[Any]], share: float, omitted: Sequence[str], style: PageStyle) -> FigureText:
     width, single = style.line, len(series) == 1
     colors = (SUBSPACE, LORA) if single else (QUIET, QUIET)
-    drawn: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
+    line_style: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
     keys = [
-        Key(Line2D([], [], color=colors[0], marker="o", **drawn), "random subspace of d"),
-        Key(Line2D([], [], color=colors[1], marker="D", ls=(0, (1, 1.5)), **drawn), "LoRA of rank r"),
+        Key(Line2D([], [], color=colors[0], marker="o", **line_style), "random subspace of d"),
+        Key(Line2D([], [], color=colors[1], marker="D", ls=(0, (1, 1.5)), **line_style), "LoRA of rank r"),
         Key(Line2D([], [], color=colors[0], ls="", marker="o", ms=2.6 * width, alpha=0.6), "one seed"),
     ]
     if not single:

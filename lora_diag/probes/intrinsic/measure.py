@@ -1,9 +1,8 @@
-"""Training in a random subspace: θ = θ_0 + P·z with P a Fastfood projection that is never materialized.
+"""``probe intrinsic``: measure the loss of training in random subspaces, θ = θ_0 + P·z, in full, and by LoRA.
 
-This is the definition of the intrinsic dimension by Li et al. 2018; Aghajanyan et al. 2020 add one scale per layer
-(SAID). BASE's weights are unchanged: the model is called with other weights.
-
-``probe intrinsic``: measure the loss of training in random subspaces.
+P is a Fastfood projection that is never materialized. This is the definition of the intrinsic dimension by Li et al.
+2018; Aghajanyan et al. 2020 add one scale per layer (SAID). BASE's weights are unchanged: the model is called with
+other weights.
 """
 
 from __future__ import annotations
@@ -130,15 +129,15 @@ class Subspace(nn.Module):
         self.inner = inner
         parameters = dict(inner.named_parameters())
         total = sum(parameter.numel() for parameter in parameters.values())
-        layers = list(dict.fromkeys(map(_find_layer, parameters))) if method == "said" else []
+        layers = list(dict.fromkeys(map(_find_scale_key, parameters))) if method == "said" else []
         check_dim(dim, total, len(layers))
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
         z_dim = dim - len(layers)
-        self._parts = {
+        self._projections = {
             name: Fastfood(parameter.numel(), z_dim, total, generator, device) for name, parameter in parameters.items()
         }
-        self._scale_of = {name: layers.index(_find_layer(name)) for name in parameters} if layers else {}
+        self._scale_of = {name: layers.index(_find_scale_key(name)) for name in parameters} if layers else {}
         self.z = nn.Parameter(torch.zeros(z_dim, device=device))
         self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
@@ -148,7 +147,7 @@ class Subspace(nn.Module):
         """Return all weights by their names in the model."""
         tensors = {}
         for name, parameter in self.inner.named_parameters():
-            change = self._parts[name].times(self.z)
+            change = self._projections[name].times(self.z)
             if self.scales is not None:
                 change = change * (1 + self._unit * self.scales[self._scale_of[name]])
             tensors[name] = parameter + change.view_as(parameter)
@@ -178,10 +177,10 @@ def check_dim(dim: int, total: int, layers: int) -> None:
 
 def scales_of(module: nn.Module) -> int:
     """Return the number of scales of SAID: one per block, and one for every weight outside the blocks."""
-    return len({_find_layer(name) for name, _ in module.named_parameters()})
+    return len({_find_scale_key(name) for name, _ in module.named_parameters()})
 
 
-def _find_layer(name: str) -> tuple[object, ...]:
+def _find_scale_key(name: str) -> tuple[object, ...]:
     """Return the key of the weights that share a scale with this one: its block, or itself outside the blocks."""
     depth = depth_of(name)
     return (*tower_of(name), depth) if depth is not None else (name,)
@@ -294,7 +293,7 @@ def probe_intrinsic(
     dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "repeats"))
     paces, full_rates, lora_rates = (run.options[name] for name in grids)
     method: Method = "said" if run.options["projection"] == "said" else "plain"
-    requested = list(check_ranks(ranks)) if ranks else []
+    lora_ranks = list(check_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
     if not 0 < share < 1:
@@ -314,7 +313,7 @@ def probe_intrinsic(
         "dims": sorted(set(dims)),
         "method": method,
         "share": share,
-        "ranks": requested,
+        "ranks": lora_ranks,
         "paces": sorted(set(paces)),
         "full_rates": sorted(set(full_rates)),
         "lora_rates": sorted(set(lora_rates)),
@@ -324,15 +323,15 @@ def probe_intrinsic(
         "optimizer": RECIPE,
     }
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
-        probe = _Probe(model, method, total, run.walk(kept, seeds))
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
+        probe = _Probe(model, method, total, run.walk(run_records, seeds))
         arms = {
             "of full fine-tuning": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
-            **({"of LoRA": probe.arm("lora", requested, lora_rates)} if ranks else {}),
+            **({"of LoRA": probe.arm("lora", lora_ranks, lora_rates)} if ranks else {}),
         }
         probe.report_cost(arms)
-        probe.plan.measure_base(model, partial(_record, cell=None, params=0, last=None))
+        probe.plan.measure_base(model, partial(_record, cell=None, params=0, train_loss=None))
         for arm in arms.values():
             probe.plan.run(arm)
         return []
@@ -409,12 +408,12 @@ class _Probe:
     ) -> list[Intrinsic]:
         if cell.dim is not None:
             run = Run(cell.dim, cell.rate, cell.seed, cell.method)
-            by_set, last = subspace_losses(self.model, run, training, sets, after)
+            by_set, train_loss = subspace_losses(self.model, run, training, sets, after)
         else:
             training_cell = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
-            by_set, last = losses_after(self.model, training_cell, training, sets, after)
+            by_set, train_loss = losses_after(self.model, training_cell, training, sets, after)
         params = self._count_params(cell)
-        return [_record(texts, losses, cell, params, last) for texts, losses in zip(sets, by_set, strict=True)]
+        return [_record(texts, losses, cell, params, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
 
     def _count_params(self, cell: _Cell) -> int:
         """Count the trained parameters of a run."""
@@ -439,13 +438,13 @@ class _Probe:
         )
 
 
-def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, last: float | None) -> Intrinsic:
-    finite = last is not None and abs(last) < float("inf")  # NaN compares false
+def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, train_loss: float | None) -> Intrinsic:
+    finite = train_loss is not None and abs(train_loss) < float("inf")  # NaN compares false
     return Intrinsic(
         **losses.on(texts),
         **(cell.fields if cell else {"subject": "base"}),
         params=params,
         pace=cell.rate if cell and cell.rank is None else None,
         loss=losses.mean if losses.is_finite else None,
-        train_loss=last if finite else None,
+        train_loss=train_loss if finite else None,
     )

@@ -23,7 +23,7 @@ class Intrinsic(WholeRecord):
         pace: For ``full`` and ``subspace``: the equivalent rate of full fine-tuning, lr·√(d/D); null otherwise.
         seed: Seed of the projection, of LoRA's factors, and of dropout if BASE has it.
         loss: Loss in nats; null if the run diverged.
-        train_loss: Mean loss over the last tenth of the steps; null if not finite.
+        train_loss: Mean loss over the last tenth of the steps; null if not finite, and for BASE.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "subject", "dim", "rank", "lr", "seed")

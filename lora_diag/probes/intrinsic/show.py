@@ -1,8 +1,6 @@
-"""The smallest size that reaches a fraction of the gain, from losses in random subspaces, in full and by LoRA.
+"""Terminal output of ``probe intrinsic``: gain of each size, and the smallest that reaches a fraction of the full gain.
 
 Uses records only. Every size is taken at its own best learning rate.
-
-Terminal output of ``probe intrinsic``: gain of each size, and the smallest sufficient one.
 """
 
 from __future__ import annotations
@@ -88,7 +86,7 @@ class Reached:
 
     Args:
         line: The runs of this size; None if no size reaches it.
-        below: The next smaller size, which does not; the largest size if no size reaches it.
+        below: The next smaller size, which does not; the largest size if no size reaches it; None if there is none.
         certain: Whether every seed reaches it.
         missed: Larger sizes that do not; the size is then not a threshold.
     """
@@ -99,16 +97,16 @@ class Reached:
     missed: tuple[int, ...]
 
 
-def best_rates(records: Iterable[Intrinsic], choose: str, seed: int, subject: Subject) -> dict[int | None, float]:
+def best_rates(records: Iterable[Intrinsic], deciding_set: str, seed: int, subject: Subject) -> dict[int | None, float]:
     """Return, for every size, the learning rate with the lowest loss of the first seed on one set.
 
     Args:
         records: Records of a run.
-        choose: The set that decides.
+        deciding_set: The set that decides.
         seed: The first seed.
         subject: Kind of the runs.
     """
-    key = (subject, choose, seed)
+    key = (subject, deciding_set, seed)
     return find_best_rates((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
 
 
@@ -117,18 +115,20 @@ def size_of(record: Intrinsic) -> int | None:
     return record.dim if record.subject == "subspace" else record.rank
 
 
-def lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int) -> list[Line]:
+def lines(records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int) -> list[Line]:
     """Return the runs of every size at its best rate on one set: full, subspaces, LoRAs, ascending.
 
     Args:
         records: Records of a run.
         name: The set.
-        choose: The set by which rates were chosen.
+        deciding_set: The set by which rates were chosen.
         seed: The first seed.
     """
     base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
     all_rows = [
-        line for subject in ("full", "subspace", "lora") for line in _select_lines(records, name, choose, seed, subject)
+        line
+        for subject in ("full", "subspace", "lora")
+        for line in _select_lines(records, name, deciding_set, seed, subject)
     ]
     full = next((line for line in all_rows if line.subject == "full"), None)
     gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
@@ -142,10 +142,12 @@ def _add_shares(line: Line, base: float, gain: float) -> Line:
     return Line(line.subject, line.size, line.params, line.lr, line.pace, line.losses, line.edge, shares)
 
 
-def _select_lines(records: Sequence[Intrinsic], name: str, choose: str, seed: int, subject: Subject) -> list[Line]:
+def _select_lines(
+    records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int, subject: Subject
+) -> list[Line]:
     of_subject = [r for r in records if r.subject == subject and r.set == name]
     rows = []
-    for size, lr in sorted(best_rates(records, choose, seed, subject).items(), key=lambda item: item[0] or 0):
+    for size, lr in sorted(best_rates(records, deciding_set, seed, subject).items(), key=lambda item: item[0] or 0):
         tried = {r.lr for r in of_subject if size_of(r) == size and r.lr is not None}
         runs = sorted((r for r in of_subject if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
         losses = tuple(r.loss for r in runs if r.loss is not None)
@@ -154,7 +156,7 @@ def _select_lines(records: Sequence[Intrinsic], name: str, choose: str, seed: in
     return rows
 
 
-def reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
+def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
     """Return the smallest subspace or LoRA whose mean fraction of full fine-tuning's gain is at least ``share``.
 
     Example:
@@ -162,7 +164,7 @@ def reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached
         ...     Line("subspace", d, d, 0.1, 0.1, (), False, shares)
         ...     for d, shares in [(10, (0.5, 0.4)), (100, (0.95, 0.88)), (1000, (0.99, 0.97))]
         ... ]
-        >>> answer = reached(rows, "subspace", 0.9)
+        >>> answer = find_reached(rows, "subspace", 0.9)
         >>> answer.line.size, answer.below.size, answer.certain
         (100, 10, False)
     """
@@ -176,7 +178,7 @@ def reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, the smallest subspace and LoRA with nearly the full gain."""
+    """Return the statements: training; for each set, the smallest sufficient subspace and LoRA; learning rates."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     sets = set_names(records)
     statements = [make_statement("trained", "Trained", _describe_training(settings))]
@@ -243,17 +245,17 @@ def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], s
         return on_set(name, "no run of full fine-tuning is finished with a finite loss")
     gain = base.loss - full.loss
     if gain <= 0:
-        worse = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
-        return on_set(name, worse)
+        no_gain = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
+        return on_set(name, no_gain)
     share = settings["share"]
     lines = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
     if full.edge:
         lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
     if any(line.shares and line.share > 1 for line in all_rows if line.subject != "full"):
         lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
-    lines.append(answer := _describe_answer(reached(all_rows, "subspace", share), "d", settings))
+    lines.append(answer := _describe_answer(find_reached(all_rows, "subspace", share), "d", settings))
     if settings["ranks"]:
-        lines.append(_describe_answer(reached(all_rows, "lora", share), "LoRA r", settings))
+        lines.append(_describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings))
     return on_set(name, *lines, answer=answer)
 
 
@@ -262,10 +264,8 @@ def _describe_answer(answer: Reached, symbol: str, settings: dict[str, Any]) -> 
     if line is None:
         if below is None:
             return f"{symbol}: no run is finished with a finite loss"
-        requested = settings["dims"] if symbol == "d" else settings["ranks"]
-        return (
-            f"{symbol}: not reached up to {symbol.split()[-1]}={max(requested)}, whose gain is {_format_shares(below)}"
-        )
+        sizes = settings["dims"] if symbol == "d" else settings["ranks"]
+        return f"{symbol}: not reached up to {symbol.split()[-1]}={max(sizes)}, whose gain is {_format_shares(below)}"
     text = f"{symbol}={line.size} is the smallest that reaches it, with {_format_shares(line)}"
     if symbol != "d":
         text += f" and {count(line.params)} parameters"
@@ -293,8 +293,8 @@ def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], sett
     for subject, grid, option in _GRIDS:
         tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
         lines += beyond_grid(tried, settings.get(grid), option)
-    if edge := [_name(line) for line in all_rows if line.edge]:
-        lines.append(f"at the edge of the rates tried for {', '.join(edge)}; extend --lr, --full-lr or --lora-lr")
+    if at_edge := [_name(line) for line in all_rows if line.edge]:
+        lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
         lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
     diverged = sum(record.loss is None for record in records)

@@ -1,7 +1,4 @@
-"""``probe outputs``: held-out loss and outputs of adapters compared with the full fine-tune.
-
-Options of ``probe outputs``.
-"""
+"""``probe outputs`` (registration, options): held-out loss and outputs of adapters compared with the full fine-tune."""
 
 from pathlib import Path
 from typing import Annotated

@@ -26,12 +26,12 @@ _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
 def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why gaps cannot be drawn; None if they can."""
-    return None if any(_select_others(records)) else "no model was compared with a full fine-tune"
+    return None if any(_select_compared(records)) else "no model was compared with a full fine-tune"
 
 
 def find_depth_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why depths cannot be drawn; None if they can."""
-    if any(value is not None for record in _select_others(records) for value in record.hidden or ()):
+    if any(value is not None for record in _select_compared(records) for value in record.hidden or ()):
         return None
     return "no hidden states were compared"
 
@@ -88,7 +88,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
             rows += _make_rows([r for r in item.records if r.set == name], models, color)
         panels.append((label, highest(rows, ROWS, panels[0][1] if panels else ())))
     max_rows = max(
-        sum(record.set == name for item in series for record in _select_others(item.records)) for name in sets
+        sum(record.set == name for item in series for record in _select_compared(item.records)) for name in sets
     )
     notes = [
         "Error bars: two paired standard errors, more for few sequences (t). A bar that crosses zero: no significant "
@@ -106,7 +106,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 
 def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the distances by depth, one panel per set."""
+    """Draw the distances by depth, one panel per set, of as many models as there are colours."""
     sets = sets_of(record for item in series for record in item.records if not find_depth_obstacle([record], options))
     models = _label_models(record for item in series for record in item.records)
     by_set = {
@@ -128,22 +128,23 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
         ),
         _make_keys([(name, ()) for name in names[: len(CATEGORIES)]], style),
     )
-    shown = names[: len(CATEGORIES)]
+    drawn_names = names[: len(CATEGORIES)]
     panels: list[tuple[str, Draw]] = []
     for name, label in sets.items():
-        lines = [(model, dict(by_set[name]).get(model, ())) for model in shown]
+        lines = [(model, dict(by_set[name]).get(model, ())) for model in drawn_names]
         panels.append((label, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
     return page_of(panels, text, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
-def _select_others(records: Iterable[Probe]) -> list[Probe]:
+def _select_compared(records: Iterable[Probe]) -> list[Probe]:
+    """Return the records of adapters and references that are compared with TUNED."""
     return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
 
 
 def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
     compared = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
     # A distant BASE would compress the axis of all others; its gap is in the table.
-    others = _select_others(compared)
+    others = _select_compared(compared)
     furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
     return [
         Row(
@@ -159,13 +160,13 @@ def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], c
 
 def _label_models(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
     """Return the labels of models by subject and path."""
-    known = dict.fromkeys((record.subject, record.name) for record in records)
-    short = short_names(path for _, path in known if path)
+    models = dict.fromkeys((record.subject, record.name) for record in records)
+    short = short_names(path for _, path in models if path)
     return {
         (subject, path): "BASE"
         if subject == "base"
         else short.get(path, "") + " (reference)" * (subject == "reference")
-        for subject, path in known
+        for subject, path in models
     }
 
 
@@ -174,7 +175,7 @@ def _make_lines(
 ) -> list[tuple[str, Sequence[float | None]]]:
     return [
         (f"{prefix}{labels[record.subject, record.name]}", record.hidden)
-        for record in _select_others(of_set)
+        for record in _select_compared(of_set)
         if record.hidden
     ]
 
@@ -183,16 +184,16 @@ def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], s
     width = style.line if style else 1.2
     values = [0.0, 1.0]
     for number, (name, hidden) in enumerate(lines):
-        known = [(block, value) for block, value in enumerate(hidden) if value is not None]
-        if known:
+        points = [(block, value) for block, value in enumerate(hidden) if value is not None]
+        if points:
             line_style: dict[str, Any] = {
                 "color": category(number),
                 "lw": 1.5 * width,
                 "marker": "o",
                 "ms": 2.6 * width,
             }
-            ax.plot(*zip(*known, strict=True), label=f"_{name}", **line_style)
-            values += [value for _, value in known]
+            ax.plot(*zip(*points, strict=True), label=f"_{name}", **line_style)
+            values += [value for _, value in points]
     ax.axhline(1, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
     ax.set_ylim(0, limits(values)[1])
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

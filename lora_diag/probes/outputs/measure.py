@@ -1,10 +1,8 @@
-"""Distance of a model's outputs from a fine-tune's: loss, logits, probabilities and top choices.
+"""``probe outputs``: measure the losses of models, and the distance of their outputs from those of a full fine-tune.
 
-An adapter is applied as ΔW on the weights of BASE, so adapters of any kind can be compared. Sets are processed in
-chunks, so that only the outputs of three models for a few sequences are in memory: logits of predictions, and hidden
-states of every token.
-
-``probe outputs``: compare adapters with a full fine-tune by the outputs of the models.
+Distances are of logits, probabilities, top choices and hidden states. An adapter is applied as ΔW on the weights of
+BASE, so adapters of any kind can be compared. Sets are processed in chunks, so that only the outputs of three models
+for a few sequences are in memory: logits of predictions, and hidden states of every token.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ class Contender:
 
     Args:
         subject: Kind of model.
-        name: Path of an adapter or a reference.
+        name: Path of an adapter or a reference; empty for BASE and TUNED.
         swapped: Its update; None for BASE.
     """
 
@@ -69,7 +67,16 @@ class _Answer:
 
 @dataclass
 class _Sums:
-    """Running sums of one contender over a set."""
+    """Running sums of one contender over a set.
+
+    Args:
+        nll: Summed negative log-likelihood of each sequence.
+        counts: Number of predictions of each sequence.
+        squares: ‖z_tuned − z‖² of the logits.
+        kl: Σ KL(p_tuned ‖ p) over the predictions.
+        same: Number of predictions with the same top choice as TUNED.
+        hidden: ‖h_tuned − h‖² of the hidden states, by depth; empty without TUNED.
+    """
 
     nll: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -88,16 +95,16 @@ class _Sums:
         self.counts.append(len(answer.labels))
         if tuned is None:
             return
-        self.squares += _sum_squares(tuned.logits, answer.logits)
+        self.squares += _sum_squared_differences(tuned.logits, answer.logits)
         log_p, log_q = tuned.logits.double().log_softmax(-1), answer.logits.double().log_softmax(-1)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
         self.same += int((tuned.logits.argmax(-1) == answer.logits.argmax(-1)).sum())
         self.hidden = self.hidden or [0.0] * len(answer.hidden)
         for depth, (h, h_tuned) in enumerate(zip(answer.hidden, tuned.hidden, strict=True)):
-            self.hidden[depth] += _sum_squares(h_tuned, h)
+            self.hidden[depth] += _sum_squared_differences(h_tuned, h)
 
 
-def _sum_squares(first: Tensor, second: Tensor) -> float:
+def _sum_squared_differences(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).square().sum())
 
 
@@ -144,7 +151,7 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
 def _compute_answers(
     model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
 ) -> list[_Answer]:
-    """Return the outputs of a model for every sequence, with the contender's weights in place."""
+    """Return the outputs of a model for every sequence, with the contender's weights, then restore BASE's."""
     if contender.swapped is not None:
         contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
     answers = []
@@ -175,18 +182,18 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
         return record
     gap, error = own_sums.losses.minus(tuned.losses)
     change = base.losses.mean - tuned.losses.mean
-    predicted = own_sums.losses.tokens
-    compared = {
+    predictions = own_sums.losses.tokens
+    comparison = {
         "gap": gap,
         "gap_error": error,
         "kept": (base.losses.mean - own_sums.losses.mean) / change + 0.0 if change > 0 else None,
         "distance": math.sqrt(own_sums.squares / base.squares) if base.squares else None,
-        "kl": own_sums.kl / predicted,
-        "agreement": own_sums.same / predicted,
+        "kl": own_sums.kl / predictions,
+        "agreement": own_sums.same / predictions,
         "hidden": tuple(math.sqrt(x / b) if b else None for x, b in zip(own_sums.hidden, base.hidden, strict=True))
         or None,
     }
-    return record.model_copy(update=compared)
+    return record.model_copy(update=comparison)
 
 
 @show_options
@@ -228,44 +235,45 @@ def probe_outputs(
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
     reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))
-    others: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
-    others += [(reference, "reference")] if reference else []
-    _refuse_repeated(tuned, [path for path, _ in others])
+    models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
+    models += [(reference, "reference")] if reference else []
+    _check_models(tuned, [path for path, _ in models])
     if tuned is not None:
-        others.insert(0, (tuned, "tuned"))
+        models.insert(0, (tuned, "tuned"))
     elif reference:
         raise UsageError("--reference: is compared with the full fine-tune; give that with --tuned")
-    check_files([base, *(path for path, _ in others)], evaluate, *shifted)
-    compared = [run.compare(base, path) for path, _ in others]
+    check_files([base, *(path for path, _ in models)], evaluate, *shifted)
+    compared = [run.compare(base, path) for path, _ in models]
     model = run.open(base)
     texts = run.read_sets(evaluate, shifted)
     contenders = [Contender("base", "", None)]
     inputs = [compared[0].inputs[0]]
-    for (_, role), comparison in zip(others, compared, strict=True):
-        given = comparison.inputs[-1]
-        inputs.append(given if role == "tuned" else given.model_copy(update={"role": role}))
-        name = "" if role == "tuned" else given.path
+    for (_, role), comparison in zip(models, compared, strict=True):
+        model_input = comparison.inputs[-1]
+        inputs.append(model_input if role == "tuned" else model_input.model_copy(update={"role": role}))
+        name = "" if role == "tuned" else model_input.path
         contenders.append(Contender(role, name, Swapped(model, comparison.pairing.deltas, 0)))
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         todo = [
             text_set
             for text_set in texts
             if not all(
-                kept.has([text_set.name], subject=contender.subject, name=contender.name) for contender in contenders
+                run_records.has([text_set.name], subject=contender.subject, name=contender.name)
+                for contender in contenders
             )
         ]
         run.watch.total = len(contenders) * run.batches(todo)
         run.estimate(texts[0], f"{len(contenders)} models on {pluralize(len(todo), 'set', 'sets')}")
         for text_set in todo:
             for record in outputs(model, contenders, text_set, run.batch, run.watch.batch):
-                kept.put(record)
+                run_records.put(record)
         return _list_left_out(compared, contenders[1:])
 
     return run.over([*inputs, *map(describe_texts, texts)], {}, measure_missing)
 
 
-def _refuse_repeated(tuned: Path | str | None, others: Sequence[Path | str]) -> None:
+def _check_models(tuned: Path | str | None, others: Sequence[Path | str]) -> None:
     """Refuse to compare nothing, or an input twice.
 
     Raises:
@@ -284,10 +292,10 @@ def _refuse_repeated(tuned: Path | str | None, others: Sequence[Path | str]) -> 
 
 
 def _list_left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
-    """Return tensors that could not be put into the model, each once."""
-    reasons: dict[tuple[str, str], LeftOut] = {}
+    """Return tensors that could not be put into the model, each once for each reason."""
+    by_layer_and_reason: dict[tuple[str, str], LeftOut] = {}
     for comparison, contender in zip(compared, contenders, strict=True):
         assert contender.swapped is not None
         for item in left_out(comparison.pairing, contender.swapped.absent):
-            reasons.setdefault((item.layer, item.reason), item)
-    return list(reasons.values())
+            by_layer_and_reason.setdefault((item.layer, item.reason), item)
+    return list(by_layer_and_reason.values())

@@ -1,10 +1,7 @@
-"""Choice among adapters: comparison of their held-out losses, paired by sequence.
+"""Terminal output of ``probe outputs``: losses and distances of models, and the choice among adapters.
 
-Comparison of an adapter with the full fine-tune by held-out losses.
-
-A difference of two losses is significant above two paired standard errors, more with few sequences (``paired_half``).
-
-Terminal output of ``probe outputs``: loss of every model, and distance of its outputs.
+Adapters are compared with each other, with the full fine-tune and with BASE by held-out losses, paired by sequence. A
+difference is significant above two paired standard errors, more with few sequences (``paired_half``).
 """
 
 from __future__ import annotations
@@ -31,7 +28,8 @@ class Rival:
         behind: Its loss minus that of the best.
         half: Half the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
             (Bonferroni); None for one sequence.
-        sequences: Estimated number of sequences that would separate them; None if already separated, or above 1000.
+        sequences: Estimated number of sequences that would separate them; None if already separated, above 1000, or
+            not known from one sequence.
     """
 
     name: str
@@ -70,7 +68,7 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
 
     Sets with fewer than two adapters are skipped, and results without losses of sequences.
     """
-    results = []
+    by_set = []
     for name in dict.fromkeys(record.set for record in records):
         of_set = [record for record in records if record.set == name]
         counts = next((record.predictions for record in of_set if record.subject == "base"), ())
@@ -78,10 +76,10 @@ def choices(records: Sequence[Probe]) -> list[Choice]:
         if len(adapters) > 1 and counts:
             best, *others = adapters
             level = 1 - 0.05 / 2 / len(others)
-            results.append(
+            by_set.append(
                 Choice(name, best.name, tuple(_compare_rival(other, best, counts, level) for other in others))
             )
-    return results
+    return by_set
 
 
 def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
@@ -118,7 +116,7 @@ class Contest:
         return max(self.records, key=lambda record: record.gap or 0.0)
 
 
-def gains(base: Probe | None) -> float | None:
+def find_gain(base: Probe | None) -> float | None:
     """Return the gain of TUNED over BASE; None if it is not significant."""
     if base is None or base.gap is None or (half := gap_half(base)) is None or base.gap <= half:
         return None
@@ -140,7 +138,7 @@ def deciding_sets(records: Sequence[Probe]) -> list[str]:
 
 
 def compare_with_base(record: Probe, base: Probe) -> tuple[float, float | None]:
-    """Return a model's loss minus that of BASE, and half the interval outside which it is significant."""
+    """Return a model's loss minus that of BASE, and half its interval; None without losses of several sequences."""
     if not record.nll or not base.predictions:
         return record.nats - base.nats, None
     gap, error = paired_difference(record.nll, base.nll, base.predictions)
@@ -152,28 +150,32 @@ def _find_bases(records: Sequence[Probe]) -> dict[str, Probe]:
 
 
 def contests_of(records: Sequence[Probe]) -> list[Contest]:
-    """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without one, or without TUNED."""
+    """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without such a set or TUNED."""
     if not any(record.subject == "tuned" for record in records):
         return []
     sets, bases = deciding_sets(records), _find_bases(records)
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
-    results = []
+    contests = []
     for name in names:
         own_records = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
         if own_records:
-            results.append(
+            contests.append(
                 Contest(
-                    name, own_records, _judge(own_records, {set_name: gains(bases.get(set_name)) for set_name in sets})
+                    name,
+                    own_records,
+                    _judge(own_records, {set_name: find_gain(bases.get(set_name)) for set_name in sets}),
                 )
             )
-    return results
+    return contests
 
 
-def _judge(own_records: tuple[Probe, ...], gained: dict[str, float | None]) -> Literal["as good", "worse", "not known"]:
+def _judge(
+    own_records: tuple[Probe, ...], gain_by_set: dict[str, float | None]
+) -> Literal["as good", "worse", "not known"]:
     if any(record.gap is None or gap_half(record) is None for record in own_records):
         return "not known"
     if all(
-        (gain := gained[record.set]) is not None
+        (gain := gain_by_set[record.set]) is not None
         and (record.gap or 0.0) + (gap_half(record) or 0.0) <= (1 - SUFFICIENT_SHARE) * gain
         for record in own_records
     ):
@@ -195,17 +197,17 @@ DEPTHS = 7
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, the better model, then the distances."""
+    """Return the statements: for each set, losses and the better model; distances; a missing TUNED or reference."""
     records = results.whole_of(Probe)
-    names, judged = _label_models(records), _describe_best(contests_of(records))
+    labels, verdict = _label_models(records), _describe_best(contests_of(records))
     by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
     statements = []
     has_tuned = any(record.subject == "tuned" for record in records)
     for name, of_set in by_set.items():
-        lines = _describe_losses(of_set, names) if has_tuned else _describe_equals(of_set, names)
-        answer = judged or (lines[1] if len(lines) > 1 else "") if has_tuned else f"not compared with one: {lines[0]}"
+        lines = _describe_losses(of_set, labels) if has_tuned else _describe_equals(of_set, labels)
+        answer = verdict or (lines[1] if len(lines) > 1 else "") if has_tuned else f"not compared with one: {lines[0]}"
         statements.append(on_set(name, *lines, answer=answer))
-    distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, names))}
+    distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, labels))}
     if distances:
         all_lines = [
             f"{short(name)}: {line}" if len(by_set) > 1 else line
@@ -221,16 +223,16 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
 
 
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
+    """Return one or two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
     records = results.whole_of(Probe)
-    names = _label_models(records)
+    labels = _label_models(records)
     grids = []
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
-        grids += [_make_losses_grid(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, names)]
+        grids += [_make_losses_grid(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, labels)]
         if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
             grids.append(
-                _make_depths_grid(f"On {short(name)}: distance of the hidden states after block", others, names)
+                _make_depths_grid(f"On {short(name)}: distance of the hidden states after block", others, labels)
             )
     return grids
 
@@ -243,97 +245,99 @@ _READING = (
 
 
 def _label_models(records: Sequence[Probe]) -> dict[str, str]:
-    """Return the label of each adapter and reference."""
+    """Return the label of each adapter and reference, by path."""
     paths = list(dict.fromkeys(record.name for record in records if record.name))
     return dict(zip(paths, short_paths(paths), strict=True))
 
 
-def _name(record: Probe, names: dict[str, str]) -> str:
+def _name(record: Probe, labels: dict[str, str]) -> str:
     if not record.name:
         return record.subject.upper()
-    return f"{names[record.name]} (reference)" if record.subject == "reference" else names[record.name]
+    return f"{labels[record.name]} (reference)" if record.subject == "reference" else labels[record.name]
 
 
-def _make_losses_grid(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
-    rows = [(_name(record, names), [record]) for record in of_set]
+def _make_losses_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
+    rows = [(_name(record, labels), [record]) for record in of_set]
     return grid_of(Probe.shown, rows, "model", caption)
 
 
-def _make_depths_grid(caption: str, of_set: Sequence[Probe], names: dict[str, str]) -> Grid:
+def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
     """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
     last = max(len(record.hidden or ()) for record in of_set) - 1
-    shown = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+    depths = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
     columns = []
-    for depth in shown:
+    for depth in depths:
         values = [(record.hidden or ())[depth] for record in of_set]
         cells = tuple("same" if value is None else f"{value:.2f}" for value in values)
         columns.append(Column(str(depth) if depth else "0 (input)", cells))
-    return Grid(caption, "model", tuple(_name(record, names) for record in of_set), tuple(columns))
+    return Grid(caption, "model", tuple(_name(record, labels) for record in of_set), tuple(columns))
 
 
-def _describe_losses(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     if len(ends) < 2:
         return ["not measured yet"]
     adapters = [record for record in of_set if record.subject == "adapter"]
     return [
         both_ends(ends["base"], ends["tuned"]),
-        *_describe_adapters(ends["base"], adapters, names),
-        *(_describe_choice(choice, names) for choice in choices(of_set)),
+        *_describe_adapters(ends["base"], adapters, labels),
+        *(_describe_choice(choice, labels) for choice in choices(of_set)),
     ]
 
 
-def _describe_equals(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
+def _describe_equals(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
     """State which of several models to use, and how the best compares with BASE."""
     base = next((record for record in of_set if record.subject == "base"), None)
     adapters = [record for record in of_set if record.subject == "adapter"]
     if base is None or not adapters:
         return ["not measured yet"]
     best = min(adapters, key=lambda record: record.nats)
-    compared = _describe_relative_to_base(best, base, names)
-    return [*(_describe_choice(choice, names) for choice in choices(of_set)), compared]
+    to_base = _describe_relative_to_base(best, base, labels)
+    return [*(_describe_choice(choice, labels) for choice in choices(of_set)), to_base]
 
 
-def _describe_adapters(base: Probe, adapters: Sequence[Probe], names: dict[str, str]) -> list[str]:
+def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str, str]) -> list[str]:
     """Compare adapters with TUNED; where TUNED is worse than BASE, with BASE."""
     if not is_tuned_worse(base):
-        return [f"{_name(record, names)}: {_compare_with_tuned(record)}" for record in adapters]
-    loss = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
-    lines = [f"TUNED is worse than BASE by {loss}: it has no gain here, and adapters are compared with BASE"]
-    return [*lines, *(_describe_relative_to_base(record, base, names) for record in adapters)]
+        return [f"{_name(record, labels)}: {_compare_with_tuned(record)}" for record in adapters]
+    difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
+    lines = [f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are compared with BASE"]
+    return [*lines, *(_describe_relative_to_base(record, base, labels) for record in adapters)]
 
 
-def _describe_relative_to_base(record: Probe, base: Probe, names: dict[str, str]) -> str:
+def _describe_relative_to_base(record: Probe, base: Probe, labels: dict[str, str]) -> str:
     """State whether a model is better or worse than BASE, or not distinguishable."""
     value, half = compare_with_base(record, base)
     difference = f"{value:+.4f}" if half is None else f"{value:+.4f} [{value - half:.4f}, {value + half:.4f}]"
     word = "no significant difference from"
     if half is not None and abs(value) > half:
         word = "better than" if value < 0 else "worse than"
-    return f"{_name(record, names)}: {word} BASE ({difference})"
+    return f"{_name(record, labels)}: {word} BASE ({difference})"
 
 
 def _describe_best(contests: Sequence[Contest]) -> str:
-    """State whether the best adapter does as well as the full fine-tune."""
+    """State whether the best adapter does as well as the full fine-tune; nothing without contests."""
     if not contests:
         return ""
-    words = {"as good": "yes", "worse": "no", "not known": "not known"}
-    word = next(word for word in words if any(contest.outcome == word for contest in contests))
-    best = min((item for item in contests if item.outcome == word), key=lambda item: item.worst.gap or 0.0)
+    answers = {"as good": "yes", "worse": "no", "not known": "not known"}
+    outcome = next(outcome for outcome in answers if any(contest.outcome == outcome for contest in contests))
+    best = min(
+        (contest for contest in contests if contest.outcome == outcome), key=lambda contest: contest.worst.gap or 0.0
+    )
     record = best.worst
     kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = short_paths([best.name])
-    return f"{words[word]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
+    return f"{answers[outcome]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
 
 
-def _describe_choice(choice: Choice, names: dict[str, str]) -> str:
+def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:
     """State which adapter to use: the significantly best one, or that some are not distinguishable."""
-    best = names[choice.best]
-    text = "; ".join(f"{names[rival.name]} {_format_gap(rival)}" for rival in choice.rivals)
+    best = labels[choice.best]
+    text = "; ".join(f"{labels[rival.name]} {_format_gap(rival)}" for rival in choice.rivals)
     if not choice.equals:
         return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {text}"
-    equal = ", ".join([best, *(names[rival.name] for rival in choice.equals)])
+    equal = ", ".join([best, *(labels[rival.name] for rival in choice.equals)])
     return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {text}"
 
 
@@ -357,23 +361,24 @@ def _compare_with_tuned(record: Probe) -> str:
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
 
 
-def _describe_distances(of_set: Sequence[Probe], names: dict[str, str]) -> list[str]:
-    known = [record for record in of_set if record.subject == "adapter" and record.distance is not None]
-    if not known or not {"base", "tuned"} <= {record.subject for record in of_set}:
+def _describe_distances(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
+    compared = [record for record in of_set if record.subject == "adapter" and record.distance is not None]
+    if not compared or not {"base", "tuned"} <= {record.subject for record in of_set}:
         return []
     reference = next((record for record in of_set if record.subject == "reference"), None)
     lines = []
     if reference is not None and reference.distance is not None:
-        near = [record for record in known if (record.distance or 0.0) <= reference.distance]
+        near = [record for record in compared if (record.distance or 0.0) <= reference.distance]
         lines.append(
-            f"{len(near)} of {len(known)} adapters are as near to TUNED as the reference is ({reference.distance:.2f})"
+            f"{len(near)} of {len(compared)} adapters are as near to TUNED as the reference is "
+            f"({reference.distance:.2f})"
         )
-    nearest = min(known, key=lambda record: record.distance or 0.0)
-    best = min(known, key=lambda record: record.nats)
-    if len(known) > 1:
-        conclusion = "is also" if nearest is best else f"is not the best in loss, which {_name(best, names)} is:"
+    nearest = min(compared, key=lambda record: record.distance or 0.0)
+    best = min(compared, key=lambda record: record.nats)
+    if len(compared) > 1:
+        conclusion = "is also" if nearest is best else f"is not the best in loss, which {_name(best, labels)} is:"
         lines.append(
-            f"nearest is {_name(nearest, names)} ({nearest.distance:.2f}); it {conclusion}"
+            f"nearest is {_name(nearest, labels)} ({nearest.distance:.2f}); it {conclusion}"
             + (" the best in loss" if nearest is best else " distance is not quality")
         )
     return lines

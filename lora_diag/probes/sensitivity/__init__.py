@@ -1,7 +1,4 @@
-"""``probe sensitivity``: loss gain of adapting one layer or module type alone.
-
-Options of ``probe sensitivity``.
-"""
+"""``probe sensitivity``, registration and options: loss gain of adapting one layer or module type alone."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -25,6 +25,8 @@ def sensitivity(
 
     with shown.callbacks(notes=True) as callbacks:
         results = probe_sensitivity(base, **arguments, **callbacks)
-    weights = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
-    hint = f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights}   (ranks where the loss gains)"
+    weights_file = shlex.quote(str(arguments["output"])) if arguments["output"] is not None else ""
+    hint = (
+        f"loradiag allocate SPECTRUM.jsonl --params 10M --layer-weights {weights_file}   (ranks where the loss gains)"
+    )
     shown.show(results, next_step(arguments["output"], hint))

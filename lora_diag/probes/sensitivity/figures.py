@@ -40,8 +40,8 @@ def sensitivity(
     Returns:
         The Axes drawn on: at the smallest trained rank, the highest gain first.
     """
-    every = results.whole if isinstance(results, Results) else results
-    records = [record for record in every if isinstance(record, Sensitivity)]
+    all_records = results.whole if isinstance(results, Results) else results
+    records = [record for record in all_records if isinstance(record, Sensitivity)]
     chosen = name if name is not None else _first_set(records)
     rows = highest(_make_rows(records, chosen, 0), ROWS)
     with panel_axes(ax) as (axes, style):

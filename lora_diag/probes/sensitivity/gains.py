@@ -99,7 +99,7 @@ class Correlation:
         rho: Spearman's ρ over all units.
         ends: Its 95% interval; None with too few units.
         p: p-value of a permutation test.
-        within: ρ within module types; None if no type has three layers.
+        within: ρ within module types; None if no type has three layers, or units are not layers.
         within_p: p-value of ``within``.
         n: Number of units.
     """
@@ -113,26 +113,26 @@ class Correlation:
     n: int
 
 
-def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, choose: str, seed: int) -> float | None:
+def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, deciding_set: str, seed: int) -> float | None:
     """Return the rate of a unit's lowest loss of the first seed on the deciding set; None if all runs diverged."""
-    key = (unit, rank, choose, seed)
+    key = (unit, rank, deciding_set, seed)
     return find_best_rates((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
 
 
-def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, seed: int) -> list[Gain]:
+def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank: int, seed: int) -> list[Gain]:
     """Return the gain of each unit on one set, in the order of the run; units whose runs all diverged are skipped.
 
     Args:
         records: Records of one run.
         name: The set.
-        choose: The set that decides on the rates.
+        deciding_set: The set that decides on the rates.
         rank: r.
         seed: The first seed.
     """
     base = next((r for r in records if not r.unit and r.set == name), None)
     gains = []
     for unit in dict.fromkeys(r.unit for r in records if r.unit and r.rank == rank):
-        lr = best_rate(records, unit, rank, choose, seed)
+        lr = best_rate(records, unit, rank, deciding_set, seed)
         runs = [r for r in records if (r.unit, r.rank, r.lr, r.set) == (unit, rank, lr, name) and r.gain is not None]
         if base is None or lr is None or not runs:
             continue
@@ -147,7 +147,7 @@ def gains_of(records: Sequence[Sensitivity], name: str, choose: str, rank: int, 
 def marginals_of(
     records: Sequence[Sensitivity], name: str, lower: Sequence[Gain], higher: Sequence[Gain]
 ) -> list[Marginal]:
-    """Return the gain of the higher rank over the lower one, for units with both."""
+    """Return the gain of the higher rank over the lower one, for units with both; none without BASE."""
     base = next((r for r in records if not r.unit and r.set == name), None)
     at_higher_rank = {gain.unit: gain for gain in higher}
     if base is None:
@@ -180,7 +180,7 @@ def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
 
 
 def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
-    """Return the rank correlation of each score with the measured gains.
+    """Return the rank correlation of each score that all units have with the gains; none for fewer than three units.
 
     Args:
         gains: Gains of all units.
@@ -190,14 +190,14 @@ def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[C
     measured = [gain.gain for gain in gains]
     kinds = [module_type_of(gain.layers[0]) if len(gain.layers) == 1 else None for gain in gains]
     grouped = all(kinds) and max(map(kinds.count, kinds), default=0) >= 3
-    results = []
+    by_score = []
     for name in SCORES:
         values = [score[name] for score in scores if name in score]
         if len(values) < len(gains) or len(gains) < 3:
             continue
         rho = spearman(measured, values)
         within = spearman(measured, values, kinds) if grouped else None
-        results.append(
+        by_score.append(
             Correlation(
                 name,
                 rho,
@@ -208,7 +208,7 @@ def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[C
                 len(gains),
             )
         )
-    return results
+    return by_score
 
 
 @dataclass(frozen=True, slots=True)

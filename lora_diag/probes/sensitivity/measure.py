@@ -1,8 +1,6 @@
-"""Training of layers adapted one at a time, and the gradient of every layer at BASE from one pass.
+"""``probe sensitivity``: measure the loss gain of adapting each layer alone, and the gradient of every layer at BASE.
 
 Handles the model and its layers; losses are interpreted elsewhere.
-
-``probe sensitivity``: measure the loss gain of adapting each layer alone.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ def units_of(layers: Mapping[str, nn.Module], names: Mapping[str, str], per: str
 
     Args:
         layers: Layers by the names of their weights in the model.
-        names: Names of the same weights in BASE.
+        names: Names of the same weights in BASE, by those in the model.
         per: ``layer``; ``block`` for the layers of one depth; ``type`` for those of one module type.
     """
     groups: dict[str, list[str]] = {}
@@ -280,8 +278,8 @@ def probe_sensitivity(
     stored = open_checkpoint(base)
     model = run.open(base)
     run.read_all(data, evaluate, shifted, steps)
-    names, left_out = _choose_layers(model, stored, selected)
-    linear = {name: layer for name, layer in linear_layers(model.module).items() if name in names}
+    base_names, left_out = _choose_layers(model, stored, selected)
+    linear = {name: layer for name, layer in linear_layers(model.module).items() if name in base_names}
     settings = {
         "per": per,
         "rank": rank,
@@ -293,12 +291,12 @@ def probe_sensitivity(
         "optimizer": RECIPE,
     }
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        plan = run.walk(kept, seeds)
-        probe = _Probe(model, units_of(linear, names, per), ranks, tuple(sorted(set(rates))), plan)
+        plan = run.walk(run_records, seeds)
+        probe = _Probe(model, units_of(linear, base_names, per), ranks, tuple(sorted(set(rates))), plan)
         probe.report_cost()
-        probe.score(linear, names)
+        probe.score(linear, base_names)
         probe.run(probe.measure_base())
         return left_out
 
@@ -308,29 +306,29 @@ def probe_sensitivity(
 def _choose_layers(
     model: Model, stored: Checkpoint, selected: Callable[[str], bool]
 ) -> tuple[dict[str, str], list[LeftOut]]:
-    """Return the linear layers to adapt by their names in the model, with those in BASE; and the skipped ones.
+    """Return the names in BASE of the linear layers to adapt, by their names in the model; and the skipped layers.
 
     Raises:
         NothingComparedError: No linear layer is selected.
     """
-    weights, inner = Weights(model.module), layers_without_head(model.module)
-    known = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
-    names: dict[str, str] = {}
+    weights, without_head = Weights(model.module), layers_without_head(model.module)
+    stored_names = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
+    base_names: dict[str, str] = {}
     left_out = []
     for name, layer in linear_layers(model.module).items():
-        base_name = known.get(name, name)
-        if name in inner and name in known and selected(base_name):
-            names[name] = base_name
+        base_name = stored_names.get(name, name)
+        if name in without_head and name in stored_names and selected(base_name):
+            base_names[name] = base_name
             continue
-        detail = "the head is not adapted" if name not in inner else "was not selected"
-        if name not in known:
+        detail = "the head is not adapted" if name not in without_head else "was not selected"
+        if name not in stored_names:
             detail = "not stored under a name of its own in BASE (tied)"
         left_out.append(LeftOut(layer=base_name, shape=shape_of(layer), reason="not_selected", detail=detail))
-    if not names:
+    if not base_names:
         raise NothingComparedError(
             f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change --layers or --exclude"
         )
-    return names, left_out
+    return base_names, left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +355,7 @@ class _Probe:
         return Trial(fields, f"{unit.name} {cell.label}", train)
 
     def score(self, layers: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """Compute the gradient of every layer at BASE, and its first-order records."""
+        """Record first-order scores of every layer from its gradient at BASE, unless the file has them."""
         if self._has_scores():
             return
         texts, plan = self._select_used_sequences(), self.plan
@@ -369,7 +367,10 @@ class _Probe:
         )
 
     def measure_base(self) -> dict[str, Losses]:
-        """Measure BASE; repeated after an interruption, because errors need its losses by sequence."""
+        """Measure and record BASE, and return its losses by set.
+
+        This is repeated after an interruption, because errors need its losses by sequence.
+        """
         plan = self.plan
         after = partial(plan.watch.batch, "BASE")
         bases = {texts.name: measure(self.model, texts, plan.training.batch, after) for texts in plan.sets}

@@ -23,7 +23,8 @@ class Sensitivity(WholeRecord):
         seed: Seed of the initial factors, and of dropout if BASE has it.
         loss: Loss in nats; null if the run diverged.
         gain: Loss of BASE minus this one, on the same tokens; null for BASE and if the run diverged.
-        gain_error: Standard error of ``gain``, from paired differences of blocks of sequences; null for one sequence.
+        gain_error: Standard error of ``gain``, from paired differences of blocks of sequences; null for one sequence,
+            for BASE, and if the run diverged.
         train_loss: Mean loss over the last tenth of the steps; null if not finite.
         nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals, for pairing any two runs. Empty if
             the run diverged.

@@ -30,6 +30,7 @@ from lora_diag.rendering.text import short
 MAX_ROWS = 40
 # Maximum number of units named in a sentence.
 _NAMED = 3
+# Singular and plural of the units, by granularity.
 _UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
 # Descriptions of the scores, as in docs/reference/probe-sensitivity.md.
 _SCORES = {
@@ -53,11 +54,11 @@ _PROXIES = (
 # ρ from which a score predicts the order; below it, the statement says "in part". Both print ρ.
 STRONG_CORRELATION = 0.7
 # Largest p-value of a significant correlation.
-_CHANCE = 0.05
+_SIGNIFICANT_P = 0.05
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, gains by unit, gains by rank, and quality of first-order predictions."""
+    """Return the statements: training; gains by set; more rank; seeds; other sets; first-order predictions; rates."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains = _read_gains(results)
     statements = [make_statement("trained", "Trained", _describe_training(settings))]
@@ -86,14 +87,14 @@ def _read_gains(results: Results[Any]) -> dict[str, list[Gain]]:
 
 
 def _read_marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
-    """Return the gains of the higher rank by set; empty if only one rank was trained."""
+    """Return the gains of the higher rank over the lower by set; empty lists if only one rank was trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     rank = settings["rank"] + (settings["delta"] or 0)
     if rank == settings["rank"]:
         return {name: [] for name in gains}
-    choose = next(iter(gains), "")
+    deciding_set = next(iter(gains), "")
     return {
-        name: marginals_of(records, name, lower, gains_of(records, name, choose, rank, settings["seed"]))
+        name: marginals_of(records, name, lower, gains_of(records, name, deciding_set, rank, settings["seed"]))
         for name, lower in gains.items()
     }
 
@@ -106,7 +107,7 @@ _READING = (
 
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return one row per unit, the most sensitive first; no table before a run is finished."""
+    """Return the table, one row per unit, the highest gain first; no table before a run is finished."""
     gains, scores, settings = _read_gains(results), _read_scores(results), results.run.settings
     marginals = _read_marginals(results, gains)
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
@@ -195,7 +196,7 @@ def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) 
 
 
 def _describe_repeats(gains: Sequence[Gain]) -> list[Statement]:
-    """State whether another seed gives the same order of units."""
+    """State the rank correlation of the gains with the first two seeds, if three units have both."""
     repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
     if len(repeated) < 3:
         return []
@@ -210,7 +211,7 @@ def _describe_repeats(gains: Sequence[Gain]) -> list[Statement]:
 
 
 def _describe_other_sets(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
-    """State whether other sets give the same order of units."""
+    """State the rank correlation of the gains on each other set and on the first, if three units have both."""
     lines = []
     for name in sets[1:]:
         other_gains = {gain.unit: gain.gain for gain in gains[name]}
@@ -234,10 +235,12 @@ def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> 
     lines = [_judge_proxy(best, size)]
     if 2 * clear < len(gains):  # noise has no order to predict
         lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
-    inside = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
-    if inside and min(inside) > _CHANCE:
+    within_p_values = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
+    if within_p_values and min(within_p_values) > _SIGNIFICANT_P:
         lines.append("within module types, no score is significantly better than chance")
-    lines.append("Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if inside else ""))
+    lines.append(
+        "Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if within_p_values else "")
+    )
     for correlation in ordered:
         ends = f" [{correlation.ends[0]:+.2f}, {correlation.ends[1]:+.2f}]" if correlation.ends else ""
         p = "" if correlation.p is None else f" p {_format_p(correlation.p)}"
@@ -253,7 +256,7 @@ def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> 
 def _judge_proxy(best: Correlation, size: Correlation) -> str:
     """State whether the best score of the gradient is useful."""
     name = _SCORES[best.score]
-    if best.p is None or best.rho is None or best.p > _CHANCE or best.rho <= 0:
+    if best.p is None or best.rho is None or best.p > _SIGNIFICANT_P or best.rho <= 0:
         return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
     if size.rho is not None and size.rho >= best.rho:
         return f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {name}"

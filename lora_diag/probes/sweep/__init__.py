@@ -1,7 +1,4 @@
-"""``probe sweep``: held-out loss after training at several ranks.
-
-Options of ``probe sweep``.
-"""
+"""``probe sweep``, registration and options: held-out loss after training at several ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path

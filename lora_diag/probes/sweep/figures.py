@@ -101,17 +101,17 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw(axes, [curve], inches, style)
         axes.set(xlabel="rank r, with its learning rate", ylabel="loss (nats)")
-        axes.set_title(_describe_run(sets[chosen], curve), parse_math=False, loc="left")
+        axes.set_title(_make_title(sets[chosen], curve), parse_math=False, loc="left")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return a panel per set; several sweeps differ by colour."""
+    """Draw a panel per set; several sweeps differ by colour."""
     sets = sets_of(record for item in series for record in item.records)
     panels: list[tuple[str, Draw]] = []
     for name, label in sets.items():
         curves = [sweep_curve(item.records, name, _get_tolerance(item)) for item in series]
-        title = label if len(curves) > 1 else _describe_run(label, curves[0])
+        title = label if len(curves) > 1 else _make_title(label, curves[0])
         panels.append((title, partial(_draw, curves=curves, style=style)))
     xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
     return page_of(panels, _make_text(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
@@ -177,7 +177,7 @@ def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float]
             )
 
 
-def _describe_run(label: str, curve: SweepCurve) -> str:
+def _make_title(label: str, curve: SweepCurve) -> str:
     """Return the label of a set with the verdict of the sweep."""
     verdict = curve.verdict
     if verdict is None:
@@ -185,12 +185,12 @@ def _describe_run(label: str, curve: SweepCurve) -> str:
     if verdict.rank is not None:
         return f"{label}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"
     confidence = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
-    lines = {
+    endings = {
         "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{confidence}",
         "no gain": "every rank is worse than BASE",
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }
-    return f"{label}: {lines.get(verdict.outcome, verdict.outcome)}"
+    return f"{label}: {endings.get(verdict.outcome, verdict.outcome)}"
 
 
 def _make_text(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:

@@ -1,9 +1,8 @@
-"""Rounding of frozen weights to the values of a quantized base, in ordinary modules.
+"""``probe sweep``: measure the loss of LoRA trained at each rank, also on weights rounded to those of a quantized base.
 
-Values equal those of bitsandbytes (0.50.2 on a CPU: NF4 bit for bit, int8 up to one rounding of float32). Memory is not
-reduced, products are in the model's own dtype, and activations, which LLM.int8() also rounds, are not rounded.
-
-``probe sweep``: measure the loss of LoRA trained at each rank.
+Rounded values equal those of bitsandbytes (0.50.2 on a CPU: NF4 bit for bit, int8 up to one rounding of float32).
+Modules are ordinary: memory is not reduced, products are in the model's own dtype, and activations, which LLM.int8()
+also rounds, are not rounded.
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+# Entries of a block of NF4, which have one scale.
 BLOCK = 64
 GRIDS = ("nf4", "int8")
 
@@ -94,9 +94,8 @@ def to_int8(weight: Tensor) -> Tensor:
         [[127.0, 0.0, 1.0]]
     """
     largest = weight.float().abs().amax(1, keepdim=True)
-    codes = (
-        weight.float() * (127 / largest.clamp(min=1e-30))
-    ).round()  # 127 divided by the smallest float32 would be infinite
+    # 127 divided by the smallest float32 would be infinite.
+    codes = (weight.float() * (127 / largest.clamp(min=1e-30))).round()
     return (codes * largest / 127).to(weight.dtype)
 
 
@@ -111,7 +110,7 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
     Reference: Dettmers et al. 2023, QLoRA, equation 4; Dettmers et al. 2022, LLM.int8(), section 3.1.
     """
     weights = [(layer.weight, isinstance(layer, nn.Linear)) for layer in layers] if grid else []
-    kept = [weight.detach().to("cpu", copy=True) for weight, _ in weights if isinstance(weight, Tensor)]
+    originals = [weight.detach().to("cpu", copy=True) for weight, _ in weights if isinstance(weight, Tensor)]
     to_grid = to_nf4 if grid == "nf4" else to_int8
     try:
         with torch.no_grad():
@@ -121,12 +120,12 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
         yield
     finally:
         with torch.no_grad():
-            for (weight, _), original in zip(weights, kept, strict=True):
+            for (weight, _), original in zip(weights, originals, strict=True):
                 assert isinstance(weight, Tensor)
                 weight.copy_(original)
 
 
-# Settings that ``resume`` extends: the values of the finished sweep and the new ones together.
+# Settings that ``resume`` extends, with the functions that join the values in the file and the new ones.
 EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
     "ranks": lambda then, now: sorted({*then, *now}),
     "rates": lambda then, now: sorted({*then, *now}),
@@ -187,7 +186,7 @@ def probe_sweep(
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
     names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
     full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in names)
-    requested = check_ranks(run.options["ranks"])
+    ranks = check_ranks(run.options["ranks"])
     if not 0 < tolerance < 1:
         raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
     if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
@@ -198,11 +197,11 @@ def probe_sweep(
     check_files([base], evaluate, *shifted, data)
     kind = Lora(tuple(targets) or None, dora, rslora)
     with run.joined():
-        return _run_sweep(run, base, kind, requested)
+        return _run_sweep(run, base, kind, ranks)
 
 
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
-    """Open the model and the texts, and train."""
+    """Open the model and the texts, train, and return the results."""
     options = run.options
     names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
     rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in names)
@@ -224,12 +223,12 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 
     workers = run.workers(base, stored)
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
-        joined = kept.run.settings  # with the values of the sweep before it was resumed
-        sweep = _Sweep(model, run.walk(kept, joined["seeds"]), workers)
-        arms = [sweep.arm("lora", joined["ranks"], joined["rates"], quantized)]
-        arms += [sweep.arm("full", [None], joined["full_rates"], None)] if full else []
-        arms += [sweep.arm("bitfit", [None], joined["rates"], None)] if bitfit else []
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
+        joined_settings = run_records.run.settings  # with the values of the sweep before it was resumed
+        sweep = _Sweep(model, run.walk(run_records, joined_settings["seeds"]), workers)
+        arms = [sweep.arm("lora", joined_settings["ranks"], joined_settings["rates"], quantized)]
+        arms += [sweep.arm("full", [None], joined_settings["full_rates"], None)] if full else []
+        arms += [sweep.arm("bitfit", [None], joined_settings["rates"], None)] if bitfit else []
         sweep.report_cost(arms)
         sweep.measure_base("")
         for arm in arms:
@@ -240,7 +239,7 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 
 
 def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> Sequence[Probe]:
-    """Train one cell on a worker of a cluster.
+    """Train one cell on a worker of a cluster, and return its records.
 
     Args:
         site: What the worker opens.
@@ -296,11 +295,11 @@ class _Sweep:
         return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell), cell)
 
     def measure_base(self, grid: str) -> None:
-        """Measure BASE, rounded to the grid if there is one."""
+        """Measure BASE as it is, under the name of the grid to which it is rounded; empty if it is not."""
         self.plan.measure_base(self.model, partial(record_of, name=grid), grid)
 
     def run(self, arm: _Arm) -> None:
-        """Train everything of an arm."""
+        """Train all runs of an arm; with a grid, on BASE rounded to it, which is measured first."""
         layers = layers_without_head(self.model.module).values()
         with round_weights(layers, arm.grid) if arm.grid else nullcontext():
             if arm.grid:

@@ -13,7 +13,7 @@ from lora_diag.probes.sweep.verdict import (
     by_rank,
     compare_with_reference,
     confident,
-    diverged,
+    find_diverged,
     needs,
     reasons,
     swept_of,
@@ -28,7 +28,7 @@ from lora_diag.rendering.text import number, short
 
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
-    """Return the verdict on the first set that is not shifted; None without one."""
+    """Return the verdict on the first set that is not shifted, or the first of all; None without BASE's loss there."""
     swept = swept_of(results)
     return None if swept is None else swept.verdict
 
@@ -49,7 +49,7 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, the sufficient rank and its evidence."""
+    """Return the statements: training; the sufficient rank by set; shifted sets; reference lines; learning rates."""
     records, settings = results.whole_of(Probe), results.run.settings
     sets = set_names(records)
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
@@ -245,8 +245,8 @@ def _describe_rates(
 ) -> str:
     infinite = sum(record.loss is None for record in records)
     notes = [f"{infinite} losses are not finite: those runs diverged"] if infinite else []
-    known = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
-    for run in sorted(diverged(records) & known, key=str):
+    with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
+    for run in sorted(find_diverged(records) & with_loss, key=str):
         named = f"r={run[1]}" if run[0] == "lora" else _LINES[run[0]]
         notes.append(f"{named} at {run[2]:g} diverged with seed {run[3]} (far above BASE): left out of mean and spread")
     if not rows:
@@ -258,8 +258,8 @@ def _describe_rates(
     hints = beyond_grid(tried, settings.get("rates"), "--lr")
     hints += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
     text = "\n".join([text, *hints])
-    if edge := [row for row in rows if row.edge]:
-        text += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in edge)}; extend --lr"
+    if at_edge := [row for row in rows if row.edge]:
+        text += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in at_edge)}; extend --lr"
     for subject, row in lines:
         if row.edge:
             option = "--full-lr" if subject == "full" else "--lr"

@@ -9,7 +9,7 @@ with μ the mean loss over seeds. This is a claim of equivalence, so it must be 
 of every θ_rk is at or below 0. If neither this nor the contrary is demonstrated, the rank is ``not known``, with an
 estimate of the number of seeds needed. Noisier seeds widen the limits and never make a smaller rank sufficient.
 
-The best learning rate of a sweep, for the commands that suggest the next training.
+``swept_rate`` gives the best learning rate to the commands that suggest the next training.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def compare_with_reference(
     ours, theirs = (variance / n, freedom), ((variance, freedom) if fixed else (line_variance / m, line_freedom))
 
     def estimate(value: float, a: float, b: float) -> Estimate:
-        """Return a·μ_best − b·μ_line + constant, whose value is given."""
+        """Return the estimate of a·μ_best − b·μ_line + constant from its value, with either sign."""
         if fixed:  # one variance for both
             return Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
         return Estimate(value, *welch((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
@@ -291,7 +291,7 @@ def compare_with_reference(
     return ReferenceComparison(best, other, gap, half, share, "not known", fixed, needed)
 
 
-def diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
+def find_diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
     """Return the runs that diverged, by subject, rank, rate and seed: judged on the first set, excluded on all.
 
     A run has diverged if its loss is not finite, or if it ends more than 10% above BASE while another seed at the same
@@ -310,16 +310,18 @@ def diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float |
     } | {(r.subject, r.rank, r.lr, r.seed) for r in records if r.lr is not None and r.loss is None}
 
 
-def best_rates(records: Sequence[Probe], choose: str, seed: int, subject: Subject = "lora") -> dict[int | None, float]:
+def best_rates(
+    records: Sequence[Probe], deciding_set: str, seed: int, subject: Subject = "lora"
+) -> dict[int | None, float]:
     """Return, for every rank, the learning rate with the lowest loss of the first seed on one set.
 
     Args:
         records: Records of a sweep.
-        choose: The set that decides.
+        deciding_set: The set that decides.
         seed: The first seed.
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
-    key = (subject, choose, seed)
+    key = (subject, deciding_set, seed)
     rates = find_best_rates((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
     return dict(sorted(rates.items(), key=lambda item: item[0] or 0))
 
@@ -335,7 +337,7 @@ def by_rank(
         rates: The rate of each rank.
         subject: The trained parameters.
     """
-    diverged_runs = diverged(records)
+    diverged_runs = find_diverged(records)
     of_subject = [record for record in records if record.subject == subject]
     rows = []
     for rank, lr in rates.items():
@@ -391,15 +393,16 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         *blocked_variance([row.runs for _, row in ranked]), *variance_within([row.losses for _, row in ranked])
     )
     standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
-    close = (rank for rank, row in ranked if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0)
-    chosen = next(
-        close, best.rank
-    )  # with missing seeds, the best rank may not be the best on the seeds that two ranks share
+    close_ranks = (
+        rank for rank, row in ranked if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0
+    )
+    # With missing seeds, the best rank may not be the best on the seeds that two ranks share.
+    chosen = next(close_ranks, best.rank)
     answer = next(standing for standing in standings if standing.rank == chosen)
-    shown = next((standing for standing in standings if standing.enough == "yes"), None)
+    sufficient = next((standing for standing in standings if standing.enough == "yes"), None)
     return SweepVerdict(
-        _choose_outcome(standings, shown, noise),
-        None if shown is None else shown.rank,
+        _choose_outcome(standings, sufficient, noise),
+        None if sufficient is None else sufficient.rank,
         answer.rank,
         _bound_confidence(answer, standings),
         best.rank,
@@ -422,6 +425,7 @@ class _Noise:
 
     @property
     def known(self) -> bool:
+        """Whether both variances are positive."""
         return self.paired > 0 and self.plain > 0
 
     def paired_variance(self, first: AtRank, second: AtRank) -> float:
@@ -449,6 +453,7 @@ def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
 
 
 def _compute_theta(row: AtRank, other: AtRank, base: float, share: float) -> float:
+    """Return θ of two ranks, on common seeds if there are any."""
     ours, theirs, _, _ = _pair(row, other)
     return ours - (1 - share) * theirs - share * base
 
@@ -462,6 +467,7 @@ def _rank_standing(
     share: float,
     noise: _Noise,
 ) -> RankStanding:
+    """Return the standing of one rank among all."""
     best = min((other for _, other in ranked), key=lambda other: other.mean)
     ours, theirs, n, m = _pair(row, best)
     behind = ours - theirs
@@ -479,13 +485,13 @@ def _rank_standing(
             thetas.append((estimate, share * math.sqrt(noise.plain)))
         else:
             thetas.append((noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error))
-    below = [estimate.below(0.0) for estimate, _ in thetas]
-    confidence, against = min(below), max(0.0, 1 - (len(thetas) - 1) * min(below))
+    confidences = [estimate.below(0.0) for estimate, _ in thetas]
+    confidence, against = min(confidences), max(0.0, 1 - (len(thetas) - 1) * min(confidences))
     answer: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
     difference = Estimate(behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom)
     needed = None
     if answer == "not known":
-        worst, error_of_one = thetas[below.index(confidence)]
+        worst, error_of_one = thetas[confidences.index(confidence)]
         level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(thetas) - 1)
         needed = runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
@@ -493,13 +499,13 @@ def _rank_standing(
     return RankStanding(rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed)
 
 
-def _choose_outcome(standings: Sequence[RankStanding], shown: RankStanding | None, noise: _Noise) -> Outcome:
+def _choose_outcome(standings: Sequence[RankStanding], sufficient: RankStanding | None, noise: _Noise) -> Outcome:
     if not noise.known:
         return "no verdict"
     lower = [standing for position, standing in enumerate(standings) if 2 * position < len(standings)]
-    if shown is not None and shown in lower:
+    if sufficient is not None and sufficient in lower:
         return "fast saturation"
-    if shown is not None and all(standing.enough == "no" for standing in lower):
+    if sufficient is not None and all(standing.enough == "no" for standing in lower):
         return "gradual decline"
     return "not resolved"
 
@@ -514,7 +520,7 @@ def _bound_confidence(chosen: RankStanding, standings: Sequence[RankStanding]) -
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """The verdict of a sweep.
+    """The verdict of a sweep on its main set, and on its shifted sets.
 
     Args:
         results: Results of the run.

@@ -1,7 +1,4 @@
-"""``probe truncation``: held-out loss of the update truncated to each rank.
-
-Options of ``probe truncation``.
-"""
+"""``probe truncation``, registration and options: held-out loss of the update truncated to each rank."""
 
 from collections.abc import Sequence
 from typing import Annotated

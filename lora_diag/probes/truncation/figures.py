@@ -30,18 +30,22 @@ from lora_diag.rendering.figures.sheet import FigureText, Key
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, name_of
 from lora_diag.rendering.losses import gap_half
 
+# Colours of the lines.
+LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
+# Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
+SUFFICIENT_SHARE = 0.9
 # Maximum number of rows of a panel.
 ROWS = 24
 
 
 def find_alone_obstacle(records: Sequence[Probe], options: Options) -> str | None:
     """Return why nothing can be drawn; None if it can."""
-    known = _list_ranks(records)
-    if not known:
+    ranks = _list_ranks(records)
+    if not ranks:
         return "no layer or module type was truncated alone (--granularity layer or type)"
-    if options.rank in {None, *known}:
+    if options.rank in {None, *ranks}:
         return None
-    return f"rank {options.rank} was not measured; use one of {', '.join(map(str, known))}"
+    return f"rank {options.rank} was not measured; use one of {', '.join(map(str, ranks))}"
 
 
 def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -68,7 +72,7 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def alone_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the layers or types with the largest cost at the smallest measured rank, one panel per set."""
+    """Draw the layers or types with the largest cost at the requested or the smallest rank, one panel per set."""
     records = [record for item in series for record in item.records]
     rank = options.rank if options.rank is not None else _smallest_rank(records)
     panels = []
@@ -78,12 +82,12 @@ def alone_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
             rows += _make_rows([record for record in item.records if record.set == name], rank, number)
         if rows:
             panels.append((label, highest(rows, ROWS)))
-    max_rows = len({_cell_name(record) for record in records if record.rank == rank and _cell_name(record)})
+    max_rows = len({_find_part(record) for record in records if record.rank == rank and _find_part(record)})
     notes = ["All others are as in TUNED. Error bars: two paired standard errors, more for few sequences (t)."]
     if max_rows > ROWS:
         notes.append(f"The {ROWS} with the highest cost, of {max_rows}.")
-    if others := [other_rank for other_rank in _list_ranks(records) if other_rank != rank]:
-        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))}.")
+    if other_ranks := [other_rank for other_rank in _list_ranks(records) if other_rank != rank]:
+        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, other_ranks))}.")
     about = subject_of(series)
     text = FigureText(
         f"Cost of truncating one part alone to r\xa0=\xa0{rank}",
@@ -94,12 +98,12 @@ def alone_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
     return figure_of(panels, "loss minus TUNED's (nats)", text, style)
 
 
-def _cell_name(record: Probe) -> str:
+def _find_part(record: Probe) -> str:
     return record.layer or record.module_type or ""
 
 
 def _list_ranks(records: Iterable[Probe]) -> list[int]:
-    return sorted({record.rank for record in records if _cell_name(record) and record.rank is not None})
+    return sorted({record.rank for record in records if _find_part(record) and record.rank is not None})
 
 
 def _smallest_rank(records: Iterable[Probe]) -> int:
@@ -109,19 +113,14 @@ def _smallest_rank(records: Iterable[Probe]) -> int:
 def _make_rows(of_set: Sequence[Probe], rank: int, number: int) -> list[Row]:
     return [
         Row(
-            name_of(_cell_name(record)),
+            name_of(_find_part(record)),
             record.gap,
             gap_half(record),
             category(number),
         )
         for record in of_set
-        if _cell_name(record) and record.rank == rank and record.gap is not None
+        if _find_part(record) and record.rank == rank and record.gap is not None
     ]
-
-
-LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
-# Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
-SUFFICIENT_SHARE = 0.9
 
 
 def select_joint(records: Iterable[Probe]) -> tuple[Probe, ...]:
@@ -156,19 +155,19 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
         inches = float(axes.get_window_extent().width) / axes.figure.dpi
         _draw_gaps(axes, of_set, inches, style)
         axes.set(xlabel="rank r of the update", ylabel="loss minus TUNED's (nats)")
-        axes.set_title(_describe_run(label, of_set), parse_math=False, loc="left")
+        axes.set_title(_make_title(label, of_set), parse_math=False, loc="left")
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
+    """Draw a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
     runs = [select_joint(item.records) for item in series]
     single = len(runs) == 1
     panels: list[tuple[str, Draw]] = []
     for name, label in sets_of(record for records in runs for record in records).items():
         of_set = [[record for record in records if record.set == name] for records in runs]
         if single:
-            panels.append((_describe_run(label, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
+            panels.append((_make_title(label, of_set[0]), partial(_draw_gaps, of_set=of_set[0], style=style)))
         else:
             panels.append((label, partial(_draw_shares, runs=of_set, style=style)))
     ylabel = "loss minus TUNED's (nats)" if single else "fraction of the change"
@@ -176,7 +175,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 
 def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, style: PageStyle | None) -> None:
-    """Draw the loss minus TUNED's with error bars, and its value if it were proportional to energy."""
+    """Draw the loss minus TUNED's with error bars, its value if proportional to energy, and BASE and TUNED."""
     width = style.line if style else 1.2
     truncated = [record for record in _select_truncated(of_set) if record.gap is not None]
     base, tuned = _find_end(of_set, "base"), _find_end(of_set, "tuned")
@@ -202,10 +201,10 @@ def _draw_gaps(ax: Axes, of_set: Sequence[Probe], inches: float, style: PageStyl
             (record.rank or 0, (1 - record.energy) * base.gap) for record in truncated if record.energy is not None
         ]
         if energy:
-            line: dict[str, Any] = {"color": ENERGY, "lw": 1.3 * width, "ls": (0, (1, 1.5))}
-            ax.plot(*zip(*energy, strict=True), **line, zorder=2, label="_energy")
-    reached = [gap + sign * error for gap, error in zip(gaps, errors, strict=True) for sign in (-1, 1)]
-    ax.set_ylim(limits([*reached, *(value for _, value, _ in named)], below=0.14, above=0.14))
+            line_style: dict[str, Any] = {"color": ENERGY, "lw": 1.3 * width, "ls": (0, (1, 1.5))}
+            ax.plot(*zip(*energy, strict=True), **line_style, zorder=2, label="_energy")
+    bar_ends = [gap + sign * error for gap, error in zip(gaps, errors, strict=True) for sign in (-1, 1)]
+    ax.set_ylim(limits([*bar_ends, *(value for _, value, _ in named)], below=0.14, above=0.14))
     levels(ax, named, style, lowest_below=True)
     measured_axis(ax, ranks or [1], inches, style)
     loss_axis(ax)
@@ -245,8 +244,8 @@ def _find_end(records: Sequence[Probe], subject: str) -> Probe | None:
     return next((record for record in records if record.subject == subject), None)
 
 
-def _describe_run(label: str, of_set: Sequence[Probe]) -> str:
-    """Return the label of a set with the smallest rank that keeps nearly all of TUNED's change."""
+def _make_title(label: str, of_set: Sequence[Probe]) -> str:
+    """Return the label of a set with the smallest rank that keeps enough of TUNED's change, else the highest rank."""
     truncated = _select_truncated(of_set)
     sufficient = next(
         (record for record in truncated if record.kept is not None and record.kept >= SUFFICIENT_SHARE), None

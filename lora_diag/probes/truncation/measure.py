@@ -1,9 +1,7 @@
-"""Loss of W_0 + ΔW_r for each rank: the measured cost of truncating an update.
+"""``probe truncation``: measure the loss of W_0 + ΔW_r for each rank r, the cost of truncating an update.
 
 Nothing is trained. A sufficient rank is sufficient to compress this update; the result of training at that rank is
 measured by ``probe sweep``.
-
-``probe truncation``: measure the loss of an update truncated to each rank.
 """
 
 from __future__ import annotations
@@ -89,7 +87,7 @@ def truncation(
     size: int,
     after_batch: Callable[[str], None],
 ) -> Iterator[Probe]:
-    """Yield the records of every configuration, set by set.
+    """Yield the records of BASE, TUNED and every configuration, one for each set.
 
     Args:
         model: BASE.
@@ -104,8 +102,8 @@ def truncation(
     Raises:
         InputError: A layer is not finite.
     """
-    every = swapped.layers
-    untruncated = dict.fromkeys(every if rest == "tuned" else matrices, FULL)
+    all_layers = swapped.layers
+    full_ranks = dict.fromkeys(all_layers if rest == "tuned" else matrices, FULL)
 
     def losses_of(cell: Cell, ranks: Mapping[str, int]) -> dict[str, Losses]:
         swapped.arrange(ranks)
@@ -113,12 +111,12 @@ def truncation(
 
     ends: dict[str, dict[str, Losses]] = {}
     for cell, rank in ((BASE, 0), (TUNED, FULL)):
-        ends[cell.subject] = losses_of(cell, dict.fromkeys(every, rank))
+        ends[cell.subject] = losses_of(cell, dict.fromkeys(all_layers, rank))
     for cell in (BASE, TUNED):
         yield from (record_of(cell, text_set, ends[cell.subject], ends) for text_set in texts)
     for cell in cells:
         assert cell.rank is not None
-        losses = losses_of(cell, {**untruncated, **dict.fromkeys(cell.layers, cell.rank)})
+        losses = losses_of(cell, {**full_ranks, **dict.fromkeys(cell.layers, cell.rank)})
         energy = swapped.energy(cell.layers, cell.rank)
         yield from (record_of(cell, text_set, losses, ends, energy) for text_set in texts)
 
@@ -126,12 +124,12 @@ def truncation(
 def record_of(
     cell: Cell,
     texts: Texts,
-    losses_by_text: Mapping[str, Losses],
+    losses_by_set: Mapping[str, Losses],
     ends: Mapping[str, Mapping[str, Losses]],
     energy: float | None = None,
 ) -> Probe:
-    """Return the record of one loss relative to the losses of BASE and TUNED."""
-    losses, base, tuned = losses_by_text[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
+    """Return the record of a configuration on one set, compared with BASE and TUNED."""
+    losses, base, tuned = losses_by_set[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
     gap, error = losses.minus(tuned)
     change = base.mean - tuned.mean
     return Probe(
@@ -172,7 +170,7 @@ def probe_truncation(
         **options: ``TruncationOptions``.
 
     Returns:
-        The records are in ``whole``: the losses of BASE, TUNED and every truncation, set by set.
+        The records are in ``whole``: the losses of BASE, TUNED and every truncation, on each set.
 
     Raises:
         UsageError: An option is invalid, or the extra ``train`` is not installed.
@@ -190,25 +188,25 @@ def probe_truncation(
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
     evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "granularity", "untruncated"))
-    requested = list(check_ranks(run.options["ranks"], 0))
+    ranks = list(check_ranks(run.options["ranks"], 0))
     check_files([base, tuned], evaluate, *shifted)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)
-    cells = cells_of(chosen, requested, per)
+    cells = cells_of(chosen, ranks, per)
     model = run.open(base)
     texts = run.read_sets(evaluate, shifted)
-    swapped = Swapped(model, deltas, requested[-1])
+    swapped = Swapped(model, deltas, ranks[-1])
     sets = [text_set.name for text_set in texts]
 
-    def measure_missing(kept: RunRecords[Any]) -> list[LeftOut]:
-        todo = [cell for cell in cells if not kept.has(sets, **cell.fields)]
+    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
+        todo = [cell for cell in cells if not run_records.has(sets, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
         svds = f", and the SVD of {pluralize(len(chosen), 'matrix', 'matrices')}"
         run.estimate(texts[0], f"{len(todo) + 2} losses on {pluralize(len(texts), 'set', 'sets')}", svds)
         for record in truncation(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
-            kept.put(record)
+            run_records.put(record)
         return left_out(compared.pairing, swapped.absent)
 
-    settings = {"ranks": requested, "per": per, "rest": rest, **run.selection}
+    settings = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

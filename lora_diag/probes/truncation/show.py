@@ -44,7 +44,7 @@ def _make_rows(records: Sequence[Probe]) -> list[_Row]:
 
 
 def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table: for every set the loss, its gap to TUNED with the standard error, and the fraction kept."""
+    """Return the table, if any: energy; for every set the loss, its gap to TUNED with error, and the fraction kept."""
     records = results.whole_of(Probe)
     sets, rows = set_names(records), _make_rows(records)
     if not rows:
@@ -59,7 +59,7 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def truncation_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, the fraction of TUNED's change that each rank keeps."""
+    """Return the statements: for each set, the sufficient rank, and the costliest layers or types truncated alone."""
     records = results.whole_of(Probe)
     statements = [
         _describe_set(name, [record for record in records if record.set == name]) for name in set_names(records)
@@ -81,28 +81,28 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     return on_set(name, both_ends(base, tuned), *lines, shifted=shifted, answer=lines[0] if lines else "")
 
 
-def _describe_ranks(ranks: Sequence[Probe], gains: bool) -> list[str]:
+def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:
     """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
-    word = "gain" if gains else "rise of the loss"
+    word = "gain" if is_gain else "rise of the loss"
     lines = []
-    if record := next((r for r in ranks if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None):
+    if record := next((r for r in by_rank if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None):
         lines.append(
             f"r={record.rank} keeps {share(record)} of the {word}, and C({record.rank}) = {_format_energy(record)}"
         )
     else:
-        last = ranks[-1]
+        last = by_rank[-1]
         lines.append(
             f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
             f"{_format_energy(last)}"
         )
-    equal = next((r for r in ranks if r.gap is not None and (half := gap_half(r)) and abs(r.gap) <= half), None)
+    equal = next((r for r in by_rank if r.gap is not None and (half := gap_half(r)) and abs(r.gap) <= half), None)
     lines.append(
         f"the gap to TUNED is first not significant at r={equal.rank}"
         if equal
-        else f"the gap to TUNED is significant at every rank, up to r={ranks[-1].rank}"
+        else f"the gap to TUNED is significant at every rank, up to r={by_rank[-1].rank}"
     )
-    if ranks[0].rank == 0:
-        lines.append(f"r=0, only what is not truncated, {'gives' if gains else 'brings'} {share(ranks[0])}")
+    if by_rank[0].rank == 0:
+        lines.append(f"r=0, only what is not truncated, {'gives' if is_gain else 'brings'} {share(by_rank[0])}")
     return lines
 
 

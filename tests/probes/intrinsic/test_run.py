@@ -21,7 +21,7 @@ from lora_diag.models.training import Training
 from lora_diag.probes.intrinsic import measure as intrinsic
 from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, hadamard, scales_of
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.intrinsic.show import best_rates, lines, reached
+from lora_diag.probes.intrinsic.show import best_rates, find_reached, lines
 from lora_diag.records import Results, Run
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, some_text
@@ -270,13 +270,13 @@ def test_smallest_size_uses_own_best_rate():
     ]
     assert best_rates(records, "held", 0, "subspace") == {10: 0.1, 100: 0.1, 300: 0.1, 1000: 0.1}
     result = lines(records, "held", "held", 0)
-    answer = reached(result, "subspace", 0.9)
+    answer = find_reached(result, "subspace", 0.9)
     assert (answer.line.size, answer.below.size, answer.certain, answer.missed) == (100, 10, False, (300,))
     assert answer.line.share == pytest.approx(0.91)
     assert answer.line.edge
     assert not answer.below.edge
-    assert reached(result, "subspace", 0.95).certain
-    lora = reached(result, "lora", 0.9)
+    assert find_reached(result, "subspace", 0.95).certain
+    lora = find_reached(result, "lora", 0.9)
     assert (lora.line, lora.below.size) == (None, 2)
 
 
@@ -284,7 +284,7 @@ def test_dimension_is_null_without_gain_of_full_fine_tuning():
     records = [r if r.subject != "full" else r.model_copy(update={"loss": 3.5}) for r in planted([])]
     records += [r for r in planted([("subspace", 10, 0.1, (0.5, 0.4))]) if r.subject == "subspace"]
     result = lines(records, "held", "held", 0)
-    assert reached(result, "subspace", 0.9).line is None
+    assert find_reached(result, "subspace", 0.9).line is None
 
 
 def shown(records):

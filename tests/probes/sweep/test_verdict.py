@@ -15,7 +15,7 @@ from lora_diag.probes.sweep.verdict import (
     best_rates,
     by_rank,
     compare_with_reference,
-    diverged,
+    find_diverged,
     judge,
     reasons,
     verdicts,
@@ -236,7 +236,7 @@ def test_diverged_run_is_excluded_from_statistics():
     clean = judge(by_rank([base(2.0), *good], "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
     for loss in (None, 5.0):
         records = [base(2.0), *good, record(8, 1e-2, 3, loss)]
-        assert diverged(records) == {("lora", 8, 1e-2, 3)}
+        assert find_diverged(records) == {("lora", 8, 1e-2, 3)}
         eight = by_rank(records, "own", best_rates(records, "own", 0))[1]
         assert (len(eight.runs), eight.diverged) == (3, 1)
         result = judge(by_rank(records, "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
@@ -245,8 +245,8 @@ def test_diverged_run_is_excluded_from_statistics():
     twice = [base(2.0), *good, record(8, 1e-2, 3, 5.0), base(9.0, "two"), record(8, 1e-2, 3, 8.0, "two")]
     twice += [record(8, 1e-2, 0, 7.0, "two")]
     assert by_rank(twice, "two", {8: 1e-2})[0].runs == {0: 7.0}
-    assert diverged([base(2.0), record(8, 1e-2, 0, 5.0), record(8, 1e-2, 1, 4.0)]) == set()
-    assert diverged([base(2.0), record(8, 1e-2, 0, 1.9), record(8, 1e-2, 1, 2.1)]) == set()
+    assert find_diverged([base(2.0), record(8, 1e-2, 0, 5.0), record(8, 1e-2, 1, 4.0)]) == set()
+    assert find_diverged([base(2.0), record(8, 1e-2, 0, 1.9), record(8, 1e-2, 1, 2.1)]) == set()
 
 
 def test_ranks_are_paired_on_common_seeds():

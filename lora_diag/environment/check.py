@@ -21,7 +21,7 @@ from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.text import byte_count
 from lora_diag.version import __version__
 
-# Features of an extra; one that is not listed serves the development of loradiag and is not checked.
+# What each extra adds; one that is not listed serves the development of loradiag and is not checked.
 ADDS = {
     "train": "probes, tune, the gradient recorder",
     "report": "HTML reports",
@@ -36,17 +36,18 @@ ADDS = {
     "tensorboard": "report --to tensorboard",
 }
 
-# A smaller disk holds no adapter of a 7B model in float32.
+# Free bytes below which a disk gets a warning: they hold no adapter of a 7B model in float32.
 LITTLE_SPACE = 1 << 30
 
-_SECONDS = 3
+_TIMEOUT_SECONDS = 3
 
 
 def checks(addresses: Sequence[str] = ()) -> list[Statement]:
-    """Return the findings, the most important first.
+    """Run all checks and return their findings in the order of display.
 
     Args:
-        addresses: Checkpoints or adapters, local or remote, to open; only their headers are read.
+        addresses: Checkpoints or adapters, local or remote, to open; their headers are read, and those factors of an
+            adapter that are initialized to zero.
     """
     return [
         _check_versions(),
@@ -96,11 +97,11 @@ def _find_gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str
 
 def _check_packages() -> Statement:
     try:
-        needed = _read_requirements()[""]
+        required = _read_requirements()[""]
     except PackageNotFoundError:
         lead = f"loradiag is not installed, only imported; {install_command()}"
         return make_statement("packages", "Packages", lead, level="warning")
-    present, gaps = _find_gaps(needed)
+    present, gaps = _find_gaps(required)
     if gaps:
         return make_statement("packages", "Packages", *gaps, install_command(), level="failure", priority=0)
     return make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
@@ -174,7 +175,7 @@ def _check_devices() -> Iterator[Statement]:
 
 
 def _find_blas() -> str:
-    """Return the library of matrix products and eigenvalues that torch was built with."""
+    """Describe the library of matrix products and eigenvalues that torch was built with."""
     import torch
 
     match = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
@@ -207,7 +208,7 @@ def _check_disk() -> Iterator[Statement]:
 
 
 def _check_cache() -> Statement:
-    """Check the folder into which the Hub's library downloads models."""
+    """Check that the folder into which the Hub's library downloads models is writable, and state its free space."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     folder = Path(
         cache or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
@@ -235,7 +236,7 @@ def _check_ray() -> Iterator[Statement]:
         yield make_statement("ray", "Ray cluster", f"RAY_ADDRESS={address}: not HOST:PORT, so it was not tried")
         return
     try:
-        socket.create_connection((host, int(port)), _SECONDS).close()
+        socket.create_connection((host, int(port)), _TIMEOUT_SECONDS).close()
     except (OSError, OverflowError) as error:
         fix = "start its head, or unset RAY_ADDRESS"
         yield make_statement(
@@ -246,7 +247,7 @@ def _check_ray() -> Iterator[Statement]:
 
 
 def _check_address(address: str) -> Statement:
-    """Open a checkpoint or an adapter by its headers."""
+    """Check that a checkpoint or an adapter can be opened, and state its kind."""
     from lora_diag.inspection.run import inspect
     from lora_diag.running.fingerprint import legible
 

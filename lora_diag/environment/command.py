@@ -29,11 +29,11 @@ def doctor(
     from lora_diag.rendering.statements import limit_lines, summary_of
     from lora_diag.rendering.text import to_text
 
-    results = checks(inputs or ())
+    findings = checks(inputs or ())
     if json:
-        for check in results:
-            line(dumps({"key": check.key, "level": check.level, "lines": check.lines}, ensure_ascii=False))
+        for finding in findings:
+            line(dumps({"key": finding.key, "level": finding.level, "lines": finding.lines}, ensure_ascii=False))
     else:
         with limit_lines(None):
-            result(to_text(summary_of(results), *terminal()))
-    raise typer.Exit(UNREADABLE if any(check.level == "failure" for check in results) else DONE)
+            result(to_text(summary_of(findings), *terminal()))
+    raise typer.Exit(UNREADABLE if any(finding.level == "failure" for finding in findings) else DONE)

@@ -32,10 +32,10 @@ def inspect(
         shown.show(results)
         return
 
-    from lora_diag.inspection.run import inspect as measure
+    from lora_diag.inspection.run import inspect as take_inventory
     from lora_diag.inspection.table import inventory_table
 
-    inventory = measure(path, **arguments)
+    inventory = take_inventory(path, **arguments)
     if shown.json:
         line(inventory.model_dump_json())
     elif not shown.quiet:

@@ -31,6 +31,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
 
     Raises:
         InputError: The path cannot be read, or is a results file, which ``read_results`` reads.
+        UsageError: ``alpha`` is invalid, or contradicts ``alpha_is_rank``.
 
     Example:
         >>> inspect("sample_checkpoints/base").kind
@@ -41,8 +42,8 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
         raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
     if not is_adapter(locate(path)):
         checkpoint = open_checkpoint(path)
-        moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
-        notes = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if moments else ()
+        has_moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
+        notes = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if has_moments else ()
         return Inventory(
             path=legible(checkpoint.path),
             kind=legible(checkpoint.kind),

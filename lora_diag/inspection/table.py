@@ -1,9 +1,4 @@
-"""The table of ``inspect`` for a checkpoint or an adapter.
-
-Tables of any results: ``inspect`` shows them as the command that measured them did.
-
-Display of results in a notebook: the tables and the summary of their command, as HTML.
-"""
+"""Tables of ``inspect``: a checkpoint or an adapter, and results of any command for terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -48,7 +43,7 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
 
 
 def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
-    """Return one row for each module type and all that its records differ in."""
+    """Return a table with a row for each module type and each combination of its records' values."""
     groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
     for record in records:
         key = (module_type_of(record.layer), *(str(value_at(record, field.path)) for field in shown))
@@ -57,13 +52,14 @@ def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedW
 
 
 def _make_headline(inventory: Inventory) -> str:
-    entries: Counter[str] = Counter()
+    """Return path, kind and numbers of entries by dtype; scaling and notes on lines of their own."""
+    entries_by_dtype: Counter[str] = Counter()
     for tensor in inventory.tensors:
-        entries[tensor.dtype] += math.prod(tensor.shape)
-    dtypes = ", ".join(f"{count(number)} {dtype}" for dtype, number in entries.most_common())
+        entries_by_dtype[tensor.dtype] += math.prod(tensor.shape)
+    dtypes = ", ".join(f"{count(entry_count)} {dtype}" for dtype, entry_count in entries_by_dtype.most_common())
     notes = "".join(f"\nNote: {safe(note)}" for note in inventory.notes)
-    head = f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, {dtypes}"
-    return head + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes
+    headline = f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, {dtypes}"
+    return headline + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes
 
 
 def table(
@@ -83,8 +79,8 @@ def table(
     """
     feature = feature_of(results.run.command)
     if feature is not None and feature.table:
-        shown: str = feature.load(feature.table)(results, width, color, per=per, next_command=next_command)
-        return shown
+        text: str = feature.load(feature.table)(results, width, color, per=per, next_command=next_command)
+        return text
     if feature is not None and feature.statements:
         statements = feature.load(feature.statements)(results)
         return grids_table(feature.tables(results, per), statements, width, color, next_command)
@@ -94,17 +90,20 @@ def table(
     )
 
 
-# Characters of a line where a command has a table for terminals and no section of a report.
+# Columns of the preformatted text in a notebook, of a command without a section of a report.
 _WIDTH = 100
 
 
 def html_of(results: Results[Any]) -> str:
-    """Return results as HTML. Names are escaped, and nothing is loaded from elsewhere."""
+    """Return tables and summary of results as HTML for a notebook; preformatted text if the command has no section.
+
+    Names are escaped, and nothing is loaded from elsewhere.
+    """
     feature = feature_of(results.run.command)
     if feature is None or not feature.statements or (feature.table and not feature.section):
         text = feature.load(feature.table)(results, _WIDTH) if feature and feature.table else repr(results)
         return f"<pre>{escape(text)}</pre>"
     tables = "".join(grid_html(grid) for grid in feature.tables(results, "type"))
     statements: list[Statement] = feature.load(feature.statements)(results)
-    first = sorted(statements, key=lambda statement: statement.key != "unfinished")
-    return f"<div>{tables}<table><tbody>{''.join(map(statement_html, first))}</tbody></table></div>"
+    ordered = sorted(statements, key=lambda statement: statement.key != "unfinished")
+    return f"<div>{tables}<table><tbody>{''.join(map(statement_html, ordered))}</tbody></table></div>"

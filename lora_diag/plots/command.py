@@ -36,15 +36,17 @@ def plot(
     from lora_diag.plots.run import plot as draw
 
     silence_matplotlib()
-    drawn = draw(*results, output=output, **arguments)
+    figures = draw(*results, output=output, **arguments)
     if shown.table:
         result(
-            _make_table(drawn, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)")
+            _make_table(
+                figures, f"{shlex.join(['loradiag', 'report', *map(str, results)])}   (all results on one page)"
+            )
         )
 
 
-def _make_table(drawn: Sequence[Drawn], hint: str) -> str:
-    """Return a table of the figures drawn, and of those not drawn with the reason."""
+def _make_table(figures: Sequence[Drawn], hint: str) -> str:
+    """Return a table of the figures drawn, the reasons for those not drawn, and a hint, as lines of text."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -52,23 +54,25 @@ def _make_table(drawn: Sequence[Drawn], hint: str) -> str:
     from lora_diag.rendering.statements import make_statement, summary_of
     from lora_diag.rendering.text import safe, to_text
 
-    made = Table.grid(padding=(0, 2))
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
-    made.add_column(overflow="fold", style="dim")
-    for figure in drawn:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", style="dim")
+    for figure in figures:
         if figure.path is not None:
-            made.add_row(figure.name, Text(safe(str(figure.path))), figure.shows)
-    not_drawn = [figure for figure in drawn if figure.path is None]
-    reasons: dict[str, list[str]] = {}
+            table.add_row(figure.name, Text(safe(str(figure.path))), figure.shows)
+    not_drawn = [figure for figure in figures if figure.path is None]
+    names_by_reason: dict[str, list[str]] = {}
     for figure in not_drawn:
         if figure.missing != "records":
-            why = f"{figure.reason}: {figure.made_by}" if figure.made_by and figure.missing else figure.reason
-            reasons.setdefault(why, []).append(figure.name)
-    lines = [f"{', '.join(names)}: {safe(why)}" for why, names in reasons.items()]
+            reason = f"{figure.reason}: {figure.made_by}" if figure.made_by and figure.missing else figure.reason
+            names_by_reason.setdefault(reason, []).append(figure.name)
+    reason_lines = [f"{', '.join(names)}: {safe(reason)}" for reason, names in names_by_reason.items()]
     # Most figures have no records; a reason for each would bury the figures that were drawn.
-    absent = [figure.name for figure in not_drawn if figure.missing == "records"]
-    if absent:
-        lines.append(f"no records for {', '.join(absent)}; --figure NAME names the command that writes them")
-    statements = [make_statement("not_drawn", "Not drawn", *lines)] if lines else []
-    return to_text(Group(made, "", summary_of(statements, hint)), *terminal())
+    without_records = [figure.name for figure in not_drawn if figure.missing == "records"]
+    if without_records:
+        reason_lines.append(
+            f"no records for {', '.join(without_records)}; --figure NAME names the command that writes them"
+        )
+    statements = [make_statement("not_drawn", "Not drawn", *reason_lines)] if reason_lines else []
+    return to_text(Group(table, "", summary_of(statements, hint)), *terminal())

@@ -38,7 +38,7 @@ from lora_diag.rendering.figures.style import (
 # Ratio of the largest to the smallest value from which the colour scale is logarithmic.
 _LOG_FROM = 50
 # Fraction of the page's width available to row labels.
-NAMES = 0.38
+NAME_FRACTION = 0.38
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +68,20 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types | None = None
     """
     types = types or Types(record.layer for record in records)
     present = {types.of(record.layer) for record in records}
-    names = tuple(name for name in types.names if name in present)
+    type_names = tuple(name for name in types.names if name in present)
     depths = _sort_depths(depth_of(record.layer) for record in records)
     by_cell: dict[tuple[str, int | None], list[float]] = {}
-    layers = np.zeros((len(names), len(depths)), dtype=np.int64)
-    row, column = {name: i for i, name in enumerate(names)}, {d: i for i, d in enumerate(depths)}
+    layers = np.zeros((len(type_names), len(depths)), dtype=np.int64)
+    row_of, column_of = {name: i for i, name in enumerate(type_names)}, {d: i for i, d in enumerate(depths)}
     for record in records:
         cell = types.of(record.layer), depth_of(record.layer)
-        layers[row[cell[0]], column[cell[1]]] += 1
+        layers[row_of[cell[0]], column_of[cell[1]]] += 1
         if (value := value_of(record, field)) is not None:
             by_cell.setdefault(cell, []).append(value)
     values = np.full(layers.shape, np.nan)
-    for (name, depth), numbers in by_cell.items():
-        values[row[name], column[depth]] = np.median(numbers)
-    return Cells(names, depths, values, layers)
+    for (name, depth), field_values in by_cell.items():
+        values[row_of[name], column_of[depth]] = np.median(field_values)
+    return Cells(type_names, depths, values, layers)
 
 
 def _sort_depths(depths: Iterable[int | None]) -> tuple[int | None, ...]:
@@ -108,61 +108,63 @@ def heatmap(records: Iterable[LayerRecord], ax: Axes | None = None, *, field: st
     records = tuple(records)
     field = field or default_field(records)
     with panel_axes(ax) as (axes, style):
-        shown = cells(records, field)
-        norm = norm_of([shown])
-        draw_cells(axes, shown, norm, style)
+        grid = cells(records, field)
+        norm = norm_of([grid])
+        draw_cells(axes, grid, norm, style)
         bar = axes.figure.colorbar(ScalarMappable(norm, SHARES), ax=axes)
         bar.set_label(title_in(field, records), parse_math=False)
         _finish_bar(bar, norm)
-        axes.set_xlabel(_make_xlabel(shown.depths))
+        axes.set_xlabel(_make_xlabel(grid.depths))
     return axes
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return a heat map of each series, with its own rows and a common depth axis and colour scale."""
+    """Draw a heat map of each series, with its own rows and a common depth axis and colour scale."""
     field = options.field or default_field(series[0].records)
     types = Types(record.layer for item in series for record in item.records)
-    shown = [cells(item.records, field, types) for item in series]
-    depths = _sort_depths(depth for item in shown for depth in item.depths)
-    line = style.text / 72
-    names = crop_names(types.names, NAMES * style.width, style.ticks)
-    inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
+    grids = [cells(item.records, field, types) for item in series]
+    depths = _sort_depths(depth for item in grids for depth in item.depths)
+    line_height = style.text / 72
+    short_names = crop_names(types.names, NAME_FRACTION * style.width, style.ticks)
+    inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in short_names.values()) - 2 * line_height
     titles = [wrap_text(item.label, inches, style.text) if len(series) > 1 else "" for item in series]
-    rows = [
-        (1.75 * max(len(item.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line
-        for item, title in zip(shown, titles, strict=True)
+    row_heights = [
+        (1.75 * max(len(item.types), 2) + 1.0 + 1.2 * (title.count("\n") + 1)) * line_height
+        for item, title in zip(grids, titles, strict=True)
     ]
-    panel = (sum(rows) + 2.6 * line) / len(series)
+    panel = (sum(row_heights) + 2.6 * line_height) / len(series)
     # The panels have different rows, so the y axis is not shared: shared tick labels would be those of the last panel.
     page, axes = sheet(
-        style, _make_text(series, shown, field), len(series), 1, panel=panel, ratios=rows, share=False, low=True
+        style, _make_text(series, grids, field), len(series), 1, panel=panel, ratios=row_heights, share=False, low=True
     )
-    norm = norm_of(shown)
-    for drawn, title, ax in zip(shown, titles, axes, strict=True):
-        draw_cells(ax, drawn, norm, style, inches=inches, depths=depths)
+    norm = norm_of(grids)
+    for grid, title, ax in zip(grids, titles, axes, strict=True):
+        draw_cells(ax, grid, norm, style, inches=inches, depths=depths)
         ax.set_title(title, parse_math=False)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[-1].set_xlabel(_make_xlabel(depths))
     bar = page.colorbar(
-        ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(rows) / (0.02 * style.width), pad=0.015
+        ScalarMappable(norm, SHARES), ax=axes, fraction=0.04, aspect=sum(row_heights) / (0.02 * style.width), pad=0.015
     )
     _finish_bar(bar, norm)
     return page
 
 
-def _make_text(series: Sequence[Series[Any]], shown: Sequence[Cells], field: str) -> FigureText:
-    """Return title, subtitle and notes."""
+def _make_text(series: Sequence[Series[Any]], grids: Sequence[Cells], field: str) -> FigureText:
+    """Return title, subtitle and notes, and the key of the cells without a value."""
     records = [record for item in series for record in item.records]
     title = title_in(field, records)
     layers = len({record.layer for item in series for record in item.records})
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
-    count = max(int(item.layers.max(initial=0)) for item in shown)
-    unknown = any((np.isnan(item.values) & (item.layers > 0)).any() for item in shown)
+    max_layers = max(int(item.layers.max(initial=0)) for item in grids)
+    has_unknown = any((np.isnan(item.values) & (item.layers > 0)).any() for item in grids)
     return FigureText(
         f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
         f"{prefix}{layers} {'matrix' if layers == 1 else 'matrices'}{metric_suffix(records)}",
-        (f"A cell is the median over the matrices of its type in the block (up to {count}).",) if count > 1 else (),
-        (Key(_make_hatch(0, 0, 1), "not computed, or ΔW = 0"),) if unknown else (),
+        (f"A cell is the median over the matrices of its type in the block (up to {max_layers}).",)
+        if max_layers > 1
+        else (),
+        (Key(_make_hatch(0, 0, 1), "not computed, or ΔW = 0"),) if has_unknown else (),
     )
 
 
@@ -174,7 +176,7 @@ def _finish_bar(bar: Colorbar, norm: Normalize) -> None:
 
 
 def default_field(records: Sequence[LayerRecord]) -> str:
-    """Return the default field of records of a kind."""
+    """Return the default field of records of a kind, judged by the first."""
     fields = numbers_of(records[:1])
     energies = [name for name in fields if re.fullmatch(r"energy\.\d+", name)]
     for name in ("energy.8", *energies[:1], "epsilon", "kappa", "intruders", "cosine", "rank"):
@@ -183,9 +185,9 @@ def default_field(records: Sequence[LayerRecord]) -> str:
     return fields[0] if fields else "fro"
 
 
-def norm_of(shown: Sequence[Cells]) -> Normalize:
-    """Return the common colour scale; logarithmic if the values span decades."""
-    values = np.concatenate([grid.values.ravel() for grid in shown])
+def norm_of(grids: Sequence[Cells]) -> Normalize:
+    """Return the common colour scale; logarithmic if the values are positive and span a factor of ``_LOG_FROM``."""
+    values = np.concatenate([grid.values.ravel() for grid in grids])
     values = values[np.isfinite(values)]
     if not len(values):
         return Normalize(0, 1)
@@ -199,47 +201,47 @@ def norm_of(shown: Sequence[Cells]) -> Normalize:
 
 def draw_cells(
     ax: Axes,
-    shown: Cells,
+    grid: Cells,
     norm: Normalize,
     style: PageStyle | None,
     inches: float | None = None,
     depths: Sequence[int | None] | None = None,
 ) -> None:
-    """Draw the cells, with their values where they fit.
+    """Draw the cells, with their values if all fit, and set up the axes.
 
     Args:
         ax: Axes to draw on.
-        shown: The cells.
+        grid: The cells.
         norm: The colour scale.
         style: The page.
         inches: Width of the panel; default 3.
-        depths: Depths of all panels, if ``shown`` has a subset.
+        depths: Depths of all panels, if ``grid`` has a subset.
     """
-    size = style.ticks if style else 8
-    columns = _place_columns(shown.depths if depths is None else depths)
-    for number, depth in enumerate(shown.depths):
+    font_size = style.ticks if style else 8
+    columns = _place_columns(grid.depths if depths is None else depths)
+    for index, depth in enumerate(grid.depths):
         left, width = columns[depth]
-        column = np.ma.masked_invalid(shown.values[:, number : number + 1])
-        missing = np.isnan(shown.values[:, number]) & (shown.layers[:, number] > 0)
-        rows = np.arange(len(shown.types) + 1) - 0.5
+        column = np.ma.masked_invalid(grid.values[:, index : index + 1])
+        missing = np.isnan(grid.values[:, index]) & (grid.layers[:, index] > 0)
+        rows = np.arange(len(grid.types) + 1) - 0.5
         # Cells have white gaps, except thin cells, which the gaps would hide.
-        show_all = len(columns) <= 40
-        between: dict[str, Any] = {"edgecolors": "white" if show_all else "face", "lw": 0.5 if show_all else 0.1}
-        ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **between)
+        has_gaps = len(columns) <= 40
+        edge_style: dict[str, Any] = {"edgecolors": "white" if has_gaps else "face", "lw": 0.5 if has_gaps else 0.1}
+        ax.pcolormesh(np.array([left, left + width]), rows, column, norm=norm, cmap=SHARES, **edge_style)
         for row in np.flatnonzero(missing):
             ax.add_patch(_make_hatch(left, row - 0.5, width))
-    _scale(ax, shown, columns, style, size)
-    room = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
-    texts = {(r, c): format_cell(v) for (r, c), v in np.ndenumerate(shown.values) if np.isfinite(v)}
-    if texts and max(width_of(text, 0.9 * size) for text in texts.values()) < 0.86 * room:
-        for (row, number), text in texts.items():
-            color = SHARES(norm(shown.values[row, number]))
-            left, width = columns[shown.depths[number]]
+    _set_axes(ax, grid, columns, style, font_size)
+    column_inches = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
+    texts = {(r, c): format_cell(v) for (r, c), v in np.ndenumerate(grid.values) if np.isfinite(v)}
+    if texts and max(width_of(text, 0.9 * font_size) for text in texts.values()) < 0.86 * column_inches:
+        for (row, index), text in texts.items():
+            color = SHARES(norm(grid.values[row, index]))
+            left, width = columns[grid.depths[index]]
             ax.text(
                 left + width / 2,
                 row,
                 text,
-                size=0.9 * size,
+                size=0.9 * font_size,
                 color="white" if sum(w * c for w, c in zip((0.3, 0.59, 0.11), color, strict=False)) < 0.5 else INK,
                 ha="center",
                 va="center",
@@ -259,14 +261,17 @@ def _make_hatch(left: float, bottom: float, width: float) -> Patch:
     return Rectangle((left, bottom), width, 1, facecolor=UNKNOWN, edgecolor=QUIET, hatch="////", lw=0)
 
 
-def _scale(
-    ax: Axes, shown: Cells, columns: dict[int | None, tuple[float, float]], style: PageStyle | None, size: float
+def _set_axes(
+    ax: Axes, grid: Cells, columns: dict[int | None, tuple[float, float]], style: PageStyle | None, font_size: float
 ) -> None:
-    max_width = NAMES * style.width if style else 2
+    max_width = NAME_FRACTION * style.width if style else 2
     ax.set_yticks(
-        range(len(shown.types)), list(crop_names(shown.types, max_width, size).values()), parse_math=False, size=size
+        range(len(grid.types)),
+        list(crop_names(grid.types, max_width, font_size).values()),
+        parse_math=False,
+        size=font_size,
     )
-    ax.set_ylim(len(shown.types) - 0.5, -0.5)
+    ax.set_ylim(len(grid.types) - 0.5, -0.5)
     ax.set_xlim(min(left for left, _ in columns.values()), max(left + width for left, width in columns.values()))
     blocks = [depth for depth in columns if depth is not None]
     ticks = []

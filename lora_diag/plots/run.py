@@ -1,7 +1,4 @@
-"""The figures by name: the records that each needs, and the drawing of its page.
-
-``plot``: draw one figure of results files, or all that their records allow.
-"""
+"""``plot``: draw one figure of results, or all that their records allow; the figures by name."""
 
 from __future__ import annotations
 
@@ -80,9 +77,9 @@ class FigureKind:
         return self.spec.made_by
 
     def draw(self, series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-        """Return the page."""
-        drawn: Figure = self.feature.load(self.spec.draw)(series, style, options)
-        return drawn
+        """Draw the page."""
+        page: Figure = self.feature.load(self.spec.draw)(series, style, options)
+        return page
 
     def find_obstacle(self, records: Sequence[Any], options: Options) -> str | None:
         """Return why records cannot be drawn with these options; None if they can."""
@@ -119,7 +116,7 @@ def figure(
     files: Sequence[str] = (),
     plain: bool = False,
 ) -> Figure:
-    """Return a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
+    """Draw a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
 
     Args:
         name: One of ``FIGURES``.
@@ -129,12 +126,12 @@ def figure(
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         per: ``layer``, or ``type`` to pool the layers of a module type.
         field: For a heat map: dotted name of a numeric field.
-        rank: For ``overlap`` and ``angles`` with several measured ranks.
+        rank: For ``overlap``, ``angles`` and ``alone`` with several measured ranks.
         files: Path of each of ``results``; the label of runs that are otherwise identical.
         plain: Whether to omit title and notes, for a paper with its own caption.
 
     Raises:
-        UsageError: The figure, width or field does not exist, or the results do not have the records it needs.
+        UsageError: An argument is invalid, the figure does not exist, or the results do not have the records it needs.
     """
     kind, style = figure_named(name), replace(page_style_of(width), plain=plain)
     series, options = _make_series_and_options(results, labels, per, field, rank, files)
@@ -145,7 +142,7 @@ def figure(
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
-    """Return a figure that a notebook displays with any backend.
+    """Draw a figure that a notebook displays with any backend.
 
     Args:
         results: Results of one run.
@@ -155,11 +152,13 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
     Raises:
         UsageError: There is no such figure, or the records cannot be drawn.
     """
-    selection = {key: value for key, value in options.items() if key != "plain"}
-    chosen = name or next((kind.name for kind in FIGURES if obstacle(kind.name, results, **selection) is None), None)
-    if chosen is None:
+    obstacle_options = {key: value for key, value in options.items() if key != "plain"}
+    figure_name = name or next(
+        (kind.name for kind in FIGURES if obstacle(kind.name, results, **obstacle_options) is None), None
+    )
+    if figure_name is None:
         raise UsageError(f"results of loradiag {results.run.command}: no figure shows them")
-    page = figure(chosen, results, **options)
+    page = figure(figure_name, results, **options)
     setattr(page, "_repr_png_", partial(encode_figure, page, "png"))  # noqa: B010  (Figure does not declare it)
     return page
 
@@ -177,7 +176,7 @@ def why_not(
     """Return why ``figure`` cannot draw some results; None if it can.
 
     Raises:
-        UsageError: The figure or width does not exist.
+        UsageError: The figure does not exist, or an argument is invalid.
     """
     problem = obstacle(name, results, labels=labels, width=width, per=per, field=field, rank=rank)
     return problem.reason if problem else None
@@ -196,7 +195,7 @@ def obstacle(
     """Return why ``figure`` cannot draw some results, and what would help; None if it can.
 
     Raises:
-        UsageError: The figure or width does not exist.
+        UsageError: The figure does not exist, or an argument is invalid.
     """
     page_style_of(width)
     return _find_obstacle(figure_named(name), *_make_series_and_options(results, labels, per, field, rank))
@@ -221,23 +220,30 @@ def _make_series_and_options(
 
 
 def _select_usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
-    """Return the series whose records a figure can draw; for a heat map, of the first kind that has its field."""
-    filled = [item for item in series if item.records]
+    """Return the series whose records a figure can draw; for a heat map, of the first kind that has its field.
+
+    A heat map of records that differ in adapter, pair, program or step gets a series for each of these.
+    """
+    nonempty = [item for item in series if item.records]
     if kind.spec.needs:
-        return tuple(item for item in filled if kind_of(item.records[0]) == kind.spec.needs)
+        return tuple(item for item in nonempty if kind_of(item.records[0]) == kind.spec.needs)
     # Records of a fleet describe adapters, which have no depth or module type; records of probes describe whole runs.
-    filled = [item for item in filled if isinstance(item.records[0], LayerRecord) and item.records[0].record != "fleet"]
-    kinds = dict.fromkeys(type(item.records[0]) for item in filled)
+    nonempty = [
+        item for item in nonempty if isinstance(item.records[0], LayerRecord) and item.records[0].record != "fleet"
+    ]
+    kinds = dict.fromkeys(type(item.records[0]) for item in nonempty)
     field = options.field
-    having = [k for k in kinds if field is None or _has_field(field, [o for o in filled if type(o.records[0]) is k])]
-    chosen = tuple(item for item in filled if having and type(item.records[0]) is having[0])
-    if chosen and chosen[0].records[0].record == "residual":
-        return by_adapter(chosen)
-    if chosen and chosen[0].records[0].record == "interference":
-        return by_pair(chosen)
-    if chosen and chosen[0].records[0].record == "portability":
-        return by_program(chosen)
-    return by_step(chosen, options.rank) if chosen and chosen[0].records[0].record == "overlap" else chosen
+    kinds_with_field = [
+        k for k in kinds if field is None or _has_field(field, [o for o in nonempty if type(o.records[0]) is k])
+    ]
+    usable = tuple(item for item in nonempty if kinds_with_field and type(item.records[0]) is kinds_with_field[0])
+    if usable and usable[0].records[0].record == "residual":
+        return by_adapter(usable)
+    if usable and usable[0].records[0].record == "interference":
+        return by_pair(usable)
+    if usable and usable[0].records[0].record == "portability":
+        return by_program(usable)
+    return by_step(usable, options.rank) if usable and usable[0].records[0].record == "overlap" else usable
 
 
 def _has_field(field: str, series: Sequence[Series[Any]]) -> bool:
@@ -245,15 +251,15 @@ def _has_field(field: str, series: Sequence[Series[Any]]) -> bool:
 
 
 def _find_obstacle(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> Obstacle | None:
-    fitting = _select_usable(kind, series, options)
-    if not fitting:
+    usable = _select_usable(kind, series, options)
+    if not usable:
         if options.field and not kind.spec.needs and any(item.records for item in series):
             return Obstacle(f"no record has a numeric field {options.field}; use one of {_list_fields(series)}")
         return Obstacle(f"no {f'{kind.spec.needs} ' if kind.spec.needs else ''}records", "records")
     max_runs = len(CATEGORIES) if kind.spec.by_color else MAX_PANELS
-    if len(fitting) > max_runs:
-        return Obstacle(f"{len(fitting)} runs are too many for one figure; give at most {max_runs} results")
-    records: list[Any] = [record for item in fitting for record in item.records]
+    if len(usable) > max_runs:
+        return Obstacle(f"{len(usable)} runs are too many for one figure; give at most {max_runs} results")
+    records: list[Any] = [record for item in usable for record in item.records]
     reason = kind.find_obstacle(records, options)
     return Obstacle(reason, "values") if reason else None
 
@@ -298,7 +304,8 @@ def plot(
     Args:
         results: Results or results files; several runs of one command are compared.
         output: A file whose suffix (png, svg, pdf) gives the format, for one figure; else a folder.
-        figure: Name of a figure, or ``all``; None for all in a folder, or in a file the first that the records allow.
+        figure: Name of a figure, or ``all``; None for all in a folder; in a file, for the
+            heat map if ``field`` is given, else the first that the records allow.
         labels: Label of each of ``results``.
         field: For the heat map: dotted name of a numeric field, such as ``energy.16``.
         show_rank: For ``overlap``, ``angles`` and ``alone`` with several measured ranks.
@@ -324,10 +331,12 @@ def plot(
     """
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    resolved = fill_options(PlotOptions, options)
-    figure, labels, field, rank, per = (resolved[name] for name in ("figure", "labels", "field", "show_rank", "per"))
+    option_values = fill_options(PlotOptions, options)
+    figure, labels, field, rank, per = (
+        option_values[name] for name in ("figure", "labels", "field", "show_rank", "per")
+    )
     width, format, layers, plain, overwrite = (
-        resolved[name] for name in ("width", "format", "layers", "plain", "overwrite")
+        option_values[name] for name in ("width", "format", "layers", "plain", "overwrite")
     )
     if not results:
         raise UsageError("no results: give at least one results file")
@@ -336,10 +345,10 @@ def plot(
             f"--label: {len(labels)} labels for {len(results)} results files; give one for each, in their order"
         )
     path = Path(output)
-    there = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
-    single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not there
-    kind = _format(path, single, format, plots.FORMATS)
-    _check_output(path, kind if single else None, there, overwrite)
+    folder_exists = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
+    single = path.suffix.lower().removeprefix(".") in plots.FORMATS and not folder_exists
+    file_format = _choose_format(path, single, format, plots.FORMATS)
+    _check_output(path, file_format if single else None, folder_exists, overwrite)
     if single and figure == "all":
         raise UsageError(f"{path}: one file cannot hold all figures; give a folder, or one --figure")
     if single and figure is None and field is not None:
@@ -351,11 +360,11 @@ def plot(
     if not any(map(plots.drawn, runs)):
         raise NothingComparedError(f"no layer left to draw: {_explain_no_layer(runs, layers)}")
     files = () if any(isinstance(source, Results) for source in results) else tuple(map(str, results))
-    drawn_as: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
+    figure_options: dict[str, Any] = {"labels": labels, "width": width, "per": per, "field": field, "rank": rank}
     requested = plots.FIGURES if figure in {None, "all"} else (plots.figure_named(str(figure)),)
-    made: list[Drawn] = []
+    figures: list[Drawn] = []
     for figure_kind in requested:
-        obstacle = plots.obstacle(figure_kind.name, runs, **drawn_as)
+        obstacle = plots.obstacle(figure_kind.name, runs, **figure_options)
         if obstacle and figure not in {None, "all"}:
             suggestion = (
                 f"; measure them with {figure_kind.made_by}"
@@ -364,28 +373,30 @@ def plot(
             )
             raise UsageError(f"--figure {figure_kind.name}: {obstacle.reason}{suggestion}")
         if obstacle:
-            made.append(
+            figures.append(
                 Drawn(figure_kind.name, figure_kind.shows, None, obstacle.reason, figure_kind.made_by, obstacle.missing)
             )
             continue
-        if single and any(drawn.path for drawn in made):
-            why = f"{path}: one file cannot hold several figures; choose one with --figure, or give a folder"
-            made.append(Drawn(figure_kind.name, figure_kind.shows, None, why, figure_kind.made_by))
+        if single and any(drawn.path for drawn in figures):
+            reason = f"{path}: one file cannot hold several figures; choose one with --figure, or give a folder"
+            figures.append(Drawn(figure_kind.name, figure_kind.shows, None, reason, figure_kind.made_by))
             continue
-        target = path if single else path / f"{figure_kind.name}.{kind}"
-        if there:
-            check_output(target, KINDS[kind], overwrite)  # checked for all files before the first is drawn
-        made.append(Drawn(figure_kind.name, figure_kind.shows, target, made_by=figure_kind.made_by))
-    for drawn in made:
+        target = path if single else path / f"{figure_kind.name}.{file_format}"
+        if folder_exists:
+            check_output(target, KINDS[file_format], overwrite)  # checked for all files before the first is drawn
+        figures.append(Drawn(figure_kind.name, figure_kind.shows, target, made_by=figure_kind.made_by))
+    for drawn in figures:
         if drawn.path is not None:
-            content = plots.encoded(plots.figure(drawn.name, runs, files=files, plain=plain, **drawn_as), kind, width)
-            _write(drawn.path, content, kind, overwrite)
-    if not any(drawn.path for drawn in made):
-        raise NothingComparedError(f"no figure can be drawn: {_explain_no_figure(runs, made)}")
-    return tuple(made)
+            content = plots.encoded(
+                plots.figure(drawn.name, runs, files=files, plain=plain, **figure_options), file_format, width
+            )
+            _write(drawn.path, content, file_format, overwrite)
+    if not any(drawn.path for drawn in figures):
+        raise NothingComparedError(f"no figure can be drawn: {_explain_no_figure(runs, figures)}")
+    return tuple(figures)
 
 
-def _format(path: Path, single: bool, requested: str | None, formats: Sequence[str]) -> str:
+def _choose_format(path: Path, single: bool, requested: str | None, formats: Sequence[str]) -> str:
     """Return the format of the files.
 
     Raises:
@@ -404,24 +415,24 @@ def _format(path: Path, single: bool, requested: str | None, formats: Sequence[s
     return requested or "png"
 
 
-def _check_output(path: Path, kind: str | None, there: bool, overwrite: bool) -> None:
-    """Check, before drawing, that figures can be written; their folder is created, but not its parents.
+def _check_output(path: Path, file_format: str | None, folder_exists: bool, overwrite: bool) -> None:
+    """Check, before drawing, that figures can be written; their folder may be missing, but not its parents.
 
     Args:
         path: A file of this format, or a folder, or a link to one.
-        kind: Format of the file; None for a folder.
-        there: Whether the folder exists.
+        file_format: Format of the file; None for a folder.
+        folder_exists: Whether the path is an existing folder.
         overwrite: Replace a file that loradiag did not write.
 
     Raises:
         UsageError: Another kind of file exists at the path.
         InputError: The location is not writable.
     """
-    if kind is not None:
-        check_output(path, KINDS[kind], overwrite)
+    if file_format is not None:
+        check_output(path, KINDS[file_format], overwrite)
         return
-    check_folder_of(path / "figure" if there else path)
-    if os.path.lexists(path) and not there:
+    check_folder_of(path / "figure" if folder_exists else path)
+    if os.path.lexists(path) and not folder_exists:
         raise UsageError(f"{path}: not a folder; give a folder, or a name that ends in .png, .svg or .pdf")
 
 
@@ -444,9 +455,9 @@ def _explain_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
     return f"results of loradiag {commands} have no records of layers; show them with loradiag inspect"
 
 
-def _explain_no_figure(runs: Sequence[Results[Any]], made: Sequence[Drawn]) -> str:
+def _explain_no_figure(runs: Sequence[Results[Any]], figures: Sequence[Drawn]) -> str:
     """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
-    reasons = [f"{drawn.name}: {drawn.reason}" for drawn in made if drawn.missing != "records"]
+    reasons = [f"{figure.name}: {figure.reason}" for figure in figures if figure.missing != "records"]
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     return (
         "; ".join(reasons)
@@ -463,10 +474,10 @@ def _select_layers(results: Results[Any], layers: str | None) -> Results[Any]:
         raise UsageError(f"--layers {layers}: not a valid regular expression ({error}); correct it") from error
 
 
-def _write(path: Path, content: bytes, kind: str, overwrite: bool) -> None:
+def _write(path: Path, content: bytes, file_format: str, overwrite: bool) -> None:
     """Write a figure; create its folder if needed."""
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    write_whole(path, content, KINDS[kind], overwrite)
+    write_whole(path, content, KINDS[file_format], overwrite)

@@ -1,7 +1,4 @@
-"""``fleet``: comparison of many adapters.
-
-Options of ``fleet``.
-"""
+"""Declaration and options of ``fleet``, the comparison of many adapters."""
 
 from pathlib import Path
 from typing import Annotated

@@ -33,18 +33,24 @@ def fleet(
 
 
 def show_fleet(adapters: list[str], arguments: Any, shown: options.Rows) -> None:
-    """Measure many adapters in one pass, and show what was measured."""
+    """Measure many adapters in one pass, and show the results.
+
+    ``-`` among the adapters stands for a list of paths on standard input.
+
+    Raises:
+        Exit: An adapter could not be measured.
+    """
     # deferred: imports torch
     from lora_diag.diagnostics.fleet.measure import fleet as measure
     from lora_diag.diagnostics.fleet.measure import unreadable
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
     with shown.callbacks() as callbacks:
-        results = measure([*(word for word in adapters if word != "-"), *listed], **arguments, **callbacks)
+        results = measure([*(pattern for pattern in adapters if pattern != "-"), *listed], **arguments, **callbacks)
     output = arguments["output"]
-    then = f"{rerun_command('-o', 'fleet.jsonl')}   (saves these results)"
+    hint = f"{rerun_command('-o', 'fleet.jsonl')}   (saves these results)"
     if output is not None:
-        words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
-        then = f"{words}   (all adapters, without measuring again)"
-    shown.show(results, then if len(results) else None)
+        command = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
+        hint = f"{command}   (all adapters, without measuring again)"
+    shown.show(results, hint if len(results) else None)
     exit_unmeasured(unreadable(results), "the adapter was left out")

@@ -26,7 +26,7 @@ from lora_diag.rendering.figures.style import (
     width_of,
 )
 
-# The rest of the width is for names, of which there are at most as many as this.
+# Fraction of the width for the points; the rest is for names. Maximum number of names.
 _PLOT, _NAMES = 0.62, 12
 
 
@@ -70,7 +70,7 @@ def _measure_inches(ax: Axes) -> tuple[float, float]:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the scatter plot of all adapters, with a colour per run."""
+    """Draw the scatter plot of all adapters, with a colour per run."""
     points = _make_points(series)
     figure, (ax,) = sheet(style, _make_text(series, points, style), 1, 1)
     # The panel's height depends on the text around it; names have the remaining space.
@@ -81,13 +81,13 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 
 
 def _make_points(series: Sequence[Series[Any]]) -> list[_Point]:
-    """Return the adapters that have a rank."""
+    """Return a point for each adapter that has a rank."""
     records = [(record, run) for run, item in enumerate(series) for record in item.records]
     names = short_names(record.adapter for record, _ in records)
-    kinds = [remark for item in series for remark in find_outlier_kinds(item.records)]
+    remarks = [remark for item in series for remark in find_outlier_kinds(item.records)]
     return [
         _Point(names[record.adapter], remark, record.used, record.fro, run)
-        for (record, run), remark in zip(records, kinds, strict=True)
+        for (record, run), remark in zip(records, remarks, strict=True)
         if record.used is not None
     ]
 
@@ -119,12 +119,12 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
     )
     for dead in (False, True):
         for run in {point.run for point in points}:
-            some = [point for point in points if point.run == run and (point.fro == 0) == dead]
-            if not some:  # a line without points would count in the layout, at the corner of the page
+            subset = [point for point in points if point.run == run and (point.fro == 0) == dead]
+            if not subset:  # a line without points would count in the layout, at the corner of the page
                 continue
             ax.plot(
-                [point.used for point in some],
-                [point.fro or low for point in some],
+                [point.used for point in subset],
+                [point.fro or low for point in subset],
                 ls="",
                 marker="v" if dead else "o",
                 ms=3.4 * line,
@@ -138,7 +138,7 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
 
 
 def _select_named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
-    """Return the named adapters: the rarest outliers, as many as there are lines."""
+    """Return the adapters to name, by norm: the rarest outliers, as many as fit, at most ``_NAMES``."""
     odd = [points[i] for i in order_by_rarity([point.remark for point in points])]
     return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
@@ -159,21 +159,21 @@ def _write_names(
     # Move each name up from its norm until it is clear of the one below, then down from the top.
     heights: list[float] = []
     for point in named:
-        limit = max(point.fro or low, low * span**0.5)
-        heights.append(max(limit, heights[-1] * span) if heights else limit)
+        lowest = max(point.fro or low, low * span**0.5)
+        heights.append(max(lowest, heights[-1] * span) if heights else lowest)
     top = high / span**0.5
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], top)
         top = heights[i] / span
     # Letters are drawn slightly wider than they are measured.
-    room = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
-    for point, place in zip(named, heights, strict=True):
+    max_width = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
+    for point, y in zip(named, heights, strict=True):
         full = f"{point.name}: {', '.join(point.remark)}"
         # Without space for both, show the name alone: the remark can be seen in the figure.
-        text = full if width_of(full, size) <= room else crop_name(point.name, room, size)
+        text = full if width_of(full, size) <= max_width else crop_name(point.name, max_width, size)
         ax.plot(
             [point.used, 1.03, 1.06],
-            [point.fro or low, place, place],
+            [point.fro or low, y, y],
             color=QUIET,
             lw=0.5 * line,
             alpha=0.6,
@@ -181,7 +181,7 @@ def _write_names(
             clip_on=False,
             label="_to a name",
         )
-        ax.text(1.07, place, text, size=size, va="center", parse_math=False, in_layout=False)
+        ax.text(1.07, y, text, size=size, va="center", parse_math=False, in_layout=False)
 
 
 def _format_norm(value: float, _: object = None) -> str:
@@ -189,32 +189,32 @@ def _format_norm(value: float, _: object = None) -> str:
 
 
 def _make_text(series: Sequence[Series[Any]], points: Sequence[_Point], style: PageStyle) -> FigureText:
-    marker: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * style.line}
+    marker_style: dict[str, Any] = {"ls": "", "mew": 0, "ms": 3.4 * style.line}
     many_runs = len(series) > 1
     keys = [
-        Key(Line2D([], [], color=category(n), marker="o", **marker), item.label if many_runs else "one adapter")
+        Key(Line2D([], [], color=category(n), marker="o", **marker_style), item.label if many_runs else "one adapter")
         for n, item in enumerate(series)
     ]
     if any(point.fro == 0 for point in points):
-        keys.append(Key(Line2D([], [], color=INK if many_runs else category(0), marker="v", **marker), "ΔW = 0"))
+        keys.append(Key(Line2D([], [], color=INK if many_runs else category(0), marker="v", **marker_style), "ΔW = 0"))
     line = Line2D([], [], color=INK, alpha=0.6, lw=0.8 * style.line, ls=(0, (1, 1.6)))
     keys.append(Key(line, f"over-ranked: at most {OVER_RANKED_BELOW:g}"))
-    odd = sum(bool(point.remark) for point in points)
+    outliers = sum(bool(point.remark) for point in points)
     notes = [
-        f"{odd or 'None'} of them {'is an outlier' if odd == 1 else 'are outliers'}; the rarest are named where "
-        "space permits."
+        f"{outliers or 'None'} of them {'is an outlier' if outliers == 1 else 'are outliers'}; the rarest are named "
+        "where space permits."
     ]
     if rankless := sum(len(item.records) for item in series) - len(points):
         notes.append(f"Not drawn: {rankless} without a rank.")
-    many = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
+    adapter_count = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return FigureText(
         "A fleet of adapters: norm of the update and used fraction of its rank",
-        f"{many}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
+        f"{adapter_count}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
         (" ".join(notes),),
         tuple(keys),
     )
 
 
 def find_obstacle(records: Sequence[Fleet], options: Options) -> str | None:
-    """Return why records cannot be drawn: no adapter has a rank."""
+    """Return why records cannot be drawn: no adapter has a rank; None if they can."""
     return "no adapter has a rank" if all(record.used is None for record in records) else None

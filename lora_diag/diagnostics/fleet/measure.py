@@ -1,10 +1,6 @@
-"""A layer of an adapter whose update is not the product of two stored factors, or whose rank is large; with torch.
+"""``fleet``: measure norm and rank of many adapters, and sketches of their updates for comparison.
 
-One layer of an adapter: its norm and rank, and sketches for comparison; from thin factors with NumPy alone.
-
-One adapter of a fleet: the norm and rank of its layers, and a sketch for comparison with others.
-
-``fleet``: measure many adapters in one pass.
+Thin factors are measured with NumPy alone; other layers are decomposed with torch.
 """
 
 from __future__ import annotations
@@ -65,7 +61,7 @@ if TYPE_CHECKING:
 
 
 def measure_dense(path: str, delta: Delta, device: str) -> Measured:
-    """Measure one layer.
+    """Measure one layer from its decomposition, with one thread of torch.
 
     Args:
         path: The adapter's path.
@@ -89,14 +85,14 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
     s = factors.s.numpy()
     needed = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
     layer, top = layer_of(s, factors.fro, needed, rank)
-    parts = change.factors if change.factors is not None else (change.matrix,)
-    arrays = [part.to("cpu", torch.float64).numpy() for part in parts if part is not None]
+    matrices = change.factors if change.factors is not None else (change.matrix,)
+    arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
     update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
     columns = factors.u[:, : layer.rank_99].cpu().numpy()
     return Measured(layer, top, update, sketch((columns, columns.T), delta.layer))
 
 
-# Entries of factors that are read at once: 4 MiB in float32.
+# Maximum number of entries of factors that are read at once: 4 MiB in float32.
 ENTRIES = 2**20
 
 # The fraction of the energy that a layer's rank is counted to.
@@ -135,7 +131,7 @@ def layer_of(s: NDArray[np.float64], fro: float, needed: int | None, rank: int |
 
 
 def zero_layer(rank: int | None) -> Measured:
-    """Return a layer whose update is zero."""
+    """Return the measurement of a layer whose update is zero."""
     return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
 
 
@@ -150,20 +146,20 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     Factors of one shape are read and reduced together, which saves calls; the remaining steps are computed for all
     layers together.
     """
-    kinds: dict[Hashable, list[int]] = {}
+    indices_by_kind: dict[Hashable, list[int]] = {}
     for i, delta in enumerate(deltas):
         assert delta.thin is not None
-        kinds.setdefault(delta.thin.kind, []).append(i)
-    parts: list[list[int]] = []
-    for alike in kinds.values():
-        most = max(1, ENTRIES // (max(deltas[alike[0]].shape) * deltas[alike[0]].rank))
-        parts += [alike[first : first + most] for first in range(0, len(alike), most)]
-    reduced = [_reduce([deltas[i] for i in part]) for part in parts]
-    order = [i for part in parts for i in part]
-    ordered, folded = [deltas[i] for i in order], [each for _, _, some in reduced for each in some]
+        indices_by_kind.setdefault(delta.thin.kind, []).append(i)
+    batches: list[list[int]] = []
+    for indices in indices_by_kind.values():
+        batch_size = max(1, ENTRIES // (max(deltas[indices[0]].shape) * deltas[indices[0]].rank))
+        batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    reduced = [_reduce([deltas[i] for i in batch]) for batch in batches]
+    order = [i for batch in batches for i in batch]
+    ordered, folded_factors = [deltas[i] for i in order], [item for _, _, layers in reduced for item in layers]
     left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
-    values = thin_energies(left, right, np.array([each.scale for each in folded]))
-    measured = _make_measured(ordered, folded, values)
+    values = thin_energies(left, right, np.array([item.scale for item in folded_factors]))
+    measured = _make_measured(ordered, folded_factors, values)
     for i in np.flatnonzero(values.energy_error > MAX_GRAM_ERROR).tolist():
         measured[i] = _measure_apart(ordered[i])
     return [measured[order.index(i)] for i in range(len(deltas))]
@@ -201,7 +197,10 @@ def _concatenate(grams: Sequence[Grams]) -> Grams:
 
 
 def _measure_apart(delta: FactoredDelta) -> Measured | None:
-    """Measure a layer whose energies are not known well enough: it is read again, and folded in float64."""
+    """Read a layer whose energies are not known well enough again, and measure it in float64.
+
+    Return None where a number is not finite.
+    """
     assert delta.thin is not None
     b, a = delta.thin.read_b().astype(np.float64), delta.thin.read_a().T.astype(np.float64)
     if not (b.any() and a.any()) and np.isfinite(b).all() and np.isfinite(a).all():
@@ -217,7 +216,7 @@ def _measure_apart(delta: FactoredDelta) -> Measured | None:
 def _make_measured(
     deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues
 ) -> list[Measured | None]:
-    """Return layers of one rank, given their values; None where a norm is not finite."""
+    """Return the measurements of layers of one rank, given their values; None where a norm is not finite."""
     scale = np.array([each.scale for each in folded])
     assert values.mix is not None
     fro = np.where(np.isfinite(values.fro) & (values.fro > 0), values.fro, 1.0)
@@ -243,9 +242,9 @@ def _make_measured(
     return measured
 
 
-def _normalize(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Return stacked arrays, each divided by a power of two so that products are in float32's range, and the powers."""
-    stack: NDArray[Any] = np.stack(parts)
+    stack: NDArray[Any] = np.stack(arrays)
     flat = stack.reshape(len(stack), -1)
     largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
     size = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -120, 120))
@@ -256,7 +255,7 @@ def _normalize(parts: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float
 # Layers that are computed together: of rank 16, what is left of them takes 6 MB.
 TOGETHER = 32
 
-# Digits of a sketch, far below its own error.
+# Significant digits of a stored sketch; their rounding is far below its own error.
 DIGITS = 4
 
 
@@ -274,29 +273,29 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
     """
     layers: dict[str, FleetLayer] = {}
     update, space, top = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # top²: Σσ_1²
-    for delta, found in _measure_layers(path, deltas, device):
-        layers[delta.layer] = found.layer
-        top = math.hypot(top, found.top)
-        if found.update is not None and found.space is not None:
-            update += found.update
-            space += found.space
+    for delta, measured in _measure_layers(path, deltas, device):
+        layers[delta.layer] = measured.layer
+        top = math.hypot(top, measured.top)
+        if measured.update is not None and measured.space is not None:
+            update += measured.update
+            space += measured.space
     ranks = [layer.rank for layer in layers.values()]
-    known = [rank for rank in ranks if rank is not None]
-    total = sum(known) if len(known) == len(ranks) else None
+    known_ranks = [rank for rank in ranks if rank is not None]
+    total = sum(known_ranks) if len(known_ranks) == len(ranks) else None
     fro = math.hypot(*(layer.fro for layer in layers.values()))
     if not math.isfinite(fro):
         raise InputError(f"{path}: its norm overflows float64; correct its alpha and factors")
-    needed = sum(layer.rank_99 for layer in layers.values())
+    total_rank_99 = sum(layer.rank_99 for layer in layers.values())
     return Fleet(
         adapter=path,
         kind=kind,
         modules=len(layers),
         dead=sum(layer.fro == 0 for layer in layers.values()),
-        rank=max(known, default=None),
+        rank=max(known_ranks, default=None),
         fro=fro,
         total_rank=total,
-        total_rank_99=needed,
-        used=needed / total if total else None,
+        total_rank_99=total_rank_99,
+        used=total_rank_99 / total if total else None,
         spike=min(1.0, (top / fro) ** 2) if fro else None,
         layers=layers,
         update=_round(update),
@@ -305,14 +304,14 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
 
 
 def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple[Delta, Measured]]:
-    """Yield every layer as measured, in order: consecutive thin ones of one rank together."""
+    """Yield every layer with its measurement, in order; measure consecutive thin ones of one rank together."""
     for key, group in groupby(deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None):
-        while part := list(islice(group, TOGETHER if key is not None else 1)):
-            thin = [delta for delta in part if is_thin(delta)] if key is not None else []
-            for delta, found in zip(part, measure_thin(thin) if thin else [None], strict=True):
-                if found is None:
-                    found = measure_dense(path, delta, device)
-                yield delta, found
+        while batch := list(islice(group, TOGETHER if key is not None else 1)):
+            thin = [delta for delta in batch if is_thin(delta)] if key is not None else []
+            for delta, measured in zip(batch, measure_thin(thin) if thin else [None], strict=True):
+                if measured is None:
+                    measured = measure_dense(path, delta, device)
+                yield delta, measured
 
 
 def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
@@ -327,8 +326,8 @@ SIZE = 64 * 2**20
 # Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
 PROCESS_BYTES = 2**29
 
-# Files that identify an adapter or a base; others, such as a log, may change.
-READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
+# Suffixes of the files that identify an adapter or a base; others, such as a log, may change.
+READ_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +337,7 @@ class FleetPath:
     Args:
         path: An adapter, or the base of all.
         files: Hash of its files' names and sizes; empty if they cannot be listed, as on object storage.
-        size: Their bytes.
+        size: Bytes of these files; 0 if they cannot be listed.
     """
 
     path: Path
@@ -350,7 +349,9 @@ class FleetPath:
         """Return the path with its current files."""
         try:
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
-            sizes = {file.name: file.stat().st_size for file in files if file.suffix in READ and file.is_file()}
+            sizes = {
+                file.name: file.stat().st_size for file in files if file.suffix in READ_SUFFIXES and file.is_file()
+            }
         except OSError:
             sizes = {}
         lines = "\n".join(f"{name} {size}" for name, size in sizes.items())
@@ -372,7 +373,13 @@ class FleetPath:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One adapter that is not opened yet."""
+    """One adapter that is not opened yet.
+
+    Args:
+        layer: Its path, in place of a layer name.
+        seen: The path with its files at the start of the run.
+        shape: Placeholder for the shape of a layer.
+    """
 
     layer: str
     seen: FleetPath
@@ -416,7 +423,7 @@ def fleet(
         **options: ``FleetOptions``.
 
     Returns:
-        One record per adapter.
+        One record per adapter that could be measured; the others are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid.
@@ -460,6 +467,7 @@ def fleet(
 
 
 def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+    """Check that a cluster's worker has the same files, then measure one adapter."""
     for seen in (member.seen, settings.base):
         if seen is not None:
             seen.check()
@@ -467,17 +475,18 @@ def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet |
 
 
 def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+    """Measure one adapter; return a ``left_out`` record if it cannot be measured."""
     path = member.seen.path
     base = settings.base.path if settings.base is not None else None
     try:
         if is_adapter(locate(path)):
-            opened = open_checkpoint(base) if base is not None else None
-            kind, deltas = adapter_deltas(path, opened, settings.layers, settings.exclude, settings.stated_alpha)
+            opened_base = open_checkpoint(base) if base is not None else None
+            kind, deltas = adapter_deltas(path, opened_base, settings.layers, settings.exclude, settings.stated_alpha)
         elif base is None:
-            inside = path.is_dir() and any(map(is_adapter, path.iterdir()))
+            holds_adapters = path.is_dir() and any(map(is_adapter, path.iterdir()))
             fix = (
                 f"quote the pattern '{path}/**' for the adapters in it"
-                if inside
+                if holds_adapters
                 else "give its base with --base if it is a checkpoint"
             )
             raise InputError(f"{path}: is not an adapter; {fix}")
@@ -492,25 +501,26 @@ def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | Left
 
 
 def expand(patterns: Iterable[Path | str]) -> list[Path]:
-    """Return the distinct adapters given by paths and patterns, in natural order.
+    """Return the distinct paths given directly or matched by patterns, in natural order.
 
-    Matches of a pattern that are not adapters are ignored, and so are the contents of an adapter's folder.
+    Paths given directly are not checked. Matches of a pattern that are not adapters are ignored, and so are the
+    direct contents of a returned folder.
 
     Raises:
         NothingComparedError: No adapter was found.
     """
-    words = [pattern if isinstance(pattern, str) else str(pattern) for pattern in patterns]
-    found: dict[Path, None] = {}
-    for word in words:
-        named = not glob.has_magic(word) or as_path(word).exists()
-        for path in [as_path(word)] if named else map(Path, glob.glob(word, recursive=True)):  # noqa: PTH207
-            if named or is_adapter(path):
-                found.setdefault(path)
-    folders = {path for path in found if path.is_dir()}
-    paths = [path for path in found if path.parent not in folders]
+    texts = [pattern if isinstance(pattern, str) else str(pattern) for pattern in patterns]
+    distinct: dict[Path, None] = {}
+    for text in texts:
+        is_path = not glob.has_magic(text) or as_path(text).exists()
+        for path in [as_path(text)] if is_path else map(Path, glob.glob(text, recursive=True)):  # noqa: PTH207
+            if is_path or is_adapter(path):
+                distinct.setdefault(path)
+    folders = {path for path in distinct if path.is_dir()}
+    paths = [path for path in distinct if path.parent not in folders]
     if not paths:
         raise NothingComparedError(
-            f"{', '.join(words) or 'standard input'}: no adapter found; give folders of adapters, or a quoted pattern"
+            f"{', '.join(texts) or 'standard input'}: no adapter found; give folders of adapters, or a quoted pattern"
         )
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
@@ -519,6 +529,7 @@ def _fingerprint(seen: FleetPath) -> str:
     """Return a fingerprint that lets ``--resume`` detect a changed adapter by file sizes, without opening it.
 
     An adapter on object storage is opened, since its server may not list folders and sizes cost as many requests.
+    The fingerprint is empty if it cannot be read.
     """
     if not isinstance(seen.path, RemotePath):
         return seen.files

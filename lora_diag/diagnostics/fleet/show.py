@@ -25,10 +25,10 @@ from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table
 from lora_diag.rendering.text import number, percent, safe
 
-# Maximum number of rows of a table; the records have all.
-_ROWS, _NAMED = 20, 3
+# Maximum number of rows of a table, and of items named in a sentence; the records have all.
+_MAX_ROWS, _MAX_NAMED = 20, 3
 
-_WORDS = {
+_RELATION_TEXTS = {
     "same": "the same update, up to scale",
     "near": "nearly the same update",
     "space": "same column spaces, different update",
@@ -65,14 +65,14 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     names, notes = short_names([record.adapter for record in records]), remarks(records)
     odd = order_by_rarity(find_outlier_kinds(records))
     shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
-    rows_shown = len(shown) if per == "layer" else _ROWS
+    rows_shown = len(shown) if per == "layer" else _MAX_ROWS
     caption = "all adapters" if per == "layer" else "outliers"
     grids = [_adapters_grid(caption, records, names, notes, shown[:rows_shown])] if shown else []
-    return [*grids, _duplicates_grid(names, pairs[:_ROWS])] if pairs else grids
+    return [*grids, _duplicates_grid(names, pairs[:_MAX_ROWS])] if pairs else grids
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the paths without their common beginning.
+    """Return the paths without their common leading folders, escaped for the terminal.
 
     >>> short_names(["runs/a/lora", "runs/b/lora"]), short_names(["runs/a"])
     (['a/lora', 'b/lora'], ['a'])
@@ -85,16 +85,16 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def remarks(records: Sequence[Fleet]) -> list[list[str]]:
-    """Return descriptions of the faults and oddities of each adapter."""
+    """Return, for each adapter, a description of every kind of outlier that it is."""
     ratios = find_norm_outliers([record.fro for record in records])
-    found = []
-    for record, ratio, odd in zip(records, ratios, find_outlier_kinds(records), strict=True):
-        words: dict[OutlierKind, str] = {
+    descriptions = []
+    for record, ratio, kinds in zip(records, ratios, find_outlier_kinds(records), strict=True):
+        texts: dict[OutlierKind, str] = {
             "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
             "norm": f"norm {number(ratio or 0.0)}× the median",
         }
-        found.append([words.get(word, word) for word in odd])
-    return found
+        descriptions.append([texts.get(kind, kind) for kind in kinds])
+    return descriptions
 
 
 def _adapters_grid(
@@ -113,7 +113,7 @@ _DUPLICATE_COLUMNS = (
 
 def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
-    column = Column("is", tuple(_WORDS[pair.relation] for pair in pairs), "left")
+    column = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
     return grid_of(_DUPLICATE_COLUMNS, rows, "pair", "near-duplicates", extra=[column])
 
 
@@ -123,7 +123,7 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list
     lines: list[Statement] = []
     if records:
         kinds = Counter(record.family for record in records)
-        text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_NAMED))
+        text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_MAX_NAMED))
         lines += [
             make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
             make_statement("rank", "Rank", _describe_rank(records)),
@@ -131,9 +131,9 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list
         ]
         lines.append(make_statement("alike", "Near-duplicates", _describe_pairs(pairs)))
     if failed := [item for item in results.left_out if item.reason == "unreadable"]:
-        named = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_NAMED]]
-        more = [f"and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
-        lines.append(make_statement("not_measured", "Not measured", *named, *more, level="failure"))
+        details = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_MAX_NAMED]]
+        remainder = [f"and {len(failed) - _MAX_NAMED} more"] if len(failed) > _MAX_NAMED else []
+        lines.append(make_statement("not_measured", "Not measured", *details, *remainder, level="failure"))
     if results.end is None:
         lines.append(
             make_statement(
@@ -147,49 +147,50 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
-    known = [record for record in records if record.used is not None and record.fro]
-    if not known:
+    ranked = [record for record in records if record.used is not None and record.fro]
+    if not ranked:
         return "no adapter has a rank"
-    ranks = sorted({record.rank for record in known if record.rank is not None})
+    ranks = sorted({record.rank for record in ranked if record.rank is not None})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    needed = sum(record.total_rank_99 for record in known) / sum(record.total_rank or 0 for record in known)
-    middle = median(record.total_rank_99 / record.modules for record in known)
+    needed = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
+    median_rank = median(record.total_rank_99 / record.modules for record in ranked)
     return (
-        f"r = {span}; 99% of the energy needs a median r of {number(middle)} per layer, {percent(needed)} of all ranks"
+        f"r = {span}; 99% of the energy needs a median r of {number(median_rank)} per layer, {percent(needed)} of all "
+        "ranks"
     )
 
 
 def _describe_outliers(records: Sequence[Fleet]) -> str:
-    counts = Counter(word for odd in find_outlier_kinds(records) for word in odd)
-    words: dict[OutlierKind, str] = {
+    counts = Counter(kind for kinds in find_outlier_kinds(records) for kind in kinds)
+    texts: dict[OutlierKind, str] = {
         "dead": "with dead layers (ΔW = 0)",
         "over-ranked": f"over-ranked (99% of the energy in at most {OVER_RANKED_BELOW:.0%} of the rank)",
         "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
         "norm": "with an outlying norm",
     }
-    lines = [f"{counts[word]} {text}" for word, text in words.items() if counts[word]]
-    return ", ".join(lines) or "none"
+    descriptions = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]
+    return ", ".join(descriptions) or "none"
 
 
 def _describe_pairs(pairs: Sequence[NearDuplicate]) -> str:
     counts = Counter(pair.relation for pair in pairs)
-    lines = [
-        f"{counts[word]} {'pair' if counts[word] == 1 else 'pairs'}: {text}"
-        for word, text in _WORDS.items()
-        if counts[word]
+    descriptions = [
+        f"{counts[relation]} {'pair' if counts[relation] == 1 else 'pairs'}: {text}"
+        for relation, text in _RELATION_TEXTS.items()
+        if counts[relation]
     ]
-    how = (
+    criterion = (
         f"|cosine| ≥ {MIN_NEAR_COSINE} or column spaces with an overlap ≥ {MIN_SPACE_OVERLAP}, both estimated from "
         "sketches"
     )
-    return f"{', '.join(lines) or 'none'} ({how})"
+    return f"{', '.join(descriptions) or 'none'} ({criterion})"
 
 
 def fleet_section_lines(results: Results[Fleet]) -> list[Statement]:
-    """Return the summary, with the pairs of the run."""
+    """Return the statements of the summary, with near-duplicates found anew."""
     return fleet_lines(results, pairs_of(results))
 
 
 def fleet_section_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
-    """Return the tables, with the pairs of the run."""
+    """Return the tables, with near-duplicates found anew."""
     return fleet_grids(results, pairs_of(results), per)

@@ -1,7 +1,4 @@
-"""``interference``: angles, sums and merges of several updates of one base.
-
-Options of ``interference``.
-"""
+"""Declaration and options of ``interference``: angles, sums and merges of several updates of one base."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -55,7 +55,7 @@ def interference(
 
 def _suggest_next(inputs: list[str], spectrum: Path | None) -> str:
     if spectrum is not None:
-        words = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
-        return f"{words}   (the rank that the sum needs in each layer)"
-    words = shlex.join(["loradiag", "interference", *map(str, inputs), "--spectrum", "union.jsonl"])
-    return f"{words}   (then allocate union.jsonl: a rank for each layer)"
+        command = shlex.join(["loradiag", "allocate", str(spectrum), "--energy", "0.9"])
+        return f"{command}   (the rank that the sum needs in each layer)"
+    command = shlex.join(["loradiag", "interference", *map(str, inputs), "--spectrum", "union.jsonl"])
+    return f"{command}   (then allocate union.jsonl: a rank for each layer)"

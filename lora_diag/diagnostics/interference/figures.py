@@ -48,33 +48,33 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
         The Axes drawn on.
     """
     with panel_axes(ax) as (axes, style):
-        drawn = make_slots(shared(records), per)
-        _draw_ranks(axes, drawn, style)
-        slot_axis(axes, drawn, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
+        slots = make_slots(select_shared(records), per)
+        _draw_ranks(axes, slots, style)
+        slot_axis(axes, slots, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
         axes.set_ylabel("rank at 90% of the energy")
         keys = _make_union_keys(style, shares=False)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
 
-def shared(records: Iterable[Union]) -> tuple[Union, ...]:
+def select_shared(records: Iterable[Union]) -> tuple[Union, ...]:
     """Return the records of layers that at least two updates change."""
     return tuple(record for record in records if len(record.updates) > 1)
 
 
 def union_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Draw the ranks of the layers, with the additive fraction below, once per run."""
-    shown = [(item, shared(item.records)) for item in series]
+    shown = [(item, select_shared(item.records)) for item in series]
     shown = [(item, records) for item, records in shown if records]
     types = Types(record.layer for _, records in shown for record in records)
-    drawn = [make_slots(records, options.per, types) for _, records in shown]
+    slots_by_run = [make_slots(records, options.per, types) for _, records in shown]
     inches = style.width - 6 * style.text / 72
-    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
+    all_slots = list({slot.name: slot for slots in slots_by_run for slot in slots}.values())
     below = label_height(all_slots, inches, style.ticks) / (2 * len(shown))
     heights = [1.25 * style.panel + below, 0.85 * style.panel + below] * len(shown)
-    union_figure, axes = sheet(
+    page, axes = sheet(
         style,
-        _make_union_text(series, shown, drawn, style),
+        _make_union_text(series, shown, slots_by_run, style),
         len(heights),
         1,
         panel=sum(heights) / len(heights),
@@ -82,42 +82,42 @@ def union_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
         share=False,
         low=True,
     )
-    for position, ((item, records), part) in enumerate(zip(shown, drawn, strict=True)):
+    for position, ((item, records), slots) in enumerate(zip(shown, slots_by_run, strict=True)):
         ranks, shares = axes[2 * position : 2 * position + 2]
-        _draw_ranks(ranks, part, style)
+        _draw_ranks(ranks, slots, style)
         ranks.set_title(wrap_text(_describe_run(item, records), inches, style.text), parse_math=False)
         ranks.set_ylabel("rank")
-        _draw_shares(shares, part, max(len(record.updates) for record in records), style)
+        _draw_shares(shares, slots, max(len(record.updates) for record in records), style)
         shares.set_ylabel("fraction")
         for ax in (ranks, shares):
-            slot_axis(ax, part, inches, style.ticks, labels=False)
+            slot_axis(ax, slots, inches, style.ticks, labels=False)
             ax.set_xlim(-0.5, len(all_slots) - 0.5)
     slot_axis(axes[-1], all_slots, inches, style.ticks)
-    return union_figure
+    return page
 
 
-def _draw_ranks(ax: Axes, drawn: Sequence[Slot[Union]], style: PageStyle | None) -> None:
+def _draw_ranks(ax: Axes, slots: Sequence[Slot[Union]], style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    _draw_stairs(ax, drawn, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
-    _draw_stairs(ax, drawn, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
-    _draw_stairs(ax, drawn, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
+    _draw_stairs(ax, slots, lambda record: record.spectrum.rank_at[ENERGY], "_sum", fill=True, color=SUM, lw=0)
+    _draw_stairs(ax, slots, lambda r: r.rank_for_all.get(ENERGY), "_every", baseline=None, color=EVERY, lw=1.3 * width)
+    _draw_stairs(ax, slots, lambda r: r.parts_rank_at[ENERGY], "_apart", baseline=None, color=APART, lw=1.3 * width)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _draw_shares(ax: Axes, drawn: Sequence[Slot[Union]], updates: int, style: PageStyle | None) -> None:
+def _draw_shares(ax: Axes, slots: Sequence[Slot[Union]], update_count: int, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
-    _draw_stairs(ax, drawn, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
-    for share in (1.0, 1 / updates):
+    _draw_stairs(ax, slots, lambda record: record.additive[ENERGY], "_additive", fill=True, color=SUM, lw=0)
+    for share in (1.0, 1 / update_count):
         ax.axhline(share, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=3)
     ax.set_ylim(0, max(1.08, 1.05 * ax.get_ylim()[1]))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
 
 
 def _draw_stairs(
-    ax: Axes, drawn: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **line_style: Any
+    ax: Axes, slots: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **line_style: Any
 ) -> None:
-    for slot in drawn:
+    for slot in slots:
         heights = _compute_medians(slot, value)
         if np.isfinite(heights).any():
             ax.stairs(heights, slot.edges, label=label, **line_style)
@@ -160,7 +160,7 @@ def _make_union_text(
     notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
     if joined > 1:
         notes.append(f"A bar is the median of up to {joined} layers.")
-    if singles := sum(len(item.records) - len(shared(item.records)) for item in series):
+    if singles := sum(len(item.records) - len(select_shared(item.records)) for item in series):
         notes.append(f"Not drawn: {singles} {'layer' if singles == 1 else 'layers'} changed by fewer than two updates.")
     if any(record.rank_for_all.get(ENERGY) is None for _, records in shown for record in records):
         notes.append("No green line: no rank of the sum keeps 90% of every update.")
@@ -174,8 +174,8 @@ def _make_union_text(
 
 
 def find_union_obstacle(records: Sequence[Union], options: Options) -> str | None:
-    """Return why records cannot be drawn: no layer has a sum."""
-    return None if shared(records) else "no layer is changed by two updates"
+    """Return why records cannot be drawn: no layer is changed by two updates; None if they can."""
+    return None if select_shared(records) else "no layer is changed by two updates"
 
 
 Side = Literal["columns", "rows"]
@@ -202,17 +202,17 @@ def angles(
         The Axes drawn on.
     """
     series = by_pair((Series("", tuple(records)),))
-    chosen = chosen_rank([record for item in series for record in item.records], rank)
+    drawn_rank = choose_rank([record for item in series for record in item.records], rank)
     with panel_axes(ax) as (axes, style):
-        _draw(axes, series, side, chosen, style)
-        axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {chosen}")
+        _draw(axes, series, side, drawn_rank, style)
+        axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {drawn_rank}")
         keys = _make_keys(series, style)
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
 
-def chosen_rank(records: Sequence[Interference], rank: int | None) -> int:
-    """Return the rank that is drawn."""
+def choose_rank(records: Sequence[Interference], rank: int | None) -> int:
+    """Return the rank to draw: the requested one, else 8 if measured, else the smallest."""
     ranks = ranks_of(records)
     return rank if rank is not None else 8 if 8 in ranks else ranks[0]
 
@@ -223,10 +223,10 @@ def ranks_of(records: Iterable[Interference]) -> list[int]:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the angles of the column spaces and of the row spaces, one panel each."""
+    """Draw the angles of the column spaces and of the row spaces, one panel each, of the pairs that overlap most."""
     pairs = by_pair(series)
     all_records = [record for item in pairs for record in item.records]
-    rank = chosen_rank(all_records, options.rank)
+    rank = choose_rank(all_records, options.rank)
     measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
     shown = sorted(measured, key=lambda item: -_compute_mean_overlap(item.records, rank))[: len(CATEGORIES)]
     figure, axes = sheet(style, _make_text(pairs, shown, rank, style), 1, 2, panel=1.4 * style.panel)
@@ -260,24 +260,24 @@ def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: in
 
 
 def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the cumulative distribution of values in [0, 1] as the corners of its steps, from (0, 0) to (1, 1)."""
+    """Return the cumulative distribution of values in [0, 1], from (0, 0) to (1, 1), in at most ``POINTS`` steps."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
-    kept = np.unique(np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().astype(np.int64))
-    return np.concatenate([[0.0], ordered[kept], [1.0]]), np.concatenate([[0.0], shares[kept], [1.0]])
+    indices = np.unique(np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().astype(np.int64))
+    return np.concatenate([[0.0], ordered[indices], [1.0]]), np.concatenate([[0.0], shares[indices], [1.0]])
 
 
 def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
     """Return the cumulative distribution, at ``grid``, of the cosines of random spaces of the measured dimensions."""
-    sizes = Counter(
+    space_counts = Counter(
         (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
     )
-    angles_of = {size: times * size[0] for size, times in sizes.items()}
-    total = sum(angles_of.values())
-    mixed = np.zeros_like(grid)
-    for (first, second, dimension), number in angles_of.items():
-        mixed += number / total * random_angles(grid, first, second, dimension)
-    return mixed
+    angle_counts = {dimensions: space_count * dimensions[0] for dimensions, space_count in space_counts.items()}
+    total = sum(angle_counts.values())
+    distribution = np.zeros_like(grid)
+    for (first, second, dimension), angle_count in angle_counts.items():
+        distribution += angle_count / total * random_angles(grid, first, second, dimension)
+    return distribution
 
 
 def _make_keys(series: Sequence[Series[Interference]], style: PageStyle | None) -> tuple[Key, ...]:
@@ -310,5 +310,5 @@ def _make_text(
 
 
 def find_obstacle(records: Sequence[Interference], options: Options) -> str | None:
-    """Return why records cannot be drawn: the requested rank was not measured."""
+    """Return why records cannot be drawn: the requested rank was not measured; None if they can."""
     return rank_absent(ranks_of(records), options)

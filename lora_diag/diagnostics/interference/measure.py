@@ -1,12 +1,6 @@
-"""Reading and decomposing several updates of one layer.
+"""``interference``: measure angles between several updates of one model, the rank of their sum, and losses of merges.
 
-Distance of merges of several updates from their sum, without writing the merges.
-
-All updates of one layer together: rank of their sum, interference, and losses of merges.
-
-Interference of several updates of one layer: their spaces pair by pair, and their sum.
-
-``interference``: compare several updates of one model.
+Merges are not written: only their distance from the sum is computed.
 """
 
 from __future__ import annotations
@@ -106,7 +100,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class LayerUpdates:
-    """One layer and all its updates."""
+    """One layer and all its updates; those that do not change it are missing or zero."""
 
     layer: str
     shape: tuple[int, int]
@@ -136,13 +130,13 @@ class Part:
 
     @property
     def u(self) -> Tensor:
-        """Their left singular vectors, as columns."""
+        """Left singular vectors of the values in ``s``, as columns."""
         assert self.factors.u is not None
         return self.factors.u[:, : self.rank]
 
     @property
     def v(self) -> Tensor:
-        """Their right singular vectors, as columns."""
+        """Right singular vectors of the values in ``s``, as columns."""
         assert self.factors.vh is not None
         return self.factors.vh[: self.rank].T
 
@@ -158,7 +152,7 @@ class Part:
 
 
 def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
-    """Read and decompose one update; return only its change if it is not finite."""
+    """Read and decompose one update; return only its change if that is not finite or its norm is out of range."""
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change
@@ -172,14 +166,14 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
 
 
 def within(u: Tensor, part: Part, rows: bool = False) -> float:
-    """Return ‖UᵀΔW‖²/‖ΔW‖², or ‖ΔW·U‖²/‖ΔW‖², from the singular vectors of ΔW."""
+    """Return ‖UᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U‖²/‖ΔW‖², from the singular vectors of ΔW."""
     vectors = part.v if rows else part.u
     inside = (u.T @ vectors) * part.s.to(u.device)
     return min(1.0, float((inside**2).sum() / (part.s**2).sum()))
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class AdapterFactors:
     """The stored factors of one adapter and their scale: ΔW = scale·B·A."""
 
     b: Tensor
@@ -214,9 +208,9 @@ def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
 
 
 def factor_merges(
-    total: Matrix, fro: float, pairs: Sequence[Pair] | None, weights: Sequence[float], density: float
+    total: Matrix, fro: float, adapters: Sequence[AdapterFactors] | None, weights: Sequence[float], density: float
 ) -> dict[str, MergeLoss | None]:
-    """Return the losses of merges made from the factors.
+    """Return the losses of merges made from the factors; None for a merge that does not exist.
 
     ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its distance from S is that of its cross terms
     Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k likewise. (``peft.tuners.lora.model``,
@@ -225,18 +219,24 @@ def factor_merges(
     Args:
         total: S.
         fro: ‖S‖_F > 0.
-        pairs: The factors; None if an update has none.
+        adapters: Their factors; None if an update has none.
         weights: The w_k > 0.
         density: Fraction of the entries that ``ties`` keeps.
     """
-    if pairs is None:
+    if adapters is None:
         return {"cat": None, "linear": None, "ties": None}
-    weighted = [(weight * pair.scale * pair.b, pair.a) for pair, weight in zip(pairs, weights, strict=True)]
-    concatenated = stack_products(weighted, [1.0] * len(pairs))
+    weighted = [
+        (weight * adapter.scale * adapter.b, adapter.a) for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    concatenated = stack_products(weighted, [1.0] * len(adapters))
     merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, concatenated), "linear": None, "ties": None}
-    roots = [math.sqrt(weight * pair.scale) for pair, weight in zip(pairs, weights, strict=True) if pair.scale > 0]
-    if len({pair.b.shape[1] for pair in pairs}) == 1 and len(roots) == len(pairs):
-        b, a = [pair.b for pair in pairs], [pair.a for pair in pairs]
+    roots = [
+        math.sqrt(weight * adapter.scale)
+        for adapter, weight in zip(adapters, weights, strict=True)
+        if adapter.scale > 0
+    ]
+    if len({adapter.b.shape[1] for adapter in adapters}) == 1 and len(roots) == len(adapters):
+        b, a = [adapter.b for adapter in adapters], [adapter.a for adapter in adapters]
         merges["linear"] = loss(total, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
         merges["ties"] = loss(total, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
     return merges
@@ -297,8 +297,8 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         settings.ranks,
         _bound_resolution(parts, factors),
     )
-    needed = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
-    effective = sum(part.effective for part in changed)
+    parts_rank_at = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
+    parts_effective_rank = sum(part.effective for part in changed)
     has_sum = len(changed) > 1 and factors.fro > 0
     fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings) if has_sum else _make_null_fields()
     merges, conflicts = _measure_merges(parts, summed, factors, weights, settings) if has_sum else ({}, {})
@@ -310,13 +310,13 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         fro=factors.fro,
         parts_fro=tuple(part.fro for part in changed),
         spectrum=spectrum,
-        parts_rank_at=needed,
+        parts_rank_at=parts_rank_at,
         additive={
             share: _ratio(spectrum.rank_at[share], ranks_sum) if has_sum else None
-            for share, ranks_sum in needed.items()
+            for share, ranks_sum in parts_rank_at.items()
         },
-        parts_effective_rank=effective,
-        additive_effective=_ratio(spectrum.effective_rank, effective) if has_sum else None,
+        parts_effective_rank=parts_effective_rank,
+        additive_effective=_ratio(spectrum.effective_rank, parts_effective_rank) if has_sum else None,
         energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
         merges=merges,
         recompressed={str(r): _compute_residual(factors, r) for r in _list_recompression_ranks(changed, settings)}
@@ -374,25 +374,25 @@ def _make_null_fields() -> dict[str, object]:
 def _measure_sum(
     changed: Sequence[Part],
     factors: Factors,
-    ranks: dict[str, int | None],
+    rank_at_share: dict[str, int | None],
     shape: tuple[int, int],
     settings: InterferenceSettings,
 ) -> dict[str, object]:
-    """Return the rank of the sum, and the fraction of the parts that its directions keep."""
+    """Return the fields of ``_make_null_fields`` for a nonzero sum: what its directions keep, STI, and alignment."""
     assert factors.u is not None
     assert factors.vh is not None
     # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
-    kept = []
+    kept_by_part = []
     for part in changed:
         core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
-        kept.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
+        kept_by_part.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
-    weakest = torch.stack(kept).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
+    weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
     alignment_rank = _find_alignment_rank(factors)
     alignments = [math.sqrt(within(factors.u[:, :alignment_rank], part)) for part in changed]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
-        "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in ranks.items()},
+        "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()},
         **_measure_task_interference(changed, shape, max(settings.ranks)),
         "alignment": sum(alignments) / len(alignments),
         "alignments": tuple(alignments),
@@ -419,10 +419,10 @@ def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], 
 def _measure_merges(
     parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
 ) -> tuple[dict[str, MergeLoss | None], dict[str, float | None]]:
-    """Return the losses of merges, and the sign conflicts."""
+    """Return the losses of merges, and the sign conflicts; none of the latter with density 0."""
     # A zero adapter is not an update, but its A enters PEFT's merges.
     density = settings.density or 0.2
-    merges = factor_merges(summed, factors.fro, _factor_pairs(parts), weights, density)
+    merges = factor_merges(summed, factors.fro, _read_adapter_factors(parts), weights, density)
     if settings.density == 0:
         return {**merges, "ties": None, "ties_dense": None}, {}
     dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
@@ -430,16 +430,16 @@ def _measure_merges(
     return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, shares, strict=True))
 
 
-def _factor_pairs(parts: Sequence[Part]) -> list[Pair] | None:
-    """Return the stored factors; None if an update has none or its scale is unknown."""
-    pairs = []
+def _read_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
+    """Return the stored factors; None if an update has none or its scale is unknown or 0."""
+    adapters = []
     for part in parts:
         delta = part.update.delta
         if not isinstance(part.matrix, tuple) or not isinstance(delta, FactoredDelta) or not delta.scale:
             return None
         b, a = (factor.to(torch.float64) for factor in part.matrix)
-        pairs.append(Pair(b / delta.scale, a, delta.scale))
-    return pairs
+        adapters.append(AdapterFactors(b / delta.scale, a, delta.scale))
+    return adapters
 
 
 def _list_recompression_ranks(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
@@ -482,22 +482,22 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one update at a
     time.
     """
-    entries, small = math.prod(task.shape), min(task.shape)
-    vectors = 8 * small * sum(task.shape)
+    entries, smaller_side = math.prod(task.shape), min(task.shape)
+    vectors = 8 * smaller_side * sum(task.shape)
     dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
-    stored = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
-    stored += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
+    stored_bytes = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
+    stored_bytes += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
     entry_sizes = (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
     steps = [whole_bytes(task.shape, requested, entry_size) for entry_size in entry_sizes]
-    kept = 0
+    sum_bytes = 0
     if dense:
-        kept = 8 * entries + vectors
-        steps += [whole_bytes(task.shape, requested, 8), kept + 6 * 8 * small**2]
+        sum_bytes = 8 * entries + vectors
+        steps += [whole_bytes(task.shape, requested, 8), sum_bytes + 6 * 8 * smaller_side**2]
     if settings.density > 0:
         sorting = _SORTED * entries * (settings.density < 1)
-        steps.append(kept + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
-    return stored + max(steps, default=0)
+        steps.append(sum_bytes + sorting + _COMPARED * min(2**20, entries) * len(task.updates))
+    return stored_bytes + max(steps, default=0)
 
 
 def _entry_bytes(delta: Delta) -> int:
@@ -562,7 +562,7 @@ def _measure(
 def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
     cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
-    by_chance = 1 / math.sqrt(math.prod(task.shape))
+    cosine_random = 1 / math.sqrt(math.prod(task.shape))
     # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
     energy = {str(r): _energy_within(task, first, second, r) for r in ranks}
@@ -582,11 +582,11 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
         first_fro=first.factors.fro,
         second_fro=second.factors.fro,
         cosine=cosine,
-        cosine_random=by_chance,
+        cosine_random=cosine_random,
         columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
         rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
         energy=energy,
-        relation="noise" if noise else classify_relation(near, cosine, by_chance),
+        relation="noise" if noise else classify_relation(near, cosine, cosine_random),
     )
 
 
@@ -648,10 +648,10 @@ def interference(
         raise UsageError(f"--density {density}: must lie between 0 and 1")
     _refuse_repeated_updates(updates)
     base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
-    compared = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
-    tasks = _align_layers(compared, settings.weights)
+    comparisons = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
+    tasks = _align_layers(comparisons, settings.weights)
     unmeasured = Pairing(
-        tuple(_list_vectors(compared)), tuple(_list_unpaired(compared, {task.layer for task in tasks}))
+        tuple(_list_vectors(comparisons)), tuple(_list_unpaired(comparisons, {task.layer for task in tasks}))
     )
     return run.over(
         tasks,
@@ -659,7 +659,7 @@ def interference(
         size,
         settings,
         lambda layout, _, __: without_rank(unmeasured, layout, run.where.here),
-        (*compared[0].inputs[:-1], *(side.inputs[-1] for side in compared)),
+        (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),
         {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )
 
@@ -716,7 +716,7 @@ def _refuse_repeated_updates(updates: Sequence[Path | str]) -> None:
         seen.add(real)
 
 
-def _align_layers(compared: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
+def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
     """Align the updates by the names of the layers.
 
     Raises:
@@ -724,13 +724,15 @@ def _align_layers(compared: Sequence[Comparison], weights: Sequence[float]) -> l
         NothingComparedError: No layer is changed by two.
     """
     by_layer: dict[str, list[Update]] = {}
-    for side, weight in zip(compared, weights, strict=True):
-        for delta in side.pairing.deltas:
+    for comparison, weight in zip(comparisons, weights, strict=True):
+        for delta in comparison.pairing.deltas:
             if delta.is_matrix:
                 without_base = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
-                by_layer.setdefault(delta.layer, []).append(Update(_path_of_side(side), weight, without_base))
+                by_layer.setdefault(delta.layer, []).append(Update(_tuned_path(comparison), weight, without_base))
     if not any(len(updates) > 1 for updates in by_layer.values()):
-        examples = "; ".join(f"{_path_of_side(side)} has {_first_layer(side)}" for side in compared)
+        examples = "; ".join(
+            f"{_tuned_path(comparison)} has {_first_layer_name(comparison)}" for comparison in comparisons
+        )
         raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
     for layer, updates in by_layer.items():
         for other in updates[1:]:
@@ -743,28 +745,28 @@ def _align_layers(compared: Sequence[Comparison], weights: Sequence[float]) -> l
     return [LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
 
 
-def _path_of_side(side: Comparison) -> str:
-    return side.inputs[-1].path
+def _tuned_path(comparison: Comparison) -> str:
+    return comparison.inputs[-1].path
 
 
-def _first_layer(side: Comparison) -> str:
-    return min((delta.layer for delta in side.pairing.deltas), default="no layer")
+def _first_layer_name(comparison: Comparison) -> str:
+    return min((delta.layer for delta in comparison.pairing.deltas), default="no layer")
 
 
-def _list_vectors(compared: Sequence[Comparison]) -> Iterator[Delta]:
+def _list_vectors(comparisons: Sequence[Comparison]) -> Iterator[Delta]:
     """Yield each 1-D tensor of the updates, once."""
     seen: set[str] = set()
-    for delta in (delta for side in compared for delta in side.pairing.deltas if not delta.is_matrix):
+    for delta in (delta for comparison in comparisons for delta in comparison.pairing.deltas if not delta.is_matrix):
         if delta.layer not in seen:
             seen.add(delta.layer)
             yield delta
 
 
-def _list_unpaired(compared: Sequence[Comparison], known: set[str]) -> Iterator[Unpaired]:
-    """Yield the tensors that could not be compared, once each, except those of the known layers."""
-    names = set(known)
-    for side in compared:
-        for item in side.pairing.unpaired:
-            if item.layer not in names:
-                names.add(item.layer)
-                yield replace(item, detail=f"{_path_of_side(side)}: {item.detail}")
+def _list_unpaired(comparisons: Sequence[Comparison], layers: set[str]) -> Iterator[Unpaired]:
+    """Yield the tensors that could not be compared, once each, except those of the given layers."""
+    listed = set(layers)
+    for comparison in comparisons:
+        for item in comparison.pairing.unpaired:
+            if item.layer not in listed:
+                listed.add(item.layer)
+                yield replace(item, detail=f"{_tuned_path(comparison)}: {item.detail}")

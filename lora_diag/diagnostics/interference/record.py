@@ -18,7 +18,7 @@ _SHOWN_RANK = 8
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Any]], float | None]:
-    """Return a function that pools the ranks of several layers; null counts as larger than any rank."""
+    """Return a function for the upper median of the ranks at ``path``; null counts as larger than any rank."""
 
     def pool(records: Sequence[Any]) -> float | None:
         ranks = [value_at(record, path) for record in records]
@@ -161,10 +161,10 @@ def _choose_shown_rank(ranks: Iterable[str]) -> str:
 
 
 def pooled_cosine(records: Sequence[Interference]) -> float:
-    """Return the cosine of two updates over several layers."""
+    """Return the cosine of two updates over several layers, as if they were one matrix."""
     first, second = (math.hypot(*norms) for norms in zip(*((r.first_fro, r.second_fro) for r in records), strict=True))
-    along = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
-    return along / first / second
+    inner_product = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
+    return inner_product / first / second
 
 
 class MergeLoss(Record):
@@ -174,8 +174,8 @@ class MergeLoss(Record):
         residual: ‖S − M‖_F / ‖S‖_F.
         norm_ratio: ‖M‖_F / ‖S‖_F.
         cosine: ⟨S, M⟩ / (‖S‖‖M‖); null for M = 0.
-        best_scale: c = ⟨S, M⟩ / ‖M‖², the factor that minimizes ‖S − cM‖.
-        residual_best_scale: ‖S − cM‖_F / ‖S‖_F.
+        best_scale: c = ⟨S, M⟩ / ‖M‖², the factor that minimizes ‖S − cM‖; null for M = 0.
+        residual_best_scale: ‖S − cM‖_F / ‖S‖_F; null for M = 0.
     """
 
     residual: Ratio

@@ -17,10 +17,10 @@ from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import number, percent, short
 
 # Maximum number of pairs with a table each; more share one table with a row per pair.
-_TABLES = 3
+_MAX_PAIR_TABLES = 3
 
 # Maximum number of layers or pairs named in a sentence.
-_NAMED = 3
+_MAX_NAMED = 3
 
 # Below this, ‖sum − merge‖/‖sum‖ is rounding.
 _EXACT = 1e-9
@@ -32,7 +32,7 @@ MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
     """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of merges."""
     grids = _pair_grids(pairs_of(results), per)
-    if unions := shared(results):
+    if unions := select_shared(results):
         rows = rows_of(unions, per)
         grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
         grids.append(grid_of(_make_loss_columns(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"))
@@ -52,13 +52,13 @@ def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, lis
     return [(names.get(first, first), names.get(second, second), records) for (first, second), records in ordered]
 
 
-def shared(results: Results[Interference | Union]) -> list[Union]:
+def select_shared(results: Results[Interference | Union]) -> list[Union]:
     """Return the unions of layers that at least two updates change."""
     return [record for record in results if isinstance(record, Union) and len(record.updates) > 1]
 
 
 def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
-    if len(pairs) > _TABLES:
+    if len(pairs) > _MAX_PAIR_TABLES:
         rows = [(f"{first} × {second}", records) for first, second, records in pairs]
         shown = Interference.shown_of({}, [record for _, _, records in pairs for record in records])
         return [replace(grid_of(shown, rows, "type", "pairs"), title="pair")]
@@ -70,16 +70,16 @@ def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) 
 
 
 def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
-    """Yield a column for each way to merge, and for each rank to which the sum is cut, that loses something."""
+    """Yield a column for each merge but ``cat``, and for each rank of ``_list_truncation_ranks``."""
     for key, title in MERGES.items():
         yield Shown(f"merges.{key}", title, "‖S − M‖/‖S‖", pool=partial(merge_residual, merge=key), terminal=True)
-    for rank in _lossy_ranks(unions):
+    for rank in _list_truncation_ranks(unions):
         pool = partial(recompressed_residual, rank=rank)
         yield Shown(f"recompressed.{rank}", f"svd {rank}", "‖S − S_r‖/‖S‖", pool=pool, drop=2, main=True)
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
-    """Return ‖S − M‖/‖S‖ over several layers; None if a layer does not have the merge."""
+    """Return ‖S − M‖/‖S‖ over several layers; None if a layer does not have the merge or every sum is 0."""
     losses: list[MergeLoss | None] = [r.merges.get(merge) for r in records if r.fro > 0]
     known = [loss for loss in losses if loss is not None]
     if not known or len(known) < len(losses):
@@ -94,8 +94,8 @@ def recompressed_residual(records: Sequence[Union], rank: int) -> float:
     return math.hypot(*gaps) / (math.hypot(*(r.fro for r in records)) or 1.0)
 
 
-def _lossy_ranks(records: Sequence[Union]) -> list[int]:
-    """Return the truncation ranks, up to the first without loss in every sum."""
+def _list_truncation_ranks(records: Sequence[Union]) -> list[int]:
+    """Return the measured truncation ranks, up to and including the first without loss in every sum."""
     ranks = sorted({int(rank) for record in records for rank in record.recompressed})
     lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
     return [rank for rank in ranks if rank <= min(lossless, default=rank)]
@@ -104,7 +104,7 @@ def _lossy_ranks(records: Sequence[Union]) -> list[int]:
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
     """Return the statements of the summary."""
     lines = [compared(results)]
-    pairs, unions = pairs_of(results), shared(results)
+    pairs, unions = pairs_of(results), select_shared(results)
     if pairs:
         lines.append(
             make_statement(
@@ -133,25 +133,27 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
 def _select_strongest(
     pairs: Sequence[tuple[str, str, list[Interference]]],
 ) -> list[tuple[str, str, list[Interference]]]:
-    return sorted(pairs, key=lambda pair: -abs(pooled_cosine(pair[2])))[:_NAMED]
+    return sorted(pairs, key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
 
 
 def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
-    """State what two updates have in common, and in which layers most."""
+    """State what two updates have in common, and in which layers they cancel most."""
     counts = Counter(record.relation for record in records)
-    words: dict[Relation, str] = {
+    relation_texts: dict[Relation, str] = {
         "apart": "no more in common than chance",
         "share": "sharing directions",
         "reinforce": "reinforcing each other",
         "cancel": "cancelling each other",
         "noise": "not resolved by the files",
     }
-    wording = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+    counts_text = ", ".join(
+        f"{counts[relation]} {text}" for relation, text in relation_texts.items() if counts[relation]
+    )
     cosine = number(round(pooled_cosine(records), 4))
-    sentence = f"{first} and {second}: {wording}, of {len(records)} layers; cosine {cosine}"
-    worst = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)[:_NAMED]
-    named = f"; most in {', '.join(f'{short(r.layer)} ({number(round(r.cosine, 3))})' for r in worst)}"
-    return sentence + (named if worst else "")
+    sentence = f"{first} and {second}: {counts_text}, of {len(records)} layers; cosine {cosine}"
+    worst = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)[:_MAX_NAMED]
+    worst_text = f"; most in {', '.join(f'{short(r.layer)} ({number(round(r.cosine, 3))})' for r in worst)}"
+    return sentence + (worst_text if worst else "")
 
 
 def _describe_rank_needed(unions: Sequence[Union]) -> str:
@@ -160,16 +162,16 @@ def _describe_rank_needed(unions: Sequence[Union]) -> str:
     together = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
     share = number(together / apart) if apart else "-"
     sentence = f"90% of the sum's energy needs Σr = {together}, {share} of the {apart} that the updates need separately"
-    kept = [record.weakest_kept["0.9"] for record in unions if record.weakest_kept.get("0.9") is not None]
-    known = [value for value in kept if value is not None]
-    if known:
-        sentence += f", but keeps a median of {percent(median(known))} of the most affected update"
+    weakest = [record.weakest_kept["0.9"] for record in unions if record.weakest_kept.get("0.9") is not None]
+    known_weakest = [value for value in weakest if value is not None]
+    if known_weakest:
+        sentence += f", but keeps a median of {percent(median(known_weakest))} of the most affected update"
     ranks = [record.rank_for_all.get("0.9") for record in unions]
-    reached = [rank for rank in ranks if rank is not None]
-    if len(reached) == len(ranks) and reached:
-        sentence += f"; 90% of every update needs Σr = {sum(reached)}, at most r = {max(reached)} in a layer"
-    elif reached:
-        missing = len(ranks) - len(reached)
+    known_ranks = [rank for rank in ranks if rank is not None]
+    if len(known_ranks) == len(ranks) and known_ranks:
+        sentence += f"; 90% of every update needs Σr = {sum(known_ranks)}, at most r = {max(known_ranks)} in a layer"
+    elif known_ranks:
+        missing = len(ranks) - len(known_ranks)
         sentence += f"; in {missing} of {len(ranks)} layers no rank of the sum keeps 90% of every update"
     return sentence
 
@@ -180,11 +182,11 @@ def _describe_merges(unions: Sequence[Union]) -> list[str]:
     if merge_residual(unions, "cat") is not None:
         ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
         lines.append(f"cat (concatenated factors) is exact, with r = {ranks}")
-    lossy = [(rank, recompressed_residual(unions, rank)) for rank in _lossy_ranks(unions)]
-    if lossy:
-        text = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in lossy)
+    truncation_losses = [(rank, recompressed_residual(unions, rank)) for rank in _list_truncation_ranks(unions)]
+    if truncation_losses:
+        text = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in truncation_losses)
         lines.append(f"svd (the sum truncated to rank r) loses this fraction of the energy: {text}")
-    linear, ties, dense = (merge_residual(unions, name) for name in ("linear", "ties", "ties_dense"))
+    linear, ties, dense = (merge_residual(unions, merge) for merge in ("linear", "ties", "ties_dense"))
     if linear is not None:
         lines.append(
             f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"

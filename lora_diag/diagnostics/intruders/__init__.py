@@ -1,7 +1,4 @@
-"""``intruders``: singular vectors of the tuned weights without a counterpart in the base.
-
-Options of ``intruders``.
-"""
+"""Declaration and options of ``intruders``: singular vectors of W_tuned without a counterpart in W_base."""
 
 from typing import Annotated
 

@@ -34,8 +34,8 @@ def intruders(
 
 def _suggest_next(base: str, tuned: str, output: Path | str | None) -> str:
     if output is None:
-        words = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
-        return f"{words}   (each layer; -o FILE keeps the records for loradiag gate)"
+        command = shlex.join(["loradiag", "intruders", str(base), str(tuned), "--per", "layer"])
+        return f"{command}   (each layer; -o FILE keeps the records for loradiag gate)"
     # Not gate init: without intruders, or with little else, the records give no limit.
-    words = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
-    return f'{words}   (each layer; loradiag gate takes a rule such as require = "intruders <= 2")'
+    command = shlex.join(["loradiag", "inspect", str(output), "--per", "layer"])
+    return f'{command}   (each layer; loradiag gate takes a rule such as require = "intruders <= 2")'

@@ -1,7 +1,4 @@
-"""New directions of a fine-tuned weight: W_tuned's left singular vectors compared with W_base's.
-
-``intruders``: find new directions among the largest of a fine-tuned weight.
-"""
+"""``intruders``: compare the largest left singular vectors of W_tuned with all of W_base."""
 
 from __future__ import annotations
 
@@ -111,22 +108,22 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     if change.non_finite is not None:
         return not_finite(delta, change)
     assert delta.base is not None
-    before = _weight(row_blocks(delta.base, delta.shape), device)
+    before = _join_blocks(row_blocks(delta.base, delta.shape), device)
     after = _form_tuned(delta, change, before, device)
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
     if not (after.isfinite().all() and torch.isfinite(torch.tensor(fro))):
         return not_finite(delta, replace(change, non_finite="W_base + ΔW is not finite"))
     k = min(settings.k, *delta.shape)
     if fro == 0.0:
-        return _record(delta, settings, k, 0.0, norm([before]), (), "none: ΔW is zero")
+        return _make_record(delta, settings, k, 0.0, norm([before]), (), "none: ΔW is zero")
     base = decompose(before, vectors=True)
     top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
     directions = _classify_directions(base, top, settings)
-    return _record(delta, settings, k, fro, base.fro, directions, f"{base.method}, {top.method}")
+    return _make_record(delta, settings, k, fro, base.fro, directions, f"{base.method}, {top.method}")
 
 
-def _weight(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return a stored matrix in float32, or in float64 if it is stored so."""
+def _join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return a stored matrix on the device, in float32, or in float64 if it is stored so."""
     parts = [move(block, device) for block in blocks]
     dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
     return torch.cat([part.to(dtype) for part in parts])
@@ -135,7 +132,7 @@ def _weight(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
 def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
     """Return W_tuned, either stored or W_base + ΔW."""
     if isinstance(delta, StoredDelta):
-        return _weight(row_blocks(delta.tuned, delta.shape), device)
+        return _join_blocks(row_blocks(delta.tuned, delta.shape), device)
     after, row = before.clone(), 0
     for block in change.blocks(delta.shape):
         after[row : row + len(block)] += block.to(after.dtype)
@@ -168,7 +165,7 @@ def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings
     return tuple(directions)
 
 
-def _record(
+def _make_record(
     delta: Delta,
     settings: IntruderSettings,
     k: int,
@@ -216,7 +213,7 @@ def intruders(
         **options: ``IntruderOptions``.
 
     Returns:
-        One record per matrix that both sides have.
+        One record per matrix that both sides have; other matrices are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid.

@@ -12,7 +12,7 @@ from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import number, short
 
 # Maximum number of layers named in a sentence.
-_NAMED = 3
+_MAX_NAMED = 3
 
 
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
@@ -48,21 +48,24 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
 
 
 def _describe_intruders(records: Sequence[Intruders]) -> str:
-    looked = sum(record.k for record in records)
+    tested = sum(record.k for record in records)
     total = sum(record.intruders for record in records)
-    first = records[0]
-    requested = f"the {first.k} largest directions of each weight, similarity below {number(first.epsilon)}"
-    still = sum(record.fro == 0 for record in records)
-    unchanged = f"; {still} {'weight' if still == 1 else 'weights'} did not change" if still else ""
+    first_record = records[0]
+    criterion = (
+        f"the {first_record.k} largest directions of each weight, similarity below {number(first_record.epsilon)}"
+    )
+    unchanged = sum(record.fro == 0 for record in records)
+    unchanged_text = f"; {unchanged} {'weight' if unchanged == 1 else 'weights'} did not change" if unchanged else ""
     if not total:
-        return f"none in {len(records)} layers ({requested}){unchanged}"
-    hit = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))
-    named = ", ".join(f"{short(r.layer)} ({r.intruders})" for r in hit[:_NAMED])
-    return f"{total} of {looked} directions, in {len(hit)} of {len(records)} layers ({requested}){unchanged}: {named}"
+        return f"none in {len(records)} layers ({criterion}){unchanged_text}"
+    affected = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))
+    examples = ", ".join(f"{short(r.layer)} ({r.intruders})" for r in affected[:_MAX_NAMED])
+    layers = f"in {len(affected)} of {len(records)} layers"
+    return f"{total} of {tested} directions, {layers} ({criterion}){unchanged_text}: {examples}"
 
 
 def _describe_rotated(records: Sequence[Intruders]) -> str:
-    """State how many directions the published count adds."""
+    """State how many directions the published count has in addition."""
     rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
     near = number(records[0].window * 100)
     if not rotated:
@@ -75,8 +78,8 @@ def _describe_rotated(records: Sequence[Intruders]) -> str:
 
 def _describe_chance(records: Sequence[Intruders]) -> str:
     similarity = median(record.similarity_random for record in records)
-    count, looked = sum(record.count_random for record in records), sum(record.k for record in records)
+    count, tested = sum(record.count_random for record in records), sum(record.k for record in records)
     return (
-        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {looked} would "
+        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {tested} would "
         "count: an intruder is a direction that BASE does not have, not one that is significant against chance"
     )

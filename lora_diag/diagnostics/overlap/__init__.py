@@ -1,7 +1,4 @@
-"""``overlap``: whether gradients stay in the subspaces of an update.
-
-Options of ``overlap``.
-"""
+"""Declaration and options of ``overlap``: whether gradients stay in the subspaces of an update."""
 
 from collections.abc import Sequence
 from typing import Annotated

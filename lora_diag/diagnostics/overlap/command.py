@@ -15,7 +15,7 @@ from lora_diag.running.options import SHOW_RANK
 
 
 class TableOptions(TypedDict, total=False):
-    """Content of the table."""
+    """Options of the table."""
 
     show_rank: Annotated[int | None, SHOW_RANK]
 
@@ -30,7 +30,7 @@ def overlap(
     ],
     *,
     arguments: OverlapOptions,
-    drawn: TableOptions,
+    table_options: TableOptions,
     shown: options.Rows,
 ) -> None:
     """Overlap of gradients with the subspaces of an update.
@@ -41,7 +41,7 @@ def overlap(
     from lora_diag.diagnostics.overlap.measure import overlap as measure
     from lora_diag.diagnostics.overlap.show import overlap_table
 
-    rank = drawn["show_rank"]
+    rank = table_options["show_rank"]
     with shown.callbacks() as callbacks:
         if rank is not None:
             arguments["ranks"] = [*arguments["ranks"], rank]
@@ -55,7 +55,7 @@ def overlap(
 
 
 def _suggest_next(output: Path | str | None, per: str) -> str:
-    """Return the command that a user would run next, as a shell takes it."""
+    """Return a command to run next, quoted for a shell, with its purpose."""
     if per == "type":
         return f"{rerun_command('--per', 'layer')}   (layer by layer)"
     if output is None:

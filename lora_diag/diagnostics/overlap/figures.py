@@ -52,25 +52,25 @@ class StepCurve:
     random: NDArray[np.float64]
 
 
-def curve_over_steps(records: Sequence[Overlap], field: str, random: str) -> StepCurve:
+def curve_over_steps(records: Sequence[Overlap], field: str, baseline_field: str) -> StepCurve:
     """Return a measure over the steps at which any layer has it."""
-    values: dict[int, list[float]] = {}
-    baseline: dict[int, list[float]] = {}
+    values_by_step: dict[int, list[float]] = {}
+    baseline_by_step: dict[int, list[float]] = {}
     for record in records:
         if (value := getattr(record, field)) is not None:
-            values.setdefault(record.step, []).append(value)
-            baseline.setdefault(record.step, []).append(getattr(record, random))
-    steps = sorted(values)
+            values_by_step.setdefault(record.step, []).append(value)
+            baseline_by_step.setdefault(record.step, []).append(getattr(record, baseline_field))
+    steps = sorted(values_by_step)
 
-    def over_steps(of: Callable[[list[float]], Any], by_step: dict[int, list[float]]) -> NDArray[np.float64]:
-        return np.array([float(of(by_step[step])) for step in steps])
+    def pool_steps(pool: Callable[[list[float]], Any], numbers_by_step: dict[int, list[float]]) -> NDArray[np.float64]:
+        return np.array([float(pool(numbers_by_step[step])) for step in steps])
 
     return StepCurve(
         np.array(steps, dtype=np.int64),
-        over_steps(np.median, values),
-        over_steps(min, values),
-        over_steps(max, values),
-        over_steps(np.median, baseline),
+        pool_steps(np.median, values_by_step),
+        pool_steps(min, values_by_step),
+        pool_steps(max, values_by_step),
+        pool_steps(np.median, baseline_by_step),
     )
 
 
@@ -87,28 +87,28 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
         The Axes drawn on.
     """
     records = tuple(records)
-    chosen = chosen_rank(records, rank)
-    shown = tuple(record for record in records if record.rank == chosen)
+    drawn_rank = choose_rank(records, rank)
+    shown = tuple(record for record in records if record.rank == drawn_rank)
     with panel_axes(ax) as (axes, style):
         _draw(axes, (Series("", shown),), per, style)
         steps = sorted({record.step for record in shown})
         _set_step_axis(axes, steps, float(axes.get_window_extent().width) / axes.figure.dpi, style)
-        axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {chosen}", ylim=(0, _choose_top(shown)))
+        axes.set(xlabel="training step", ylabel=f"fraction of ‖G‖_F, r = {drawn_rank}", ylim=(0, _choose_top(shown)))
         keys = _make_keys((Series("", shown),), per, style, len({record.layer for record in shown}))
         axes.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small")
     return axes
 
 
-def chosen_rank(records: Sequence[Overlap], rank: int | None) -> int:
-    """Return the rank that is drawn."""
+def choose_rank(records: Sequence[Overlap], rank: int | None) -> int:
+    """Return the rank to draw: the requested one, else 8 if measured, else the smallest."""
     ranks = sorted({record.rank for record in records})
     return rank if rank is not None else 8 if 8 in ranks else ranks[0]
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw κ and tangent by module type, one panel each."""
+    """Draw κ and tangent by module type, one panel each, up to ``MAX_PANELS``."""
     all_records = [record for item in series for record in item.records]
-    rank = chosen_rank(all_records, options.rank)
+    rank = choose_rank(all_records, options.rank)
     shown = [Series(item.label, tuple(r for r in item.records if r.rank == rank)) for item in series]
     records = [record for item in shown for record in item.records]
     types = Types(record.layer for record in records)
@@ -133,13 +133,13 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
 def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
     for number, item in enumerate(series):
-        for name, field, random, color, dashes in MEASURES:
-            curve = curve_over_steps(item.records, field, random)
+        for name, field, baseline_field, color, dashes in MEASURES:
+            curve = curve_over_steps(item.records, field, baseline_field)
             if not len(curve.steps):
                 continue
             many_runs = len(series) > 1
             color = category(number) if many_runs else color
-            marker: dict[str, Any] = {"marker": "o", "markersize": 2.6 * width}
+            marker_style: dict[str, Any] = {"marker": "o", "markersize": 2.6 * width}
             layers = list(dict.fromkeys(record.layer for record in item.records))
             banded = per == "type" or len(layers) > SINGLE
             if banded and not many_runs:
@@ -147,7 +147,7 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
             elif not many_runs:
                 for layer in layers:
                     layer_curve = curve_over_steps(
-                        [record for record in item.records if record.layer == layer], field, random
+                        [record for record in item.records if record.layer == layer], field, baseline_field
                     )
                     ax.plot(
                         layer_curve.steps,
@@ -157,13 +157,13 @@ def _draw(ax: Axes, series: Sequence[Series[Overlap]], per: str, style: PageStyl
                         alpha=0.45,
                         label=f"_{name} of {layer}",
                     )
-            line: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if many_runs else "-"}
-            ax.plot(curve.steps, curve.middle, label=f"_{name}", **line, **marker)
-            chance: dict[str, Any] = {"color": color, "lw": 0.9 * width, "ls": (0, (1, 1.5))}
+            line_style: dict[str, Any] = {"color": color, "lw": 1.5 * width, "ls": dashes if many_runs else "-"}
+            ax.plot(curve.steps, curve.middle, label=f"_{name}", **line_style, **marker_style)
+            baseline_style: dict[str, Any] = {"color": color, "lw": 0.9 * width, "ls": (0, (1, 1.5))}
             if len(curve.steps) == 1:
                 ax.plot(curve.steps, curve.random, color=color, marker="_", ms=6 * width, label=f"_random {name}")
             else:
-                ax.plot(curve.steps, curve.random, label=f"_random {name}", **chance)
+                ax.plot(curve.steps, curve.random, label=f"_random {name}", **baseline_style)
 
 
 def _choose_top(records: Sequence[Overlap]) -> float:
@@ -228,5 +228,5 @@ def _make_text(
 
 
 def find_obstacle(records: Sequence[Overlap], options: Options) -> str | None:
-    """Return why records cannot be drawn: the requested rank was not measured."""
+    """Return why records cannot be drawn: the requested rank was not measured; None if they can."""
     return rank_absent({record.rank for record in records}, options)

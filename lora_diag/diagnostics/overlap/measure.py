@@ -1,9 +1,4 @@
-"""Overlap of a layer's gradients with an update's subspaces: ΔW and G_t → overlaps by step and rank.
-
-Reference subspaces for comparison with gradients in training.
-
-``overlap``: measure the fraction of gradients in an update's subspaces.
-"""
+"""``overlap``: measure the fraction of gradients in an update's subspaces; ``subspaces``: compute these alone."""
 
 from __future__ import annotations
 
@@ -106,7 +101,7 @@ def size(task: GradientTask, settings: OverlapSettings) -> int:
 
 
 def _make_allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
-    """Return the memory available for ΔW next to the vectors of the largest requested rank."""
+    """Return the allowance for ΔW and the vectors of the largest requested rank; None without a memory limit."""
     top = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
     return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
 
@@ -194,7 +189,7 @@ def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:
 
 
 def _choose_ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the ranks that have subspaces, including an adapter's own."""
+    """Return the requested ranks that ΔW can have, and for an adapter its own."""
     if not isinstance(delta, FactoredDelta) or change.factors is None:
         return tuple(rank for rank in requested if rank <= min(delta.shape))
     own_rank = min(change.factors[0].shape[1], *delta.shape)
@@ -210,13 +205,13 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
         blocks: The rows of G_t, ``(rows, in)`` each, from the first row to the last.
 
     Returns:
-        One record for each rank; if G_t is not finite, one ``left_out`` record.
+        One record for each rank, with null fractions if G_t is zero; if G_t is not finite, one ``left_out`` record.
     """
-    parts = shares(blocks, spaces.u, spaces.v, spaces.ranks)
-    if isinstance(parts, str):
-        detail = f"step {step}: {parts}"
+    fractions = shares(blocks, spaces.u, spaces.v, spaces.ranks)
+    if isinstance(fractions, str):
+        detail = f"step {step}: {fractions}"
         return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)
-    is_zero = parts.fro == 0.0
+    is_zero = fractions.fro == 0.0
     records = []
     for index, rank in enumerate(spaces.ranks):
         random = overlap_by_chance(spaces.shape, rank)
@@ -226,15 +221,15 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
                 shape=spaces.shape,
                 step=step,
                 rank=rank,
-                kappa=None if is_zero else parts.both[index],
+                kappa=None if is_zero else fractions.both[index],
                 kappa_random=random.kappa,
-                tangent=None if is_zero else parts.tangent[index],
+                tangent=None if is_zero else fractions.tangent[index],
                 tangent_random=random.tangent,
-                left=None if is_zero else parts.left[index],
+                left=None if is_zero else fractions.left[index],
                 left_random=random.left,
-                right=None if is_zero else parts.right[index],
+                right=None if is_zero else fractions.right[index],
                 right_random=random.right,
-                gradient_fro=parts.fro,
+                gradient_fro=fractions.fro,
                 method=spaces.method,
                 blocks=spaces.blocks,
                 verdict=spaces.verdict,
@@ -309,19 +304,19 @@ def overlap(
     steps = open_steps(gradients)
     # Layers of a compared BASE have the names of its files, and gradients are matched to these.
     checkpoint = _find_base(compared.pairing) or open_checkpoint(base)
-    followed, unmatched = histories(steps, checkpoint)
-    tasks, missing = _follow(compared.pairing, followed, unmatched, steps)
+    gradient_histories, unmatched = histories(steps, checkpoint)
+    tasks, without_gradient = _join_gradients(compared.pairing, gradient_histories, unmatched, steps)
     if not tasks:
-        raise NothingComparedError(_explain_no_overlap(compared, followed, unmatched))
-    chosen = selector(run.options["layers"], run.options["exclude"])
-    rest = [*missing, *_list_unmatched(compared.pairing, followed, unmatched, chosen)]
+        raise NothingComparedError(_explain_no_overlap(compared, gradient_histories, unmatched))
+    is_selected = selector(run.options["layers"], run.options["exclude"])
+    unpaired = [*without_gradient, *_list_unmatched(compared.pairing, gradient_histories, unmatched, is_selected)]
     return run.over(
         tasks,
         measure_layer,
         size,
         settings,
         lambda layout, earlier, limited: _list_left_out(
-            compared.pairing, rest, layout, tasks, earlier, replace(limited, device=run.where.here)
+            compared.pairing, unpaired, layout, tasks, earlier, replace(limited, device=run.where.here)
         ),
         (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),
         {"ranks": list(settings.ranks), "steps": [step.step for step in steps]},
@@ -406,32 +401,32 @@ def _find_base(pairing: Pairing) -> Checkpoint | None:
     return next((delta.base.checkpoint for delta in pairing.deltas if delta.base is not None), None)
 
 
-def _follow(
-    pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
+def _join_gradients(
+    pairing: Pairing, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
 ) -> tuple[list[GradientTask], list[Unpaired]]:
-    """Join updates and gradients; also return layers without a gradient at some or all steps."""
-    by_layer = {history.layer: history for history in followed}
-    why = {item.layer: item.detail for item in unmatched}
+    """Join updates and gradients by layer; also return layers without a fitting gradient at some or all steps."""
+    by_layer = {history.layer: history for history in gradient_histories}
+    detail_by_layer = {item.layer: item.detail for item in unmatched}
     tasks: list[GradientTask] = []
-    absent: list[Unpaired] = []
+    without_gradient: list[Unpaired] = []
     for delta in (delta for delta in pairing.deltas if delta.is_matrix):
         history = by_layer.get(delta.layer)
         if history is None:
-            every = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
-            detail = why.get(delta.layer, f"no gradient of it {every}")
-            absent.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
+            where = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
+            detail = detail_by_layer.get(delta.layer, f"no gradient of it {where}")
+            without_gradient.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
         elif not _covers_all_rows(history, delta):
             detail = f"its gradients are {list(history.shape)}, its update is {list(delta.shape)}"
-            absent.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
+            without_gradient.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
         else:
             tasks.append(GradientTask(delta, history.snapshots))
-            have = {snapshot.step for snapshot in history.snapshots}
-            if missing := [str(step.step) for step in steps if step.step not in have]:
-                steps_text = f"step{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}"
-                suffix = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            snapshot_steps = {snapshot.step for snapshot in history.snapshots}
+            if missing_steps := [str(step.step) for step in steps if step.step not in snapshot_steps]:
+                steps_text = f"step{'s' if len(missing_steps) > 1 else ''} {', '.join(missing_steps[:8])}"
+                suffix = f" and {len(missing_steps) - 8} more" if len(missing_steps) > 8 else ""
                 detail = f"no gradient of it at {steps_text}{suffix}; the other steps are measured"
-                absent.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
-    return tasks, absent
+                without_gradient.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
+    return tasks, without_gradient
 
 
 def _covers_all_rows(history: History, delta: Delta) -> bool:
@@ -440,42 +435,51 @@ def _covers_all_rows(history: History, delta: Delta) -> bool:
 
 
 def _list_unmatched(
-    pairing: Pairing, followed: Sequence[History], unmatched: Sequence[Unpaired], chosen: Callable[[str], bool]
+    pairing: Pairing,
+    gradient_histories: Sequence[History],
+    unmatched: Sequence[Unpaired],
+    is_selected: Callable[[str], bool],
 ) -> Iterator[Unpaired]:
-    """Yield the gradients that belong to no update."""
-    known = {delta.layer for delta in pairing.deltas} | {item.layer for item in pairing.unpaired}
-    for history in followed:
-        if history.layer not in known and chosen(history.layer):
+    """Yield the selected gradients that belong to no update."""
+    layers_of_pairing = {delta.layer for delta in pairing.deltas} | {item.layer for item in pairing.unpaired}
+    for history in gradient_histories:
+        if history.layer not in layers_of_pairing and is_selected(history.layer):
             detail = "has gradients, and TUNED does not change it"
             yield Unpaired(history.layer, history.shape, "no_reference", detail)
-    yield from (item for item in unmatched if item.layer not in known and chosen(item.layer))
+    yield from (item for item in unmatched if item.layer not in layers_of_pairing and is_selected(item.layer))
 
 
 def _list_left_out(
     pairing: Pairing,
-    rest: Sequence[Unpaired],
+    unpaired: Sequence[Unpaired],
     layout: Layout,
     tasks: Sequence[GradientTask],
-    earlier: Results[Overlap],
+    earlier_results: Results[Overlap],
     settings: OverlapSettings,
 ) -> Iterator[LeftOut]:
-    """Yield the layers that are left out before measuring, and those that a resumed run left out."""
+    """Yield the layers that are left out before measuring.
+
+    Of layers that an earlier, resumed run measured in part, the other steps are measured again to find why it left
+    them out.
+    """
     yield from without_rank(pairing, layout, settings.device)
-    yield from record_unpaired(Pairing((), tuple(rest)), layout, settings.device)
-    done: dict[str, set[int]] = {}
-    for record in earlier:
-        done.setdefault(record.layer, set()).add(record.step)
+    yield from record_unpaired(Pairing((), tuple(unpaired)), layout, settings.device)
+    steps_by_layer: dict[str, set[int]] = {}
+    for record in earlier_results:
+        steps_by_layer.setdefault(record.layer, set()).add(record.step)
     for task in tasks:
-        incomplete = [item for item in task.snapshots if item.step not in done.get(task.layer, {item.step})]
+        incomplete = [item for item in task.snapshots if item.step not in steps_by_layer.get(task.layer, {item.step})]
         if incomplete:
             unmeasured = measure_layer(GradientTask(task.delta, tuple(incomplete)), settings)
             yield from (record for record in unmeasured if isinstance(record, LeftOut))
 
 
-def _explain_no_overlap(compared: Comparison, followed: Sequence[History], unmatched: Sequence[Unpaired]) -> str:
+def _explain_no_overlap(
+    compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired]
+) -> str:
     changed = next((delta.layer for delta in compared.pairing.deltas if delta.is_matrix), None)
     if changed is None:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
-    example = followed[0].layer if followed else unmatched[0].layer if unmatched else None
+    example = gradient_histories[0].layer if gradient_histories else unmatched[0].layer if unmatched else None
     names = f"gradients have names like {example}" if example else "the gradients hold no tensor"
     return f"no layer that changed has a gradient, so nothing was compared. Layers have names like {changed}; {names}"

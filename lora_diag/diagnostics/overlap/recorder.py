@@ -1,7 +1,4 @@
-"""The current subspaces of a LoRA in training.
-
-Recording of gradients in training: saved as snapshots, or compared with subspaces at once.
-"""
+"""Record gradients in training: save them as snapshots, or compare them with subspaces at once."""
 
 from __future__ import annotations
 
@@ -122,7 +119,7 @@ class GradientRecorder(TrainerCallback):
         records: The overlap records so far.
 
     Raises:
-        UsageError: An argument is invalid, or ``output`` exists.
+        UsageError: An argument is invalid.
     """
 
     def __init__(
@@ -145,11 +142,11 @@ class GradientRecorder(TrainerCallback):
             raise UsageError(f"reference={reference!r}: give lora_diag.subspaces(...) or 'live'")
         self.output, self.every, self.reference, self.dtype, self.log = Path(output), every, reference, dtype, log
         self.records: list[Overlap] = []
-        self._chosen, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
+        self._is_selected, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
         self._live = LiveSubspaces(tuple(ranks)) if reference == "live" else None
         self._weights: list[Weight] = []
-        self._stop: list[Callable[[], None]] = []
-        self._against: dict[str, list[tuple[Subspaces, int]]] = {}
+        self._hook_removers: list[Callable[[], None]] = []
+        self._targets: dict[str, list[tuple[Subspaces, int]]] = {}
         self._writer: ResultsWriter[Overlap] | None = None
         self._left_out: list[LeftOut] = []
         self._step = 0
@@ -158,18 +155,18 @@ class GradientRecorder(TrainerCallback):
     # --- in a loop of one's own -----------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, step: int = 0) -> Self:
-        """Find the weights of a model and register hooks at those that are frozen under a LoRA.
+        """Find the weights of a model, hook those frozen under a LoRA, and open the results file of a reference.
 
         Args:
             model: The model, possibly with adapters and data-parallel wrappers.
             step: Number of updates so far.
 
         Raises:
-            UsageError: The model has nothing to record, or the output exists.
+            UsageError: The recorder is attached already, the model has nothing to record, or the output exists.
         """
-        if self._stop or self._weights:
+        if self._hook_removers or self._weights:
             raise UsageError("the recorder is already attached; close it first")
-        self._weights, unread = weights_of(model, self._chosen)
+        self._weights, unread = weights_of(model, self._is_selected)
         for name, why in unread.items():
             _LOG.warning("%s: its gradient is not recorded: %s", name, why)
         if not self._weights:
@@ -179,7 +176,7 @@ class GradientRecorder(TrainerCallback):
         elif is_main():
             for earlier in self.output.glob("grad_step*.safetensors"):
                 check_output(earlier, SNAPSHOT)
-        self._stop = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
+        self._hook_removers = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
         self._begin(step)
         return self
 
@@ -188,6 +185,10 @@ class GradientRecorder(TrainerCallback):
 
         Args:
             scaler: The ``torch.amp.GradScaler`` of fp16 training, whose loss scale is removed.
+
+        Raises:
+            UsageError: A snapshot is due, and no selected weight has a gradient.
+            InputError: The output cannot be written.
         """
         self._record(scaler)
         self._begin(self._step + 1)
@@ -196,11 +197,11 @@ class GradientRecorder(TrainerCallback):
         """Remove the hooks, and end the results file.
 
         Args:
-            finished: False to omit the last line, which marks an interrupted run.
+            finished: False to end the file without ``left_out`` records and last line, as that of an interrupted run.
         """
-        for stop in self._stop:
-            stop()
-        self._stop, self._weights, self._against = [], [], {}
+        for remove_hook in self._hook_removers:
+            remove_hook()
+        self._hook_removers, self._weights, self._targets = [], [], {}
         if self._writer is not None:
             with self._writer as writer:
                 if finished:
@@ -260,13 +261,13 @@ class GradientRecorder(TrainerCallback):
                     if location.layer in reference.layers:
                         first = location.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
                         start = first + (location.rows[0] if location.rows else 0)
-                        self._against.setdefault(weight.name, []).append((reference.layers[location.layer], start))
-            if not self._against:
+                        self._targets.setdefault(weight.name, []).append((reference.layers[location.layer], start))
+            if not self._targets:
                 raise UsageError(
                     "no selected weight of the model is a layer of the reference, which has layers like "
                     f"{next(iter(reference.layers), 'none')}"
                 )
-            reached = {spaces.layer for targets in self._against.values() for spaces, _ in targets}
+            reached = {spaces.layer for targets in self._targets.values() for spaces, _ in targets}
             self._left_out = [*reference.left_out]
             self._left_out += [
                 LeftOut(layer=name, shape=layer.shape, reason="no_gradient", detail="not trained, or not selected")
@@ -292,9 +293,9 @@ class GradientRecorder(TrainerCallback):
     def _record(self, scaler: Any) -> None:
         if not self._due:
             return
-        gradients = {weight.name: self._make_gradient_reader(weight, scaler) for weight in self._weights}
-        known = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        if not known:
+        readers_or_none = {weight.name: self._make_gradient_reader(weight, scaler) for weight in self._weights}
+        readers = {name: reader for name, reader in readers_or_none.items() if reader is not None}
+        if not readers:
             raise UsageError(
                 f"step {self._step}: no selected weight has a gradient; call step() after backward() and before "
                 "zero_grad(); DeepSpeed does not expose gradients, so they cannot be recorded"
@@ -302,9 +303,9 @@ class GradientRecorder(TrainerCallback):
         if not is_main():
             return
         if self.reference is None:
-            self._save(known)
+            self._save(readers)
         else:
-            self._measure(known)
+            self._measure(readers)
 
     def _make_gradient_reader(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
         """Return a function for the gradient, averaged over processes and without the loss scale; None without one."""
@@ -319,8 +320,8 @@ class GradientRecorder(TrainerCallback):
         unscaled = gradient.detach()
         return lambda: unscaled if scale == 1.0 else unscaled.float() / scale
 
-    def _save(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
-        """Write one snapshot, one gradient at a time."""
+    def _save(self, readers: dict[str, Callable[[], Tensor]]) -> None:
+        """Write the snapshot of this step, one gradient at a time; create the folder if needed."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -328,8 +329,8 @@ class GradientRecorder(TrainerCallback):
         shapes = {weight.name: weight.shape for weight in self._weights}
         write_safetensors(
             self.output / f"grad_step{self._step:06d}.safetensors",
-            {name: TensorInfo(name, shapes[name], self.dtype) for name in gradients},
-            lambda name: gradients[name]().to(getattr(torch, self.dtype)),
+            {name: TensorInfo(name, shapes[name], self.dtype) for name in readers},
+            lambda name: readers[name]().to(getattr(torch, self.dtype)),
             {
                 "clipped": "trained weights: yes; weights under a LoRA: no" if self._clipped else "no",
                 "kind": "gradient",
@@ -338,55 +339,59 @@ class GradientRecorder(TrainerCallback):
             SNAPSHOT,
         )
 
-    def _measure(self, gradients: dict[str, Callable[[], Tensor]]) -> None:
-        """Compare every gradient with its subspaces; write and log the records."""
-        measured: list[Overlap] = []
+    def _measure(self, readers: dict[str, Callable[[], Tensor]]) -> None:
+        """Compare every gradient with its subspaces; keep, write and log the records, and keep what is left out."""
+        records: list[Overlap] = []
         for weight in self._weights:
-            if weight.name not in gradients:
+            if weight.name not in readers:
                 continue
-            gradient = gradients[weight.name]()
-            targets = self._against.get(weight.name, [])
+            gradient = readers[weight.name]()
+            targets = self._targets.get(weight.name, [])
             if self._live is not None and isinstance(weight, Frozen):
-                current = self._live.subspaces(weight, self._step)
-                self._left_out += [current] if isinstance(current, LeftOut) else []
-                targets = [] if isinstance(current, LeftOut) else [(current, 0)]
+                spaces_now = self._live.subspaces(weight, self._step)
+                self._left_out += [spaces_now] if isinstance(spaces_now, LeftOut) else []
+                targets = [] if isinstance(spaces_now, LeftOut) else [(spaces_now, 0)]
             for spaces, start in targets:
                 for record in overlaps(
                     _move_to_device(spaces, gradient), self._step, _read_blocks(gradient, spaces.shape, start)
                 ):
                     if isinstance(record, Overlap):
-                        measured.append(record)
+                        records.append(record)
                     else:
                         self._left_out.append(record)
-        if measured and self._writer is not None:
-            self._writer.append(*measured)
-        self.records += measured
-        if self.log is not None and measured:
-            self.log(summary_of(measured))
+        if records and self._writer is not None:
+            self._writer.append(*records)
+        self.records += records
+        if self.log is not None and records:
+            self.log(summary_of(records))
 
 
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
-    """Return medians over the layers of one step by rank and module type, under names that sort well in a plot."""
-    values: dict[str, float] = {}
+    """Return medians over the layers of one step by rank, those of κ also by module type.
+
+    Their names, such as ``overlap/r8/kappa/mlp.up_proj``, sort well in a plot.
+    """
+    medians: dict[str, float] = {}
     for rank in sorted({record.rank for record in records}):
-        known = [record for record in records if record.rank == rank and record.kappa is not None]
-        if not known:
+        nonzero = [record for record in records if record.rank == rank and record.kappa is not None]
+        if not nonzero:
             continue
         for name in ("kappa", "kappa_random", "tangent", "tangent_random"):
-            values[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in known)
-        for kind in dict.fromkeys(module_type_of(record.layer) for record in known):
-            of_kind = [record.kappa for record in known if module_type_of(record.layer) == kind]
-            values[f"overlap/r{rank}/kappa/{kind}"] = median(kappa for kappa in of_kind if kappa is not None)
-    return values
+            medians[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in nonzero)
+        for module_type in dict.fromkeys(module_type_of(record.layer) for record in nonzero):
+            kappas = [record.kappa for record in nonzero if module_type_of(record.layer) == module_type]
+            medians[f"overlap/r{rank}/kappa/{module_type}"] = median(kappa for kappa in kappas if kappa is not None)
+    return medians
 
 
 def _move_to_device(spaces: Subspaces, gradient: Tensor) -> Subspaces:
-    """Return the subspaces on the gradient's device, if that supports float64."""
+    """Return the subspaces on the gradient's device; unchanged if that does not support float64 (MPS)."""
     if gradient.device == spaces.u.device or gradient.device.type == "mps":
         return spaces
     return replace(spaces, u=spaces.u.to(gradient.device), v=spaces.v.to(gradient.device))
 
 
 def _read_blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
+    """Return row blocks of a layer's part of a gradient: the rows from ``start`` on, of stacked matrices if any."""
     rows = gradient.reshape(math.prod(gradient.shape) // shape[1], shape[1])[start : start + shape[0]]
     return [rows[first:last] for first, last in row_spans(shape)]

@@ -1,8 +1,7 @@
-"""Overlap records joined into one track per layer over the steps.
+"""Terminal output of ``overlap``: κ over the steps by module type or layer, and a summary.
 
-Terminal output of ``overlap``: κ of every module type or layer over the steps, and a summary.
-
-Summary of an overlap run: containment of gradients, trend, and a suggestion.
+The records of a layer are joined into one track over the steps. The summary states containment, trend and a
+suggestion.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ class Track:
 
     @property
     def last(self) -> Overlap:
-        """The record of the last step with a gradient that is not zero, if there is one."""
+        """The record of the last step with a gradient that is not zero; of the last step if all are zero."""
         return self.known[-1] if self.known else self.records[-1]
 
     @property
     def near_since(self) -> int | None:
-        """First step from which κ stayed near its baseline to the end; None if it did not end there."""
+        """First step from which κ stayed near its baseline to the end; None if it is not near it at the end."""
         first_step = None
         for record in reversed(self.known):
             if not near(record):
@@ -62,7 +61,7 @@ class Track:
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Mean κ of the first and of the last quarter of the steps; None for a single step."""
+        """Mean κ of the first and of the last quarter of the nonzero gradients; None with fewer than two."""
         kappas = [record.kappa for record in self.known if record.kappa is not None]
         quarter = max(1, len(kappas) // 4)
         return (mean(kappas[:quarter]), mean(kappas[-quarter:])) if len(kappas) > 1 else None
@@ -90,23 +89,25 @@ def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
 
     Args:
         results: The results.
-        rank: The rank to show; default 16, or that of a reference adapter. A smaller layer is shown at its largest
-            rank.
+        rank: The rank to show; default 16 if measured, else the middle one; for a reference adapter, its own. A
+            smaller layer is shown at its largest rank.
     """
     rank_shown = rank if rank is not None else None if reference_is_adapter(results) else _default_rank(results)
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
     for record in results:
         by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
-    followed = []
+    layer_tracks = []
     for layer, by_rank in by_layer.items():
-        shown = max((r for r in by_rank if rank_shown is None or r <= rank_shown), default=min(by_rank))
-        followed.append(Track(layer, shown, tuple(sorted(by_rank[shown], key=lambda record: record.step))))
-    return followed
+        layer_rank = max((r for r in by_rank if rank_shown is None or r <= rank_shown), default=min(by_rank))
+        layer_tracks.append(
+            Track(layer, layer_rank, tuple(sorted(by_rank[layer_rank], key=lambda record: record.step)))
+        )
+    return layer_tracks
 
 
 def reference_is_adapter(results: Results[Overlap]) -> bool:
     """Return whether the subspaces are those of an adapter."""
-    return any(side.role == "adapter" for side in results.run.inputs)
+    return any(run_input.role == "adapter" for run_input in results.run.inputs)
 
 
 def _default_rank(results: Results[Overlap]) -> int:
@@ -121,9 +122,9 @@ def steps_of(some_tracks: Sequence[Track]) -> list[int]:
 
 # Maximum number of steps with a column each, in the narrow and in the wide table. With more steps, this many have
 # columns, and a strip of this many characters shows all.
-_STEPS, _WIDE_STEPS = 5, 10
-_SOME, _WIDE_SOME = 3, 6
-_STRIP, _WIDE_STRIP = 8, 24
+_MAX_STEPS, _WIDE_MAX_STEPS = 5, 10
+_SAMPLED_STEPS, _WIDE_SAMPLED_STEPS = 3, 6
+_STRIP_WIDTH, _WIDE_STRIP_WIDTH = 8, 24
 
 # Marks a κ near its baseline.
 NEAR_MARK = "*"
@@ -157,7 +158,7 @@ def overlap_table(
 
 def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     wide = width >= WIDE
-    max_steps, sample_count = (_WIDE_STEPS, _WIDE_SOME) if wide else (_STEPS, _SOME)
+    max_steps, sample_count = (_WIDE_MAX_STEPS, _WIDE_SAMPLED_STEPS) if wide else (_MAX_STEPS, _SAMPLED_STEPS)
     column_steps = _spread(steps, sample_count if len(steps) > max_steps else max_steps)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
@@ -166,11 +167,15 @@ def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
         if field.path == "kappa":
             columns += [_make_step_column(rows, step, "step " * (step == column_steps[0])) for step in column_steps]
             columns += (
-                [_make_strip_column(rows, steps, _WIDE_STRIP if wide else _STRIP)]
+                [_make_strip_column(rows, steps, _WIDE_STRIP_WIDTH if wide else _STRIP_WIDTH)]
                 if len(steps) > len(column_steps)
                 else []
             )
-            columns += [Column("trend", tuple(trend(_ends(group)) for _, group in rows), "left")] if steps[1:] else []
+            columns += (
+                [Column("trend", tuple(trend(_compute_median_ends(group)) for _, group in rows), "left")]
+                if steps[1:]
+                else []
+            )
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
@@ -184,46 +189,47 @@ def _spread(steps: Sequence[int], count: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
-def _make_step_column(rows: Rows, step: int, before: str) -> Column:
+def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
     """Return the median κ of a step, shaded by its distance from random to 1, and marked if it is near random."""
     cells: list[str | Text] = []
     for _, group in rows:
-        known = [record for record in _select_step(group, step) if record.kappa is not None]
-        if not known:
+        nonzero = [record for record in _select_step(group, step) if record.kappa is not None]
+        if not nonzero:
             cells.append("-")
             continue
-        kappa = median(record.kappa or 0.0 for record in known)
-        random = median(record.kappa_random for record in known)
-        mark = NEAR_MARK if sum(map(near, known)) > len(known) / 2 else " "
+        kappa = median(record.kappa or 0.0 for record in nonzero)
+        random = median(record.kappa_random for record in nonzero)
+        mark = NEAR_MARK if sum(map(near, nonzero)) > len(nonzero) / 2 else " "
         style = shade(max(0.0, kappa - random) / max(1e-9, 1 - random))
         cells.append(Text(f"{small_fraction(kappa)}{mark}", style=style))
-    return Column(f"{before}{step}", tuple(cells))
+    return Column(f"{prefix}{step}", tuple(cells))
 
 
 def _select_step(group: Sequence[Track], step: int) -> list[Overlap]:
     return [record for track in group for record in track.records if record.step == step]
 
 
-def _ends(group: Sequence[Track]) -> tuple[float, float] | None:
+def _compute_median_ends(group: Sequence[Track]) -> tuple[float, float] | None:
+    """Return the medians of ``Track.ends`` over several layers; None if no layer has two steps."""
     ends = [track.ends for track in group]
     first, last = (middle([end[i] if end else None for end in ends]) for i in (0, 1))
     return None if first is None or last is None else (first, last)
 
 
 def _make_strip_column(rows: Rows, steps: Sequence[int], width: int) -> Column:
-    """Draw the median κ over all steps, in bins; full height is the largest κ of the table."""
+    """Return a column that draws the median κ over all steps, in bins; full height is the largest κ of the rows."""
     highest = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
-    drawn = []
+    strips = []
     for _, group in rows:
         kappas = [middle([record.kappa for record in _select_step(group, step)]) for step in steps]
-        drawn.append(strip([None if kappa is None or not highest else kappa / highest for kappa in kappas], width))
-    return Column("over steps", tuple(drawn), "left", drop=3)
+        strips.append(strip([None if kappa is None or not highest else kappa / highest for kappa in kappas], width))
+    return Column("over steps", tuple(strips), "left", drop=3)
 
 
 # Maximum number of layers named in a sentence.
-_NAMED = 4
+_MAX_NAMED = 4
 
-_LIMIT = f"below {NEAR_RANDOM:g}× random or halfway to 1"
+_NEAR_CRITERION = f"below {NEAR_RANDOM:g}× random or halfway to 1"
 
 # An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
 # numbers are printed.
@@ -231,17 +237,17 @@ MIN_REACH = 0.1
 
 
 def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> list[Statement]:
-    """Return the summary.
+    """Return the statements of the summary.
 
     Args:
         results: The results.
         shown: Its layers at the rank of the table; default: at the default rank.
     """
     shown = tracks(results) if shown is None else shown
-    sentences = [compared(results, *_describe_measured(results))]
+    statements = [compared(results, *_describe_measured(results))]
     relevant = [track for track in _select_relevant(shown) if track.known]
     if relevant:
-        sentences += [
+        statements += [
             _describe_containment(relevant, len(relevant) < len(shown)),
             make_statement("reach", "Reach", _describe_reach(relevant)),
             make_statement("trend", "Trend", _describe_trend(relevant)),
@@ -251,100 +257,110 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
             make_statement("interpretation", "Interpretation", _interpret(results)),
         ]
     elif shown:
-        sentences.append(make_statement("inside", "Containment", "not known: every gradient is zero", level="warning"))
-    sentences.append(left_out(results))
+        statements.append(make_statement("inside", "Containment", "not known: every gradient is zero", level="warning"))
+    statements.append(left_out(results))
     if skipped := _describe_skipped_ranks(results):
-        sentences.append(make_statement("ranks", "Ranks", skipped))
-    return [*sentences, *final_statements(results, "records so far")]
+        statements.append(make_statement("ranks", "Ranks", skipped))
+    return [*statements, *final_statements(results, "records so far")]
 
 
 def _describe_measured(results: Results[Overlap]) -> list[str]:
     layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
-    times = f"{steps} step{'s' if steps > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
-    return [f"{_matrices(layers)}, {times}"] if layers else []
+    step_and_rank_counts = f"{steps} step{'s' if steps > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
+    return [f"{_count_matrices(layers)}, {step_and_rank_counts}"] if layers else []
 
 
 def _select_relevant(shown: Sequence[Track]) -> list[Track]:
-    """Return the layers that adapters usually target, or else the others."""
+    """Return the layers that adapters usually target, or all if there are none."""
     return [track for track in shown if part_of(track.layer) == "matrices"] or list(shown)
 
 
-def _describe_containment(relevant: Sequence[Track], outside: bool) -> Statement:
+def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statement:
     """State how many layers end near the baseline, which, and since when."""
     near_random = sorted(
         (t for t in relevant if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
     )
-    word = "no" if len(near_random) > len(relevant) / 2 else "partly" if near_random else "yes"
+    verdict = "no" if len(near_random) > len(relevant) / 2 else "partly" if near_random else "yes"
     kappa, random = middle([t.last.kappa for t in relevant]), middle([t.last.kappa_random for t in relevant])
-    place = " outside embeddings and head" if outside else ""
+    scope = " outside embeddings and head" if is_partial else ""
     head = (
-        f"{word}: at the last step the median κ of {_matrices(len(relevant))}{place} is {number(kappa or 0)}, that of "
-        f"random subspaces {number(random or 0)}"
+        f"{verdict}: at the last step the median κ of {_count_matrices(len(relevant))}{scope} is {number(kappa or 0)}, "
+        f"that of random subspaces {number(random or 0)}"
     )
     if not near_random:
-        return make_statement("inside", "Containment", f"{head}; none is near random ({_LIMIT})")
-    sentences = [head, f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_LIMIT}):"]
-    first = min(track.records[0].step for track in relevant)
-    sentences += [
-        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_describe_fall(t, first)}" for t in near_random[:_NAMED]
+        return make_statement("inside", "Containment", f"{head}; none is near random ({_NEAR_CRITERION})")
+    sentences = [
+        head,
+        f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_NEAR_CRITERION}):",
     ]
-    suffix = [f"  and {len(near_random) - _NAMED} more"] if len(near_random) > _NAMED else []
+    first_step = min(track.records[0].step for track in relevant)
+    sentences += [
+        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_describe_fall(t, first_step)}"
+        for t in near_random[:_MAX_NAMED]
+    ]
+    suffix = [f"  and {len(near_random) - _MAX_NAMED} more"] if len(near_random) > _MAX_NAMED else []
     return make_statement("inside", "Containment", *sentences, *suffix, level="warning")
 
 
-def _describe_fall(track: Track, first: int) -> str:
-    return "at every step" if track.near_since == first else f"since step {track.near_since}"
+def _describe_fall(track: Track, first_step: int) -> str:
+    return "at every step" if track.near_since == first_step else f"since step {track.near_since}"
 
 
-def _list_layers(near_random: Sequence[Track]) -> str:
+def _name_layers(near_random: Sequence[Track]) -> str:
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
-def _matrices(number_of: int) -> str:
+def _count_matrices(number_of: int) -> str:
     return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
 
 
 def _describe_reach(relevant: Sequence[Track]) -> str:
     """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
 
-    def change(name: str) -> str:
+    def describe(name: str) -> str:
         first, last = (middle([getattr(t.known[i], name) for t in relevant]) or 0.0 for i in (0, -1))
         random = middle([getattr(t.last, f"{name}_random") for t in relevant]) or 0.0
         values = number(last) if first == last else f"{number(first)} → {number(last)}"
         return f"{values} of ‖G‖ (random {number(random)})"
 
     return (
-        f"an adapter in these subspaces reaches {change('tangent')} to first order; a new one (B = 0, with the rows "
-        f"of A spanning V) {change('right')}"
+        f"an adapter in these subspaces reaches {describe('tangent')} to first order; a new one (B = 0, with the rows "
+        f"of A spanning V) {describe('right')}"
     )
 
 
 def _describe_trend(relevant: Sequence[Track]) -> str:
-    """Count the layers whose κ falls, rises or stays, and name the layer where it falls most."""
-    ends_of = {track.layer: ends for track in relevant if (ends := track.ends) is not None}
-    if not ends_of:
+    """Count the layers whose κ falls, rises or is steady, and name the two where it falls most."""
+    ends_by_layer = {track.layer: ends for track in relevant if (ends := track.ends) is not None}
+    if not ends_by_layer:
         return "not known from one step; record several"
-    counts = Counter(trend(ends) for ends in ends_of.values())
-    words = [f"{word} in {counts[word]}" for word in ("falls", "rises") if counts[word]]
-    words += [f"is steady in {counts['steady']}"] if counts["steady"] else []
-    sentence = f"κ {', '.join(words)} of {_matrices(len(ends_of))}"
+    counts = Counter(trend(ends) for ends in ends_by_layer.values())
+    phrases = [f"{direction} in {counts[direction]}" for direction in ("falls", "rises") if counts[direction]]
+    phrases += [f"is steady in {counts['steady']}"] if counts["steady"] else []
+    sentence = f"κ {', '.join(phrases)} of {_count_matrices(len(ends_by_layer))}"
     falling = sorted(
-        (layer for layer in ends_of if trend(ends_of[layer]) == "falls"), key=lambda x: ends_of[x][1] / ends_of[x][0]
+        (layer for layer in ends_by_layer if trend(ends_by_layer[layer]) == "falls"),
+        key=lambda x: ends_by_layer[x][1] / ends_by_layer[x][0],
     )
     if falling:
-        named = [f"{short(x)} ({number(ends_of[x][0])} → {number(ends_of[x][1])})" for x in falling[:2]]
-        sentence += f"; falls most in {', '.join(named)}"
+        examples = [f"{short(x)} ({number(ends_by_layer[x][0])} → {number(ends_by_layer[x][1])})" for x in falling[:2]]
+        sentence += f"; falls most in {', '.join(examples)}"
     return sentence
 
 
 def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str:
-    """Show κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
-    last = {track.layer: track.last.step for track in relevant}
+    """State κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
+    last_step_by_layer = {track.layer: track.last.step for track in relevant}
     parts = []
     for rank in sorted({record.rank for record in results}):
-        known = [r for r in results if r.rank == rank and last.get(r.layer) == r.step and r.kappa is not None]
-        if known:
-            kappa, random = middle([r.kappa for r in known]) or 0.0, middle([r.kappa_random for r in known]) or 0.0
+        at_last_step = [
+            r for r in results if r.rank == rank and last_step_by_layer.get(r.layer) == r.step and r.kappa is not None
+        ]
+        if at_last_step:
+            kappa, random = (
+                middle([r.kappa for r in at_last_step]) or 0.0,
+                middle([r.kappa_random for r in at_last_step]) or 0.0,
+            )
             parts.append(f"r={rank} {number(kappa)} ({number(random)})")
     return f"κ (random): {', '.join(parts)}"
 
@@ -360,11 +376,13 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     if not near_random:
         return "nothing to change: in every layer these subspaces contain more of the gradient than random ones"
     tangent_only = [track for track in near_random if _has_reach(track.last)]
-    largest = {
+    record_at_largest_rank = {
         track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in near_random
     }
     at_higher_rank = [
-        track for track in near_random if track not in tangent_only and _is_above_random(largest[track.layer])
+        track
+        for track in near_random
+        if track not in tangent_only and _is_above_random(record_at_largest_rank[track.layer])
     ]
     outside = [track for track in near_random if track not in tangent_only and track not in at_higher_rank]
     sentences = []
@@ -373,18 +391,20 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
             middle([getattr(t.last, name) for t in tangent_only]) for name in ("tangent", "tangent_random")
         )
         sentences.append(
-            f"{_list_layers(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} "
+            f"{_name_layers(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} "
             f"of ‖G‖ (random {number(random or 0)}); keep it"
         )
     if at_higher_rank:
-        ranks = max(largest[track.layer].rank for track in at_higher_rank)
-        sentences.append(f"{_list_layers(at_higher_rank)} κ exceeds the baseline at r={ranks}: use a higher rank there")
+        largest_rank = max(record_at_largest_rank[track.layer].rank for track in at_higher_rank)
+        sentences.append(
+            f"{_name_layers(at_higher_rank)} κ exceeds the baseline at r={largest_rank}: use a higher rank there"
+        )
     if outside:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         # At full rank the subspaces are the whole space, which contains every gradient.
-        full = any(largest[track.layer].kappa_random >= 1 for track in outside)
+        full = any(record_at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
-            f"{_list_layers(outside)} the gradients are outside {cause} at every rank "
+            f"{_name_layers(outside)} the gradients are outside {cause} at every rank "
             f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
             "move its parameters to layers that contain theirs"
         )
@@ -409,8 +429,8 @@ def _describe_resolution(relevant: Sequence[Track]) -> list[Statement]:
         make_statement(
             "resolved",
             "Resolution",
-            f"of {_matrices(len(relevant))} {' and '.join(parts)}: where the files do not resolve the update, its "
-            "subspaces are those of rounding noise and a κ near random has no meaning",
+            f"of {_count_matrices(len(relevant))} {' and '.join(parts)}: where the files do not resolve the update, "
+            "its subspaces are those of rounding noise and a κ near random has no meaning",
             level="warning",
         )
     ]
@@ -430,14 +450,14 @@ def _interpret(results: Results[Overlap]) -> str:
 
 
 def _describe_skipped_ranks(results: Results[Overlap]) -> str:
-    """State which requested ranks exceed some layers."""
-    ranks_of: dict[str, set[int]] = {}
+    """State which requested ranks were not measured in some layers; empty if all were measured."""
+    ranks_by_layer: dict[str, set[int]] = {}
     for record in results:
-        ranks_of.setdefault(record.layer, set()).add(record.rank)
+        ranks_by_layer.setdefault(record.layer, set()).add(record.rank)
     requested = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
-    too_small = {rank: sum(rank not in ranks for ranks in ranks_of.values()) for rank in requested}
-    parts = [f"{rank} in {number_of}" for rank, number_of in too_small.items() if number_of]
-    if not parts:
+    skip_counts = {rank: sum(rank not in ranks for ranks in ranks_by_layer.values()) for rank in requested}
+    phrases = [f"{rank} in {number_of}" for rank, number_of in skip_counts.items() if number_of]
+    if not phrases:
         return ""
     limit = "the adapter's rank" if reference_is_adapter(results) else "min(out, in)"
-    return f"not measured where they exceed {limit}: r={', '.join(parts)} of {_matrices(len(ranks_of))}"
+    return f"not measured where they exceed {limit}: r={', '.join(phrases)} of {_count_matrices(len(ranks_by_layer))}"

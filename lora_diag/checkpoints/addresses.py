@@ -1,8 +1,7 @@
-"""The grammar of addresses, and their printable part: no password and no query. Independent of any protocol.
+"""Addresses, their printable part, and reading their bytes: in parallel chunks, with retries, for any protocol.
 
-Read byte ranges from a store: over parallel connections, with retries after transient failures.
-
-This module determines number and timing of the retries; it is independent of any protocol.
+The printable part of an address has no password and no query. Number and timing of retries are determined here; the
+stores make single requests and tell transient failures from permanent ones.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ if TYPE_CHECKING:
 
 # Also matches a single slash: ``Path`` collapses the two.
 ADDRESS = re.compile(r"\s*(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
+# An address of any scheme: the scheme, and the text after ``://``.
 SCHEME = re.compile(r"\s*([A-Za-z][\w+.-]*)://(.*)", re.ASCII | re.DOTALL)
-ANY = re.compile(
+# An address inside a longer text.
+IN_TEXT = re.compile(
     r"(?:([A-Za-z][\w+.-]*)://|(?<![\w+.-])(s3|gs|hf|https?):/(?!/))([^\s'\"<>]+)", re.ASCII | re.IGNORECASE
 )
 WEB = ("http", "https")
@@ -73,17 +74,17 @@ def hide_secrets(address: Path | str) -> str:
         return _drop_secrets(match[1].lower(), match[2].rstrip())
     if ":/" not in text:
         return text
-    return ANY.sub(lambda match: _drop_secrets(match[1] or match[2], match[3]), text)
+    return IN_TEXT.sub(lambda match: _drop_secrets(match[1] or match[2], match[3]), text)
 
 
 def _drop_secrets(scheme: str, remainder: str) -> str:
-    """Return an address without its secrets, given the text after ``://``."""
+    """Return an address without its secrets, given the text after ``://``; a host that may hold one is hidden."""
     authority = re.split(r"[/?#]", remainder, maxsplit=1)[0]
     path_and_query = remainder[len(authority) :]
     path = re.split(r"[?#]" if scheme.lower() in WEB else r"\?", path_and_query, maxsplit=1)[0]
-    _, sign, host = authority.rpartition("@")
+    _, at_sign, host = authority.rpartition("@")
     # A second @ may belong to a password, unless it is behind the ? of an address with a user.
-    is_ambiguous = "@" in (path if sign else path_and_query) and ":" in authority
+    is_ambiguous = "@" in (path if at_sign else path_and_query) and ":" in authority
     if is_ambiguous or HOST.fullmatch(host.rstrip(".,:;)")) is None:
         return f"{scheme}://{HIDDEN}"
     return f"{scheme}://{host}{path}"
@@ -173,7 +174,7 @@ def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, fil
 def call_with_retries(
     address: str, attempt: Callable[[], T], made_progress: Callable[[], bool] = lambda: False
 ) -> T | None:
-    """Call a function until it succeeds, at most ``TRIES`` times in a row without progress.
+    """Call a function until it succeeds or makes progress, at most ``TRIES`` times.
 
     Args:
         address: Address for the error message.
@@ -184,7 +185,7 @@ def call_with_retries(
         The result of the function; None if an attempt failed but made progress.
 
     Raises:
-        InputError: All attempts failed.
+        InputError: All attempts failed, none of them with progress.
     """
     for number in range(TRIES):
         try:

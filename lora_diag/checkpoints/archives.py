@@ -59,9 +59,10 @@ WIDTH = {
     "uint8": 1,
     "bool": 1,
 }
-REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_tensor")
-# Wrappers of a tensor: their first argument is the tensor itself.
-WRAPPED = ("_rebuild_parameter", "_rebuild_parameter_with_state")
+# Functions that build a tensor from its storage.
+REBUILD_TENSOR = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_tensor")
+# Functions that build a parameter: their first argument is the tensor itself.
+REBUILD_PARAMETER = ("_rebuild_parameter", "_rebuild_parameter_with_state")
 
 
 # Dimensions of a tensor or of a device mesh at most, as in NumPy.
@@ -77,7 +78,7 @@ class StoredTensor:
         name: Its name, for messages.
         dtype: Torch's name of its dtype.
         shape: Its shape.
-        position: Position of its first entry in the file.
+        position: Position of its first byte in the file.
     """
 
     file: FileBytes
@@ -120,7 +121,8 @@ class Archive:
         description: Description of its content for messages.
 
     Raises:
-        InputError: It is no torch file in zip format, or is damaged.
+        InputError: It is no torch file in zip format, is damaged, has compressed entries, or was saved on a big-endian
+            machine.
     """
 
     def __init__(self, file: FileBytes, span: tuple[int, int], description: str) -> None:
@@ -130,7 +132,7 @@ class Archive:
             with zipfile.ZipFile(io.BufferedReader(_Window(file, span, description))) as archive:
                 entries = archive.infolist()
                 self._entries = {info.filename.partition("/")[2]: info for info in entries}
-                self._check(span[1])
+                self._check_entries(span[1])
                 if self._entries.get("byteorder"):
                     order = archive.read(self._entries["byteorder"])
                     if order != b"little":
@@ -146,8 +148,8 @@ class Archive:
         self.pickle_bytes = len(content)
         self.value = load(content, file.path, description)
 
-    def _check(self, size: int) -> None:
-        """Refuse entries that are compressed, or larger than the archive: they would be unpacked into memory."""
+    def _check_entries(self, size: int) -> None:
+        """Refuse entries that are compressed, or together larger than the archive: they would fill memory."""
         for info in self._entries.values():
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise InputError(
@@ -167,10 +169,11 @@ class Archive:
             name: Its name, for messages.
 
         Raises:
-            InputError: The tensor is not inside its storage, or is not in row-major order.
+            InputError: The tensor has an invalid shape, an unsupported dtype or no storage, is not inside its storage,
+                or is not in row-major order.
         """
         value = unwrap_parameter(value)
-        if not isinstance(value, Record) or value.name not in REBUILD or not value.args or len(value.args) < 4:
+        if not isinstance(value, Record) or value.name not in REBUILD_TENSOR or not value.args or len(value.args) < 4:
             return None
         storage, offset, shape, strides = value.args[:4]
         named_dtype = value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
@@ -189,7 +192,7 @@ class Archive:
         return StoredTensor(self.file, name, dtype, tuple(shape), begin + offset * width)
 
     def _locate_storage(self, storage: Any, name: str) -> tuple[str, int, int]:
-        """Return dtype, position and bytes of a storage."""
+        """Return the dtype of a storage, the position of its first byte in the file, and its number of bytes."""
         id_ = storage.id if isinstance(storage, Persistent) else None
         if not isinstance(id_, tuple) or len(id_) < 3 or id_[0] != "storage" or not isinstance(id_[1], Record):
             raise self._make_error(name, "has no storage in the file")
@@ -209,9 +212,9 @@ class Archive:
 
 
 def unwrap_parameter(value: Any) -> Any:
-    """Return the tensor inside a parameter."""
+    """Return the tensor inside a parameter; any other value unchanged."""
     for _ in range(4):
-        if not isinstance(value, Record) or value.name not in WRAPPED or not value.args:
+        if not isinstance(value, Record) or value.name not in REBUILD_PARAMETER or not value.args:
             break
         value = value.args[0]
     return value

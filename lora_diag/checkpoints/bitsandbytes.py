@@ -80,9 +80,9 @@ class FourBitWeight:
         gap = gaps(table)[codes]
         steps = gap * spread(self._read_absmax(first, last).abs(), self.block, start, stop)
         if self.nested:
-            error = gaps(self._read_whole("nested_quant_map"))[self._read_nested_codes(first, last)]
-            error *= self._read_nested_absmax(first, last).abs()
-            steps += (table[codes].abs() + gap / 2) * spread(error, self.block, start, stop)
+            absmax_steps = gaps(self._read_whole("nested_quant_map"))[self._read_nested_codes(first, last)]
+            absmax_steps *= self._read_nested_absmax(first, last).abs()
+            steps += (table[codes].abs() + gap / 2) * spread(absmax_steps, self.block, start, stop)
         return steps
 
     def _find_blocks(self, start: int, stop: int) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def gaps(table: torch.Tensor) -> torch.Tensor:
     import torch
 
     distance = table[None, :] - table[:, None]
-    above, below = (torch.where(side > 0, side, math.inf).amin(dim=1) for side in (distance, -distance))
+    above, below = (torch.where(signed > 0, signed, math.inf).amin(dim=1) for signed in (distance, -distance))
     return torch.maximum(above.where(above.isfinite(), 0.0), below.where(below.isfinite(), 0.0))
 
 
@@ -149,23 +149,31 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
     Raises:
         InputError: The settings of a weight are invalid, or one of its tensors is missing or has the wrong size.
     """
-    states = {}
+    kind_by_weight = {}
     for name in source:
         weight, separator, kind = name.rpartition(STATE)
         if separator:
-            states[weight] = kind
+            kind_by_weight[weight] = kind
     for name in source:
         weight = name.removesuffix(".absmax")
-        if weight != name and weight not in states:
+        if weight != name and weight not in kind_by_weight:
             raise InputError(
                 f"{source.file_of(name)}: {name} has no settings ({weight}{STATE}nf4 is missing); save the model again"
             )
-    for name, kind in states.items():
+    for name, kind in kind_by_weight.items():
         yield _describe_four_bit(source, name, kind)
 
 
 def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
-    """Yield the 8-bit weights; arguments and errors as in ``find_four_bit``."""
+    """Yield the 8-bit weights.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``; unused.
+
+    Raises:
+        InputError: Scales have no int8 matrix of their size, or a weight is not stored in row-major order.
+    """
     for name in source:
         module = name.removesuffix(".SCB")
         if module == name:
@@ -209,7 +217,7 @@ def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeigh
     block = _read_block_size(source, state_name, state, "blocksize")
     count = math.prod(shape)
     nested = None
-    sizes = {"quant_map": 16, "absmax": -(-count // block)}
+    size_by_part = {"quant_map": 16, "absmax": -(-count // block)}
     if "nested_blocksize" in state or f"{name}.nested_absmax" in source:
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or not math.isfinite(offset):
@@ -218,13 +226,13 @@ def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeigh
                 "save it again"
             )
         nested = Nested(_read_block_size(source, state_name, state, "nested_blocksize"), float(offset))
-        sizes |= {"nested_quant_map": 256, "nested_absmax": -(-sizes["absmax"] // nested.block)}
-    for part, size in sizes.items():
-        integers = part == "absmax" and nested is not None
-        _check_part(source, f"{name}.{part}", size, frozenset({"uint8"}) if integers else FLOAT_DTYPES)
+        size_by_part |= {"nested_quant_map": 256, "nested_absmax": -(-size_by_part["absmax"] // nested.block)}
+    for part, size in size_by_part.items():
+        is_quantized = part == "absmax" and nested is not None
+        _check_part(source, f"{name}.{part}", size, frozenset({"uint8"}) if is_quantized else FLOAT_DTYPES)
     width = STORAGE.get(source[name].dtype, 1) if name in source else 1
     _check_part(source, name, -(-count // (2 * width)), frozenset(STORAGE))
-    parts = (state_name, *(f"{name}.{part}" for part in sizes))
+    parts = (state_name, *(f"{name}.{part}" for part in size_by_part))
     return FourBitWeight(source, TensorInfo(name, shape, "float32", stored=kind), block, nested, parts)
 
 

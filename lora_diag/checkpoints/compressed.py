@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKED = ".weight_packed"
-SECOND = ".weight_scale_2"
+SECOND_SCALE = ".weight_scale_2"
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
 # Formats of ``quantization_config`` that are read here and in ``scaled``; of mixed precision, each group has its own.
 FORMATS = frozenset(
@@ -83,7 +83,7 @@ class Packed:
 
 
 def packed_values(layout: Packed, first: int, last: int) -> torch.Tensor:
-    """Return rows of a weight of packed integers."""
+    """Return the rows ``first:last`` of a weight of packed integers, float32."""
     source, module, bits = layout.source, layout.module, layout.bits
     codes = unpack(read_rows(source, f"{module}{PACKED}", first, last), bits, layout.shape[1])
     group = _read_groups(layout)
@@ -96,7 +96,7 @@ def packed_values(layout: Packed, first: int, last: int) -> torch.Tensor:
 
 
 def packed_steps(layout: Packed, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in rows of a weight of packed integers."""
+    """Return the distance between neighbouring values in the rows ``first:last`` of a weight of packed integers."""
     return _read_scales(layout, first, last).abs()[:, _read_groups(layout)]
 
 
@@ -126,10 +126,10 @@ def _read_groups(layout: Packed) -> torch.Tensor:
     if not layout.ordered:
         return torch.arange(layout.shape[1]) // layout.group
     name = f"{layout.module}.weight_g_idx"
-    return checked_groups(layout.source, name, layout.groups)
+    return read_checked_groups(layout.source, name, layout.groups)
 
 
-def checked_groups(source: Checkpoint, name: str, groups: int) -> torch.Tensor:
+def read_checked_groups(source: Checkpoint, name: str, groups: int) -> torch.Tensor:
     """Return the stored group of every column.
 
     Raises:
@@ -154,8 +154,8 @@ class Float4:
 
     Args:
         source: The checkpoint as stored.
-        codes: Name of the codes, ``(out, in / 2)``.
-        scale: Name of the scales, ``(out, in / group)``.
+        codes: Name of the codes, ``(…, out, in / 2)``.
+        scale: Name of the scales, ``(…, out, in / group)``.
         columns: in.
         kind: The format.
         divisor: Name of a number by which all is divided; empty without one.
@@ -177,12 +177,12 @@ class Float4:
 
 
 def float4_values(layout: Float4, first: int, last: int) -> torch.Tensor:
-    """Return rows of a weight of 4-bit floats."""
+    """Return the rows ``first:last`` of a weight of 4-bit floats, float32; matrices of a stack follow each other."""
     return fp4_values(_read_float4_codes(layout, first, last)) * _read_float4_scales(layout, first, last)
 
 
 def float4_steps(layout: Float4, first: int, last: int) -> torch.Tensor:
-    """Return the distance to the farther neighbour in rows of a weight of 4-bit floats."""
+    """Return steps whose half bounds the error in the rows ``first:last`` of a weight of 4-bit floats."""
     steps = mxfp4_steps if layout.kind == "mxfp4" else fp4_steps
     return steps(_read_float4_codes(layout, first, last)) * _read_float4_scales(layout, first, last).abs()
 
@@ -192,6 +192,7 @@ def _read_float4_codes(layout: Float4, first: int, last: int) -> torch.Tensor:
 
 
 def _read_float4_scales(layout: Float4, first: int, last: int) -> torch.Tensor:
+    """Return the scale of every entry of rows, ``(last − first, columns)``, float32."""
     import torch
 
     stored = read_rows(layout.source, layout.scale, first, last)
@@ -204,7 +205,7 @@ def _read_float4_scales(layout: Float4, first: int, last: int) -> torch.Tensor:
 
 
 def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
-    """Yield the packed weights.
+    """Yield the weights of packed integers and of 4-bit floats.
 
     Args:
         source: The checkpoint as stored.
@@ -221,8 +222,8 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
                 yield _describe_float4(source, module)
             else:
                 yield _describe_packed(source, module, config)
-        elif name.endswith(SECOND):
-            yield _describe_modelopt(source, name.removesuffix(SECOND))
+        elif name.endswith(SECOND_SCALE):
+            yield _describe_modelopt(source, name.removesuffix(SECOND_SCALE))
 
 
 def _refuse_format(source: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -303,7 +304,7 @@ def _describe_packed(source: Checkpoint, module: str, config: Mapping[str, Any])
 
 
 def _list_unused(source: Checkpoint, module: str) -> tuple[str, ...]:
-    """Return scales of activations, which do not affect the weight."""
+    """Return the names of the stored scales and zero points of activations, which do not affect the weight."""
     names = ("input_scale", "output_scale", "input_global_scale", "input_zero_point", "output_zero_point")
     return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in source)
 
@@ -320,7 +321,7 @@ def _read_shape(source: Checkpoint, module: str) -> tuple[int, int]:
 
 
 def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
-    """Return the bits of a code: the configured number, else one that fits the packed columns."""
+    """Return the bits of a code: the only number, among the configured ones if any, that fits the packed columns."""
     declared = [scheme.get("num_bits") for scheme in _list_weight_schemes(config)]
     width = source[name].shape[1]
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == width]
@@ -344,7 +345,7 @@ def _describe_float4(source: Checkpoint, module: str) -> RowWeight:
 
 
 def _describe_modelopt(source: Checkpoint, module: str) -> RowWeight:
-    codes, scale, factor = f"{module}.weight", f"{module}.weight_scale", f"{module}{SECOND}"
+    codes, scale, factor = f"{module}.weight", f"{module}.weight_scale", f"{module}{SECOND_SCALE}"
     layout = _make_layout(source, module, codes, scale, "nvfp4", factor=factor)
     return _make_float4_weight(source, module, layout, (scale, factor))
 

@@ -40,7 +40,7 @@ MAX_INDEX_BYTES = 500_000_000
 # An index that is smaller repeats the description of a box instead of giving that of another.
 BYTES_PER_BOX = 20
 # Keys of a training state that hold no weights; and the last parts of an optimizer's.
-OTHERS = re.compile(r"optim|sched|^ema$|train_state|dataloader|^rng|^step$|^extra_state$|^_extra_state$")
+NOT_WEIGHTS = re.compile(r"optim|sched|^ema$|train_state|dataloader|^rng|^step$|^extra_state$|^_extra_state$")
 MOMENTS = re.compile(r"(^|\.)(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|master_param|step)$")
 
 
@@ -51,7 +51,8 @@ class DistributedFolder:
         folder: The folder, with a file ``.metadata``.
 
     Raises:
-        InputError: The index is damaged, a file is missing or too short, or the parts of a tensor do not fit together.
+        InputError: The index is damaged, a file is missing or too short, the parts of a tensor do not fit together, or
+            there are no weights, or those of several models.
     """
 
     label = "torch.distributed checkpoint"
@@ -63,27 +64,29 @@ class DistributedFolder:
         index = folder / INDEX
         state = _read_index(index)
         tensors = {
-            key: item for key, item in state["state_dict_metadata"].items() if isinstance(key, str) and _is_tensor(item)
+            key: entry
+            for key, entry in state["state_dict_metadata"].items()
+            if isinstance(key, str) and _is_tensor(entry)
         }
-        chosen, prefix = _choose_weights(index, tensors, state.get("planner_data"))
+        name_by_key, prefix = _choose_weights(index, tensors, state.get("planner_data"))
         locations = _read_locations(index, state["storage_data"])
         files: dict[str, tuple[FileBytes, int]] = {}
-        described: dict[str, TensorInfo] = {}
-        self.tensors: Mapping[str, TensorInfo] = described
+        info_by_name: dict[str, TensorInfo] = {}
+        self.tensors: Mapping[str, TensorInfo] = info_by_name
         self._boxes: dict[str, Boxes] = {}
         boxes_left = index.stat().st_size // BYTES_PER_BOX
-        for key, name in chosen.items():
+        for key, name in name_by_key.items():
             info, extents = _read_description(index, key, name, tensors[key])
             boxes_left -= len(extents)
             if boxes_left < 0:
                 raise InputError(f"{index}: {key:.200} repeats the parts of other tensors; save the checkpoint again")
             boxes = [_make_box(folder, key, name, info.dtype, extent, locations, files) for extent in extents]
             self._boxes[name] = Boxes(name, info.shape, boxes, index)
-            described[name] = info
+            info_by_name[name] = info
         self.notes: tuple[str, ...] = (f"assembled from the parts in {len(files)} files",)
         if prefix:
             self.notes += (f"the weights are those under {prefix} of a training state",)
-        if left_out := sorted(set(tensors) - set(chosen)):
+        if left_out := sorted(set(tensors) - set(name_by_key)):
             self.notes += (f"{len(left_out)} tensors that are no weights are left out, such as {left_out[0]}",)
 
     @staticmethod
@@ -101,15 +104,15 @@ class DistributedFolder:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """The torch file of one box, which is opened by the first reading.
+class _StoredBox:
+    """The torch file of one box, which is opened by the first read.
 
     Args:
         file: The file that holds it.
         span: Its first byte, and its number of bytes.
         name: The tensor.
         dtype: Dtype in the index.
-        shape: Likewise.
+        shape: Shape of the box in the index.
     """
 
     file: FileBytes
@@ -144,7 +147,7 @@ class _Stored:
 
 
 def _read_index(index: Path) -> Mapping[str, Any]:
-    """Return the content of the index, as far as it is used."""
+    """Return the fields of the index, after checking that it has those that are used."""
     try:
         size = index.stat().st_size
         if size > MAX_INDEX_BYTES:
@@ -164,8 +167,8 @@ def _read_index(index: Path) -> Mapping[str, Any]:
     return state
 
 
-def _is_tensor(item: Any) -> bool:
-    return isinstance(item, Record) and item.name == "TensorStorageMetadata"
+def _is_tensor(entry: Any) -> bool:
+    return isinstance(entry, Record) and entry.name == "TensorStorageMetadata"
 
 
 def _read_sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
@@ -175,11 +178,11 @@ def _read_sizes(index: Path, key: str, value: Any) -> tuple[int, ...]:
 
 
 def _read_description(
-    index: Path, key: str, name: str, item: Record
+    index: Path, key: str, name: str, entry: Record
 ) -> tuple[TensorInfo, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
     """Return the entry of a tensor in the index: its description, and the offsets and sizes of its boxes."""
-    shape = _read_sizes(index, key, item.get("size"))
-    properties = item.get("properties")
+    shape = _read_sizes(index, key, entry.get("size"))
+    properties = entry.get("properties")
     stored_dtype = (
         properties.state[0] if isinstance(properties, Record) and isinstance(properties.state, tuple) else None
     )
@@ -189,7 +192,7 @@ def _read_description(
     if dtype not in WIDTH:
         raise InputError(f"{index}: {key:.200} has the unsupported dtype {dtype!r}; save it in another")
     extents = []
-    chunks = item.get("chunks")
+    chunks = entry.get("chunks")
     if not isinstance(chunks, list) or not all(isinstance(chunk, Record) for chunk in chunks):
         raise InputError(f"{index}: the parts of {key:.200} are not described; save the checkpoint again")
     for chunk in chunks:
@@ -202,10 +205,10 @@ def _read_description(
     return TensorInfo(name, shape, dtype), extents
 
 
-def _read_locations(index: Path, stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
+def _read_locations(index: Path, storage_data: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
     """Return the locations of the boxes, by the key of their tensor and their offsets."""
     locations = {}
-    for key, location in stored.items():
+    for key, location in storage_data.items():
         if isinstance(key, Record) and isinstance(location, Record) and isinstance(key.get("fqn"), str):
             offset = key.get("offset")
             locations[key.get("fqn"), tuple(offset) if are_sizes(offset) else ()] = location
@@ -221,7 +224,7 @@ def _make_box(
     locations: Mapping[tuple[str, tuple[int, ...]], Record],
     files: dict[str, tuple[FileBytes, int]],
 ) -> Box:
-    """Return one box of a tensor, after checking that its bytes are there."""
+    """Return one box of a tensor, after checking that its bytes are there; add its file and size to ``files``."""
     offsets, sizes = extent
     location = locations.get((key, offsets))
     if location is None:
@@ -252,29 +255,33 @@ def _make_box(
             f"{folder / INDEX}: the part of {key:.200} with shape {list(sizes)} takes {needed:,} bytes, but {length:,} "
             "are stored; save the checkpoint again"
         )
-    return Box(offsets, sizes, _Stored(file, (offset, length), name, dtype, sizes))
+    return Box(offsets, sizes, _StoredBox(file, (offset, length), name, dtype, sizes))
 
 
-def _choose_weights(index: Path, tensors: Mapping[str, Record], planned: Any) -> tuple[dict[str, str], str]:
+def _choose_weights(index: Path, tensors: Mapping[str, Record], planner_data: Any) -> tuple[dict[str, str], str]:
     """Choose the weights among the tensors.
 
     Args:
         index: The index, for messages.
-        tensors: Tensors by key.
-        planned: Entry of the planner: of each key, the keys of the nested dictionaries that it was made from.
+        tensors: Their entries in the index, by key.
+        planner_data: Entry of the planner: of each key, the keys of the nested dictionaries that it was made from.
 
     Returns:
-        Name by key, and the common start of the keys where it is left out.
+        Name by key, and the start of the keys that names leave out; empty if they are whole keys.
 
     Raises:
-        InputError: The checkpoint holds no weights, or those of several models.
+        InputError: There are no weights, or those of several models, or a name is repeated or not valid Unicode.
     """
-    paths = {key: _read_path(key, planned) for key in tensors}
-    others = {key for key, path in paths.items() if any(OTHERS.search(part) for part in path[:-1]) or _is_moment(key)}
+    path_by_key = {key: _read_path(key, planner_data) for key in tensors}
+    not_weights = {
+        key
+        for key, path in path_by_key.items()
+        if any(NOT_WEIGHTS.search(part) for part in path[:-1]) or _is_moment(key)
+    }
     by_prefix: dict[tuple[str, ...], list[str]] = {}
-    for key, path in paths.items():
+    for key, path in path_by_key.items():
         position = next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
-        if position is not None and key not in others:
+        if position is not None and key not in not_weights:
             by_prefix.setdefault(path[: position + 1], []).append(key)
     if len(by_prefix) > 1:
         names = ", ".join(sorted(".".join(prefix) for prefix in by_prefix)[:3])
@@ -283,26 +290,28 @@ def _choose_weights(index: Path, tensors: Mapping[str, Record], planned: Any) ->
         )
     if by_prefix:
         ((prefix, keys),) = by_prefix.items()
-        named = {key: ".".join(paths[key][len(prefix) :]) for key in keys}
+        name_by_key = {key: ".".join(path_by_key[key][len(prefix) :]) for key in keys}
         start = ".".join(prefix) + "."
     else:
-        first_parts = {key: paths[key][0].partition(".")[0] for key in tensors}
-        named = {key: key for key in tensors if key not in others and not OTHERS.search(first_parts[key])}
+        root_by_key = {key: path_by_key[key][0].partition(".")[0] for key in tensors}
+        name_by_key = {
+            key: key for key in tensors if key not in not_weights and not NOT_WEIGHTS.search(root_by_key[key])
+        }
         start = ""
-    repeated = [name for name, count in Counter(named.values()).items() if count > 1]
-    if not named or repeated:
+    repeated = [name for name, count in Counter(name_by_key.values()).items() if count > 1]
+    if not name_by_key or repeated:
         problem = f"two tensors are called {repeated[0]:.200}" if repeated else "it holds no weights"
         raise InputError(f"{index}: {problem}; save the model's state dict")
     try:
-        "".join(named.values()).encode()
+        "".join(name_by_key.values()).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
         raise InputError(f"{index}: a tensor name is not valid Unicode ({error}); save it again") from error
-    return named, start
+    return name_by_key, start
 
 
-def _read_path(key: str, planned: Any) -> tuple[str, ...]:
-    """Return the keys of the nested dictionaries that lead to a tensor."""
-    path = planned.get(key) if isinstance(planned, dict) else None
+def _read_path(key: str, planner_data: Any) -> tuple[str, ...]:
+    """Return the keys of the nested dictionaries that lead to a tensor; its own key if the planner gives none."""
+    path = planner_data.get(key) if isinstance(planner_data, dict) else None
     if (
         isinstance(path, tuple)
         and 0 < len(path) <= MAX_DIMENSIONS

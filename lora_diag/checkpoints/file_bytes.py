@@ -1,4 +1,4 @@
-"""Read ranges of bytes of one file, local or remote, into memory that the caller provides."""
+"""Read ranges of bytes of one file, local or remote, into memory that the caller provides, and count local ones."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ class Reading:
             self._by_file.clear()
 
     def total(self) -> tuple[int, int, int]:
-        """Return the bytes read, the number of files, and their size."""
+        """Return the bytes read, the number of files, and the total size of those that still exist."""
         with self._lock:
-            read = dict(self._by_file)
-        return sum(read.values()), len(read), sum(Path(path).stat().st_size for path in read if Path(path).exists())
+            bytes_by_file = dict(self._by_file)
+        return (
+            sum(bytes_by_file.values()),
+            len(bytes_by_file),
+            sum(Path(path).stat().st_size for path in bytes_by_file if Path(path).exists()),
+        )
 
 
 READING = Reading()

@@ -1,6 +1,6 @@
-"""Files and folders with weights in an unsupported form: recognized by name, and refused with a conversion command.
+"""Open a path: a file, a shard index, or a folder that contains weights.
 
-Open a path: a file, a shard index, or a folder that contains weights.
+Weights in an unsupported form are recognized by the names of their files, and refused with advice on their conversion.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ INSIDE_STEP = ("*zero_pp_rank_*", "mp_rank_*_model_states.pt")
 
 
 def refuse_foreign(folder: Path, names: Sequence[str]) -> None:
-    """Refuse weights in an unsupported form, with the command that converts them.
+    """Refuse weights in an unsupported form, with advice on what to give or how to convert them.
 
     Args:
         folder: The folder of the files.
@@ -135,13 +135,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         The checkpoint, with at least one tensor.
 
     Raises:
-        InputError: Nothing readable was found; the message lists what was looked for or how to convert the weights.
+        InputError: Nothing readable was found, a file is damaged or missing, or the weights are in an unsupported form;
+            the message lists what was looked for, or how to convert the weights.
     """
     located = locate(path)
     path = located if isinstance(located, RemotePath) else Path(path)
     source = _find_weights(located) if located.is_dir() else located
     files, kind, notes = _open(source)
-    files, renamed = drop_wrappers(files)
+    files, renaming_notes = drop_wrappers(files)
     models = [file for file in files if isinstance(file, GgufModel)]
     config = config_of(models) if models else _read_config(source)
     stored = Checkpoint(path, kind, files, config=config)
@@ -150,11 +151,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     refuse_unmerged(stored)
     settings = _read_quantization(stored, source)
     refuse_packed(stored, settings)
-    files, dequantizing = dequantize(stored, settings)
-    fetched = (f"read from the Hugging Face cache: {located}",) if located != path else ()
+    files, dequantization_notes = dequantize(stored, settings)
+    location_notes = (f"read from the Hugging Face cache: {located}",) if located != path else ()
     if isinstance(located, RemotePath) and located.store.note:
-        fetched = (located.store.note,)
-    checkpoint = Checkpoint(path, kind, files, (*fetched, *notes, *renamed, *dequantizing), config)
+        location_notes = (located.store.note,)
+    checkpoint = Checkpoint(
+        path, kind, files, (*location_notes, *notes, *renaming_notes, *dequantization_notes), config
+    )
     refuse_integer_weights(checkpoint)
     return checkpoint
 
@@ -206,7 +209,7 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
-    """Return the ``quantization_config`` of a checkpoint; of GPTQ, AutoGPTQ writes it into a file of its own."""
+    """Return the ``quantization_config`` of a checkpoint, or AutoGPTQ's file with it; empty without either."""
     settings = quantization(stored.config)
     if settings or not any(name.endswith(CODES) for name in stored):
         return settings
@@ -249,37 +252,41 @@ def _open_folder(folder: Path) -> OpenFolder:
 
 
 def _find_weights(folder: Path) -> Path:
+    """Return what to open in a folder: a file, an index, or a folder of files with parts of tensors."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     if any(kind.matches(folder) for kind in FOLDERS):
         return folder
-    if within := folder_within(folder):
-        return within
+    if inner := folder_within(folder):
+        return inner
     refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
-    single = sorted(folder.glob("*.safetensors"))
-    if len(single) == 1:
-        return single[0]
+    safetensors_files = sorted(folder.glob("*.safetensors"))
+    if len(safetensors_files) == 1:
+        return safetensors_files[0]
     model, count = single_model(folder)
-    if model is not None and not single:
+    if model is not None and not safetensors_files:
         return model
-    if count > 1 and not single:
+    if count > 1 and not safetensors_files:
         raise InputError(f"{folder}: holds {count} GGUF models; name one of them")
     hint = (
-        f"; it holds {len(single)} other .safetensors files: name one of them"
-        if single
+        f"; it holds {len(safetensors_files)} other .safetensors files: name one of them"
+        if safetensors_files
         else _suggest_subfolders(folder)
     )
     raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{hint}")
 
 
 def _suggest_subfolders(folder: Path) -> str:
-    """Return a hint that names subfolders with weights or an adapter, such as the checkpoints of a training run."""
+    """Return a hint that names subfolders with weights or an adapter, such as the checkpoints of a training run.
+
+    Without any, it asks for a path with weights; it is empty for an address.
+    """
     if isinstance(folder, RemotePath):
         return ""
     names = sorted({path.parent.name for file in (*WEIGHTS, ADAPTER_CONFIG) for path in folder.glob(f"*/{file}")})
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"; name one of its subfolders: {shown}" if names else "; give a folder or a file with weights"
+    listing = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"; name one of its subfolders: {listing}" if names else "; give a folder or a file with weights"
 
 
 def _open_file(path: Path) -> OpenFile:
@@ -294,14 +301,17 @@ def _open_file(path: Path) -> OpenFile:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; copy or download it again")
-    results = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
+    hint = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
     raise InputError(
-        f"{path}: unknown format; supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){results}"
+        f"{path}: unknown format; supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){hint}"
     )
 
 
 def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
-    """Open the shards that an index names, and check the index against their contents."""
+    """Open the shards that an index names, and check that they hold its tensors; return them and notes.
+
+    Tensors that the index does not name are left out of the shards, with a note.
+    """
     weight_map = _read_weight_map(index)
     paths: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):

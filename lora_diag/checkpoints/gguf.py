@@ -1,18 +1,15 @@
 """The GGUF container: a header with typed fields, a table of tensors, then their aligned data.
 
-Opened by its header; a tensor is read by ranges, as whole blocks of its type, on request. Every count, length and
-offset is checked against the bytes of the file before anything is allocated or skipped by it. Large arrays, such as the
-tokens of a vocabulary, are skipped. Names are the file's own: their meaning is left to the caller.
+A file is opened by its header; a tensor is read by ranges, as whole blocks of its type, on request. Every count, length
+and offset is checked against the bytes of the file before anything is allocated or skipped by it. Large arrays, such as
+the tokens of a vocabulary, are skipped. Names are the file's own: their meaning is left to the caller.
 
 To decode another type, add an entry to ``gguf_codecs.CODECS``; its blocks are already in ``TYPES``.
 
+A file is written tensor by tensor, to a temporary file that is then renamed: only one tensor is in memory at a time,
+and the same tensors always give the same bytes.
+
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; version 2 differs in nothing read here.
-
-Write a GGUF file tensor by tensor, to a temporary file that is then renamed.
-
-Only one tensor is in memory at a time, and the same tensors always give the same bytes.
-
-Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
 
 from __future__ import annotations
@@ -178,7 +175,7 @@ class GgufFile:
         return bytes(content)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
         if self.type_of(name).dtype is not None:
             return None
         return self._decode_range(name, start, stop, self._find_codec(name).steps)
@@ -230,7 +227,7 @@ class _Cursor:
 
     def take(self, count: int, description: str) -> bytes:
         """Return the next bytes."""
-        self._check(count, description)
+        self._refuse_overrun(count, description)
         content = self.file.read(count)
         if len(content) != count:
             raise InputError(f"{self.path}: the file ends inside {description}; copy or download it again")
@@ -239,24 +236,24 @@ class _Cursor:
 
     def skip(self, count: int, description: str) -> None:
         """Skip the next bytes."""
-        self._check(count, description)
+        self._refuse_overrun(count, description)
         self.file.seek(count, 1)
         self.position += count
 
-    def _check(self, count: int, description: str) -> None:
+    def _refuse_overrun(self, count: int, description: str) -> None:
         if count > self.end - self.position:
             limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
             raise InputError(
                 f"{self.path}: {limit} inside {description}, which claims {count:,} bytes; copy or download it again"
             )
 
-    def number(self, code: str, description: str) -> int:
+    def read_number(self, code: str, description: str) -> int:
         """Return the next whole number."""
         return int(struct.unpack(f"<{code}", self.take(struct.calcsize(code), description))[0])
 
-    def text(self, description: str) -> str:
+    def read_text(self, description: str) -> str:
         """Return the next string."""
-        content = self.take(self.number("Q", description), description)
+        content = self.take(self.read_number("Q", description), description)
         try:
             return content.decode()
         except UnicodeDecodeError as error:
@@ -271,14 +268,14 @@ def _read_header(path: Path) -> _Header:
             cursor = _Cursor(file, path, size)
             if size < 24 or cursor.take(4, "the magic bytes") != MAGIC:
                 raise InputError(f"{path}: not a GGUF file: it does not begin with GGUF; copy or download it again")
-            version = cursor.number("I", "the version")
+            version = cursor.read_number("I", "the version")
             if version not in VERSIONS:
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
                 raise InputError(
                     f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not supported; "
                     "convert the model again with a current llama.cpp"
                 )
-            tensor_count, field_count = cursor.number("Q", "the header"), cursor.number("Q", "the header")
+            tensor_count, field_count = cursor.read_number("Q", "the header"), cursor.read_number("Q", "the header")
             fields = _read_fields(cursor, field_count)
             rows = _read_rows(cursor, tensor_count)
     except OSError as error:
@@ -296,16 +293,16 @@ def _pad_size(size: int, alignment: int) -> int:
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, Value]:
     fields: dict[str, Value] = {}
     for position in range(count):  # each takes at least 12 bytes of the file, so a false count raises an error
-        key = cursor.text(f"the key of field {position}")
+        key = cursor.read_text(f"the key of field {position}")
         if key in fields:
             raise InputError(f"{cursor.path}: the field {key!r} appears twice; convert the model again")
-        fields[key] = _read_value(cursor, cursor.number("I", key), key)
+        fields[key] = _read_value(cursor, cursor.read_number("I", key), key)
     return fields
 
 
 def _read_value(cursor: _Cursor, kind: int, key: str) -> Value:
     if kind == STRING:
-        return cursor.text(key)
+        return cursor.read_text(key)
     if kind == ARRAY:
         return _read_array(cursor, key)
     if kind not in SCALARS:
@@ -316,7 +313,7 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Value:
 
 
 def _read_array(cursor: _Cursor, key: str) -> Value:
-    kind, count = cursor.number("I", key), cursor.number("Q", key)
+    kind, count = cursor.read_number("I", key), cursor.read_number("Q", key)
     if kind == STRING:
         return _read_strings(cursor, count, key)
     if kind not in SCALARS:  # arrays of arrays are in no file of llama.cpp, which refuses them
@@ -331,9 +328,9 @@ def _read_array(cursor: _Cursor, key: str) -> Value:
 
 def _read_strings(cursor: _Cursor, count: int, key: str) -> Value:
     if count <= MAX_ARRAY:
-        return [cursor.text(key) for _ in range(count)]
+        return [cursor.read_text(key) for _ in range(count)]
     for _ in range(count):  # each takes at least 8 bytes of the file
-        cursor.skip(cursor.number("Q", key), key)
+        cursor.skip(cursor.read_number("Q", key), key)
     return None
 
 
@@ -341,12 +338,13 @@ def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], 
     """Return name, shape, code of the type and offset of every tensor."""
     rows: list[tuple[str, tuple[int, ...], int, int]] = []
     for position in range(count):  # each takes at least 24 bytes of the file
-        name = cursor.text(f"the name of tensor {position}")
-        dimensions = cursor.number("I", name)
+        name = cursor.read_text(f"the name of tensor {position}")
+        dimensions = cursor.read_number("I", name)
         if dimensions > MAX_DIMENSIONS:
             raise InputError(f"{cursor.path}: {name} claims {dimensions:,} dimensions; at most 4 are allowed")
-        shape = tuple(cursor.number("Q", name) for _ in range(dimensions))[::-1]  # the file's first one varies fastest
-        rows.append((name, shape, cursor.number("I", name), cursor.number("Q", name)))
+        # The file's first dimension varies fastest.
+        shape = tuple(cursor.read_number("Q", name) for _ in range(dimensions))[::-1]
+        rows.append((name, shape, cursor.read_number("I", name), cursor.read_number("Q", name)))
     return rows
 
 
@@ -394,8 +392,8 @@ def _locate_tensors(
 # torch's dtype name -> code of the type.
 CODES = {kind.dtype: code for code, kind in TYPES.items() if kind.dtype is not None}
 
-# Types of fields: a string, a number as float32, a whole number as uint32.
-_FIELDS = {float: (6, "<f"), int: (4, "<I")}
+# Type of a number in Python -> code of its field's type, and struct format: float32 or uint32.
+_NUMBER_FIELDS = {float: (6, "<f"), int: (4, "<I")}
 
 
 def write_gguf(
@@ -430,7 +428,7 @@ def _make_header(fields: Mapping[str, str | int | float], tensors: Mapping[str, 
         if isinstance(value, str):
             parts += [_encode_text(key), struct.pack("<I", STRING), _encode_text(value)]
         else:
-            kind, form = _FIELDS[type(value)]
+            kind, form = _NUMBER_FIELDS[type(value)]
             parts += [_encode_text(key), struct.pack("<I", kind), struct.pack(form, value)]
     begin = 0
     for name, info in tensors.items():

@@ -1,7 +1,7 @@
-"""Blocks of GGUF's quantized types → numbers, and the distances between storable numbers.
+"""Blocks of GGUF's quantized types → numbers, and steps whose half bounds their errors.
 
 A value is ``d · q − m`` with an integer code q, and d and m of the block or of one of its groups; in IQ4 it is
-``d · table[q]``, and in MXFP4 a 4-bit float times a power of two. Every function takes blocks ``(n, size)`` of uint8.
+``d · table[q]``, and in MXFP4 a 4-bit float times a power of two. ``blocks`` are ``(n, size)`` of uint8.
 
 Reference: ``ggml-quants.c`` of llama.cpp; ``gguf.quants`` 0.19, with which the tests compare every type.
 """
@@ -27,7 +27,7 @@ class Codec:
 
     Args:
         decode: Blocks ``(n, size)`` of uint8 to values ``(n, block)`` of float32.
-        steps: The same blocks to the distance from each value to the next storable one, ``(n, block)`` of float32.
+        steps: The same blocks to steps whose half bounds the error of each value, ``(n, block)`` of float32.
         scales: The same blocks to what each code is multiplied by; None for a type whose values have an offset.
     """
 
@@ -104,36 +104,36 @@ def _unpack_high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return ((blocks[:, start : start + 4, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1, 32).int()
 
 
-def _q4(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _unpack_q4(blocks: torch.Tensor, has_offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Unpack Q4_0 (d, 16 bytes, q − 8) or Q4_1 (d, m, 16 bytes, d · q + m), low halves first."""
     codes = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
     d = half(blocks, 0)[:, None]
-    return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 8, d, None)
+    return (codes, d, -half(blocks, 2)[:, None]) if has_offset else (codes - 8, d, None)
 
 
-def _q5(blocks: torch.Tensor, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _unpack_q5(blocks: torch.Tensor, has_offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Unpack Q5_0 or Q5_1: as Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
     low = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
-    codes = (low | _unpack_high_bits(blocks, 4 if offset else 2) << 4)[:, None]
+    codes = (low | _unpack_high_bits(blocks, 4 if has_offset else 2) << 4)[:, None]
     d = half(blocks, 0)[:, None]
-    return (codes, d, -half(blocks, 2)[:, None]) if offset else (codes - 16, d, None)
+    return (codes, d, -half(blocks, 2)[:, None]) if has_offset else (codes - 16, d, None)
 
 
-def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _unpack_q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Unpack Q8_0: d and 32 signed bytes."""
     import torch
 
     return blocks[:, 2:].contiguous().view(torch.int8)[:, None], half(blocks, 0)[:, None], None
 
 
-def _q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpack_q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unpack Q2_K: 16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 of 2-bit codes, d and dmin."""
     scales, d, dmin = blocks[:, :16], half(blocks, 80), half(blocks, 82)
     codes = _unpack_fields(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
     return codes, (d * (scales & 15).float())[:, :, None], (dmin * (scales >> 4).float())[:, :, None]
 
 
-def _q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _unpack_q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Unpack Q3_K: 32 bytes of inverted third bits, 64 of low ones, 12 of 6-bit scales less 32 per group of 16, d."""
     import torch
 
@@ -156,14 +156,14 @@ def _unpack_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch
     return scales.float(), torch.cat([m & 63, (shared >> 4) | ((m >> 2) & 48)], dim=1).float()
 
 
-def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpack_q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unpack Q4_K: d, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
     codes = _unpack_fields(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
     return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
 
 
-def _q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpack_q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unpack Q5_K: as Q4_K, with 32 bytes of fifth bits before the low ones."""
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
     high = _unpack_fields(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
@@ -171,7 +171,7 @@ def _q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
 
 
-def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _unpack_q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Unpack Q6_K: 128 bytes of four low bits, 64 of two high ones, 16 signed scales per group of 16, d; q − 32."""
     import torch
 
@@ -182,12 +182,12 @@ def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     return codes, (half(blocks, 208) * scales)[:, :, None], None
 
 
-def _iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpack_iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unpack IQ4_NL, d and 16 bytes of codes in a table, low halves first; return codes, and d of the block."""
     return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), half(blocks, 0)[:, None]
 
 
-def _iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unpack IQ4_XS: as IQ4_NL, with 6-bit scales less 32 per 32: two high bits each in 2 bytes, four low ones in 4."""
     high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
     low = _unpack_fields(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
@@ -200,7 +200,7 @@ def _look_up_codes(
     of_table: Callable[[torch.Tensor], torch.Tensor],
     blocks: torch.Tensor,
 ) -> torch.Tensor:
-    """Return a function of the IQ4 table at every code, times d."""
+    """Return a function of the IQ4 table at every code, times d; times |d| for the gaps."""
     import torch
 
     codes, d = parts(blocks)
@@ -216,10 +216,13 @@ def _return_table(table: torch.Tensor) -> torch.Tensor:
     return table
 
 
-def _mxfp4(table: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-    """Decode MXFP4: an exponent and 16 bytes of 4-bit floats, low halves first; ``table`` decodes a float."""
+def _decode_mxfp4(of_codes: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
+    """Return values or steps of MXFP4, an exponent and 16 bytes of 4-bit floats, low halves first.
+
+    ``of_codes`` gives those of the floats, without the exponent.
+    """
     codes = _unpack_fields(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
-    return table(codes) * e8m0(blocks[:, :1])
+    return of_codes(codes) * e8m0(blocks[:, :1])
 
 
 def _make_codec(parts: Parts, largest: int | None = None, rounded: bool = False, with_scales: bool = False) -> Codec:
@@ -229,17 +232,17 @@ def _make_codec(parts: Parts, largest: int | None = None, rounded: bool = False,
 
 # Name of a type -> its codec; a type without one is listed, and refused when it is read.
 CODECS: dict[str, Codec] = {
-    "Q4_0": _make_codec(partial(_q4, offset=False), largest=7, rounded=True),
-    "Q4_1": _make_codec(partial(_q4, offset=True), rounded=True),
-    "Q5_0": _make_codec(partial(_q5, offset=False), largest=15, rounded=True),
-    "Q5_1": _make_codec(partial(_q5, offset=True), rounded=True),
-    "Q8_0": _make_codec(_q8_0, rounded=True, with_scales=True),
-    "Q2_K": _make_codec(_q2_k),
-    "Q3_K": _make_codec(_q3_k, largest=3),
-    "Q4_K": _make_codec(_q4_k),
-    "Q5_K": _make_codec(_q5_k),
-    "Q6_K": _make_codec(_q6_k, largest=31),
-    "IQ4_NL": _make_table_codec(_iq4_nl),
-    "IQ4_XS": _make_table_codec(_iq4_xs),
-    "MXFP4": Codec(partial(_mxfp4, fp4_values), partial(_mxfp4, mxfp4_steps)),
+    "Q4_0": _make_codec(partial(_unpack_q4, has_offset=False), largest=7, rounded=True),
+    "Q4_1": _make_codec(partial(_unpack_q4, has_offset=True), rounded=True),
+    "Q5_0": _make_codec(partial(_unpack_q5, has_offset=False), largest=15, rounded=True),
+    "Q5_1": _make_codec(partial(_unpack_q5, has_offset=True), rounded=True),
+    "Q8_0": _make_codec(_unpack_q8_0, rounded=True, with_scales=True),
+    "Q2_K": _make_codec(_unpack_q2_k),
+    "Q3_K": _make_codec(_unpack_q3_k, largest=3),
+    "Q4_K": _make_codec(_unpack_q4_k),
+    "Q5_K": _make_codec(_unpack_q5_k),
+    "Q6_K": _make_codec(_unpack_q6_k, largest=31),
+    "IQ4_NL": _make_table_codec(_unpack_iq4_nl),
+    "IQ4_XS": _make_table_codec(_unpack_iq4_xs),
+    "MXFP4": Codec(partial(_decode_mxfp4, fp4_values), partial(_decode_mxfp4, mxfp4_steps)),
 }

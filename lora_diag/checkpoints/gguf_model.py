@@ -1,19 +1,16 @@
-"""Names and row orders of GGUF tensors, by architecture, and the corresponding ones of transformers.
+"""GGUF models, presented under the names and in the row order of transformers.
 
 llama.cpp's converter renames every tensor and, for models of Llama's family, reorders the rows of q and k: transformers
 stores the rows of a head as two halves, llama.cpp as pairs, because their rotary embeddings rotate halves and pairs.
+Those rows are put back: the rows of each head are read together. Gemma's converter adds 1 to every norm, which is
+subtracted.
+
+Names follow the architecture (``ARCHITECTURES``); tensors with unknown names keep them. Stacked experts appear one by
+one where transformers stores them so. A model in several files (``…-00001-of-00003.gguf``) has its settings in the
+first.
 
 Reference: ``gguf.tensor_mapping`` (gguf 0.19.0); ggml-org/llama.cpp ``conversion/llama.py`` (``LlamaModel.permute``)
-and the classes that inherit it.
-
-GGUF models, presented under the names and in the row order of transformers.
-
-Names follow the architecture (``gguf_names``); tensors with unknown names keep them. Stacked experts appear one
-by one where transformers stores them so. Of Llama's family the rows of q and k are put back: those of each head are
-read together. Gemma's converter adds 1 to every norm, which is subtracted. A model in several files
-(``…-00001-of-00003.gguf``) has its settings in the first.
-
-Reference: ggml-org/llama.cpp ``convert_hf_to_gguf.py`` (``LlamaModel.permute``, ``GemmaModel.modify_tensors``).
+and the classes that inherit it, and ``convert_hf_to_gguf.py`` (``GemmaModel.modify_tensors``).
 """
 
 from __future__ import annotations
@@ -168,8 +165,11 @@ ARCHITECTURES = {
 def of_config(config: Mapping[str, Any]) -> Names | None:
     """Return the names of the model that a ``config.json`` describes; None if they are not known."""
     text = config.get("text_config")
-    kinds = [settings.get("model_type") for settings in (config, text if isinstance(text, dict) else {})]
-    return next((names for names in ARCHITECTURES.values() for kind in kinds if kind in names.model_types), None)
+    model_types = [settings.get("model_type") for settings in (config, text if isinstance(text, dict) else {})]
+    return next(
+        (names for names in ARCHITECTURES.values() for model_type in model_types if model_type in names.model_types),
+        None,
+    )
 
 
 def heads(config: Mapping[str, Any], key: str) -> int | None:
@@ -234,7 +234,8 @@ class GgufModel:
         fields: Settings of the model; default those of the file.
 
     Raises:
-        InputError: The header is invalid, or the file is an adapter.
+        InputError: The header is invalid, the file is an adapter, two tensors get one name, or the number of heads does
+            not divide the rows of q or k.
     """
 
     label = "GGUF"
@@ -273,7 +274,7 @@ class GgufModel:
         return self._file.read_bytes(self._views[name].stored)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
         return self._read_range(name, start, stop, self._file.read_steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
@@ -349,7 +350,7 @@ def open_model(path: Path) -> list[GgufModel]:
     """Open a GGUF model: one file, or all of a model in parts.
 
     Raises:
-        InputError: A part is missing, or two parts have the same tensor.
+        InputError: A part is missing or invalid, or two parts have the same tensor.
     """
     match = PART.fullmatch(path.name)
     if match is None:
@@ -395,7 +396,7 @@ def config_of(models: list[GgufModel]) -> dict[str, Any]:
 
 
 def single_model(folder: Path) -> tuple[Path | None, int]:
-    """Return the only GGUF model of a folder, by its first file, and the number of models in it."""
+    """Return the first file of the only GGUF model in a folder, None unless there is one, and the number of models."""
     files = sorted(folder.glob("*.gguf"))
     first = [file for file in files if (match := PART.fullmatch(file.name)) is None or int(match["number"]) == 1]
     return (first[0] if len(first) == 1 else None), len(first)

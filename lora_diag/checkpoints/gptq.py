@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.compressed import INTEGERS, checked_groups
+from lora_diag.checkpoints.compressed import INTEGERS, read_checked_groups
 from lora_diag.checkpoints.packing import RowWeight, read_columns, require, unpack
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import InputError
@@ -35,6 +35,8 @@ WORDS = frozenset({"int32"})
 BITS = (2, 4, 8)
 # Place of each output in a word of AWQ.
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_FIX = "give the unquantized checkpoint, or analyse the adapter alone"
+# Format of a file -> offset to add to its zero points.
 FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 
@@ -66,7 +68,7 @@ class Layout:
 
 
 def values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return rows (outputs) of the weight."""
+    """Return the rows ``first:last`` (outputs) of the weight, float32."""
     import torch
 
     group = _read_groups(layout)
@@ -85,7 +87,7 @@ def values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in rows of the weight."""
+    """Return the distance between neighbouring values in the rows ``first:last`` of the weight."""
     return _read_scales(layout, first, last).abs()[_read_groups(layout)].T
 
 
@@ -99,7 +101,7 @@ def _read_groups(layout: Layout) -> torch.Tensor:
 
     if not layout.ordered:
         return torch.arange(layout.shape[1]) // layout.group
-    return checked_groups(layout.source, f"{layout.module}.g_idx", layout.groups)
+    return read_checked_groups(layout.source, f"{layout.module}.g_idx", layout.groups)
 
 
 def _unpack_along_outputs(layout: Layout, part: str, rows: int, first: int, last: int) -> torch.Tensor:
@@ -198,7 +200,7 @@ def _find_group_size(
 
 
 def _find_zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, Any]) -> int:
-    """Return the offset to add to stored zero points."""
+    """Return the offset to add to stored zero points; refuse unsupported formats and GPTQ without a configuration."""
     if awq:
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm":
@@ -215,7 +217,7 @@ def _find_zero_point_offset(source: Checkpoint, awq: bool, config: Mapping[str, 
     return FORMATS[kind]
 
 
-def ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+def find_ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a note if zero points of 0 occur in a file of format ``gptq``, which libraries read differently.
 
     Args:
@@ -242,6 +244,3 @@ def ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapp
                     f"{zeros} holds zero points of 0, of which auto-gptq and gptqmodel make other numbers; read as 0",
                 )
     return ()
-
-
-_FIX = "give the unquantized checkpoint, or analyse the adapter alone"

@@ -59,7 +59,7 @@ def parse(text: str) -> HubId | None:
 
 
 def loadable(address: str) -> str:
-    """Return the name by which transformers and PEFT find a model: the id of an ``hf://`` address, else unchanged.
+    """Return the name by which transformers and PEFT find a model: ``org/name`` of an ``hf://`` one, else unchanged.
 
     >>> loadable("hf://org/name@main/merged"), loadable("runs/base")
     ('org/name', 'runs/base')
@@ -79,8 +79,8 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         A folder in the cache of ``huggingface_hub``.
 
     Raises:
-        InputError: ``huggingface_hub`` is not installed, the model does not exist or cannot be reached, or it has no
-            weights with these names.
+        InputError: ``huggingface_hub`` is not installed, the model does not exist, cannot be reached or is not complete
+            in the cache while offline, or it has no complete set of weights with these names.
     """
     try:
         from huggingface_hub import constants
@@ -88,7 +88,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         raise InputError(
             f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: {install_command('hub')}"
         ) from error
-    folder = _find_complete_folder(_search_cache(hub_id), weights)
+    folder = _find_complete_folder(_make_cache_finder(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
         return folder
     if constants.HF_HUB_OFFLINE:
@@ -96,7 +96,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
             f"{hub_id}: no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}; "
             "unset HF_HUB_OFFLINE to download it from the Hub"
         )
-    if folder := _find_complete_folder(_search_hub(hub_id), weights):
+    if folder := _find_complete_folder(_make_hub_finder(hub_id), weights):
         return folder
     raise InputError(
         f"{hub_id}: the Hub repository has no complete set of weights; looked for {', '.join((*weights, *ADAPTER))}"
@@ -125,7 +125,7 @@ def _list_shards(index: Path) -> Iterator[str]:
     yield from sorted(name for name in names if isinstance(name, str) and re.fullmatch(PART, name))
 
 
-def _search_cache(hub_id: HubId) -> Get:
+def _make_cache_finder(hub_id: HubId) -> Get:
     """Return a function that finds a file of a repository in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -136,8 +136,8 @@ def _search_cache(hub_id: HubId) -> Get:
     return get
 
 
-def _search_hub(hub_id: HubId) -> Get:
-    """Return a function that downloads a file of a repository, if it has the file; list its files."""
+def _make_hub_finder(hub_id: HubId) -> Get:
+    """List the files of a repository; return a function that downloads one of them; None for other names."""
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -163,7 +163,7 @@ def _join_inside(hub_id: HubId, name: str) -> str:
 
 
 def unreachable(hub_id: HubId, error: Exception, address: str = "") -> InputError:
-    """Translate a failure of the Hub; ``address`` is the ``hf://`` address, empty for a bare id."""
+    """Return the error for a failure of the Hub; ``address`` is the ``hf://`` address, empty for a bare id."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     match error:
@@ -177,5 +177,5 @@ def unreachable(hub_id: HubId, error: Exception, address: str = "") -> InputErro
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             cached = "" if address else "it is not in the Hugging Face cache, and "
             reason = f"{cached}the Hub cannot be reached ({why}); check the path, or the network"
-    text = f"{address}: {reason}" if address else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
-    return InputError(text)
+    message = f"{address}: {reason}" if address else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
+    return InputError(message)

@@ -145,14 +145,14 @@ class _Machine:
             _INSTRUCTIONS[name](self, argument)
 
     def pop(self) -> Any:
-        """Remove the topmost value."""
+        """Remove and return the topmost value; refuse a mark."""
         value = self.stack.pop()
         if value is _MARK:
             raise ValueError("a mark is in place of a value")
         return value
 
     def pop_to_mark(self) -> list[Any]:
-        """Remove the values above the topmost mark, and the mark."""
+        """Remove the topmost mark and the values above it; return the values."""
         index = len(self.stack) - 1
         while self.stack[index] is not _MARK:
             index -= 1
@@ -163,7 +163,7 @@ class _Machine:
         return values
 
     def top(self) -> Any:
-        """Return the topmost value, which stays."""
+        """Return the topmost value, which stays; refuse a mark."""
         value = self.stack[-1]
         if value is _MARK:
             raise ValueError("a mark is in place of a value")
@@ -176,7 +176,7 @@ class _Machine:
         self.stack.pop()
 
     def append(self, values: list[Any]) -> None:
-        """Append values to the topmost one."""
+        """Append values to the topmost one, a list or a record; a tuple, as which a set is read, stays as it is."""
         target = self.top()
         if isinstance(target, list):
             target.extend(values)
@@ -186,7 +186,7 @@ class _Machine:
             raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def store(self, values: list[Any]) -> None:
-        """Store values, keys and entries in turn, in the topmost one."""
+        """Store alternating keys and values in the topmost value, a dictionary or a record."""
         target = self.top()
         self.spend(sum(len(key) for key in values[::2] if isinstance(key, tuple)))
         pairs = [(_check_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
@@ -198,7 +198,7 @@ class _Machine:
             raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def build(self, _: Any) -> None:
-        """Set the state of the second value from the top to the topmost, which is removed."""
+        """Remove the topmost value, and make it the state of the one below if that is a record."""
         state, target = self.pop(), self.top()
         if isinstance(target, Record):
             target.state = state
@@ -255,7 +255,7 @@ def _pop_mark(machine: _Machine, _: Any) -> None:
     machine.pop_to_mark()
 
 
-def _make_tuple(count: int) -> Callable[[_Machine, Any], None]:
+def _make_tuple_instruction(count: int) -> Callable[[_Machine, Any], None]:
     """Return the instruction that makes a tuple of the topmost values."""
 
     def run(machine: _Machine, _: Any) -> None:
@@ -265,22 +265,22 @@ def _make_tuple(count: int) -> Callable[[_Machine, Any], None]:
     return run
 
 
-def _inst(machine: _Machine, argument: str) -> None:
+def _run_inst(machine: _Machine, argument: str) -> None:
     module, _, name = argument.partition(" ")
     machine.call(Record(module, name), tuple(machine.pop_to_mark()))
 
 
-def _obj(machine: _Machine, _: Any) -> None:
+def _run_obj(machine: _Machine, _: Any) -> None:
     target, *args = machine.pop_to_mark()
     machine.call(target, tuple(args))
 
 
-def _stack_global(machine: _Machine, _: Any) -> None:
+def _run_stack_global(machine: _Machine, _: Any) -> None:
     name, module = machine.pop(), machine.pop()
     machine.push_name(module, name)
 
 
-def _dict(machine: _Machine, _: Any) -> None:
+def _run_dict(machine: _Machine, _: Any) -> None:
     values = machine.pop_to_mark()
     machine.stack.append({})
     machine.store(values)
@@ -290,7 +290,7 @@ def _do_nothing(machine: _Machine, _: Any) -> None:
     """Do nothing: protocol, frames, and the end."""
 
 
-# Values whose entries a call may copy.
+# Types of values whose entries a call may copy.
 _SIZED = (str, bytes, bytearray, tuple, list, dict)
 
 # Instructions whose argument is the value.
@@ -320,23 +320,23 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "DUP": lambda machine, _: machine.stack.append(machine.top()),
     "TUPLE": lambda machine, _: _push_tuple(machine, machine.pop_to_mark()),
     "FROZENSET": lambda machine, _: _push_tuple(machine, machine.pop_to_mark()),
-    "TUPLE1": _make_tuple(1),
-    "TUPLE2": _make_tuple(2),
-    "TUPLE3": _make_tuple(3),
+    "TUPLE1": _make_tuple_instruction(1),
+    "TUPLE2": _make_tuple_instruction(2),
+    "TUPLE3": _make_tuple_instruction(3),
     "LIST": lambda machine, _: machine.stack.append(machine.pop_to_mark()),
-    "DICT": _dict,
+    "DICT": _run_dict,
     "APPEND": lambda machine, _: machine.append([machine.pop()]),
     "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "ADDITEMS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "SETITEM": lambda machine, _: machine.store([machine.pop(), machine.pop()][::-1]),
     "SETITEMS": lambda machine, _: machine.store(machine.pop_to_mark()),
     "GLOBAL": lambda machine, argument: machine.push_name(*argument.split(" ", 1)),
-    "STACK_GLOBAL": _stack_global,
+    "STACK_GLOBAL": _run_stack_global,
     "REDUCE": _Machine.reduce,
     "NEWOBJ": _Machine.reduce,
     "NEWOBJ_EX": _Machine.reduce_with_keywords,
-    "INST": _inst,
-    "OBJ": _obj,
+    "INST": _run_inst,
+    "OBJ": _run_obj,
     "BUILD": _Machine.build,
     "PUT": _Machine.memoize,
     "BINPUT": _Machine.memoize,

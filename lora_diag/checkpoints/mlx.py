@@ -50,13 +50,13 @@ class Layout:
 
 
 def values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return rows of the weight."""
+    """Return the rows ``first:last`` of the weight, float32."""
     codes = unpack(read_rows(layout.source, f"{layout.module}.weight", first, last), layout.bits, layout.columns)
     return codes.float() * _spread(layout, "scales", first, last) + _spread(layout, "biases", first, last)
 
 
 def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return steps whose half bounds the error in rows of the weight.
+    """Return steps whose half bounds the error in the rows ``first:last`` of the weight.
 
     That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest absolute value is stored
     exactly, which leaves others up to one step beyond the last code. Codes are chosen before scale and offset are
@@ -66,8 +66,8 @@ def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     scales = _spread(layout, "scales", first, last).abs()
     ends = (codes == 0) | (codes == (1 << layout.bits) - 1)
     spacing = 2.0 ** -MANTISSA[layout.source[f"{layout.module}.scales"].dtype]
-    rounded = scales * codes + _spread(layout, "biases", first, last).abs()
-    return scales * (1 + ends.float()) + rounded * spacing
+    magnitudes = scales * codes + _spread(layout, "biases", first, last).abs()
+    return scales * (1 + ends.float()) + magnitudes * spacing
 
 
 def _spread(layout: Layout, part: str, first: int, last: int) -> torch.Tensor:

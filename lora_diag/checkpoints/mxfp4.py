@@ -49,26 +49,26 @@ class Layout:
     inputs: int
 
 
-def decode(layout: Layout, first: int, last: int, table: Any) -> torch.Tensor:
-    """Return rows of the stack as presented, ``(E · in, out)``: inputs ``first:last``, counted over all experts.
+def decode(layout: Layout, first: int, last: int, of_codes: Any) -> torch.Tensor:
+    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``.
 
     Args:
         layout: The stack.
         first: First row.
         last: One past the last row.
-        table: Returns the number of a code, without its scale.
+        of_codes: Returns the value or the step of each code, without its scale.
     """
     import torch
 
     parts = []
     for expert in range(first // layout.inputs, -(-last // layout.inputs)):
         low, high = max(0, first - expert * layout.inputs), min(layout.inputs, last - expert * layout.inputs)
-        parts.append(_decode_expert(layout, expert, low, high, table))
+        parts.append(_decode_expert(layout, expert, low, high, of_codes))
     return torch.cat(parts)
 
 
-def _decode_expert(layout: Layout, expert: int, first: int, last: int, table: Any) -> torch.Tensor:
-    """Return the inputs ``first:last`` of one expert, ``(last − first, out)``."""
+def _decode_expert(layout: Layout, expert: int, first: int, last: int, of_codes: Any) -> torch.Tensor:
+    """Return values or steps of the inputs ``first:last`` of one expert, ``(last − first, out)``."""
     import torch
 
     groups = layout.inputs // GROUP
@@ -80,7 +80,7 @@ def _decode_expert(layout: Layout, expert: int, first: int, last: int, table: An
         span = (expert * layout.out + row) * groups, (expert * layout.out + end) * groups
         codes = layout.source.read(f"{layout.name}{BLOCKS}", span[0] * 16, span[1] * 16).view(end - row, groups, 16)
         scales = layout.source.read(f"{layout.name}{SCALES}", *span).view(end - row, groups)[:, low:high]
-        values = table(unpack(codes[:, low:high].reshape(end - row, -1), 4, (high - low) * GROUP))
+        values = of_codes(unpack(codes[:, low:high].reshape(end - row, -1), 4, (high - low) * GROUP))
         values *= e8m0(scales).repeat_interleave(GROUP, dim=1)
         out[:, row:end] = values[:, first - low * GROUP : last - low * GROUP].T
     return out
@@ -112,6 +112,6 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
             TensorInfo(name, (shape[0], layout.inputs, layout.out), "float32", stored="mxfp4"),
             blocks,
             (f"{name}{SCALES}",),
-            partial(decode, layout, table=fp4_values),
-            partial(decode, layout, table=mxfp4_steps),
+            partial(decode, layout, of_codes=fp4_values),
+            partial(decode, layout, of_codes=mxfp4_steps),
         )

@@ -1,10 +1,10 @@
-"""Names of weights as wrappers store them, and the plain names under which they are presented.
+"""Names of stored tensors: attributes of wrappers are dropped, and unsupported quantized formats are refused.
 
 ``torch.compile``, FSDP and activation checkpointing wrap modules and add their attribute to every name. No model has a
 module ``_orig_mod``, so these attributes are dropped anywhere in a name. ``module`` (DataParallel, DeepSpeed) could be
 a model's own name, so it is dropped only if every name begins with it.
 
-Weights in unsupported quantized formats: recognized by tensor names or configuration, and refused.
+Unsupported formats of quantized weights are recognized by tensor names, dtypes or the configuration.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def drop_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], 
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """Drop the attributes of wrappers from names.
+    """Return names without the attributes of wrappers.
 
     >>> plain_names(["module._orig_mod.a.weight", "module._orig_mod.b._fsdp_wrapped_module.weight"])
     ['a.weight', 'b.weight']
@@ -101,17 +101,19 @@ PACKED = (
 AMBIGUOUS = frozenset({"._data", ".bitmask"})
 
 # Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
-READ = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
+READ_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
 
 # Formats in which every quantized weight is packed into tensors of other names.
-PACKING = ("gptq", "awq", "mxfp4")
+PACKING_METHODS = ("gptq", "awq", "mxfp4")
 
-KEY = "quant_method in config.json"
-FLOATS = "if these weights are plain floats, remove quantization_config from config.json"
-NOT_FLOATS = "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
+METHOD_KEY = "quant_method in config.json"
+FLOATS_ADVICE = "if these weights are plain floats, remove quantization_config from config.json"
+NOT_FLOATS_ADVICE = (
+    "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
+)
 
 # Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
-WRAPPED = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
+UNMERGED_FACTOR = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,10 +141,11 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
         for name in packed:
             if name.endswith(suffix) and (suffix not in AMBIGUOUS or source[name].dtype not in FLOAT_DTYPES):
                 label = str(method).upper() if method and str(method).upper() in label else label
-                raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {NOT_FLOATS}")
-    if method is not None and method not in READ:
+                raise InputError(f"{source.file_of(name)}: is {label}-quantized ({name}); {NOT_FLOATS_ADVICE}")
+    if method is not None and method not in READ_METHODS:
         raise InputError(
-            f"{source.path}: is quantized with {method!r} ({KEY}), which is not supported; {NOT_FLOATS}; {FLOATS}"
+            f"{source.path}: is quantized with {method!r} ({METHOD_KEY}), which is not supported; {NOT_FLOATS_ADVICE}; "
+            f"{FLOATS_ADVICE}"
         )
 
 
@@ -158,8 +161,10 @@ def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collec
         InputError: None is of the configured method.
     """
     method = config.get("quant_method")
-    if method in PACKING and not any(str(kind).startswith(method) for kind in stored):
-        raise InputError(f"{source.path}: is quantized with {method!r} ({KEY}), but holds no such weight; {FLOATS}")
+    if method in PACKING_METHODS and not any(str(kind).startswith(method) for kind in stored):
+        raise InputError(
+            f"{source.path}: is quantized with {method!r} ({METHOD_KEY}), but holds no such weight; {FLOATS_ADVICE}"
+        )
 
 
 def refuse_integer_weights(presented: Checkpoint) -> None:
@@ -176,7 +181,7 @@ def refuse_integer_weights(presented: Checkpoint) -> None:
         if name.endswith(".weight") and len(info.shape) > 1 and info.dtype.startswith(("int", "uint", "F4", "F6")):
             raise InputError(
                 f"{presented.file_of(name)}: {name} is stored as {info.dtype}, in no known quantized format; "
-                f"{NOT_FLOATS}"
+                f"{NOT_FLOATS_ADVICE}"
             )
 
 
@@ -187,7 +192,7 @@ def refuse_unmerged(source: Checkpoint) -> None:
         InputError: A weight and the factors of its adapter are both present.
     """
     for name in source:
-        match = WRAPPED.fullmatch(name)
+        match = UNMERGED_FACTOR.fullmatch(name)
         if match and any(f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")):
             raise InputError(
                 f"{source.file_of(name)}: is an unmerged PEFT state dict ({name} and its weight are both present) "

@@ -33,7 +33,7 @@ class RowWeight:
         parts: Names of the other tensors that belong to it and are not presented.
         values: Returns the rows ``first:last`` of the weight as a matrix ``(∏ shape[:-1], shape[-1])``, float32. A
             ``functools.partial`` of a module's function, so that the weight can be sent to another process.
-        steps: Likewise the distance to the next number that the format can store there.
+        steps: Likewise the steps, whose half bounds the error of each entry.
     """
 
     info: TensorInfo
@@ -50,14 +50,14 @@ class RowWeight:
         """Return steps whose half bounds the error of the entries ``start:stop``, float32."""
         return self._read_range(self.steps, start, stop)
 
-    def _read_range(self, rows: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def _read_range(self, decode_rows: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
         import torch
 
         if start >= stop:
             return torch.empty(0)
         width = self.info.shape[-1]
         first, last = start // width, -(-stop // width)
-        return rows(first, last).reshape(-1)[start - first * width : stop - first * width].contiguous()
+        return decode_rows(first, last).reshape(-1)[start - first * width : stop - first * width].contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ class PatchedFile:
         self.metadata: Mapping[str, str] = patch.files[0].metadata
         changed = [name.removesuffix(INDICES) for name in patch if name.endswith(INDICES)]
         for name in changed:
-            self._check(name)
+            self._check_change(name)
         self._changed = frozenset(changed)
         unknown = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
         if unknown:
@@ -72,7 +72,7 @@ class PatchedFile:
         return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
         return self._base.read_steps(name, start, stop)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ class PatchedFile:
             raise InputError(f"{self._file}: {name}{INDICES} names entry {entry} twice; write the patch again")
         return positions, (positions >= start) & (positions < stop)
 
-    def _check(self, name: str) -> None:
+    def _check_change(self, name: str) -> None:
         """Refuse a change of a tensor that is incomplete, or does not fit BASE."""
         values, indices = f"{name}{VALUES}", f"{name}{INDICES}"
         if name not in self._base:
@@ -120,7 +120,7 @@ class PatchedFile:
             )
 
     def _describe_tensor(self, name: str) -> TensorInfo:
-        """Return a tensor as presented: in the dtype of BASE, or wider where the new values are."""
+        """Return a tensor as presented: in the dtype of BASE, or in a wider one where the new values have another."""
         info = self._base[name]
         if name not in self._changed:
             return info
@@ -158,7 +158,7 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         if not is_patch(opened[0]):
             return opened[0]
     checkpoint = base
-    for patch in sorted(opened, key=_sort_key):
+    for patch in sorted(opened, key=_make_sort_key):
         file: TensorFile = PatchedFile(checkpoint, patch, path if len(opened) > 1 else patch.files[0].path)
         checkpoint = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
     if len(opened) == 1:
@@ -167,8 +167,8 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
     return Checkpoint(path, "sparse patches", checkpoint.files, notes, base.config)
 
 
-def _sort_key(patch: Checkpoint) -> tuple[int, str]:
-    """Return a sort key: the version of a patch, then its name."""
+def _make_sort_key(patch: Checkpoint) -> tuple[int, str]:
+    """Return a sort key: the version of a patch, 0 without a valid one, then the name of its file."""
     version = patch.files[0].metadata.get("model_version", "")
-    known = version.isascii() and version.isdecimal() and len(version) < 20
-    return int(version) if known else 0, patch.files[0].path.name
+    is_number = version.isascii() and version.isdecimal() and len(version) < 20
+    return int(version) if is_number else 0, patch.files[0].path.name

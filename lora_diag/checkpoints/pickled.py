@@ -67,12 +67,12 @@ class TorchFile:
         tensor = self._state[name]
         if tensor.is_contiguous():
             view = tensor.view(-1)[start:stop]
-            out, used = view.clone(), (view.data_ptr(), view.numel() * view.element_size())
+            out, copied_bytes = view.clone(), (view.data_ptr(), view.numel() * view.element_size())
         else:
             storage = tensor.untyped_storage()
-            out, used = _read_strided(tensor, start, stop), (storage.data_ptr(), storage.nbytes())
+            out, copied_bytes = _read_strided(tensor, start, stop), (storage.data_ptr(), storage.nbytes())
         if self._mapped:
-            _release_pages(*used)
+            _release_pages(*copied_bytes)
         return out
 
     def read_bytes(self, name: str) -> bytes:
@@ -88,7 +88,9 @@ class TorchFile:
             with open_regular(self.path) as file:
                 self._mapped = file.read(4) == ZIP
             # A mapped file stays readable after its name is removed.
-            local_copy = self.path.downloaded() if isinstance(self.path, RemotePath) else nullcontext(self.path)
+            local_copy = (
+                self.path.download_temporarily() if isinstance(self.path, RemotePath) else nullcontext(self.path)
+            )
             with local_copy as local, warnings.catch_warnings():
                 (_check_archive if self._mapped else _check_legacy)(Path(local), self.path)
                 warnings.simplefilter("ignore")  # about pickle protocols: the file is refused or read below
@@ -140,21 +142,21 @@ def _check_archive(file: Path, path: Path) -> None:
         zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:
-        parts = archive.infolist()
-        _check_entries(parts, file, path)
-        for part in parts:
-            if part.filename.endswith("data.pkl"):
-                inert.load(archive.read(part), path, part.filename)
+        entries = archive.infolist()
+        _check_entries(entries, file, path)
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                inert.load(archive.read(entry), path, entry.filename)
 
 
-def _check_entries(parts: Sequence[zipfile.ZipInfo], file: Path, path: Path) -> None:
-    for part in parts:
-        if part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size:
+def _check_entries(entries: Sequence[zipfile.ZipInfo], file: Path, path: Path) -> None:
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise InputError(
-                f"{path}: {part.filename} is compressed, which torch.save never does; "
+                f"{path}: {entry.filename} is compressed, which torch.save never does; "
                 "write the file again with torch.save or safetensors"
             )
-    total, size = sum(part.file_size for part in parts), file.stat().st_size
+    total, size = sum(entry.file_size for entry in entries), file.stat().st_size
     if total > size:
         raise InputError(
             f"{path}: its entries claim {total:,} bytes, but the file has {size:,}; copy or download it again"
@@ -170,8 +172,8 @@ def _check_legacy(file: Path, path: Path) -> None:
     with file.open("rb") as content:
         # A magic number, version, machine, data and names of the storages; any other file is refused by torch.
         if inert.load(content, path, "the first pickle") == MAGIC:
-            for part in ("version", "machine", "data", "list of storages"):
-                inert.load(content, path, f"the {part}")
+            for entry in ("version", "machine", "data", "list of storages"):
+                inert.load(content, path, f"the {entry}")
 
 
 def _find_state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:

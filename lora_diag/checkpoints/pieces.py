@@ -3,8 +3,7 @@
 A box is given by the index of its first entry in the whole tensor and its sizes. The boxes of a tensor must be disjoint
 and cover it; FSDP cuts along the first dimension, tensor parallelism along any.
 
-torch.distributed.checkpoint in safetensors: pieces of tensors, in files named ``shard-…-model-…``.
-
+``PiecesFolder`` reads such tensors of torch.distributed.checkpoint in safetensors, in files named ``shard-…-model-…``.
 The header of each file gives, under ``DCP_SHARDING_INFO``, the index of the whole tensor at which its piece begins. The
 headers do not state the shape of the whole tensor: if the last pieces are missing, only the shape shows it.
 
@@ -77,12 +76,12 @@ class Boxes:
         self.shape = shape
         filled = [box for box in boxes if math.prod(box.sizes)]
         self.boxes = sorted(filled or boxes[:1], key=lambda box: box.offsets)
-        self._check(name, path)
+        self._check_coverage(name, path)
         # The last dimension that is cut: entries of one index up to it are contiguous.
         cut = [d for d in range(len(shape)) if any(box.sizes[d] != shape[d] for box in self.boxes)]
         self._cut = cut[-1] if cut else 0
 
-    def _check(self, name: str, path: Path) -> None:
+    def _check_coverage(self, name: str, path: Path) -> None:
         """Refuse boxes that overlap, lie outside the tensor, or do not cover it."""
         covered = 0
         for box in self.boxes:
@@ -101,7 +100,10 @@ class Boxes:
             )
 
     def _has_overlap(self) -> bool:
-        """Return whether two boxes have an entry in common. Boxes are sorted by their first index."""
+        """Return whether two boxes have an entry in common, or there are too many pairs to compare.
+
+        Boxes are sorted by their first index.
+        """
         pairs = 0
         for index, box in enumerate(self.boxes):
             for other in self.boxes[index + 1 :]:
@@ -128,12 +130,12 @@ class Boxes:
         first, last = start // width, -(-stop // width)
         out: torch.Tensor | None = None
         for box in self.boxes:
-            left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
+            left, box_width = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
             for row, index, count in _find_runs(box, self.shape, self._cut, first, last):
-                part = box.source.read(index * across, (index + count) * across).view(count, across)
+                part = box.source.read(index * box_width, (index + count) * box_width).view(count, box_width)
                 if out is None:
                     out = torch.empty((last - first, width), dtype=part.dtype)
-                out[row - first : row - first + count, left : left + across] = part
+                out[row - first : row - first + count, left : left + box_width] = part
         assert out is not None
         return out.view(-1)[start - first * width : stop - first * width].clone()
 
@@ -159,11 +161,13 @@ class Boxes:
         inner = math.prod(self.shape[self._cut + 1 :]) * width
         for box in self.boxes:
             content = box.source.read_bytes()
-            left, across = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
+            left, box_width = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
             for row, index, count in _find_runs(box, self.shape, self._cut, 0, len(out) // max(1, row_bytes)):
                 for i in range(count):
                     position = (row + i) * row_bytes + left
-                    out[position : position + across] = content[(index + i) * across : (index + i + 1) * across]
+                    out[position : position + box_width] = content[
+                        (index + i) * box_width : (index + i + 1) * box_width
+                    ]
         return bytes(out)
 
 
@@ -185,7 +189,7 @@ def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int
     top, box_height = box.offsets[cut - 1], box.sizes[cut - 1]
     runs = []
     for slab in range(first // height, -(-last // height)):
-        index = _index_in_box(slab, slabs, box.offsets, box_slabs)
+        index = _find_index_in_box(slab, slabs, box.offsets, box_slabs)
         if index is None:
             continue
         low, high = max(first, slab * height + top), min(last, slab * height + top + box_height)
@@ -194,7 +198,9 @@ def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int
     return runs
 
 
-def _index_in_box(index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int | None:
+def _find_index_in_box(
+    index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> int | None:
     """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
     result, step = 0, 1
     for size, offset, box_size in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):

@@ -39,7 +39,7 @@ class QuantizedWeight(Protocol):
         ...
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
-        """Return the distance to the next storable number at the entries ``start:stop``, float32."""
+        """Return steps whose half bounds the error of the entries ``start:stop``, float32."""
         ...
 
 
@@ -90,7 +90,7 @@ class Dequantized:
         return self._file.read_bytes(name)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
         weight = self._weights.get(name)
         return weight.read_steps(start, stop) if weight else None
 
@@ -108,7 +108,7 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
         config: Its ``quantization_config``; empty without one.
 
     Returns:
-        The files, and a note with the number of weights of each format.
+        The files, and notes: the number of weights of each format, and zero points that libraries read differently.
 
     Raises:
         InputError: A tensor of a quantized weight is missing, has the wrong size or contradicts the configuration.
@@ -127,5 +127,5 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
     counts = Counter(weight.info.stored for weight in weights.values())
     formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
     note = f"quantized weights are dequantized while they are read: {formats}"
-    notes = (note, *gptq.ambiguous_zeros(source, weights, config))
+    notes = (note, *gptq.find_ambiguous_zeros(source, weights, config))
     return tuple(Dequantized(file, by_place, hidden) for file in source.files), notes

@@ -85,19 +85,22 @@ class RanksFolder:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.metadata: Mapping[str, str] = {}
-        parts: dict[str, list[_Part]] = {}
+        parts_by_name: dict[str, list[_Part]] = {}
         files = _find_files(folder)
         for rank, path in enumerate(files):
             for name, pieces in _read_parts(path, rank).items():
-                parts.setdefault(name, []).extend(pieces)
-        if not parts:
+                parts_by_name.setdefault(name, []).extend(pieces)
+        if not parts_by_name:
             raise InputError(f"{folder}: the files {PATTERN} hold no tensors; save the model again")
-        distributed = any(part.sharded_dims is not None or part.offsets is not None for part in _flatten_parts(parts))
+        distributed = any(
+            part.sharded_dims is not None or part.offsets is not None for part in _flatten_parts(parts_by_name)
+        )
         self._boxes = {
-            name: _join_parts(folder, name, pieces, len(files), distributed) for name, pieces in parts.items()
+            name: _join_parts(folder, name, pieces, len(files), distributed) for name, pieces in parts_by_name.items()
         }
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, boxes.shape, parts[name][0].tensor.dtype) for name, boxes in self._boxes.items()
+            name: TensorInfo(name, boxes.shape, parts_by_name[name][0].tensor.dtype)
+            for name, boxes in self._boxes.items()
         }
         self.notes: tuple[str, ...] = (f"assembled from the files of {len(files)} ranks",)
         if not distributed and len(files) > 1:
@@ -148,7 +151,7 @@ def _find_files(folder: Path) -> list[Path]:
 
 
 def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
-    """Return the contents of the file of a rank."""
+    """Return the parts of tensors in the file of a rank, by the names of the tensors."""
     file = FileBytes(path)
     archive = Archive(file, (0, path.stat().st_size), path.name)
     state = archive.value
@@ -191,7 +194,7 @@ def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> lis
 
 
 def _find_state(value: Any, name: str) -> Any:
-    """Return the state of an object of a subclass of Tensor; None if it is another."""
+    """Return the state of an object of the subclass ``name`` of Tensor; None for any other value."""
     if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
         kind = value.args[1]
         return value.args[3] if isinstance(kind, Record) and kind.name == name else None
@@ -199,20 +202,20 @@ def _find_state(value: Any, name: str) -> Any:
 
 
 def _read_dtensor(value: Any) -> tuple[Any, Any]:
-    """Return the local tensor and the specification of a DTensor.
+    """Return the local tensor and the specification of a DTensor; None twice for any other value.
 
     ``_rebuild_from_type_v2(function, type, args, state)``, and the state is that of the object.
     """
     state = _find_state(value, "DTensor")
     if state is not None:
-        for item in state[:2] if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
-            if isinstance(item, dict) and "_local_tensor" in item:
-                return item["_local_tensor"], item.get("_spec")
+        for fields in state[:2] if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
+            if isinstance(fields, dict) and "_local_tensor" in fields:
+                return fields["_local_tensor"], fields.get("_spec")
     return None, None
 
 
 def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
-    """Return the part of a DTensor."""
+    """Return the part of a DTensor that this rank holds."""
     path = archive.file.path
     meta = spec.get("tensor_meta")
     shape = meta.args[0] if isinstance(meta, Record) and meta.args else None
@@ -229,6 +232,7 @@ def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: 
 
 
 def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
+    """Return the tensor dimension that a placement cuts; None if it repeats the tensor."""
     kind = placement.name if isinstance(placement, Record) else ""
     if kind == "Replicate":
         return None
@@ -293,7 +297,7 @@ def _read_sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
 
 
 def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
-    """Put the parts of a tensor together."""
+    """Return a tensor put together from its parts; ``distributed`` is whether any tensor states how it is cut."""
     first = parts[0]
     if len({(part.tensor.dtype, part.shape, part.sharded_dims is None) for part in parts}) > 1:
         raise InputError(f"{folder}: the ranks disagree about {name}; the folder holds files of two checkpoints")
@@ -328,7 +332,7 @@ def _make_box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], sh
 
 
 def _assemble_parts(folder: Path, name: str, parts: list[_Part]) -> Boxes:
-    """Join the parts of a DTensor; of every repeated dimension of the mesh, one place is used."""
+    """Return a DTensor put together from its parts; of every repeated dimension of the mesh, one place is used."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     by_coordinates = {part.coordinates: part for part in parts}
     if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(parts):

@@ -141,7 +141,7 @@ class RemotePath(_Path):
         return io.BufferedReader(_Raw(self), BUFFER_BYTES)
 
     @contextmanager
-    def downloaded(self) -> Iterator[str]:
+    def download_temporarily(self) -> Iterator[str]:
         """Download the whole file temporarily, for formats that cannot be read by ranges.
 
         Yields:
@@ -216,19 +216,19 @@ def as_path(address: Path | str) -> Path:
     return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2].rstrip(), root)))
 
 
-def _open_store(scheme: str, rest: str, root: str) -> Store:
+def _open_store(scheme: str, location: str, root: str) -> Store:
     """Return the store for an address.
 
     Args:
         scheme: ``s3``, ``gs``, ``hf``, ``https`` or ``http``.
-        rest: The part after ``://``, with secrets.
+        location: The part after ``://``, with secrets.
         root: The printable address.
 
     Raises:
         InputError: The address is incomplete, or the package that reads it is not installed.
     """
     try:
-        parts = urlsplit(f"{scheme}://{rest}")
+        parts = urlsplit(f"{scheme}://{location}")
         is_valid = parts.port != 0 and not root.endswith(HIDDEN)
     except ValueError:  # its message may have a part of the password
         is_valid = False
@@ -241,9 +241,9 @@ def _open_store(scheme: str, rest: str, root: str) -> Store:
             raise InputError(f"{root}: the address has no host; give https://host/path")
         from lora_diag.checkpoints.stores_web import HttpStore
 
-        user = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
-        return HttpStore(root, user, parts.query)
-    if "@" in rest.partition("/")[0] or "?" in rest:
+        credentials = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        return HttpStore(root, credentials, parts.query)
+    if "@" in location.partition("/")[0] or "?" in location:
         raise InputError(
             f"{root}: {scheme}:// accepts no password and no query; provide credentials as for the tools of that cloud "
             "(environment, configuration files)"
@@ -251,7 +251,7 @@ def _open_store(scheme: str, rest: str, root: str) -> Store:
     if scheme == "hf":
         from lora_diag.checkpoints.stores_hub import open_hub
 
-        return open_hub(rest.rstrip("/"), root)
+        return open_hub(location.rstrip("/"), root)
     from lora_diag.checkpoints.stores_bucket import BucketStore
 
     return BucketStore(scheme)

@@ -4,11 +4,8 @@ The header is parsed here and not by the library, for three reasons. Ranges are 
 memory, so pages of a 100 GB checkpoint never count as resident, and a file that shrinks gives an error instead of a
 SIGBUS. Duplicate names, which the library accepts, are refused. Opening imports no torch.
 
-Reference: https://github.com/huggingface/safetensors#format
-
-Write a safetensors file tensor by tensor, to a temporary file that is then renamed.
-
-Only one tensor is in memory at a time, and the same tensors always give the same bytes.
+A file is written tensor by tensor, to a temporary file that is then renamed: only one tensor is in memory at a time,
+and the same tensors always give the same bytes.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -131,7 +128,7 @@ class SafetensorsFile:
         return decode(content, info.dtype).reshape(len(names), *info.shape)
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes:
-        """Return the bytes of a small tensor, or the first of any, without torch."""
+        """Return the bytes of a small tensor, or the first ``limit`` of any, without torch."""
         content = bytearray(self._bytes[name] if limit is None else min(limit, self._bytes[name]))
         self._content.fill(memoryview(content), self._start[name], name)
         return bytes(content)
@@ -164,6 +161,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, after refusing repeated names."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -183,7 +181,7 @@ def _check_metadata(value: Any, path: Path) -> dict[str, str]:
 def _check_tensors(
     header: dict[str, Any], data_bytes: int, path: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """Return all entries of the header, after checking that together they cover the data exactly once."""
+    """Return description and span of every tensor, after checking that the spans cover the data exactly once."""
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
@@ -277,7 +275,11 @@ def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, s
 
 
 def content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor in row-major order."""
+    """Return the bytes of a tensor in row-major order.
+
+    Raises:
+        ValueError: The tensor does not have the declared shape and dtype.
+    """
     import torch
 
     if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, info.dtype):

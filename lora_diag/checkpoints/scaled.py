@@ -100,10 +100,10 @@ class ScaledWeight:
         return self._apply_scales(torch.ones(stop - start), start, stop)
 
     def _apply_scales(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Multiply the entries ``start:stop`` by their scales, in place."""
+        """Multiply the entries ``start:stop`` by their scales and divide by the divisor, in place; return them."""
         if start >= stop:
             return values
-        columns = _matrix_shape(self.info.shape)[1]
+        columns = _find_matrix_shape(self.info.shape)[1]
         first, last = start // columns, -(-stop // columns)
         scales = self._read_scale_rows(first, last).repeat_interleave(self.grid.block[1], dim=1)[:, :columns]
         values *= scales.reshape(-1)[start - first * columns :][: stop - start]
@@ -113,7 +113,7 @@ class ScaledWeight:
         """Return the scales of the rows ``first:last`` of all matrices stacked vertically, float32."""
         import torch
 
-        grid, height = self.grid, _matrix_shape(self.info.shape)[0]
+        grid, height = self.grid, _find_matrix_shape(self.info.shape)[0]
         row = torch.arange(first, last)
         indices = row % height // grid.block[0]
         if grid.per_matrix:
@@ -141,11 +141,11 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: The scales of a weight are missing or have the wrong shape.
+        InputError: The scales of a weight are missing or have the wrong shape, or it has zero points.
     """
-    blocks = _read_configured_blocks(source, config)
+    configured_block = _read_configured_block(source, config)
     bare = []
-    scaled = False
+    found_scaled = False
     for name in source:
         info = source[name]
         if name.endswith(SCALES) or info.numel == 0 or not (info.dtype in FLOAT8 or info.dtype == "int8"):
@@ -154,7 +154,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         if scale is None:
             bare += [name] if info.dtype in FLOAT8 else []
             continue
-        scaled = True
+        found_scaled = True
         if name + "_zero_point" in source:
             raise InputError(
                 f"{source.file_of(name)}: {name} has unsupported zero points; give the unquantized checkpoint"
@@ -165,24 +165,24 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
             source,
             TensorInfo(name, info.shape, "float32", stored=info.dtype),
             scale,
-            grid_of(source, name, scale, blocks),
+            grid_of(source, name, scale, configured_block),
             parts=(scale, *(part for part in unused if part in source)),
         )
-    if bare and (scaled or config.get("quant_method") in METHODS):
+    if bare and (found_scaled or config.get("quant_method") in METHODS):
         raise InputError(
             f"{source.file_of(bare[0])}: {bare[0]} is stored as {source[bare[0]].dtype} without scales "
             f"({bare[0]}{SCALES[0]} or {bare[0]}{SCALES[1]}); save the model again"
         )
 
 
-def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] | None = None) -> Grid:
+def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[int, int] | None = None) -> Grid:
     """Return the layout of the scales of a weight.
 
     Args:
         source: The checkpoint as stored.
         name: Name of the weight.
         scale: Name of its scales.
-        blocks: Rows and columns of a block, if the configuration gives them.
+        configured_block: Rows and columns of a block, if the configuration gives them.
 
     Raises:
         InputError: The scales are not floats, or their shape does not match the weight's.
@@ -194,7 +194,7 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
             f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, but scales must be floats; "
             "save the model again"
         )
-    rows, columns = _matrix_shape(weight.shape)
+    rows, columns = _find_matrix_shape(weight.shape)
     if scales.numel == 1:
         return Grid(1, 1, (rows, columns), per_matrix=False)
     # Missing trailing dimensions have one scale for all entries: (out) is (out, 1).
@@ -202,13 +202,13 @@ def grid_of(source: Checkpoint, name: str, scale: str, blocks: tuple[int, int] |
     *stack, down, across = shape if len(shape) > 1 else (*shape, 1)
     if stack == list(weight.shape[:-2]) and down in {1, rows} and across == 1:
         return Grid(down, 1, (rows // down, columns))
-    block = blocks or (_infer_block_size(rows, down), _infer_block_size(columns, across))
+    block = configured_block or (_infer_block_size(rows, down), _infer_block_size(columns, across))
     if (
         stack != list(weight.shape[:-2])
         or min(block) < 1
         or (down, across) != (-(-rows // block[0]), -(-columns // block[1]))
     ):
-        expected = f" in blocks of {blocks[0]} × {blocks[1]}" if blocks else ""
+        expected = f" in blocks of {configured_block[0]} × {configured_block[1]}" if configured_block else ""
         raise InputError(
             f"{source.file_of(scale)}: {scale} has shape {list(scales.shape)}, which does not match {name} "
             f"{list(weight.shape)}{expected}; save the model again"
@@ -231,17 +231,17 @@ def _infer_block_size(size: int, count: int) -> int:
     return smallest if smallest * count == size else 0
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def _find_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return rows and columns of one matrix of a stack; a vector is a column, so it can have a scale per entry.
 
-    >>> _matrix_shape((8, 32, 64)), _matrix_shape((32,))
+    >>> _find_matrix_shape((8, 32, 64)), _find_matrix_shape((32,))
     ((32, 64), (32, 1))
     """
     rows, columns = (*shape, 1, 1)[:2] if len(shape) < 2 else shape[-2:]
     return rows, columns
 
 
-def _read_configured_blocks(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
+def _read_configured_block(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
     value = config.get("weight_block_size")
     if value is None:
         return None

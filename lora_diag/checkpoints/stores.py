@@ -2,7 +2,7 @@
 
 A store returns only verified data. Every range is checked against the request (position, length and size of the whole
 file) and against the version of the file whose header was read; any difference is an error. Retries and chunks belong
-to ``ranges``; each protocol has its own module ``stores_*``.
+to ``addresses``; each protocol has its own module ``stores_*``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.errors import InputError, install_command
 
-# File systems by scheme, process and the credential variables of the environment, which a notebook may change.
+# Variables of the environment with credentials and settings; a notebook may change them.
 SETTINGS = ("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_")
+# File systems by scheme, process and these variables.
 _FILE_SYSTEMS: dict[Any, Any] = {}
 
 # HTTP status codes that a retry may solve.
@@ -115,6 +116,6 @@ def filesystem(scheme: str, **options: Any) -> Any:
 
 
 def first_line_of(error: BaseException) -> str:
-    """Return the first line of a library's error, without the secret parts of addresses."""
+    """Return the first line of a library's error, at most 300 characters, without the secret parts of addresses."""
     lines = str(error).splitlines()
     return hide_secrets(lines[0])[:300] if lines else type(error).__name__

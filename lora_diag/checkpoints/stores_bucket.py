@@ -65,7 +65,7 @@ class BucketStore(Store):
         return _make_file_info(entry) if entry is not None and entry.get("type") == "file" else None
 
     def _list_entries(self, folder: str) -> dict[str, Any]:
-        """Return the entries of a folder by address, with one request."""
+        """Return the entries of a folder by address, requested once."""
         if folder not in self._listed:
             self._open()
             listing = call_with_retries(
@@ -79,14 +79,14 @@ class BucketStore(Store):
 
     def _open(self) -> None:
         if self._fs is None:
-            # Retries are done and counted in ``ranges``.
+            # Retries are done and counted in ``addresses``.
             options = {"config_kwargs": {"retries": {"max_attempts": 0}}} if self._scheme == "s3" else {}
             self._fs = filesystem(self._scheme, use_listings_cache=False, **options)
             if self._scheme == "s3":
                 self._fs.retries = 1
 
     def _call(self, address: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a method of the file system and translate its errors."""
+        """Call a method of the file system and translate its errors; return None if the file does not exist."""
         self._open()
         try:
             return function(*args, **options)
@@ -120,10 +120,10 @@ class BucketStore(Store):
         await self._fs.set_session()
         bucket, key, _ = self._fs.split_path(_make_key(address))
         client = await self._fs.get_s3(bucket)
-        match = {"IfMatch": file_info.version} if file_info.version else {}
+        condition = {"IfMatch": file_info.version} if file_info.version else {}
         try:
             response = await client.get_object(
-                Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **match, **self._fs.req_kw
+                Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **condition, **self._fs.req_kw
             )
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -104,14 +104,15 @@ async def _is_public(host: str) -> bool:
 
 
 def open_hub(location: str, root: str) -> HubStore:
-    """Resolve the commit and list the files of a repository.
+    """Return the store of a repository, after resolving its commit and listing its files.
 
     Args:
         location: The part after ``hf://``.
         root: The whole printable address.
 
     Raises:
-        InputError: The address is invalid, ``huggingface_hub`` is not installed, or the repository does not exist.
+        InputError: The address is invalid, ``huggingface_hub`` is not installed or offline, or the repository does not
+            exist or cannot be reached.
     """
     match = ADDRESS.fullmatch(location)
     if match is None or ".." in location:

@@ -40,17 +40,17 @@ class HttpStore(Store):
 
     Args:
         root: The printable address.
-        user: Name and password in the address; None without them.
+        credentials: Name and password in the address; None without them.
         query: The query of the address; sent with every request.
     """
 
     redirects = 0
 
-    def __init__(self, root: str, user: tuple[str, str] | None = None, query: str = "") -> None:
+    def __init__(self, root: str, credentials: tuple[str, str] | None = None, query: str = "") -> None:
         super().__init__()
-        self._user, self._query = user, query
+        self._credentials, self._query = credentials, query
         # A signature is valid for one file, so no other file of the folder is requested.
-        self._alone = root if query and FILES.search(root) else None
+        self._only_file = root if query and FILES.search(root) else None
 
     def url(self, address: str) -> str:
         """Return the URL of an address; existing escapes are kept."""
@@ -58,9 +58,9 @@ class HttpStore(Store):
 
     def headers(self) -> dict[str, str]:
         """Return the authorization header, if the address has a user."""
-        if self._user is None:
+        if self._credentials is None:
             return {}
-        return {"Authorization": f"Basic {b64encode(':'.join(self._user).encode()).decode()}"}
+        return {"Authorization": f"Basic {b64encode(':'.join(self._credentials).encode()).decode()}"}
 
     def version(self, headers: Any) -> str:
         """Return the version of the file given in the headers of an answer; empty if there is none."""
@@ -83,7 +83,7 @@ class HttpStore(Store):
         self._run(self._read, address, start, buffer, file_info)
 
     def _find(self, address: str) -> FileInfo | None:
-        if self.is_folder(address) or (self._alone and address != self._alone):
+        if self.is_folder(address) or (self._only_file and address != self._only_file):
             return None
         return call_with_retries(address, lambda: self._run(self._request_head, address))
 
@@ -109,7 +109,10 @@ class HttpStore(Store):
 
     @asynccontextmanager
     async def _get(self, address: str, start: int, stop: int) -> AsyncIterator[Any]:
-        """Request a range, following at most ``redirects`` redirects; credentials stay with the first host."""
+        """Request a range and yield the answer, after at most ``redirects`` redirects.
+
+        Credentials stay with the first host.
+        """
         import yarl
 
         session = await self._fs.set_session()
@@ -128,7 +131,10 @@ class HttpStore(Store):
             url = target
 
     async def _request_head(self, address: str) -> FileInfo | None:
-        """Request the first bytes of a file: presigned URLs refuse ``HEAD``, which would not prove range support."""
+        """Request the first bytes of a file; return its properties, None if it does not exist.
+
+        Presigned URLs refuse ``HEAD``, which would not prove range support.
+        """
         async with _limit_time() as count, self._get(address, 0, HEAD_BYTES) as response:
             if response.status in {404, 410}:
                 return None
@@ -144,7 +150,7 @@ class HttpStore(Store):
             return FileInfo(size, self.version(response.headers), content)
 
     async def _read_whole(self, address: str, response: Any, count: Callable[[int], int]) -> FileInfo:
-        """Read a small file whole from a server that ignores ranges."""
+        """Return the properties and content of a small file, from a server that ignores ranges."""
         size = response.content_length
         if size is None or size > MAX_WHOLE_BYTES:
             raise InputError(
@@ -157,6 +163,7 @@ class HttpStore(Store):
         return FileInfo(size, self.version(response.headers), content, ranged=False)
 
     async def _read(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
+        """Fill a buffer by one range request, after checking range, size and version in the answer."""
         import aiohttp
 
         stop, done = start + len(buffer), 0
@@ -206,7 +213,7 @@ class HttpStore(Store):
             )
 
     def _suggest_access(self) -> str:
-        if self._query or self._user:
+        if self._query or self._credentials:
             return "the credentials in the address are refused; a signature may be expired, or valid for another file"
         return "the file is not public or does not exist; for a private bucket give s3://, gs:// or a presigned URL"
 

@@ -74,7 +74,7 @@ class SteppedFile(Protocol):
     """A file of tensors with known quantization steps."""
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the distance to the next storable number at the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
         ...
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
@@ -94,7 +94,7 @@ class ArrayFile(Protocol):
         ...
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes:
-        """Return the first bytes of a tensor, or all."""
+        """Return the first ``limit`` bytes of a tensor, or all."""
         ...
 
 
@@ -154,7 +154,7 @@ class Checkpoint:
         return self._file_by_name[name].read_bytes(name)
 
     def are_zero(self, names: Iterable[str]) -> Iterator[bool]:
-        """Yield whether all entries of tensors are zero; remote files are requested concurrently."""
+        """Yield for each tensor whether all its entries are zero; remote files are requested concurrently."""
         if isinstance(self.files[0].path, RemotePath):
             from lora_diag.checkpoints.addresses import map_concurrently  # imported only for remote files
 
@@ -236,9 +236,9 @@ class Checkpoint:
             stop: One past the last entry; default all.
 
         Returns:
-            1-D float32 tensor: the distance from each entry to the next number that the storage format can represent
-            there; half of it bounds the rounding error. None if the bytes in the file are the values (``stored`` is
-            None); the step then follows from value and dtype.
+            1-D float32 tensor: steps whose half bounds the rounding error of each entry, mostly the distance to the
+            next number that the storage format can represent there. None if the bytes in the file are the values
+            (``stored`` is None); the step then follows from value and dtype.
 
         Raises:
             InputError: The file ended early or could not be read.

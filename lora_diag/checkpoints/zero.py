@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_optim_states\.pt")
+# File names: all optimizer files, the model file of stages 1 and 2, that of a rank in stage 3, and folders of steps.
 STATES = "*_optim_states.pt"
 WHOLE = "mp_rank_00_model_states.pt"
 MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
@@ -128,7 +129,7 @@ class ZeroFolder:
                 yield name, (tensor.shape, Flat(((tensor, 0, tensor.numel),)))
 
     def _read_master_weights(self, files: Sequence[Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], Flat]]]:
-        """Yield the float32 weights of the optimizer files, then frozen ones, buffers and shared ones."""
+        """Yield the float32 weights of the optimizer files, then buffers, frozen ones and aliases of shared ones."""
         states = [self._open_optimizer_file(path) for path in files]
         stage, ranks = states[0][1], len(files)
         runs = {(state_stage, world) for _, state_stage, world, _, _ in states}
@@ -282,7 +283,7 @@ class ZeroFolder:
 
 
 def _find_step_folder(folder: Path) -> Path:
-    """Return the folder of a step: the given one, or the latest in it."""
+    """Return the folder of a step: the given one, the one that ``latest`` in it names, or the only one in it."""
     if any(folder.glob(STATES)) or (folder / WHOLE).is_file():
         return folder
     latest = folder / "latest"
@@ -330,7 +331,7 @@ def _find_tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor
 
 
 def _drop_padding(parts: Sequence[tuple[StoredTensor, int, int]], count: int) -> Flat:
-    """Return the first entries of some parts, without the padding at their end."""
+    """Return the first ``count`` entries of some parts, without the padding at their end."""
     kept, left = [], count
     for tensor, begin, size in parts:
         if left > 0:
@@ -347,7 +348,7 @@ def _list_numbers(value: Any) -> list[int]:
 
 
 def _list_aliases(value: Any) -> list[tuple[str, str]]:
-    """Return the aliases of shared parameters."""
+    """Return the aliases of shared parameters, each with the name of its parameter."""
     items = value.items() if isinstance(value, dict) else value if isinstance(value, list) else ()
     pairs = [tuple(item) for item in items if isinstance(item, tuple | list) and len(item) == 2]
     return [(alias, name) for alias, name in pairs if isinstance(alias, str) and isinstance(name, str)]

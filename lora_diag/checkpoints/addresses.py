@@ -38,6 +38,23 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:\[\]]*)(:\d*)?", re.ASCII)
 # Shown for an address whose host cannot be told from a password with unescaped signs; such an address is refused.
 HIDDEN = "(hidden)"
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Object stores give about 50-100 MB/s per connection and answer after 10-50 ms; their guides recommend ranges of 8 to
+# 16 MB on several connections. With 8 MiB, a dropped connection repeats little.
+CHUNK_BYTES = 2**23
+CONNECTIONS = 16
+
+# Blocks of a matrix (4 MiB in float32) fetched in advance while one is computed, for each input of a layer.
+READ_AHEAD = 4
+
+# Consecutive attempts without progress before giving up, with waits of 0.25, 0.5, 1 and 2 s between them. Progress is
+# LEAST_BYTES or half of what is left: a byte at a time would go on for ever.
+TRIES = 5
+LEAST_BYTES = 2**16
+FIRST_WAIT = 0.25
+
 
 class Address(str):
     """An address whose text has no secrets, so that no text made from it has them; ``as_path`` reads ``full``.
@@ -88,24 +105,6 @@ def _drop_secrets(scheme: str, remainder: str) -> str:
     if is_ambiguous or HOST.fullmatch(host.rstrip(".,:;)")) is None:
         return f"{scheme}://{HIDDEN}"
     return f"{scheme}://{host}{path}"
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-# Object stores give about 50-100 MB/s per connection and answer after 10-50 ms; their guides recommend ranges of 8 to
-# 16 MB on several connections. With 8 MiB, a dropped connection repeats little.
-CHUNK_BYTES = 2**23
-CONNECTIONS = 16
-
-# Blocks of a matrix (4 MiB in float32) fetched in advance while one is computed, for each input of a layer.
-READ_AHEAD = 4
-
-# Consecutive attempts without progress before giving up, with waits of 0.25, 0.5, 1 and 2 s between them. Progress is
-# LEAST_BYTES or half of what is left: a byte at a time would go on for ever.
-TRIES = 5
-LEAST_BYTES = 2**16
-FIRST_WAIT = 0.25
 
 
 class TransientError(Exception):

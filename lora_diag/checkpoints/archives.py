@@ -120,6 +120,10 @@ class Archive:
         span: First byte of the archive and its number of bytes.
         description: Description of its content for messages.
 
+    Attributes:
+        value: Content of the pickle, as data.
+        pickle_bytes: Bytes of the pickle.
+
     Raises:
         InputError: It is no torch file in zip format, is damaged, has compressed entries, or was saved on a big-endian
             machine.

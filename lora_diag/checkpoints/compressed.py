@@ -56,6 +56,8 @@ FORMATS = frozenset(
 )
 INTEGERS = frozenset({"int32", "int64"})
 
+Kind = Literal["nvfp4", "mxfp4"]
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -143,9 +145,6 @@ def read_checked_groups(source: Checkpoint, name: str, groups: int) -> torch.Ten
             "save the model again"
         )
     return indices
-
-
-Kind = Literal["nvfp4", "mxfp4"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,12 @@ TYPES = {
     41: Type("Q1_0", 128, 18),
 }
 
+# torch's dtype name -> code of the type.
+CODES = {kind.dtype: code for code, kind in TYPES.items() if kind.dtype is not None}
+
+# Type of a number in Python -> code of its field's type, and struct format: float32 or uint32.
+_NUMBER_FIELDS = {float: (6, "<f"), int: (4, "<I")}
+
 
 @dataclass(frozen=True, slots=True)
 class _Span:
@@ -387,13 +393,6 @@ def _locate_tensors(
         spans[name] = _Span(kind, start + offset)
     in_order = [name for name, *_ in rows]
     return _Header(fields, {name: tensors[name] for name in in_order}, spans)
-
-
-# torch's dtype name -> code of the type.
-CODES = {kind.dtype: code for code, kind in TYPES.items() if kind.dtype is not None}
-
-# Type of a number in Python -> code of its field's type, and struct format: float32 or uint32.
-_NUMBER_FIELDS = {float: (6, "<f"), int: (4, "<I")}
 
 
 def write_gguf(

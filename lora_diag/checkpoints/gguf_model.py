@@ -82,6 +82,11 @@ _STARCODER2 = {**_ATTENTION, **_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_
 # Tensors outside of blocks -> modules outside of layers.
 OUTSIDE_BLOCKS = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+# Architectures whose norms are stored with 1 added.
+SHIFTED = ("gemma", "gemma2", "gemma3")
+HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
+
 
 @dataclass(frozen=True)
 class Names:
@@ -199,12 +204,6 @@ def to_pairs(rows: torch.Tensor, count: int) -> torch.Tensor:
 def to_halves(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Return rows in transformers' order: the inverse of ``to_pairs``."""
     return rows.reshape(count, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-# Architectures whose norms are stored with 1 added.
-SHIFTED = ("gemma", "gemma2", "gemma3")
-HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,31 @@ if TYPE_CHECKING:
 WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PREFIX = "module."
 
+# Endings of tensor names that a single method uses, the most specific first.
+PACKED = (
+    (".bitmask", "compressed-tensors (sparse)"),
+    (".W_q", "HQQ"),
+    (".codebooks", "AQLM"),
+    ("._data", "quanto"),
+)
+# Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
+AMBIGUOUS = frozenset({"._data", ".bitmask"})
+
+# Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
+READ_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
+
+# Formats in which every quantized weight is packed into tensors of other names.
+PACKING_METHODS = ("gptq", "awq", "mxfp4")
+
+METHOD_KEY = "quant_method in config.json"
+FLOATS_ADVICE = "if these weights are plain floats, remove quantization_config from config.json"
+NOT_FLOATS_ADVICE = (
+    "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
+)
+
+# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
+UNMERGED_FACTOR = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
+
 
 class Renamed:
     """A file whose tensors are presented under other names.
@@ -88,32 +113,6 @@ def plain_names(names: Sequence[str]) -> list[str]:
     while plain and all(name.startswith(PREFIX) for name in plain):
         plain = [name.removeprefix(PREFIX) for name in plain]
     return plain
-
-
-# Endings of tensor names that a single method uses, the most specific first.
-PACKED = (
-    (".bitmask", "compressed-tensors (sparse)"),
-    (".W_q", "HQQ"),
-    (".codebooks", "AQLM"),
-    ("._data", "quanto"),
-)
-# Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
-AMBIGUOUS = frozenset({"._data", ".bitmask"})
-
-# Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
-READ_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
-
-# Formats in which every quantized weight is packed into tensors of other names.
-PACKING_METHODS = ("gptq", "awq", "mxfp4")
-
-METHOD_KEY = "quant_method in config.json"
-FLOATS_ADVICE = "if these weights are plain floats, remove quantization_config from config.json"
-NOT_FLOATS_ADVICE = (
-    "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
-)
-
-# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
-UNMERGED_FACTOR = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Pairs of boxes that are compared with each other at most, per tensor: 1,000 ranks that cut along columns.
 MAX_PAIRS = 1_000_000
 
+PATTERN = "shard-*-model-*.safetensors"
+INFO = "DCP_SHARDING_INFO"
+
 
 class Source(Protocol):
     """Location of the entries of one box."""
@@ -209,10 +212,6 @@ def _find_index_in_box(
             return None
         result, step = result + (coordinate - offset) * step, step * box_size
     return result
-
-
-PATTERN = "shard-*-model-*.safetensors"
-INFO = "DCP_SHARDING_INFO"
 
 
 @dataclass(frozen=True, slots=True)

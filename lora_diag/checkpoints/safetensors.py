@@ -61,6 +61,12 @@ DTYPES = {
     "F6_E3M2": ("F6_E3M2", 6),
 }
 
+# torch's dtype name -> code in the file and bytes per entry.
+CODES = {name: (code, bits // 8) for code, (name, bits) in DTYPES.items() if bits >= 8}
+
+# Alignment of the data in bytes, for readers that map the file.
+ALIGNMENT = 8
+
 
 class SafetensorsFile:
     """One ``*.safetensors`` file, opened by its header.
@@ -171,6 +177,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(value: Any, path: Path) -> dict[str, str]:
+    """Return the metadata of the header, after checking that it maps strings to strings."""
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise InputError(
             f"{path}: __metadata__ in the safetensors header must map strings to strings; save the file again"
@@ -202,6 +209,8 @@ def _check_tensors(
 
 
 def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+    """Return description and span of a tensor, after checking its entry in the header."""
+
     def is_size(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
@@ -221,13 +230,6 @@ def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[
             f"{path}: {name} is {code} {shape}, which does not match its size of {end - begin:,} bytes; save it again"
         )
     return TensorInfo(name, tuple(shape), dtype), (begin, end)
-
-
-# torch's dtype name -> code in the file and bytes per entry.
-CODES = {name: (code, bits // 8) for code, (name, bits) in DTYPES.items() if bits >= 8}
-
-# Alignment of the data in bytes, for readers that map the file.
-ALIGNMENT = 8
 
 
 def write_safetensors(

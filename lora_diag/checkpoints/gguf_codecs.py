@@ -39,8 +39,8 @@ class Codec:
 # Values of the 4-bit codes of IQ4.
 IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 
-# Codes ``(n, groups, width)``, and d and m of every group, ``(n, groups, 1)``; m is None where it is 0.
-Parts = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
+# From blocks to codes ``(n, groups, width)``, and d and m of every group, ``(n, groups, 1)``; m is None where it is 0.
+Unpack = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
 
 
 def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
@@ -50,14 +50,14 @@ def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
-def _decode(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+def _decode(unpack_blocks: Unpack, blocks: torch.Tensor) -> torch.Tensor:
     """Return d · q − m of every code, ``(n, block)``."""
-    codes, d, m = parts(blocks)
+    codes, d, m = unpack_blocks(blocks)
     values = d * codes.float()
     return (values if m is None else values - m).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _compute_steps(parts: Parts, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
+def _compute_steps(unpack_blocks: Unpack, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
     """Return steps whose half bounds the error: |d|, and more in two cases.
 
     The types without m map the number of largest absolute value to −2^(bits − 1), whose negative is not a code: it is
@@ -65,12 +65,12 @@ def _compute_steps(parts: Parts, largest: int | None, rounded: bool, blocks: tor
     of ``d · q`` and of m.
 
     Args:
-        parts: Codes, d and m of blocks.
+        unpack_blocks: Returns codes, d and m of blocks.
         largest: The largest code, as which a number one step above it is stored, too; None if there is none.
         rounded: Whether d and m are rounded after the codes are chosen.
         blocks: ``(n, size)``.
     """
-    codes, d, m = parts(blocks)
+    codes, d, m = unpack_blocks(blocks)
     steps = d.abs().expand(codes.shape)
     if largest is not None:
         steps = steps * (1 + (codes == largest).float())
@@ -80,9 +80,9 @@ def _compute_steps(parts: Parts, largest: int | None, rounded: bool, blocks: tor
     return steps.reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _compute_scales(parts: Parts, blocks: torch.Tensor) -> torch.Tensor:
+def _compute_scales(unpack_blocks: Unpack, blocks: torch.Tensor) -> torch.Tensor:
     """Return |d|, by which codes are multiplied."""
-    codes, d, _ = parts(blocks)
+    codes, d, _ = unpack_blocks(blocks)
     return d.abs().expand(codes.shape).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
@@ -196,20 +196,20 @@ def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _look_up_codes(
-    parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     of_table: Callable[[torch.Tensor], torch.Tensor],
     blocks: torch.Tensor,
 ) -> torch.Tensor:
     """Return a function of the IQ4 table at every code, times d; times |d| for the gaps."""
     import torch
 
-    codes, d = parts(blocks)
+    codes, d = unpack_blocks(blocks)
     values = of_table(torch.tensor(IQ4))[codes]
     return (d.abs() if of_table is gaps else d).mul(values).reshape(len(blocks), codes.shape[1] * codes.shape[2])
 
 
-def _make_table_codec(parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
-    return Codec(partial(_look_up_codes, parts, _return_table), partial(_look_up_codes, parts, gaps))
+def _make_table_codec(unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
+    return Codec(partial(_look_up_codes, unpack_blocks, _return_table), partial(_look_up_codes, unpack_blocks, gaps))
 
 
 def _return_table(table: torch.Tensor) -> torch.Tensor:
@@ -225,9 +225,11 @@ def _decode_mxfp4(of_codes: Callable[[torch.Tensor], torch.Tensor], blocks: torc
     return of_codes(codes) * e8m0(blocks[:, :1])
 
 
-def _make_codec(parts: Parts, largest: int | None = None, rounded: bool = False, with_scales: bool = False) -> Codec:
-    scales = partial(_compute_scales, parts) if with_scales else None
-    return Codec(partial(_decode, parts), partial(_compute_steps, parts, largest, rounded), scales)
+def _make_codec(
+    unpack_blocks: Unpack, largest: int | None = None, rounded: bool = False, with_scales: bool = False
+) -> Codec:
+    scales = partial(_compute_scales, unpack_blocks) if with_scales else None
+    return Codec(partial(_decode, unpack_blocks), partial(_compute_steps, unpack_blocks, largest, rounded), scales)
 
 
 # Name of a type -> its codec; a type without one is listed, and refused when it is read.

@@ -169,8 +169,10 @@ ARCHITECTURES = {
 
 def of_config(config: Mapping[str, Any]) -> Names | None:
     """Return the names of the model that a ``config.json`` describes; None if they are not known."""
-    text = config.get("text_config")
-    model_types = [settings.get("model_type") for settings in (config, text if isinstance(text, dict) else {})]
+    text_config = config.get("text_config")
+    model_types = [
+        settings.get("model_type") for settings in (config, text_config if isinstance(text_config, dict) else {})
+    ]
     return next(
         (names for names in ARCHITECTURES.values() for model_type in model_types if model_type in names.model_types),
         None,
@@ -182,8 +184,8 @@ def heads(config: Mapping[str, Any], key: str) -> int | None:
 
     Without ``num_key_value_heads``, k has as many heads as q.
     """
-    text = config.get("text_config")
-    for settings in (config, text if isinstance(text, dict) else {}):
+    text_config = config.get("text_config")
+    for settings in (config, text_config if isinstance(text_config, dict) else {}):
         for name in (key, "num_attention_heads"):
             value = settings.get(name)
             if type(value) is int and value > 0:

@@ -92,8 +92,8 @@ def drop_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], 
     Returns:
         The files, and a note if any name changed. If two tensors would get the same name, nothing changes.
     """
-    stored = [name for file in files for name in file.tensors]
-    plain = dict(zip(stored, plain_names(stored), strict=True))
+    stored_names = [name for file in files for name in file.tensors]
+    plain = dict(zip(stored_names, plain_names(stored_names), strict=True))
     if all(old == new for old, new in plain.items()) or len(set(plain.values())) < len(plain):
         return tuple(files), ()
     old, new = next((old, new) for old, new in plain.items() if old != new)

@@ -111,9 +111,9 @@ class PatchedFile:
                 f"{self._file}: {indices} is {of_indices.dtype} {list(of_indices.shape)}, and {values} "
                 f"{list(of_values.shape)}; both must be vectors of one length, of integers and floats"
             )
-        stored = self._base[name]
-        if stored.stored is not None or not {stored.dtype, of_values.dtype} <= FLOAT_DTYPES:
-            kind = stored.stored or stored.dtype
+        base_info = self._base[name]
+        if base_info.stored is not None or not {base_info.dtype, of_values.dtype} <= FLOAT_DTYPES:
+            kind = base_info.stored or base_info.dtype
             raise InputError(
                 f"{self._file}: changes {name} by {of_values.dtype} values, which BASE stores as {kind}; patches are "
                 "read over plain floating-point weights"

@@ -205,13 +205,13 @@ def _find_index_in_box(
     index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> int | None:
     """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
-    result, step = 0, 1
+    box_index, step = 0, 1
     for size, offset, box_size in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
         index, coordinate = divmod(index, size)
         if not offset <= coordinate < offset + box_size:
             return None
-        result, step = result + (coordinate - offset) * step, step * box_size
-    return result
+        box_index, step = box_index + (coordinate - offset) * step, step * box_size
+    return box_index
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,8 +120,8 @@ class RanksFolder:
         return self._boxes[name].read_bytes(WIDTH[self.tensors[name].dtype])
 
 
-def _flatten_parts(parts: Mapping[str, list[_Part]]) -> Sequence[_Part]:
-    return [part for of_tensor in parts.values() for part in of_tensor]
+def _flatten_parts(parts_by_name: Mapping[str, list[_Part]]) -> Sequence[_Part]:
+    return [part for of_tensor in parts_by_name.values() for part in of_tensor]
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -253,13 +253,13 @@ def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensi
     if coordinates is None and dimensions == 1:
         coordinates = (rank,)
     if coordinates is None and isinstance(mesh, Record):
-        stored = archive.tensor(mesh.get("mesh"), f"the mesh of {name}")
-        if stored is not None and stored.numel <= MAX_RANKS and stored.dtype in {"int32", "int64"}:
-            width, content = WIDTH[stored.dtype], stored.read_bytes()
+        mesh_tensor = archive.tensor(mesh.get("mesh"), f"the mesh of {name}")
+        if mesh_tensor is not None and mesh_tensor.numel <= MAX_RANKS and mesh_tensor.dtype in {"int32", "int64"}:
+            width, content = WIDTH[mesh_tensor.dtype], mesh_tensor.read_bytes()
             ranks = [
                 int.from_bytes(content[start : start + width], "little") for start in range(0, len(content), width)
             ]
-            coordinates = _unravel_index(ranks.index(rank), stored.shape) if rank in ranks else None
+            coordinates = _unravel_index(ranks.index(rank), mesh_tensor.shape) if rank in ranks else None
     if (
         not isinstance(coordinates, tuple | list)
         or len(coordinates) != dimensions

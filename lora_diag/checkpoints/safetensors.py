@@ -168,12 +168,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs, after refusing repeated names."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{repeated!r} appears twice")
-    return result
+    return entries
 
 
 def _check_metadata(value: Any, path: Path) -> dict[str, str]:
@@ -271,9 +271,9 @@ def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, s
         end = begin + math.prod(info.shape) * width
         entries[name] = {"dtype": code, "shape": list(info.shape), "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:

@@ -332,12 +332,12 @@ def _find_tensors(archive: Archive, values: Any, name: str) -> list[StoredTensor
 
 def _drop_padding(parts: Sequence[tuple[StoredTensor, int, int]], count: int) -> Flat:
     """Return the first ``count`` entries of some parts, without the padding at their end."""
-    kept, left = [], count
+    unpadded, left = [], count
     for tensor, begin, size in parts:
         if left > 0:
-            kept.append((tensor, begin, min(size, left)))
+            unpadded.append((tensor, begin, min(size, left)))
         left -= size
-    return Flat(tuple(kept) or ((parts[0][0], 0, 0),))
+    return Flat(tuple(unpadded) or ((parts[0][0], 0, 0),))
 
 
 def _list_numbers(value: Any) -> list[int]:

@@ -1,7 +1,4 @@
-"""Tables and statements as HTML, for notebooks. Names are escaped, and nothing is loaded from elsewhere.
-
-Sections of a model card that loradiag keeps up to date.
-"""
+"""Tables and statements as HTML for notebooks, and sections of a model card. Names are escaped; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -19,26 +16,24 @@ from lora_diag.rendering.tables import Grid
 from lora_diag.rendering.text import safe
 
 # Maximum number of rows of a table; further rows are counted.
-_ROWS = 40
+_MAX_ROWS = 40
 
 
 def statement_html(statement: Statement) -> str:
     """Return a statement as a row: its label, its lead, and its details, which a reader opens."""
-    lead, details = _to_plain_text(statement.lead), "".join(f"<br>{_to_plain_text(line)}" for line in statement.details)
+    lead, details = _escape(statement.lead), "".join(f"<br>{_escape(line)}" for line in statement.details)
     text = f"<details><summary>{lead}</summary>{details[4:]}</details>" if details else lead
-    label = _to_plain_text(statement.label)
+    label = _escape(statement.label)
     return f'<tr><td style="text-align:left"><b>{label}</b></td><td style="text-align:left">{text}</td></tr>'
 
 
 def grid_html(grid: Grid) -> str:
-    """Return a table, with the shades that cells have in a terminal."""
-    head = "".join(
-        f"<th>{_to_plain_text(title)}</th>" for title in (grid.title, *(column.title for column in grid.columns))
-    )
+    """Return the first rows of a table, shaded as in a terminal, and the number of further ones."""
+    head = "".join(f"<th>{_escape(title)}</th>" for title in (grid.title, *(column.title for column in grid.columns)))
     rows = zip(grid.names, *(column.cells for column in grid.columns), strict=True)
-    body = "".join(f"<tr>{''.join(map(_make_cell, row))}</tr>" for row, _ in zip(rows, range(_ROWS), strict=False))
-    note = f"<p>and {len(grid.names) - _ROWS} more rows</p>" if len(grid.names) > _ROWS else ""
-    caption = f"<p><b>{_to_plain_text(grid.caption)}</b></p>" if grid.caption else ""
+    body = "".join(f"<tr>{''.join(map(_make_cell, row))}</tr>" for row, _ in zip(rows, range(_MAX_ROWS), strict=False))
+    note = f"<p>and {len(grid.names) - _MAX_ROWS} more rows</p>" if len(grid.names) > _MAX_ROWS else ""
+    caption = f"<p><b>{_escape(grid.caption)}</b></p>" if grid.caption else ""
     return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
@@ -46,10 +41,10 @@ def _make_cell(cell: str | Text) -> str:
     """Return a cell, shaded as in a terminal."""
     style = Style.parse(str(cell.style)) if isinstance(cell, Text) and cell.style else Style.null()
     css = style.get_html_style()
-    return f'<td style="{css}">{_to_plain_text(str(cell))}</td>' if css else f"<td>{_to_plain_text(str(cell))}</td>"
+    return f'<td style="{css}">{_escape(str(cell))}</td>' if css else f"<td>{_escape(str(cell))}</td>"
 
 
-def _to_plain_text(text: str) -> str:
+def _escape(text: str) -> str:
     return escape(safe(text))
 
 
@@ -68,12 +63,12 @@ def with_section(card: str, name: str, section: str) -> str:
         >>> card == with_section(card, "gate", "passed"), "passed" in with_section(card, "gate", "failed")
         (True, False)
     """
-    begin, finish = f"<!-- loradiag {name}: begin -->", f"<!-- loradiag {name}: end -->"
-    end = "\r\n" if "\r\n" in card else "\n"
-    block = f"{begin}\n{section.strip()}\n{finish}".replace("\n", end)
-    if match := re.search(f"{begin}((?!{begin}).)*?{finish}", card, re.DOTALL):
+    begin, end = f"<!-- loradiag {name}: begin -->", f"<!-- loradiag {name}: end -->"
+    newline = "\r\n" if "\r\n" in card else "\n"
+    block = f"{begin}\n{section.strip()}\n{end}".replace("\n", newline)
+    if match := re.search(f"{begin}((?!{begin}).)*?{end}", card, re.DOTALL):
         return f"{card[: match.start()]}{block}{card[match.end() :]}"
-    return f"{card.rstrip()}{end * 2 if card.strip() else ''}{block}{end}"
+    return f"{card.rstrip()}{newline * 2 if card.strip() else ''}{block}{newline}"
 
 
 def read_card(path: Path) -> str:

@@ -20,10 +20,10 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
-    how = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
+    conditions = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
     return [
         compared(results),
-        make_statement("measured", "Measured", f"{how}; {settings['tokens']}"),
+        make_statement("measured", "Measured", f"{conditions}; {settings['tokens']}"),
         *statements,
         *([make_statement("interpretation", "Interpretation", reading)] if reading else []),
         left_out(results),
@@ -57,7 +57,7 @@ def gap_half(record: Probe) -> float | None:
 
 
 def share(record: Probe) -> str:
-    """Return the fraction of TUNED's change of the loss."""
+    """Return the fraction of TUNED's change of the loss, as text; a dash if it is not known."""
     if record.kept is None:
         return "-"
     if abs(record.kept) > 1:
@@ -74,7 +74,7 @@ def both_ends(base: Probe, tuned: Probe) -> str:
 
 
 def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
-    """State which learning rates were tried beyond the grid because the best was at its edge.
+    """State which learning rates were tried beyond the grid because the best was at its edge; no line if none was.
 
     >>> beyond_grid([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
     ['0.033 was also tried, because a best rate was at the edge of --lr']

@@ -1,6 +1,6 @@
-"""Statements common to all summaries: inputs, skipped tensors, unmeasured layers.
+"""Statements: the content of a summary as data, read by terminal, HTML, Markdown and advice.
 
-Statements: the content of a summary as data, read by terminal, HTML, Markdown and advice.
+Includes the statements common to all summaries: inputs, skipped tensors, unmeasured layers, unfinished runs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def inputs(run: Run) -> list[str]:
 
 
 def subject(run: Run) -> str:
-    """Return the path of the measured input: the last one that is not a weighting."""
+    """Return the path of the measured input: the last one that is not a weighting; empty without one."""
     paths = [side.path for side in run.inputs if side.role != "activations"]
     return paths[-1] if paths else ""
 
@@ -89,7 +89,7 @@ def short_paths(paths: Sequence[str]) -> list[str]:
 
 
 def left_out_line(left_out: Sequence[LeftOut]) -> str:
-    """Count skipped tensors by reason; name unexpected ones."""
+    """Return the number of skipped tensors by reason, with the names of unexpected ones; ``nothing`` without any."""
     if not left_out:
         return "nothing"
     counts = Counter(item.reason for item in left_out)
@@ -102,17 +102,17 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
 
 
 def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
-    """Return a qualification of fractions of the change if a part was not measured."""
+    """Return a qualification of fractions of the change if a part was not measured; else empty."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"
-    unknown = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
-    return " among the measured layers" if any(item.reason in unknown for item in left_out) else ""
+    unmeasured_reasons = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
+    return " among the measured layers" if any(item.reason in unmeasured_reasons for item in left_out) else ""
 
 
-def not_measured(failed: Sequence[LeftOut]) -> str:
-    """Name the layers with entries that are not finite, or that did not fit into memory, with position or reason."""
-    lines = [f"{short(item.layer)}: {item.detail}" for item in failed[:NAMED]]
-    return "\n".join([*lines, *([f"and {len(failed) - NAMED} more"] if len(failed) > NAMED else [])])
+def not_measured(unmeasured: Sequence[LeftOut]) -> str:
+    """Return one line per unmeasured layer with its reason; of more than ``NAMED``, the number of the others."""
+    lines = [f"{short(item.layer)}: {item.detail}" for item in unmeasured[:NAMED]]
+    return "\n".join([*lines, *([f"and {len(unmeasured) - NAMED} more"] if len(unmeasured) > NAMED else [])])
 
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
@@ -205,12 +205,12 @@ def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
 
 
 def compared(results: Results[Any], *extra: str) -> Statement:
-    """Return the inputs with further remarks and notes."""
+    """Return the statement of the inputs, with further remarks and their notes."""
     return make_statement("compared", "Compared", *inputs(results.run), *extra, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any], *details: str) -> Statement:
-    """Return the skipped tensors with reasons; a warning, which a summary shows first, if any is unexpected."""
+    """Return the statement of the skipped tensors; a warning, which a summary shows first, if any is unexpected."""
     level = left_out_level(results)
     return make_statement("left_out", "Left out", left_out_line(results.left_out), *details, level=level, priority=2)
 
@@ -225,9 +225,9 @@ def final_statements(results: Results[Any], so_far: str = "layers measured so fa
     final = []
     if results.unmeasured:
         final.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
-    if elsewhere := [record.layer for record in results if ON_CPU in getattr(record, "method", "")]:
-        words = f"the GPU was out of memory, and the CPU computed {list_names(elsewhere)}; --workers 1 takes less"
-        final.append(make_statement("device", "Device", words, level="warning"))
+    if on_cpu := [record.layer for record in results if ON_CPU in getattr(record, "method", "")]:
+        text = f"the GPU was out of memory, and the CPU computed {list_names(on_cpu)}; --workers 1 takes less"
+        final.append(make_statement("device", "Device", text, level="warning"))
     if results.end is None:
         final.append(
             make_statement("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure")
@@ -315,20 +315,20 @@ class _Summary:
 
 def _select_fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
-    fitting = summary.statements
-    shown = [statement.lines if statement.level in {"warning", "failure"} else () for statement in fitting]
-    free = [index for index in range(len(fitting)) if not shown[index]]
-    if sum(height(line) for index in free for line in fitting[index].lines) <= limit:
-        return [statement.lines for statement in fitting]
-    left = limit - 1  # the last line gives the number of hidden lines
-    for priority in sorted({statement.priority for statement in fitting}):
-        group = [index for index in free if fitting[index].priority == priority]
+    statements = summary.statements
+    shown = [statement.lines if statement.level in {"warning", "failure"} else () for statement in statements]
+    optional = [index for index in range(len(statements)) if not shown[index]]
+    if sum(height(line) for index in optional for line in statements[index].lines) <= limit:
+        return [statement.lines for statement in statements]
+    remaining = limit - 1  # the last line gives the number of hidden lines
+    for priority in sorted({statement.priority for statement in statements}):
+        group = [index for index in optional if statements[index].priority == priority]
         for index in group:
-            if (cost := height(fitting[index].lead)) <= left:
-                shown[index], left = (fitting[index].lead,), left - cost
+            if (cost := height(statements[index].lead)) <= remaining:
+                shown[index], remaining = (statements[index].lead,), remaining - cost
         for index in group:
-            for line in fitting[index].details if shown[index] else ():
-                if (cost := height(line)) > left:
+            for line in statements[index].details if shown[index] else ():
+                if (cost := height(line)) > remaining:
                     break
-                shown[index], left = (*shown[index], line), left - cost
+                shown[index], remaining = (*shown[index], line), remaining - cost
     return shown

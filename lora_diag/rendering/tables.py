@@ -1,6 +1,6 @@
-"""Tables that fit a terminal: columns without room are dropped, then row names are shortened.
+"""Tables of records, derived from their declared columns, so that a feature needs no table of its own.
 
-The table of any records of layers, derived from their declarations, so that a feature needs no table of its own.
+They fit a terminal: columns without room are dropped, then row names are shortened.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Grid:
     most: int | None = None
 
     def shown(self, width: int) -> list[RenderableType]:
-        """Return the columns for a terminal of a given width."""
+        """Return what a terminal of a given width shows: caption, table, and the number of rows not shown."""
         names, limit = self.names[: self.most], self.most
         columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
         table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if limit else None)
@@ -149,7 +149,7 @@ def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width:
 
 
 def drop_repeated_captions(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
-    """Return tables and the separators between them; of tables with one caption, only the last keeps it."""
+    """Remove a caption from all but the last of the tables that have it, in place, and return the parts."""
     last = {part.caption: part for part in parts if isinstance(part, Table)}
     for part in parts:
         if isinstance(part, Table) and last[part.caption] is not part:
@@ -177,7 +177,10 @@ def shorten_names(names: Sequence[str], width: int) -> list[str]:
 
 
 def _disambiguate(names: Sequence[str], width: int, used: Set[str]) -> list[str]:
-    """Shorten names with equal endings: keep the first parts in which they differ, and the end."""
+    """Shorten names with equal endings: keep the first parts in which they differ, and the end.
+
+    Without room for these, the names end in a number.
+    """
     differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
     start = names[0].rfind(".", 0, differ) + 1
     lead = "…" if start else ""
@@ -186,10 +189,10 @@ def _disambiguate(names: Sequence[str], width: int, used: Set[str]) -> list[str]
     def cuts(heads: Sequence[str]) -> list[str]:
         return [f"{lead}{head}…{name[len(name) - room + len(head) :]}" for head, name in zip(heads, names, strict=True)]
 
-    rests = [name[start:] for name in names]
-    parts = [[".".join([*tail.split(".")[:n], ""]) for tail in rests] for n in range(1, 4)]
-    pieces = [[tail[:n] for tail in rests] for n in range(1, room)]
-    for heads in (*parts, *pieces):
+    tails = [name[start:] for name in names]
+    head_parts = [[".".join([*tail.split(".")[:n], ""]) for tail in tails] for n in range(1, 4)]
+    head_characters = [[tail[:n] for tail in tails] for n in range(1, room)]
+    for heads in (*head_parts, *head_characters):
         if max(map(len, heads)) < room and len(set(result := cuts(heads))) == len(names) and not used & set(result):
             return result
     # No room for the differing part: use a number.
@@ -201,11 +204,11 @@ def _room_for_names(columns: Sequence[Column], width: int) -> int:
     return max(1, width - sum(column.width + 1 for column in columns) - 2)
 
 
-def _drop_columns(columns: Sequence[Column], width: int, name: int) -> list[Column]:
-    """Drop as many columns as needed for names to keep ``name`` characters."""
+def _drop_columns(columns: Sequence[Column], width: int, name_width: int) -> list[Column]:
+    """Return the columns without as many as must be dropped for names to keep ``name_width`` characters."""
     fitting = list(columns)
     for position in sorted(range(len(columns)), key=lambda position: (-columns[position].drop, -position)):
-        if columns[position].drop and _room_for_names(fitting, width) < name:
+        if columns[position].drop and _room_for_names(fitting, width) < name_width:
             fitting = [column for column in fitting if column is not columns[position]]
     return fitting
 
@@ -281,9 +284,9 @@ def grids_table(
 
 
 def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
-    words = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
+    is_text = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
     cells = tuple(_make_cell(shown, group) for group in groups)
-    return Column(shown.head or shown.title, cells, "left" if words else "right", shown.drop, shown.wide)
+    return Column(shown.head or shown.title, cells, "left" if is_text else "right", shown.drop, shown.wide)
 
 
 def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:

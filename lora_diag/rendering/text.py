@@ -20,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 # Placeholder of a bar whose value was not computed.
 UNKNOWN = "·"
 
-# ASCII replacements of the same width, for terminals without these characters.
+# ASCII replacements, of the same width for what bars and tables use, for terminals without these characters.
 _ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~|dsel<>/") | str.maketrans(
     {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-", "→": "->"}
     | {"λ": "lambda", "ρ": "rho", "κ": "kappa", "α": "alpha", "μ": "mu", "∇": "grad "}
@@ -119,7 +119,7 @@ def shade(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return three significant digits, in the shorter notation.
+    """Return a number with three significant digits, whole from 100; below 1e-3 and from 1e6 with two and an exponent.
 
     >>> number(0.0312345), number(2.1e-5), number(1234.5), number(0)
     ('0.0312', '2.1e-05', '1234', '0')
@@ -130,7 +130,7 @@ def number(value: float) -> str:
 
 
 def fraction(share: float) -> str:
-    """Return a fraction in four characters, never rounded up to 1.00.
+    """Return a fraction in four characters; 1.00 only if it is 1 within 5e-7.
 
     >>> fraction(0.4123), fraction(0.9987), fraction(1.0)
     ('0.41', '0.99', '1.00')
@@ -164,7 +164,7 @@ def span(values: Iterable[int]) -> str:
 
 
 def ends(values: Sequence[float], form: str) -> str:
-    """Return the smallest and the largest of several numbers; a minus sign next to a dash would be overlooked.
+    """Return the smallest and the largest of several numbers; a dash for fewer than two.
 
     >>> ends([0.25, 0.125], ".3f"), ends([0.25, -0.125], ".3f"), ends([0.25], ".3f")
     ('0.125-0.250', '-0.125 to 0.250', '-')
@@ -172,6 +172,7 @@ def ends(values: Sequence[float], form: str) -> str:
     if len(values) < 2:
         return "-"
     low, high = min(values), max(values)
+    # A minus sign next to a dash would be overlooked.
     return f"{low:{form}}{' to ' if low < 0 else '-'}{high:{form}}"
 
 
@@ -321,6 +322,8 @@ def written(value: float, form: str = "", share: bool = False) -> str:
 
 def spark(s: Sequence[float], total: int, width: int = 8) -> str:
     """Draw a spectrum: i log-spaced from 1 to ``total``, height log σ_i/σ_1 over three decades, ``·`` beyond ``s``.
+
+    All bars are the lowest without values or if σ_1 = 0.
 
     >>> spark([1.0, 1.0, 1.0, 0.03, 0.0001, 0.0, 0.0, 0.0], 8, 4), spark([1.0, 1.0], 8, 4)
     ('██▄▁', '██··')

@@ -1,7 +1,4 @@
-"""``portability``: the ΔW that each serving program applies, compared with the intended one.
-
-Options of ``portability``.
-"""
+"""Declaration and options of ``portability``: the ΔW that each serving program applies."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -59,11 +59,13 @@ def portability(
     from lora_diag.diagnostics.portability.show import failed
     from lora_diag.records import to_line
 
-    judging: dict[str, Any] = {name: arguments[name] for name in ("consumers", "require", "max_lora_rank")}
+    judge_options: dict[str, Any] = {name: arguments[name] for name in ("consumers", "require", "max_lora_rank")}
     if fixing["fix"]:
-        writing: dict[str, Any] = {"form": form, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
-        stated: dict[str, Any] = {"alpha": arguments["alpha"], "alpha_is_rank": arguments["alpha_is_rank"]}
-        results = make_portable(adapter, str(arguments["output"]), base, **writing, **judging, **stated)
+        fix_options: dict[str, Any] = {"form": form, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
+        alpha_options: dict[str, Any] = {"alpha": arguments["alpha"], "alpha_is_rank": arguments["alpha_is_rank"]}
+        results = make_portable(
+            adapter, str(arguments["output"]), base, **fix_options, **judge_options, **alpha_options
+        )
         for record in results.records() if shown.json else ():
             line(to_line(record))
     else:
@@ -80,14 +82,14 @@ def portability(
     exit_unmeasured(results.unmeasured, "the layer was not judged")
 
 
-def _check_fix(fix: bool, arguments: PortabilityOptions, others: dict[str, str | bool | None]) -> None:
-    """Refuse options of writing without ``--fix``, and options of a results file with it.
+def _check_fix(fix: bool, arguments: PortabilityOptions, fix_options: dict[str, str | bool | None]) -> None:
+    """Refuse options of ``--fix`` without it; with it, a missing ``-o`` and options that it does not support.
 
     Raises:
-        UsageError: One of them is given.
+        UsageError: One of them is given, or ``-o`` is missing.
     """
     if not fix:
-        if option := next((name for name, value in others.items() if value), None):
+        if option := next((name for name, value in fix_options.items() if value), None):
             raise UsageError(f"{option}: needs --fix, and -o with the folder to write; add both")
         return
     if arguments["output"] is None:

@@ -45,7 +45,7 @@ COLORS = {
 }
 EPSILON: Colormap = ListedColormap(mpl.colormaps["Oranges"].resampled(256)(range(80, 256)), "epsilon")
 
-# Maximum fraction of the page's width for row names; number of columns between two programs.
+# Maximum fraction of the page's width for row names; gap between two programs as a fraction of a program's columns.
 _NAMES, _GAP = 0.3, 0.06
 
 

@@ -1,10 +1,8 @@
-"""Treatment of each adapter feature by each consumer and version, computed from the rules.
+"""Measurement of ``portability``: the ΔW that each serving program applies to an adapter, and its error.
 
-One weight and its treatment by each consumer → records with the relative error of the applied ΔW.
-
-``portability --fix``: write an adapter that every consumer scales alike, and judge it.
-
-``portability``: the ΔW that each serving program applies.
+The treatment of each adapter feature by each consumer and version is computed from the rules, for tables; the records
+of a weight have the relative error of the applied ΔW. With ``--fix`` an adapter that every consumer scales alike is
+written and judged.
 """
 
 from __future__ import annotations
@@ -47,19 +45,19 @@ _Q, _V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 _CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
-def _pair_features(module: str, rank: int, scale: float, alpha: float | None = None, part: Part = "factors") -> Item:
+def _make_item(module: str, rank: int, scale: float, alpha: float | None = None, part: Part = "factors") -> Item:
     return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
 
 
 def _make_peft_contents(
     config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *extra: Item
 ) -> Contents:
-    items = _pair_features(_Q, ranks[0], scales[0]), _pair_features(_V, ranks[1], scales[1])
+    items = _make_item(_Q, ranks[0], scales[0]), _make_item(_V, ranks[1], scales[1])
     return Contents("peft", (*items, *extra), {**_CONFIG, **config})
 
 
 def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
-    items = (_pair_features(f"lora_unet_block_{n}", *pair) for n, pair in enumerate(pairs))
+    items = (_make_item(f"lora_unet_block_{n}", *pair) for n, pair in enumerate(pairs))
     return Contents("kohya", tuple(items))
 
 
@@ -74,22 +72,22 @@ FEATURES: dict[str, Contents] = {
     ),
     "anchored pattern (^)": _make_peft_contents({"alpha_pattern": {f"^{_Q}": 32}}, (8, 8), (4.0, 2.0)),
     "target_modules is a regex": _make_peft_contents({"target_modules": ".*(q|v)_proj"}, (8, 8), (2.0, 2.0)),
-    "q_proj without v_proj": Contents("peft", (_pair_features(_Q, 8, 2.0),), _CONFIG),
+    "q_proj without v_proj": Contents("peft", (_make_item(_Q, 8, 2.0),), _CONFIG),
     "embeddings (untied head)": replace(
         _make_peft_contents(
             {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
             (8, 8),
             (2.0, 2.0),
-            _pair_features("model.embed_tokens", 8, 2.0, part="embedding"),
+            _make_item("model.embed_tokens", 8, 2.0, part="embedding"),
         ),
         tied=False,
     ),
     "target_parameters (experts)": _make_peft_contents(
-        {}, (8, 8), (2.0, 2.0), _pair_features("model.layers.0.mlp.experts.down_proj", 8, 2.0, part="experts")
+        {}, (8, 8), (2.0, 2.0), _make_item("model.layers.0.mlp.experts.down_proj", 8, 2.0, part="experts")
     ),
     "DoRA": Contents(
         "peft",
-        tuple(_pair_features(module, 8, 2.0, part="dora") for module in (_Q, _V)),
+        tuple(_make_item(module, 8, 2.0, part="dora") for module in (_Q, _V)),
         {**_CONFIG, "use_dora": True},
     ),
     "lora_bias": _make_peft_contents(
@@ -103,7 +101,7 @@ FEATURES: dict[str, Contents] = {
     ),
     "PiSSA, not converted": Contents(
         "peft",
-        tuple(_pair_features(module, 8, 2.0, part="residual") for module in (_Q, _V)),
+        tuple(_make_item(module, 8, 2.0, part="residual") for module in (_Q, _V)),
         {**_CONFIG, "init_lora_weights": "pissa"},
     ),
     "no alpha, unequal ranks": _make_kohya_contents((16, 1.0, None), (4, 1.0, None)),
@@ -113,16 +111,16 @@ FEATURES: dict[str, Contents] = {
 
 
 def outcome(contents: Contents, consumer: Consumer, rule: Rule) -> list[Portability]:
-    """Return the records of one consumer and version for an adapter without weights."""
+    """Return the records of one consumer, in the newest version of a rule, for an adapter without weights."""
     name = consumer.name, rule.read[-1]
     records: list[Portability] = []
-    for task in judged(contents, {name: (consumer, rule)}):
+    for task in make_tasks(contents, {name: (consumer, rule)}):
         records += [record for record in judge(task, PortabilitySettings()) if isinstance(record, Portability)]
     return records
 
 
 def words(records: list[Portability]) -> str:
-    """Return a short description of a consumer's treatment of an adapter: that of the worst weight."""
+    """Return a short description of a consumer's treatment of an adapter: the worst, or the factors of wrong scales."""
     statuses = {record.status for record in records}
     if "refused" in statuses:
         return "refuses"
@@ -161,15 +159,15 @@ def history(contents: Contents, consumer: Consumer) -> str:
     """
     spans: list[tuple[str, str]] = []  # the first known version of each behaviour, newest first
     for rule in consumer.rules:
-        done = words(outcome(contents, consumer, rule))
-        if spans and spans[-1][1] == done:
-            spans[-1] = rule.since, done
+        treatment = words(outcome(contents, consumer, rule))
+        if spans and spans[-1][1] == treatment:
+            spans[-1] = rule.since, treatment
         else:
-            spans.append((rule.since, done))
+            spans.append((rule.since, treatment))
     if len(spans) == 1:
         return spans[0][1]
     *newer, (_, oldest) = spans
-    return f"{', '.join(f'{done} since {since}' for since, done in newer)}, before {oldest}"
+    return f"{', '.join(f'{treatment} since {since}' for since, treatment in newer)}, before {oldest}"
 
 
 def history_table(form: str) -> str:
@@ -196,7 +194,7 @@ class Judged:
         item: Its contents in the file.
         outcomes: Its treatment by each consumer, or the reason for refusing the adapter.
         intended: The intended s.
-        delta: Its ΔW; None if that needs a BASE and none is given.
+        delta: Its ΔW; None without weights, and if that needs a BASE and none is given.
     """
 
     item: Item
@@ -230,7 +228,7 @@ class PortabilitySettings:
 
 
 def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | LeftOut, ...]:
-    """Return the record of every consumer.
+    """Return the record of every consumer; one ``left_out`` record if ΔW is not finite.
 
     Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
     the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
@@ -248,11 +246,13 @@ def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | Le
             return (not_finite(task.delta, replace(change, non_finite=PRODUCT_OVERFLOW)),)
         update = change.matrix if change.factors is None else change.factors
     return tuple(
-        _record(task, name, outcome, fro, None if plain else update) for name, outcome in task.outcomes.items()
+        _make_record(task, name, outcome, fro, None if plain else update) for name, outcome in task.outcomes.items()
     )
 
 
-def _record(task: Judged, name: Name, outcome: Outcome | str, fro: float | None, update: Matrix | None) -> Portability:
+def _make_record(
+    task: Judged, name: Name, outcome: Outcome | str, fro: float | None, update: Matrix | None
+) -> Portability:
     status, epsilon, scale, why = _judge(task, outcome, fro, update)
     if isinstance(outcome, Outcome) and outcome.unjudged and status in AS_INTENDED:
         status, epsilon, why = "unknown", None, outcome.unjudged
@@ -285,7 +285,7 @@ def _judge(
     stored, intended = task.item.scale, task.intended
     as_intended = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
     if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        return "wrong", _measure_distance(task, outcome, fro, update), outcome.scale, _explain_plain(task, outcome)
+        return "wrong", _measure_distance(task, outcome, fro, update), outcome.scale, _explain_omission(task, outcome)
     if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and stored != 0):
         return "exact", error, outcome.scale, ""
     deviation = abs(outcome.scale / intended - 1) if intended else None
@@ -296,13 +296,13 @@ def _is_same(first: float, second: float) -> bool:
     return math.isclose(first, second, rel_tol=SAME)
 
 
-def _explain_plain(task: Judged, outcome: Outcome) -> str:
-    plain = "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
-    return f"B·A alone is added, without {plain}" + (f"; {outcome.why}" if outcome.why else "")
+def _explain_omission(task: Judged, outcome: Outcome) -> str:
+    omission = "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
+    return f"B·A alone is added, without {omission}" + (f"; {outcome.why}" if outcome.why else "")
 
 
 def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, update: Matrix | None) -> float | None:
-    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None if that needs a BASE and none is given."""
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None if ΔW is zero or not known, or a scale is not."""
     item, delta = task.item, task.delta
     if delta is None or not fro or update is None or item.load is None or outcome.scale is None or not item.scale:
         return None
@@ -315,7 +315,7 @@ def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, update:
 
 
 def size(task: Judged, settings: PortabilitySettings) -> int:
-    """Return the approximate memory of a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
+    """Estimate the memory of judging a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
     if task.item.part in NONLINEAR_PARTS and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
@@ -359,8 +359,9 @@ def make_portable(
         the errors ε of truncated (also pooled) and of folded factors, and the skipped weights.
 
     Raises:
-        UsageError: ``adapter`` is not an adapter, or ``output`` exists.
-        InputError: A portable adapter cannot store a tensor, or the written one reads back differently.
+        UsageError: ``adapter`` is not an adapter, ``output`` exists, or there is no rule for a program.
+        InputError: An input cannot be read, a portable adapter cannot store a tensor, or the written one reads back
+            differently.
 
     Example:
         >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
@@ -391,12 +392,12 @@ def make_portable(
 
 
 def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
-    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter for every weight with plain factors.
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if ΔW is zero.
 
     Both are read as adapters are, and compared in factored form.
 
     Raises:
-        InputError: A written weight cannot be read back under its name.
+        InputError: A written weight is not one of the original adapter.
     """
     originals = {item.layer: item for item in contents_of(before, base).items}
     errors = {}
@@ -471,11 +472,11 @@ def portability(
     chosen = choose([*consumers, *require], contents.form)
     selected = selector(run.options["layers"], run.options["exclude"])
     pairing, notes = _pair(opened, checkpoint, run.options["allow_unmatched"])
-    tasks = [task for task in judged(contents, chosen, intended, max_lora_rank, pairing) if selected(task.layer)]
+    tasks = [task for task in make_tasks(contents, chosen, intended, max_lora_rank, pairing) if selected(task.layer)]
     if not tasks:
         raise NothingComparedError(f"{adapter}: no weight of the adapter is selected; change --layers and --exclude")
     verify = run.options["verify"]
-    described = describe_adapter(opened, path, checkpoint, pairing, notes, verify)
+    adapter_input = describe_adapter(opened, path, checkpoint, pairing, notes, verify)
     missing = [item for item in pairing.unpaired if item.reason == "not_in_base" and selected(item.layer)]
     return run.over(
         tasks,
@@ -483,7 +484,7 @@ def portability(
         size,
         PortabilitySettings(),
         lambda layout, _, __: record_unpaired(Pairing((), tuple(missing)), layout, run.where.here),
-        (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), described),
+        (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), adapter_input),
         {
             "consumers": [f"{name}=={version}" for name, version in chosen],
             "require": [f"{name}=={version}" for name, version in choose(require, contents.form)] if require else [],
@@ -506,27 +507,27 @@ def choose(names: Sequence[str], form: str) -> Chosen:
     Raises:
         UsageError: A consumer is unknown, or has no rule for the version.
     """
-    named = names or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
+    requests = names or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
     chosen: Chosen = {}
-    for word in named:
-        name, _, version = word.partition("==")
+    for request in requests:
+        name, _, version = request.partition("==")
         name = name.strip().replace(".", "").replace("-", "").lower()
         consumer = CONSUMERS.get(name)
         if consumer is None:
-            raise UsageError(f"--consumers {word}: unknown program; give one of {', '.join(CONSUMERS)}")
+            raise UsageError(f"--consumers {request}: unknown program; give one of {', '.join(CONSUMERS)}")
         rule = consumer.rule(version.strip())
         chosen[name, version.strip() or consumer.newest] = consumer, rule
     return chosen
 
 
-def judged(
+def make_tasks(
     contents: Contents,
     chosen: Chosen,
     intended: str | None = None,
     max_lora_rank: int | None = None,
     pairing: Pairing | None = None,
 ) -> list[Judged]:
-    """Return the treatment of every weight by every consumer.
+    """Return one task per weight, with its treatment by every consumer.
 
     Raises:
         UsageError: The consumer that defines the intended ΔW refuses the adapter.
@@ -564,15 +565,15 @@ def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: i
 
 
 def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:
-    """Return the option with which a server must be started for this adapter, by consumer."""
+    """Return the rank option that a server needs for this adapter, by consumer; empty if ``max_lora_rank`` is set."""
     if max_lora_rank is not None:
         return {}
-    needed = {consumer: consumer.rank_needed(contents) for consumer, _ in chosen.values()}
-    return {consumer.name: f"{consumer.rank_option} {rank}" for consumer, rank in needed.items() if rank is not None}
+    ranks = {consumer: consumer.rank_needed(contents) for consumer, _ in chosen.values()}
+    return {consumer.name: f"{consumer.rank_option} {rank}" for consumer, rank in ranks.items() if rank is not None}
 
 
 def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the ΔW of the adapter, and notes; no ΔW if BASE is needed and not given."""
+    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if it cannot be paired."""
     try:
         return adapter.pair(base, allow_unmatched=allow_unmatched)
     except (InputError, NothingComparedError):

@@ -109,7 +109,7 @@ class Consumer:
         )
 
     def is_newer(self, version: str) -> bool:
-        """Return whether a version is newer than all versions read."""
+        """Return whether a version is newer than all versions read; False for rules of commits, which have no order."""
         return bool(version) and bool(self.rules[0].since) and is_before(self.newest, version)
 
     def rank_needed(self, contents: Contents) -> int | None:
@@ -127,16 +127,16 @@ def is_before(first: str, second: str) -> bool:
     (True, False, True)
     """
     parts = ([int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (first, second))  # type: ignore[index]
-    for ours, theirs in zip_longest(*parts, fillvalue=0):
-        if ours != theirs:
-            return bool(ours < theirs)
+    for left, right in zip_longest(*parts, fillvalue=0):
+        if left != right:
+            return bool(left < right)
     return False
 
 
 def largest_rank(contents: Contents) -> int:
-    """Return the largest rank of an adapter, in its factors or in its config."""
-    named = [contents.config.get("r"), *(contents.config.get("rank_pattern") or {}).values()]
-    stated = [int(value) for value in named if isinstance(value, int | float)]
+    """Return the largest rank of an adapter, in its factors or in its config; 0 without any."""
+    configured = [contents.config.get("r"), *(contents.config.get("rank_pattern") or {}).values()]
+    stated = [int(value) for value in configured if isinstance(value, int | float)]
     return max([*stated, *(item.rank or 0 for item in contents.items)], default=0)
 
 

@@ -1,7 +1,4 @@
-"""Terminal table of the treatment of each feature by each consumer.
-
-Terminal output of ``portability``: one line per consumer, with its deviations from the intended ΔW.
-"""
+"""Tables and statements of ``portability``: the rules of all programs, the errors of an adapter, and remedies."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from lora_diag.rendering.text import format_shown, list_names, number, percent, 
 
 
 def rules_table(width: int = 80, color: bool = False) -> str:
-    """Return the tables of consumers and features, one for each layout of files."""
+    """Return the tables of ``rules_grids`` as text: for each file layout, the newest and the older rules."""
     return to_text(Group(*(part for grid in rules_grids() for part in grid.shown(width))), width, color)
 
 
@@ -31,7 +28,7 @@ Name = tuple[str, str]
 
 
 def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
-    """Return the table of errors: one row per module type or layer, one column per consumer."""
+    """Return the table of treatments: one row per module type or layer, one column per consumer; none without rows."""
     if not len(results):
         return []
     rows = rows_of(results, per)
@@ -39,26 +36,26 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
     columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows), drop=1)]
     columns += [Column("rank", tuple(_describe_ranks(group) for _, group in rows), drop=2)]
     for name in names:
-        cells = tuple(_make_cell([record for record in group if _name(record) == name]) for _, group in rows)
+        cells = tuple(_make_cell([record for record in group if _name_of(record) == name]) for _, group in rows)
         columns.append(Column(title_of(name, names), cells))
-    kept = tuple(column for column in columns if per == "type" or column.title != "n")
-    return [Grid("", row_title(per), tuple(row for row, _ in rows), kept)]
+    shown_columns = tuple(column for column in columns if per == "type" or column.title != "n")
+    return [Grid("", row_title(per), tuple(row for row, _ in rows), shown_columns)]
 
 
 def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:
     """Return the records of each consumer and version, in the requested order."""
     groups: dict[Name, list[Portability]] = {}
     for record in records:
-        groups.setdefault(_name(record), []).append(record)
+        groups.setdefault(_name_of(record), []).append(record)
     return groups
 
 
-def _name(record: Portability) -> Name:
+def _name_of(record: Portability) -> Name:
     return record.consumer, record.version
 
 
 def title_of(name: Name, names: Sequence[Name]) -> str:
-    """Return the name of a consumer, with its version if there are several."""
+    """Return the name of a consumer, with the version if several versions of it are named."""
     title = CONSUMERS[name[0]].title if name[0] in CONSUMERS else name[0]
     alone = sum(other == name[0] for other, _ in names) == 1
     return title if alone else f"{title} {name[1]}"
@@ -70,7 +67,7 @@ def _describe_ranks(group: Sequence[Portability]) -> str:
 
 
 def _make_cell(group: Sequence[Portability]) -> str:
-    """Return the worst treatment of some weights by a consumer, with the largest error."""
+    """Return the worst treatment of some weights by a consumer; if it is wrong, the factors or the largest ε."""
     if not group:
         return "-"
     status = _worst_status(group)
@@ -89,7 +86,7 @@ def _worst_status(group: Sequence[Portability]) -> Status:
 
 
 def pooled_epsilon(records: Sequence[Portability]) -> float | None:
-    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None if one of them is not known."""
+    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None if one is not known, or all ΔW are zero."""
     known = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
     total = math.hypot(*(fro for _, fro in known))
     if len(known) < len(records) or total == 0:
@@ -98,7 +95,7 @@ def pooled_epsilon(records: Sequence[Portability]) -> float | None:
 
 
 def failed(results: Results[Portability]) -> list[Name]:
-    """Return the required consumers that do not apply the intended ΔW in every weight, or of which it is not known."""
+    """Return the required consumers that do not, or not certainly, apply the intended ΔW in every weight."""
     required = set(results.run.settings.get("require") or ())
     return [
         name
@@ -145,21 +142,21 @@ def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
 
 
 def _describe_answer(
-    groups: dict[Name, list[Portability]], lost: Sequence[Name], results: Results[Portability]
+    groups: dict[Name, list[Portability]], deviating: Sequence[Name], results: Results[Portability]
 ) -> Statement:
     names = [*groups]
-    unknown = [name for name in lost if all(record.status in {*AS_INTENDED, "unknown"} for record in groups[name])]
-    supported = [name for name in names if name not in lost]
-    lost = [name for name in lost if name not in unknown]
+    unknown = [name for name in deviating if all(record.status in {*AS_INTENDED, "unknown"} for record in groups[name])]
+    exact = [name for name in names if name not in deviating]
+    changed = [name for name in deviating if name not in unknown]
     fixed = results.run.settings.get("fixed") or {}
     same = f"the same ΔW in {_list_titles(names, names)}"
     truncated = f"only {_describe_truncation(fixed)}" if fixed.get("truncated") else ""
     level: Level = "warning"
-    if lost or unknown:
-        prefix = f"as {'written' if truncated else 'intended'} in {_list_titles(supported, names)}" if supported else ""
-        no = f"{' and ' if prefix else ''}not in {_list_titles(lost, names)}" if lost else ""
-        open_ = f"not known without BASE in {_list_titles(unknown, names)}: give BASE" if unknown else ""
-        lead = ("no: " if lost else "") + "; ".join(filter(None, (prefix + no, open_)))
+    if changed or unknown:
+        prefix = f"as {'written' if truncated else 'intended'} in {_list_titles(exact, names)}" if exact else ""
+        negation = f"{' and ' if prefix else ''}not in {_list_titles(changed, names)}" if changed else ""
+        unknown_part = f"not known without BASE in {_list_titles(unknown, names)}: give BASE" if unknown else ""
+        lead = ("no: " if changed else "") + "; ".join(filter(None, (prefix + negation, unknown_part)))
     elif truncated:
         lead = same
     elif skipped := fixed.get("left_out"):
@@ -211,12 +208,12 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
 
 
 def _describe_wrong(records: Sequence[Portability]) -> str:
-    """State the error, its number of weights, and its largest value."""
+    """State how many weights get another ΔW, the largest ε, and the range of the scales."""
     altered = [record for record in records if record.status == "wrong"]
     text = f"in {len(altered)} of {len(records)} weights"
-    known = [record for record in altered if record.epsilon is not None]
-    if known:
-        worst = max(known, key=lambda record: record.epsilon or 0.0)
+    measured = [record for record in altered if record.epsilon is not None]
+    if measured:
+        worst = max(measured, key=lambda record: record.epsilon or 0.0)
         text += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
     scales = sorted({record.scale / record.intended for record in altered if record.scale and record.intended})
     if not scales or any(record.part in NONLINEAR_PARTS for record in altered):

@@ -1,7 +1,4 @@
-"""``residual``: distance of an adapter from a full fine-tune.
-
-Options of ``residual``.
-"""
+"""Declaration and options of ``residual``: the distance of adapters from a full fine-tune."""
 
 from pathlib import Path
 from typing import Annotated

@@ -67,18 +67,21 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return one panel per adapter, each with its own scale of ε²: a distant adapter would flatten the others."""
-    shown = by_adapter(series)
-    matrices = [_select_matrices(item.records) for item in shown]
+    """Return the page: one panel per adapter, each with its own scale of ε².
+
+    With a common scale, a distant adapter would flatten the others.
+    """
+    adapters = by_adapter(series)
+    matrices = [_select_matrices(item.records) for item in adapters]
     types = Types(record.layer for records in matrices for record in records)
     drawn = [make_slots(records, options.per, types) for records in matrices]
     inches = style.width - 5 * style.text / 72
-    all_slots = list({slot.name: slot for part in drawn for slot in part}.values())
-    below = label_height(all_slots, inches, style.ticks) / len(shown)
-    panel = 1.25 * style.panel + below
-    page, axes = sheet(style, _make_text(shown, drawn, style), len(shown), 1, panel=panel, share=False, low=True)
-    for item, part, ax in zip(shown, drawn, axes, strict=True):
-        _draw(ax, part, style)
+    all_slots = list({slot.name: slot for slots in drawn for slot in slots}.values())
+    names_height = label_height(all_slots, inches, style.ticks) / len(adapters)
+    panel = 1.25 * style.panel + names_height
+    page, axes = sheet(style, _make_text(adapters, drawn, style), len(adapters), 1, panel=panel, share=False, low=True)
+    for item, slots, ax in zip(adapters, drawn, axes, strict=True):
+        _draw(ax, slots, style)
         ax.set_title(wrap_text(_describe_run(item), inches, style.text), parse_math=False)
         ax.set_ylabel("ε²")
         ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
@@ -109,11 +112,11 @@ def _describe_run(item: Series[Any]) -> str:
     records = _select_matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
-    sums = pooled(item.records)
-    if sums.epsilon is None:
+    total = pooled(item.records)
+    if total.epsilon is None:
         return f"{item.label}{rank}: ΔW = 0"
     similarity = (
-        "" if sums.cosine is None else f"; cosine {sums.cosine:.2f}, norm ratio {number(sums.norm_ratio or 0.0)}"
+        "" if total.cosine is None else f"; cosine {total.cosine:.2f}, norm ratio {number(total.norm_ratio or 0.0)}"
     )
     return f"{item.label}{rank}: {describe_parts(item.records)}{similarity}"
 

@@ -1,7 +1,4 @@
-"""Distance of an adapter from a full fine-tune: comparison of their ΔW.
-
-``residual``: the distance of adapters to a full fine-tune.
-"""
+"""Measurement of ``residual``: the distance of adapters from a full fine-tune, by comparison of their ΔW."""
 
 from __future__ import annotations
 
@@ -76,18 +73,21 @@ class Layer:
 
 
 def size(layer: Layer, settings: LayerSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: D, the largest X, and the data metric."""
+    """Estimate the memory of measuring a layer in bytes: D, the largest X, the data metric, and cells.
+
+    With a memory limit, the limit: it is what the measurement may take.
+    """
     if settings.memory is not None:
         return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
     dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
-    return footprint(layer.tuned) + dense + _weighting_bytes(layer) + _estimate_cell_bytes(layer)
+    return footprint(layer.tuned) + dense + _estimate_weighting_bytes(layer) + _estimate_cell_bytes(layer)
 
 
 def _estimate_cell_bytes(layer: Layer) -> int:
     return recovery_bytes(layer.shape) if layer.recover and isinstance(layer.tuned, StoredDelta) else 0
 
 
-def _weighting_bytes(layer: Layer) -> int:
+def _estimate_weighting_bytes(layer: Layer) -> int:
     order = layer.moments.size if layer.moments else 0
     return 8 * order * (3 * order + 2 * max(layer.shape))
 
@@ -97,7 +97,7 @@ def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowanc
     if settings.memory is None:
         return None
     two_dense = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
-    limit = (settings.memory - _weighting_bytes(layer)) // (2 if two_dense else 1)
+    limit = (settings.memory - _estimate_weighting_bytes(layer)) // (2 if two_dense else 1)
     return Allowance(limit, settings.method, top, vectors=True)
 
 
@@ -127,17 +127,17 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     full = load_change(layer.tuned, device, allowance=allowance)
     if full.non_finite is not None:
         return (not_finite(layer.tuned, full),)
-    weights = Metric(full, _decompose(full, top, settings), layer.shape)
-    if problem := why_not_comparable(weights.factors.fro):
+    weight_metric = Metric(full, _decompose(full, top, settings), layer.shape)
+    if problem := why_not_comparable(weight_metric.factors.fro):
         return (not_finite(layer.tuned, replace(full, non_finite=problem)),)
-    data = _apply_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
-    before = _before_rounding(layer, full, settings, device)
+    data_metric = _make_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
+    before_rounding = _estimate_before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
     for other in layer.others:
         change = thin.get(other.name)
         if change is None and other.delta is not None:
             change = load_change(other.delta, device, allowance=allowance)
-        record = _record(layer, other, change, weights, data, before, settings)
+        record = _make_record(layer, other, change, weight_metric, data_metric, before_rounding, settings)
         del change  # frees a dense X before the next is read
         if isinstance(record, str):
             left_out = not_finite(layer.tuned, replace(full, non_finite=record))
@@ -147,27 +147,27 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     return tuple(records)
 
 
-def _record(
+def _make_record(
     layer: Layer,
     other: ComparedUpdate,
     change: Change | None,
-    weights: Metric,
-    data: Metric | None,
-    before: BeforeRounding | None,
+    weight_metric: Metric,
+    data_metric: Metric | None,
+    estimate: BeforeRounding | None,
     settings: LayerSettings,
 ) -> Residual | str:
-    """Return the record of one adapter; if its update is not finite, the entry and its position."""
+    """Return the record of one adapter; if its update is not finite or not comparable, why."""
     if change is not None and change.non_finite is not None:
         return change.non_finite
-    rank = _rank(other.delta, change) if layer.tuned.is_matrix else None
-    distances, norm = weights.distances(change, rank)
+    rank = _get_rank(other.delta, change) if layer.tuned.is_matrix else None
+    distances, norm = weight_metric.distances(change, rank)
     if problem := why_not_comparable(norm):
         return problem
-    columns, rows = None, None
-    if layer.tuned.is_matrix and change is not None and norm > 0 and weights.factors.fro > 0:
-        columns, rows = _measure_agreements(weights, change, rank, settings)
-    file_resolution = _measure_resolution(weights) if layer.tuned.is_matrix else None
-    measured = _add_energy_error(distances, weights.factors)
+    column_space, row_space = None, None
+    if layer.tuned.is_matrix and change is not None and norm > 0 and weight_metric.factors.fro > 0:
+        column_space, row_space = _measure_agreements(weight_metric, change, rank, settings)
+    file_resolution = _measure_resolution(weight_metric) if layer.tuned.is_matrix else None
+    distance_fields = _add_energy_error(distances, weight_metric.factors)
     unresolved = (
         file_resolution is not None and file_resolution.verdict == "unresolved" and distances.epsilon is not None
     )
@@ -177,18 +177,20 @@ def _record(
         adapter=other.name,
         role=other.role,
         rank=rank,
-        fro=weights.factors.fro,
-        base_fro=weights.change.base_fro,
+        fro=weight_metric.factors.fro,
+        base_fro=weight_metric.change.base_fro,
         adapter_fro=norm,
-        method=weights.factors.method,
-        blocks=weights.change.row_blocks,
-        column_space=columns,
-        row_space=rows,
-        data=None if data is None else Distance(**_add_energy_error(data.distances(change, rank)[0], data.factors)),
-        before_rounding=None if before is None else before.distance(change, layer.shape),
-        limited_by="noise" if unresolved else Distance(**measured).limit,
+        method=weight_metric.factors.method,
+        blocks=weight_metric.change.row_blocks,
+        column_space=column_space,
+        row_space=row_space,
+        data=None
+        if data_metric is None
+        else Distance(**_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors)),
+        before_rounding=None if estimate is None else estimate.distance(change, layer.shape),
+        limited_by="noise" if unresolved else Distance(**distance_fields).limit,
         resolution=file_resolution,
-        **measured,
+        **distance_fields,
     )
 
 
@@ -204,17 +206,17 @@ class BeforeRounding:
     mean: Change
     fro: float
 
-    def distance(self, other: Change | None, shape: tuple[int, int]) -> Expected:
+    def distance(self, change: Change | None, shape: tuple[int, int]) -> Expected:
         """Return the expected distance of an adapter: E‖X − B·A‖² = ‖E[X] − B·A‖² + E‖X‖² − ‖E[X]‖²."""
         gap, norm, inner = self.fro, 0.0, 0.0
-        if other is not None:
-            near, norm, inner = products(zip(self.mean.blocks(shape), other.blocks(shape), strict=True))
+        if change is not None:
+            near, norm, inner = products(zip(self.mean.blocks(shape), change.blocks(shape), strict=True))
             hidden = max(0.0, self.fro**2 - (self.mean.fro or 0.0) ** 2)
             gap = math.hypot(near, math.sqrt(hidden))
         return Expected(**asdict(distances(self.fro, norm, gap, inner, None)), fro=self.fro)
 
 
-def _before_rounding(
+def _estimate_before_rounding(
     layer: Layer, full: Change, settings: LayerSettings, device: torch.device
 ) -> BeforeRounding | None:
     """Return the update before rounding; None where it was not requested, is not hidden, or cannot be estimated.
@@ -229,10 +231,11 @@ def _before_rounding(
 
 
 def _add_energy_error(distances: Distances, factors: Factors) -> dict[str, float | None]:
+    """Return the fields of a ``Distance``; the error is None without a lower bound."""
     return asdict(distances) | {"energy_error": None if distances.epsilon_min is None else factors.energy_error}
 
 
-def _apply_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
+def _make_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
     """Return the metric of the data: distances are those of D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
     on_rows = layer.moments.on_rows
@@ -249,24 +252,24 @@ def _count_columns(change: Change) -> int:
     return change.factors[0].shape[1] if change.factors is not None else 0
 
 
-def _rank(delta: Delta | None, change: Change | None) -> int | None:
+def _get_rank(delta: Delta | None, change: Change | None) -> int | None:
     """Return the number of columns of X's factors: 0 for X = 0, None without factors."""
     if delta is None or change is None:
         return 0
     return _count_columns(change) if isinstance(delta, FactoredDelta) else None
 
 
-def _measure_resolution(weights: Metric) -> Resolution:
-    factors = weights.factors
-    return resolution(weights.change.rounding, factors)
+def _measure_resolution(weight_metric: Metric) -> Resolution:
+    factors = weight_metric.factors
+    return resolution(weight_metric.change.rounding, factors)
 
 
 def _measure_agreements(
-    weights: Metric, change: Change, rank: int | None, settings: LayerSettings
+    weight_metric: Metric, change: Change, rank: int | None, settings: LayerSettings
 ) -> tuple[Agreement, Agreement]:
     """Return the agreement of the column and of the row spaces."""
-    dimension = min(rank or SUBSPACE, *weights.shape)
-    adapter, full = _decompose(change, dimension, settings), weights.factors
+    dimension = min(rank or SUBSPACE, *weight_metric.shape)
+    adapter, full = _decompose(change, dimension, settings), weight_metric.factors
     assert full.u is not None
     assert full.vh is not None
     assert adapter.u is not None
@@ -333,8 +336,8 @@ def residual(
         Layer(
             delta,
             tuple(
-                ComparedUpdate(other.inputs[-1].path, _get_role(other), known.get(delta.layer))
-                for other, known in zip(others, by_layer, strict=True)
+                ComparedUpdate(other.inputs[-1].path, _get_role(other), deltas.get(delta.layer))
+                for other, deltas in zip(others, by_layer, strict=True)
             ),
             moments.of.get(delta.layer) if moments else None,
             recover,
@@ -362,7 +365,7 @@ def _list_left_out(
     earlier: Results[Residual],
     settings: LayerSettings,
 ) -> Iterator[LeftOut]:
-    """Yield the layers that are left out before measuring, and those that a resumed run left out."""
+    """Yield the layers left out before measuring, and the updates that an interrupted run left out of others."""
     yield from record_unpaired(left_out, layout, settings.device)
     done: dict[str, set[str]] = {}
     for record in earlier:
@@ -385,11 +388,11 @@ def _refuse_repeated_inputs(tuned: Path | str, others: Sequence[Path | str]) -> 
             "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
             "--reference"
         )
-    seen = {os.path.realpath(tuned): "TUNED itself; give another input"}
+    problems = {os.path.realpath(tuned): "TUNED itself; give another input"}
     for path in others:
-        if (known := seen.get(os.path.realpath(path))) is not None:
-            raise UsageError(f"{path}: is {known}")
-        seen[os.path.realpath(path)] = "given twice; give each path once"
+        if (problem := problems.get(os.path.realpath(path))) is not None:
+            raise UsageError(f"{path}: is {problem}")
+        problems[os.path.realpath(path)] = "given twice; give each path once"
 
 
 def _set_role(comparison: Comparison, role: str) -> Comparison:
@@ -404,19 +407,19 @@ def _get_role(comparison: Comparison) -> Literal["adapter", "reference"]:
 
 
 def _drop_base(delta: Delta) -> Delta:
-    """Return a ΔW without its base: the norm of the base is already known."""
+    """Return a ΔW without its base, whose norm is already known; a stored one, which is a difference, unchanged."""
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
 def _list_unmatched(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
-    """Yield tensors of adapters that the fine-tune cannot be compared with."""
-    known = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
+    """Yield tensors of the adapters and the reference that TUNED does not contain."""
+    full_layers = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
     for other in others:
         path = other.inputs[-1].path
         for delta in other.pairing.deltas:
-            if delta.layer not in known:
+            if delta.layer not in full_layers:
                 detail = f"{path} changes it, but TUNED does not contain it"
                 yield Unpaired(delta.layer, delta.shape, "only_in_adapter", detail)
         for item in other.pairing.unpaired:
-            if item.layer not in known:
+            if item.layer not in full_layers:
                 yield replace(item, detail=f"{path}: {item.detail}")

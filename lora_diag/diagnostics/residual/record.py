@@ -87,7 +87,7 @@ def limits_of(records: Sequence[Residual]) -> str:
     return count_texts(record.limited_by or "-" for record in records)
 
 
-def _make_pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
+def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
     def pool(records: Sequence[Residual]) -> float | None:
         from lora_diag.metrics import pooled  # imports NumPy
 
@@ -98,8 +98,8 @@ def _make_pooled(name: str) -> Callable[[Sequence[Residual]], float | None]:
 
 
 def _pool_floor(records: Sequence[Residual]) -> float | None:
-    """Return the pooled lower bound; None if no rank is known."""
-    return _make_pooled("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
+    """Return the pooled lower bound; None if no layer has one."""
+    return _make_pool("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
 
 
 def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
@@ -136,14 +136,14 @@ class Expected(Distance):
     """The expected distance of an adapter to the update before rounding.
 
     Args:
-        fro: ‖X‖_F, estimated.
+        fro: Estimated ‖·‖_F of the update before rounding.
     """
 
     fro: Norm
 
 
 def _pool_before_rounding(records: Sequence[Residual]) -> float | None:
-    """Return the expected ε before rounding of several layers together, those with an estimate."""
+    """Return the expected ε before rounding of the layers with an estimate together; None without any."""
     known = [record.before_rounding for record in records if record.before_rounding is not None]
     total = math.hypot(*(estimate.fro for estimate in known))
     return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in known)) / total if total else None
@@ -192,7 +192,7 @@ class Residual(Distance, LayerRecord):
             f"‖ΔW − X‖/‖ΔW‖. {EPSILON}",
             axis="ε = ‖ΔW − X‖_F / ‖ΔW‖_F",
             main=True,
-            pool=_make_pooled("epsilon"),
+            pool=_make_pool("epsilon"),
         ),
         Shown(
             "least_epsilon",
@@ -210,14 +210,14 @@ class Residual(Distance, LayerRecord):
             "of the angle between the adapter's update and the full one",
             axis="cosine of the two updates (Frobenius)",
             main=True,
-            pool=_make_pooled("cosine"),
+            pool=_make_pool("cosine"),
         ),
         Shown(
             "norm_ratio",
             "‖X‖/‖ΔW‖",
             "norm of the adapter's update over that of the full one",
             axis="‖X‖_F / ‖ΔW‖_F",
-            pool=_make_pooled("norm_ratio"),
+            pool=_make_pool("norm_ratio"),
             terminal=True,
         ),
         Shown(
@@ -259,8 +259,8 @@ class Residual(Distance, LayerRecord):
             drop=7,
             terminal=True,
         ),
-        Shown("best_scale", "best scale", "factor that minimizes ε", pool=_make_pooled("best_scale")),
-        Shown("epsilon_best_scale", "ε at best", "ε at the best scale", pool=_make_pooled("epsilon_best_scale")),
+        Shown("best_scale", "best scale", "factor that minimizes ε", pool=_make_pool("best_scale")),
+        Shown("epsilon_best_scale", "ε at best", "ε at the best scale", pool=_make_pool("epsilon_best_scale")),
         Shown(
             "data.epsilon",
             "ε in C^½",

@@ -48,9 +48,9 @@ def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
 
 
 def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
-    """Return rows of the adapted matrices, sorted by their limiting factor, and one row for the other layers.
+    """Return rows of the adapted matrices, sorted by their limiting factor, and rows for the other layers.
 
-    The rest are tensors that are not adapted, and norms and biases, which have no rank.
+    The other layers are those that are not adapted, and norms and biases: one row for each of the two.
     """
     other_groups: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
     adapted = []
@@ -73,7 +73,7 @@ def _pool_gap(records: Sequence[Residual]) -> float:
 
 
 def _find_main_limit(records: Sequence[Residual]) -> str | None:
-    """Return what limits the layers that hold most of ‖D − X‖²."""
+    """Return the limit with the largest sum of ‖D − X‖² over its layers."""
     shares: Counter[str | None] = Counter()
     for record in records:
         shares[record.limited_by] += record.gap**2  # type: ignore[assignment]  # a Counter of floats
@@ -127,15 +127,15 @@ def _describe_distance(records: Sequence[Residual]) -> str:
         return "TUNED changes nothing, so there is no ε"
     if not acting:
         return "changes nothing that TUNED changes: ε = 1"
-    there = pooled(acting)
-    parts = [f"ε = {format_shown(whole.epsilon)} for the whole model"]
-    if len(acting) < len(records) and there.epsilon is not None:
-        parts.append(f"{format_shown(there.epsilon)} where it acts")
-    parts.append(
-        f"there its norm is {format_shown(there.norm_ratio)} times that of TUNED's update, with cosine "
-        f"{format_shown(there.cosine)}"
+    where_acting = pooled(acting)
+    clauses = [f"ε = {format_shown(whole.epsilon)} for the whole model"]
+    if len(acting) < len(records) and where_acting.epsilon is not None:
+        clauses.append(f"{format_shown(where_acting.epsilon)} where it acts")
+    clauses.append(
+        f"there its norm is {format_shown(where_acting.norm_ratio)} times that of TUNED's update, with cosine "
+        f"{format_shown(where_acting.cosine)}"
     )
-    return "; ".join(parts)
+    return "; ".join(clauses)
 
 
 def _describe_limits(records: Sequence[Residual]) -> str:
@@ -143,17 +143,17 @@ def _describe_limits(records: Sequence[Residual]) -> str:
     total = math.hypot(*(record.fro for record in records)) or 1.0
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)
-    still = [record for record in records if record.adapter_fro == 0]
-    words = [f"{word} in {number_of} of {_tensors(len(acting))}" for word, number_of in counts.most_common()]
-    if still:
-        share = percent((math.hypot(*(record.fro for record in still)) / total) ** 2)
-        words.append(f"{_tensors(len(still))} not adapted, with {share} of ‖ΔW‖²")
+    unchanged = [record for record in records if record.adapter_fro == 0]
+    clauses = [f"{limit} in {layer_count} of {_tensors(len(acting))}" for limit, layer_count in counts.most_common()]
+    if unchanged:
+        share = percent((math.hypot(*(record.fro for record in unchanged)) / total) ** 2)
+        clauses.append(f"{_tensors(len(unchanged))} not adapted, with {share} of ‖ΔW‖²")
     if scaled := [record for record in acting if record.limited_by == "scale"]:
-        words.append(
+        clauses.append(
             f"the best α of the {_tensors(len(scaled))} limited by scale is "
             f"{format_shown(pooled(scaled).best_scale)} times theirs"
         )
-    return "; ".join([*words, *([describe_parts(records)] if any(record.fro for record in records) else [])])
+    return "; ".join([*clauses, *([describe_parts(records)] if any(record.fro for record in records) else [])])
 
 
 def _tensors(number_of: int) -> str:

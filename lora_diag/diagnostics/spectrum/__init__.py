@@ -1,7 +1,4 @@
-"""``spectrum``: singular values of ΔW, energy curves, and the rounding noise of the files.
-
-Options of ``spectrum`` and ``gradient-spectrum``.
-"""
+"""Declaration and options of ``spectrum`` and ``gradient-spectrum``: singular values, energy, and rounding noise."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``loradiag spectrum``."""
+"""``loradiag spectrum`` and ``loradiag gradient-spectrum``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,7 @@
-"""Spectrum records → curves over the rank: of one layer, of a block's experts, of all layers.
+"""Figures of ``spectrum``: energy fractions C(r) and singular values over the rank.
 
-One panel over the rank: lines by depth or bands, marked ranks, and axis labels that fit.
-
-`energy`: energy fraction of the best adapter of each rank, layer by layer.
-
-Small multiples of curves over the rank: one panel per module type, a common depth scale, one legend.
-
-`spectrum`: singular values of an update, and the rounding noise of the files.
+Records become curves, of one layer or the median of a block's experts, or bands over layers. A panel has all layers, a
+page has one panel per module type, with a common depth scale and one legend.
 """
 
 from __future__ import annotations
@@ -54,7 +49,7 @@ class Quantity:
     beyond: float
 
     def at(self, record: Spectrum, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return a layer's values at given ranks; NaN if they were not computed."""
+        """Return a layer's values at given ranks; past the last ``beyond``, or NaN for an incomplete spectrum."""
         values = self.values(record)
         inside = values[np.minimum(ranks, len(values)) - 1]
         return np.where(ranks <= len(values), inside, self.beyond if record.complete else np.nan)
@@ -103,11 +98,11 @@ def _make_curve(depth: int | None, group: Sequence[Spectrum], quantity: Quantity
     stacked = np.array([quantity.at(record, ranks) for record in group])
     middle = np.median(stacked, axis=0)
     known = np.isfinite(middle)
-    signal = sorted(resolved_to(record) for record in group)[len(group) // 2]
+    signal = sorted(resolved_rank(record) for record in group)[len(group) // 2]
     return Curve(group[0].layer, depth, ranks[known], middle[known], signal, len(group))
 
 
-def resolved_to(record: Spectrum) -> int:
+def resolved_rank(record: Spectrum) -> int:
     """Return the largest r that the files resolve; 0 if the update as a whole is not resolved."""
     signal = record.resolution.signal_rank
     if record.resolution.verdict == "unresolved":
@@ -126,7 +121,7 @@ class Band:
 
 
 def band(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]) -> Band | None:
-    """Return pointwise median, minimum and maximum at ranks that all layers have; None for zero updates only."""
+    """Return pointwise median, minimum and maximum at ranks that all changed layers have; None if none changed."""
     changed = [record for record in records if record.fro > 0]
     if not changed:
         return None
@@ -139,13 +134,13 @@ def band(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64
 
 
 def largest_rank(records: Iterable[Spectrum]) -> int:
-    """Return the largest number of kept singular values of an update."""
+    """Return the largest number of kept singular values of a nonzero update; 1 without any."""
     return max((len(record.s) for record in records if record.fro > 0), default=1)
 
 
 def has_floor(records: Iterable[Spectrum]) -> bool:
     """Return whether any layer has values that the files do not resolve."""
-    return any(record.fro > 0 and resolved_to(record) < len(record.s) for record in records)
+    return any(record.fro > 0 and resolved_rank(record) < len(record.s) for record in records)
 
 
 def draw_series(
@@ -156,11 +151,11 @@ def draw_series(
     per: str,
     style: PageStyle | None,
     *,
-    depths: int | None = None,
+    last_depth: int | None = None,
     largest: int | None = None,
     inches: float | None = None,
 ) -> int:
-    """Draw one panel: lines by depth, or a band for each of several series.
+    """Draw one panel: lines by depth; or bands, of each of several series or with ``per="type"``.
 
     Returns:
         The largest number of layers that one line represents.
@@ -174,22 +169,22 @@ def draw_series(
             if drawn := band(item.records, quantity, grid):
                 draw_band(ax, drawn, category(number), item.label or "median layer", style)
     else:
-        depths = deepest(record.layer for record in all_records) if depths is None else depths
+        last_depth = deepest(record.layer for record in all_records) if last_depth is None else last_depth
         for curve in curves(series[0].records, quantity, grid):
-            draw_curve(ax, curve, depth_color(curve.depth, depths), style)
+            draw_curve(ax, curve, depth_color(curve.depth, last_depth), style)
             joined = max(joined, curve.layers)
     rank_axis(ax, largest, marked, style, inches or float(ax.get_window_extent().width) / ax.figure.dpi)
     return joined
 
 
 def draw_curve(ax: Axes, curve: Curve, color: object, style: PageStyle | None) -> None:
-    """Draw the resolved part in colour, the unresolved part in grey."""
+    """Draw a curve: the resolved part in colour, the unresolved part in grey."""
     width = None if style is None else style.line
     line_style: dict[str, Any] = {"marker": "o", "markersize": 2 * (width or 1)} if len(curve.ranks) == 1 else {}
-    clear = int(np.searchsorted(curve.ranks, curve.signal, side="right"))
+    resolved = int(np.searchsorted(curve.ranks, curve.signal, side="right"))
     # The grey part starts where the coloured one ends; otherwise there would be a gap.
-    beyond = slice(max(clear - 1, 0), None)
-    if clear < len(curve.ranks):
+    beyond = slice(max(resolved - 1, 0), None)
+    if resolved < len(curve.ranks):
         ax.plot(
             curve.ranks[beyond],
             curve.values[beyond],
@@ -199,9 +194,15 @@ def draw_curve(ax: Axes, curve: Curve, color: object, style: PageStyle | None) -
             label=f"_floor of {curve.layer}",
             **line_style,
         )
-    if clear:
+    if resolved:
         ax.plot(
-            curve.ranks[:clear], curve.values[:clear], color=color, lw=width, zorder=2, label=curve.layer, **line_style
+            curve.ranks[:resolved],
+            curve.values[:resolved],
+            color=color,
+            lw=width,
+            zorder=2,
+            label=curve.layer,
+            **line_style,
         )
 
 
@@ -258,7 +259,7 @@ def energy(
 
 
 def energy_figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
-    """Draw C(r) by module type, one panel each."""
+    """Return the page of C(r), one panel per module type."""
     change = changes_of(record for item in series for record in item.records)
     total = "Σσ²" if " and " in change else f"‖{change}‖_F²"
     return small_multiples(
@@ -320,8 +321,8 @@ def small_multiples(
     records = [record for item in series for record in item.records]
     shown = _make_panels(series)
     bands = per == "type" or len(series) > 1
-    depths, largest = deepest(record.layer for record in records), largest_rank(records)
-    by_color = not bands and depths > 0
+    last_depth, largest = deepest(record.layer for record in records), largest_rank(records)
+    by_color = not bands and last_depth > 0
     text = FigureText(
         title,
         f"{_make_subtitle(series, records)}{f'; {formula}' if formula else ''}",
@@ -329,16 +330,18 @@ def small_multiples(
         (*_make_keys(series, records, largest, bands, style), *keys),
     )
 
-    def draw(ax: Axes, inches: float, of: Sequence[Series[Spectrum]]) -> None:
-        draw_series(ax, of, quantity, MARKED, per, style, depths=depths, largest=largest, inches=inches)
+    def draw(ax: Axes, inches: float, panel_series: Sequence[Series[Spectrum]]) -> None:
+        draw_series(
+            ax, panel_series, quantity, MARKED, per, style, last_depth=last_depth, largest=largest, inches=inches
+        )
         scale(ax)
         if also:
-            also(ax, [record for item in of for record in item.records])
+            also(ax, [record for item in panel_series for record in item.records])
 
-    panels = {panel.name: partial(draw, of=panel.series) for panel in shown}
+    panels = {panel.name: partial(draw, panel_series=panel.series) for panel in shown}
     figure = multiples_of(panels, text, style, xlabel, ylabel, 0.88 if by_color else 0.97)
     if by_color:
-        depth_bar(figure, figure.axes, depths, style)
+        depth_bar(figure, figure.axes, last_depth, style)
     return figure
 
 
@@ -349,18 +352,18 @@ def _make_panels(series: Sequence[Series[Spectrum]]) -> tuple[Panel, ...]:
     for item in series:
         for record in item.records:
             energy[types.of(record.layer)] += record.fro**2
-    moving = [name for name in types.names if energy[name] > 0]
-    alone = set(moving)
-    if len(moving) > MAX_PANELS:
-        alone = set(sorted(moving, key=lambda name: -energy[name])[: MAX_PANELS - 1])
-    others = f"{len(moving) - len(alone)} other types"
-    shown = {name: name if name in alone else others for name in moving}
-    order = [name for name in moving if name in alone] + ([others] if len(alone) < len(moving) else [])
+    changed = [name for name in types.names if energy[name] > 0]
+    own_panel = set(changed)
+    if len(changed) > MAX_PANELS:
+        own_panel = set(sorted(changed, key=lambda name: -energy[name])[: MAX_PANELS - 1])
+    others = f"{len(changed) - len(own_panel)} other types"
+    panel_names = {name: name if name in own_panel else others for name in changed}
+    order = [name for name in changed if name in own_panel] + ([others] if len(own_panel) < len(changed) else [])
     groups: dict[str, tuple[list[Spectrum], ...]] = {name: tuple([] for _ in series) for name in order}
     for number, item in enumerate(series):
         for record in item.records:
-            if (name := types.of(record.layer)) in shown:
-                groups[shown[name]][number].append(record)
+            if (name := types.of(record.layer)) in panel_names:
+                groups[panel_names[name]][number].append(record)
     return tuple(
         Panel(name, tuple(Series(item.label, tuple(part)) for item, part in zip(series, groups[name], strict=True)))
         for name in order
@@ -449,7 +452,7 @@ def spectrum(
 
 
 def figure(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Figure:
-    """Draw σ_i by module type, one panel each, with common axes."""
+    """Return the page of σ_i, one panel per module type, with common axes."""
     all_records = tuple(record for item in series for record in item.records)
     return small_multiples(
         series,
@@ -475,7 +478,7 @@ def _scale(ax: Axes, records: Sequence[Spectrum]) -> None:
 
 def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
     """Return the range of the y axis: all resolved values, and the noise edge if it is near."""
-    resolved = [value for record in records for value in record.s[: resolved_to(record)] if value > 0]
+    resolved = [value for record in records for value in record.s[: resolved_rank(record)] if value > 0]
     values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
     low, high = min(values), max(values)
     near = [edge for edge in _list_edges(records) if edge > low / 3]
@@ -506,12 +509,12 @@ def _make_edge_line(style: PageStyle | None) -> dict[str, Any]:
 
 
 def no_update_reason(records: Sequence[Spectrum], options: Options) -> str | None:
-    """Return why energy cannot be drawn: every update is zero."""
+    """Return why energy cannot be drawn: every update is zero; None if it can."""
     return None if any(record.fro for record in records) else "ΔW = 0 in every matrix"
 
 
 def mixed_units_reason(records: Sequence[Spectrum], options: Options) -> str | None:
-    """Return why σ cannot be drawn on one axis: different metrics have different units; or every update is zero."""
+    """Return why σ cannot be drawn on one axis: different metrics, or only zero updates; None if it can."""
     metrics = dict.fromkeys(record.metric for record in records)
     if len(metrics) > 1:
         named = " and ".join(METRIC_NAMES[metric] for metric in metrics)

@@ -1,7 +1,4 @@
-"""Spectrum of a layer's gradients, stacked over the steps, before any update exists.
-
-``gradient-spectrum``: the spectrum of the gradients of all steps, before any update exists.
-"""
+"""Measurement of ``gradient-spectrum``: the spectrum of a layer's gradients of all steps, before any update exists."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ class _NotFiniteError(Exception):
 def size(history: History, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: one gradient, and a Gram matrix with its copy.
 
-    With a memory limit, the result is at least the need and at most the limit.
+    With a memory limit, ``max_bytes``, but at most the limit.
     """
     if settings.memory is not None:
         return min(settings.memory, max_bytes(history))
@@ -80,7 +77,7 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
         settings: The request; ``method`` and ``tol`` are not used.
 
     Returns:
-        The spectrum of the smaller side, with the energy fractions of the other if both are small enough; or a
+        The spectrum of the smaller side, with the energy fractions of the other if that is small enough; or a
         ``left_out`` record if a gradient is not finite.
     """
     try:
@@ -91,12 +88,12 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
         return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
     side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
     file_resolution, dtypes = _measure_resolution(result, history), (None, "/".join(history.dtypes))
-    factors = replace(result.side, method=f"{result.side.method} of {len(history.snapshots)} gradients{fallback}")
+    factors = replace(result.smaller, method=f"{result.smaller.method} of {len(history.snapshots)} gradients{fallback}")
     record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
     other_record = None
-    if result.other is not None:
+    if result.larger is not None:
         other_record = record_of(
-            history.layer, history.shape, dtypes, None, result.other, settings.ranks, file_resolution
+            history.layer, history.shape, dtypes, None, result.larger, settings.ranks, file_resolution
         )
     stack = Stack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
@@ -109,32 +106,36 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
 
 @dataclass(frozen=True, slots=True)
 class _Spectra:
-    """The spectra of both sides, and Σulp² of the stored gradients."""
+    """The spectra of the smaller side and, if computed, of the larger; and the spacings of the stored gradients."""
 
-    side: Factors
-    other: Factors | None
+    smaller: Factors
+    larger: Factors | None
     spacing: Spacing
 
 
 def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Spectra:
-    """Return the spectra of both sides.
+    """Return the spectra of the smaller side and, if it is small enough, of the larger one.
 
     The gradients are read once for each side: two concurrent Gram matrices would take twice the memory.
+
+    Raises:
+        MemoryLimitError: A gradient and its Gram matrix do not fit.
+        _NotFiniteError: An entry is not finite.
     """
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
         require_memory(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
     spacing = Spacing.of(_stacked_shape(history))
     left = history.shape[0] < history.shape[1]
-    side = decompose_stack(_read_gradients(history, device, left, spacing), settings.top)
+    smaller = decompose_stack(_read_gradients(history, device, left, spacing), settings.top)
     if not math.isfinite(spacing.squares):
         raise _NotFiniteError(SPACING_OVERFLOW)
-    other_side = None
+    larger = None
     if len(history.snapshots) == 1:
-        other_side = side
+        larger = smaller
     elif max(history.shape) <= OTHER_GRAM_UP_TO:
-        other_side = decompose_stack(_read_gradients(history, device, not left, None), settings.top)
-    return _Spectra(side, other_side, spacing)
+        larger = decompose_stack(_read_gradients(history, device, not left, None), settings.top)
+    return _Spectra(smaller, larger, spacing)
 
 
 def _read_gradients(
@@ -175,8 +176,8 @@ def _stacked_shape(history: History) -> tuple[int, int]:
 def _measure_resolution(result: _Spectra, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
     noise = noise_of(mix_profiles([(1 / 12, result.spacing.profile)], _stacked_shape(history)), 1)
-    edge = max(noise.edge, rounding_threshold(result.side))
-    signal = signal_rank(result.side.s.numpy(), edge, result.side.complete)
+    edge = max(noise.edge, rounding_threshold(result.smaller))
+    signal = signal_rank(result.smaller.s.numpy(), edge, result.smaller.complete)
     return Resolution(
         unchanged=None,
         mantissa=None,
@@ -184,7 +185,7 @@ def _measure_resolution(result: _Spectra, history: History) -> Resolution:
         noise_fro=noise.fro,
         edge=edge,
         signal_rank=signal,
-        verdict=verdict(noise.fro, result.side.fro, signal),
+        verdict=verdict(noise.fro, result.smaller.fro, signal),
     )
 
 
@@ -203,17 +204,17 @@ def gradient_spectrum(
     """
     if settings.method not in {"auto", "gram"}:
         raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
-    chosen = selector(run.options["layers"], run.options["exclude"])
+    selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
     checkpoint = open_checkpoint(base) if base is not None else None
-    followed, rest = histories(steps, checkpoint)
-    tasks = [history for history in followed if chosen(history.layer)]
+    matrices, unmatched = histories(steps, checkpoint)
+    tasks = [history for history in matrices if selected(history.layer)]
     if not tasks:
         raise NothingComparedError("no gradient of a matrix of BASE was found, or none is selected")
-    shapes = {item.layer: item.shape for item in followed} | {item.layer: item.shape for item in rest}
+    shapes = {item.layer: item.shape for item in matrices} | {item.layer: item.shape for item in unmatched}
     unpaired = [
-        *(item for item in rest if chosen(item.layer)),
-        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in shapes.items() if not chosen(name)),
+        *(item for item in unmatched if selected(item.layer)),
+        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in shapes.items() if not selected(name)),
     ]
     verify = run.options["verify"]
     return run.over(

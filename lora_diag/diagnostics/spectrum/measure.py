@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def size(layer: Layer, settings: SpectrumSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: ΔW, and the data metric."""
+    """Estimate the memory of measuring a layer in bytes: ΔW, the data metric, and the estimate before rounding."""
     extra_bytes = weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
     if settings.recover and isinstance(layer.delta, StoredDelta):
         extra_bytes += recovery_bytes(layer.shape)
@@ -54,8 +54,8 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
     )
     if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
-        hidden, elsewhere = _estimate_hidden(delta, record.fro, settings)
-        record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else elsewhere)
+        hidden, note = _estimate_hidden(delta, record.fro, settings)
+        record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else note)
     if change.row_blocks is not None:
         record = record.model_copy(update={"blocks": change.row_blocks})
     if weighted is None or weighting is None:
@@ -71,14 +71,14 @@ def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings)
     except MemoryLimitError as error:
         return Hidden(status="refused", reason=str(error), unchanged=0.0), ""
     compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)
-    recovered, elsewhere = compute_on_device(compute, resolve_device(settings.device))
-    return recovered.hidden, elsewhere
+    recovered, note = compute_on_device(compute, resolve_device(settings.device))
+    return recovered.hidden, note
 
 
 def _compute(
     delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
 ) -> tuple[Change, Factors | None, Weighted | None]:
-    """Read ΔW, apply the metric, and compute its singular values; None if it is not finite."""
+    """Return ΔW in the metric, its singular values, None if it is not finite, and its weighting, None without one."""
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
         allowance = replace(allowance, limit=allowance.limit - weighting_bytes(weighting, delta.shape))

@@ -12,7 +12,7 @@ from lora_diag.rendering.text import median_rank, shade
 
 
 def usual_ranks(ranks: Sequence[int]) -> list[int]:
-    """Return the ranks whose C(r) is shown first: 8, 16 and 64, or the smallest, a middle and the largest."""
+    """Return the ranks whose C(r) is shown first: any of 8, 16 and 64, or the smallest, a middle and the largest."""
     return [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
 
@@ -262,8 +262,8 @@ class Spectrum(LayerRecord):
     @property
     def relative_estimate(self) -> float | None:
         """‖X‖ / ‖W_base‖ of the update before rounding; None where that was not estimated, or the base is zero."""
-        known = self.hidden.fro_estimate if self.hidden is not None else None
-        return known / self.base_fro if known is not None and self.base_fro else None
+        estimate = self.hidden.fro_estimate if self.hidden is not None else None
+        return estimate / self.base_fro if estimate is not None and self.base_fro else None
 
     def before_rounding(self) -> Spectrum:
         """Return the spectrum of the estimated update: values of its directions, and norm; without one, ΔW's."""
@@ -272,14 +272,14 @@ class Spectrum(LayerRecord):
             return self
         values = hidden.values_estimate
         resolution = self.resolution.model_copy(update={"signal_rank": len(values)})
-        changes = {
+        estimated_fields = {
             "fro": hidden.fro_estimate,
             "s": values,
             "complete": False,
             "energy_error": 0.0,
             "resolution": resolution,
         }
-        return self.model_copy(update=changes)
+        return self.model_copy(update=estimated_fields)
 
     @property
     def spike(self) -> Share | None:

@@ -83,8 +83,8 @@ def spectrum(
         return gradient_spectrum(run, base, gradients, settings)
     if base is None:
         raise UsageError("spectrum: nothing to measure; give BASE and TUNED, or an adapter alone")
-    compared = run.compare(base, tuned)
-    pairing, moments = compared.pairing, None
+    comparison = run.compare(base, tuned)
+    pairing, moments = comparison.pairing, None
     if recover and not any(isinstance(delta, StoredDelta) for delta in pairing.deltas):
         raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
     if activations is not None:
@@ -111,7 +111,7 @@ def spectrum(
         _estimate_bytes,
         settings,
         lambda layout, _, __: without_rank(pairing, layout, run.where.here),
-        (*compared.inputs, *((moments.described,) if moments else ())),
+        (*comparison.inputs, *((moments.described,) if moments else ())),
         {
             "ranks": list(settings.ranks),
             **({"metric": "kfac" if kfac else "data"} if moments else {}),

@@ -1,10 +1,7 @@
-"""Statements on the update before rounding, and when ``recover`` is worth running.
+"""Terminal output of ``spectrum`` and ``gradient-spectrum``: a table by module type or layer, and a summary.
 
-Statements of a summary for the spectrum of gradients.
-
-Terminal output of ``spectrum``: a table by module type or layer, and a short summary.
-
-Summary of a spectrum run: size of the change, resolution by the files, and the rank needed.
+The summary states the size of the change, its resolution by the files, the rank needed, the update before rounding, and
+when ``recover`` is worth running; of gradients, how far their spectrum predicts that of an update.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not 
 
 
 def suggested_fix(changed: Sequence[Spectrum]) -> str:
-    """Return a clause that names ``recover`` where rounding left most entries unchanged and it was not tried."""
+    """Return a clause that names ``recover`` if rounding left most entries unchanged and it was not run; else empty."""
     candidates = [
         record
         for record in changed
@@ -62,16 +59,16 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
     if not tried:
         return []
     counts: Counter[str] = Counter(hidden.status for _, hidden in tried)
-    parts = ", ".join(f"{counts[status]} {words}" for status, words in WORDS.items() if counts[status])
+    parts = ", ".join(f"{counts[status]} {phrase}" for status, phrase in WORDS.items() if counts[status])
     lines = []
     sized = [(record, hidden) for record, hidden in tried if hidden.fro_interval is not None]
     if sized:
-        whole = math.hypot(*(hidden.fro_estimate or 0.0 for _, hidden in sized))
-        files = math.hypot(*(record.fro for record, _ in sized))
+        norm = math.hypot(*(hidden.fro_estimate or 0.0 for _, hidden in sized))
+        stored_norm = math.hypot(*(record.fro for record, _ in sized))
         errors = [(high - low) / (high + low) for _, hidden in sized for low, high in [hidden.fro_interval or (1, 1)]]
         lines.append(
-            f"‖X‖ = {number(whole)}, ± {percent(median(errors))} in the median matrix; the files' ‖ΔW‖ is "
-            f"{number(files / whole)} times that"
+            f"‖X‖ = {number(norm)}, ± {percent(median(errors))} in the median matrix; the files' ‖ΔW‖ is "
+            f"{number(stored_norm / norm)} times that"
         )
     lines.append(f"of {len(tried)} matrices that the files do not resolve {parts}")
     recovered = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
@@ -79,9 +76,9 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
         middle, lowest, highest = (
             _median_text(ranks) for ranks in zip(*(_list_ranks(hidden) for _, hidden in recovered), strict=True)
         )
-        read = _median_text([record.rank_at["0.9"] for record, _ in recovered])
+        stored_rank = _median_text([record.rank_at["0.9"] for record, _ in recovered])
         lines.append(
-            f"rank at 90% {middle} (interval {lowest} to {highest}) at the median, where the files read {read}"
+            f"rank at 90% {middle} (interval {lowest} to {highest}) at the median, where the files read {stored_rank}"
         )
         signal = _median_text([record.resolution.signal_rank for record, _ in recovered])
         directions = _median_text([hidden.directions for _, hidden in recovered])
@@ -99,7 +96,7 @@ def _list_ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:
 
 
 def _median_text(ranks: Sequence[int | None]) -> str:
-    """Return the median; of ranks that most layers do not reach, that it is not known."""
+    """Return the median of the known ranks; ``unknown`` if at most half are known."""
     known = [rank for rank in ranks if rank is not None]
     return str(int(median(known))) if 2 * len(known) > len(ranks) else "unknown"
 
@@ -114,10 +111,10 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
     span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
     total = math.hypot(*(record.fro for record in records))
     text = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
-    known = _pair_ranks(records)
-    shown_rank, other_rank = (median(rank) for rank in zip(*known, strict=True)) if known else (0, 0)
+    rank_pairs = _pair_ranks(records)
+    shown_rank, other_rank = (median(rank) for rank in zip(*rank_pairs, strict=True)) if rank_pairs else (0, 0)
     if shown_rank:
-        suffix = "" if len(known) == len(records) else f", in the {len(known)} layers small enough for both"
+        suffix = "" if len(rank_pairs) == len(records) else f", in the {len(rank_pairs)} layers small enough for both"
         text += (
             f"; r@90% on each layer's smaller side, which is shown, {shown_rank:g} at the median, "
             f"on the other {other_rank:g}{suffix}"
@@ -250,14 +247,14 @@ def _describe_changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -
     if not changed:
         return [_describe_no_change(results)]
     if part_of(changed[0].layer) == "vocabulary":
-        still = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
+        outside_note = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
         return [
-            f"only embeddings and head{still}",
+            f"only embeddings and head{outside_note}",
             *_describe_relative_change(changed, f"over the {_matrices(len(changed))} that changed"),
         ]
     outside = " outside embeddings and head" if len(inside) < len(results) else ""
-    every = "the" if outside or len(inside) == 1 else "all"
-    return _describe_relative_change(inside, f"over {every} {_matrices(len(inside))}{outside}")
+    article = "the" if outside or len(inside) == 1 else "all"
+    return _describe_relative_change(inside, f"over {article} {_matrices(len(inside))}{outside}")
 
 
 def _describe_no_change(results: Results[Spectrum]) -> str:
@@ -332,12 +329,12 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
         return make_statement("resolved", "Resolution", sentence)
     word = "no" if counts["unresolved"] > len(changed) / 2 else "partly" if counts["resolved"] else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
-    still = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
+    unchanged_note = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     return make_statement(
         "resolved",
         "Resolution",
         f"{word}: {_describe_unresolved(counts)}: rounding is expected to make up "
-        f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{still}; "
+        f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{unchanged_note}; "
         f"ranks beyond the signal rank count noise. "
         f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
         level="failure" if word == "no" else "warning",
@@ -348,9 +345,13 @@ def _describe_start(changed: Sequence[Spectrum]) -> list[Statement]:
     """State which start of training is assumed or was found where that matters, and how many updates are sparse."""
     resolutions = [record.resolution for record in changed]
     of_all = f"of {_matrices(len(changed))}"
-    rounded = [known for known in resolutions if known.start == "rounded" and known.base_rounding is not None]
+    rounded = [
+        resolution
+        for resolution in resolutions
+        if resolution.start == "rounded" and resolution.base_rounding is not None
+    ]
     unknown = [record for record in changed if record.resolution.start == "unknown"]
-    exact = sum(known.start == "exact" for known in resolutions)
+    exact = sum(resolution.start == "exact" for resolution in resolutions)
     pooled = _pool_base_rounding(changed)
     lines = []
     if exact and rounded:
@@ -380,7 +381,11 @@ def _describe_start(changed: Sequence[Spectrum]) -> list[Statement]:
     if lines and pooled is not None:
         beta, error = pooled
         lines.append(f"β = {beta:.2f} ± {error:.2f} over all layers: 0 if BASE is the start, 1 if a rounded copy")
-    sparse = [known.untouched for known in resolutions if known.untouched is not None and known.untouched >= SPARSE]
+    sparse = [
+        resolution.untouched
+        for resolution in resolutions
+        if resolution.untouched is not None and resolution.untouched >= SPARSE
+    ]
     if sparse:
         lines.append(
             f"{len(sparse)} {of_all} have sparse updates: training did not change about {percent(median(sparse))} of "
@@ -412,39 +417,39 @@ def _judge_without_base_rounding(record: Spectrum) -> str:
 def _describe_unresolved(counts: Counter[str]) -> str:
     """State how many matrices are not resolved, by verdict and its mark in the table."""
     words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
-    parts = [f"{counts[verdict]} {shown}" for verdict, shown in words.items() if counts[verdict]]
+    parts = [f"{counts[verdict]} {label}" for verdict, label in words.items() if counts[verdict]]
     if len(counts) > 1:
         return f"of {counts.total()} matrices {' and '.join(parts)}"
     (verdict,) = counts
-    every = f"all {counts.total()} matrices are" if counts.total() > 1 else "the matrix is"
-    return f"{every} {words[verdict]}"
+    subject_text = f"all {counts.total()} matrices are" if counts.total() > 1 else "the matrix is"
+    return f"{subject_text} {words[verdict]}"
 
 
 def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> list[str]:
     """State what each common rank keeps at the median and in the worst layer, with a verdict.
 
-    There is none if fewer than half of the changed matrices are readable.
+    There is neither if fewer than half of the changed matrices are readable.
     """
     if 2 * len(readable) < changed or not readable:
-        known = f"only {len(readable)} of {_matrices(changed)}" if readable else "no matrix"
-        return [f"not known: these files resolve {known}"]
-    shown = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
-    described = {rank: _describe_rank(rank, readable) for rank in shown}
-    kept = {rank: shares for rank, (shares, _) in described.items() if shares}
-    lines = [line for _, line in described.values()]
+        extent = f"only {len(readable)} of {_matrices(changed)}" if readable else "no matrix"
+        return [f"not known: these files resolve {extent}"]
+    shown_ranks = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
+    by_rank = {rank: _describe_rank(rank, readable) for rank in shown_ranks}
+    kept = {rank: shares for rank, (shares, _) in by_rank.items() if shares}
+    lines = [line for _, line in by_rank.values()]
     if not kept:
         return lines[:1]
-    judged = 16 if 16 in kept else max(kept)
-    middle = median(kept[judged])
+    judged_rank = 16 if 16 in kept else max(kept)
+    middle = median(kept[judged_rank])
     word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
-    number_of = len(kept[judged])
+    number_of = len(kept[judged_rank])
     basis = f"{number_of} of" if number_of < changed else "all"
     judged_by = f"the median of {basis} {_matrices(changed)}" if changed > 1 else "the matrix"
-    return [f"{word}, judged at r={judged} by the energy (Σσ²) of {judged_by}", *lines]
+    return [f"{word}, judged at r={judged_rank} by the energy (Σσ²) of {judged_by}", *lines]
 
 
 def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[Sequence[float], str]:
-    """Return what a rank keeps of each layer, empty if it is not known, and the line that states it.
+    """Return the energy fraction that a rank keeps of each layer, empty if unknown, and the line that states it.
 
     A layer that is not larger than the rank keeps everything for any update and is not counted.
     """
@@ -485,7 +490,7 @@ def _describe_rank_at_90(records: Sequence[Spectrum], changed: int) -> str:
 
 
 def _describe_coverage(results: Results[Spectrum]) -> str:
-    """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases."""
+    """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases; empty if Δ = 0."""
     norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
     for record in results:
         norms[part_of(record.layer)] = math.hypot(norms[part_of(record.layer)], record.fro)

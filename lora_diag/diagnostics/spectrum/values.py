@@ -1,8 +1,7 @@
-"""Input of a layer's spectrum: its update, its weighting, and the settings of the measurement.
+"""Input and record of a layer's spectrum, and the spectrum of an adapter's layer without torch.
 
-Singular values of a layer's update → its record.
-
-Spectrum of a LoRA adapter's layer from its two stored factors, with NumPy alone.
+The input is the update, its weighting and the settings; the record follows from the singular values. Layers whose two
+stored factors are thin are measured here, with NumPy alone.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class SpectrumSettings(LayerSettings):
 
     @property
     def allowance(self) -> Allowance | None:
-        """Return the method's settings and memory limit for a layer."""
+        """Return the method's settings and memory limit for a layer; None without a limit."""
         from lora_diag.linalg import Allowance  # deferred: imports torch
 
         return None if self.memory is None else Allowance(self.memory, self.method, self.top)
@@ -167,7 +166,7 @@ CONCURRENT = 2**19
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _KeptValues:
     """The values that are kept: a ``Values``."""
 
     s: NDArray[np.float64]
@@ -178,7 +177,7 @@ class _Kept:
 
 
 def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
-    """Return whether a layer is measured here; this depends only on the input and the options.
+    """Return whether ``thin_spectrum`` can measure a layer; this depends only on the input and the options.
 
     Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``; nothing of BASE is
     measured; and no GPU is requested.
@@ -217,6 +216,6 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     if not math.isfinite(fro):
         return None
     s = computed.s[0, : settings.top]
-    values = _Kept(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
+    values = _KeptValues(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
     file_resolution = make_unrounded(s, fro, values.complete)
     return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)

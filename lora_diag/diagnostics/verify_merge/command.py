@@ -41,8 +41,10 @@ def verify_merge(
     status = outcome(results)
     hint = _suggest_next(arguments["output"], shown.per, status == "correct")
     shown.show(results, hint)
-    unread = report_unmeasured(results.unmeasured, "the layer was not checked")
-    code = {"correct": UNREADABLE if unread else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[status]
+    has_unmeasured = report_unmeasured(results.unmeasured, "the layer was not checked")
+    code = {"correct": UNREADABLE if has_unmeasured else DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[
+        status
+    ]
     if code != DONE:
         raise typer.Exit(code)
 

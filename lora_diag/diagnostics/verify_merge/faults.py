@@ -109,11 +109,11 @@ class FailedLayer:
 
 
 def find_fault(failed: FailedLayer) -> Fault:
-    """Return the fault that explains a layer best."""
+    """Return the first common fault that explains a layer; without one, a description of the difference."""
     check = failed.check
     if check.moved == 0:
         return Fault("dropped", NOT_ADDED)
-    fault = _find_scale(failed) or scaled_precisely(failed) or _find_coarse_arithmetic(failed)
+    fault = _find_scale(failed) or find_precise_scale(failed) or _find_coarse_arithmetic(failed)
     if fault is None and check.count:
         fault = _find_partial(failed)
     fault = fault or _choose_hypothesis(failed)
@@ -140,20 +140,20 @@ def _find_scale(failed: FailedLayer) -> Fault | None:
     return Fault("wrong scale", f"ΔW was added times {fit}, which is not a known fault")
 
 
-def scaled_precisely(failed: FailedLayer) -> Fault | None:
+def find_precise_scale(failed: FailedLayer) -> Fault | None:
     """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
 
     In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
     chance MIN_COHERENCE more in one than in the other, of MIN_LINES, with probability
     2·exp(−MIN_COHERENCE²·MIN_LINES/2) = 1e-6 (Hoeffding 1963), and no scale explains them.
     """
-    how = precise(failed.rounding)
-    if how == failed.rounding or not failed.check.expected:
+    precise_rounding = make_precise(failed.rounding)
+    if precise_rounding == failed.rounding or not failed.check.expected:
         return None
-    check = failed.recheck(failed.addend, how)
+    check = failed.recheck(failed.addend, precise_rounding)
     if distinct_lines(check) < MIN_LINES or not is_coherent(check):
         return None
-    fit = fit_scale(replace(failed, rounding=how, check=check))
+    fit = fit_scale(replace(failed, rounding=precise_rounding, check=check))
     if fit is None or fit.check.count > (1 - MIN_COHERENCE) * check.count or fit.check.drifted:
         return None
     spacing = abs(fit.factor - 1) / check.count  # mean distance between entries that a scale changes
@@ -175,7 +175,7 @@ def distinct_lines(check: Check) -> int:
     return min(int((side > 0).sum()) for side in check.beyond)
 
 
-def precise(rounding: Rounding) -> Rounding:
+def make_precise(rounding: Rounding) -> Rounding:
     """Return the same rounding of a ΔW computed at least in float32."""
     return replace(rounding, roundoff=min(rounding.roundoff, FLOAT32_ROUNDOFF), cast=False)
 
@@ -205,20 +205,20 @@ class Fit:
 def fit_scale(failed: FailedLayer) -> Fit | None:
     """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ = 1.
 
-    Where rounding swallows part of ΔW, c is not the scale that was applied. None where there is nothing to fit.
+    Where rounding swallows part of ΔW, c is not the scale that was applied. None where nothing can be fitted.
     """
-    expected, arrived = failed.check.expected, failed.check.inner
+    expected, inner = failed.check.expected, failed.check.inner
     if not expected or not math.isfinite(failed.check.scale_error):
         return None
-    off = (arrived - failed.check.ideal) / expected
-    factor, fit = 1.0 + off, None
+    error = (inner - failed.check.ideal) / expected
+    factor, fit = 1.0 + error, None
     for _ in range(MAX_SECANT_STEPS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
         # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a correct merge
         check = failed.recheck(failed.addend.times(factor), replace(failed.rounding, cast=True))
         new_error = (check.inner - check.ideal) / (factor * expected)
-        slope = (off - new_error) / (factor - 1.0)
+        slope = (error - new_error) / (factor - 1.0)
         if not slope > 0:
             break
         unit = abs(factor) / slope
@@ -234,14 +234,14 @@ def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
     if failed.rounding.roundoff >= BFLOAT16_ROUNDOFF:
         return None
 
-    def within(share: float, addend: Addend) -> Check:
+    def check_coarse(share: float, addend: Addend) -> Check:
         return failed.recheck(addend, replace(failed.rounding, roundoff=BFLOAT16_ROUNDOFF * share, cast=True))
 
     addends = [failed.addend, *(failed.addend.times(factor) for factor in failed.rounded)]
     if isinstance(failed.addend, Product):
         addends.append(failed.addend.truncate_factors(failed.scale or 1.0))
     for addend in addends:
-        check = within(1.0, addend)
+        check = check_coarse(1.0, addend)
         if not check.count and not check.drifted:
             break
     else:
@@ -249,8 +249,8 @@ def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
     visible = failed.check.entries >= MIN_ENTRIES and failed.check.worst > MIN_ULP
     if (
         visible
-        and (large := within(LARGE_ERROR, addend).count)
-        and within(SMALL_ERROR, addend).count < MIN_SPREAD * large
+        and (large := check_coarse(LARGE_ERROR, addend).count)
+        and check_coarse(SMALL_ERROR, addend).count < MIN_SPREAD * large
     ):
         return None  # a few entries are far off while others are correct to the last bit
     distance = math.sqrt(failed.check.residual / failed.check.expected) if failed.check.expected else 0.0
@@ -261,9 +261,9 @@ def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
 def _find_partial(failed: FailedLayer) -> Fault | None:
     """Test rows (or columns) with the update next to others without."""
     for axis, word in enumerate(("rows", "columns")):
-        missing, still = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] == 0
-        if missing.any() and not (missing & ~still).any() and (~still).any():
-            return Fault("partial", f"{word} {ranges(missing)} of {len(missing)} have no update, the others have it")
+        differs, is_base = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] == 0
+        if differs.any() and not (differs & ~is_base).any() and (~is_base).any():
+            return Fault("partial", f"{word} {ranges(differs)} of {len(differs)} have no update, the others have it")
     return None
 
 
@@ -271,13 +271,13 @@ def _choose_hypothesis(failed: FailedLayer) -> Fault | None:
     """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
     for fault, check in _list_hypotheses(failed):
-        near = check.residual <= min(_near(check.expected, check.allowed), failed.check.residual / 2)
+        near = check.residual <= min(_limit_residual(check.expected, check.allowed), failed.check.residual / 2)
         if near or check.count <= min(MAX_UNEXPLAINED * check.entries, failed.check.count / 2):
             fitting.append((check.count, check.residual, fault))
     return min(fitting, key=lambda item: item[:2])[2] if fitting else None
 
 
-def _near(squares: float, allowed: float) -> float:
+def _limit_residual(squares: float, allowed: float) -> float:
     """Return the largest ‖M − W − D'‖² for which D' explains a layer: 5% of ‖D'‖ and the noise of two roundings.
 
     ``allowed`` is Σ(ulp/2)² or more; each rounding is expected to add a variance of ulp²/12.
@@ -286,22 +286,28 @@ def _near(squares: float, allowed: float) -> float:
 
 
 def _list_hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
-    how = failed.rounding
+    rounding = failed.rounding
     yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), failed.recheck_on_top()
     for factor, why in scales(failed.scale, failed.rank).items():
-        check = failed.recheck(failed.addend.times(factor), how)
+        check = failed.recheck(failed.addend.times(factor), rounding)
         yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
     if failed.is_matrix and failed.shape[0] == failed.shape[1]:
-        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), failed.recheck(failed.addend.transpose(), how)
+        yield (
+            Fault("transposed", "ΔWᵀ was added in the place of ΔW"),
+            failed.recheck(failed.addend.transpose(), rounding),
+        )
     if has_halves(failed.layer, failed.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
-        yield Fault("wrong order", why), failed.recheck(failed.addend.swap_halves(), how)
+        yield Fault("wrong order", why), failed.recheck(failed.addend.swap_halves(), rounding)
     if name := _find_nearest_layer(failed):
-        yield Fault("wrong order", f"the ΔW of {name} was added here"), failed.recheck(failed.load_other(name), how)
+        yield (
+            Fault("wrong order", f"the ΔW of {name} was added here"),
+            failed.recheck(failed.load_other(name), rounding),
+        )
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
-    """Return whether a weight has two halves, by its name."""
+    """Return whether a weight has two halves: by its name, and an even number of rows."""
     return shape[0] % 2 == 0 and any(word in layer for word in JOINED_WEIGHTS)
 
 
@@ -324,18 +330,18 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
             (math.sqrt(rank), f"scaled by α/√r where the adapter says α/r (r = {rank})"),
             (1 / math.sqrt(rank), f"scaled by α/r where the adapter says α/√r, rsLoRA (r = {rank})"),
         ]
-    words: dict[float, str] = {}
+    cause_of: dict[float, str] = {}
     for factor, why in causes:
-        same_factor = next((known for known in words if math.isclose(known, factor, rel_tol=1e-6)), None)
+        same_factor = next((other for other in cause_of if math.isclose(other, factor, rel_tol=1e-6)), None)
         if same_factor is not None:
-            words[same_factor] += f", or {why}"
+            cause_of[same_factor] += f", or {why}"
         elif not math.isclose(factor, 1.0, rel_tol=1e-6):
-            words[factor] = why
-    return words
+            cause_of[factor] = why
+    return cause_of
 
 
 def _find_nearest_layer(failed: FailedLayer) -> str | None:
-    """Return the layer whose ΔW is clearly nearest in direction to this layer's change, by the first rows."""
+    """Return the layer whose ΔW is nearest in direction to the change, by the first rows; None if none is near."""
     observed = failed.observed()
     best, nearest = MIN_COSINE * float(torch.linalg.vector_norm(observed)), None
     for name in failed.others:
@@ -358,8 +364,8 @@ def _find_rounded_base(failed: FailedLayer) -> Fault | None:
     for dtype in (torch.bfloat16, torch.float16):
         if LAYOUT[dtype][2] >= LAYOUT[failed.rounding.dtype][2]:
             continue
-        how = replace(failed.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
-        check = failed.recheck(failed.addend, how)
+        rounding = replace(failed.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
+        check = failed.recheck(failed.addend, rounding)
         if check.count <= MAX_UNEXPLAINED * failed.check.entries and not check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
@@ -373,22 +379,22 @@ def _find_uneven_scale(failed: FailedLayer) -> Fault | None:
     axis = stretches[0].axis
     lines = failed.check.lines[axis]
     factors = 1 + torch.where(lines.energy > 0, lines.difference / lines.energy, 0.0)
-    fitted = failed.recheck(failed.addend.scale_lines(factors, axis), failed.rounding)
-    if fitted.count > MAX_UNEXPLAINED * failed.check.entries and fitted.residual > fitted.allowed:
+    check = failed.recheck(failed.addend.scale_lines(factors, axis), failed.rounding)
+    if check.count > MAX_UNEXPLAINED * failed.check.entries and check.residual > check.allowed:
         return None
-    marked = torch.zeros(len(stretches), len(factors), dtype=torch.bool)
-    for row, part in zip(marked, stretches, strict=True):
-        row[part.first : part.last] = True
+    masks = torch.zeros(len(stretches), len(factors), dtype=torch.bool)
+    for mask, stretch in zip(masks, stretches, strict=True):
+        mask[stretch.first : stretch.last] = True
     parts = " and ".join(
-        f"{100 * abs(part.off):.2g}% ± {100 * part.error:.1g}% {'more' if part.off > 0 else 'less'} in "
-        f"{('rows', 'columns')[axis]} {ranges(row)}"
-        for row, part in zip(marked, stretches, strict=True)
+        f"{100 * abs(stretch.off):.2g}% ± {100 * stretch.error:.1g}% {'more' if stretch.off > 0 else 'less'} in "
+        f"{('rows', 'columns')[axis]} {ranges(mask)}"
+        for mask, stretch in zip(masks, stretches, strict=True)
     )
     return Fault("wrong scale", f"the scale of ΔW is not the same everywhere: {parts} of {len(factors)}")
 
 
 def _describe_norms(failed: FailedLayer) -> Fault:
-    """Describe the norms if no common fault explains every entry."""
+    """Return the fault that the norms indicate if no common fault explains every entry."""
     check = failed.check
     if not check.expected:
         return Fault(
@@ -397,7 +403,7 @@ def _describe_norms(failed: FailedLayer) -> Fault:
     c = check.inner / check.expected
     distance = check.observed - c * c * check.expected
     wrong_scale = abs(c - 1) > MAX_DISTANCE and distance <= min(
-        _near(c * c * check.expected, check.allowed), check.observed / 2
+        _limit_residual(c * c * check.expected, check.allowed), check.observed / 2
     )
     if wrong_scale or (distance <= check.allowed and check.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is not a known fault")
@@ -420,7 +426,7 @@ def _describe_norms(failed: FailedLayer) -> Fault:
 
 
 def _find_drift(failed: FailedLayer) -> Fault:
-    """Report the scale if rounding explains every single entry but not all of them together."""
+    """Return the fault of a scale where rounding explains every single entry but not all of them together."""
     c, error = failed.check.inner / failed.check.expected, failed.check.scale_error
     return Fault(
         "wrong scale", f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together"
@@ -433,13 +439,13 @@ def _describe_place(failed: FailedLayer) -> str:
 
 
 def ranges(marked: Tensor) -> str:
-    """Return the marked indices as text, in ranges, the first few.
+    """Return the marked indices as text: the first ranges, and the number of further ones.
 
     >>> ranges(torch.tensor([True, True, False, True]))
     '0-1, 3'
     """
     edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
     starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-    words = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
-    suffix = f" and {len(words) - MAX_RANGES} more ranges" if len(words) > MAX_RANGES else ""
-    return ", ".join(words[:MAX_RANGES]) + suffix
+    texts = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
+    suffix = f" and {len(texts) - MAX_RANGES} more ranges" if len(texts) > MAX_RANGES else ""
+    return ", ".join(texts[:MAX_RANGES]) + suffix

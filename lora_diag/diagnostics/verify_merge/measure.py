@@ -1,8 +1,6 @@
-"""Check of one merged layer: W, ΔW and M → one record.
+"""Measurement of ``verify-merge``: check a merged checkpoint against BASE and the adapter, layer by layer.
 
-Decides whether a merge is correct; ``faults`` diagnoses incorrect ones.
-
-``verify-merge``: check a merged checkpoint against BASE and the adapter.
+Decides from W, ΔW and M of each layer whether its merge is correct; ``faults`` diagnoses incorrect ones.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ from lora_diag.diagnostics.verify_merge.faults import (
     Fault,
     distinct_lines,
     find_fault,
+    find_precise_scale,
     has_halves,
     is_coherent,
-    precise,
-    scaled_precisely,
+    make_precise,
 )
 from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -182,7 +180,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         MemoryLimitError: An update that is not a product of thin factors does not fit.
     """
     if task.merged is None:
-        return _record(task, None, None, "missing", task.missing)
+        return _make_record(task, None, None, "missing", task.missing)
     if memory is not None and task.held:
         require_memory(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
     keeps = task.adapted and (memory is None or task.footprint <= memory)
@@ -192,60 +190,66 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
 def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
     addend, problem = load_addend(task.deltas, task.shape)
     if problem is not None:
-        return _record_left_out(task, problem)
+        return _make_left_out(task, problem)
     rounding, ambiguous = _infer_rounding(task)
     check = check_merge(task.blocks(), task.shape, addend, rounding)
     if check.base_non_finite is not None:
-        return _record_left_out(task, check.base_non_finite)
+        return _make_left_out(task, check.base_non_finite)
     if check.non_finite is not None:
-        return _record(task, None, rounding, "other", _describe_problem(task, check.non_finite))
+        return _make_record(task, None, rounding, "other", _describe_problem(task, check.non_finite))
     if not math.isfinite(check.expected + abs(check.inner)):
-        return _record_left_out(task, "the squares of its entries overflow float64")
-    right = _find_correct_merge(task, addend, rounding, check)
-    if right is None:
+        return _make_left_out(task, "the squares of its entries overflow float64")
+    correct = _find_correct_merge(task, addend, rounding, check)
+    if correct is None:
         fault = _find_fault_of(task, addend, rounding, check)
-        return _record(task, check, rounding, fault.status, fault.cause)
-    if decided := _decide_by_entries(task, addend, rounding, check, right):
-        return _record(task, check, rounding, decided.status, decided.cause)
+        return _make_record(task, check, rounding, fault.status, fault.cause)
+    if verdict := _decide_by_entries(task, addend, rounding, check, correct):
+        return _make_record(task, check, rounding, verdict.status, verdict.cause)
     ambiguous = ambiguous or merged.is_quantized or isinstance(addend, Whole)
     if ambiguous and check.moved <= MAX_UNEXPLAINED * check.entries and check.expected > 0:
-        return _record(task, check, rounding, *_distinguish_from_zero(task, addend, rounding))
-    if cause := _explain_ambiguity(task, addend, right):
-        return _record(task, check, rounding, "inconclusive", cause)
-    return _record(task, check, rounding, "ok", "")
+        return _make_record(task, check, rounding, *_distinguish_from_zero(task, addend, rounding))
+    if cause := _explain_ambiguity(task, addend, correct):
+        return _make_record(task, check, rounding, "inconclusive", cause)
+    return _make_record(task, check, rounding, "ok", "")
 
 
 def _decide_by_entries(
-    task: MergedLayer, addend: Addend, rounding: Rounding, check: Check, right: _Right
+    task: MergedLayer, addend: Addend, rounding: Rounding, check: Check, correct: _CorrectMerge
 ) -> Fault | None:
-    """Return the scale determined by single entries if ΔW was computed in float32 and its error is large; else None.
+    """Return the verdict of single entries where the error of the scale is large; None where they decide nothing.
 
-    Fault: ``wrong scale``, or ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
+    They are tested for a ΔW that was computed in float32.
+
+    The verdict is ``wrong scale``, or ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor
+    1 + RESOLVED fits.
     """
     assert task.merged is not None
     if task.merged.is_quantized or not check.expected or (isinstance(addend, Whole) and addend.exact):
         return None
-    coherent = is_coherent(check) and not right.check.resolves(RESOLVED_ENTRIES)
-    unresolved = not right.check.resolves(RESOLVED)
+    coherent = is_coherent(check) and not correct.check.resolves(RESOLVED_ENTRIES)
+    unresolved = not correct.check.resolves(RESOLVED)
     if not (coherent or unresolved):
         return None
-    how = precise(rounding)
-    exact_merge = _find_correct_merge(task, addend, how, check_merge(task.blocks(), task.shape, addend, how))
+    precise_rounding = make_precise(rounding)
+    exact_merge = _find_correct_merge(
+        task, addend, precise_rounding, check_merge(task.blocks(), task.shape, addend, precise_rounding)
+    )
     if exact_merge is None:
-        return scaled_precisely(_make_failed_layer(task, addend, rounding, check))
+        return find_precise_scale(_make_failed_layer(task, addend, rounding, check))
     return Fault("ok", "") if unresolved and exact_merge.check.moved and _is_clear(task, exact_merge) else None
 
 
-def _is_clear(task: MergedLayer, right: _Right) -> bool:
+def _is_clear(task: MergedLayer, correct: _CorrectMerge) -> bool:
     """Return whether single entries distinguish a correct merge from scales off by ``RESOLVED``."""
     return all(
-        distinct_lines(check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding)) >= MIN_LINES
+        distinct_lines(check_merge(task.blocks(), task.shape, correct.addend.times(factor), correct.rounding))
+        >= MIN_LINES
         for factor in (1 - RESOLVED, 1 + RESOLVED)
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Right:
+class _CorrectMerge:
     """A correct merge that explains a layer: ΔW with its arithmetic, and the check with it."""
 
     addend: Addend
@@ -253,24 +257,26 @@ class _Right:
     check: Check
 
 
-def _find_correct_merge(task: MergedLayer, addend: Addend, rounding: Rounding, first_check: Check) -> _Right | None:
+def _find_correct_merge(
+    task: MergedLayer, addend: Addend, rounding: Rounding, first_check: Check
+) -> _CorrectMerge | None:
     """Return the correct merge that explains every entry and the scale of a layer; None without one.
 
     Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
     that was rounded itself. Each is tried as such.
     """
     if first_check.count == 0 and not first_check.drifted:
-        return _Right(addend, rounding, first_check)
+        return _CorrectMerge(addend, rounding, first_check)
     if not task.deltas or first_check.moved == 0:
         return None
     addends: list[Addend] = [addend, *(addend.times(factor) for factor in rounded_scales(task, rounding.dtype))]
-    for other in addends:
-        for how in orders(rounding):
-            if other is addend and how is rounding:
+    for candidate in addends:
+        for order in orders(rounding):
+            if candidate is addend and order is rounding:
                 continue
-            check = check_merge(task.blocks(), task.shape, other, how, whole=False)
+            check = check_merge(task.blocks(), task.shape, candidate, order, whole=False)
             if check.count == 0 and not check.drifted:
-                return _Right(other, how, check)
+                return _CorrectMerge(candidate, order, check)
     return None
 
 
@@ -292,10 +298,10 @@ def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
     return [factor for factor in sorted(factors - {1.0}) if 0 < factor < math.inf]
 
 
-def _explain_ambiguity(task: MergedLayer, addend: Addend, right: _Right) -> str:
-    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can."""
+def _explain_ambiguity(task: MergedLayer, addend: Addend, correct: _CorrectMerge) -> str:
+    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or that is not tested."""
     assert task.merged is not None
-    check = right.check
+    check = correct.check
     exact = isinstance(addend, Whole) and addend.exact
     if not check.expected or exact or task.merged.is_quantized:
         return ""
@@ -303,14 +309,16 @@ def _explain_ambiguity(task: MergedLayer, addend: Addend, right: _Right) -> str:
     if not is_lost and check.resolves(RESOLVED):
         return ""
     for factor in (1 + RESOLVED, 1 - RESOLVED):
-        alternative = check_merge(task.blocks(), task.shape, right.addend.times(factor), right.rounding, whole=False)
+        alternative = check_merge(
+            task.blocks(), task.shape, correct.addend.times(factor), correct.rounding, whole=False
+        )
         if alternative.count == 0 and not alternative.drifted:
             return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse for the scale"
     return ""
 
 
 def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding) -> tuple[MergeStatus, str]:
-    """Distinguish ΔW from zero if the tolerance permits both, assuming that ΔW was computed in float32."""
+    """Return status and cause if the tolerance permits both ΔW and zero, assuming ΔW was computed in float32."""
     sharp = check_merge(task.blocks(), task.shape, addend, replace(rounding, roundoff=2.0**-24))
     if sharp.count == 0 and sharp.moved > 0:
         return "ok", ""
@@ -332,8 +340,8 @@ def _make_failed_layer(task: MergedLayer, addend: Addend, rounding: Rounding, ch
     scale = single.scale if isinstance(single, FactoredDelta) else None
     rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
 
-    def recheck(other: Addend, how: Rounding) -> Check:
-        return check_merge(task.blocks(), task.shape, other, how)
+    def recheck(other: Addend, other_rounding: Rounding) -> Check:
+        return check_merge(task.blocks(), task.shape, other, other_rounding)
 
     def recheck_on_top() -> Check:
         return check_merge(_merge_twice(task, addend, rounding), task.shape, addend, rounding)
@@ -364,14 +372,14 @@ def _merge_twice(task: MergedLayer, addend: Addend, rounding: Rounding) -> Itera
 
 
 def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
-    """Return the sum of a layer's updates, and a description of the first entry that is not finite, if any.
+    """Return the sum of a layer's updates, and None; or the update that is not finite, and its first such entry.
 
     Args:
         deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
             other rows have none.
         shape: ``(m, n)`` of the layer.
     """
-    parts = [_load(delta) for delta in deltas]
+    parts = [_load_update(delta) for delta in deltas]
     for part in parts:
         problem = _find_non_finite(part)
         if problem is not None:
@@ -390,7 +398,7 @@ def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
     return Whole(shape, lambda first, last: total[first:last]), None
 
 
-def _load(delta: Delta) -> Addend:
+def _load_update(delta: Delta) -> Addend:
     if isinstance(delta, FactoredDelta):
         b, a = delta.load()
         return Product(b.double(), a.double())
@@ -422,7 +430,7 @@ def _find_non_finite(part: Addend) -> str | None:
 
 
 def _fit_rows(b: Tensor, rows: int) -> Tensor:
-    """Return B with as many rows as the layer; new rows are zero."""
+    """Return B with as many rows as the layer: without further rows, or with zeros below."""
     return torch.cat([b[:rows], b.new_zeros(max(0, rows - len(b)), b.shape[1])])
 
 
@@ -431,14 +439,14 @@ def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
     assert task.merged is not None
     dtype, ambiguous = _find_dtype(task)
     mantissa = LAYOUT[dtype][2]
-    made_of = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
-    made_of = [other for other in made_of if other in LAYOUT]
+    update_dtypes = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
+    update_dtypes = [other for other in update_dtypes if other in LAYOUT]
     scales = [delta.scale for delta in task.deltas if isinstance(delta, FactoredDelta) and delta.scale]
     base = getattr(torch, task.base.dtype)
     return Rounding(
         dtype=dtype,
-        roundoff=max(map(unit_roundoff, [dtype, *made_of])),
-        cast=any(LAYOUT[other][2] > mantissa for other in made_of)
+        roundoff=max(map(unit_roundoff, [dtype, *update_dtypes])),
+        cast=any(LAYOUT[other][2] > mantissa for other in update_dtypes)
         or any(isinstance(delta, FactoredDelta) and not _is_power_of_two(delta.scale) for delta in task.deltas),
         scale=max(map(abs, scales), default=1.0),
         diagonal=any(isinstance(delta, FactoredDelta) and delta.diagonal for delta in task.deltas),
@@ -459,19 +467,19 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
     stored = getattr(torch, task.merged.dtype)
     if task.merged.is_quantized or stored == torch.bfloat16:
         return stored, False
-    still: Tensor | None = None
+    unchanged: Tensor | None = None
     for w, m, _ in task.blocks():
         changed = m[m.double() != w.double()]
         if len(changed):
             return stored_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
-        still = m.reshape(-1)[:SAMPLE] if still is None else still
+        unchanged = m.reshape(-1)[:SAMPLE] if unchanged is None else unchanged
         if not task.adapted:
             return stored, False  # M = W so far, independent of the dtype; a block that differs is inspected separately
-    shortest = stored_dtype(still) if still is not None else stored
+    shortest = stored_dtype(unchanged) if unchanged is not None else stored
     return shortest, shortest != stored
 
 
-def _record_left_out(task: MergedLayer, problem: str) -> LeftOut:
+def _make_left_out(task: MergedLayer, problem: str) -> LeftOut:
     shape = task.shape if task.is_matrix else task.shape[1:]
     return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_describe_problem(task, problem))
 
@@ -480,7 +488,7 @@ def _describe_problem(task: MergedLayer, problem: str) -> str:
     return problem if task.is_matrix else problem.replace("[0, ", "[")  # a vector was read as one row
 
 
-def _record(
+def _make_record(
     task: MergedLayer, check: Check | None, rounding: Rounding | None, status: MergeStatus, cause: str
 ) -> Merge:
     shape = task.shape if task.is_matrix else task.shape[1:]
@@ -610,13 +618,13 @@ def _align_layers(
     Returns:
         One task a layer, in natural order of their names; and tensors that neither side allows to check.
     """
-    updates, rest = _group_by_target(adapter_pairing, merged_pairing)
+    updates, unplaced = _group_by_target(adapter_pairing, merged_pairing)
     siblings = _group_siblings(adapter_pairing)
     stored = [delta for delta in merged_pairing.deltas if isinstance(delta, StoredDelta)]
     tasks = [_make_task(delta, updates.get(delta.layer, ()), siblings) for delta in stored]
-    absent = {item.layer: item for item in merged_pairing.unpaired if item.reason in _MISSING_REASONS}
-    tasks += [_make_missing_task(delta, absent, merged) for delta in rest if selected(delta.layer)]
-    added, unpaired = _compare_added_rows(adapter_pairing, merged_pairing)
+    missing_in_merged = {item.layer: item for item in merged_pairing.unpaired if item.reason in _MISSING_REASONS}
+    tasks += [_make_missing_task(delta, missing_in_merged, merged) for delta in unplaced if selected(delta.layer)]
+    added, unpaired = _make_added_tasks(adapter_pairing, merged_pairing)
     tasks += added
     unavailable = {task.layer for task in tasks if task.missing}
     unpaired = [item for item in unpaired if item.layer not in unavailable]
@@ -634,24 +642,26 @@ def _align_layers(
 def _group_by_target(
     adapter_pairing: Pairing, merged_pairing: Pairing
 ) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
-    """Return the updates of every layer of MERGED, and those without a layer.
+    """Return the updates by layer of MERGED, and those without a layer there.
 
     Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
     """
-    names = {delta.layer: delta for delta in merged_pairing.deltas}
+    merged_deltas = {delta.layer: delta for delta in merged_pairing.deltas}
     layers_at = {
         (delta.base.name, delta.base.offset): delta.layer for delta in merged_pairing.deltas if delta.base is not None
     }
     updates: dict[str, tuple[Delta, ...]] = {}
-    rest: list[Delta] = []
+    unplaced: list[Delta] = []
     for delta in adapter_pairing.deltas:
         location = (delta.base.name, delta.base.offset) if delta.base is not None else None
-        target = delta.layer if delta.layer in names else layers_at.get(location) if location is not None else None
-        if target is None or names[target].shape[1] != delta.shape[1]:
-            rest.append(delta)
+        target = (
+            delta.layer if delta.layer in merged_deltas else layers_at.get(location) if location is not None else None
+        )
+        if target is None or merged_deltas[target].shape[1] != delta.shape[1]:
+            unplaced.append(delta)
         else:
             updates[target] = (*updates.get(target, ()), delta)
-    return updates, rest
+    return updates, unplaced
 
 
 def _make_task(
@@ -669,9 +679,15 @@ def _make_task(
     )
 
 
-def _make_missing_task(delta: Delta, absent: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
-    """Return the task of a layer that the adapter changes and that is missing in MERGED, with the reason."""
-    item = absent.get(delta.layer) or (absent.get(delta.base.name) if delta.base is not None else None)
+def _make_missing_task(delta: Delta, missing_in_merged: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
+    """Return the task of a layer that the adapter changes and that is missing in MERGED, with the reason.
+
+    Raises:
+        InputError: BASE or MERGED stores it as other than plain numbers.
+    """
+    item = missing_in_merged.get(delta.layer) or (
+        missing_in_merged.get(delta.base.name) if delta.base is not None else None
+    )
     if delta.base is None or (item is not None and item.reason == "not_float"):
         detail = item.detail if item is not None else "BASE stores it as other than plain numbers"
         raise InputError(
@@ -701,21 +717,26 @@ def _drop_number(layer: str) -> str:
     return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
 
 
-def _compare_added_rows(adapter_pairing: Pairing, merged_pairing: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
-    """Compare vocabulary rows that MERGED adds with the rows in the adapter; also return the remaining tensors."""
+def _make_added_tasks(adapter_pairing: Pairing, merged_pairing: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
+    """Return tasks for vocabulary rows that both MERGED and the adapter add, and the remaining unpaired tensors."""
     added = {
         item.layer: item for item in adapter_pairing.unpaired if item.reason == "added_rows" and item.rows is not None
     }
-    tasks, rest = [], []
+    tasks, unpaired = [], []
     for item in merged_pairing.unpaired:
-        new = added.get(item.layer)
-        if item.reason == "added_rows" and item.rows is not None and new is not None and new.shape == item.shape:
-            assert new.rows is not None
+        adapter_item = added.get(item.layer)
+        if (
+            item.reason == "added_rows"
+            and item.rows is not None
+            and adapter_item is not None
+            and adapter_item.shape == item.shape
+        ):
+            assert adapter_item.rows is not None
             rows, columns = item.shape
             name = f"{item.layer} (added rows)"
-            tasks.append(MergedLayer(name, (rows, columns), new.rows, item.rows))
+            tasks.append(MergedLayer(name, (rows, columns), adapter_item.rows, item.rows))
             added.pop(item.layer)
         else:
-            rest.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
-    rest += [item for item in adapter_pairing.unpaired if item.reason != "added_rows" or item.layer in added]
-    return tasks, rest
+            unpaired.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
+    unpaired += [item for item in adapter_pairing.unpaired if item.reason != "added_rows" or item.layer in added]
+    return tasks, unpaired

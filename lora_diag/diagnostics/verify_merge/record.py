@@ -41,7 +41,7 @@ def _style_status(status: MergeStatus) -> str:
 
 
 def _differing_share(records: Sequence[Merge]) -> float | None:
-    """Return the fraction of entries that no rounding explains, over all layers."""
+    """Return the fraction of entries that no rounding explains, over all layers; None if it is not known."""
     known = [(record.differing, math.prod(record.shape)) for record in records if record.differing is not None]
     total = sum(entries for _, entries in known)
     return sum(differing for differing, _ in known) / total if total else None

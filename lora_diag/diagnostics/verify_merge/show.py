@@ -43,7 +43,7 @@ def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
 
 
 def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
-    """Group the layers by name and status; unchanged layers without an adapter are one row."""
+    """Return the layers by name and status, the worst status first; correct layers without an update are one row."""
     groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
     for record in results:
         name = short(module_type_of(record.layer) if per == "type" else record.layer)
@@ -86,8 +86,10 @@ def _describe_measured(results: Results[Merge]) -> list[str]:
     entries = sum(math.prod(record.shape) for record in results)
     adapted = sum(record.adapted for record in results)
     dtypes = sorted({record.dtype for record in results if record.adapted and record.dtype})
-    others = len(results) - adapted
-    return [f"{_layers(adapted)} adapted, {others} not, {count(entries)} entries, values in {', '.join(dtypes) or '-'}"]
+    not_adapted = len(results) - adapted
+    return [
+        f"{_layers(adapted)} adapted, {not_adapted} not, {count(entries)} entries, values in {', '.join(dtypes) or '-'}"
+    ]
 
 
 def _layers(number_of: int) -> str:
@@ -100,11 +102,11 @@ def _adapted_layers(number_of: int) -> str:
 
 def _describe_correctness(results: Results[Merge]) -> str:
     adapted = [record for record in results if record.adapted]
-    bad = [record for record in adapted if record.failed]
+    failed = [record for record in adapted if record.failed]
     changed = sum(record.failed for record in results if not record.adapted)
     status = outcome(results)
     if status == "failed":
-        parts = [f"{len(bad)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if bad else []
+        parts = [f"{len(failed)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if failed else []
         parts += [f"{_layers(changed)} without an update changed"] if changed else []
         return f"no: {' and '.join(parts)}"
     if status == "inconclusive":
@@ -117,9 +119,9 @@ def _describe_correctness(results: Results[Merge]) -> str:
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
     if all(not record.expected_fro for record in adapted):
         return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
-    still = all(record.unchanged == 1 for record in adapted if record.expected_fro)
+    is_base = all(record.unchanged == 1 for record in adapted if record.expected_fro)
     unclear = [record for record in adapted if record.status == "inconclusive"]
-    if unclear and not still:
+    if unclear and not is_base:
         return (
             f"in {len(unclear)} of {_adapted_layers(len(adapted))} MERGED's values are too coarse to distinguish "
             f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_list_names(unclear)}; merge into a finer dtype"
@@ -155,31 +157,33 @@ def _list_names(records: Sequence[Merge]) -> str:
     return list_names([record.layer for record in records])
 
 
-def _select_right(results: Results[Merge]) -> list[Merge]:
+def _select_correct(results: Results[Merge]) -> list[Merge]:
     return [record for record in results if record.adapted and record.retained is not None]
 
 
 def _describe_rounding(results: Results[Merge]) -> str:
     """State how much of the update the dtype of MERGED kept where the merge is correct."""
-    right = _select_right(results)
-    if not right:
+    correct = _select_correct(results)
+    if not correct:
         return "unknown: no adapted layer is correct"
-    kept = {record.layer: record.retained for record in right if record.retained is not None}
-    worst = min(kept, key=kept.__getitem__)
-    noise = median(record.residual for record in right if record.residual is not None)
-    still = median(record.unchanged for record in right if record.unchanged is not None)
-    arrived = (
-        f"a median of {_format_kept(median(kept.values()))} of ΔW was kept, the least, "
-        f"{_format_kept(kept[worst])}, in {short(worst)}"
+    retained = {record.layer: record.retained for record in correct if record.retained is not None}
+    worst = min(retained, key=retained.__getitem__)
+    noise = median(record.residual for record in correct if record.residual is not None)
+    unchanged = median(record.unchanged for record in correct if record.unchanged is not None)
+    text = (
+        f"a median of {_format_kept(median(retained.values()))} of ΔW was kept, the least, "
+        f"{_format_kept(retained[worst])}, in {short(worst)}"
     )
-    if len(kept) == 1 or kept[worst] > 0.995:
-        arrived = f"{_format_kept(kept[worst])} of ΔW was kept{' in every layer' if len(kept) > 1 else ''}"
+    if len(retained) == 1 or retained[worst] > 0.995:
+        text = f"{_format_kept(retained[worst])} of ΔW was kept{' in every layer' if len(retained) > 1 else ''}"
     if any(record.failed for record in results if record.adapted):
-        arrived = f"where the merge is correct, {arrived}"
-    errors = [record.scale_error for record in right if record.scale_error is not None]
+        text = f"where the merge is correct, {text}"
+    errors = [record.scale_error for record in correct if record.scale_error is not None]
     if errors and max(errors) >= INVISIBLE_ERROR:
-        arrived += f" (standard error at most {number(100 * max(errors))}%)"
-    return f"{arrived}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(still)} of the entries unchanged"
+        text += f" (standard error at most {number(100 * max(errors))}%)"
+    return (
+        f"{text}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(unchanged)} of the entries unchanged"
+    )
 
 
 def _format_kept(share: float) -> str:
@@ -187,8 +191,10 @@ def _format_kept(share: float) -> str:
 
 
 def _describe_weakened(results: Results[Merge]) -> str:
-    right = [record for record in _select_right(results) if record.retained is not None and record.residual is not None]
-    weak = [record for record in right if (record.retained or 0.0) < WEAK_RETENTION or (record.residual or 0.0) > 1]
+    correct = [
+        record for record in _select_correct(results) if record.retained is not None and record.residual is not None
+    ]
+    weak = [record for record in correct if (record.retained or 0.0) < WEAK_RETENTION or (record.residual or 0.0) > 1]
     if not weak:
         return ""
     weak.sort(key=lambda record: record.retained or 0.0)

@@ -14,7 +14,7 @@ from lora_diag.rendering.figures.style import INK, PANEL, PageStyle, apply_style
 
 @contextmanager
 def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, PageStyle | None]]:
-    """Return the caller's axes with unchanged fonts, or the axes of a new figure."""
+    """Yield the caller's axes, and None for unchanged fonts; or the axes of a new figure, and their style."""
     with apply_style(PANEL if ax is None else None):
         if ax is not None:
             yield ax, None
@@ -48,13 +48,13 @@ def label_ticks(
         label: Returns the label of a tick.
     """
     size = style.ticks if style else 9.0
-    shown: dict[int, tuple[float, float]] = {}
+    extents: dict[int, tuple[float, float]] = {}
     for tick in ticks:
         position = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * inches
         half = width_of(label(tick), size) / 2 + 0.35 * size / 72
-        if all(abs(position - other_position) > half + other_half for other_position, other_half in shown.values()):
-            shown[tick] = (position, half)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(shown)))
+        if all(abs(position - other_position) > half + other_half for other_position, other_half in extents.values()):
+            extents[tick] = (position, half)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(extents)))
     ax.xaxis.set_major_formatter(lambda value, _: label(round(value)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())

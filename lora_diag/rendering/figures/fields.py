@@ -1,7 +1,4 @@
-"""Numeric fields of records by dotted name, and their axis titles.
-
-Grouping of layers into panels, rows and colours by module type and depth.
-"""
+"""Numeric fields of records by dotted name with their axis titles, and groups of layers by module type and depth."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
-    """Return the changed quantity of records: ``ΔW``, or ``ΔW·C^½`` in another metric; all of them if several."""
+    """Return the changed quantity of records: ``ΔW``, or ``ΔW·C^½`` in another metric; all of several metrics."""
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
 def metric_suffix(records: Iterable[LayerRecord]) -> str:
-    """Return a suffix that names the metric of all records, if other than that of the weights."""
+    """Return a suffix that names the metric of all records, if other than that of the weights; else empty."""
     metrics = metrics_of(records)
     return f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
 
@@ -139,25 +136,27 @@ class Types:
 
     def __init__(self, layers: Iterable[str]) -> None:
         layers = tuple(dict.fromkeys(layers))
-        towers: dict[str, set[tuple[str, ...]]] = {}
-        order: dict[tuple[str, ...], int] = {}
+        towers_by_type: dict[str, set[tuple[str, ...]]] = {}
+        tower_order: dict[tuple[str, ...], int] = {}
         for layer in layers:
             if tower := tower_of(layer):
-                towers.setdefault(module_type_of(layer), set()).add(tower)
-                order.setdefault(tower, len(order))
-        self._towers = _find_distinguishing_parts(
-            {tower for of_type in towers.values() if len(of_type) > 1 for tower in of_type}
+                towers_by_type.setdefault(module_type_of(layer), set()).add(tower)
+                tower_order.setdefault(tower, len(tower_order))
+        self._tower_labels = _find_distinguishing_parts(
+            {tower for of_type in towers_by_type.values() if len(of_type) > 1 for tower in of_type}
         )
-        ordered = sorted(layers, key=lambda layer: (order.get(tower_of(layer), len(order)), place_of(layer)))
-        self._name = {layer: self._label_type(layer) for layer in ordered}
-        self.names = tuple(dict.fromkeys(self._name.values()))
+        ordered = sorted(
+            layers, key=lambda layer: (tower_order.get(tower_of(layer), len(tower_order)), place_of(layer))
+        )
+        self._type_names = {layer: self._label_type(layer) for layer in ordered}
+        self.names = tuple(dict.fromkeys(self._type_names.values()))
 
     def of(self, layer: str) -> str:
         """Return the module type of a layer as drawn."""
-        return self._name[layer]
+        return self._type_names[layer]
 
     def _label_type(self, layer: str) -> str:
-        tower = self._towers.get(tower_of(layer))
+        tower = self._tower_labels.get(tower_of(layer))
         return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
 
 

@@ -1,6 +1,6 @@
-"""Pages of several panels: of sets or runs, each wide enough to be read; of module types, as small multiples.
+"""Pages of several panels: of sets or runs, of module types as small multiples, and of named values.
 
-Panels of named values with error bars, one below the other.
+Panels of sets or runs are wide enough to be read; named values have error bars, one below the other.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def draw_rows(ax: Axes, rows: Sequence[Row], style: PageStyle | None, short: Map
         ax: Axes to draw on.
         rows: From top to bottom.
         style: The page.
-        short: Shortens names to fit the page; default unchanged.
+        short: Short names by name; default unchanged names.
     """
     width = style.line if style else 1.2
     ax.axvline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
@@ -155,11 +155,11 @@ def run_keys(series: Sequence[Series[Any]], style: PageStyle) -> tuple[Key, ...]
 
 
 def figure_of(panels: Sequence[tuple[str, Sequence[Row]]], xlabel: str, text: FigureText, style: PageStyle) -> Figure:
-    """Return a page of panels of named values: side by side if there are few, and stacked on a column page."""
+    """Return a page of panels of named values: two side by side, or stacked on a column page."""
     columns = 1 if style.columns < 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    shown = {row.name for _, panel_rows in panels for row in panel_rows}
-    short = crop_names(sorted(shown), NAMES * style.width / columns, style.ticks)
+    names = {row.name for _, panel_rows in panels for row in panel_rows}
+    short = crop_names(sorted(names), NAMES * style.width / columns, style.ticks)
     inches = style.width / columns * (1 - NAMES)
     # Rows shared by several runs need room for all bars.
     max_rows = max(max(len({row.name for row in panel_rows}), 0.6 * len(panel_rows)) for _, panel_rows in panels)

@@ -1,6 +1,6 @@
-"""Layers side by side: module types in equal slots, with their blocks from left to right.
+"""Elements of panels: module types in equal slots with their blocks from left to right, measured ranks, named levels.
 
-Probe records for figures, by probe and set; and the axis of measured ranks.
+Also the probe records of a figure, by probe and set.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Slot(Generic[R]):
 
 
 def make_slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[Slot[R], ...]:
-    """Return the slots of layers; if there are too many types, the last slot has the others.
+    """Return the slots with layers; if there are too many types, the last slot has the others.
 
     Args:
         records: One per layer.
@@ -61,12 +61,12 @@ def make_slots(records: Sequence[R], per: str, types: Types | None = None) -> tu
     names = types.names
     if len(names) > MAX_PANELS:
         others = f"{len(names) - MAX_PANELS + 1} other types"
-        shown = dict.fromkeys(names, others) | {name: name for name in names[: MAX_PANELS - 1]}
+        slot_names = dict.fromkeys(names, others) | {name: name for name in names[: MAX_PANELS - 1]}
     else:
-        shown = {name: name for name in names}
-    groups: dict[str, list[R]] = {name: [] for name in shown.values()}
+        slot_names = {name: name for name in names}
+    groups: dict[str, list[R]] = {name: [] for name in slot_names.values()}
     for record in records:
-        groups[shown[types.of(record.layer)]].append(record)
+        groups[slot_names[types.of(record.layer)]].append(record)
     return tuple(
         _make_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group
     )
@@ -133,12 +133,12 @@ def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ..
 
 
 def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
-    """Return the evaluation sets in the order of the run, each with its label."""
-    names: dict[str, str] = {}
+    """Return the labels of the evaluation sets by name, in the order of the run."""
+    labels: dict[str, str] = {}
     for record in records:
         shifted = record.shifted and record.set != "shifted"
-        names.setdefault(record.set, f"{name_of(record.set)}{' (shifted)' if shifted else ''}")
-    return names
+        labels.setdefault(record.set, f"{name_of(record.set)}{' (shifted)' if shifted else ''}")
+    return labels
 
 
 def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None) -> tuple[list[Probe], str]:
@@ -168,11 +168,11 @@ def measured_axis(
     label: Callable[[int], str] = str,
 ) -> None:
     """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they fit."""
-    known = sorted(set(ranks))
+    measured = sorted(set(ranks))
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
-    first, last = known[0], known[-1]
+    first, last = measured[0], measured[-1]
     ax.set_xlim(first - 0.35 if first < 2 else first / 2**0.35, last * 2**0.35 if last else 0.35)
-    label_ticks(ax, (first, last, *known), inches, style, label)
+    label_ticks(ax, (first, last, *measured), inches, style, label)
 
 
 # Background of a line's name: transparent enough to show other lines, but readable.

@@ -1,7 +1,4 @@
-"""Short, distinct labels of runs and their inputs for legends and titles.
-
-The compared series of a figure, and its options.
-"""
+"""The compared series of a figure, their short, distinct labels for legends and titles, and the figure's options."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _SETTINGS = 32
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return labels of paths: as in tables, with characters missing in the font escaped."""
+    """Return labels by path: as in tables, with characters missing in the font escaped."""
     return plain_names(paths, name_of)
 
 
@@ -44,7 +41,7 @@ def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:
 
 
 def _label_sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
-    """Return the labels of BASE, empty if it was the measured input, and of the measured inputs."""
+    """Return the labels of BASE, empty without it or if it was the measured input, and of the measured inputs."""
     roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
     paths = [side.path for side in run.inputs if side.role in roles]
     if run.command in _BY_TUNED:
@@ -71,11 +68,11 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
     names: dict[int, str] = {}
     for positions in groups.values():
         similar_runs = [runs[position] for position in positions]
-        read = [files[position] for position in positions] if files else []
+        group_files = [files[position] for position in positions] if files else []
         names.update(
             zip(
                 positions,
-                [run_name(similar_runs[0])] if len(similar_runs) == 1 else _disambiguate(similar_runs, read),
+                [run_name(similar_runs[0])] if len(similar_runs) == 1 else _disambiguate(similar_runs, group_files),
                 strict=True,
             )
         )
@@ -94,16 +91,16 @@ def _disambiguate(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     names = ways[2]
-    result = list(names)
+    labels = list(names)
     for name in dict.fromkeys(names):
         same_name = [position for position, other in enumerate(names) if other == name]
         if len(same_name) > 1:
-            read = [files[position] for position in same_name] if files else []
+            same_name_files = [files[position] for position in same_name] if files else []
             for position, suffix in zip(
-                same_name, _distinguish([runs[position] for position in same_name], read), strict=True
+                same_name, _distinguish([runs[position] for position in same_name], same_name_files), strict=True
             ):
-                result[position] = f"{name}, {suffix}" if len(same_name) < len(runs) else suffix
-    return result
+                labels[position] = f"{name}, {suffix}" if len(same_name) < len(runs) else suffix
+    return labels
 
 
 def _distinguish(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
@@ -203,8 +200,8 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
 
 def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``residual`` by adapter, labelled with the full update if there are several."""
-    several = len({run_name(item.run) for item in series if item.run is not None}) > 1
-    return _split(series, lambda record: (record.adapter,), several)
+    with_run = len({run_name(item.run) for item in series if item.run is not None}) > 1
+    return _split(series, lambda record: (record.adapter,), with_run)
 
 
 def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
@@ -224,9 +221,9 @@ def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
 
 
 def _split(
-    series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], named: bool
+    series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], with_run: bool
 ) -> tuple[Series[Any], ...]:
-    """Split series by the inputs named in their records, which label the parts; ``named``: also by the run."""
+    """Split series by the inputs named in their records, which label the parts; ``with_run``: after that of the run."""
     short = short_names(path for item in series for record in item.records for path in paths_of(record))
     split_series = []
     for item in series:
@@ -239,7 +236,7 @@ def _split(
         ]
     counts = Counter(part.label for _, part in split_series)
     return tuple(
-        replace(part, label=f"{item.label}: {part.label}") if named or counts[part.label] > 1 else part
+        replace(part, label=f"{item.label}: {part.label}") if with_run or counts[part.label] > 1 else part
         for item, part in split_series
     )
 
@@ -260,7 +257,7 @@ def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
-    """Return the start of a subtitle: the label of the run, or the inputs of all runs."""
+    """Return the start of a subtitle: the label of the run, or the inputs that all runs share; else empty."""
     if len(series) == 1:
         return f"{series[0].label}; " if series[0].label else ""
     measured = {run_name(item.run) if item.run is not None else "" for item in series}
@@ -268,12 +265,12 @@ def subject_of(series: Sequence[Series[Any]]) -> str:
 
 
 def owner_of(item: Series[Any], series: Sequence[Series[Any]]) -> str:
-    """Return the prefix of a name in one of several runs."""
+    """Return the prefix of a name in one of several runs; empty for a single run."""
     return f"{item.label}: " if len(series) > 1 else ""
 
 
 def rank_absent(known: Collection[int], options: Options) -> str | None:
-    """Return why records cannot be drawn at the requested rank: it was not measured."""
+    """Return why records cannot be drawn at the requested rank: it was not measured; None if they can."""
     if options.rank is None or options.rank in known:
         return None
     return f"rank {options.rank} was not measured; use one of {', '.join(map(str, sorted(known)))}"

@@ -166,15 +166,15 @@ class _Block:
 def _break_legend(keys: Sequence[Key], width: float, style: PageStyle) -> list[list[Key]]:
     """Break the legend into rows that fit; a name longer than a row is wrapped."""
     rows: list[list[Key]] = []
-    left = 0.0
+    room = 0.0
     handle = 4.2 * style.ticks / 72
     for key in (Key(key.handle, wrap_text(key.label, width - handle, style.ticks)) for key in keys):
         needed = width_of(key.label, style.ticks) + handle
-        if not rows or needed > left:
+        if not rows or needed > room:
             rows.append([])
-            left = width
+            room = width
         rows[-1].append(key)
-        left -= needed
+        room -= needed
     return rows
 
 

@@ -80,6 +80,8 @@ _FAMILY = ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]
 
 # Settings that neither a name in a file nor a notebook may change.
 _PLAIN: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": True}
+# Settings of the process, not of a figure.
+_PROCESS_SETTINGS = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.port"}
 
 
 def page_style_of(name: str) -> PageStyle:
@@ -104,7 +106,7 @@ def apply_style(style: PageStyle | None) -> Iterator[None]:
 def _make_settings(style: PageStyle) -> dict[Any, Any]:
     return {
         # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
-        **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _OF_THE_PROCESS},
+        **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _PROCESS_SETTINGS},
         **_PLAIN,
         "font.family": ["sans-serif"],
         "font.sans-serif": _FAMILY,
@@ -130,9 +132,6 @@ def _make_settings(style: PageStyle) -> dict[Any, Any]:
         "svg.hashsalt": "loradiag",
         "pdf.fonttype": 42,
     }
-
-
-_OF_THE_PROCESS = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.port"}
 
 
 def _format_tick(style: PageStyle) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def name_of(layer: str) -> str:
     >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
     ('model.layers.0.mlp.up_proj', 'a$b$\\n')
     """
-    known = _list_characters()
+    known = _load_characters()
     return "".join(
         char if char.isprintable() and ord(char) in known else char.encode("unicode_escape", "surrogatepass").decode()
         for char in layer.removesuffix(".weight")
@@ -182,12 +181,12 @@ def name_of(layer: str) -> str:
 
 
 @cache
-def _list_characters() -> frozenset[int]:
-    return frozenset(get_font(_load_font()).get_charmap())
+def _load_characters() -> frozenset[int]:
+    return frozenset(get_font(_find_font()).get_charmap())
 
 
 @cache
-def _load_font() -> str:
+def _find_font() -> str:
     return findfont(FontProperties(family=_FAMILY))
 
 
@@ -218,7 +217,7 @@ def width_of(text: str, size: float) -> float:
 @lru_cache(4096)
 def _measure_line(line: str) -> float:
     """Return the width of a line at one point."""
-    font = get_font(_load_font())
+    font = get_font(_find_font())
     font.set_size(100, 72)
     font.set_text(line, 0.0)
     return float(font.get_width_height()[0]) / 64 / 100

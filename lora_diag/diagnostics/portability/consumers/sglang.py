@@ -32,7 +32,7 @@ _TABLES = ("embed_tokens", "lm_head")
 def _refuses(contents: Contents) -> str:
     config = contents.config
     kind = str(config.get("peft_type"))
-    names = config.get("target_modules")
+    targets = config.get("target_modules")
     odd = contents.first("other", "convolution", "experts", "residual" if config.get("kasa_config") else "other")
     rank = config.get("r")
     unequal = next((item for item in contents.pairs if item.rank != rank and item.part != "experts"), None)
@@ -40,9 +40,9 @@ def _refuses(contents: Contents) -> str:
         f"peft_type {kind}" if kind.lower() != "lora" else "",
         "DoRA" if config.get("use_dora") or contents.first("dora") else "",
         "target_modules as a regular expression"
-        if isinstance(names, str) and names not in {"all", "all-linear"}
+        if isinstance(targets, str) and targets not in {"all", "all-linear"}
         else "no target_modules"
-        if not names
+        if not targets
         else "",
         f"{odd.key}: no target module of the server has such a name" if odd is not None else "",
         f"{unequal.module} has rank {unequal.rank}, and r is {rank}: an assertion fails" if unequal is not None else "",
@@ -51,7 +51,7 @@ def _refuses(contents: Contents) -> str:
 
 
 def _find_incomplete(contents: Contents) -> Iterator[str]:
-    """Yield layers without all of the factors that are joined into one."""
+    """Yield, for each layer without all of the factors that are joined into one, what it lacks."""
     owners: dict[str, set[str]] = {}
     for item in contents.pairs:
         owner, _, leaf = item.module.rpartition(".")

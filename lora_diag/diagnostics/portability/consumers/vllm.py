@@ -26,7 +26,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 # Initialisations after which the base is the one that the adapter names.
 _PLAIN_STARTS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
-_UNREAD = {
+_UNSUPPORTED = {
     "lora_bias": "lora_bias",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layer_replication",
@@ -35,24 +35,24 @@ _UNREAD = {
 }
 
 
-def _refuse_saved(contents: Contents, allowed: set[str]) -> str:
-    saved = [name for name in contents.config.get("modules_to_save") or () if name not in allowed]
-    return f"modules_to_save {', '.join(map(str, saved))}" if saved else ""
+def _explain_saved(contents: Contents, allowed: set[str]) -> str:
+    refused = [name for name in contents.config.get("modules_to_save") or () if name not in allowed]
+    return f"modules_to_save {', '.join(map(str, refused))}" if refused else ""
 
 
 def _refuses(contents: Contents, since: str) -> str:
     config = contents.config
     start = config.get("init_lora_weights")
-    unread = [word for key, word in _UNREAD.items() if config.get(key)]
+    unsupported = [word for key, word in _UNSUPPORTED.items() if config.get(key)]
     changed = isinstance(start, str) and start.lower() not in _PLAIN_STARTS
     odd = contents.first("convolution", "rows", "other") or (contents.first("experts") if since == "0.10" else None)
     value = contents.first("value", "norm")
     plain_value = value is not None and value.module.rpartition(".")[2] in {"classifier", "score"}
     return join_reasons(
-        _refuse_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
+        _explain_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
         "DoRA" if config.get("use_dora") or contents.first("dora") else "",
         f"bias={config['bias']!r}" if config.get("bias") not in (None, "none") else "",
-        ", ".join(unread) if since == "0.32" else "",
+        ", ".join(unsupported) if since == "0.32" else "",
         f"init_lora_weights={start!r}, which changes the base" if changed and since == "0.32" else "",
         f"{odd.key}: a tensor that it has no place for" if odd is not None else "",
         f"{value.key}: a weight in full" if value is not None and not plain_value else "",

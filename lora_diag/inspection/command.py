@@ -27,8 +27,8 @@ def inspect(
 
     if is_results_file(path):
         results = read_results(path)
-        for text in lines_of(results.records()) if shown.json else ():
-            line(text)
+        for record_line in lines_of(results.records()) if shown.json else ():
+            line(record_line)
         shown.show(results)
         return
 

@@ -232,9 +232,9 @@ def draw_cells(
             ax.add_patch(_make_hatch(left, row - 0.5, width))
     _set_axes(ax, grid, columns, style, font_size)
     column_inches = (inches or 3) / (ax.get_xlim()[1] - ax.get_xlim()[0])
-    texts = {(r, c): format_cell(v) for (r, c), v in np.ndenumerate(grid.values) if np.isfinite(v)}
-    if texts and max(width_of(text, 0.9 * font_size) for text in texts.values()) < 0.86 * column_inches:
-        for (row, index), text in texts.items():
+    text_by_cell = {(r, c): format_cell(v) for (r, c), v in np.ndenumerate(grid.values) if np.isfinite(v)}
+    if text_by_cell and max(width_of(text, 0.9 * font_size) for text in text_by_cell.values()) < 0.86 * column_inches:
+        for (row, index), text in text_by_cell.items():
             color = SHARES(norm(grid.values[row, index]))
             left, width = columns[grid.depths[index]]
             ax.text(

@@ -222,7 +222,8 @@ def _make_series_and_options(
 def _select_usable(kind: FigureKind, series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Return the series whose records a figure can draw; for a heat map, of the first kind that has its field.
 
-    A heat map of records that differ in adapter, pair, program or step gets a series for each of these.
+    A heat map of records that differ in adapter, pair, program or step gets a series for each of these; of many steps,
+    for the first, the middle and the last.
     """
     nonempty = [item for item in series if item.records]
     if kind.spec.needs:
@@ -304,8 +305,8 @@ def plot(
     Args:
         results: Results or results files; several runs of one command are compared.
         output: A file whose suffix (png, svg, pdf) gives the format, for one figure; else a folder.
-        figure: Name of a figure, or ``all``; None for all in a folder; in a file, for the
-            heat map if ``field`` is given, else the first that the records allow.
+        figure: Name of a figure, or ``all``; None for all in a folder; in a file, None for
+            the heat map if ``field`` is given, else for the first figure that the records allow.
         labels: Label of each of ``results``.
         field: For the heat map: dotted name of a numeric field, such as ``energy.16``.
         show_rank: For ``overlap``, ``angles`` and ``alone`` with several measured ranks.

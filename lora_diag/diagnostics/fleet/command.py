@@ -44,9 +44,11 @@ def show_fleet(adapters: list[str], arguments: Any, shown: options.Rows) -> None
     from lora_diag.diagnostics.fleet.measure import fleet as measure
     from lora_diag.diagnostics.fleet.measure import unreadable
 
-    listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
+    stdin_paths = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in adapters else []
     with shown.callbacks() as callbacks:
-        results = measure([*(pattern for pattern in adapters if pattern != "-"), *listed], **arguments, **callbacks)
+        results = measure(
+            [*(pattern for pattern in adapters if pattern != "-"), *stdin_paths], **arguments, **callbacks
+        )
     output = arguments["output"]
     hint = f"{rerun_command('-o', 'fleet.jsonl')}   (saves these results)"
     if output is not None:

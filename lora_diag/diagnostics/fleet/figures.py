@@ -139,8 +139,8 @@ def _draw(ax: Axes, points: Sequence[_Point], style: PageStyle | None, width: fl
 
 def _select_named(points: Sequence[_Point], height: float, size: float) -> list[_Point]:
     """Return the adapters to name, by norm: the rarest outliers, as many as fit, at most ``_NAMES``."""
-    odd = [points[i] for i in order_by_rarity([point.remark for point in points])]
-    return sorted(odd[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
+    outliers = [points[i] for i in order_by_rarity([point.remark for point in points])]
+    return sorted(outliers[: min(_NAMES, int(height * 72 / (1.5 * size)))], key=lambda point: (point.fro, point.used))
 
 
 def _write_names(
@@ -161,16 +161,18 @@ def _write_names(
     for point in named:
         lowest = max(point.fro or low, low * span**0.5)
         heights.append(max(lowest, heights[-1] * span) if heights else lowest)
-    top = high / span**0.5
+    upper_limit = high / span**0.5
     for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], top)
-        top = heights[i] / span
+        heights[i] = min(heights[i], upper_limit)
+        upper_limit = heights[i] / span
     # Letters are drawn slightly wider than they are measured.
     max_width = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * width
     for point, y in zip(named, heights, strict=True):
-        full = f"{point.name}: {', '.join(point.remark)}"
+        name_and_remark = f"{point.name}: {', '.join(point.remark)}"
         # Without space for both, show the name alone: the remark can be seen in the figure.
-        text = full if width_of(full, size) <= max_width else crop_name(point.name, max_width, size)
+        text = (
+            name_and_remark if width_of(name_and_remark, size) <= max_width else crop_name(point.name, max_width, size)
+        )
         ax.plot(
             [point.used, 1.03, 1.06],
             [point.fro or low, y, y],

@@ -83,13 +83,13 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         return zero_layer(rank)
     assert factors.u is not None
     s = factors.s.numpy()
-    needed = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
-    layer, top = layer_of(s, factors.fro, needed, rank)
+    rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
+    layer, sigma_1 = layer_of(s, factors.fro, rank_99, rank)
     matrices = change.factors if change.factors is not None else (change.matrix,)
     arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
     update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
     columns = factors.u[:, : layer.rank_99].cpu().numpy()
-    return Measured(layer, top, update, sketch((columns, columns.T), delta.layer))
+    return Measured(layer, sigma_1, update, sketch((columns, columns.T), delta.layer))
 
 
 # Maximum number of entries of factors that are read at once: 4 MiB in float32.
@@ -116,18 +116,18 @@ class Measured:
     space: NDArray[np.float64] | None = None
 
 
-def layer_of(s: NDArray[np.float64], fro: float, needed: int | None, rank: int | None) -> tuple[FleetLayer, float]:
+def layer_of(s: NDArray[np.float64], fro: float, rank_99: int | None, rank: int | None) -> tuple[FleetLayer, float]:
     """Return a layer's part of the record, and σ_1.
 
     Args:
         s: The largest singular values.
         fro: ‖ΔW‖_F, not 0.
-        needed: Smallest r with C(r) ≥ ``ENERGY``; None if it is beyond ``s``.
+        rank_99: Smallest r with C(r) ≥ ``ENERGY``; None if it is beyond ``s``.
         rank: Columns of its factors; None if it has none.
     """
-    largest = float(s[0])
-    spike = min(1.0, (largest / fro) ** 2)
-    return FleetLayer(fro=fro, rank=rank, rank_99=needed or len(s), spike=spike), largest
+    sigma_1 = float(s[0])
+    spike = min(1.0, (sigma_1 / fro) ** 2)
+    return FleetLayer(fro=fro, rank=rank, rank_99=rank_99 or len(s), spike=spike), sigma_1
 
 
 def zero_layer(rank: int | None) -> Measured:
@@ -188,12 +188,12 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded
     del b
     a = row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
     columns = fold(a, COLUMNS)
-    folded = [_Folded(rows[i], columns[i], each.read_scale()) for i, each in enumerate(thin)]
+    folded = [_Folded(rows[i], columns[i], item.read_scale()) for i, item in enumerate(thin)]
     return left, compute_grams(a), folded
 
 
 def _concatenate(grams: Sequence[Grams]) -> Grams:
-    return Grams(np.concatenate([each.products for each in grams]), np.concatenate([each.terms for each in grams]))
+    return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
 
 
 def _measure_apart(delta: FactoredDelta) -> Measured | None:
@@ -220,8 +220,8 @@ def _make_measured(
     scale = np.array([each.scale for each in folded])
     assert values.mix is not None
     fro = np.where(np.isfinite(values.fro) & (values.fro > 0), values.fro, 1.0)
-    needed = ranks_at(energy_curve(values.s, fro[:, None], True), ENERGY)
-    directions = values.mix * (np.arange(values.s.shape[1]) < needed[:, None])[:, None]
+    ranks_99 = ranks_at(energy_curve(values.s, fro[:, None], True), ENERGY)
+    directions = values.mix * (np.arange(values.s.shape[1]) < ranks_99[:, None])[:, None]
     names = [delta.layer for delta in deltas]
     rows, row_size = _normalize([each.rows for each in folded])
     columns, column_size = _normalize([each.columns for each in folded])
@@ -237,8 +237,8 @@ def _make_measured(
         elif values.fro[i] == 0.0:
             measured.append(zero_layer(delta.rank))
         else:
-            layer, top = layer_of(values.s[i], float(values.fro[i]), int(needed[i]), delta.rank)
-            measured.append(Measured(layer, top, update[i], space[i]))
+            layer, sigma_1 = layer_of(values.s[i], float(values.fro[i]), int(ranks_99[i]), delta.rank)
+            measured.append(Measured(layer, sigma_1, update[i], space[i]))
     return measured
 
 
@@ -272,10 +272,10 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
         InputError: The adapter cannot be read, or an entry is not finite.
     """
     layers: dict[str, FleetLayer] = {}
-    update, space, top = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # top²: Σσ_1²
+    update, space, sigma_1_norm = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # sigma_1_norm²: Σσ_1²
     for delta, measured in _measure_layers(path, deltas, device):
         layers[delta.layer] = measured.layer
-        top = math.hypot(top, measured.top)
+        sigma_1_norm = math.hypot(sigma_1_norm, measured.top)
         if measured.update is not None and measured.space is not None:
             update += measured.update
             space += measured.space
@@ -296,7 +296,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
         total_rank=total,
         total_rank_99=total_rank_99,
         used=total_rank_99 / total if total else None,
-        spike=min(1.0, (top / fro) ** 2) if fro else None,
+        spike=min(1.0, (sigma_1_norm / fro) ** 2) if fro else None,
         layers=layers,
         update=_round(update),
         space=_round(space),
@@ -525,16 +525,16 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 
-def _fingerprint(seen: FleetPath) -> str:
+def _fingerprint(fleet_path: FleetPath) -> str:
     """Return a fingerprint that lets ``--resume`` detect a changed adapter by file sizes, without opening it.
 
     An adapter on object storage is opened, since its server may not list folders and sizes cost as many requests.
     The fingerprint is empty if it cannot be read.
     """
-    if not isinstance(seen.path, RemotePath):
-        return seen.files
+    if not isinstance(fleet_path.path, RemotePath):
+        return fleet_path.files
     try:
-        return describe("adapter", open_adapter(seen.path, "rank").checkpoint).fingerprint
+        return describe("adapter", open_adapter(fleet_path.path, "rank").checkpoint).fingerprint
     except LoradiagError:
         return ""
 

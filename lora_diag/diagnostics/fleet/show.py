@@ -63,11 +63,11 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     """Return the tables: outliers, or every adapter; and near-duplicates."""
     records = list(results)
     names, notes = short_names([record.adapter for record in records]), remarks(records)
-    odd = order_by_rarity(find_outlier_kinds(records))
-    shown = [*odd, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else odd
-    rows_shown = len(shown) if per == "layer" else _MAX_ROWS
+    outliers = order_by_rarity(find_outlier_kinds(records))
+    indices = [*outliers, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else outliers
+    rows_shown = len(indices) if per == "layer" else _MAX_ROWS
     caption = "all adapters" if per == "layer" else "outliers"
-    grids = [_adapters_grid(caption, records, names, notes, shown[:rows_shown])] if shown else []
+    grids = [_adapters_grid(caption, records, names, notes, indices[:rows_shown])] if indices else []
     return [*grids, _duplicates_grid(names, pairs[:_MAX_ROWS])] if pairs else grids
 
 
@@ -98,10 +98,10 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
 
 
 def _adapters_grid(
-    caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], shown: Sequence[int]
+    caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], indices: Sequence[int]
 ) -> Grid:
-    rows = [(names[i], [records[i]]) for i in shown]
-    cells = tuple(", ".join(notes[i]) or "-" for i in shown)
+    rows = [(names[i], [records[i]]) for i in indices]
+    cells = tuple(", ".join(notes[i]) or "-" for i in indices)
     return grid_of(Fleet.shown, rows, "adapter", caption, extra=[Column("remark", cells, "left")])
 
 
@@ -152,11 +152,11 @@ def _describe_rank(records: Sequence[Fleet]) -> str:
         return "no adapter has a rank"
     ranks = sorted({record.rank for record in ranked if record.rank is not None})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    needed = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
+    used_fraction = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
     median_rank = median(record.total_rank_99 / record.modules for record in ranked)
     return (
-        f"r = {span}; 99% of the energy needs a median r of {number(median_rank)} per layer, {percent(needed)} of all "
-        "ranks"
+        f"r = {span}; 99% of the energy needs a median r of {number(median_rank)} per layer, "
+        f"{percent(used_fraction)} of all ranks"
     )
 
 

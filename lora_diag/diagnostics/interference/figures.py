@@ -131,10 +131,12 @@ def _compute_medians(slot: Slot[Union], value: Callable[[Union], float | None]) 
 
 def _describe_run(item: Series[Any], records: Sequence[Union]) -> str:
     """Return the label of a run with the total rank of its layers."""
-    known = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
-    together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in known)
-    apart = sum(record.parts_rank_at[ENERGY] for record in known)
-    text = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
+    with_rank = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
+    sum_rank = sum(record.spectrum.rank_at[ENERGY] or 0 for record in with_rank)
+    separate_rank = sum(record.parts_rank_at[ENERGY] for record in with_rank)
+    text = f"Σr = {sum_rank} of {separate_rank}" + (
+        f", fraction {sum_rank / separate_rank:.2f}" if separate_rank else ""
+    )
     return f"{item.label}: {text}" if item.label else text
 
 
@@ -152,11 +154,11 @@ def _make_union_keys(style: PageStyle | None, shares: bool = True) -> tuple[Key,
 def _make_union_text(
     series: Sequence[Series[Any]],
     shown: Sequence[tuple[Series[Any], tuple[Union, ...]]],
-    drawn: Sequence[Sequence[Slot[Union]]],
+    slots_by_run: Sequence[Sequence[Slot[Union]]],
     style: PageStyle,
 ) -> FigureText:
     layers = len({record.layer for _, records in shown for record in records})
-    joined = max((slot.joined for part in drawn for slot in part), default=1)
+    joined = max((slot.joined for slots in slots_by_run for slot in slots), default=1)
     notes = ["Blocks run from left to right in each module type. Weights alone do not show interference between tasks."]
     if joined > 1:
         notes.append(f"A bar is the median of up to {joined} layers.")
@@ -245,13 +247,17 @@ def _compute_mean_overlap(records: Sequence[Interference], rank: int) -> float:
 def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: int, style: PageStyle | None) -> None:
     width = style.line if style else 1.2
     for number, item in enumerate(series):
-        values = [(record, getattr(record, side)[str(rank)]) for record in item.records if str(rank) in record.columns]
-        if not values:
+        spaces_of_records = [
+            (record, getattr(record, side)[str(rank)]) for record in item.records if str(rank) in record.columns
+        ]
+        if not spaces_of_records:
             continue
-        cosines, shares = cumulative_distribution([cosine for _, space in values for cosine in space.cosines])
+        cosines, shares = cumulative_distribution(
+            [cosine for _, space in spaces_of_records for cosine in space.cosines]
+        )
         ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{item.label}")
         grid = np.linspace(0.0, 1.0, 201)
-        chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in values])
+        chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in spaces_of_records])
         ax.plot(grid, chance, color=category(number), lw=width, ls=(0, (1, 1.5)), label=f"_random {item.label}")
     ax.set_xlim(0, 1.02)
     ax.set_ylim(0, 1.03)
@@ -292,18 +298,18 @@ def _make_text(
     pairs: Sequence[Series[Interference]], shown: Sequence[Series[Interference]], rank: int, style: PageStyle
 ) -> FigureText:
     records = [record for item in shown for record in item.records]
-    drawn = {record.layer for record in records if str(rank) in record.columns}
+    drawn_layers = {record.layer for record in records if str(rank) in record.columns}
     notes = ["The further a curve is to the right of its dotted line, the more two updates have in common."]
-    if missing := len(pairs) - len(shown):
-        notes.append(f"Not drawn: {missing} pairs with less in common.")
-    if small := len({record.layer for record in records} - drawn):
-        notes.append(f"Not drawn: {small} {'layer' if small == 1 else 'layers'} without {rank} directions.")
-    if others := [other_rank for other_rank in ranks_of(records) if other_rank != rank]:
-        notes.append(f"Also measured: r = {', '.join(map(str, others))} (--show-rank).")
+    if hidden_pairs := len(pairs) - len(shown):
+        notes.append(f"Not drawn: {hidden_pairs} pairs with less in common.")
+    if omitted := len({record.layer for record in records} - drawn_layers):
+        notes.append(f"Not drawn: {omitted} {'layer' if omitted == 1 else 'layers'} without {rank} directions.")
+    if other_ranks := [other_rank for other_rank in ranks_of(records) if other_rank != rank]:
+        notes.append(f"Also measured: r = {', '.join(map(str, other_ranks))} (--show-rank).")
     return FigureText(
         f"Principal angles between the {rank} largest directions of two updates",
-        f"{len(drawn)} {'matrix' if len(drawn) == 1 else 'matrices'}; fraction of the principal angles with at most "
-        "this cosine (1: common direction, 0: orthogonal)",
+        f"{len(drawn_layers)} {'matrix' if len(drawn_layers) == 1 else 'matrices'}; fraction of the principal angles "
+        "with at most this cosine (1: common direction, 0: orthogonal)",
         (" ".join(notes),),
         _make_keys(shown, style),
     )

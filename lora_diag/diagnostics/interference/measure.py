@@ -189,13 +189,13 @@ def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
         fro: ‖S‖_F > 0.
         merge: B and A of the merge.
     """
-    norm_squared, along = inner(merge, merge), inner(total, merge)
-    return as_loss(fro, math.sqrt(max(0.0, norm_squared)), gap(total, merge), along)
+    norm_squared, inner_product = inner(merge, merge), inner(total, merge)
+    return as_loss(fro, math.sqrt(max(0.0, norm_squared)), gap(total, merge), inner_product)
 
 
-def as_loss(fro: float, norm: float, apart: float, along: float) -> MergeLoss:
+def as_loss(fro: float, norm: float, distance: float, inner_product: float) -> MergeLoss:
     """Return a record from ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
-    merge_distances = distances(fro, norm, apart, along, None)
+    merge_distances = distances(fro, norm, distance, inner_product, None)
     assert merge_distances.epsilon is not None
     assert merge_distances.norm_ratio is not None
     return MergeLoss(
@@ -243,19 +243,19 @@ def factor_merges(
 
 
 def ties_merge(
-    parts: Sequence[Matrix], fro: float, weights: Sequence[float], density: float
+    matrices: Sequence[Matrix], fro: float, weights: Sequence[float], density: float
 ) -> tuple[MergeLoss, Conflicts, Conflicts]:
     """Return the loss of TIES on the updates themselves, and their sign conflicts before and after trimming.
 
     Args:
-        parts: The ΔW_k, without weights.
+        matrices: The ΔW_k, without weights.
         fro: ‖Σ w_kΔW_k‖_F > 0.
         weights: The w_k.
         density: Fraction of the entries of each update to keep.
     """
     before, after = Conflicts(), Conflicts()
-    apart, norm, along = products(ties_blocks(parts, weights, density, before, after))
-    return as_loss(fro, norm, apart, along), before, after
+    distance, norm, inner_product = products(ties_blocks(matrices, weights, density, before, after))
+    return as_loss(fro, norm, distance, inner_product), before, after
 
 
 def _add_weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -42,14 +42,17 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
 def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
     """Return the records of each pair by the shortest names of its updates, in the order of the inputs."""
     paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
-    names = dict(zip(paths, short_paths(paths), strict=True))
+    name_by_path = dict(zip(paths, short_paths(paths), strict=True))
     groups: dict[tuple[str, str], list[Interference]] = {}
     for record in results:
         if isinstance(record, Interference):
             groups.setdefault((record.first, record.second), []).append(record)
     order = {path: i for i, path in enumerate(paths)}
     ordered = sorted(groups.items(), key=lambda item: (order.get(item[0][0], 0), order.get(item[0][1], 0)))
-    return [(names.get(first, first), names.get(second, second), records) for (first, second), records in ordered]
+    return [
+        (name_by_path.get(first, first), name_by_path.get(second, second), records)
+        for (first, second), records in ordered
+    ]
 
 
 def select_shared(results: Results[Interference | Union]) -> list[Union]:
@@ -158,10 +161,13 @@ def _describe_interference(first: str, second: str, records: list[Interference])
 
 def _describe_rank_needed(unions: Sequence[Union]) -> str:
     """State the rank of the sum against the parts, and the rank that keeps every part."""
-    apart = sum(record.parts_rank_at["0.9"] for record in unions)
-    together = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
-    share = number(together / apart) if apart else "-"
-    sentence = f"90% of the sum's energy needs Σr = {together}, {share} of the {apart} that the updates need separately"
+    separate_rank = sum(record.parts_rank_at["0.9"] for record in unions)
+    sum_rank = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
+    share = number(sum_rank / separate_rank) if separate_rank else "-"
+    sentence = (
+        f"90% of the sum's energy needs Σr = {sum_rank}, {share} of the {separate_rank} that the updates need "
+        "separately"
+    )
     weakest = [record.weakest_kept["0.9"] for record in unions if record.weakest_kept.get("0.9") is not None]
     known_weakest = [value for value in weakest if value is not None]
     if known_weakest:
@@ -171,8 +177,8 @@ def _describe_rank_needed(unions: Sequence[Union]) -> str:
     if len(known_ranks) == len(ranks) and known_ranks:
         sentence += f"; 90% of every update needs Σr = {sum(known_ranks)}, at most r = {max(known_ranks)} in a layer"
     elif known_ranks:
-        missing = len(ranks) - len(known_ranks)
-        sentence += f"; in {missing} of {len(ranks)} layers no rank of the sum keeps 90% of every update"
+        layers_without_rank = len(ranks) - len(known_ranks)
+        sentence += f"; in {layers_without_rank} of {len(ranks)} layers no rank of the sum keeps 90% of every update"
     return sentence
 
 
@@ -210,6 +216,11 @@ def _describe_resolution(unions: Sequence[Union]) -> Statement:
     verdicts = Counter(record.resolution.verdict for record in unions if record.fro > 0)
     if set(verdicts) <= {"resolved"}:
         return make_statement("resolved", "Resolution", "yes: rounding plays no part in the sums")
-    parts = [f"{verdicts[word]} {word}" for word in ("unresolved", "floor-limited") if verdicts[word]]
-    text = f"of {sum(verdicts.values())} sums {' and '.join(parts)}: overlaps there may be those of the files' rounding"
+    verdict_counts = [
+        f"{verdicts[verdict]} {verdict}" for verdict in ("unresolved", "floor-limited") if verdicts[verdict]
+    ]
+    text = (
+        f"of {sum(verdicts.values())} sums {' and '.join(verdict_counts)}: overlaps there may be those of the files' "
+        "rounding"
+    )
     return make_statement("resolved", "Resolution", text, level="warning")

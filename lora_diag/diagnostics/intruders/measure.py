@@ -74,12 +74,14 @@ def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
         >>> round(max_bytes(delta, IntruderSettings()) / 2**20)
         1152
     """
-    entry = 8 if "float64" in delta.dtypes else 4
-    update = math.prod(delta.shape) * (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else entry)
-    base = whole_bytes(delta.shape, Allowance(0, vectors=True), entry)
-    vectors = 8 * min(delta.shape) * sum(delta.shape)
-    top = whole_bytes(delta.shape, Allowance(0, settings.method, min(settings.k, *delta.shape), True), entry)
-    return update + math.prod(delta.shape) * entry + max(base, vectors + top)
+    entry_bytes = 8 if "float64" in delta.dtypes else 4
+    update_bytes = math.prod(delta.shape) * (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else entry_bytes)
+    base_bytes = whole_bytes(delta.shape, Allowance(0, vectors=True), entry_bytes)
+    vector_bytes = 8 * min(delta.shape) * sum(delta.shape)
+    tuned_bytes = whole_bytes(
+        delta.shape, Allowance(0, settings.method, min(settings.k, *delta.shape), True), entry_bytes
+    )
+    return update_bytes + math.prod(delta.shape) * entry_bytes + max(base_bytes, vector_bytes + tuned_bytes)
 
 
 def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
@@ -124,9 +126,9 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
 
 def _join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return a stored matrix on the device, in float32, or in float64 if it is stored so."""
-    parts = [move(block, device) for block in blocks]
-    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    return torch.cat([part.to(dtype) for part in parts])
+    tensors = [move(block, device) for block in blocks]
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.cat([tensor.to(dtype) for tensor in tensors])
 
 
 def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
@@ -174,7 +176,7 @@ def _make_record(
     directions: tuple[Direction, ...],
     method: str,
 ) -> Intruders:
-    rotated, new = (sum(direction.kind == word for direction in directions) for word in ("rotated", "intruder"))
+    rotated, new = (sum(direction.kind == kind for direction in directions) for kind in ("rotated", "intruder"))
     rows, vectors = delta.shape[0], min(delta.shape)
     return Intruders(
         layer=delta.layer,
@@ -227,8 +229,8 @@ def intruders(
         (10, 0)
     """
     run = LayerRun("intruders", options, IntruderOptions)
-    top, epsilon, window = (run.options[name] for name in ("directions", "epsilon", "window"))
-    check_request(run.options["method"], top, run.options["tol"])
+    k, epsilon, window = (run.options[name] for name in ("directions", "epsilon", "window"))
+    check_request(run.options["method"], k, run.options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
     if not 0 <= window < 1:
@@ -238,7 +240,7 @@ def intruders(
         [delta for delta in compared.pairing.deltas if delta.is_matrix],
         measure_layer,
         size,
-        run.settings(IntruderSettings, k=top, epsilon=epsilon, window=window),
+        run.settings(IntruderSettings, k=k, epsilon=epsilon, window=window),
         lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
         compared.inputs,
         run.own,

@@ -112,18 +112,20 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     shown = [Series(item.label, tuple(r for r in item.records if r.rank == rank)) for item in series]
     records = [record for item in shown for record in item.records]
     types = Types(record.layer for record in records)
-    names = types.names[:MAX_PANELS]
+    panel_types = types.names[:MAX_PANELS]
     steps = sorted({record.step for record in records})
     layers_per_panel = max(Counter(types.of(layer) for layer in {record.layer for record in records}).values())
-    text = _make_text(shown, all_records, rank, options.per, len(types.names) - len(names), layers_per_panel, style)
+    text = _make_text(
+        shown, all_records, rank, options.per, len(types.names) - len(panel_types), layers_per_panel, style
+    )
 
     def draw(ax: Axes, inches: float, name: str) -> None:
-        parts = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
-        _draw(ax, parts, options.per, style)
+        panel_series = [Series(s.label, tuple(r for r in s.records if types.of(r.layer) == name)) for s in shown]
+        _draw(ax, panel_series, options.per, style)
         _set_step_axis(ax, steps, inches, style)
 
-    panels = {name: partial(draw, name=name) for name in names}
-    ylabel = "fraction of ‖G‖_F" if len(names) <= style.columns else "fraction"
+    panels = {name: partial(draw, name=name) for name in panel_types}
+    ylabel = "fraction of ‖G‖_F" if len(panel_types) <= style.columns else "fraction"
     page = multiples_of(panels, text, style, "training step", ylabel)
     page.axes[0].set_ylim(0, _choose_top(records))
     page.axes[0].yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
@@ -204,18 +206,18 @@ def _make_text(
     all_records: Sequence[Overlap],
     rank: int,
     per: str,
-    missing: int,
+    missing_types: int,
     max_layers: int,
     style: PageStyle,
 ) -> FigureText:
     layers = len({record.layer for item in series for record in item.records})
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
-    others = sorted({record.rank for record in all_records} - {rank})
+    other_ranks = sorted({record.rank for record in all_records} - {rank})
     notes = []
-    if others:
-        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, others))} (--show-rank).")
-    if missing:
-        notes.append(f"Not drawn: {missing} more module types (--layers).")
+    if other_ranks:
+        notes.append(f"Also measured, not drawn: r = {', '.join(map(str, other_ranks))} (--show-rank).")
+    if missing_types:
+        notes.append(f"Not drawn: {missing_types} more module types (--layers).")
     if zero := sum(record.kappa is None for item in series for record in item.records):
         notes.append(f"Not drawn: {zero} zero gradients.")
     return FigureText(

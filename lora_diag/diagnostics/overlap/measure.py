@@ -102,8 +102,8 @@ def size(task: GradientTask, settings: OverlapSettings) -> int:
 
 def _make_allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
     """Return the allowance for ΔW and the vectors of the largest requested rank; None without a memory limit."""
-    top = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
-    return None if settings.memory is None else Allowance(settings.memory, settings.method, top, vectors=True)
+    largest_rank = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
+    return None if settings.memory is None else Allowance(settings.memory, settings.method, largest_rank, vectors=True)
 
 
 def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
@@ -376,13 +376,15 @@ def subspaces(
     )
     matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
     layout = layout_of(matrices, arguments["workers"], device.type)
-    results = list(run_local(partial(layer_subspaces, settings=settings, device=device), matrices, layout, footprint))
+    spaces_or_left_out = list(
+        run_local(partial(layer_subspaces, settings=settings, device=device), matrices, layout, footprint)
+    )
     return Reference(
         base=_find_base(compared.pairing) or open_checkpoint(base),
-        layers={item.layer: item for item in results if not isinstance(item, LeftOut)},
+        layers={item.layer: item for item in spaces_or_left_out if not isinstance(item, LeftOut)},
         inputs=compared.inputs,
         settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
-        left_out=tuple(item for item in results if isinstance(item, LeftOut)),
+        left_out=tuple(item for item in spaces_or_left_out if isinstance(item, LeftOut)),
     )
 
 
@@ -481,5 +483,8 @@ def _explain_no_overlap(
     if changed is None:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
     example = gradient_histories[0].layer if gradient_histories else unmatched[0].layer if unmatched else None
-    names = f"gradients have names like {example}" if example else "the gradients hold no tensor"
-    return f"no layer that changed has a gradient, so nothing was compared. Layers have names like {changed}; {names}"
+    gradient_names = f"gradients have names like {example}" if example else "the gradients hold no tensor"
+    return (
+        f"no layer that changed has a gradient, so nothing was compared. Layers have names like {changed}; "
+        f"{gradient_names}"
+    )

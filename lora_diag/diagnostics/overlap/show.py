@@ -351,7 +351,7 @@ def _describe_trend(relevant: Sequence[Track]) -> str:
 def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     """State κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
     last_step_by_layer = {track.layer: track.last.step for track in relevant}
-    parts = []
+    kappa_texts = []
     for rank in sorted({record.rank for record in results}):
         at_last_step = [
             r for r in results if r.rank == rank and last_step_by_layer.get(r.layer) == r.step and r.kappa is not None
@@ -361,8 +361,8 @@ def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str
                 middle([r.kappa for r in at_last_step]) or 0.0,
                 middle([r.kappa_random for r in at_last_step]) or 0.0,
             )
-            parts.append(f"r={rank} {number(kappa)} ({number(random)})")
-    return f"κ (random): {', '.join(parts)}"
+            kappa_texts.append(f"r={rank} {number(kappa)} ({number(random)})")
+    return f"κ (random): {', '.join(kappa_texts)}"
 
 
 def _is_above_random(record: Overlap) -> bool:
@@ -402,11 +402,11 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     if outside:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         # At full rank the subspaces are the whole space, which contains every gradient.
-        full = any(record_at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
+        any_at_full_rank = any(record_at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
             f"{_name_layers(outside)} the gradients are outside {cause} at every rank "
-            f"measured{' below full rank' if full else ''}: initialize the adapter there from recent gradients, or "
-            "move its parameters to layers that contain theirs"
+            f"measured{' below full rank' if any_at_full_rank else ''}: initialize the adapter there from recent "
+            "gradients, or move its parameters to layers that contain theirs"
         )
     return "\n".join(sentences)
 
@@ -424,13 +424,13 @@ def _describe_resolution(relevant: Sequence[Track]) -> list[Statement]:
     counts = Counter(track.last.verdict for track in relevant)
     if counts["resolved"] == len(relevant):
         return []
-    parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
+    verdict_counts = [f"{counts[verdict]} {verdict}" for verdict in ("unresolved", "floor-limited") if counts[verdict]]
     return [
         make_statement(
             "resolved",
             "Resolution",
-            f"of {_count_matrices(len(relevant))} {' and '.join(parts)}: where the files do not resolve the update, "
-            "its subspaces are those of rounding noise and a κ near random has no meaning",
+            f"of {_count_matrices(len(relevant))} {' and '.join(verdict_counts)}: where the files do not resolve the "
+            "update, its subspaces are those of rounding noise and a κ near random has no meaning",
             level="warning",
         )
     ]

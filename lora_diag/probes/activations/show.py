@@ -13,7 +13,7 @@ from lora_diag.rendering.text import count, list_names, safe, short
 def activations_table(
     recorded: Activations, width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
-    """Return the table of recorded layers, one row per module ``type`` (medians) or per ``layer``, and a summary."""
+    """Return the table of recorded layers, one row per module ``type`` (medians) or ``layer``, and the statements."""
     rows = rows_of(recorded.layers, per)
     return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, next_command)
 

@@ -332,14 +332,14 @@ def probe_fisher(
     chosen = truncated_layers(deltas, **run.selection)
     model = run.open(base)
     texts = run.read(data)
-    held_out = run.read(evaluate[0]) if evaluate else texts if measure else None
+    effect_texts = run.read(evaluate[0]) if evaluate else texts if measure else None
     swapped = Swapped(model, deltas, max(ranks))
     modules, unmeasured = _find_modules(model, chosen)
     if not modules:
         raise NothingComparedError(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
         )
-    probe = _Probe(run, swapped, modules, texts, held_out, ranks, Draw(labels, seed))
+    probe = _Probe(run, swapped, modules, texts, effect_texts, ranks, Draw(labels, seed))
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         done = {record.layer for record in run_records.records}
@@ -354,7 +354,7 @@ def probe_fisher(
         return [*left_out(compared.pairing, swapped.absent), *unmeasured, *problems]
 
     settings = {"ranks": list(ranks), "labels": labels, "seed": seed, **run.selection}
-    sets = [describe_texts(texts, "data"), *([describe_texts(held_out)] if held_out is not None else [])]
+    sets = [describe_texts(texts, "data"), *([describe_texts(effect_texts)] if effect_texts is not None else [])]
     return run.over([*compared.inputs, *sets], settings, measure_missing)
 
 
@@ -381,22 +381,22 @@ class _Probe:
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts
-    held_out: Texts | None
+    effect_texts: Texts | None
     ranks: tuple[int, ...]
     draw: Draw
 
     def report_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
-        """Report the estimated cost: passes forward and backward, and a forward pass per truncation."""
+        """Report the estimated cost: passes forward and back, and forward passes for TUNED and each truncation."""
         passes = sum(1 for _ in groups_of(todo))
         truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
         batches, measuring_batches = passes * self.probe_run.batches([self.texts]), 0
-        if self.held_out is not None:
-            measuring_batches = (truncations + 1) * self.probe_run.batches([self.held_out])
+        if self.effect_texts is not None:
+            measuring_batches = (truncations + 1) * self.probe_run.batches([self.effect_texts])
         self.probe_run.watch.total = batches + measuring_batches
         description = (
             f"{pluralize(len(todo), 'layer', 'layers')}, {pluralize(passes, 'pass', 'passes')} forward and back"
         )
-        if self.held_out is not None:
+        if self.effect_texts is not None:
             description += f" and {truncations} truncations measured"
         self.probe_run.estimate(
             self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measuring_batches
@@ -406,9 +406,12 @@ class _Probe:
         """Yield the record of each layer, or why it cannot be measured, in the order of BASE."""
         self._restore_tuned()
         before: UnchangedOutputs | None = None
-        if self.held_out is not None and todo:
+        if self.effect_texts is not None and todo:
             before = read_unchanged(
-                self.probe_run.model, self.held_out, self.probe_run.batch, partial(self.probe_run.watch.batch, "TUNED")
+                self.probe_run.model,
+                self.effect_texts,
+                self.probe_run.batch,
+                partial(self.probe_run.watch.batch, "TUNED"),
             )
         for group in groups_of(todo):
             tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
@@ -448,7 +451,7 @@ class _Probe:
             weight=at(weight),
             data=at(data),
             kfac=at(kfac, scale),
-            on=self.held_out.name if self.held_out is not None else None,
+            on=self.effect_texts.name if self.effect_texts is not None else None,
             effect=self._measure_effects(layer, shape, before),
         )
 
@@ -456,14 +459,16 @@ class _Probe:
         self, layer: str, shape: tuple[int, int], before: UnchangedOutputs | None
     ) -> dict[str, Effect] | None:
         """Return the effect of truncating one layer alone, by rank below its full one; None if it is not requested."""
-        if before is None or self.held_out is None:
+        if before is None or self.effect_texts is None:
             return None
         effects = {}
         for rank in self.ranks:
             if rank < min(shape):
                 self._restore_tuned({layer: rank})
                 after = partial(self.probe_run.watch.batch, f"{layer} r={rank}")
-                effects[str(rank)] = effect(self.probe_run.model, self.held_out, before, self.probe_run.batch, after)
+                effects[str(rank)] = effect(
+                    self.probe_run.model, self.effect_texts, before, self.probe_run.batch, after
+                )
         self._restore_tuned()
         return effects
 

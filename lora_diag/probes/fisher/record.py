@@ -8,7 +8,7 @@ from lora_diag.records.base import Count, Nats, Norm, Record, Shown, WholeRecord
 
 
 class Effect(Record):
-    """Effect of truncating one layer alone on held-out text.
+    """Effect of truncating one layer alone, on the text ``Fisher.on``.
 
     Args:
         loss: Loss in nats per prediction.
@@ -43,7 +43,7 @@ class Fisher(WholeRecord):
         weight: ‖T_r‖_F² by r.
         data: E‖T_r x‖² = ‖T_r·C^½‖_F² by r.
         kfac: tokens/N·‖G^½·T_r·C^½‖_F² by r, which equals F(r) if inputs and gradients, and tokens, are independent.
-        on: Held-out text of ``effect``; null if not measured.
+        on: File name of the text of ``effect``: held-out, or that of the gradients; null if not measured.
         effect: Measured effect of truncation, by r; null if not measured.
     """
 

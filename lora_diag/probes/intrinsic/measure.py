@@ -272,7 +272,7 @@ def probe_intrinsic(
         **options: ``IntrinsicOptions``.
 
     Returns:
-        The records are in ``whole``: BASE's losses, and those of every run, set by set.
+        The records are in ``whole``: BASE's losses, and those of every run, on each set.
 
     Raises:
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of full fine-tuning to

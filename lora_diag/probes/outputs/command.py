@@ -36,8 +36,8 @@ class FullFineTune:
     def split(self, models: Sequence[str]) -> tuple[str | None, list[str]]:
         """Return the full fine-tune, if there is one, and the models to compare.
 
-        Without ``--tuned`` it is the first model, unless that is an adapter or one of several steps of a run. The other
-        models are sorted by step within each run, since a shell sorts 100 before 20.
+        Without ``--tuned`` it is the first model, unless that is an adapter or one of several steps of a run. The
+        others are sorted by step within each run: a shell sorts 100 before 20.
         """
         from lora_diag.adapters import is_adapter  # deferred: imports torch
         from lora_diag.checkpoints import locate

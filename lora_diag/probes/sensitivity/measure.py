@@ -256,7 +256,7 @@ def probe_sensitivity(
 
     Returns:
         The records are in ``whole``: a ``FirstOrder`` for every layer, then ``Sensitivity``: BASE's losses, and those
-        of every run, set by set.
+        of every run, on each set.
 
     Raises:
         UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is

@@ -42,7 +42,7 @@ class SweepCurve:
     Args:
         rows: One per rank, at its own learning rate.
         base: BASE's loss; None if not measured.
-        verdict: The verdict; None without BASE's loss.
+        verdict: The verdict; None without BASE's loss or a run.
         lines: Mean losses of the reference lines by name.
     """
 

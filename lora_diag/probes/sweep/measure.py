@@ -170,7 +170,7 @@ def probe_sweep(
         **options: ``SweepOptions``.
 
     Returns:
-        The records are in ``whole``: BASE's losses, and those of every run, set by set.
+        The records are in ``whole``: BASE's losses, and those of every run, on each set.
 
     Raises:
         UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is

@@ -411,6 +411,7 @@ def write_gguf(
 
     Raises:
         InputError: The file cannot be written.
+        ValueError: A tensor does not have the declared shape and dtype.
     """
     with replacing(path) as file:
         header = _make_header(fields, tensors)

@@ -210,7 +210,7 @@ class _Machine:
         self.stack.append(Record(module, name))
 
     def call(self, target: Any, args: Any) -> None:
-        """Push the stand-in for a call or a new object on the stack."""
+        """Push what stands for a call or a new object: a value if its class is in ``PLAIN``, else a record."""
         if not isinstance(target, Record) or not isinstance(args, tuple):
             raise ValueError(f"it calls a {type(target).__name__}")
         self.spend(len(args) + sum(len(value) for value in args if isinstance(value, _SIZED)))

@@ -254,6 +254,7 @@ def write_safetensors(
     Raises:
         UsageError: See ``lora_diag.files.check_output``.
         InputError: The file cannot be written.
+        ValueError: A tensor does not have the declared shape and dtype.
     """
     order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
     with replacing(path, kind, overwrite) as file:

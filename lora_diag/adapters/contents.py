@@ -213,10 +213,10 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")
     names = [name for name in adapter.checkpoint if strip(name).startswith(f"{owner}.")]
-    ends = {"dora": ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m"), "bias": (".bias",)}.get(
+    suffixes = {"dora": ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m"), "bias": (".bias",)}.get(
         part, ""
     )
-    return next((name for name in names if ends and name.endswith(ends)), names[0] if names else "")
+    return next((name for name in names if suffixes and name.endswith(suffixes)), names[0] if names else "")
 
 
 def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:

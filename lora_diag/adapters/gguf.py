@@ -92,10 +92,10 @@ def _pair_factors(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]
 def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -> list[str]:
     notes = []
     if names is None:
-        known = ", ".join(ARCHITECTURES)
+        architectures = ", ".join(ARCHITECTURES)
         notes.append(
             f"the names of architecture {fields.get('general.architecture')!r} are not known, so the weights keep "
-            f"their GGUF names; known are {known}"
+            f"their GGUF names; known are {architectures}"
         )
     if norms:
         notes.append(f"{len(norms)} norms are in the file, such as {norms[0]}; llama.cpp skips them")

@@ -33,14 +33,14 @@ PREFIX = re.compile(r"lora_(unet|te\d?|transformer|prior|clip_l|clip_g|t5xxl)_|l
 LORA = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
 FULL = ("diff", "diff_b", "w_norm", "b_norm")
 EXTRA = ("alpha", "dora_scale")
-KNOWN = frozenset({*LORA, *FULL, *EXTRA, *loha.FACTORS, *loha.CORES, *lokr.PARTS})
+PARTS = frozenset({*LORA, *FULL, *EXTRA, *loha.FACTORS, *loha.CORES, *lokr.PARTS})
 
 
 def is_kohya(source: Source) -> bool:
     """Return whether this family reads the adapter."""
     if source.config is not None:
         return False
-    return any(PREFIX.match(name) and _split(name)[1] in KNOWN for name in source.checkpoint)
+    return any(PREFIX.match(name) and _split(name)[1] in PARTS for name in source.checkpoint)
 
 
 def read_kohya(source: Source) -> Reading:
@@ -52,7 +52,7 @@ def read_kohya(source: Source) -> Reading:
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
         module, part = _split(name)
-        if part not in KNOWN:
+        if part not in PARTS:
             raise InputError(
                 f"{source.path}: {name} belongs to an unsupported kind of LyCORIS module; merge it with the tool "
                 "that wrote it and pass the merged checkpoint"
@@ -96,7 +96,7 @@ def _name_kind(source: Source, modules: dict[str, dict[str, str]]) -> str:
 def _read_module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one module: of its weight, and of its bias if there is one."""
     updates = []
-    plain = PREFIX.sub("", module, count=1)
+    path = PREFIX.sub("", module, count=1)
     for part in FULL:
         if part in parts:
             key = parts[part]
@@ -109,7 +109,7 @@ def _read_module(source: Source, module: str, parts: dict[str, str]) -> list[Upd
             updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_factored(source, module, parts))
-    return [replace(update, base_weight=update.weight.replace(module, plain, 1)) for update in updates]
+    return [replace(update, base_weight=update.weight.replace(module, path, 1)) for update in updates]
 
 
 def _read_factored(source: Source, module: str, parts: dict[str, str]) -> Update:

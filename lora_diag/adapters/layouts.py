@@ -184,13 +184,13 @@ def _to_peft(
             plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(weight, "A", turned=True)
         else:
             plan |= _plan_pair(weight, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
-    kept = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
+    kept_fields = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
     names = contents.config.get("target_modules") if contents.form == "peft" else None
     config = {
         "base_model_name_or_path": str(base.path) if base is not None else None,
         "task_type": None,
         "fan_in_fan_out": False,
-        **kept,
+        **kept_fields,
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": rank,
@@ -250,9 +250,9 @@ def _to_mlx(
         path = _make_path(weight.item, contents)
         _, layers, inside = path.partition("layers.")
         keys.add(inside.partition(".")[2] if layers else path)
-        table = weight.item.is_table  # LoRAEmbedding has (vocab, r) and (r, dim)
-        plan[f"{path}.lora_a"] = Slot(weight, "B") if table else Slot(weight, "A", turned=True)
-        plan[f"{path}.lora_b"] = Slot(weight, "A") if table else Slot(weight, "B", turned=True)
+        is_table = weight.item.is_table  # LoRAEmbedding has (vocab, r) and (r, dim)
+        plan[f"{path}.lora_a"] = Slot(weight, "B") if is_table else Slot(weight, "A", turned=True)
+        plan[f"{path}.lora_b"] = Slot(weight, "A") if is_table else Slot(weight, "B", turned=True)
     settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
 
@@ -317,7 +317,9 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
         raise InputError("GGUF: llama.cpp's names and row order depend on the model; give BASE, too")
     names = of_config(base.config)
     if names is None:
-        model_types = ", ".join(model_type for known in ARCHITECTURES.values() for model_type in known.model_types)
+        model_types = ", ".join(
+            model_type for architecture in ARCHITECTURES.values() for model_type in architecture.model_types
+        )
         raise InputError(
             f"{base.path}: llama.cpp's names for model type {base.config.get('model_type')!r} are not known; known are "
             f"{model_types}"

@@ -127,8 +127,8 @@ def _note_doubled_updates(modules: Modules) -> list[str]:
 def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained one."""
     rank, scale = scaling.rank(owner.scaled_as), scaling.of_module(owner.scaled_as) * owner.times
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    shape, load, keys = (_read_embedding if embedding else _read_linear)(source, owner.module, parts, rank, scale)
+    is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    shape, load, keys = (_read_embedding if is_embedding else _read_linear)(source, owner.module, parts, rank, scale)
     update = Update(
         weight=owner.weight,
         shape=shape,
@@ -142,7 +142,7 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
     )
     update = residual.make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
-        update = dora.add_magnitude(update, source, parts["lora_magnitude_vector"], embedding)
+        update = dora.add_magnitude(update, source, parts["lora_magnitude_vector"], is_embedding)
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]

@@ -79,19 +79,19 @@ def _read_update(
         )
     scale = config_scale if config_scale is not None else source.scale_without_alpha(a[1])
     weight, key = f"{module}.weight", parts["lora_b"]
-    table = is_table(weight) or ("m" in parts and source.checkpoint[parts["m"]].numel == a[0] != b[1])
-    shape = (a[0], b[1]) if table else (b[1], a[0])
-    keys = (parts["lora_a"], key) if table else (key, parts["lora_a"])
+    is_embedding = is_table(weight) or ("m" in parts and source.checkpoint[parts["m"]].numel == a[0] != b[1])
+    shape = (a[0], b[1]) if is_embedding else (b[1], a[0])
+    keys = (parts["lora_a"], key) if is_embedding else (key, parts["lora_a"])
     update = Update(
         weight,
         shape,
-        partial(factors, source.checkpoint, *keys, scale, not table),
+        partial(factors, source.checkpoint, *keys, scale, not is_embedding),
         factored=True,
         dtype=source.checkpoint[key].dtype,
         zero_if=key,
         rank=a[1],
         scale=scale,
-        thin=thin_factors(source.checkpoint, *keys, Scale(scale), turned=not table),
+        thin=thin_factors(source.checkpoint, *keys, Scale(scale), turned=not is_embedding),
     )
     return dora.add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
 

@@ -67,7 +67,7 @@ def _read_update(source: Source, module: str, parts: dict[str, str], terms: int)
     return Update(f"{module}.weight", expected, load, False, source.checkpoint[key].dtype, "OFT")
 
 
-def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, site: Site) -> torch.Tensor:
+def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, is_table: bool, site: Site) -> torch.Tensor:
     """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns.
 
     Raises:
@@ -81,7 +81,7 @@ def delta(checkpoint: Checkpoint, key: str, size: int, terms: int, table: bool, 
     q[:, rows, columns] = upper
     q = q - q.transpose(1, 2)
     change = _cayley_transform(q, terms) - torch.eye(size, dtype=torch.float64)
-    if table:
+    if is_table:
         change = change.transpose(1, 2)
     w = site.weight()
     if w.shape[1] % size:

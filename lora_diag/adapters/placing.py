@@ -77,9 +77,9 @@ class Orientation:
         """Return whether a weight is stored as ``(in, out)``."""
         if len(expected) != 2 or len(stored) != 2:
             return False
-        plain = _shapes_agree(expected, stored)
-        if plain != _shapes_agree(expected[::-1], stored):
-            return not plain
+        fits_as_stored = _shapes_agree(expected, stored)
+        if fits_as_stored != _shapes_agree(expected[::-1], stored):
+            return not fits_as_stored
         for group in _list_groups(name):
             votes = self._votes.get(group)
             if votes is not None and votes[True] != votes[False]:

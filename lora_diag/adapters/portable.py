@@ -176,14 +176,16 @@ def convert(
     unsupported = {layer: reason for layer, reason in reasons.items() if reason}
     if unsupported and not leave_out:
         raise InputError(f"{adapter.path}: {_list_by_reason(unsupported)}; --leave-out writes the adapter without")
-    kept = [item for item in contents.items if item.layer not in unsupported]
-    if not kept:
+    supported = [item for item in contents.items if item.layer not in unsupported]
+    if not supported:
         raise InputError(
             f"{adapter.path}: no part of it can be written as a portable adapter: {_list_by_reason(unsupported)}"
         )
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    parts = {item.layer: _make_part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(kept)}
+    parts = {
+        item.layer: _make_part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(supported)
+    }
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
     rank = max(part.placed.rank for part in parts.values())
     plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)

@@ -62,5 +62,5 @@ def _compute_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factor
         q, r = torch.linalg.qr(w)
         return q[:, :rank] * scale, r[:rank]
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    kept = slice(0, rank) if name == "PiSSA" else slice(max(0, len(s) - rank), None)
-    return u[:, kept] * s[kept], vh[kept]
+    components = slice(0, rank) if name == "PiSSA" else slice(max(0, len(s) - rank), None)
+    return u[:, components] * s[components], vh[components]

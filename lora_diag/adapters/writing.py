@@ -433,10 +433,10 @@ def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
 
 def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
     """Yield every part with its first column among those of its expert: halves are adjacent."""
-    used: Counter[int] = Counter()
+    used_columns: Counter[int] = Counter()
     for part in sorted(group, key=lambda part: (part.target.expert[0], part.target.half[0])):
-        yield part, used[part.target.expert[0]]
-        used[part.target.expert[0]] += part.rank
+        yield part, used_columns[part.target.expert[0]]
+        used_columns[part.target.expert[0]] += part.rank
 
 
 def adapter_config(
@@ -504,18 +504,18 @@ def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str
     >>> target_modules(["h.1.up"], ["h.1.up", "vision.h.1.up"])
     'h\\.1\\.up'
     """
-    known = {*modules, *adapted}
-    names = _find_shortest_names(adapted, known)
-    matched = {module for module in known if any(is_named(module, name) for name in names)}
+    all_modules = {*modules, *adapted}
+    names = _find_shortest_names(adapted, all_modules)
+    matched = {module for module in all_modules if any(is_named(module, name) for name in names)}
     return names if matched == set(adapted) else "|".join(re.escape(module) for module in sorted(adapted))
 
 
-def _find_shortest_names(adapted: Collection[str], known: Collection[str], parts: int = 1) -> list[str]:
+def _find_shortest_names(adapted: Collection[str], modules: Collection[str], parts: int = 1) -> list[str]:
     """Return the last ``parts`` parts of the names if all modules with these endings are adapted, else whole names."""
-    expected = set(adapted)
+    adapted_names = set(adapted)
 
     def end(name: str) -> str:
         return ".".join(name.split(".")[-parts:])
 
-    others = {end(name) for name in known if name not in expected}
-    return sorted({end(name) if end(name) not in others else name for name in adapted})
+    other_endings = {end(name) for name in modules if name not in adapted_names}
+    return sorted({end(name) if end(name) not in other_endings else name for name in adapted})

@@ -136,17 +136,17 @@ def measure_layers(
     Raises:
         InputError: An input cannot be read, or the file cannot be written.
     """
-    kept = RunRecords(writer, watch)
-    if kept.finished is not None:
-        return kept.finished
-    finished = {record.layer for record in kept.layers}
+    run_records = RunRecords(writer, watch)
+    if run_records.finished is not None:
+        return run_records.finished
+    finished = {record.layer for record in run_records.layers}
     todo = [task for task in tasks if task.layer not in finished]
     left_out = list[LeftOut]()
     run = partial(run_ray, engine=engine) if engine is not None else run_local
     for records in _report_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
         left_out += [record for record in records if isinstance(record, LeftOut)]
-        kept.put(*(record for record in records if not isinstance(record, LeftOut)))
-    return kept.end(
+        run_records.put(*(record for record in records if not isinstance(record, LeftOut)))
+    return run_records.end(
         sorted([*left_out, *measure_skipped()], key=lambda record: (natural_order(record.layer), record.reason))
     )
 

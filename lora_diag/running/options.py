@@ -453,8 +453,8 @@ def show_options(function: F) -> F:
     (group,) = get_args(eval(hint, function.__globals__) if isinstance(hint, str) else hint)
     options = list_options(group)
     for name, (kind, option) in options.items():
-        shown = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
-        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=shown))
+        annotation = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation))
     function.__signature__ = own_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def make_lines(match: re.Match[str]) -> str:

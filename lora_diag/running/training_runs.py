@@ -282,8 +282,8 @@ class RunPlan:
         self.watch.total = bases * self.batches
         seconds, runs_and_steps, evaluation = 0.0, [], 0.0
         for arm in arms:
-            step, evaluation = self.timed(arm)
-            runs = self.left(arm)
+            step, evaluation = self.time_step(arm)
+            runs = self.count_unfinished(arm)
             seconds += math.ceil(runs / arm.slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
             runs_and_steps.append((runs, step))
@@ -294,14 +294,14 @@ class RunPlan:
 
         In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and so on, the seeds.
         """
-        first = self.training.order
+        first_seed = self.training.order
         rates = {size: self._iterate_rates(arm, size) for size in arm.sizes}
         tried = {size: list(islice(queue, len(arm.rates))) for size, queue in rates.items()}
         self._finish(
-            arm, [arm.trial(size, rate, first) for size, rates_of_size in tried.items() for rate in rates_of_size]
+            arm, [arm.trial(size, rate, first_seed) for size, rates_of_size in tried.items() for rate in rates_of_size]
         )
         while further := [(size, rate) for size, queue in rates.items() for rate in islice(queue, 1)]:
-            trials = [arm.trial(size, rate, first) for size, rate in further]
+            trials = [arm.trial(size, rate, first_seed) for size, rate in further]
             self.expect(sum(not self._has(trial) for trial in trials))
             self._finish(arm, trials)
             for size, rate in further:
@@ -310,21 +310,21 @@ class RunPlan:
             size: self._best_rate(arm, size, [*rates_of_size, *arm.earlier]) for size, rates_of_size in tried.items()
         }
         chosen = [(size, rate) for size, rate in best.items() if rate is not None]
-        seeds = range(first + 1, first + self.seeds)
+        seeds = range(first_seed + 1, first_seed + self.seeds)
         self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
 
-    def left(self, arm: Arm) -> int:
+    def count_unfinished(self, arm: Arm) -> int:
         """Return the number of unfinished runs, except those beyond the grid, which are unknown in advance."""
-        first, left = self.training.order, 0
+        first_seed, count = self.training.order, 0
         for size in arm.sizes:
             best = self._best_rate(arm, size, [*self._iterate_rates(arm, size), *arm.earlier])
-            runs = [arm.trial(size, rate, first) for rate in arm.rates]
-            others = range(first + 1, first + self.seeds)
-            runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in others]
-            left += sum(not self._has(run) for run in runs)
-        return left
+            runs = [arm.trial(size, rate, first_seed) for rate in arm.rates]
+            other_seeds = range(first_seed + 1, first_seed + self.seeds)
+            runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in other_seeds]
+            count += sum(not self._has(run) for run in runs)
+        return count
 
-    def more(self, arms: Sequence[Arm]) -> str:
+    def describe_more_runs(self, arms: Sequence[Arm]) -> str:
         """Return as text how many runs the edges of the grids may add; empty if none."""
         limit = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
         return (
@@ -337,23 +337,23 @@ class RunPlan:
         """Add a number of runs to the expected total."""
         self.watch.total += runs * (self.training.steps + self.batches)
 
-    def timed(self, arm: Arm) -> tuple[float, float]:
+    def time_step(self, arm: Arm) -> tuple[float, float]:
         """Return the seconds of one step at the largest size (the second of two steps), and of one evaluation batch."""
         ticks = [time.perf_counter()]
-        first = self.sets[0].first(self.training.batch)
+        first_batch = self.sets[0].first(self.training.batch)
         trial = arm.trial(arm.sizes[-1], 1e-6, 0)
-        trial.train(replace(self.training, steps=2), [first], lambda: ticks.append(time.perf_counter()))
+        trial.train(replace(self.training, steps=2), [first_batch], lambda: ticks.append(time.perf_counter()))
         return ticks[2] - ticks[1], ticks[3] - ticks[2]
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
         """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
-        left = [trial for trial in trials if not self._has(trial)]
+        unfinished = [trial for trial in trials if not self._has(trial)]
         if arm.remote is None:
-            for trial in left:
+            for trial in unfinished:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
             return
-        poll = partial(self.watch.batch, f"{pluralize(len(left), 'run', 'runs')} on the cluster", 0)
-        for trial, records in zip(left, arm.remote(left, poll), strict=True):
+        poll = partial(self.watch.batch, f"{pluralize(len(unfinished), 'run', 'runs')} on the cluster", 0)
+        for trial, records in zip(unfinished, arm.remote(unfinished, poll), strict=True):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)
 
@@ -507,7 +507,7 @@ class TrainRun(ProbeRun):
         """Return the descriptions of BASE and the texts for the run record."""
         return [self.describe(stored), describe_texts(self.training.texts, "data"), *map(describe_texts, self.sets)]
 
-    def trained(self, seeds: int) -> dict[str, Any]:
+    def training_settings(self, seeds: int) -> dict[str, Any]:
         """Return the training settings for the run record."""
         widen, seed = self.options["widen"], self.options["seed"]
         return {
@@ -519,7 +519,7 @@ class TrainRun(ProbeRun):
             **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
         }
 
-    def walk(self, kept: RunRecords[Any], seeds: int) -> RunPlan:
+    def plan_runs(self, kept: RunRecords[Any], seeds: int) -> RunPlan:
         """Return the plan of the runs, each size with a number of seeds."""
         return RunPlan(self.training, self.sets, seeds, self.options["widen"], kept)
 
@@ -540,8 +540,8 @@ def check_training(
     """
     for option, grid in rates.items():
         if not grid or not all(0 < rate < MAX_RATE for rate in grid):
-            shown = ",".join(f"{rate:g}" for rate in grid)
-            raise UsageError(f"{option} {shown}: learning rates must lie between 0 and {MAX_RATE:g}")
+            rates_text = ",".join(f"{rate:g}" for rate in grid)
+            raise UsageError(f"{option} {rates_text}: learning rates must lie between 0 and {MAX_RATE:g}")
     for option, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{option} {value}: must be at least 1")

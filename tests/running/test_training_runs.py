@@ -63,7 +63,7 @@ class Case:
 def test_rates_extend_until_best_is_inside(best, widen, tried):
     case = Case({4: best}, widen)
     arm = case.arm((1e-3, 3e-3, 1e-2))
-    case.walk.expect(case.walk.left(arm))
+    case.walk.expect(case.walk.count_unfinished(arm))
     case.walk.run(arm)
     lost = [rate for rate in tried if loss_of(4, rate, best) is None]
     assert [rate for _, rate, seed in case.ran if seed == 7] == pytest.approx(tried)
@@ -100,9 +100,9 @@ def test_resume_runs_remaining_cells_once(stop_after):
     case.stop_after = None
     arm = case.arm(rates)
     beyond = sum(run[1] not in rates and run[2] == 7 for run in whole.ran[stop_after:])
-    assert case.walk.left(arm) == len(whole.ran) - stop_after - beyond
+    assert case.walk.count_unfinished(arm) == len(whole.ran) - stop_after - beyond
     case.walk.watch.done = case.walk.watch.total = 0
-    case.walk.expect(case.walk.left(arm))
+    case.walk.expect(case.walk.count_unfinished(arm))
     case.walk.run(arm)
     assert case.ran == whole.ran
     assert case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2  # what is finished is no work to come
@@ -149,7 +149,7 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
 
         return Trial({}, "", train)
 
-    assert case.walk.timed(replace(case.arm((1e-3, 1e-2)), trial=trial)) == (2.0, 5.0)
+    assert case.walk.time_step(replace(case.arm((1e-3, 1e-2)), trial=trial)) == (2.0, 5.0)
     assert ran == [(4, 2)]
     assert case.ran == []
 
@@ -157,9 +157,12 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
 def test_edge_uncertainty_is_stated_where_there_are_edges():
     case = Case({2: 1e-3, 4: 1e-3}, 2)
     one, several = case.arm((1e-3,)), case.arm((1e-3, 1e-2))
-    assert case.walk.more([one]) == ""
-    assert case.walk.more([one, several]) == "; up to 4 runs more if the best rate is at the edge of the grid"
-    assert replace(case.walk, widen=0).more([several]) == ""
+    assert case.walk.describe_more_runs([one]) == ""
+    assert (
+        case.walk.describe_more_runs([one, several])
+        == "; up to 4 runs more if the best rate is at the edge of the grid"
+    )
+    assert replace(case.walk, widen=0).describe_more_runs([several]) == ""
 
 
 @pytest.mark.parametrize(

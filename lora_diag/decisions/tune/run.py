@@ -126,7 +126,7 @@ def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
         **{name: legible(str(arguments[name])) for name in ("params", "memory_budget") if arguments[name] is not None},
         "rates": sorted(set(arguments["rates"])),
         "ranks": list(arguments["ranks"]),
-        **run.trained(arguments["repeats"]),
+        **run.training_settings(arguments["repeats"]),
         "tolerance": arguments["gain_tolerance"],
         "targets": list(arguments["target_modules"]) or "all-linear",
         "matrices": len(target.shapes),

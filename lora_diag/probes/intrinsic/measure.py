@@ -317,14 +317,14 @@ def probe_intrinsic(
         "paces": sorted(set(paces)),
         "full_rates": sorted(set(full_rates)),
         "lora_rates": sorted(set(lora_rates)),
-        **run.trained(seeds),
+        **run.training_settings(seeds),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
         "optimizer": RECIPE,
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        probe = _Probe(model, method, total, run.walk(run_records, seeds))
+        probe = _Probe(model, method, total, run.plan_runs(run_records, seeds))
         arms = {
             "of full fine-tuning": probe.arm("full", [None], full_rates),
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
@@ -433,9 +433,8 @@ class _Probe:
         # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
         gib = 16 * self.total / 2**30
         memory = f"; takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""
-        plan.watch.note(
-            f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{plan.more(list(arms.values()))}{memory}"
-        )
+        more = plan.describe_more_runs(list(arms.values()))
+        plan.watch.note(f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{more}{memory}")
 
 
 def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, train_loss: float | None) -> Intrinsic:

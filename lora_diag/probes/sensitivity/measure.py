@@ -285,7 +285,7 @@ def probe_sensitivity(
         "rank": rank,
         "delta": delta,
         "rates": sorted(set(rates)),
-        **run.trained(seeds),
+        **run.training_settings(seeds),
         **run.selection,
         "kind": run.training.kind.description,
         "optimizer": RECIPE,
@@ -293,7 +293,7 @@ def probe_sensitivity(
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        plan = run.walk(run_records, seeds)
+        plan = run.plan_runs(run_records, seeds)
         probe = _Probe(model, units_of(linear, base_names, per), ranks, tuple(sorted(set(rates))), plan)
         probe.report_cost()
         probe.score(linear, base_names)
@@ -397,9 +397,9 @@ class _Probe:
         plan, steps = self.plan, self.plan.training.steps
         first = plan.sets[0].first(plan.training.batch)
         bases = {first.name: measure(self.model, first, plan.training.batch)}
-        step, evaluation = plan.timed(self.arm(self.units[0], self.ranks[-1], bases))
+        step, evaluation = plan.time_step(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
-        runs = sum(map(plan.left, arms))
+        runs = sum(map(plan.count_unfinished, arms))
         passes = 0 if self._has_scores() else -(-len(self._select_used_sequences().sequences) // plan.training.batch)
         plan.watch.total = plan.batches + passes
         plan.expect(runs)
@@ -411,5 +411,5 @@ class _Probe:
         plan.watch.note(
             f"about {duration(seconds)}: {pluralize(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
             f"at most ({pluralize(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{pluralize(len(plan.sets), 'set', 'sets')}{plan.more(arms)}{memory}"
+            f"{pluralize(len(plan.sets), 'set', 'sets')}{plan.describe_more_runs(arms)}{memory}"
         )

@@ -215,7 +215,7 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
         "bitfit": bitfit,
         "kind": kind.description,
         "quantized": quantized,
-        **run.trained(seeds),
+        **run.training_settings(seeds),
         "tolerance": tolerance,
         "targets": list(targets) or "all-linear",
         "optimizer": RECIPE,
@@ -225,7 +225,7 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         joined_settings = run_records.run.settings  # with the values of the sweep before it was resumed
-        sweep = _Sweep(model, run.walk(run_records, joined_settings["seeds"]), workers)
+        sweep = _Sweep(model, run.plan_runs(run_records, joined_settings["seeds"]), workers)
         arms = [sweep.arm("lora", joined_settings["ranks"], joined_settings["rates"], quantized)]
         arms += [sweep.arm("full", [None], joined_settings["full_rates"], None)] if full else []
         arms += [sweep.arm("bitfit", [None], joined_settings["rates"], None)] if bitfit else []
@@ -321,7 +321,7 @@ class _Sweep:
         plan.watch.note(
             f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
             f"{pluralize(len(plan.sets), 'set', 'sets')}"
-            f"{plan.more([arm.runs for arm in arms])}{self._describe_full_memory(arms)}"
+            f"{plan.describe_more_runs([arm.runs for arm in arms])}{self._describe_full_memory(arms)}"
         )
 
     def _describe_full_memory(self, arms: Sequence[_Arm]) -> str:

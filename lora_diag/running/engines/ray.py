@@ -229,15 +229,15 @@ def _check_answers(origin: str, address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{origin}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
-    end = time.monotonic() + ANSWER_SECONDS
+    deadline = time.monotonic() + ANSWER_SECONDS
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as server:
             server.sendall(GREETING)
             frame = b""
             while len(frame) < 4 and "RAY_USE_TLS" not in os.environ:
-                server.settimeout(max(0.01, end - time.monotonic()))
-                frame += (part := server.recv(4 - len(frame)))
-                if not part or (len(frame) == 4 and frame[3] != SETTINGS):
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                frame += (received := server.recv(4 - len(frame)))
+                if not received or (len(frame) == 4 and frame[3] != SETTINGS):
                     raise InputError(
                         f"{origin}: the server there is not a Ray cluster; give HOST:PORT of its head node"
                     )
@@ -289,14 +289,14 @@ def run_ray(
         LoradiagError: The error of the first failing task; or the cluster cannot be reached, has no access to the
             inputs, or repeatedly loses a layer.
     """
-    listed = list(tasks)
-    if not listed:
+    task_list = list(tasks)
+    if not task_list:
         return
     ray = import_ray()
     with connect(ray, engine, layout.cores):
         cluster = _Cluster(ray, engine.gpus_per_task, _find_servers(ray))
-        plan = batches(listed, footprint, cluster.threads(layout), cluster.slots)
-        run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, listed)), listed, poll, advice)
+        plan = batches(task_list, footprint, cluster.threads(layout), cluster.slots)
+        run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, task_list)), task_list, poll, advice)
         try:
             yield from in_order(
                 plan,
@@ -359,9 +359,9 @@ class _Cluster:
             InputError: The cluster had no suitable node for the whole waiting time.
         """
         if time.monotonic() - self._last_seen > MAX_WAIT_SECONDS:
-            wanted = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+            resources = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
             raise InputError(
-                f"--engine ray: no node had {wanted}, which a task needs, for {MAX_WAIT_SECONDS:g} s; add such a "
+                f"--engine ray: no node had {resources}, which a task needs, for {MAX_WAIT_SECONDS:g} s; add such a "
                 "node; a run with -o continues with --resume"
             )
         time.sleep(QUERY_SECONDS)
@@ -435,10 +435,10 @@ def _find_servers(ray: Any) -> dict[str, tuple[str, int]]:
     """Return the addresses of the head and of the node of this machine, by their names in messages."""
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
-    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    own_node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     return {
         "the head of the cluster": (host.strip("[]"), int(port)),
-        "this machine's node of the cluster": (here["NodeManagerAddress"], here["NodeManagerPort"]),
+        "this machine's node of the cluster": (own_node["NodeManagerAddress"], own_node["NodeManagerPort"]),
     }
 
 

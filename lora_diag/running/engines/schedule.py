@@ -103,12 +103,12 @@ def batches(
     max_cost = min(BATCH, sum(costs) // (4 * max(1, slots)))
     planned: list[Batch] = []
     for index, layer_cost in enumerate(costs):
-        wanted = threads(sizes[index])
+        cores = threads(sizes[index])
         last = planned[-1] if planned else None
-        if last is not None and last.threads == wanted and last.cost + layer_cost <= max_cost:
-            planned[-1] = Batch(last.start, index + 1, wanted, last.cost + layer_cost)
+        if last is not None and last.threads == cores and last.cost + layer_cost <= max_cost:
+            planned[-1] = Batch(last.start, index + 1, cores, last.cost + layer_cost)
         else:
-            planned.append(Batch(index, index + 1, wanted, layer_cost))
+            planned.append(Batch(index, index + 1, cores, layer_cost))
     return planned
 
 

@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 # Logarithm of the cycles that NumPy's OpenBLAS lets an idle thread spin: 26 by default, 0.06 s of each other core when
 # NumPy is imported.
-SHORTEST = "4"
+SPIN_LOG2 = "4"
 
 # Bytes of address space below which OpenBLAS and the system's loader end the process while torch is imported.
 LEAST_ADDRESS_SPACE = 700_000_000
@@ -33,9 +33,9 @@ FIRST_COLLECTION = 200_000
 
 
 def main() -> None:
-    """Run the command line."""
+    """Prepare the process and run the command line; an unexpected error becomes one message and an exit code."""
     _collect_later()
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SHORTEST)
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SPIN_LOG2)
     # Only requested files are fetched from the Hub: huggingface_hub also fetches a list of programs that use it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -65,7 +65,8 @@ def _check_address_space() -> None:
 def _report_unexpected(error: Exception) -> int:
     """Print one message about an error that has none of its own, and return the exit code; 1 is for failed checks only.
 
-    The whole traceback is printed if ``LORADIAG_TRACEBACK`` is set.
+    An error of missing memory gets a message of its own. The whole traceback is printed if ``LORADIAG_TRACEBACK``
+    is set.
     """
     text = str(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "lora_diag" in frame.filename]
@@ -76,12 +77,12 @@ def _report_unexpected(error: Exception) -> int:
     )
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         message = "out of memory: less is available than loradiag needs; free memory, or raise its limit (ulimit -v)"
-    whole = traceback.format_exc() if os.environ.get("LORADIAG_TRACEBACK") else ""
+    full_traceback = traceback.format_exc() if os.environ.get("LORADIAG_TRACEBACK") else ""
     try:
         from lora_diag.cli.output import forget_output, public
         from lora_diag.cli.output import message as show
 
-        sys.stderr.write(public(whole))
+        sys.stderr.write(public(full_traceback))
         show(f"Error: {message}")
         forget_output()
     except Exception:  # nothing can be imported or written; the text may have secrets

@@ -196,7 +196,10 @@ Delta = StoredDelta | FactoredDelta | DenseDelta
 
 
 def footprint(delta: Delta) -> int:
-    """Estimate the bytes needed to measure a layer: ΔW in float32, its Gram matrix in float64, and a copy."""
+    """Estimate the bytes needed to measure a layer.
+
+    ΔW in float32, its Gram matrix in float64, and a copy; for an update in factored form, its factors.
+    """
     if isinstance(delta, FactoredDelta):
         return 8 * 64 * sum(delta.shape)  # thin factors; 64 columns stand for any usual rank
     rows, columns = delta.shape
@@ -204,7 +207,7 @@ def footprint(delta: Delta) -> int:
 
 
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the rows of a stored matrix in blocks, ``(rows, in)``, in its stored dtype, without the first ``skip``."""
+    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its stored dtype, without the first ``skip``."""
     rows = list(row_spans(shape))[skip:]
     spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows)
     for (first, last), block in zip(rows, side.checkpoint.read_each(side.name, spans), strict=True):
@@ -258,7 +261,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
         exclude: Regular expression; names with a match are not compared. Default none.
 
     Returns:
-        The pairs and the rest. Every tensor of either side is in exactly one of the two.
+        The pairs and the rest. Every tensor of either side is in one of the two; a resized embedding is in both.
 
     Raises:
         UsageError: A regular expression is invalid.
@@ -283,7 +286,8 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
     """Refuse a pairing without any compared layer.
 
     Raises:
-        NothingComparedError: The sides have no name in common, or none is selected.
+        NothingComparedError: No tensor could be paired: the sides have no name in common, none is selected, or shapes
+            or dtypes differ.
     """
     if not pairing.deltas:
         raise NothingComparedError(_explain_nothing_paired(base, tuned, pairing.unpaired))
@@ -292,7 +296,7 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return the name under which a checkpoint stores a weight; None if it does not store it.
 
-    A model with tied embeddings stores its output layer as the input embedding.
+    A model with tied embeddings stores its output layer as the input embedding; None if it has several.
     """
     if name in checkpoint:
         return name
@@ -323,9 +327,9 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _read_tie(config: Mapping[str, Any]) -> Any:
-    """Return ``tie_word_embeddings``; None without it."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
+    """Return ``tie_word_embeddings``, of the text model if there is one; None without it."""
+    text_config = config.get("text_config")
+    inner = text_config if isinstance(text_config, dict) else {}
     return inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
 
 
@@ -369,7 +373,7 @@ def why_left_out(info: TensorInfo) -> str | None:
 
 
 def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
-    """Append the ΔW of one tensor to ``deltas``, or the reason why it has none to ``unpaired``."""
+    """Append each ΔW of a tensor to ``deltas``; append added rows, or the reason why it has no ΔW, to ``unpaired``."""
     before, after = base.info, tuned.info
     if problem := _find_mismatch(before, after):
         other_shape = after.shape if problem[0] == "shape_differs" else None
@@ -380,9 +384,9 @@ def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpair
     if len(before.shape) < 2:
         deltas.append(StoredDelta(name, (1, before.numel), base, tuned, is_matrix=False))
         return
-    common = (min(before.shape[0], after.shape[0]), *before.shape[1:])
+    common_shape = (min(before.shape[0], after.shape[0]), *before.shape[1:])
     offset = 0
-    for layer, shape in matrices(name, common):
+    for layer, shape in matrices(name, common_shape):
         deltas.append(StoredDelta(layer, shape, replace(base, offset=offset), replace(tuned, offset=offset)))
         offset += math.prod(shape)
 

@@ -29,7 +29,9 @@ def shorten(text: str) -> str:
 
 
 def install_command(extras: str = "", *packages: str) -> str:
-    """Return the command that installs loradiag. It is on no package index, where its name is anyone's.
+    """Return the command that installs loradiag with extras and other packages.
+
+    It is on no package index, where its name is anyone's.
 
     >>> install_command("hub,remote", "s3fs")
     "pip install '.[hub,remote]' s3fs, in a clone of loradiag"
@@ -50,7 +52,7 @@ class LoradiagError(Exception):
 
 
 class UsageError(LoradiagError):
-    """The request is invalid: a bad option, regular expression or policy."""
+    """The request is invalid: a bad option, regular expression or policy, or an output that may not be written."""
 
     exit_code = USAGE
 
@@ -60,7 +62,7 @@ class InputError(LoradiagError):
 
 
 class NothingComparedError(LoradiagError):
-    """Both inputs were read, but they have no weight in common."""
+    """The inputs were read, but nothing in them can be compared, or no weight is selected."""
 
     exit_code = NOTHING_COMPARED
 

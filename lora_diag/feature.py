@@ -94,7 +94,7 @@ class Feature:
         questions: Pairs of a statement's key and the question that it answers at the top of a report; further keys of a
             question add lines to its answer.
         figures: The figures, in the order in which they are listed.
-        needs_input: Whether the command without a word shows its help.
+        needs_input: Whether the command without arguments shows its help.
     """
 
     package: str

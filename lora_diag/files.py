@@ -1,4 +1,4 @@
-"""Write outputs: decide what may be written where, and replace files atomically.
+"""Write outputs: decide what may be written where, and replace files atomically; open only regular files as inputs.
 
 The same rules hold for every output of every command:
 
@@ -38,7 +38,7 @@ _LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 # Folders of system links to open files, such as /dev/stdout; these links are followed.
-_SYSTEM_LINKS = {"/dev", "/dev/fd", "/proc/self/fd"}
+_SYSTEM_LINK_FOLDERS = {"/dev", "/dev/fd", "/proc/self/fd"}
 
 # Bytes searched for a mark: at the start of a file, at its end (a Parquet footer of 10,000 columns has 3 MB), and at
 # the end of a results file, whose last line is short.
@@ -128,7 +128,7 @@ SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind
 
 def output_path(path: Path) -> Path:
     """Return the path of an output; links in the system's folders, such as /dev/stdout, are resolved."""
-    return Path(os.path.realpath(path)) if str(path.parent) in _SYSTEM_LINKS and path.is_file() else path
+    return Path(os.path.realpath(path)) if str(path.parent) in _SYSTEM_LINK_FOLDERS and path.is_file() else path
 
 
 def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: bool = False) -> None:
@@ -141,12 +141,13 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         appending: Allow an unfinished results file, which the writer continues.
 
     Raises:
-        UsageError: The path is a link or not a regular file, or the existing file may not be replaced.
+        UsageError: The path is a link or not a regular file, the existing file may not be replaced or is being written,
+            or an ``adapter_config.json`` would be written into a folder with weights.
         InputError: The file cannot be written.
     """
     path = output_path(path)
     # Path.is_symlink() would raise for names that no file can have.
-    if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINKS:  # noqa: PTH114
+    if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINK_FOLDERS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
     check_folder_of(path, in_place=appending)
     if path.name.lower() == _CONFIG and (weights := _find_weights_near(path)):
@@ -198,7 +199,7 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
         in_place: Write to an existing file instead of replacing it.
 
     Raises:
-        InputError: The parent folder is missing, or permission is denied.
+        InputError: The parent folder is missing, permission is denied, or the name is invalid or too long.
     """
     try:
         with suppress(FileNotFoundError):

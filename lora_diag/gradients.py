@@ -134,7 +134,8 @@ def _parse_step(checkpoint: Checkpoint, path: Path) -> int:
     """Return the step number of a snapshot.
 
     Raises:
-        InputError: Neither metadata nor file name has a step number, or its shards disagree.
+        InputError: Neither metadata nor file name has a step number, that in the metadata is invalid, or its shards
+            disagree.
     """
     steps_found = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
     if len(steps_found) > 1:
@@ -162,7 +163,8 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
         base: Checkpoint that gives the layer names; None to use the names of the gradients.
 
     Returns:
-        The matrices, in natural order of their names, and the tensors that are not matrices or not in ``base``.
+        The histories of the matrices, and the tensors that are not float matrices or not in ``base``, both in natural
+        order of their names.
 
     Raises:
         InputError: A weight has two gradients in one step, or gradients of different shapes.
@@ -194,7 +196,7 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
 def _locate_matrices(
     gradients: Checkpoint, base: Checkpoint | None
 ) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
-    """Return layer, shape and location of every matrix in one snapshot, and the tensors that are not matrices."""
+    """Return layer, shape and location of every matrix in one snapshot, and the tensors that are left out, by name."""
     unpaired: dict[str, Unpaired] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in gradients:

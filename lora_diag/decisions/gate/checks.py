@@ -54,7 +54,10 @@ Check = Callable[[Policy, Sequence[Source], Sequence[Source]], Iterator[Alarm]]
 
 
 def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Verdict]:
-    """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm."""
+    """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm.
+
+    That of layers missing from the results needs a baseline.
+    """
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
         if severity == "off" or (name == "missing" and not baseline):
@@ -87,14 +90,14 @@ def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
         return "no results of an adapter on its BASE whose config names its modules"
     if name == "base" and not any(_list_base_names(source) for source in sources):
         return "no results of an adapter on a BASE that both have a name"
-    metrics = dict.fromkeys(record.metric for record in _list_layers(sources, Spectrum))
+    metrics = dict.fromkeys(record.metric for record in _select_records(sources, Spectrum))
     if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
         return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
     return ""
 
 
 def has_updates(sources: Sequence[Source]) -> bool:
-    """Return whether there is a record of an update, which most checks need."""
+    """Return whether there is a spectrum or a residual, which the checks of updates need."""
     return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
@@ -130,17 +133,17 @@ def _check_base(policy: Policy, sources: Sequence[Source], baseline: Sequence[So
     """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", run_input.fingerprint) in policy.inputs.pins for run_input in source.results.run.inputs)
-        for adapter, wanted, names in _list_base_names(source):
-            if not pinned and not any(is_same_name(wanted, name) for name in names):
+        for adapter, own_base, names in _list_base_names(source):
+            if not pinned and not any(is_same_name(own_base, name) for name in names):
                 text = (
-                    f"the config of {adapter} names the base {wanted}, and it was measured on {' or '.join(names)}: "
+                    f"the config of {adapter} names the base {own_base}, and it was measured on {' or '.join(names)}: "
                     "measure it on its own base, or pin this one by its fingerprint under [inputs]"
                 )
-                yield Alarm(None, names[0], text, f"base {wanted}")
+                yield Alarm(None, names[0], text, f"base {own_base}")
 
 
 def _list_base_names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return the adapters of results, the names of the base in their configs, and the names of BASE."""
+    """Return the path of each adapter, the base that its config names, and the names of BASE; skip unnamed ones."""
     inputs = source.results.run.inputs
     names = next((run_input.names for run_input in inputs if run_input.role == "base" and run_input.names), ())
     return [
@@ -167,7 +170,7 @@ def is_same_name(first: str, second: str) -> bool:
 
 
 def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
-    """Yield alarms for adapted layers whose update is zero; for two checkpoints only if nothing changed at all."""
+    """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
     for source in sources:
         spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
         if _is_of_adapter(source):
@@ -177,13 +180,15 @@ def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Sequ
         elif spectra and all(map(_is_zero, spectra)):
             yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
     has_update: dict[str, bool] = {}
-    for item in _list_layers(sources, Residual):
-        if item.role == "adapter":
-            has_update[item.adapter] = has_update.get(item.adapter, False) or item.adapter_fro > 0
-            if item.rank and item.adapter_fro == 0:
-                yield Alarm(item.layer, 0.0, f"the adapter {item.adapter} changes nothing here: it was not trained")
-    for adapter, anything in has_update.items():
-        if not anything:
+    for residual in _select_records(sources, Residual):
+        if residual.role == "adapter":
+            has_update[residual.adapter] = has_update.get(residual.adapter, False) or residual.adapter_fro > 0
+            if residual.rank and residual.adapter_fro == 0:
+                yield Alarm(
+                    residual.layer, 0.0, f"the adapter {residual.adapter} changes nothing here: it was not trained"
+                )
+    for adapter, has_changes in has_update.items():
+        if not has_changes:
             yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
 
 
@@ -210,7 +215,7 @@ def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Sequence[
 
 
 def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
-    records: list[Spectrum | Residual] = [*_list_layers(sources, Spectrum), *_list_layers(sources, Residual)]
+    records: list[Spectrum | Residual] = [*_select_records(sources, Spectrum), *_select_records(sources, Residual)]
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
@@ -228,13 +233,13 @@ def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Sequence
             yield Alarm(layer, None, "the baseline has this layer and the results do not")
 
 
-def _list_layers(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
+def _select_records(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
     for source in sources:
         yield from (record for record in source.results.layers if isinstance(record, kind))
 
 
 def _select_in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
-    return (record for record in _list_layers(sources, Spectrum) if record.metric == "weights")
+    return (record for record in _select_records(sources, Spectrum) if record.metric == "weights")
 
 
 def _is_zero(record: Spectrum) -> bool:

@@ -21,7 +21,7 @@ from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 if TYPE_CHECKING:
     from lora_diag.records import Results
 
-EXIT = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
+EXIT_CODES = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
 
 _POLICY = Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
 
@@ -78,14 +78,16 @@ def gate(
         _init(files[1:], output, shown.quiet, overwrite)
         return
     baseline, ratchet = arguments["baseline"], arguments["ratchet"]
-    ready = policy is not None or not files
-    read = [*(files if ready else files[1:]), *([] if ready else files[:1]), *baseline]
+    has_no_policy_file = policy is not None or not files
+    read_files = [*(files if has_no_policy_file else files[1:]), *([] if has_no_policy_file else files[:1]), *baseline]
     # The content of a baseline is checked as it is read.
     check_outputs([], [(Path(path) if ratchet else None, RESULTS) for path in baseline], overwrite=True)
-    written = [(output, RESULTS), (own_options["junit"], JUNIT)]
-    check_outputs(read, written, overwrite)
+    written_files = [(output, RESULTS), (own_options["junit"], JUNIT)]
+    check_outputs(read_files, written_files, overwrite)
     # Only a block of the card is replaced; its other text is checked when it is read.
-    check_outputs([*read, *(path for path, _ in written)], [(own_options["model_card"], CARD)], overwrite=True)
+    check_outputs(
+        [*read_files, *(path for path, _ in written_files)], [(own_options["model_card"], CARD)], overwrite=True
+    )
     if own_options["model_card"] is not None:
         read_card(own_options["model_card"])
     from lora_diag.decisions.gate.policy import ready_policy
@@ -94,9 +96,9 @@ def gate(
 
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
-    rules = ready_policy(policy) if policy is not None else Path(files.pop(0))
+    policy_or_path = ready_policy(policy) if policy is not None else Path(files.pop(0))
     measured_now = _measure_inputs(own_options["base"], own_options["tuned"], list(own_options["adapter"]), files)
-    results = judge(rules, *files, *measured_now, **arguments)
+    results = judge(policy_or_path, *files, *measured_now, **arguments)
     if output is not None:
         results.write(output, overwrite)
     _write_reports(results, *report_files, overwrite)
@@ -113,7 +115,7 @@ def gate(
         _show(results, github, _suggest_next(results, files, output))
     if github:
         _write_to_github(results)
-    raise typer.Exit(EXIT[outcome(results.whole)])
+    raise typer.Exit(EXIT_CODES[outcome(results.whole)])
 
 
 @options.spread
@@ -132,7 +134,7 @@ def init(
 
 
 def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
-    """Write or print a policy."""
+    """Print a policy; or write it, and print the outcome of the results it is made from."""
     if not results:
         raise UsageError("gate init: no results are given; give those of a checkpoint that is good enough to ship")
     check_outputs(results, [(output, POLICY)], overwrite)
@@ -148,8 +150,8 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
         from lora_diag.decisions.gate.show import headline
 
         count = text.count("\n[[baseline]]")
-        fields = f"{count} {'field' if count == 1 else 'fields'}"
-        result(f"{output}: compares {fields}, layer by layer, with these results; review each tolerance")
+        field_count = f"{count} {'field' if count == 1 else 'fields'}"
+        result(f"{output}: compares {field_count}, layer by layer, with these results; review each tolerance")
         result(f"Outcome of these results: {headline(judge(output, *results))}")
         result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
 
@@ -158,7 +160,7 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
     """Return the results of ``--base``; none without it.
 
     Raises:
-        UsageError: Both results and ``--base`` are given, or neither.
+        UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure without ``--base``.
     """
     if base is None:
         if tuned is not None or adapters:
@@ -212,7 +214,7 @@ def _write_to_github(results: Results[Any]) -> None:
 
 
 def _suggest_next(results: Results[Any], files: list[str], output: Path | None) -> str:
-    """Return the command that a user would run next, as a shell takes it."""
+    """Return the command that a user would run next, as a shell takes it, and its purpose in brackets."""
     from lora_diag.decisions.gate.record import outcome
 
     if outcome(results.whole) != "passed" and files:

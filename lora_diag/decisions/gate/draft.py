@@ -21,7 +21,7 @@ TOLERANCE = "10%"
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A field to compare with a baseline: the direction that is worse, and the message."""
+    """A field to compare with a baseline: the direction that is worse, message, selection of records, tolerance."""
 
     field: str
     worse: str
@@ -141,16 +141,16 @@ def _draft_rule(suggestion: Suggestion, sources: Sequence[Source]) -> str:
 
 
 def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
-    """Return the coverage of a field that is null in some records, such as the cosine of a zero update."""
-    none = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
-    if not none or any(subject.fro is None for subject in subjects):
+    """Return the coverage of a field that is null in some records, such as the cosine of a zero update; else empty."""
+    null_subjects = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
+    if not null_subjects or any(subject.fro is None for subject in subjects):
         return ""
     energy = math.fsum((subject.fro or 0.0) ** 2 for subject in subjects)
-    missing = math.fsum((subject.fro or 0.0) ** 2 for subject in none)
+    missing = math.fsum((subject.fro or 0.0) ** 2 for subject in null_subjects)
     if not missing:
         return ""
     share = math.floor(100 * (1 - missing / energy)) / 100
-    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(none)} of {len(subjects)} layers\n"
+    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(null_subjects)} of {len(subjects)} layers\n"
 
 
 def _select_subjects(suggestion: Suggestion, field: RecordField, sources: Sequence[Source]) -> Iterator[Subject]:

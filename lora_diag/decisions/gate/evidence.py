@@ -91,7 +91,7 @@ def find(name: str) -> tuple[RecordField, ...]:
 
 
 def similar(name: str) -> str | None:
-    """Return a similar field name.
+    """Return a similar field name; None without one.
 
     >>> similar("epsilom"), similar("enrgy.16")
     ('epsilon', 'energy.16')
@@ -155,7 +155,10 @@ def _make_leaf(kind: str, hint: Any, path: tuple[str, ...], share: bool) -> Reco
 
 
 def _strip_annotation(hint: Any, share: bool) -> tuple[Any, bool]:
-    """Return a type without ``| None`` and its annotations, and whether it is annotated as a fraction."""
+    """Return a type without ``| None`` and its annotations, and whether it is annotated as a fraction.
+
+    The type is None for a union of several types.
+    """
     if get_origin(hint) in {Union, types.UnionType}:
         kept = [part for part in get_args(hint) if part is not type(None)]
         return _strip_annotation(kept[0], share) if len(kept) == 1 else (None, share)
@@ -205,8 +208,9 @@ class Present:
         path: Its path during the measurement.
         recorded: Its fingerprint when it was measured; empty if unknown.
         now: Its current fingerprint; empty if unknown.
-        state: Whether both are equal; ``unknown`` if it was not found or has none.
-        why: Reason for a difference; for equal inputs, their path if different.
+        state: ``same``, ``changed`` (also if it can no longer be read), or ``unknown`` if it was not found or has no
+            fingerprint.
+        why: Reason for another state than ``same``; for equal inputs, their path if different.
     """
 
     role: str
@@ -276,7 +280,7 @@ def read_source(path: Path | str) -> Source:
 
 
 def check_source(source: Source) -> Source:
-    """Return a source whose last line, which its hash does not cover, has the totals of its records.
+    """Return the source after a check of the totals in its last line, which its hash does not cover.
 
     Raises:
         InputError: It has other totals.
@@ -288,13 +292,13 @@ def check_source(source: Source) -> Source:
             total, stated = getattr(actual, name), getattr(results.end, name)
             if total != stated and (total is None or stated is None or not math.isclose(total, stated)):
                 raise InputError(
-                    f"{source.path}: has {_show(total)} {name}, but its last line states {_show(stated)}, so it was "
-                    "truncated or edited; measure again"
+                    f"{source.path}: has {_format_total(total)} {name}, but its last line states "
+                    f"{_format_total(stated)}, so it was truncated or edited; measure again"
                 )
     return source
 
 
-def _show(value: float | None) -> str:
+def _format_total(value: float | None) -> str:
     return "no" if value is None else f"{value:.9g}"
 
 
@@ -325,16 +329,16 @@ def list_subjects(
     for record in records:
         by_group.setdefault(tuple(getattr(record, name) for name in _group_fields(type(record))), []).append(record)
     layers = dict.fromkeys(record.layer for record in records)
-    norms = {record.layer: getattr(record, "fro", None) for record in records}
+    norm_by_layer = {record.layer: getattr(record, "fro", None) for record in records}
     subjects: list[Subject] = []
     for values, key in _pair_with_stable_keys(list(by_group) or [()]):
         names = [f"{name} {value}" for name, value in zip(_group_fields(cls), values, strict=True)]
         group = ", ".join((*prefix, *names))
         of_group = by_group.get(values, [])
-        subjects += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
+        subjects += [Subject(record.layer, group, key, record, fro=norm_by_layer[record.layer]) for record in of_group]
         missing = layers.keys() - {record.layer for record in of_group}
         subjects += [
-            Subject(layer, group, key, None, "the file has no record of it", norms[layer])
+            Subject(layer, group, key, None, "the file has no record of it", norm_by_layer[layer])
             for layer in layers
             if layer in missing
         ]

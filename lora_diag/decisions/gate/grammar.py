@@ -38,7 +38,7 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "==": operator.eq,
     "!=": operator.ne,
-    "in": lambda measured, words: measured in words,
+    "in": lambda measured, values: measured in values,
 }
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "max": max,
@@ -59,7 +59,7 @@ _TOKEN = re.compile(
 
 
 class ConditionError(ValueError):
-    """A condition that cannot be parsed, or that can never fail or never be met."""
+    """A condition that cannot be parsed, does not fit its field, or can never fail or never be met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,11 @@ class Comparison:
         return OPERATORS[self.operator](measured, self.value)
 
     def __str__(self) -> str:
-        shown = ", ".join(map(_format_value, self.words))
-        return f"{self.operator} ({shown})" if self.operator == "in" else f"{self.operator} {shown}"
+        listed = ", ".join(map(_format_value, self.values))
+        return f"{self.operator} ({listed})" if self.operator == "in" else f"{self.operator} {listed}"
 
     @property
-    def words(self) -> tuple[Value, ...]:
+    def values(self) -> tuple[Value, ...]:
         """The values to compare with."""
         return self.value if isinstance(self.value, tuple) else (self.value,)
 
@@ -169,7 +169,7 @@ def problem_with(condition: Condition, field: RecordField) -> str | None:
     test, text = condition.test, condition.text
     if field.leaf == "number":
         if not _is_number(test.value):
-            return f"'{text}': {field.name} is a number and cannot be compared with '{_format_value(test.words[0])}'"
+            return f"'{text}': {field.name} is a number and cannot be compared with '{_format_value(test.values[0])}'"
         try:
             if field.share and condition.aggregate != "sum":
                 _check_share(test, field.name, text)
@@ -182,12 +182,12 @@ def problem_with(condition: Condition, field: RecordField) -> str | None:
         return f"'{text}': {field.name} is not a number; compare it with ==, != or in"
     if field.leaf == "flag":
         return None if isinstance(test.value, bool) else f"'{text}': {field.name} is true or false"
-    for word in test.words:
+    for word in test.values:
         if not isinstance(word, str):
             return f"'{text}': {field.name} is a word and cannot be compared with {_format_value(word)}"
         if field.options and word not in field.options:
             return f"'{text}': {field.name} is never '{word}'; it is one of {', '.join(field.options)}"
-    if field.options and set(field.options) <= set(test.words):
+    if field.options and set(field.options) <= set(test.values):
         return f"'{text}': {field.name} is always one of these, so the condition has no effect"
     return None
 
@@ -263,7 +263,7 @@ def _check_share(test: Comparison, description: str, text: str) -> None:
     """
     if not _is_number(test.value):
         raise ConditionError(
-            f"'{text}': {description} is a number and cannot be compared with '{_format_value(test.words[0])}'"
+            f"'{text}': {description} is a number and cannot be compared with '{_format_value(test.values[0])}'"
         )
     if not 0 <= test.value <= 1:
         raise ConditionError(f"'{text}': {description} lies between 0 and 1; {test.value:g} cannot be its limit")

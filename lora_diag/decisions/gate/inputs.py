@@ -16,10 +16,10 @@ from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible
 
 # Maximum difference between the clocks of the machines that measure and judge.
-CLOCKS = timedelta(days=1)
+MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
 # Inputs that are weights, by which they can be known again.
-WEIGHTS = ("base", "tuned", "adapter", "reference")
+WEIGHT_ROLES = ("base", "tuned", "adapter", "reference")
 
 
 def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> tuple[list[Source], list[Present]]:
@@ -69,25 +69,25 @@ def _compare_source(source: Source, shipped: dict[str, tuple[str, bool]]) -> lis
         source: The results.
         shipped: Fingerprints of the current weights by path, and whether they are an adapter.
     """
-    inputs = [run_input for run_input in source.results.run.inputs if run_input.role in WEIGHTS]
-    paths = {now: path for path, (now, _) in shipped.items()}
+    inputs = [run_input for run_input in source.results.run.inputs if run_input.role in WEIGHT_ROLES]
+    path_of = {now: path for path, (now, _) in shipped.items()}
     # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
     kinds = {is_adapter for _, is_adapter in shipped.values()}
     absent = {
         kind
         for kind in kinds
-        if not any(_is_of_kind(run_input, kind) and run_input.fingerprint in paths for run_input in inputs)
+        if not any(_is_of_kind(run_input, kind) and run_input.fingerprint in path_of for run_input in inputs)
     }
     states = []
     for run_input in inputs:
-        others = [path for path, (_, kind) in shipped.items() if kind in absent and _is_of_kind(run_input, kind)]
-        if run_input.fingerprint in paths:
+        replacements = [path for path, (_, kind) in shipped.items() if kind in absent and _is_of_kind(run_input, kind)]
+        if run_input.fingerprint in path_of:
             states.append(
-                _make_present(run_input, run_input.fingerprint, "same", legible(paths[run_input.fingerprint]))
+                _make_present(run_input, run_input.fingerprint, "same", legible(path_of[run_input.fingerprint]))
             )
-        elif others and run_input.role != "base":
-            why = f"{legible(others[0])} is not what was measured as {run_input.path}"
-            states.append(_make_present(run_input, shipped[others[0]][0], "changed", why))
+        elif replacements and run_input.role != "base":
+            why = f"{legible(replacements[0])} is not what was measured as {run_input.path}"
+            states.append(_make_present(run_input, shipped[replacements[0]][0], "changed", why))
         else:
             states.append(_compare_with_path(run_input))
     return states
@@ -98,7 +98,7 @@ def _is_of_kind(run_input: RunInput, adapter: bool) -> bool:
 
 
 def _compare_with_path(run_input: RunInput) -> Present:
-    """Compare an input with the file at its path; addresses and Hub ids are not accessed."""
+    """Return the state of an input from the file at its path; addresses and Hub ids are not accessed."""
     if not os.path.exists(run_input.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
         return _make_present(
             run_input, "", "unknown", "is not at the path it had, so nothing was compared; --for PATH names it"
@@ -183,7 +183,7 @@ def _judge_age(source: Source, max_age: timedelta, now: datetime) -> Verdict:
     age = now - datetime.fromisoformat(made).astimezone(UTC)
     if age > max_age:
         text = f"is {format_duration(age)} old: measure again"
-    elif age < -CLOCKS:
+    elif age < -MAX_CLOCK_DIFFERENCE:
         text = "was made in the future by this machine's clock: correct the clock, or measure again"
     else:
         return _make_verdict(source.path, made, allowed, "passed", "")
@@ -221,11 +221,11 @@ def _make_verdict(group: str, measured: str | None, allowed: str, status: Status
     )
 
 
-def format_duration(time: timedelta) -> str:
+def format_duration(duration: timedelta) -> str:
     """Return a duration in days, or in hours below two days.
 
     >>> format_duration(timedelta(days=7)), format_duration(timedelta(hours=30))
     ('7 days', '30 hours')
     """
-    hours = time.total_seconds() / 3600
+    hours = duration.total_seconds() / 3600
     return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours"

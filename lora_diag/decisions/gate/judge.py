@@ -64,7 +64,8 @@ def judge(
         unmatched: Files of ``--for`` without results.
 
     Returns:
-        One verdict for each built-in check, and for each rule and record; obsolete waivers at the end.
+        The verdicts on the subject and the inputs, of the built-in checks, of the rules, and of the comparisons with
+        the baseline, at least one of each; then a warning for each obsolete waiver.
 
     Raises:
         UsageError: A rule selects nothing in the results, or its field or condition does not fit their records.
@@ -74,8 +75,8 @@ def judge(
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
     stored = Baseline(*baseline) if baseline else None
-    about = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, baseline, unmatched, now)]
-    verdicts = [*about, *map(waivers.apply, run_checks(policy, sources, baseline))]
+    input_verdicts = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, baseline, unmatched, now)]
+    verdicts = [*input_verdicts, *map(waivers.apply, run_checks(policy, sources, baseline))]
     for rule in policy.rules:
         verdicts += _judge_rule(policy, rule, sources, waivers)
     for regression in policy.regressions:
@@ -127,19 +128,21 @@ def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
 
 
 def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdict]:
-    """Yield whether any of the results is of the policy's kind of subject, if it has one."""
+    """Yield a verdict on whether any of the results is of the policy's kind of subject, if it has one."""
     if policy.about is None:
         return
-    there = any(run_input.role == policy.about for source in sources for run_input in source.results.run.inputs)
-    name, word = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
+    is_given = any(run_input.role == policy.about for source in sources for run_input in source.results.run.inputs)
+    name, placeholder = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
     yield Verdict(
         rule="about",
         layer=None,
         measured=None,
         allowed=f"results of {name}",
-        status="passed" if there else "inconclusive",
+        status="passed" if is_given else "inconclusive",
         severity="error",
-        message="" if there else f"no results of {name} were given: loradiag spectrum BASE {word} measures one",
+        message=""
+        if is_given
+        else f"no results of {name} were given: loradiag spectrum BASE {placeholder} measures one",
     )
 
 
@@ -159,7 +162,7 @@ def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: 
 
     findings = [compare(subject) for subject in _select_subjects(policy, rule, field, sources)]
     if not findings:
-        return [_make_empty_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
+        return [_make_inconclusive_verdict(rule, rule.require.text, f"selects no layer with a {field.kind} record")]
     if rule.require.per_layer:
         return _judge_each(policy, rule, findings, waivers)
     groups = groupby(findings, key=lambda finding: finding.subject.group)
@@ -171,7 +174,7 @@ def _judge_regression(
 ) -> list[Verdict]:
     allowed = f"{demand.field} not {demand.worse} than in the baseline"
     if stored is None:
-        return [_make_empty_verdict(demand, allowed, "no baseline was given: --baseline FILE")]
+        return [_make_inconclusive_verdict(demand, allowed, "no baseline was given: --baseline FILE")]
     field, missing = _find_field(policy, demand, sources, allowed)
     if field is None:
         return missing
@@ -188,7 +191,7 @@ def _judge_regression(
 
     findings = [compare(subject) for subject in _select_subjects(policy, demand, field, sources)]
     if not findings:
-        return [_make_empty_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
+        return [_make_inconclusive_verdict(demand, allowed, f"selects no layer with a {field.kind} record")]
     return _judge_each(policy, demand, findings, waivers)
 
 
@@ -201,38 +204,40 @@ def _find_field(
         UsageError: Several of these kinds have it.
     """
     candidates = find(demand.field)
-    there = [field for field in candidates if any(source.holds(field.kind) for source in sources)]
-    if len(there) > 1:
-        names = " or ".join(f"{field.kind}.{field.name}" for field in there)
+    present = [field for field in candidates if any(source.holds(field.kind) for source in sources)]
+    if len(present) > 1:
+        names = " or ".join(f"{field.kind}.{field.name}" for field in present)
         raise policy.error(demand.line, f"{demand.name}: {demand.field} is in several records here; write {names}")
-    if there:
-        return there[0], []
+    if present:
+        return present[0], []
     kinds = " or ".join(field.kind for field in candidates)
     commands = " or ".join(dict.fromkeys(command_for(field.kind) for field in candidates))
-    return None, [_make_empty_verdict(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")]
+    return None, [
+        _make_inconclusive_verdict(demand, allowed, f"needs {kinds} records: give the results of {commands}, too")
+    ]
 
 
 def _select_subjects(policy: Policy, demand: Criterion, field: RecordField, sources: Sequence[Source]) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
-        UsageError: Its ``where`` matches no record.
+        UsageError: Its ``where`` matches no record, or names a field that the records do not have.
     """
     holding = [source for source in sources if source.holds(field.kind)]
     chosen: list[Subject] = []
     for source in holding:
-        selected = list_subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
-        chosen += _filter_subjects(policy, demand, field, selected)
+        subjects = list_subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
+        chosen += _filter_subjects(policy, demand, field, subjects)
     if demand.where and not chosen:
         raise policy.error(demand.line, f"{demand.name}: no {field.kind} record matches 'where'")
     of_layers = field.kind in LAYER_KINDS
     return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
-def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, selected: list[Subject]) -> list[Subject]:
+def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, subjects: list[Subject]) -> list[Subject]:
     """Keep the records that match ``where``, and missing ones next to such records."""
     if not demand.where:
-        return selected
+        return subjects
     tests: list[tuple[RecordField, object]] = []
     for name, value in demand.where.items():
         fields = [candidate for candidate in find(name) if candidate.kind == field.kind]
@@ -244,12 +249,12 @@ def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, sele
         record = subject.record
         return record is not None and all(required.of(record) == value for required, value in tests)
 
-    others = {s.group for s in selected if s.record is not None} - {s.group for s in selected if fits(s)}
-    return [s for s in selected if fits(s) or (s.record is None and s.group not in others)]
+    other_groups = {s.group for s in subjects if s.record is not None} - {s.group for s in subjects if fits(s)}
+    return [s for s in subjects if fits(s) or (s.record is None and s.group not in other_groups)]
 
 
 def _judge_each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
-    """Judge every record separately."""
+    """Return a verdict on every record, and an inconclusive one if none has a value or a waiver."""
     is_enough, why = _check_coverage(policy, demand, findings)
     verdicts = []
     for finding in findings:
@@ -261,14 +266,14 @@ def _judge_each(policy: Policy, demand: Criterion, findings: list[Finding], waiv
             status = "passed" if finding.ok else "failed"
         verdicts.append(waivers.apply(_make_verdict(demand, finding, status)))
     if not any(finding.ok is not None for finding in findings) and not any(v.status == "waived" for v in verdicts):
-        verdicts.append(_make_empty_verdict(demand, findings[0].allowed, why))
+        verdicts.append(_make_inconclusive_verdict(demand, findings[0].allowed, why))
     return verdicts
 
 
 def _judge_aggregate(
     policy: Policy, rule: Rule, field: RecordField, group: str, findings: list[Finding], waivers: Waivers
 ) -> Verdict:
-    """Judge one aggregate of all records; if it fails, waived layers are excluded."""
+    """Return the verdict on one aggregate of all records; if it does not pass, waived layers are excluded."""
     verdict = _judge_number(policy, rule, field, group, findings)
     if verdict.status in {"passed", "not judged"}:
         return verdict
@@ -282,7 +287,7 @@ def _judge_aggregate(
 
 
 def _judge_number(policy: Policy, rule: Rule, field: RecordField, group: str, findings: list[Finding]) -> Verdict:
-    """Judge one aggregate of records, without waivers."""
+    """Return the verdict on one aggregate of records, without waivers."""
     judged = [finding for finding in findings if not finding.reason]
     is_enough, why = _check_coverage(policy, rule, findings)
     subject = Subject(None, group, (), None)
@@ -297,7 +302,7 @@ def _judge_number(policy: Policy, rule: Rule, field: RecordField, group: str, fi
 
 
 def _check_coverage(policy: Policy, demand: Criterion, findings: list[Finding]) -> tuple[bool, str]:
-    """Return whether enough of the selected subjects have a value, and a description."""
+    """Return whether enough of the selected subjects have a value, and a description; empty if nothing is missing."""
     judged = [finding for finding in findings if not finding.reason]
     unjudged = [finding for finding in findings if finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
@@ -311,11 +316,11 @@ def _check_coverage(policy: Policy, demand: Criterion, findings: list[Finding]) 
     unknown = [finding.subject.layer for finding in unjudged if finding.subject.fro is None]
     if unknown:
         return False, f"{count}, and how far {unknown[0]} moved is not known"
-    left = sum((finding.subject.fro or 0.0) ** 2 for finding in unjudged)
-    kept = sum((finding.subject.fro or 0.0) ** 2 for finding in judged)
-    if left == 0:
+    unjudged_energy = sum((finding.subject.fro or 0.0) ** 2 for finding in unjudged)
+    judged_energy = sum((finding.subject.fro or 0.0) ** 2 for finding in judged)
+    if unjudged_energy == 0:
         return True, ""
-    share = kept / (kept + left)
+    share = judged_energy / (judged_energy + unjudged_energy)
     # Rounding of a sum compared with 1 must not hide a small layer.
     return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
 
@@ -339,7 +344,7 @@ def _make_verdict(demand: Criterion, finding: Finding, status: str) -> Verdict:
     )
 
 
-def _make_empty_verdict(demand: Criterion, allowed: str, reason: str) -> Verdict:
+def _make_inconclusive_verdict(demand: Criterion, allowed: str, reason: str) -> Verdict:
     return _make_verdict(demand, Finding(Subject(None, "", (), None), None, allowed, None, reason), "inconclusive")
 
 
@@ -351,6 +356,8 @@ class Waivers:
         today: The date; a waiver is valid to the end of its last day.
 
     Attributes:
+        active: Waivers that have not expired.
+        expired: The others.
         used: Waivers that were applied.
     """
 
@@ -409,7 +416,7 @@ class Baseline:
         self.subjects: dict[str, dict[tuple[Any, ...], Subject]] = {}
 
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
-        """Return all subjects of a kind."""
+        """Return all subjects of a kind by metric, layer and key; without record where several have one key."""
         if kind not in self.subjects:
             stored = self.subjects[kind] = {}
             for source in self.sources:
@@ -442,8 +449,8 @@ class Baseline:
 
     def limit(self, demand: Regression, before: float) -> tuple[float, str]:
         """Return the limit of a value, given that of the baseline, and its description."""
-        increase = demand.allowed_increase(before)
-        limit, sign = (before + increase, "<=") if demand.worse == "higher" else (before - increase, ">=")
+        margin = demand.allowed_change(before)
+        limit, sign = (before + margin, "<=") if demand.worse == "higher" else (before - margin, ">=")
         return limit, f"{demand.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
 
 
@@ -455,7 +462,7 @@ def tighten_baseline(
     A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is better.
     Whole records are replaced, never single values, so that each was measured.
     """
-    better: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}
     for kind in sorted(LAYER_KINDS):
         fields = [(demand, field) for demand in regressions for field in find(demand.field) if field.kind == kind]
         holding = [source for source in sources if source.holds(kind)]
@@ -464,13 +471,14 @@ def tighten_baseline(
         for subject in list_subjects(kind, holding[0]):
             old = stored.find(kind, subject)
             if old and old.record and subject.record and _is_better(subject, old, fields):
-                better[id(old.record)] = subject.record
-    if not better:
+                replacements[id(old.record)] = subject.record
+    if not replacements:
         return None
     (source,) = stored.sources
     results = source.results
     layers = tuple(
-        _rename_record(better[id(record)], record) if id(record) in better else record for record in results.layers
+        _rename_record(replacements[id(record)], record) if id(record) in replacements else record
+        for record in results.layers
     )
     return replace(results, layers=layers, end=totals(layers, results.left_out))
 

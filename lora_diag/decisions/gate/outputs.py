@@ -13,7 +13,14 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_diag.decisions.gate.record import Status, Verdict
-from lora_diag.decisions.gate.show import by_rule, headline, measured, shared_description, subject_name, verdicts_of
+from lora_diag.decisions.gate.show import (
+    by_rule,
+    format_measured,
+    headline,
+    shared_description,
+    subject_name,
+    verdicts_of,
+)
 from lora_diag.records import Results, RunInput
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.html import with_section
@@ -34,7 +41,7 @@ _SHOWN_AS: dict[Status, tuple[str, str]] = {
 }
 
 
-def _shown_as(verdict: Verdict) -> tuple[str, str]:
+def _get_display(verdict: Verdict) -> tuple[str, str]:
     """Return annotation and element of a verdict; one that is inconclusive and does not block is a warning."""
     return _SHOWN_AS[verdict.status if verdict.blocks or verdict.status != "inconclusive" else "warned"]
 
@@ -46,7 +53,7 @@ def _group(verdicts: Iterable[Verdict], key: Callable[[Verdict], str]) -> dict[s
     return groups
 
 
-def _by_policy(results: Results[Any]) -> dict[str, list[Verdict]]:
+def _group_by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
     """Return the verdicts of each rule, the worst first, in the order of the policy."""
     groups = _group(verdicts_of(results), lambda verdict: verdict.rule)
     return {rule: groups[rule] for rule in dict.fromkeys(verdict.rule for verdict in results.whole_of(Verdict))}
@@ -61,7 +68,7 @@ def _describe(verdicts: Sequence[Verdict]) -> str:
 
 
 def _name_value(verdict: Verdict) -> str:
-    return f"{subject_name(verdict)}: {verdict.status}, measured {measured(verdict)}"
+    return f"{subject_name(verdict)}: {verdict.status}, measured {format_measured(verdict)}"
 
 
 def _weights_of(results: Results[Any]) -> list[RunInput]:
@@ -77,7 +84,7 @@ def junit(results: Results[Any]) -> str:
         properties = SubElement(root, "properties")
         for item in weights:
             SubElement(properties, "property", name=safe(f"{item.role} {item.path}"), value=item.fingerprint)
-    for rule, of_rule in _by_policy(results).items():
+    for rule, of_rule in _group_by_rule(results).items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         for name, verdicts in _group(of_rule, _name_case).items():
             case = SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0")
@@ -95,15 +102,15 @@ def _name_case(verdict: Verdict) -> str:
 
 def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
     """Set the result of a case: its worst verdict; a case in which a layer passed is not skipped."""
-    tag = _shown_as(verdicts[0])[1]
+    tag = _get_display(verdicts[0])[1]
     if tag == "skipped" and verdicts[-1].status == "passed":
         tag = ""
-    if shown := [v for v in verdicts if (_shown_as(v)[1] == tag if tag else v.status != "passed")]:
+    if listed := [v for v in verdicts if (_get_display(v)[1] == tag if tag else v.status != "passed")]:
         result = SubElement(case, tag or "system-out")
         if tag:
-            result.attrib.update(type=shown[0].status, message=_describe(shown))
-        lines = [f"{_name_value(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip() for v in shown[:NAMED]]
-        result.text = "\n".join([*lines, *([f"and {len(shown) - NAMED} more"] if len(shown) > NAMED else [])])
+            result.attrib.update(type=listed[0].status, message=_describe(listed))
+        lines = [f"{_name_value(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip() for v in listed[:NAMED]]
+        result.text = "\n".join([*lines, *([f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else [])])
 
 
 def _set_counts(element: Element) -> None:
@@ -112,11 +119,11 @@ def _set_counts(element: Element) -> None:
 
 
 def workflow_commands(results: Results[Any]) -> list[str]:
-    """Return workflow commands: one annotation per rule, on its line in the policy."""
+    """Return workflow commands: one annotation for each of the first rules, on its line, and one for all others."""
     policy = next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
     lines = []
     for level in ("error", "warning"):
-        rules = _group([v for v in verdicts_of(results) if _shown_as(v)[0] == level], lambda verdict: verdict.rule)
+        rules = _group([v for v in verdicts_of(results) if _get_display(v)[0] == level], lambda verdict: verdict.rule)
         for rule, verdicts in list(rules.items())[:ANNOTATIONS]:
             line = verdicts[0].line
             where = f"file={_escape_property(policy)},line={line}," if line and policy else ""
@@ -154,7 +161,7 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
         for rule, verdicts in by_rule(results, status)
     ]
     lines.append("\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n")
-    lines += [_row(v.status, v.rule, subject_name(v), measured(v), v.allowed) for v in verdicts_of(results)]
+    lines += [_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed) for v in verdicts_of(results)]
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
     left = room - len((head + end).encode()) - 20
     kept = []
@@ -185,7 +192,7 @@ def model_card(results: Results[Any], card: str = "") -> str:
         notes = cell(", ".join(item.notes))
         lines.append(f"Measured: {item.role} {cell(item.path)}, fingerprint `{item.fingerprint}`, {notes}.")
     text = "\n".join([*lines, "", "| rule | allowed | outcome |", "| --- | --- | --- |\n"])
-    for rule, verdicts in _by_policy(results).items():
+    for rule, verdicts in _group_by_rule(results).items():
         counts = Counter(verdict.status for verdict in verdicts)
         summary = ", ".join(f"{number} {status}" for status, number in counts.items())
         text += _row(rule, verdicts[0].condition, summary)

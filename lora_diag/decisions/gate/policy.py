@@ -43,8 +43,8 @@ SPIKE = 0.9
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 # About 1,000 rules. The parser takes the square of the depth of a key, and no key of a policy is deeper than 3.
 MAX_BYTES, MAX_DEPTH = 100_000, 16
-_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*"""
-_DEEP = re.compile(rf"(?<![\w\\-])(?:{_PART}){{{MAX_DEPTH}}}", re.ASCII)
+_KEY_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*"""
+_DEEP_KEY = re.compile(rf"(?<![\w\\-])(?:{_KEY_PART}){{{MAX_DEPTH}}}", re.ASCII)
 
 KeyPath = tuple[str | int, ...]
 
@@ -87,7 +87,7 @@ class PolicyTable(BaseModel):
 
 
 def is_a(description: str) -> WrapValidator:
-    """Replace pydantic's message by a description of valid values."""
+    """Return a validator that replaces pydantic's message by a description of valid values."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
@@ -277,7 +277,7 @@ class Regression(Criterion):
             raise ValueError(f"{name} is not a number")
         return name
 
-    def allowed_increase(self, before: float) -> float:
+    def allowed_change(self, before: float) -> float:
         """Return by how much a value may be worse than a stored one."""
         if isinstance(self.tolerance, str):
             return float(self.tolerance.rstrip("%")) / 100 * abs(before)
@@ -465,7 +465,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     if content.startswith('{"record"'):
         raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")
-    if deep := _DEEP.search(content):
+    if deep := _DEEP_KEY.search(content):
         line = content.count("\n", 0, deep.start()) + 1
         raise UsageError(f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it")
     try:

@@ -77,16 +77,16 @@ def gate(
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]
     if max_age is not None:
         rules = _limit_age(rules, max_age)
-    stored = [_read_baseline(path) for path in baseline]
+    baselines = [_read_baseline(path) for path in baseline]
     sources, unmatched = compare_inputs([_read_source(item, i) for i, item in enumerate(results, 1)], shipped)
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
-    verdicts = judge(rules, sources, stored, day, now, unmatched)
+    verdicts = judge(rules, sources, baselines, day, now, unmatched)
     if ratchet and outcome(verdicts) == "passed":
-        better = tighten_baseline(rules.regressions, Baseline(*stored), sources)
-        if better is not None:
-            better.write(stored[0].path)
-    return _make_results(rules, sources, stored, verdicts, day)
+        tightened = tighten_baseline(rules.regressions, Baseline(*baselines), sources)
+        if tightened is not None:
+            tightened.write(baselines[0].path)
+    return _make_results(rules, sources, baselines, verdicts, day)
 
 
 def _limit_age(policy: Policy, max_age: str) -> Policy:
@@ -138,15 +138,19 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     from lora_diag.diagnostics.residual.measure import residual
     from lora_diag.diagnostics.spectrum.run import spectrum
 
-    shipped = list(adapters) or ([tuned] if tuned is not None else [])
-    if not shipped:
+    to_measure = list(adapters) or ([tuned] if tuned is not None else [])
+    if not to_measure:
         raise UsageError("--base: nothing to judge; give --tuned or --adapter")
-    results: list[Results[Any]] = [spectrum(base, path) for path in shipped]
+    results: list[Results[Any]] = [spectrum(base, path) for path in to_measure]
     return [*results, residual(base, tuned, list(adapters))] if tuned is not None and adapters else results
 
 
 def _read_source(item: Path | str | Results[Any], number: int) -> Source:
-    """Return a results file, or results in memory named after their command and their last input, else their number."""
+    """Return the source of a results file, or of results in memory, named after their command and last input or number.
+
+    Raises:
+        InputError: A file cannot be read, or the totals of the records differ from those in the last line.
+    """
     if isinstance(item, Results):
         name = item.run.inputs[-1].path if item.run.inputs else str(number)
         return check_source(Source(f"{item.run.command} of {name}", item))
@@ -166,10 +170,10 @@ def _read_baseline(path: Path | str) -> Source:
 
 
 def _make_results(
-    policy: Policy, sources: Sequence[Source], stored: Sequence[Source], verdicts: tuple[Verdict, ...], day: date
+    policy: Policy, sources: Sequence[Source], baselines: Sequence[Source], verdicts: tuple[Verdict, ...], day: date
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
-    named = [("results", source) for source in sources] + [("baseline", source) for source in stored]
+    sources_by_role = [("results", source) for source in sources] + [("baseline", source) for source in baselines]
     inputs = [
         RunInput(
             role="built-in policy" if policy.ready else "policy",
@@ -178,7 +182,7 @@ def _make_results(
             tensors=0,
         )
     ]
-    for role, source in named:
+    for role, source in sources_by_role:
         layers = len({record.layer for record in source.results.layers})
         end = source.results.end
         kind = f"loradiag {source.results.run.command}"
@@ -187,8 +191,8 @@ def _make_results(
         inputs.append(RunInput(role=role, path=source.path, kind=kind, tensors=layers, notes=notes, sha256=digest))
     inputs += _list_inputs(sources)
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
-    text = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
-    settings = {"today": day.isoformat(), **({"metric": text} if text else {})}
+    metric_names = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
+    settings = {"today": day.isoformat(), **({"metric": metric_names} if metric_names else {})}
     run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings, made=timestamp())
     # A verdict is about a run, so the file has no layers of its own.
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
@@ -196,7 +200,7 @@ def _make_results(
 
 def _list_inputs(sources: Sequence[Source]) -> list[RunInput]:
     """Return the distinct inputs of the results, with their state."""
-    words = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
+    notes_by_state = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
     inputs: dict[tuple[str, str, str], RunInput] = {}
     for source in sources:
         for present in source.present:
@@ -206,7 +210,7 @@ def _list_inputs(sources: Sequence[Source]) -> list[RunInput]:
                 if (run_input.role, run_input.path, run_input.fingerprint)
                 == (present.role, present.path, present.recorded)
             )
-            notes = (words[present.state],)
+            notes = (notes_by_state[present.state],)
             inputs.setdefault(
                 (measured.role, measured.path, measured.fingerprint),
                 measured.model_copy(update={"notes": notes, "lacking": ()}),

@@ -41,7 +41,7 @@ def _distance_from_limit(verdict: Verdict) -> float:
     return -verdict.measured if "<" in verdict.allowed else verdict.measured
 
 
-def measured(verdict: Verdict) -> str:
+def format_measured(verdict: Verdict) -> str:
     """Return the measured value as text, never rounded across the limit."""
     if verdict.measured is None:
         return "-"
@@ -78,17 +78,19 @@ def _make_headline(results: Results[Any]) -> str:
     result = outcome(verdicts)
     if result == "failed":
         failed = [verdict for verdict in verdicts if verdict.status == "failed"]
-        return f"FAILED: {_count_by_rule(failed)}"
+        return f"FAILED: {_count_rules_and_layers(failed)}"
     if result == "inconclusive":
         unknown = [verdict for verdict in verdicts if verdict.status == "inconclusive" and verdict.blocks]
         return (
-            f"INCONCLUSIVE (not a pass): {_count_by_rule(unknown)}" if unknown else "INCONCLUSIVE: nothing was judged"
+            f"INCONCLUSIVE (not a pass): {_count_rules_and_layers(unknown)}"
+            if unknown
+            else "INCONCLUSIVE: nothing was judged"
         )
     warned = [verdict for verdict in verdicts if verdict.status == "warned"]
-    return f"PASSED{f', with warnings: {_count_by_rule(warned)}' if warned else ''}"
+    return f"PASSED{f', with warnings: {_count_rules_and_layers(warned)}' if warned else ''}"
 
 
-def _count_by_rule(verdicts: Sequence[Verdict]) -> str:
+def _count_rules_and_layers(verdicts: Sequence[Verdict]) -> str:
     rules = {verdict.rule for verdict in verdicts}
     layers = {verdict.layer for verdict in verdicts if verdict.layer is not None}
     on = f" on {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else ""
@@ -96,7 +98,7 @@ def _count_by_rule(verdicts: Sequence[Verdict]) -> str:
 
 
 def shared_description(verdicts: Sequence[Verdict]) -> str:
-    """Return the common description of verdicts of one rule: where, and what to do."""
+    """Return the first message of verdicts of one rule, else what is allowed, and the number of other messages."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
     others = len(messages) - 1
     suffix = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
@@ -110,7 +112,7 @@ def reason(results: Results[Any]) -> str:
         return headline(results)
     worst = blocking[0]
     of_layer = f"{safe(worst.layer)}: " if worst.layer is not None else ""
-    value = f"measured {measured(worst)}, allowed {safe(worst.allowed)}"
+    value = f"measured {format_measured(worst)}, allowed {safe(worst.allowed)}"
     text = f"; {safe(worst.message)}" if worst.message else ""
     return f"{headline(results)}: {safe(worst.rule)}: {of_layer}{value}{text}"
 
@@ -155,32 +157,34 @@ def _choose_rows(bad: Sequence[Verdict]) -> list[Verdict]:
 def _make_table(shown: Sequence[Verdict], width: int) -> Table:
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     names = [_name_layer(verdict, len(groups) > 1) for verdict in shown]
-    rules = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
-    values = max(len("measured"), *(len(measured(verdict)) for verdict in shown))
-    allowed = min(max(len(verdict.allowed) for verdict in shown), width // 4)
-    statuses = max(len(verdict.status) for verdict in shown)
-    room = max(12, min(max(map(len, names)), width - statuses - rules - values - allowed - 6))
+    rule_width = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
+    value_width = max(len("measured"), *(len(format_measured(verdict)) for verdict in shown))
+    allowed_width = min(max(len(verdict.allowed) for verdict in shown), width // 4)
+    status_width = max(len(verdict.status) for verdict in shown)
+    layer_width = max(
+        12, min(max(map(len, names)), width - status_width - rule_width - value_width - allowed_width - 6)
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
     table.add_column("status", no_wrap=True)
-    table.add_column("rule", no_wrap=True, width=max(rules, len("rule")))
-    table.add_column("layer", no_wrap=True, width=room)
+    table.add_column("rule", no_wrap=True, width=max(rule_width, len("rule")))
+    table.add_column("layer", no_wrap=True, width=layer_width)
     table.add_column("measured", justify="right", no_wrap=True)
-    table.add_column("allowed", overflow="fold", width=allowed)
+    table.add_column("allowed", overflow="fold", width=allowed_width)
     previous = ("", "")
-    for verdict, name in zip(shown, shorten_names(names, room), strict=True):
+    for verdict, name in zip(shown, shorten_names(names, layer_width), strict=True):
         status = Text(verdict.status, style=_STYLE[verdict.status])
         # The condition of a rule is shown once.
         condition = Text("" if previous == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
-        table.add_row(status, crop(safe(verdict.rule), rules), name, measured(verdict), condition)
+        table.add_row(status, crop(safe(verdict.rule), rule_width), name, format_measured(verdict), condition)
         previous = (verdict.rule, verdict.allowed)
     return table
 
 
-def _name_layer(verdict: Verdict, name_file: bool) -> str:
+def _name_layer(verdict: Verdict, with_group: bool) -> str:
     """Return a row's layer, and its group if that varies between rows; the end of a name is kept."""
     if verdict.layer is None:
         return subject_name(verdict)
-    return f"{safe(verdict.group)}: {short(verdict.layer)}" if name_file and verdict.group else short(verdict.layer)
+    return f"{safe(verdict.group)}: {short(verdict.layer)}" if with_group and verdict.group else short(verdict.layer)
 
 
 def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:

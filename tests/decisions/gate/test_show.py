@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lora_diag.decisions.gate.show import headline, measured, verdict_table
+from lora_diag.decisions.gate.show import format_measured, headline, verdict_table
 from lora_diag.reports.fields import fields_of
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
@@ -48,7 +48,7 @@ def test_headline_agrees_with_exit_code():
     ],
 )
 def test_shown_value_stays_on_its_side_of_limit(value, allowed, shown):
-    assert measured(verdict(measured=value, allowed=allowed)) == shown
+    assert format_measured(verdict(measured=value, allowed=allowed)) == shown
 
 
 def test_many_failures_are_shortened_and_counted():

@@ -3,8 +3,7 @@
 
 def main() -> None:
     """Run the command line."""
-    from lora_diag.cli.app import (
-        main as run,
-    )  # deferred: app imports commands, and commands import the options of this package
+    # deferred: app imports commands, and commands import the options of this package
+    from lora_diag.cli.app import main as run
 
     run()

@@ -33,33 +33,37 @@ class _Command(TyperCommand):
     """A command that groups its help (``running.options.PANELS``)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Let ``--gradients`` take all arguments up to the next option, as in ``grads/*``."""
+        """Let ``--gradients`` take all arguments up to the next option, as in ``grads/*``.
+
+        Raises:
+            UsageError: The output of a command with ``--gradients`` is an address.
+        """
         if not any(param.name == "gradients" and param.multiple for param in self.params):
             return super().parse_args(ctx, args)
-        spread: list[str] = []
+        expanded: list[str] = []
         for index, arg in enumerate(args):
             previous = args[index - 1] if index else ""
             if "://" in arg and (previous in {"-o", "--output"} or arg.startswith("--output=")):
                 raise UsageError(f"{arg}: -o cannot write to an address; name a local path")
-            follows = spread[-2:-1] == ["--gradients"] and previous != "--gradients" and not arg.startswith("-")
-            spread += ["--gradients", arg] if follows else [arg]
-        return super().parse_args(ctx, spread)
+            follows = expanded[-2:-1] == ["--gradients"] and previous != "--gradients" and not arg.startswith("-")
+            expanded += ["--gradients", arg] if follows else [arg]
+        return super().parse_args(ctx, expanded)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        rows: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
+        rows_by_panel: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
         for param in self.get_params(ctx):
-            if (row := param.get_help_record(ctx)) is not None:
+            if (record := param.get_help_record(ctx)) is not None:
                 is_argument = param.param_type_name == "argument"
                 panel = INPUTS if is_argument else getattr(param, "rich_help_panel", None) or EXECUTION
-                name = re.sub(r" <(?:(.+\|.+)|.*)>$", _format_choices, row[0])
-                rows[panel].append((re.sub("[{}]", "", name) if is_argument else name, row[1]))
-        for panel, lines in rows.items():
+                name = re.sub(r" <(?:(.+\|.+)|.*)>$", _format_choices, record[0])
+                rows_by_panel[panel].append((re.sub("[{}]", "", name) if is_argument else name, record[1]))
+        for panel, lines in rows_by_panel.items():
             if lines:
                 with formatter.section(panel):
                     formatter.write_dl(lines)
 
     def get_short_help_str(self, limit: int = 0) -> str:
-        """Return the command's line in the list of commands, not truncated."""
+        """Return the command's line in the list of commands, of up to 80 characters."""
         return super().get_short_help_str(80)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -74,9 +78,9 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, [name, *args[2:]] if name in self.commands else args)
 
 
-def _format_choices(kind: re.Match[str]) -> str:
+def _format_choices(match: re.Match[str]) -> str:
     """Return the choices of an option in the form of our metavars, without Python types."""
-    return f" {kind[1]}" if kind[1] else ""
+    return f" {match[1]}" if match[1] else ""
 
 
 def _print_version(requested: bool) -> None:
@@ -143,12 +147,12 @@ def _find_command(arguments: list[str]) -> str:
     >>> [_find_command(words.split()) for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")]
     ['probe sweep', 'gate init', 'gate', '']
     """
-    known = {name for feature in features() for name, _, _ in _list_paths(feature)}
-    return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in known), "")
+    command_names = {name for feature in features() for name, _, _ in _list_paths(feature)}
+    return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), "")
 
 
 def main() -> None:
-    """Run the command line; convert each user-facing error to one message and an exit code."""
+    """Run the command line; convert each user-facing error to one message, and exit with its code."""
     code = _run()
     with suppress(ValueError):  # not the main thread, which receives no Ctrl-C
         # All output is written; an interrupt during interpreter shutdown loses nothing.
@@ -164,6 +168,7 @@ def main() -> None:
 
 
 def _run() -> int:
+    """Run the command line and return its exit code; print one message about a user-facing error."""
     try:
         # Not in typer's standalone mode, which prints no message on Ctrl-C.
         code = commands(_find_command(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)

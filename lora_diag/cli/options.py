@@ -196,7 +196,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     base/ {'layers': 'q_proj', 'exclude': None}
     """
     parameters = signature(command, eval_str=True).parameters
-    groups = {
+    options_by_group = {
         name: options
         for name, parameter in parameters.items()
         if (options := list(_list_options(parameter.annotation)))
@@ -205,19 +205,19 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def call_with_groups(**values: Any) -> None:
         values = {name: _hide_secrets(value) for name, value in values.items()}
-        for name, options in groups.items():
+        for name, options in options_by_group.items():
             group_values = {option.name: values.pop(option.name) for option in options}
             values[name] = _gather_group(parameters[name].annotation, group_values)
-        with _limit_lines(not any(getattr(values[name], "verbose", False) for name in groups)):
+        with _limit_lines(not any(getattr(values[name], "verbose", False) for name in options_by_group)):
             command(**values)
 
-    shown = [
+    spread_parameters = [
         option
         for name, parameter in parameters.items()
         # typer passes arguments by name
-        for option in groups.get(name) or [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
+        for option in options_by_group.get(name) or [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
     ]
-    call_with_groups.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    call_with_groups.__signature__ = Signature(spread_parameters)  # type: ignore[attr-defined]
     return call_with_groups
 
 
@@ -238,7 +238,7 @@ def _hide_secrets(value: Any) -> Any:
 
 @contextmanager
 def _limit_lines(brief: bool) -> Iterator[None]:
-    """Limit summaries to a few lines."""
+    """Limit summaries to a few lines if ``brief``, else not at all."""
     from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
     with limit_lines(LINES if brief else None):
@@ -248,9 +248,9 @@ def _limit_lines(brief: bool) -> Iterator[None]:
 def _list_options(group: Any) -> Iterator[Parameter]:
     """Yield the options of a group; nothing for other types."""
     if is_dataclass(group):
-        kinds = get_type_hints(group, include_extras=True)
+        hints = get_type_hints(group, include_extras=True)
         for field in fields(group):
-            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
+            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
     elif is_typeddict(group):
         for name, (kind, option) in list_options(group).items():
             if name == "engine":
@@ -312,11 +312,13 @@ def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
         return option.default if text is None else text
     if not text:
         return ()
-    (entry,) = get_args(first)
-    if entry is str:
+    (entry_type,) = get_args(first)
+    if entry_type is str:
         return [part.strip() for part in text.split(",")]
     example = _format_default(option) or "1,0.5"
-    return parse_ranks(text, option.flag(name)) if entry is int else parse_numbers(text, option.flag(name), example)
+    return (
+        parse_ranks(text, option.flag(name)) if entry_type is int else parse_numbers(text, option.flag(name), example)
+    )
 
 
 def _gather_group(group: Any, values: dict[str, Any]) -> Any:
@@ -343,6 +345,9 @@ def parse_ranks(value: str, option: str = "--ranks") -> list[int]:
 
     >>> parse_ranks("4,8,16")
     [4, 8, 16]
+
+    Raises:
+        UsageError: It is not a list of whole numbers.
     """
     try:
         return [int(text) for text in value.split(",")]
@@ -357,6 +362,9 @@ def parse_numbers(value: str, option: str, example: str) -> list[float]:
 
     >>> parse_numbers("1,0.5", "--weights", "1,0.5")
     [1.0, 0.5]
+
+    Raises:
+        UsageError: It is not a list of numbers.
     """
     try:
         return [float(text) for text in value.split(",")]

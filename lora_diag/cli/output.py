@@ -75,10 +75,10 @@ def public(text: str) -> str:
 
     # typer and Path repeat arguments as they are, and the password of an address may contain blanks and quotes.
     for word in sys.argv[1:]:
-        shown = _public_word(word)
-        if shown != word:
+        public_word = _public_word(word)
+        if public_word != word:
             for form in (word, repr(word)[1:-1], str(Path(word))):
-                text = text.replace(form, shown)
+                text = text.replace(form, public_word)
     return legible(text)
 
 
@@ -172,7 +172,7 @@ def exit_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
 
 
 def report_reading() -> None:
-    """Print how much was read from local files, and how often on average: bytes over the size of the files."""
+    """Print how much was read from local files, if any, and how often on average: bytes over the size of the files."""
     from lora_diag.checkpoints.file_bytes import READING
 
     read, files, size = READING.total()
@@ -189,7 +189,7 @@ def rerun_command(*extra: str) -> str:
 
 
 def forget_output() -> None:
-    """Discard unwritten output, so that the flush at interpreter exit does not fail again."""
+    """Flush the output; discard what cannot be written, so that the flush at interpreter exit does not fail again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -208,7 +208,7 @@ def terminal() -> tuple[int, bool]:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that displays progress; it does nothing if standard error is not a terminal."""
+    """Yield a function that displays progress; it does nothing if ``quiet``, or if standard error is not a terminal."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda event: None
         return
@@ -241,10 +241,10 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
 
 def next_step(output: Path | str | None, hint: str) -> str:
-    """Return the suggested next command; without a results file, first the command that writes one."""
+    """Return the suggested next command; without a results file, the command that writes one instead."""
     return hint if output is not None else f"{rerun_command('-o', 'probe.jsonl')}   (saves these results)"
 
 
 def silence_matplotlib() -> None:
-    """Suppress Matplotlib's messages, such as the location of its cache."""
+    """Suppress Matplotlib's messages below errors, such as the location of its cache."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

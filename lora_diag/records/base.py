@@ -1,6 +1,6 @@
-"""Presentation of a record's value: declared once with the record, used by every table and figure.
+"""Base classes of records, the registry of their kinds, and the presentation of their values.
 
-Base classes of all records.
+A value's presentation is declared once with its record, and used by every table and figure.
 
 Fractions lie in [0, 1]. "Energy" always means Σσ². An undefined value (the energy fraction of a zero update, a rank
 beyond the kept values) is null, never NaN.
@@ -91,19 +91,22 @@ SHAPE = Shown(
 
 
 def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
-    """Return the pooled value of several records: as declared, the median, or the most frequent word."""
+    """Return the pooled value of several records: as declared, else the median or the most frequent word.
+
+    None if all values are null, unless a function pools the records.
+    """
     if callable(shown.pool):
         return shown.pool(records)
-    known: list[Any] = [value for record in records if (value := shown.value(record)) is not None]
-    if not known:
+    values: list[Any] = [value for record in records if (value := shown.value(record)) is not None]
+    if not values:
         return None
     if shown.pool is not None:
-        pooled: Value = POOLS[shown.pool](known)
+        pooled: Value = POOLS[shown.pool](values)
         return pooled
-    if any(isinstance(value, str) for value in known):
-        return Counter[Value](known).most_common(1)[0][0]
-    middle: float = median(known)
-    return middle
+    if any(isinstance(value, str) for value in values):
+        return Counter[Value](values).most_common(1)[0][0]
+    middle_value: float = median(values)
+    return middle_value
 
 
 def count_texts(texts: Iterable[str]) -> str:
@@ -198,9 +201,9 @@ class Record(BaseModel):
         """
         kind = cls.model_fields["record"].default if "record" in cls.model_fields else None
         if isinstance(kind, str):
-            known = KINDS.setdefault(kind, cls)
-            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(f"record kind {kind!r} is already defined by {known.__module__}")
+            registered = KINDS.setdefault(kind, cls)
+            if (registered.__module__, registered.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"record kind {kind!r} is already defined by {registered.__module__}")
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
@@ -223,7 +226,7 @@ class LayerRecord(Record):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return the presentation of a run's records, if it depends on the settings."""
+        """Return the presentation of a run's records; ``shown`` where it depends on neither settings nor records."""
         return cls.shown
 
     if TYPE_CHECKING:

@@ -21,13 +21,13 @@ from lora_diag.records.names import depth_of, module_type_of
 Columns = dict[str, list[Any]]
 
 # Separator of several words in one cell.
-_BETWEEN = "; "
+_SEPARATOR = "; "
 
 # Leading columns that identify a record, including nested ones.
-_FIRST = ("record", "layer")
+_LEADING_COLUMNS = ("record", "layer")
 
 # Columns that identify a row of values, besides the key fields.
-_WHICH = {"results", "record", "module_type", "block", "adapter", "adapter_name"}
+_IDENTIFYING_COLUMNS = {"results", "record", "module_type", "block", "adapter", "adapter_name"}
 
 
 def record_columns(
@@ -46,6 +46,8 @@ def value_columns(
     records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
 ) -> Columns:
     """Return a table with one row per entry of lists: ``field``, ``index`` from 1 on, and ``value`` or ``text``.
+
+    Entries of tables whose keys are layers have a ``layer`` and no index.
 
     Args:
         records: Records, each with leading cells.
@@ -90,19 +92,19 @@ def _make_row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
         if value is None and name in row:  # a probe of one layer has no separate module type
             continue
         paths = value if isinstance(value, tuple) else (value,)
-        row[name] = _BETWEEN.join(value) if isinstance(value, tuple) else value
+        row[name] = _SEPARATOR.join(value) if isinstance(value, tuple) else value
         if name == "layer":
-            row |= _place_of(value)
+            row |= _make_place_cells(value)
         elif name in {"fro", "base_fro"} and {"fro", "base_fro"} <= row.keys():
             row["relative"] = row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
         elif paths and all(isinstance(path, str) and path in short for path in paths):
             # Probes name an adapter ``name``, other records ``adapter``: one common column to join them.
-            named = "adapter" if name == "name" else name
-            row[f"{named}_name"] = _BETWEEN.join(short[path] for path in paths)
+            column = "adapter" if name == "name" else name
+            row[f"{column}_name"] = _SEPARATOR.join(short[path] for path in paths)
     return row
 
 
-def _place_of(layer: str | None) -> dict[str, Any]:
+def _make_place_cells(layer: str | None) -> dict[str, Any]:
     if layer is None:
         return {"module_type": None, "block": None}
     return {"module_type": module_type_of(layer), "block": depth_of(layer)}
@@ -111,7 +113,7 @@ def _place_of(layer: str | None) -> dict[str, Any]:
 def _iterate_cells(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the cells of a record; several words as a tuple."""
     for name, form in _classify_fields(type(record)).items():
-        if name not in record.long and not (prefix and name in _FIRST):
+        if name not in record.long and not (prefix and name in _LEADING_COLUMNS):
             yield from _iterate_cells_of(f"{prefix}{name}", getattr(record, name), form)
 
 
@@ -133,13 +135,13 @@ def _iterate_cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, A
 def _make_value_rows(
     record: Record, first: Mapping[str, Any], short: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
-    identifying = _WHICH | set(record.key) | {f"{name}_name" for name in record.key}
+    identifying = _IDENTIFYING_COLUMNS | set(record.key) | {f"{name}_name" for name in record.key}
     row = {**first, **{name: value for name, value in _make_row(record, short).items() if name in identifying}}
     for name, layer, entries in _iterate_lists(record):
-        layer_values = {} if layer is None else {"layer": layer, **_place_of(layer)}
+        layer_values = {} if layer is None else {"layer": layer, **_make_place_cells(layer)}
         index = [None] if layer is not None else list(range(1, len(entries) + 1))
-        words = all(isinstance(entry, str) for entry in entries)
-        yield {**row, **layer_values, "field": name}, {"index": index, "text" if words else "value": entries}
+        is_text = all(isinstance(entry, str) for entry in entries)
+        yield {**row, **layer_values, "field": name}, {"index": index, "text" if is_text else "value": entries}
 
 
 def _iterate_lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:
@@ -176,7 +178,10 @@ def _has_numbered_entries(name: str, form: str) -> bool:
 def _classify_fields(kind: type[Record]) -> dict[str, str]:
     """Return the layout of each field of a kind of record; for a table, that of its entries."""
     fields = kind.model_fields
-    order = [*(name for name in _FIRST if name in fields), *(name for name in fields if name not in _FIRST)]
+    order = [
+        *(name for name in _LEADING_COLUMNS if name in fields),
+        *(name for name in fields if name not in _LEADING_COLUMNS),
+    ]
     return {name: _classify(fields[name].annotation) for name in order}
 
 

@@ -1,4 +1,4 @@
-"""Information in a layer's name: depth, module type, part of the model.
+"""Information in a layer's name: depth, module type, part of the model; and short labels of paths.
 
 Used to group names in tables, plots and selectors; no computed value depends on these guesses.
 """
@@ -74,8 +74,8 @@ def place_of(layer: str) -> tuple[bool, bool, int]:
     ['attn.q_proj', 'attn.v_proj', 'mlp.up_proj', 'lm_head']
     """
     name = module_type_of(layer)
-    known = [i for i, word in enumerate(_ORDER) if word in name]
-    return part_of(layer) == "vocabulary", "mlp" in name or "expert" in name, min(known, default=len(_ORDER))
+    positions = [i for i, word in enumerate(_ORDER) if word in name]
+    return part_of(layer) == "vocabulary", "mlp" in name or "expert" in name, min(positions, default=len(_ORDER))
 
 
 def tower_of(layer: str) -> tuple[str, ...]:

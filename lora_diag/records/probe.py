@@ -1,4 +1,4 @@
-"""Records of ``probe``: losses of a model."""
+"""Records of ``probe``: losses of a model, statistics of its layers' inputs; and the sets that losses are on."""
 
 from __future__ import annotations
 

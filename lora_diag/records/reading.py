@@ -34,7 +34,7 @@ class _Other(WholeRecord):
 
 
 def is_results_file(path: Path | str) -> bool:
-    """Return whether a file begins like a results file; False for pipes and devices, which are not opened."""
+    """Return whether a file begins like a results file; False if it cannot be read, and for pipes and devices."""
     try:
         if not Path(path).is_file():
             return False
@@ -109,6 +109,9 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
 
     JSON has no zero bytes: they mark data lost in a power failure, and nothing after them is reliable. Neither is text
     that another process appends after a line without a newline during reading.
+
+    Raises:
+        InputError: The file cannot be read, is not a regular file, or has a line above ``MAX_LINE_BYTES``.
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)

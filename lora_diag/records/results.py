@@ -1,7 +1,4 @@
-"""All records of one run, in memory.
-
-Short forms of results: five lines for a prompt, a table by module type for a notebook.
-"""
+"""All records of one run in memory, the lines of its results file, and a description in five lines for a prompt."""
 
 from __future__ import annotations
 
@@ -115,18 +112,20 @@ class Results(Generic[L]):
             for record in self.layers:
                 if record.layer == name:
                     return record
-        raise KeyError(self._make_unknown_error(item))
+        raise KeyError(self._describe_unknown(item))
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, str):
             return any(record.layer in {item, f"{item}.weight"} for record in self.layers)
         return item in self.layers
 
-    def _make_unknown_error(self, name: str) -> str:
+    def _describe_unknown(self, name: str) -> str:
         names = list(dict.fromkeys(record.layer for record in self.layers))
-        known = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
+        layer_by_name = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
         stem = name.removesuffix(".weight")
-        close = [short for short in known if stem and stem in short][::-1][:3] or get_close_matches(stem, known)
+        close = [short for short in layer_by_name if stem and stem in short][::-1][:3] or get_close_matches(
+            stem, layer_by_name
+        )
         hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
         return f"{name}: no record of this layer{hint}"
 
@@ -203,10 +202,10 @@ class Results(Generic[L]):
         """
         records: Sequence[Record] = self.layers or self.whole
         if kind is not None:
-            known: tuple[Any, ...] = (*self.layers, *self.whole, *self.left_out)
-            records = [record for record in known if record.record == kind]
+            all_records: tuple[Any, ...] = (*self.layers, *self.whole, *self.left_out)
+            records = [record for record in all_records if record.record == kind]
         make = value_columns if values else record_columns
-        return make(((record, {}) for record in records), short_names(side.path for side in self.run.inputs))
+        return make(((record, {}) for record in records), short_names(run_input.path for run_input in self.run.inputs))
 
     def to_pandas(self, values: bool = False, kind: str | None = None) -> Any:
         """Return ``columns`` as a ``pandas.DataFrame``; integer columns with missing values are ``Int64``.
@@ -253,9 +252,10 @@ def totals(layers: Sequence[LayerRecord], left_out: Sequence[LeftOut]) -> End:
     return End(layers=len(by_name), left_out=len(left_out), fro=_pool_norm(fro), base_fro=_pool_norm(base_fro))
 
 
-def _pool_norm(parts: Sequence[float | None]) -> float | None:
-    known = [part for part in parts if part is not None]
-    pooled = math.hypot(*known) if len(known) == len(parts) else math.inf
+def _pool_norm(norms: Sequence[float | None]) -> float | None:
+    """Return the root of the sum of squares; None if a norm is unknown or the root is beyond float64."""
+    known = [part for part in norms if part is not None]
+    pooled = math.hypot(*known) if len(known) == len(norms) else math.inf
     return pooled if math.isfinite(pooled) else None
 
 
@@ -280,8 +280,8 @@ class Seal:
         """Add one line; line endings are ignored, so that a checkout with other line endings has the same hash."""
         self._hash.update(line.rstrip(b"\r\n") + b"\n")
 
-    def sealed(self, record: A) -> A:
-        """Return a record as written: an ``end`` record gets the hash of the lines before it."""
+    def add_hash(self, record: A) -> A:
+        """Return a record as written: an ``end`` record gets the hash of the lines before it, others are unchanged."""
         if isinstance(record, End):
             return record.model_copy(update={"sha256": self.hexdigest()})
         return record
@@ -295,13 +295,13 @@ def lines_of(records: Iterable[AnyRecord]) -> Iterator[str]:
     """Yield the lines of a results file; the last one has the hash of the others."""
     seal = Seal()
     for record in records:
-        line = to_line(seal.sealed(record))
+        line = to_line(seal.add_hash(record))
         seal.add(line.encode())
         yield line
 
 
 # Maximum number of inputs that are named.
-_INPUTS = 4
+_MAX_INPUTS = 4
 
 
 def text_of(results: Results[Any]) -> str:
@@ -315,19 +315,19 @@ def _make_title(results: Results[Any]) -> str:
 
 
 def _list_properties(results: Results[Any]) -> list[tuple[str, str]]:
-    inputs = [f"{safe(side.role)} {safe(side.path)}".strip() for side in results.run.inputs]
-    suffix = [f"and {len(inputs) - _INPUTS} more"] if len(inputs) > _INPUTS else []
-    facts = [("inputs", ", ".join([*inputs[:_INPUTS], *suffix]) or "none")]
+    inputs = [f"{safe(run_input.role)} {safe(run_input.path)}".strip() for run_input in results.run.inputs]
+    suffix = [f"and {len(inputs) - _MAX_INPUTS} more"] if len(inputs) > _MAX_INPUTS else []
+    properties = [("inputs", ", ".join([*inputs[:_MAX_INPUTS], *suffix]) or "none")]
     records = Counter(record.record for record in (*results.layers, *results.whole))
     layers = len({record.layer for record in results.layers if _is_of_layer(type(record))})
     kinds = ", ".join(f"{count} {safe(kind)}" for kind, count in records.items())
-    facts.append(("records", (kinds or "none") + (f" of {layers} layers" if layers else "")))
+    properties.append(("records", (kinds or "none") + (f" of {layers} layers" if layers else "")))
     reasons = Counter(item.reason for item in results.left_out)
     if reasons:
         words = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items())
-        facts.append(("left out", words))
-    key = next((_describe_range(shown[0], records) for _, records, shown in _list_kinds(results)), None)
-    return [*facts, ("measured", key)] if key else facts
+        properties.append(("left out", words))
+    main_range = next((_describe_range(shown[0], records) for _, records, shown in _list_kinds(results)), None)
+    return [*properties, ("measured", main_range)] if main_range else properties
 
 
 def _list_kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown]]]:
@@ -347,7 +347,7 @@ def _is_of_layer(kind: type[Any]) -> bool:
 
 
 def _describe_range(shown: Shown, records: Sequence[Any]) -> str | None:
-    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7 over 30 records``."""
+    """Return a value's range, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``, or frequent words; None without one."""
     values = [value for record in records if (value := shown.value(record)) is not None]
     whole = pooled_value(shown, records)
     if not values or whole is None:

@@ -105,7 +105,10 @@ class ResultsWriter(Generic[L]):
             raise
 
     def _begin(self, resume: bool) -> None:
-        """Inspect the existing files, and decide where records go."""
+        """Inspect the existing files, read the run to resume, and decide where records go.
+
+        A run whose settings are extended is copied to ``NAME.part``; a finished run in ``NAME.part`` takes its place.
+        """
         part = _part_path(self._final)
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
@@ -126,7 +129,10 @@ class ResultsWriter(Generic[L]):
             self._replace()
 
     def _extend_settings(self, earlier: Results[L]) -> Results[L]:
-        """Return the earlier run with the combined settings of both runs; unfinished if they were extended."""
+        """Return the earlier run with the combined settings of both runs, which ``run`` gets, too.
+
+        It is unfinished if they were extended, or if a time limit left out layers, which are dropped.
+        """
         earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
             earlier = replace(earlier, left_out=(), end=None)
@@ -166,7 +172,7 @@ class ResultsWriter(Generic[L]):
         written: list[AnyRecord] = []
         encoded: list[bytes] = []
         for record in (*first, *records):
-            written.append(seal.sealed(record))
+            written.append(seal.add_hash(record))
             encoded.append(to_line(written[-1]).encode() + b"\n")
             seal.add(encoded[-1])
         if self.path is not None and max(map(len, encoded)) > MAX_LINE_BYTES:
@@ -180,7 +186,7 @@ class ResultsWriter(Generic[L]):
         return tuple(written[len(first) :])
 
     def _write(self, path: Path, content: bytes, ends: bool) -> None:
-        """Hand lines to the system, now and then to the disk.
+        """Hand lines to the system, now and then to the disk; after the last line, replace an old run.
 
         Raises:
             InputError: They cannot be written.
@@ -201,7 +207,7 @@ class ResultsWriter(Generic[L]):
             self._replace()
 
     def _open(self, path: Path) -> FileIO:
-        """Open the file after the kept records."""
+        """Open the file for writing after the kept records; drop what follows them."""
         if not self._kept:
             return FileIO(path, "w", opener=_open_without_links)
         file = FileIO(path, "r+", opener=_open_without_links)
@@ -211,7 +217,11 @@ class ResultsWriter(Generic[L]):
         return file
 
     def _replace(self) -> None:
-        """Replace the old run by the finished new one."""
+        """Replace the old run by the finished new one.
+
+        Raises:
+            InputError: The file cannot be replaced.
+        """
         assert self.path is not None
         try:
             self.path.replace(self._final)
@@ -222,7 +232,7 @@ class ResultsWriter(Generic[L]):
             ) from error
 
     def _release(self) -> None:
-        """Unlock the file, and remove it if it is empty."""
+        """Close and unlock the file, and remove it if it is empty."""
         if self._file is not None:
             self._file.close()
         if self._lock is not None:
@@ -314,10 +324,10 @@ def _refuse_inputs(path: Path, run: Run) -> None:
     Raises:
         UsageError: The path is an input.
     """
-    place = Path(os.path.realpath(path))
-    for side in run.inputs:
-        if Path(os.path.realpath(side.path)) in (place, *place.parents):
-            raise UsageError(f"{path}: belongs to the input {side.path}; choose another name")
+    resolved = Path(os.path.realpath(path))
+    for run_input in run.inputs:
+        if Path(os.path.realpath(run_input.path)) in (resolved, *resolved.parents):
+            raise UsageError(f"{path}: belongs to the input {run_input.path}; choose another name")
 
 
 def _state(path: Path, overwrite: bool = False) -> State:
@@ -342,7 +352,7 @@ def _state(path: Path, overwrite: bool = False) -> State:
 
 
 def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
-    """Drop the last layer's records if a crash may have interrupted them."""
+    """Return a run without the last layer's records if a crash may have interrupted them."""
     one_per_layer = all(record.key == ("layer",) for record in earlier.layers[-1:])
     if one_per_layer or earlier.left_out or earlier.end is not None:
         return earlier
@@ -351,7 +361,11 @@ def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
 
 
 def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
-    """Return the earlier records if they are from the same inputs and settings."""
+    """Return the earlier records, which must be from the same inputs and settings.
+
+    Raises:
+        UsageError: Inputs or settings differ.
+    """
     for recorded, current_input in zip(earlier.run.inputs, run.inputs, strict=False):
         if bool(recorded.sha256) != bool(current_input.sha256):
             option = "without --verify" if current_input.sha256 else "with --verify"
@@ -367,10 +381,12 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
         if (recorded.path, recorded.kind) == (current_input.path, current_input.kind) and (
             recorded.notes != current_input.notes
         ):
-            began, now = ("; ".join(side.notes) or "as a whole" for side in (recorded, current_input))
+            earlier_notes, current_notes = (
+                "; ".join(run_input.notes) or "as a whole" for run_input in (recorded, current_input)
+            )
             raise UsageError(
-                f"{path}: {current_input.path} was read otherwise when this run began ({began}; now: {now}), and old "
-                "and new records must not be mixed; delete the file and measure again, or write to another file"
+                f"{path}: {current_input.path} was read otherwise when this run began ({earlier_notes}; now: "
+                f"{current_notes}), and old and new records must not be mixed; delete the file and measure again, or write to another file"
             )
     earlier_run, current = (run_record.model_dump(exclude={"made"}) for run_record in (earlier.run, run))
     differing = [key for key in current if earlier_run[key] != current[key]]

@@ -1,7 +1,4 @@
-"""``report``: combine the results of several runs in a page, a text or a table.
-
-Options of ``report``.
-"""
+"""``report``: combine the results of several runs in a page, a text or a table; and its options."""
 
 from pathlib import Path
 from typing import Annotated, TypedDict

@@ -115,26 +115,32 @@ def advice(evidence: Evidence) -> list[Step]:
     for group in groups:
         about = (group.path_of("tuned"),) if len(groups) > 1 else ()
         for step in _apply_rules(group):
-            known = by_command.get(step.argv, step)
-            by_command[step.argv] = replace(known, about=(*known.about, *about))
+            earlier = by_command.get(step.argv, step)
+            by_command[step.argv] = replace(earlier, about=(*earlier.about, *about))
     # A step that applies to all applies to the page.
     return [replace(step, about=()) if len(step.about) == len(groups) else step for step in by_command.values()]
 
 
 def _apply_rules(evidence: Evidence) -> Iterator[Step]:
     applied: set[str] = set()
-    inputs = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAIN_TEXT", "shifted": "SHIFTED_TEXT"}
-    paths = {role: evidence.path_of(role, placeholder) for role, placeholder in inputs.items()}
+    placeholder_by_role = {
+        "base": "",
+        "tuned": "",
+        "eval": "HELD_OUT_TEXT",
+        "data": "TRAIN_TEXT",
+        "shifted": "SHIFTED_TEXT",
+    }
+    paths = {role: evidence.path_of(role, placeholder) for role, placeholder in placeholder_by_role.items()}
     for rule in RULES:
-        if not applied & set(rule.unless) and (found := rule.find(evidence)) is not None:
+        if not applied & set(rule.unless) and (values := rule.find(evidence)) is not None:
             applied.add(rule.name)
-            facts: Facts = {**paths, **found}
-            texts = {name: _join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+            facts: Facts = {**paths, **values}
+            text_by_name = {name: _join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
             yield Step(
                 rule.name,
                 rule.condition,
-                rule.do.format_map(texts),
-                " ".join(rule.because.format_map(texts).split()),
+                rule.do.format_map(text_by_name),
+                " ".join(rule.because.format_map(text_by_name).split()),
                 tuple(_fill_command(rule.command, facts)),
                 facts,
                 facts.get("layers", ()),
@@ -180,8 +186,8 @@ def _find_equal_adapter(evidence: Evidence) -> Facts | None:
     if not equal:
         return None
     best, *others = equal
-    every = f"The same holds for {_join([c.name for c in others])}: use the smallest." if others else ""
-    return {"adapter": best.name, "others": every, **_facts_of(best)}
+    others_sentence = f"The same holds for {_join([c.name for c in others])}: use the smallest." if others else ""
+    return {"adapter": best.name, "others": others_sentence, **_facts_of(best)}
 
 
 def _facts_of(contest: Contest) -> Facts:
@@ -190,14 +196,14 @@ def _facts_of(contest: Contest) -> Facts:
 
 
 def _find_forgetting(evidence: Evidence) -> Facts | None:
-    """Find a shifted set on which a trained model is significantly worse than BASE."""
+    """Find a shifted set on which a trained model is significantly worse than BASE, or no rank of a sweep gains."""
     for source, records in evidence.losses("outputs", "truncation"):
         for base in (r for r in records if r.subject == "base" and r.shifted and r.layer is None):
             tuned = next(iter(source.paths("tuned")), "TUNED")
             rises = {tuned: -(base.gap or 0.0)} if is_tuned_worse(base) else {}
             for record in (r for r in records if r.subject == "adapter" and r.set == base.set):
-                rise, half = compare_with_base(record, base)
-                rises |= {record.name: rise} if half is not None and rise > half else {}
+                rise, half_width = compare_with_base(record, base)
+                rises |= {record.name: rise} if half_width is not None and rise > half_width else {}
             if rises:
                 name = max(rises, key=lambda name: rises[name])
                 ranks = tuple(sorted(set(evidence.ranks.values()))) or (DEFAULT_RANK,)
@@ -213,7 +219,10 @@ def _find_forgetting(evidence: Evidence) -> Facts | None:
 
 
 def _find_swept_rank(evidence: Evidence) -> Facts | None:
-    """Return the rank and learning rate of a sweep; what would settle it otherwise: seeds, ranks or rates."""
+    """Return the rank and learning rate of a sweep and the next command; None without a sweep.
+
+    That command is a sweep of more seeds, ranks or rates where those of this one do not settle it.
+    """
     if evidence.sweep is None:
         return None
     source, swept = evidence.sweep
@@ -221,20 +230,20 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     facts: Facts = {"set": swept.set, "ranks": swept.ranks, "output": source.name, "outcome": verdict.outcome}
     typed = list_typed_options(SweepOptions, source.results.run.settings) | {"ranks": swept.ranks}
     if chosen is None:
-        tried = min(record.lr for _, records in evidence.losses("sweep") for record in records if record.lr)
-        facts["rates"] = typed["rates"] = tuple(float(f"{tried / factor:.2g}") for factor in (100, 10, 3))
+        lowest_rate = min(record.lr for _, records in evidence.losses("sweep") for record in records if record.lr)
+        facts["rates"] = typed["rates"] = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
         facts["action"] = f"Change the training before the rank: try learning rates {_join(facts['rates'])}"
-        facts["why"] = f"every rank is worse than BASE, the best by {-verdict.gain:.3g} nats, from {tried:g} up"
+        facts["why"] = f"every rank is worse than BASE, the best by {-verdict.gain:.3g} nats, from {lowest_rate:g} up"
         return facts | {"then": (*_sweep_again(evidence, typed), "-o", "sweep-2.jsonl")}
     higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
     facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher}
     confidence = chosen.confidence if verdict.rank is not None else verdict.confidence
-    shown = (
+    claim = (
         "the smallest rank shown to keep" if verdict.rank is not None else "the best candidate, not confirmed, to keep"
     )
-    kept = f"r={chosen.rank} is {shown} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
-    kept += "" if confidence is None else f", {confident(confidence)} confidence"
-    facts["why"] = "; ".join([kept, *reasons(verdict, swept.tolerance)])
+    claim_sentence = f"r={chosen.rank} is {claim} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
+    claim_sentence += "" if confidence is None else f", {confident(confidence)} confidence"
+    facts["why"] = "; ".join([claim_sentence, *reasons(verdict, swept.tolerance)])
     facts["action"] = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
     if higher or verdict.more_seeds is not None:
         facts["action"] += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
@@ -244,8 +253,8 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     if not evidence.changed:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
     facts["params"] = sum(chosen.rank * sum(record.shape) for record in evidence.changed)
-    words = ("--params", str(facts["params"]), "--sweep", source.name, "-o", "adapter_config.json")
-    return facts | {"then": ("allocate", evidence.update.name if evidence.update else "", *words)}
+    size_options = ("--params", str(facts["params"]), "--sweep", source.name, "-o", "adapter_config.json")
+    return facts | {"then": ("allocate", evidence.update.name if evidence.update else "", *size_options)}
 
 
 def _sweep_again(evidence: Evidence, options: Mapping[str, Any]) -> Iterator[str]:
@@ -254,7 +263,9 @@ def _sweep_again(evidence: Evidence, options: Mapping[str, Any]) -> Iterator[str
     source, declared = evidence.sweep[0], list_options(SweepOptions)
     run = source.results.run
     # Options that the run record has in another form.
-    limits = [side.tensors for side in run.inputs if side.role in {"eval", "shifted"} and side.notes]
+    limits = [
+        run_input.tensors for run_input in run.inputs if run_input.role in {"eval", "shifted"} and run_input.notes
+    ]
     kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
     full = bool(run.settings.get("full_rates"))
     options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
@@ -270,30 +281,30 @@ def _sweep_again(evidence: Evidence, options: Mapping[str, Any]) -> Iterator[str
 
 def _find_gap(evidence: Evidence) -> Facts | None:
     """Find the gap of the best adapter if all are worse than the full fine-tune."""
-    outcomes = evidence.contests
-    if not outcomes or any(contest.outcome != "worse" for contest in outcomes) or evidence.higher_rank_is_worse:
+    contests = evidence.contests
+    if not contests or any(contest.outcome != "worse" for contest in contests) or evidence.higher_rank_is_worse:
         return None
-    best = min(outcomes, key=lambda contest: contest.worst.gap or 0.0)
+    best = min(contests, key=lambda contest: contest.worst.gap or 0.0)
     ranks = tuple(rank for rank in COMMON_RANKS if rank > evidence.insufficient_rank)[:3]
-    return {"adapter": best.name, "ranks": ranks, "count": len(outcomes), **_facts_of(best)}
+    return {"adapter": best.name, "ranks": ranks, "count": len(contests), **_facts_of(best)}
 
 
 def _find_small_rank(evidence: Evidence) -> Facts | None:
     """Find matrices in which the largest rank of any adapter holds less than half of the energy."""
-    items = evidence.capacities
-    short = sorted((item for item in items if item.kept < MIN_ENERGY), key=lambda item: item.kept)
-    if not short or evidence.higher_rank_is_worse:
+    capacities = evidence.capacities
+    too_small = sorted((item for item in capacities if item.kept < MIN_ENERGY), key=lambda item: item.kept)
+    if not too_small or evidence.higher_rank_is_worse:
         return None
     facts: Facts = {
-        "rank": span(item.rank for item in short),
-        "short": len(short),
-        "count": len(items),
-        "worst": percent(short[0].kept),
-        "layers": tuple(item.layer for item in short),
-        "named": list_names([item.layer for item in short]),
+        "rank": span(item.rank for item in too_small),
+        "short": len(too_small),
+        "count": len(capacities),
+        "worst": percent(too_small[0].kept),
+        "layers": tuple(item.layer for item in too_small),
+        "named": list_names([item.layer for item in too_small]),
     }
-    own_rank = {path: [r for r in records if r.rank] for path, records in evidence.compared.items()}
-    by_rank = [r.limited_by == "rank" for records in own_rank.values() for r in records]
+    adapted = {path: [r for r in records if r.rank] for path, records in evidence.compared.items()}
+    by_rank = [r.limited_by == "rank" for records in adapted.values() for r in records]
     facts["limits"] = (
         f"But rank is the larger part of ε in {sum(by_rank)} of {len(by_rank)} adapted matrices: the adapter found "
         "another solution, which may be as good."
@@ -303,24 +314,27 @@ def _find_small_rank(evidence: Evidence) -> Facts | None:
     if evidence.update is None:
         measure = ("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), "-o", "spectrum.jsonl")
         return facts | {"action": "Measure which rank the update needs", "then": measure}
-    least, results = min(item.rank for item in items), evidence.update.results
+    min_rank, results = min(item.rank for item in capacities), evidence.update.results
     try:
         allocation = allocate(
             results.layers,
             Budget("energy", MIN_ENERGY, f"--energy {MIN_ENERGY}"),
-            Constraints(min_rank=least),
+            Constraints(min_rank=min_rank),
             left_out=results.left_out,
         )
     except UsageError:
         return None
-    now = sum(
-        item.rank * sum(record.shape) for item in items for record in evidence.changed if record.layer == item.layer
+    current_params = sum(
+        item.rank * sum(record.shape)
+        for item in capacities
+        for record in evidence.changed
+        if record.layer == item.layer
     )
-    facts |= {"params": allocation.certificate.params, "min_rank": least}
-    times = f", {facts['params'] / now:.2g} times as many as now" if now else ""
+    facts |= {"params": allocation.certificate.params, "min_rank": min_rank}
+    times = f", {facts['params'] / current_params:.2g} times as many as now" if current_params else ""
     facts["action"] = f"Raise the rank where it is too small: {facts['params']:,} trainable parameters{times}"
-    words = ("--energy", f"{MIN_ENERGY:g}", "--min-rank", str(least), "-o", "adapter_config.json")
-    return facts | {"then": ("allocate", evidence.update.name, *words)}
+    size_options = ("--energy", f"{MIN_ENERGY:g}", "--min-rank", str(min_rank), "-o", "adapter_config.json")
+    return facts | {"then": ("allocate", evidence.update.name, *size_options)}
 
 
 def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
@@ -332,18 +346,18 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
             continue
         joint = [record for record in records if record.layer is None and record.module_type is None]
         sets = main_sets(joint)
-        bases = {record.set: record for record in joint if record.subject == "base"}
-        if any(find_gain(bases.get(name)) is None for name in sets):
+        base_by_set = {record.set: record for record in joint if record.subject == "base"}
+        if any(find_gain(base_by_set.get(name)) is None for name in sets):
             continue
-        cut = [record for record in joint if record.subject == "truncated" and record.set in sets]
-        for rank in sorted({record.rank for record in cut if record.rank}):
-            kept = [record.kept or 0.0 for record in cut if record.rank == rank]
+        truncated = [record for record in joint if record.subject == "truncated" and record.set in sets]
+        for rank in sorted({record.rank for record in truncated if record.rank}):
+            kept = [record.kept or 0.0 for record in truncated if record.rank == rank]
             if len(kept) < len(sets) or min(kept) < SUFFICIENT_SHARE:
                 truncated_rank = max(truncated_rank, rank)
                 continue
-            rest = max((record.kept or 0.0 for record in cut if record.rank == 0), default=None)
-            saved = settings.get("rest") == "tuned" and rest != 0
-            alone = "" if rest is None else f", which keep {rest:.0%} alone"
+            kept_by_rest = max((record.kept or 0.0 for record in truncated if record.rank == 0), default=None)
+            saved = settings.get("rest") == "tuned" and kept_by_rest != 0
+            alone = "" if kept_by_rest is None else f", which keep {kept_by_rest:.0%} alone"
             return {
                 "rank": rank,
                 "why": f"r={rank} keeps {min(kept):.0%} of the gain on held-out text"
@@ -355,8 +369,8 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
     for rank in COMMON_RANKS[:4]:
         energies = [energy_at(record, rank) or 0.0 for record in evidence.resolved]
         sizeable = [record for record in evidence.resolved if min(record.shape) >= SIZEABLE_RATIO * rank]
-        known = rank > truncated_rank and 0 < len(energies) == len(evidence.changed) <= 2 * len(sizeable)
-        if known and min(energies) >= SUFFICIENT_ENERGY:
+        is_conclusive = rank > truncated_rank and 0 < len(energies) == len(evidence.changed) <= 2 * len(sizeable)
+        if is_conclusive and min(energies) >= SUFFICIENT_ENERGY:
             why = f"r={rank} keeps {percent(min(energies))} of the energy in the worst of {len(energies)} matrices."
             return {"rank": rank, "why": f"{why} {ENERGY}", "unfactored": ()}
     return None
@@ -364,22 +378,22 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
 
 def _find_scale(evidence: Evidence) -> Facts | None:
     """Find adapters with the right direction and the wrong scale in most layers."""
-    factors: dict[str, float] = {}
+    factor_by_path: dict[str, float] = {}
     layers: list[str] = []
     hint = ""
     for path, records in evidence.compared.items():
         scaled = [record for record in records if record.best_scale is not None]
         off = [r for r in scaled if (r.cosine or 0.0) >= MIN_COSINE and abs(math.log(_scale(r))) > math.log(MAX_SCALE)]
         if off and 2 * len(off) >= len(scaled):
-            factors[path] = median(map(_scale, off))
+            factor_by_path[path] = median(map(_scale, off))
             layers += [record.layer for record in off]
             root = math.sqrt(median(record.rank or 1 for record in off))
-            if abs(abs(math.log(factors[path])) - math.log(root)) < 0.05 < math.log(root):
+            if abs(abs(math.log(factor_by_path[path])) - math.log(root)) < 0.05 < math.log(root):
                 hint = "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was meant."
-    if not factors:
+    if not factor_by_path:
         return None
-    words = _join([f"of {path} by {factor:.3g}" for path, factor in factors.items()])
-    return {"factors": factors, "words": words, "adapters": tuple(factors), "hint": hint,
+    phrase = _join([f"of {path} by {factor:.3g}" for path, factor in factor_by_path.items()])
+    return {"factors": factor_by_path, "words": phrase, "adapters": tuple(factor_by_path), "hint": hint,
             "layers": tuple(dict.fromkeys(layers)), "count": len(layers)}  # fmt: skip
 
 
@@ -388,37 +402,39 @@ def _scale(record: Residual) -> float:
 
 
 def _find_unreached(evidence: Evidence) -> Facts | None:
-    """Find module types that no adapter changes, with their fractions of ‖ΔW‖²; embeddings, norms, biases included."""
+    """Find module types, embeddings, norms and biases included, that no adapter changes; with their share of ‖ΔW‖²."""
     adapted = [path for path, records in evidence.compared.items() if records]
     records = [record for path in adapted for record in evidence.adapters[path]]
     # A weight that is trained in full (modules_to_save) has an update without a rank.
     reached = {record.layer for record in records if record.rank or record.adapter_fro > 0}
-    energies = {record.layer: record.fro**2 for record in records}
-    total = math.fsum(energies.values())
-    shares: dict[str, float] = {}
-    for layer in energies.keys() - reached:
+    energy_by_layer = {record.layer: record.fro**2 for record in records}
+    total = math.fsum(energy_by_layer.values())
+    share_by_type: dict[str, float] = {}
+    for layer in energy_by_layer.keys() - reached:
         name = module_type_of(layer)
-        shares[name] = shares.get(name, 0.0) + energies[layer] / total
-    if not reached or math.fsum(shares.values()) < PLACEMENT_SHARE:
+        share_by_type[name] = share_by_type.get(name, 0.0) + energy_by_layer[layer] / total
+    if not reached or math.fsum(share_by_type.values()) < PLACEMENT_SHARE:
         return None
-    first = sorted(shares, key=lambda name: -shares[name])
+    types = sorted(share_by_type, key=lambda name: -share_by_type[name])
     ranks = [record.rank for record in records if record.rank]
-    inside = {r.layer for path in adapted for r in evidence.compared[path]}
-    whole = any(layer not in inside for layer in energies.keys() - reached)
+    compared_layers = {r.layer for path in adapted for r in evidence.compared[path]}
+    has_uncompared = any(layer not in compared_layers for layer in energy_by_layer.keys() - reached)
     return {
-        "share": math.fsum(shares.values()),
-        "types": list_names(first),
+        "share": math.fsum(share_by_type.values()),
+        "types": list_names(types),
         "adapters": tuple(adapted),
         "rank": max(ranks, default=DEFAULT_RANK),
-        "unfactored": ("--unfactored", "save") if whole else (),
-        "layers": tuple(sorted(energies.keys() - reached)),
+        "unfactored": ("--unfactored", "save") if has_uncompared else (),
+        "layers": tuple(sorted(energy_by_layer.keys() - reached)),
     }
 
 
 def _find_unresolved(evidence: Evidence) -> Facts | None:
-    first = next(iter(evidence.adapters.values()), ())
+    first_adapter = next(iter(evidence.adapters.values()), ())
     verdicts = [
-        r.resolution.verdict for r in evidence.changed or first if r.resolution and part_of(r.layer) == "matrices"
+        r.resolution.verdict
+        for r in evidence.changed or first_adapter
+        if r.resolution and part_of(r.layer) == "matrices"
     ]
     resolved = verdicts.count("resolved")
     return {"count": len(verdicts), "unresolved": len(verdicts) - resolved} if 2 * resolved < len(verdicts) else None
@@ -436,7 +452,7 @@ def _find_unknown_loss(evidence: Evidence) -> Facts | None:
     return {"why": "Distances in weights do not show which model is better.", "adapters": adapters, "next": ""}
 
 
-_STANDARD = ("fine-tune worse than BASE", "keep the adapter")
+_LOSS_RULES = ("fine-tune worse than BASE", "keep the adapter")
 RULES = (
     Rule(
         "fine-tune worse than BASE",
@@ -481,7 +497,7 @@ RULES = (
         "Do not ship {adapter} yet: train at r={ranks} and compare the held-out loss",
         "It is the best of {count}, {gap} nats from the full fine-tune on {set}, and keeps {kept} of its gain.",
         "probe sweep {base} --data {data} --eval {eval} --ranks {ranks} -o sweep.jsonl",
-        (*_STANDARD, "sweep"),
+        (*_LOSS_RULES, "sweep"),
     ),
     Rule(
         "unresolved files",
@@ -491,7 +507,7 @@ RULES = (
         "{unresolved} of {count} matrices are at or near the rounding noise floor, so their ranks and distances mean "
         "nothing.",
         "recover {base} {tuned} -o recovery.jsonl",
-        _STANDARD,
+        _LOSS_RULES,
     ),
     Rule(
         "scale",
@@ -501,7 +517,7 @@ RULES = (
         "Multiply lora_alpha {words} and measure again, before changing any rank",
         "In {count} matrices the direction is right and the scale is not. {hint}",
         "residual {base} {tuned} {adapters}",
-        _STANDARD,
+        _LOSS_RULES,
     ),
     Rule(
         "sufficient rank",
@@ -511,7 +527,7 @@ RULES = (
         "Extract the update at r={rank}, without training",
         "{why}",
         "extract {base} {tuned} --rank {rank} {unfactored} -o adapter/",
-        _STANDARD,
+        _LOSS_RULES,
     ),
     Rule(
         "raise the rank",
@@ -521,7 +537,7 @@ RULES = (
         "Rank {rank} can hold less than half of the energy in {short} of {count} matrices, at worst {worst}: {named}. "
         f"{{limits}} {ENERGY}",
         "{then}",
-        (*_STANDARD, "sweep", "sufficient rank"),
+        (*_LOSS_RULES, "sweep", "sufficient rank"),
     ),
     Rule(
         "widen placement",
@@ -530,7 +546,7 @@ RULES = (
         "Also adapt {types}: compare the loss with that of an adapter of the whole update",
         "{adapters} cannot reach {share:.0%} of ‖ΔW‖².",
         "extract {base} {tuned} --rank {rank} {unfactored} -o adapter/",
-        _STANDARD,
+        _LOSS_RULES,
     ),
     Rule(
         "measure the loss",

@@ -62,12 +62,12 @@ def report(
         output = PAGE
     silence_matplotlib()
     arguments["output"] = output
-    made = make(*results, **arguments)
-    if output is None and isinstance(made, str):
-        result(made.rstrip("\n"))
+    rendered = make(*results, **arguments)
+    if output is None and isinstance(rendered, str):
+        result(rendered.rstrip("\n"))
     elif output is not None and not quiet:
-        how = ", opens in any browser without a network connection" if format_of(output, format) == "html" else ""
-        message(f"{shlex.quote(str(output))}: {_file_size(output)}{how}")
+        usage = ", opens in any browser without a network connection" if format_of(output, format) == "html" else ""
+        message(f"{shlex.quote(str(output))}: {_file_size(output)}{usage}")
 
 
 def _file_size(path: Path) -> str:

@@ -51,7 +51,7 @@ class Source:
 
     def paths(self, role: str) -> list[str]:
         """Return the paths of all inputs of a role."""
-        return [side.path for side in self.results.run.inputs if side.role == role]
+        return [run_input.path for run_input in self.results.run.inputs if run_input.role == role]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +134,12 @@ class Evidence:
     @cached_property
     def changed(self) -> tuple[Spectrum, ...]:
         """Spectra of ``update``: the changed matrices outside embeddings and head."""
-        return _matrices(record for record in (self.update.results if self.update else ()) if record.fro > 0)
+        return _select_matrices(record for record in (self.update.results if self.update else ()) if record.fro > 0)
 
     @cached_property
     def resolved(self) -> tuple[Spectrum, ...]:
         """The resolved ones of ``changed``; empty if fewer than half are resolved."""
-        return _resolved(self.changed)
+        return _select_resolved(self.changed)
 
     @cached_property
     def adapters(self) -> dict[str, tuple[Residual, ...]]:
@@ -154,7 +154,7 @@ class Evidence:
     @cached_property
     def compared(self) -> dict[str, tuple[Residual, ...]]:
         """Resolved matrices of every adapter outside embeddings and head; empty if fewer than half are resolved."""
-        return {path: _resolved(_matrices(records)) for path, records in self.adapters.items()}
+        return {path: _select_resolved(_select_matrices(records)) for path, records in self.adapters.items()}
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -221,11 +221,11 @@ class Evidence:
         )
 
 
-def _matrices(records: Iterator[Matrix] | Sequence[Matrix]) -> tuple[Matrix, ...]:
+def _select_matrices(records: Iterator[Matrix] | Sequence[Matrix]) -> tuple[Matrix, ...]:
     return tuple(record for record in records if len(record.shape) == 2 and part_of(record.layer) == "matrices")
 
 
-def _resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
+def _select_resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
     """Return the resolved records; empty if fewer than half are resolved."""
     resolved = tuple(record for record in records if record.resolution and record.resolution.verdict == "resolved")
     return resolved if 2 * len(resolved) >= len(records) else ()
@@ -233,7 +233,7 @@ def _resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
 
 def _identify_tuned(source: Source) -> set[str]:
     """Return path and fingerprint of the fine-tune of a run; empty without one or with several."""
-    tuned = [item for item in source.results.run.inputs if item.role == "tuned"]
+    tuned = [run_input for run_input in source.results.run.inputs if run_input.role == "tuned"]
     return {tuned[0].path, tuned[0].fingerprint} - {""} if len(tuned) == 1 else set()
 
 

@@ -24,7 +24,7 @@ from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import labels
 
 # Suffix of columns in metrics other than that of the weights.
-_METRIC = {"data": "data", "kfac": "K-FAC"}
+_METRIC_SUFFIXES = {"data": "data", "kfac": "K-FAC"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _list_spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable
         shown = Spectrum.shown_of(source.results.run.settings, source.results.layers)
         if evidence.update is not None and source is not evidence.update:
             shown = tuple(replace(field, main=False) for field in shown)
-        group = filter(None, (_name_group(sources, source), _METRIC.get(metric_of(source.results))))
+        group = filter(None, (_name_group(sources, source), _METRIC_SUFFIXES.get(metric_of(source.results))))
         yield from _make_columns(f"s{position}", ", ".join(group), shown, records, layers)
 
 
@@ -133,12 +133,12 @@ def _list_gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fie
     worst: dict[str, Status] = {}
     for verdict in evidence.verdicts:
         if verdict.layer is not None:
-            known = worst.get(verdict.layer, verdict.status)
-            worst[verdict.layer] = min(known, verdict.status, key=WORST_FIRST.index)
+            earlier = worst.get(verdict.layer, verdict.status)
+            worst[verdict.layer] = min(earlier, verdict.status, key=WORST_FIRST.index)
 
     def together(positions: Sequence[int]) -> Status | None:
-        known = [status for position in positions if (status := worst.get(layers[position])) is not None]
-        return min(known, key=WORST_FIRST.index, default=None)
+        statuses = [status for position in positions if (status := worst.get(layers[position])) is not None]
+        return min(statuses, key=WORST_FIRST.index, default=None)
 
     about = "worst verdict of the gate on this layer"
     yield Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True, pooled=True)
@@ -160,5 +160,5 @@ def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[st
 
 
 def _name_group(sources: Sequence[Source], source: Source) -> str:
-    """Return the name of the run if there are several."""
+    """Return the name of the run if there are several; else empty."""
     return labels([item.name for item in sources])[list(sources).index(source)] if len(sources) > 1 else ""

@@ -1,6 +1,6 @@
-r"""Static figures of a page, as in ``loradiag plot``, shown without scripts.
+r"""Records → one HTML page that opens from disk, without a network, and is complete without JavaScript.
 
-Records → one HTML page that opens from disk, without a network, and is complete without JavaScript.
+Its static figures, as in ``loradiag plot``, are shown without scripts.
 
 Jinja2 escapes all text; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are escaped as
 ``\u003c`` and so on, so that no layer name can close the script element. plotly.js draws the interactive charts; it is
@@ -43,7 +43,7 @@ from lora_diag.reports.subject import (
 
 
 def images_of(evidence: Evidence) -> list[Image]:
-    """Return every figure that the records allow."""
+    """Return every figure that the records allow, as SVG."""
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
     runs = [source.results for source in evidence.sources]
@@ -54,8 +54,8 @@ def images_of(evidence: Evidence) -> list[Image]:
     kinds.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
     for name, kind, shows, field in kinds:
         if plots.why_not(kind, runs, field=field) is None:
-            drawn = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
-            address = f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
+            svg = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
+            address = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
             images.append(Image(name, shows, f"Figure of {name}: {shows}.", address))
     return images
 
@@ -128,7 +128,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
     outcome, verdicts = gate_outcome(evidence)
     subject, sections = subject_of(evidence), sections_of(evidence)
-    used = {name for section in sections for name in section.figures}
+    section_figures = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
         subject=subject,
         sources=evidence.sources,
@@ -142,8 +142,8 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         plain=[column for column in columns if column.main],
         plain_rows=min(PLAIN_ROWS, len(layers)),
         sections=sections,
-        images=[picture for picture in images if picture.name not in used],
-        section_images=[picture for picture in images if picture.name in used],
+        images=[picture for picture in images if picture.name not in section_figures],
+        section_images=[picture for picture in images if picture.name in section_figures],
         max_inputs=INPUTS,
         made=made,
         thinning=[*other_metric_sentences(evidence), *_describe_thinning(evidence, layers)],
@@ -191,13 +191,13 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
     from lora_diag.rendering.figures.fields import Types
 
     types = Types(layers)
-    row = {name: position for position, name in enumerate(types.names)}
-    position = {layer: i for i, layer in enumerate(layers)}
-    value: Callable[[Any], Any] = _round_value if len(layers) >= LARGE_PAGE else lambda entry: entry
+    type_index = {name: i for i, name in enumerate(types.names)}
+    layer_index = {layer: i for i, layer in enumerate(layers)}
+    convert: Callable[[Any], Any] = _round_value if len(layers) >= LARGE_PAGE else lambda entry: entry
     return {
         "layers": [safe(layer) for layer in layers],
         "types": [safe(name) for name in types.names],
-        "type": [row[types.of(layer)] for layer in layers],
+        "type": [type_index[types.of(layer)] for layer in layers],
         "depth": [depth_of(layer) for layer in layers],
         "fields": [
             {
@@ -208,26 +208,28 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
                 "share": column.share,
                 "main": column.main,
                 "number": column.is_number,
-                "values": [value(entry) for entry in column.values],
+                "values": [convert(entry) for entry in column.values],
             }
             for column in columns
         ],
         "metrics": _list_metrics(evidence),
-        "spectra": _make_spectra(evidence, position, value),
-        "overlaps": _make_overlaps(evidence, position, value),
+        "spectra": _make_spectra(evidence, layer_index, convert),
+        "overlaps": _make_overlaps(evidence, layer_index, convert),
     }
 
 
-def _make_spectra(evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def _make_spectra(
+    evidence: Evidence, layer_index: Mapping[str, int], convert: Callable[[Any], Any]
+) -> list[dict[str, Any]]:
     """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
     points = _count_points(evidence)
     charts = []
     sources = list(evidence.of(Spectrum))
     for source, label in zip(sources, labels([source.name for source in sources]), strict=True):
-        ranks: dict[int, list[int]] = {}
+        ranks_by_length: dict[int, list[int]] = {}
         curves = []
         for record in source.results:
-            shown_ranks = ranks.setdefault(len(record.s), thinned_ranks(len(record.s), points))
+            shown_ranks = ranks_by_length.setdefault(len(record.s), thinned_ranks(len(record.s), points))
             energy = (
                 curve_at(record.s, record.fro, record.complete, shown_ranks)
                 if record.fro > 0
@@ -235,14 +237,14 @@ def _make_spectra(evidence: Evidence, position: Mapping[str, int], value: Callab
             )
             curves.append(
                 {
-                    "layer": position[record.layer],
+                    "layer": layer_index[record.layer],
                     "kept": len(record.s),
-                    "s": [value(record.s[rank - 1]) for rank in shown_ranks],
+                    "s": [convert(record.s[rank - 1]) for rank in shown_ranks],
                     "c": [_round_value(share) for share in energy],
-                    "edge": value(record.resolution.edge),
+                    "edge": convert(record.resolution.edge),
                 }
             )
-        charts.append({"label": label, "metric": metric_of(source.results), "ranks": ranks, "curves": curves})
+        charts.append({"label": label, "metric": metric_of(source.results), "ranks": ranks_by_length, "curves": curves})
     return charts
 
 
@@ -253,17 +255,17 @@ def _list_metrics(evidence: Evidence) -> list[dict[str, str]]:
 
 
 def _make_overlaps(
-    evidence: Evidence, position: Mapping[str, int], value: Callable[[Any], Any]
+    evidence: Evidence, layer_index: Mapping[str, int], convert: Callable[[Any], Any]
 ) -> list[dict[str, Any]]:
     """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
     charts = []
     for source in evidence.of(Overlap):
         curves = [
             {
-                "layer": position[track.layer],
+                "layer": layer_index[track.layer],
                 "rank": track.rank,
                 "rows": [
-                    [value(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
+                    [convert(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
                     for r in _select_evenly(track.records, MAX_STEPS)
                 ],
             }
@@ -274,7 +276,7 @@ def _make_overlaps(
 
 
 def _count_points(evidence: Evidence) -> int:
-    """Return the number of points of a spectrum."""
+    """Return the maximum number of points of a spectrum."""
     spectra = sum(len(source.results) for source in evidence.of(Spectrum))
     return max(MIN_LAYER_POINTS, min(MAX_LAYER_POINTS, MAX_POINTS // max(1, spectra)))
 

@@ -68,7 +68,7 @@ def _list_items(lines: Sequence[str]) -> str:
 
 
 def _make_table(evidence: Evidence) -> list[str]:
-    """Return the main columns by module type: pooled ε and cosine, else medians."""
+    """Return the main columns by module type, pooled as declared, with notes; empty without columns."""
     layers = sorted(layers_of(evidence), key=place_of)
     groups: dict[str, list[int]] = {}
     for position, layer in enumerate(layers):

@@ -62,11 +62,11 @@ def report(
         _refuse_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
         check_output(Path(output), kind, overwrite)
     evidence = Evidence(tuple(map(_make_source, results)))
-    made = render(evidence, values) if output_format in _TABLES else render(evidence)
+    rendered = render(evidence, values) if output_format in _TABLES else render(evidence)
     if output is not None:
-        content = made if isinstance(made, bytes) else made.encode("utf-8", "backslashreplace")
+        content = rendered if isinstance(rendered, bytes) else rendered.encode("utf-8", "backslashreplace")
         write_whole(Path(output), content, kind, overwrite)
-    return made
+    return rendered
 
 
 def _render_html(evidence: Evidence) -> str:

@@ -1,15 +1,9 @@
-"""Report sections for losses, merges, several updates, intruder dimensions and fleets, from the commands' summaries.
+"""The parts that HTML and Markdown reports share: title, answers, next steps, sections of runs, allocations, gates.
 
-Used by both the HTML and the Markdown report. Names are ``safe``, as in the terminal.
+Answers are statements of commands, found by the keys that features declare: ``Feature.questions`` pairs keys and
+questions. A question of several keys has the first statement as its answer and the others as further lines.
 
-The answers at the top of a page: statements of commands, found by the keys that features declare.
-
-``Feature.questions`` pairs keys and questions. A question of several keys has the first statement as its answer and the
-others as further lines. Names are ``safe``.
-
-The first part of a report: inputs, answers, next steps.
-
-Shared by HTML and Markdown. Names and paths are ``safe``; escaping for a page is left to the page.
+Names and paths are ``safe``, as in the terminal; escaping for a page is left to the page.
 """
 
 from __future__ import annotations
@@ -32,14 +26,14 @@ from lora_diag.rendering.text import number, percent, safe
 from lora_diag.reports.advice import Step, advice
 from lora_diag.reports.evidence import Evidence, Source
 
-# Statements that the list of runs already contains.
-_OTHER_SECTIONS = {"compared", "left_out", "adapters"}
+# Keys of statements that the list of runs already contains.
+_KEYS_IN_RUN_LIST = {"compared", "left_out", "adapters"}
 
 # Maximum number of updates named in a title.
 _NAMED = 4
 
 # Roles of inputs that are not compared.
-_TEXTS = {"data", "eval", "shifted"}
+_TEXT_ROLES = {"data", "eval", "shifted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +74,11 @@ def sections_of(evidence: Evidence) -> list[Section]:
     """Return a section for each run whose feature has one, losses first; runs of one command in the given order."""
     sections = []
     drawn: set[str] = set()
-    known = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
+    kinds_of_sources = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
     order = [feature.name for feature in features()]
-    for kind, source in sorted(known, key=lambda item: (item[0].order, order.index(item[1].results.run.command))):
+    for kind, source in sorted(
+        kinds_of_sources, key=lambda item: (item[0].order, order.index(item[1].results.run.command))
+    ):
         feature = feature_of(source.results.run.command)
         assert feature is not None
         statements: list[Statement] = feature.load(feature.statements)(source.results)
@@ -90,10 +86,10 @@ def sections_of(evidence: Evidence) -> list[Section]:
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
         sections.append(
             Section(
-                f"{kind.title}: {named_of(source)}",
+                f"{kind.title}: {name_updates(source)}",
                 kind.title,
                 feature,
-                tuple(statement for statement in statements if statement.key not in _OTHER_SECTIONS),
+                tuple(statement for statement in statements if statement.key not in _KEYS_IN_RUN_LIST),
                 tuple(grid for grid in grids if grid.names),
                 () if feature.name in drawn else figures,
                 source,
@@ -109,11 +105,13 @@ def is_of_losses(source: Source) -> bool:
     return kind is not None and kind.losses
 
 
-def named_of(source: Source) -> str:
+def name_updates(source: Source) -> str:
     """Return the subject of a run: its updates, or their number."""
     run = source.results.run
-    compared = [side for side in run.inputs if side.role not in _TEXTS]
-    updates = [side.path for side in compared if side.role != "base"] or [side.path for side in compared]
+    compared = [run_input for run_input in run.inputs if run_input.role not in _TEXT_ROLES]
+    updates = [run_input.path for run_input in compared if run_input.role != "base"] or [
+        run_input.path for run_input in compared
+    ]
     if run.command == "spectrum --adapters" or len(updates) > _NAMED:
         return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
     between = " in " if run.command == "verify-merge" else " + "
@@ -153,8 +151,8 @@ def answers(evidence: Evidence) -> list[Answer]:
     for feature in order:
         sources = [source for source in evidence.sources if source.results.run.command == feature.name][:MAX_RUNS]
         for source in sources:
-            found = _answer_questions(feature, source, len(sources) > 1)
-            result += [a for a in found if answered_by.setdefault(a.question, feature.name) == feature.name]
+            run_answers = _answer_questions(feature, source, len(sources) > 1)
+            result += [a for a in run_answers if answered_by.setdefault(a.question, feature.name) == feature.name]
     return result
 
 
@@ -162,14 +160,14 @@ def _answer_questions(feature: Feature, source: Source, with_source: bool) -> li
     statements: list[Statement] = feature.load(feature.statements)(source.results)
     metric = metric_of(source.results.layers)
     suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
-    name = f"{feature.section.title}: {named_of(source)}" if feature.section else safe(source.name)
+    name = f"{feature.section.title}: {name_updates(source)}" if feature.section else safe(source.name)
     result = []
     for question in dict.fromkeys(question for _, question in feature.questions):
         keys = [key for key, of_key in feature.questions if of_key == question]
-        found = [statement for key in keys for statement in statements if statement.key == key]
-        if found:
-            answer, extra = found[0].answered
-            extra += tuple(line for statement in found[1:] for line in statement.labelled)
+        matching = [statement for key in keys for statement in statements if statement.key == key]
+        if matching:
+            answer, extra = matching[0].answered
+            extra += tuple(line for statement in matching[1:] for line in statement.labelled)
             # With several such runs, each answer names its run.
             extra += (name,) if with_source else ()
             result.append(Answer(f"{question.removesuffix('?')}{suffix}?", answer, extra))
@@ -233,9 +231,9 @@ def _make_title(evidence: Evidence) -> str:
     source = evidence.update or next(evidence.of(Residual), None) or next(iter(evidence.sources), None)
     inputs = source.results.run.inputs if source else ()
     if source is not None and section_kind(source) is not None and not is_of_losses(source):
-        return named_of(source)
-    paths = {side.role: safe(side.path) for side in reversed(inputs)}
-    adapters = sum(side.role == "adapter" for side in inputs)
+        return name_updates(source)
+    paths = {run_input.role: safe(run_input.path) for run_input in reversed(inputs)}
+    adapters = sum(run_input.role == "adapter" for run_input in inputs)
     if source is not None and is_of_losses(source) and "tuned" not in paths and adapters > 1:
         return f"{adapters} adapters of {paths['base']}"
     tuned = paths.get("tuned") or paths.get("adapter")
@@ -269,20 +267,22 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
                 budget = f" of {number(record.budget)}" if record.budget is not None else ""
                 metric = source.results.run.settings.get("metric", "weights")
                 suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
-                others = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
+                comparisons = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
                 text = (
                     f"uses {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
                     f"{percent(record.kept)} of the energy{suffix}; under the same constraints the maximum is at most "
-                    f"{percent(record.bound)}{f'. For comparison: {others}' if others else ''}."
+                    f"{percent(record.bound)}{f'. For comparison: {comparisons}' if comparisons else ''}."
                 )
                 texts.append((labels([source.name])[0], text))
     return texts
 
 
 def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
-    """Return the outcome of the gates as text, and the verdicts that did not pass, worst first; empty without gates."""
+    """Return the outcome of the gates as text, and the failed, inconclusive and warned verdicts, worst first."""
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     counts = Counter(verdict.status for verdict in verdicts)
-    words = ", ".join(f"{times} {status}" for status, times in counts.items())
+    status_counts = ", ".join(f"{times} {status}" for status, times in counts.items())
     omitted = {"passed", "waived", "not judged"}
-    return f"{outcome(verdicts).upper()}: {words}" if verdicts else "", [v for v in verdicts if v.status not in omitted]
+    return f"{outcome(verdicts).upper()}: {status_counts}" if verdicts else "", [
+        v for v in verdicts if v.status not in omitted
+    ]

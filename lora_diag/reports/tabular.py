@@ -59,7 +59,7 @@ def _make_columns(evidence: Evidence, values: bool) -> Columns:
         for source in evidence.sources
         for record in (*source.results.layers, *source.results.whole, *source.results.left_out)
     ]
-    paths = (side.path for source in evidence.sources for side in source.results.run.inputs)
+    paths = (run_input.path for source in evidence.sources for run_input in source.results.run.inputs)
     make = value_columns if values else record_columns
     return make(records, short_names(paths)) or {"results": []}
 

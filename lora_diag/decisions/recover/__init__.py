@@ -1,7 +1,4 @@
-"""``recover``: the update that 16-bit storage rounded away, from the rounding cells of the files.
-
-Options of ``recover``.
-"""
+"""``recover``: the update that 16-bit storage rounded away, from the rounding cells of the files; and its options."""
 
 from typing import Annotated
 

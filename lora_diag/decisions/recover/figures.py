@@ -47,18 +47,21 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
 
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the figure, one panel per module type."""
+    """Draw the figure, one panel per module type."""
     estimated = [
         record for series_item in series for record in series_item.records if record.energy_estimate is not None
     ]
-    groups: dict[str, list[Recovery]] = {}
+    records_by_type: dict[str, list[Recovery]] = {}
     for record in estimated:
-        groups.setdefault(module_type_of(record.layer), []).append(record)
-    shown = dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
+        records_by_type.setdefault(module_type_of(record.layer), []).append(record)
+    shown = dict(sorted(records_by_type.items(), key=lambda item: -len(item[1]))[:MAX_PANELS])
     without_curve = sum(len(series_item.records) for series_item in series) - len(estimated)
-    missing = [
+    omitted = [
         f"{number} {name}"
-        for number, name in ((without_curve, "layers without an estimate"), (len(groups) - len(shown), "module types"))
+        for number, name in (
+            (without_curve, "layers without an estimate"),
+            (len(records_by_type) - len(shown), "module types"),
+        )
         if number
     ]
     text = FigureText(
@@ -66,7 +69,7 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
         about=" · ".join(series_item.label for series_item in series if series_item.label),
         notes=(
             "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model).",
-            *([f"Not drawn: {', '.join(missing)}."] if missing else []),
+            *([f"Not drawn: {', '.join(omitted)}."] if omitted else []),
         ),
         keys=_make_keys(),
     )
@@ -78,15 +81,18 @@ def _draw(ax: Axes, records: Sequence[Recovery]) -> None:
     limit = min(min(record.shape) for record in records)
     ranks = [int(r) for r in records[0].energy if int(r) <= limit]
 
-    def middle(values: list[list[float]]) -> Any:
+    def median_over_layers(values: list[list[float]]) -> Any:
         return np.median(np.array(values), axis=0)
 
-    file = middle([[record.energy[str(r)] or 0.0 for r in ranks] for record in records])
-    estimate = middle([[(record.energy_estimate or {})[str(r)] for r in ranks] for record in records])
-    ends = [middle([[(record.energy_interval or {})[str(r)][k] for r in ranks] for record in records]) for k in (0, 1)]
+    file_curve = median_over_layers([[record.energy[str(r)] or 0.0 for r in ranks] for record in records])
+    estimate = median_over_layers([[(record.energy_estimate or {})[str(r)] for r in ranks] for record in records])
+    ends = [
+        median_over_layers([[(record.energy_interval or {})[str(r)][k] for r in ranks] for record in records])
+        for k in (0, 1)
+    ]
     ax.fill_between(ranks, *ends, color=ESTIMATE, alpha=0.2, linewidth=0)
     ax.plot(ranks, estimate, color=ESTIMATE)
-    ax.plot(ranks, file, color=QUIET, linestyle="--")
+    ax.plot(ranks, file_curve, color=QUIET, linestyle="--")
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks[::2], [str(r) for r in ranks[::2]])
     ax.minorticks_off()

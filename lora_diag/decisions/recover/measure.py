@@ -1,10 +1,7 @@
-"""Allocation of a budget of parameters by the estimated singular values of all layers, as in ``allocate``.
+"""``recover``: estimate the update that 16-bit storage rounded away, and write an adapter or a checkpoint from it.
 
-The folders that ``recover`` writes: of an adapter, or of a checkpoint in float32.
-
-One layer → its update in the files, the estimate of the update before rounding, and the requested output.
-
-``recover``: the update that 16-bit storage rounded away.
+One layer → its update in the files, the estimate of the update before rounding, and the requested output. A budget of
+parameters is allocated by the estimated singular values of all layers, as in ``allocate``.
 """
 
 from __future__ import annotations
@@ -65,7 +62,7 @@ if TYPE_CHECKING:
 
 
 def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
-    """Return the rank of every layer of a run, 0 for those without directions to write.
+    """Return the rank that a budget gives to every layer with estimated singular values; the others are missing.
 
     Args:
         records: The estimates.
@@ -75,12 +72,12 @@ def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
         UsageError: The budget is too small for rank 1, or adapters usually target none of the layers.
     """
     spectra = [spectrum_of(record) for record in records if record.values_estimate]
-    chosen = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
-    return {record.layer: record.rank for record in chosen.layers}
+    allocation = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
+    return {record.layer: record.rank for record in allocation.layers}
 
 
 def spectrum_of(record: Recovery) -> Spectrum:
-    """Return the singular values that a layer can be given as a spectrum, one for each direction."""
+    """Return the estimated singular values of a layer as a spectrum, one for each direction, for ``allocate``."""
     assert record.values_estimate is not None
     values = record.values_estimate
     return Spectrum(
@@ -167,15 +164,18 @@ def write_checkpoint(
     Raises:
         InputError: A file cannot be read or written.
     """
-    parts: dict[str, list[tuple[int, StoredDelta]]] = {}
+    deltas_by_tensor: dict[str, list[tuple[int, StoredDelta]]] = {}
     for delta in recovered:
-        parts.setdefault(delta.tuned.name, []).append((delta.tuned.offset, delta))
+        deltas_by_tensor.setdefault(delta.tuned.name, []).append((delta.tuned.offset, delta))
     infos = {
         name: TensorInfo(name, tuned[name].shape, "float32" if tuned[name].dtype in FLOAT_DTYPES else tuned[name].dtype)
         for name in tuned
     }
     write_safetensors(
-        folder / MODEL, infos, partial(_read_weight, tuned=tuned, parts=parts, files=files), {"format": "pt"}
+        folder / MODEL,
+        infos,
+        partial(_read_weight, tuned=tuned, deltas_by_tensor=deltas_by_tensor, files=files),
+        {"format": "pt"},
     )
     if tuned.config:
         config = {key: value for key, value in tuned.config.items() if key != "quantization_config"}
@@ -184,13 +184,16 @@ def write_checkpoint(
 
 
 def _read_weight(
-    name: str, tuned: Checkpoint, parts: Mapping[str, list[tuple[int, StoredDelta]]], files: Mapping[str, Path]
+    name: str,
+    tuned: Checkpoint,
+    deltas_by_tensor: Mapping[str, list[tuple[int, StoredDelta]]],
+    files: Mapping[str, Path],
 ) -> torch.Tensor:
     """Return one tensor of the checkpoint: TUNED's, with the matrices that were recovered in their places."""
     values = tuned.read(name)
     if tuned[name].dtype in FLOAT_DTYPES:
         values = values.float()
-    for offset, delta in parts.get(name, ()):
+    for offset, delta in deltas_by_tensor.get(name, ()):
         values[offset : offset + math.prod(delta.shape)] = open_checkpoint(files[delta.layer]).read("W")
     return values.view(tuned[name].shape)
 
@@ -209,7 +212,7 @@ class OutputRequest:
         energy: Factors of the smallest rank that carries this share of the estimated energy; all directions that were
             found where they carry less.
         full: The weight itself, W_base + E[X | cells], in float32.
-        every: Factors of all directions that were found, of which ``truncate_stored`` keeps some.
+        all_directions: Factors of all directions that were found, of which ``truncate_stored`` keeps some.
         leave_out_refused: Whether a refused layer has no factors; else it gets the truncated SVD of D.
         transposed: Whether PEFT's B·A is the update's transpose.
         keep_length: Whether E[X | cells] is scaled to the estimated ‖X‖_F.
@@ -218,7 +221,7 @@ class OutputRequest:
     rank: int | None = None
     energy: float | None = None
     full: bool = False
-    every: bool = False
+    all_directions: bool = False
     leave_out_refused: bool = False
     transposed: bool = False
     keep_length: bool = False
@@ -226,7 +229,7 @@ class OutputRequest:
     @property
     def factors(self) -> bool:
         """Whether factors are written."""
-        return self.rank is not None or self.energy is not None or self.every
+        return self.rank is not None or self.energy is not None or self.all_directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,13 +239,13 @@ class RecoveryTask(LayerTask):
     Args:
         delta: Its ΔW, from two stored sides.
         request: The requested output.
-        known: An earlier estimate, with the factors of all directions in its file, of which those of
+        earlier: An earlier estimate, with the factors of all directions in its file, of which those of
             ``request.rank`` are to be kept; None to estimate.
     """
 
     delta: StoredDelta
     request: OutputRequest
-    known: Recovery | None = None
+    earlier: Recovery | None = None
 
 
 def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
@@ -257,20 +260,20 @@ def _exceeds_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
     return settings.memory is not None and needed > settings.memory
 
 
-def truncate_stored(known: Recovery, request: OutputRequest, store: Store, load: Load) -> Recovery:
-    """Keep the first directions of the factors that are stored. Doing it again changes nothing.
+def truncate_stored(earlier: Recovery, request: OutputRequest, store: Store, load: Load) -> Recovery:
+    """Keep the first directions of the factors that are stored, and return the record; a repetition changes nothing.
 
     Raises:
         InputError: The file could not be read or written.
     """
     assert request.rank is not None
-    rank = min(request.rank, known.rank)
-    written: Literal["posterior", "file", "nothing"] = known.written if rank else "nothing"
-    if 0 < rank < known.rank:
+    rank = min(request.rank, earlier.rank)
+    written: Literal["posterior", "file", "nothing"] = earlier.written if rank else "nothing"
+    if 0 < rank < earlier.rank:
         factors = load()
         b, a = factors["B"], factors["A"]
         store({"B": b[:, :rank].contiguous(), "A": a[:rank].contiguous()})
-    return known.model_copy(update={"rank": rank, "params": rank * sum(known.shape), "written": written})
+    return earlier.model_copy(update={"rank": rank, "params": rank * sum(earlier.shape), "written": written})
 
 
 def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Load) -> Recovery | LeftOut:
@@ -282,12 +285,15 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
         store: Puts ``B`` and ``A``, or ``W``, into a file.
         load: Reads them back.
 
+    Returns:
+        The record; for entries that are not finite, that of the left-out layer.
+
     Raises:
         InputError: A file could not be read or written.
         MemoryLimitError: The layer does not fit, even in row blocks.
     """
-    if layer.known is not None:
-        return truncate_stored(layer.known, layer.request, store, load)
+    if layer.earlier is not None:
+        return truncate_stored(layer.earlier, layer.request, store, load)
     if settings.memory is not None:
         refuse_cells(layer.shape, settings.memory)
         if layer.request.full:
@@ -371,7 +377,7 @@ def _write(
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     b, a = (part.float().cpu() for part in split_factors(best, rank, request.transposed, "both"))
     store({"B": b.contiguous(), "A": a.contiguous()})
-    values = best.s[:rank] / factor if request.every else None
+    values = best.s[:rank] / factor if request.all_directions else None
     return ("posterior" if estimate.cells is not None else "file"), rank, values
 
 
@@ -457,7 +463,7 @@ def recover(
         'not_hidden'
     """
     resolved = fill_options(RecoverOptions, options)
-    begun = time.time()
+    start = time.time()
     rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
     limit = None if resolved["time"] is None else read_time(resolved["time"])
     if limit is not None and resolved["params"] is not None:
@@ -470,24 +476,24 @@ def recover(
     check_exists(base)
     if is_adapter(locate(tuned)):
         raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
-    factors = rank is not None or energy is not None or params is not None
-    writes = factors or full
+    writes_factors = rank is not None or energy is not None or params is not None
+    writes = writes_factors or full
     if nearest and not writes:
         raise UsageError(f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}")
     folder: OutputFolder | None = None
     if writes:
         assert output is not None
-        kind = CheckpointFolder if full else AdapterFolder
-        folder = kind(Path(output), (base, tuned), overwrite, resolved["resume"])
+        folder_class = CheckpointFolder if full else AdapterFolder
+        folder = folder_class(Path(output), (base, tuned), overwrite, resolved["resume"])
     destination: dict[str, Any] = {"output": output, "overwrite": overwrite}
     if folder is not None:
         destination = {"output": folder.records}
-    common = {name: resolved[name] for name in list_options(FolderOptions)}
-    run = LayerRun("recover", {**common, **destination})
+    folder_options = {name: resolved[name] for name in list_options(FolderOptions)}
+    run = LayerRun("recover", {**folder_options, **destination})
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)
     compared = run.compare(base, tuned)
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if factors else None
+    planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if writes_factors else None
     tasks = [
         RecoveryTask(
             delta,
@@ -511,7 +517,7 @@ def recover(
     if limit is not None:
         energies = {task.layer: hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
-        deadline = Deadline(begun + limit, resolved["time"], energies)
+        deadline = Deadline(start + limit, resolved["time"], energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
@@ -579,6 +585,9 @@ def _spend_budget(
 ) -> list[RecoveryTask]:
     """Estimate every layer, store the factors of all its directions, and allocate a budget to them.
 
+    Returns:
+        The tasks, each with its rank and its estimate.
+
     Raises:
         UsageError: The budget is too small for rank 1.
     """
@@ -592,13 +601,15 @@ def _spend_budget(
         compared.inputs,
         {"curve": list(DEFAULT_RANKS)},
     )
-    known = {record.layer: record for record in records}
+    record_by_layer = {record.layer: record for record in records}
     try:
         ranks = ranks_within(records, params) if any(record.values_estimate for record in records) else {}
     except UsageError as error:
         raise UsageError(f"{error}; estimates are kept in {folder.work}: --resume with another budget") from error
     return [
-        replace(task, request=replace(task.request, rank=ranks.get(task.layer, 0)), known=known.get(task.layer))
+        replace(
+            task, request=replace(task.request, rank=ranks.get(task.layer, 0)), earlier=record_by_layer.get(task.layer)
+        )
         for task in tasks
     ]
 
@@ -609,7 +620,8 @@ def _check_options(
     """Refuse invalid options.
 
     Raises:
-        UsageError: Several ways to write are given, a number is out of range, or there is nowhere to write to.
+        UsageError: Several ways to write are given, a number is out of range, there is nowhere to write to, or
+            ``--leave-out-refused`` is given without an adapter.
     """
     count = sum(value is not None for value in (rank, energy, params)) + full
     if count > 1:
@@ -644,7 +656,7 @@ class Deadline:
     words: str
     energies: Mapping[str, float]
 
-    def left_out(self, task: RecoveryTask) -> LeftOut:
+    def make_left_out(self, task: RecoveryTask) -> LeftOut:
         """Return the record of a layer that was not reached."""
         share = self.energies[task.layer] / (sum(self.energies.values()) or 1.0)
         detail = f"not started within --time {self.words}; by a sample {share:.1%} of the hidden energy of all layers"
@@ -655,7 +667,7 @@ def _measure_layer(
     task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings, deadline: Deadline | None = None
 ) -> tuple[Recovery | LeftOut]:
     if deadline is not None and time.time() > deadline.end:
-        return (deadline.left_out(task),)
+        return (deadline.make_left_out(task),)
     file = files.get(task.layer, Path())
     return (measure(task, settings, partial(store, file), partial(load, file)),)
 

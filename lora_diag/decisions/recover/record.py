@@ -23,13 +23,13 @@ STATUS = {
 def _make_ratio(field: str) -> Callable[[Sequence[Any]], Value]:
     """Return a function that pools ‖·‖/‖W‖ over the layers with a value."""
 
-    def pooled(records: Sequence[Any]) -> Value:
-        known = [record for record in records if getattr(record, field) is not None and record.base_fro]
-        if not known:
+    def pool_ratio(records: Sequence[Any]) -> Value:
+        complete = [record for record in records if getattr(record, field) is not None and record.base_fro]
+        if not complete:
             return None
-        return math.hypot(*(getattr(r, field) for r in known)) / math.hypot(*(r.base_fro for r in known))
+        return math.hypot(*(getattr(r, field) for r in complete)) / math.hypot(*(r.base_fro for r in complete))
 
-    return pooled
+    return pool_ratio
 
 
 def _describe_verdicts(records: Sequence[Any]) -> str:
@@ -41,8 +41,8 @@ def _describe_verdicts(records: Sequence[Any]) -> str:
 
 def _pool_file_ranks(records: Sequence[Any]) -> Value:
     """Return the median rank; none where a layer needs more than the values that were kept."""
-    known = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
-    return int(median(known)) if known and len(known) == len(records) else None
+    ranks = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
+    return int(median(ranks)) if ranks and len(ranks) == len(records) else None
 
 
 def _pool_estimated_ranks(records: Sequence[Any]) -> Value:
@@ -55,8 +55,8 @@ def _pool_estimated_ranks(records: Sequence[Any]) -> Value:
 
 
 def _pool_directions(records: Sequence[Any]) -> Value:
-    known = [record.directions for record in records if record.directions is not None]
-    return int(median(known)) if known else None
+    counts = [record.directions for record in records if record.directions is not None]
+    return int(median(counts)) if counts else None
 
 
 class Recovery(Hidden, LayerRecord):
@@ -157,7 +157,7 @@ class Recovery(Hidden, LayerRecord):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return the columns; columns of estimates only if a layer has one."""
+        """Return the columns in which some record, or all of them pooled, have a value."""
         return tuple(
             field
             for field in cls.shown

@@ -47,7 +47,7 @@ def recovery_table(
 
 
 def recovery_lines(results: Results[Recovery]) -> list[Statement]:
-    """Return the summary."""
+    """Return the summary of a run of ``recover`` as statements."""
     lines = [compared(results)]
     records = list(results)
     if records:
@@ -110,25 +110,25 @@ def _describe_hidden(records: Sequence[Recovery]) -> Statement:
 
 
 def _describe_size(records: Sequence[Recovery]) -> list[Statement]:
-    known = [record for record in records if record.fro_estimate is not None and record.status != "not_hidden"]
-    if not known:
+    sized = [record for record in records if record.fro_estimate is not None and record.status != "not_hidden"]
+    if not sized:
         return []
-    estimated = math.hypot(*(record.fro_estimate or 0.0 for record in known))
-    observed = math.hypot(*(record.fro for record in known))
+    estimated = math.hypot(*(record.fro_estimate or 0.0 for record in sized))
+    observed = math.hypot(*(record.fro for record in sized))
     errors = [
         (record.fro_interval[1] - record.fro_interval[0]) / 2 / record.fro_estimate
-        for record in known
+        for record in sized
         if record.fro_interval is not None and record.fro_estimate
     ]
     line = (
-        f"‖X‖ = {number(estimated)} estimated over {_count_matrices(len(known))}, ± {percent(median(errors))} in the "
+        f"‖X‖ = {number(estimated)} estimated over {_count_matrices(len(sized))}, ± {percent(median(errors))} in the "
         f"median layer; the files show ‖D‖ = {number(observed)}, {number(observed / estimated)} times that"
     )
     return [make_statement("size", "Size", line)]
 
 
-def _count_matrices(number_of: int) -> str:
-    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+def _count_matrices(total: int) -> str:
+    return f"{total} {'matrix' if total == 1 else 'matrices'}"
 
 
 def _describe_directions(records: Sequence[Recovery]) -> list[Statement]:
@@ -198,14 +198,14 @@ def _describe_reached(results: Results[Recovery]) -> list[Statement]:
 def _describe_written(results: Results[Recovery], folder: str | None) -> list[Statement]:
     if folder is None:
         return []
-    posterior = [record for record in results if record.written == "posterior"]
-    file = [record for record in results if record.written == "file"]
+    from_estimate = [record for record in results if record.written == "posterior"]
+    from_files = [record for record in results if record.written == "file"]
     missing = _list_missing(results)
-    lines = [f"{safe(folder)}: {_count_matrices(len(posterior))} from the estimate"]
-    if file:
-        kinds = Counter(STATUS[record.status] for record in file)
+    lines = [f"{safe(folder)}: {_count_matrices(len(from_estimate))} from the estimate"]
+    if from_files:
+        kinds = Counter(STATUS[record.status] for record in from_files)
         lines[0] += (
-            f", {len(file)} from the stored difference ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
+            f", {len(from_files)} from the stored difference ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
         )
     if any(record.rank for record in results):
         lines[0] += (
@@ -231,20 +231,20 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         command: The command that wrote it.
         keep_length: Whether estimates were scaled to their norms.
     """
-    adapter = any(record.rank for record in results)
-    description = "LoRA adapter" if adapter else "Checkpoint"
+    is_adapter = any(record.rank for record in results)
+    description = "LoRA adapter" if is_adapter else "Checkpoint"
     recovered = [record for record in results if record.written == "posterior"]
-    file = [record for record in results if record.written == "file"]
+    from_files = [record for record in results if record.written == "file"]
     missing, out_of_time = _list_missing(results), _list_out_of_time(results)
-    known = [record for record in recovered if record.fro_estimate is not None]
-    estimated = math.hypot(*(record.fro_estimate or 0.0 for record in known))
-    observed = math.hypot(*(record.fro for record in known))
+    sized = [record for record in recovered if record.fro_estimate is not None]
+    estimated = math.hypot(*(record.fro_estimate or 0.0 for record in sized))
+    observed = math.hypot(*(record.fro for record in sized))
     lines = [
         "---",
         "base_model: '" + safe(base_name).replace("'", "''") + "'",
-        *(["library_name: peft"] if adapter else []),
+        *(["library_name: peft"] if is_adapter else []),
         "tags:",
-        *(["- lora"] if adapter else []),
+        *(["- lora"] if is_adapter else []),
         "- loradiag",
         "---",
         "",
@@ -257,7 +257,7 @@ def model_card(results: Results[Recovery], base_name: str, command: str, keep_le
         "",
         f"- {_count_matrices(len(recovered))} from the estimate: ‖X‖ = {number(estimated)}, and the files show ‖D‖ = "
         f"{number(observed)}{'; each is scaled to its ‖X‖' if keep_length else ''}",
-        f"- {_count_matrices(len(file))} as the files have them",
+        f"- {_count_matrices(len(from_files))} as the files have them",
         *([f"- not in it: {list_names(missing, 12)}"] if missing else []),
         *([f"- not reached within the time limit: {list_names(out_of_time, 12)}"] if out_of_time else []),
         "",

@@ -12,7 +12,15 @@ from lora_diag.reports.trackers.payload import Payload
 
 
 def send(payload: Payload, project: str | None) -> str:
-    """Write the section into ``README.md`` of a folder, or commit it to a model on the Hub."""
+    """Write the section into ``README.md`` of a folder, or commit it to a model on the Hub.
+
+    Returns:
+        The path of the card, or the address of the commit.
+
+    Raises:
+        UsageError: There is no project, or the card may not be written.
+        InputError: The card cannot be read or written.
+    """
     if project is None:
         raise UsageError("--to hub: give the model id or a folder with --project")
     section = re.sub(r"^(#+) ", r"#\1 ", payload.markdown, flags=re.MULTILINE)  # below the card's own title

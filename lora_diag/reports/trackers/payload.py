@@ -36,7 +36,7 @@ class Payload:
         return {
             key: {
                 "version": item.run.version,
-                **{f"input.{side.role}": side.path for side in item.run.inputs},
+                **{f"input.{run_input.role}": run_input.path for run_input in item.run.inputs},
                 **{f"settings.{name}": value for name, value in item.run.settings.items()},
             }
             for key, item in self._number_runs()
@@ -84,15 +84,15 @@ class Payload:
         return str(report(*self.results, format="html"))
 
     def _number_runs(self) -> list[tuple[str, Results[Any]]]:
-        """Return each run with its command, numbered where a command has several."""
+        """Return each run with its command, with underscores, numbered where a command has several."""
         commands = [item.run.command for item in self.results]
         counts: dict[str, int] = {}
-        named = []
+        numbered_runs = []
         for item in self.results:
             counts[item.run.command] = number = counts.get(item.run.command, 0) + 1
             name = item.run.command.replace(" ", "_")
-            named.append((f"{name}_{number}" if commands.count(item.run.command) > 1 else name, item))
-        return named
+            numbered_runs.append((f"{name}_{number}" if commands.count(item.run.command) > 1 else name, item))
+        return numbered_runs
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:

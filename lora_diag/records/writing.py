@@ -386,7 +386,8 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
             )
             raise UsageError(
                 f"{path}: {current_input.path} was read otherwise when this run began ({earlier_notes}; now: "
-                f"{current_notes}), and old and new records must not be mixed; delete the file and measure again, or write to another file"
+                f"{current_notes}), and old and new records must not be mixed; delete the file "
+                "and measure again, or write to another file"
             )
     earlier_run, current = (run_record.model_dump(exclude={"made"}) for run_record in (earlier.run, run))
     differing = [key for key in current if earlier_run[key] != current[key]]

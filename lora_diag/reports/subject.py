@@ -278,7 +278,10 @@ def certificates(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
-    """Return the outcome of the gates as text, and the failed, inconclusive and warned verdicts, worst first."""
+    """Return the outcome of the gates as text, and the failed, inconclusive and warned verdicts, worst first.
+
+    Both are empty without gates.
+    """
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     counts = Counter(verdict.status for verdict in verdicts)
     status_counts = ", ".join(f"{times} {status}" for status, times in counts.items())

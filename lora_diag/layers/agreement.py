@@ -9,7 +9,7 @@ from lora_diag.records import Agreement
 
 
 def agreement(u: Tensor, v: Tensor) -> Agreement:
-    """Return the principal angles between two spaces, given by orthonormal columns."""
+    """Return the record of the principal angles between two spaces, given by orthonormal columns."""
     cosines = principal_cosines(u, v)
     return Agreement(
         cosines=tuple(round(cosine, 6) for cosine in cosines.tolist()),

@@ -53,7 +53,7 @@ class Change:
         rounding: The pass over two stored sides, with the effect of their rounding; None for an update without them.
         matrix: ΔW ``(out, in)``; None if it is given by factors or was not kept.
         factors: B and A, or None.
-        non_finite: Position of the first entry that is not finite; None if all are.
+        non_finite: Why ΔW or W_base is not finite, with the first such entry if it is known; None if both are.
         streamed: ΔW in row blocks, if it exceeds the memory limit; else None.
         limit: Memory limit of computations with it in bytes; None without limit.
     """
@@ -119,7 +119,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
             measured, and later computations read it again in row blocks.
 
     Returns:
-        ΔW; without matrix and factors if an entry is not finite.
+        ΔW; without matrix, factors and row blocks if an entry is not finite.
 
     Raises:
         InputError: A file could not be read.
@@ -129,17 +129,19 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     if isinstance(delta, StoredDelta):
         dtype = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, dtype.itemsize)
-        stored = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
-        if stored.non_finite is not None and device.type != "cpu":  # read again to locate the entry
-            stored = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
-        if stored.non_finite is None and not (stored.rounding and math.isfinite(stored.rounding.bound)):
-            stored.non_finite = SPACING_OVERFLOW
-        matrix, stored.matrix = stored.matrix, None
+        measured = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
+        if measured.non_finite is not None and device.type != "cpu":  # read again to locate the entry
+            measured = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
+        if measured.non_finite is None and not (measured.rounding and math.isfinite(measured.rounding.bound)):
+            measured.non_finite = SPACING_OVERFLOW
+        matrix, measured.matrix = measured.matrix, None
         streamed = (
-            None if fits or stored.non_finite else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
+            None
+            if fits or measured.non_finite
+            else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
         )
         limit = allowance.limit if allowance else None
-        return Change(stored.fro, stored.base_fro, stored, matrix, None, stored.non_finite, streamed, limit)
+        return Change(measured.fro, measured.base_fro, measured, matrix, None, measured.non_finite, streamed, limit)
     if (
         allowance is not None
         and isinstance(delta, DenseDelta)
@@ -195,8 +197,8 @@ def compute_on_device(compute: Callable[[torch.device], T], device: torch.device
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a GPU is out of memory, as noticed by torch or by CUDA's libraries."""
-    words = ("CUDA error: out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
+    messages = ("CUDA error: out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def why_not_comparable(fro: float) -> str | None:
@@ -209,7 +211,7 @@ def why_not_comparable(fro: float) -> str | None:
 
 
 def append_note(record: T, text: str) -> T:
-    """Append a note of ``compute_on_device`` to the method of a record; records without a method are unchanged."""
+    """Return a record with a note of ``compute_on_device`` appended to its method; without a method as it is."""
     result: Any = record
     if not text or not hasattr(record, "method"):
         return record
@@ -218,7 +220,7 @@ def append_note(record: T, text: str) -> T:
 
 @contextmanager
 def _report_failed_allocations() -> Iterator[None]:
-    """Convert failed allocations to an error message."""
+    """Raise ``MemoryLimitError`` in place of the errors of failed allocations."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -229,7 +231,7 @@ def _report_failed_allocations() -> Iterator[None]:
 
 
 def _find_in_base(side: Side, shape: tuple[int, int]) -> str:
-    """Return the position of the first entry of W_base that is not finite."""
+    """Return why W_base has no finite norm: the first entry that is not finite, or an overflow."""
     for (first, _), block in zip(row_spans(shape), row_blocks(side, shape), strict=True):
         if problem := first_non_finite("BASE holds", block, first):
             return problem

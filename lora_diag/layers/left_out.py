@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
-    """Return the record of a 1-D tensor with the norm of its change: such tensors change, and no adapter has them."""
+    """Return the record of a 1-D tensor, which no adapter has: the norm of its change, or why it is not finite."""
     from lora_diag.layers.change import load_change  # deferred: imports torch
     from lora_diag.linalg import resolve_device
 
@@ -30,7 +30,7 @@ def left_out_vector(delta: Delta, device: str) -> LeftOut:
 
 
 def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
-    """Return the record of a tensor that could not be compared; for rows that only one side has, with their norm."""
+    """Return the record of a tensor that could not be compared; of rows that only one side has, with a finite norm."""
     reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:
         from lora_diag.linalg import first_non_finite, norm, resolve_device

@@ -70,14 +70,14 @@ class Root:
     """L with L·Lᵀ = C.
 
     Args:
-        lower: L, float64.
+        matrix: L, float64.
         on_rows: Whether it belongs to the rows of the stored weight.
         error: Bound on ‖L·Lᵀ − C‖_2, with the rounding of the stored C.
         fro: ‖L‖_F = √tr(C).
         spectral: ‖L‖_2 = √λ_1(C).
     """
 
-    lower: Tensor
+    matrix: Tensor
     on_rows: bool
     error: float
     fro: float
@@ -86,9 +86,9 @@ class Root:
     @property
     def inverse(self) -> Tensor:
         """The transposed pseudo-inverse of L: eigenvalues of C below ``SMALLEST`` of the largest count as zero."""
-        eigenvalues = (self.lower**2).sum(0)
+        eigenvalues = (self.matrix**2).sum(0)
         kept = eigenvalues > SMALLEST * self.spectral**2
-        return torch.where(kept, self.lower / torch.where(kept, eigenvalues, 1.0), 0.0)
+        return torch.where(kept, self.matrix / torch.where(kept, eigenvalues, 1.0), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Metric:
         return distances(fro, norm, gap, inner, self._lower_bound(rank)), norm
 
     def _lower_bound(self, rank: int | None) -> float | None:
-        """Return √(1 − C(r))."""
+        """Return √(1 − C(r)); None without a rank, for D = 0, or if too few values are known."""
         if rank is None or self.factors.fro == 0.0:
             return None
         error = truncation_error(self.factors.s.numpy(), self.factors.fro, rank, self.factors.complete)
@@ -152,7 +152,7 @@ class Metric:
 
 
 def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighted:
-    """Return an update and its base in the data metric.
+    """Return an update in the data metric, with the norm of its base in it.
 
     The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of the r largest moves by
     no more than ‖D(Ĉ − C)Dᵀ‖_* ≤ c‖D‖_F² (Fan 1949), with G by c‖KᵀD‖_F² + g‖D·L‖_F² + c·g‖D‖_F². Rounding of a product
@@ -169,16 +169,16 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
     """
     roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
     plain, base_fro = fro_of(change), None
-    alone = [fro_of(times(change, weighting_root.lower, weighting_root.on_rows)) for weighting_root in roots]
+    fro_by_root = [fro_of(times(change, weighting_root.matrix, weighting_root.on_rows)) for weighting_root in roots]
     weighted = change
     for weighting_root in roots:
-        weighted = times(weighted, weighting_root.lower, weighting_root.on_rows)
+        weighted = times(weighted, weighting_root.matrix, weighting_root.on_rows)
     if delta.base is not None:
         base = Change(
             None, None, matrix=move(torch.cat(list(row_blocks(delta.base, delta.shape))), device).to(torch.float64)
         )
         for weighting_root in roots:
-            base = times(base, weighting_root.lower, weighting_root.on_rows)
+            base = times(base, weighting_root.matrix, weighting_root.on_rows)
         base_fro = base.fro
     weighted = replace(weighted, base_fro=base_fro)
     fro = fro_of(weighted)
@@ -192,7 +192,7 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
     moved = roots[0].error * plain**2
     if len(roots) > 1:
         c, g = (weighting_root.error for weighting_root in roots)
-        moved = c * alone[1] ** 2 + g * alone[0] ** 2 + c * g * plain**2
+        moved = c * fro_by_root[1] ** 2 + g * fro_by_root[0] ** 2 + c * g * plain**2
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
     return Weighted(weighted, min(1.0, error), plain, _measure_gains(change, delta.shape, roots), tuple(roots))
 
@@ -211,7 +211,7 @@ def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) ->
         if root_here is None:
             gains.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
             continue
-        scaled = variance.sqrt()[:, None].to(root_here.lower.device) * root_here.lower
+        scaled = variance.sqrt()[:, None].to(root_here.matrix.device) * root_here.matrix
         gains.append((norm([scaled]), float(torch.linalg.matrix_norm(scaled, 2))))
         base *= root_here.fro / math.sqrt(size)
         bound *= root_here.spectral
@@ -219,14 +219,14 @@ def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) ->
 
 
 def fro_of(change: Change) -> float:
-    """Return ‖·‖_F; for factors without forming their product."""
+    """Return ‖ΔW‖_F; of factors without forming their product."""
     if change.fro is not None:
         return change.fro
     assert change.factors is not None
     return decompose_factored(*change.factors).fro
 
 
-def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
+def times(change: Change, root_matrix: Tensor, on_rows: bool) -> Change:
     """Return ΔW·L, or Lᵀ·ΔW if the layer is stored as ``(in, out)``; in factored form if there are factors.
 
     Raises:
@@ -237,10 +237,10 @@ def times(change: Change, lower: Tensor, on_rows: bool) -> Change:
         raise MemoryLimitError(f"{shape}: the data metric needs the whole ΔW, which exceeds --memory; give more")
     if change.factors is not None:
         b, a = (factor.to(torch.float64) for factor in change.factors)
-        return replace(change, factors=(lower.T @ b, a) if on_rows else (b, a @ lower))
+        return replace(change, factors=(root_matrix.T @ b, a) if on_rows else (b, a @ root_matrix))
     assert change.matrix is not None
     matrix = change.matrix.to(torch.float64)
-    product = lower.T @ matrix if on_rows else matrix @ lower
+    product = root_matrix.T @ matrix if on_rows else matrix @ root_matrix
     return replace(change, matrix=product, fro=norm([product]))
 
 
@@ -255,12 +255,12 @@ def read_root(moments: Moments, device: torch.device) -> Root:
     c = move(side.read(0, moments.size**2).view(moments.size, moments.size), device).to(torch.float64)
     if problem := first_non_finite(f"{place}: holds", c):
         raise InputError(problem)
-    size = norm([c])
-    if norm([c - c.T]) > MOMENT_ERROR * size:
+    fro = norm([c])
+    if norm([c - c.T]) > MOMENT_ERROR * fro:
         raise InputError(f"{place}: not symmetric, so not a second moment E[xxᵀ]; record it again")
-    lower, negative = root((c + c.T) / 2)
+    root_matrix, negative = root((c + c.T) / 2)
     if negative > MOMENT_ERROR:
         raise InputError(f"{place}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it again")
-    error = norm([lower @ lower.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * size
-    spectral = float((lower**2).sum(0).max().sqrt()) if moments.size else 0.0
-    return Root(lower, moments.on_rows, error, norm([lower]), spectral)
+    error = norm([root_matrix @ root_matrix.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * fro
+    spectral = float((root_matrix**2).sum(0).max().sqrt()) if moments.size else 0.0
+    return Root(root_matrix, moments.on_rows, error, norm([root_matrix]), spectral)

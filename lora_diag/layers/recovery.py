@@ -198,12 +198,12 @@ class _Stored:
     Args:
         side: Location of the side.
         format: Key of ``GRIDS`` that most entries fit.
-        own: Key of the dtype, for entries that do not fit.
+        dtype: Key of the stored dtype, for entries that do not fit.
     """
 
     side: Side
     format: str
-    own: str
+    dtype: str
 
     @classmethod
     def of(cls, side: Side, sample: Tensor) -> _Stored | None:
@@ -233,9 +233,9 @@ class _Stored:
             # A negative scale mirrors the cell; scales are positive in every known format.
             return below * scale.abs(), above * scale.abs()
         below, above = cell_halves(values, GRIDS[self.format])
-        if self.own != self.format:
+        if self.dtype != self.format:
             fits = values.to(getattr(torch, self.format)).to(values.dtype) == values
-            finer = cell_halves(values, GRIDS[self.own])
+            finer = cell_halves(values, GRIDS[self.dtype])
             below, above = torch.where(fits, below, finer[0]), torch.where(fits, above, finer[1])
         return below, above
 
@@ -283,7 +283,7 @@ class _Read:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of differences."""
-        dtypes = {getattr(torch, side.own, None) for side in (self.base, self.tuned)}
+        dtypes = {getattr(torch, side.dtype, None) for side in (self.base, self.tuned)}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def cells(self, first: int, w: Tensor, t: Tensor, rounded: bool) -> tuple[Cells, _Stats]:
@@ -322,7 +322,7 @@ class _Stream(Source):
     def __init__(self, read: _Read, rounded: bool) -> None:
         self._read, self._rounded = read, rounded
         self._step = next(iter(row_spans(read.delta.shape)))[1]
-        self._known: dict[int, Cells] = {}
+        self._cached: dict[int, Cells] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -341,17 +341,17 @@ class _Stream(Source):
         return _Stream(self._read, False)
 
     def rows(self, first: int, last: int) -> Cells:
-        wanted = range(first // self._step, (last - 1) // self._step + 1)
-        self._known = {block: self._read_block(block) for block in wanted}
+        blocks = range(first // self._step, (last - 1) // self._step + 1)
+        self._cached = {block: self._read_block(block) for block in blocks}
         parts = []
-        for block, cells in self._known.items():
+        for block, cells in self._cached.items():
             start = block * self._step
             parts.append(cells.rows(max(0, first - start), min(last - start, self._step)))
         return parts[0] if len(parts) == 1 else join_cells(parts)
 
     def _read_block(self, block: int) -> Cells:
-        if block in self._known:
-            return self._known[block]
+        if block in self._cached:
+            return self._cached[block]
         (rows, columns), first = self.shape, block * self._step
         last = min(rows, first + self._step)
         w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(self._read.delta))
@@ -394,7 +394,7 @@ def recover_layer(
     read = _Read(stored[0], stored[1], delta, unit, device)
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
     keep = memory is None or _min_bytes(delta.shape) + 4 * read.entries <= memory
-    every, stats = _read(read, whole_fits)
+    all_cells, stats = _read(read, whole_fits)
     unchanged = stats.unchanged / read.entries
     changed = read.entries - stats.unchanged
     if (stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED) or stats.reach < RESOLVED * stats.square:
@@ -406,7 +406,7 @@ def recover_layer(
             unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
         )
     rms = math.sqrt(stats.square / read.entries)
-    cells, start, start_gain = _choose_start(every, rms)
+    cells, start, start_gain = _choose_start(all_cells, rms)
     size = fit_size(cells, rms)
     model = _fit_model(read, cells, size, start, seed, keep)
     shaped = model.shaped
@@ -430,24 +430,29 @@ def recover_layer(
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     recovered = model.recovered if model.recovered is not None else recover(model.cells, size, seed, keep)
-    whole, error, kurtosis = _measure_norm(model)
-    fault = _find_fault(recovered, scales, whole)
+    fro_estimate, error, kurtosis = _measure_norm(model)
+    fault = _find_fault(recovered, scales, fro_estimate)
     if fault is not None and model.recovered is not None:
         return Estimate(
             Hidden(status="refused", reason=f"one size does not fit without directions, and {fault}", **common)
         )
     common |= {
         "kurtosis": kurtosis,
-        "fro_estimate": whole * read.unit,
-        "fro_interval": (whole * read.unit * math.exp(-Z95 * error), whole * read.unit * math.exp(Z95 * error)),
+        "fro_estimate": fro_estimate * read.unit,
+        "fro_interval": (
+            fro_estimate * read.unit * math.exp(-Z95 * error),
+            fro_estimate * read.unit * math.exp(Z95 * error),
+        ),
     }
     if recovered.low_rank is None or fault is not None:
-        missing = "no direction is significant: none predicts held-out entries better than the size of the update alone"
-        hidden = Hidden(status="size_only", reason=fault or missing, gain_z=recovered.z, directions=0, **common)
+        no_direction = (
+            "no direction is significant: none predicts held-out entries better than the size of the update alone"
+        )
+        hidden = Hidden(status="size_only", reason=fault or no_direction, gain_z=recovered.z, directions=0, **common)
         if shaped is None:
             return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
         return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
-    curve, curves = _compute_energy_curves(recovered, size, scales, whole, error, ranks, read.unit)
+    curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, read.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",
@@ -458,7 +463,7 @@ def recover_layer(
         iterations=recovered.low_rank.iterations,
         converged=recovered.low_rank.converged,
         **common,
-        **curves,
+        **curve_fields,
     )
     return Estimate(hidden, model.cells, recovered.low_rank, recovered.deviation, scales, read.unit, curve)
 
@@ -505,9 +510,9 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
                 return flat
     tried = [plain]
     if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
-        scales, parts, fitted = scaled
-        fit = _compare_binades(read, parts, fitted.deviation, NORMAL, scales, start)
-        tried.append(_Model(parts, fitted, scales, fit))
+        scales, divided, fitted = scaled
+        fit = _compare_binades(read, divided, fitted.deviation, NORMAL, scales, start)
+        tried.append(_Model(divided, fitted, scales, fit))
     for model in tried:
         if not model.fit.is_rejected(start):
             return model
@@ -524,20 +529,21 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
 
 def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
     """Return ‖X‖_F in units, the standard error of its logarithm, and the kurtosis of a density of all entries."""
-    cells, size, found = model.cells, model.size, model.recovered
+    cells, size, recovered = model.cells, model.size, model.recovered
     error, misfit, kurtosis = size.error, MISFIT, None
-    if found is not None and found.low_rank is not None:  # a single variance does not fit, so there is no single size
-        whole = _posterior_norm(cells, found.deviation, NORMAL, model.scales, found.low_rank)
+    # With L a single variance does not fit, so there is no single size.
+    if recovered is not None and recovered.low_rank is not None:
+        fro = _posterior_norm(cells, recovered.deviation, NORMAL, model.scales, recovered.low_rank)
         misfit = MISFIT_OF_DIRECTIONS
     elif model.scales is not None:
-        whole, of_scales = measure_norm(cells, size.deviation, model.scales)
+        fro, of_scales = measure_norm(cells, size.deviation, model.scales)
         misfit = math.hypot(MISFIT_OF_SCALES, of_scales)
     else:
         density = fit_density(cells, size.deviation)
-        whole, error, kurtosis = density.deviation * math.sqrt(cells.count), density.error, density.kurtosis
+        fro, error, kurtosis = density.deviation * math.sqrt(cells.count), density.error, density.kurtosis
     misplaced = MISFIT_PER_MISPLACED * model.fit.misplaced
     uneven = MISFIT_PER_UNEVEN * min(model.fit.uneven, MAX_UNEVENNESS)
-    return whole, math.hypot(error, misfit, misplaced, uneven), kurtosis
+    return fro, math.hypot(error, misfit, misplaced, uneven), kurtosis
 
 
 def _make_refusal(unchanged: float, reason: str) -> Estimate:
@@ -554,8 +560,8 @@ def hidden_energy(delta: StoredDelta) -> float:
     """
     rows, columns = delta.shape
     span_rows = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))
-    places = range(0, max(1, rows - span_rows + 1), max(1, rows // RANKING_SPANS))
-    spans = [(first, min(rows, first + span_rows)) for first in places]
+    first_rows = range(0, max(1, rows - span_rows + 1), max(1, rows // RANKING_SPANS))
+    spans = [(first, min(rows, first + span_rows)) for first in first_rows]
     blocks = [
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
         for side in _sides_of(delta)
@@ -607,33 +613,33 @@ def _read(read: _Read, whole: bool) -> tuple[Cells | _Stream, _Stats]:
     return Cells(*ends) if whole else _Stream(read, rounded), stats
 
 
-def _choose_start(every: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
+def _choose_start(all_cells: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
 
     The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
     """
-    if not every.rounded:
-        return every, "stored", None
-    cells: Cells | _Stream = every
-    if every.count > 2 * SAMPLE:
-        cells = every.at(torch.arange(0, every.count, every.count // SAMPLE | 1, device=every.device))
+    if not all_cells.rounded:
+        return all_cells, "stored", None
+    cells: Cells | _Stream = all_cells
+    if all_cells.count > 2 * SAMPLE:
+        cells = all_cells.at(torch.arange(0, all_cells.count, all_cells.count // SAMPLE | 1, device=all_cells.device))
     exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (cells.exact_start(), cells))
     gain = rounded.log_likelihood - exact.log_likelihood
-    return (every, "rounded", gain) if gain > 0 else (every.exact_start(), "stored", gain)
+    return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
 
 
 def _compare_binades(
     read: _Read,
-    stored: Source,
+    fitted_cells: Source,
     deviation: float,
-    form: Shape,
+    entry_shape: Shape,
     scales: Scales | None,
     start: Start,
     low_rank: LowRank | None = None,
 ) -> Binades:
     """Compare which entries changed, and how far, with what N(L, s²), or another shape, expects, by binade of |W|.
 
-    ``stored`` are the cells that the model was fitted to, divided by ``scales``.
+    ``fitted_cells`` are those that the model was fitted to, divided by ``scales``.
     """
     # Scales are fitted roughly, and where L is most of X few binades show the size of the remainder.
     limit = math.inf if low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
@@ -646,12 +652,13 @@ def _compare_binades(
             cells = divide_cells(cells, scales.of_rows(first, last))
         if low_rank is None:
             mean: Tensor | float = 0.0
-            still = form.moments(cells, deviation, fast=True)
-            exact = form.moments(stored.rows(first, last), deviation)  # fast ones are off by 0.3% of the variance
+            still = entry_shape.moments(cells, deviation, fast=True)
+            # fast moments are off by 0.3% of the variance
+            exact = entry_shape.moments(fitted_cells.rows(first, last), deviation)
         else:
             mean = low_rank.rows(first, last)
             still = moments(cells, mean, deviation, fast=True)
-            exact = moments(stored.rows(first, last), mean, deviation)
+            exact = moments(fitted_cells.rows(first, last), mean, deviation)
         square = ((exact.mean - mean) ** 2 + exact.variance) / deviation**2
         counts.add(w, t != unmoved, 1 - still.log_mass.exp(), square, 1 - exact.variance / deviation**2)
     return counts
@@ -687,7 +694,7 @@ def _posterior_norm(
     return math.sqrt(total)
 
 
-def _measure_values(recovered: Recovered, scales: Scales | None, whole: float) -> Tensor:
+def _measure_values(recovered: Recovered, scales: Scales | None, fro: float) -> Tensor:
     """Return the singular values of X in the directions that were found, at most stretched to ‖X‖.
 
     With scales they are those of L, not debiased: directions concentrate on rows and columns with large scales, whose
@@ -697,16 +704,16 @@ def _measure_values(recovered: Recovered, scales: Scales | None, whole: float) -
     if scales is not None:
         return unscale(recovered.low_rank, scales)[1].cpu()
     x = recovered.low_rank.values.debiased
-    return x * min(recovered.stretch, max(1.0, whole / float(torch.linalg.vector_norm(x))))
+    return x * min(recovered.stretch, max(1.0, fro / float(torch.linalg.vector_norm(x))))
 
 
-def _find_fault(recovered: Recovered, scales: Scales | None, whole: float) -> str | None:
+def _find_fault(recovered: Recovered, scales: Scales | None, fro: float) -> str | None:
     """Return why directions that were found are no result; None if they are one."""
     if recovered.low_rank is None:
         return None
     if not recovered.low_rank.converged:
         return f"the fit of the directions did not converge in {recovered.low_rank.iterations} iterations"
-    excess = float(_measure_values(recovered, scales, whole).square().sum()) / whole**2
+    excess = float(_measure_values(recovered, scales, fro).square().sum()) / fro**2
     if excess > MAX_EXCESS:
         return f"the directions that were found would hold {excess:.2g} times the energy of the update"
     return None
@@ -716,7 +723,7 @@ def _compute_energy_curves(
     recovered: Recovered,
     size: Size,
     scales: Scales | None,
-    whole: float,
+    fro: float,
     error: float,
     ranks: Sequence[int],
     unit: float,
@@ -732,7 +739,7 @@ def _compute_energy_curves(
     assert low_rank is not None
     shape = (low_rank.u.shape[0], low_rank.vh.shape[1])
     x, tau, spread = low_rank.values.debiased, low_rank.values.noise, 1.0
-    found, low = _measure_values(recovered, scales, whole), x - Z95 * tau
+    detected, low = _measure_values(recovered, scales, fro), x - Z95 * tau
     if scales is not None:
         assert recovered.held_out is not None
         assert recovered.unseen is not None
@@ -747,12 +754,12 @@ def _compute_energy_curves(
     beyond = max(unseen, float(add_noise(torch.zeros(1), shape, remainder * spread)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
     # Directions hold no more than X: otherwise lower ends would be clipped at 1, and would exclude the truth.
-    values = (found * min(1.0, whole / float(torch.linalg.vector_norm(found)))).numpy()
-    curve = np.minimum(1.0, np.cumsum((values / whole) ** 2))
+    values = (detected * min(1.0, fro / float(torch.linalg.vector_norm(detected)))).numpy()
+    curve = np.minimum(1.0, np.cumsum((values / fro) ** 2))
     low = low.clamp(min=0.0)
-    lower = np.cumsum(low.numpy() ** 2) / max(whole * math.exp(Z95 * error), float(torch.linalg.vector_norm(low))) ** 2
+    lower = np.cumsum(low.numpy() ** 2) / max(fro * math.exp(Z95 * error), float(torch.linalg.vector_norm(low))) ** 2
     lower = np.minimum(np.append(lower, np.full(max(0, len(curve) - len(lower)), lower[-1]))[: len(curve)], curve)
-    lowest = whole * math.exp(-Z95 * error)
+    lowest = fro * math.exp(-Z95 * error)
     upper = np.cumsum((high.numpy() / lowest) ** 2)
     if recovered.upper is not None:
         highest = recovered.upper.numpy()[: len(x)]

@@ -1,7 +1,6 @@
 """torch matrices → norms, factors and bounds.
 
-Independent of names, files and LoRA. A method is one file in this package, named after the method or its paper, and one
-line in ``METHODS``.
+Independent of names, files and LoRA. ``METHODS`` lists the methods of ``decompose``.
 """
 
 from lora_diag.linalg.decompose import METHODS, check_request, decompose

@@ -40,7 +40,7 @@ def _make_zeros() -> Tensor:
 
 @dataclass(slots=True)
 class Binades:
-    """Counts by ⌊log2|W|⌋.
+    """Counts of entries and sums over them, by ⌊log2|W|⌋.
 
     Args:
         entries: Number of entries.
@@ -105,16 +105,19 @@ class Binades:
 
     @property
     def _variation(self) -> tuple[float, float]:
-        """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors."""
+        """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors.
+
+        Both are 0 with fewer than two usable binades.
+        """
         used = (self.entries >= MIN_COUNT) & (self.known >= MIN_INFORMATION * self.entries)
         count = self.entries[used]
         if len(count) < 2:
             return 0.0, 0.0
         mean, q = self.square[used] / count, self.known[used] / count
-        size = mean.log() / 2 / q
+        log_size = mean.log() / 2 / q
         error = ((self.scatter[used] / count - mean**2).clamp(min=0.0) / count).sqrt() / 2 / q
         weight = count * q / (count * q).sum()
-        variance = float((weight * (size - (weight * size).sum()) ** 2).sum())
+        variance = float((weight * (log_size - (weight * log_size).sum()) ** 2).sum())
         return math.sqrt(variance), math.sqrt(float((weight * error**2).sum()))
 
     @property

@@ -58,7 +58,7 @@ def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         grid: The format.
 
     Returns:
-        Two tensors like ``values``, not negative.
+        Two tensors like ``values``, not negative; infinite where the cell of a saturated value is open.
 
     Example:
         >>> below, above = cell_halves(torch.tensor([1.0, -1.5, 448.0]), GRIDS["float8_e4m3fn"])
@@ -206,9 +206,9 @@ class Cells(Source):
 
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
-    """Return the cells of all blocks."""
-    sides = [[getattr(block, name) for block in blocks] for name in ("lo", "hi", "below", "above")]
-    return Cells(*(None if side[0] is None else torch.cat(side, dim) for side in sides))  # type: ignore[arg-type]
+    """Return the cells of all blocks, joined along a dimension."""
+    fields = [[getattr(block, name) for block in blocks] for name in ("lo", "hi", "below", "above")]
+    return Cells(*(None if tensors[0] is None else torch.cat(tensors, dim) for tensors in fields))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +250,8 @@ class Opened(Derived):
 
     def rows(self, first: int, last: int) -> Cells:
         """Return the rows from ``first`` to before ``last``."""
-        known, columns = self.cells.rows(first, last), self.shape[1]
+        block, columns = self.cells.rows(first, last), self.shape[1]
         inside = _select_between(self.entries, first * columns, last * columns) - first * columns
-        low, high = known.lo.clone(), known.hi.clone()
+        low, high = block.lo.clone(), block.hi.clone()
         low.view(-1)[inside], high.view(-1)[inside] = -math.inf, math.inf
-        return replace(known, lo=low, hi=high)
+        return replace(block, lo=low, hi=high)

@@ -48,6 +48,7 @@ def decompose(
 
     Raises:
         UsageError: The method is unknown, or ``top`` or ``tol`` is invalid.
+        InputError: No driver of ``exact`` converged.
         ValueError: The matrix has no entries, or not two dimensions.
 
     Example:
@@ -88,7 +89,7 @@ def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: 
 
 
 def budget_of(method: str) -> float | None:
-    """Return the budget of ``krylov``: unlimited if requested explicitly, else its own."""
+    """Return the budget of ``krylov``: infinite if the method was requested explicitly, else None for its default."""
     return math.inf if method == "krylov" else None
 
 

@@ -1,4 +1,4 @@
-"""Choice of the device, and transfers from and to it."""
+"""Choice of the device, its streams, and transfers from and to it."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ _streams = threading.local()
 @contextmanager
 def use_own_stream(device: torch.device) -> Iterator[None]:
     """Compute on a stream of this thread: on a GPU the transfers of one layer then overlap with kernels of another.
+
+    There, float32 products have full precision in the block.
 
     On other devices this does nothing. Results are complete when the block ends, and may be used by other threads.
     """

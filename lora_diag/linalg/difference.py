@@ -87,7 +87,7 @@ class Difference:
         unchanged: Fraction of bit-identical entries; across dtypes, of equal entries.
         rounding: Effect of rounding; None after a non-finite entry.
         mantissa: Mantissa bits that the stored values of base and tuned really use.
-        non_finite: Value and position of the first entry with a non-finite ΔW; None if all are finite.
+        non_finite: Why ΔW is not finite, with the first such entry if it is known; None if it is.
     """
 
     matrix: Tensor | None
@@ -211,7 +211,7 @@ class _Roundings:
             self.subtracted.add(block, None, unchanged, row)
 
     def fetch(self, others: list[Tensor]) -> list[float]:
-        """Read all sums, and other numbers, which are returned: from a GPU in one transfer."""
+        """Read all sums and samples, and return other numbers that are read with them: from a GPU in one transfer."""
         sides = (self.base, self.tuned, self.subtracted)
         values = fetch_sums(sides, *self.sample(), self.energies.sums, *others)
         self.sampled, self.energies.sums = values[:3], values[3]
@@ -293,7 +293,7 @@ def _move_blocks(
     steps: Iterable[tuple[Tensor | None, Tensor | None]],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]]:
-    """Yield blocks on a device: on the CPU in pieces that stay in its cache, on a GPU joined to few large ones."""
+    """Yield blocks and their spacings on a device: in pieces for the cache of a CPU, in few large ones on a GPU."""
     pairs = zip(blocks, steps, strict=False)
     if device.type != "cpu":
         pending: list[tuple[Tensor | None, ...]] = []
@@ -351,11 +351,11 @@ def _count_unchanged(base: Tensor, tuned: Tensor) -> Tensor:
     return base.numel() - torch.count_nonzero(base.view(bits) ^ tuned.view(bits))  # ``==`` takes 2.5 times as long
 
 
-def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | None:
-    """Return the value and the position of the first entry that is not finite; None if all are finite.
+def first_non_finite(beginning: str, values: Tensor, first_row: int = 0) -> str | None:
+    """Return a sentence with the value and position of the first entry that is not finite; None if all are finite.
 
     Args:
-        words: Beginning of the sentence.
+        beginning: Beginning of the sentence.
         values: ``(rows, n)``.
         first_row: Row number of the first row.
 
@@ -369,7 +369,7 @@ def first_non_finite(words: str, values: Tensor, first_row: int = 0) -> str | No
     if not bad.any():
         return None
     row, column = divmod(int(bad.reshape(-1).to(torch.uint8).argmax()), values.shape[1])
-    return f"{words} {float(values[row, column])} at [{first_row + row}, {column}]"
+    return f"{beginning} {float(values[row, column])} at [{first_row + row}, {column}]"
 
 
 def _make_not_finite(why: str) -> Difference:

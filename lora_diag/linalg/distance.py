@@ -1,11 +1,11 @@
-"""Comparison of two matrices block by block, without forming their difference.
+"""Distances, inner products and angles of matrices and subspaces, without forming a difference or a projection.
 
-Fractions of a matrix in given subspaces, from products with thin matrices only.
-
-With orthonormal U (m × r) and V (n × r), the projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ is
-P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical low-rank approximation*, SIAM J. Matrix Anal. Appl. 29,
-lemma 4.1; Vandereycken 2013, *Low-rank matrix completion by Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its
-three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ are orthogonal to each other, so
+Two matrices are compared block by block (``products``), and the fractions of a matrix in given subspaces (``shares``)
+follow from products with thin matrices only. With orthonormal U (m × r) and V (n × r), the projection of G on the
+tangent space of the rank-r matrices at U·Σ·Vᵀ is P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical
+low-rank approximation*, SIAM J. Matrix Anal. Appl. 29, lemma 4.1; Vandereycken 2013, *Low-rank matrix completion by
+Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ are
+orthogonal to each other, so
 
     ‖P(G)‖² = ‖UᵀG‖² + ‖GV‖² − ‖UᵀGV‖²,
 
@@ -36,7 +36,7 @@ class Products(NamedTuple):
 
 
 def products(blocks: Iterable[tuple[Tensor, Tensor]]) -> Products:
-    """Compare two matrices given in blocks.
+    """Return ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ of two matrices given in blocks.
 
     Args:
         blocks: Row blocks of D and of X, of the same shape, float64.
@@ -134,8 +134,8 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
         ranks: The r, 1 ≤ r ≤ R each.
 
     Returns:
-        The fractions, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1, all 0 if G is zero; or the value and position of an
-        entry that is not finite.
+        The fractions, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1, all 0 if G is zero; or a sentence on an entry that is
+        not finite or a norm that overflows.
 
     Example:
         >>> e = torch.eye(3, dtype=torch.float64)
@@ -156,8 +156,8 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
         squares += (block @ v).square().sum(0)
         row += len(block)
     if fro == 0.0:
-        nothing = (0.0,) * len(ranks)
-        return Shares(0.0, nothing, nothing, nothing, nothing)
+        zeros = (0.0,) * len(ranks)
+        return Shares(0.0, zeros, zeros, zeros, zeros)
     both = (from_left @ v).square().cumsum(0).cumsum(1).diagonal().tolist()
     left, right = from_left.square().sum(1).cumsum(0).tolist(), squares.cumsum(0).tolist()
     by_rank = [_compute_shares(both[r - 1], left[r - 1], right[r - 1], fro) for r in ranks]

@@ -46,7 +46,7 @@ class Eigenpairs:
 
 
 def basis_size(size: int, count: int) -> int:
-    """Return the number of vectors in memory.
+    """Return the number of vectors of size ``size`` in the basis of Lanczos for ``count`` eigenvalues.
 
     >>> basis_size(10**6, 1), basis_size(10**6, 30), basis_size(100, 60)
     (20, 61, 100)
@@ -77,7 +77,7 @@ def eigenpairs(
             size.
 
     Raises:
-        InputError: Lanczos did not converge, or a product is not finite.
+        InputError: Lanczos failed or did not converge, or a product is not finite.
 
     Reference:
         Lehoucq, Sorensen and Yang 1998, ARPACK Users' Guide.

@@ -1,13 +1,13 @@
-"""Singular values by LAPACK (cuSOLVER on a GPU), in float64: the reference.
+"""Singular values by full decompositions in float64: of a matrix, of its Gram matrix, and of thin factors.
 
-Singular values of B·A from its factors: QR of B and of Aᵀ, then the SVD of the r×r core. B·A is never formed.
+``decompose_exact`` runs LAPACK (cuSOLVER on a GPU) on the matrix itself and is the reference. ``decompose_factored``
+takes B·A from its factors, by QR of B and of Aᵀ and the SVD of the r×r core; B·A is never formed.
 
-All singular values through the eigenvalues of the smaller Gram matrix, AᵀA or AAᵀ, in float64.
-
-A product and a symmetric eigenvalue problem cost a fraction of a bidiagonalization. The disadvantage is that σ² has an
-absolute error, so that a σ far below ‖A‖_F·√ε is noise. With a float32 product that would be all values below 1e-3 of
-the largest, without a useful rigorous bound on energy fractions (γ_k√r = 0.015 at k = r = 4096); in float64 it is 1e-8,
-and the bound is 1e-9.
+``decompose_gram`` takes all singular values from the eigenvalues of the smaller Gram matrix, AᵀA or AAᵀ. A product and
+a symmetric eigenvalue problem cost a fraction of a bidiagonalization. The disadvantage is that σ² has an absolute
+error, so that a σ far below ‖A‖_F·√ε is noise. With a float32 product that would be all values below 1e-3 of the
+largest, without a useful rigorous bound on energy fractions (γ_k√r = 0.015 at k = r = 4096); in float64 it is 1e-8, and
+the bound is 1e-9.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
     Raises:
         InputError: No driver converged.
     """
-    factors = svd(matrix.to(torch.float64), vectors)
-    kept = factors.s[:top]
-    delta = max(matrix.shape) * torch.finfo(torch.float64).eps * float(factors.s[0])
+    decomposed = svd(matrix.to(torch.float64), vectors)
+    kept = decomposed.s[:top]
+    delta = max(matrix.shape) * torch.finfo(torch.float64).eps * float(decomposed.s[0])
     error = (2 * delta * math.sqrt(len(kept)) * fro + len(kept) * delta**2) / fro**2 if fro else 0.0
     return Factors(
         s=kept,
         complete=len(kept) == min(matrix.shape),
-        method=f"exact:{factors.driver}",
+        method=f"exact:{decomposed.driver}",
         energy_error=error,
         fro=fro,
-        u=None if factors.u is None else factors.u[:, :top],
-        vh=None if factors.vh is None else factors.vh[:top],
+        u=None if decomposed.u is None else decomposed.u[:, :top],
+        vh=None if decomposed.vh is None else decomposed.vh[:top],
     )
 
 
@@ -109,10 +109,10 @@ def _run(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Ten
         parts = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
         u, s, vh = (torch.from_numpy(part) for part in parts)
         return (u, s, vh) if vectors else (None, s, None)
-    on_gpu = driver if matrix.is_cuda else None
+    cuda_driver = driver if matrix.is_cuda else None
     if not vectors:
-        return None, torch.linalg.svdvals(matrix, driver=on_gpu), None
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, driver=on_gpu)
+        return None, torch.linalg.svdvals(matrix, driver=cuda_driver), None
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, driver=cuda_driver)
     return u, s, vh
 
 
@@ -131,10 +131,13 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
         The values that can be nonzero. Every step is backward stable in float64: the computed values are those of (B +
         δB)(A + δA) with ‖δB‖_F ≤ p·ε·‖B‖_F and likewise for A (Higham 2002, theorem 19.4), so each has an error of at
         most δ = 2p·ε·‖B‖_F‖A‖_F, with p = (m + n)·r.
+
+    Raises:
+        InputError: No driver converged for the core.
     """
     b, a = b.to(torch.float64), a.to(torch.float64)
-    scale = (norm([b]) or 1.0, norm([a]) or 1.0)  # the product of the factors' norms may underflow or overflow
-    b, a = b / scale[0], a / scale[1]
+    scales = (norm([b]) or 1.0, norm([a]) or 1.0)  # the product of the factors' norms may underflow or overflow
+    b, a = b / scales[0], a / scales[1]
     mode = "reduced" if vectors else "r"  # forming Q takes twice as long as R
     q_b, r_b = torch.linalg.qr(b, mode=mode)
     q_a, r_a = torch.linalg.qr(a.T, mode=mode)
@@ -145,11 +148,11 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
     kept = s[:top]
     error = (2 * bound * math.sqrt(len(kept) * energy) + len(kept) * bound**2) / energy if energy else 0.0
     return Factors(
-        s=kept * scale[0] * scale[1],
+        s=kept * scales[0] * scales[1],
         complete=len(kept) == len(s),
         method="factored",
         energy_error=min(1.0, error),
-        fro=math.sqrt(energy) * scale[0] * scale[1],
+        fro=math.sqrt(energy) * scales[0] * scales[1],
         u=None if core.u is None else (q_b @ core.u)[:, :top],
         vh=None if core.vh is None else (core.vh @ q_a.T)[:top],
     )
@@ -227,6 +230,9 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     Returns:
         The values, at most min(Σk_t, n). Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
 
+    Raises:
+        ValueError: There is no matrix.
+
     Example:
         >>> decompose_stack([torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])]).s.tolist()
         [4.0, 3.0]
@@ -252,7 +258,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
 
 
 def _bound_energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
-    """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², with k terms per sum."""
+    """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², with ``terms`` terms per sum."""
     if not fro:
         return 0.0
     epsilon = torch.finfo(torch.float64).eps

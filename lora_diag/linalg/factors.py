@@ -1,4 +1,4 @@
-"""The common result of all methods."""
+"""The common result of all methods, its numerical rank, and the signs and the scale that all methods use."""
 
 from __future__ import annotations
 

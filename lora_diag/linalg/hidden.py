@@ -1,7 +1,7 @@
 """An update hidden by rounding: its size and its leading directions, from the cells of a stored checkpoint.
 
 Model: X = L + noise of variance s², L of low rank. The estimator alternates between the moments of every entry given
-its cell and L, and a new L from the shrunk singular values of the posterior mean (``shrinkage``). s follows from the
+its cell and L, and a new L from the shrunk singular values of the posterior mean (``shrink``). s follows from the
 size: with s0² the maximum-likelihood variance of X where L = 0,
 
     s² = s0² − Ση²/(mn)   (rule ``norm``)      or      s² = s0² − Σx²/(mn)   (rule ``debiased``).
@@ -27,7 +27,7 @@ from lora_diag.linalg.cells import Cells, Source
 from lora_diag.linalg.streamed import Streamed
 from lora_diag.linalg.truncated import Shrunk, moments, shrink
 
-# Number of entries from which the size is first fitted to a sample, and the size of that sample.
+# Number of entries of the sample to which the size is first fitted, in layers of more than twice as many.
 SAMPLE = 2**19
 
 # Up to this many rows or columns, singular values come from the full decomposition.
@@ -124,7 +124,7 @@ def fit_size(cells: Source, guess: float) -> Size:
 
 
 def _iterate(cells: Source, deviation: float) -> float:
-    """Return the deviation after scoring steps with fast moments, until one changes nothing."""
+    """Return the deviation after scoring steps with fast moments, until one is below 1e-4 or there were 60."""
     for _ in range(60):
         step = _scoring_step(_sum_moments(cells, deviation, fast=True))
         deviation *= math.exp(step)
@@ -173,12 +173,12 @@ class _Sums:
 def _sum_moments(cells: Source, deviation: float, fast: bool = False) -> _Sums:
     sums = _Sums()
     for first, last in cells.spans():
-        given = moments(cells.rows(first, last), 0.0, deviation, fast)
-        square = ((given.mean / deviation) ** 2 + given.variance / deviation**2).double()
+        posterior = moments(cells.rows(first, last), 0.0, deviation, fast)
+        square = ((posterior.mean / deviation) ** 2 + posterior.variance / deviation**2).double()
         sums.square += float(square.sum())
         sums.scores += float((square - 1).square().sum())
-        sums.known += float((1 - given.variance / deviation**2).double().sum())
-        sums.log_likelihood += float(given.log_mass.double().sum())
+        sums.known += float((1 - posterior.variance / deviation**2).double().sum())
+        sums.log_likelihood += float(posterior.log_mass.double().sum())
         sums.entries += square.numel()
     return sums
 
@@ -221,14 +221,15 @@ class HeldOut:
 
     def step(self, mean: Tensor, deviation: float, center: float) -> float:
         """Return a scoring step of log s for the likelihood of the cells, with a normal prior around log ``center``."""
-        given = moments(self.cells, mean, deviation, fast=True)
-        excess = float((((given.mean - mean) ** 2 + given.variance) / deviation**2 - 1).sum(dtype=torch.float64))
-        known = float((1 - given.variance / deviation**2).sum(dtype=torch.float64))
+        posterior = moments(self.cells, mean, deviation, fast=True)
+        square = (posterior.mean - mean) ** 2 + posterior.variance
+        excess = float((square / deviation**2 - 1).sum(dtype=torch.float64))
+        known = float((1 - posterior.variance / deviation**2).sum(dtype=torch.float64))
         pull = math.log(center / deviation) / PRIOR_DEVIATION**2
         return max(-MAX_STEP, min(MAX_STEP, (excess + pull) / (2 * known + 1 / PRIOR_DEVIATION**2)))
 
     def deviation(self, low_rank: LowRank) -> float:
-        """Return the likeliest s given L."""
+        """Return the likeliest s given L, with a normal prior around its own s."""
         part, deviation = self.part(), low_rank.deviation
         mean = part.mean(low_rank)
         for _ in range(40):
@@ -246,12 +247,12 @@ def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
     lengths = low_rank.values.eta.to(low_rank.u).clone()
     mean, known = part.mean(low_rank), 0.0
     for _ in range(3):  # directions are orthogonal, and so nearly are their entries
-        given = moments(part.cells, mean, deviation, fast=True)
-        known = float((1 - given.variance / deviation**2).sum(dtype=torch.float64))
+        posterior = moments(part.cells, mean, deviation, fast=True)
+        known = float((1 - posterior.variance / deviation**2).sum(dtype=torch.float64))
         for i in range(low_rank.rank):
             unit = low_rank.u[rows, i] * low_rank.vh[i, columns]
-            information = float((unit.square() * (1 - given.variance[0] / deviation**2)).sum(dtype=torch.float64))
-            step = float((unit * (given.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
+            information = float((unit.square() * (1 - posterior.variance[0] / deviation**2)).sum(dtype=torch.float64))
+            step = float((unit * (posterior.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
             lengths[i] += step
         mean = part.mean(replace(low_rank, values=replace(low_rank.values, eta=lengths)))
     count = math.prod((low_rank.u.shape[0], low_rank.vh.shape[1]))
@@ -274,8 +275,8 @@ def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
     square = float(eta.square().sum())
     excess = float((lengths * eta).sum()) / square - 1
     factor = 1 + max(0.0, excess) * PRIOR_DEVIATION**2 / (PRIOR_DEVIATION**2 + error**2 / square)
-    kept = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
-    upper = (kept + Z95 * error).square() / eta.square().cumsum(0)
+    norms = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
+    upper = (norms + Z95 * error).square() / eta.square().cumsum(0)
     return factor, upper.clamp(min=1.0)
 
 
@@ -316,9 +317,9 @@ def fit_low_rank(
         if rule == "held_out":
             step = 0.0 if part is None else part.step(part.mean(estimate), deviation, deviation)
         else:
-            length = estimate.values.eta if rule == "norm" else estimate.values.debiased
-            left = max(MIN_DEVIATION**2, 1 - float((length**2).sum()) / norm**2)
-            step = math.log(s0 * math.sqrt(left) / deviation)
+            lengths = estimate.values.eta if rule == "norm" else estimate.values.debiased
+            remaining = max(MIN_DEVIATION**2, 1 - float((lengths**2).sum()) / norm**2)
+            step = math.log(s0 * math.sqrt(remaining) / deviation)
             step = max(-MAX_STEP, min(MAX_STEP, step))
         deviation *= math.exp(step)
         moved = _distance(estimate, current)
@@ -365,11 +366,11 @@ class _Posterior:
             return
         variance = 0.0
         for first, last in self.cells.spans():
-            given = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
-            variance += float(given.variance.sum(dtype=torch.float64))
+            posterior = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
+            variance += float(posterior.variance.sum(dtype=torch.float64))
             if self.buffer is not None:
-                self.buffer[first:last] = given.mean
-            yield given.mean
+                self.buffer[first:last] = posterior.mean
+            yield posterior.mean
         self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
 
     def shrink(self, s: Tensor) -> Shrunk:
@@ -442,7 +443,7 @@ def _distance(first: LowRank, second: LowRank | None) -> float:
 def _extrapolate(
     momentum: float, low_rank: LowRank, previous: LowRank | None
 ) -> tuple[float, Callable[[int, int], Tensor]]:
-    """Return the next momentum, and L + β(L − L'); without momentum if the norm of L decreased."""
+    """Return the next momentum, and the rows of L + β(L − L'); of L if its norm decreased, with momentum reset."""
     following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
@@ -506,7 +507,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         cells: Cells of the entries.
         size: Size of X.
         seed: Seed of the held-out cells.
-        keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed twice.
+        keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed in every pass.
     """
     entries = _draw_held_out(cells.shape, seed, cells.device)
     held_out = HeldOut(cells.at(entries), entries)
@@ -522,8 +523,8 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     if z <= MIN_GAIN:
         return Recovered(z, None)
     first = low_rank
-    others: tuple[Rule, ...] = ("held_out", "debiased")
-    for other_rule in others:
+    other_rules: tuple[Rule, ...] = ("held_out", "debiased")
+    for other_rule in other_rules:
         if rule == "held_out" and deviation < first.deviation / 2:
             break  # almost nothing is outside L, where ``debiased`` is not better
         fit = fit_low_rank(known, size, other_rule, first, seed, held_out if other_rule == "held_out" else None, keep)
@@ -555,7 +556,7 @@ def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> T
 
 
 def _in_standard_errors(gains: Tensor) -> float:
-    """Return a mean over its standard error."""
+    """Return a mean over its standard error; 0 without one."""
     values = gains.double()
     error = float(values.std()) / math.sqrt(values.numel()) if values.numel() > 1 else 0.0
     return float(values.mean()) / error if error > 0 else 0.0

@@ -1,31 +1,24 @@
-"""The distribution of the entries of an update that rounding hid: flat, normal, or with heavy tails.
+"""Distributions of the entries of an update that rounding hid: shapes, a density, and scales of rows and columns.
 
-Entries of an update are not normal in general. Few steps of Adam at a low rate move every weight by about as much
-(kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4. The
-changes of the entries of each binade show which. The start of training, the fit over binades and E[X | cells] of layers
-without directions take the likeliest shape; the size has a density of its own (``hidden_density``).
+Shapes. Entries of an update are not normal in general. Few steps of Adam at a low rate move every weight by about as
+much (kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4.
+The changes of the entries of each binade show which. The start of training, the fit over binades and E[X | cells] of
+layers without directions take the likeliest shape; the size has a density of its own (``fit_density``). Shapes are
+mixtures of normal distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the variance
+of their means), and scales with log-normal weights. The scale of each is fitted, and the likelihood weights them.
 
-Shapes are mixtures of normal distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the
-variance of their means), and scales with log-normal weights. The scale of each is fitted, and the likelihood weights
-them.
-
-The size of an update that rounding hid, from a smooth density of its entries.
-
-The density of |x|/s0 is proportional to exp(a₁z + a₂z² + a₃z⁴) on a grid, each point smeared by a normal kernel: flat,
-normal, and with heavy tails as far as the grid reaches. Its coefficients maximize the likelihood of the cells (scoring
-steps), and its second moment is the mean of x². Cells that are narrow and those that the entry left show the shape; a
-shape assumed too flat or too normal is off by 2% to 4% where 90% and more of the entries did not change.
-
+Density. That of |x|/s0 is proportional to exp(a₁z + a₂z² + a₃z⁴) on a grid, each point smeared by a normal kernel:
+flat, normal, and with heavy tails as far as the grid reaches. Its coefficients maximize the likelihood of the cells
+(scoring steps), and its second moment is the mean of x². Cells that are narrow and those that the entry left show the
+shape; a shape assumed too flat or too normal is off by 2% to 4% where 90% and more of the entries did not change.
 Reference: Efron 2016, Empirical Bayes deconvolution estimates, Biometrika 103.
 
-Row and column scales of an update hidden by rounding: x_ij ~ N(0, a_i·b_j·s²) given its cell.
-
-A score test decides first whether the variances differ at all between rows or columns. Then log a and log b are fitted
-in turns, by Newton steps on their posterior with a normal prior whose variance is fitted (empirical Bayes), so that
-rows with few changed entries stay near 1. Dividing rows and columns by √a and √b gives cells of one variance.
-
-The posterior of log a_i has a variance v_i = 1/(information + 1/prior variance), so that E[a_i] = exp(v_i/2)·a_i.
-Without that factor, for what the cells leave open, ‖X‖ was 7% to 10% too small where 97% of the entries did not change.
+Scales of rows and columns: x_ij ~ N(0, a_i·b_j·s²) given its cell. A score test decides first whether the variances
+differ at all between rows or columns. Then log a and log b are fitted in turns, by Newton steps on their posterior with
+a normal prior whose variance is fitted (empirical Bayes), so that rows with few changed entries stay near 1. Dividing
+rows and columns by √a and √b gives cells of one variance. The posterior of log a_i has a variance v_i =
+1/(information + 1/prior variance), so that E[a_i] = exp(v_i/2)·a_i. Without that factor, for what the cells leave open,
+‖X‖ was 7% to 10% too small where 97% of the entries did not change.
 """
 
 from __future__ import annotations
@@ -160,20 +153,20 @@ def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
 
 
 def _fit_neighbours(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
-    """Fit the normal shape and, on both sides of it, flatter and heavier ones until the likelihood falls."""
+    """Return the fits of the normal shape and of flatter and heavier ones, each until the likelihood falls."""
     first = (NORMAL, *_fit(cells, NORMAL, guess))
-    shapes = [first]
+    fits = [first]
     # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
     # only where those are not offered together; real updates did not need both.
-    for side in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
+    for candidates in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
         last = first
-        for shape in side:
+        for shape in candidates:
             fit = (shape, *_fit(cells, shape, last[1]))
-            shapes.append(fit)
+            fits.append(fit)
             if fit[2].log_likelihood < last[2].log_likelihood:
                 break
             last = fit
-    return shapes
+    return fits
 
 
 def fit_shape(cells: Source, guess: float) -> Shaped:
@@ -232,7 +225,7 @@ class Density:
 
 
 def fit_density(cells: Source, deviation: float) -> Density:
-    """Estimate the root mean square of the entries.
+    """Fit the density of the entries, and estimate their root mean square.
 
     Args:
         cells: Cells of the entries.
@@ -288,17 +281,17 @@ def _fit_coefficients(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor,
     """Return the weights of the grid, the scores of every cell, and the features that coefficients multiply."""
     features = torch.stack([(grid / 2) ** power for power in POWERS], 1)
     features = features - features.mean(0)
-    base = torch.ones_like(grid)
-    base[0] = 0.5  # both signs of the other points are counted
+    multiplicity = torch.ones_like(grid)
+    multiplicity[0] = 0.5  # both signs of the other points are counted
     start = torch.tensor([-2.0 if power == 2 else 0.0 for power in POWERS], dtype=torch.float64)
     coefficients, prior = start.clone(), PRIOR_PRECISION * torch.eye(len(POWERS)).double()
 
-    def weights_at(values: Tensor) -> Tensor:
-        return torch.softmax(features @ values + base.log(), 0)
+    def weights_at(trial: Tensor) -> Tensor:
+        return torch.softmax(features @ trial + multiplicity.log(), 0)
 
-    def objective(values: Tensor) -> float:
-        away = values - start
-        return float((likelihood @ weights_at(values)).log().sum() - 0.5 * PRIOR_PRECISION * away @ away)
+    def objective(trial: Tensor) -> float:
+        away = trial - start
+        return float((likelihood @ weights_at(trial)).log().sum() - 0.5 * PRIOR_PRECISION * away @ away)
 
     weights, current = weights_at(coefficients), objective(coefficients)
     for _ in range(NEWTON_STEPS):
@@ -383,9 +376,9 @@ def measure_norm(cells: Source, deviation: float, scales: Scales) -> tuple[float
     open_energy = [torch.zeros(count, dtype=torch.float64) for count in cells.shape]
     variances, total = (scales.row_variances, scales.column_variances), 0.0
     for first, last in cells.spans():
-        given = moments(cells.rows(first, last), 0.0, deviation)
-        share = (given.variance.double() / deviation**2).cpu()  # of the variance, that the cell leaves open
-        energy = ((given.mean.square() + given.variance) * scales.of_rows(first, last) ** 2).double().cpu()
+        posterior = moments(cells.rows(first, last), 0.0, deviation)
+        share = (posterior.variance.double() / deviation**2).cpu()  # of the variance, that the cell leaves open
+        energy = ((posterior.mean.square() + posterior.variance) * scales.of_rows(first, last) ** 2).double().cpu()
         energy *= (share**2 * (variances[0][first:last, None] + variances[1]) / 2).exp()
         total += float(energy.sum())
         open_energy[0][first:last] += (energy * share).sum(1)
@@ -420,10 +413,10 @@ def measure_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float, scal
     lengths, information = s.clone(), torch.zeros(len(s), len(s)).to(unit)
     for _ in range(3):
         mean = (unit @ lengths).float()[None]
-        given = moments(part.cells, mean, deviation)
-        information = (unit * (1 - given.variance[0] / deviation**2)[:, None]).T @ unit
+        posterior = moments(part.cells, mean, deviation)
+        information = (unit * (1 - posterior.variance[0] / deviation**2)[:, None]).T @ unit
         information += 1e-9 * (1 + information.trace()) * torch.eye(len(s)).to(unit)
-        lengths = lengths + torch.linalg.solve(information, unit.T @ (given.mean - mean)[0].double())
+        lengths = lengths + torch.linalg.solve(information, unit.T @ (posterior.mean - mean)[0].double())
     return lengths.cpu(), deviation * torch.linalg.inv(information).diagonal().sqrt().cpu()
 
 
@@ -464,7 +457,14 @@ def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
 
 @dataclass(slots=True)
 class _Scores:
-    """Sums over rows and columns of E[x²]/s² − 1 and of q, and an entry's contribution to the information per q."""
+    """Sums over rows and columns of E[x²]/s² − 1 and of q.
+
+    Args:
+        score: Σ (E[x²]/s² − 1) of every row, and of every column.
+        known: Σ q, likewise.
+        per_known: An entry's contribution to the information per q.
+        level: Σ (E[x²]/s² − 1) over Σ q of all entries.
+    """
 
     score: tuple[Tensor, Tensor]
     known: tuple[Tensor, Tensor]
@@ -478,9 +478,9 @@ def _sum_scale_scores(cells: Source, deviation: float) -> _Scores:
     known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     squares = 0.0
     for first, last in cells.spans():
-        given = moments(cells.rows(first, last), 0.0, deviation, fast=True)
-        excess = (given.mean / deviation).square() + given.variance / deviation**2 - 1
-        removed = 1 - given.variance / deviation**2
+        posterior = moments(cells.rows(first, last), 0.0, deviation, fast=True)
+        excess = (posterior.mean / deviation).square() + posterior.variance / deviation**2 - 1
+        removed = 1 - posterior.variance / deviation**2
         for sums, values in ((score, excess), (known, removed)):
             sums[0][first:last] += values.sum(1).double().cpu()
             sums[1].add_(values.sum(0).double().cpu())

@@ -1,7 +1,13 @@
-"""Upper bounds on the energy that a Krylov basis missed.
+"""The K largest singular values by block Lanczos, bounds on the energy that its basis missed, and its cost.
 
-Let M = AᵀA and Q an orthonormal basis, p columns. In a basis of Q and its complement, rotated so that the Ritz values
-θ_i² are on the diagonal,
+The basis. Q is an orthonormal basis of a block Krylov space span{Ω, MΩ, …, M^jΩ} of M = AᵀA, p columns, with full
+reorthogonalization. It grows until the bound on the missing energy meets the tolerance, as long as that is expected to
+cost less than all singular values: at every check the bound is extrapolated, and ``krylov_cost`` gives the cost of the
+columns that are still needed. Flat spectra are recognized at the first checks, which cost a few percent of the full
+method that takes over. The projected problem is solved on the CPU, so that a matrix on a GPU is awaited once per check,
+once per probe, and for the values.
+
+The bounds. In a basis of Q and its complement, rotated so that the Ritz values θ_i² are on the diagonal,
 
     M = [ D  Fᵀ ]      D = diag(θ_1², …, θ_p²),   F = the residuals (I − QQᵀ)MQ,
         [ F  N  ]      trace N = ‖A‖_F² − Σθ_i²,  known exactly because ‖A‖_F is.
@@ -29,27 +35,14 @@ to √n (Higham and Mary 2019): 4√n units of roundoff u in the energy, and an 
 EᵀE ⪯ n·u²·σ_1²·D, as FᵀF ⪯ (1 + t)F̂ᵀF̂ + (1 + 1/t)EᵀE for every t > 0. The columns of E were measured between 0.5 and
 3 u·σ_1·θ_i for n from 1024 to 4096, over power laws, noise, nonnegative and sparse matrices.
 
-Cost model of the spectral methods: whether Krylov pays, and when to stop it.
+Where (1) certifies (nearly all energy was found), and for vectors, the values are recomputed in float64 from their
+subspace, and their backward error, (m + n)ε in the energy, is part of it.
 
-Costs are in flops of a thin float32 product. Only ratios are used, never a clock, so that a choice, and with it every
-byte of a record, is the same on every machine. They were measured on one core of an Intel Xeon (AVX-512, MKL), where
-thin products run at 150 Gflop/s (docs/benchmarks.md has the table). On two cores of an AMD EPYC (OpenBLAS), thin
-products ran at 107, the full spectrum at 65; the relative costs differ by less than 1.5.
-
-The K largest singular values by block Lanczos with full reorthogonalization, and a bound on the missing energy.
-
-Q is an orthonormal basis of a block Krylov space span{Ω, MΩ, …, M^jΩ} of M = AᵀA, p columns. ``linalg.certificate``
-bounds the energy that it missed. The basis grows until the bound meets the tolerance, as long as that is expected to
-cost less than all singular values: at every check the bound is extrapolated, and ``linalg.cost`` gives the cost of the
-columns that are still needed. Flat spectra are recognized at the first checks, which cost a few percent of the full
-method that takes over.
-
-The projected problem is solved on the CPU, so that a matrix on a GPU is awaited once per check, once per probe, and for
-the values.
-
-Products run in the matrix's own precision, whose rounding is part of the second bound. Where the first bound certifies
-(nearly all energy was found), and for vectors, the values are recomputed in float64 from their subspace, and their
-backward error, (m + n)ε in the energy, is part of it.
+The cost decides whether Krylov pays, and when to stop it. Costs are in flops of a thin float32 product. Only ratios are
+used, never a clock, so that a choice, and with it every byte of a record, is the same on every machine. They were
+measured on one core of an Intel Xeon (AVX-512, MKL), where thin products run at 150 Gflop/s (docs/benchmarks.md has the
+table). On two cores of an AMD EPYC (OpenBLAS), thin products ran at 107, the full spectrum at 65; the relative costs
+differ by less than 1.5.
 """
 
 from __future__ import annotations
@@ -172,7 +165,7 @@ def full_cost(shape: tuple[int, ...], vectors: bool = False) -> float:
         vectors: Whether the largest singular vectors are computed, too.
     """
     n, m = sorted(shape)
-    product = GRAM * 17 / 16 * m * n**2  # 17/32 of a full product: linalg.gram.PANELS
+    product = GRAM * 17 / 16 * m * n**2  # 17/32 of a full product: linalg.exact.PANELS
     eigenvalues = (SMALL if n <= UP_TO else EIGENVALUES * (1 + FEW / n)) * 4 / 3 * n**3
     return product + eigenvalues * (SOME_VECTORS if vectors else 1.0)
 
@@ -306,7 +299,7 @@ def decompose_krylov(
         tol: Required bound on |Ĉ(r) − C(r)|, r ≤ K.
         seed: Seed of the random start and of the probes.
         largest: Maximum number of columns of the basis; None for ``LARGEST_BASIS``.
-        budget: Maximum cost of the basis, in the unit of ``linalg.cost``; None for ``WORTH`` of a full method.
+        budget: Maximum cost of the basis, in the unit of ``full_cost``; None for ``WORTH`` of a full method.
 
     Returns:
         The values, lower bounds of the true ones up to rounding; None if a full method is expected to be
@@ -367,7 +360,7 @@ def _decompose(
 
 
 def first_basis(top: int, vectors: bool = False) -> int:
-    """Return the columns of the smallest basis for K values: K + 32, with vectors 2K + 32, in whole blocks."""
+    """Return the number of columns of the smallest basis for K values: K + 32, or 2K + 32 with vectors, in blocks."""
     return max(2, math.ceil((2 if vectors else 1) * top / BLOCK) + 1) * BLOCK
 
 
@@ -465,8 +458,8 @@ class _Progress:
 def _make_first_block(a: Matrix, generator: torch.Generator) -> _Basis:
     """Return the first block: Q₁ orthonormal and random."""
     q, _ = torch.linalg.qr(_draw_random(a, min(BLOCK, a.shape[1]), generator))
-    none = torch.empty(0, 0, device=a.device, dtype=torch.float64)
-    return _extend(_Basis(q[:, :0], q.new_empty(a.shape[0], 0), q[:, :0], none, none, none), q, *normal(a, q))
+    empty = torch.empty(0, 0, device=a.device, dtype=torch.float64)
+    return _extend(_Basis(q[:, :0], q.new_empty(a.shape[0], 0), q[:, :0], empty, empty, empty), q, *normal(a, q))
 
 
 def _draw_random(a: Matrix, columns: int, generator: torch.Generator) -> Tensor:
@@ -475,7 +468,7 @@ def _draw_random(a: Matrix, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def _grow(a: Matrix, basis: _Basis, target: int, rounds: int) -> _Basis:
-    """Add blocks until the basis has ``target`` columns."""
+    """Return the basis with blocks added until it has ``target`` columns."""
     q, back = basis.q, basis.z
     blocks, products, backs = list[Tensor](), list[Tensor](), list[Tensor]()
     while q.shape[1] < target:

@@ -181,17 +181,17 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
         )
     needed = READING_BYTES + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
-    krylov = READING_BYTES + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
-    if allowance.top is None and krylov < needed:
+    krylov_needed = READING_BYTES + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
+    if allowance.top is None and krylov_needed < needed:
         fix = _suggest_memory(needed, allowance)
         return (
             f"{problem}, and all values take {_format_size(needed)}; {fix}, or --top {top} "
-            f"({_format_size(krylov)} if they decay)"
+            f"({_format_size(krylov_needed)} if they decay)"
         )
-    if krylov <= allowance.limit:
-        flat = "its spectrum is too flat for krylov within that"
-        return f"{problem}, {flat}, and gram takes {_format_size(needed)}; {_suggest_memory(needed, allowance)}"
-    least = min(krylov, needed)
+    if krylov_needed <= allowance.limit:
+        reason = "its spectrum is too flat for krylov within that"
+        return f"{problem}, {reason}, and gram takes {_format_size(needed)}; {_suggest_memory(needed, allowance)}"
+    least = min(krylov_needed, needed)
     return (
         f"{problem}, and it takes {_format_size(least)} at least; {_suggest_memory(least, allowance)}, or fewer "
         "values with --top K"
@@ -199,7 +199,7 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
 
 
 def _suggest_memory(needed: int, allowance: Allowance) -> str:
-    """Return the missing memory; with ``--workers N``, N times as much is needed, since a layer gets one Nth."""
+    """Return the advice to give the missing memory: N times as much with ``--workers N``, as a layer gets one Nth."""
     return f"give {_format_size(needed - allowance.limit + 10**6)} more (times --workers)"
 
 

@@ -376,7 +376,7 @@ class Check:
         return self.expected > 0 and (not off <= self.scale_limit * self.expected or bool(self.uneven))
 
 
-# W, M and the steps of the formats of both (None where they follow from value and dtype), ``(rows, n)`` each.
+# W, M and the steps of M's format (None where they follow from value and dtype), ``(rows, n)`` each.
 Block = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -522,8 +522,8 @@ def _add_scale(
     along = w * delta if rounding.dequantized or isinstance(addend, Whole) else None
     shared = addend.shared_terms(*span, w, delta, rounding)
     for lines, axis, part in zip(check.lines, (1, 0), (slice(*span), slice(None)), strict=True):
-        entries = difference, squares, difference.square(), shared, ties, along
-        for total, values in zip(lines, entries, strict=True):
+        contributions = difference, squares, difference.square(), shared, ties, along
+        for total, values in zip(lines, contributions, strict=True):
             if values is not None:
                 total[part] += values.sum(axis)
 

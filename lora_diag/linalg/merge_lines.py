@@ -77,7 +77,9 @@ class Stretch:
 
 
 def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Tensor]) -> tuple[Stretch, ...]:
-    """Return the blocks whose scale no rounding explains: the clearest with too much and with too little of ΔW.
+    """Return blocks whose scale no rounding explains: the clearest with too much and with too little of ΔW.
+
+    Both are blocks along the same axis, rows or columns: that of the clearest of all.
 
     Args:
         sides: The sums over rows, and over columns.
@@ -99,16 +101,16 @@ def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Ten
             squares = (independent.square() / lines.variance.clamp_min((1e-12 * lines.energy).square() + 1e-300)).sum()
             spread = len(excess) + 2 * math.sqrt(len(excess) * exponent) + 2 * exponent
             if bool((excess > limit).any()) or float(squares) > spread:
-                for more in (True, False):
-                    i = int(torch.where((lines.difference > 0) == more, excess, -1.0).argmax())
-                    largest, known = float(excess[i]), clearest.get((axis, more))
-                    if largest > 0 and (known is None or largest > known[0]):
+                for too_much in (True, False):
+                    i = int(torch.where((lines.difference > 0) == too_much, excess, -1.0).argmax())
+                    largest, previous = float(excess[i]), clearest.get((axis, too_much))
+                    if largest > 0 and (previous is None or largest > previous[0]):
                         energy = float(lines.energy[i])
                         ends = i * width, min(counts[axis], (i + 1) * width)
                         stretch = Stretch(axis, *ends, float(lines.difference[i]) / energy, float(error[i]) / energy)
-                        clearest[axis, more] = largest, stretch
+                        clearest[axis, too_much] = largest, stretch
             lines, width = lines.join_pairs(), 2 * width
     if not clearest:
         return ()
-    axis = max(clearest, key=lambda side: clearest[side][0])[0]
-    return tuple(clearest[axis, more][1] for more in (True, False) if (axis, more) in clearest)
+    axis = max(clearest, key=lambda key: clearest[key][0])[0]
+    return tuple(clearest[axis, too_much][1] for too_much in (True, False) if (axis, too_much) in clearest)

@@ -78,7 +78,7 @@ class Moves:
 
     @classmethod
     def of(cls, changes: Tensor, spacing: Tensor) -> Moves:
-        """Count them, given |ΔW| and u of each."""
+        """Count the changed entries of a sample, given |ΔW| and u of each entry."""
         binade = spacing.view(torch.int64) >> 52
         lowest = int(binade.min()) if len(binade) else 0
         binade = binade - lowest

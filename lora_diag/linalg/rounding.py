@@ -48,10 +48,10 @@ class Profile:
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device | None = None) -> Profile:
         """Return the profile of zeros, on the CPU or on the device of the blocks, which then need no transfer."""
-        (rows, also_rows), (columns, also_columns) = (
+        (rows, rows_fourth), (columns, columns_fourth) = (
             torch.zeros(2, size, dtype=torch.float64, device=device) for size in shape
         )
-        return cls(rows, columns, also_rows, also_columns, 0.0 if rows.device.type == "cpu" else rows.new_zeros(()))
+        return cls(rows, columns, rows_fourth, columns_fourth, 0.0 if rows.device.type == "cpu" else rows.new_zeros(()))
 
     def add(
         self, spacing: Tensor, scale: float | Tensor, row: int, column: int, top: float | Tensor | None = None
@@ -116,7 +116,7 @@ class Spacing:
 
     Args:
         profile: Sums of u² and u⁴ over changed entries; of a block where few are unchanged, over all.
-        still: Over the other unchanged entries.
+        still: The same sums over the unchanged entries of the other blocks.
         total: Σ u² over all entries, to 1e-6; a scalar.
         mantissa: Mantissa bits that the stored values really use; 0 for a quantized format.
     """
@@ -332,18 +332,19 @@ def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
     """Copy the sums of all sides from a GPU, and other float64 tensors, which are returned: in one transfer."""
     sides = [side for side in sides if side.total.device.type != "cpu"]
     profiles = [profile for side in sides for profile in (side.profile, side.still)]
-    places = [(side, name) for side in sides for name in ("total", "mantissa")]
-    sums = [(item, name) for item in profiles for name in ("rows", "columns", "rows_fourth", "columns_fourth", "unit")]
-    parts = [getattr(*place) for place in (*places, *sums)]
-    parts = [item if isinstance(item, Tensor) else sides[0].total.new_full((), item) for item in parts]
-    values = fetch(*(item.to(torch.float64) for item in (*parts, *others))) if sides else list(others)
-    for (owner, name), value in zip((*places, *sums), values, strict=False):
+    scalars = [(side, name) for side in sides for name in ("total", "mantissa")]
+    fields = ("rows", "columns", "rows_fourth", "columns_fourth", "unit")
+    sums = [(profile, name) for profile in profiles for name in fields]
+    numbers = [getattr(owner, name) for owner, name in (*scalars, *sums)]
+    tensors = [number if isinstance(number, Tensor) else sides[0].total.new_full((), number) for number in numbers]
+    values = fetch(*(tensor.to(torch.float64) for tensor in (*tensors, *others))) if sides else list(others)
+    for (owner, name), value in zip((*scalars, *sums), values, strict=False):
         setattr(owner, name, value)
     for side in sides:
         side.mantissa = int(side.mantissa)
     for profile in profiles:
         profile.unit = float(profile.unit) if profile.rows.any() else 0.0
-    return values[len(parts) :]
+    return values[len(tensors) :]
 
 
 def rounding_bound(sides: Iterable[Spacing]) -> float:

@@ -206,7 +206,7 @@ def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
 def _outer(x: Tensor, y: Tensor) -> Tensor:
     """Return X·Yᵀ in float64."""
     product = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    for columns in range(0, x.shape[1], COLUMNS):
-        part = slice(columns, columns + COLUMNS)
+    for first in range(0, x.shape[1], COLUMNS):
+        part = slice(first, first + COLUMNS)
         product.addmm_(x[:, part].to(torch.float64), y[:, part].to(torch.float64).T)
     return product

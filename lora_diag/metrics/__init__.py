@@ -1,6 +1,6 @@
-"""Singular values → numbers. NumPy and SciPy only.
+"""Singular values, norms, angles and losses → numbers. NumPy and SciPy only.
 
-Functions take singular values and norms and return numbers or arrays; independent of torch, names and files.
+Functions are independent of torch, names and files.
 """
 
 from lora_diag.metrics.energy import (

@@ -1,10 +1,7 @@
-"""Energy curves: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F².
+"""Energy curves C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², and numbers read from singular values.
 
-Scalar summaries of the number of directions of an update.
-
-Eckart–Young: distance of the best rank-r approximation from the matrix.
-
-Spectra thinned for drawing: a subset of unchanged values.
+These are the ranks at which a curve reaches a threshold, the stable and the effective rank, the Eckart–Young errors of
+the best rank-r approximation, a bound on single values, and the ranks at which a figure draws a curve.
 """
 
 from __future__ import annotations
@@ -120,8 +117,8 @@ def truncation_error(
     if rank > len(s):
         return None
     kept = math.hypot(*s[:rank].tolist())
-    left = math.sqrt(max(0.0, fro - kept)) * math.sqrt(fro + kept)
-    return left, float(s[rank]) if rank < len(s) else None
+    tail_fro = math.sqrt(max(0.0, fro - kept)) * math.sqrt(fro + kept)
+    return tail_fro, float(s[rank]) if rank < len(s) else None
 
 
 def spectral_error(value: float, fro: float, energy_error: float) -> float:

@@ -106,7 +106,7 @@ def _compute_cosines(
 
 
 def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
-    """Return the ratio to the median for each outlying norm, else None; zero norms are ignored.
+    """Return the ratio to the median of each outlying norm, else None; zeros are ignored, and three norms are needed.
 
     Example:
         >>> find_norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])
@@ -127,7 +127,7 @@ def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
 def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
     """Return the properties by which each adapter is an outlier."""
     ratios = find_norm_outliers([adapter.fro for adapter in adapters])
-    outliers = []
+    kinds_by_adapter = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
         kinds: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
@@ -135,8 +135,8 @@ def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, .
             "spiked": adapter.spike is not None and adapter.spike >= SPIKED_FROM and adapter.rank != 1,
             "norm": ratio is not None,
         }
-        outliers.append(tuple(kind for kind, holds in kinds.items() if holds))
-    return outliers
+        kinds_by_adapter.append(tuple(kind for kind, holds in kinds.items() if holds))
+    return kinds_by_adapter
 
 
 def order_by_rarity(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:

@@ -51,8 +51,8 @@ def similarity_at_random(dimension: int, vectors: int) -> float:
         >>> round(similarity_at_random(4096, 4096), 3)
         0.059
     """
-    factor = 0.5 ** (1 / vectors)
-    return min(1.0, float(ndtri((1 + factor) / 2)) / math.sqrt(dimension))
+    probability = 0.5 ** (1 / vectors)  # of each product
+    return min(1.0, float(ndtri((1 + probability) / 2)) / math.sqrt(dimension))
 
 
 def below_at_random(dimension: int, vectors: int, epsilon: float) -> float:

@@ -146,20 +146,20 @@ def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
     largest = (1 - 1e-12) / float(b.max())
     q = _solve(b, p * float((a / (1 - a * p)).sum()), largest) or largest
 
-    def at(q: float) -> float:
+    def squared_at(q: float) -> float:
         total = float((b / (1 - b * q)).sum())
         p = _solve(a, q * total, (1 - 1e-12) / float(a.max()))
         return total / p if p else math.inf
 
     step = min(1e-3 * q, 0.3 * (1 / float(b.max()) - q))
-    curvature = (at(q + step) - 2 * at(q) + at(q - step)) / step**2
+    curvature = (squared_at(q + step) - 2 * squared_at(q) + squared_at(q - step)) / step**2
     slope = float((b / (1 - b * q) ** 2).sum()) / squared
     scale = (curvature / (2 * slope**2)) ** (1 / 3) if 0 < curvature < math.inf else 0.0
     return squared, scale
 
 
 def weighted_edge(left: Gain, right: Gain) -> float:
-    """Return the same limit for S·E·T, given ‖·‖_F and ‖·‖_2 of S·diag(√a) and of diag(√b)·T.
+    """Return the limit of ``Noise.edge`` for S·E·T, given ‖·‖_F and ‖·‖_2 of S·diag(√a) and of diag(√b)·T.
 
     E = diag(√a)·Z·diag(√b) with Z of variance 1; expected to end below ‖S'‖_2‖T'‖_F + ‖S'‖_F‖T'‖_2 (Chevet 1978), and
     above that by t with probability exp(−t²/(2‖S'‖_2²‖T'‖_2²)) at most, where Z is normal.

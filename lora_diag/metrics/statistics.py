@@ -1,9 +1,9 @@
-"""Rank correlation of two scores, with an interval and a p-value that do not assume normality.
+"""Statistics of scores and losses: rank correlations, differences of means with Student's t, and numbers of runs.
 
-Differences of means with Student's t: limits, confidences, and the number of runs needed for a decision.
-
-Equality is never concluded from a difference that is not significant. It needs an equivalence test: the interval of the
-difference has to lie inside a margin that was fixed before (two one-sided tests, TOST).
+Rank correlations have an interval and a p-value that do not assume normality. Limits and confidences of differences use
+Student's t, and so does the number of runs needed for a decision. Equality is never concluded from a difference that is
+not significant. It needs an equivalence test: the interval of the difference has to lie inside a margin that was fixed
+before (two one-sided tests, TOST).
 
 References: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power approach"; Welch 1947,
 "The generalization of Student's problem", equation 28; Berger 1982, "Multiparameter hypothesis testing"
@@ -57,6 +57,9 @@ def p_value(
         groups: Permute only within a group.
         seed: Seed of the permutations.
 
+    Returns:
+        p in (0, 1]; None if all ranks of one side are equal.
+
     Reference: Phipson and Smyth 2010, "Permutation p-values should never be zero", equation 3.
 
     Example:
@@ -87,7 +90,7 @@ def interval(rho: float, n: int) -> tuple[float, float] | None:
         n: Number of ranked items, assumed independent.
 
     Returns:
-        None for fewer than five items, or |ρ| = 1.
+        Both ends; None for fewer than five items, or |ρ| = 1.
 
     Reference: Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall and Spearman
     correlations", equation 3.
@@ -174,8 +177,8 @@ def paired_half(error: float | None, sequences: int | None) -> float | None:
     """Return half the interval outside which a paired difference is significant; None without an error.
 
     Args:
-        error: Its standard error by ``paired_difference``.
-        sequences: Their number; None if unknown, as in files of earlier versions: two standard errors.
+        error: Standard error of the difference by ``paired_difference``.
+        sequences: Number of sequences; None if unknown, as in files of earlier versions: two standard errors.
 
     Example:
         >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
@@ -225,7 +228,7 @@ def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
 
 
 def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), for two variances of means v and w.
+    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), for variances of means (v, ν) and (w, ω).
 
     Example:
         >>> error, freedom = welch((0.02, 3), (0.02, 3))
@@ -249,7 +252,7 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
         level: Confidence of the limit.
 
     Returns:
-        None if more than ``MAX_RUNS`` are needed.
+        The number; None if more than ``MAX_RUNS`` are needed.
 
     Example:
         >>> runs_needed(1.0, 1.0, 2), runs_needed(0.0, 1.0, 2)

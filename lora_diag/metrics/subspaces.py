@@ -1,10 +1,8 @@
-"""Principal angles between random subspaces, the baseline for the angles of two updates.
+"""Angles and overlaps of subspaces and distances of updates, with the random baselines that they are compared with.
 
-Random baseline: overlaps of a gradient with random subspaces, and the criterion for being near them.
-
-Relation of two updates compared with random ones, and singular task interference.
-
-Distance of an update X from another, D: numbers from their norms, their inner product and D's spectrum.
+The baselines are those of the principal angles between two subspaces, of a gradient's overlap with a subspace, of the
+relation of two updates, and of singular task interference. Distances of an update X from another, D, follow from their
+norms, their inner product and D's spectrum (``distances``, ``parts``).
 """
 
 from __future__ import annotations
@@ -200,10 +198,10 @@ def task_interference_at_random(s: NDArray[np.float64], owner: NDArray[np.int64]
         0.00798
     """
     energies = np.bincount(owner, weights=s**2)
-    numbers = np.bincount(owner)
+    counts = np.bincount(owner)
     k = len(energies)
     others = energies.sum() - energies[:, None] - energies[None, :] + np.diag(energies)
-    sums = np.sqrt(np.maximum(others, 0.0)) * numbers[:, None] * numbers[None, :]
+    sums = np.sqrt(np.maximum(others, 0.0)) * counts[:, None] * counts[None, :]
     assert sums.shape == (k, k)
     return float(math.sqrt(2 / math.pi / (shape[0] * shape[1])) * sums.sum() / s.sum())
 
@@ -371,11 +369,11 @@ def limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale"
     """
     if distances.epsilon is None:
         return None
-    found = parts(distances)
-    if found is None:
+    split = parts(distances)
+    if split is None:
         return "not adapted"
     if distances.epsilon <= EXACT:
         return "exact"
-    if found.rank >= max(found.direction, found.scale):
+    if split.rank >= max(split.direction, split.scale):
         return "rank"
-    return "direction" if found.direction >= found.scale else "scale"
+    return "direction" if split.direction >= split.scale else "scale"

@@ -25,12 +25,12 @@ _TRANSPOSED = "Conv1D"
 
 @dataclass
 class Moment:
-    """Σ xxᵀ over the inputs of one or several layers.
+    """Σ xxᵀ over the inputs of one or several layers, or Σ ggᵀ over the output gradients of one.
 
     Args:
         layers: Their names in the model.
-        total: ``(in, in)`` float64.
-        rows: Number of inputs.
+        total: The sum, ``(in, in)``, or ``(out, out)`` of gradients; float64.
+        rows: Number of inputs or gradients.
     """
 
     layers: list[str]
@@ -39,7 +39,7 @@ class Moment:
 
     @property
     def mean(self) -> Tensor:
-        """C."""
+        """C, or G of gradients."""
         return self.total / self.rows
 
 
@@ -147,7 +147,7 @@ def record(
     after: Callable[[], None],
     draw: Draw | None = None,
 ) -> Listener:
-    """Run a model on a text and return the second moments of its layers' inputs.
+    """Run a model on a text and return the listener with the second moments of its layers, its hooks removed.
 
     Args:
         model: The model.
@@ -156,16 +156,19 @@ def record(
         size: Sequences in a batch.
         after: Called after every batch.
         draw: Also accumulate the output gradients of the loss for these labels.
+
+    Raises:
+        InputError: Layers that shared an input do not share it in every batch, or the loss is not finite.
     """
     listener = Listener(layers, draw is not None)
     try:
-        for chosen in iterate_equal_batches(texts, size):
+        for sequences in iterate_equal_batches(texts, size):
             listener.next_batch()
             if draw is None:
                 with torch.no_grad():
-                    logits_of(model, chosen)
+                    logits_of(model, sequences)
             else:
-                backward(model, chosen, draw)
+                backward(model, sequences, draw)
             after()
     finally:
         listener.close()

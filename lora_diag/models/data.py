@@ -1,12 +1,9 @@
-"""Sources of texts: a text file, JSON lines, or a folder saved by Hugging Face's ``datasets``.
+"""Evaluation and training texts: files and folders → sequences of token ids.
 
-Handles files and folders; independent of tokens and models.
-
-Evaluation and training texts: files → sequences of token ids.
-
-Text files are cut into consecutive windows; an incomplete last window is dropped unless it is the only one. JSON lines
-and the rows of a data set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the completion
-is predicted; ``text`` and ``label`` for a classifier.
+A source is a text file, JSON lines, or a folder saved by Hugging Face's ``datasets``. Text files are cut into
+consecutive windows; an incomplete last window is dropped unless it is the only one. JSON lines and the rows of a data
+set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the completion is predicted; ``text``
+and ``label`` for a classifier.
 """
 
 from __future__ import annotations
@@ -37,8 +34,8 @@ class Source:
         name: Name of the set: the file's name without its suffix, or the folder's.
         digest: 16 hex digits of a SHA-256: of the file; of a data set, of the rows that are read, as JSON lines.
         text: Content of a text file.
-        rows: Otherwise the contents and the position of each row.
-        unit: Name of a row, for messages.
+        rows: Otherwise the position, for messages, and the contents of each row.
+        unit: Name of the rows in messages, a plural.
     """
 
     name: str
@@ -52,7 +49,7 @@ def check_texts(path: Path | str) -> None:
     """Check that a path can be a text, before anything is opened.
 
     Raises:
-        InputError: There is no such file, or the folder holds no data set.
+        InputError: There is no such file, or the folder holds no data set, or several splits.
     """
     named = os.fspath(path)
     if not os.path.isdir(named):  # noqa: PTH112  (unlike Path.is_dir(), takes any name)
@@ -62,9 +59,9 @@ def check_texts(path: Path | str) -> None:
     folder = Path(path)
     if (folder / _SPLITS).is_file():
         splits = _read_json(folder / _SPLITS).get("splits")
-        known = [str(split) for split in splits] if isinstance(splits, list) else []
+        names = [str(split) for split in splits] if isinstance(splits, list) else []
         raise InputError(
-            f"{path}: holds the splits {', '.join(known)}; give one, such as {folder / (known or ['train'])[0]}"
+            f"{path}: holds the splits {', '.join(names)}; give one, such as {folder / (names or ['train'])[0]}"
         )
     if not (folder / _STATE).is_file():
         raise InputError(
@@ -105,16 +102,16 @@ def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}: line {number}"
         try:
-            item = json.loads(line)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({error}); correct the line") from error
-        if not isinstance(item, dict):
+        if not isinstance(row, dict):
             raise InputError(f"{where} is not a JSON object with text, or prompt and completion; correct the line")
-        yield where, item
+        yield where, row
 
 
 def _read_data_set(path: Path) -> Source:
-    """Read the columns in use; a class label is read as its name and its number."""
+    """Return a data set with the columns in use; rows with a class label have its number and its name."""
     try:
         import datasets
     except ImportError as error:
@@ -136,12 +133,12 @@ def _read_data_set(path: Path) -> Source:
     chosen = data.select_columns(columns)
     names = getattr(chosen.features.get("label"), "names", None)
     rows, digest = [], hashlib.sha256()
-    for number, item in enumerate(chosen):
-        digest.update(json.dumps(item, sort_keys=True, default=str).encode() + b"\n")
-        label = item.get("label")
+    for number, row in enumerate(chosen):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        label = row.get("label")
         if names and isinstance(label, int) and 0 <= label < len(names):
-            item = {**item, "label_name": names[label]}
-        rows.append((f"{path}: row {number}", item))
+            row = {**row, "label_name": names[label]}
+        rows.append((f"{path}: row {number}", row))
     return Source(path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows")
 
 
@@ -296,9 +293,9 @@ def _mask_sequence(sequence: Sequence, number: int, model: Model) -> Sequence:
     """
     places = [place for place, label in enumerate(sequence.labels) if label != IGNORED]
     # Only ``random()`` is guaranteed to be stable across versions of Python.
-    order = random.Random(f"{MASK_SEED}:{number}")
-    drawn = sorted(places, key={place: order.random() for place in places}.__getitem__)
-    hidden = set(drawn[: max(1, round(MASKED * len(places)))])
+    generator = random.Random(f"{MASK_SEED}:{number}")
+    shuffled = sorted(places, key={place: generator.random() for place in places}.__getitem__)
+    hidden = set(shuffled[: max(1, round(MASKED * len(places)))])
     assert model.tokens.mask is not None
     return Sequence(
         tuple(model.tokens.mask if place in hidden else token for place, token in enumerate(sequence.ids)),
@@ -307,7 +304,7 @@ def _mask_sequence(sequence: Sequence, number: int, model: Model) -> Sequence:
 
 
 def _split_into_windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
-    """Yield consecutive windows of a text, each with the tokenizer's special tokens."""
+    """Yield consecutive windows of a text with the tokenizer's special tokens; none is truncated (False)."""
     tokens = model.tokens
     ids = tokens.ids(text)
     room = model.length - len(tokens.first) - len(tokens.last)
@@ -321,22 +318,22 @@ def _split_into_windows(text: str, model: Model) -> Iterator[tuple[Sequence, boo
             yield Sequence(whole, whole), False
 
 
-def _tokenize_row(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+def _tokenize_row(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
     return (
-        _tokenize_classification(item, where, model)
+        _tokenize_classification(row, where, model)
         if model.kind == "classifier"
-        else _tokenize_continuation(item, where, model)
+        else _tokenize_continuation(row, where, model)
     )
 
 
-def _tokenize_continuation(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    """Return the sequence of ``text``, or of ``prompt`` and ``completion``."""
+def _tokenize_continuation(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    """Return the sequence of ``text``, or of ``prompt`` and ``completion``, and whether it was truncated."""
     tokens = model.tokens
-    if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
-        prompt = [*tokens.first, *tokens.ids(item["prompt"])]
-        completion = tokens.ids(item["completion"])
-    elif isinstance(item.get("text"), str):
-        prompt, completion = list(tokens.first), tokens.ids(item["text"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        prompt = [*tokens.first, *tokens.ids(row["prompt"])]
+        completion = tokens.ids(row["completion"])
+    elif isinstance(row.get("text"), str):
+        prompt, completion = list(tokens.first), tokens.ids(row["text"])
     else:
         raise InputError(f"{where} has neither text nor prompt and completion; add them")
     ids, labels = [*prompt, *completion], [*([IGNORED] * len(prompt)), *completion]
@@ -345,15 +342,15 @@ def _tokenize_continuation(item: dict[str, Any], where: str, model: Model) -> tu
     return Sequence((*ids[:room], *tokens.last), (*labels[:room], *masked_last)), len(ids) > room
 
 
-def _tokenize_classification(item: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    """Return the sequence of ``text`` with its ``label``, the name of a class or an index.
+def _tokenize_classification(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
+    """Return the sequence of ``text`` with its ``label``, a class name or index, and whether it was truncated.
 
     A data set's class name takes precedence over its number if the model has a class of that name.
     """
-    text, label = item.get("text"), item.get("label")
+    text, label = row.get("text"), row.get("label")
     if not isinstance(text, str) or not isinstance(label, int | str):
         raise InputError(f"{where} has no text and label; add them")
-    name = label if isinstance(label, str) else item.get("label_name")
+    name = label if isinstance(label, str) else row.get("label_name")
     index = model.labels.get(name) if isinstance(name, str) else None
     if index is None and isinstance(label, int):
         index = label

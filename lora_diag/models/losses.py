@@ -1,9 +1,8 @@
-"""Losses of a model on a set, by sequence, and differences of such losses with standard errors.
+"""Forward and backward passes: losses of a model on a set by sequence, and gradients with respect to layer outputs.
 
-One backward pass through a frozen model: the gradient of each sequence's loss with respect to layer outputs.
-
-No weight gradients are needed: the inner products of ∇ℓ with an update follow from the inputs x and the output
-gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ T x_t.
+Differences of losses on the same sequences have standard errors. The backward pass runs through a frozen model, for the
+loss of each sequence. No weight gradients are needed: the inner products of ∇ℓ with an update follow from the inputs x
+and the output gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ T x_t.
 """
 
 from __future__ import annotations
@@ -79,23 +78,23 @@ class Losses:
 def iterate_predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield, batch by batch, the logits of predictions ``(n_i, classes)`` of every sequence, and their targets."""
     for batch in iterate_batches(len(texts.sequences), size):
-        chosen = [texts.sequences[i] for i in batch]
-        logits = logits_of(model, chosen)
-        kept = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-        yield [outputs for outputs, _ in kept], [label for _, label in kept]
+        sequences = [texts.sequences[i] for i in batch]
+        logits = logits_of(model, sequences)
+        predictions = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(sequences)]
+        yield [outputs for outputs, _ in predictions], [label for _, label in predictions]
 
 
-def logits_of(model: Model, chosen: list[Sequence]) -> Tensor:
+def logits_of(model: Model, sequences: list[Sequence]) -> Tensor:
     """Return the logits of sequences, with gradients as set by the caller."""
-    logits = forward(model, chosen).logits
+    logits = forward(model, sequences).logits
     assert isinstance(logits, Tensor)
     return logits
 
 
-def forward(model: Model, chosen: list[Sequence], hidden: bool = False) -> Any:
+def forward(model: Model, sequences: list[Sequence], hidden: bool = False) -> Any:
     """Return the output of transformers for sequences, padded at the end; optionally with ``hidden_states``."""
-    ids = pad_sequences([sequence.ids for sequence in chosen], model.tokens.pad).to(model.device)
-    mask = pad_sequences([[1] * len(sequence.ids) for sequence in chosen], 0).to(model.device)
+    ids = pad_sequences([sequence.ids for sequence in sequences], model.tokens.pad).to(model.device)
+    mask = pad_sequences([[1] * len(sequence.ids) for sequence in sequences], 0).to(model.device)
     extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal" else {}
     if hidden:
         extra["output_hidden_states"] = True
@@ -167,12 +166,12 @@ class Draw:
         return torch.multinomial(shares, 1, generator=self._random).squeeze(1).to(logits.device)
 
 
-def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
+def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
     """Run one batch forward and backward; hooks on the layers receive the gradients.
 
     Args:
         model: Its weights are frozen; gradients start at the embedding of the tokens.
-        chosen: Sequences; padding gets no gradient.
+        sequences: Sequences; padding gets no gradient.
         draw: Which labels.
 
     Returns:
@@ -186,13 +185,15 @@ def backward(model: Model, chosen: list[Sequence], draw: Draw) -> list[int]:
     hook = table.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
     try:
         with torch.enable_grad():
-            logits = logits_of(model, chosen)
-            kept = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-            losses = [functional.cross_entropy(z.float(), draw(z, labels), reduction="sum") for z, labels in kept]
+            logits = logits_of(model, sequences)
+            predictions = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(sequences)]
+            losses = [
+                functional.cross_entropy(z.float(), draw(z, labels), reduction="sum") for z, labels in predictions
+            ]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
                 raise InputError("the loss is not finite; check the weights, or use --dtype float32")
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()
-    return [len(labels) for _, labels in kept]
+    return [len(labels) for _, labels in predictions]

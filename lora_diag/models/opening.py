@@ -80,7 +80,7 @@ class Model:
 def open_model(
     base: Path | str, device: torch.device, dtype: str = "float32", length: int | None = None, tokenizer: str = "auto"
 ) -> Model:
-    """Open a causal or masked language model, or a sequence classifier.
+    """Open a causal or masked language model, or a sequence classifier; inside ``keep_open`` only once.
 
     Args:
         base: A folder that transformers can open, or a Hub id.
@@ -93,12 +93,12 @@ def open_model(
         UsageError: An option is invalid, or transformers is not installed.
         InputError: transformers cannot open the model, it is quantized, or its kind is not supported.
     """
-    kept, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
-    if kept is not None and key in kept:
-        return kept[key]
+    open_models, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
+    if open_models is not None and key in open_models:
+        return open_models[key]
     model = _load_model(base, device, dtype, length, tokenizer)
-    if kept is not None:
-        kept[key] = model
+    if open_models is not None:
+        open_models[key] = model
     return model
 
 
@@ -162,7 +162,7 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
 
     Raises:
         UsageError: An option is invalid, or transformers is not installed.
-        InputError: transformers cannot open the config or the tokenizer.
+        InputError: transformers cannot open the config or the tokenizer, or the kind of model is not supported.
     """
     transformers = _import_transformers()
     where, options = _locate_base(base)
@@ -232,7 +232,11 @@ def _suppress_messages(transformers: Any) -> Any:
 
 
 def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
-    """Return the argument of transformers for a path or a Hub id."""
+    """Return the name or path and the options of transformers for a path or a Hub id.
+
+    Raises:
+        InputError: The model is remote, or a file.
+    """
     local = locate(base)
     if isinstance(local, RemotePath):
         raise InputError(f"{local}: a model to run must be a complete folder on this machine; download it first")
@@ -311,7 +315,7 @@ def _make_byte_tokens(reason: str) -> Tokens:
 
 
 def _suggest_bytes(vocabulary: int, kind: Kind) -> str:
-    """Return whether bytes are an alternative for a model without a tokenizer, as text."""
+    """Return advice on bytes as an alternative to a tokenizer; empty for a masked model."""
     if kind == "masked":
         return ""
     if vocabulary < 256:

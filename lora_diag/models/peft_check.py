@@ -39,12 +39,14 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # warnings on unmatched names: missing ranks report them
         try:
-            known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            kind: Any = getattr(transformers, (known.architectures or [""])[0], None)
-            by_type: Any = transformers.AutoModelForCausalLM
+            model_config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            model_class: Any = getattr(transformers, (model_config.architectures or [""])[0], None)
+            auto_class: Any = transformers.AutoModelForCausalLM
             # A name from the file: only model classes of transformers are accepted.
-            is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-            model = kind(known) if is_model else by_type.from_config(known)
+            is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+            model = model_class(model_config) if is_model else auto_class.from_config(model_config)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise InputError(f"{base}: transformers cannot build this model: {error}") from error
         try:

@@ -23,7 +23,10 @@ def is_main() -> bool:
 
 
 def average_over_processes(weight: Frozen) -> Tensor | None:
-    """Average the sums of all processes, each over its part of the batch; all processes must call this."""
+    """Return the gradient of a weight, averaged in place over processes; all of them must call this.
+
+    Each has summed over its part of the batch. None for a single process without a backward pass.
+    """
     distributed, gradient = torch.distributed, weight.gradient()
     if not (distributed.is_available() and distributed.is_initialized()):
         return gradient

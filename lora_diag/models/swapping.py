@@ -1,6 +1,4 @@
-"""The layers that a probe truncates.
-
-In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, layer by layer.
+"""In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, for the layers that a probe truncates.
 
 Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets are
 kept, as many numbers as in an adapter of the largest rank.
@@ -82,19 +80,19 @@ class Swapped:
             )
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
-        self._state = dict.fromkeys(self._deltas, 0)
+        self._ranks = dict.fromkeys(self._deltas, 0)
         for layer in self._deltas:
             self._check(layer)
 
     def arrange(self, ranks: Mapping[str, int]) -> None:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0 and for layers that are not named."""
-        for layer, current in self._state.items():
+        for layer, current in self._ranks.items():
             rank = ranks.get(layer, 0)
             if rank >= min(self._deltas[layer].shape):
                 rank = FULL
             if rank != current:
                 self._put(layer, rank)
-                self._state[layer] = rank
+                self._ranks[layer] = rank
 
     @property
     def layers(self) -> list[str]:
@@ -125,7 +123,7 @@ class Swapped:
             weight[first:last].copy_(block.double() + change)
 
     def _update(self, layer: str, rank: int) -> Iterator[Tensor]:
-        """Yield ΔW_r in row blocks, float64."""
+        """Yield ΔW_r in row blocks, float64; scalar zeros for rank 0."""
         delta = self._deltas[layer]
         if rank == FULL:
             yield from _load_finite(delta).blocks(delta.shape)

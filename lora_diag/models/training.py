@@ -1,10 +1,7 @@
-"""Training methods: LoRA factors on a frozen BASE, all of BASE, or its biases and norms. BASE is restored afterwards.
+"""Training runs: LoRA factors on a frozen BASE, all of BASE, or its biases and norms; BASE is restored after every run.
 
-Handles PEFT; independent of steps, rates and losses.
-
-Training runs with the same batches in the same order and number of steps: LoRA at some rank, or a reference line.
-
-A run is a cell: method, rank, peak learning rate, seed. BASE is restored after every run.
+A run is a cell: method, rank, peak learning rate, seed. All runs have the same batches in the same order and the same
+number of steps.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_diag.errors import InputError, UsageError, install_command
 from lora_diag.models.activations import linear_layers
-from lora_diag.models.data import Sequence as Tokens
+from lora_diag.models.data import Sequence as TokenSequence
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, logits_of, measure, nll, select_predictions
 from lora_diag.models.opening import Model
@@ -56,9 +53,9 @@ class Lora:
     @property
     def description(self) -> str:
         """Description of the kind."""
-        name = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
+        names = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
         alpha = f"{RSLORA_ALPHA}" if self.rslora else f"{ALPHA_OVER_RANK}r"
-        return f"{name[self.dora, self.rslora]}, alpha = {alpha}"
+        return f"{names[self.dora, self.rslora]}, alpha = {alpha}"
 
 
 def layers_without_head(module: Any) -> dict[str, nn.Module]:
@@ -75,9 +72,11 @@ def layers_without_head(module: Any) -> dict[str, nn.Module]:
 def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
     """Add fresh factors to BASE within the block, and remove them afterwards.
 
+    With ``kind.vectors`` BASE's biases and norms are trained, too, and restored.
+
     Raises:
         UsageError: peft is not installed.
-        InputError: PEFT finds no such module.
+        InputError: PEFT cannot adapt this model, or there are no biases and norms to train.
     """
     try:
         import peft
@@ -175,14 +174,14 @@ def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     if not trained:
         raise InputError("--bitfit: this model has no biases or norms to train; remove the option")
     changing = [*trained, *model.module.buffers()]
-    kept = [tensor.detach().to("cpu", copy=True) for tensor in changing]
+    originals = [tensor.detach().to("cpu", copy=True) for tensor in changing]
     for parameter in trained:
         parameter.requires_grad_(True)
     try:
         yield model
     finally:
         with torch.no_grad():
-            for tensor, original in zip(changing, kept, strict=True):
+            for tensor, original in zip(changing, originals, strict=True):
                 tensor.copy_(original)
         for parameter in trained:
             parameter.grad = None
@@ -251,7 +250,7 @@ class Training:
         """16 hex digits of the SHA-256 of the order: positions in the file of every step's sequences."""
         return hashlib.sha256(repr(list(self._locate_batches())).encode()).hexdigest()[:16]
 
-    def batches(self) -> Iterator[list[Tokens]]:
+    def batches(self) -> Iterator[list[TokenSequence]]:
         """Yield the batch of every step, the same in every call."""
         for places in self._locate_batches():
             yield [self.texts.sequences[place] for place in places]
@@ -315,11 +314,11 @@ def losses_after(
     torch.manual_seed(cell.seed)
     with _make_trainable(model, cell, training.kind) as tuned:
         with checkpoint_activations(model.module) if training.checkpointing else nullcontext():
-            path = train(tuned, cell, training, after)
+            step_losses = train(tuned, cell, training, after)
         tuned.module.eval()
         losses = [measure(tuned, texts, training.batch, after) for texts in sets]
         keep(tuned)
-    last = path[-max(1, len(path) // 10) :]
+    last = step_losses[-max(1, len(step_losses) // 10) :]
     return losses, sum(last) / len(last)
 
 
@@ -334,22 +333,22 @@ def train(model: Model, cell: Cell, training: Training, after: Callable[[], None
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)
     model.module.train()
-    path: list[float] = []
+    step_losses: list[float] = []
     for step, batch in enumerate(training.batches()):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, training.steps, cell.lr)
         optimizer.zero_grad()
         loss = mean_loss(model, batch)
-        path.append(float(loss.detach()))
-        if math.isfinite(path[-1]):
+        step_losses.append(float(loss.detach()))
+        if math.isfinite(step_losses[-1]):
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
             optimizer.step()
         after()
-    return path
+    return step_losses
 
 
-def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
+def mean_loss(model: Model, batch: list[TokenSequence]) -> Tensor:
     """Return the mean negative log-likelihood over the predictions of a batch."""
     logits = logits_of(model, batch)
     pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
@@ -360,15 +359,15 @@ def mean_loss(model: Model, batch: list[Tokens]) -> Tensor:
 def record_of(
     texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None, name: str = ""
 ) -> Probe:
-    """Return the record of a run on one set; without a run, of BASE, rounded to a grid if it has that name."""
-    trained = train_loss if train_loss is not None and math.isfinite(train_loss) else None
+    """Return the record of a run on one set; without a run, of BASE, or of BASE rounded to the grid ``name``."""
+    finite_train_loss = train_loss if train_loss is not None and math.isfinite(train_loss) else None
     return Probe(
         probe="sweep",
         **losses.on(texts),
         **(cell.fields if cell else {"subject": "base"}),
         name=name,
         loss=losses.mean if losses.is_finite else None,
-        train_loss=trained,
+        train_loss=finite_train_loss,
         nll=losses.rounded if losses.is_finite else (),
         predictions=() if cell else tuple(int(count) for count in losses.counts),
     )

@@ -114,12 +114,12 @@ class Frozen:
 Weight = Trained | Frozen
 
 
-def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
-    """Return the matrices with an available gradient, ordered by name, and the reasons for the others.
+def weights_of(model: nn.Module, is_selected: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
+    """Return the matrices with an available gradient by name, and why frozen ones under an adapter have none, by name.
 
     Args:
         model: A model, possibly wrapped for data parallelism or with PEFT adapters.
-        chosen: Returns whether a name is selected.
+        is_selected: Returns whether a name is selected.
 
     Raises:
         UsageError: The weights are sharded over processes, so that no process has a whole gradient.
@@ -127,7 +127,7 @@ def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[We
     weights: list[Weight] = []
     unread: dict[str, str] = {}
     for name, module, parameter in _iterate_named(model):
-        if not chosen(name):
+        if not is_selected(name):
             continue
         if parameter is not None:
             _refuse_sharded(name, parameter)
@@ -142,20 +142,20 @@ def weights_of(model: nn.Module, chosen: Callable[[str], bool]) -> tuple[list[We
 
 def _iterate_named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
     """Yield every weight by its plain name: with its parameter, or with the adapter's layer if it is frozen in one."""
-    inside: tuple[str, ...] = ()
-    rows: list[tuple[str, Any, nn.Parameter | None]] = []
+    prefixes: tuple[str, ...] = ()
+    entries: list[tuple[str, Any, nn.Parameter | None]] = []
     for path, module in model.named_modules():
-        if path.startswith(inside) and inside:
+        if path.startswith(prefixes) and prefixes:
             continue
         if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{path}.")
+            prefixes = (*prefixes, f"{path}.")
             weight = getattr(module.get_base_layer(), "weight", None)
-            trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-            rows.append((f"{path}.weight", module, weight if trained else None))
+            is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+            entries.append((f"{path}.weight", module, weight if is_trained else None))
         else:
-            rows += [(f"{path}.{name}", module, p) for name, p in module.named_parameters(recurse=False)]
-    names = plain_names([name.removeprefix(".") for name, _, _ in rows])
-    for name, (_, module, parameter) in zip(names, rows, strict=True):
+            entries += [(f"{path}.{name}", module, p) for name, p in module.named_parameters(recurse=False)]
+    names = plain_names([name.removeprefix(".") for name, _, _ in entries])
+    for name, (_, module, parameter) in zip(names, entries, strict=True):
         yield _PEFT.sub("", name), module, parameter
 
 

@@ -1,4 +1,4 @@
-"""Thin factors → singular values, with NumPy alone.
+"""Thin factors → singular values and sketches, without torch.
 
 What ``linalg`` does with torch, for the one input that needs neither torch nor a GPU: B ``(m, r)`` and A ``(r, n)`` of
 a small rank. Importing torch takes ten times as long as measuring an adapter.

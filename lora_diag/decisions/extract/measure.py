@@ -327,7 +327,7 @@ def _project(change: Change, best: Factors, rank: int, weighted: Weighted) -> Fa
     vectors = best.vh[:rank].T if on_rows else best.u[:, :rank]
     inside = outside = vectors
     for k in weighted.roots[1:]:
-        inside, outside = k.lower @ vectors, k.inverse @ vectors
+        inside, outside = k.matrix @ vectors, k.inverse @ vectors
     if change.factors is not None:
         left, right = (factor.to(torch.float64) for factor in change.factors)
     else:
@@ -347,7 +347,7 @@ def _error_on_data(
     kept = float(_compute_curve(best, rank)[-1])
     written = Change(None, None, factors=factors)
     for root in weighted.roots:
-        written = times(written, root.lower, root.on_rows)
+        written = times(written, root.matrix, root.on_rows)
     stored = written.factors
     assert stored is not None
     return OnData(

@@ -239,9 +239,9 @@ def _make_data_metric(layer: Layer, full: Change, top: int, settings: LayerSetti
     """Return the metric of the data: distances are those of D·L, with L·Lᵀ = C."""
     assert layer.moments is not None
     on_rows = layer.moments.on_rows
-    lower = read_root(layer.moments, device).lower
-    weighted = times(full, lower, on_rows)
-    return Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, lower, on_rows)
+    root_matrix = read_root(layer.moments, device).matrix
+    weighted = times(full, root_matrix, on_rows)
+    return Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, root_matrix, on_rows)
 
 
 def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool = True) -> Factors:

@@ -55,6 +55,9 @@ from lora_diag.metrics import energy_curve
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
 # Names of heads of transformers 5 classes for classification and question answering; the language-modelling head is a
 # vocabulary table (``names.part_of``) and not included.
 _HEAD = re.compile(
@@ -104,24 +107,25 @@ def heads_to_save(
         target: The user's selection of layers.
         exclude: The user's exclusion of layers.
     """
-    heads: dict[str, list[Spectrum | LeftOut]] = {}
+    tensors_by_head: dict[str, list[Spectrum | LeftOut]] = {}
     tensors: list[Spectrum | LeftOut] = [*records, *left_out]
-    for item in tensors:
-        if head := head_of(item.layer):
-            heads.setdefault(head, []).append(item)
+    for tensor in tensors:
+        if head := head_of(tensor.layer):
+            tensors_by_head.setdefault(head, []).append(tensor)
     return [
         LeftOut(
-            layer=item.layer,
-            shape=(item.tuned_shape if isinstance(item, LeftOut) else None) or item.shape,
+            layer=tensor.layer,
+            shape=(tensor.tuned_shape if isinstance(tensor, LeftOut) else None) or tensor.shape,
             reason="saved",
             detail=f"in the head {head}, which is trained in full (modules_to_save)",
-            fro=item.fro,
-            base_fro=item.base_fro,
+            fro=tensor.fro,
+            base_fro=tensor.base_fro,
         )
-        for head, items in heads.items()
-        if any(map(_is_new_or_moved, items)) and not any(_is_named(item.layer, target, exclude) for item in items)
-        for item in items
-        if not isinstance(item, LeftOut) or item.reason != "only_in_base"
+        for head, head_tensors in tensors_by_head.items()
+        if any(map(_is_new_or_moved, head_tensors))
+        and not any(_is_named(tensor.layer, target, exclude) for tensor in head_tensors)
+        for tensor in head_tensors
+        if not isinstance(tensor, LeftOut) or tensor.reason != "only_in_base"
     ]
 
 
@@ -472,9 +476,6 @@ def _take(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, in
     np.maximum.at(ranks, steps.unit[chosen], steps.rank[chosen])
     return float(key[chosen[-1]]) if fitting else 0.0, (ranks, int(cumulative[fitting - 1]) if fitting else 0)
 
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # Largest table of the exact method: about 1 s and 100 MB (2 cores in 2026; 40 M entries took 0.4 s).
 MAX_TABLE, MAX_WORK = 4e7, 2e8

@@ -155,8 +155,8 @@ def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, fl
     remaining = dict(configured)
     for path, rank in expected.items():
         module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
-        names = [name for name in remaining if _ends_in(name, _WRAPPERS.sub("", module))]
-        name = next((name for name in names if name == module), names[0] if len(names) == 1 else None)
+        candidates = [name for name in remaining if _ends_in(name, _WRAPPERS.sub("", module))]
+        name = next((name for name in candidates if name == module), candidates[0] if len(candidates) == 1 else None)
         if name is None:
             raise InputError(
                 f"--check: the model has no module {path} that PEFT could adapt; check that it is the model of the "

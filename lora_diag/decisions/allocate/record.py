@@ -156,7 +156,8 @@ class Certificate(WholeRecord):
         kept: Fraction of the (weighted) energy that it keeps.
         bound: Upper bound on the fraction for the budget and the constraints.
         gap: (bound − kept) / bound.
-        optimal: True if the exact method ran: no allocation within budget and constraints keeps more.
+        optimal: True if this is known to be the optimum, by the exact method or because the greedy choice takes every
+            step or spends the whole budget.
         energy_error: Bound on the error of ``kept`` and ``bound`` due to the measured spectra.
         epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound on ε for these
             ranks.

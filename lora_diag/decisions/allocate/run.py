@@ -154,14 +154,14 @@ def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -
     return LayerWeights(described, losses={record.layer: records[record.layer].fisher for record in in_both})
 
 
-def _make_notes(measured: Weights) -> list[str]:
+def _make_notes(weights: Weights) -> list[str]:
     """Return notes on layers with weight 0, gains within noise, and spectra with too few values."""
-    missing = [layer for layer in measured.not_adapted if part_of(layer) == "matrices"]
+    missing = [layer for layer in weights.not_adapted if part_of(layer) == "matrices"]
     groups = [
-        (measured.negative, "have no gain alone and get weight 0, so no rank"),
+        (weights.negative, "have no gain alone and get weight 0, so no rank"),
         (missing, "were not adapted alone and get weight 0, so no rank"),
-        (measured.unclear, "have no significant gain, and are used unchanged"),
-        (measured.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
+        (weights.unclear, "have no significant gain, and are used unchanged"),
+        (weights.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
     return [f"{len(names)} of them {problem}: {_list_names(names)}" for names, problem in groups if names]
 
@@ -262,8 +262,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     budget = _make_budget(params, total_rank, memory, energy, match, training)
     constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
     spectra, described = _read_spectra(results, allow_unfinished)
-    measured = _read_factors(weights, spectra, allow_unfinished)
-    if measured.losses is not None and relative:
+    layer_weights = _read_factors(weights, spectra, allow_unfinished)
+    if layer_weights.losses is not None and relative:
         raise UsageError(
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
@@ -273,14 +273,14 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             spectra.layers,
             budget,
             constraints,
-            measured.factors,
+            layer_weights.factors,
             relative,
             target,
             exclude,
-            measured.losses,
+            layer_weights.losses,
             spectra.left_out,
             method=method,
-            scores=measured.scores,
+            scores=layer_weights.scores,
         )
 
     chosen = one_rank(plan, constraints) if portable else plan(constraints)
@@ -292,7 +292,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     run = Run(
         command="allocate",
         version=__version__,
-        inputs=(described, *spectra.run.inputs, *((measured.described,) if measured.described else ())),
+        inputs=(described, *spectra.run.inputs, *((layer_weights.described,) if layer_weights.described else ())),
         settings={
             "budget": budget.option,
             "energy": energy,
@@ -352,8 +352,9 @@ def write_allocation(
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
-        UsageError: The suffix is unknown, the path exists, or there is no config to check.
-        InputError: The file cannot be written, or PEFT cannot express these ranks.
+        UsageError: The suffix is unknown, the path exists, there is no config to check, or portable ranks are to be
+            scaled by rsLoRA.
+        InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference.
     """
     path = Path(path)
     kind = kind_of_allocation(path, check, format)
@@ -373,10 +374,10 @@ def write_allocation(
 
 
 def kind_of_allocation(path: Path, check: Path | str | None = None, format: str = "peft") -> Kind:
-    """Return the format of an allocation by the suffix of its file.
+    """Return the kind of file of an allocation, by its format and suffix.
 
     Raises:
-        UsageError: The suffix is unknown, or PEFT cannot check records.
+        UsageError: The suffix is unknown or not that of the format, or PEFT cannot check records.
     """
     if format != "peft":
         kind, suffixes = (PYTHON, (".py",)) if format == "unsloth" else (YAML, (".yaml", ".yml"))

@@ -377,10 +377,10 @@ def plan(
 
 
 def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
-    """Refuse layers that change one weight of BASE.
+    """Refuse two layers that change one weight of BASE.
 
     Raises:
-        InputError: Two layers do.
+        InputError: Such layers exist, as with ``layer_replication``.
     """
     first: dict[tuple[str, tuple[int, int], tuple[int, int]], str] = {}
     for layer, target in targets.items():

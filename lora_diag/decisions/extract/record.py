@@ -51,6 +51,7 @@ def _median_signal_rank(records: Sequence[Extraction]) -> int | str | None:
 
 
 def _mark(records: Sequence[Extraction]) -> str:
+    """Return the mark of the worst verdict on the resolution of updates."""
     return noise_mark(record.resolution.verdict for record in records)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.contents import Item, Part
@@ -35,9 +35,6 @@ from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import FolderOptions, fill_options, list_options, list_typed_options, show_options
-
-Split = Literal["both", "b"]
-Rest = Literal["list", "save"]
 
 
 @show_options

@@ -151,7 +151,11 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
 
 
 def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them."""
+    """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them.
+
+    Raises:
+        UsageError: K is below 1.
+    """
     # deferred: imports torch
     from lora_diag.decisions.plan.cost import costs
 

@@ -391,7 +391,7 @@ def plan_merge(
     if engine is not None and engine.gpus_per_task:
         raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
-    target = _target(*(run.options[name] for name in ("to", "group_size", "scale")))
+    target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
     base, adapter = as_path(base), as_path(adapter)
     check_exists(base)
     if not is_adapter(locate(adapter)):
@@ -411,7 +411,7 @@ def plan_merge(
     )
 
 
-def _target(to: str, group_size: int | None, scale: str | None) -> Target:
+def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
     """Return the format.
 
     Raises:

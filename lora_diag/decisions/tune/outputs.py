@@ -97,25 +97,45 @@ def commands(base: Path | str, folder: Path, options: Mapping[str, Any], plan: T
     train = ["loradiag", "probe", "sweep", base, *text_arguments, *training_arguments]
     lines: list[list[Any]] = [["loradiag", "plan", base, "--data", options["data"], *budget]]
     if plan.halving:
-        ends: list[Any] = ["--ranks", _list_values({plan.ranks[0], plan.ranks[-1]}), "--lr", _list_values(plan.rates)]
+        end_options: list[Any] = [
+            "--ranks",
+            _list_values({plan.ranks[0], plan.ranks[-1]}),
+            "--lr",
+            _list_values(plan.rates),
+        ]
         lines.append(
-            [*train, *ends, "--steps", short_steps(plan.steps), "--repeats", 1, *_make_output_option("rates.jsonl")]
+            [
+                *train,
+                *end_options,
+                "--steps",
+                short_steps(plan.steps),
+                "--repeats",
+                1,
+                *_make_output_option("rates.jsonl"),
+            ]
         )
-    grid: list[Any] = ["--ranks", _list_values(sweep_settings["ranks"]), "--lr", _list_values(sweep_settings["rates"])]
-    grid += ["--full", "--full-lr", _list_values(sweep_settings["full_rates"])] if sweep_settings["full_rates"] else []
-    grid += ["--steps", plan.steps, "--repeats", plan.repeats, "--widen", plan.widen]
-    lines.append([*train, *grid, *_make_output_option("sweep.jsonl")])
+    grid_options: list[Any] = [
+        "--ranks",
+        _list_values(sweep_settings["ranks"]),
+        "--lr",
+        _list_values(sweep_settings["rates"]),
+    ]
+    grid_options += (
+        ["--full", "--full-lr", _list_values(sweep_settings["full_rates"])] if sweep_settings["full_rates"] else []
+    )
+    grid_options += ["--steps", plan.steps, "--repeats", plan.repeats, "--widen", plan.widen]
+    lines.append([*train, *grid_options, *_make_output_option("sweep.jsonl")])
     if (folder / "pilot.jsonl").is_file():
         pilot = next(iter(sorted((folder / "trials").glob("pilot-r*"))))
         lines.append(["loradiag", "spectrum", base, pilot, *_make_output_option("pilot.jsonl")])
         minimum = least_rank(choice.rank)
         budget_options = ["--params", choice.rank * plan.per_rank, "--min-rank", minimum, "--layers", "."]
         allocate_command = ["loradiag", "allocate", "$OUT/pilot.jsonl", *budget_options]
-        prior = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
-        scales = [_scaling_arguments(folder / "trials" / name, options) for name in ("marginal", "prior")]
+        prior_options = ["--layer-weights", folder / "weights.json", "--strategy", "heuristic"]
+        scaling_options = [_scaling_arguments(folder / "trials" / name, options) for name in ("marginal", "prior")]
         lines += [
-            [*allocate_command, *scales[0], *_make_output_option("marginal.json")],
-            [*allocate_command, *prior, *scales[1], *_make_output_option("prior.json")],
+            [*allocate_command, *scaling_options[0], *_make_output_option("marginal.json")],
+            [*allocate_command, *prior_options, *scaling_options[1], *_make_output_option("prior.json")],
         ]
     lines += [
         ["loradiag", "spectrum", base, folder / "adapter", *_make_output_option("spectrum.jsonl")],
@@ -182,17 +202,17 @@ def configs(
         uniform: Content of ``adapter_config.json`` of the shared rank, for trainers that have no rank of each layer.
         settings: ``batch`` and ``length``.
     """
-    note, single = "", variant.config
-    if single["rank_pattern"]:
+    note, single_rank = "", variant.config
+    if single_rank["rank_pattern"]:
         note = (
             f"# LLaMA-Factory has one rank for all layers: this is the uniform rank {uniform['r']} that the search\n"
             f"# compared with {variant.name}; config.axolotl.yaml and config.trl.py have a rank for each layer.\n"
         )
-        single = {**uniform, "lora_dropout": single["lora_dropout"]}
+        single_rank = {**uniform, "lora_dropout": single_rank["lora_dropout"]}
     return {
         "config.axolotl.yaml": yaml_of(_make_axolotl(base, files, variant, settings)),
         "config.llamafactory.yaml": note
-        + yaml_of(_make_llamafactory(base, files, replace(variant, config=single), settings)),
+        + yaml_of(_make_llamafactory(base, files, replace(variant, config=single_rank), settings)),
         "config.trl.py": _make_trl(base, files, variant, settings),
     }
 

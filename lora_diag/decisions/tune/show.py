@@ -87,7 +87,7 @@ def _list_values(values: Sequence[float]) -> str:
 
 
 def tune_lines(results: Results[Any]) -> list[Statement]:
-    """Return the choice and its evidence."""
+    """Return the choice and its evidence; without a choice, the last decision."""
     choice, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
     if choice is None:
         last = decisions[-1] if decisions else None

@@ -60,38 +60,6 @@ if TYPE_CHECKING:
     from lora_diag.checkpoints.decoding import Numbers
 
 
-def measure_dense(path: str, delta: Delta, device: str) -> Measured:
-    """Measure one layer from its decomposition, with one thread of torch.
-
-    Args:
-        path: The adapter's path.
-        delta: The layer.
-        device: Device of the computation.
-
-    Raises:
-        InputError: The adapter cannot be read, or an entry is not finite.
-    """
-    torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
-    change = load_change(delta, resolve_device(device))
-    if change.non_finite is not None:
-        raise InputError(f"{path}: {delta.layer}: {change.non_finite}")
-    factors = change.decompose(vectors=True)
-    if not math.isfinite(factors.fro):
-        raise InputError(f"{path}: {delta.layer}: the product of its factors overflows float64")
-    rank = change.factors[0].shape[1] if change.factors is not None else None
-    if factors.fro == 0.0:
-        return zero_layer(rank)
-    assert factors.u is not None
-    s = factors.s.numpy()
-    rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
-    layer, sigma_1 = layer_of(s, factors.fro, rank_99, rank)
-    matrices = change.factors if change.factors is not None else (change.matrix,)
-    arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
-    update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
-    columns = factors.u[:, : layer.rank_99].cpu().numpy()
-    return Measured(layer, sigma_1, update, sketch((columns, columns.T), delta.layer))
-
-
 # Maximum number of entries of factors that are read at once: 4 MiB in float32.
 ENTRIES = 2**20
 
@@ -250,6 +218,38 @@ def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.floa
     size = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -120, 120))
     stack *= (1 / size).astype(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
     return stack, size
+
+
+def measure_dense(path: str, delta: Delta, device: str) -> Measured:
+    """Measure one layer from its decomposition, with one thread of torch.
+
+    Args:
+        path: The adapter's path.
+        delta: The layer.
+        device: Device of the computation.
+
+    Raises:
+        InputError: The adapter cannot be read, or an entry is not finite.
+    """
+    torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
+    change = load_change(delta, resolve_device(device))
+    if change.non_finite is not None:
+        raise InputError(f"{path}: {delta.layer}: {change.non_finite}")
+    factors = change.decompose(vectors=True)
+    if not math.isfinite(factors.fro):
+        raise InputError(f"{path}: {delta.layer}: the product of its factors overflows float64")
+    rank = change.factors[0].shape[1] if change.factors is not None else None
+    if factors.fro == 0.0:
+        return zero_layer(rank)
+    assert factors.u is not None
+    s = factors.s.numpy()
+    rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
+    layer, sigma_1 = layer_of(s, factors.fro, rank_99, rank)
+    matrices = change.factors if change.factors is not None else (change.matrix,)
+    arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
+    update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
+    columns = factors.u[:, : layer.rank_99].cpu().numpy()
+    return Measured(layer, sigma_1, update, sketch((columns, columns.T), delta.layer))
 
 
 # Layers that are computed together: of rank 16, what is left of them takes 6 MB.

@@ -67,8 +67,8 @@ def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: st
     indices = [*outliers, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else outliers
     rows_shown = len(indices) if per == "layer" else _MAX_ROWS
     caption = "all adapters" if per == "layer" else "outliers"
-    grids = [_adapters_grid(caption, records, names, notes, indices[:rows_shown])] if indices else []
-    return [*grids, _duplicates_grid(names, pairs[:_MAX_ROWS])] if pairs else grids
+    grids = [_make_adapters_grid(caption, records, names, notes, indices[:rows_shown])] if indices else []
+    return [*grids, _make_duplicates_grid(names, pairs[:_MAX_ROWS])] if pairs else grids
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -97,7 +97,7 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     return descriptions
 
 
-def _adapters_grid(
+def _make_adapters_grid(
     caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], indices: Sequence[int]
 ) -> Grid:
     rows = [(names[i], [records[i]]) for i in indices]
@@ -111,7 +111,7 @@ _DUPLICATE_COLUMNS = (
 )
 
 
-def _duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
+def _make_duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
     rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
     column = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
     return grid_of(_DUPLICATE_COLUMNS, rows, "pair", "near-duplicates", extra=[column])

@@ -115,17 +115,17 @@ def _draw_shares(ax: Axes, slots: Sequence[Slot[Union]], update_count: int, styl
 
 
 def _draw_stairs(
-    ax: Axes, slots: Sequence[Slot[Union]], value: Callable[[Union], float | None], label: str, **line_style: Any
+    ax: Axes, slots: Sequence[Slot[Union]], value_of: Callable[[Union], float | None], label: str, **line_style: Any
 ) -> None:
     for slot in slots:
-        heights = _compute_medians(slot, value)
+        heights = _compute_medians(slot, value_of)
         if np.isfinite(heights).any():
             ax.stairs(heights, slot.edges, label=label, **line_style)
 
 
-def _compute_medians(slot: Slot[Union], value: Callable[[Union], float | None]) -> NDArray[np.float64]:
+def _compute_medians(slot: Slot[Union], value_of: Callable[[Union], float | None]) -> NDArray[np.float64]:
     """Return the median of each bar's layers; NaN if a layer has no value."""
-    by_bar = [[value(record) for record in bar] for bar in slot.bars]
+    by_bar = [[value_of(record) for record in bar] for bar in slot.bars]
     return np.array([np.nan if None in values else float(np.median(np.array(values, float))) for values in by_bar])
 
 
@@ -257,7 +257,9 @@ def _draw(ax: Axes, series: Sequence[Series[Interference]], side: Side, rank: in
         )
         ax.plot(cosines, shares, color=category(number), lw=1.5 * width, drawstyle="steps-post", label=f"_{item.label}")
         grid = np.linspace(0.0, 1.0, 201)
-        chance = by_chance(grid, [(space, record.shape[side == "rows"]) for record, space in spaces_of_records])
+        chance = random_distribution(
+            grid, [(space, record.shape[side == "rows"]) for record, space in spaces_of_records]
+        )
         ax.plot(grid, chance, color=category(number), lw=width, ls=(0, (1, 1.5)), label=f"_random {item.label}")
     ax.set_xlim(0, 1.02)
     ax.set_ylim(0, 1.03)
@@ -273,7 +275,7 @@ def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64
     return np.concatenate([[0.0], ordered[indices], [1.0]]), np.concatenate([[0.0], shares[indices], [1.0]])
 
 
-def by_chance(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
+def random_distribution(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
     """Return the cumulative distribution, at ``grid``, of the cosines of random spaces of the measured dimensions."""
     space_counts = Counter(
         (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines

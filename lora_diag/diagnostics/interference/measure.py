@@ -312,11 +312,11 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         spectrum=spectrum,
         parts_rank_at=parts_rank_at,
         additive={
-            share: _ratio(spectrum.rank_at[share], ranks_sum) if has_sum else None
+            share: _divide(spectrum.rank_at[share], ranks_sum) if has_sum else None
             for share, ranks_sum in parts_rank_at.items()
         },
         parts_effective_rank=parts_effective_rank,
-        additive_effective=_ratio(spectrum.effective_rank, parts_effective_rank) if has_sum else None,
+        additive_effective=_divide(spectrum.effective_rank, parts_effective_rank) if has_sum else None,
         energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
         merges=merges,
         recompressed={str(r): _compute_residual(factors, r) for r in _list_recompression_ranks(changed, settings)}
@@ -334,7 +334,7 @@ def _count_columns(part: Part) -> int | None:
     return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
 
 
-def _ratio(value: float | None, total: float) -> float | None:
+def _divide(value: float | None, total: float) -> float | None:
     return value / total if value is not None and total else None
 
 
@@ -565,7 +565,7 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
     cosine_random = 1 / math.sqrt(math.prod(task.shape))
     # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
-    energy = {str(r): _energy_within(task, first, second, r) for r in ranks}
+    energy = {str(r): _measure_energy_overlap(task, first, second, r) for r in ranks}
     relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
     near = _is_near_chance(first.u, second, relation_rank) and _is_near_chance(second.u, first, relation_rank)
     near = (
@@ -590,7 +590,7 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
     )
 
 
-def _energy_within(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyOverlap:
+def _measure_energy_overlap(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyOverlap:
     u, w = first.u[:, :rank], second.u[:, :rank]
     return EnergyOverlap(
         second_in_first=within(u, second),
@@ -690,10 +690,17 @@ def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
     return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
 
 
-def _check_weights(requested: Sequence[float] | None, number: int) -> tuple[float, ...]:
-    weights = tuple(requested) if requested is not None else (1.0,) * number
-    if len(weights) != number:
-        raise UsageError(f"--weights: {len(weights)} weights for {number} updates; give one for each, in their order")
+def _check_weights(requested: Sequence[float] | None, update_count: int) -> tuple[float, ...]:
+    """Return the weights, all 1 by default.
+
+    Raises:
+        UsageError: There is not one for each update, or one is not positive and finite.
+    """
+    weights = tuple(requested) if requested is not None else (1.0,) * update_count
+    if len(weights) != update_count:
+        raise UsageError(
+            f"--weights: {len(weights)} weights for {update_count} updates; give one for each, in their order"
+        )
     if not all(0 < weight < math.inf for weight in weights):
         raise UsageError("--weights: must be positive; subtraction of updates is not measured")
     return weights

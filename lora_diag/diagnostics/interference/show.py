@@ -31,7 +31,7 @@ MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
     """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of merges."""
-    grids = _pair_grids(pairs_of(results), per)
+    grids = _make_pair_grids(pairs_of(results), per)
     if unions := select_shared(results):
         rows = rows_of(unions, per)
         grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
@@ -60,7 +60,7 @@ def select_shared(results: Results[Interference | Union]) -> list[Union]:
     return [record for record in results if isinstance(record, Union) and len(record.updates) > 1]
 
 
-def _pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
+def _make_pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
     if len(pairs) > _MAX_PAIR_TABLES:
         rows = [(f"{first} × {second}", records) for first, second, records in pairs]
         shown = Interference.shown_of({}, [record for _, _, records in pairs for record in records])

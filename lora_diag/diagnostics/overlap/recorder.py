@@ -244,9 +244,11 @@ class GradientRecorder(TrainerCallback):
 
     @property
     def _due(self) -> bool:
+        """Whether a snapshot is due at this step."""
         return self._step % self.every == 0
 
     def _begin(self, step: int) -> None:
+        """Begin update ``step``: hooks of frozen weights collect its gradients if a snapshot is due."""
         self._step = step
         for weight in self._weights:
             if isinstance(weight, Frozen):
@@ -291,6 +293,7 @@ class GradientRecorder(TrainerCallback):
         self._writer = ResultsWriter(self.output, run)
 
     def _record(self, scaler: Any) -> None:
+        """If a snapshot is due, save the gradients or compare them, on the main process; the others only average."""
         if not self._due:
             return
         readers_or_none = {weight.name: self._make_gradient_reader(weight, scaler) for weight in self._weights}

@@ -267,7 +267,7 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
 def _describe_measured(results: Results[Overlap]) -> list[str]:
     layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
     step_and_rank_counts = f"{steps} step{'s' if steps > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
-    return [f"{_count_matrices(layers)}, {step_and_rank_counts}"] if layers else []
+    return [f"{_format_count(layers)}, {step_and_rank_counts}"] if layers else []
 
 
 def _select_relevant(shown: Sequence[Track]) -> list[Track]:
@@ -284,7 +284,7 @@ def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statem
     kappa, random = middle([t.last.kappa for t in relevant]), middle([t.last.kappa_random for t in relevant])
     scope = " outside embeddings and head" if is_partial else ""
     head = (
-        f"{verdict}: at the last step the median κ of {_count_matrices(len(relevant))}{scope} is {number(kappa or 0)}, "
+        f"{verdict}: at the last step the median κ of {_format_count(len(relevant))}{scope} is {number(kappa or 0)}, "
         f"that of random subspaces {number(random or 0)}"
     )
     if not near_random:
@@ -303,15 +303,18 @@ def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statem
 
 
 def _describe_fall(track: Track, first_step: int) -> str:
+    """State since when κ is near random in a layer that ends there."""
     return "at every step" if track.near_since == first_step else f"since step {track.near_since}"
 
 
 def _name_layers(near_random: Sequence[Track]) -> str:
+    """Return the phrase for these layers: their number, or the name of a single one."""
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
-def _count_matrices(number_of: int) -> str:
-    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+def _format_count(count: int) -> str:
+    """Return a number of matrices as text."""
+    return f"{count} {'matrix' if count == 1 else 'matrices'}"
 
 
 def _describe_reach(relevant: Sequence[Track]) -> str:
@@ -337,7 +340,7 @@ def _describe_trend(relevant: Sequence[Track]) -> str:
     counts = Counter(trend(ends) for ends in ends_by_layer.values())
     phrases = [f"{direction} in {counts[direction]}" for direction in ("falls", "rises") if counts[direction]]
     phrases += [f"is steady in {counts['steady']}"] if counts["steady"] else []
-    sentence = f"κ {', '.join(phrases)} of {_count_matrices(len(ends_by_layer))}"
+    sentence = f"κ {', '.join(phrases)} of {_format_count(len(ends_by_layer))}"
     falling = sorted(
         (layer for layer in ends_by_layer if trend(ends_by_layer[layer]) == "falls"),
         key=lambda x: ends_by_layer[x][1] / ends_by_layer[x][0],
@@ -429,7 +432,7 @@ def _describe_resolution(relevant: Sequence[Track]) -> list[Statement]:
         make_statement(
             "resolved",
             "Resolution",
-            f"of {_count_matrices(len(relevant))} {' and '.join(verdict_counts)}: where the files do not resolve the "
+            f"of {_format_count(len(relevant))} {' and '.join(verdict_counts)}: where the files do not resolve the "
             "update, its subspaces are those of rounding noise and a κ near random has no meaning",
             level="warning",
         )
@@ -460,4 +463,4 @@ def _describe_skipped_ranks(results: Results[Overlap]) -> str:
     if not phrases:
         return ""
     limit = "the adapter's rank" if reference_is_adapter(results) else "min(out, in)"
-    return f"not measured where they exceed {limit}: r={', '.join(phrases)} of {_count_matrices(len(ranks_by_layer))}"
+    return f"not measured where they exceed {limit}: r={', '.join(phrases)} of {_format_count(len(ranks_by_layer))}"

@@ -20,8 +20,8 @@ def activations_table(
 
 def activations_lines(recorded: Activations) -> list[Statement]:
     """Return the statements: model, text, recorded layers, gradients, warning, interpretation, skipped layers."""
-    distinct = sum(item.shares is None for item in recorded.layers)
-    underdetermined = [item for item in recorded.layers if item.rows < item.size]
+    distinct = sum(layer_input.shares is None for layer_input in recorded.layers)
+    underdetermined = [layer_input for layer_input in recorded.layers if layer_input.rows < layer_input.size]
     statements = [
         make_statement("model", "Model", safe(recorded.model)),
         make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),

@@ -167,10 +167,10 @@ class LossFunction:
                 predictions += len(targets)
                 self._after()
         by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, sums, strict=True)}
-        parts = {
+        by_layer = {
             layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locations.items()
         }
-        return self.flat(parts) / predictions
+        return self.flat(by_layer) / predictions
 
     def _spread(self, vector: Tensor) -> list[Tensor]:
         """Return a vector as tensors of the parameters' shapes, zero outside the layers."""
@@ -188,11 +188,11 @@ def _locate_layers(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> 
     Raises:
         InputError: The model has no such weight.
     """
-    names, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
+    weights, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
     locations = {}
     for layer in layers:
         stored, _, index = layer.partition("[")
-        name = names.name(stored)
+        name = weights.name(stored)
         if name is None:
             raise InputError(
                 f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with --exclude"
@@ -389,7 +389,7 @@ def curvatures(
     """
     if not joint and not layers:
         return
-    loss_function, parts = point.loss_function, point.loss_function.split(gradient)
+    loss_function, layer_gradients = point.loss_function, point.loss_function.split(gradient)
     joint_trace, layer_traces = traces(loss_function, effort.probes, effort.seed)
     if joint or (per == "all" and layers):
         largest, smallest = loss_function.ends(effort.top, effort.seed)
@@ -397,12 +397,14 @@ def curvatures(
         if per == "all":
             surrogates = _make_surrogates(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
             records += [
-                _record(point, losses, layer, parts[layer], layer_traces[layer], surrogate=surrogates.get(layer))
+                _record(
+                    point, losses, layer, layer_gradients[layer], layer_traces[layer], surrogate=surrogates.get(layer)
+                )
                 for layer in layers
             ]
         yield records
     for layer in layers if per == "layer" else ():
-        block, own_gradient = loss_function.only(layer), parts[layer].reshape(-1)
+        block, own_gradient = loss_function.only(layer), layer_gradients[layer].reshape(-1)
         largest, smallest = block.ends(effort.top, effort.seed)
         surrogates = _make_surrogates(block, own_gradient, largest, joint=False) if point.at == "base" else {}
         yield [
@@ -589,8 +591,8 @@ def probe_curvature(
         >>> found.whole[0].eigenvalues  # doctest: +SKIP
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
-    names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
-    evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in names)
+    option_names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
+    evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in option_names)
     ranks, fractions = list(check_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := run.options["dtype"]) != "float32":

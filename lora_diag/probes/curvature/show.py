@@ -90,8 +90,8 @@ def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> 
 
 
 def _format_median_rank(ranks: Sequence[int | None]) -> str:
-    known = [rank for rank in ranks if rank is not None]
-    return median_rank(known, max(known)) if known else "-"
+    known_ranks = [rank for rank in ranks if rank is not None]
+    return median_rank(known_ranks, max(known_ranks)) if known_ranks else "-"
 
 
 def _name_matrix(joint: Curvature) -> str:

@@ -117,18 +117,22 @@ def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Optio
         ]
         for name in sets
     }
-    names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
+    line_names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
     about = subject_of(series)
     text = FigureText(
         "Distance of the hidden states from those of the full fine-tune",
         f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
         (
             "Distance measures similarity, not quality; compare models by their loss."
-            + (f" Not drawn: {len(names) - len(CATEGORIES)} more models." if len(names) > len(CATEGORIES) else ""),
+            + (
+                f" Not drawn: {len(line_names) - len(CATEGORIES)} more models."
+                if len(line_names) > len(CATEGORIES)
+                else ""
+            ),
         ),
-        _make_keys([(name, ()) for name in names[: len(CATEGORIES)]], style),
+        _make_keys([(name, ()) for name in line_names[: len(CATEGORIES)]], style),
     )
-    drawn_names = names[: len(CATEGORIES)]
+    drawn_names = line_names[: len(CATEGORIES)]
     panels: list[tuple[str, Draw]] = []
     for name, label in sets.items():
         lines = [(model, dict(by_set[name]).get(model, ())) for model in drawn_names]

@@ -296,6 +296,6 @@ def _list_left_out(compared: Sequence[Comparison], contenders: Sequence[Contende
     by_layer_and_reason: dict[tuple[str, str], LeftOut] = {}
     for comparison, contender in zip(compared, contenders, strict=True):
         assert contender.swapped is not None
-        for item in left_out(comparison.pairing, contender.swapped.absent):
-            by_layer_and_reason.setdefault((item.layer, item.reason), item)
+        for tensor in left_out(comparison.pairing, contender.swapped.absent):
+            by_layer_and_reason.setdefault((tensor.layer, tensor.reason), tensor)
     return list(by_layer_and_reason.values())

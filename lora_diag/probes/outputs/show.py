@@ -325,10 +325,10 @@ def _describe_best(contests: Sequence[Contest]) -> str:
         (contest for contest in contests if contest.outcome == outcome), key=lambda contest: contest.worst.gap or 0.0
     )
     record = best.worst
-    kept = "" if record.kept is None else f", {record.kept:.0%} of its gain"
+    kept_share = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = short_paths([best.name])
-    return f"{answers[outcome]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept}{others}"
+    return f"{answers[outcome]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept_share}{others}"
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:
@@ -357,8 +357,8 @@ def _compare_with_tuned(record: Probe) -> str:
         return "one sequence has no error"
     if abs(record.gap) <= half:
         return f"no significant difference from TUNED ({gap(record)})"
-    kept = "" if record.kept is None else f", {share(record)} of TUNED's change"
-    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept}"
+    kept_share = "" if record.kept is None else f", {share(record)} of TUNED's change"
+    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept_share}"
 
 
 def _describe_distances(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:

@@ -58,21 +58,21 @@ class Unit:
         return Lora("|".join(map(re.escape, self.modules)))
 
 
-def units_of(layers: Mapping[str, nn.Module], names: Mapping[str, str], per: str) -> list[Unit]:
+def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str) -> list[Unit]:
     """Group linear layers into units.
 
     Args:
         layers: Layers by the names of their weights in the model.
-        names: Names of the same weights in BASE, by those in the model.
+        base_names: Names of the same weights in BASE, by those in the model.
         per: ``layer``; ``block`` for the layers of one depth; ``type`` for those of one module type.
     """
     groups: dict[str, list[str]] = {}
     for weight in layers:
-        groups.setdefault(_unit_name(names[weight], per), []).append(weight)
+        groups.setdefault(_unit_name(base_names[weight], per), []).append(weight)
     return [
         Unit(
             name,
-            tuple(names[weight] for weight in weights),
+            tuple(base_names[weight] for weight in weights),
             tuple(weight.removesuffix(".weight") for weight in weights),
             tuple(sum(shape_of(layers[weight])) for weight in weights),
         )
@@ -354,7 +354,7 @@ class _Probe:
 
         return Trial(fields, f"{unit.name} {cell.label}", train)
 
-    def score(self, layers: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    def score(self, layers: Mapping[str, Any], base_names: Mapping[str, str]) -> None:
         """Record first-order scores of every layer from its gradient at BASE, unless the file has them."""
         if self._has_scores():
             return
@@ -363,7 +363,10 @@ class _Probe:
             self.model, layers, texts, plan.training.batch, partial(plan.watch.batch, "gradient")
         )
         plan.kept.put(
-            *(first_order(names[name], gradient, self.ranks[0], texts) for name, gradient in layer_gradients.items())
+            *(
+                first_order(base_names[name], gradient, self.ranks[0], texts)
+                for name, gradient in layer_gradients.items()
+            )
         )
 
     def measure_base(self) -> dict[str, Losses]:

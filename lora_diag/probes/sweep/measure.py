@@ -184,8 +184,8 @@ def probe_sweep(
     """
     run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
-    full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in names)
+    option_names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
+    full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in option_names)
     ranks = check_ranks(run.options["ranks"])
     if not 0 < tolerance < 1:
         raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
@@ -203,8 +203,8 @@ def probe_sweep(
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, train, and return the results."""
     options = run.options
-    names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
-    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in names)
+    option_names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
+    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in option_names)
     data, evaluate, shifted, targets = (options[name] for name in ("data", "evaluate", "shifted", "target_modules"))
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(data, evaluate, shifted, steps, kind)

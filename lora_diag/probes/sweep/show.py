@@ -134,7 +134,7 @@ def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
     means = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
     if comparison.half is None:
         return f"no verdict: {means} ({comparison.gap:+.4f}); one seed has no spread"
-    words = {
+    answers = {
         "as good": f"LoRA is as good: each keeps {1 - comparison.tolerance:.0%} of the other's gain",
         "better": "LoRA is better",
         "worse": "LoRA is worse",
@@ -142,7 +142,7 @@ def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
         + ("no number of seeds would decide" if comparison.seeds is None else needs(comparison.seeds)),
     }
     span = f"{comparison.gap:+.4f} [{comparison.gap - comparison.half:.4f}, {comparison.gap + comparison.half:.4f}]"
-    return f"{words[comparison.outcome]}; {means} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
+    return f"{answers[comparison.outcome]}; {means} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
 
 
 def _make_table(

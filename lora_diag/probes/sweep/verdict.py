@@ -343,9 +343,11 @@ def by_rank(
     for rank, lr in rates.items():
         tried = {record.lr for record in of_subject if record.rank == rank and record.lr is not None}
         runs = sorted((r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)), key=lambda r: r.seed)
-        kept = {r.seed: r.loss for r in runs if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs}
-        if kept:
-            rows.append(AtRank(rank, lr, kept, edge(tried, lr) != 0, len(runs) - len(kept)))
+        loss_by_seed = {
+            r.seed: r.loss for r in runs if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
+        }
+        if loss_by_seed:
+            rows.append(AtRank(rank, lr, loss_by_seed, edge(tried, lr) != 0, len(runs) - len(loss_by_seed)))
     return rows
 
 

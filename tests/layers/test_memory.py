@@ -45,10 +45,10 @@ def needed_and_measured(what, base, *updates):
     deltas = [next(d for d in compare(base, path).pairing.deltas if d.layer == NAME) for path in updates]
     if what == "intruders":
         settings = intruders.IntruderSettings()
-        return intruders.max_bytes(deltas[0], settings), lambda: intruders.intruders(deltas[0], settings)
+        return intruders.max_bytes(deltas[0], settings), lambda: intruders.measure_layer(deltas[0], settings)
     settings = InterferenceSettings(weights=(1.0, 1.0))
     task = LayerUpdates(NAME, deltas[0].shape, tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
-    return interference.max_bytes(task, settings), lambda: interference.interference(task, settings)
+    return interference.max_bytes(task, settings), lambda: interference.measure_layer(task, settings)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_ties_remedy_is_stated_where_it_helps():
         "the entries of its updates, for TIES, take 5.3 GB; give 4.3 GB more .* or --density 0, which leaves out TIES"
     )
     with pytest.raises(MemoryLimitError, match=text):
-        interference.interference(task, settings)
+        interference.measure_layer(task, settings)
     assert interference.max_bytes(task, replace(settings, density=0.0)) < 10**9
     assert interference.size(task, settings) == 10**9
 

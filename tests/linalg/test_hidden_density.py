@@ -54,7 +54,7 @@ def test_likelihood_equals_definition_and_fit_maximizes_it():
     mass = sum(ndtr((hi - sign * z) / s) - ndtr((lo - sign * z) / s) for sign in (1, -1))
     expected = mass / mass.max(1, keepdims=True)
     assert np.abs(result.numpy() - expected).max() < 5e-3
-    weights, _, features = hidden_density._fit(result, grid)
+    weights, _, features = hidden_density._fit_coefficients(result, grid)
     best = float((result @ weights).log().sum())
     for column in features.T:
         for step in (-0.05, 0.05):

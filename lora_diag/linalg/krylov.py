@@ -67,7 +67,7 @@ FAILURE = 1e-10
 ABOVE, FARTHER, CONVERGED = 1.05, (1.0, 1.1, 1.3, 1.8), 2.0
 
 
-def missing(squares: Tensor, fro: float, a: Matrix) -> float:
+def trace_bound(squares: Tensor, fro: float, a: Matrix) -> float:
     """Return bound (1): the fraction of energy that was not found.
 
     Args:
@@ -78,7 +78,7 @@ def missing(squares: Tensor, fro: float, a: Matrix) -> float:
     return max(0.0, 1 - float(squares.sum()) / fro**2) + sum(a.shape) * torch.finfo(torch.float64).eps
 
 
-def missed(squares: Tensor, residual_gram: Tensor, top: int, fro: float, mu: float, a: Matrix) -> float:
+def inertia_bound(squares: Tensor, residual_gram: Tensor, top: int, fro: float, mu: float, a: Matrix) -> float:
     """Return bound (2) on the fraction of energy that the first values lack, at most 1.
 
     Args:
@@ -334,18 +334,18 @@ def _decompose(
             continue
         basis, ritz = grown, _rayleigh_ritz(*projected)
         last = float(ritz.squares[top - 1])
-        error = expected = missing(ritz.squares[:top], fro, tall)
+        error = expected = trace_bound(ritz.squares[:top], fro, tall)
         if error > tol:
             assumed = min(mu, correction * _estimate_mu(ritz, fro, tall))
-            expected = missed(ritz.squares, ritz.residuals, top, fro, assumed, tall)
+            expected = inertia_bound(ritz.squares, ritz.residuals, top, fro, assumed, tall)
             if mu < math.inf and expected <= tol and (not vectors or last > mu):  # μ of an earlier probe may do
-                error = min(error, missed(ritz.squares, ritz.residuals, top, fro, mu, tall))
+                error = min(error, inertia_bound(ritz.squares, ritz.residuals, top, fro, mu, tall))
             # after a refuted estimate of μ a probe needs a margin
             likely = expected <= (tol / 2 if progress.refuted else tol) and (not vectors or last > assumed)
             if error > tol and likely:
                 probed = _bound_outside(tall, basis.q, generator)
                 correction, mu = correction * max(1.0, probed / assumed), min(mu, probed)
-                expected = missed(ritz.squares, ritz.residuals, top, fro, mu, tall)
+                expected = inertia_bound(ritz.squares, ritz.residuals, top, fro, mu, tall)
                 if not vectors or last > mu:
                     error = min(error, expected)
                 if error > tol:
@@ -539,7 +539,7 @@ def _make_factors(
     """
     columns, c = basis.q.shape[1], move(ritz.vectors[:, :top], a.device)
     u = vh = None
-    if error >= missing(ritz.squares[:top], fro, a):
+    if error >= trace_bound(ritz.squares[:top], fro, a):
         error = math.inf  # of bound (1), which the values in float64 replace
     elif not vectors:
         product = times_wide(basis.y, c)
@@ -554,7 +554,7 @@ def _make_factors(
         u, vh = fix_signs(vh.T, u.T) if is_wide else fix_signs(u, vh)
     else:
         s = torch.linalg.svdvals(torch.linalg.qr(product, mode="r").R.cpu())
-    error = min(missing(s**2, fro, a), error)
+    error = min(trace_bound(s**2, fro, a), error)
     return Factors(s, False, f"krylov:{columns}", error, fro, u, vh)
 
 

@@ -119,5 +119,5 @@ def ties_factor(factors: Sequence[Tensor], weights: Sequence[float], density: fl
         weights: One per factor.
         density: Fraction of the entries of each to keep.
     """
-    empty = Conflicts()
-    return torch.cat([block for _, block in ties_blocks(factors, weights, density, empty, empty)])
+    ignored = Conflicts()
+    return torch.cat([block for _, block in ties_blocks(factors, weights, density, ignored, ignored)])

@@ -288,9 +288,9 @@ def _open_tokenizer(
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last case: transformers 4, no files
         if requested == "auto" and vocabulary == 256 and kind != "masked":
             return _make_byte_tokens("no tokenizer in BASE and a vocabulary of 256")
-        named = base if requested == "auto" else requested
+        source = base if requested == "auto" else requested
         raise InputError(
-            f"{named}: transformers cannot open a tokenizer: {_first_line_of_error(error)}; give another folder with "
+            f"{source}: transformers cannot open a tokenizer: {_first_line_of_error(error)}; give another folder with "
             f"--tokenizer DIR{_suggest_bytes(vocabulary, kind)}"
         ) from error
 

@@ -82,7 +82,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         import peft
     except ImportError as error:
         raise UsageError(f"probe: training needs {error.name}; {install_command('train')}") from error
-    options = _make_options(model, rank, kind) if kind.config is None else _drop_other_options(kind.config)
+    options = _make_options(model, rank, kind) if kind.config is None else _drop_wrapping_options(kind.config)
     with train_in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
         with warnings.catch_warnings():
@@ -121,7 +121,7 @@ def is_transposed(module: nn.Module) -> bool:
     return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
 
 
-def _drop_other_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_wrapping_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of PEFT's config, except those on how the model is wrapped or saved."""
     return {
         key: value

@@ -53,7 +53,7 @@ def test_bound_holds_for_any_basis(name, columns, top, powers, slack, seed):
     squares, residuals, largest = of_basis(m, q)
     top = min(top, columns)
     fro = float(np.linalg.norm(a))
-    bound = certificate.missed(
+    bound = certificate.inertia_bound(
         torch.from_numpy(squares.copy()),
         torch.from_numpy(residuals),
         top,
@@ -73,10 +73,10 @@ def test_bound_covers_unconverged_values():
     q, _ = np.linalg.qr(np.c_[vh[:8].T, np.random.default_rng(0).standard_normal((N, 24))])
     squares, residuals, largest = of_basis(a.T @ a, q)
     words = (torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 32, float(np.linalg.norm(a)))
-    bound = certificate.missed(*words, 1.01 * largest, torch.from_numpy(a))
+    bound = certificate.inertia_bound(*words, 1.01 * largest, torch.from_numpy(a))
     truth = (s[:32] ** 2 - squares).sum() / words[3] ** 2
-    assert truth <= bound < 0.5 * certificate.missing(words[0], words[3], torch.from_numpy(a))
-    assert certificate.missed(*words, 4 * largest, torch.from_numpy(a)) > bound
+    assert truth <= bound < 0.5 * certificate.trace_bound(words[0], words[3], torch.from_numpy(a))
+    assert certificate.inertia_bound(*words, 4 * largest, torch.from_numpy(a)) > bound
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -168,7 +168,7 @@ def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
     fro = float(np.linalg.norm(a))
     result = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)
     squares, residuals, largest = of_basis(a.T @ a, np.linalg.qr(bases[-1].double().numpy())[0])
-    exact = certificate.missed(
+    exact = certificate.inertia_bound(
         torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 20, fro, largest, torch.from_numpy(a)
     )
     assert exact * 0.99 <= result.energy_error <= 2e-2

@@ -229,7 +229,7 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         device: Device of the computation.
 
     Raises:
-        InputError: The adapter cannot be read, or an entry is not finite.
+        InputError: The adapter cannot be read, an entry is not finite, or the norm overflows float64.
     """
     torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
     change = load_change(delta, resolve_device(device))
@@ -269,7 +269,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
         device: Device of the computation; thin factors are measured with NumPy on ``cpu``.
 
     Raises:
-        InputError: The adapter cannot be read, or an entry is not finite.
+        InputError: The adapter cannot be read, an entry is not finite, or the norm overflows float64.
     """
     layers: dict[str, FleetLayer] = {}
     update, space, sigma_1_norm = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # sigma_1_norm²: Σσ_1²

@@ -52,15 +52,19 @@ if TYPE_CHECKING:
     from lora_diag.running.engines import Ray as Ray
 
 # Public names besides the functions of the features.
-_MORE = {"Ray": "lora_diag.running.engines", "Results": "lora_diag.records", "read_results": "lora_diag.catalog"}
+_OTHER_EXPORTS = {
+    "Ray": "lora_diag.running.engines",
+    "Results": "lora_diag.records",
+    "read_results": "lora_diag.catalog",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Return a public name, imported when it is first used: ``import lora_diag`` is fast."""
     from importlib import import_module
 
-    if name in _MORE:
-        return getattr(import_module(_MORE[name]), name)
+    if name in _OTHER_EXPORTS:
+        return getattr(import_module(_OTHER_EXPORTS[name]), name)
     if not name.startswith("_"):
         from lora_diag.catalog import functions
 
@@ -73,4 +77,4 @@ def __dir__() -> list[str]:
     from lora_diag.catalog import functions as functions
 
     exported = {name for name, value in globals().items() if isinstance(value, type) and value is not Any}
-    return sorted({"__version__", *exported, *_MORE, *functions()})
+    return sorted({"__version__", *exported, *_OTHER_EXPORTS, *functions()})

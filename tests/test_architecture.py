@@ -227,9 +227,9 @@ def test_package_lists_functions_of_catalog():
         for feature in own
         for module, _, name in (path.partition(":") for path in feature.functions)
     }
-    assert written == declared | {(name, module) for name, module in lora_diag._MORE.items()}
+    assert written == declared | {(name, module) for name, module in lora_diag._OTHER_EXPORTS.items()}
     errors = {name for name, value in vars(lora_diag).items() if isinstance(value, type) and "Error" in name}
-    assert set(dir(lora_diag)) == {"__version__", *catalog.functions(), *lora_diag._MORE, *errors}
+    assert set(dir(lora_diag)) == {"__version__", *catalog.functions(), *lora_diag._OTHER_EXPORTS, *errors}
     assert {name for name, _ in written} <= set(dir(lora_diag))
 
 

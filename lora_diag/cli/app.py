@@ -119,7 +119,7 @@ def application(only: str = "") -> typer.Typer:
     app.callback()(_configure)
     probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
     for feature in features():
-        for full, path, needs_input in _list_paths(feature):
+        for full, path, needs_input in _list_commands(feature):
             if full == only or not only:
                 group, name = ("probe", full.removeprefix("probe ")) if full.startswith("probe ") else ("", full)
                 command = (probe if group else app).command(name, cls=_Command, no_args_is_help=needs_input)
@@ -135,8 +135,8 @@ def commands(only: str = "") -> Any:
     return typer.main.get_command(application(only))
 
 
-def _list_paths(feature: Feature) -> list[tuple[str, str, bool]]:
-    """Return name and path of each command of a feature, and whether it shows its help if it is given nothing."""
+def _list_commands(feature: Feature) -> list[tuple[str, str, bool]]:
+    """Return name and path of each command of a feature, and whether it shows its help without arguments."""
     own_command = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
     return [*own_command, *((name, path, True) for name, path in feature.subcommands)]
 
@@ -147,7 +147,7 @@ def _find_command(arguments: list[str]) -> str:
     >>> [_find_command(words.split()) for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")]
     ['probe sweep', 'gate init', 'gate', '']
     """
-    command_names = {name for feature in features() for name, _, _ in _list_paths(feature)}
+    command_names = {name for feature in features() for name, _, _ in _list_commands(feature)}
     return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), "")
 
 

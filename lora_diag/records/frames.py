@@ -31,19 +31,19 @@ _IDENTIFYING_COLUMNS = {"results", "record", "module_type", "block", "adapter", 
 
 
 def record_columns(
-    records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
+    records: Iterable[tuple[Record, Mapping[str, Any]]], label_by_path: Mapping[str, str] | None = None
 ) -> Columns:
     """Return a table with one row per record; missing values are None.
 
     Args:
         records: Records, each with leading cells.
-        short: Labels of the paths of inputs.
+        label_by_path: Labels of the paths of inputs.
     """
-    return _join_blocks(({**first, **_make_row(record, short or {})}, {}) for record, first in records)
+    return _join_blocks(({**first, **_make_row(record, label_by_path or {})}, {}) for record, first in records)
 
 
 def value_columns(
-    records: Iterable[tuple[Record, Mapping[str, Any]]], short: Mapping[str, str] | None = None
+    records: Iterable[tuple[Record, Mapping[str, Any]]], label_by_path: Mapping[str, str] | None = None
 ) -> Columns:
     """Return a table with one row per entry of lists: ``field``, ``index`` from 1 on, and ``value`` or ``text``.
 
@@ -51,9 +51,11 @@ def value_columns(
 
     Args:
         records: Records, each with leading cells.
-        short: Labels of the paths of inputs.
+        label_by_path: Labels of the paths of inputs.
     """
-    return _join_blocks(block for record, first in records for block in _make_value_rows(record, first, short or {}))
+    return _join_blocks(
+        block for record, first in records for block in _make_value_rows(record, first, label_by_path or {})
+    )
 
 
 def unify_types(columns: Columns) -> Columns:
@@ -86,7 +88,7 @@ def _join_blocks(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any
     return columns
 
 
-def _make_row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
+def _make_row(record: Record, label_by_path: Mapping[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, value in _iterate_cells(record):
         if value is None and name in row:  # a probe of one layer has no separate module type
@@ -97,10 +99,10 @@ def _make_row(record: Record, short: Mapping[str, str]) -> dict[str, Any]:
             row |= _make_place_cells(value)
         elif name in {"fro", "base_fro"} and {"fro", "base_fro"} <= row.keys():
             row["relative"] = row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
-        elif paths and all(isinstance(path, str) and path in short for path in paths):
+        elif paths and all(isinstance(path, str) and path in label_by_path for path in paths):
             # Probes name an adapter ``name``, other records ``adapter``: one common column to join them.
             column = "adapter" if name == "name" else name
-            row[f"{column}_name"] = _SEPARATOR.join(short[path] for path in paths)
+            row[f"{column}_name"] = _SEPARATOR.join(label_by_path[path] for path in paths)
     return row
 
 
@@ -133,10 +135,10 @@ def _iterate_cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, A
 
 
 def _make_value_rows(
-    record: Record, first: Mapping[str, Any], short: Mapping[str, str]
+    record: Record, first: Mapping[str, Any], label_by_path: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
     identifying = _IDENTIFYING_COLUMNS | set(record.key) | {f"{name}_name" for name in record.key}
-    row = {**first, **{name: value for name, value in _make_row(record, short).items() if name in identifying}}
+    row = {**first, **{name: value for name, value in _make_row(record, label_by_path).items() if name in identifying}}
     for name, layer, entries in _iterate_lists(record):
         layer_values = {} if layer is None else {"layer": layer, **_make_place_cells(layer)}
         index = [None] if layer is not None else list(range(1, len(entries) + 1))

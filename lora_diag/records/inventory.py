@@ -50,7 +50,7 @@ class AdaptedWeight(Record):
 
     Args:
         layer: Its name in the adapter; for stacked experts, one of them.
-        shape: ``(out, in)`` in the adapter's orientation; null if it depends on the base.
+        shape: ``(out, in)`` in the adapter's orientation; a size that depends on the base is null.
         form: ``factored`` (B·A), ``dense`` (computed in full) or ``value`` (the weight's new value).
         dtype: Stored dtype.
         rank: r of its factors; null without factors.

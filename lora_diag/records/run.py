@@ -42,7 +42,8 @@ class RunInput(Record):
     r"""One input of a run: its role, path and kind.
 
     Args:
-        role: ``base``, ``tuned``, ``adapter``, ``reference``, ``activations`` or ``gradients``.
+        role: Its role, such as ``base``, ``tuned``, ``adapter``, ``reference``, ``activations``, ``gradients``
+            or ``eval``.
         path: The path as given; bytes that are not UTF-8 are escaped as ``\xff``.
         kind: Its format, in words.
         tensors: Number of tensors.
@@ -111,7 +112,7 @@ def timestamp() -> str:
 
 
 class LeftOut(Record):
-    """A tensor, or rows of one, without a spectrum.
+    """A tensor, or rows of one, that the command skipped or could not measure.
 
     Args:
         layer: Its name.

@@ -29,11 +29,11 @@ _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "on
 
 
 # Checks whose findings are inconclusive and do not prove a fault.
-_UNKNOWN = frozenset({"finished", "base"})
+_INCONCLUSIVE_CHECKS = frozenset({"finished", "base"})
 # Checks of records of updates.
-_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
+_CHECKS_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
 # Those that do not apply to spectra in another metric, where one direction reflects the distribution of the inputs.
-_IN_WEIGHTS = frozenset({"unused_rank", "spike"})
+_CHECKS_OF_WEIGHTS = frozenset({"unused_rank", "spike"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Sou
         alarms = list(check(policy, sources, baseline))
         idle = Alarm(None, None, _explain_inapplicable(name, sources))
         if alarms:
-            status = "inconclusive" if name in _UNKNOWN else "failed" if severity == "error" else "warned"
+            status = "inconclusive" if name in _INCONCLUSIVE_CHECKS else "failed" if severity == "error" else "warned"
         else:
             status = "not judged" if idle.message else "passed"
         for alarm in alarms or [idle if status == "not judged" else Alarm(None, None, "")]:
@@ -84,14 +84,14 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Sou
 
 def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     """Return why a check does not apply; empty if it does."""
-    if name in _OF_UPDATES and not has_updates(sources):
+    if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to check"
     if name == "complete" and all(run_input.targets is None for run_input in _list_adapters(sources)):
         return "no results of an adapter on its BASE whose config names its modules"
     if name == "base" and not any(_list_base_names(source) for source in sources):
         return "no results of an adapter on a BASE that both have a name"
     metrics = dict.fromkeys(record.metric for record in _select_records(sources, Spectrum))
-    if name in _IN_WEIGHTS and metrics and "weights" not in metrics:
+    if name in _CHECKS_OF_WEIGHTS and metrics and "weights" not in metrics:
         return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
     return ""
 

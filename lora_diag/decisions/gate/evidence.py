@@ -187,7 +187,7 @@ def _list_properties(kind: type[Record]) -> dict[str, Any]:
 NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})
 
 # Kinds that a command of another name writes.
-_COMMANDS = {
+_COMMAND_BY_KIND = {
     "allocation": "allocate",
     "certificate": "allocate",
     "extraction": "extract",
@@ -239,7 +239,7 @@ class Source:
 
     def holds(self, kind: str) -> bool:
         """Return whether it may contain records of a kind."""
-        if kind == "end" or self.results.run.command == _COMMANDS.get(kind, kind):
+        if kind == "end" or self.results.run.command == _COMMAND_BY_KIND.get(kind, kind):
             return True
         return any(isinstance(record, KINDS[kind]) for record in (*self.results.layers, *self.results.whole))
 
@@ -399,7 +399,7 @@ def floor_of(record: Record) -> str:
 
 def command_for(kind: str) -> str:
     """Return the command that writes records of a kind."""
-    return f"loradiag {_COMMANDS.get(kind, kind)}"
+    return f"loradiag {_COMMAND_BY_KIND.get(kind, kind)}"
 
 
 def _explain_null(field: RecordField, subject: Subject) -> str:

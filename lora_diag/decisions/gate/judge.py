@@ -147,9 +147,9 @@ def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdic
 
 
 def _judge_rule(policy: Policy, rule: Rule, sources: Sequence[Source], waivers: Waivers) -> list[Verdict]:
-    field, missing = _find_field(policy, rule, sources, rule.require.text)
+    field, missing_verdicts = _find_field(policy, rule, sources, rule.require.text)
     if field is None:
-        return missing
+        return missing_verdicts
     if problem := problem_with(rule.require, field):
         raise policy.error(rule.line, problem)
 
@@ -175,9 +175,9 @@ def _judge_regression(
     allowed = f"{demand.field} not {demand.worse} than in the baseline"
     if stored is None:
         return [_make_inconclusive_verdict(demand, allowed, "no baseline was given: --baseline FILE")]
-    field, missing = _find_field(policy, demand, sources, allowed)
+    field, missing_verdicts = _find_field(policy, demand, sources, allowed)
     if field is None:
-        return missing
+        return missing_verdicts
 
     def compare(subject: Subject) -> Finding:
         value, reason = value_of(field, subject, demand.floor)
@@ -235,7 +235,11 @@ def _select_subjects(policy: Policy, demand: Criterion, field: RecordField, sour
 
 
 def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, subjects: list[Subject]) -> list[Subject]:
-    """Keep the records that match ``where``, and missing ones next to such records."""
+    """Return the subjects whose records match ``where``, and missing ones, unless all records of their group differ.
+
+    Raises:
+        UsageError: The records have no field of a name in ``where``.
+    """
     if not demand.where:
         return subjects
     tests: list[tuple[RecordField, object]] = []

@@ -163,15 +163,15 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     lines.append("\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n")
     lines += [_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed) for v in verdicts_of(results)]
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
-    left = room - len((head + end).encode()) - 20
-    kept = []
+    room_left = room - len((head + end).encode()) - 20
+    kept_lines = []
     for line in lines:
-        left -= len(line.encode())
-        if left < 0:
+        room_left -= len(line.encode())
+        if room_left < 0:
             break
-        kept.append(line)
-    cut = len(lines) - len(kept)
-    return head + "".join(kept) + (end.format(cut) if cut else "")
+        kept_lines.append(line)
+    omitted_count = len(lines) - len(kept_lines)
+    return head + "".join(kept_lines) + (end.format(omitted_count) if omitted_count else "")
 
 
 def model_card(results: Results[Any], card: str = "") -> str:

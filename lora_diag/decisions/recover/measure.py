@@ -648,18 +648,20 @@ class Deadline:
 
     Args:
         end: Seconds since the epoch, which all machines of a cluster share.
-        words: As the user gave the limit.
-        energies: Hidden energy of every layer, estimated from a sample.
+        limit_text: The limit as the user gave it.
+        energy_by_layer: Hidden energy of every layer, estimated from a sample.
     """
 
     end: float
-    words: str
-    energies: Mapping[str, float]
+    limit_text: str
+    energy_by_layer: Mapping[str, float]
 
     def make_left_out(self, task: RecoveryTask) -> LeftOut:
         """Return the record of a layer that was not reached."""
-        share = self.energies[task.layer] / (sum(self.energies.values()) or 1.0)
-        detail = f"not started within --time {self.words}; by a sample {share:.1%} of the hidden energy of all layers"
+        share = self.energy_by_layer[task.layer] / (sum(self.energy_by_layer.values()) or 1.0)
+        detail = (
+            f"not started within --time {self.limit_text}; by a sample {share:.1%} of the hidden energy of all layers"
+        )
         return LeftOut(layer=task.layer, shape=task.shape, reason="time", detail=detail)
 
 

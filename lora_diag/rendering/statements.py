@@ -93,12 +93,12 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
     if not left_out:
         return "nothing"
     counts = Counter(item.reason for item in left_out)
-    parts = []
+    clauses = []
     for reason, tensors in counts.items():
         names = [item.layer for item in left_out if item.reason == reason]
-        shown = "" if reason in EXPECTED else f": {list_names(names)}"
-        parts.append(f"{tensors} {REASONS[reason]}{shown}")
-    return "; ".join(parts)
+        suffix = "" if reason in EXPECTED else f": {list_names(names)}"
+        clauses.append(f"{tensors} {REASONS[reason]}{suffix}")
+    return "; ".join(clauses)
 
 
 def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
@@ -292,7 +292,7 @@ class _Summary:
         def height(line: str) -> int:
             return len(Text(line).wrap(console, width, overflow="fold"))
 
-        shown = (
+        shown_lines = (
             [statement.lines for statement in self.statements]
             if self.most is None
             else _select_fitting(self, self.most, height)
@@ -300,13 +300,13 @@ class _Summary:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
-        for statement, lines in zip(self.statements, shown, strict=True):
+        for statement, lines in zip(self.statements, shown_lines, strict=True):
             if lines:
                 grid.add_row(statement.label, Text("\n".join(lines), style=_STYLES[statement.level]))
         yield grid
         not_shown = [
             line
-            for statement, lines in zip(self.statements, shown, strict=True)
+            for statement, lines in zip(self.statements, shown_lines, strict=True)
             for line in statement.lines[len(lines) :]
         ]
         if hidden := sum(map(height, not_shown)):
@@ -316,8 +316,8 @@ class _Summary:
 def _select_fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
     """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
     statements = summary.statements
-    shown = [statement.lines if statement.level in {"warning", "failure"} else () for statement in statements]
-    optional = [index for index in range(len(statements)) if not shown[index]]
+    shown_lines = [statement.lines if statement.level in {"warning", "failure"} else () for statement in statements]
+    optional = [index for index in range(len(statements)) if not shown_lines[index]]
     if sum(height(line) for index in optional for line in statements[index].lines) <= limit:
         return [statement.lines for statement in statements]
     remaining = limit - 1  # the last line gives the number of hidden lines
@@ -325,10 +325,10 @@ def _select_fitting(summary: _Summary, limit: int, height: Callable[[str], int])
         group = [index for index in optional if statements[index].priority == priority]
         for index in group:
             if (cost := height(statements[index].lead)) <= remaining:
-                shown[index], remaining = (statements[index].lead,), remaining - cost
+                shown_lines[index], remaining = (statements[index].lead,), remaining - cost
         for index in group:
-            for line in statements[index].details if shown[index] else ():
+            for line in statements[index].details if shown_lines[index] else ():
                 if (cost := height(line)) > remaining:
                     break
-                shown[index], remaining = (*shown[index], line), remaining - cost
-    return shown
+                shown_lines[index], remaining = (*shown_lines[index], line), remaining - cost
+    return shown_lines

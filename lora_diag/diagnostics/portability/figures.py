@@ -89,21 +89,21 @@ def _severity_order(record: Portability) -> tuple[int, float]:
     return -ORDER.index(record.status), record.epsilon or 0.0
 
 
-def _make_norm(shown: Cells) -> Normalize | None:
+def _make_norm(grid: Cells) -> Normalize | None:
     """Return the colour scale of ε; None if no wrong weight has a known ε."""
-    wrong = [r.epsilon for r in shown.records.values() if r.status == "wrong" and r.epsilon]
+    wrong = [r.epsilon for r in grid.records.values() if r.status == "wrong" and r.epsilon]
     if not wrong:
         return None
     low, high = min(wrong), max(wrong)
     return LogNorm(low, high) if high / low > 10 else Normalize(0.0, high)
 
 
-def _color_cells(shown: Cells, program: str, norm: Normalize | None) -> NDArray[np.float64]:
+def _color_cells(grid: Cells, program: str, norm: Normalize | None) -> NDArray[np.float64]:
     """Return the colour of each cell of a program, ``(types, depths, 3)``; white if the layer does not exist."""
-    image = np.ones((len(shown.types), len(shown.depths), 3))
-    for row, name in enumerate(shown.types):
-        for column, depth in enumerate(shown.depths):
-            record = shown.records.get((name, program, depth))
+    image = np.ones((len(grid.types), len(grid.depths), 3))
+    for row, name in enumerate(grid.types):
+        for column, depth in enumerate(grid.depths):
+            record = grid.records.get((name, program, depth))
             if record is None:
                 continue
             color: Any = COLORS[record.status]
@@ -124,9 +124,9 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
         The Axes drawn on; ``ax.images`` are the programs.
     """
     with panel_axes(ax) as (axes, style):
-        shown = cells((Series("", tuple(records)),))
-        norm = _make_norm(shown)
-        _draw(axes, shown, norm, style.ticks if style else 8.0, 2.0, 3.0)
+        grid = cells((Series("", tuple(records)),))
+        norm = _make_norm(grid)
+        _draw(axes, grid, norm, style.ticks if style else 8.0, 2.0, 3.0)
         if norm is not None:
             axes.figure.colorbar(ScalarMappable(norm, EPSILON), ax=axes).set_label("ε of a wrong weight")
     return axes
@@ -134,17 +134,17 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
 
 def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
     """Return the page: one block of columns for each program, of one or several runs."""
-    shown = cells(series)
-    norm = _make_norm(shown)
+    grid = cells(series)
+    norm = _make_norm(grid)
     line = style.text / 72
-    names = crop_names(shown.types, _NAMES * style.width, style.ticks)
+    names = crop_names(grid.types, _NAMES * style.width, style.ticks)
     inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
     label_height = 1.2 * line
-    if not _names_fit(shown, inches, style.ticks):
-        label_height = max(width_of(name, style.ticks) for name in shown.programs) + 0.4 * line
-    panel = 1.75 * max(len(shown.types), 2) * line + label_height + 2.4 * line
-    page, (ax,) = sheet(style, _make_text(series, shown), 1, 1, panel=panel, low=True)
-    _draw(ax, shown, norm, style.ticks, _NAMES * style.width, inches)
+    if not _names_fit(grid, inches, style.ticks):
+        label_height = max(width_of(name, style.ticks) for name in grid.programs) + 0.4 * line
+    panel = 1.75 * max(len(grid.types), 2) * line + label_height + 2.4 * line
+    page, (ax,) = sheet(style, _make_text(series, grid), 1, 1, panel=panel, low=True)
+    _draw(ax, grid, norm, style.ticks, _NAMES * style.width, inches)
     if norm is not None:
         bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
         bar.set_label("ε of a wrong weight")
@@ -155,46 +155,46 @@ def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) ->
     return page
 
 
-def _names_fit(shown: Cells, inches: float, size: float) -> bool:
+def _names_fit(grid: Cells, inches: float, size: float) -> bool:
     """Return whether the programs' names fit side by side."""
-    return max(width_of(name, size) for name in shown.programs) < 0.92 * inches / len(shown.programs)
+    return max(width_of(name, size) for name in grid.programs) < 0.92 * inches / len(grid.programs)
 
 
-def _draw(ax: Axes, shown: Cells, norm: Normalize | None, size: float, max_width: float, inches: float) -> None:
-    step = len(shown.depths) * (1 + _GAP)
-    for number, program in enumerate(shown.programs):
+def _draw(ax: Axes, grid: Cells, norm: Normalize | None, size: float, max_width: float, inches: float) -> None:
+    step = len(grid.depths) * (1 + _GAP)
+    for number, program in enumerate(grid.programs):
         left = number * step - 0.5
         ax.imshow(
-            _color_cells(shown, program, norm),
-            extent=(left, left + len(shown.depths), len(shown.types) - 0.5, -0.5),
+            _color_cells(grid, program, norm),
+            extent=(left, left + len(grid.depths), len(grid.types) - 0.5, -0.5),
             aspect="auto",
             interpolation="nearest",
         )
-    ax.set_xlim(-0.5, len(shown.programs) * step - 0.5 - len(shown.depths) * _GAP)
-    ax.set_ylim(len(shown.types) - 0.5, -0.5)
+    ax.set_xlim(-0.5, len(grid.programs) * step - 0.5 - len(grid.depths) * _GAP)
+    ax.set_ylim(len(grid.types) - 0.5, -0.5)
     ax.set_yticks(
-        range(len(shown.types)), list(crop_names(shown.types, max_width, size).values()), parse_math=False, size=size
+        range(len(grid.types)), list(crop_names(grid.types, max_width, size).values()), parse_math=False, size=size
     )
-    middles = [number * step - 0.5 + len(shown.depths) / 2 for number in range(len(shown.programs))]
-    ax.set_xticks(middles, list(shown.programs), parse_math=False, size=size)
-    ax.tick_params(axis="x", rotation=0 if _names_fit(shown, inches, size) else 90)
+    middles = [number * step - 0.5 + len(grid.depths) / 2 for number in range(len(grid.programs))]
+    ax.set_xticks(middles, list(grid.programs), parse_math=False, size=size)
+    ax.tick_params(axis="x", rotation=0 if _names_fit(grid, inches, size) else 90)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(length=0)
     ax.grid(False)
-    for row in range(1, len(shown.types)):
+    for row in range(1, len(grid.types)):
         ax.axhline(row - 0.5, color="white", lw=0.8)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    depths = [depth for depth in shown.depths if depth is not None]
+    depths = [depth for depth in grid.depths if depth is not None]
     if len(depths) > 1:
-        outside = ", outside the blocks first" if None in shown.depths else ""
+        outside = ", outside the blocks first" if None in grid.depths else ""
         text = f"program; in each, blocks {depths[0]} to {depths[-1]} from left to right{outside}"
         ax.set_xlabel(wrap_text(text, inches, size / 0.88))
 
 
-def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
-    statuses = {record.status for record in shown.records.values()}
-    unknown = any(r.status == "wrong" and not r.epsilon for r in shown.records.values())
+def _make_text(series: Sequence[Series[Any]], grid: Cells) -> FigureText:
+    statuses = {record.status for record in grid.records.values()}
+    unknown = any(r.status == "wrong" and not r.epsilon for r in grid.records.values())
     keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if statuses & set(AS_INTENDED) else []
     keys += [Key(Patch(color=EPSILON(0.5)), "different ΔW")] if "wrong" in statuses else []
     keys += [Key(Patch(color=COLORS["wrong"]), "different ΔW, ε not known without BASE")] if unknown else []
@@ -202,7 +202,7 @@ def _make_text(series: Sequence[Series[Any]], shown: Cells) -> FigureText:
     keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
     keys += [Key(Patch(color=COLORS["unknown"]), "not known without BASE")] if "unknown" in statuses else []
     layers = len({record.layer for item in series for record in item.records})
-    pooled = len({(name, depth) for name, _, depth in shown.records}) < layers
+    pooled = len({(name, depth) for name, _, depth in grid.records}) < layers
     return FigureText(
         "Weights of the adapter as each program applies them",
         f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",

@@ -97,8 +97,8 @@ class Consumer:
         """
         if not version:
             return self.rules[0]
-        if read := next((rule for rule in self.rules if version in rule.read), None):
-            return read  # a commit is not a number
+        if rule_read := next((rule for rule in self.rules if version in rule.read), None):
+            return rule_read  # a commit is not a number
         if not _VERSION.fullmatch(version):
             raise UsageError(f"--consumers {self.name}=={version}: not a version; give one such as {self.newest}")
         for rule in self.rules:

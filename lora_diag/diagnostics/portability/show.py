@@ -87,11 +87,11 @@ def _worst_status(group: Sequence[Portability]) -> Status:
 
 def pooled_epsilon(records: Sequence[Portability]) -> float | None:
     """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None if one is not known, or all ΔW are zero."""
-    known = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
-    total = math.hypot(*(fro for _, fro in known))
-    if len(known) < len(records) or total == 0:
+    pairs = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
+    total = math.hypot(*(fro for _, fro in pairs))
+    if len(pairs) < len(records) or total == 0:
         return None
-    return math.hypot(*(epsilon * fro for epsilon, fro in known)) / total
+    return math.hypot(*(epsilon * fro for epsilon, fro in pairs)) / total
 
 
 def failed(results: Results[Portability]) -> list[Name]:
@@ -189,13 +189,13 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
     elif not set(counts) - set(AS_INTENDED):
         lead, level = f"exact in all {len(records)} weights", "ok"
     else:
-        parts = [_describe_wrong(records)] if counts["wrong"] else []
+        clauses = [_describe_wrong(records)] if counts["wrong"] else []
         if counts["dropped"]:
             dropped = [record for record in records if record.status == "dropped"]
-            parts.append(
+            clauses.append(
                 f"drops {len(dropped)} of {len(records)} weights: {list_names([record.layer for record in dropped])}"
             )
-        lead, level = "; ".join(parts), "warning"
+        lead, level = "; ".join(clauses), "warning"
         if (epsilon := pooled_epsilon(records)) is not None:
             details.append(f"over all weights ε = {number(epsilon)}")
         details += list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]

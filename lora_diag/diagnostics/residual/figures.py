@@ -129,10 +129,12 @@ def _make_keys(style: PageStyle | None) -> tuple[Key, ...]:
     )
 
 
-def _make_text(shown: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], style: PageStyle) -> FigureText:
+def _make_text(
+    adapters: Sequence[Series[Any]], drawn: Sequence[Sequence[Slot[Residual]]], style: PageStyle
+) -> FigureText:
     joined = max((slot.joined for part in drawn for slot in part), default=1)
-    vectors = len({r.layer for item in shown for r in item.records if len(r.shape) == 1})
-    zero = len({r.layer for item in shown for r in item.records if r.fro == 0})
+    vectors = len({r.layer for item in adapters for r in item.records if len(r.shape) == 1})
+    zero = len({r.layer for item in adapters for r in item.records if r.fro == 0})
     notes = [
         "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over the better of the adapter "
         "and BASE. direction: the remainder. ε is the distance to this fine-tune, not a measure of quality."

@@ -57,7 +57,7 @@ class Layer:
     """One layer of a full fine-tune, and the updates compared with it."""
 
     tuned: Delta
-    others: tuple[ComparedUpdate, ...]
+    updates: tuple[ComparedUpdate, ...]
     moments: Moments | None = None
     recover: bool = False
 
@@ -79,7 +79,7 @@ def size(layer: Layer, settings: LayerSettings) -> int:
     """
     if settings.memory is not None:
         return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
-    dense = max((footprint(other.delta) for other in layer.others if other.delta), default=0)
+    dense = max((footprint(update.delta) for update in layer.updates if update.delta), default=0)
     return footprint(layer.tuned) + dense + _estimate_weighting_bytes(layer) + _estimate_cell_bytes(layer)
 
 
@@ -96,7 +96,9 @@ def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowanc
     """Return the memory available for D; a dense X, in memory with it, takes as much."""
     if settings.memory is None:
         return None
-    two_dense = any(other.delta is not None and not isinstance(other.delta, FactoredDelta) for other in layer.others)
+    two_dense = any(
+        update.delta is not None and not isinstance(update.delta, FactoredDelta) for update in layer.updates
+    )
     limit = (settings.memory - _estimate_weighting_bytes(layer)) // (2 if two_dense else 1)
     return Allowance(limit, settings.method, top, vectors=True)
 
@@ -121,7 +123,7 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
 
 def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
     # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
-    thin = {o.name: load_change(o.delta, device) for o in layer.others if isinstance(o.delta, FactoredDelta)}
+    thin = {o.name: load_change(o.delta, device) for o in layer.updates if isinstance(o.delta, FactoredDelta)}
     top = min(max([SUBSPACE, *map(_count_columns, thin.values())]), *layer.shape)
     allowance = _make_allowance(layer, top, settings)
     full = load_change(layer.tuned, device, allowance=allowance)
@@ -133,15 +135,15 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     data_metric = _make_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
     before_rounding = _estimate_before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
-    for other in layer.others:
-        change = thin.get(other.name)
-        if change is None and other.delta is not None:
-            change = load_change(other.delta, device, allowance=allowance)
-        record = _make_record(layer, other, change, weight_metric, data_metric, before_rounding, settings)
+    for update in layer.updates:
+        change = thin.get(update.name)
+        if change is None and update.delta is not None:
+            change = load_change(update.delta, device, allowance=allowance)
+        record = _make_record(layer, update, change, weight_metric, data_metric, before_rounding, settings)
         del change  # frees a dense X before the next is read
         if isinstance(record, str):
             left_out = not_finite(layer.tuned, replace(full, non_finite=record))
-            records.append(left_out.model_copy(update={"detail": f"{other.name}: {left_out.detail}"}))
+            records.append(left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}))
         else:
             records.append(record)
     return tuple(records)
@@ -149,7 +151,7 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
 
 def _make_record(
     layer: Layer,
-    other: ComparedUpdate,
+    update: ComparedUpdate,
     change: Change | None,
     weight_metric: Metric,
     data_metric: Metric | None,
@@ -159,7 +161,7 @@ def _make_record(
     """Return the record of one adapter; if its update is not finite or not comparable, why."""
     if change is not None and change.non_finite is not None:
         return change.non_finite
-    rank = _get_rank(other.delta, change) if layer.tuned.is_matrix else None
+    rank = _get_rank(update.delta, change) if layer.tuned.is_matrix else None
     distances, norm = weight_metric.distances(change, rank)
     if problem := why_not_comparable(norm):
         return problem
@@ -174,8 +176,8 @@ def _make_record(
     return Residual(
         layer=layer.layer,
         shape=layer.shape if layer.tuned.is_matrix else layer.shape[1:],
-        adapter=other.name,
-        role=other.role,
+        adapter=update.name,
+        role=update.role,
         rank=rank,
         fro=weight_metric.factors.fro,
         base_fro=weight_metric.change.base_fro,
@@ -325,26 +327,30 @@ def residual(
     _refuse_repeated_inputs(tuned, [*adapters, *([reference] if reference is not None else [])])
     base = as_path(base)  # opened once, so that its headers are not read again
     full = run.compare(base, tuned)
-    others = [_set_role(run.compare(base, path), "adapter") for path in adapters]
+    comparisons = [_set_role(run.compare(base, path), "adapter") for path in adapters]
     if reference is not None:
-        others.append(_set_role(run.compare(base, reference), "reference"))
+        comparisons.append(_set_role(run.compare(base, reference), "reference"))
     verify = run.options["verify"]
     moments = second_moments(activations, base, full.pairing, verify) if activations is not None else None
-    inputs = (*full.inputs, *(other.inputs[-1] for other in others), *((moments.described,) if moments else ()))
-    by_layer = [{delta.layer: _drop_base(delta) for delta in other.pairing.deltas} for other in others]
+    inputs = (
+        *full.inputs,
+        *(comparison.inputs[-1] for comparison in comparisons),
+        *((moments.described,) if moments else ()),
+    )
+    by_layer = [{delta.layer: _drop_base(delta) for delta in comparison.pairing.deltas} for comparison in comparisons]
     tasks = [
         Layer(
             delta,
             tuple(
-                ComparedUpdate(other.inputs[-1].path, _get_role(other), deltas.get(delta.layer))
-                for other, deltas in zip(others, by_layer, strict=True)
+                ComparedUpdate(comparison.inputs[-1].path, _get_role(comparison), deltas.get(delta.layer))
+                for comparison, deltas in zip(comparisons, by_layer, strict=True)
             ),
             moments.of.get(delta.layer) if moments else None,
             recover,
         )
         for delta in full.pairing.deltas
     ]
-    left_out = Pairing((), (*full.pairing.unpaired, *_list_unmatched(full.pairing, others)))
+    left_out = Pairing((), (*full.pairing.unpaired, *_list_unmatched(full.pairing, comparisons)))
     return run.over(
         tasks,
         measure_layer,
@@ -371,9 +377,9 @@ def _list_left_out(
     for record in earlier:
         done.setdefault(record.layer, set()).add(record.adapter)
     for task in tasks:
-        unrecorded = tuple(other for other in task.others if other.name not in done.get(task.layer, {other.name}))
+        unrecorded = tuple(update for update in task.updates if update.name not in done.get(task.layer, {update.name}))
         if unrecorded:
-            records = measure_layer(replace(task, others=unrecorded), settings)
+            records = measure_layer(replace(task, updates=unrecorded), settings)
             yield from (record for record in records if isinstance(record, LeftOut))
 
 
@@ -411,15 +417,15 @@ def _drop_base(delta: Delta) -> Delta:
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
-def _list_unmatched(full: Pairing, others: Sequence[Comparison]) -> Iterator[Unpaired]:
+def _list_unmatched(full: Pairing, comparisons: Sequence[Comparison]) -> Iterator[Unpaired]:
     """Yield tensors of the adapters and the reference that TUNED does not contain."""
     full_layers = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
-    for other in others:
-        path = other.inputs[-1].path
-        for delta in other.pairing.deltas:
+    for comparison in comparisons:
+        path = comparison.inputs[-1].path
+        for delta in comparison.pairing.deltas:
             if delta.layer not in full_layers:
                 detail = f"{path} changes it, but TUNED does not contain it"
                 yield Unpaired(delta.layer, delta.shape, "only_in_adapter", detail)
-        for item in other.pairing.unpaired:
+        for item in comparison.pairing.unpaired:
             if item.layer not in full_layers:
                 yield replace(item, detail=f"{path}: {item.detail}")

@@ -122,9 +122,9 @@ def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
 def describe_parts(records: Sequence[Residual]) -> str:
     """State ε² of several layers as the sum of its parts; those below 0.5% of it are omitted."""
     shares = sum_parts(records)
-    whole = math.fsum(shares.values())
-    return f"ε² = {number(whole)} = " + " + ".join(
-        f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * whole and part
+    total = math.fsum(shares.values())
+    return f"ε² = {number(total)} = " + " + ".join(
+        f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * total and part
     )
 
 
@@ -144,9 +144,9 @@ class Expected(Distance):
 
 def _pool_before_rounding(records: Sequence[Residual]) -> float | None:
     """Return the expected ε before rounding of the layers with an estimate together; None without any."""
-    known = [record.before_rounding for record in records if record.before_rounding is not None]
-    total = math.hypot(*(estimate.fro for estimate in known))
-    return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in known)) / total if total else None
+    estimates = [record.before_rounding for record in records if record.before_rounding is not None]
+    total = math.hypot(*(estimate.fro for estimate in estimates))
+    return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in estimates)) / total if total else None
 
 
 class Residual(Distance, LayerRecord):

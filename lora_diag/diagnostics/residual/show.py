@@ -82,10 +82,10 @@ def _find_main_limit(records: Sequence[Residual]) -> str | None:
 
 def _describe_agreement(spaces: Sequence[Agreement | None]) -> str:
     """Return the median overlap, with the random baseline in brackets."""
-    known = [space for space in spaces if space is not None]
-    if not known:
+    agreements = [space for space in spaces if space is not None]
+    if not agreements:
         return "-"
-    return f"{median(s.overlap for s in known):.2f} ({median(s.random for s in known):.2f})"
+    return f"{median(s.overlap for s in agreements):.2f} ({median(s.random for s in agreements):.2f})"
 
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:

@@ -69,5 +69,5 @@ def _suggest_next(output: Path | str | None) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is None:
         return f"{rerun_command('-o', 'results.jsonl')}   (saves these results)"
-    words = ["loradiag", "inspect", str(output), "--per", "layer"]
-    return f"{shlex.join(words)}   (this table layer by layer, without measuring again)"
+    command = ["loradiag", "inspect", str(output), "--per", "layer"]
+    return f"{shlex.join(command)}   (this table layer by layer, without measuring again)"

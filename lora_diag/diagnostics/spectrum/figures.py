@@ -97,9 +97,9 @@ def _make_curve(depth: int | None, group: Sequence[Spectrum], quantity: Quantity
     ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
     stacked = np.array([quantity.at(record, ranks) for record in group])
     middle = np.median(stacked, axis=0)
-    known = np.isfinite(middle)
+    finite = np.isfinite(middle)
     signal = sorted(resolved_rank(record) for record in group)[len(group) // 2]
-    return Curve(group[0].layer, depth, ranks[known], middle[known], signal, len(group))
+    return Curve(group[0].layer, depth, ranks[finite], middle[finite], signal, len(group))
 
 
 def resolved_rank(record: Spectrum) -> int:
@@ -128,9 +128,9 @@ def band(records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64
     last = max(len(record.s) for record in changed)
     ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
     stacked = np.array([quantity.at(record, ranks) for record in changed])
-    known = np.isfinite(stacked).all(axis=0)
-    stacked = stacked[:, known]
-    return Band(ranks[known], np.median(stacked, axis=0), stacked.min(axis=0), stacked.max(axis=0))
+    finite = np.isfinite(stacked).all(axis=0)
+    stacked = stacked[:, finite]
+    return Band(ranks[finite], np.median(stacked, axis=0), stacked.min(axis=0), stacked.max(axis=0))
 
 
 def largest_rank(records: Iterable[Spectrum]) -> int:
@@ -319,14 +319,14 @@ def small_multiples(
         formula: Formula of the quantity.
     """
     records = [record for item in series for record in item.records]
-    shown = _make_panels(series)
+    type_panels = _make_panels(series)
     bands = per == "type" or len(series) > 1
     last_depth, largest = deepest(record.layer for record in records), largest_rank(records)
     by_color = not bands and last_depth > 0
     text = FigureText(
         title,
         f"{_make_subtitle(series, records)}{f'; {formula}' if formula else ''}",
-        _make_notes(shown, records, bands),
+        _make_notes(type_panels, records, bands),
         (*_make_keys(series, records, largest, bands, style), *keys),
     )
 
@@ -338,7 +338,7 @@ def small_multiples(
         if also:
             also(ax, [record for item in panel_series for record in item.records])
 
-    panels = {panel.name: partial(draw, panel_series=panel.series) for panel in shown}
+    panels = {panel.name: partial(draw, panel_series=panel.series) for panel in type_panels}
     figure = multiples_of(panels, text, style, xlabel, ylabel, 0.88 if by_color else 0.97)
     if by_color:
         depth_bar(figure, figure.axes, last_depth, style)
@@ -401,10 +401,10 @@ def _make_keys(
     return tuple(keys)
 
 
-def _make_notes(shown: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
+def _make_notes(panels: Sequence[Panel], records: Sequence[Spectrum], bands: bool) -> tuple[str, ...]:
     """Return notes on joined layers and on layers without a curve."""
     notes = []
-    joined = max((len(g) for panel in shown for g in by_depth(panel.series[0].records).values()), default=1)
+    joined = max((len(g) for panel in panels for g in by_depth(panel.series[0].records).values()), default=1)
     if joined > 1 and not bands:
         notes.append(f"A line is the median of a block's matrices of its type (up to {joined}).")
     if any(record.fro > 0 and not record.complete for record in records):
@@ -517,6 +517,6 @@ def mixed_units_reason(records: Sequence[Spectrum], options: Options) -> str | N
     """Return why σ cannot be drawn on one axis: different metrics, or only zero updates; None if it can."""
     metrics = dict.fromkeys(record.metric for record in records)
     if len(metrics) > 1:
-        named = " and ".join(METRIC_NAMES[metric] for metric in metrics)
-        return f"singular values in {named} have no common axis; draw them separately"
+        metric_names = " and ".join(METRIC_NAMES[metric] for metric in metrics)
+        return f"singular values in {metric_names} have no common axis; draw them separately"
     return no_update_reason(records, options)

@@ -81,19 +81,21 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
         ``left_out`` record if a gradient is not finite.
     """
     try:
-        result, fallback = compute_on_device(
+        spectra, fallback = compute_on_device(
             lambda device: _compute(history, settings, device), resolve_device(settings.device)
         )
     except _NotFiniteError as error:
         return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
     side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
-    file_resolution, dtypes = _measure_resolution(result, history), (None, "/".join(history.dtypes))
-    factors = replace(result.smaller, method=f"{result.smaller.method} of {len(history.snapshots)} gradients{fallback}")
+    file_resolution, dtypes = _measure_resolution(spectra, history), (None, "/".join(history.dtypes))
+    factors = replace(
+        spectra.smaller, method=f"{spectra.smaller.method} of {len(history.snapshots)} gradients{fallback}"
+    )
     record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
     other_record = None
-    if result.larger is not None:
+    if spectra.larger is not None:
         other_record = record_of(
-            history.layer, history.shape, dtypes, None, result.larger, settings.ranks, file_resolution
+            history.layer, history.shape, dtypes, None, spectra.larger, settings.ranks, file_resolution
         )
     stack = Stack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
@@ -173,19 +175,19 @@ def _stacked_shape(history: History) -> tuple[int, int]:
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
-def _measure_resolution(result: _Spectra, history: History) -> Resolution:
+def _measure_resolution(spectra: _Spectra, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
-    noise = noise_of(mix_profiles([(1 / 12, result.spacing.profile)], _stacked_shape(history)), 1)
-    edge = max(noise.edge, rounding_threshold(result.smaller))
-    signal = signal_rank(result.smaller.s.numpy(), edge, result.smaller.complete)
+    noise = noise_of(mix_profiles([(1 / 12, spectra.spacing.profile)], _stacked_shape(history)), 1)
+    edge = max(noise.edge, rounding_threshold(spectra.smaller))
+    signal = signal_rank(spectra.smaller.s.numpy(), edge, spectra.smaller.complete)
     return Resolution(
         unchanged=None,
         mantissa=None,
-        rounding_fro=math.sqrt(result.spacing.squares) / 2,
+        rounding_fro=math.sqrt(spectra.spacing.squares) / 2,
         noise_fro=noise.fro,
         edge=edge,
         signal_rank=signal,
-        verdict=verdict(noise.fro, result.smaller.fro, signal),
+        verdict=verdict(noise.fro, spectra.smaller.fro, signal),
     )
 
 

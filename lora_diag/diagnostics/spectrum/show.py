@@ -59,7 +59,7 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
     if not tried:
         return []
     counts: Counter[str] = Counter(hidden.status for _, hidden in tried)
-    parts = ", ".join(f"{counts[status]} {phrase}" for status, phrase in WORDS.items() if counts[status])
+    status_counts = ", ".join(f"{counts[status]} {phrase}" for status, phrase in WORDS.items() if counts[status])
     lines = []
     sized = [(record, hidden) for record, hidden in tried if hidden.fro_interval is not None]
     if sized:
@@ -70,7 +70,7 @@ def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
             f"‖X‖ = {number(norm)}, ± {percent(median(errors))} in the median matrix; the files' ‖ΔW‖ is "
             f"{number(stored_norm / norm)} times that"
         )
-    lines.append(f"of {len(tried)} matrices that the files do not resolve {parts}")
+    lines.append(f"of {len(tried)} matrices that the files do not resolve {status_counts}")
     recovered = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
     if recovered:
         middle, lowest, highest = (
@@ -416,13 +416,13 @@ def _judge_without_base_rounding(record: Spectrum) -> str:
 
 def _describe_unresolved(counts: Counter[str]) -> str:
     """State how many matrices are not resolved, by verdict and its mark in the table."""
-    words = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
-    parts = [f"{counts[verdict]} {label}" for verdict, label in words.items() if counts[verdict]]
+    labels = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
+    parts = [f"{counts[verdict]} {label}" for verdict, label in labels.items() if counts[verdict]]
     if len(counts) > 1:
         return f"of {counts.total()} matrices {' and '.join(parts)}"
     (verdict,) = counts
     subject_text = f"all {counts.total()} matrices are" if counts.total() > 1 else "the matrix is"
-    return f"{subject_text} {words[verdict]}"
+    return f"{subject_text} {labels[verdict]}"
 
 
 def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> list[str]:
@@ -435,14 +435,14 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequen
         return [f"not known: these files resolve {extent}"]
     shown_ranks = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     by_rank = {rank: _describe_rank(rank, readable) for rank in shown_ranks}
-    kept = {rank: shares for rank, (shares, _) in by_rank.items() if shares}
+    shares_by_rank = {rank: shares for rank, (shares, _) in by_rank.items() if shares}
     lines = [line for _, line in by_rank.values()]
-    if not kept:
+    if not shares_by_rank:
         return lines[:1]
-    judged_rank = 16 if 16 in kept else max(kept)
-    middle = median(kept[judged_rank])
+    judged_rank = 16 if 16 in shares_by_rank else max(shares_by_rank)
+    middle = median(shares_by_rank[judged_rank])
     word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
-    number_of = len(kept[judged_rank])
+    number_of = len(shares_by_rank[judged_rank])
     basis = f"{number_of} of" if number_of < changed else "all"
     judged_by = f"the median of {basis} {_matrices(changed)}" if changed > 1 else "the matrix"
     return [f"{word}, judged at r={judged_rank} by the energy (Σσ²) of {judged_by}", *lines]
@@ -475,18 +475,18 @@ def _describe_rank_at_90(records: Sequence[Spectrum], changed: int) -> str:
         return "not shown, for the same reason"
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
-    kept, not_reached = max(len(record.s) for record in records), len(ranks) - len(known)
+    kept_count, not_reached = max(len(record.s) for record in records), len(ranks) - len(known)
     if not known:
-        return f"beyond the {kept} values kept in each of {not_reached} layers: measure without --top"
-    largest = f"> {kept}" if not_reached else max(known)
+        return f"beyond the {kept_count} values kept in each of {not_reached} layers: measure without --top"
+    largest = f"> {kept_count}" if not_reached else max(known)
     full = sorted({min(record.shape) for record in records})
     possible = f"of {full[0]}" if len(full) == 1 else f"of {full[0]} to {full[-1]}"
     suffix = (
-        f"; beyond the {kept} values kept in {not_reached} of {len(ranks)} layers: measure without --top"
+        f"; beyond the {kept_count} values kept in {not_reached} of {len(ranks)} layers: measure without --top"
         if not_reached
         else ""
     )
-    return f"median {median_rank(ranks, kept)}, from {min(known)} to {largest} {possible} possible{suffix}"
+    return f"median {median_rank(ranks, kept_count)}, from {min(known)} to {largest} {possible} possible{suffix}"
 
 
 def _describe_coverage(results: Results[Spectrum]) -> str:
@@ -500,7 +500,7 @@ def _describe_coverage(results: Results[Spectrum]) -> str:
     total = math.hypot(*norms.values())
     if total == 0:
         return ""
-    words = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
-    shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {words[part]}" for part in words if norms[part])
+    labels = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
+    shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {labels[part]}" for part in labels if norms[part])
     whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
     return f"of {whole}{qualify_fractions(results.left_out)}, {shares}"

@@ -52,8 +52,8 @@ def verify_merge(
 def _suggest_next(output: Path | str | None, per: options.Per, correct: bool) -> str:
     """Return the command that a user would run next, as a shell takes it."""
     if output is not None:
-        words = ["loradiag", "inspect", str(output), "--per", "layer"]
-        return f"{shlex.join(words)}   (layer by layer, without reading the weights again)"
+        command = ["loradiag", "inspect", str(output), "--per", "layer"]
+        return f"{shlex.join(command)}   (layer by layer, without reading the weights again)"
     layers = per is options.Per.type and not correct
     arguments, why = (
         (["--per", "layer"], "layer by layer") if layers else (["-o", "merge.jsonl"], "saves these results")

@@ -172,7 +172,7 @@ def is_coherent(check: Check) -> bool:
 
 def distinct_lines(check: Check) -> int:
     """Return the number of unexplained entries of which no two share a row or column, approximately."""
-    return min(int((side > 0).sum()) for side in check.beyond)
+    return min(int((counts > 0).sum()) for counts in check.beyond)
 
 
 def make_precise(rounding: Rounding) -> Rounding:

@@ -155,14 +155,14 @@ class MergedLayer:
     @property
     def held(self) -> int:
         """Return an upper bound on the memory of updates without thin factors that cannot be read by rows."""
-        others = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
-        if not others:
+        whole_updates = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
+        if not whole_updates:
             return 0
-        computed = COMPUTED_ENTRY_BYTES if any(isinstance(delta, DenseDelta) for delta in others) else 0
-        summed = 8 if len(self.deltas) > 1 or others[0].shape != self.shape else 0
+        computed = COMPUTED_ENTRY_BYTES if any(isinstance(delta, DenseDelta) for delta in whole_updates) else 0
+        summed = 8 if len(self.deltas) > 1 or whole_updates[0].shape != self.shape else 0
         copies = 16 if computed else 28  # a weight that the adapter stores in full is read from two files
-        turned = copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
-        return (computed + summed + turned) * math.prod(self.shape)
+        reordered = copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
+        return (computed + summed + reordered) * math.prod(self.shape)
 
 
 def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
@@ -379,22 +379,24 @@ def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
             other rows have none.
         shape: ``(m, n)`` of the layer.
     """
-    parts = [_load_update(delta) for delta in deltas]
-    for part in parts:
-        problem = _find_non_finite(part)
+    addends = [_load_update(delta) for delta in deltas]
+    for addend in addends:
+        problem = _find_non_finite(addend)
         if problem is not None:
-            return part, problem
-    products = [part for part in parts if isinstance(part, Product)]
-    if len(products) == len(parts):
-        b = torch.cat([_fit_rows(part.b, shape[0]) for part in products] or [torch.zeros(shape[0], 0).double()], dim=1)
-        a = torch.cat([part.a for part in products] or [torch.zeros(0, shape[1]).double()])
+            return addend, problem
+    products = [addend for addend in addends if isinstance(addend, Product)]
+    if len(products) == len(addends):
+        b = torch.cat(
+            [_fit_rows(addend.b, shape[0]) for addend in products] or [torch.zeros(shape[0], 0).double()], dim=1
+        )
+        a = torch.cat([addend.a for addend in products] or [torch.zeros(0, shape[1]).double()])
         return Product(b, a), None
-    if len(parts) == 1 and isinstance(parts[0], Whole) and parts[0].shape == shape:
-        return parts[0], None
+    if len(addends) == 1 and isinstance(addends[0], Whole) and addends[0].shape == shape:
+        return addends[0], None
     total = torch.zeros(shape, dtype=torch.float64)
-    for part, delta in zip(parts, deltas, strict=True):
+    for addend, delta in zip(addends, deltas, strict=True):
         rows = min(shape[0], delta.shape[0])
-        total[:rows] += part.rows(0, rows)
+        total[:rows] += addend.rows(0, rows)
     return Whole(shape, lambda first, last: total[first:last]), None
 
 
@@ -420,11 +422,11 @@ class _Rows:
         return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
 
 
-def _find_non_finite(part: Addend) -> str | None:
-    if isinstance(part, Product):
-        return first_non_finite("lora_B holds", part.b) or first_non_finite("lora_A holds", part.a)
-    for span in row_spans(part.shape):
-        if problem := first_non_finite("the adapter's update holds", part.rows(*span), span[0]):
+def _find_non_finite(addend: Addend) -> str | None:
+    if isinstance(addend, Product):
+        return first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a)
+    for span in row_spans(addend.shape):
+        if problem := first_non_finite("the adapter's update holds", addend.rows(*span), span[0]):
             return problem
     return None
 

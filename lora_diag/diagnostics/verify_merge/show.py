@@ -106,9 +106,9 @@ def _describe_correctness(results: Results[Merge]) -> str:
     changed = sum(record.failed for record in results if not record.adapted)
     status = outcome(results)
     if status == "failed":
-        parts = [f"{len(failed)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if failed else []
-        parts += [f"{_layers(changed)} without an update changed"] if changed else []
-        return f"no: {' and '.join(parts)}"
+        clauses = [f"{len(failed)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if failed else []
+        clauses += [f"{_layers(changed)} without an update changed"] if changed else []
+        return f"no: {' and '.join(clauses)}"
     if status == "inconclusive":
         return f"inconclusive: {_explain_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
@@ -142,14 +142,16 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
         causes: dict[str, list[Merge]] = {}
         for record in records:
             causes.setdefault(record.cause, []).append(record)
-        first, *others = [f"{_list_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
+        first_cause, *further_causes = [
+            f"{_list_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]
+        ]
         if len(causes) > SHOWN:
             remaining = sum(len(layers) for layers in list(causes.values())[SHOWN:])
-            others.append(f"and {_layers(remaining)} more; --per layer and the records name each")
+            further_causes.append(f"and {_layers(remaining)} more; --per layer and the records name each")
         key = status.replace(" ", "_")
-        lines.append(make_statement(key, status.capitalize(), first, f"→ {REMEDIES[status]}", level="failure"))
-        if others:
-            lines.append(make_statement(f"{key}_more", "Further causes", *others))
+        lines.append(make_statement(key, status.capitalize(), first_cause, f"→ {REMEDIES[status]}", level="failure"))
+        if further_causes:
+            lines.append(make_statement(f"{key}_more", "Further causes", *further_causes))
     return lines
 
 

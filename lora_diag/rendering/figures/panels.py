@@ -180,19 +180,19 @@ GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0
 
 
 def levels(
-    ax: Axes, named: Sequence[tuple[str, float, str]], style: PageStyle | None, lowest_below: bool = False
+    ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle | None, lowest_below: bool = False
 ) -> None:
     """Draw horizontal lines, each with its name at the right end; names of nearly equal lines share a row.
 
     Args:
         ax: Axes with limits set.
-        named: Name, value and colour.
+        lines: Name, value and colour of each.
         style: The page.
         lowest_below: Whether the lowest line has its name below, away from lines above.
     """
     low, high = ax.get_ylim()
     groups: list[list[tuple[str, float, str]]] = []
-    for level in sorted(named, key=lambda item: item[1]):
+    for level in sorted(lines, key=lambda item: item[1]):
         text, value, color = level
         ax.axhline(
             value, color=color, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)), zorder=1.5, label=f"_{text}"

@@ -213,10 +213,14 @@ def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
     """Split series of ``portability`` by the programs and their versions."""
     split_series = []
     for item in series:
-        parts: dict[str, list[Any]] = {}
+        records_by_label: dict[str, list[Any]] = {}
         for record in item.records:
-            parts.setdefault(f"{owner_of(item, series)}{record.consumer} {record.version}", []).append(record)
-        split_series += [replace(item, label=label, records=tuple(records)) for label, records in parts.items()]
+            records_by_label.setdefault(f"{owner_of(item, series)}{record.consumer} {record.version}", []).append(
+                record
+            )
+        split_series += [
+            replace(item, label=label, records=tuple(records)) for label, records in records_by_label.items()
+        ]
     return tuple(split_series)
 
 
@@ -227,12 +231,12 @@ def _split(
     short = short_names(path for item in series for record in item.records for path in paths_of(record))
     split_series = []
     for item in series:
-        parts: dict[tuple[str, ...], list[Any]] = {}
+        records_by_paths: dict[tuple[str, ...], list[Any]] = {}
         for record in item.records:
-            parts.setdefault(paths_of(record), []).append(record)
+            records_by_paths.setdefault(paths_of(record), []).append(record)
         split_series += [
             (item, replace(item, label=" × ".join(short[path] for path in paths), records=tuple(records)))
-            for paths, records in parts.items()
+            for paths, records in records_by_paths.items()
         ]
     counts = Counter(part.label for _, part in split_series)
     return tuple(

@@ -173,9 +173,11 @@ def name_of(layer: str) -> str:
     >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
     ('model.layers.0.mlp.up_proj', 'a$b$\\n')
     """
-    known = _load_characters()
+    drawable = _load_characters()
     return "".join(
-        char if char.isprintable() and ord(char) in known else char.encode("unicode_escape", "surrogatepass").decode()
+        char
+        if char.isprintable() and ord(char) in drawable
+        else char.encode("unicode_escape", "surrogatepass").decode()
         for char in layer.removesuffix(".weight")
     )
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.measure import FEATURES, history, history_table, portability, rules_grids, words
+from lora_diag.diagnostics.portability.measure import (
+    FEATURES,
+    describe_treatment,
+    history,
+    history_table,
+    portability,
+    rules_grids,
+)
 from lora_diag.diagnostics.portability.measure import outcome as outcome_of
 from lora_diag.diagnostics.portability.rules import is_before
 from lora_diag.errors import UsageError
@@ -284,7 +291,8 @@ def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
 )
 def test_portability_features_have_documented_effect(feature, expected):
     result = {
-        name: words(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0])) for name in expected
+        name: describe_treatment(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0]))
+        for name in expected
     }
     assert result == expected
 

@@ -69,8 +69,10 @@ def _applies(contents: Contents, item: Item) -> Outcome:
         return Outcome("dropped", why="what is no pair of factors is skipped")
     table = next((name for name in _TABLES if name in item.module), None)
     if not _LAYER.search(item.module + "."):
-        named = contents.config.get("target_modules") or ()
-        targets = {"all"} if isinstance(named, str) else {str(name).rpartition(".")[2] for name in named}
+        target_modules = contents.config.get("target_modules") or ()
+        targets = (
+            {"all"} if isinstance(target_modules, str) else {str(name).rpartition(".")[2] for name in target_modules}
+        )
         if table is None or not targets & {table, "all"}:
             return Outcome("dropped", why="outside the layers, and not named in target_modules")
     scale = float(contents.config["lora_alpha"] / contents.config["r"])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.contents import Contents, Item, contents_of
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
+from lora_diag.adapters.placing import Orientation
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64
 from lora_diag.adapters.writing import store_factors
@@ -183,8 +184,10 @@ def convert(
         )
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    turned = _find_turned(adapter, contents, base, deltas)
     parts = {
-        item.layer: _make_part(item, deltas.get(item.layer), scratch, n, dtype) for n, item in enumerate(supported)
+        item.layer: _make_part(item, deltas.get(item.layer), item.layer in turned, scratch, number, dtype)
+        for number, item in enumerate(supported)
     }
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
     rank = max(part.placed.rank for part in parts.values())
@@ -228,7 +231,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
         )
 
 
-def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
+def _make_part(item: Item, delta: Delta | None, is_turned: bool, scratch: Path, number: int, dtype: str) -> _Part:
     """Return the factors of one item; write those of a full-rank ΔW to a numbered file in ``scratch``."""
     import torch
 
@@ -237,9 +240,9 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
     if item.part in {"dora", "residual"}:
         assert delta is not None
         if isinstance(delta, FactoredDelta):
-            load = partial(_load_delta_factors, item, delta)
+            load = partial(_load_delta_factors, delta, is_turned)
         else:
-            b, a, epsilon, fro = _approximate_delta(item, delta)
+            b, a, epsilon, fro = _approximate_delta(item, delta, is_turned)
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
             load = partial(_load_cached, file)
@@ -257,10 +260,10 @@ def _load_factors(item: Item) -> Factors:
     return loaded
 
 
-def _load_delta_factors(item: Item, delta: FactoredDelta) -> Factors:
+def _load_delta_factors(delta: FactoredDelta, is_turned: bool) -> Factors:
     """Return B and A of ΔW against BASE, in the orientation of the item."""
     b, a = delta.load()
-    return (a.T, b.T) if _is_turned(item, delta) else (b, a)
+    return (a.T, b.T) if is_turned else (b, a)
 
 
 def _load_cached(file: Path) -> Factors:
@@ -270,12 +273,25 @@ def _load_cached(file: Path) -> Factors:
     return b, a
 
 
-def _is_turned(item: Item, delta: Delta) -> bool:
-    """Return whether BASE stores a weight that is not square as ``(in, out)``."""
-    return delta.shape != item.shape and delta.shape == item.shape[::-1]
+def _find_turned(
+    adapter: Adapter, contents: Contents, base: Checkpoint | None, deltas: Mapping[str, Delta]
+) -> frozenset[str]:
+    """Return the layers that BASE stores as ``(in, out)``, by the rule of ``Orientation``."""
+    if base is None:
+        return frozenset()
+    sides = {layer: delta.base for layer, delta in deltas.items() if delta.base is not None}
+    items = [item for item in contents.items if item.layer in sides]
+    config = adapter.source.config
+    flag = config is not None and config.flag("fan_in_fan_out")
+    orientation = Orientation(base, {sides[item.layer].name: item.shape for item in items}, flag)
+    return frozenset(
+        item.layer
+        for item in items
+        if orientation.in_out(sides[item.layer].name, item.shape, sides[item.layer].info.shape)
+    )
 
 
-def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def _approximate_delta(item: Item, delta: Delta, is_turned: bool) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Form ΔW; return its best approximation of the item's rank, the error ε (Eckart and Young 1936) and ‖ΔW‖_F."""
     import torch
 
@@ -283,7 +299,7 @@ def _approximate_delta(item: Item, delta: Delta) -> tuple[torch.Tensor, torch.Te
     assert item.rank is not None
     load: Callable[[], torch.Tensor] = delta.load  # type: ignore[union-attr]
     whole = as_float64(load())
-    if _is_turned(item, delta):
+    if is_turned:
         whole = whole.T
     u, s, vh = torch.linalg.svd(whole, full_matrices=False)
     rank = min(item.rank, len(s))

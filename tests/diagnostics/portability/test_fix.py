@@ -111,6 +111,27 @@ def test_dora_becomes_the_nearest_lora_of_its_rank(tmp_path):
     assert results.run.settings["fixed"]["truncated"] == {"q.weight": pytest.approx(epsilon, rel=1e-5)}
 
 
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_square_weight_stored_in_out_keeps_its_orientation(tmp_path, variant):
+    w, a, b, m = normal(6, 6), normal(2, 6, seed=1), normal(6, 2, seed=2), np.abs(normal(6, seed=3)) + 1
+    tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b}
+    if variant == "dora":
+        tensors["q.lora_magnitude_vector"] = m
+        config = {"use_dora": True}
+        v = w + 1.5 * b @ a
+        u, s, vh = np.linalg.svd(m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w)
+        expected = u[:, :2] * s[:2] @ vh[:2]
+    else:
+        config = {"init_lora_weights": "pissa"}
+        u, s, vh = np.linalg.svd(w)
+        expected = 1.5 * b @ a - u[:, :2] * s[:2] @ vh[:2]
+    folder = adapter(tmp_path, tensors, target_modules=["q"], fan_in_fan_out=True, **config)
+    base(tmp_path, {"q.weight": w.T})
+    make_portable(folder, tmp_path / "out", tmp_path / "base", dora_to_lora=True)
+    written, _ = changes(tmp_path / "out", None)
+    close(written["q.weight"], expected, 1e-5)
+
+
 def test_pissa_becomes_a_lora_of_the_base_it_names(tmp_path):
     w = normal(6, 5)
     tensors = {"q.lora_A.weight": normal(2, 5, seed=1), "q.lora_B.weight": normal(6, 2, seed=2)}

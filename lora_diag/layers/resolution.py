@@ -34,7 +34,7 @@ class Gains:
 
 
 def noise_of(profile: Profile, terms: int) -> Noise:
-    """Return the sums of variances that metrics are computed from."""
+    """Return a profile of variances as the noise that metrics are computed from, given its errors per entry."""
     return Noise(
         rows=profile.rows.numpy(),
         columns=profile.columns.numpy(),

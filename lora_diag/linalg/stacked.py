@@ -62,12 +62,12 @@ def rows_of(matrix: Matrix) -> Iterator[Tensor]:
 
 
 def shape_of(matrix: Matrix) -> tuple[int, int]:
-    """Return ``(m, n)``."""
+    """Return ``(m, n)`` of a matrix or a product."""
     return (len(matrix[0]), matrix[1].shape[1]) if isinstance(matrix, tuple) else (matrix.shape[0], matrix.shape[1])
 
 
 def device_of(matrix: Matrix) -> torch.device:
-    """Return its device."""
+    """Return the device of a matrix, or of B."""
     return matrix[0].device if isinstance(matrix, tuple) else matrix.device
 
 

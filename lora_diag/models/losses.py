@@ -171,7 +171,7 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
 
     Args:
         model: Its weights are frozen; gradients start at the embedding of the tokens.
-        sequences: Sequences; padding gets no gradient.
+        sequences: The batch; padding gets no gradient.
         draw: Which labels.
 
     Returns:

@@ -72,9 +72,9 @@ class Profile:
             self._set_unit(max(self.unit, top * scale))
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
-        # exact for powers of two, which most spacings are; a division took 45 us a piece, not 17
-        exact = isinstance(top, float) and top >= torch.finfo(spacing.dtype).tiny
-        squares = (spacing.mul_(1 / top) if exact else spacing.div_(top)).square_()
+        # 1/top is exact for powers of two, which most spacings are; a division took 45 us a piece, not 17
+        is_normal = isinstance(top, float) and top >= torch.finfo(spacing.dtype).tiny
+        squares = (spacing.mul_(1 / top) if is_normal else spacing.div_(top)).square_()
         rows = squares.sum(1).to(self.rows)
         self.rows[down] += ratio * rows
         self.columns[across] += ratio * squares.sum(0).to(self.rows)

@@ -97,11 +97,11 @@ class Image:
 
 
 def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = "") -> str:
-    """Return the page.
+    """Return the HTML page of the report.
 
     Args:
         evidence: The runs.
-        images: Static figures, shown until the interactive ones are ready.
+        images: Static figures; those that belong to no section are hidden once the interactive charts are ready.
         made: Creation time of the page as text.
 
     Raises:

@@ -298,18 +298,18 @@ def _reduce_by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
     """
     rank = x.shape[1]
     block = max(2 * rank, MAX_QR_ENTRIES // rank)
-    part, path = x.astype(np.float64, copy=False), 0
+    remaining, path = x.astype(np.float64, copy=False), 0
     if scale != 1.0:
-        part = part / scale
-    while len(part) > block:
-        count = -(-len(part) // block)
-        rows = -(-len(part) // count)
-        if count * rows > len(part):
-            part = np.concatenate([part, np.zeros((count * rows - len(part), rank))])
-        part = _triangularize(part.reshape(count, rows, rank)).reshape(-1, rank)
+        remaining = remaining / scale
+    while len(remaining) > block:
+        count = -(-len(remaining) // block)
+        rows = -(-len(remaining) // count)
+        if count * rows > len(remaining):
+            remaining = np.concatenate([remaining, np.zeros((count * rows - len(remaining), rank))])
+        remaining = _triangularize(remaining.reshape(count, rows, rank)).reshape(-1, rank)
         path += rows
-    path += len(part)
-    return Triangles(_triangularize(part)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
+    path += len(remaining)
+    return Triangles(_triangularize(remaining)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
 
 
 def _triangularize(stack: NDArray[np.float64]) -> NDArray[np.float64]:

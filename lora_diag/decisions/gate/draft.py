@@ -106,7 +106,10 @@ def _name_baseline(sources: Sequence[Source], name: str) -> str:
 
 
 def _pair_by_metric(sources: Sequence[Source]) -> Iterator[tuple[Sequence[Suggestion], Sequence[Source]]]:
-    """Yield suggestions with the results to draft them from; those on spectra once per metric, which the rule names."""
+    """Yield suggestions with the results to draft them from, those on spectra once per metric.
+
+    The rules name the metric, unless all spectra are of the weights.
+    """
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources if source.holds("spectrum"))
     if not {*metrics} - {"weights"}:
         yield _SUGGESTIONS, sources

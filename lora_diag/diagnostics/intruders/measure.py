@@ -54,7 +54,7 @@ class IntruderSettings(LayerSettings):
 
 
 def size(delta: Delta, settings: IntruderSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: both weights, and all singular vectors of W_base.
+    """Estimate the memory of measuring a layer in bytes: ΔW, both weights, and all singular vectors of W_base.
 
     With a memory limit, the result is at least the need and at most the limit.
     """

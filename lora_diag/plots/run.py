@@ -152,7 +152,7 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
     Raises:
         UsageError: There is no such figure, or the records cannot be drawn.
     """
-    obstacle_options = {key: value for key, value in options.items() if key != "plain"}
+    obstacle_options = {key: value for key, value in options.items() if key not in {"files", "plain"}}
     figure_name = name or next(
         (kind.name for kind in FIGURES if obstacle(kind.name, results, **obstacle_options) is None), None
     )

@@ -213,7 +213,7 @@ def test_action_measures_despite_committed_results(shell, repository):
 
 
 def forge(results) -> None:
-    """Give every weight a hundred times the norm, which makes the update small beside it."""
+    """Give every weight a hundred times the norm, which makes the update relatively small."""
     *records, end = map(json.loads, results.read_text().splitlines())
     layers = [record for record in records if "base_fro" in record]
     for record in layers:

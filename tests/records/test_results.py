@@ -129,7 +129,7 @@ def test_html_shows_the_tables_of_the_command():
 
 def test_plot_draws_first_figure():
     results = read_results(EXAMPLES[-1])
-    page = results.plot(width="column")
+    page = results.plot(width="column", files=["update.jsonl"])
     assert page._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="nonsense"):
         results.plot("nonsense")

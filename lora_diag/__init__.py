@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lora_diag.decisions.plan.run import plan as plan
     from lora_diag.decisions.plan_merge.measure import plan_merge as plan_merge
     from lora_diag.decisions.recover.measure import recover as recover
-    from lora_diag.decisions.tune.run import tune as tune
     from lora_diag.diagnostics.fleet.measure import fleet as fleet
     from lora_diag.diagnostics.interference.measure import interference as interference
     from lora_diag.diagnostics.intruders.measure import intruders as intruders
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from lora_diag.records import Results as Results
     from lora_diag.reports.run import report as report
     from lora_diag.running.engines import Ray as Ray
+    from lora_diag.tune.run import tune as tune
 
 # Public names besides the functions of the features.
 _OTHER_EXPORTS = {

@@ -50,8 +50,8 @@ OPEN = {"errors", "files", "scratch", "version"}
 
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}
-# Features that show or judge the records of any others, and the one that describes the machine.
-READERS = {"reports", "plots", "inspection", "environment"}
+# Features that use any others: to show or judge their records, to train with them, or to describe the machine.
+READERS = {"reports", "plots", "inspection", "environment", "tune"}
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
@@ -59,15 +59,6 @@ BETWEEN = {
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.gate": {"diagnostics.residual", "diagnostics.spectrum"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
-    "decisions.tune": {
-        "decisions.allocate",
-        "decisions.gate",
-        "decisions.plan",
-        "diagnostics.spectrum",
-        "probes.sensitivity",
-        "probes.sweep",
-        "reports",
-    },
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},
 }
@@ -90,6 +81,7 @@ LIBRARIES = {
         "models",
         "running",
         "environment",
+        "tune",
         "tensorboard.py",
         *FEATURES,
     },

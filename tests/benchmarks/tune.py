@@ -35,14 +35,14 @@ from peft import EvaConfig, initialize_lora_eva_weights
 from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
 import lora_diag
-from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
-from lora_diag.decisions.tune.search import FULL_OVER_LORA
-from lora_diag.decisions.tune.show import tune_table
-from lora_diag.decisions.tune.trials import Measured, find_shortest_names, gap_of, target_modules, uniform
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import open_model, pad_sequences
 from lora_diag.models.training import Cell, Lora, Training, add_lora, losses_after, train
+from lora_diag.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.tune.search import FULL_OVER_LORA
+from lora_diag.tune.show import tune_table
+from lora_diag.tune.trials import Measured, find_shortest_names, gap_of, target_modules, uniform
 from tests.benchmarks.encoder import MODULES, sentences
 
 SAMPLE = Path("sample_checkpoints/base")

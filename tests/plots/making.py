@@ -6,7 +6,6 @@ import numpy as np
 
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.decisions.recover.record import Recovery
-from lora_diag.decisions.tune.record import Tune, TuneTrial
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
@@ -17,6 +16,7 @@ from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Agreement, End, Probe, Results, Run, RunInput
+from lora_diag.tune.record import Tune, TuneTrial
 from tests.building import build, layer_spectrum
 
 # The command of a kind of record, where they are not called the same.

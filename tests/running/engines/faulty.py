@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from lora_diag.cli import main
-from lora_diag.decisions.tune import trials
 from lora_diag.diagnostics.spectrum import run as spectrum
 from lora_diag.errors import InputError
 from lora_diag.probes.sweep import measure as sweep
+from lora_diag.tune import trials
 
 
 def first_time(marker: Path) -> bool:

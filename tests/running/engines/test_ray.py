@@ -22,9 +22,6 @@ import lora_diag
 from lora_diag import Ray
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.cli import options
-from lora_diag.decisions.tune import trials
-from lora_diag.decisions.tune.record import TuneDecision, TunePlan, TuneTrial
-from lora_diag.decisions.tune.search import Tuner
 from lora_diag.diagnostics.fleet.measure import FleetPath, FleetSettings, Member, _measure_on_worker
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
@@ -37,6 +34,9 @@ from lora_diag.running.engines.ray import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.layers import DevicePlan, plan_device
 from lora_diag.running.training_runs import Site, TrainRun, drop_sequences, open_site
+from lora_diag.tune import trials
+from lora_diag.tune.record import TuneDecision, TunePlan, TuneTrial
+from lora_diag.tune.search import Tuner
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model

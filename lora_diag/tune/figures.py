@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lora_diag.decisions.tune.record import Tune, TuneTrial
 from lora_diag.records import Results
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.panels import levels, limits, loss_axis, panel_width, panels_of, sets_of
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, apply_style, log_label, wrap_text
+from lora_diag.tune.record import Tune, TuneTrial
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
 

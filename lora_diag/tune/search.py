@@ -18,10 +18,20 @@ from typing import Any
 from lora_diag.catalog import read_results
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
-from lora_diag.decisions.tune.outputs import write_outputs
-from lora_diag.decisions.tune.planning import Target, halve_rates, short_steps
-from lora_diag.decisions.tune.record import Tune, TuneDecision, TunePlan
-from lora_diag.decisions.tune.trials import (
+from lora_diag.diagnostics.spectrum.run import spectrum
+from lora_diag.errors import InconclusiveError, LoradiagError
+from lora_diag.metrics.statistics import errors_needed
+from lora_diag.models.training import Training, layers_without_head
+from lora_diag.probes.sensitivity.measure import gradients
+from lora_diag.probes.sweep.measure import probe_sweep
+from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, find_diverged, swept_of
+from lora_diag.records import Probe, Results
+from lora_diag.running.progress import Progress, RunRecords
+from lora_diag.running.training_runs import TrainRun, Workers
+from lora_diag.tune.outputs import write_outputs
+from lora_diag.tune.planning import Target, halve_rates, short_steps
+from lora_diag.tune.record import Tune, TuneDecision, TunePlan
+from lora_diag.tune.trials import (
     ADAPTER,
     Curves,
     Gap,
@@ -41,16 +51,6 @@ from lora_diag.decisions.tune.trials import (
     stability_trials,
     uniform_name,
 )
-from lora_diag.diagnostics.spectrum.run import spectrum
-from lora_diag.errors import InconclusiveError, LoradiagError
-from lora_diag.metrics.statistics import errors_needed
-from lora_diag.models.training import Training, layers_without_head
-from lora_diag.probes.sensitivity.measure import gradients
-from lora_diag.probes.sweep.measure import probe_sweep
-from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, find_diverged, swept_of
-from lora_diag.records import Probe, Results
-from lora_diag.running.progress import Progress, RunRecords
-from lora_diag.running.training_runs import TrainRun, Workers
 
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
 FULL_OVER_LORA = 0.1

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lora_diag.decisions.tune.figures import Point, frontier
-from lora_diag.decisions.tune.trials import (
+from lora_diag.probes.sweep.verdict import AtRank, judge
+from lora_diag.tune.figures import Point, frontier
+from lora_diag.tune.trials import (
     Curves,
     Measured,
     Variant,
@@ -18,7 +19,6 @@ from lora_diag.decisions.tune.trials import (
     stability_trials,
     uniform,
 )
-from lora_diag.probes.sweep.verdict import AtRank, judge
 
 COUNTS = np.array([5, 7, 3, 9])
 

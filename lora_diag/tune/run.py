@@ -10,11 +10,6 @@ from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.tune import TuneOptions
-from lora_diag.decisions.tune.outputs import write_report
-from lora_diag.decisions.tune.planning import Target, extend_plan, plan_of, target_of
-from lora_diag.decisions.tune.record import TunePlan, TuneTrial
-from lora_diag.decisions.tune.search import Tuner
 from lora_diag.errors import UsageError
 from lora_diag.files import check_folder_of, write_whole
 from lora_diag.models.opening import keep_open
@@ -28,6 +23,11 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
+from lora_diag.tune import TuneOptions
+from lora_diag.tune.outputs import write_report
+from lora_diag.tune.planning import Target, extend_plan, plan_of, target_of
+from lora_diag.tune.record import TunePlan, TuneTrial
+from lora_diag.tune.search import Tuner
 
 RECORDS = "tune.jsonl"
 FILES = (

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lora_diag.catalog import read_results as read_results
     from lora_diag.decisions.allocate.run import allocate as allocate
     from lora_diag.decisions.extract.run import extract as extract
-    from lora_diag.decisions.gate.run import gate as gate
     from lora_diag.decisions.plan.run import plan as plan
     from lora_diag.decisions.plan_merge.measure import plan_merge as plan_merge
     from lora_diag.decisions.recover.measure import recover as recover
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from lora_diag.diagnostics.residual.measure import residual as residual
     from lora_diag.diagnostics.spectrum.run import spectrum as spectrum
     from lora_diag.diagnostics.verify_merge.measure import verify_merge as verify_merge
+    from lora_diag.gating.run import gate as gate
     from lora_diag.inspection.run import inspect as inspect
     from lora_diag.plots.run import plot as plot
     from lora_diag.probes.activations.measure import probe_activations as probe_activations

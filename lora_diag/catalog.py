@@ -42,7 +42,7 @@ _FEATURES = (
     "decisions.plan_merge",
     "decisions.extract",
     "decisions.recover",
-    "decisions.gate",
+    "gating",
     "inspection",
     "environment",
     "plots",

@@ -12,9 +12,9 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
-from lora_diag.decisions.gate.record import Verdict
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.gating.record import Verdict
 from lora_diag.probes.outputs.show import Contest, choices, contests_of, deciding_sets
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results

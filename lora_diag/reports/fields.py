@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 from lora_diag.catalog import record_kinds
-from lora_diag.decisions.gate.record import WORST_FIRST, Status
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.show import tracks
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.gating.record import WORST_FIRST, Status
 from lora_diag.records import LayerRecord
 from lora_diag.records.base import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import metric_of

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from lora_diag.catalog import feature_of, features
 from lora_diag.decisions.allocate.record import Certificate
-from lora_diag.decisions.gate.record import WORST_FIRST, Verdict, outcome
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.show import METRICS
 from lora_diag.feature import Feature
 from lora_diag.feature import Section as SectionKind
+from lora_diag.gating.record import WORST_FIRST, Verdict, outcome
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import Statement, short_paths
 from lora_diag.rendering.tables import Grid

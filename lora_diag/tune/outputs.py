@@ -12,11 +12,11 @@ from typing import Any
 
 from lora_diag.catalog import read_results
 from lora_diag.decisions import trainers
-from lora_diag.decisions.gate.run import gate_init
 from lora_diag.decisions.trainers import yaml_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError
 from lora_diag.files import write_whole
+from lora_diag.gating.run import gate_init
 from lora_diag.models.training import WARMUP
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tune.planning import short_steps

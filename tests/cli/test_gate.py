@@ -7,10 +7,9 @@ from xml.etree import ElementTree
 import pytest
 from safetensors.torch import load_file, save_file
 
-import lora_diag
-from lora_diag.decisions.gate.policy import read_policy
+from lora_diag.gating.policy import read_policy
 from tests.conftest import ROOT, edit_results
-from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
+from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 from tests.messages import assert_names
 
 SAMPLES = ROOT / "sample_checkpoints"
@@ -242,14 +241,6 @@ def test_page_shows_printed_failure_and_valid_policies(loradiag, tmp_path):
     assert ran.code == 1
     printed = ran.out.strip("\n")
     assert f"```console\n$ loradiag gate policy.toml results.jsonl\n{printed}\n```" in page
-
-
-def test_function_has_name_of_command_in_any_import_order(tmp_path):
-    """No room may have the name of a function: once imported, it would stand in its place."""
-    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])])
-    (tmp_path / "p.toml").write_text(POLICY.format(limit=0.2))
-    for _ in range(2):
-        assert lora_diag.gate(tmp_path / "p.toml", path).whole
 
 
 def test_layers_with_nan_fail(loradiag, policy, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lora_diag.decisions.gate.record import Verdict
+from lora_diag.gating.record import Verdict
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.markdown import MAX_BYTES, _escape_text, code, markdown_report
 from lora_diag.reports.subject import subject_of

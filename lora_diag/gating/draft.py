@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.decisions.gate.evidence import RecordField, Source, Subject, find, list_subjects, value_of
-from lora_diag.decisions.gate.policy import SPIKE
 from lora_diag.errors import InputError
+from lora_diag.gating.evidence import RecordField, Source, Subject, find, list_subjects, value_of
+from lora_diag.gating.policy import SPIKE
 from lora_diag.records.vocabulary import metric_of
 
 # Allowed change for the worse, of the value of the same layer in the baseline. Full fine-tunes of one model that

@@ -5,7 +5,7 @@ import pytest
 import lora_diag
 from lora_diag.errors import InputError
 from tests.conftest import ROOT
-from tests.decisions.gate.making import LAYERS, spectrum, write
+from tests.gating.making import LAYERS, spectrum, write
 from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"

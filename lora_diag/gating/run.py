@@ -7,15 +7,15 @@ from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.decisions.gate import GateOptions
-from lora_diag.decisions.gate.draft import draft
-from lora_diag.decisions.gate.evidence import Source, check_source, read_source
-from lora_diag.decisions.gate.inputs import compare_inputs
-from lora_diag.decisions.gate.judge import Baseline, judge, tighten_baseline
-from lora_diag.decisions.gate.policy import Policy, read_age, read_policy
-from lora_diag.decisions.gate.record import Verdict, outcome
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import RESULTS, check_output
+from lora_diag.gating import GateOptions
+from lora_diag.gating.draft import draft
+from lora_diag.gating.evidence import Source, check_source, read_source
+from lora_diag.gating.inputs import compare_inputs
+from lora_diag.gating.judge import Baseline, judge, tighten_baseline
+from lora_diag.gating.policy import Policy, read_age, read_policy
+from lora_diag.gating.record import Verdict, outcome
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
@@ -43,7 +43,7 @@ def gate(
         **options: ``GateOptions``.
 
     Returns:
-        The verdicts, in ``whole``; ``lora_diag.decisions.gate.record.outcome`` returns the outcome.
+        The verdicts, in ``whole``; ``lora_diag.gating.record.outcome`` returns the outcome.
 
     Raises:
         UsageError: The policy is invalid, or does not fit the results.
@@ -52,7 +52,7 @@ def gate(
 
     Example:
         >>> import lora_diag
-        >>> from lora_diag.decisions.gate.policy import ready_policy
+        >>> from lora_diag.gating.policy import ready_policy
         >>> measured = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")
         >>> verdicts = gate(ready_policy("full-ft-drift"), measured)
         >>> outcome(verdicts.whole)

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.decisions.gate.record import WORST_FIRST, Verdict, outcome
+from lora_diag.gating.record import WORST_FIRST, Verdict, outcome
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.statements import Statement, make_statement, summary_of
 from lora_diag.rendering.tables import shorten_names

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.decisions.gate.outputs import junit, model_card, step_summary, workflow_commands
-from tests.decisions.gate.gated import HOSTILE, ONE_OF_EACH, results, verdict
+from lora_diag.gating.outputs import junit, model_card, step_summary, workflow_commands
+from tests.gating.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
 BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
 UNESCAPED = (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%"))

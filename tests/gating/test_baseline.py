@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.decisions.gate.policy import read_policy
-from lora_diag.decisions.gate.record import outcome
-from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import InputError, UsageError
-from tests.decisions.gate.making import LAYERS, residual, write
+from lora_diag.gating.policy import read_policy
+from lora_diag.gating.record import outcome
+from lora_diag.gating.run import gate
+from tests.gating.making import LAYERS, residual, write
 from tests.messages import assert_names, mentions, raises_naming
 
 TODAY = date(2026, 11, 25)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.decisions.gate.policy import read_policy
-from lora_diag.decisions.gate.record import outcome
-from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import LoradiagError
-from tests.decisions.gate.making import LAYERS, left_out, lines, sealed, spectrum
+from lora_diag.gating.policy import read_policy
+from lora_diag.gating.record import outcome
+from lora_diag.gating.run import gate
+from tests.gating.making import LAYERS, left_out, lines, sealed, spectrum
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ from datetime import date
 
 import pytest
 
-from lora_diag.decisions.gate.policy import read_policy
-from lora_diag.decisions.gate.record import outcome
-from lora_diag.decisions.gate.run import gate
-from tests.decisions.gate.making import LAYERS, left_out, spectrum, write
+from lora_diag.gating.policy import read_policy
+from lora_diag.gating.record import outcome
+from lora_diag.gating.run import gate
+from tests.gating.making import LAYERS, left_out, spectrum, write
 
 RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'
 WAIVER = '[[waiver]]\nrule = "{rule}"\nlayers = \'{layers}\'\nreason = "new tokens"\nexpires = {expires}\n'

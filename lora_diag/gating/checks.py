@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lora_diag.decisions.gate.evidence import Source
-from lora_diag.decisions.gate.policy import Checks, Policy
-from lora_diag.decisions.gate.record import Verdict
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.gating.evidence import Source
+from lora_diag.gating.policy import Checks, Policy
+from lora_diag.gating.record import Verdict
 from lora_diag.records import LeftOut, RunInput
 from lora_diag.records.base import Record
 from lora_diag.records.vocabulary import METRIC_NAMES

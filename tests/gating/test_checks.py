@@ -4,11 +4,11 @@ from datetime import date
 
 import pytest
 
-from lora_diag.decisions.gate.policy import read_policy, ready_policy
-from lora_diag.decisions.gate.record import outcome
-from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import NothingComparedError
-from tests.decisions.gate.making import LAYERS, left_out, residual, spectrum, write
+from lora_diag.gating.policy import read_policy, ready_policy
+from lora_diag.gating.record import outcome
+from lora_diag.gating.run import gate
+from tests.gating.making import LAYERS, left_out, residual, spectrum, write
 from tests.messages import raises_naming
 
 TODAY = date(2026, 11, 25)

@@ -6,14 +6,14 @@ import pytest
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.decisions.gate.policy import read_policy
-from lora_diag.decisions.gate.record import outcome
-from lora_diag.decisions.gate.run import gate, gate_init
 from lora_diag.errors import InputError
+from lora_diag.gating.policy import read_policy
+from lora_diag.gating.record import outcome
+from lora_diag.gating.run import gate, gate_init
 from lora_diag.records import Results, Run, totals
 from lora_diag.records.probe import Probe
 from tests.conftest import ROOT
-from tests.decisions.gate.making import LAYERS, residual, spectrum, write
+from tests.gating.making import LAYERS, residual, spectrum, write
 from tests.messages import assert_names
 
 SAMPLES = ROOT / "sample_checkpoints"

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lora_diag.decisions.gate.record import Status, Verdict
-from lora_diag.decisions.gate.show import (
+from lora_diag.gating.record import Status, Verdict
+from lora_diag.gating.show import (
     by_rule,
     format_measured,
     headline,

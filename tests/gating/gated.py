@@ -1,6 +1,6 @@
 """Verdicts with hostile names, of every status, for the reports of a gate."""
 
-from lora_diag.decisions.gate.record import Verdict
+from lora_diag.gating.record import Verdict
 from lora_diag.records import End, Results, Run, RunInput
 
 HOSTILE = "model.\x1b[2J::error::x%0A,:\n|<b>`*&\"'\u202e\ud800 ]]>.weight"

@@ -28,9 +28,9 @@ from pydantic import (
     model_validator,
 )
 
-from lora_diag.decisions.gate.evidence import LAYER_KINDS, find
-from lora_diag.decisions.gate.grammar import Condition, Value, parse
 from lora_diag.errors import UsageError
+from lora_diag.gating.evidence import LAYER_KINDS, find
+from lora_diag.gating.grammar import Condition, Value, parse
 from lora_diag.records.names import depth_of, module_type_of
 from lora_diag.records.run import Reason
 
@@ -532,7 +532,7 @@ def ready_policy(name: str) -> Policy:
             f"--policy {name}: unknown; give one of {', '.join(READY)}, or a policy file without --policy: loradiag "
             f"gate {name} RESULTS"
         )
-    text = files("lora_diag.decisions.gate").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
+    text = files("lora_diag.gating").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
     return read_policy(name, text).model_copy(update={"ready": True})
 
 

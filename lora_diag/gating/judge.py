@@ -12,8 +12,9 @@ from datetime import date, datetime
 from itertools import groupby
 from typing import Any
 
-from lora_diag.decisions.gate.checks import has_updates, run_checks
-from lora_diag.decisions.gate.evidence import (
+from lora_diag.errors import NothingComparedError
+from lora_diag.gating.checks import has_updates, run_checks
+from lora_diag.gating.evidence import (
     KINDS,
     LAYER_KINDS,
     Present,
@@ -25,11 +26,10 @@ from lora_diag.decisions.gate.evidence import (
     list_subjects,
     value_of,
 )
-from lora_diag.decisions.gate.grammar import problem_with
-from lora_diag.decisions.gate.inputs import judge_inputs
-from lora_diag.decisions.gate.policy import Criterion, Policy, Regression, Rule, Waiver
-from lora_diag.decisions.gate.record import Verdict
-from lora_diag.errors import NothingComparedError
+from lora_diag.gating.grammar import problem_with
+from lora_diag.gating.inputs import judge_inputs
+from lora_diag.gating.policy import Criterion, Policy, Regression, Rule, Waiver
+from lora_diag.gating.record import Verdict
 from lora_diag.records import Results, totals
 from lora_diag.records.vocabulary import METRIC_NAMES, Metric, metric_of
 

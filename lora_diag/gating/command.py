@@ -12,9 +12,9 @@ import typer
 
 from lora_diag.cli import options
 from lora_diag.cli.output import check_outputs, line, message, rerun_command, result, terminal
-from lora_diag.decisions.gate import GateOptions
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, write_whole
+from lora_diag.gating import GateOptions
 from lora_diag.rendering.html import read_card
 from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 
@@ -90,9 +90,9 @@ def gate(
     )
     if own_options["model_card"] is not None:
         read_card(own_options["model_card"])
-    from lora_diag.decisions.gate.policy import ready_policy
-    from lora_diag.decisions.gate.record import outcome
-    from lora_diag.decisions.gate.run import gate as judge
+    from lora_diag.gating.policy import ready_policy
+    from lora_diag.gating.record import outcome
+    from lora_diag.gating.run import gate as judge
 
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
@@ -108,7 +108,7 @@ def gate(
         for text in lines_of(results.records()):
             line(text)
     if shown.quiet and outcome(results.whole) != "passed":
-        from lora_diag.decisions.gate.show import reason
+        from lora_diag.gating.show import reason
 
         message(reason(results))
     if shown.table:
@@ -138,7 +138,7 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
     if not results:
         raise UsageError("gate init: no results are given; give those of a checkpoint that is good enough to ship")
     check_outputs(results, [(output, POLICY)], overwrite)
-    from lora_diag.decisions.gate.run import gate_init
+    from lora_diag.gating.run import gate_init
 
     text = gate_init(*results, name=str(output or "policy.toml"))
     if output is None:
@@ -146,8 +146,8 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
         return
     write_whole(output, text, POLICY, overwrite)
     if not quiet:
-        from lora_diag.decisions.gate.run import gate as judge
-        from lora_diag.decisions.gate.show import headline
+        from lora_diag.gating.run import gate as judge
+        from lora_diag.gating.show import headline
 
         count = text.count("\n[[baseline]]")
         field_count = f"{count} {'field' if count == 1 else 'fields'}"
@@ -171,7 +171,7 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
     if results:
         raise UsageError(f"--base: measures results itself; remove the results file {results[0]}")
     # deferred: imports torch
-    from lora_diag.decisions.gate.run import measure
+    from lora_diag.gating.run import measure
 
     return measure(base, tuned, adapters)
 
@@ -179,7 +179,7 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
 def _write_reports(results: Results[Any], junit: Path | None, card: Path | None, overwrite: bool) -> None:
     if junit is None and card is None:
         return
-    from lora_diag.decisions.gate import outputs
+    from lora_diag.gating import outputs
 
     if junit is not None:
         write_whole(junit, outputs.junit(results), JUNIT, overwrite)
@@ -188,7 +188,7 @@ def _write_reports(results: Results[Any], junit: Path | None, card: Path | None,
 
 
 def _show(results: Results[Any], github: bool, hint: str) -> None:
-    from lora_diag.decisions.gate.show import verdict_table
+    from lora_diag.gating.show import verdict_table
 
     text = verdict_table(results, *terminal(), next_command=hint)
     if github:
@@ -201,7 +201,7 @@ def _show(results: Results[Any], github: bool, hint: str) -> None:
 
 
 def _write_to_github(results: Results[Any]) -> None:
-    from lora_diag.decisions.gate.outputs import step_summary, workflow_commands
+    from lora_diag.gating.outputs import step_summary, workflow_commands
 
     for command in workflow_commands(results):
         result(command)
@@ -215,7 +215,7 @@ def _write_to_github(results: Results[Any]) -> None:
 
 def _suggest_next(results: Results[Any], files: list[str], output: Path | None) -> str:
     """Return the command that a user would run next, as a shell takes it, and its purpose in brackets."""
-    from lora_diag.decisions.gate.record import outcome
+    from lora_diag.gating.record import outcome
 
     if outcome(results.whole) != "passed" and files:
         return f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"

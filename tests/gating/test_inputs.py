@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.decisions.gate.checks import is_same_name
-from lora_diag.decisions.gate.policy import read_policy, ready_policy
-from lora_diag.decisions.gate.record import outcome
-from lora_diag.decisions.gate.run import gate
 from lora_diag.errors import UsageError
+from lora_diag.gating.checks import is_same_name
+from lora_diag.gating.policy import read_policy, ready_policy
+from lora_diag.gating.record import outcome
+from lora_diag.gating.run import gate
 from tests.conftest import ROOT
-from tests.decisions.gate.making import LAYERS, spectrum, write
+from tests.gating.making import LAYERS, spectrum, write
 
 SAMPLES = ROOT / "sample_checkpoints"
 TODAY = date(2023, 11, 20)  # results of tests are made on 2023-11-14, by SOURCE_DATE_EPOCH

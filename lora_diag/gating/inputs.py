@@ -8,10 +8,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from lora_diag.decisions.gate.evidence import Present, Source
-from lora_diag.decisions.gate.policy import Policy
-from lora_diag.decisions.gate.record import Status, Verdict
 from lora_diag.errors import InputError
+from lora_diag.gating.evidence import Present, Source
+from lora_diag.gating.policy import Policy
+from lora_diag.gating.record import Status, Verdict
 from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible
 

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from lora_diag.decisions.gate.show import format_measured, headline, verdict_table
+from lora_diag.gating.show import format_measured, headline, verdict_table
 from lora_diag.reports.fields import fields_of
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
-from tests.decisions.gate.gated import HOSTILE, ONE_OF_EACH, results, verdict
+from tests.gating.gated import HOSTILE, ONE_OF_EACH, results, verdict
 from tests.reports.test_html import embedded, evidence, small
 
 

@@ -5,8 +5,8 @@ import tomllib
 
 import pytest
 
-from lora_diag.decisions.gate.policy import READY, line_of, lines_of_tables, read_policy, ready_policy
 from lora_diag.errors import UsageError
+from lora_diag.gating.policy import READY, line_of, lines_of_tables, read_policy, ready_policy
 from tests.messages import raises_naming
 
 GOOD = """\

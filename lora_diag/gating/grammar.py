@@ -5,7 +5,7 @@
     share     = "share of layers with", comparison, "is", operator, number ;
     comparison = field, operator, value | field, "in", "(", value, { ",", value }, ")" ;
     aggregate = "max" | "min" | "mean" | "median" | "sum" | "p", digit, [ digit ] ;
-    field     = word ;                                       (* lora_diag.decisions.gate.evidence *)
+    field     = word ;                                       (* lora_diag.gating.evidence *)
     operator  = "<=" | "<" | ">=" | ">" | "==" | "!=" ;
     value     = number | "true" | "false" | word | quoted ;
     number    = [ "+" | "-" ], digits, [ ".", digits ], [ "e", [ "+" | "-" ], digits ] ;
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from lora_diag.decisions.gate.evidence import KINDS, RecordField, find, similar
+from lora_diag.gating.evidence import KINDS, RecordField, find, similar
 
 Value = float | str | bool
 Tokens = list[tuple[str, str]]

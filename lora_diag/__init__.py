@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lora_diag.records import Results as Results
     from lora_diag.reports.run import report as report
     from lora_diag.running.engines import Ray as Ray
-    from lora_diag.tune.run import tune as tune
+    from lora_diag.tuning.run import tune as tune
 
 # Public names besides the functions of the features.
 _OTHER_EXPORTS = {

@@ -38,7 +38,7 @@ _FEATURES = (
     "diagnostics.portability",
     "decisions.allocate",
     "decisions.plan",
-    "tune",
+    "tuning",
     "decisions.plan_merge",
     "decisions.extract",
     "decisions.recover",

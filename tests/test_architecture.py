@@ -81,7 +81,7 @@ LIBRARIES = {
         "models",
         "running",
         "environment",
-        "tune",
+        "tuning",
         "tensorboard.py",
         *FEATURES,
     },

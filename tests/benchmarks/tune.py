@@ -39,10 +39,10 @@ from lora_diag.models.data import read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import open_model, pad_sequences
 from lora_diag.models.training import Cell, Lora, Training, add_lora, losses_after, train
-from lora_diag.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
-from lora_diag.tune.search import FULL_OVER_LORA
-from lora_diag.tune.show import tune_table
-from lora_diag.tune.trials import Measured, find_shortest_names, gap_of, target_modules, uniform
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.tuning.search import FULL_OVER_LORA
+from lora_diag.tuning.show import tune_table
+from lora_diag.tuning.trials import Measured, find_shortest_names, gap_of, target_modules, uniform
 from tests.benchmarks.encoder import MODULES, sentences
 
 SAMPLE = Path("sample_checkpoints/base")

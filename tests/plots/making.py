@@ -16,7 +16,7 @@ from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Agreement, End, Probe, Results, Run, RunInput
-from lora_diag.tune.record import Tune, TuneTrial
+from lora_diag.tuning.record import Tune, TuneTrial
 from tests.building import build, layer_spectrum
 
 # The command of a kind of record, where they are not called the same.

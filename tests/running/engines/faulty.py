@@ -11,7 +11,7 @@ from lora_diag.cli import main
 from lora_diag.diagnostics.spectrum import run as spectrum
 from lora_diag.errors import InputError
 from lora_diag.probes.sweep import measure as sweep
-from lora_diag.tune import trials
+from lora_diag.tuning import trials
 
 
 def first_time(marker: Path) -> bool:

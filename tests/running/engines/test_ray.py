@@ -34,9 +34,9 @@ from lora_diag.running.engines.ray import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.layers import DevicePlan, plan_device
 from lora_diag.running.training_runs import Site, TrainRun, drop_sequences, open_site
-from lora_diag.tune import trials
-from lora_diag.tune.record import TuneDecision, TunePlan, TuneTrial
-from lora_diag.tune.search import Tuner
+from lora_diag.tuning import trials
+from lora_diag.tuning.record import TuneDecision, TunePlan, TuneTrial
+from lora_diag.tuning.search import Tuner
 from lora_diag.version import __version__
 from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model

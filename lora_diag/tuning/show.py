@@ -11,7 +11,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, final_statements, make_statement, summary_of
 from lora_diag.rendering.tables import Column, Grid, grids_table
 from lora_diag.rendering.text import count, duration, percent, plus_minus, safe, short, span, to_text
-from lora_diag.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 
 
 def tune_table(

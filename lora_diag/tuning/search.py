@@ -28,10 +28,10 @@ from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, find_dive
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
-from lora_diag.tune.outputs import write_outputs
-from lora_diag.tune.planning import Target, halve_rates, short_steps
-from lora_diag.tune.record import Tune, TuneDecision, TunePlan
-from lora_diag.tune.trials import (
+from lora_diag.tuning.outputs import write_outputs
+from lora_diag.tuning.planning import Target, halve_rates, short_steps
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan
+from lora_diag.tuning.trials import (
     ADAPTER,
     Curves,
     Gap,

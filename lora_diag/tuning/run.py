@@ -23,11 +23,11 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
-from lora_diag.tune import TuneOptions
-from lora_diag.tune.outputs import write_report
-from lora_diag.tune.planning import Target, extend_plan, plan_of, target_of
-from lora_diag.tune.record import TunePlan, TuneTrial
-from lora_diag.tune.search import Tuner
+from lora_diag.tuning import TuneOptions
+from lora_diag.tuning.outputs import write_report
+from lora_diag.tuning.planning import Target, extend_plan, plan_of, target_of
+from lora_diag.tuning.record import TunePlan, TuneTrial
+from lora_diag.tuning.search import Tuner
 
 RECORDS = "tune.jsonl"
 FILES = (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_time
-from lora_diag.tune.planning import MARGIN, Costs, Search, halve_rates, list_stages, narrow_search, seconds_of
+from lora_diag.tuning.planning import MARGIN, Costs, Search, halve_rates, list_stages, narrow_search, seconds_of
 
 FULL = Search((1, 4, 16), (1e-4, 3e-4, 1e-3, 3e-3), 100, 3)
 COSTS = Costs(step=0.1, evaluation=1.0, full_step=0.3)

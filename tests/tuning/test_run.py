@@ -20,11 +20,11 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.errors import InconclusiveError, UsageError
-from lora_diag.tune.outputs import configs
-from lora_diag.tune.planning import extend_plan
-from lora_diag.tune.record import Tune, TuneDecision, TunePlan, TuneTrial
-from lora_diag.tune.search import Tuner
-from lora_diag.tune.trials import Measured, Variant, uniform
+from lora_diag.tuning.outputs import configs
+from lora_diag.tuning.planning import extend_plan
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.tuning.search import Tuner
+from lora_diag.tuning.trials import Measured, Variant, uniform
 from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
@@ -402,7 +402,7 @@ import json, sys
 from pathlib import Path
 import torch
 import lora_diag
-from lora_diag.tune import planning
+from lora_diag.tuning import planning
 planning.step_seconds = lambda *_: (0.01, 0.01)  # the only numbers of a search that are measured times
 torch.set_num_threads(1)
 options = json.loads(sys.argv[2])

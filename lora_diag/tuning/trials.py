@@ -37,7 +37,7 @@ from lora_diag.probes.sweep.verdict import SweepVerdict
 from lora_diag.records import Probe
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import RunTask, Site, Workers, drop_sequences, open_site
-from lora_diag.tune.record import TunePlan, TuneTrial
+from lora_diag.tuning.record import TunePlan, TuneTrial
 
 # As ``probe sweep`` trains: lora_alpha / r, or with rsLoRA lora_alpha.
 ALPHA_OVER_RANK, RSLORA_ALPHA = 2, 16

@@ -33,7 +33,7 @@ from lora_diag.running.options import (
 )
 
 if TYPE_CHECKING:
-    from lora_diag.tune.record import TunePlan
+    from lora_diag.tuning.record import TunePlan
 
 
 FEATURE = Feature(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lora_diag.probes.sweep.verdict import AtRank, judge
-from lora_diag.tune.figures import Point, frontier
-from lora_diag.tune.trials import (
+from lora_diag.tuning.figures import Point, frontier
+from lora_diag.tuning.trials import (
     Curves,
     Measured,
     Variant,

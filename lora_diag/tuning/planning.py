@@ -32,8 +32,8 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.training_runs import TrainRun
-from lora_diag.tune.record import TunePlan, TuneStage
-from lora_diag.tune.trials import RSLORA_ALPHA, find_shortest_names, step_seconds, target_modules, uniform
+from lora_diag.tuning.record import TunePlan, TuneStage
+from lora_diag.tuning.trials import RSLORA_ALPHA, find_shortest_names, step_seconds, target_modules, uniform
 
 # The short round of halving trains for the steps divided by this, at the smallest and the largest rank.
 SHORT_ROUND_DIVISOR = 4

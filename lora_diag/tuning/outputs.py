@@ -19,9 +19,9 @@ from lora_diag.files import write_whole
 from lora_diag.gating.run import gate_init
 from lora_diag.models.training import WARMUP
 from lora_diag.running.training_runs import TrainRun
-from lora_diag.tune.planning import short_steps
-from lora_diag.tune.record import Tune, TunePlan
-from lora_diag.tune.trials import RSLORA_ALPHA, Variant, least_rank, save_copy
+from lora_diag.tuning.planning import short_steps
+from lora_diag.tuning.record import Tune, TunePlan
+from lora_diag.tuning.trials import RSLORA_ALPHA, Variant, least_rank, save_copy
 
 # Keys of ``adapter_config.json`` that are no arguments of a new ``LoraConfig``.
 NOT_ARGUMENTS = ("peft_type", "base_model_name_or_path", "inference_mode")

@@ -13,10 +13,10 @@ from lora_diag.cli import options
 from lora_diag.cli.output import message, rerun_command, result, silence_matplotlib, terminal
 from lora_diag.errors import INCONCLUSIVE, UsageError
 from lora_diag.running.options import EXECUTION, OUTPUT, Option
-from lora_diag.tune import TuneOptions
+from lora_diag.tuning import TuneOptions
 
 if TYPE_CHECKING:
-    from lora_diag.tune.record import TunePlan
+    from lora_diag.tuning.record import TunePlan
 
 _OUTPUT = Option(..., "Folder of the run.", "DIR", ("--output", "-o"), OUTPUT)
 _YES = Option(False, "Start without asking.", flags=("--yes", "-y"), panel=EXECUTION)
@@ -39,9 +39,9 @@ def tune(
     """
     dry = arguments["dry_run"]
     # deferred: imports torch
-    from lora_diag.tune.record import Tune
-    from lora_diag.tune.run import tune as choose
-    from lora_diag.tune.show import plan_text, tune_table
+    from lora_diag.tuning.record import Tune
+    from lora_diag.tuning.run import tune as choose
+    from lora_diag.tuning.show import plan_text, tune_table
 
     def confirm(plan: TunePlan) -> bool:
         if not shown.json and not shown.quiet:

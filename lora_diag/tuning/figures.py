@@ -19,7 +19,7 @@ from lora_diag.rendering.figures.panels import levels, limits, loss_axis, panel_
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, apply_style, log_label, wrap_text
-from lora_diag.tune.record import Tune, TuneTrial
+from lora_diag.tuning.record import Tune, TuneTrial
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
 

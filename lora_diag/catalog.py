@@ -135,7 +135,7 @@ def read_results(path: Path | str) -> Results[Any]:
         InputError: The file is not a results file, is damaged, holds more than one run, or has a schema newer than this
             version of loradiag.
     """
-    from lora_diag.records.reading import read_results as read
+    from lora_diag.records.file import read_results as read
 
     record_kinds()
     return read(path)

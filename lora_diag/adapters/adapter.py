@@ -25,7 +25,7 @@ from lora_diag.adapters.vera import read_vera
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
-from lora_diag.records.inventory import AdaptedWeight
+from lora_diag.records.run import AdaptedWeight
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
         InputError: The output's location is not writable.
     """
     if output is not None:
-        from lora_diag.records.writing import check_results_file
+        from lora_diag.records.file import check_results_file
 
         check_results_file(output, resume, overwrite)
     elif resume:

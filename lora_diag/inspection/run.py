@@ -10,7 +10,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
 from lora_diag.records import is_results_file
-from lora_diag.records.inventory import Inventory, StoredTensor
+from lora_diag.records.run import Inventory, StoredTensor
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import MOMENTS
 

@@ -15,8 +15,8 @@ from lora_diag.catalog import feature_of
 from lora_diag.errors import InputError
 from lora_diag.records import Results
 from lora_diag.records.base import Shown, value_at
-from lora_diag.records.inventory import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.records.names import module_type_of
+from lora_diag.records.run import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.rendering.html import grid_html, statement_html
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import Grid, grid_of, grids_table

@@ -18,8 +18,19 @@ from lora_diag.deltas import Side, StoredDelta, row_spans
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change
 from lora_diag.linalg import Streamed, norm
-from lora_diag.linalg.binades import MAX_UNEVENNESS, Binades
-from lora_diag.linalg.cells import GRIDS, Cells, Source, cell_halves, join_cells, round_to_nearest
+from lora_diag.linalg.cells import (
+    GRIDS,
+    MAX_UNEVENNESS,
+    Binades,
+    Cells,
+    Moments,
+    Source,
+    add_noise,
+    cell_halves,
+    join_cells,
+    moments,
+    round_to_nearest,
+)
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.hidden import (
     FULL_SVD_UP_TO,
@@ -47,7 +58,6 @@ from lora_diag.linalg.hidden_models import (
     unscale,
 )
 from lora_diag.linalg.rounding import SHORTER
-from lora_diag.linalg.truncated import Moments, add_noise, moments
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
 

@@ -3,13 +3,19 @@
 Independent of names, files and LoRA. ``METHODS`` lists the methods of ``decompose``.
 """
 
-from lora_diag.linalg.decompose import METHODS, check_request, decompose
 from lora_diag.linalg.devices import resolve_device, use_own_stream
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.distance import Products, principal_cosines, products, root
-from lora_diag.linalg.exact import decompose_factored
-from lora_diag.linalg.factors import Factors, numerical_rank, rounding_threshold
-from lora_diag.linalg.limited import Allowance, decompose_streamed, require_memory, whole_bytes
+from lora_diag.linalg.exact import Factors, decompose_factored, numerical_rank, rounding_threshold
+from lora_diag.linalg.methods import (
+    METHODS,
+    Allowance,
+    check_request,
+    decompose,
+    decompose_streamed,
+    require_memory,
+    whole_bytes,
+)
 from lora_diag.linalg.streamed import Streamed
 
 __all__ = [

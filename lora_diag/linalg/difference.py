@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.noise import Energies, Moves, Sample
 from lora_diag.linalg.rounding import (
     LAYOUT,
     SHORTER,
+    Energies,
+    Moves,
     Profile,
+    Sample,
     Spacing,
     Unchanged,
     fetch_sums,
@@ -56,7 +58,7 @@ class Rounding:
         start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start,
             ``unknown`` if it may have been; its rounding counts unless the start is ``exact``.
         base_fro: √Σu²/12 of BASE over the changed entries: the contribution of its rounding, if it is not the start.
-        base_rounding: β of ``lora_diag.linalg.noise.Energies`` and its standard error; None if it was not
+        base_rounding: β of ``lora_diag.linalg.rounding.Energies`` and its standard error; None if it was not
             estimated.
         untouched: Estimated fraction of entries that training did not change.
     """

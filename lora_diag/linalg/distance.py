@@ -1,4 +1,4 @@
-"""Distances, inner products and angles of matrices and subspaces, without forming a difference or a projection.
+"""Sums, distances, inner products and angles of matrices and subspaces, dense or factored, and their TIES merge.
 
 Two matrices are compared block by block (``products``), and the fractions of a matrix in given subspaces (``shares``)
 follow from products with thin matrices only. With orthonormal U (m × r) and V (n × r), the projection of G on the
@@ -11,12 +11,19 @@ orthogonal to each other, so
 
 and no matrix of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most the smaller of the
 other two. The first r columns of larger U and V give every smaller rank at once.
+
+A sum of products B·A is one product of stacked factors. TIES: keep the largest entries of each update, elect a sign for
+every entry, average the entries that agree with it.
+
+Reference: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708, in the form
+of PEFT 0.21's ``merge_utils.ties``: the sign is that of the unweighted sum of the trimmed updates, positive for zero;
+agreeing entries are multiplied by their weights and averaged over their number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +32,7 @@ from torch import Tensor
 
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import first_non_finite, norm
+from lora_diag.linalg.exact import decompose_factored
 
 
 class Products(NamedTuple):
@@ -170,3 +178,200 @@ def _compute_shares(both: float, left: float, right: float, fro: float) -> tuple
     inside = min(inside, columns, rows)
     tangent = min(1.0, max(columns, rows, math.sqrt(max(0.0, left + right - both)) / fro))
     return inside, columns, rows, tangent
+
+
+# A, or B and A of a product B·A.
+Matrix = Tensor | tuple[Tensor, Tensor]
+
+# Entries formed at a time, as elsewhere.
+BLOCK_ENTRIES = 2**20
+
+
+def stack_products(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return Σ w_k B_kA_k in factored form: [w_1B_1 w_2B_2 …] and [A_1; A_2; …], float64.
+
+    Example:
+        >>> pair = torch.ones(2, 1), torch.ones(1, 3)
+        >>> b, a = stack_products([pair, pair], [1.0, 2.0])
+        >>> b.tolist(), a.shape, (b @ a)[0, 0].item()
+        ([[1.0, 2.0], [1.0, 2.0]], torch.Size([2, 3]), 3.0)
+    """
+    b = torch.cat([weight * pair[0].to(torch.float64) for pair, weight in zip(pairs, weights, strict=True)], dim=1)
+    return b, torch.cat([pair[1].to(torch.float64) for pair in pairs], dim=0)
+
+
+def total(parts: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+    """Return Σ w_k X_k: in factored form if all parts are, else dense, float64.
+
+    Args:
+        parts: The X_k, all ``(m, n)``; at least one.
+        weights: The w_k.
+    """
+    pairs = [part for part in parts if isinstance(part, tuple)]
+    if len(pairs) == len(parts):
+        return stack_products(pairs, weights)
+    m, n = shape_of(parts[0])
+    summed = torch.zeros(m, n, dtype=torch.float64, device=device_of(parts[0]))
+    for part, weight in zip(parts, weights, strict=True):
+        row = 0
+        for block in rows_of(part):
+            summed[row : row + len(block)] += weight * block
+            row += len(block)
+    return summed
+
+
+def rows_of(matrix: Matrix) -> Iterator[Tensor]:
+    """Yield the rows in blocks, float64; a product is formed one block at a time."""
+    m, n = shape_of(matrix)
+    step = max(1, BLOCK_ENTRIES // max(1, n))
+    for first in range(0, m, step):
+        if isinstance(matrix, tuple):
+            yield matrix[0][first : first + step].to(torch.float64) @ matrix[1].to(torch.float64)
+        else:
+            yield matrix[first : first + step].to(torch.float64)
+
+
+def shape_of(matrix: Matrix) -> tuple[int, int]:
+    """Return ``(m, n)`` of a matrix or a product."""
+    return (len(matrix[0]), matrix[1].shape[1]) if isinstance(matrix, tuple) else (matrix.shape[0], matrix.shape[1])
+
+
+def device_of(matrix: Matrix) -> torch.device:
+    """Return the device of a matrix, or of B."""
+    return matrix[0].device if isinstance(matrix, tuple) else matrix.device
+
+
+def inner(x: Matrix, y: Matrix) -> float:
+    """Return ⟨X, Y⟩ = tr(XᵀY) in float64; for two products from thin matrices only: Σ (B_1ᵀB_2)∘(A_1A_2ᵀ).
+
+    Example:
+        >>> x = (torch.ones(2, 1), torch.ones(1, 3))
+        >>> inner(x, x), inner(x, torch.ones(2, 3)), inner(torch.ones(2, 3), torch.ones(2, 3))
+        (6.0, 6.0, 6.0)
+    """
+    if isinstance(y, tuple) and not isinstance(x, tuple):
+        x, y = y, x
+    if isinstance(x, tuple) and isinstance(y, tuple):
+        (b, a), (d, c) = ((pair[0].to(torch.float64), pair[1].to(torch.float64)) for pair in (x, y))
+        return float(((b.T @ d) * (a @ c.T)).sum())
+    return sum(float((left * right).sum()) for left, right in zip(rows_of(x), rows_of(y), strict=True))
+
+
+def gap(x: Matrix, y: Matrix) -> float:
+    """Return ‖X − Y‖_F; for two products by QR of their stacked factors, so that small distances lose no digits.
+
+    Example:
+        >>> x = (torch.ones(2, 1), torch.ones(1, 3))
+        >>> round(gap(x, (torch.ones(2, 1), torch.zeros(1, 3))), 6), gap(x, torch.ones(2, 3))
+        (2.44949, 0.0)
+    """
+    if isinstance(x, tuple) and isinstance(y, tuple):
+        return decompose_factored(*stack_products([x, y], [1.0, -1.0])).fro
+    return norm(left - right for left, right in zip(rows_of(x), rows_of(y), strict=True))
+
+
+@dataclass(slots=True)
+class Conflicts:
+    """Entries that several updates change, and the number with differing signs.
+
+    Args:
+        shared: Number of entries that at least two updates change.
+        differing: Number of these with differing signs.
+        by_chance: Expected number for random signs: Σ 1 − 2^(1−c), where c updates change an entry.
+    """
+
+    shared: int = 0
+    differing: int = 0
+    by_chance: float = 0.0
+
+    def count(self, entries: Tensor) -> None:
+        """Add the entries of a block, ``(K, rows, n)``."""
+        positive, negative = (entries > 0).sum(0), (entries < 0).sum(0)
+        changing = positive + negative
+        self.shared += int((changing >= 2).sum())
+        self.differing += int(((positive > 0) & (negative > 0)).sum())
+        counts = torch.bincount(changing.flatten(), minlength=2).tolist()
+        self.by_chance += sum(number * (1 - 2.0 ** (1 - c)) for c, number in enumerate(counts) if c >= 2)
+
+    @property
+    def share(self) -> float | None:
+        """Fraction of the shared entries that differ; None without shared entries."""
+        return self.differing / self.shared if self.shared else None
+
+    @property
+    def random(self) -> float | None:
+        """Expected fraction if signs were random; None without shared entries."""
+        return self.by_chance / self.shared if self.shared else None
+
+
+def magnitude_threshold(matrix: Matrix, density: float) -> float:
+    """Return the smallest magnitude among the ⌊density·mn⌋ largest; infinite if there are none.
+
+    Args:
+        matrix: X, ``(m, n)``. Its magnitudes are kept in float32 during the call.
+        density: Fraction of the entries to keep.
+
+    Example:
+        >>> magnitude_threshold(torch.tensor([[3.0, -1.0], [2.0, 0.5]]), 0.5)
+        2.0
+    """
+    m, n = shape_of(matrix)
+    keep = int(density * m * n)
+    if keep == 0:
+        return float("inf")
+    magnitudes = torch.cat([block.abs().to(torch.float32).flatten() for block in rows_of(matrix)])
+    return float(magnitudes.kthvalue(m * n - keep + 1).values)
+
+
+def merged(trimmed: Tensor, weights: Tensor) -> Tensor:
+    """Return the elected, averaged entries of a block.
+
+    Args:
+        trimmed: ``(K, rows, n)``, with discarded entries set to zero.
+        weights: ``(K,)``.
+
+    Example:
+        >>> merged(torch.tensor([[[3.0, 1.0]], [[-1.0, 2.0]]]), torch.ones(2)).tolist()
+        [[3.0, 1.5]]
+    """
+    elected = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
+    agreeing = trimmed.sign() == elected
+    averaged: Tensor = (trimmed * agreeing * weights.view(-1, 1, 1)).sum(0) / agreeing.sum(0).clamp(min=1)
+    return averaged
+
+
+def ties_blocks(
+    parts: Sequence[Matrix], weights: Sequence[float], density: float, before: Conflicts, after: Conflicts
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield Σ w_kX_k and its TIES merge in row blocks, and count the entries with differing signs.
+
+    All entries with the magnitude of the threshold are kept, whereas PEFT keeps some of them.
+
+    Args:
+        parts: The X_k, ``(m, n)``.
+        weights: The w_k.
+        density: Fraction of the entries of each X_k to keep; 1 keeps all.
+        before: Counts all entries.
+        after: Counts the kept ones.
+    """
+    limits = [magnitude_threshold(part, density) if density < 1 else 0.0 for part in parts]
+    for blocks in zip(*map(rows_of, parts), strict=True):
+        entries = torch.stack(blocks)
+        scale = torch.tensor(weights, dtype=torch.float64, device=entries.device)
+        limit = torch.tensor(limits, dtype=torch.float32, device=entries.device)
+        trimmed = entries * (entries.abs().to(torch.float32) >= limit.view(-1, 1, 1))
+        before.count(entries)
+        after.count(trimmed)
+        yield (entries * scale.view(-1, 1, 1)).sum(0), merged(trimmed, scale)
+
+
+def ties_factor(factors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """Return the TIES merge of one factor of several adapters; PEFT merges A and B separately.
+
+    Args:
+        factors: All of one shape.
+        weights: One per factor.
+        density: Fraction of the entries of each to keep.
+    """
+    ignored = Conflicts()
+    return torch.cat([block for _, block in ties_blocks(factors, weights, density, ignored, ignored)])

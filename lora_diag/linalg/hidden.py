@@ -23,9 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Source
+from lora_diag.linalg.cells import Cells, Shrunk, Source, moments, shrink
 from lora_diag.linalg.streamed import Streamed
-from lora_diag.linalg.truncated import Shrunk, moments, shrink
 
 # Number of entries of the sample to which the size is first fitted, in layers of more than twice as many.
 SAMPLE = 2**19

@@ -29,9 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Derived, Source
+from lora_diag.linalg.cells import Cells, Derived, Moments, Source, moments
 from lora_diag.linalg.hidden import HeldOut, LowRank, Size, fit_size
-from lora_diag.linalg.truncated import Moments, moments
 
 # Entries on which shapes are compared, and how many steps their scales take at most.
 SHAPE_SAMPLE, STEPS = 2**15, 20

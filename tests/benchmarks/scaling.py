@@ -4,7 +4,7 @@
     python -m tests.benchmarks.scaling --validate   whole runs on one and on two cores, and their simulation
 
 The scheduler (``running.engines.schedule``) decides as in a run; only time is simulated. A node runs a task when it has
-the cores for it. Costs: ``linalg.speed`` on one core, and the fraction of the eigenvalue solver that a second core
+the cores for it. Costs: ``linalg.methods`` on one core, and the fraction of the eigenvalue solver that a second core
 speeds up (Amdahl). Not simulated: storage, memory bandwidth shared by cores, nodes that fail.
 """
 
@@ -24,7 +24,7 @@ import torch
 from lora_diag.decisions.plan.architectures import weights_of
 from lora_diag.decisions.plan.cost import Speed, between
 from lora_diag.decisions.plan.record import PlanRates
-from lora_diag.linalg.speed import time_full, time_leading, time_pass
+from lora_diag.linalg.methods import time_full, time_leading, time_pass
 from lora_diag.running.engines.local import Layout, layout_for
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, batches, in_order
 from tests.benchmarks.measure import machine

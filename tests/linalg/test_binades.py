@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from scipy.stats import truncnorm
 
-from lora_diag.linalg.binades import Binades
+from lora_diag.linalg.cells import Binades
 
 
 @pytest.mark.parametrize(("growth", "bad"), [(0.0, False), (0.3, True)])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
-from lora_diag.linalg.eigenpairs import DENSE_UP_TO, eigenpairs
+from lora_diag.linalg.krylov import DENSE_UP_TO, eigenpairs
 from tests.messages import raises_naming
 
 CPU = torch.device("cpu")
@@ -88,6 +88,6 @@ def test_products_are_counted_and_one_seed_gives_one_answer():
 def test_non_finite_or_unconverged_matrix_is_reported(monkeypatch):
     with pytest.raises(InputError, match="not finite"):
         eigenpairs(lambda x: x * float("nan"), 100, 1, "largest", 0, CPU)
-    monkeypatch.setattr("lora_diag.linalg.eigenpairs.MAX_RESTARTS", 1)
+    monkeypatch.setattr("lora_diag.linalg.krylov.MAX_RESTARTS", 1)
     with raises_naming(InputError, "converge", 1):
         found(symmetric(np.linspace(0, 1, 400), 0), 8, "largest")

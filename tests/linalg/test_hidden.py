@@ -12,10 +12,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from scipy.stats import norm
 
-from lora_diag.linalg.cells import GRIDS, Cells, cell_halves
+from lora_diag.linalg.cells import GRIDS, Cells, Shrunk, add_noise, cell_halves, noise_edge, shrink
 from lora_diag.linalg.hidden import HeldOut, LowRank, fit_low_rank, fit_size, posterior_mean, recover
 from lora_diag.linalg.hidden_models import Scales, fit_scales, measure_lengths, measure_norm, unscale
-from lora_diag.linalg.truncated import Shrunk, add_noise, noise_edge, shrink
 
 
 def planted(m, n, rank, rms, seed, noise=0.0, rows=None):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
-from lora_diag.linalg import limited as limits
+from lora_diag.linalg import methods as limits
 from lora_diag.linalg.streamed import COLUMNS, gram_of_rows, merge_small_blocks, normal, times_wide
 from tests import oracles
 
@@ -184,7 +184,7 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 from lora_diag.linalg import Allowance, Streamed, decompose_streamed
-from lora_diag.linalg import limited
+from lora_diag.linalg import methods
 
 def resident():  # not getrusage, which begins with what the parent took
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_diag.linalg.speed import DECAY, make_decaying, time_full, time_leading, time_pass
+from lora_diag.linalg.methods import DECAY, make_decaying, time_full, time_leading, time_pass
 
 pytestmark = pytest.mark.slow
 

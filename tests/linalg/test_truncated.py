@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import fixed_quad
 
-from lora_diag.linalg.cells import Cells
-from lora_diag.linalg.truncated import moments
+from lora_diag.linalg.cells import Cells, moments
 
 
 def by_definition(lo, hi, start, mean, deviation):

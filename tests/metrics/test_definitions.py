@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from lora_diag.metrics.energy import curve_at, spectral_error, thinned_ranks
-from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers, find_outlier_kinds, order_by_rarity
-from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
-from lora_diag.metrics.statistics import Estimate, freedom, paired_difference
+from lora_diag.metrics.energy import curve_at, gavish_donoho, hard_threshold, knee, spectral_error, thinned_ranks
+from lora_diag.metrics.statistics import (
+    Estimate,
+    find_near_duplicates,
+    find_norm_outliers,
+    find_outlier_kinds,
+    freedom,
+    order_by_rarity,
+    paired_difference,
+)
 from lora_diag.metrics.subspaces import (
+    below_at_random,
+    classify_direction,
     classify_relation,
     distances,
     is_near,
@@ -20,10 +28,10 @@ from lora_diag.metrics.subspaces import (
     overlap_by_chance,
     parts,
     pooled,
+    similarity_at_random,
     task_interference,
     task_interference_at_random,
 )
-from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
 from tests import oracles
 
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ import torch
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, LoradiagError, UsageError
-from lora_diag.records import LeftOut, is_results_file, reading, writing
-from lora_diag.records.reading import iterate_records
+from lora_diag.records import LeftOut, file, is_results_file
+from lora_diag.records.file import iterate_records
 from tests.conftest import edit_results, save_model, save_pair
 from tests.messages import raises_naming
 
@@ -65,7 +65,7 @@ def test_lines_equal_documentation(written):
 def test_last_line_is_synced_to_disk(pair_of_models, tmp_path, monkeypatch):
     base, tuned, *_ = pair_of_models
     path, kept = tmp_path / "r.jsonl", []
-    monkeypatch.setattr(writing, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
+    monkeypatch.setattr(file, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
     lora_diag.spectrum(base, tuned, output=path)
     assert kept[-1] == path.read_bytes()
 
@@ -493,7 +493,7 @@ def test_pipe_is_refused_and_not_waited_for(tmp_path):
         read_results(tmp_path / "pipe.jsonl")
 
 
-@pytest.mark.parametrize("size", [reading.MAX_LINE_BYTES, 3 * reading.MAX_LINE_BYTES])
+@pytest.mark.parametrize("size", [file.MAX_LINE_BYTES, 3 * file.MAX_LINE_BYTES])
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_overlong_line_is_not_kept_in_memory(written, size, end):
     _, path = written
@@ -504,20 +504,20 @@ def test_overlong_line_is_not_kept_in_memory(written, size, end):
         read_results(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 3 * reading.MAX_LINE_BYTES
+    assert peak < 3 * file.MAX_LINE_BYTES
 
 
 def test_zeros_after_power_loss_are_recognised(written):
     results, path = written
-    path.write_bytes(path.read_bytes() + bytes(2 * reading.MAX_LINE_BYTES))
+    path.write_bytes(path.read_bytes() + bytes(2 * file.MAX_LINE_BYTES))
     assert read_results(path) == results
 
 
 def test_written_lines_are_readable(written, tmp_path, monkeypatch):
     results, _ = written
-    monkeypatch.setattr(writing, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(file, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl"
-    with pytest.raises(InputError, match="limit of 1,000 bytes"), writing.ResultsWriter(path, results.run) as writer:
+    with pytest.raises(InputError, match="limit of 1,000 bytes"), file.ResultsWriter(path, results.run) as writer:
         writer.append(*results)
     assert not path.exists()
 

@@ -20,7 +20,7 @@ import lora_diag.decisions.extract.run
 import lora_diag.diagnostics.interference.measure
 import lora_diag.diagnostics.overlap.measure
 import lora_diag.diagnostics.residual.measure
-import lora_diag.records.writing
+import lora_diag.records.file
 import lora_diag.running.engines.local
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
@@ -41,7 +41,7 @@ class Steps:
         self.at, self.signal, self.seen = job.get("at"), job["signal"], 0
         self.below = str(Path.cwd())
         sys.addaudithook(self.audit)
-        whole = lora_diag.records.writing._write
+        whole = lora_diag.records.file._write
 
         def write(file: Any, content: bytes) -> None:
             self.step("write")
@@ -51,7 +51,7 @@ class Steps:
             whole(file, content)
             self.step("written")
 
-        lora_diag.records.writing._write = write
+        lora_diag.records.file._write = write
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take part in what Python tells of itself."""

@@ -11,7 +11,7 @@ from lora_diag import deltas
 from lora_diag.diagnostics.spectrum import gradients as covariance
 from lora_diag.diagnostics.verify_merge import measure as verify_merge
 from lora_diag.errors import UsageError
-from lora_diag.linalg import limited
+from lora_diag.linalg import methods
 from lora_diag.running import layers as measuring
 from lora_diag.running.engines import local
 from tests.conftest import ROOT, save_model
@@ -26,7 +26,7 @@ def small(monkeypatch):
     """A program and blocks that take next to nothing: matrices of 128 columns are then too large for 2 MB."""
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "MIN_BYTES", 0)
-    monkeypatch.setattr(limited, "READING_BYTES", 0)
+    monkeypatch.setattr(methods, "READING_BYTES", 0)
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 5000)
 
 

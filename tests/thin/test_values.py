@@ -10,20 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.thin import MAX_RANK, values
+from lora_diag import thin
+from lora_diag.thin import MAX_RANK
 from tests.served import ROOT
 
 
 def thin_values(b: np.ndarray, a: np.ndarray, factor: float = 1.0, vectors: bool = False):
     """Return the values of one product; None if a number is not finite."""
-    left, right = values.triangle(b), values.triangle(a.T)
+    left, right = thin.triangle(b), thin.triangle(a.T)
     if left is None or right is None:
         return None
-    result = values.thin_values(left, right, factor, vectors)
+    result = thin.thin_values(left, right, factor, vectors)
     if not np.isfinite(result.fro[0]):
         return None
     mix = result.mix[0] if vectors else None
-    return values.ThinValues(result.s[0], float(result.energy_error[0]), float(result.fro[0]), mix)
+    return thin.ThinValues(result.s[0], float(result.energy_error[0]), float(result.fro[0]), mix)
 
 
 def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +56,7 @@ def test_values_equal_product(m, n, rank, decay, scale, seed):
 
 
 def by_cholesky(x: np.ndarray):
-    result, conditioned = values.reduce_grams(values.compute_grams(x[None]))
+    result, conditioned = thin.reduce_grams(thin.compute_grams(x[None]))
     return result, bool(conditioned[0])
 
 
@@ -64,7 +65,7 @@ def test_both_ways_to_triangle_agree_within_bounds():
     x = np.random.default_rng(0).standard_normal((3000, 16)) @ np.diag(2.0 ** -np.arange(16))
     one, conditioned = by_cholesky(x)
     assert conditioned
-    other = values._reduce_by_reflections(x)
+    other = thin._reduce_by_reflections(x)
     due = np.linalg.svd(x, compute_uv=False)
     for result in (one, other):
         s = np.linalg.svd(result.r[0], compute_uv=False) * result.scale
@@ -72,7 +73,7 @@ def test_both_ways_to_triangle_agree_within_bounds():
         assert (np.abs(s - due) <= slack).all()
     repeated = np.hstack([x, x[:, :1] * (1 + 1e-9)])
     assert not by_cholesky(repeated)[1]
-    assert values.triangle(repeated).relative == 0
+    assert thin.triangle(repeated).relative == 0
 
 
 def test_energies_are_within_their_bound_or_refused():
@@ -83,13 +84,13 @@ def test_energies_are_within_their_bound_or_refused():
     pairs[0][1][5] = pairs[0][1][4] + 1e-6 * pairs[0][1][5]
     pairs[3][0][:, 2], pairs[5][0][7, 1] = 0.0, np.nan
     left, right = (
-        values.compute_grams(np.stack([b for b, _ in pairs])),
-        values.compute_grams(np.stack([a.T for _, a in pairs])),
+        thin.compute_grams(np.stack([b for b, _ in pairs])),
+        thin.compute_grams(np.stack([a.T for _, a in pairs])),
     )
     scale = np.linspace(-2, 3, 7)
     right.products[4] = 1.0
-    result = values.thin_energies(left, right, scale)
-    assert np.flatnonzero(result.energy_error > values.MAX_GRAM_ERROR).tolist() == [3, 4, 5]
+    result = thin.thin_energies(left, right, scale)
+    assert np.flatnonzero(result.energy_error > thin.MAX_GRAM_ERROR).tolist() == [3, 4, 5]
     for i in (0, 1, 2, 6):
         b, a = pairs[i]
         u, due, _ = np.linalg.svd(scale[i] * (b @ a), full_matrices=False)
@@ -97,8 +98,8 @@ def test_energies_are_within_their_bound_or_refused():
         energy = np.cumsum(due[:8] ** 2) / (due**2).sum()
         assert (np.abs(np.cumsum(result.s[i] ** 2) / result.fro[i] ** 2 - energy) <= result.energy_error[i]).all()
         assert np.abs((b @ result.mix[i])[:, :2].T @ u[:, :2]) == pytest.approx(np.eye(2), abs=1e-9)
-        alone = values.thin_energies(
-            values.compute_grams(b[None]), values.compute_grams(np.ascontiguousarray(a.T)[None]), scale[i : i + 1]
+        alone = thin.thin_energies(
+            thin.compute_grams(b[None]), thin.compute_grams(np.ascontiguousarray(a.T)[None]), scale[i : i + 1]
         )
         for name in ("s", "energy_error", "fro", "mix"):
             assert (getattr(result, name)[i] == getattr(alone, name)[0]).all()
@@ -108,9 +109,9 @@ def test_energies_are_within_their_bound_or_refused():
 def test_condition_is_bounded_and_factors_of_rank_64_are_good(rank, tilt):
     rng = np.random.default_rng(10)
     x = rng.standard_normal((3000, rank)) + tilt * rng.standard_normal((3000, 1))
-    grams = values.compute_grams(x[None])
-    result, conditioned = values.reduce_grams(grams)
-    least = rank * (grams.terms[0] + rank + 2) * values.EPS / result.relative[0]
+    grams = thin.compute_grams(x[None])
+    result, conditioned = thin.reduce_grams(grams)
+    least = rank * (grams.terms[0] + rank + 2) * thin.EPS / result.relative[0]
     unit = x / np.linalg.norm(x, axis=0)
     true = np.linalg.eigvalsh(unit.T @ unit)[0]
     assert true / 16 <= least <= true * (1 + 1e-12)
@@ -129,13 +130,13 @@ def test_gram_error_is_within_bound():
     x = np.random.default_rng(2).standard_normal((1500, 3)).astype(np.float32).astype(np.float64)
     getcontext().prec = 60
     columns = [[Decimal(value) for value in column] for column in x.T.tolist()]
-    stack = values.compute_grams(x[None])
+    stack = thin.compute_grams(x[None])
     result, terms = stack.products[0], int(stack.terms[0])
     for i in range(3):
         for j in range(3):
             exact = sum(p * q for p, q in zip(columns[i], columns[j], strict=True))
             size = np.linalg.norm(x[:, i]) * np.linalg.norm(x[:, j])
-            assert abs(Decimal(float(result[i, j])) - exact) <= Decimal(terms * values.EPS * size)
+            assert abs(Decimal(float(result[i, j])) - exact) <= Decimal(terms * thin.EPS * size)
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-180, 1e180])
@@ -175,9 +176,9 @@ for rank, m, n in ((16, 50000, 129), (64, 11008, 1111), (33, 700, 64)):
     b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
     for factor in (b, b[:, :1] + 1e-9 * b):
         values = thin_values(triangle(factor), triangle(a.T))
-        found.update(values.s.tobytes())
+        found.update(thin.s.tobytes())
     values = thin_energies(compute_grams(b[None]), compute_grams(a.T[None]), numpy.ones(1))
-    found.update(values.s.tobytes() + values.mix.tobytes())
+    found.update(thin.s.tobytes() + thin.mix.tobytes())
 print(found.hexdigest())
 """
 

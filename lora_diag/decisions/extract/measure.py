@@ -32,7 +32,7 @@ from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_byt
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
-from lora_diag.linalg.stacked import gap
+from lora_diag.linalg.distance import gap
 from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden

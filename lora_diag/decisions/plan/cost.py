@@ -15,7 +15,7 @@ from typing import TypeVar
 from lora_diag.decisions.plan.measure import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
 from lora_diag.linalg.krylov import first_order
-from lora_diag.linalg.speed import time_full, time_leading, time_pass
+from lora_diag.linalg.methods import time_full, time_leading, time_pass
 from lora_diag.running.engines import Layout, layout_for, run_local
 
 # Numbers of machines in the table.

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.diagnostics.fleet.record import Fleet
-from lora_diag.metrics.fleet import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
+from lora_diag.metrics.statistics import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
 from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.series import Options, Series, short_names
 from lora_diag.rendering.figures.sheet import FigureText, Key, sheet

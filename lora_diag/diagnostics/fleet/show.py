@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_diag.diagnostics.fleet.record import Fleet
-from lora_diag.metrics.fleet import (
+from lora_diag.metrics.statistics import (
     MIN_NEAR_COSINE,
     MIN_SPACE_OVERLAP,
     OVER_RANKED_BELOW,

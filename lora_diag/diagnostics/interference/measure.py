@@ -50,10 +50,18 @@ from lora_diag.linalg import (
     rounding_threshold,
     whole_bytes,
 )
-from lora_diag.linalg.distance import products
-from lora_diag.linalg.factors import ZERO_DENSE, ZERO_FACTORED
-from lora_diag.linalg.stacked import Matrix, gap, inner, stack_products, total
-from lora_diag.linalg.ties import Conflicts, ties_blocks, ties_factor
+from lora_diag.linalg.distance import (
+    Conflicts,
+    Matrix,
+    gap,
+    inner,
+    products,
+    stack_products,
+    ties_blocks,
+    ties_factor,
+    total,
+)
+from lora_diag.linalg.exact import ZERO_DENSE, ZERO_FACTORED
 from lora_diag.metrics import RANKS, THRESHOLDS, distances, effective_rank, energy_curve, rank_at, signal_rank, verdict
 from lora_diag.metrics.subspaces import (
     classify_relation,

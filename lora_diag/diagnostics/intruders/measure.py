@@ -30,7 +30,7 @@ from lora_diag.linalg import (
     whole_bytes,
 )
 from lora_diag.linalg.devices import move
-from lora_diag.metrics.intruders import below_at_random, classify_direction, similarity_at_random
+from lora_diag.metrics.subspaces import below_at_random, classify_direction, similarity_at_random
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun, without_rank
 from lora_diag.running.options import show_options

@@ -29,7 +29,7 @@ from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import fro_of
 from lora_diag.linalg import resolve_device
-from lora_diag.linalg.stacked import gap
+from lora_diag.linalg.distance import gap
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import number
@@ -38,7 +38,7 @@ from lora_diag.running.layers import LayerRun, record_unpaired
 from lora_diag.running.options import show_options
 
 if TYPE_CHECKING:
-    from lora_diag.linalg.stacked import Matrix
+    from lora_diag.linalg.distance import Matrix
 
 
 # Scales that differ by less than this are equal, computed in another order: α/√r and √(α²/r).

@@ -22,7 +22,7 @@ from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg import Factors, first_non_finite, norm, require_memory, resolve_device, rounding_threshold
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.exact import decompose_stack
-from lora_diag.linalg.limited import READING_BYTES
+from lora_diag.linalg.methods import READING_BYTES
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict

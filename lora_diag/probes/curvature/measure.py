@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg.eigenpairs import Eigenpairs, basis_size, eigenpairs
+from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, logits_of, measure, select_predictions
 from lora_diag.models.opening import Model, Weights, iterate_batches

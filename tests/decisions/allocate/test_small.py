@@ -8,7 +8,7 @@ import pytest
 from lora_diag.decisions.allocate.run import policies
 from lora_diag.decisions.targets import Training, why_no_target
 from lora_diag.errors import UsageError
-from lora_diag.metrics.thresholds import gavish_donoho, hard_threshold, knee
+from lora_diag.metrics.energy import gavish_donoho, hard_threshold, knee
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from tests.decisions.allocate.records import record
 from tests.oracles import effective_rank

@@ -12,7 +12,7 @@ from lora_diag.diagnostics.fleet import measure as run
 from lora_diag.diagnostics.fleet.measure import expand, measure_dense, measure_thin
 from lora_diag.diagnostics.fleet.show import remarks
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.metrics.fleet import find_near_duplicates, find_norm_outliers
+from lora_diag.metrics.statistics import find_near_duplicates, find_norm_outliers
 from lora_diag.running.inputs import compare
 from tests import oracles
 from tests.adapters.dense import dense

@@ -17,7 +17,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.interference.measure import union_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg.ties import merged
+from lora_diag.linalg.distance import merged
 from lora_diag.metrics.subspaces import is_near_chance, task_interference_at_random
 from tests import oracles
 from tests.adapters.dense import dense

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
-from lora_diag.metrics.intruders import below_at_random, similarity_at_random
+from lora_diag.metrics.subspaces import below_at_random, similarity_at_random
 from tests import oracles
 from tests.conftest import ROOT, save_model
 

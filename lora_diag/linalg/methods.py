@@ -1,21 +1,124 @@
-"""Decompositions within a memory limit: memory of each method, and the methods for a matrix that does not fit.
+"""Choice of a method for a matrix, in memory or within a memory limit, and timing of the methods on this machine.
 
-The values are upper bounds on peak memory, derived from the code of each method and compared with the resident memory
-of real runs (tests/linalg/test_limited.py). LAPACK's workspaces are those of its documentation: 2n² for the
-eigenvectors of an n×n matrix (dsyevd), negligible for eigenvalues alone.
+The numbers of bytes are upper bounds on peak memory, derived from the code of each method and compared with the
+resident memory of real runs (tests/linalg/test_limited.py). LAPACK's workspaces are those of its documentation: 2n² for
+the eigenvectors of an n×n matrix (dsyevd), negligible for eigenvalues alone.
+
+Timing is that of the kernels alone, with synthetic matrices; the cost of a whole run is computed in
+``decisions.plan.cost``.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 
-from lora_diag.errors import MemoryLimitError
-from lora_diag.linalg.decompose import EXACT_UP_TO, TOL, budget_of, check_request, tries_krylov
-from lora_diag.linalg.exact import IN_PLACE_FROM, decompose_gram
-from lora_diag.linalg.factors import Factors, scale_of
-from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis
+import torch
+from torch import Tensor
+
+from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.linalg.difference import difference, norm
+from lora_diag.linalg.distance import BLOCK_ENTRIES
+from lora_diag.linalg.exact import IN_PLACE_FROM, Factors, decompose_exact, decompose_gram, gram_matrix, scale_of
+from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis, may_be_cheaper
 from lora_diag.linalg.streamed import ROWS, Streamed
+
+# Default bound on the error of an energy fraction: C(r) to three digits.
+TOL = 5e-4
+
+METHODS = ("exact", "gram", "krylov")
+
+# Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the smallest values.
+EXACT_UP_TO = 128
+
+
+def decompose(
+    matrix: Tensor,
+    method: str = "auto",
+    top: int | None = None,
+    fro: float | None = None,
+    vectors: bool = False,
+    tol: float = TOL,
+    seed: int = 0,
+) -> Factors:
+    """Compute the singular values of a matrix.
+
+    Args:
+        matrix: A, ``(m, n)`` with m, n ≥ 1, float32 or float64, finite.
+        method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and falls back to ``gram`` if the spectrum is too
+            flat; or ``auto`` for the cheapest whose bound meets ``tol``.
+        top: Number of largest values to keep; None for all.
+        fro: ‖A‖_F in float64 accuracy if known; else computed.
+        vectors: Whether to compute singular vectors.
+        tol: Required bound on the error of every energy fraction.
+        seed: Seed of random starting vectors.
+
+    Returns:
+        The values, their method, and a bound on the error of every energy fraction.
+
+    Raises:
+        UsageError: The method is unknown, or ``top`` or ``tol`` is invalid.
+        InputError: No driver of ``exact`` converged.
+        ValueError: The matrix has no entries, or not two dimensions.
+
+    Example:
+        >>> import torch
+        >>> factors = decompose(torch.diag(torch.tensor([3.0, 4.0])))
+        >>> factors.s.tolist(), factors.complete
+        ([4.0, 3.0], True)
+    """
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise ValueError(f"a matrix with entries is needed, not a tensor of shape {tuple(matrix.shape)}")
+    check_request(method, top, tol)
+    if fro is None:
+        fro = norm([matrix])
+    if (scale := scale_of(fro, matrix.dtype)) != 1.0:
+        scaled = decompose(matrix / scale, method, top, fro / scale, vectors, tol, seed)
+        return replace(scaled, s=scaled.s * scale, fro=fro)
+    smaller = min(matrix.shape)
+    if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
+        return decompose_exact(matrix, fro, top, vectors)
+    if top is not None and tries_krylov(matrix.shape, method, top, vectors):
+        factors = decompose_krylov(matrix, fro, top, vectors, tol, seed, budget=budget_of(method))
+        if factors is not None:
+            return factors
+    return decompose_gram(matrix, fro, top, vectors)
+
+
+def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: bool = False) -> bool:
+    """Return whether ``krylov`` is tried before a full method.
+
+    Args:
+        shape: ``(m, n)``.
+        method: As in ``decompose``.
+        top: Number of largest values; None for all.
+        vectors: Whether to compute singular vectors.
+    """
+    m, n = shape
+    return top is not None and (method == "krylov" or (method == "auto" and may_be_cheaper((m, n), top, vectors)))
+
+
+def budget_of(method: str) -> float | None:
+    """Return the budget of ``krylov``: infinite if the method was requested explicitly, else None for its default."""
+    return math.inf if method == "krylov" else None
+
+
+def check_request(method: str, top: int | None, tol: float) -> None:
+    """Check method, ``top`` and ``tol``.
+
+    Raises:
+        UsageError: One of them is invalid.
+    """
+    if method not in {"auto", *METHODS}:
+        raise UsageError(f"--method {method}: use auto, {', '.join(METHODS)}")
+    if method == "krylov" and top is None:
+        raise UsageError("--method krylov: computes the largest values only; give their number with --top K")
+    if top is not None and top < 1:
+        raise UsageError(f"--top {top}: must be at least 1")
+    if not 0 < tol < 1:
+        raise UsageError(f"--tol {tol}: must lie between 0 and 1")
+
 
 # Memory of reading and subtracting a block: 2^20 entries of both sides as stored and as float32, their difference, and
 # the spacing of their values.
@@ -205,3 +308,58 @@ def _suggest_memory(needed: int, allowance: Allowance) -> str:
 
 def _format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+# σ_i ∝ i^-DECAY, as for the updates of the benchmark; the work of krylov depends on it.
+DECAY = 0.7
+
+
+def time_full(order: int) -> tuple[float, float]:
+    """Return the seconds of a Gram product ``(n, n)`` × ``(n, n)`` and of its eigenvalues.
+
+    Args:
+        order: n.
+    """
+    matrix = torch.randn(order, order, generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    gram = gram_matrix(matrix)
+    between = time.perf_counter()
+    torch.linalg.eigvalsh(gram)
+    return between - start, time.perf_counter() - between
+
+
+def time_leading(order: int, top: int) -> float:
+    """Return the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying spectrum.
+
+    Args:
+        order: n.
+        top: K.
+    """
+    matrix = make_decaying(order)
+    start = time.perf_counter()
+    decompose(matrix, top=top)
+    return time.perf_counter() - start
+
+
+def time_pass(order: int) -> float:
+    """Return the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, compute norms.
+
+    Args:
+        order: n.
+    """
+    update = make_decaying(order)
+    base = torch.full((order, order), 0.02, dtype=torch.bfloat16)
+    tuned = (base + update).to(torch.bfloat16)
+    rows = max(1, BLOCK_ENTRIES // order)
+    start = time.perf_counter()
+    # copying a block simulates reading it from a cached file
+    blocks = ((b.clone(), t.clone()) for b, t in zip(torch.split(base, rows), torch.split(tuned, rows), strict=True))
+    difference(blocks, (order, order), torch.device("cpu"))
+    return time.perf_counter() - start
+
+
+def make_decaying(order: int) -> Tensor:
+    """Return an ``(n, n)`` float32 matrix with singular values near i^-0.7."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(order, order, generator=generator) for _ in range(2))
+    return (left * torch.arange(1, order + 1) ** -DECAY) @ right / order

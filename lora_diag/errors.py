@@ -61,6 +61,11 @@ class InputError(LoradiagError):
     """An input cannot be read or measured: it is missing, malformed, hostile or unsupported."""
 
 
+def damaged(path: object, problem: str, fix: str = "save it again") -> InputError:
+    """Return the error of an input that contradicts itself; ``fix`` says what to do with the file."""
+    return InputError(f"{path}: {problem}; {fix}")
+
+
 class NothingComparedError(LoradiagError):
     """The inputs were read, but nothing in them can be compared, or no weight is selected."""
 

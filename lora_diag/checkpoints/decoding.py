@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_diag.checkpoints.tensors import FLOAT8
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -14,17 +16,6 @@ if TYPE_CHECKING:
 
 # Formats that NumPy has: torch's name -> NumPy's.
 _NUMPY_DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
-
-# 8-bit formats: torch's name -> bits of the mantissa, exponent bias, and the meaning of the largest exponent: ``ieee``
-# (an infinity and NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
-# References: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433; Noune et al. 2022,
-# https://arxiv.org/abs/2206.02915.
-_EIGHT_BITS = {
-    "float8_e4m3fn": (3, 7, "fn"),
-    "float8_e5m2": (2, 15, "ieee"),
-    "float8_e4m3fnuz": (3, 8, "fnuz"),
-    "float8_e5m2fnuz": (2, 16, "fnuz"),
-}
 
 
 def is_native(dtype: str) -> bool:
@@ -43,7 +34,7 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
         >>> decode(np.array([0x80, 0x3F, 0x20, 0xC1], np.uint8), "bfloat16").tolist()
         [1.0, -10.0]
     """
-    if dtype in _EIGHT_BITS:
+    if dtype in FLOAT8:
         return _make_table(dtype)[content.astype(np.intp)]
     if dtype == "bfloat16":  # the upper half of a float32
         upper_halves = content.view("<u2")
@@ -59,7 +50,7 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
 @cache
 def _make_table(dtype: str) -> NDArray[np.float32]:
     """Return the numbers of all 256 codes of an 8-bit format."""
-    mantissa_bits, bias, kind = _EIGHT_BITS[dtype]
+    mantissa_bits, bias, kind = FLOAT8[dtype]
     codes = np.arange(256)
     fraction = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
     exponent = (codes & 0x7F) >> mantissa_bits

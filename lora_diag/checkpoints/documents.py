@@ -1,13 +1,13 @@
-"""JSON files next to the weights: size-limited, and required to hold an object."""
+"""JSON files next to the weights, size-limited and required to hold an object; and texts that results can hold."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular
 
 # Configurations on the Hub are below 0.1 MB (below 2 MB with one label per class); an index takes about 100 bytes per
@@ -70,3 +70,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's ``config.json``; empty if there is none."""
     path = folder / "config.json"
     return read_object(path, "model configuration", MAX_CONFIG_BYTES) if path.is_file() else {}
+
+
+def check_unicode(names: Iterable[str], path: Path) -> None:
+    """Refuse names with a lone surrogate, which a results file cannot hold.
+
+    Raises:
+        InputError: There is such a name.
+    """
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise damaged(path, f"a tensor name is not valid Unicode ({error})") from error

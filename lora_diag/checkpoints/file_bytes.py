@@ -1,15 +1,22 @@
-"""Read ranges of bytes of one file, local or remote, into memory that the caller provides, and count local ones."""
+"""Read ranges of bytes of one file, local or remote, and tensors in them; count the bytes of local files."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.checkpoints.tensors import WIDTH
 from lora_diag.errors import InputError
 from lora_diag.files import open_descriptor
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Reading:
@@ -85,6 +92,25 @@ class FileBytes:
         except OSError as error:
             raise InputError(f"{self.path}: cannot read {name}: {error.strerror}") from error
 
+    @cached_property
+    def size(self) -> int:
+        """Number of bytes of the file."""
+        return self.path.stat().st_size
+
+    def read_bytes(self, count: int, offset: int, name: str) -> bytes:
+        """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages."""
+        content = bytearray(count)
+        self.fill(memoryview(content), offset, name)
+        return bytes(content)
+
+    def read_entries(self, count: int, dtype: torch.dtype, offset: int, name: str) -> torch.Tensor:
+        """Return ``count`` entries from byte ``offset`` on; ``name`` is the tensor, for messages."""
+        import torch  # imported here, so that headers can be read without torch
+
+        out = torch.empty(count, dtype=dtype)
+        self.fill(memoryview(out.view(torch.uint8).numpy().data), offset, name)
+        return out
+
     def __getstate__(self) -> dict[str, Any]:
         """Drop the open descriptor: a copy in another process opens its own."""
         return {**self.__dict__, "_descriptor": None}
@@ -92,3 +118,43 @@ class FileBytes:
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:
             os.close(self._descriptor)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in row-major order at a position in a file.
+
+    Args:
+        file: The file.
+        name: Its name, for messages.
+        dtype: Torch's name of its dtype.
+        shape: Its shape.
+        position: Position of its first byte in the file.
+    """
+
+    file: FileBytes
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    position: int
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    def fill(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer with the bytes of the entries from ``start`` on.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
+        self.file.fill(buffer, self.position + start * WIDTH[self.dtype], self.name)
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of a small tensor."""
+        return self.file.read_bytes(self.numel * WIDTH[self.dtype], self.position, self.name)
+
+    def cut(self, start: int, count: int) -> StoredTensor:
+        """Return ``count`` entries from ``start`` on as a vector."""
+        return StoredTensor(self.file, self.name, self.dtype, (count,), self.position + start * WIDTH[self.dtype])

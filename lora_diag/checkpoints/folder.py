@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lora_diag.checkpoints.distributed import DistributedFolder, folder_within
+from lora_diag.checkpoints.distributed import PIECES, DistributedFolder, PiecesFolder, folder_within
 from lora_diag.checkpoints.documents import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -30,8 +30,6 @@ from lora_diag.checkpoints.names import (
     refuse_unmerged,
 )
 from lora_diag.checkpoints.pickled import TorchFile
-from lora_diag.checkpoints.pieces import PATTERN as PIECES
-from lora_diag.checkpoints.pieces import PiecesFolder
 from lora_diag.checkpoints.quantized import dequantize
 from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder

@@ -168,17 +168,14 @@ class GgufFile:
         kind = self.type_of(name)
         if kind.dtype is None:
             return self._decode_range(name, start, stop, self._find_codec(name).decode)
-        out = torch.empty(stop - start, dtype=getattr(torch, kind.dtype))
-        buffer = memoryview(out.view(torch.uint8).numpy().data)
-        self._content.fill(buffer, self._spans[name].begin + start * kind.size, name)
-        return out
+        begin = self._spans[name].begin + start * kind.size
+        return self._content.read_entries(stop - start, getattr(torch, kind.dtype), begin, name)
 
     def read_bytes(self, name: str) -> bytes:
         """Return the stored bytes of a small tensor, without torch."""
         kind = self.type_of(name)
-        content = bytearray(self.tensors[name].numel // kind.block * kind.size)
-        self._content.fill(memoryview(content), self._spans[name].begin, name)
-        return bytes(content)
+        size = self.tensors[name].numel // kind.block * kind.size
+        return self._content.read_bytes(size, self._spans[name].begin, name)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
@@ -209,10 +206,10 @@ class GgufFile:
 
         kind, begin = self.type_of(name), self._spans[name].begin
         first, last = start // kind.block, -(-stop // kind.block)
-        blocks = torch.empty((max(0, last - first), kind.size), dtype=torch.uint8)
-        self._content.fill(memoryview(blocks.numpy().reshape(-1).data), begin + first * kind.size, name)
+        count, position = max(0, last - first) * kind.size, begin + first * kind.size
+        blocks = self._content.read_entries(count, torch.uint8, position, name)
         offset = first * kind.block
-        return function(blocks).reshape(-1)[start - offset : stop - offset].clone()
+        return function(blocks.view(-1, kind.size)).reshape(-1)[start - offset : stop - offset].clone()
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,22 @@ class Record:
         return next((part[key] for part in parts if isinstance(part, dict) and key in part), None)
 
 
+def attribute(value: Any, key: str, position: int | None = None) -> Any:
+    """Return an attribute of a record, from its state or by its position among the arguments or in a state; else None.
+
+    Args:
+        value: A value of a pickle.
+        key: Name of the attribute.
+        position: Its position in the arguments of the class, or in a state that is a tuple; None if it has none.
+    """
+    if not isinstance(value, Record):
+        return None
+    if (found := value.get(key)) is not None or position is None:
+        return found
+    tuples = (items for items in (value.args, value.state) if isinstance(items, tuple))
+    return next((items[position] for items in tuples if position < len(items)), None)
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class Persistent:
     """A reference to an object outside the pickle, such as a storage of a torch file."""

@@ -15,12 +15,14 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import inert
+from lora_diag.checkpoints.documents import check_unicode
+from lora_diag.checkpoints.parts import WRAPPERS, check_entries
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 ZIP = b"PK\x03\x04"
 # First pickle of the legacy format.
 MAGIC = 0x1950A86A20F9469CFC6C
-# Keys under which trainers store the weights in a larger dictionary.
-WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 
 class TorchFile:
@@ -142,25 +142,10 @@ def _check_archive(file: Path, path: Path) -> None:
         zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        _check_entries(entries, file, path)
-        for entry in entries:
+        check_entries(archive.infolist(), file.stat().st_size, path, path.name)
+        for entry in archive.infolist():
             if entry.filename.endswith("data.pkl"):
                 inert.load(archive.read(entry), path, entry.filename)
-
-
-def _check_entries(entries: Sequence[zipfile.ZipInfo], file: Path, path: Path) -> None:
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise InputError(
-                f"{path}: {entry.filename} is compressed, which torch.save never does; "
-                "write the file again with torch.save or safetensors"
-            )
-    total, size = sum(entry.file_size for entry in entries), file.stat().st_size
-    if total > size:
-        raise InputError(
-            f"{path}: its entries claim {total:,} bytes, but the file has {size:,}; copy or download it again"
-        )
 
 
 def _check_legacy(file: Path, path: Path) -> None:
@@ -194,10 +179,7 @@ def _find_state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
             dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
             if len(dense) < len(tensors):
                 raise InputError(f"{path}: {min(tensors.keys() - dense.keys())} is a sparse tensor; save it dense")
-            try:
-                "".join(dense).encode()
-            except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
-                raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
+            check_unicode(dense, path)
             return dense
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):

@@ -1,7 +1,7 @@
 """One torch file per rank, as verl and SkyRL save FSDP models: ``model_world_size_N_rank_R.pt``.
 
 A value is a ``DTensor`` (a local tensor and a specification: device mesh, placements, shape of the whole), a
-``ShardedTensor`` (local tensors with their offsets) or a plain tensor. The files are read as data (``archives``).
+``ShardedTensor`` (local tensors with their offsets) or a plain tensor.
 
 A mesh is an array of ranks. Along one of its dimensions a tensor is either cut (``Shard(d)``: ``ceil(n / ranks)``
 indices of dimension d per rank, the last ranks fewer) or repeated (``Replicate``). Where two dimensions of the mesh cut
@@ -15,29 +15,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_diag.checkpoints.archives import (
+from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, check_unicode, read_object
+from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
+from lora_diag.checkpoints.inert import Record, attribute
+from lora_diag.checkpoints.parts import (
     MAX_DIMENSIONS,
-    WIDTH,
+    WRAPPERS,
     Archive,
-    StoredTensor,
+    Box,
+    Boxes,
+    PartsFolder,
     are_sizes,
     unwrap_parameter,
 )
-from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
-from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import Record
-from lora_diag.checkpoints.pieces import Box, Boxes
-from lora_diag.checkpoints.tensors import TensorInfo
-from lora_diag.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
+from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
+from lora_diag.errors import damaged
 
 PATTERN = "model_world_size_*_rank_*.pt"
 FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
@@ -47,6 +45,7 @@ CONFIG = "fsdp_config.json"
 MAX_RANKS = 65_536
 # A name and a reference to its tensor; a smaller pickle repeats the parts of other tensors.
 BYTES_PER_PART = 8
+COPY_ALL = "copy the files of all ranks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class _Part:
     offsets: tuple[int, ...] | None = None
 
 
-class RanksFolder:
+class RanksFolder(PartsFolder):
     """A folder of one torch file per rank, presented as one file of whole tensors.
 
     Args:
@@ -83,45 +82,24 @@ class RanksFolder:
     config_folder = "huggingface"
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder
-        self.metadata: Mapping[str, str] = {}
-        parts_by_name: dict[str, list[_Part]] = {}
+        by_name: dict[str, list[_Part]] = {}
         files = _find_files(folder)
         for rank, path in enumerate(files):
-            for name, pieces in _read_parts(path, rank).items():
-                parts_by_name.setdefault(name, []).extend(pieces)
-        if not parts_by_name:
-            raise InputError(f"{folder}: the files {PATTERN} hold no tensors; save the model again")
-        distributed = any(
-            part.sharded_dims is not None or part.offsets is not None for part in _flatten_parts(parts_by_name)
-        )
-        self._boxes = {
-            name: _join_parts(folder, name, pieces, len(files), distributed) for name, pieces in parts_by_name.items()
-        }
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, boxes.shape, parts_by_name[name][0].tensor.dtype)
-            for name, boxes in self._boxes.items()
-        }
-        self.notes: tuple[str, ...] = (f"assembled from the files of {len(files)} ranks",)
+            for name, parts in _read_parts(path, rank).items():
+                by_name.setdefault(name, []).extend(parts)
+        if not by_name:
+            raise damaged(folder, f"the files {PATTERN} hold no tensors")
+        distributed = any(part.shape is not None for parts in by_name.values() for part in parts)
+        notes = [f"assembled from the files of {len(files)} ranks"]
         if not distributed and len(files) > 1:
-            self.notes += ("the files do not say how tensors were cut: rows of all ranks are joined, as FSDP1 cuts",)
+            notes.append("the files do not say how tensors were cut: rows of all ranks are joined, as FSDP1 cuts")
+        joined = {name: _join_parts(folder, name, parts, len(files), distributed) for name, parts in by_name.items()}
+        super().__init__(folder, joined, notes)
 
     @staticmethod
     def matches(folder: Path) -> bool:
         """Return whether a folder holds such files."""
         return any(folder.glob(PATTERN))
-
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
-        return self._boxes[name].read(start, stop)
-
-    def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor, without torch."""
-        return self._boxes[name].read_bytes(WIDTH[self.tensors[name].dtype])
-
-
-def _flatten_parts(parts_by_name: Mapping[str, list[_Part]]) -> Sequence[_Part]:
-    return [part for of_tensor in parts_by_name.values() for part in of_tensor]
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -132,103 +110,74 @@ def _find_files(folder: Path) -> list[Path]:
             by_world_size.setdefault(int(match[1]), {})[int(match[2])] = path
     if len(by_world_size) != 1:
         sizes = ", ".join(map(str, sorted(by_world_size)))
-        raise InputError(f"{folder}: holds models of {len(by_world_size)} world sizes ({sizes}); keep the files of one")
+        raise damaged(folder, f"holds models of {len(by_world_size)} world sizes ({sizes})", "keep the files of one")
     ((world, by_rank),) = by_world_size.items()
     missing = [rank for rank in range(min(world, MAX_RANKS)) if rank not in by_rank]
-    if missing or len(by_rank) != world:
-        raise InputError(
-            f"{folder}: the file of rank {missing[0] if missing else world} of {world} is "
-            f"{'missing' if missing else 'one too many'}; copy the files of all ranks"
-        )
+    if missing:
+        raise damaged(folder, f"the file of rank {missing[0]} of {world} is missing", COPY_ALL)
+    if len(by_rank) != world:
+        raise damaged(folder, f"the file of rank {world} of {world} is one too many", COPY_ALL)
     config = folder / CONFIG
     settings = read_object(config, "FSDP configuration", MAX_CONFIG_BYTES) if config.is_file() else {}
     if (stated := settings.get("world_size", world)) != world:
-        raise InputError(
-            f"{folder}: {CONFIG} says that {stated!r} ranks saved the model, but it holds the files of {world}; copy "
-            "the files of all ranks, or keep those of one model"
-        )
+        problem = f"{CONFIG} says that {stated!r} ranks saved the model, but it holds the files of {world}"
+        raise damaged(folder, problem, f"{COPY_ALL}, or keep those of one model")
     return [by_rank[rank] for rank in range(world)]
 
 
 def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     """Return the parts of tensors in the file of a rank, by the names of the tensors."""
-    file = FileBytes(path)
-    archive = Archive(file, (0, path.stat().st_size), path.name)
+    archive = Archive(FileBytes(path))
     state = archive.value
-    for key in ("state_dict", "model", "module", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
+    if isinstance(state, dict):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict):
-        raise InputError(f"{path}: holds no named tensors; save the model again")
-    try:
-        "".join(name for name in state if isinstance(name, str)).encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which a results file cannot hold
-        raise InputError(f"{path}: a tensor name is not valid Unicode ({error}); save it again") from error
-    parts_by_name: dict[str, list[_Part]] = {}
+        raise damaged(path, "holds no named tensors")
+    check_unicode((name for name in state if isinstance(name, str)), path)
+    by_name: dict[str, list[_Part]] = {}
     parts_left = archive.pickle_bytes // BYTES_PER_PART
     for name, value in state.items():
-        if isinstance(name, str) and (parts := _read_value_parts(archive, name, value, rank)):
-            parts_by_name[name] = parts
+        if isinstance(name, str) and (parts := list(_read_value_parts(archive, name, value, rank))):
+            by_name[name] = parts
             parts_left -= len(parts)
         if parts_left < 0:
-            raise InputError(f"{path}: {name} repeats the parts of other tensors; save the model again")
-    return parts_by_name
+            raise damaged(path, f"{name} repeats the parts of other tensors")
+    return by_name
 
 
-def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
-    """Return the parts of a value of a state dict; none if it is no tensor."""
+def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> Iterator[_Part]:
+    """Yield the parts of a value of a state dict; none if it is no tensor."""
     value = unwrap_parameter(value)
-    local, spec = _read_dtensor(value)
-    if local is not None and isinstance(spec, Record):
-        tensor = archive.tensor(local, name)
-        if tensor is not None:
-            return [_make_dtensor_part(archive, name, tensor, spec, rank)]
-    state = _find_state(value, "ShardedTensor")
-    if state is not None:
-        return _read_sharded(archive, name, state)
-    tensor = archive.tensor(value, name)
-    if tensor is None and isinstance(value, Record) and value.name == "_rebuild_from_type_v2":
-        raise InputError(f"{archive.file.path}: {name} is a tensor of an unsupported class; save the model again")
-    return [] if tensor is None else [_Part(tensor)]
-
-
-def _find_state(value: Any, name: str) -> Any:
-    """Return the state of an object of the subclass ``name`` of Tensor; None for any other value."""
-    if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" and value.args and len(value.args) == 4:
-        kind = value.args[1]
-        return value.args[3] if isinstance(kind, Record) and kind.name == name else None
-    return None
-
-
-def _read_dtensor(value: Any) -> tuple[Any, Any]:
-    """Return the local tensor and the specification of a DTensor; None twice for any other value.
-
-    ``_rebuild_from_type_v2(function, type, args, state)``, and the state is that of the object.
-    """
-    state = _find_state(value, "DTensor")
-    if state is not None:
-        for fields in state[:2] if isinstance(state, tuple) else (state,):  # (dictionary, slots): DTensor has slots
-            if isinstance(fields, dict) and "_local_tensor" in fields:
-                return fields["_local_tensor"], fields.get("_spec")
-    return None, None
+    # ``_rebuild_from_type_v2(function, type, args, state)``: an object of a subclass of Tensor.
+    arguments = value.args if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" else None
+    kind = arguments[1] if arguments and len(arguments) == 4 else None
+    if arguments and isinstance(kind, Record) and kind.name == "DTensor":
+        distributed = Record(kind.module, kind.name, state=arguments[3])
+        tensor, spec = archive.tensor(distributed.get("_local_tensor"), name), distributed.get("_spec")
+        if tensor is not None and isinstance(spec, Record):
+            yield _make_dtensor_part(archive, name, tensor, spec, rank)
+            return
+    elif arguments and isinstance(kind, Record) and kind.name == "ShardedTensor" and arguments[3] is not None:
+        yield from _read_sharded(archive, name, arguments[3])
+        return
+    if arguments is not None:
+        raise damaged(archive.file.path, f"{name} is a tensor of an unsupported class")
+    if (tensor := archive.tensor(value, name)) is not None:
+        yield _Part(tensor)
 
 
 def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
     """Return the part of a DTensor that this rank holds."""
     path = archive.file.path
-    meta = spec.get("tensor_meta")
-    shape = meta.args[0] if isinstance(meta, Record) and meta.args else None
-    if shape is None and isinstance(meta, Record):
-        shape = meta.get("shape")
-    if not isinstance(shape, tuple) or not are_sizes(shape):
-        raise InputError(f"{path}: {name} does not give the shape of the whole tensor; save the model again")
+    shape = attribute(spec.get("tensor_meta"), "shape", 0)
+    if not are_sizes(shape):
+        raise damaged(path, f"{name} does not give the shape of the whole tensor")
     placements = spec.get("placements")
     if not isinstance(placements, tuple | list) or len(placements) > MAX_DIMENSIONS:
-        raise InputError(f"{path}: {name} does not say how it is cut; save the model again")
+        raise damaged(path, f"{name} does not say how it is cut")
     sharded_dims = tuple(_read_sharded_dim(path, name, placement, len(shape)) for placement in placements)
     coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
-    return _Part(tensor, shape, sharded_dims, coordinates)
+    return _Part(tensor, tuple(shape), sharded_dims, coordinates)
 
 
 def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
@@ -236,38 +185,31 @@ def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) ->
     kind = placement.name if isinstance(placement, Record) else ""
     if kind == "Replicate":
         return None
-    dim = placement.get("dim") if isinstance(placement, Record) else None
-    if dim is None and isinstance(placement, Record) and placement.args:
-        dim = placement.args[0]
+    dim = attribute(placement, "dim", 0)
     if kind != "Shard" or type(dim) is not int or not 0 <= dim < dimensions:
-        raise InputError(
-            f"{path}: {name} is placed as {kind or 'nothing known'}, which is not supported; merge the files first: "
-            "python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir out"
-        )
+        fix = "merge the files first: python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir out"
+        raise damaged(path, f"{name} is placed as {kind or 'nothing known'}, which is not supported", fix)
     return dim
 
 
 def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
     """Return the place of this rank in the device mesh."""
-    coordinates = mesh.get("_coordinate_on_dim") if isinstance(mesh, Record) else None
+    coordinates = attribute(mesh, "_coordinate_on_dim")
     if coordinates is None and dimensions == 1:
         coordinates = (rank,)
-    if coordinates is None and isinstance(mesh, Record):
-        mesh_tensor = archive.tensor(mesh.get("mesh"), f"the mesh of {name}")
-        if mesh_tensor is not None and mesh_tensor.numel <= MAX_RANKS and mesh_tensor.dtype in {"int32", "int64"}:
-            width, content = WIDTH[mesh_tensor.dtype], mesh_tensor.read_bytes()
-            ranks = [
-                int.from_bytes(content[start : start + width], "little") for start in range(0, len(content), width)
-            ]
-            coordinates = _unravel_index(ranks.index(rank), mesh_tensor.shape) if rank in ranks else None
+    if coordinates is None:
+        ranks = archive.tensor(attribute(mesh, "mesh"), f"the mesh of {name}")
+        if ranks is not None and ranks.numel <= MAX_RANKS and ranks.dtype in {"int32", "int64"}:
+            wanted, content = rank.to_bytes(WIDTH[ranks.dtype], "little"), ranks.read_bytes()
+            places = range(0, len(content), len(wanted))
+            index = next((i for i, start in enumerate(places) if content.startswith(wanted, start)), None)
+            coordinates = None if index is None else _unravel_index(index, ranks.shape)
     if (
-        not isinstance(coordinates, tuple | list)
+        not are_sizes(coordinates)
         or len(coordinates) != dimensions
-        or not all(type(coordinate) is int and 0 <= coordinate < MAX_RANKS for coordinate in coordinates)
+        or any(coordinate >= MAX_RANKS for coordinate in coordinates)
     ):
-        raise InputError(
-            f"{archive.file.path}: {name} does not give the position of rank {rank} in the device mesh; save it again"
-        )
+        raise damaged(archive.file.path, f"{name} does not give the position of rank {rank} in the device mesh")
     return tuple(coordinates)
 
 
@@ -279,90 +221,75 @@ def _unravel_index(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(coordinates)
 
 
-def _read_sharded(archive: Archive, name: str, state: Any) -> list[_Part]:
-    """Return the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
+def _read_sharded(archive: Archive, name: str, state: Any) -> Iterator[_Part]:
+    """Yield the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
     shards, meta = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
-    shape = meta.get("size") if isinstance(meta, Record) else None
-    if not isinstance(shards, list) or not isinstance(shape, tuple) or not are_sizes(shape):
-        raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without shards; save the model again")
-    parts = []
+    shape = attribute(meta, "size")
+    if not isinstance(shards, list) or not are_sizes(shape):
+        raise damaged(archive.file.path, f"{name} is a ShardedTensor without shards")
     for shard in shards:
-        shard_meta = shard.get("metadata") if isinstance(shard, Record) else None
-        tensor = archive.tensor(shard.get("tensor"), name) if isinstance(shard, Record) else None
-        offsets = shard_meta.get("shard_offsets") if isinstance(shard_meta, Record) else None
-        if tensor is None or offsets is None or not are_sizes(offsets):
-            raise InputError(f"{archive.file.path}: {name} is a ShardedTensor without offsets; save the model again")
-        parts.append(_Part(tensor, shape, offsets=tuple(offsets)))
-    return parts
+        tensor = archive.tensor(attribute(shard, "tensor"), name)
+        offsets = attribute(attribute(shard, "metadata"), "shard_offsets")
+        if tensor is None or not are_sizes(offsets):
+            raise damaged(archive.file.path, f"{name} is a ShardedTensor without offsets")
+        yield _Part(tensor, tuple(shape), offsets=tuple(offsets))
 
 
 def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
     """Return a tensor put together from its parts; ``distributed`` is whether any tensor states how it is cut."""
     first = parts[0]
     if len({(part.tensor.dtype, part.shape, part.sharded_dims is None) for part in parts}) > 1:
-        raise InputError(f"{folder}: the ranks disagree about {name}; the folder holds files of two checkpoints")
+        raise damaged(folder, f"the ranks disagree about {name}", "the folder holds files of two checkpoints")
+    if first.offsets is None and len(parts) != world:
+        raise damaged(folder, f"{len(parts)} of {world} ranks hold {name}", COPY_ALL)
+    shape = first.shape
     if first.offsets is not None:
-        shape = first.shape or ()
-        boxes = [_make_box(folder, name, part, part.offsets or (), shape) for part in parts]
-        return Boxes(name, shape, boxes, folder)
-    if len(parts) != world:
-        raise InputError(f"{folder}: {len(parts)} of {world} ranks hold {name}; copy the files of all ranks")
-    if first.sharded_dims is not None:
-        return _assemble_parts(folder, name, parts)
-    shapes = {part.tensor.shape for part in parts}
-    if distributed or world == 1 or first.tensor.shape == ():
-        if len(shapes) > 1:
-            raise InputError(f"{folder}: {name} has several shapes on the ranks, and is not cut; save the model again")
-        box = Box((0,) * len(first.tensor.shape), first.tensor.shape, first.tensor)
-        return Boxes(name, first.tensor.shape, [box], folder)
-    if len({shape[1:] for shape in shapes}) > 1:
-        raise InputError(f"{folder}: the rows of {name} have different shapes on the ranks; save the model again")
-    boxes, row = [], 0
-    for part in parts:
-        boxes.append(_make_box(folder, name, part, (row, *(0 for _ in part.tensor.shape[1:])), None))
-        row += part.tensor.shape[0]
-    return Boxes(name, (row, *first.tensor.shape[1:]), boxes, folder)
+        boxes = [Box(part.offsets or (), part.tensor.shape, part.tensor) for part in parts]
+    elif first.sharded_dims is not None:
+        boxes = _place_in_mesh(folder, name, parts)
+    elif distributed or world == 1 or first.tensor.shape == ():
+        if len({part.tensor.shape for part in parts}) > 1:
+            raise damaged(folder, f"{name} has several shapes on the ranks, and is not cut")
+        shape = first.tensor.shape
+        boxes = [Box((0,) * len(shape), shape, first.tensor)]
+    else:
+        if len({part.tensor.shape[1:] for part in parts}) > 1 or any(not part.tensor.shape for part in parts):
+            raise damaged(folder, f"the rows of {name} have different shapes on the ranks")
+        boxes, row = [], 0
+        for part in parts:
+            sizes = part.tensor.shape
+            boxes.append(Box((row, *(0 for _ in sizes[1:])), sizes, part.tensor))
+            row += sizes[0]
+        shape = (row, *first.tensor.shape[1:])
+    shape = shape or ()
+    if outside := next((box for box in boxes if not len(box.offsets) == len(box.sizes) == len(shape)), None):
+        raise damaged(folder, f"the part of {name} at {list(outside.offsets)} does not lie in the tensor")
+    return Boxes(TensorInfo(name, shape, first.tensor.dtype), boxes, folder)
 
 
-def _make_box(folder: Path, name: str, part: _Part, offsets: tuple[int, ...], shape: tuple[int, ...] | None) -> Box:
-    sizes = part.tensor.shape
-    if len(offsets) != len(sizes) or (shape is not None and len(shape) != len(sizes)):
-        raise InputError(f"{folder}: the part of {name} at {list(offsets)} does not lie in the tensor; save it again")
-    return Box(offsets, sizes, part.tensor)
-
-
-def _assemble_parts(folder: Path, name: str, parts: list[_Part]) -> Boxes:
-    """Return a DTensor put together from its parts; of every repeated dimension of the mesh, one place is used."""
+def _place_in_mesh(folder: Path, name: str, parts: list[_Part]) -> list[Box]:
+    """Return the boxes of a DTensor; of every repeated dimension of the mesh, one place is used."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     by_coordinates = {part.coordinates: part for part in parts}
     if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(parts):
-        raise InputError(f"{folder}: the ranks disagree about how {name} is cut; the folder holds two checkpoints")
-    counts = [max(coordinates[d] for coordinates in by_coordinates) + 1 for d in range(len(sharded_dims))]
+        raise damaged(folder, f"the ranks disagree about how {name} is cut", "the folder holds two checkpoints")
+    counts = [max(places) + 1 for places in zip(*by_coordinates, strict=True)]
     if math.prod(counts) != len(by_coordinates):
-        raise InputError(
-            f"{folder}: the device mesh of {name} has {counts} places for {len(by_coordinates)} ranks; copy all files"
-        )
-    places = product(
-        *(
-            range(count) if sharded_dim is not None else (0,)
-            for count, sharded_dim in zip(counts, sharded_dims, strict=True)
-        )
-    )
+        problem = f"the device mesh of {name} has {counts} places for {len(by_coordinates)} ranks"
+        raise damaged(folder, problem, "copy all files")
+    used = (range(1 if dim is None else count) for count, dim in zip(counts, sharded_dims, strict=True))
     boxes = []
-    for coordinates in places:
-        offsets = [0] * len(shape)
-        sizes = list(shape)
-        for position, count, sharded_dim in zip(coordinates, counts, sharded_dims, strict=True):
-            if sharded_dim is not None:
-                chunk = -(-sizes[sharded_dim] // count)
-                begin = min(sizes[sharded_dim], position * chunk)
-                offsets[sharded_dim] += begin
-                sizes[sharded_dim] = min(chunk, sizes[sharded_dim] - begin)
-        part = by_coordinates[coordinates]
-        if part.tensor.shape != tuple(sizes):
-            raise InputError(
-                f"{part.tensor.file.path}: the part of {name} has shape {list(part.tensor.shape)} instead of {sizes}; "
-                "the file belongs to another checkpoint"
-            )
-        boxes.append(Box(tuple(offsets), tuple(sizes), part.tensor))
-    return Boxes(name, shape, boxes, folder)
+    for coordinates in product(*used):
+        offsets, sizes = [0] * len(shape), list(shape)
+        for position, count, dim in zip(coordinates, counts, sharded_dims, strict=True):
+            if dim is not None:
+                chunk = -(-sizes[dim] // count)
+                begin = min(sizes[dim], position * chunk)
+                offsets[dim] += begin
+                sizes[dim] = min(chunk, sizes[dim] - begin)
+        tensor = by_coordinates[coordinates].tensor
+        if tensor.shape != tuple(sizes):
+            problem = f"the part of {name} has shape {list(tensor.shape)} instead of {sizes}"
+            raise damaged(tensor.file.path, problem, "the file belongs to another checkpoint")
+        boxes.append(Box(tuple(offsets), tuple(sizes), tensor))
+    return boxes

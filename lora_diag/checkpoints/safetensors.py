@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
-from lora_diag.checkpoints.file_bytes import FileBytes
+from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.checkpoints.tensors import DECODED, TensorInfo
+from lora_diag.checkpoints.tensors import DECODED, WIDTH, TensorInfo
 from lora_diag.errors import InputError
 from lora_diag.files import Kind, open_regular, replacing
 
@@ -35,34 +35,33 @@ if TYPE_CHECKING:
 # The library's own limit, which prevents huge allocations for a hostile length.
 MAX_HEADER_BYTES = 100_000_000
 
-# dtype in the file -> torch's name, bits per entry.
-DTYPES = {
-    "F64": ("float64", 64),
-    "F32": ("float32", 32),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "I64": ("int64", 64),
-    "I32": ("int32", 32),
-    "I16": ("int16", 16),
-    "I8": ("int8", 8),
-    "U64": ("uint64", 64),
-    "U32": ("uint32", 32),
-    "U16": ("uint16", 16),
-    "U8": ("uint8", 8),
-    "BOOL": ("bool", 8),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "C64": ("complex64", 64),
-    "F4": ("F4", 4),
-    "F6_E2M3": ("F6_E2M3", 6),
-    "F6_E3M2": ("F6_E3M2", 6),
-}
+# Bits per entry of the dtypes that take less than a byte.
+PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
-# torch's dtype name -> code in the file and bytes per entry.
-CODES = {name: (code, bits // 8) for code, (name, bits) in DTYPES.items() if bits >= 8}
+# dtype in the file -> torch's name, or its own if torch has none.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    **{code: code for code in PACKED_BITS},
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # Alignment of the data in bytes, for readers that map the file.
 ALIGNMENT = 8
@@ -104,16 +103,18 @@ class SafetensorsFile:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
-        import torch  # imported here, so that headers can be read without torch
+        import torch
 
-        info = self.tensors[name]
-        dtype = getattr(torch, info.dtype, None)
+        dtype = getattr(torch, self.tensors[name].dtype, None)
         if dtype is None:
-            raise InputError(f"{self.path}: {name} is stored as {info.dtype}, which needs a newer version of torch")
-        out = torch.empty(stop - start, dtype=dtype)
-        buffer = memoryview(out.view(torch.uint8).numpy().data)
-        self._content.fill(buffer, self._start[name] + start * dtype.itemsize, name)
-        return out
+            problem = f"{name} is stored as {self.tensors[name].dtype}, which needs a newer version of torch"
+            raise InputError(f"{self.path}: {problem}")
+        return self._content.read_entries(stop - start, dtype, self._start[name] + start * dtype.itemsize, name)
+
+    def locate(self, name: str) -> StoredTensor:
+        """Return the place of a tensor in the file."""
+        info = self.tensors[name]
+        return StoredTensor(self._content, name, info.dtype, info.shape, self._start[name])
 
     def decodes(self, name: str) -> bool:
         """Return whether ``read_arrays`` can read a tensor."""
@@ -135,9 +136,8 @@ class SafetensorsFile:
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes:
         """Return the bytes of a small tensor, or the first ``limit`` of any, without torch."""
-        content = bytearray(self._bytes[name] if limit is None else min(limit, self._bytes[name]))
-        self._content.fill(memoryview(content), self._start[name], name)
-        return bytes(content)
+        count = self._bytes[name] if limit is None else min(limit, self._bytes[name])
+        return self._content.read_bytes(count, self._start[name], name)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -224,7 +224,8 @@ def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[
         raise InputError(f"{path}: {name} has the unknown dtype {code!r}; update loradiag, or save it in another")
     if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
         raise InputError(f"{path}: the header entry of {name} has an invalid shape or offset; save the file again")
-    dtype, bits = DTYPES[code]
+    dtype = DTYPES[code]
+    bits = PACKED_BITS.get(dtype) or 8 * WIDTH[dtype]
     if math.prod(shape) * bits != (end - begin) * 8:
         raise InputError(
             f"{path}: {name} is {code} {shape}, which does not match its size of {end - begin:,} bytes; save it again"
@@ -256,7 +257,7 @@ def write_safetensors(
         InputError: The file cannot be written.
         ValueError: A tensor does not have the declared shape and dtype.
     """
-    order = sorted(tensors, key=lambda name: (-CODES[tensors[name].dtype][1], name))
+    order = sorted(tensors, key=lambda name: (-WIDTH[tensors[name].dtype], name))
     with replacing(path, kind, overwrite) as file:
         file.write(_make_header([(name, tensors[name]) for name in order], metadata))
         for name in order:
@@ -268,9 +269,8 @@ def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, s
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, info in tensors:
-        code, width = CODES[info.dtype]
-        end = begin + math.prod(info.shape) * width
-        entries[name] = {"dtype": code, "shape": list(info.shape), "data_offsets": [begin, end]}
+        end = begin + info.numel * WIDTH[info.dtype]
+        entries[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
         begin = end
     encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)

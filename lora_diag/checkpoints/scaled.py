@@ -16,19 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
+from lora_diag.checkpoints.tensors import FLOAT8, FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-
-# 8-bit floats: dtype -> stored mantissa bits, exponent of the smallest normal number.
-FLOAT8 = {
-    "float8_e4m3fn": (3, -6),
-    "float8_e5m2": (2, -14),
-    "float8_e4m3fnuz": (3, -7),
-    "float8_e5m2fnuz": (2, -15),
-}
 
 SCALES = ("_scale_inv", "_scale")
 # Scales of activations, which do not affect the weight; named after the weight's module.
@@ -85,7 +77,8 @@ class ScaledWeight:
 
         codes = self.source.read(self.info.name, start, stop).float()
         if self.info.stored in FLOAT8:
-            mantissa, smallest = FLOAT8[self.info.stored]
+            mantissa, bias, _ = FLOAT8[self.info.stored]
+            smallest = 1 - bias  # exponent of the smallest normal number
             # code = f · 2^e with f in [1/2, 1), so ⌊log2|code|⌋ = e − 1; the step of subnormal numbers is constant.
             exponent = torch.where(codes == 0, smallest, torch.frexp(codes).exponent - 1).clamp(min=smallest)
             steps = torch.ldexp(torch.ones_like(codes), exponent - mantissa)

@@ -16,11 +16,34 @@ if TYPE_CHECKING:
 
     from lora_diag.checkpoints.decoding import Numbers
 
+# 8-bit floats: bits of the mantissa, exponent bias, and the meaning of the largest exponent: ``ieee`` (an infinity and
+# NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
+# References: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433; Noune et al. 2022,
+# https://arxiv.org/abs/2206.02915.
+FLOAT8 = {
+    "float8_e4m3fn": (3, 7, "fn"),
+    "float8_e5m2": (2, 15, "ieee"),
+    "float8_e4m3fnuz": (3, 8, "fnuz"),
+    "float8_e5m2fnuz": (2, 16, "fnuz"),
+}
+
+# Bytes per entry of the dtypes that are read.
+WIDTH = {
+    dtype: width
+    for width, dtypes in {
+        8: ("float64", "int64", "uint64", "complex64"),
+        4: ("float32", "int32", "uint32"),
+        2: ("float16", "bfloat16", "int16", "uint16"),
+        1: ("int8", "uint8", "bool", *FLOAT8, "float8_e8m0fnu"),
+    }.items()
+    for dtype in dtypes
+}
+
 # Floating-point dtypes whose bytes are the values. 8-bit floats are excluded: their values also depend on scales.
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # What ``decoding`` reads without torch.
-DECODED = FLOAT_DTYPES | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
+DECODED = FLOAT_DTYPES | FLOAT8.keys()
 
 # Longest name of a tensor; those of known models have up to 150 characters. Names are matched, sorted and printed.
 MAX_NAME = 1000

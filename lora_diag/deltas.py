@@ -195,6 +195,11 @@ class DenseDelta:
 Delta = StoredDelta | FactoredDelta | DenseDelta
 
 
+def drop_base(delta: Delta) -> Delta:
+    """Return an update that is known without its base weight, which would be read for its norm alone, without it."""
+    return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
+
+
 def footprint(delta: Delta) -> int:
     """Estimate the bytes needed to measure a layer.
 

@@ -5,7 +5,7 @@ and does not import torch; a plain low-rank update stays in factored form. A fam
 part of one, and one line in ``FAMILIES``; unsupported kinds are listed in ``refused``.
 """
 
-from lora_diag.adapters.adapter import FAMILIES, Adapter, open_adapter
+from lora_diag.adapters.adapter import FAMILIES, Adapter, open_adapter, open_input
 from lora_diag.adapters.names import Location, drop_all_wrappers, is_same_part, match_names
 from lora_diag.adapters.placing import Orientation
 from lora_diag.adapters.source import is_adapter
@@ -22,4 +22,5 @@ __all__ = [
     "is_same_part",
     "match_names",
     "open_adapter",
+    "open_input",
 ]

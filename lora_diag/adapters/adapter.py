@@ -18,11 +18,11 @@ from lora_diag.adapters.mlx import is_mlx, read_mlx
 from lora_diag.adapters.oft import read_oft
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.refused import refuse_unsupported
-from lora_diag.adapters.source import Source, StatedAlpha, add_config, open_source, refuse_integers
+from lora_diag.adapters.source import Source, StatedAlpha, add_config, is_adapter, open_source, refuse_integers
 from lora_diag.adapters.updates import Reading
 from lora_diag.adapters.vectors import read_ia3, read_ln_tuning
 from lora_diag.adapters.vera import read_vera
-from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
 from lora_diag.records.run import AdaptedWeight
@@ -156,11 +156,25 @@ class Adapter:
         return pairing, (*self.notes, *self.warnings(), *notes)
 
 
+def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
+    """Open a checkpoint or an adapter by its headers; its type says which of the two it is.
+
+    Args:
+        path: A path, a Hugging Face Hub id, or an address.
+        stated_alpha: α of an adapter whose files give none; ``rank`` for α = r.
+
+    Raises:
+        InputError: The path cannot be read, or is in an unsupported form.
+    """
+    path = as_path(path)
+    return open_adapter(path, stated_alpha) if is_adapter(locate(path)) else open_checkpoint(path)
+
+
 def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     """Open an adapter folder or file by its headers; no weights are read.
 
     Args:
-        path: An adapter folder, or an adapter's weights file.
+        path: An adapter folder, or an adapter's weights file; or a Hub id or an address of either.
         stated_alpha: α where the files give none; ``rank`` for α = r.
 
     Raises:

@@ -1,4 +1,8 @@
-"""The contents of an adapter's file, item by item, as seen by a program that loads it: parts, ranks and scales."""
+"""The contents of an adapter's file, item by item, as seen by a program that loads it: parts, ranks and scales.
+
+Also whether the file is complete: PEFT adapts each module of the model that ``target_modules`` of the config matches,
+and saves factors for all of them. Missing factors were lost later: PEFT fills them with zeros without an error.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusers import METADATA
 from lora_diag.adapters.gguf import TABLE, fields_of, reorder_rows
 from lora_diag.adapters.names import match_names
-from lora_diag.adapters.patterns import Scale, scale_of
-from lora_diag.adapters.source import strip
+from lora_diag.adapters.patterns import Scale, find_targets, scale_of
+from lora_diag.adapters.source import Config, is_named, strip
 from lora_diag.adapters.updates import NewValue, Site, Update
+from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import has_tied_head, is_head, is_table, natural_order
+from lora_diag.deltas import Pairing, has_tied_head, is_head, is_table, natural_order
 from lora_diag.records.names import RESIZABLE
 
 if TYPE_CHECKING:
@@ -133,7 +138,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
         InputError: An α in the file could not be read, or BASE does not give the number of heads of a GGUF adapter.
     """
     config = adapter.source.config
-    values = config.values if config is not None and not adapter.source.is_completed else {}
+    values = config.values if config is not None and adapter.source.stored is None else {}
     items = [*_describe_updates(adapter, base), *_describe_values(adapter, base)]
     return Contents(
         adapter.form,
@@ -236,3 +241,77 @@ def _infer_value_kind(value: NewValue, adapter: Adapter) -> Part:
     if value.weight.endswith(".bias"):
         return "bias"
     return "norm" if "norm" in value.key and len(adapter.checkpoint[value.key].shape) == 1 else "value"
+
+
+_WORD = re.compile(r"\w+")
+
+
+def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
+    """Return the number of weights of BASE that an adapter's config targets, and the names of those without factors.
+
+    Args:
+        adapter: The adapter.
+        base: Its BASE.
+        pairing: The adapted weights of BASE, selected or not.
+
+    Returns:
+        None if the config does not determine it: there is none or it has no ``target_modules``, it names parameters or
+        all linear layers, it replicates layers, or none of the modules that it targets has factors, since modules in
+        memory have other names than in BASE.
+
+    Raises:
+        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
+    """
+    config = adapter.source.config
+    if config is None or not config.values.get("target_modules") or config.values["target_modules"] == "all-linear":
+        return None
+    if any(config.values.get(key) for key in ("target_parameters", "layer_replication")):
+        return None
+    in_memory = names_in_memory(adapter, base)
+    layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
+    adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
+    modules = _list_modules(base, adapted, Model(base, in_memory), config)
+    targeted = find_targets(config, modules.values())
+    targeted -= find_targets(config, targeted, "exclude_modules")
+    saved = config.names("modules_to_save")
+    targets = [
+        name
+        for name, module in modules.items()
+        if module in targeted and not any(is_named(module, key) for key in saved) and _is_in_layers(module, config)
+    ]
+    if not any(name in adapted for name in targets):
+        return None
+    missing = [name for name in targets if name not in adapted]
+    return len(targets), tuple(sorted(missing, key=natural_order))
+
+
+def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
+    """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE."""
+    min_dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
+    modules: dict[str, str] = {}
+    for name in base:
+        parameter = model.parameter(name)
+        module = parameter.removesuffix(".weight")
+        if module == parameter or len(base[name].shape) < min_dimensions:
+            continue
+        # Experts and routers are parameters in memory, which PEFT does not adapt as modules.
+        is_parameter = ROUTER.match(parameter) or (
+            model.type in FUSED_MODELS and module.rpartition(".")[2] in EXPERT_LIKE_NAMES
+        )
+        if name in adapted or not is_parameter:
+            modules[name] = module
+    return modules
+
+
+def _is_in_layers(module: str, config: Config) -> bool:
+    """Return whether a module is in one of ``layers_to_transform``, by PEFT's rule; True if the config has none."""
+    layers = config.values.get("layers_to_transform")
+    if layers is None:
+        return True
+    indices = layers if isinstance(layers, list) else [layers]
+    pattern = config.values.get("layers_pattern") or []
+    patterns = [text for text in ([pattern] if isinstance(pattern, str) else pattern) if _WORD.fullmatch(str(text))]
+    for pattern in patterns or [r"[^.]*"]:
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(match[1]) in indices
+    return False

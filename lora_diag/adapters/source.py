@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
@@ -148,7 +148,7 @@ class Source:
         config: Its settings; None without a config file.
         metadata: Metadata of the weights file.
         stated_alpha: The user's α for files without one.
-        is_completed: Whether ``config`` holds values given only by the user.
+        stored: The source as its files give it, if ``config`` holds values that only the user gave; else None.
     """
 
     path: Path
@@ -156,7 +156,7 @@ class Source:
     config: Config | None
     metadata: Mapping[str, str]
     stated_alpha: StatedAlpha = None
-    is_completed: bool = False
+    stored: Source | None = None
 
     @property
     def peft_type(self) -> str:
@@ -229,16 +229,15 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
     """Open an adapter folder or file by its headers.
 
     Args:
-        path: The folder or file.
+        path: The folder or file, a Hugging Face Hub id, or an address.
         stated_alpha: α where the files give none.
 
     Raises:
         InputError: The path cannot be read.
     """
     path = as_path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; check the path")
-    file = _find_weights(path) if path.is_dir() else path
+    located = locate(path)
+    file = _find_weights(located) if located.is_dir() else located
     if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
         return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, stated_alpha)
@@ -420,14 +419,12 @@ def add_config(source: Source) -> Source:
         return source
     config = source.config
     if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
-        return replace(
-            source, config=Config(Path(f"{source.path} (--alpha)"), _make_settings(source)), is_completed=True
-        )
+        return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _make_settings(source)), stored=source)
     if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
         added: dict[str, Any] = {"lora_alpha": source.stated_alpha}
         if source.stated_alpha == "rank":
             added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
-        return replace(source, config=Config(config.path, {**config.values, **added}), is_completed=True)
+        return replace(source, config=Config(config.path, {**config.values, **added}), stored=source)
     return source
 
 

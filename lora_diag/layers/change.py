@@ -25,6 +25,7 @@ from lora_diag.linalg import (
     difference,
     first_non_finite,
     norm,
+    resolve_device,
     use_own_stream,
     whole_bytes,
 )
@@ -208,6 +209,21 @@ def why_not_comparable(fro: float) -> str | None:
     if fro == 0.0 or MIN_NORM <= fro <= MAX_NORM:
         return None
     return f"its norm is {fro:.2g}: float64 does not hold the squares of its quotients with others"
+
+
+def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
+    """Return the records of a layer, measured on a device; their method says so if the CPU had to take its place.
+
+    Args:
+        measure: Returns a record, or a tuple of records.
+        device: As in ``--device``.
+
+    Raises:
+        MemoryLimitError: This machine is out of memory.
+    """
+    records, note = compute_on_device(measure, resolve_device(device))
+    result: Any = tuple(append_note(each, note) for each in records) if isinstance(records, tuple) else None
+    return append_note(records, note) if result is None else result
 
 
 def append_note(record: T, text: str) -> T:

@@ -18,9 +18,10 @@ from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.layers.change import Change, why_not_comparable
 from lora_diag.layers.resolution import Gains
-from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, products, root
+from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, principal_cosines, products, root
 from lora_diag.linalg.devices import move
 from lora_diag.metrics import Distances, distances, truncation_error
+from lora_diag.records import Agreement
 
 # Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of many products.
 MOMENT_ERROR = 1e-4
@@ -264,3 +265,13 @@ def read_root(moments: Moments, device: torch.device) -> Root:
     error = norm([root_matrix @ root_matrix.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * fro
     spectral = float((root_matrix**2).sum(0).max().sqrt()) if moments.size else 0.0
     return Root(root_matrix, moments.on_rows, error, norm([root_matrix]), spectral)
+
+
+def agreement(u: Tensor, v: Tensor) -> Agreement:
+    """Return the record of the principal angles between two spaces, given by orthonormal columns."""
+    cosines = principal_cosines(u, v)
+    return Agreement(
+        cosines=tuple(round(cosine, 6) for cosine in cosines.tolist()),
+        overlap=min(1.0, float((cosines**2).mean())),
+        random=max(u.shape[1], v.shape[1]) / len(u),
+    )

@@ -1,10 +1,15 @@
-"""Input of every diagnostic: a layer's update, and the settings of the measurement."""
+"""Input of every diagnostic: a layer's update and the settings of its measurement; and records of skipped layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lora_diag.deltas import Delta
+from lora_diag.deltas import Delta, Unpaired
+from lora_diag.records import LeftOut
+
+if TYPE_CHECKING:
+    from lora_diag.layers.change import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +50,55 @@ class LayerTask:
     def shape(self) -> tuple[int, int]:
         """``(out, in)``, as it is stored."""
         return self.delta.shape
+
+
+def left_out_vector(delta: Delta, device: str) -> LeftOut:
+    """Return the record of a 1-D tensor, which no adapter has: the norm of its change, or why it is not finite."""
+    from lora_diag.layers.change import load_change  # deferred: imports torch
+    from lora_diag.linalg import resolve_device
+
+    change = load_change(delta, resolve_device(device), keep=False)
+    if change.non_finite is not None:
+        return not_finite(delta, change)
+    return LeftOut(
+        layer=delta.layer,
+        shape=delta.shape[1:],
+        reason="vector",
+        detail="1-D: its change has a norm but no rank",
+        fro=change.fro,
+        base_fro=change.base_fro,
+    )
+
+
+def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
+    """Return the record of a tensor that could not be compared; of rows that only one side has, with a finite norm."""
+    reason, detail, fro = unpaired.reason, unpaired.detail, None
+    if unpaired.rows is not None:
+        from lora_diag.linalg import first_non_finite, norm, resolve_device
+
+        rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape)
+        rows = rows.to(resolve_device(device))
+        if problem := first_non_finite("they hold", rows):
+            reason, detail = "non_finite", f"{detail}; {problem}"
+        else:
+            fro = norm([rows])
+    return LeftOut(
+        layer=unpaired.layer,
+        shape=unpaired.shape,
+        reason=reason,
+        detail=detail,
+        fro=fro,
+        tuned_shape=unpaired.tuned_shape,
+    )
+
+
+def not_finite(delta: Delta, change: Change) -> LeftOut:
+    """Return the record of a layer that cannot be measured because an entry is NaN or infinite."""
+    shape = delta.shape if delta.is_matrix else delta.shape[1:]
+    detail = change.non_finite or ""
+    return LeftOut(
+        layer=delta.layer,
+        shape=shape,
+        reason="non_finite",
+        detail=detail if delta.is_matrix else detail.replace("[0, ", "["),  # a vector was read as one row
+    )

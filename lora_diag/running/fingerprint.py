@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.source import Source, open_source
+from lora_diag.adapters.source import Source
 from lora_diag.checkpoints import Checkpoint, hide_secrets
 from lora_diag.checkpoints.distributed import INDEX
 from lora_diag.checkpoints.remote import RemotePath
@@ -55,8 +55,7 @@ def fingerprint_of_adapter(source: Source) -> str:
     Raises:
         InputError: A file cannot be read.
     """
-    if source.is_completed:  # options of the user are not part of the files
-        source = open_source(source.path)
+    source = source.stored or source  # options of the user are not part of the files
     return fingerprint(source.checkpoint, source.config.values if source.config is not None else None, whole=True)
 
 

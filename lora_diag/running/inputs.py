@@ -1,19 +1,36 @@
-"""The inputs of a command: paths → descriptions for the run record, and named ΔW."""
+"""The inputs of a command: paths → opened checkpoints and adapters → named ΔW, and descriptions for the run record.
+
+An input is opened once: the type of what is opened says whether it is a checkpoint (sparse patches are read as one) or
+an adapter, and it is passed on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_diag.adapters import Adapter, Location, drop_all_wrappers, is_adapter, is_same_part, match_names, open_adapter
-from lora_diag.adapters.complete import targets_of
+from lora_diag.adapters import (
+    Adapter,
+    Location,
+    Orientation,
+    Shape,
+    drop_all_wrappers,
+    is_adapter,
+    is_same_part,
+    match_names,
+    open_adapter,
+)
+from lora_diag.adapters.contents import targets_of
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
@@ -30,6 +47,9 @@ from lora_diag.running.fingerprint import (
     names_of,
 )
 
+if TYPE_CHECKING:
+    from lora_diag.layers.metric import Moments, Weighting
+
 # Metadata that ``probe activations`` writes: its matrices have names of weights, and would pair with them.
 MOMENTS = "second moments of layers' inputs"
 
@@ -39,27 +59,101 @@ class Comparison:
     """The inputs of a command, opened by their headers and paired.
 
     Args:
-        inputs: Inputs for the run record.
+        base: BASE; None for an adapter alone.
+        update: TUNED: a checkpoint, or an adapter.
+        inputs: Inputs for the run record, TUNED last.
         pairing: Compared layers, and skipped tensors.
     """
 
+    base: Checkpoint | None
+    update: Checkpoint | Adapter
     inputs: tuple[RunInput, ...]
     pairing: Pairing
 
+    @property
+    def matrices(self) -> list[Delta]:
+        """The compared layers that are matrices."""
+        return [delta for delta in self.pairing.deltas if delta.is_matrix]
+
+
+def open_base(path: Path | str | Checkpoint) -> Checkpoint:
+    """Open BASE by its headers; return an opened one unchanged.
+
+    Raises:
+        UsageError: It is an adapter.
+        InputError: It cannot be read.
+    """
+    if isinstance(path, Checkpoint):
+        return path
+    path = as_path(path)
+    located = locate(path)
+    if is_adapter(located) and not any((located / name).is_file() for name in WEIGHTS):
+        raise UsageError(f"{path}: is an adapter; give BASE first, then the adapter")
+    return open_checkpoint(path)
+
+
+def open_update(path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
+    """Open TUNED by its headers: an adapter, a checkpoint, or sparse patches over BASE.
+
+    Args:
+        path: TUNED.
+        base: BASE; None for an adapter alone.
+        stated_alpha: α of an adapter whose files give none.
+
+    Raises:
+        UsageError: It is no adapter and there is no BASE, or it holds second moments.
+        InputError: It cannot be read.
+    """
+    path = as_path(path)
+    if is_adapter(locate(path)):
+        return open_adapter(path, stated_alpha)
+    if base is None:
+        raise UsageError(f"{path}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED")
+    tuned = open_tuned(path, base)
+    for side in (base, tuned):
+        if any(file.metadata.get("kind") == MOMENTS for file in side.files):
+            raise UsageError(f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations")
+    return tuned
+
+
+def pair_update(
+    base: Checkpoint | None,
+    update: Checkpoint | Adapter,
+    layers: str | None = None,
+    exclude: str | None = None,
+    allow_unmatched: bool = False,
+) -> tuple[Pairing, Sequence[str]]:
+    """Return the named ΔW of an opened update with the skipped tensors, and notes on the pairing; read no weight.
+
+    Raises:
+        InputError: The adapter does not fit BASE, or two weights have one name.
+        NothingComparedError: The sides have no weight in common, or none is selected.
+    """
+    notes: Sequence[str]
+    if isinstance(update, Adapter):
+        pairing, notes = place(update.source, update.reading, base, layers, exclude, allow_unmatched)
+    else:
+        assert base is not None
+        pairing, notes = _pair_renamed(pair(base, update, layers, exclude), base, update)
+        refuse_empty(pairing, base, update)
+    _refuse_duplicate_names(pairing.deltas)
+    return pairing, notes
+
 
 def compare(
-    base: Path | str,
+    base: Path | str | Checkpoint,
     tuned: Path | str | None,
     layers: str | None = None,
     exclude: str | None = None,
     allow_unmatched: bool = False,
     verify: bool = False,
     stated_alpha: StatedAlpha = None,
+    role: str | None = None,
 ) -> Comparison:
     """Open both sides, pair their weights, and describe the inputs.
 
     Args:
-        base: Base checkpoint; or an adapter, if ``tuned`` is None.
+        base: Base checkpoint, which may be open already; or an adapter, if ``tuned`` is None.
         tuned: Fine-tuned checkpoint or adapter; None to measure an adapter without BASE.
         layers: Only weights whose name contains a match.
         exclude: Skip weights whose name contains a match.
@@ -67,54 +161,53 @@ def compare(
             error.
         verify: Whether to hash every byte (SHA-256).
         stated_alpha: α of an adapter whose files give none.
+        role: Role of TUNED in the run record; by default ``tuned`` or ``adapter``.
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
         NothingComparedError: The sides have no weight in common.
         UsageError: The only side is not an adapter, or the adapter comes first.
     """
-    base, tuned = as_path(base), as_path(tuned) if tuned is not None else None
-    first = locate(base)  # before TUNED, so that an error names the first argument first
-    if tuned is None and not is_adapter(first):
-        raise UsageError(f"{base}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED")
-    last = base if tuned is None else tuned
-    ends_with_adapter = is_adapter(locate(last))
-    if not ends_with_adapter and is_adapter(first):
-        raise UsageError(f"{base}: is an adapter; give BASE first, then the adapter")
-    base_checkpoint = open_checkpoint(base) if tuned is not None else None
-    if base_checkpoint is None or ends_with_adapter:
-        adapter = open_adapter(locate(last), stated_alpha)
-        pairing, notes = adapter.pair(base_checkpoint, layers, exclude, allow_unmatched)
-        described = describe_adapter(adapter, last, base_checkpoint, pairing, notes, verify)
+    if tuned is None:
+        assert not isinstance(base, Checkpoint)
+        before, update = None, open_update(base, None, stated_alpha)
     else:
-        tuned_checkpoint = open_tuned(last, base_checkpoint)
-        for side in (base_checkpoint, tuned_checkpoint):
-            if any(file.metadata.get("kind") == MOMENTS for file in side.files):
-                raise UsageError(f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations")
-        pairing, notes = _pair_renamed(
-            pair(base_checkpoint, tuned_checkpoint, layers, exclude), base_checkpoint, tuned_checkpoint
-        )
-        refuse_empty(pairing, base_checkpoint, tuned_checkpoint)
-        described = describe("tuned", tuned_checkpoint, notes, verify)
-    _refuse_duplicate_names(pairing.deltas)
+        before = open_base(base)
+        update = open_update(tuned, before, stated_alpha)
+    pairing, notes = pair_update(before, update, layers, exclude, allow_unmatched)
+    if isinstance(update, Adapter):
+        notes = (*update.notes, *update.warnings(), *notes)
+        described = describe_adapter(update, before, pairing, notes, verify)
+    else:
+        described = describe("tuned", update, notes, verify)
+    if role is not None:
+        described = described.model_copy(update={"role": role})
     unpaired = tuple(replace(item, detail=legible(item.detail)) for item in pairing.unpaired)
-    inputs = (described,) if base_checkpoint is None else (describe("base", base_checkpoint, verify=verify), described)
-    return Comparison(inputs, replace(pairing, unpaired=unpaired))
+    inputs = (described,) if before is None else (describe("base", before, verify=verify), described)
+    return Comparison(before, update, inputs, replace(pairing, unpaired=unpaired))
 
 
-def adapter_deltas(
-    path: Path, base: Checkpoint | None, layers: str | None, exclude: str | None, stated_alpha: StatedAlpha
-) -> tuple[str, tuple[Delta, ...]]:
-    """Open an adapter and return its kind and its ΔW, without reading a weight or describing the files.
+def refuse_without_rounding(compared: Comparison) -> None:
+    """Refuse ``--recover`` for an update that no file rounded.
 
     Raises:
-        InputError: It cannot be read, does not fit BASE, or two weights have one name.
-        NothingComparedError: Nothing is selected.
+        UsageError: No layer is a difference of two stored weights.
     """
-    adapter = open_adapter(locate(path), stated_alpha)
-    deltas = place(adapter.source, adapter.reading, base, layers, exclude)[0].deltas
-    _refuse_duplicate_names(deltas)
-    return legible(adapter.kind), deltas
+    if not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
+        raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
+
+
+def refuse_repeated(paths: Sequence[Path | str], tuned: Path | str | None = None) -> None:
+    """Refuse an input that is given twice, or that is TUNED itself.
+
+    Raises:
+        UsageError: There is such an input.
+    """
+    problems = {} if tuned is None else {os.path.realpath(tuned): "TUNED itself; give another input"}
+    for path in paths:
+        if (problem := problems.get(os.path.realpath(path))) is not None:
+            raise UsageError(f"{path}: is {problem}")
+        problems[os.path.realpath(path)] = "given twice; give each path once"
 
 
 def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
@@ -211,12 +304,7 @@ def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: s
 
 
 def describe_adapter(
-    adapter: Adapter,
-    path: Path | str,
-    base: Checkpoint | None,
-    pairing: Pairing,
-    notes: tuple[str, ...],
-    verify: bool,
+    adapter: Adapter, base: Checkpoint | None, pairing: Pairing, notes: Sequence[str], verify: bool
 ) -> RunInput:
     """Return the description of an adapter for the run record."""
     config = adapter.source.config
@@ -224,7 +312,7 @@ def describe_adapter(
     base_name = config.text("base_model_name_or_path") if config is not None else ""
     return RunInput(
         role="adapter",
-        path=legible(path),
+        path=legible(adapter.path),
         kind=legible(adapter.kind),
         tensors=len(adapter.checkpoint),
         notes=tuple(map(legible, notes)),
@@ -236,7 +324,7 @@ def describe_adapter(
     )
 
 
-def describe(role: str, checkpoint: Checkpoint, notes: tuple[str, ...] = (), verify: bool = False) -> RunInput:
+def describe(role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verify: bool = False) -> RunInput:
     """Return the description of a checkpoint for the run record."""
     classes = checkpoint.config.get("architectures")
     class_name = classes[0] if isinstance(classes, list) and classes else None
@@ -276,3 +364,94 @@ def _make_notes(step: Step) -> tuple[str, ...]:
         *step.checkpoint.notes,
         f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint",
     )
+
+
+NEEDS_ACTIVATIONS = "--kfac: needs --activations FILE, recorded with probe activations --output-gradients"
+
+# Prefix of matrices that are not E[xxᵀ] of a layer's input but E[ggᵀ] of its output gradient.
+GRADIENTS = "output_gradients."
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Second moments C = E[xxᵀ] of layers' inputs, and G = E[ggᵀ] of their output gradients.
+
+    Args:
+        described: For the run record.
+        of: Location of C, by the layer's name in BASE.
+        gradients: Location of G, by the layer's name in BASE.
+    """
+
+    described: RunInput
+    of: dict[str, Moments]
+    gradients: dict[str, Moments]
+
+    def weighting(self, layer: str, kfac: bool) -> Weighting | None:
+        """Return the weighting of a layer; None if the file does not have all it needs."""
+        from lora_diag.layers.metric import Weighting  # deferred: imports torch
+
+        inputs, gradients = self.of.get(layer), self.gradients.get(layer)
+        if inputs is None or (kfac and gradients is None):
+            return None
+        return Weighting(inputs, gradients if kfac else None)
+
+
+def second_moments(
+    path: Path | str, base: Checkpoint, pairing: Pairing, verify: bool = False, kfac: bool = False
+) -> SecondMoments:
+    """Open second moments by their headers, and return them by the compared layers that they belong to.
+
+    Args:
+        path: A safetensors file, or a folder, with one ``(in, in)`` matrix under each weight's name, and perhaps one
+            ``(out, out)`` under ``output_gradients.`` and its name.
+        base: The checkpoint whose weights they belong to.
+        pairing: The compared layers.
+        verify: Whether to hash every byte (SHA-256).
+        kfac: Whether second moments of output gradients are needed, too.
+
+    Raises:
+        InputError: The file cannot be read, a matrix is not square, or no matrix belongs to a compared weight.
+        UsageError: ``kfac``, and there are none of output gradients.
+    """
+    from lora_diag.layers.metric import Moments  # deferred: imports torch
+
+    stored = open_checkpoint(path)
+    sizes: dict[str, int] = {}
+    for name in stored:
+        shape = stored[name].shape
+        if len(shape) != 2 or shape[0] != shape[1] or stored[name].dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{stored.file_of(name)}: {name} is {stored[name].dtype} {list(shape)}, not a square floating-point "
+                "matrix; record the second moments again with loradiag probe activations"
+            )
+        sizes[name] = shape[0]
+    gradient_sizes = {
+        name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)
+    }
+    matched, _ = match_names({name: (None, size) for name, size in sizes.items()}, base, transposed=True, parts=True)
+    shapes: dict[str, Shape] = {
+        location.name: (None, sizes[name]) for name, locations in matched.items() for location in locations
+    }
+    orientation = Orientation(base, shapes, flag=False)
+    compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
+    of: dict[str, Moments] = {}
+    gradients: dict[str, Moments] = {}
+    for name, locations in matched.items():
+        for location in locations:
+            on_rows = orientation.in_out(location.name, (None, sizes[name]), base[location.name].shape)
+            if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:
+                of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
+                if gradient_sizes.get(name) == location.shape[1 if on_rows else 0]:
+                    gradients[location.layer] = Moments(
+                        Side(stored, GRADIENTS + name), gradient_sizes[name], not on_rows
+                    )
+    if not of:
+        raise InputError(
+            f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "
+            "activations of this BASE"
+        )
+    if kfac and not gradients:
+        raise UsageError(f"--kfac: {path} has no output gradients; record it with --output-gradients")
+    notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
+    notes += [f"recorded over {file.metadata['tokens']} tokens" for file in stored.files if "tokens" in file.metadata]
+    return SecondMoments(describe("activations", stored, tuple(notes), verify), of, gradients)

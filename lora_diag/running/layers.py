@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_diag.adapters.source import alpha_option
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.errors import MemoryLimitError, UsageError
-from lora_diag.layers.left_out import left_out_rows, left_out_vector
-from lora_diag.layers.task import LayerSettings
+from lora_diag.layers.task import LayerSettings, left_out_rows, left_out_vector
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
@@ -99,85 +99,6 @@ def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
     return text if isinstance(text, int) else read_bytes(text, "--memory")
 
 
-def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
-    """Return the records of one layer; if it does not fit into memory, a record of it as skipped."""
-    try:
-        return measure(task)
-    except MemoryLimitError as error:
-        detail = {"detail": str(error), "fro": error.fro, "base_fro": error.base_fro}
-        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", **detail),)
-
-
-def measure_layers(
-    writer: ResultsWriter[L],
-    tasks: Sequence[T],
-    measure: Callable[[T], Sequence[L | LeftOut]],
-    measure_skipped: Callable[[], Iterable[LeftOut]],
-    layout: Layout,
-    size: Callable[[T], int],
-    watch: ProgressReporter,
-    engine: Ray | None = None,
-) -> Results[L]:
-    """Measure the layers that are not in the results file; write and report each record in the order of the file.
-
-    Args:
-        writer: The results file, with the records of an earlier run.
-        tasks: One per layer, in the order of the file.
-        measure: A diagnostic with its settings bound; returns the records of one layer, or why it has none.
-        measure_skipped: Returns further skipped tensors; called after the layers.
-        layout: Allocation of the machine.
-        size: Returns the memory of a running task in bytes.
-        watch: Callbacks.
-        engine: A cluster to measure on; None for this machine only.
-
-    Returns:
-        All records of the run, including earlier ones.
-
-    Raises:
-        InputError: An input cannot be read, or the file cannot be written.
-    """
-    run_records = RunRecords(writer, watch)
-    if run_records.finished is not None:
-        return run_records.finished
-    finished = {record.layer for record in run_records.layers}
-    todo = [task for task in tasks if task.layer not in finished]
-    left_out = list[LeftOut]()
-    run = partial(run_ray, engine=engine) if engine is not None else run_local
-    for records in _report_progress(run(partial(_measure_or_skip, measure), todo, layout, size), todo, watch):
-        left_out += [record for record in records if isinstance(record, LeftOut)]
-        run_records.put(*(record for record in records if not isinstance(record, LeftOut)))
-    return run_records.end(
-        sorted([*left_out, *measure_skipped()], key=lambda record: (natural_order(record.layer), record.reason))
-    )
-
-
-def _report_progress(
-    measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: ProgressReporter
-) -> Iterator[Sequence[L | LeftOut]]:
-    """Yield the records of each task, and report the progress before the first and after each."""
-    sizes = [math.prod(task.shape) for task in todo]
-    names = [task.layer for task in todo] + [""]
-    entries_done, entries = 0, sum(sizes)
-    watch.progress(Progress(names[0], 0, len(todo), 0, entries))
-    for done, records in enumerate(measured, 1):
-        entries_done += sizes[done - 1]
-        watch.progress(Progress(names[done], done, len(todo), entries_done, entries))
-        yield records
-
-
-def without_rank(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
-    """Yield the records of 1-D tensors and of tensors that could not be paired."""
-    vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
-    yield from run_local(partial(left_out_vector, device=device), vectors, layout, footprint)
-    yield from record_unpaired(pairing, layout, device)
-
-
-def record_unpaired(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
-    """Yield the records of tensors that could not be paired."""
-    measure = partial(left_out_rows, device=device)
-    yield from run_local(measure, pairing.unpaired, layout, lambda unpaired: 0)
-
-
 def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
     """Return the distinct ranks in ascending order.
 
@@ -254,16 +175,24 @@ class LayerRun:
             plan_device(self.options["engine"], self._device) if self.torch else DevicePlan(self._device, "cpu", "cpu")
         )
 
-    def compare(self, base: Path | str, tuned: Path | str | None) -> Comparison:
-        """Open both sides and pair the selected weights.
+    def compare(
+        self, base: Path | str | Checkpoint, tuned: Path | str | None, role: str | None = None, **options: Any
+    ) -> Comparison:
+        """Open both sides and pair the selected weights; see ``inputs.compare``.
+
+        Args:
+            base: Base checkpoint, which may be open already; or an adapter, if ``tuned`` is None.
+            tuned: Fine-tuned checkpoint or adapter.
+            role: Role of TUNED in the run record; by default ``tuned`` or ``adapter``.
+            **options: Options in place of those of the run.
 
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
             NothingComparedError: The sides have no weight in common.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
-        pairing_options: dict[str, Any] = {name: self.options[name] for name in names}
-        return compare(base, tuned, stated_alpha=self.stated_alpha, **pairing_options)
+        own = {name: self.options[name] for name in names}
+        return compare(base, tuned, stated_alpha=self.stated_alpha, role=role, **(own | options))
 
     def pair(
         self,
@@ -271,7 +200,8 @@ class LayerRun:
         tuned: Path | str | None,
         measure: Callable[..., Sequence[L | LeftOut]],
         size: Callable[..., int] = entry_bytes,
-        settings: dict[str, Any] | None = None,
+        own: Mapping[str, object] | None = None,
+        settings: Any = None,
     ) -> Results[L]:
         """Measure every matrix that both sides have: ``measure(delta, settings=LayerSettings(...))``.
 
@@ -280,22 +210,15 @@ class LayerRun:
             tuned: Fine-tuned checkpoint or adapter.
             measure: Returns the records of one layer, or why it has none.
             size: Returns the memory needed to measure a layer, in bytes.
-            settings: The command's own settings, for the run record.
+            own: The command's own settings, for the run record.
+            settings: Settings of the measurement; default ``LayerSettings`` of the options.
 
         Returns:
             All records of the run.
         """
         compared = self.compare(base, tuned)
-        matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-        return self.over(
-            matrices,
-            measure,
-            size,
-            self.settings(LayerSettings),
-            lambda layout, _, __: without_rank(compared.pairing, layout, self.where.here),
-            compared.inputs,
-            settings or {},
-        )
+        settings = self.settings(LayerSettings) if settings is None else settings
+        return self.over(compared.matrices, measure, size, settings, compared.pairing, compared.inputs, own or {})
 
     def settings(self, kind: Callable[..., S], **own: Any) -> S:
         """Return the settings of a diagnostic: its own, and the options common to all diagnostics."""
@@ -308,11 +231,12 @@ class LayerRun:
         measure: Callable[..., Sequence[L | LeftOut]],
         size: Callable[..., int],
         settings: S,
-        measure_skipped: Callable[[Layout, Results[L], S], Iterable[LeftOut]],
+        unmeasured: Pairing | Callable[[Layout, str], Iterable[LeftOut]],
         inputs: tuple[RunInput, ...],
-        requested: Mapping[str, object],
+        own: Mapping[str, object],
         recorded: Sequence[str] = RECORDED,
         finish: Callable[[Results[L]], None] | None = None,
+        rest: Callable[[T, Sequence[L]], T | None] = lambda task, records: None,
     ) -> Results[L]:
         """Measure every layer; write and report each record in the order of the file.
 
@@ -321,12 +245,14 @@ class LayerRun:
             measure: ``measure(task, settings=...)`` returns the records of one layer, or why it has none.
             size: ``size(task, settings=...)`` returns the memory of a running task in bytes.
             settings: A frozen dataclass with a field ``memory``, which is set to the memory limit of a layer in bytes.
-            measure_skipped: Returns further skipped tensors, given the layout, the records of an interrupted run, and
-                the settings.
+            unmeasured: The tensors without a task: of their pairing, 1-D and unpaired tensors are recorded as left out;
+                or a function of layout and device that yields their records.
             inputs: For the run record.
-            requested: The command's own settings, for the run record.
+            own: The command's own settings, for the run record.
             recorded: Names of settings that come last in the run record, in this order.
             finish: Called with the records while the results file is still locked.
+            rest: Returns the part of a task that an interrupted run left out, given its records of the task; None if
+                there is none. It is measured again for the reason.
 
         Returns:
             All records of the run, including those of an interrupted run.
@@ -335,27 +261,43 @@ class LayerRun:
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options
-        values = {**options, "device": self.where.kind, **requested}
-        own_settings = {name: value for name, value in requested.items() if name not in recorded}
+        values = {**options, "device": self.where.kind, **own}
         run = Run(
             command=self.command,
             version=__version__,
             inputs=inputs,
-            settings={**own_settings, **{name: values[name] for name in recorded}, **stated_alpha(self.options)},
+            settings={
+                **{name: value for name, value in own.items() if name not in recorded},
+                **{name: values[name] for name in recorded},
+                **stated_alpha(options),
+            },
         )
         layout = self.layout(tasks)
-        limited: S = replace(settings, memory=layout.limit)
+        settings = replace(settings, memory=layout.limit)
+        watch = ProgressReporter(options["on_progress"], options["on_record"])
         with ResultsWriter[L](options["output"], run, options["resume"], options["overwrite"]) as writer:
-            results = measure_layers(
-                writer,
-                tasks,
-                partial(measure, settings=limited),
-                lambda: measure_skipped(layout, writer.earlier, limited),
-                layout,
-                partial(size, settings=limited),
-                ProgressReporter(options["on_progress"], options["on_record"]),
-                options["engine"],
-            )
+            records = RunRecords(writer, watch)
+            results = records.finished
+            if results is None:
+                earlier: dict[str, list[L]] = {}
+                for record in records.layers:
+                    earlier.setdefault(record.layer, []).append(record)
+                todo = [task for task in tasks if task.layer not in earlier]
+                measure_one = partial(_measure_or_skip, partial(measure, settings=settings))
+                engine = partial(run_ray, engine=options["engine"]) if options["engine"] is not None else run_local
+                left_out = list[LeftOut]()
+                for measured in _report_progress(
+                    engine(measure_one, todo, layout, partial(size, settings=settings)), todo, watch
+                ):
+                    left_out += [record for record in measured if isinstance(record, LeftOut)]
+                    records.put(*(record for record in measured if not isinstance(record, LeftOut)))
+                listing = partial(leave_out, unmeasured) if isinstance(unmeasured, Pairing) else unmeasured
+                left_out += listing(layout, self.where.here)
+                for task in tasks:
+                    if task.layer in earlier and (part := rest(task, earlier[task.layer])) is not None:
+                        again = measure(part, settings=replace(settings, device=self.where.here))
+                        left_out += [record for record in again if isinstance(record, LeftOut)]
+                results = records.end(sorted(left_out, key=lambda item: (natural_order(item.layer), item.reason)))
             if finish is not None:
                 finish(results)
         return results
@@ -369,3 +311,33 @@ class LayerRun:
         workers = self.options["workers"] or self.usual_workers
         planned = layout_of(tasks, workers, self.where.kind, self._limit, self.torch)
         return replace(planned, apart=self.apart and (planned.workers or planned.cores) > 1)
+
+
+def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
+    """Return the records of one layer; if it does not fit into memory, a record of it as skipped."""
+    try:
+        return measure(task)
+    except MemoryLimitError as error:
+        detail = {"detail": str(error), "fro": error.fro, "base_fro": error.base_fro}
+        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", **detail),)
+
+
+def _report_progress(
+    measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: ProgressReporter
+) -> Iterator[Sequence[L | LeftOut]]:
+    """Yield the records of each task, and report the progress before the first and after each."""
+    sizes = [math.prod(task.shape) for task in todo]
+    names = [task.layer for task in todo] + [""]
+    entries_done, entries = 0, sum(sizes)
+    watch.progress(Progress(names[0], 0, len(todo), 0, entries))
+    for done, records in enumerate(measured, 1):
+        entries_done += sizes[done - 1]
+        watch.progress(Progress(names[done], done, len(todo), entries_done, entries))
+        yield records
+
+
+def leave_out(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
+    """Yield the records of the 1-D tensors of a pairing, and of the tensors that could not be paired."""
+    vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
+    yield from run_local(partial(left_out_vector, device=device), vectors, layout, footprint)
+    yield from run_local(partial(left_out_rows, device=device), pairing.unpaired, layout, lambda unpaired: 0)

@@ -20,7 +20,7 @@ from lora_diag.rendering.text import duration
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
-from lora_diag.running.layers import record_unpaired
+from lora_diag.running.layers import leave_out
 from lora_diag.running.options import ProbeOptions, fill_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
@@ -195,7 +195,7 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     """Return the records of tensors that could not be paired or that the model does not use."""
     detail = "the model that transformers builds of BASE has no such weight"
     return [
-        *record_unpaired(pairing, Layout(1, 1), "cpu"),
+        *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
         *(LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail) for d in absent),
     ]
 

@@ -12,8 +12,7 @@ from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
 from lora_diag.layers.metric import Root, weighting_bytes
 from lora_diag.metrics import weighted_edge
-from lora_diag.running.activations import second_moments
-from lora_diag.running.inputs import compare
+from lora_diag.running.inputs import compare, second_moments
 from tests import oracles
 from tests.conftest import ROOT, as_numpy, save_model, weights
 from tests.diagnostics.residual.test_measure import lora

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters import Adapter
 from lora_diag.adapters.layouts import LAYOUTS
-from lora_diag.adapters.source import StatedAlpha
 from lora_diag.adapters.writing import (
     CAUSAL,
     Described,
@@ -28,14 +27,15 @@ from lora_diag.adapters.writing import (
     write_adapter,
 )
 from lora_diag.adapters.writing_targets import VERIFIED_MODELS, Model, Target, names_in_memory
-from lora_diag.checkpoints import Checkpoint, locate
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.extract.measure import left_out_matrix
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, write_whole
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.engines import Layout
-from lora_diag.running.layers import without_rank
+from lora_diag.running.inputs import Comparison
+from lora_diag.running.layers import leave_out
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
@@ -265,7 +265,7 @@ class Plan:
 
     def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
         """Yield the records of tensors without factors, with the norm of their change if it has one."""
-        for record in without_rank(self.pairing, layout, device):
+        for record in leave_out(self.pairing, layout, device):
             yield self._mark_saved(record)
         for delta in self.pairing.deltas:
             if delta.layer in self.refused:
@@ -336,28 +336,20 @@ def _iterate_owners(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
-def plan(
-    base: Checkpoint,
-    tuned: Path | str,
-    pairing: Pairing,
-    save: bool,
-    portable: bool = False,
-    stated_alpha: StatedAlpha = None,
-) -> Plan:
+def plan(compared: Comparison, save: bool, portable: bool = False) -> Plan:
     """Decide on the treatment of all tensors.
 
     Args:
-        base: Base checkpoint.
-        tuned: Fine-tuned checkpoint or an adapter, whose own names of modules are kept.
-        pairing: The compared tensors.
+        compared: BASE, and a fine-tuned checkpoint or an adapter, whose own names of modules are kept.
         save: Whether to store tensors without factors in full.
         portable: Whether only matrices that all programs scale equally get factors.
-        stated_alpha: α of an adapter whose files give none.
 
     Raises:
         InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
-    names = names_in_memory(open_adapter(locate(tuned), stated_alpha), base) if is_adapter(locate(tuned)) else {}
+    base, tuned, pairing = compared.base, compared.update, compared.pairing
+    assert base is not None
+    names = names_in_memory(tuned, base) if isinstance(tuned, Adapter) else {}
     model = Model(base, names)
     resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
     targets: dict[str, Target] = {}
@@ -372,11 +364,11 @@ def plan(
             targets[delta.layer] = target
         else:
             refused[delta.layer] = target
-    _refuse_repeated(tuned, targets)
+    _refuse_repeated(tuned.path, targets)
     return Plan(base, model, pairing, targets, refused, save, portable)
 
 
-def _refuse_repeated(tuned: Path | str, targets: Mapping[str, Target]) -> None:
+def _refuse_repeated(tuned: Path, targets: Mapping[str, Target]) -> None:
     """Refuse two layers that change one weight of BASE.
 
     Raises:

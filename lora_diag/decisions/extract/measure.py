@@ -25,12 +25,11 @@ from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
-from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
-from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.metric import Weighted, Weighting, fro_of, times, weigh, weighting_bytes
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings, LayerTask
+from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
 from lora_diag.linalg.distance import gap
 from lora_diag.metrics import energy_curve, rank_at
@@ -236,7 +235,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
     """
-    return append_note(*compute_on_device(partial(_extract, layer, settings, store), resolve_device(settings.device)))
+    return measure_on_device(partial(_extract, layer, settings, store), settings.device)
 
 
 def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:

@@ -15,7 +15,7 @@ from lora_diag.adapters.layouts import LAYOUTS, PEFT, Placed, check_layout
 from lora_diag.adapters.portable import convert
 from lora_diag.adapters.writing import check_converted, store_factors
 from lora_diag.adapters.writing_targets import Target
-from lora_diag.checkpoints import as_path, open_checkpoint
+from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, Plan, plan
@@ -23,16 +23,16 @@ from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, RankR
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.show import model_card
-from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
+from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import LeftOut, Results, Run
-from lora_diag.running.activations import second_moments
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import NEEDS_ACTIVATIONS, refuse_without_rounding, second_moments
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import FolderOptions, fill_options, list_options, list_typed_options, show_options
 
@@ -112,6 +112,8 @@ def extract(
     recover = arguments["recover"]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
+    if kfac and activations is None:
+        raise UsageError(NEEDS_ACTIVATIONS)
     rate = None if sweep is None else swept_rate(sweep)
     if (portable or form != PEFT) and unfactored == "save":
         kind = "a portable adapter" if portable else f"an adapter in {form}"
@@ -123,13 +125,13 @@ def extract(
     run = LayerRun("extract", {**common, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])
     compared = run.compare(base, tuned)
-    if recover and not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
-        raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, unfactored == "save", portable, run.stated_alpha)
+    if recover:
+        refuse_without_rounding(compared)
+    planned = plan(compared, unfactored == "save", portable)
     check_layout(form, [_place_target(target) for target in planned.targets.values()], planned.base)
-    moments = second_moments(activations, base, compared.pairing) if activations is not None else None
-    if kfac and (moments is None or not moments.gradients):
-        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
+    moments = None
+    if activations is not None:
+        moments = second_moments(activations, planned.base, compared.pairing, kfac=kfac)
 
     def measure_spectra() -> Results[Spectrum]:
         folder.open()
@@ -183,7 +185,7 @@ def extract(
         partial(_extract_layer, files=files),
         size,
         run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover),
-        lambda layout, _, __: planned.left_out(layout, run.where.here),
+        planned.left_out,
         (
             *other_inputs,
             tuned_input.model_copy(update={"notes": (*tuned_input.notes, *planned.notes())}),

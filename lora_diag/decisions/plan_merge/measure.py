@@ -27,10 +27,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from lora_diag.adapters import is_adapter
+from lora_diag.adapters import Adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.placing import Orientation
-from lora_diag.checkpoints import as_path, check_exists, locate
 from lora_diag.decisions.plan_merge import PlanMergeOptions
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
 from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta, FactoredDelta
@@ -38,7 +37,7 @@ from lora_diag.errors import UsageError
 from lora_diag.layers.task import LayerTask
 from lora_diag.linalg import first_non_finite, require_memory
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.layers import LayerRun, without_rank
+from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
 E4M3, E2M1, INT4 = 448.0, 6.0, 7.0  # largest values
@@ -392,19 +391,16 @@ def plan_merge(
         raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
     target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
-    base, adapter = as_path(base), as_path(adapter)
-    check_exists(base)
-    if not is_adapter(locate(adapter)):
-        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
     compared = run.compare(base, adapter)
-    matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-    orientation = next((Orientation(d.base.checkpoint, {}, flag=False) for d in matrices if d.base is not None), None)
+    if compared.base is None or not isinstance(compared.update, Adapter):
+        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
+    orientation = Orientation(compared.base, {}, flag=False)
     return run.over(
-        [MergeTask(delta, orientation is not None and _is_in_out(delta, orientation)) for delta in matrices],
+        [MergeTask(delta, _is_in_out(delta, orientation)) for delta in compared.matrices],
         measure,
         size,
         PlanSettings(target),
-        lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
+        compared.pairing,
         compared.inputs,
         run.own,
         recorded=("layers", "exclude", "allow_unmatched"),

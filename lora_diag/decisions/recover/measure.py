@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import Checkpoint, TensorInfo, as_path, check_exists, locate, open_checkpoint
+from lora_diag.adapters import Adapter
+from lora_diag.checkpoints import Checkpoint, TensorInfo, as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -31,12 +31,11 @@ from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.recover import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.show import model_card
-from lora_diag.deltas import StoredDelta, row_blocks
+from lora_diag.deltas import Pairing, StoredDelta, row_blocks
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
 from lora_diag.files import write_whole
-from lora_diag.layers.change import Change, append_note, bytes_of, compute_on_device, load_change
-from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.recovery import (
     DEFAULT_RANKS,
     Estimate,
@@ -45,15 +44,14 @@ from lora_diag.layers.recovery import (
     recovery_bytes,
     refuse_cells,
 )
-from lora_diag.layers.task import LayerSettings, LayerTask
-from lora_diag.linalg import Allowance, check_request, require_memory, resolve_device
+from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
+from lora_diag.linalg import Allowance, check_request, require_memory
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results
 from lora_diag.running.amounts import read_count, read_time
-from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
-from lora_diag.running.layers import RECORDED, LayerRun, without_rank
+from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
 
 if TYPE_CHECKING:
@@ -301,7 +299,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
             require_memory(
                 weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank"
             )
-    return append_note(*compute_on_device(partial(_measure, layer, settings, store), resolve_device(settings.device)))
+    return measure_on_device(partial(_measure, layer, settings, store), settings.device)
 
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
@@ -473,9 +471,6 @@ def recover(
     nearest, overwrite = resolved["nearest"], resolved["overwrite"]
     _check_options(rank, energy, params, full, leave_out_refused, output)
     base, tuned = as_path(base), as_path(tuned)
-    check_exists(base)
-    if is_adapter(locate(tuned)):
-        raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
     writes_factors = rank is not None or energy is not None or params is not None
     writes = writes_factors or full
     if nearest and not writes:
@@ -493,7 +488,10 @@ def recover(
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)
     compared = run.compare(base, tuned)
-    planned = plan(open_checkpoint(base), tuned, compared.pairing, save=False) if writes_factors else None
+    stored = compared.update
+    if isinstance(stored, Adapter):
+        raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
+    planned = plan(compared, save=False) if writes_factors else None
     tasks = [
         RecoveryTask(
             delta,
@@ -522,11 +520,6 @@ def recover(
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
 
-    def left_out_of(layout: Layout, _: Results[Recovery], __: LayerSettings) -> Iterable[LeftOut]:
-        if planned is not None:
-            return planned.left_out(layout, run.where.here)
-        return without_rank(compared.pairing, layout, run.where.here)
-
     def finish(results: Results[Recovery]) -> None:
         assert folder is not None
         out_of_time = any(item.reason == "time" for item in results.left_out)
@@ -541,9 +534,7 @@ def recover(
             planned.write(folder.work, results, files, name)
         elif not folder.whole:
             replaced = {record.layer for record in results if record.written == "posterior"}
-            write_checkpoint(
-                folder.work, open_checkpoint(tuned), [task.delta for task in tasks if task.layer in replaced], files
-            )
+            write_checkpoint(folder.work, stored, [task.delta for task in tasks if task.layer in replaced], files)
         size_options = {"--rank": rank, "--energy": energy, "--params": params}
         flags = ["--checkpoint"] if full else []
         flags += [str(part) for pair in size_options.items() if pair[1] is not None for part in pair]
@@ -566,7 +557,7 @@ def recover(
         partial(_measure_layer, files=files, deadline=deadline),
         estimate_bytes,
         settings,
-        left_out_of,
+        compared.pairing if planned is None else planned.left_out,
         compared.inputs,
         requested,
         recorded=RECORDED,
@@ -597,7 +588,7 @@ def _spend_budget(
         partial(_measure_layer, files=files),
         estimate_bytes,
         settings,
-        lambda *_: (),
+        Pairing((), ()),
         compared.inputs,
         {"curve": list(DEFAULT_RANKS)},
     )

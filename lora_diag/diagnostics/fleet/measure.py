@@ -20,9 +20,9 @@ import torch
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import StatedAlpha
-from lora_diag.checkpoints import as_path, locate, open_checkpoint
+from lora_diag.checkpoints import as_path, locate
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.deltas import Delta, FactoredDelta, natural_order
+from lora_diag.deltas import Delta, FactoredDelta, Pairing, natural_order
 from lora_diag.diagnostics.fleet import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
@@ -31,7 +31,7 @@ from lora_diag.linalg import resolve_device
 from lora_diag.metrics import energy_curve, rank_at, ranks_at
 from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.fingerprint import content_hash, files_of, legible
-from lora_diag.running.inputs import adapter_deltas, compare, describe
+from lora_diag.running.inputs import describe, open_base, open_update, pair_update
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 from lora_diag.thin import (
@@ -449,7 +449,7 @@ def fleet(
         _measure_here if run.options["engine"] is None else _measure_on_worker,
         lambda _, settings: SIZE,
         FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
-        lambda _, __, ___: (),
+        Pairing((), ()),
         tuple(
             RunInput(
                 role="adapter",
@@ -479,10 +479,7 @@ def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | Left
     path = member.seen.path
     base = settings.base.path if settings.base is not None else None
     try:
-        if is_adapter(locate(path)):
-            opened_base = open_checkpoint(base) if base is not None else None
-            kind, deltas = adapter_deltas(path, opened_base, settings.layers, settings.exclude, settings.stated_alpha)
-        elif base is None:
+        if base is None and not is_adapter(locate(path)):
             holds_adapters = path.is_dir() and any(map(is_adapter, path.iterdir()))
             fix = (
                 f"quote the pattern '{path}/**' for the adapters in it"
@@ -490,10 +487,10 @@ def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | Left
                 else "give its base with --base if it is a checkpoint"
             )
             raise InputError(f"{path}: is not an adapter; {fix}")
-        else:
-            comparison = compare(base, path, settings.layers, settings.exclude, stated_alpha=settings.stated_alpha)
-            kind, deltas = comparison.inputs[-1].kind, comparison.pairing.deltas
-        matrices = (delta for delta in deltas if delta.is_matrix)
+        opened = open_base(base) if base is not None else None
+        update = open_update(path, opened, settings.stated_alpha)
+        deltas = pair_update(opened, update, settings.layers, settings.exclude)[0].deltas
+        kind, matrices = legible(update.kind), (delta for delta in deltas if delta.is_matrix)
         return (measure_adapter(member.layer, kind, matrices, settings.device),)
     except LoradiagError as error:
         detail = str(error).removeprefix(f"{path}: ")

@@ -6,7 +6,6 @@ Merges are not written: only their distance from the sum is computed.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import as_path, locate
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, StoredDelta, Unpaired, footprint, natural_order
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, Unpaired, drop_base, footprint, natural_order
 from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.layers.agreement import agreement
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
     Change,
@@ -35,9 +33,9 @@ from lora_diag.layers.change import (
     load_change,
     why_not_comparable,
 )
-from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.metric import agreement
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings
+from lora_diag.layers.task import LayerSettings, not_finite
 from lora_diag.linalg import (
     Allowance,
     Factors,
@@ -70,8 +68,8 @@ from lora_diag.metrics.subspaces import (
     task_interference_at_random,
 )
 from lora_diag.records import LeftOut, Resolution, Results, totals
-from lora_diag.running.inputs import Comparison
-from lora_diag.running.layers import LayerRun, check_ranks, without_rank
+from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
+from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
 
 
@@ -654,9 +652,13 @@ def interference(
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
-    _refuse_repeated_updates(updates)
-    base = as_path(base) if base is not None else None  # opened once, so that its headers are not read again
-    comparisons = [run.compare(*((path, None) if base is None else (base, path))) for path in updates]
+    if len(updates) < 2:
+        raise UsageError(
+            "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"
+        )
+    refuse_repeated(updates)
+    opened = None if base is None else open_base(base)
+    comparisons = [run.compare(path, None) if opened is None else run.compare(opened, path) for path in updates]
     tasks = _align_layers(comparisons, settings.weights)
     unmeasured = Pairing(
         tuple(_list_vectors(comparisons)), tuple(_list_unpaired(comparisons, {task.layer for task in tasks}))
@@ -666,7 +668,7 @@ def interference(
         measure_layer,
         size,
         settings,
-        lambda layout, _, __: without_rank(unmeasured, layout, run.where.here),
+        unmeasured,
         (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),
         {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )
@@ -714,23 +716,6 @@ def _check_weights(requested: Sequence[float] | None, update_count: int) -> tupl
     return weights
 
 
-def _refuse_repeated_updates(updates: Sequence[Path | str]) -> None:
-    """Refuse fewer than two updates, or one that is given twice.
-
-    Raises:
-        UsageError: There are fewer than two, or one is given twice.
-    """
-    if len(updates) < 2:
-        raise UsageError(
-            "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"
-        )
-    seen: set[str] = set()
-    for path in updates:
-        if (real := os.path.realpath(path)) in seen:
-            raise UsageError(f"{path}: given twice; give each path once")
-        seen.add(real)
-
-
 def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
     """Align the updates by the names of the layers.
 
@@ -742,8 +727,7 @@ def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -
     for comparison, weight in zip(comparisons, weights, strict=True):
         for delta in comparison.pairing.deltas:
             if delta.is_matrix:
-                without_base = delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
-                by_layer.setdefault(delta.layer, []).append(Update(_tuned_path(comparison), weight, without_base))
+                by_layer.setdefault(delta.layer, []).append(Update(_tuned_path(comparison), weight, drop_base(delta)))
     if not any(len(updates) > 1 for updates in by_layer.values()):
         examples = "; ".join(
             f"{_tuned_path(comparison)} has {_first_layer_name(comparison)}" for comparison in comparisons

@@ -16,23 +16,13 @@ from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.errors import UsageError
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, append_note, compute_on_device, load_change
-from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg import (
-    Allowance,
-    Factors,
-    check_request,
-    decompose,
-    norm,
-    require_memory,
-    resolve_device,
-    whole_bytes,
-)
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, load_change, measure_on_device
+from lora_diag.layers.task import LayerSettings, not_finite
+from lora_diag.linalg import Allowance, Factors, check_request, decompose, norm, require_memory, whole_bytes
 from lora_diag.linalg.devices import move
 from lora_diag.metrics.subspaces import below_at_random, classify_direction, similarity_at_random
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.layers import LayerRun, without_rank
+from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
 NEEDS_BASE = "the weights themselves are compared, and BASE does not hold this one"
@@ -99,7 +89,7 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
     """
     if delta.base is None:
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
-    return (append_note(*compute_on_device(partial(_measure, delta, settings), resolve_device(settings.device))),)
+    return (measure_on_device(partial(_measure, delta, settings), settings.device),)
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
@@ -235,13 +225,5 @@ def intruders(
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
     if not 0 <= window < 1:
         raise UsageError(f"--window {window}: must lie between 0 and 1")
-    compared = run.compare(base, tuned)
-    return run.over(
-        [delta for delta in compared.pairing.deltas if delta.is_matrix],
-        measure_layer,
-        size,
-        run.settings(IntruderSettings, k=k, epsilon=epsilon, window=window),
-        lambda layout, _, __: without_rank(compared.pairing, layout, run.where.here),
-        compared.inputs,
-        run.own,
-    )
+    settings = run.settings(IntruderSettings, k=k, epsilon=epsilon, window=window)
+    return run.pair(base, tuned, measure_layer, size, run.own, settings)

@@ -12,33 +12,26 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from lora_diag.adapters import Adapter
 from lora_diag.adapters.source import alpha_option
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, footprint, selector
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, drop_base, footprint, selector
 from lora_diag.diagnostics.overlap import OverlapOptions
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Snapshot, Step, histories, open_steps
-from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
-from lora_diag.layers.left_out import not_finite
+from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings, LayerTask
+from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
 from lora_diag.linalg import Allowance, check_request, numerical_rank, resolve_device
 from lora_diag.linalg.distance import orthonormalize, shares
 from lora_diag.metrics import RANKS
 from lora_diag.metrics.resolution import Verdict
 from lora_diag.metrics.subspaces import overlap_by_chance
 from lora_diag.records import LeftOut, Results, RunInput
-from lora_diag.running.engines import Layout, run_local
+from lora_diag.running.engines import run_local
 from lora_diag.running.inputs import Comparison, compare, describe_steps
-from lora_diag.running.layers import (
-    LayerRun,
-    check_ranks,
-    check_running,
-    layout_of,
-    record_unpaired,
-    without_rank,
-)
+from lora_diag.running.layers import LayerRun, check_ranks, check_running, layout_of
 from lora_diag.running.options import Matching, Method, Workers, fill_options, show_options
 
 # Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of them are computed.
@@ -120,8 +113,7 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
     Raises:
         InputError: A file could not be read.
     """
-    records, fallback = compute_on_device(partial(_measure_overlap, task, settings), resolve_device(settings.device))
-    return tuple(append_note(record, fallback) for record in records)
+    return measure_on_device(partial(_measure_overlap, task, settings), settings.device)
 
 
 def _measure_overlap(
@@ -146,8 +138,7 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
     Returns:
         The subspaces; for an adapter, those spanned by its factors. A ``left_out`` record if there are none.
     """
-    if not isinstance(delta, StoredDelta):
-        delta = replace(delta, base=None)  # the update is known without W_base, which would be read for its norm alone
+    delta = drop_base(delta)
     change = load_change(delta, device, allowance=_make_allowance(delta, settings))
     if change.non_finite is not None:
         return not_finite(delta, change)
@@ -300,12 +291,10 @@ def overlap(
     if not gradients:
         raise UsageError("overlap: no gradients are given; give a folder with one safetensors file per step")
     compared = run.compare(base, tuned)
-    _refuse_gradient(compared.pairing, tuned)
+    _refuse_gradient(compared.update)
     steps = open_steps(gradients)
-    # Layers of a compared BASE have the names of its files, and gradients are matched to these.
-    checkpoint = _find_base(compared.pairing) or open_checkpoint(base)
-    gradient_histories, unmatched = histories(steps, checkpoint)
-    tasks, without_gradient = _join_gradients(compared.pairing, gradient_histories, unmatched, steps)
+    gradient_histories, unmatched = histories(steps, compared.base)
+    tasks, without_gradient = _join_gradients(compared, gradient_histories, unmatched, steps)
     if not tasks:
         raise NothingComparedError(_explain_no_overlap(compared, gradient_histories, unmatched))
     is_selected = selector(run.options["layers"], run.options["exclude"])
@@ -315,13 +304,19 @@ def overlap(
         measure_layer,
         size,
         settings,
-        lambda layout, earlier, limited: _list_left_out(
-            compared.pairing, unpaired, layout, tasks, earlier, replace(limited, device=run.where.here)
-        ),
+        Pairing(compared.pairing.deltas, (*compared.pairing.unpaired, *unpaired)),
         (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),
         {"ranks": list(settings.ranks), "steps": [step.step for step in steps]},
         recorded=("layers", "exclude", "method", "device", "seed"),
+        rest=_find_rest,
     )
+
+
+def _find_rest(task: GradientTask, records: Sequence[Overlap]) -> GradientTask | None:
+    """Return a task with the steps that are not in its records; None if all are."""
+    done = {record.step for record in records}
+    snapshots = tuple(snapshot for snapshot in task.snapshots if snapshot.step not in done)
+    return replace(task, snapshots=snapshots) if snapshots else None
 
 
 class SubspaceOptions(Matching, Method, Workers, total=False):
@@ -374,44 +369,38 @@ def subspaces(
         arguments["allow_unmatched"],
         stated_alpha=alpha_option(arguments),
     )
-    matrices = [delta for delta in compared.pairing.deltas if delta.is_matrix]
-    layout = layout_of(matrices, arguments["workers"], device.type)
-    spaces_or_left_out = list(
-        run_local(partial(layer_subspaces, settings=settings, device=device), matrices, layout, footprint)
-    )
+    layout = layout_of(compared.matrices, arguments["workers"], device.type)
+    measure = partial(layer_subspaces, settings=settings, device=device)
+    found = list(run_local(measure, compared.matrices, layout, footprint))
+    assert compared.base is not None
     return Reference(
-        base=_find_base(compared.pairing) or open_checkpoint(base),
-        layers={item.layer: item for item in spaces_or_left_out if not isinstance(item, LeftOut)},
+        base=compared.base,
+        layers={item.layer: item for item in found if not isinstance(item, LeftOut)},
         inputs=compared.inputs,
         settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
-        left_out=tuple(item for item in spaces_or_left_out if isinstance(item, LeftOut)),
+        left_out=tuple(item for item in found if isinstance(item, LeftOut)),
     )
 
 
-def _refuse_gradient(pairing: Pairing, tuned: Path | str) -> None:
+def _refuse_gradient(tuned: Checkpoint | Adapter) -> None:
     """Refuse gradients given as TUNED, which would be measured without an error.
 
     Raises:
         UsageError: Its metadata mark it as gradients.
     """
-    stored = next((delta.tuned.checkpoint for delta in pairing.deltas if isinstance(delta, StoredDelta)), None)
-    if stored is not None and any(file.metadata.get("kind") == "gradient" for file in stored.files):
-        raise UsageError(f"{tuned}: contains gradients; give BASE, then TUNED or an adapter, then the gradients")
-
-
-def _find_base(pairing: Pairing) -> Checkpoint | None:
-    return next((delta.base.checkpoint for delta in pairing.deltas if delta.base is not None), None)
+    if isinstance(tuned, Checkpoint) and any(file.metadata.get("kind") == "gradient" for file in tuned.files):
+        raise UsageError(f"{tuned.path}: contains gradients; give BASE, then TUNED or an adapter, then the gradients")
 
 
 def _join_gradients(
-    pairing: Pairing, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
+    compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
 ) -> tuple[list[GradientTask], list[Unpaired]]:
     """Join updates and gradients by layer; also return layers without a fitting gradient at some or all steps."""
     by_layer = {history.layer: history for history in gradient_histories}
     detail_by_layer = {item.layer: item.detail for item in unmatched}
     tasks: list[GradientTask] = []
     without_gradient: list[Unpaired] = []
-    for delta in (delta for delta in pairing.deltas if delta.is_matrix):
+    for delta in compared.matrices:
         history = by_layer.get(delta.layer)
         if history is None:
             where = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
@@ -451,40 +440,14 @@ def _list_unmatched(
     yield from (item for item in unmatched if item.layer not in layers_of_pairing and is_selected(item.layer))
 
 
-def _list_left_out(
-    pairing: Pairing,
-    unpaired: Sequence[Unpaired],
-    layout: Layout,
-    tasks: Sequence[GradientTask],
-    earlier_results: Results[Overlap],
-    settings: OverlapSettings,
-) -> Iterator[LeftOut]:
-    """Yield the layers that are left out before measuring.
-
-    Of layers that an earlier, resumed run measured in part, the other steps are measured again to find why it left
-    them out.
-    """
-    yield from without_rank(pairing, layout, settings.device)
-    yield from record_unpaired(Pairing((), tuple(unpaired)), layout, settings.device)
-    steps_by_layer: dict[str, set[int]] = {}
-    for record in earlier_results:
-        steps_by_layer.setdefault(record.layer, set()).add(record.step)
-    for task in tasks:
-        incomplete = [item for item in task.snapshots if item.step not in steps_by_layer.get(task.layer, {item.step})]
-        if incomplete:
-            unmeasured = measure_layer(GradientTask(task.delta, tuple(incomplete)), settings)
-            yield from (record for record in unmeasured if isinstance(record, LeftOut))
-
-
 def _explain_no_overlap(
     compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired]
 ) -> str:
-    changed = next((delta.layer for delta in compared.pairing.deltas if delta.is_matrix), None)
-    if changed is None:
+    if not compared.matrices:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
     example = gradient_histories[0].layer if gradient_histories else unmatched[0].layer if unmatched else None
     gradient_names = f"gradients have names like {example}" if example else "the gradients hold no tensor"
     return (
-        f"no layer that changed has a gradient, so nothing was compared. Layers have names like {changed}; "
-        f"{gradient_names}"
+        f"no layer that changed has a gradient, so nothing was compared. Layers have names like "
+        f"{compared.matrices[0].layer}; {gradient_names}"
     )

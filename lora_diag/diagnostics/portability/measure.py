@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.adapters import Adapter, is_adapter, open_adapter
+from lora_diag.adapters import Adapter, open_adapter, open_input
 from lora_diag.adapters.contents import Contents, Item, Part, contents_of
 from lora_diag.adapters.portable import write_portable
-from lora_diag.adapters.source import alpha_option
+from lora_diag.adapters.source import StatedAlpha, alpha_option
 from lora_diag.adapters.updates import Site
-from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
@@ -26,15 +26,15 @@ from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PART
 from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, largest_rank
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
-from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import fro_of
+from lora_diag.layers.task import LayerSettings, not_finite
 from lora_diag.linalg import resolve_device
 from lora_diag.linalg.distance import gap
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import number
 from lora_diag.running.inputs import describe, describe_adapter
-from lora_diag.running.layers import LayerRun, record_unpaired
+from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
 if TYPE_CHECKING:
@@ -78,18 +78,7 @@ class Judged:
         return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
 
 
-@dataclass(frozen=True, slots=True)
-class PortabilitySettings:
-    """Settings of the measurement of a weight.
-
-    Args:
-        memory: Memory limit of a layer in bytes; None without limit.
-    """
-
-    memory: int | None = None
-
-
-def judge(task: Judged, settings: PortabilitySettings) -> tuple[Portability | LeftOut, ...]:
+def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut, ...]:
     """Return the record of every consumer; one ``left_out`` record if ΔW is not finite.
 
     Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
@@ -176,7 +165,7 @@ def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, update:
     return gap((b * (outcome.scale / item.scale), a), update) / fro
 
 
-def size(task: Judged, settings: PortabilitySettings) -> int:
+def size(task: Judged, settings: LayerSettings) -> int:
     """Estimate the memory of judging a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
     if task.item.part in NONLINEAR_PARTS and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
@@ -229,11 +218,10 @@ def make_portable(
         >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
         >>> [(record.consumer, record.status) for record in found]  # doctest: +SKIP
     """
-    path = as_path(adapter)
-    if not is_adapter(locate(path)):
-        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE] --fix -o OUT")
-    opened = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
-    checkpoint = open_checkpoint(as_path(base)) if base is not None else None
+    stated_alpha = alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank})
+    opened, checkpoint = _open_inputs(adapter, base, stated_alpha, " --fix -o OUT")
+    for names in (consumers, require):
+        choose(names, form or opened.form)  # refuses an unknown program before anything is written
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
     errors = distances(opened, folder, checkpoint)
@@ -323,13 +311,7 @@ def portability(
     run = LayerRun("portability", options, PortabilityOptions)
     consumers, require = run.options["consumers"], run.options["require"]
     intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
-    path = as_path(adapter)
-    if not is_adapter(locate(path)):
-        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag portability ADAPTER [BASE]")
-    if base is not None and is_adapter(locate(base)):
-        raise UsageError(f"{base}: an adapter, not a base; the order is: loradiag portability ADAPTER [BASE]")
-    opened = open_adapter(locate(path), run.stated_alpha)
-    checkpoint = open_checkpoint(as_path(base)) if base is not None else None
+    opened, checkpoint = _open_inputs(adapter, base, run.stated_alpha)
     contents = contents_of(opened, checkpoint)
     chosen = choose([*consumers, *require], contents.form)
     selected = selector(run.options["layers"], run.options["exclude"])
@@ -338,14 +320,14 @@ def portability(
     if not tasks:
         raise NothingComparedError(f"{adapter}: no weight of the adapter is selected; change --layers and --exclude")
     verify = run.options["verify"]
-    adapter_input = describe_adapter(opened, path, checkpoint, pairing, notes, verify)
+    adapter_input = describe_adapter(opened, checkpoint, pairing, notes, verify)
     missing = [item for item in pairing.unpaired if item.reason == "not_in_base" and selected(item.layer)]
     return run.over(
         tasks,
         judge,
         size,
-        PortabilitySettings(),
-        lambda layout, _, __: record_unpaired(Pairing((), tuple(missing)), layout, run.where.here),
+        LayerSettings(),
+        Pairing((), tuple(missing)),
         (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), adapter_input),
         {
             "consumers": [f"{name}=={version}" for name, version in chosen],
@@ -434,6 +416,24 @@ def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: in
     return {consumer.name: f"{consumer.rank_option} {rank}" for consumer, rank in ranks.items() if rank is not None}
 
 
+def _open_inputs(
+    adapter: Path | str, base: Path | str | None, stated_alpha: StatedAlpha, options: str = ""
+) -> tuple[Adapter, Checkpoint | None]:
+    """Open the adapter, and BASE if it is given.
+
+    Raises:
+        UsageError: The first is not an adapter, or the second is one.
+    """
+    order = f"the order is: loradiag portability ADAPTER [BASE]{options}"
+    opened = open_input(adapter, stated_alpha)
+    if not isinstance(opened, Adapter):
+        raise UsageError(f"{adapter}: not an adapter; {order}")
+    checkpoint = None if base is None else open_input(base)
+    if isinstance(checkpoint, Adapter):
+        raise UsageError(f"{base}: an adapter, not a base; {order}")
+    return opened, checkpoint
+
+
 def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
     """Return the ΔW of the adapter, and notes; without BASE, no ΔW if it cannot be paired."""
     try:
@@ -520,7 +520,7 @@ def outcome(contents: Contents, consumer: Consumer, rule: Rule) -> list[Portabil
     name = consumer.name, rule.read[-1]
     records: list[Portability] = []
     for task in make_tasks(contents, {name: (consumer, rule)}):
-        records += [record for record in judge(task, PortabilitySettings()) if isinstance(record, Portability)]
+        records += [record for record in judge(task, LayerSettings()) if isinstance(record, Portability)]
     return records
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,26 +11,24 @@ from typing import Literal, Unpack
 
 import torch
 
-from lora_diag.checkpoints import as_path
-from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, footprint
+from lora_diag.adapters import Adapter
+from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, drop_base, footprint
 from lora_diag.diagnostics.residual import ResidualOptions
 from lora_diag.diagnostics.residual.record import Distance, Expected, Residual
 from lora_diag.errors import UsageError
-from lora_diag.layers.agreement import agreement
-from lora_diag.layers.change import Change, append_note, compute_on_device, load_change, why_not_comparable
-from lora_diag.layers.left_out import not_finite
-from lora_diag.layers.metric import Metric, Moments, read_root, times
+from lora_diag.layers.change import Change, load_change, measure_on_device, why_not_comparable
+from lora_diag.layers.metric import Metric, Moments, agreement, read_root, times
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg import Allowance, Factors, check_request, numerical_rank, products, resolve_device
+from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
+from lora_diag.linalg import Allowance, Factors, check_request, numerical_rank, products
 from lora_diag.metrics import Distances, distances
-from lora_diag.records import Agreement, LeftOut, Resolution, Results
-from lora_diag.running.activations import second_moments
-from lora_diag.running.engines import Layout
-from lora_diag.running.inputs import Comparison
-from lora_diag.running.layers import LayerRun, record_unpaired
+from lora_diag.records import Agreement, LeftOut, Results, RunInput
+from lora_diag.running.inputs import Comparison, refuse_repeated, second_moments
+from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
+
+Role = Literal["adapter", "reference"]
 
 # Number of singular vectors to compare if no adapter determines it.
 SUBSPACE = 8
@@ -48,28 +45,17 @@ class ComparedUpdate:
     """
 
     name: str
-    role: Literal["adapter", "reference"]
+    role: Role
     delta: Delta | None
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(LayerTask):
     """One layer of a full fine-tune, and the updates compared with it."""
 
-    tuned: Delta
     updates: tuple[ComparedUpdate, ...]
     moments: Moments | None = None
     recover: bool = False
-
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        return self.tuned.layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.tuned.shape
 
 
 def size(layer: Layer, settings: LayerSettings) -> int:
@@ -80,11 +66,11 @@ def size(layer: Layer, settings: LayerSettings) -> int:
     if settings.memory is not None:
         return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
     dense = max((footprint(update.delta) for update in layer.updates if update.delta), default=0)
-    return footprint(layer.tuned) + dense + _estimate_weighting_bytes(layer) + _estimate_cell_bytes(layer)
+    return footprint(layer.delta) + dense + _estimate_weighting_bytes(layer) + _estimate_cell_bytes(layer)
 
 
 def _estimate_cell_bytes(layer: Layer) -> int:
-    return recovery_bytes(layer.shape) if layer.recover and isinstance(layer.tuned, StoredDelta) else 0
+    return recovery_bytes(layer.shape) if layer.recover and isinstance(layer.delta, StoredDelta) else 0
 
 
 def _estimate_weighting_bytes(layer: Layer) -> int:
@@ -117,8 +103,7 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
     Raises:
         InputError: A file could not be read, or a second moment is invalid.
     """
-    records, fallback = compute_on_device(partial(_measure_residual, layer, settings), resolve_device(settings.device))
-    return tuple(append_note(record, fallback) for record in records)
+    return measure_on_device(partial(_measure_residual, layer, settings), settings.device)
 
 
 def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
@@ -126,12 +111,12 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     thin = {o.name: load_change(o.delta, device) for o in layer.updates if isinstance(o.delta, FactoredDelta)}
     top = min(max([SUBSPACE, *map(_count_columns, thin.values())]), *layer.shape)
     allowance = _make_allowance(layer, top, settings)
-    full = load_change(layer.tuned, device, allowance=allowance)
+    full = load_change(layer.delta, device, allowance=allowance)
     if full.non_finite is not None:
-        return (not_finite(layer.tuned, full),)
+        return (not_finite(layer.delta, full),)
     weight_metric = Metric(full, _decompose(full, top, settings), layer.shape)
     if problem := why_not_comparable(weight_metric.factors.fro):
-        return (not_finite(layer.tuned, replace(full, non_finite=problem)),)
+        return (not_finite(layer.delta, replace(full, non_finite=problem)),)
     data_metric = _make_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
     before_rounding = _estimate_before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
@@ -142,7 +127,7 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
         record = _make_record(layer, update, change, weight_metric, data_metric, before_rounding, settings)
         del change  # frees a dense X before the next is read
         if isinstance(record, str):
-            left_out = not_finite(layer.tuned, replace(full, non_finite=record))
+            left_out = not_finite(layer.delta, replace(full, non_finite=record))
             records.append(left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}))
         else:
             records.append(record)
@@ -161,28 +146,29 @@ def _make_record(
     """Return the record of one adapter; if its update is not finite or not comparable, why."""
     if change is not None and change.non_finite is not None:
         return change.non_finite
-    rank = _get_rank(update.delta, change) if layer.tuned.is_matrix else None
+    is_matrix, factors = layer.delta.is_matrix, weight_metric.factors
+    rank = _get_rank(update.delta, change) if is_matrix else None
     distances, norm = weight_metric.distances(change, rank)
     if problem := why_not_comparable(norm):
         return problem
     column_space, row_space = None, None
-    if layer.tuned.is_matrix and change is not None and norm > 0 and weight_metric.factors.fro > 0:
+    if is_matrix and change is not None and norm > 0 and factors.fro > 0:
         column_space, row_space = _measure_agreements(weight_metric, change, rank, settings)
-    file_resolution = _measure_resolution(weight_metric) if layer.tuned.is_matrix else None
-    distance_fields = _add_energy_error(distances, weight_metric.factors)
+    file_resolution = resolution(weight_metric.change.rounding, factors) if is_matrix else None
+    distance_fields = _add_energy_error(distances, factors)
     unresolved = (
         file_resolution is not None and file_resolution.verdict == "unresolved" and distances.epsilon is not None
     )
     return Residual(
         layer=layer.layer,
-        shape=layer.shape if layer.tuned.is_matrix else layer.shape[1:],
+        shape=layer.shape if is_matrix else layer.shape[1:],
         adapter=update.name,
         role=update.role,
         rank=rank,
-        fro=weight_metric.factors.fro,
+        fro=factors.fro,
         base_fro=weight_metric.change.base_fro,
         adapter_fro=norm,
-        method=weight_metric.factors.method,
+        method=factors.method,
         blocks=weight_metric.change.row_blocks,
         column_space=column_space,
         row_space=row_space,
@@ -226,9 +212,9 @@ def _estimate_before_rounding(
     Raises:
         MemoryLimitError: Its cells do not fit.
     """
-    if not layer.recover or not isinstance(layer.tuned, StoredDelta) or not layer.tuned.is_matrix or not full.fro:
+    if not layer.recover or not isinstance(layer.delta, StoredDelta) or not layer.delta.is_matrix or not full.fro:
         return None
-    recovered = recover_layer(layer.tuned, full.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
+    recovered = recover_layer(layer.delta, full.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
     return None if recovered.cells is None else BeforeRounding(recovered.change(settings.memory), recovered.norm())
 
 
@@ -259,11 +245,6 @@ def _get_rank(delta: Delta | None, change: Change | None) -> int | None:
     if delta is None or change is None:
         return 0
     return _count_columns(change) if isinstance(delta, FactoredDelta) else None
-
-
-def _measure_resolution(weight_metric: Metric) -> Resolution:
-    factors = weight_metric.factors
-    return resolution(weight_metric.change.rounding, factors)
 
 
 def _measure_agreements(
@@ -324,97 +305,63 @@ def residual(
     run = LayerRun("residual", options, ResidualOptions)
     reference, activations, recover = (run.options[name] for name in ("reference", "activations", "recover"))
     check_request(run.options["method"], 1, run.options["tol"])
-    _refuse_repeated_inputs(tuned, [*adapters, *([reference] if reference is not None else [])])
-    base = as_path(base)  # opened once, so that its headers are not read again
+    others: list[tuple[Path | str, Role]] = [(path, "adapter") for path in adapters]
+    others += [(reference, "reference")] if reference is not None else []
+    if not others:
+        raise UsageError(
+            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
+            "--reference"
+        )
+    refuse_repeated([path for path, _ in others], tuned)
     full = run.compare(base, tuned)
-    comparisons = [_set_role(run.compare(base, path), "adapter") for path in adapters]
-    if reference is not None:
-        comparisons.append(_set_role(run.compare(base, reference), "reference"))
-    verify = run.options["verify"]
-    moments = second_moments(activations, base, full.pairing, verify) if activations is not None else None
-    inputs = (
-        *full.inputs,
-        *(comparison.inputs[-1] for comparison in comparisons),
-        *((moments.described,) if moments else ()),
-    )
-    by_layer = [{delta.layer: _drop_base(delta) for delta in comparison.pairing.deltas} for comparison in comparisons]
+    assert full.base is not None
+    comparisons = [run.compare(full.base, path, role) for path, role in others]
+    moments = None
+    if activations is not None:
+        moments = second_moments(activations, full.base, full.pairing, run.options["verify"])
+    by_layer = [{delta.layer: drop_base(delta) for delta in comparison.pairing.deltas} for comparison in comparisons]
     tasks = [
         Layer(
             delta,
             tuple(
-                ComparedUpdate(comparison.inputs[-1].path, _get_role(comparison), deltas.get(delta.layer))
-                for comparison, deltas in zip(comparisons, by_layer, strict=True)
+                ComparedUpdate(comparison.inputs[-1].path, role, deltas.get(delta.layer))
+                for (_, role), comparison, deltas in zip(others, comparisons, by_layer, strict=True)
             ),
             moments.of.get(delta.layer) if moments else None,
             recover,
         )
         for delta in full.pairing.deltas
     ]
-    left_out = Pairing((), (*full.pairing.unpaired, *_list_unmatched(full.pairing, comparisons)))
     return run.over(
         tasks,
         measure_layer,
         size,
         run.settings(LayerSettings),
-        lambda layout, earlier, limited: _list_left_out(
-            left_out, layout, tasks, earlier, replace(limited, device=run.where.here)
+        Pairing((), (*full.pairing.unpaired, *_list_unmatched(full.pairing, comparisons))),
+        (
+            *_note_tuned(full, comparisons),
+            *(comparison.inputs[-1] for comparison in comparisons),
+            *((moments.described,) if moments else ()),
         ),
-        inputs,
         {"recover": True} if recover else {},
+        rest=_find_rest,
     )
 
 
-def _list_left_out(
-    left_out: Pairing,
-    layout: Layout,
-    tasks: Sequence[Layer],
-    earlier: Results[Residual],
-    settings: LayerSettings,
-) -> Iterator[LeftOut]:
-    """Yield the layers left out before measuring, and the updates that an interrupted run left out of others."""
-    yield from record_unpaired(left_out, layout, settings.device)
-    done: dict[str, set[str]] = {}
-    for record in earlier:
-        done.setdefault(record.layer, set()).add(record.adapter)
-    for task in tasks:
-        unrecorded = tuple(update for update in task.updates if update.name not in done.get(task.layer, {update.name}))
-        if unrecorded:
-            records = measure_layer(replace(task, updates=unrecorded), settings)
-            yield from (record for record in records if isinstance(record, LeftOut))
+def _note_tuned(full: Comparison, comparisons: Sequence[Comparison]) -> tuple[RunInput, ...]:
+    """Return the inputs BASE and TUNED; with a note if TUNED may be one of the adapters, given in its place."""
+    if not all(isinstance(comparison.update, Adapter) for comparison in (full, *comparisons)):
+        return full.inputs
+    *before, tuned = full.inputs
+    note = "an adapter in the place of TUNED: distances are from this adapter, not from a full fine-tune"
+    return (*before, tuned.model_copy(update={"notes": (*tuned.notes, note)}))
 
 
-def _refuse_repeated_inputs(tuned: Path | str, others: Sequence[Path | str]) -> None:
-    """Refuse to compare nothing, or an input with itself or twice.
-
-    Raises:
-        UsageError: There are no inputs to compare with TUNED, or one is TUNED itself or given twice.
-    """
-    if not others:
-        raise UsageError(
-            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
-            "--reference"
-        )
-    problems = {os.path.realpath(tuned): "TUNED itself; give another input"}
-    for path in others:
-        if (problem := problems.get(os.path.realpath(path))) is not None:
-            raise UsageError(f"{path}: is {problem}")
-        problems[os.path.realpath(path)] = "given twice; give each path once"
-
-
-def _set_role(comparison: Comparison, role: str) -> Comparison:
-    """Return a comparison whose second input has its role in this command."""
-    return replace(
-        comparison, inputs=(*comparison.inputs[:-1], comparison.inputs[-1].model_copy(update={"role": role}))
-    )
-
-
-def _get_role(comparison: Comparison) -> Literal["adapter", "reference"]:
-    return "reference" if comparison.inputs[-1].role == "reference" else "adapter"
-
-
-def _drop_base(delta: Delta) -> Delta:
-    """Return a ΔW without its base, whose norm is already known; a stored one, which is a difference, unchanged."""
-    return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
+def _find_rest(task: Layer, records: Sequence[Residual]) -> Layer | None:
+    """Return a layer with the updates that are not in its records; None if all are."""
+    done = {record.adapter for record in records}
+    updates = tuple(update for update in task.updates if update.name not in done)
+    return replace(task, updates=updates) if updates else None
 
 
 def _list_unmatched(full: Pairing, comparisons: Sequence[Comparison]) -> Iterator[Unpaired]:

@@ -28,7 +28,7 @@ from lora_diag.linalg.streamed import ROWS
 from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution, Results
 from lora_diag.running.inputs import describe, describe_steps
-from lora_diag.running.layers import LayerRun, record_unpaired
+from lora_diag.running.layers import LayerRun
 
 # Largest order of the larger side's Gram matrix: it takes 128 MiB, and its eigenvalues take 2 s.
 OTHER_GRAM_UP_TO = 4096
@@ -224,7 +224,7 @@ def gradient_spectrum(
         _measure_layer,
         size,
         settings,
-        lambda layout, _, __: record_unpaired(Pairing((), tuple(unpaired)), layout, run.where.here),
+        Pairing((), tuple(unpaired)),
         (
             *([describe("base", checkpoint, verify=verify)] if checkpoint is not None else []),
             describe_steps(gradients, steps, verify),

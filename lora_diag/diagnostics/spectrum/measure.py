@@ -12,10 +12,10 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, record_of
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
-from lora_diag.layers.left_out import not_finite
 from lora_diag.layers.metric import Weighted, Weighting, weigh, weighting_bytes
 from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
 from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import not_finite
 from lora_diag.linalg import Factors, resolve_device
 from lora_diag.records import LeftOut
 from lora_diag.records.vocabulary import Hidden

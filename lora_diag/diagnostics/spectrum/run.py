@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
-from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.deltas import Pairing, StoredDelta, Unpaired, footprint
+from lora_diag.deltas import Pairing, Unpaired, footprint
 from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, is_quick, is_thin, thin_spectrum
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.layers import LayerRun, check_ranks, without_rank
+from lora_diag.running.inputs import NEEDS_ACTIVATIONS, SecondMoments, refuse_without_rounding, second_moments
+from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
-
-if TYPE_CHECKING:
-    from lora_diag.running.activations import SecondMoments
 
 
 @show_options
@@ -59,49 +57,34 @@ def spectrum(
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
     run = LayerRun("spectrum", options, SpectrumOptions)
-    gradients, activations, kfac = (run.options[name] for name in ("gradients", "activations", "kfac"))
-    ranks, top = run.options["ranks"], run.options["top"]
-    recover = run.options["recover"]
-    settings = run.settings(SpectrumSettings, ranks=check_ranks(ranks), top=top, recover=recover)
+    gradients, activations, kfac, recover, top = (
+        run.options[name] for name in ("gradients", "activations", "kfac", "recover", "top")
+    )
+    settings = run.settings(SpectrumSettings, ranks=check_ranks(run.options["ranks"]), top=top, recover=recover)
     defaults = SpectrumSettings()
     if (settings.method, top, settings.tol) != (defaults.method, defaults.top, defaults.tol):
         from lora_diag.linalg import check_request  # deferred: imports torch
 
         check_request(settings.method, top, settings.tol)
-    if kfac and activations is None:
-        raise UsageError("--kfac: needs --activations FILE, recorded with probe activations --output-gradients")
-    if recover and (activations is not None or gradients):
-        option = "--activations" if activations is not None else "--gradients"
-        raise UsageError(f"--recover: estimates an update in the weights' metric; remove {option}")
+    _check_inputs({**run.options, "base": base, "tuned": tuned})
     if gradients:
-        if activations is not None:
-            raise UsageError("--activations: applies to an update, not to --gradients; remove one of the two")
-        if tuned is not None:
-            raise UsageError("--gradients: cannot be combined with TUNED; give BASE alone, or nothing")
         from lora_diag.diagnostics.spectrum.gradients import gradient_spectrum
 
         return gradient_spectrum(run, base, gradients, settings)
-    if base is None:
-        raise UsageError("spectrum: nothing to measure; give BASE and TUNED, or an adapter alone")
-    comparison = run.compare(base, tuned)
-    pairing, moments = comparison.pairing, None
-    if recover and not any(isinstance(delta, StoredDelta) for delta in pairing.deltas):
-        raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
-    if activations is not None:
-        from lora_diag.running.activations import second_moments  # deferred: imports torch
-
-        if tuned is None:
-            raise UsageError("--activations: needs BASE to identify the layers; give it before the adapter")
-        moments = second_moments(activations, base, pairing, run.options["verify"])
-        if kfac and not moments.gradients:
-            raise UsageError(f"--kfac: {activations} has no output gradients; record it with --output-gradients")
+    assert base is not None
+    compared = run.compare(base, tuned)
+    pairing, moments = compared.pairing, None
+    if recover:
+        refuse_without_rounding(compared)
+    if activations is not None and compared.base is not None:
+        moments = second_moments(activations, compared.base, pairing, run.options["verify"], kfac)
     pairing, matrices = _split_by_moments(pairing, moments, kfac)
     run.torch = not (
         all(is_thin(layer, settings) for layer in matrices)
         and len(matrices) == len(pairing.deltas)
         and all(item.rows is None for item in pairing.unpaired)
     )
-    if not run.torch and is_quick(matrices) and not isinstance(as_path(base), RemotePath):
+    if not run.torch and is_quick(matrices) and not isinstance(compared.update.path, RemotePath):
         run.usual_workers = 1
     if run.torch:  # it is imported before the results file is opened
         import lora_diag.diagnostics.spectrum.measure  # noqa: F401
@@ -110,8 +93,8 @@ def spectrum(
         _measure_layer,
         _estimate_bytes,
         settings,
-        lambda layout, _, __: without_rank(pairing, layout, run.where.here),
-        (*comparison.inputs, *((moments.described,) if moments else ())),
+        pairing,
+        (*compared.inputs, *((moments.described,) if moments else ())),
         {
             "ranks": list(settings.ranks),
             **({"metric": "kfac" if kfac else "data"} if moments else {}),
@@ -120,6 +103,33 @@ def spectrum(
         },
         recorded=("layers", "exclude", "method", "top", "tol", "device", "seed"),
     )
+
+
+# What each input or option needs, or excludes (with a minus sign); the first that does not hold is the error.
+_INPUTS = (
+    ("kfac", "activations", NEEDS_ACTIVATIONS),
+    ("recover", "-activations", "--recover: estimates an update in the weights' metric; remove --activations"),
+    ("recover", "-gradients", "--recover: estimates an update in the weights' metric; remove --gradients"),
+    ("gradients", "-activations", "--activations: applies to an update, not to --gradients; remove one of the two"),
+    ("gradients", "-tuned", "--gradients: cannot be combined with TUNED; give BASE alone, or nothing"),
+    ("-gradients", "base", "spectrum: nothing to measure; give BASE and TUNED, or an adapter alone"),
+    ("activations", "tuned", "--activations: needs BASE to identify the layers; give it before the adapter"),
+)
+
+
+def _check_inputs(values: Mapping[str, object]) -> None:
+    """Refuse a combination of inputs and options.
+
+    Raises:
+        UsageError: An input or option lacks what it needs, or is given with what it excludes.
+    """
+
+    def holds(condition: str) -> bool:
+        return bool(values[condition.removeprefix("-")]) != condition.startswith("-")
+
+    for given, needed, message in _INPUTS:
+        if holds(given) and not holds(needed):
+            raise UsageError(message)
 
 
 def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:

@@ -15,8 +15,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path, check_exists, locate
+from lora_diag.adapters import Adapter
 from lora_diag.deltas import (
     BLOCK_ENTRIES,
     Delta,
@@ -48,6 +47,7 @@ from lora_diag.diagnostics.verify_merge.faults import (
 from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES
+from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import require_memory
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import (
@@ -63,8 +63,7 @@ from lora_diag.linalg.merge import (
 )
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.inputs import compare
-from lora_diag.running.layers import LayerRun, record_unpaired
+from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import RunOptions, show_options
 
 # Number of changed entries inspected to infer the dtype of MERGED's values.
@@ -525,15 +524,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MISSING_REASONS = {"only_in_base", "shape_differs", "not_float"}
 
 
-@dataclass(frozen=True, slots=True)
-class MergeSettings:
-    """Settings of the check of a layer.
-
-    Args:
-        memory: Memory limit of a layer in bytes; None without limit.
-    """
-
-    memory: int | None = None
+ORDER = "loradiag verify-merge BASE ADAPTER MERGED"
 
 
 @show_options
@@ -574,41 +565,32 @@ def verify_merge(
     if engine is not None and engine.gpus_per_task:
         raise UsageError("--gpus-per-task: verify-merge runs on CPUs only; remove the option")
     run = LayerRun("verify-merge", options, RunOptions)
-    base, adapter, merged = map(as_path, (base, adapter, merged))
-    check_exists(base)
-    if not is_adapter(locate(adapter)):
-        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag verify-merge BASE ADAPTER MERGED")
-    if is_adapter(locate(merged)):
-        raise UsageError(
-            f"{merged}: an adapter, not a merged checkpoint; the order is: loradiag verify-merge BASE ADAPTER MERGED"
-        )
-    verify = run.options["verify"]
-    adapter_side = compare(
-        base, adapter, None, None, run.options["allow_unmatched"], verify, stated_alpha=run.stated_alpha
-    )
-    merged_side = compare(base, merged, verify=verify)
+    everything = {"layers": None, "exclude": None}  # the selection is by names of MERGED's layers
+    updates = run.compare(base, adapter, **everything)
+    if updates.base is None or not isinstance(updates.update, Adapter):
+        raise UsageError(f"{adapter}: not an adapter; the order is: {ORDER}")
+    written = run.compare(updates.base, merged, "merged", **everything)
+    if isinstance(written.update, Adapter):
+        raise UsageError(f"{merged}: an adapter, not a merged checkpoint; the order is: {ORDER}")
     selected = selector(run.options["layers"], run.options["exclude"])
-    tasks, unpaired = _align_layers(adapter_side.pairing, merged_side.pairing, merged, selected)
+    tasks, unpaired = _align_layers(updates.pairing, written.pairing, merged, selected)
     return run.over(
         tasks,
         _measure_layer,
         _estimate_bytes,
-        MergeSettings(),
-        lambda layout, _, __: record_unpaired(Pairing((), unpaired), layout, run.where.here),
-        (
-            *adapter_side.inputs,
-            *(item.model_copy(update={"role": "merged"}) for item in merged_side.inputs if item.role == "tuned"),
-        ),
+        LayerSettings(),
+        Pairing((), unpaired),
+        (*updates.inputs, written.inputs[-1]),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
     )
 
 
-def _measure_layer(task: MergedLayer, settings: MergeSettings) -> Sequence[Merge | LeftOut]:
+def _measure_layer(task: MergedLayer, settings: LayerSettings) -> Sequence[Merge | LeftOut]:
     return (verify(task, settings.memory),)
 
 
-def _estimate_bytes(task: MergedLayer, settings: MergeSettings) -> int:
+def _estimate_bytes(task: MergedLayer, settings: LayerSettings) -> int:
     return task.footprint if settings.memory is None else min(settings.memory, task.footprint)
 
 

@@ -27,9 +27,8 @@ from lora_diag.models.losses import Draw
 from lora_diag.models.opening import Model, Weights
 from lora_diag.probes.activations import ActivationsOptions
 from lora_diag.records.probe import Activations, LayerInput
-from lora_diag.running.activations import GRADIENTS
 from lora_diag.running.fingerprint import fingerprint, legible
-from lora_diag.running.inputs import MOMENTS
+from lora_diag.running.inputs import GRADIENTS, MOMENTS
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, pluralize
 from lora_diag.version import __version__

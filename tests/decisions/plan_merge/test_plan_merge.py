@@ -308,9 +308,10 @@ def test_command_refuses_bad_input(loradiag, tmp_path):
     unknown = loradiag("plan-merge", BASE, R4, "--to", "fp3")
     assert (unknown.code, "fp3" in unknown.err, "nvfp4" in unknown.err) == (2, True, True)
     assert loradiag("plan-merge", BASE, R4).code == 2
-    turned = loradiag("plan-merge", R4, BASE, "--to", "bf16")
-    assert turned.code == 2
-    assert "BASE ADAPTER" in turned.err
+    for swapped in ((R4, BASE), (BASE, BASE)):
+        refused = loradiag("plan-merge", *swapped, "--to", "bf16")
+        assert refused.code == 2
+        assert "adapter" in refused.err
     save_adapter(tmp_path / "other", torch.ones(5, 1), torch.ones(1, 7))
     ran = loradiag("plan-merge", BASE, "other", "--to", "bf16", "-o", "x.jsonl")
     assert ran.code == 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from lora_diag.linalg.hidden import (
     HELD_OUT_FRACTION,
     MAX_HELD_OUT,
     SAMPLE,
+    Z95,
     LowRank,
     Recovered,
     Size,
@@ -48,13 +49,12 @@ from lora_diag.linalg.hidden_models import (
     Scales,
     Shape,
     Shaped,
-    divide_cells,
     fit_density,
+    fit_deviation,
     fit_scales,
     fit_shape,
     measure_lengths,
     measure_norm,
-    refit_shape,
     unscale,
 )
 from lora_diag.linalg.rounding import SHORTER
@@ -80,9 +80,6 @@ MIN_COUNT = 30
 # Least kurtosis at which a fitted density replaces the listed shapes. Below it the grid of the density is too coarse:
 # ‖X‖ of X = ±c (kurtosis 1) came out 3% too small at χ²/df = 377.
 MIN_KURTOSIS = 1.25
-
-# Normal deviates of a 95% interval.
-Z95 = 1.96
 
 # Standard errors of log ‖X‖_F because no model is the true one, beside that of sampling: of one density, of scales, of
 # L where it was needed to fit, per misplaced fraction of the changed entries, and per unevenness over |W| (up to the
@@ -258,8 +255,7 @@ class _Stored:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Stats:
+class _Stats(NamedTuple):
     """Sums over the entries of a layer.
 
     Args:
@@ -319,11 +315,6 @@ class _Read:
         # A value that saturated when BASE was stored may be far away: half a step replaces the open end.
         low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
         return Cells(lo, hi, (low / unit).float(), (high / unit).float()), stats
-
-    def blocks(self, rounded: bool) -> Iterator[tuple[Cells, _Stats]]:
-        """Yield the cells in row blocks, as the files are read."""
-        for (first, _), (w, t) in zip(row_spans(self.delta.shape), self.delta.blocks(), strict=True):
-            yield self.cells(first, w, t, rounded)
 
 
 class _Stream(Source):
@@ -391,13 +382,10 @@ def recover_layer(
         MemoryLimitError: The limit is too small for row blocks.
     """
     refuse_cells(delta.shape, memory)
-    sample = [
-        next(iter(side.checkpoint.read_each(side.name, [_locate_head(side, delta.shape)]))) for side in _sides_of(delta)
-    ]
-    stored = [_Stored.of(side, part) for side, part in zip(_sides_of(delta), sample, strict=True)]
+    stored = [_Stored.of(side, _read_head(side, delta.shape)) for side in _sides_of(delta)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
-        return _make_refusal(math.nan, f"the rounding cells of {side.info.stored} are unknown")
+        return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")
     if fro == 0.0:
         return _make_refusal(1.0, "no entry changed, so the size of the update has no lower bound")
     unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
@@ -515,7 +503,7 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
     if plain.fit.is_rejected(start):
         density = fit_density(cells, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = test_shape(refit_shape(cells, density.shape, density.deviation))
+            flat = test_shape(fit_deviation(cells, density.shape, density.deviation))
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]
@@ -557,7 +545,7 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
 
 
 def _make_refusal(unchanged: float, reason: str) -> Estimate:
-    return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged if unchanged == unchanged else 0.0))
+    return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged))
 
 
 def hidden_energy(delta: StoredDelta) -> float:
@@ -598,29 +586,24 @@ def _sides_of(delta: StoredDelta) -> tuple[Side, Side]:
     return delta.base, delta.tuned
 
 
-def _locate_head(side: Side, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the range of the entries that determine the format of most values."""
-    return side.offset, side.offset + min(math.prod(shape), 2**16)
+def _read_head(side: Side, shape: tuple[int, int]) -> Tensor:
+    """Return the entries that determine the format of most values."""
+    head = side.offset, side.offset + min(math.prod(shape), 2**16)
+    return next(iter(side.checkpoint.read_each(side.name, [head])))
 
 
 def _read(read: _Read, whole: bool) -> tuple[Cells | _Stream, _Stats]:
     """Read both sides, and return the cells, in memory if they fit, and their sums."""
     rounded = read.base.mantissa <= read.tuned.mantissa
     count = (4 if rounded else 2) if whole else 0
-    ends, sums, row = [torch.empty(read.delta.shape, device=read.device) for _ in range(count)], [], 0
-    for cells, stats in read.blocks(rounded):
+    ends, sums = [torch.empty(read.delta.shape, device=read.device) for _ in range(count)], []
+    for (first, _), (w, t) in zip(row_spans(read.delta.shape), read.delta.blocks(), strict=True):
+        cells, stats = read.cells(first, w, t, rounded)
         sums.append(stats)
         for end, part in zip(ends, (cells.lo, cells.hi, cells.below, cells.above), strict=False):
             assert part is not None
-            end[row : row + len(part)] = part
-        row += cells.shape[0]
-    stats = _Stats(
-        sum(block.unchanged for block in sums),
-        sum(block.square for block in sums),
-        sum(block.width for block in sums),
-        sum(block.reach for block in sums),
-    )
-    return Cells(*ends) if whole else _Stream(read, rounded), stats
+            end[first : first + len(part)] = part
+    return Cells(*ends) if whole else _Stream(read, rounded), _Stats(*map(sum, zip(*sums, strict=True)))
 
 
 def _choose_start(all_cells: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
@@ -630,9 +613,8 @@ def _choose_start(all_cells: Cells | _Stream, rms: float) -> tuple[Source, Start
     """
     if not all_cells.rounded:
         return all_cells, "stored", None
-    cells: Cells | _Stream = all_cells
-    if all_cells.count > 2 * SAMPLE:
-        cells = all_cells.at(torch.arange(0, all_cells.count, all_cells.count // SAMPLE | 1, device=all_cells.device))
+    cells = all_cells.sample(SAMPLE)
+    assert isinstance(cells, Cells | _Stream)
     exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (cells.exact_start(), cells))
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
@@ -659,7 +641,7 @@ def _compare_binades(
         unmoved = read.tuned.round(w, read.tuned.scales(first, last, shape, t))
         cells = read.cells(first, w, unmoved, start == "rounded")[0]
         if scales is not None:
-            cells = divide_cells(cells, scales.of_rows(first, last))
+            cells = scales.divide_rows(cells, first)
         if low_rank is None:
             mean: Tensor | float = 0.0
             still = entry_shape.moments(cells, deviation, fast=True)
@@ -754,7 +736,7 @@ def _compute_energy_curves(
         assert recovered.held_out is not None
         assert recovered.unseen is not None
         spread = math.sqrt(float((scales.rows.double() ** 2).mean() * (scales.columns.double() ** 2).mean()))
-        x = unscale(replace(low_rank, values=replace(low_rank.values, eta=x)), scales)[1].cpu()
+        x = unscale(low_rank.with_lengths(x), scales)[1].cpu()
         lengths, errors = measure_lengths(recovered.held_out, recovered.unseen, recovered.deviation, scales)
         low = lengths - Z95 * errors
     count = min(shape)

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -163,13 +163,30 @@ class Source(ABC):
                 parts.append(self.rows(first, last).at(inside - first * columns))
         return join_cells(parts, 1)
 
-    def open_entries(self, entries: Tensor) -> Opened:
-        """Return the same cells with some entries unknown.
+    def sample(self, entries: int) -> Source:
+        """Return about this many entries, as one row; all if there are at most twice as many.
+
+        The step is odd, so that they are not from a few columns only.
+        """
+        if self.count <= 2 * entries:
+            return self
+        return self.at(torch.arange(0, self.count, self.count // entries | 1, device=self.device))
+
+    def open_entries(self, entries: Tensor) -> Mapped:
+        """Return the same cells with some entries unknown: from −∞ to ∞.
 
         Args:
             entries: Row-major indices, ascending.
         """
-        return Opened(self, entries)
+        columns = self.shape[1]
+
+        def open_rows(block: Cells, first: int) -> Cells:
+            inside = _select_between(entries, first * columns, (first + len(block.lo)) * columns) - first * columns
+            low, high = block.lo.clone(), block.hi.clone()
+            low.view(-1)[inside], high.view(-1)[inside] = -math.inf, math.inf
+            return replace(block, lo=low, hi=high)
+
+        return Mapped(self, open_rows)
 
 
 def _select_between(entries: Tensor, first: int, last: int) -> Tensor:
@@ -216,16 +233,16 @@ class Cells(Source):
 
     def rows(self, first: int, last: int) -> Cells:
         """Return the rows from ``first`` to before ``last``, as views."""
-        parts = (None if part is None else part[first:last] for part in (self.lo, self.hi, self.below, self.above))
-        return Cells(*parts)  # type: ignore[arg-type]
+        return self.map(lambda part: part[first:last])
 
     def at(self, entries: Tensor) -> Cells:
         """Return entries by row-major index, as one row."""
-        parts = (
-            None if part is None else part.reshape(-1)[entries][None]
-            for part in (self.lo, self.hi, self.below, self.above)
-        )
-        return Cells(*parts)  # type: ignore[arg-type]
+        return self.map(lambda part: part.reshape(-1)[entries][None])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cells:
+        """Return the cells with a function applied to both ends and both extents."""
+        parts = (self.lo, self.hi, self.below, self.above)
+        return Cells(*(None if part is None else function(part) for part in parts))  # type: ignore[arg-type]
 
     def exact_start(self) -> Cells:
         """Return the same cells with the stored BASE as the start."""
@@ -239,14 +256,16 @@ def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
 
 
 @dataclass(frozen=True, slots=True)
-class Derived(Source):
+class Mapped(Source):
     """Cells computed from other cells of the same matrix.
 
     Args:
         cells: The other cells.
+        function: Takes a block of rows of them and its first row number.
     """
 
     cells: Source
+    function: Callable[[Cells, int], Cells]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -263,25 +282,9 @@ class Derived(Source):
         """Whether the start of training lies anywhere in BASE's cells."""
         return self.cells.rounded
 
-
-@dataclass(frozen=True, slots=True)
-class Opened(Derived):
-    """Cells of which some entries are unknown: from −∞ to ∞.
-
-    Args:
-        cells: All of them.
-        entries: Row-major indices of the unknown, ascending.
-    """
-
-    entries: Tensor
-
     def rows(self, first: int, last: int) -> Cells:
         """Return the rows from ``first`` to before ``last``."""
-        block, columns = self.cells.rows(first, last), self.shape[1]
-        inside = _select_between(self.entries, first * columns, last * columns) - first * columns
-        low, high = block.lo.clone(), block.hi.clone()
-        low.view(-1)[inside], high.view(-1)[inside] = -math.inf, math.inf
-        return replace(block, lo=low, hi=high)
+        return self.function(self.cells.rows(first, last), first)
 
 
 # Nodes and K, by dtype; the fast ones are accurate to 1e-3 of the variance.

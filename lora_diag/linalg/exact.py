@@ -306,7 +306,11 @@ def decompose_gram(
     u = v = None
     if vectors:
         eigenvalues, eigenvectors = _compute_eigenvectors(move_if_small(_compute_gram(tall, cached_blocks)), top)
-        u, v = _compute_left_vectors(tall, move(eigenvectors.flip(1), tall.device))
+        v = move(eigenvectors.flip(1), tall.device)
+        u, r = torch.linalg.qr(
+            times_wide(tall, v)
+        )  # A·V has orthogonal columns; QR makes them orthonormal, where σ = 0 too
+        u = u * torch.where(r.diagonal() < 0, -1.0, 1.0)
     else:
         eigenvalues = _compute_eigenvalues(move_if_small(_compute_gram(tall, cached_blocks)), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
@@ -402,18 +406,16 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
 
 def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
     """Return the eigenvalues of a symmetric matrix given by its lower triangle, which may be overwritten."""
-    values: Tensor
     if gram.is_cuda or not (in_place or len(gram) >= IN_PLACE_FROM):
-        values = torch.linalg.eigvalsh(gram, UPLO="L")
-    else:
-        import scipy.linalg  # 0.1 s, and rarely needed
+        values: Tensor = torch.linalg.eigvalsh(gram, UPLO="L")
+        return values
+    import scipy.linalg  # 0.1 s, and rarely needed
 
-        # The lower triangle by rows is the upper one by columns, the order in which LAPACK works without a copy.
-        eigenvalues = scipy.linalg.eigh(
-            gram.numpy().T, lower=False, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
-        )
-        values = torch.from_numpy(eigenvalues)
-    return values
+    # The lower triangle by rows is the upper one by columns, the order in which LAPACK works without a copy.
+    eigenvalues = scipy.linalg.eigh(
+        gram.numpy().T, lower=False, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
+    )
+    return torch.from_numpy(eigenvalues)
 
 
 def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
@@ -445,10 +447,3 @@ def _compute_largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     except np.linalg.LinAlgError:
         return None
     return (torch.from_numpy(values), torch.from_numpy(vectors)) if len(values) == top else None
-
-
-def _compute_left_vectors(matrix: Matrix, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U and V with A·V = U·Σ. A·V has orthogonal columns; QR makes them orthonormal, also for σ = 0."""
-    u, r = torch.linalg.qr(times_wide(matrix, v))
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return u * signs, v

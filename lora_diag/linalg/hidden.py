@@ -99,6 +99,15 @@ class LowRank:
         """Number of directions above the noise."""
         return len(self.values.eta)
 
+    @property
+    def energy(self) -> float:
+        """‖L‖_F²."""
+        return float((self.values.eta**2).sum())
+
+    def with_lengths(self, eta: Tensor) -> LowRank:
+        """Return U·diag(η)·V for other η."""
+        return replace(self, values=replace(self.values, eta=eta))
+
     def rows(self, first: int, last: int) -> Tensor:
         """Return some rows of L."""
         return (self.u[first:last] * self.values.eta.to(self.u)) @ self.vh
@@ -113,27 +122,12 @@ def fit_size(cells: Source, guess: float) -> Size:
         cells: Cells of the entries.
         guess: Initial deviation, such as the root mean square of ΔW; positive.
     """
-    deviation = guess
-    total = cells.count
-    if total > 2 * SAMPLE:
-        # An odd step, so that entries are not from a few columns only.
-        deviation = _iterate(cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device)), deviation)
-        return _refine(cells, deviation)
-    return _refine(cells, _iterate(cells, deviation))
-
-
-def _iterate(cells: Source, deviation: float) -> float:
-    """Return the deviation after scoring steps with fast moments, until one is below 1e-4 or there were 60."""
+    deviation, sample = guess, cells.sample(SAMPLE)
     for _ in range(60):
-        step = _scoring_step(_sum_moments(cells, deviation, fast=True))
+        step = _scoring_step(_sum_moments(sample, deviation, fast=True))
         deviation *= math.exp(step)
         if abs(step) < 1e-4:
             break
-    return deviation
-
-
-def _refine(cells: Source, deviation: float) -> Size:
-    """Return the size after a few more scoring steps with accurate moments."""
     for _ in range(8):
         sums = _sum_moments(cells, deviation)
         step = _scoring_step(sums)
@@ -253,8 +247,8 @@ def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
             information = float((unit.square() * (1 - posterior.variance[0] / deviation**2)).sum(dtype=torch.float64))
             step = float((unit * (posterior.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
             lengths[i] += step
-        mean = part.mean(replace(low_rank, values=replace(low_rank.values, eta=lengths)))
-    count = math.prod((low_rank.u.shape[0], low_rank.vh.shape[1]))
+        mean = part.mean(low_rank.with_lengths(lengths))
+    count = low_rank.u.shape[0] * low_rank.vh.shape[1]
     return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
 
 
@@ -304,37 +298,25 @@ def fit_low_rank(
     buffer = torch.empty(shape, device=cells.device) if keep else None
     deviation = s0 if start is None else start.deviation
     part = None if held_out is None else held_out.part()
-    current = start
     mean: Callable[[int, int], Tensor | float] = _zero if start is None else start.rows
-    momentum, basis = 1.0, None if start is None else start.vh.T
-    converged, iteration = False, 0
+    momentum, previous, basis = 1.0, start, None if start is None else start.vh.T
     for iteration in range(1, MAX_ITERATIONS + 1):
         posterior = _Posterior(cells, mean, deviation, buffer)
-        shrunk = _compute_shrunk_svd(posterior, basis, seed)
-        basis = shrunk.basis
-        estimate = LowRank(shrunk.u, shrunk.vh, shrunk.values, deviation, posterior.information, iteration, False)
+        estimate, basis = _compute_shrunk_svd(posterior, basis, seed)
         if rule == "held_out":
             step = 0.0 if part is None else part.step(part.mean(estimate), deviation, deviation)
         else:
             lengths = estimate.values.eta if rule == "norm" else estimate.values.debiased
             remaining = max(MIN_DEVIATION**2, 1 - float((lengths**2).sum()) / norm**2)
-            step = math.log(s0 * math.sqrt(remaining) / deviation)
-            step = max(-MAX_STEP, min(MAX_STEP, step))
+            step = max(-MAX_STEP, min(MAX_STEP, math.log(s0 * math.sqrt(remaining) / deviation)))
         deviation *= math.exp(step)
-        moved = _distance(estimate, current)
-        scale = max(float((estimate.values.eta**2).sum()) ** 0.5, 0.01 * norm)
-        if estimate.rank == 0 and current is None:
-            converged = True
-            current = estimate
-            break
-        previous, current = current, estimate
-        if moved <= TOLERANCE * scale and abs(step) <= TOLERANCE:
-            converged = True
-            break
-        momentum, ahead = _extrapolate(momentum, estimate, previous)
-        mean = ahead
-    assert current is not None
-    return replace(current, deviation=deviation, iterations=iteration, converged=converged)
+        limit = TOLERANCE * max(estimate.energy**0.5, 0.01 * norm)
+        converged = _distance(estimate, previous) <= limit and abs(step) <= TOLERANCE
+        if converged or (estimate.rank == 0 and previous is None):
+            return replace(estimate, deviation=deviation, iterations=iteration, converged=True)
+        momentum, mean = _extrapolate(momentum, estimate, previous)
+        previous = estimate
+    return replace(estimate, deviation=deviation, iterations=MAX_ITERATIONS)
 
 
 def _zero(first: int, last: int) -> float:
@@ -372,31 +354,21 @@ class _Posterior:
             yield posterior.mean
         self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
 
-    def shrink(self, s: Tensor) -> Shrunk:
-        """Shrink its singular values."""
-        return shrink(s, self.cells.shape, self.deviation, self.information)
+    def shrink(self, u: Tensor, s: Tensor, vh: Tensor) -> LowRank:
+        """Return L with the singular values above the noise edge, shrunk."""
+        values = shrink(s, self.cells.shape, self.deviation, self.information)
+        rank = len(values.eta)
+        return LowRank(u[:, :rank], vh[:rank], values, self.deviation, self.information, 0, False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Decomposed:
-    """The shrunk singular values of a posterior mean, with vectors, and an initial basis for the next decomposition."""
-
-    u: Tensor
-    vh: Tensor
-    values: Shrunk
-    basis: Tensor | None
-
-
-def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> _Decomposed:
-    """Return the singular values above the noise edge, shrunk."""
+def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> tuple[LowRank, Tensor | None]:
+    """Return L from the singular values above the noise edge, and an initial basis for the next decomposition."""
     shape = posterior.cells.shape
     smaller = min(shape)
     if smaller <= FULL_SVD_UP_TO:
         matrix = torch.cat(list(posterior.blocks()))
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        values = posterior.shrink(s)
-        rank = len(values.eta)
-        return _Decomposed(u[:, :rank].to(matrix), vh[:rank].to(matrix), values, None)
+        found = posterior.shrink(*torch.linalg.svd(matrix.double(), full_matrices=False))
+        return replace(found, u=found.u.to(matrix), vh=found.vh.to(matrix)), None
     streamed = Streamed(posterior.blocks, shape, device=posterior.cells.device)
     width = 24 if basis is None else basis.shape[1] + 8
     while True:
@@ -408,11 +380,10 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
             projected = streamed.T.times(left).T
             basis = torch.linalg.qr(projected.T)[0]
         small_u, s, vh = torch.linalg.svd(projected.double(), full_matrices=False)
-        values = posterior.shrink(s)
-        rank = len(values.eta)
-        if rank + 4 <= width or width == smaller:
-            u = (left.double() @ small_u[:, :rank]).float()
-            return _Decomposed(u, vh[:rank].float(), values, vh[: rank + 4].T.float())
+        found = posterior.shrink(small_u, s, vh)
+        if found.rank + 4 <= width or width == smaller:
+            u = (left.double() @ found.u).float()
+            return replace(found, u=u, vh=found.vh.float()), vh[: found.rank + 4].T.float()
         basis, width = vh.T.float(), 2 * width
 
 
@@ -433,10 +404,9 @@ def _inner(first: LowRank, second: LowRank) -> float:
 
 def _distance(first: LowRank, second: LowRank | None) -> float:
     """Return ‖L − L'‖_F."""
-    square = float((first.values.eta**2).sum())
     if second is None:
-        return math.sqrt(square)
-    return math.sqrt(max(0.0, square + float((second.values.eta**2).sum()) - 2 * _inner(first, second)))
+        return math.sqrt(first.energy)
+    return math.sqrt(max(0.0, first.energy + second.energy - 2 * _inner(first, second)))
 
 
 def _extrapolate(
@@ -447,31 +417,14 @@ def _extrapolate(
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
         return following, low_rank.rows
-    square, old_square = float((low_rank.values.eta**2).sum()), float((previous.values.eta**2).sum())
-    if _inner(low_rank, previous) > square or square < old_square:  # L shrinks: the last step overshot
+    if (
+        _inner(low_rank, previous) > low_rank.energy or low_rank.energy < previous.energy
+    ):  # L shrinks: the last step overshot
         return 1.0, low_rank.rows
-    left = torch.cat(
-        [
-            low_rank.u * low_rank.values.eta.to(low_rank.u) * (1 + beta),
-            previous.u * -previous.values.eta.to(low_rank.u) * beta,
-        ],
-        1,
-    )
+    ahead = low_rank.u * low_rank.values.eta.to(low_rank.u) * (1 + beta)
+    left = torch.cat([ahead, previous.u * -previous.values.eta.to(low_rank.u) * beta], 1)
     right = torch.cat([low_rank.vh, previous.vh])
     return following, lambda first, last: left[first:last] @ right
-
-
-def posterior_mean(cells: Source, low_rank: LowRank | None, deviation: float) -> Iterator[Tensor]:
-    """Yield E[X | cells] in row blocks, from the first row to the last.
-
-    Args:
-        cells: Cells of the entries.
-        low_rank: L; None for L = 0.
-        deviation: s.
-    """
-    for first, last in cells.spans():
-        mean = 0.0 if low_rank is None else low_rank.rows(first, last)
-        yield moments(cells.rows(first, last), mean, deviation).mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,11 +488,9 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
             low_rank, rule, deviation, gains = fit, other_rule, likeliest, other_gains
     whole = fit_low_rank(cells, size, rule, low_rank, seed, keep=keep)
     stretch, upper = _estimate_stretch(held_out, low_rank, deviation)
-    longer = replace(whole, values=replace(whole.values, eta=whole.values.eta * stretch))
+    longer = whole.with_lengths(whole.values.eta * stretch)
     if stretch > 1:
-        deviation = held_out.deviation(
-            replace(low_rank, values=replace(low_rank.values, eta=low_rank.values.eta * stretch))
-        )
+        deviation = held_out.deviation(low_rank.with_lengths(low_rank.values.eta * stretch))
     return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper, held_out, low_rank)
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Derived, Moments, Source, moments
+from lora_diag.linalg.cells import Cells, Mapped, Moments, Source, moments
 from lora_diag.linalg.hidden import HeldOut, LowRank, Size, fit_size
 
 # Entries on which shapes are compared, and how many steps their scales take at most.
@@ -56,24 +56,19 @@ class Shape:
         if len(self.parts) == 1:
             return moments(cells, 0.0, deviation, fast)
         parts = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
-        share, total = _posterior_shares([part[0] for part in self.parts], parts)
-        center = sum(p * part_moments.mean for p, part_moments in zip(share, parts, strict=True))
-        assert isinstance(center, Tensor)
-        variance = sum(
-            p * (part_moments.variance + (part_moments.mean - center) ** 2)
-            for p, part_moments in zip(share, parts, strict=True)
-        )
-        assert isinstance(variance, Tensor)
+        share, total = self.posterior_shares(parts)
+        center, variance = torch.zeros_like(total), torch.zeros_like(total)
+        for p, part in zip(share, parts, strict=True):
+            center += p * part.mean
+        for p, part in zip(share, parts, strict=True):
+            variance += p * (part.variance + (part.mean - center) ** 2)
         return Moments(center, variance, total)
 
-
-def _posterior_shares(weights: list[float], parts: list[Moments]) -> tuple[Tensor, Tensor]:
-    """Return the posterior probability of each part, and the logarithm of the likelihood."""
-    logs = torch.stack(
-        [part_moments.log_mass + math.log(weight) for weight, part_moments in zip(weights, parts, strict=True)]
-    )
-    total = torch.logsumexp(logs, 0)
-    return (logs - total).exp(), total
+    def posterior_shares(self, parts: list[Moments]) -> tuple[Tensor, Tensor]:
+        """Return the posterior probability of each part, and the logarithm of the likelihood."""
+        logs = torch.stack([part.log_mass + math.log(own[0]) for own, part in zip(self.parts, parts, strict=True)])
+        total = torch.logsumexp(logs, 0)
+        return (logs - total).exp(), total
 
 
 def _make_flat(points: int, rho: float) -> Shape:
@@ -118,16 +113,15 @@ class _Sums:
     score: float = 0.0
     squares: float = 0.0
     log_likelihood: float = 0.0
-    entries: int = 0
 
 
-def _sum_scores(cells: Source, shape: Shape, deviation: float, fast: bool = True) -> _Sums:
+def _sum_scores(cells: Source, shape: Shape, deviation: float) -> _Sums:
     """Return the sums for a shape of this deviation."""
     sums = _Sums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
-        parts = [moments(block, mean * deviation, spread * deviation, fast) for _, mean, spread in shape.parts]
-        share, total = _posterior_shares([part[0] for part in shape.parts], parts)
+        parts = [moments(block, mean * deviation, spread * deviation, fast=True) for _, mean, spread in shape.parts]
+        share, total = shape.posterior_shares(parts)
         score = torch.zeros_like(total)
         for p, part_moments, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
             square = part_moments.variance + part_moments.mean**2
@@ -135,60 +129,47 @@ def _sum_scores(cells: Source, shape: Shape, deviation: float, fast: bool = True
         sums.score += float(score.sum(dtype=torch.float64))
         sums.squares += float(score.double().square().sum())
         sums.log_likelihood += float(total.sum(dtype=torch.float64))
-        sums.entries += total.numel()
     return sums
 
 
-def _fit(cells: Source, shape: Shape, deviation: float) -> tuple[float, _Sums]:
-    """Return the scale of the largest likelihood, by steps of the score over its own variance, and the sums there."""
-    sums = _sum_scores(cells, shape, deviation)
+def fit_deviation(cells: Source, shape: Shape, guess: float) -> Shaped:
+    """Return a shape with its likeliest deviation, by steps of the score over its own variance.
+
+    Args:
+        cells: Cells of the entries.
+        shape: The shape.
+        guess: A deviation to start from.
+    """
+    deviation, sums = guess, _sum_scores(cells, shape, guess)
     for _ in range(STEPS):
         step = max(-0.3, min(0.3, sums.score / max(sums.squares, 1e-9)))
         if abs(step) < 2e-3:
             break
         deviation *= math.exp(step)
         sums = _sum_scores(cells, shape, deviation)
-    return deviation, sums
-
-
-def _fit_neighbours(cells: Source, guess: float) -> list[tuple[Shape, float, _Sums]]:
-    """Return the fits of the normal shape and of flatter and heavier ones, each until the likelihood falls."""
-    first = (NORMAL, *_fit(cells, NORMAL, guess))
-    fits = [first]
-    # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
-    # only where those are not offered together; real updates did not need both.
-    for candidates in (FLATTER, HEAVIER[:1] if cells.rounded else HEAVIER):
-        last = first
-        for shape in candidates:
-            fit = (shape, *_fit(cells, shape, last[1]))
-            fits.append(fit)
-            if fit[2].log_likelihood < last[2].log_likelihood:
-                break
-            last = fit
-    return fits
+    return Shaped(shape, deviation, sums.log_likelihood)
 
 
 def fit_shape(cells: Source, guess: float) -> Shaped:
-    """Choose the shape of the entries by likelihood.
+    """Choose the shape of the entries by likelihood: flatter and heavier ones are tried until the likelihood falls.
 
     Args:
-        cells: Intervals of the entries.
+        cells: Cells of the entries.
         guess: A deviation to start from, such as that of the normal shape.
     """
-    total = cells.count
-    sample: Source = cells
-    if total > 2 * SHAPE_SAMPLE:
-        sample = cells.at(torch.arange(0, total, total // SHAPE_SAMPLE | 1, device=cells.device))
-    shape, deviation, sums = max(_fit_neighbours(sample, guess), key=lambda fit: fit[2].log_likelihood)
-    if sample is not cells:
-        return refit_shape(cells, shape, deviation)
-    return Shaped(shape, deviation, sums.log_likelihood)
-
-
-def refit_shape(cells: Source, shape: Shape, guess: float) -> Shaped:
-    """Return a shape with the deviation that is likeliest for all cells."""
-    deviation, sums = _fit(cells, shape, guess)
-    return Shaped(shape, deviation, sums.log_likelihood)
+    sample = cells.sample(SHAPE_SAMPLE)
+    fits = [fit_deviation(sample, NORMAL, guess)]
+    # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
+    # only where those are not offered together; real updates did not need both.
+    for candidates in (FLATTER, HEAVIER[:1] if sample.rounded else HEAVIER):
+        last = fits[0]
+        for shape in candidates:
+            fits.append(fit_deviation(sample, shape, last.deviation))
+            if fits[-1].log_likelihood < last.log_likelihood:
+                break
+            last = fits[-1]
+    best = max(fits, key=lambda fit: fit.log_likelihood)
+    return best if sample is cells else fit_deviation(cells, best.shape, best.deviation)
 
 
 # Spacing and end of the grid, and the deviation of the kernel, in units of s0.
@@ -230,10 +211,8 @@ def fit_density(cells: Source, deviation: float) -> Density:
         cells: Cells of the entries.
         deviation: s0, their deviation if they are normal.
     """
-    total, sample, unit = cells.count, cells, deviation
-    if total > 2 * SAMPLE:
-        sample = cells.at(torch.arange(0, total, total // SAMPLE | 1, device=cells.device))
-        unit = fit_size(sample, deviation).deviation
+    sample = cells.sample(SAMPLE)
+    unit = deviation if sample is cells else fit_size(sample, deviation).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
     likelihood = _compute_likelihood(sample, grid * unit, KERNEL * unit)
     weights, scores, features = _fit_coefficients(likelihood, grid)
@@ -244,7 +223,7 @@ def fit_density(cells: Source, deviation: float) -> Density:
         slope @ torch.linalg.solve(scores.T @ scores + PRIOR_PRECISION * torch.eye(len(POWERS)).double(), slope)
     )
     fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
-    error = math.sqrt(variance * sample.count / total) / (2 * mean)
+    error = math.sqrt(variance * sample.count / cells.count) / (2 * mean)
     return Density(deviation * math.sqrt(mean), error, fourth / mean**2, _make_shape(weights, grid))
 
 
@@ -335,33 +314,16 @@ class Scales:
 
     def divide(self, cells: Source) -> Source:
         """Return cells of x_ij / √(a_i·b_j)."""
-        return Divided(cells, self)
+        return Mapped(cells, self.divide_rows)
+
+    def divide_rows(self, block: Cells, first: int) -> Cells:
+        """Return a block of rows, of which the first has the number ``first``, divided likewise."""
+        scale = self.of_rows(first, first + len(block.lo))
+        return block.map(lambda part: part / scale)
 
     def of_rows(self, first: int, last: int) -> Tensor:
         """Return √(a_i·b_j) of the rows from ``first`` to before ``last``."""
         return self.rows[first:last, None] * self.columns
-
-
-@dataclass(frozen=True, slots=True)
-class Divided(Derived):
-    """Cells divided by the scales of their rows and columns.
-
-    Args:
-        cells: The cells.
-        scales: The scales.
-    """
-
-    scales: Scales
-
-    def rows(self, first: int, last: int) -> Cells:
-        """Return the rows from ``first`` to before ``last``."""
-        return divide_cells(self.cells.rows(first, last), self.scales.of_rows(first, last))
-
-
-def divide_cells(cells: Cells, scale: Tensor) -> Cells:
-    """Return cells divided by positive numbers."""
-    parts = (None if part is None else part / scale for part in (cells.lo, cells.hi, cells.below, cells.above))
-    return Cells(*parts)  # type: ignore[arg-type]
 
 
 def measure_norm(cells: Source, deviation: float, scales: Scales) -> tuple[float, float]:

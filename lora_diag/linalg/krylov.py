@@ -196,24 +196,6 @@ def krylov_cost(shape: tuple[int, ...], checks: Sequence[int], top: int = 0) -> 
     return products + projected + checking + PROBE * m * n + 2 * PROJECTED * m * columns * top
 
 
-def is_worthwhile(shape: tuple[int, ...], checks: Sequence[int], top: int, vectors: bool = False) -> bool:
-    """Return whether Krylov is worth trying: losing its first checks is cheap, and a typical success gains.
-
-    Args:
-        shape: ``(m, n)``.
-        checks: Columns at the first two checks.
-        top: K, the number of values.
-        vectors: Whether to compute singular vectors.
-
-    Example:
-        >>> is_worthwhile((4096, 4096), (96, 128), 64), is_worthwhile((512, 512), (96, 128), 64)
-        (True, False)
-    """
-    full = full_cost(shape, vectors)
-    success = krylov_cost(shape, (*checks, max(checks[-1] + 32, round(TYPICAL * top))), top)
-    return krylov_cost(shape, checks) <= LOSS * full and success <= WORTH * full
-
-
 # Columns added at a time: wide enough for matrix products at nearly full speed (32 columns took 1.3 times as long as 16
 # at 4096²), narrow enough to stop early.
 BLOCK = 32
@@ -372,20 +354,27 @@ def first_basis(top: int, vectors: bool = False) -> int:
     return max(2, math.ceil((2 if vectors else 1) * top / BLOCK) + 1) * BLOCK
 
 
-def second_basis(top: int, vectors: bool = False) -> int:
-    """Return the number of columns at the second check."""
-    return first_basis(top, vectors) + math.ceil(top / 2 / BLOCK) * BLOCK
-
-
 def may_be_cheaper(shape: tuple[int, ...], top: int, vectors: bool = False) -> bool:
     """Return whether K values of a matrix may be cheaper than all of them.
+
+    Losing the first two checks has to be cheap, and a typical success to gain.
+
+    Args:
+        shape: ``(m, n)``.
+        top: K, the number of values.
+        vectors: Whether to compute singular vectors.
 
     Example:
         >>> may_be_cheaper((4096, 4096), 64), may_be_cheaper((512, 512), 64)
         (True, False)
     """
-    checks = (first_basis(top, vectors), second_basis(top, vectors))
-    return checks[0] <= LARGEST_BASIS * min(shape) and is_worthwhile(shape, checks, top, vectors)
+    first = first_basis(top, vectors)
+    checks = (first, first + math.ceil(top / 2 / BLOCK) * BLOCK)
+    if first > LARGEST_BASIS * min(shape):
+        return False
+    full = full_cost(shape, vectors)
+    success = krylov_cost(shape, (*checks, max(checks[-1] + 32, round(TYPICAL * top))), top)
+    return krylov_cost(shape, checks) <= LOSS * full and success <= WORTH * full
 
 
 def first_order(top: int) -> int:

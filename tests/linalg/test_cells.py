@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.linalg.cells import GRIDS, Cells, Opened, cell_halves, round_to_nearest
+from lora_diag.linalg.cells import GRIDS, Cells, cell_halves, round_to_nearest
 from lora_diag.linalg.hidden_models import Scales
 
 SHORT = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"]
@@ -92,7 +92,7 @@ def test_derived_cell_rows_equal_whole(first):
     rows, columns = torch.arange(1.0, 7), torch.tensor([1.0, 2, 4, 8])
     scaled = Scales(rows, columns, rows * 0, columns * 0).divide(cells).rows(first, 6)
     assert torch.equal(scaled.lo, (lo / torch.outer(rows, columns))[first:])
-    opened = Opened(cells, torch.tensor([1, 9, 22])).rows(first, 6)
+    opened = cells.open_entries(torch.tensor([1, 9, 22])).rows(first, 6)
     expected = lo.clone()
     expected.view(-1)[[1, 9, 22]] = -math.inf
     assert torch.equal(opened.lo, expected[first:])

@@ -112,26 +112,33 @@ def _make_place_cells(layer: str | None) -> dict[str, Any]:
     return {"module_type": module_type_of(layer), "block": depth_of(layer)}
 
 
-def _iterate_cells(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the cells of a record; several words as a tuple."""
+def _walk(record: Record, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield the dotted name, the value and the layout of each field, and of those in records and tables."""
     for name, form in _classify_fields(type(record)).items():
         if name not in record.long and not (prefix and name in _LEADING_COLUMNS):
-            yield from _iterate_cells_of(f"{prefix}{name}", getattr(record, name), form)
+            yield from _walk_value(f"{prefix}{name}", getattr(record, name), form)
 
 
-def _iterate_cells_of(name: str, value: Any, form: str) -> Iterator[tuple[str, Any]]:
+def _walk_value(name: str, value: Any, form: str) -> Iterator[tuple[str, Any, str]]:
     if isinstance(value, Record):
-        yield from _iterate_cells(value, f"{name}.")
+        yield from _walk(value, f"{name}.")
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _iterate_cells_of(f"{name}.{key}", entry, form)
-    elif isinstance(value, tuple | list):
-        if _has_numbered_entries(name, form):
-            yield from ((f"{name}.{place}", entry) for place, entry in enumerate(value))
-        elif value and all(isinstance(entry, str) for entry in value):
-            yield name, tuple(value)
-    elif value is not None or form == "scalar":
-        yield name, value
+            yield from _walk_value(f"{name}.{key}", entry, form)
+    elif isinstance(value, tuple | list) and (form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}):
+        yield from ((f"{name}.{place}", entry, "scalar") for place, entry in enumerate(value))
+    else:
+        yield name, value, form
+
+
+def _iterate_cells(record: Record) -> Iterator[tuple[str, Any]]:
+    """Yield the cells of a record; several words as a tuple."""
+    for name, value, form in _walk(record):
+        if isinstance(value, tuple | list):
+            if value and all(isinstance(entry, str) for entry in value):
+                yield name, tuple(value)
+        elif value is not None or form == "scalar":
+            yield name, value
 
 
 def _make_value_rows(
@@ -146,34 +153,19 @@ def _make_value_rows(
         yield {**row, **layer_values, "field": name}, {"index": index, "text" if is_text else "value": entries}
 
 
-def _iterate_lists(record: Record, prefix: str = "") -> Iterator[tuple[str, str | None, list[Any]]]:
+def _iterate_lists(record: Record) -> Iterator[tuple[str, str | None, list[Any]]]:
     """Yield each list of a record: its name, the layer of a nested record, and its entries."""
-    for name, form in _classify_fields(type(record)).items():
-        value = getattr(record, name)
-        if name in record.long:
-            for layer, entry in value.items():
-                yield from ((f"{prefix}{name}.{field}", layer, [cell]) for field, cell in _iterate_cells(entry))
-        else:
-            yield from _iterate_lists_of(f"{prefix}{name}", value, form)
-
-
-def _iterate_lists_of(name: str, value: Any, form: str) -> Iterator[tuple[str, str | None, list[Any]]]:
-    if isinstance(value, Record):
-        yield from _iterate_lists(value, f"{name}.")
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _iterate_lists_of(f"{name}.{key}", entry, form)
-    elif isinstance(value, tuple | list) and value and not _has_numbered_entries(name, form):
+    for name in record.long:
+        for layer, entry in getattr(record, name).items():
+            yield from ((f"{name}.{field}", layer, [cell]) for field, cell in _iterate_cells(entry))
+    for name, value, _ in _walk(record):
+        if not isinstance(value, tuple | list) or not value:
+            continue
         if all(isinstance(entry, Record) for entry in value):
             columns = _join_blocks((dict(_iterate_cells(entry)), {}) for entry in value)
             yield from ((f"{name}.{field}", None, entries) for field, entries in columns.items())
         elif all(entry is None or isinstance(entry, float | int) for entry in value):
             yield name, None, list(value)
-
-
-def _has_numbered_entries(name: str, form: str) -> bool:
-    """Return whether the entries of a list are columns: their number is fixed, or it is a shape."""
-    return form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}
 
 
 @cache

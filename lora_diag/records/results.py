@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Generic, SupportsIndex, TypeVar, overload
 from lora_diag.errors import safe
 from lora_diag.feature import load
 from lora_diag.files import RESULTS, write_whole
-from lora_diag.records.base import LayerRecord, Record, Shown, Value, WholeRecord, pooled_value
+from lora_diag.records.base import LayerRecord, Record, Shown, WholeRecord, pooled_value
 from lora_diag.records.frames import record_columns, unify_types, value_columns
 from lora_diag.records.names import short_names
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run
@@ -306,48 +306,39 @@ _MAX_INPUTS = 4
 
 def text_of(results: Results[Any]) -> str:
     """Return a description of results in at most five lines."""
-    return "\n".join([_make_title(results), *(f"  {label:<9} {words}" for label, words in _list_properties(results))])
-
-
-def _make_title(results: Results[Any]) -> str:
-    finished = "finished" if results.end is not None else "unfinished"
-    return f"Results of loradiag {safe(results.run.command)}, {finished}"
-
-
-def _list_properties(results: Results[Any]) -> list[tuple[str, str]]:
+    records = (*results.layers, *results.whole)
     inputs = [f"{safe(run_input.role)} {safe(run_input.path)}".strip() for run_input in results.run.inputs]
-    suffix = [f"and {len(inputs) - _MAX_INPUTS} more"] if len(inputs) > _MAX_INPUTS else []
-    properties = [("inputs", ", ".join([*inputs[:_MAX_INPUTS], *suffix]) or "none")]
-    records = Counter(record.record for record in (*results.layers, *results.whole))
-    layers = len({record.layer for record in results.layers if _is_of_layer(type(record))})
-    kinds = ", ".join(f"{count} {safe(kind)}" for kind, count in records.items())
-    properties.append(("records", (kinds or "none") + (f" of {layers} layers" if layers else "")))
-    reasons = Counter(item.reason for item in results.left_out)
-    if reasons:
-        words = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items())
-        properties.append(("left out", words))
-    main_range = next((_describe_range(shown[0], records) for _, records, shown in _list_kinds(results)), None)
-    return [*properties, ("measured", main_range)] if main_range else properties
+    if len(inputs) > _MAX_INPUTS:
+        inputs[_MAX_INPUTS:] = [f"and {len(inputs) - _MAX_INPUTS} more"]
+    layers = len({record.layer for record in results.layers if "layer" in type(record).model_fields})
+    kinds = _count_words(record.record for record in records) or "none"
+    properties = {
+        "inputs": ", ".join(inputs) or "none",
+        "records": f"{kinds} of {layers} layers" if layers else kinds,
+        "left out": _count_words(item.reason.replace("_", " ") for item in results.left_out),
+        "measured": _describe_main_value(results.run.settings, records),
+    }
+    finished = "finished" if results.end is not None else "unfinished"
+    title = f"Results of loradiag {safe(results.run.command)}, {finished}"
+    return "\n".join([title, *(f"  {label:<9} {text}" for label, text in properties.items() if text)])
 
 
-def _list_kinds(results: Results[Any]) -> list[tuple[type[Any], list[Any], list[Shown]]]:
-    """Return each kind of record with a presentation, with its records and main columns."""
-    kinds = []
-    for kind in dict.fromkeys(type(record) for record in (*results.layers, *results.whole)):
-        records = [record for record in (*results.layers, *results.whole) if type(record) is kind]
-        all_shown = kind.shown_of(results.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
-        if shown := [field for field in all_shown if field.main]:
-            kinds.append((kind, records, shown))
-    return kinds
+def _count_words(words: Iterable[str]) -> str:
+    return ", ".join(f"{count} {safe(word)}" for word, count in Counter(words).items())
 
 
-def _is_of_layer(kind: type[Any]) -> bool:
-    """Return whether records of a kind have a layer; in a fleet the adapter counts as one."""
-    return "layer" in kind.model_fields
+def _describe_main_value(settings: Mapping[str, Any], records: Sequence[Any]) -> str | None:
+    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``, or frequent words."""
+    kinds: Iterable[type[Any]] = dict.fromkeys(map(type, records))
+    for kind in kinds:
+        own = [record for record in records if type(record) is kind]
+        all_shown = kind.shown_of(settings, own) if issubclass(kind, LayerRecord) else kind.shown
+        if shown := next((field for field in all_shown if field.main), None):
+            return _describe_range(shown, own)
+    return None
 
 
 def _describe_range(shown: Shown, records: Sequence[Any]) -> str | None:
-    """Return a value's range, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``, or frequent words; None without one."""
     values = [value for record in records if (value := shown.value(record)) is not None]
     whole = pooled_value(shown, records)
     if not values or whole is None:
@@ -355,19 +346,13 @@ def _describe_range(shown: Shown, records: Sequence[Any]) -> str | None:
     if any(isinstance(value, str) for value in values):
         counts = Counter(map(str, values)).most_common(4)
         return f"{shown.title} " + ", ".join(f"{safe(word)} {count}" for word, count in counts)
-    low, high, middle = (_format_cell(shown, value) for value in (min(values), max(values), whole))
+    low, high, middle = (_format_value(shown, value) for value in (min(values), max(values), whole))
     how = "median" if shown.pool is None else "pooled"
     return f"{shown.title} {low} to {high}, {how} {middle}, {len(values)} records"
 
 
-def _format_value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else safe(str(value)).removesuffix(".weight")
-
-
-def _format_cell(shown: Shown, value: Value) -> str:
+def _format_value(shown: Shown, value: float | int | str) -> str:
     """Return a value in four digits; a fraction below 1 is not rounded up to 1."""
-    if isinstance(value, float) and shown.share and value < 1:
-        return _format_value(min(value, 0.9999))
-    return _format_value(value)
+    if isinstance(value, float):
+        return f"{min(value, 0.9999) if shown.share and value < 1 else value:.4g}"
+    return safe(str(value)).removesuffix(".weight")

@@ -62,10 +62,14 @@ class Resolution(Record):
     untouched: Share | None = None
 
 
+# Marks of verdicts in tables, the worst first.
+NOISE_MARKS = {"unresolved": "!", "floor-limited": "~"}
+
+
 def noise_mark(verdicts: Iterable[str]) -> str:
-    """Return the mark of the worst verdict: ``!`` for unresolved updates, ``~`` for floor-limited ones."""
+    """Return the mark of the worst verdict; empty if all are resolved."""
     present = set(verdicts)
-    return "!" if "unresolved" in present else "~" if "floor-limited" in present else ""
+    return next((mark for verdict, mark in NOISE_MARKS.items() if verdict in present), "")
 
 
 # A fraction with its interval of about 95%.

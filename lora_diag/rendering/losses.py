@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_diag.metrics.statistics import paired_half
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.text import percent, plus_minus, short
 
 
@@ -21,14 +21,13 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
     """
     settings = results.run.settings
     conditions = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
-    return [
-        compared(results),
+    return summarize(
+        results,
         make_statement("measured", "Measured", f"{conditions}; {settings['tokens']}"),
         *statements,
-        *([make_statement("interpretation", "Interpretation", reading)] if reading else []),
-        left_out(results),
-        *final_statements(results, "records so far"),
-    ]
+        make_statement("interpretation", "Interpretation", reading),
+        so_far="records so far",
+    )
 
 
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:

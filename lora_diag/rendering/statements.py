@@ -5,11 +5,13 @@ Includes the statements common to all summaries: inputs, skipped tensors, unmeas
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from rich.cells import cell_len
@@ -19,8 +21,8 @@ from rich.text import Text
 
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.run import Reason
-from lora_diag.records.vocabulary import ON_CPU
-from lora_diag.rendering.text import list_names, safe, short
+from lora_diag.records.vocabulary import NOISE_MARKS, ON_CPU, Hidden
+from lora_diag.rendering.text import list_counts, list_layers, list_names, number, percent, quantity, safe, short
 
 # Maximum number of unmeasured layers that are named.
 NAMED = 5
@@ -184,12 +186,12 @@ def make_statement(
     scoped: bool = False,
     priority: int = 1,
 ) -> Statement:
-    """Return a statement with one or more lines.
+    """Return a statement with several lines, without empty ones; ``summarize`` omits a statement without any.
 
     >>> make_statement("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
     """
-    lead, *details = [part for line in lines for part in line.split("\n")] or [""]
+    lead, *details = [part for line in lines if line for part in line.split("\n")] or [""]
     return Statement(key, label, lead, tuple(details), level, answer, scoped, priority)
 
 
@@ -225,14 +227,68 @@ def final_statements(results: Results[Any], so_far: str = "layers measured so fa
     final = []
     if results.unmeasured:
         final.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
-    if on_cpu := [record.layer for record in results if ON_CPU in getattr(record, "method", "")]:
-        text = f"the GPU was out of memory, and the CPU computed {list_names(on_cpu)}; --workers 1 takes less"
+    if on_cpu := [record for record in results if ON_CPU in getattr(record, "method", "")]:
+        text = f"the GPU was out of memory, and the CPU computed {list_layers(on_cpu)}; --workers 1 takes less"
         final.append(make_statement("device", "Device", text, level="warning"))
-    if results.end is None:
-        final.append(
-            make_statement("unfinished", "Warning", f"the run did not finish: these are the {so_far}", level="failure")
-        )
-    return final
+    return [*final, *unfinished(results, so_far)]
+
+
+def unfinished(results: Results[Any], so_far: str) -> list[Statement]:
+    """Return the warning of a run that did not finish; empty if it did."""
+    text = f"the run did not finish: these are the {so_far}"
+    return [make_statement("unfinished", "Warning", text, level="failure")] if results.end is None else []
+
+
+def describe_resolution(
+    verdicts: Iterable[str], subjects: str, yes: str, otherwise: str, marks: Mapping[str, str] | None = None
+) -> Statement:
+    """Return the statement whether the files resolve an update.
+
+    Args:
+        verdicts: ``Resolution.verdict`` of each matrix.
+        subjects: What was judged, in the plural.
+        yes: The statement if all are resolved.
+        otherwise: What it means for those that are not.
+        marks: Marks of the verdicts in the command's table.
+    """
+    judged = list(verdicts)
+    texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
+    unclear = list_counts(judged, texts)
+    text = f"of {len(judged)} {subjects} {' and '.join(unclear)}: {otherwise}" if unclear else yes
+    return make_statement("resolved", "Resolution", text, level="warning" if unclear else "note")
+
+
+def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
+    """State the size of updates before rounding, from estimates and the norms ‖D‖ in the files; empty without any."""
+    sized = [(hidden.fro_estimate, hidden.fro_interval, fro) for hidden, fro in estimates if hidden.fro_estimate]
+    if not sized:
+        return []
+    norm, stored = math.hypot(*(size for size, _, _ in sized)), math.hypot(*(fro for _, _, fro in sized))
+    errors = [(interval[1] - interval[0]) / 2 / size for size, interval, _ in sized if interval is not None]
+    return [
+        f"‖X‖ = {number(norm)} estimated over {quantity(len(sized))}, ± {percent(median(errors))} in the median "
+        f"matrix; the files show ‖D‖ = {number(stored)}, {number(stored / norm)} times that"
+    ]
+
+
+def summarize(
+    results: Results[Any],
+    *findings: Statement,
+    extra: Sequence[str] = (),
+    skipped: Statement | None = None,
+    so_far: str = "layers measured so far",
+) -> list[Statement]:
+    """Return the statements of a summary: inputs, findings, skipped tensors, and the state of the run.
+
+    Args:
+        results: The results.
+        findings: Statements of the command; those without lines are omitted.
+        extra: Remarks on the inputs.
+        skipped: The statement of skipped tensors; default: ``left_out``.
+        so_far: Contents of an unfinished run.
+    """
+    found = [statement for statement in findings if statement.lead]
+    return [compared(results, *extra), *found, skipped or left_out(results), *final_statements(results, so_far)]
 
 
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}

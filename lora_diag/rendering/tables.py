@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -19,22 +19,13 @@ from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.statements import Statement, summary_of
-from lora_diag.rendering.text import crop, ends, plus_minus, safe, short, to_text, written
+from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, short, to_text, written
 
 # Terminal width from which the wide table is shown.
 WIDE = 120
 
 # Length of a name that columns must leave room for, in the narrow and in the wide table.
 _NAME, _WIDE_NAME = 12, 32
-
-
-class HasLayer(Protocol):
-    """A record of one layer."""
-
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        ...
 
 
 R = TypeVar("R", bound=HasLayer)

@@ -5,15 +5,28 @@ from __future__ import annotations
 import codecs
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lora_diag.errors import safe as safe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+T = TypeVar("T")
+
+
+class HasLayer(Protocol):
+    """A record of one layer."""
+
+    @property
+    def layer(self) -> str:
+        """The weight's name in BASE."""
+        ...
 
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -94,6 +107,35 @@ def list_names(layers: Sequence[str], limit: int = 3) -> str:
     return f"{first} and {len(layers) - limit} more" if len(layers) > limit else first
 
 
+def list_layers(records: Iterable[HasLayer], limit: int = 3) -> str:
+    """Return the first layers of records for display, and the number of further ones."""
+    return list_names([record.layer for record in records], limit)
+
+
+def quantity(number_of: int, noun: str = "matrix") -> str:
+    """Return a number with its noun, in the plural unless it is 1.
+
+    >>> quantity(1), quantity(2), quantity(0, "layer")
+    ('1 matrix', '2 matrices', '0 layers')
+    """
+    nouns = "matrices" if noun == "matrix" else f"{noun}s"
+    return f"{number_of} {noun if number_of == 1 else nouns}"
+
+
+def list_counts(words: Iterable[str], texts: Mapping[str, str] | Sequence[str]) -> list[str]:
+    """Return how often each known word occurs, as phrases in the order of ``texts``; without those that do not occur.
+
+    Args:
+        words: The words.
+        texts: The known words, with the texts that replace them if it is a mapping.
+
+    >>> list_counts(["b", "a", "b"], ["a", "b", "c"]), list_counts("a", {"a": "apples"})
+    (['1 a', '2 b'], ['1 apples'])
+    """
+    counts = Counter(words)
+    return [f"{counts[word]} {texts[word] if isinstance(texts, Mapping) else word}" for word in texts if counts[word]]
+
+
 def crop(text: str, width: int) -> str:
     """Truncate text at its beginning; the end of a layer's name is more specific.
 
@@ -153,14 +195,25 @@ def format_shown(value: float | None, formatter: Callable[[float], str] = number
     return "-" if value is None else formatter(value)
 
 
-def span(values: Iterable[int]) -> str:
+def span(values: Iterable[int], to: str = "-") -> str:
     """Return the common value, or the range of values; a dash without values.
 
-    >>> span([8, 8]), span([16, 4]), span([])
-    ('8', '4-16', '-')
+    >>> span([8, 8]), span([16, 4]), span([16, 4], " to "), span([])
+    ('8', '4-16', '4 to 16', '-')
     """
     known = sorted(values)
-    return "-".join(map(str, sorted({known[0], known[-1]}))) if known else "-"
+    return to.join(map(str, sorted({known[0], known[-1]}))) if known else "-"
+
+
+def select_evenly(items: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` items, evenly spaced, including the first and the last.
+
+    >>> select_evenly([0, 1, 2, 3, 4], 3)
+    [0, 2, 4]
+    """
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def ends(values: Sequence[float], form: str) -> str:
@@ -252,6 +305,15 @@ def plus_minus(error: float) -> str:
     (' ±0.012', ' ±0.010', ' ±<1e-4')
     """
     return f" ±{two_digits(error)}" if error >= 1e-4 else " ±<1e-4"
+
+
+def with_limits(value: float, half: float | None) -> str:
+    """Return a signed value with its interval, four decimals each; the value alone if the interval is not known.
+
+    >>> with_limits(0.01, 0.02), with_limits(0.01, None)
+    ('+0.0100 [-0.0100, 0.0300]', '+0.0100')
+    """
+    return f"{value:+.4f}" + ("" if half is None else f" [{value - half:.4f}, {value + half:.4f}]")
 
 
 def two_digits(error: float) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.show import tracks
@@ -27,7 +27,7 @@ from lora_diag.inspection.table import table
 from lora_diag.metrics.energy import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
-from lora_diag.rendering.text import plain, safe, short
+from lora_diag.rendering.text import plain, safe, select_evenly, short
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.subject import (
@@ -75,8 +75,6 @@ MAX_STEPS = 60
 TERMINAL_WIDTH = 118
 # Maximum number of listed verdicts of a gate, and of inputs of a run (a fleet has thousands).
 VERDICTS, INPUTS = 50, 20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +264,7 @@ def _make_overlaps(
                 "rank": track.rank,
                 "rows": [
                     [convert(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
-                    for r in _select_evenly(track.records, MAX_STEPS)
+                    for r in select_evenly(track.records, MAX_STEPS)
                 ],
             }
             for track in tracks(source.results)
@@ -297,17 +295,6 @@ def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     if steps > MAX_STEPS:
         notes.append(f"Overlap curves show {MAX_STEPS} of {steps} steps, evenly spaced.")
     return notes
-
-
-def _select_evenly(items: Sequence[T], count: int) -> list[T]:
-    """Return evenly spaced items including the first and the last.
-
-    >>> _select_evenly([0, 1, 2, 3, 4], 3)
-    [0, 2, 4]
-    """
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _round_value(value: Any) -> Any:

@@ -13,8 +13,8 @@ FEATURE = Feature(
     functions=(".measure:fleet",),
     subcommands=(("fleet", ".command:fleet"),),
     table=".show:fleet_table",
-    statements=".show:fleet_section_lines",
-    grids=".show:fleet_section_grids",
+    statements=".show:fleet_lines",
+    grids=".show:fleet_grids",
     section=Section(
         "A fleet",
     ),

@@ -21,9 +21,9 @@ from lora_diag.metrics.statistics import (
 )
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, make_statement
+from lora_diag.rendering.statements import Statement, make_statement, unfinished
 from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table
-from lora_diag.rendering.text import number, percent, safe
+from lora_diag.rendering.text import list_counts, number, percent, quantity, safe, span
 
 # Maximum number of rows of a table, and of items named in a sentence; the records have all.
 _MAX_ROWS, _MAX_NAMED = 20, 3
@@ -51,7 +51,7 @@ def fleet_table(
         Lines of text, without a trailing newline.
     """
     pairs = pairs_of(results)
-    return grids_table(fleet_grids(results, pairs, per), fleet_lines(results, pairs), width, color, next_command)
+    return grids_table(fleet_grids(results, per, pairs), fleet_lines(results, pairs), width, color, next_command)
 
 
 def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
@@ -59,8 +59,9 @@ def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
     return find_near_duplicates([record.update for record in results], [record.space for record in results])
 
 
-def fleet_grids(results: Results[Fleet], pairs: Sequence[NearDuplicate], per: str = "type") -> list[Grid]:
-    """Return the tables: outliers, or every adapter; and near-duplicates."""
+def fleet_grids(results: Results[Fleet], per: str = "type", pairs: Sequence[NearDuplicate] | None = None) -> list[Grid]:
+    """Return the tables: outliers, or every adapter; and near-duplicates, found anew without ``pairs``."""
+    pairs = pairs_of(results) if pairs is None else pairs
     records = list(results)
     names, notes = short_names([record.adapter for record in records]), remarks(records)
     outliers = order_by_rarity(find_outlier_kinds(records))
@@ -117,80 +118,60 @@ def _make_duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) 
     return grid_of(_DUPLICATE_COLUMNS, rows, "pair", "near-duplicates", extra=[column])
 
 
-def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate]) -> list[Statement]:
-    """Return the statements of the summary."""
-    records = list(results)
-    lines: list[Statement] = []
+def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate] | None = None) -> list[Statement]:
+    """Return the statements of the summary.
+
+    Args:
+        results: The results.
+        pairs: Its near-duplicates; found anew without them.
+    """
+    records = results.layers
+    failed = [f"{safe(item.layer)}: {safe(item.detail)}" for item in results.left_out if item.reason == "unreadable"]
+    remaining = f"and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
+    lines = [make_statement("not_measured", "Not measured", *failed[:_MAX_NAMED], remaining, level="failure")]
     if records:
-        kinds = Counter(record.family for record in records)
-        text = ", ".join(f"{number_of} {safe(kind)}" for kind, number_of in kinds.most_common(_MAX_NAMED))
-        lines += [
+        families = Counter(record.family for record in records).most_common(_MAX_NAMED)
+        text = ", ".join(f"{number_of} {safe(family)}" for family, number_of in families)
+        near_duplicates = pairs_of(results) if pairs is None else pairs
+        lines = [
             make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
             make_statement("rank", "Rank", _describe_rank(records)),
             make_statement("stand_out", "Outliers", _describe_outliers(records)),
+            make_statement("alike", "Near-duplicates", _describe_pairs(near_duplicates)),
+            *lines,
         ]
-        lines.append(make_statement("alike", "Near-duplicates", _describe_pairs(pairs)))
-    if failed := [item for item in results.left_out if item.reason == "unreadable"]:
-        details = [f"{safe(item.layer)}: {safe(item.detail)}" for item in failed[:_MAX_NAMED]]
-        remainder = [f"and {len(failed) - _MAX_NAMED} more"] if len(failed) > _MAX_NAMED else []
-        lines.append(make_statement("not_measured", "Not measured", *details, *remainder, level="failure"))
-    if results.end is None:
-        lines.append(
-            make_statement(
-                "unfinished",
-                "Warning",
-                "the run did not finish; these are the adapters measured so far",
-                level="failure",
-            )
-        )
-    return lines
+    return [*(line for line in lines if line.lead), *unfinished(results, "adapters measured so far")]
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
     ranked = [record for record in records if record.used is not None and record.fro]
     if not ranked:
         return "no adapter has a rank"
-    ranks = sorted({record.rank for record in ranked if record.rank is not None})
-    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     used_fraction = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
     median_rank = median(record.total_rank_99 / record.modules for record in ranked)
     return (
-        f"r = {span}; 99% of the energy needs a median r of {number(median_rank)} per layer, "
-        f"{percent(used_fraction)} of all ranks"
+        f"r = {span((record.rank for record in ranked if record.rank is not None), ' to ')}; 99% of the energy needs a "
+        f"median r of {number(median_rank)} per layer, {percent(used_fraction)} of all ranks"
     )
 
 
+_OUTLIERS: dict[OutlierKind, str] = {
+    "dead": "with dead layers (ΔW = 0)",
+    "over-ranked": f"over-ranked (99% of the energy in at most {OVER_RANKED_BELOW:.0%} of the rank)",
+    "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
+    "norm": "with an outlying norm",
+}
+
+
 def _describe_outliers(records: Sequence[Fleet]) -> str:
-    counts = Counter(kind for kinds in find_outlier_kinds(records) for kind in kinds)
-    texts: dict[OutlierKind, str] = {
-        "dead": "with dead layers (ΔW = 0)",
-        "over-ranked": f"over-ranked (99% of the energy in at most {OVER_RANKED_BELOW:.0%} of the rank)",
-        "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
-        "norm": "with an outlying norm",
-    }
-    descriptions = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]
-    return ", ".join(descriptions) or "none"
+    kinds = [kind for kinds in find_outlier_kinds(records) for kind in kinds]
+    return ", ".join(list_counts(kinds, _OUTLIERS)) or "none"
 
 
 def _describe_pairs(pairs: Sequence[NearDuplicate]) -> str:
     counts = Counter(pair.relation for pair in pairs)
-    descriptions = [
-        f"{counts[relation]} {'pair' if counts[relation] == 1 else 'pairs'}: {text}"
-        for relation, text in _RELATION_TEXTS.items()
-        if counts[relation]
-    ]
-    criterion = (
-        f"|cosine| ≥ {MIN_NEAR_COSINE} or column spaces with an overlap ≥ {MIN_SPACE_OVERLAP}, both estimated from "
-        "sketches"
+    texts = [f"{quantity(counts[key], 'pair')}: {text}" for key, text in _RELATION_TEXTS.items() if counts[key]]
+    return (
+        f"{', '.join(texts) or 'none'} (|cosine| ≥ {MIN_NEAR_COSINE} or column spaces with an overlap ≥ "
+        f"{MIN_SPACE_OVERLAP}, both estimated from sketches)"
     )
-    return f"{', '.join(descriptions) or 'none'} ({criterion})"
-
-
-def fleet_section_lines(results: Results[Fleet]) -> list[Statement]:
-    """Return the statements of the summary, with near-duplicates found anew."""
-    return fleet_lines(results, pairs_of(results))
-
-
-def fleet_section_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
-    """Return the tables, with near-duplicates found anew."""
-    return fleet_grids(results, pairs_of(results), per)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,9 +11,9 @@ from statistics import median
 from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union, pooled_cosine
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement, short_paths
+from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, percent, short
+from lora_diag.rendering.text import list_counts, number, percent, short
 
 # Maximum number of pairs with a table each; more share one table with a row per pair.
 _MAX_PAIR_TABLES = 3
@@ -106,54 +105,41 @@ def _list_truncation_ranks(records: Sequence[Union]) -> list[int]:
 
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results)]
-    pairs, unions = pairs_of(results), select_shared(results)
-    if pairs:
-        lines.append(
-            make_statement(
-                "interfere", "Interference", *(_describe_interference(*pair) for pair in _select_strongest(pairs))
-            )
-        )
+    unions = select_shared(results)
+    strongest = sorted(pairs_of(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
+    findings = [make_statement("interfere", "Interference", *(_describe_interference(*pair) for pair in strongest))]
     if unions:
-        lines += [
+        findings += [
             make_statement("rank_needed", "Rank needed", _describe_rank_needed(unions)),
             make_statement("merge", "Merge", *_describe_merges(unions)),
+            describe_resolution(
+                [record.resolution.verdict for record in unions if record.fro > 0],
+                "sums",
+                "yes: rounding plays no part in the sums",
+                "overlaps there may be those of the files' rounding",
+            ),
         ]
-        lines.append(_describe_resolution(unions))
     else:
         why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
-        lines.append(make_statement("interfere", "Interference", why))
-    lines.append(
-        make_statement(
-            "interpretation",
-            "Interpretation",
-            "weights alone do not show interference between tasks; the held-out loss of each task does",
-        )
-    )
-    return [*lines, left_out(results), *final_statements(results)]
+        findings.append(make_statement("interfere", "Interference", why))
+    text = "weights alone do not show interference between tasks; the held-out loss of each task does"
+    return summarize(results, *findings, make_statement("interpretation", "Interpretation", text))
 
 
-def _select_strongest(
-    pairs: Sequence[tuple[str, str, list[Interference]]],
-) -> list[tuple[str, str, list[Interference]]]:
-    return sorted(pairs, key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
+_RELATIONS: dict[Relation, str] = {
+    "apart": "no more in common than chance",
+    "share": "sharing directions",
+    "reinforce": "reinforcing each other",
+    "cancel": "cancelling each other",
+    "noise": "not resolved by the files",
+}
 
 
 def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
     """State what two updates have in common, and in which layers they cancel most."""
-    counts = Counter(record.relation for record in records)
-    relation_texts: dict[Relation, str] = {
-        "apart": "no more in common than chance",
-        "share": "sharing directions",
-        "reinforce": "reinforcing each other",
-        "cancel": "cancelling each other",
-        "noise": "not resolved by the files",
-    }
-    counts_text = ", ".join(
-        f"{counts[relation]} {text}" for relation, text in relation_texts.items() if counts[relation]
-    )
+    counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
     cosine = number(round(pooled_cosine(records), 4))
-    sentence = f"{first} and {second}: {counts_text}, of {len(records)} layers; cosine {cosine}"
+    sentence = f"{first} and {second}: {counts}, of {len(records)} layers; cosine {cosine}"
     worst = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)[:_MAX_NAMED]
     worst_text = f"; most in {', '.join(f'{short(r.layer)} ({number(round(r.cosine, 3))})' for r in worst)}"
     return sentence + (worst_text if worst else "")
@@ -182,45 +168,23 @@ def _describe_rank_needed(unions: Sequence[Union]) -> str:
     return sentence
 
 
-def _describe_merges(unions: Sequence[Union]) -> list[str]:
+def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
     """State the loss of each merge."""
-    lines = []
     if merge_residual(unions, "cat") is not None:
         ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
-        lines.append(f"cat (concatenated factors) is exact, with r = {ranks}")
+        yield f"cat (concatenated factors) is exact, with r = {ranks}"
     truncation_losses = [(rank, recompressed_residual(unions, rank)) for rank in _list_truncation_ranks(unions)]
     if truncation_losses:
         text = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in truncation_losses)
-        lines.append(f"svd (the sum truncated to rank r) loses this fraction of the energy: {text}")
-    linear, ties, dense = (merge_residual(unions, merge) for merge in ("linear", "ties", "ties_dense"))
+        yield f"svd (the sum truncated to rank r) loses this fraction of the energy: {text}"
+    linear, ties, dense = (merge_residual(unions, merge) for merge in MERGES)
     if linear is not None:
-        lines.append(
-            f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"
-        )
+        yield f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"
     elif any(None not in record.ranks for record in unions):
-        lines.append("PEFT's linear and ties need adapters of equal rank and known scale in every layer")
+        yield "PEFT's linear and ties need adapters of equal rank and known scale in every layer"
     if ties is not None:
-        lines.append(f"PEFT's ties (of A and B separately) differs from the sum by {number(ties)} of its norm")
+        yield f"PEFT's ties (of A and B separately) differs from the sum by {number(ties)} of its norm"
     if dense is not None:
         best = [loss.best_scale for r in unions if (loss := r.merges.get("ties_dense")) and loss.best_scale]
-        lines.append(
-            f"TIES of ΔW differs by {number(dense)}; it is nearest to the sum when scaled by about "
-            f"{number(median(best))}"
-            if best
-            else f"TIES of ΔW differs by {number(dense)}"
-        )
-    return lines
-
-
-def _describe_resolution(unions: Sequence[Union]) -> Statement:
-    verdicts = Counter(record.resolution.verdict for record in unions if record.fro > 0)
-    if set(verdicts) <= {"resolved"}:
-        return make_statement("resolved", "Resolution", "yes: rounding plays no part in the sums")
-    verdict_counts = [
-        f"{verdicts[verdict]} {verdict}" for verdict in ("unresolved", "floor-limited") if verdicts[verdict]
-    ]
-    text = (
-        f"of {sum(verdicts.values())} sums {' and '.join(verdict_counts)}: overlaps there may be those of the files' "
-        "rounding"
-    )
-    return make_statement("resolved", "Resolution", text, level="warning")
+        scaled = f"; it is nearest to the sum when scaled by about {number(median(best))}" if best else ""
+        yield f"TIES of ΔW differs by {number(dense)}{scaled}"

@@ -7,9 +7,9 @@ from statistics import median
 
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, short
+from lora_diag.rendering.text import number, quantity, short
 
 # Maximum number of layers named in a sentence.
 _MAX_NAMED = 3
@@ -23,28 +23,22 @@ def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid
 
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results)]
-    records = list(results)
-    if records:
-        lines += [
-            make_statement(
-                "intruders",
-                "Intruders",
-                _describe_intruders(records),
-                level="warning" if any(r.intruders for r in records) else "note",
-            ),
-            make_statement("rotated", "Rotated", _describe_rotated(records)),
-            make_statement("chance", "Random baseline", _describe_chance(records)),
-        ]
-    lines.append(
-        make_statement(
-            "interpretation",
-            "Interpretation",
-            "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the "
-            "fine-tune shows whether this model forgot",
-        )
+    records = results.layers
+    found = any(record.intruders for record in records)
+    findings = [
+        make_statement("intruders", "Intruders", _describe_intruders(records), level="warning" if found else "note"),
+        make_statement("rotated", "Rotated", _describe_rotated(records)),
+        make_statement("chance", "Random baseline", _describe_chance(records)),
+    ]
+    interpretation = (
+        "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the fine-tune "
+        "shows whether this model forgot"
     )
-    return [*lines, left_out(results), *final_statements(results)]
+    return summarize(
+        results,
+        *(findings if records else ()),
+        make_statement("interpretation", "Interpretation", interpretation),
+    )
 
 
 def _describe_intruders(records: Sequence[Intruders]) -> str:
@@ -55,7 +49,7 @@ def _describe_intruders(records: Sequence[Intruders]) -> str:
         f"the {first_record.k} largest directions of each weight, similarity below {number(first_record.epsilon)}"
     )
     unchanged = sum(record.fro == 0 for record in records)
-    unchanged_text = f"; {unchanged} {'weight' if unchanged == 1 else 'weights'} did not change" if unchanged else ""
+    unchanged_text = f"; {quantity(unchanged, 'weight')} did not change" if unchanged else ""
     if not total:
         return f"none in {len(records)} layers ({criterion}){unchanged_text}"
     affected = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))

@@ -1,12 +1,10 @@
 """Terminal output of ``overlap``: κ over the steps by module type or layer, and a summary.
 
-The records of a layer are joined into one track over the steps. The summary states containment, trend and a
-suggestion.
+The records of a layer are joined into one track over the steps.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -17,9 +15,9 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.metrics.subspaces import NEAR_RANDOM, TREND_RATIO, is_near
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, summarize
 from lora_diag.rendering.tables import WIDE, Column, Grid, Rows, columns_of, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import middle, number, shade, short, small_fraction, span, strip
+from lora_diag.rendering.text import middle, number, quantity, select_evenly, shade, short, small_fraction, span, strip
 
 # Default rank to show; for an adapter, its own rank.
 USUAL_RANK = 16
@@ -159,34 +157,21 @@ def overlap_table(
 def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
     wide = width >= WIDE
     max_steps, sample_count = (_WIDE_MAX_STEPS, _WIDE_SAMPLED_STEPS) if wide else (_MAX_STEPS, _SAMPLED_STEPS)
-    column_steps = _spread(steps, sample_count if len(steps) > max_steps else max_steps)
+    column_steps = select_evenly(steps, sample_count if len(steps) > max_steps else max_steps)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
             columns += [_make_step_column(rows, step, "step " * (step == column_steps[0])) for step in column_steps]
-            columns += (
-                [_make_strip_column(rows, steps, _WIDE_STRIP_WIDTH if wide else _STRIP_WIDTH)]
-                if len(steps) > len(column_steps)
-                else []
-            )
-            columns += (
-                [Column("trend", tuple(trend(_compute_median_ends(group)) for _, group in rows), "left")]
-                if steps[1:]
-                else []
-            )
+            if len(steps) > len(column_steps):
+                columns.append(_make_strip_column(rows, steps, _WIDE_STRIP_WIDTH if wide else _STRIP_WIDTH))
+            if steps[1:]:
+                columns.append(Column("trend", tuple(trend(_compute_median_ends(group)) for _, group in rows), "left"))
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
     return grid_of((), rows, per, f"{caption} ({NEAR_MARK} near random)", extra=columns)
-
-
-def _spread(steps: Sequence[int], count: int) -> list[int]:
-    """Return at most this many steps, evenly spaced, including the first and the last."""
-    if len(steps) <= count:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
 def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
@@ -244,30 +229,32 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
         shown: Its layers at the rank of the table; default: at the default rank.
     """
     shown = tracks(results) if shown is None else shown
-    statements = [compared(results, *_describe_measured(results))]
     relevant = [track for track in _select_relevant(shown) if track.known]
+    findings = []
     if relevant:
-        statements += [
+        findings = [
             _describe_containment(relevant, len(relevant) < len(shown)),
             make_statement("reach", "Reach", _describe_reach(relevant)),
-            make_statement("trend", "Trend", _describe_trend(relevant)),
             make_statement("by_rank", "By rank", _describe_ranks(results, relevant)),
-            make_statement("suggests", "Suggestion", _suggest_fix(results, relevant)),
-            *_describe_resolution(relevant),
+            make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
+            describe_resolution(
+                [track.last.verdict for track in relevant],
+                "matrices",
+                "",
+                "where the files do not resolve the update, its subspaces are those of rounding noise and a κ near "
+                "random has no meaning",
+            ),
             make_statement("interpretation", "Interpretation", _interpret(results)),
         ]
     elif shown:
-        statements.append(make_statement("inside", "Containment", "not known: every gradient is zero", level="warning"))
-    statements.append(left_out(results))
-    if skipped := _describe_skipped_ranks(results):
-        statements.append(make_statement("ranks", "Ranks", skipped))
-    return [*statements, *final_statements(results, "records so far")]
+        findings = [make_statement("inside", "Containment", "not known: every gradient is zero", level="warning")]
+    findings.append(make_statement("ranks", "Ranks", _describe_skipped_ranks(results)))
+    return summarize(results, *findings, extra=_describe_measured(results), so_far="records so far")
 
 
 def _describe_measured(results: Results[Overlap]) -> list[str]:
     layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
-    step_and_rank_counts = f"{steps} step{'s' if steps > 1 else ''}, {ranks} rank{'s' if ranks > 1 else ''}"
-    return [f"{_format_count(layers)}, {step_and_rank_counts}"] if layers else []
+    return [f"{quantity(layers)}, {quantity(steps, 'step')}, {quantity(ranks, 'rank')}"] if layers else []
 
 
 def _select_relevant(shown: Sequence[Track]) -> list[Track]:
@@ -284,37 +271,31 @@ def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statem
     kappa, random = middle([t.last.kappa for t in relevant]), middle([t.last.kappa_random for t in relevant])
     scope = " outside embeddings and head" if is_partial else ""
     head = (
-        f"{verdict}: at the last step the median κ of {_format_count(len(relevant))}{scope} is {number(kappa or 0)}, "
+        f"{verdict}: at the last step the median κ of {quantity(len(relevant))}{scope} is {number(kappa or 0)}, "
         f"that of random subspaces {number(random or 0)}"
     )
     if not near_random:
         return make_statement("inside", "Containment", f"{head}; none is near random ({_NEAR_CRITERION})")
-    sentences = [
-        head,
-        f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_NEAR_CRITERION}):",
-    ]
     first_step = min(track.records[0].step for track in relevant)
-    sentences += [
-        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, {_describe_fall(t, first_step)}"
+    examples = [
+        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, "
+        f"{'at every step' if t.near_since == first_step else f'since step {t.near_since}'}"
         for t in near_random[:_MAX_NAMED]
     ]
-    suffix = [f"  and {len(near_random) - _MAX_NAMED} more"] if len(near_random) > _MAX_NAMED else []
-    return make_statement("inside", "Containment", *sentences, *suffix, level="warning")
-
-
-def _describe_fall(track: Track, first_step: int) -> str:
-    """State since when κ is near random in a layer that ends there."""
-    return "at every step" if track.near_since == first_step else f"since step {track.near_since}"
+    return make_statement(
+        "inside",
+        "Containment",
+        head,
+        f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_NEAR_CRITERION}):",
+        *examples,
+        f"  and {len(near_random) - _MAX_NAMED} more" if len(near_random) > _MAX_NAMED else "",
+        level="warning",
+    )
 
 
 def _name_layers(near_random: Sequence[Track]) -> str:
     """Return the phrase for these layers: their number, or the name of a single one."""
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
-
-
-def _format_count(count: int) -> str:
-    """Return a number of matrices as text."""
-    return f"{count} {'matrix' if count == 1 else 'matrices'}"
 
 
 def _describe_reach(relevant: Sequence[Track]) -> str:
@@ -332,62 +313,32 @@ def _describe_reach(relevant: Sequence[Track]) -> str:
     )
 
 
-def _describe_trend(relevant: Sequence[Track]) -> str:
-    """Count the layers whose κ falls, rises or is steady, and name the two where it falls most."""
-    ends_by_layer = {track.layer: ends for track in relevant if (ends := track.ends) is not None}
-    if not ends_by_layer:
-        return "not known from one step; record several"
-    counts = Counter(trend(ends) for ends in ends_by_layer.values())
-    phrases = [f"{direction} in {counts[direction]}" for direction in ("falls", "rises") if counts[direction]]
-    phrases += [f"is steady in {counts['steady']}"] if counts["steady"] else []
-    sentence = f"κ {', '.join(phrases)} of {_format_count(len(ends_by_layer))}"
-    falling = sorted(
-        (layer for layer in ends_by_layer if trend(ends_by_layer[layer]) == "falls"),
-        key=lambda x: ends_by_layer[x][1] / ends_by_layer[x][0],
-    )
-    if falling:
-        examples = [f"{short(x)} ({number(ends_by_layer[x][0])} → {number(ends_by_layer[x][1])})" for x in falling[:2]]
-        sentence += f"; falls most in {', '.join(examples)}"
-    return sentence
-
-
 def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str:
     """State κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
     last_step_by_layer = {track.layer: track.last.step for track in relevant}
-    kappa_texts = []
-    for rank in sorted({record.rank for record in results}):
-        at_last_step = [
-            r for r in results if r.rank == rank and last_step_by_layer.get(r.layer) == r.step and r.kappa is not None
-        ]
-        if at_last_step:
-            kappa, random = (
-                middle([r.kappa for r in at_last_step]) or 0.0,
-                middle([r.kappa_random for r in at_last_step]) or 0.0,
-            )
-            kappa_texts.append(f"r={rank} {number(kappa)} ({number(random)})")
-    return f"κ (random): {', '.join(kappa_texts)}"
+    at_last_step = [r for r in results if last_step_by_layer.get(r.layer) == r.step and r.kappa is not None]
+    texts = []
+    for rank in sorted({record.rank for record in at_last_step}):
+        of_rank = [record for record in at_last_step if record.rank == rank]
+        kappa, random = middle([r.kappa for r in of_rank]) or 0.0, middle([r.kappa_random for r in of_rank]) or 0.0
+        texts.append(f"r={rank} {number(kappa)} ({number(random)})")
+    return f"κ (random): {', '.join(texts)}"
 
 
-def _is_above_random(record: Overlap) -> bool:
-    """Return whether κ is well above its baseline; never for full subspaces, where both are 1."""
-    return record.kappa_random < 1 and not near(record)
-
-
-def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
+def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[str]:
     """Suggest what to do about the layers near their baseline."""
     near_random = [track for track in relevant if track.near_since is not None]
     if not near_random:
-        return "nothing to change: in every layer these subspaces contain more of the gradient than random ones"
-    tangent_only = [track for track in near_random if _has_reach(track.last)]
-    record_at_largest_rank = {
-        track.layer: max((r for r in results if r.layer == track.layer), key=_rank_then_step) for track in near_random
-    }
-    at_higher_rank = [
-        track
+        return ["nothing to change: in every layer these subspaces contain more of the gradient than random ones"]
+    at_largest_rank = {
+        track.layer: max((r for r in results if r.layer == track.layer), key=lambda r: (r.rank, r.step))
         for track in near_random
-        if track not in tangent_only and _is_above_random(record_at_largest_rank[track.layer])
-    ]
-    outside = [track for track in near_random if track not in tangent_only and track not in at_higher_rank]
+    }
+    tangent_only = [track for track in near_random if _has_reach(track.last)]
+    others = [track for track in near_random if track not in tangent_only]
+    # At full rank the subspaces are the whole space, which contains every gradient: κ and its baseline are both 1.
+    at_higher_rank = [t for t in others if (r := at_largest_rank[t.layer]).kappa_random < 1 and not near(r)]
+    outside = [track for track in others if track not in at_higher_rank]
     sentences = []
     if tangent_only:
         tangent, random = (
@@ -398,20 +349,19 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> str:
             f"of ‖G‖ (random {number(random or 0)}); keep it"
         )
     if at_higher_rank:
-        largest_rank = max(record_at_largest_rank[track.layer].rank for track in at_higher_rank)
+        largest_rank = max(at_largest_rank[track.layer].rank for track in at_higher_rank)
         sentences.append(
             f"{_name_layers(at_higher_rank)} κ exceeds the baseline at r={largest_rank}: use a higher rank there"
         )
     if outside:
         cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
-        # At full rank the subspaces are the whole space, which contains every gradient.
-        any_at_full_rank = any(record_at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
+        below_full_rank = any(at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
-            f"{_name_layers(outside)} the gradients are outside {cause} at every rank "
-            f"measured{' below full rank' if any_at_full_rank else ''}: initialize the adapter there from recent "
-            "gradients, or move its parameters to layers that contain theirs"
+            f"{_name_layers(outside)} the gradients are outside {cause} at every rank measured"
+            f"{' below full rank' if below_full_rank else ''}: initialize the adapter there from recent gradients, or "
+            "move its parameters to layers that contain theirs"
         )
-    return "\n".join(sentences)
+    return sentences
 
 
 def _has_reach(record: Overlap) -> bool:
@@ -419,36 +369,15 @@ def _has_reach(record: Overlap) -> bool:
     return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= MIN_REACH
 
 
-def _rank_then_step(record: Overlap) -> tuple[int, int]:
-    return record.rank, record.step
-
-
-def _describe_resolution(relevant: Sequence[Track]) -> list[Statement]:
-    counts = Counter(track.last.verdict for track in relevant)
-    if counts["resolved"] == len(relevant):
-        return []
-    verdict_counts = [f"{counts[verdict]} {verdict}" for verdict in ("unresolved", "floor-limited") if counts[verdict]]
-    return [
-        make_statement(
-            "resolved",
-            "Resolution",
-            f"of {_format_count(len(relevant))} {' and '.join(verdict_counts)}: where the files do not resolve the "
-            "update, its subspaces are those of rounding noise and a κ near random has no meaning",
-            level="warning",
-        )
-    ]
-
-
 def _interpret(results: Results[Overlap]) -> str:
-    caveat = (
-        "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
-        "directions"
-        if reference_is_adapter(results)
-        else ""
-    )
     return (
         "overlap measures direction, not quality, and increases with rank for any subspace: compare with random, not "
-        f"with 1{caveat}"
+        "with 1"
+        + reference_is_adapter(results)
+        * (
+            "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
+            "directions"
+        )
     )
 
 
@@ -460,7 +389,6 @@ def _describe_skipped_ranks(results: Results[Overlap]) -> str:
     requested = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
     skip_counts = {rank: sum(rank not in ranks for ranks in ranks_by_layer.values()) for rank in requested}
     phrases = [f"{rank} in {number_of}" for rank, number_of in skip_counts.items() if number_of]
-    if not phrases:
-        return ""
     limit = "the adapter's rank" if reference_is_adapter(results) else "min(out, in)"
-    return f"not measured where they exceed {limit}: r={', '.join(phrases)} of {_format_count(len(ranks_by_layer))}"
+    text = f"not measured where they exceed {limit}: r={', '.join(phrases)} of {quantity(len(ranks_by_layer))}"
+    return text if phrases else ""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 from lora_diag.diagnostics.residual.record import SEEDS, Residual, describe_parts
 from lora_diag.metrics import Distances, pooled
 from lora_diag.records import Agreement, Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement, short_paths
+from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import format_shown, list_names, percent, safe
+from lora_diag.rendering.text import format_shown, list_layers, percent, quantity, safe
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
@@ -90,34 +91,31 @@ def _describe_agreement(spaces: Sequence[Agreement | None]) -> str:
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results)]
+    findings = []
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         against = f"{safe(tuned.path)}, given as TUNED, is an adapter, not a full fine-tune"
-        lines.append(
-            make_statement(
-                "note", "Note", f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
-            )
-        )
+        text = f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
+        findings.append(make_statement("note", "Note", text))
     groups = _group_by_adapter(results)
-    adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
-    if adapters:
-        lines += [
-            make_statement(
-                "distance", "Distance", *(f"{name}: {_describe_distance(records)}" for name, records in adapters)
-            ),
-            make_statement(
-                "limited_by", "Limiting factor", *(f"{name}: {_describe_limits(records)}" for name, records in adapters)
-            ),
-            make_statement(
-                "low_rank", "Low rank", *(f"{name}: {_describe_rank_limit(records)}" for name, records in adapters)
-            ),
-        ]
+    for key, label, describe in (
+        ("distance", "Distance", _describe_distance),
+        ("limited_by", "Limiting factor", _describe_limits),
+        ("low_rank", "Low rank", _describe_rank_limit),
+    ):
+        sentences = (f"{name}: {describe(records)}" for name, records in groups if records[0].role == "adapter")
+        findings.append(make_statement(key, label, *sentences))
     if groups:
-        lines += [
-            _describe_resolution(groups[0][1]),
-            make_statement("interpretation", "Interpretation", *_interpret(groups)),
-        ]
-    return [*lines, left_out(results), *final_statements(results)]
+        verdicts = [r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0]
+        resolved = describe_resolution(
+            verdicts,
+            "matrices of TUNED",
+            "yes: rounding plays no part in TUNED's update",
+            "ε relative to rounding noise has no meaning there (limited by: noise)",
+        )
+        if not verdicts:
+            resolved = replace(resolved, lead="no matrix of TUNED changed", level="warning")
+        findings += [resolved, make_statement("interpretation", "Interpretation", *_interpret(groups))]
+    return summarize(results, *findings)
 
 
 def _describe_distance(records: Sequence[Residual]) -> str:
@@ -144,20 +142,18 @@ def _describe_limits(records: Sequence[Residual]) -> str:
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)
     unchanged = [record for record in records if record.adapter_fro == 0]
-    clauses = [f"{limit} in {layer_count} of {_tensors(len(acting))}" for limit, layer_count in counts.most_common()]
+    clauses = [
+        f"{limit} in {layer_count} of {quantity(len(acting), 'tensor')}" for limit, layer_count in counts.most_common()
+    ]
     if unchanged:
         share = percent((math.hypot(*(record.fro for record in unchanged)) / total) ** 2)
-        clauses.append(f"{_tensors(len(unchanged))} not adapted, with {share} of ‖ΔW‖²")
+        clauses.append(f"{quantity(len(unchanged), 'tensor')} not adapted, with {share} of ‖ΔW‖²")
     if scaled := [record for record in acting if record.limited_by == "scale"]:
         clauses.append(
-            f"the best α of the {_tensors(len(scaled))} limited by scale is "
+            f"the best α of the {quantity(len(scaled), 'tensor')} limited by scale is "
             f"{format_shown(pooled(scaled).best_scale)} times theirs"
         )
     return "; ".join([*clauses, *([describe_parts(records)] if any(record.fro for record in records) else [])])
-
-
-def _tensors(number_of: int) -> str:
-    return f"{number_of} {'tensor' if number_of == 1 else 'tensors'}"
 
 
 def _describe_rank_limit(records: Sequence[Residual]) -> str:
@@ -171,26 +167,8 @@ def _describe_rank_limit(records: Sequence[Residual]) -> str:
     if not bound:
         return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the ranks of its layers"
     cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
-    worst = list_names([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
+    worst = list_layers(sorted(bound, key=lambda record: -record.floor))
     return f"is the limit in {len(bound)} of {len(ranked)} layers, at a cost of {cost} of ‖ΔW‖²: {worst}"
-
-
-def _describe_resolution(records: Sequence[Residual]) -> Statement:
-    """State whether the files resolve TUNED's update."""
-    resolutions = [record.resolution for record in records if record.resolution is not None and record.fro > 0]
-    if not resolutions:
-        return make_statement("resolved", "Resolution", "no matrix of TUNED changed", level="warning")
-    counts = Counter(resolution.verdict for resolution in resolutions)
-    if counts["resolved"] == len(resolutions):
-        return make_statement("resolved", "Resolution", "yes: rounding plays no part in TUNED's update")
-    parts = [f"{counts[word]} {word}" for word in ("unresolved", "floor-limited") if counts[word]]
-    return make_statement(
-        "resolved",
-        "Resolution",
-        f"of {len(resolutions)} matrices of TUNED {' and '.join(parts)}: ε relative to rounding noise has no meaning "
-        "there (limited by: noise)",
-        level="warning",
-    )
 
 
 def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:

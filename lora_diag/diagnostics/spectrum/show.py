@@ -7,34 +7,45 @@ when ``recover`` is worth running; of gradients, how far their spectrum predicts
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 from lora_diag.diagnostics.spectrum.record import Spectrum, usual_ranks
 from lora_diag.metrics import verdict
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.records.vocabulary import NORMS, Hidden
+from lora_diag.records.vocabulary import NOISE_MARKS, NORMS
 from lora_diag.rendering.statements import (
     REASONS,
-    Level,
     Statement,
-    compared,
-    final_statements,
-    left_out,
+    describe_estimate,
+    describe_resolution,
     make_statement,
     qualify_fractions,
     subject,
+    summarize,
 )
 from lora_diag.rendering.tables import WIDE, Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import count, median_rank, number, percent, safe, short, spark, strip
+from lora_diag.rendering.text import (
+    count,
+    list_counts,
+    median_rank,
+    number,
+    percent,
+    quantity,
+    safe,
+    short,
+    span,
+    spark,
+    strip,
+)
 
 # From this share of entries on that rounding left unchanged recover is named: at a third the recovered checkpoint has
 # the loss of the stored one, at 65% it keeps 3 points more of the gain, at 89% twice as much (see docs/reference).
 HIDDEN_FRACTION = 0.5
 
-WORDS = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
+_STATUSES = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
 
 
 def suggested_fix(changed: Sequence[Spectrum]) -> str:
@@ -53,46 +64,28 @@ def suggested_fix(changed: Sequence[Spectrum]) -> str:
     return f"; loradiag recover (or --recover here) can estimate the update before rounding{suffix}"
 
 
-def before_rounding(changed: Sequence[Spectrum]) -> list[Statement]:
-    """Return the statement on size, ranks and directions before rounding; none where they were not requested."""
+def describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
+    """State size, ranks and directions before rounding; empty where they were not requested."""
     tried = [(record, record.hidden) for record in changed if record.hidden is not None]
     if not tried:
         return []
-    counts: Counter[str] = Counter(hidden.status for _, hidden in tried)
-    status_counts = ", ".join(f"{counts[status]} {phrase}" for status, phrase in WORDS.items() if counts[status])
-    lines = []
-    sized = [(record, hidden) for record, hidden in tried if hidden.fro_interval is not None]
-    if sized:
-        norm = math.hypot(*(hidden.fro_estimate or 0.0 for _, hidden in sized))
-        stored_norm = math.hypot(*(record.fro for record, _ in sized))
-        errors = [(high - low) / (high + low) for _, hidden in sized for low, high in [hidden.fro_interval or (1, 1)]]
-        lines.append(
-            f"‖X‖ = {number(norm)}, ± {percent(median(errors))} in the median matrix; the files' ‖ΔW‖ is "
-            f"{number(stored_norm / norm)} times that"
-        )
-    lines.append(f"of {len(tried)} matrices that the files do not resolve {status_counts}")
-    recovered = [(record, hidden) for record, hidden in sized if hidden.status == "recovered"]
+    counts = list_counts((hidden.status for _, hidden in tried), _STATUSES)
+    lines = describe_estimate([(hidden, record.fro) for record, hidden in tried])
+    lines.append(f"of {len(tried)} matrices that the files do not resolve {', '.join(counts)}")
+    recovered = [(record, hidden) for record, hidden in tried if hidden.status == "recovered"]
     if recovered:
-        middle, lowest, highest = (
-            _median_text(ranks) for ranks in zip(*(_list_ranks(hidden) for _, hidden in recovered), strict=True)
-        )
-        stored_rank = _median_text([record.rank_at["0.9"] for record, _ in recovered])
-        lines.append(
-            f"rank at 90% {middle} (interval {lowest} to {highest}) at the median, where the files read {stored_rank}"
-        )
-        signal = _median_text([record.resolution.signal_rank for record, _ in recovered])
-        directions = _median_text([hidden.directions for _, hidden in recovered])
-        lines.append(f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge")
+        estimates = [(hidden.rank_at_estimate or {}).get("0.9") for _, hidden in recovered]
+        intervals = [(hidden.rank_at_interval or {}).get("0.9", (None, None)) for _, hidden in recovered]
+        lowest, highest = (_median_text(ranks) for ranks in zip(*intervals, strict=True))
+        lines += [
+            f"rank at 90% {_median_text(estimates)} (interval {lowest} to {highest}) at the median, where the files "
+            f"read {_median_text([record.rank_at['0.9'] for record, _ in recovered])}",
+            f"signal rank {_median_text([hidden.directions for _, hidden in recovered])} by rounding cells at the "
+            f"median, {_median_text([record.resolution.signal_rank for record, _ in recovered])} by the files' noise "
+            "edge",
+        ]
     refused = [(record, hidden) for record, hidden in tried if hidden.status == "refused"]
-    if refused:
-        lines.append(f"{short(refused[0][0].layer)}: {refused[0][1].reason}")
-    return [make_statement("before_rounding", "Before rounding", *lines)]
-
-
-def _list_ranks(hidden: Hidden) -> tuple[int | None, int | None, int | None]:
-    """Return the rank at 90% and the ends of its interval."""
-    lowest, highest = (hidden.rank_at_interval or {}).get("0.9", (None, None))
-    return (hidden.rank_at_estimate or {}).get("0.9"), lowest, highest
+    return [*lines, *(f"{short(record.layer)}: {hidden.reason}" for record, hidden in refused[:1])]
 
 
 def _median_text(ranks: Sequence[int | None]) -> str:
@@ -108,13 +101,18 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
         records: The records of the judged layers, each with its stack.
     """
     steps = sorted({step for record in records if record.stack for step in record.stack.steps})
-    span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+    steps_text = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
     total = math.hypot(*(record.fro for record in records))
-    text = f"{len(steps)} of {span}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
-    rank_pairs = _pair_ranks(records)
-    shown_rank, other_rank = (median(rank) for rank in zip(*rank_pairs, strict=True)) if rank_pairs else (0, 0)
-    if shown_rank:
-        suffix = "" if len(rank_pairs) == len(records) else f", in the {len(rank_pairs)} layers small enough for both"
+    text = f"{len(steps)} of {steps_text}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
+    pairs = [
+        (rank, other)
+        for record in records
+        if record.stack and record.stack.other_rank_at
+        if (rank := record.rank_at["0.9"]) is not None and (other := record.stack.other_rank_at["0.9"]) is not None
+    ]
+    if pairs:
+        shown_rank, other_rank = (median(ranks) for ranks in zip(*pairs, strict=True))
+        suffix = "" if len(pairs) == len(records) else f", in the {len(pairs)} layers small enough for both"
         text += (
             f"; r@90% on each layer's smaller side, which is shown, {shown_rank:g} at the median, "
             f"on the other {other_rank:g}{suffix}"
@@ -128,16 +126,6 @@ def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
             "compare layers by these numbers, do not derive a rank from them",
         ),
     ]
-
-
-def _pair_ranks(records: Sequence[Spectrum]) -> list[tuple[int, int]]:
-    """Return the ranks at 90% on both sides, for layers with both."""
-    pairs = [
-        (record.rank_at["0.9"], record.stack.other_rank_at["0.9"])
-        for record in records
-        if record.stack and record.stack.other_rank_at
-    ]
-    return [(rank, other_rank) for rank, other_rank in pairs if rank is not None and other_rank is not None]
 
 
 def spectrum_table(
@@ -199,24 +187,25 @@ METRICS = {
 def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     """Return the statements of the summary."""
     changed, ranks = _select_changed(results), results.run.settings["ranks"]
-    lines = [compared(results, *([_describe_measured(results)] if len(results) else []))]
-    if metric := METRICS.get(next((record.metric for record in results), "weights")):
-        lines.append(make_statement("metric", "Metric", metric))
+    metric = METRICS.get(next((record.metric for record in results), "weights"), "")
+    findings = [make_statement("metric", "Metric", metric)]
     if stacked := [record for record in changed if record.stack is not None]:
-        lines += gradient_lines(stacked)
+        findings += gradient_lines(stacked)
         # Gradients are not differences of rounded weights, so they are always resolved.
-        lines += [
+        findings += [
             statement
             for statement in _describe_ranks_needed(changed, ranks)
             if statement.key != "resolved" or statement.level != "note"
         ]
     else:
-        lines.append(make_statement("moved", "Change", *_describe_changes(results, changed)))
+        findings.append(make_statement("moved", "Change", *_describe_changes(results, changed)))
         if changed:
-            lines += _describe_ranks_used(changed) if _is_factored(changed) else _describe_ranks_needed(changed, ranks)
-    if not metric and (coverage := _describe_coverage(results)):
-        lines.append(make_statement("where", "Distribution", coverage))
-    return [*lines, left_out(results), *final_statements(results)]
+            # The rank of an update with known factors is a setting, not a result.
+            factored = all(record.method == "factored" for record in changed)
+            findings += _describe_ranks_used(changed) if factored else _describe_ranks_needed(changed, ranks)
+    if not metric:
+        findings.append(make_statement("where", "Distribution", _describe_coverage(results)))
+    return summarize(results, *findings, extra=[_describe_measured(results)] if len(results) else [])
 
 
 def _select_changed(results: Results[Spectrum]) -> list[Spectrum]:
@@ -230,38 +219,29 @@ def _describe_measured(results: Results[Spectrum]) -> str:
     vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
     tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
     dtypes = sorted({"/".join(dict.fromkeys(filter(None, record.dtypes))) for record in results})
-    return f"{_matrices(len(results))}{tables}, {count(entries)} entries, {', '.join(dtypes)}"
-
-
-def _matrices(number_of: int) -> str:
-    return f"{number_of} {'matrix' if number_of == 1 else 'matrices'}"
+    return f"{quantity(len(results))}{tables}, {count(entries)} entries, {', '.join(dtypes)}"
 
 
 def _describe_changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[str]:
     """State how far the weights changed, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
     if not len(results):
-        reasons = Counter(item.reason for item in results.left_out)
-        why = ", ".join(f"{number_of} {REASONS[reason]}" for reason, number_of in reasons.items())
+        why = ", ".join(list_counts((item.reason for item in results.left_out), REASONS))
         return [f"no matrix could be measured{f': {why}' if why else ''}"]
     if not changed:
-        return [_describe_no_change(results)]
+        if any(item.reason == "vector" and item.fro for item in results.left_out):
+            return ["only norms and biases: ΔW is zero in every matrix"]
+        hint = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
+        return [f"nothing: ΔW is zero in every matrix.{hint}"]
     if part_of(changed[0].layer) == "vocabulary":
-        outside_note = f"; ΔW is zero in the {_matrices(len(inside))} outside them" if inside else ""
+        outside_note = f"; ΔW is zero in the {quantity(len(inside))} outside them" if inside else ""
         return [
             f"only embeddings and head{outside_note}",
-            *_describe_relative_change(changed, f"over the {_matrices(len(changed))} that changed"),
+            *_describe_relative_change(changed, f"over the {quantity(len(changed))} that changed"),
         ]
     outside = " outside embeddings and head" if len(inside) < len(results) else ""
     article = "the" if outside or len(inside) == 1 else "all"
-    return _describe_relative_change(inside, f"over {article} {_matrices(len(inside))}{outside}")
-
-
-def _describe_no_change(results: Results[Spectrum]) -> str:
-    if any(item.reason == "vector" and item.fro for item in results.left_out):
-        return "only norms and biases: ΔW is zero in every matrix"
-    hint = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
-    return f"nothing: ΔW is zero in every matrix.{hint}"
+    return _describe_relative_change(inside, f"over {article} {quantity(len(inside))}{outside}")
 
 
 def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[str]:
@@ -279,92 +259,85 @@ def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[
     return lines
 
 
-def _is_factored(records: Sequence[Spectrum]) -> bool:
-    """Return whether these are updates with known factors, whose rank is a setting, not a result."""
-    return all(record.method == "factored" for record in records)
-
-
 def _describe_ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     """State how much of an adapter's rank is used."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
-    kept_counts = sorted({len(record.s) for record in records})
-    counts = str(kept_counts[0]) if len(kept_counts) == 1 else f"{kept_counts[0]} to {kept_counts[-1]}"
-    middle = median_rank(ranks, kept_counts[-1])
-    used = f"90% of the energy is in {middle} of {counts} directions at the median"
+    kept = [len(record.s) for record in records]
+    middle_rank = median_rank(ranks, max(kept))
+    used = f"90% of the energy is in {middle_rank} of {span(kept, ' to ')} directions at the median"
     if not all(record.complete for record in records):
-        not_reached = (
-            f"{len(ranks) - len(known)} of {len(ranks)} layers need more than the {kept_counts[-1]} that --top kept"
+        used = (
+            f"90% of the energy in {middle_rank} directions at the median; {len(ranks) - len(known)} of {len(ranks)} "
+            f"layers need more than the {max(kept)} that --top kept: measure without --top"
         )
-        used = f"90% of the energy in {middle} directions at the median; {not_reached}: measure without --top"
     elif known:
         used += f", from {min(known)} to {max(known)}"
-    return [
-        make_statement(
-            "resolved", "Resolution", "yes: the factors define the update, without rounding of merged weights"
-        ),
-        make_statement("rank_used", "Rank used", used),
-    ]
+    resolved = "yes: the factors define the update, without rounding of merged weights"
+    return [make_statement("resolved", "Resolution", resolved), make_statement("rank_used", "Rank used", used)]
 
 
 def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
     """State which rank the update needs, as far as the files resolve it."""
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
+    too_few = 2 * len(readable) < len(changed) or not readable
+    extent = f"only {len(readable)} of {quantity(len(changed))}" if readable else "no matrix"
+    low_rank = [f"not known: these files resolve {extent}"]
     return [
         _describe_resolution(changed),
-        *_describe_start(changed),
-        *before_rounding(changed),
-        make_statement("low_rank", "Low rank", *_describe_low_rank(readable, len(changed), ranks)),
-        make_statement("rank_at_90", "Rank at 90%", _describe_rank_at_90(readable, len(changed))),
+        _describe_start(changed),
+        make_statement("before_rounding", "Before rounding", *describe_before_rounding(changed)),
+        make_statement(
+            "low_rank", "Low rank", *(low_rank if too_few else _describe_low_rank(readable, len(changed), ranks))
+        ),
+        make_statement(
+            "rank_at_90",
+            "Rank at 90%",
+            "not shown, for the same reason" if too_few else _describe_rank_at_90(readable),
+        ),
     ]
 
 
 def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     """State whether the files resolve the update, before any rank is printed."""
-    counts: Counter[str] = Counter(record.resolution.verdict for record in changed)
+    verdicts = [record.resolution.verdict for record in changed]
+    unresolved, resolved = verdicts.count("unresolved"), verdicts.count("resolved")
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]
-    if counts["resolved"] == len(changed):
-        worst = f"{percent(max(shares))} of {NORMS[changed[0].metric][0]}²"
-        sentence = f"yes: rounding is expected to make up {worst} in the worst layer"
-        return make_statement("resolved", "Resolution", sentence)
-    word = "no" if counts["unresolved"] > len(changed) / 2 else "partly" if counts["resolved"] else "limited"
+    norm = f"{NORMS[changed[0].metric][0]}²"
+    word = "no" if unresolved > len(changed) / 2 else "partly" if resolved else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
     unchanged_note = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
-    return make_statement(
-        "resolved",
-        "Resolution",
-        f"{word}: {_describe_unresolved(counts)}: rounding is expected to make up "
-        f"{percent(min(1.0, median(shares)))} of the median {NORMS[changed[0].metric][0]}²{unchanged_note}; "
-        f"ranks beyond the signal rank count noise. "
+    statement = describe_resolution(
+        verdicts,
+        "matrices" if len(changed) > 1 else "matrix",
+        f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the worst layer",
+        f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}{unchanged_note}; "
+        "ranks beyond the signal rank count noise. "
         f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
-        level="failure" if word == "no" else "warning",
+        marks=NOISE_MARKS,
     )
+    if resolved == len(changed):
+        return statement
+    return replace(statement, lead=f"{word}: {statement.lead}", level="failure" if word == "no" else "warning")
 
 
-def _describe_start(changed: Sequence[Spectrum]) -> list[Statement]:
+def _describe_start(changed: Sequence[Spectrum]) -> Statement:
     """State which start of training is assumed or was found where that matters, and how many updates are sparse."""
     resolutions = [record.resolution for record in changed]
-    of_all = f"of {_matrices(len(changed))}"
-    rounded = [
-        resolution
-        for resolution in resolutions
-        if resolution.start == "rounded" and resolution.base_rounding is not None
-    ]
+    of_all = f"of {quantity(len(changed))}"
+    rounded = sum(item.start == "rounded" and item.base_rounding is not None for item in resolutions)
     unknown = [record for record in changed if record.resolution.start == "unknown"]
-    exact = sum(resolution.start == "exact" for resolution in resolutions)
+    exact = sum(item.start == "exact" for item in resolutions)
     pooled = _pool_base_rounding(changed)
     lines = []
     if exact and rounded:
         lines.append(
-            f"the matrices disagree: {exact} {of_all} show that training started at BASE, {len(rounded)} that BASE is "
-            f"a rounded copy of the start; do not rely on ranks of the {exact}. Measure against the BASE that training "
+            f"the matrices disagree: {exact} {of_all} show that training started at BASE, {rounded} that BASE is a "
+            f"rounded copy of the start; do not rely on ranks of the {exact}. Measure against the BASE that training "
             "started from"
         )
     elif rounded:
-        lines.append(
-            f"in {len(rounded)} {of_all} BASE is a rounded copy of the start of training; its rounding is counted as "
-            "noise"
-        )
+        lines.append(f"in {rounded} {of_all} BASE is a rounded copy of the start; its rounding is counted as noise")
     elif unknown and pooled is not None and -0.5 < pooled[0] < min(0.5, 1 - ERRORS * pooled[1]):
         marked = [record for record in unknown if record.resolution.verdict != "resolved"]
         if cleared := sum(_judge_without_base_rounding(record) == "resolved" for record in marked):
@@ -379,20 +352,15 @@ def _describe_start(changed: Sequence[Spectrum]) -> list[Statement]:
             f"training; its rounding, up to {percent(min(1.0, counted))} of ‖ΔW‖², is counted as noise"
         )
     if lines and pooled is not None:
-        beta, error = pooled
-        lines.append(f"β = {beta:.2f} ± {error:.2f} over all layers: 0 if BASE is the start, 1 if a rounded copy")
-    sparse = [
-        resolution.untouched
-        for resolution in resolutions
-        if resolution.untouched is not None and resolution.untouched >= SPARSE
-    ]
-    if sparse:
+        lines.append(
+            f"β = {pooled[0]:.2f} ± {pooled[1]:.2f} over all layers: 0 if BASE is the start, 1 if a rounded copy"
+        )
+    if sparse := [item.untouched for item in resolutions if item.untouched is not None and item.untouched >= SPARSE]:
         lines.append(
             f"{len(sparse)} {of_all} have sparse updates: training did not change about {percent(median(sparse))} of "
             "the entries, which have no noise"
         )
-    level: Level = "warning" if exact and rounded else "note"
-    return [make_statement("start", "Start", *lines, level=level, priority=2)] if lines else []
+    return make_statement("start", "Start", *lines, level="warning" if exact and rounded else "note", priority=2)
 
 
 def _pool_base_rounding(changed: Sequence[Spectrum]) -> tuple[float, float] | None:
@@ -414,25 +382,8 @@ def _judge_without_base_rounding(record: Spectrum) -> str:
     return verdict(noise, record.fro, resolution.signal_rank or None)
 
 
-def _describe_unresolved(counts: Counter[str]) -> str:
-    """State how many matrices are not resolved, by verdict and its mark in the table."""
-    labels = {"floor-limited": "floor-limited (~)", "unresolved": "unresolved (!)"}
-    parts = [f"{counts[verdict]} {label}" for verdict, label in labels.items() if counts[verdict]]
-    if len(counts) > 1:
-        return f"of {counts.total()} matrices {' and '.join(parts)}"
-    (verdict,) = counts
-    subject_text = f"all {counts.total()} matrices are" if counts.total() > 1 else "the matrix is"
-    return f"{subject_text} {labels[verdict]}"
-
-
 def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> list[str]:
-    """State what each common rank keeps at the median and in the worst layer, with a verdict.
-
-    There is neither if fewer than half of the changed matrices are readable.
-    """
-    if 2 * len(readable) < changed or not readable:
-        extent = f"only {len(readable)} of {_matrices(changed)}" if readable else "no matrix"
-        return [f"not known: these files resolve {extent}"]
+    """State what each common rank keeps at the median and in the worst layer, with a verdict."""
     shown_ranks = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     by_rank = {rank: _describe_rank(rank, readable) for rank in shown_ranks}
     shares_by_rank = {rank: shares for rank, (shares, _) in by_rank.items() if shares}
@@ -444,7 +395,7 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequen
     word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
     number_of = len(shares_by_rank[judged_rank])
     basis = f"{number_of} of" if number_of < changed else "all"
-    judged_by = f"the median of {basis} {_matrices(changed)}" if changed > 1 else "the matrix"
+    judged_by = f"the median of {basis} {quantity(changed)}" if changed > 1 else "the matrix"
     return [f"{word}, judged at r={judged_rank} by the energy (Σσ²) of {judged_by}", *lines]
 
 
@@ -470,23 +421,17 @@ def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[Sequence[flo
     return kept, f"r={rank} keeps {percent(median(kept))}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
 
 
-def _describe_rank_at_90(records: Sequence[Spectrum], changed: int) -> str:
-    if 2 * len(records) < changed or not records:
-        return "not shown, for the same reason"
+def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
     kept_count, not_reached = max(len(record.s) for record in records), len(ranks) - len(known)
+    beyond = f"beyond the {kept_count} values kept in {not_reached} of {len(ranks)} layers: measure without --top"
     if not known:
-        return f"beyond the {kept_count} values kept in each of {not_reached} layers: measure without --top"
+        return beyond
     largest = f"> {kept_count}" if not_reached else max(known)
-    full = sorted({min(record.shape) for record in records})
-    possible = f"of {full[0]}" if len(full) == 1 else f"of {full[0]} to {full[-1]}"
-    suffix = (
-        f"; beyond the {kept_count} values kept in {not_reached} of {len(ranks)} layers: measure without --top"
-        if not_reached
-        else ""
-    )
-    return f"median {median_rank(ranks, kept_count)}, from {min(known)} to {largest} {possible} possible{suffix}"
+    possible = span((min(record.shape) for record in records), " to ")
+    suffix = f"; {beyond}" if not_reached else ""
+    return f"median {median_rank(ranks, kept_count)}, from {min(known)} to {largest} of {possible} possible{suffix}"
 
 
 def _describe_coverage(results: Results[Spectrum]) -> str:

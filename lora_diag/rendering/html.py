@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -46,6 +47,40 @@ def _make_cell(cell: str | Text) -> str:
 
 def _escape(text: str) -> str:
     return escape(safe(text))
+
+
+def code_span(text: str) -> str:
+    """Return text from a file as a code span of Markdown."""
+    return f"`{safe(text).replace('`', chr(39))}`"
+
+
+def model_card(
+    title: str,
+    base_name: str,
+    body: Sequence[str],
+    numbers: str,
+    version: str,
+    command: str,
+    library: str = "",
+    lora: bool = True,
+) -> str:
+    """Return the ``README.md`` of a folder that loradiag wrote: metadata, title, body, and the command that made it.
+
+    Args:
+        title: Title in Markdown.
+        base_name: The base model.
+        body: Paragraphs, lists and tables, each without blank lines around it.
+        numbers: Results file in the folder.
+        version: Version of loradiag.
+        command: The command.
+        library: The library that loads the folder, for the metadata; may be empty.
+        lora: Whether it is a LoRA adapter.
+    """
+    quoted = safe(base_name).replace("'", "''")
+    head = ["---", f"base_model: '{quoted}'", *([f"library_name: {library}"] if library else []), "tags:"]
+    head += [*(["- lora"] if lora else []), "- loradiag", "---"]
+    made = f"Made by loradiag {version}; `{numbers}` has the numbers of every weight:"
+    return "\n\n".join(["\n".join(head), f"# {title}", *body, made, f"    {safe(command)}"]) + "\n"
 
 
 def with_section(card: str, name: str, section: str) -> str:

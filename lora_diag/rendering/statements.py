@@ -240,21 +240,27 @@ def unfinished(results: Results[Any], so_far: str) -> list[Statement]:
 
 
 def describe_resolution(
-    verdicts: Iterable[str], subjects: str, yes: str, otherwise: str, marks: Mapping[str, str] | None = None
+    verdicts: Iterable[str],
+    yes: str,
+    otherwise: str,
+    noun: str = "matrix",
+    owner: str = "",
+    marks: Mapping[str, str] | None = None,
 ) -> Statement:
     """Return the statement whether the files resolve an update.
 
     Args:
         verdicts: ``Resolution.verdict`` of each matrix.
-        subjects: What was judged, in the plural.
         yes: The statement if all are resolved.
         otherwise: What it means for those that are not.
+        noun: What was judged.
+        owner: Addition to the noun, such as `` of TUNED``.
         marks: Marks of the verdicts in the command's table.
     """
     judged = list(verdicts)
     texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
     unclear = list_counts(judged, texts)
-    text = f"of {len(judged)} {subjects} {' and '.join(unclear)}: {otherwise}" if unclear else yes
+    text = f"of {quantity(len(judged), noun)}{owner} {' and '.join(unclear)}: {otherwise}" if unclear else yes
     return make_statement("resolved", "Resolution", text, level="warning" if unclear else "note")
 
 

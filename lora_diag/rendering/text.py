@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Word = TypeVar("Word", bound=str)
 
 
 class HasLayer(Protocol):
@@ -122,18 +123,18 @@ def quantity(number_of: int, noun: str = "matrix") -> str:
     return f"{number_of} {noun if number_of == 1 else nouns}"
 
 
-def list_counts(words: Iterable[str], texts: Mapping[str, str] | Sequence[str]) -> list[str]:
+def list_counts(words: Iterable[Word], texts: Mapping[Word, str]) -> list[str]:
     """Return how often each known word occurs, as phrases in the order of ``texts``; without those that do not occur.
 
     Args:
         words: The words.
-        texts: The known words, with the texts that replace them if it is a mapping.
+        texts: The known words, with the texts that replace them.
 
-    >>> list_counts(["b", "a", "b"], ["a", "b", "c"]), list_counts("a", {"a": "apples"})
-    (['1 a', '2 b'], ['1 apples'])
+    >>> list_counts(["b", "a", "b"], {"a": "apples", "b": "pears", "c": "plums"})
+    ['1 apples', '2 pears']
     """
     counts = Counter(words)
-    return [f"{counts[word]} {texts[word] if isinstance(texts, Mapping) else word}" for word in texts if counts[word]]
+    return [f"{counts[word]} {text}" for word, text in texts.items() if counts[word]]
 
 
 def crop(text: str, width: int) -> str:

@@ -9,12 +9,17 @@ import pytest
 
 from lora_diag.catalog import features
 from lora_diag.rendering.losses import on_set
+from lora_diag.rendering.statements import describe_resolution
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import answers
 from tests.reports.making import names, overlap, overlaps, residual, residuals, spectra, spectrum
 from tests.reports.test_advice import EASY
 
 ANSWERING = [feature for feature in features() if feature.questions]
+
+
+# Statements that several features make by a function of ``rendering``.
+SHARED = {"on_set": on_set("dev", "line"), "describe_resolution": describe_resolution([], "", "")}
 
 
 def keys_of(package: str) -> set[str]:
@@ -25,8 +30,8 @@ def keys_of(package: str) -> set[str]:
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             if called in {"make_statement", "Statement"}:
                 keys |= {value.value for value in ast.walk(node.args[0]) if isinstance(value, ast.Constant)}
-            elif called == on_set.__name__:
-                keys.add(on_set("dev", "line").key)
+            elif called in SHARED:
+                keys.add(SHARED[called].key)
     return keys
 
 

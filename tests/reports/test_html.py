@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.metrics.energy import thinned_ranks
+from lora_diag.rendering.text import select_evenly
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.html import PLAIN_ROWS, _select_evenly, html_report, images_of
+from lora_diag.reports.html import PLAIN_ROWS, html_report, images_of
 from lora_diag.reports.subject import labels
 from tests.messages import assert_names
 from tests.reports.making import (
@@ -242,7 +243,7 @@ def test_thinned_ranks_are_ascending_and_end_at_last(values, points):
 
 @given(st.lists(st.integers(), min_size=2, max_size=300), st.integers(2, 50))
 def test_evenly_spaced_keeps_first_and_last(items, most):
-    kept = _select_evenly(items, most)
+    kept = select_evenly(items, most)
     assert len(kept) == min(most, len(items))
     assert (kept[0], kept[-1]) == (items[0], items[-1])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -19,7 +19,7 @@ from lora_diag.records.base import Shown
 from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, left_out, make_statement, notes
 from lora_diag.rendering.tables import Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import list_names, number, percent, safe, short, span, strip
+from lora_diag.rendering.text import list_layers, list_names, number, percent, safe, short, span, strip
 
 # Maximum number of layers named in a statement.
 _NAMED = 3
@@ -62,35 +62,37 @@ def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
         if len(ranks) > 1:
             low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
             spread[record.layer] = (ranks[high] / ranks[low], f"{low} {ranks[low]}, {high} {ranks[high]}")
-    lines = []
-    if spread:
-        differing = [layer for layer, (ratio, _) in spread.items() if ratio >= 2]
-        worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
-        sentences = [f"{short(layer)}: {spread[layer][1]}" for layer in worst]
-        lead = f"by a factor of 2 or more in {len(differing)} of {len(records)} layers; most in"
-        lines.append(make_statement("disagree", "Disagreement", lead, *sentences))
-    if noisy := [record for record in records if _exceeds_signal(record)]:
-        excess = (
-            f"90% of the energy needs more than the signal rank in {len(noisy)} layers, where it includes rounding "
-            "noise"
-        )
-        lines.append(make_statement("noise", "Noise", excess))
-    meanings = [
-        "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
-        "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
-        "upper limit",
-        "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
+    worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
+    differing = sum(ratio >= 2 for ratio, _ in spread.values())
+    noisy = sum(
+        (energy := record.ranks["energy 90%"]) is not None
+        and (signal := record.ranks["signal"]) is not None
+        and energy > signal
+        for record in records
+    )
+    excess = f"90% of the energy needs more than the signal rank in {noisy} layers, where it includes rounding noise"
+    missing = sum(None in record.ranks.values() for record in records)
+    unknown = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
+    lead = f"by a factor of 2 or more in {differing} of {len(records)} layers; most in"
+    statements = [
+        make_statement(
+            "disagree",
+            "Disagreement",
+            lead if spread else "",
+            *(f"{short(layer)}: {spread[layer][1]}" for layer in worst),
+        ),
+        make_statement("noise", "Noise", excess if noisy else ""),
+        make_statement(
+            "rules",
+            "Rules",
+            "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
+            "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
+            "upper limit",
+            "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
+        ),
+        make_statement("not_known", "Unknown", unknown if missing else ""),
     ]
-    lines.append(make_statement("rules", "Rules", *meanings))
-    if missing := sum(None in record.ranks.values() for record in records):
-        requirement = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-        lines.append(make_statement("not_known", "Unknown", requirement))
-    return lines
-
-
-def _exceeds_signal(record: Policies) -> bool:
-    energy, signal = record.ranks["energy 90%"], record.ranks["signal"]
-    return energy is not None and signal is not None and energy > signal
+    return [statement for statement in statements if statement.lead]
 
 
 # Differences of energy fractions below these are called "a negligible gain" and "a small gain"; the value is printed.
@@ -144,80 +146,58 @@ def _make_statements(results: Results[Allocation]) -> list[Statement]:
     if certificate is None:
         problem = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
         return [make_statement("unfinished", "Warning", problem, level="failure")]
-    lines = [
-        make_statement("allocated", "Allocated", *_describe_allocation(results)),
-        make_statement("budget", "Budget", _describe_budget(results, certificate)),
-        *([make_statement("heads", "Heads", *_describe_heads(results, certificate))] if certificate.saved else []),
-        make_statement("keeps", "Energy kept", *_describe_kept_energy(results, certificate)),
-        *(
-            [make_statement("portable", "Portable", *_describe_portability(results))]
-            if results.run.settings.get("portable")
-            else []
-        ),
-    ]
-    heuristic = results.run.settings.get("method") == "heuristic"
+    settings = results.run.settings
+    heuristic, portable = settings.get("method") == "heuristic", settings.get("portable")
     allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
-    if certificate.price:
-        lines.append(
-            make_statement(
-                "against",
-                "Baselines",
-                *(_compare_with_baseline(baseline, allocated) for baseline in certificate.baselines),
-            )
-        )
-        lines += [] if heuristic else [make_statement("more", "Marginal gain", _describe_marginal_gain(certificate))]
-    if (limits := _describe_limits(results)) and not results.run.settings.get("portable"):
-        lines.append(make_statement("limits", "Limits", *limits))
-    return [
-        *lines,
+    baselines = [_compare_with_baseline(baseline, allocated) for baseline in certificate.baselines]
+    more = "" if heuristic or not certificate.price else _describe_marginal_gain(certificate)
+    statements = [
+        make_statement("allocated", "Allocated", *_describe_allocation(results, heuristic)),
+        make_statement("budget", "Budget", _describe_budget(results, certificate)),
+        make_statement("heads", "Heads", *_describe_heads(results, certificate)),
+        make_statement("keeps", "Energy kept", *_describe_kept_energy(results, certificate)),
+        make_statement("portable", "Portable", *(_describe_portability(results) if portable else ())),
+        make_statement("against", "Baselines", *(baselines if certificate.price else ())),
+        make_statement("more", "Marginal gain", more),
+        make_statement("limits", "Limits", *(() if portable else _describe_limits(results))),
         make_statement("note", "Note", _describe_limits_of_energy(results)),
         replace(left_out(results, *_describe_outside(results)), priority=1),
         *(make_statement("warning", "Warning", warning, level="failure") for warning in _make_warnings(results)),
     ]
+    return [statement for statement in statements if statement.lead]
+
+
+_LIMITS_OF_ENERGY = {
+    "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from the sum",
+    "data": "energy is the change of the outputs on that text, not the importance for the loss",
+    "kfac": "energy is the K-FAC estimate of the change of the loss",
+    "weights": "energy is the size of the weight change, not the importance for the loss",
+}
 
 
 def _describe_limits_of_energy(results: Results[Allocation]) -> str:
     """State the limits of energy as a criterion."""
-    text = {
-        "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from "
-        "the sum: compare the held-out loss",
-        "data": "energy is the change of the outputs on that text, not the importance for the loss: compare the "
-        "held-out loss",
-        "kfac": "energy is the K-FAC estimate of the change of the loss: compare the held-out loss",
-    }.get(
-        _name_criterion(results),
-        "energy is the size of the weight change, not the importance for the loss: compare the held-out loss",
-    )
+    text = f"{_LIMITS_OF_ENERGY[_name_criterion(results)]}: compare the held-out loss"
     if any(record.cap and not record.rank for record in results):
         text += "; a layer of rank 0 learns nothing: --min-rank sets a minimum, --relative counts all layers equally"
     return text
 
 
-def _describe_allocation(results: Results[Allocation]) -> list[str]:
-    ranked = [record for record in results if record.rank]
-    method_notes = []
-    if results.run.settings.get("method") == "heuristic":
-        method_notes = ["ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"]
-    lines = [
-        f"{len(ranked)} of {len(results)} layers get a rank, {span([r.rank for r in ranked])}" if ranked else "none"
-    ]
+def _describe_allocation(results: Results[Allocation], heuristic: bool) -> Iterator[str]:
+    if heuristic:
+        yield "ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"
+    ranks = [record.rank for record in results if record.rank]
+    yield f"{len(ranks)} of {len(results)} layers get a rank, {span(ranks)}" if ranks else "none"
     if unranked := [record for record in results if not record.rank]:
         unchanged = sum(record.fro == 0 for record in unranked)
         noise = sum(record.cap == 0 and record.fro > 0 for record in unranked)
         reasons = [
-            f"{unchanged} did not change" if unchanged else "",
-            f"{noise} are only rounding noise" if noise else "",
+            f"; {unchanged} did not change" * bool(unchanged),
+            f"; {noise} are only rounding noise" * bool(noise),
         ]
-        lines.append(
-            f"rank 0: {list_names([record.layer for record in unranked])}"
-            f"{''.join(f'; {reason}' for reason in reasons if reason)}"
-        )
-    lines += [
-        f"{run_input.role} {safe(run_input.path)} ({run_input.kind})"
-        for run_input in results.run.inputs
-        if run_input.path
-    ]
-    return [*method_notes, *lines, *notes(results.run)]
+        yield f"rank 0: {list_layers(unranked)}{''.join(reasons)}"
+    yield from (f"{item.role} {safe(item.path)} ({item.kind})" for item in results.run.inputs if item.path)
+    yield from notes(results.run)
 
 
 def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
@@ -231,25 +211,24 @@ def _describe_budget(results: Results[Allocation], certificate: Certificate) -> 
     return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
 
 
-def _describe_portability(results: Results[Allocation]) -> list[str]:
+def _describe_portability(results: Results[Allocation]) -> Iterator[str]:
     """State the property of a portable allocation, and what programs still refuse or drop."""
-    lines = ["one rank and no patterns, which every program scales alike; bound and gap are those of one rank"]
+    yield "one rank and no patterns, which every program scales alike; bound and gap are those of one rank"
     ranked = {record.layer.removesuffix(".weight") for record in results if record.rank}
     for module in sorted(ranked):
         owner, _, leaf = module.rpartition(".")
         sibling = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj"}.get(leaf)
         if sibling is not None and f"{owner}.{sibling}" not in ranked:
-            lines.append(f"SGLang refuses {short(module)} without {sibling}: --min-rank gives both a rank")
+            yield f"SGLang refuses {short(module)} without {sibling}: --min-rank gives both a rank"
             break
     if any(item.reason == "saved" for item in results.left_out):
-        lines.append(
-            "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
-        )
-    return lines
+        yield "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
 
 
 def _describe_heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
-    """Name the heads that are trained in full, with their cost."""
+    """Name the heads that are trained in full, with their cost; empty without one."""
+    if not certificate.saved:
+        return []
     names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
     payment = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
     task = task_type_of(results, names)
@@ -307,15 +286,8 @@ def _compare_with_baseline(baseline: Baseline, allocated: str) -> str:
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
     gain = baseline.equal - baseline.kept
-    verdict = (
-        ", no gain"
-        if gain <= 0
-        else ", a negligible gain"
-        if gain < _NEGLIGIBLE
-        else ", a small gain"
-        if gain < _SMALL
-        else ""
-    )
+    sizes = ((0.0, ", no gain"), (_NEGLIGIBLE, ", a negligible gain"), (_SMALL, ", a small gain"))
+    verdict = next((text for limit, text in sizes if gain <= limit), "")
     text = (
         f"{baseline.name} keeps {_format_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} "
         f"at the same cost, {baseline.spent:,.0f}, keep {_format_points(baseline.equal)}: "
@@ -339,12 +311,10 @@ def _describe_limits(results: Results[Allocation]) -> list[str]:
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
     lines = [f"{n} layers end at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
     share = results.run.settings.get("energy")
-    if isinstance(share, float):
-        short_of = [record for record in results if record.kept is not None and record.kept < share - 1e-6]
-        if short_of:
-            lines.append(
-                f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
-            )
+    if isinstance(share, float) and (short_of := [r for r in results if r.kept is not None and r.kept < share - 1e-6]):
+        lines.append(
+            f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
+        )
     return lines
 
 

@@ -22,7 +22,7 @@ from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, Plan, plan
 from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, RankRule, ranks_for, size
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.record import Extraction
-from lora_diag.decisions.extract.show import model_card
+from lora_diag.decisions.extract.show import extraction_card
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
@@ -177,7 +177,7 @@ def extract(
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
-        folder.finish(model_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
+        folder.finish(extraction_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
 
     *other_inputs, tuned_input = compared.inputs
     return run.over(

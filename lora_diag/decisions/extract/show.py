@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 
 from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
 from lora_diag.records import LeftOut, Results
+from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.statements import (
     REASONS,
     Level,
     Statement,
-    compared,
-    final_statements,
     left_out_level,
     make_statement,
     qualify_fractions,
     subject,
+    summarize,
 )
 from lora_diag.rendering.tables import grid_of, grids_table, rows_of
-from lora_diag.rendering.text import count, format_shown, list_names, number, percent, safe, short, span
+from lora_diag.rendering.text import count, format_shown, list_layers, list_names, number, percent, safe, short, span
 
 # Reason of a layer without factors if ΔW = 0, as recorded.
 ZERO = "its update is zero"
@@ -29,27 +28,15 @@ ZERO = "its update is zero"
 _USAGE = {
     "peft": (
         "peft",
-        (
-            "```python",
-            "from peft import PeftModel",
-            "",
-            'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
-            "```",
-        ),
+        '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "THIS_FOLDER")\n```',
     ),
-    "kohya": ("", ("`lora.safetensors` is in the layout of kohya's sd-scripts.",)),
-    "diffusers": ("diffusers", ("```python", 'pipeline.load_lora_weights("THIS_FOLDER")', "```")),
+    "kohya": ("", "`lora.safetensors` is in the layout of kohya's sd-scripts."),
+    "diffusers": ("diffusers", '```python\npipeline.load_lora_weights("THIS_FOLDER")\n```'),
     "mlx": (
         "mlx",
-        (
-            "```python",
-            "from mlx_lm import load",
-            "",
-            'model, tokenizer = load(base_model, adapter_path="THIS_FOLDER")',
-            "```",
-        ),
+        '```python\nfrom mlx_lm import load\n\nmodel, tokenizer = load(base_model, adapter_path="THIS_FOLDER")\n```',
     ),
-    "gguf": ("", ("```console", "llama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf", "```")),
+    "gguf": ("", "```console\nllama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf\n```"),
 }
 
 # Fraction of the lower bound by which ε must exceed it to be attributed to the dtype.
@@ -82,7 +69,7 @@ def extraction_table(
     return grids_table(grids, _make_statements(results, folder), width, color, next_command)
 
 
-def model_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
+def extraction_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
     """Return the ``README.md`` of an adapter folder.
 
     Args:
@@ -91,102 +78,76 @@ def model_card(results: Results[Extraction], base_name: str, command: str, rate:
         command: The command that wrote it.
         rate: The learning rate for further training, and its source.
     """
-    ranks = sorted(record.rank for record in results)
     table = [
         "| modules | layers | rank | energy kept | ε | lower bound on ε |",
         "|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | {percent(pooled_energy(group))} | "
+            f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
+            for name, group in rows_of(results, "type")
+        ),
     ]
-    table += [
-        f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | {percent(pooled_energy(group))} | "
-        f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
-        for name, group in rows_of(results, "type")
-    ]
-    missing = [f"- {line}" for line in _describe_missing(results, hint="")]
-    in_full = [f"- {line}" for line in _describe_full_tensors(results)]
-    has_estimates = any(record.estimated for record in results)
+    weighted = any(record.data for record in results)
+    method = "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
     library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {_quote_yaml(base_name)}",
-            *([f"library_name: {library}"] if library else []),
-            "tags:",
-            "- lora",
-            "- loradiag",
-            "---",
-            "",
-            f"# LoRA adapter extracted from {_make_code_span(subject(results.run))}",
-            "",
-            f"The {_name_method(results)} of ΔW = W_tuned − W_base, {len(results)} weights of "
-            f"{_make_code_span(base_name)}, rank {span(ranks)}, {count(_count_params(results))} parameters, scaling 1. "
-            f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
-            f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
-            f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
-            "",
-            *(
-                ["**Part of it is an estimate.** " + _describe_estimates(results)[0].lead + ".", ""]
-                if has_estimates
-                else []
-            ),
-            *([*_describe_errors_on_data(results), ""] if any(record.data for record in results) else []),
-            *table,
-            "",
-            *([f"Learning rate for further training: {_make_code_span(rate)}.", ""] if rate is not None else []),
-            *(["In addition to the factors:", "", *in_full, ""] if in_full else []),
-            *(["Not included:", "", *missing, ""] if missing else []),
-            *usage,
-            "",
-            f"Made by loradiag {results.run.version}; `extraction.jsonl` has the numbers of every weight:",
-            "",
-            f"    {safe(command)}",
-            "",
-        ]
+    in_full, missing = _describe_full_tensors(results), _describe_missing(results, hint="")
+    body = [
+        f"The {method} of ΔW = W_tuned − W_base, {len(results)} weights of {code_span(base_name)}, rank "
+        f"{span(record.rank for record in results)}, {_count_params(results)} parameters, scaling 1. "
+        f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
+        f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
+        f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
+        f"**Part of it is an estimate.** {_describe_estimates(results).lead}."
+        if any(record.estimated for record in results)
+        else "",
+        "\n".join(_describe_errors_on_data(results) if weighted else ()),
+        "\n".join(table),
+        f"Learning rate for further training: {code_span(rate)}." if rate is not None else "",
+        *(["In addition to the factors:", "\n".join(f"- {line}" for line in in_full)] if in_full else []),
+        *(["Not included:", "\n".join(f"- {line}" for line in missing)] if missing else []),
+        usage,
+    ]
+    return model_card(
+        f"LoRA adapter extracted from {code_span(subject(results.run))}",
+        base_name,
+        [part for part in body if part],
+        "extraction.jsonl",
+        results.run.version,
+        command,
+        library,
     )
 
 
-def _name_method(results: Results[Extraction]) -> str:
-    weighted = any(record.data for record in results)
-    return "truncation in the metric of activations" if weighted else "truncated singular value decomposition"
-
-
-def _quote_yaml(text: str) -> str:
-    """Return text quoted for YAML."""
-    return "'" + safe(text).replace("'", "''") + "'"
-
-
-def _make_code_span(text: str) -> str:
-    return f"`{safe(text).replace('`', chr(39))}`"
-
-
-def _count_params(results: Results[Extraction]) -> int:
-    return sum(record.params for record in results)
+def _count_params(results: Results[Extraction]) -> str:
+    return count(sum(record.params for record in results))
 
 
 def _make_statements(results: Results[Extraction], folder: str | None) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results)]
+    findings = []
     if len(results):
-        lines.append(make_statement("wrote", "Written", *_describe_written(results, folder)))
-        lines += [
+        findings = [
+            make_statement("wrote", "Written", *_describe_written(results, folder)),
             make_statement("price", "Error", *_describe_errors(results)),
             _describe_resolution(results),
-            *_describe_estimates(results),
+            _describe_estimates(results),
         ]
-    if split := _describe_energy_split(results):
-        lines.append(make_statement("where", "Distribution", split))
     missing = _describe_missing(results) or ["nothing: every changed tensor is in the adapter"]
     level = left_out_level(results, "saved", "rank_0", "no_factors", "non_finite")
-    return [*lines, make_statement("not_in_it", "Not included", *missing, level=level), *final_statements(results)]
+    return summarize(
+        results,
+        *findings,
+        make_statement("where", "Distribution", _describe_energy_split(results)),
+        skipped=make_statement("not_in_it", "Not included", *missing, level=level),
+    )
 
 
 def _describe_written(results: Results[Extraction], folder: str | None) -> list[str]:
-    ranks = sorted(record.rank for record in results)
-    dtype = results.layers[0].dtype
     to = f"{safe(folder)}: " if folder else ""
     tables = sum(record.kind == "embedding" for record in results)
-    suffix, params = f" ({tables} of them embeddings)" if tables else "", count(_count_params(results))
     return [
-        f"{to}{len(results)} weights{suffix}, rank {span(ranks)}, {params} parameters in {dtype}",
+        f"{to}{len(results)} weights{f' ({tables} of them embeddings)' if tables else ''}, rank "
+        f"{span(record.rank for record in results)}, {_count_params(results)} parameters in {results.layers[0].dtype}",
         *_describe_full_tensors(results),
     ]
 
@@ -233,22 +194,17 @@ def _describe_errors(results: Results[Extraction]) -> list[str]:
 def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
     """State the error in the metric for which the factors are optimal, and layers without it."""
     weighted = [record for record in results if record.data]
-    plain = [record.layer for record in results if not record.data]
-    epsilon, floor = (
-        format_shown(pooled_data(weighted, "epsilon")),
-        format_shown(pooled_data(weighted, "least_epsilon")),
-    )
+    plain = [record for record in results if not record.data]
     objective, norm = "the outputs on the text of the activations", "√(E‖(ΔW − BA)x‖² / E‖ΔW x‖²)"
     if any(record.data and record.data.metric == "kfac" for record in weighted):
         objective, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
-    truncated = number(pooled(results.layers, "epsilon_min"))
     lines = [
-        f"Optimal for {objective}: {norm} = {epsilon} in the {len(weighted)} weights with activations; the lower bound "
-        f"for these ranks is {floor}. The cost is a larger ε; truncation has {truncated}."
+        f"Optimal for {objective}: {norm} = {format_shown(pooled_data(weighted, 'epsilon'))} in the {len(weighted)} "
+        f"weights with activations; the lower bound for these ranks is "
+        f"{format_shown(pooled_data(weighted, 'least_epsilon'))}. The cost is a larger ε; truncation has "
+        f"{number(pooled(results.layers, 'epsilon_min'))}."
     ]
-    if plain:
-        lines.append(f"Without activations, and optimal for the weights: {list_names(plain)}.")
-    return lines
+    return lines + ([f"Without activations, and optimal for the weights: {list_layers(plain)}."] if plain else [])
 
 
 def _round_up(value: float) -> str:
@@ -264,48 +220,45 @@ def _round_up(value: float) -> str:
 
 def _describe_resolution(results: Results[Extraction]) -> Statement:
     """State whether the files resolve the update: else the adapter holds rounding noise."""
-    noisy = [record for record in results if record.resolution.verdict == "unresolved" and not record.estimated]
-    below_noise = [
-        record
-        for record in results
-        if not record.estimated
-        and record.resolution.signal_rank is not None
-        and record.rank > record.resolution.signal_rank
-    ]
+    stored = [record for record in results if not record.estimated]
+    noisy = sum(record.resolution.verdict == "unresolved" for record in stored)
+    below_noise = sum((limit := record.resolution.signal_rank) is not None and record.rank > limit for record in stored)
     level: Level = "note"
     if all(record.method == "factored" for record in results):
         text = "yes: the factors define the update, without rounding of merged weights"
-    elif not below_noise and not noisy and any(record.estimated for record in results):
-        text = "yes: by the files, or by rounding cells where those do not resolve it"
     elif not below_noise and not noisy:
-        text = "yes: every direction in the adapter is above the rounding of the files"
+        estimated = len(stored) < len(results)
+        text = (
+            "yes: by the files, or by rounding cells where those do not resolve it"
+            if estimated
+            else "yes: every direction in the adapter is above the rounding of the files"
+        )
     else:
         level = "warning"
-        count_text = f"{len(below_noise)} of {len(results)} weights have directions below the files' rounding noise"
-        text = f"partly: {count_text}; --signal writes only those above"
-        if all(record.resolution.signal_rank == 0 and not record.estimated for record in results):
+        text = (
+            f"partly: {below_noise} of {len(results)} weights have directions below the files' rounding noise; "
+            "--signal writes only those above"
+        )
+        if len(stored) == len(results) and all(record.resolution.signal_rank == 0 for record in results):
             text = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
         elif not below_noise:
-            text = f"no: {len(noisy)} are rounding noise"
+            text = f"no: {noisy} are rounding noise"
     return make_statement("resolved", "Resolution", text, level=level)
 
 
-def _describe_estimates(results: Results[Extraction]) -> list[Statement]:
+def _describe_estimates(results: Results[Extraction]) -> Statement:
     """State the number of weights whose update is an estimate."""
-    estimated = [record for record in results if record.estimated]
     tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
-    if not tried:
-        return []
-    lead = f"{len(estimated)} weights factor the estimated update before rounding, which ε is measured against"
-    not_estimated = [record.layer for record in tried if not record.estimated]
-    return [
-        make_statement(
-            "estimated",
-            "Estimate",
-            lead,
-            *([f"from the files, without an estimate: {list_names(not_estimated)}"] if not_estimated else []),
-        )
-    ]
+    estimated = sum(record.estimated for record in results)
+    stored = [record for record in tried if not record.estimated]
+    return make_statement(
+        "estimated",
+        "Estimate",
+        f"{estimated} weights factor the estimated update before rounding, which ε is measured against"
+        if tried
+        else "",
+        f"from the files, without an estimate: {list_layers(stored)}" if stored else "",
+    )
 
 
 def _describe_energy_split(results: Results[Extraction]) -> str:
@@ -340,16 +293,12 @@ def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored 
         norm = math.hypot(*(item.fro or 0.0 for item in items))
         share = f", {percent((norm / total) ** 2)} of ‖Δ‖²" if norm else ""
         if why == ZERO:
-            lines.append(f"{len(items)} unchanged: {_list_names(items)}")
+            lines.append(f"{len(items)} unchanged: {list_layers(items)}")
             continue
         line = f"{len(items)} {REASONS[reason]}{share}"
         if reason == "vector":
             line += (hint if is_listed else "") if norm else "  unchanged"
         elif reason != "not_selected":
-            line += f": {_list_names(items)}"
+            line += f": {list_layers(items)}"
         lines.append(f"{line} ({why})" if why else line)
     return lines
-
-
-def _list_names(items: Sequence[LeftOut]) -> str:
-    return list_names([item.layer for item in items])

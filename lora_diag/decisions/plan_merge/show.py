@@ -14,8 +14,8 @@ from lora_diag.decisions.plan_merge.record import (
     total,
 )
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
-from lora_diag.rendering.text import count, factor, list_names, number, percent
+from lora_diag.rendering.statements import Statement, make_statement, summarize
+from lora_diag.rendering.text import count, factor, list_layers, number, percent
 
 _WHY = {
     "merge": "the format keeps the update",
@@ -27,53 +27,50 @@ _BASE_ONLY = "the format keeps BASE but not the update: BASE in this format with
 
 def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results)]
-    records = list(results)
-    if records:
-        lines += [
-            _describe_conclusion(records),
-            _describe_kept_update(records),
-            *_describe_overflow(records),
-            *_describe_base(records),
-        ]
-        lines.append(
-            make_statement(
-                "rules",
-                "Rules",
-                f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most "
-                f"{number(MAX_ERROR)} over all layers; rules of thumb, compared with the loss of one LoRA only",
-            )
-        )
-    return [*lines, left_out(results), *final_statements(results)]
+    records = results.layers
+    if not records:
+        return summarize(results)
+    rules = (
+        f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most {number(MAX_ERROR)} over all "
+        "layers; rules of thumb, compared with the loss of one LoRA only"
+    )
+    hit = [record for record in records if record.overflow]
+    overflow = f"{count(sum(r.overflow for r in hit))} entries of W + ΔW would be infinite, in {list_layers(hit)}"
+    return summarize(
+        results,
+        _describe_conclusion(records),
+        make_statement("arrived", "Kept", *_describe_kept_update(records)),
+        make_statement("overflow", "Overflow", overflow if hit else "", level="warning"),
+        make_statement("base", "Base", *_describe_base(records)),
+        make_statement("rules", "Rules", rules),
+    )
 
 
 def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
     outcome, to = conclusion(records), records[0].to
     if outcome is None:
-        return make_statement(
-            "conclusion", "Conclusion", "nothing to merge: every update is zero", level="warning", priority=0
-        )
-    sixteen = _effects_of_16_bits(records)
-    keeping = [name for name, effect in sixteen.items() if effect.survives]
+        text = "nothing to merge: every update is zero"
+        return make_statement("conclusion", "Conclusion", text, level="warning", priority=0)
+    keeping = [name for name, effect in _effects_of_16_bits(records).items() if effect.survives]
     verb = "does" if len(keeping) == 1 else "do"
     why = _WHY.get(outcome, f"the format does not keep the update, {' and '.join(keeping)} {verb}")
     base_error = rms(records, lambda record: record.base_error)
-    if (
-        outcome == "serve unmerged"
-        and to not in {"bf16", "fp16"}
-        and base_error is not None
-        and base_error <= MAX_ERROR
-    ):
+    keeps_base = to not in {"bf16", "fp16"} and base_error is not None and base_error <= MAX_ERROR
+    if outcome == "serve unmerged" and keeps_base:
         why = _BASE_ONLY
-    level: Level = "ok" if outcome == "merge" else "warning"
     advice = f"merge into {' or '.join(keeping)}" if outcome == "merge into 16 bit" else outcome
-    lines = [f"{advice} ({to}): {why}"]
-    others = [record.layer for record in records if record.conclusion not in {outcome, None}]
-    if others:
-        lines.append(
-            f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {list_names(others)}"
-        )
-    return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
+    others = [record for record in records if record.conclusion not in {outcome, None}]
+    different = (
+        f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {list_layers(others)}"
+    )
+    return make_statement(
+        "conclusion",
+        "Conclusion",
+        f"{advice} ({to}): {why}",
+        different if others else "",
+        level="ok" if outcome == "merge" else "warning",
+        priority=0,
+    )
 
 
 def _describe_effect(effect: FormatEffect) -> str:
@@ -82,12 +79,10 @@ def _describe_effect(effect: FormatEffect) -> str:
     return f"c = {factor(effect.arrived)}, error {number(effect.error)}"
 
 
-def _describe_kept_update(records: Sequence[PlannedMerge]) -> Statement:
+def _describe_kept_update(records: Sequence[PlannedMerge]) -> list[str]:
     to = records[0].to
-    lines = [f"in {to}: {_describe_effect(total(records))} over all layers"]
-    others = [(name, effect) for name, effect in _effects_of_16_bits(records).items() if name != to]
-    lines.append("; ".join(f"in {name}: {_describe_effect(effect)}" for name, effect in others))
-    return make_statement("arrived", "Kept", *lines)
+    others = [f"in {name}: {_describe_effect(e)}" for name, e in _effects_of_16_bits(records).items() if name != to]
+    return [f"in {to}: {_describe_effect(total(records))} over all layers", "; ".join(others)]
 
 
 def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffect]:
@@ -97,16 +92,7 @@ def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffe
     }
 
 
-def _describe_overflow(records: Sequence[PlannedMerge]) -> list[Statement]:
-    hit = [record for record in records if record.overflow]
-    if not hit:
-        return []
-    entries = sum(record.overflow for record in hit)
-    line = f"{count(entries)} entries of W + ΔW would be infinite, in {list_names([record.layer for record in hit])}"
-    return [make_statement("overflow", "Overflow", line, level="warning")]
-
-
-def _describe_base(records: Sequence[PlannedMerge]) -> list[Statement]:
+def _describe_base(records: Sequence[PlannedMerge]) -> list[str]:
     """State the error of the format on BASE alone, and of BASE's own format."""
     lines = []
     error = rms(records, lambda record: record.base_error)
@@ -125,4 +111,4 @@ def _describe_base(records: Sequence[PlannedMerge]) -> list[Statement]:
                 f"{records[0].to} does not reuse BASE's scales: unchanged BASE with the adapter unmerged has no "
                 "such error"
             )
-    return [make_statement("base", "Base", *lines)] if lines else []
+    return lines

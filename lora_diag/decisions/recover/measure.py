@@ -30,7 +30,7 @@ from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFold
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.recover import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
-from lora_diag.decisions.recover.show import model_card
+from lora_diag.decisions.recover.show import recovery_card
 from lora_diag.deltas import Pairing, StoredDelta, row_blocks
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
@@ -541,7 +541,7 @@ def recover(
         flags += ["--leave-out-refused"] if leave_out_refused else []
         flags += ["--nearest"] if nearest else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
-        folder.finish(model_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)
+        folder.finish(recovery_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)
 
     requested = {
         "rank": rank,

@@ -114,9 +114,9 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
             make_statement("merge", "Merge", *_describe_merges(unions)),
             describe_resolution(
                 [record.resolution.verdict for record in unions if record.fro > 0],
-                "sums",
                 "yes: rounding plays no part in the sums",
                 "overlaps there may be those of the files' rounding",
+                "sum",
             ),
         ]
     else:

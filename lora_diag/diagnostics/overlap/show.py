@@ -239,7 +239,6 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
             make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
             describe_resolution(
                 [track.last.verdict for track in relevant],
-                "matrices",
                 "",
                 "where the files do not resolve the update, its subspaces are those of rounding noise and a κ near "
                 "random has no meaning",

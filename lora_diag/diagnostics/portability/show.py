@@ -13,10 +13,10 @@ from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.measure import rules_grids
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability, Status
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.tables import Column, Grid, rows_of
 from lora_diag.rendering.tables import title_of as row_title
-from lora_diag.rendering.text import format_shown, list_names, number, percent, safe, short, span, to_text
+from lora_diag.rendering.text import format_shown, list_layers, list_names, number, percent, safe, short, span, to_text
 
 
 def rules_table(width: int = 80, color: bool = False) -> str:
@@ -107,55 +107,54 @@ def failed(results: Results[Portability]) -> list[Name]:
 def portability_lines(results: Results[Portability]) -> list[Statement]:
     """Return the statements: the treatment by each consumer, and remedies."""
     groups = by_consumer(results)
-    lines = [compared(results)]
-    deviating = [
-        name for name, records in groups.items() if any(record.status not in AS_INTENDED for record in records)
-    ]
-    lines += _describe_fix(results.run.settings.get("fixed"))
-    if groups:
-        lines.append(_describe_answer(groups, deviating, results))
-    lines += [_describe_consumer(name, records, results) for name, records in groups.items()]
-    if failures := failed(results):
-        titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in failures)
-        lines.append(make_statement("require", "Required", f"not as intended, or not known: {titles}", level="failure"))
-    lines.append(left_out(results))
-    return [*lines, *final_statements(results)]
+    titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in failed(results))
+    required = f"not as intended, or not known: {titles}" if titles else ""
+    return summarize(
+        results,
+        *_describe_fix(results.run.settings.get("fixed")),
+        *([_describe_answer(groups, results.run.settings.get("fixed") or {})] if groups else []),
+        *(_describe_consumer(name, records, results) for name, records in groups.items()),
+        make_statement("require", "Required", required, level="failure"),
+    )
 
 
 def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
     """State the written files and their errors."""
     if fixed is None:
         return []
-    rounding = number(fixed["rounding"]) if fixed["rounding"] else "0"
-    lines = [
-        f"rank {fixed['rank']} and alpha {fixed['rank']} for all, {fixed['dtype']}; folding: largest ε = {rounding}"
-    ]
-    if truncated := fixed["truncated"]:
-        layer, worst = max(truncated.items(), key=lambda pair: pair[1])
-        lines.append(
-            f"nearest LoRA for {len(truncated)} weights with DoRA: largest ε = {number(worst)} ({short(layer)})"
+    rank, rounding = fixed["rank"], number(fixed["rounding"] or 0)
+    truncated, skipped = fixed["truncated"], fixed["left_out"]
+    layer, worst = max(truncated.items(), key=lambda pair: pair[1], default=("", 0.0))
+    nearest = f"nearest LoRA for {len(truncated)} weights with DoRA: largest ε = {number(worst)} ({short(layer)})"
+    return [
+        make_statement(
+            "fixed",
+            "Written",
+            f"rank {rank} and alpha {rank} for all, {fixed['dtype']}; folding: largest ε = {rounding}",
+            nearest if truncated else "",
+            f"left out: {list_names([*skipped])}" if skipped else "",
+            level="warning" if skipped or truncated else "note",
         )
-    skipped = fixed["left_out"]
-    if skipped:
-        lines.append(f"left out: {list_names([*skipped])}")
-    return [make_statement("fixed", "Written", *lines, level="warning" if skipped or truncated else "note")]
+    ]
 
 
-def _describe_answer(
-    groups: dict[Name, list[Portability]], deviating: Sequence[Name], results: Results[Portability]
-) -> Statement:
-    names = [*groups]
-    unknown = [name for name in deviating if all(record.status in {*AS_INTENDED, "unknown"} for record in groups[name])]
-    exact = [name for name in names if name not in deviating]
-    changed = [name for name in deviating if name not in unknown]
-    fixed = results.run.settings.get("fixed") or {}
-    same = f"the same ΔW in {_list_titles(names, names)}"
+def _describe_answer(groups: Mapping[Name, list[Portability]], fixed: Mapping[str, Any]) -> Statement:
+    """State which consumers apply the intended ΔW, or as much of DoRA's as the written factors keep."""
+
+    def list_titles(chosen: Sequence[Name]) -> str:
+        return ", ".join(title_of(name, [*groups]) for name in chosen)
+
+    statuses = {name: {record.status for record in records} for name, records in groups.items()}
+    exact = [name for name in groups if statuses[name] <= {*AS_INTENDED}]
+    unknown = [name for name in groups if name not in exact and statuses[name] <= {*AS_INTENDED, "unknown"}]
+    changed = [name for name in groups if name not in exact and name not in unknown]
+    same = f"the same ΔW in {list_titles([*groups])}"
     truncated = f"only {_describe_truncation(fixed)}" if fixed.get("truncated") else ""
     level: Level = "warning"
     if changed or unknown:
-        prefix = f"as {'written' if truncated else 'intended'} in {_list_titles(exact, names)}" if exact else ""
-        negation = f"{' and ' if prefix else ''}not in {_list_titles(changed, names)}" if changed else ""
-        unknown_part = f"not known without BASE in {_list_titles(unknown, names)}: give BASE" if unknown else ""
+        prefix = f"as {'written' if truncated else 'intended'} in {list_titles(exact)}" if exact else ""
+        negation = f"{' and ' if prefix else ''}not in {list_titles(changed)}" if changed else ""
+        unknown_part = f"not known without BASE in {list_titles(unknown)}: give BASE" if unknown else ""
         lead = ("no: " if changed else "") + "; ".join(filter(None, (prefix + negation, unknown_part)))
     elif truncated:
         lead = same
@@ -163,7 +162,7 @@ def _describe_answer(
         lead = f"{same}, without {len(skipped)} weights of the adapter"
     else:
         lead, level = f"yes: {same}", "ok"
-    return make_statement("portable", "Portable", *filter(None, (truncated, lead)), level=level)
+    return make_statement("portable", "Portable", truncated, lead, level=level)
 
 
 def _describe_truncation(fixed: Mapping[str, Any]) -> str:
@@ -171,10 +170,6 @@ def _describe_truncation(fixed: Mapping[str, Any]) -> str:
     epsilon = fixed["epsilon"]
     kept = percent(max(0.0, 1 - epsilon**2))
     return f"{kept} of the energy of DoRA's ΔW (ε = {number(epsilon)}); merge the adapter into BASE to serve all of it"
-
-
-def _list_titles(chosen: Sequence[Name], names: Sequence[Name]) -> str:
-    return ", ".join(title_of(name, names) for name in chosen)
 
 
 def _describe_consumer(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
@@ -192,9 +187,7 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
         clauses = [_describe_wrong(records)] if counts["wrong"] else []
         if counts["dropped"]:
             dropped = [record for record in records if record.status == "dropped"]
-            clauses.append(
-                f"drops {len(dropped)} of {len(records)} weights: {list_names([record.layer for record in dropped])}"
-            )
+            clauses.append(f"drops {len(dropped)} of {len(records)} weights: {list_layers(dropped)}")
         lead, level = "; ".join(clauses), "warning"
         if (epsilon := pooled_epsilon(records)) is not None:
             details.append(f"over all weights ε = {number(epsilon)}")

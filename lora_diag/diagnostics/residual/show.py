@@ -14,7 +14,7 @@ from lora_diag.records import Agreement, Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import format_shown, list_layers, percent, quantity, safe
+from lora_diag.rendering.text import format_shown, list_names, percent, quantity, safe
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
@@ -97,20 +97,21 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
         text = f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
         findings.append(make_statement("note", "Note", text))
     groups = _group_by_adapter(results)
-    for key, label, describe in (
-        ("distance", "Distance", _describe_distance),
-        ("limited_by", "Limiting factor", _describe_limits),
-        ("low_rank", "Low rank", _describe_rank_limit),
-    ):
-        sentences = (f"{name}: {describe(records)}" for name, records in groups if records[0].role == "adapter")
-        findings.append(make_statement(key, label, *sentences))
+    adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
+    findings += [
+        make_statement("distance", "Distance", *(f"{name}: {_describe_distance(rows)}" for name, rows in adapters)),
+        make_statement(
+            "limited_by", "Limiting factor", *(f"{name}: {_describe_limits(rows)}" for name, rows in adapters)
+        ),
+        make_statement("low_rank", "Low rank", *(f"{name}: {_describe_rank_limit(rows)}" for name, rows in adapters)),
+    ]
     if groups:
         verdicts = [r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0]
         resolved = describe_resolution(
             verdicts,
-            "matrices of TUNED",
             "yes: rounding plays no part in TUNED's update",
             "ε relative to rounding noise has no meaning there (limited by: noise)",
+            owner=" of TUNED",
         )
         if not verdicts:
             resolved = replace(resolved, lead="no matrix of TUNED changed", level="warning")
@@ -167,7 +168,7 @@ def _describe_rank_limit(records: Sequence[Residual]) -> str:
     if not bound:
         return f"rank limits no layer, though {out_of_reach} of ‖ΔW‖² is beyond the ranks of its layers"
     cost = percent((math.hypot(*(record.floor for record in bound)) / total) ** 2)
-    worst = list_layers(sorted(bound, key=lambda record: -record.floor))
+    worst = list_names([record.layer for record in sorted(bound, key=lambda record: -record.floor)])
     return f"is the limit in {len(bound)} of {len(ranked)} layers, at a cost of {cost} of ‖ΔW‖²: {worst}"
 
 

@@ -309,7 +309,6 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     unchanged_note = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     statement = describe_resolution(
         verdicts,
-        "matrices" if len(changed) > 1 else "matrix",
         f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the worst layer",
         f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}{unchanged_note}; "
         "ranks beyond the signal rank count noise. "

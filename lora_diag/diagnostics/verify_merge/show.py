@@ -10,9 +10,9 @@ from statistics import median
 from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
-from lora_diag.rendering.statements import Level, Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Level, Statement, left_out, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of
-from lora_diag.rendering.text import count, list_names, number, percent, safe, short
+from lora_diag.rendering.text import count, list_layers, number, percent, quantity, safe, short
 
 # Remedy for each fault.
 REMEDIES: dict[MergeStatus, str] = {
@@ -63,21 +63,24 @@ _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:
     """Return the statements of the summary."""
-    lines = [compared(results, *_describe_measured(results))]
+    findings = []
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
-        lines += [
+        findings = [
             make_statement("correct", "Correctness", _describe_correctness(results), level=level),
             *_describe_faults(results),
+            make_statement("rounding", "Rounding", _describe_rounding(results)),
+            make_statement("lost", "Lost update", _describe_weakened(results), level="warning"),
+            make_statement("not_adapted", "Not adapted", _describe_untouched([r for r in results if not r.adapted])),
         ]
-        lines.append(make_statement("rounding", "Rounding", _describe_rounding(results)))
-        if weak := _describe_weakened(results):
-            lines.append(make_statement("lost", "Lost update", weak, level="warning"))
-        if untouched := [record for record in results if not record.adapted]:
-            lines.append(make_statement("not_adapted", "Not adapted", _describe_untouched(untouched)))
     skipped = left_out(results)
-    lines.append(replace(skipped, lead=skipped.lead.replace("TUNED", "MERGED")))
-    return [*lines, *final_statements(results, "layers checked so far")]
+    return summarize(
+        results,
+        *findings,
+        extra=_describe_measured(results),
+        skipped=replace(skipped, lead=skipped.lead.replace("TUNED", "MERGED")),
+        so_far="layers checked so far",
+    )
 
 
 def _describe_measured(results: Results[Merge]) -> list[str]:
@@ -86,18 +89,10 @@ def _describe_measured(results: Results[Merge]) -> list[str]:
     entries = sum(math.prod(record.shape) for record in results)
     adapted = sum(record.adapted for record in results)
     dtypes = sorted({record.dtype for record in results if record.adapted and record.dtype})
-    not_adapted = len(results) - adapted
     return [
-        f"{_layers(adapted)} adapted, {not_adapted} not, {count(entries)} entries, values in {', '.join(dtypes) or '-'}"
+        f"{quantity(adapted, 'layer')} adapted, {len(results) - adapted} not, {count(entries)} entries, values in "
+        f"{', '.join(dtypes) or '-'}"
     ]
-
-
-def _layers(number_of: int) -> str:
-    return f"{number_of} {'layer' if number_of == 1 else 'layers'}"
-
-
-def _adapted_layers(number_of: int) -> str:
-    return f"{number_of} adapted {'layer' if number_of == 1 else 'layers'}"
 
 
 def _describe_correctness(results: Results[Merge]) -> str:
@@ -106,14 +101,15 @@ def _describe_correctness(results: Results[Merge]) -> str:
     changed = sum(record.failed for record in results if not record.adapted)
     status = outcome(results)
     if status == "failed":
-        clauses = [f"{len(failed)} of {_adapted_layers(len(adapted))} are not W + ΔW"] if failed else []
-        clauses += [f"{_layers(changed)} without an update changed"] if changed else []
+        clauses = [f"{len(failed)} of {quantity(len(adapted), 'adapted layer')} are not W + ΔW"] if failed else []
+        clauses += [f"{quantity(changed, 'layer')} without an update changed"] if changed else []
         return f"no: {' and '.join(clauses)}"
     if status == "inconclusive":
         return f"inconclusive: {_explain_inconclusive(adapted)}"
     coarse = sum(record.status == "coarse" for record in adapted)
     suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
-    return f"yes: all {_adapted_layers(len(adapted))} are W + ΔW, every entry within what rounding allows{suffix}"
+    layers = quantity(len(adapted), "adapted layer")
+    return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{suffix}"
 
 
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
@@ -123,8 +119,9 @@ def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
     unclear = [record for record in adapted if record.status == "inconclusive"]
     if unclear and not is_base:
         return (
-            f"in {len(unclear)} of {_adapted_layers(len(adapted))} MERGED's values are too coarse to distinguish "
-            f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {_list_names(unclear)}; merge into a finer dtype"
+            f"in {len(unclear)} of {quantity(len(adapted), 'adapted layer')} MERGED's values are too coarse to "
+            f"distinguish BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {list_layers(unclear)}; merge into "
+            "a finer dtype"
         )
     return (
         "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
@@ -143,20 +140,16 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
         for record in records:
             causes.setdefault(record.cause, []).append(record)
         first_cause, *further_causes = [
-            f"{_list_names(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]
+            f"{list_layers(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]
         ]
         if len(causes) > SHOWN:
             remaining = sum(len(layers) for layers in list(causes.values())[SHOWN:])
-            further_causes.append(f"and {_layers(remaining)} more; --per layer and the records name each")
+            further_causes.append(f"and {quantity(remaining, 'layer')} more; --per layer and the records name each")
         key = status.replace(" ", "_")
         lines.append(make_statement(key, status.capitalize(), first_cause, f"→ {REMEDIES[status]}", level="failure"))
         if further_causes:
             lines.append(make_statement(f"{key}_more", "Further causes", *further_causes))
     return lines
-
-
-def _list_names(records: Sequence[Merge]) -> str:
-    return list_names([record.layer for record in records])
 
 
 def _select_correct(results: Results[Merge]) -> list[Merge]:
@@ -202,18 +195,18 @@ def _describe_weakened(results: Results[Merge]) -> str:
     weak.sort(key=lambda record: record.retained or 0.0)
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
-        f"{_layers(len(weak))}: {_list_names(weak)}. The merge is correct, but its dtype is too coarse for this "
-        "adapter: serve the adapter unmerged, or merge into float32"
+        f"{quantity(len(weak), 'layer')}: {list_layers(weak)}. The merge is correct, but its dtype is too coarse for "
+        "this adapter: serve the adapter unmerged, or merge into float32"
     )
 
 
 def _describe_untouched(records: Sequence[Merge]) -> str:
     changed = [record for record in records if record.failed]
     if not changed:
-        return f"all {len(records)} equal BASE"
+        return f"all {len(records)} equal BASE" if records else ""
     entries = sum(math.prod(record.shape) for record in records)
     share = sum(record.differing or 0 for record in changed) / max(1, entries)
     by_change = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
     return (
-        f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {_list_names(by_change)}"
+        f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {list_layers(by_change)}"
     )

@@ -39,7 +39,6 @@ def test_layer_at_baseline_is_named_with_step():
     text = flat(result)
     assert "Containment partly" in text
     assert "layers.0.self_attn.q_proj: 0.05, since step 30" in text
-    assert_names(text, "1 of 2 matrices")
     assert_names(text, "outside", "directions")
 
 

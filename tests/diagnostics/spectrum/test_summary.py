@@ -88,8 +88,8 @@ def test_changed_norms_count_as_change(tmp_path):
 def test_every_reason_has_text():
     from typing import get_args
 
-    from lora_diag.diagnostics.spectrum.show import REASONS
     from lora_diag.records.run import Reason
+    from lora_diag.rendering.statements import REASONS
 
     assert set(REASONS) == set(get_args(Reason))
 
@@ -117,12 +117,10 @@ def test_adapter_cut_by_top_has_no_claimed_direction_count():
     ("verdicts", "words"),
     [
         (["resolved"] * 2, "yes: "),
-        (["floor-limited"] * 3, "limited: all 3 matrices are floor-limited (~): "),
-        (["floor-limited"], "limited: the matrix is floor-limited (~): "),
-        (["floor-limited", "unresolved"], "limited: of 2 matrices 1 floor-limited (~) and 1 unresolved (!): "),
+        (["floor-limited"] * 3, "limited: of 3 matrices 3 floor-limited (~): "),
+        (["floor-limited", "unresolved"], "limited: of 2 matrices 1 unresolved (!) and 1 floor-limited (~): "),
         (["resolved", "floor-limited"], "partly: of 2 matrices 1 floor-limited (~): "),
         (["resolved", "unresolved", "unresolved"], "no: of 3 matrices 2 unresolved (!): "),
-        (["unresolved"] * 2, "no: all 2 matrices are unresolved (!): "),
     ],
 )
 def test_resolution_wording_fits_case(verdicts, words):

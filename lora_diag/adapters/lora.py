@@ -21,12 +21,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters import dora, experts, residual
+from lora_diag.adapters import dora, experts
 from lora_diag.adapters.patterns import Scale, Scaling, scaling_words
 from lora_diag.adapters.refused import refuse_lora_variants
 from lora_diag.adapters.source import Config, Modules, Source, by_module, check_rank, pair_of
 from lora_diag.adapters.thin import StoredFactors, thin_factors
-from lora_diag.adapters.updates import ROWS, Reading, Site, Update, add_stored_values, flat, read, rows_update
+from lora_diag.adapters.updates import (
+    ROWS,
+    Reading,
+    Site,
+    Update,
+    add_stored_values,
+    flat,
+    make_relative_to_base,
+    read,
+    rows_update,
+    start_of,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 
@@ -110,7 +121,7 @@ def read_lora(source: Source) -> Reading:
 def _name_variant(config: Config) -> str:
     name_by_key = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
     name = next((variant for key, variant in name_by_key.items() if config.flag(key)), "LoRA")
-    name = residual.name_of(config) or name
+    name = start_of(config) or name
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
 
 
@@ -140,7 +151,7 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
         scale=scale,
         thin=_find_thin_factors(source, owner.module, parts, keys, scale),
     )
-    update = residual.make_relative_to_base(update, scaling.config, scale, rank)
+    update = make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
         update = dora.add_magnitude(update, source, parts["lora_magnitude_vector"], is_embedding)
     if "lora_B.bias" not in parts:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_diag.adapters.source import Config, Source, is_named, strip
 from lora_diag.checkpoints import Checkpoint
@@ -231,7 +231,7 @@ def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
             f"{source.checkpoint.path}: {key} has shape {list(shape)}, but {source.settings.path.name} has "
             f"{len(set(rows))} token indices for it; save the adapter again"
         )
-    load = partial(factors, source.checkpoint, key, rows)
+    load = partial(load_row_factors, source.checkpoint, key, rows)
     return Update(f"{module}.weight", (None, shape[1]), load, True, source.checkpoint[key].dtype, "trainable tokens")
 
 
@@ -247,7 +247,7 @@ def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:
     return indices
 
 
-def factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Factors:
+def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Factors:
     """Return S ``(vocab, n)`` and value − W[rows] ``(n, dim)``.
 
     Raises:
@@ -263,3 +263,51 @@ def factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Fa
     selection = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
     selection[rows, range(len(rows))] = 1.0
     return selection, read(checkpoint, key) - site.rows(rows)
+
+
+# Initializations that subtract a part of the base weight before training. The trained update s·B·A is relative to
+# W − P, so relative to the original base ΔW = s·B·A − P, with P recomputed from W. P has rank r, so ΔW stays in factored
+# form, with rank at most 2r.
+#
+# - PiSSA: P is the best rank-r approximation of W. Meng et al. 2024, https://arxiv.org/abs/2404.02948
+# - OLoRA: P = s·Q_r·R_r of the QR decomposition of W. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
+# - KaSA: P is the part of W in its r smallest singular values. Wang et al. 2024, https://arxiv.org/abs/2412.06071
+STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
+
+
+def start_of(config: Config) -> str:
+    """Return the name of the initialization if it subtracts a part of W; else empty."""
+    if config.values.get("kasa_config") is not None:
+        return "KaSA"
+    return STARTS.get(config.text("init_lora_weights").lower(), "")
+
+
+def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
+    """Return the update relative to the original base; unchanged if the initialization did not change it."""
+    name = start_of(config)
+    if not name:
+        return update
+    factors = cast("Callable[[Site], Factors]", update.load)
+    load = partial(subtract_part, factors, name, scale, rank)
+    return replace(update, load=load, needs_weight=name, zero_if="", plain=factors, thin=None)
+
+
+def subtract_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:
+    """Return factors of s·B·A − P: ``[sB, −P_left]`` and ``[A; P_right]``."""
+    import torch
+
+    b, a = factors(site)
+    left, right = _compute_part(site.weight(), name, scale, rank)
+    return torch.cat([b, -left], dim=1), torch.cat([a, right])
+
+
+def _compute_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
+    """Return the factors of P."""
+    import torch
+
+    if name == "OLoRA":
+        q, r = torch.linalg.qr(w)
+        return q[:, :rank] * scale, r[:rank]
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    components = slice(0, rank) if name == "PiSSA" else slice(max(0, len(s) - rank), None)
+    return u[:, components] * s[components], vh[components]

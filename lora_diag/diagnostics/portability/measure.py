@@ -21,9 +21,8 @@ from lora_diag.adapters.updates import Site
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
-from lora_diag.diagnostics.portability.consumers import CONSUMERS
+from lora_diag.diagnostics.portability.consumers import CONSUMERS, Consumer, Outcome, Rule, largest_rank
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
-from lora_diag.diagnostics.portability.rules import Consumer, Outcome, Rule, largest_rank
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.metric import fro_of

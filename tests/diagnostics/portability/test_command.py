@@ -134,6 +134,7 @@ def test_newer_versions_are_flagged(patterned, loradiag):
     ("words", "code", "message"),
     [
         (("adapter", "--consumers", "ollama"), 2, "give one of peft"),
+        (("adapter", "--consumers", "ollama", "--fix", "-o", "out"), 2, "give one of peft"),
         (("adapter", "--consumers", "vllm==0.2"), 2, "no rule is known"),
         (("base",), 2, "not an adapter"),
         (("adapter", "adapter"), 2, "not a base"),
@@ -148,6 +149,7 @@ def test_portability_refuses_bad_input(patterned, tmp_path, loradiag, words, cod
     ran = loradiag("portability", *words)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_recover_names_non_finite_entry(tmp_path, loradiag):

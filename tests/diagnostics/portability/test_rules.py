@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.adapters.contents import Contents, Item
-from lora_diag.diagnostics.portability.consumers import CONSUMERS
+from lora_diag.diagnostics.portability.consumers import CONSUMERS, is_before
 from lora_diag.diagnostics.portability.measure import (
     FEATURES,
     describe_treatment,
@@ -21,7 +21,6 @@ from lora_diag.diagnostics.portability.measure import (
     rules_grids,
 )
 from lora_diag.diagnostics.portability.measure import outcome as outcome_of
-from lora_diag.diagnostics.portability.rules import is_before
 from lora_diag.errors import UsageError
 from tests.conftest import ROOT, SHARED
 from tests.messages import assert_names

@@ -1,0 +1,572 @@
+r"""Consumers, the programs that load adapters: their rules as pure functions of an adapter file's contents.
+
+A rule holds for a range of versions. The comment above each program states where its rules were read: project, file,
+function, version and date. A new program is its functions and one entry in ``CONSUMERS``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from typing import Any, Literal
+
+from lora_diag.adapters.contents import PAIRS, Contents, Item, component_of
+from lora_diag.adapters.layouts import GGUF, why_not_tied
+from lora_diag.errors import UsageError
+
+_VERSION = re.compile(r"b?(\d+(?:\.\d+)*)(?:[.-]?(?:post|rc|dev|a|b)\d*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Treatment of one item by a consumer.
+
+    Args:
+        does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it applies the item as stored;
+            ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is.
+        scale: s'; None without factors.
+        why: The reason, in one sentence; empty for the usual case.
+        unjudged: What may prevent it, which depends on a BASE that is not given; empty if nothing does.
+    """
+
+    does: Literal["applied", "intended", "full", "dropped"]
+    scale: float | None = None
+    why: str = ""
+    unjudged: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Behaviour of some versions of a consumer.
+
+    Args:
+        since: First version for which it holds; empty if it holds for all older versions, as far as known.
+        until: First version for which it no longer holds; empty if it holds up to the newest version read.
+        read: Versions whose source was read, the newest last.
+        applies: Returns the treatment of an item of a loaded adapter.
+        refuses: Returns the reason for not loading an adapter; empty if it is loaded.
+        unjudged: Returns what is not known of an adapter without its BASE; empty if nothing.
+    """
+
+    since: str
+    until: str
+    read: tuple[str, ...]
+    applies: Callable[[Contents, Item], Outcome]
+    refuses: Callable[[Contents], str] = lambda contents: ""
+    unjudged: Callable[[Contents], str] = lambda contents: ""
+
+    @property
+    def versions(self) -> str:
+        """The range, such as ``< 0.32``; of rules from the newest to the oldest, the first that holds applies."""
+        return f"< {self.until}" if self.until else f"≥ {self.since}" if self.since else "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A program that loads adapters.
+
+    Args:
+        name: Name for ``--consumers``.
+        title: Name in tables and figures.
+        forms: Layouts of files that it reads, such as ``peft`` or ``gguf``.
+        rules: Its rules, the newest first.
+        largest_rank: Largest rank that it can be set to serve; None if there is no limit.
+        default_rank: Largest rank that it serves by default; None if there is no limit.
+        rank_option: The option that sets the largest rank; empty without one.
+        rank_choices: Values that this option accepts; empty if any.
+    """
+
+    name: str
+    title: str
+    forms: frozenset[str]
+    rules: tuple[Rule, ...]
+    largest_rank: int | None = None
+    default_rank: int | None = None
+    rank_option: str = ""
+    rank_choices: tuple[int, ...] = field(default=())
+
+    @property
+    def newest(self) -> str:
+        """The newest version that was read."""
+        return self.rules[0].read[-1]
+
+    def rule(self, version: str) -> Rule:
+        """Return the rule for a version; for the newest if none is given.
+
+        Raises:
+            UsageError: It is not a version, or older than every rule.
+        """
+        if not version:
+            return self.rules[0]
+        if rule_read := next((rule for rule in self.rules if version in rule.read), None):
+            return rule_read  # a commit is not a number
+        if not _VERSION.fullmatch(version):
+            raise UsageError(f"--consumers {self.name}=={version}: not a version; give one such as {self.newest}")
+        for rule in self.rules:
+            if not rule.since or not is_before(version, rule.since):
+                return rule
+        raise UsageError(
+            f"--consumers {self.name}=={version}: no rule is known for it; the oldest is for {self.rules[-1].versions}"
+        )
+
+    def is_newer(self, version: str) -> bool:
+        """Return whether a version is newer than all versions read; False for rules of commits, which have no order."""
+        return bool(version) and bool(self.rules[0].since) and is_before(self.newest, version)
+
+    def rank_needed(self, contents: Contents) -> int | None:
+        """Return the rank that the consumer must be configured to serve; None if its default suffices."""
+        rank = largest_rank(contents)
+        if self.default_rank is None or rank <= self.default_rank:
+            return None
+        return next((choice for choice in self.rank_choices if choice >= rank), rank)
+
+
+def is_before(first: str, second: str) -> bool:
+    """Return whether a version is before another, part by part.
+
+    >>> is_before("0.31.2", "0.32"), is_before("0.32", "0.32.0"), is_before("0.9", "0.10")
+    (True, False, True)
+    """
+    parts = ([int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (first, second))  # type: ignore[index]
+    for left, right in zip_longest(*parts, fillvalue=0):
+        if left != right:
+            return bool(left < right)
+    return False
+
+
+def largest_rank(contents: Contents) -> int:
+    """Return the largest rank of an adapter, in its factors or in its config; 0 without any."""
+    configured = [contents.config.get("r"), *(contents.config.get("rank_pattern") or {}).values()]
+    stated = [int(value) for value in configured if isinstance(value, int | float)]
+    return max([*stated, *(item.rank or 0 for item in contents.items)], default=0)
+
+
+def one_scale(config: Mapping[str, Any]) -> float:
+    """Return α/r or, with rsLoRA, α/√r, from the config's own α and r: the same for every module."""
+    rank = config["r"]
+    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def tied_refusal(form: str, contents: Contents) -> str:
+    """Return why the program of a layout does not load an adapter of a BASE with a tied head; empty if it does."""
+    return next((f"{reason} ({item.layer})" for item in contents.items if (reason := why_not_tied(form, item))), "")
+
+
+def unjudged_tie(form: str, contents: Contents) -> str:
+    """Return the problem that an adapter would have if its BASE, which is not given, had a tied head."""
+    if contents.tied is not None or not (reason := tied_refusal(form, contents)):
+        return ""
+    return f"the adapter is refused if {reason}"
+
+
+def join_reasons(*reasons: str) -> str:
+    """Return the non-empty reasons as one sentence; empty if there are none."""
+    return "; ".join(reason for reason in reasons if reason)
+
+
+# PEFT: s = α/r or α/√r, r and α of each module from ``rank_pattern`` and ``alpha_pattern``.
+#
+# Source: huggingface/peft, ``tuners/lora/model.py`` (``_create_and_replace``), ``tuners/lora/layer.py``
+# (``update_layer``), ``utils/other.py`` (``get_pattern_key``). A key k of a pattern is for module m if
+#
+# - 0.15 and later: ``re.match(rf"(.*\.)?({k})$", m)``, looked up separately for r and α (read in 0.15.0, 0.21.2);
+# - 0.14: ``re.match(rf".*\.{k}$", m)``, so that a key that is the whole name or is anchored (``^``) matches nothing
+#   (read in 0.14.0);
+# - 0.13 and before: the same, and the first key of both tables together decides about r and α (read in 0.13.2).
+#
+# Where r is not that of the file's factors, loading fails with a size mismatch. Fields of a config that a version does
+# not know are dropped (0.13.2, ``config.py``); this check covers only ``lora_bias``, added in 0.14. Date read:
+# 2026-11-27.
+
+
+def _apply_peft(contents: Contents, item: Item) -> Outcome:
+    return Outcome("intended", item.scale) if item.part in {*PAIRS, "other"} else Outcome("full")
+
+
+def _find_pattern_key(keys: Iterable[str], module: str) -> str:
+    """Return the key of a pattern that PEFT before 0.15 uses for a module."""
+    return next((key for key in keys if re.match(rf".*\.{key}$", module)), module)
+
+
+def _read_settings(contents: Contents, item: Item, together: bool) -> tuple[int, float]:
+    """Return r and α of a module by the rule of old versions."""
+    config = contents.config
+    ranks, alphas = (dict[str, Any](config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
+    if together:
+        key = _find_pattern_key([*ranks, *alphas], item.module)
+        keys = key, key
+    else:
+        keys = _find_pattern_key(ranks, item.module), _find_pattern_key(alphas, item.module)
+    return ranks.get(keys[0], config["r"]), alphas.get(keys[1], config["lora_alpha"])
+
+
+def _refuse_peft_old(contents: Contents, together: bool) -> str:
+    if contents.config.get("peft_type") != "LORA":
+        return ""
+    for item in contents.pairs:
+        rank, _ = _read_settings(contents, item, together)
+        if item.part != "experts" and rank != item.rank:
+            return f"{item.module} has rank {item.rank}, and its patterns give it {rank}: size mismatch"
+    return ""
+
+
+def _apply_peft_old(contents: Contents, item: Item, together: bool) -> Outcome:
+    if together and item.part == "bias" and contents.config.get("lora_bias"):
+        return Outcome("dropped", why="lora_bias is not known to it")
+    if item.part not in {"factors", "embedding", "convolution"}:
+        return _apply_peft(contents, item)
+    rank, alpha = _read_settings(contents, item, together)
+    scale = alpha / (math.sqrt(rank) if contents.config.get("use_rslora") else rank)
+    return Outcome("applied", scale, "a pattern's key is matched otherwise than today")
+
+
+PEFT = Consumer(
+    "peft",
+    "PEFT",
+    frozenset({"peft"}),
+    (
+        Rule("0.15", "", ("0.15.0", "0.21.2"), _apply_peft),
+        Rule(
+            "0.14",
+            "0.15",
+            ("0.14.0",),
+            partial(_apply_peft_old, together=False),
+            partial(_refuse_peft_old, together=False),
+        ),
+        Rule(
+            "", "0.14", ("0.13.2",), partial(_apply_peft_old, together=True), partial(_refuse_peft_old, together=True)
+        ),
+    ),
+)
+
+
+# vLLM: α/r or α/√r, since 0.32 with the patterns; refuses unsupported settings.
+#
+# Source: vllm-project/vllm, ``lora/peft_helper.py`` (``PEFTHelper``: ``get_rank_and_scaling``, ``_validate_features``,
+# ``validate_legal``), ``lora/lora_model.py`` (``from_lora_tensors``, ``check_unexpected_modules``), ``lora/utils.py``
+# (``parse_fine_tuned_lora_name``), ``config/lora.py`` (``MaxLoRARanks``).
+#
+# - 0.32 and later: the scale of each module by PEFT's rule; ``lora_bias``, initialisations that change the base,
+#   activated LoRA, ``layer_replication``, BD-LoRA and QA-LoRA are refused (read in 0.32.0, 0.33.0);
+# - before: one scale for all modules, patterns are not read; these are not detected, and ``lora_B.bias`` is overwritten
+#   by ``lora_B.weight``, which sorts after it (read in 0.28.0, 0.30.0, 0.31.0);
+# - 0.10: any ``modules_to_save`` is refused, and so are stacked experts; ``lora_bias`` is applied with
+#   ``--enable-lora-bias`` and dropped without (read in 0.10.0). When that changed between 0.10 and 0.28 was not read.
+#
+# Whether a model of vLLM takes factors on a module is not known here, only that none takes them on a convolution. Date
+# read: 2026-11-27.
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# Initialisations after which the base is the one that the adapter names.
+_PLAIN_STARTS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+_UNSUPPORTED = {
+    "lora_bias": "lora_bias",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layer_replication",
+    "use_bdlora": "BD-LoRA",
+    "use_qalora": "QA-LoRA",
+}
+
+
+def _explain_saved(contents: Contents, allowed: set[str]) -> str:
+    refused = [name for name in contents.config.get("modules_to_save") or () if name not in allowed]
+    return f"modules_to_save {', '.join(map(str, refused))}" if refused else ""
+
+
+def _refuse_vllm(contents: Contents, since: str) -> str:
+    config = contents.config
+    start = config.get("init_lora_weights")
+    unsupported = [word for key, word in _UNSUPPORTED.items() if config.get(key)]
+    changed = isinstance(start, str) and start.lower() not in _PLAIN_STARTS
+    odd = contents.first("convolution", "rows", "other") or (contents.first("experts") if since == "0.10" else None)
+    value = contents.first("value", "norm")
+    plain_value = value is not None and value.module.rpartition(".")[2] in {"classifier", "score"}
+    return join_reasons(
+        _explain_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
+        "DoRA" if config.get("use_dora") or contents.first("dora") else "",
+        f"bias={config['bias']!r}" if config.get("bias") not in (None, "none") else "",
+        ", ".join(unsupported) if since == "0.32" else "",
+        f"init_lora_weights={start!r}, which changes the base" if changed and since == "0.32" else "",
+        f"{odd.key}: a tensor that it has no place for" if odd is not None else "",
+        f"{value.key}: a weight in full" if value is not None and not plain_value else "",
+    )
+
+
+def _apply_vllm(contents: Contents, item: Item) -> Outcome:
+    if item.part in {"value", "norm"}:
+        return Outcome("full")
+    return Outcome("applied", item.scale)
+
+
+def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:
+    if item.part in {"value", "norm"}:
+        return Outcome("full")
+    if item.part == "bias":
+        return Outcome("dropped", why="lora_B.bias is overwritten by lora_B.weight")
+    return Outcome("applied", one_scale(contents.config), "one scale for all modules; patterns are not read")
+
+
+VLLM = Consumer(
+    "vllm",
+    "vLLM",
+    frozenset({"peft"}),
+    (
+        Rule("0.32", "", ("0.32.0", "0.33.0"), _apply_vllm, partial(_refuse_vllm, since="0.32")),
+        Rule("0.28", "0.32", ("0.28.0", "0.30.0", "0.31.0"), _apply_vllm_old, partial(_refuse_vllm, since="0.28")),
+        Rule("0.10", "0.28", ("0.10.0",), _apply_vllm_old, partial(_refuse_vllm, since="0.10")),
+    ),
+    largest_rank=VLLM_RANKS[-1],
+    default_rank=16,
+    rank_option="--max-lora-rank",
+    rank_choices=VLLM_RANKS,
+)
+
+
+# SGLang: α/r for all modules, regardless of patterns and rsLoRA; factors of another rank than r are an error.
+#
+# Source: sgl-project/sglang, ``srt/lora/lora.py`` (``LoRAAdapter.__init__``, ``_process_weight``,
+# ``normalize_qkv_proj``, ``normalize_gate_up_proj``), ``lora_config.py``, ``lora_manager.py``
+# (``validate_new_adapter``), ``mem_pool.py`` (``load_lora_weight_to_buffer``), ``utils.py``
+# (``get_normalized_target_modules``, ``get_target_module_name``).
+#
+# - The scale is ``lora_alpha / r``; rsLoRA is not read (issue 40835, open in September 2026), nor are patterns.
+# - A buffer has r rows and takes a factor of r rows and no other: unequal ranks fail an assertion.
+# - ``target_modules`` must be a list, or ``all`` or ``all-linear``: a regular expression is refused.
+# - q, k and v of a layer are joined: with one of them adapted, q and v must be (a missing k is zero).
+# - ``lm_head`` and embeddings that ``target_modules`` does not name are skipped, as is every weight outside the layers;
+#   ``lora_B.bias`` is overwritten by ``lora_B.weight``, which sorts after it.
+# - DoRA is refused: in 0.5.23 by name, before by the shape of its magnitudes.
+#
+# Read in 0.5.10 and 0.5.23. A later ``lora_config.py`` (commit 0ceb81fe) keeps entries of patterns that differ from the
+# defaults, to decide about them when an adapter is loaded: not judged here. Date read: 2026-11-27.
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_JOINED = ("q_proj", "k_proj", "v_proj")
+_TABLES = ("embed_tokens", "lm_head")
+
+
+def _refuse_sglang(contents: Contents) -> str:
+    config = contents.config
+    kind = str(config.get("peft_type"))
+    targets = config.get("target_modules")
+    odd = contents.first("other", "convolution", "experts", "residual" if config.get("kasa_config") else "other")
+    rank = config.get("r")
+    unequal = next((item for item in contents.pairs if item.rank != rank and item.part != "experts"), None)
+    return join_reasons(
+        f"peft_type {kind}" if kind.lower() != "lora" else "",
+        "DoRA" if config.get("use_dora") or contents.first("dora") else "",
+        "target_modules as a regular expression"
+        if isinstance(targets, str) and targets not in {"all", "all-linear"}
+        else "no target_modules"
+        if not targets
+        else "",
+        f"{odd.key}: no target module of the server has such a name" if odd is not None else "",
+        f"{unequal.module} has rank {unequal.rank}, and r is {rank}: an assertion fails" if unequal is not None else "",
+        next(_find_incomplete(contents), ""),
+    )
+
+
+def _find_incomplete(contents: Contents) -> Iterator[str]:
+    """Yield, for each layer without all of the factors that are joined into one, what it lacks."""
+    owners: dict[str, set[str]] = {}
+    for item in contents.pairs:
+        owner, _, leaf = item.module.rpartition(".")
+        if leaf in _JOINED and _LAYER.search(item.module):
+            owners.setdefault(owner, set()).add(leaf)
+    for owner, leaves in owners.items():
+        if missing := [leaf for leaf in ("q_proj", "v_proj") if leaf not in leaves]:
+            yield f"{owner} has factors for {', '.join(sorted(leaves))} and none for {', '.join(missing)}"
+
+
+def _apply_sglang(contents: Contents, item: Item) -> Outcome:
+    if item.part == "bias":
+        return Outcome("dropped", why="lora_B.bias is overwritten by lora_B.weight, other biases are skipped")
+    if item.part in {"value", "norm", "rows"}:
+        return Outcome("dropped", why="what is no pair of factors is skipped")
+    table = next((name for name in _TABLES if name in item.module), None)
+    if not _LAYER.search(item.module + "."):
+        target_modules = contents.config.get("target_modules") or ()
+        targets = (
+            {"all"} if isinstance(target_modules, str) else {str(name).rpartition(".")[2] for name in target_modules}
+        )
+        if table is None or not targets & {table, "all"}:
+            return Outcome("dropped", why="outside the layers, and not named in target_modules")
+    scale = float(contents.config["lora_alpha"] / contents.config["r"])
+    return Outcome("applied", scale, "lora_alpha / r for all modules; rsLoRA and patterns are not read")
+
+
+SGLANG = Consumer(
+    "sglang",
+    "SGLang",
+    frozenset({"peft"}),
+    (Rule("0.5.10", "", ("0.5.10", "0.5.23"), _apply_sglang, _refuse_sglang),),
+    rank_option="--max-lora-rank",
+)
+
+
+# llama.cpp: one α for all, divided by the rank of each tensor; the converter stops at every other kind of tensor.
+#
+# Source: ggml-org/llama.cpp, ``convert_lora_to_gguf.py`` (``get_tensors``; ``alpha = lparams["lora_alpha"]``) at commit
+# 0b03adaa632b, and ``src/llama-adapter.h`` (``llama_adapter_lora_weight::get_scale``: ``alpha ? alpha / rank : 1``,
+# rank from ``lora_b``) at commit 215841fc0178.
+#
+# - ``alpha_pattern``, ``rank_pattern`` and ``use_rslora`` are not read.
+# - ``.base_layer.weight`` is skipped, weights of norms are passed through; any other name that is no
+#   ``lora_A``/``lora_B`` weight or ``lora_embedding_A``/``B`` ends the conversion. The runtime skips norms
+#   (``src/llama-adapter.cpp``, ``llama_adapter_lora_init_impl``, at commit fdfa89f12e75).
+# - With a head tied to the embedding, an update of the head has no tensor and is refused, and one of the embedding ends
+#   the process: it reaches the head, where its shapes do not fit (run with the build b11739).
+# - A module that the architecture's table of names does not have ends it, too; this check covers stacked experts only.
+#
+# Date read: 2026-11-27.
+
+
+def _refuse_llamacpp(contents: Contents) -> str:
+    odd = contents.first("dora", "bias", "value", "rows", "other")
+    stack = contents.first("experts", "convolution")
+    return join_reasons(
+        f"the converter stops at {odd.key}" if odd is not None else "",
+        "BD-LoRA" if contents.config.get("use_bdlora") else "",
+        "KaSA" if contents.config.get("kasa_config") else "",
+        f"the converter has no name for {stack.module}" if stack is not None else "",
+        tied_refusal(GGUF, contents) if contents.tied else "",
+    )
+
+
+def _apply_llamacpp(contents: Contents, item: Item) -> Outcome:
+    if item.part == "norm":
+        return Outcome("dropped", why="the runtime skips norms")
+    if contents.form == GGUF:
+        return Outcome("intended", item.scale)
+    alpha = float(contents.config["lora_alpha"])
+    assert item.rank is not None
+    why = "lora_alpha / rank of the tensor; patterns and rsLoRA are not read"
+    return Outcome("applied", alpha / item.rank if alpha else 1.0, why)
+
+
+LLAMACPP = Consumer(
+    "llamacpp",
+    "llama.cpp",
+    frozenset({"peft", GGUF}),
+    (Rule("", "", ("0b03adaa632b",), _apply_llamacpp, _refuse_llamacpp, partial(unjudged_tie, GGUF)),),
+)
+
+
+# diffusers: a ``LoraConfig`` made from the file's ranks and alphas, or from its metadata.
+#
+# Source: huggingface/diffusers, ``utils/peft_utils.py`` (``get_peft_kwargs``), ``loaders/peft.py``
+# (``load_lora_adapter``), ``loaders/lora_conversion_utils.py``. Each part of the pipeline (U-Net, transformer, text
+# encoder) has its own config:
+#
+# - r is the most frequent rank, ``rank_pattern`` names the others.
+# - With alphas in the file: α is the most frequent of them (or the only one), ``alpha_pattern`` names the others, and a
+#   module without one gets that α.
+# - Without any: α = r in every module since 0.40 (pull request 14409; read in 0.40.0, 0.42.1); before, the rank of the
+#   first module in the file is the α of all (read in 0.36.0, 0.39.0).
+# - ``lora_adapter_metadata`` in the file takes the place of all this.
+#
+# Date read: 2026-11-27.
+
+
+def _refuse_diffusers(contents: Contents) -> str:
+    odd = contents.first("other")
+    return f"{odd.key}: a part that is no LoRA" if odd is not None else ""
+
+
+def _apply_diffusers(contents: Contents, item: Item, alpha_is_rank: bool) -> Outcome:
+    if item.rank is None:
+        return Outcome("full")
+    if item.part == "dora" or (contents.has_metadata and item.alpha is None):
+        return Outcome("intended", item.scale)
+    alpha, ranks_are_alphas = _choose_alpha(contents.components[component_of(item.module)], alpha_is_rank)
+    if ranks_are_alphas:
+        return Outcome("applied", 1.0)
+    own_alpha = item.alpha if item.alpha is not None else alpha
+    why = "" if item.alpha is not None else f"gives no alpha, and gets {alpha:g}, that of other modules"
+    return Outcome("applied", own_alpha / item.rank, why)
+
+
+def _choose_alpha(items: Sequence[Item], alpha_is_rank: bool) -> tuple[float, bool]:
+    """Return the α of modules without one, and whether it is each module's own rank."""
+    alphas = [item.alpha for item in items if item.alpha is not None]
+    if alphas:
+        return Counter(alphas).most_common(1)[0][0], False
+    first = min(items, key=lambda item: item.key)
+    return float(first.rank or 1), alpha_is_rank
+
+
+DIFFUSERS = Consumer(
+    "diffusers",
+    "diffusers",
+    frozenset({"diffusers", "kohya"}),
+    (
+        Rule("0.40", "", ("0.40.0", "0.42.1"), partial(_apply_diffusers, alpha_is_rank=True), _refuse_diffusers),
+        Rule("", "0.40", ("0.36.0", "0.39.0"), partial(_apply_diffusers, alpha_is_rank=False), _refuse_diffusers),
+    ),
+)
+
+
+# kohya's sd-scripts: α/r of each module, α from the file; a missing α, or one of 0, means r.
+#
+# Source: kohya-ss/sd-scripts, ``networks/lora.py`` (``LoRAModule.__init__``, ``create_network_from_weights``,
+# ``load_weights``) at commit 02298e3c4a7e. The rank is that of ``lora_down``. Weights are loaded without ``strict``, so
+# that tensors other than factors and α are ignored: the magnitudes of DoRA and the parts of LyCORIS. Date read:
+# 2026-11-27.
+
+
+def _apply_kohya(contents: Contents, item: Item) -> Outcome:
+    if item.rank is None or item.part == "other":
+        return Outcome("dropped", why="only pairs of factors are read; other parts need LyCORIS")
+    return Outcome("applied", item.alpha / item.rank if item.alpha else 1.0)
+
+
+KOHYA = Consumer("kohya", "sd-scripts", frozenset({"kohya"}), (Rule("", "", ("02298e3c4a7e",), _apply_kohya),))
+
+
+# mlx-lm: ``lora_parameters.scale`` for all modules, not divided by the rank; one rank for all.
+#
+# Source: ml-explore/mlx-lm, ``tuner/utils.py`` (``load_adapters``, ``linear_to_lora_layers``), ``tuner/lora.py``,
+# ``tuner/dora.py`` of mlx-lm 0.32.2. The model's layers are made with ``rank``, ``scale`` and ``dropout`` of the config
+# for the last ``num_layers`` blocks, so that a config without one of them, a factor of another rank and a tensor that
+# is none of ``lora_a``, ``lora_b`` and ``m`` are errors. So is one of a head that is tied to the embedding: it has no
+# layer. The update of the embedding acts in a tied head, too (``LoRAEmbedding.as_linear``). Date read: 2026-11-27.
+
+
+def _refuse_mlx(contents: Contents) -> str:
+    config = contents.config
+    if config.get("fine_tune_type") == "full":
+        return ""
+    settings = config.get("lora_parameters") or {}
+    missing = [key for key in ("rank", "scale", "dropout") if key not in settings]
+    missing += [] if "num_layers" in config else ["num_layers"]
+    unequal = next((item for item in contents.pairs if item.rank != settings.get("rank")), None)
+    odd = next((item for item in contents.items if item.part not in PAIRS), None)
+    return join_reasons(
+        f"the config gives no {', '.join(missing)}" if missing else "",
+        f"{unequal.module} has rank {unequal.rank}, and lora_parameters.rank is {settings['rank']}"
+        if unequal is not None and "rank" in settings
+        else "",
+        f"{odd.key}: no adapter parameter" if odd is not None else "",
+        tied_refusal("mlx", contents) if contents.tied else "",
+    )
+
+
+def _apply_mlx(contents: Contents, item: Item) -> Outcome:
+    return Outcome("intended", item.scale) if item.part in PAIRS else Outcome("full")
+
+
+MLX = Consumer(
+    "mlx",
+    "mlx-lm",
+    frozenset({"mlx"}),
+    (Rule("0.32", "", ("0.32.2",), _apply_mlx, _refuse_mlx, partial(unjudged_tie, "mlx")),),
+)
+
+# In the order of tables.
+CONSUMERS = {consumer.name: consumer for consumer in (PEFT, VLLM, SGLANG, LLAMACPP, DIFFUSERS, KOHYA, MLX)}

@@ -266,8 +266,8 @@ def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Si
 
 
 # Initializations that subtract a part of the base weight before training. The trained update s·B·A is relative to
-# W − P, so relative to the original base ΔW = s·B·A − P, with P recomputed from W. P has rank r, so ΔW stays in factored
-# form, with rank at most 2r.
+# W − P, so relative to the original base ΔW = s·B·A − P, with P recomputed from W. P has rank r, so ΔW stays in
+# factored form, with rank at most 2r.
 #
 # - PiSSA: P is the best rank-r approximation of W. Meng et al. 2024, https://arxiv.org/abs/2404.02948
 # - OLoRA: P = s·Q_r·R_r of the QR decomposition of W. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775

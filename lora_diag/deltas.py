@@ -22,7 +22,7 @@ from lora_diag.records.run import Reason
 if TYPE_CHECKING:
     import torch
 
-    from lora_diag.checkpoints.decoding import Numbers
+    from lora_diag.checkpoints.file_bytes import Numbers
 
 # Entries per block and side: small enough that a block and its float32 copies stay near the cache. One core on a bf16
 # pair of 4096²: 0.52 s with 2^18, 0.39 s with 2^20, 0.95 s with 2^22, 2.7 s with 2^24.

@@ -11,7 +11,7 @@ from lora_diag.adapters.updates import flat
 from lora_diag.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from lora_diag.checkpoints.decoding import Numbers
+    from lora_diag.checkpoints.file_bytes import Numbers
 
 
 @dataclass(frozen=True, slots=True)

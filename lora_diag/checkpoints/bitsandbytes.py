@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.packing import damaged_tensor, gaps
 from lora_diag.checkpoints.scaled import ScaledWeight, grid_of
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, WIDTH, Checkpoint, TensorInfo
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,8 @@ TYPES = frozenset({"nf4", "fp4"})
 MAX_STATE_BYTES = 10_000
 # bitsandbytes uses blocks of 32 to 4096 entries. Ranges are read in whole blocks, so their size bounds memory.
 MAX_BLOCK = 2**16
-# Bytes per entry of the dtypes that can hold codes (``bnb_4bit_quant_storage``; FSDP needs that of the other weights).
-STORAGE = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+# Dtypes that can hold codes (``bnb_4bit_quant_storage``; FSDP needs that of the other weights).
+STORAGE = frozenset({"uint8", "int8", "float16", "bfloat16", "float32"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class FourBitWeight:
         import torch
 
         name = self.info.name
-        width = STORAGE[self.source[name].dtype]
+        width = WIDTH[self.source[name].dtype]
         first, last = start // (2 * width), -(-stop // (2 * width))
         packed = self.source.read(name, first, last).view(torch.uint8)
         codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
@@ -125,20 +126,6 @@ def spread(values: torch.Tensor, block: int, start: int, stop: int) -> torch.Ten
     return values.repeat_interleave(block)[start % block :][: stop - start]
 
 
-def gaps(table: torch.Tensor) -> torch.Tensor:
-    """Return the distance from each value of a table to its farther neighbour; 1-D like the table.
-
-    >>> import torch
-    >>> gaps(torch.tensor([0.0, 1.0, 5.0, 2.0, -0.0]))
-    tensor([1., 1., 3., 3., 1.])
-    """
-    import torch
-
-    distance = table[None, :] - table[:, None]
-    above, below = (torch.where(signed > 0, signed, math.inf).amin(dim=1) for signed in (distance, -distance))
-    return torch.maximum(above.where(above.isfinite(), 0.0), below.where(below.isfinite(), 0.0))
-
-
 def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[FourBitWeight]:
     """Yield the 4-bit weights.
 
@@ -157,9 +144,7 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
     for name in source:
         weight = name.removesuffix(".absmax")
         if weight != name and weight not in kind_by_weight:
-            raise InputError(
-                f"{source.file_of(name)}: {name} has no settings ({weight}{STATE}nf4 is missing); save the model again"
-            )
+            raise damaged_tensor(source, name, f"has no settings ({weight}{STATE}nf4 is missing)")
     for name, kind in kind_by_weight.items():
         yield _describe_four_bit(source, name, kind)
 
@@ -180,14 +165,10 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
             continue
         weight, layout = f"{module}.weight", f"{module}.weight_format"
         if not _has_row_scales(source, name, weight):
-            raise InputError(
-                f"{source.file_of(name)}: {name} has no int8 matrix {weight} to scale; save the model again"
-            )
+            raise damaged_tensor(source, name, f"has no int8 matrix {weight} to scale")
         if layout in source and any(source.read_bytes(layout)):
-            raise InputError(
-                f"{source.file_of(layout)}: {weight} is not stored in row-major order ({layout} is not 0); "
-                "save the model again with a current bitsandbytes"
-            )
+            problem = f"is not 0: {weight} is not stored in row-major order"
+            raise damaged_tensor(source, layout, problem, "save the model again with a current bitsandbytes")
         yield ScaledWeight(
             source,
             TensorInfo(weight, source[weight].shape, "float32", stored="int8"),
@@ -209,43 +190,39 @@ def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeigh
     state_name = f"{name}{STATE}{kind}"
     state = _read_state(source, state_name)
     if kind not in TYPES or state.get("quant_type") != kind:
-        raise InputError(
-            f"{source.file_of(state_name)}: {name} has the unsupported format {state.get('quant_type', kind)!r}; "
-            "supported are nf4 and fp4"
+        found = state.get("quant_type", kind)
+        raise damaged(
+            source.file_of(state_name), f"{name} has the unsupported format {found!r}", "supported are nf4 and fp4"
         )
-    shape = _read_shape(source, state_name, state)
-    block = _read_block_size(source, state_name, state, "blocksize")
-    count = math.prod(shape)
+    shape = state.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
+        raise damaged_tensor(source, state_name, f"gives the shape {shape!r}, not a list of positive integers")
+    block, count = _read_block_size(source, state_name, state, "blocksize"), math.prod(shape)
     nested = None
     size_by_part = {"quant_map": 16, "absmax": -(-count // block)}
     if "nested_blocksize" in state or f"{name}.nested_absmax" in source:
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or not math.isfinite(offset):
-            raise InputError(
-                f"{source.file_of(state_name)}: nested_offset in {state_name} is {offset!r}, not a finite number; "
-                "save it again"
-            )
+            raise damaged_tensor(source, state_name, f"gives the nested_offset {offset!r}, not a finite number")
         nested = Nested(_read_block_size(source, state_name, state, "nested_blocksize"), float(offset))
         size_by_part |= {"nested_quant_map": 256, "nested_absmax": -(-size_by_part["absmax"] // nested.block)}
     for part, size in size_by_part.items():
         is_quantized = part == "absmax" and nested is not None
         _check_part(source, f"{name}.{part}", size, frozenset({"uint8"}) if is_quantized else FLOAT_DTYPES)
-    width = STORAGE.get(source[name].dtype, 1) if name in source else 1
-    _check_part(source, name, -(-count // (2 * width)), frozenset(STORAGE))
+    width = WIDTH[source[name].dtype] if name in source and source[name].dtype in STORAGE else 1
+    _check_part(source, name, -(-count // (2 * width)), STORAGE)
     parts = (state_name, *(f"{name}.{part}" for part in size_by_part))
-    return FourBitWeight(source, TensorInfo(name, shape, "float32", stored=kind), block, nested, parts)
+    return FourBitWeight(source, TensorInfo(name, tuple(shape), "float32", stored=kind), block, nested, parts)
 
 
 def _check_part(source: Checkpoint, name: str, size: int, dtypes: frozenset[str]) -> None:
     """Refuse a tensor of a 4-bit weight that is missing, or has another number of entries or dtype."""
     if name not in source:
-        raise InputError(f"{source.path}: {name} is missing, which a 4-bit weight needs; save the model again")
+        raise damaged(source.path, f"{name} is missing, which a 4-bit weight needs")
     info = source[name]
     if info.numel != size or info.dtype not in dtypes:
-        raise InputError(
-            f"{source.file_of(name)}: {name} holds {info.numel:,} {info.dtype} entries instead of {size:,} of "
-            f"{' or '.join(sorted(dtypes))}; save the model again"
-        )
+        needed = f"{size:,} of {' or '.join(sorted(dtypes))}"
+        raise damaged_tensor(source, name, f"holds {info.numel:,} {info.dtype} entries instead of {needed}")
 
 
 def _read_state(source: Checkpoint, name: str) -> dict[str, Any]:
@@ -254,33 +231,15 @@ def _read_state(source: Checkpoint, name: str) -> dict[str, Any]:
         if source[name].numel > MAX_STATE_BYTES:
             raise ValueError(f"it has {source[name].numel:,} entries")
         state = json.loads(source.read_bytes(name))
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight ({error}); save the model "
-            "again"
-        ) from error
-    if not isinstance(state, dict):
-        raise InputError(
-            f"{source.file_of(name)}: {name} does not hold the settings of a 4-bit weight; save the model again"
-        )
+        raise damaged_tensor(source, name, f"does not hold the settings of a 4-bit weight ({error})") from error
     return state
-
-
-def _read_shape(source: Checkpoint, name: str, state: dict[str, Any]) -> tuple[int, ...]:
-    shape = state.get("shape")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
-        raise InputError(
-            f"{source.file_of(name)}: shape in {name} is {shape!r}, not a list of positive integers; save the model "
-            "again"
-        )
-    return tuple(shape)
 
 
 def _read_block_size(source: Checkpoint, name: str, state: dict[str, Any], key: str) -> int:
     value = state.get(key)
     if type(value) is not int or not 0 < value <= MAX_BLOCK:
-        raise InputError(
-            f"{source.file_of(name)}: {key} in {name} is {value!r}, not an integer in 1 to {MAX_BLOCK}; save the "
-            "model again"
-        )
+        raise damaged_tensor(source, name, f"gives the {key} {value!r}, not an integer in 1 to {MAX_BLOCK}")
     return value

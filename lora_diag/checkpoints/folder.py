@@ -1,16 +1,22 @@
 """Open a path: a file, a shard index, or a folder that contains weights.
 
 Weights in an unsupported form are recognized by the names of their files, and refused with advice on their conversion.
+
+``torch.compile``, FSDP and activation checkpointing wrap modules and add their attribute to every name. No model has a
+module ``_orig_mod``, so these attributes are dropped anywhere in a name. ``module`` (DataParallel, DeepSpeed) could be
+a model's own name, so it is dropped only if every name begins with it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.distributed import PIECES, DistributedFolder, PiecesFolder, folder_within
 from lora_diag.checkpoints.documents import (
@@ -21,23 +27,19 @@ from lora_diag.checkpoints.documents import (
     read_object,
 )
 from lora_diag.checkpoints.gguf_model import GgufModel, config_of, notes_of, open_model, single_model
-from lora_diag.checkpoints.gptq import CODES
-from lora_diag.checkpoints.names import (
-    drop_wrappers,
-    quantization,
-    refuse_integer_weights,
-    refuse_packed,
-    refuse_unmerged,
-)
+from lora_diag.checkpoints.integers import CODES
 from lora_diag.checkpoints.pickled import TorchFile
-from lora_diag.checkpoints.quantized import dequantize
+from lora_diag.checkpoints.quantized import dequantize, quantization, refuse_integer_weights, refuse_packed
 from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
-from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
+from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
 from lora_diag.checkpoints.zero import ZeroFolder
 from lora_diag.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 DCP = "is a part of a torch.distributed checkpoint; give its folder, with the file .metadata in it: {folder}"
 DEEPSPEED = (
@@ -117,6 +119,12 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
+
+WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIX = "module."
+
+# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
+UNMERGED_FACTOR = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
 
 # In a folder with this file, config.json is that of the adapter's base.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -354,3 +362,83 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names; write the index again")
     return weight_map
+
+
+class Renamed:
+    """A file whose tensors are presented under other names.
+
+    Args:
+        file: The file.
+        stored: Presented name → name in the file, for all tensors of the file.
+    """
+
+    def __init__(self, file: TensorFile, stored: Mapping[str, str]) -> None:
+        self._file = file
+        self._stored = stored
+        self.path = file.path
+        self.notes = file.notes
+        self.metadata = file.metadata
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, info.shape, info.dtype)
+            for name, old in stored.items()
+            if (info := file.tensors[old])
+        }
+
+    def __copy__(self) -> Renamed:
+        """Copy the file as well: each copy has its own descriptor."""
+        return Renamed(copy(self._file), self._stored)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries ``start:stop`` of a tensor, by its presented name."""
+        return self._file.read(self._stored[name], start, stop)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, by its presented name."""
+        return self._file.read_bytes(self._stored[name])
+
+
+def drop_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], tuple[str, ...]]:
+    """Present the tensors of a checkpoint without the attributes of wrappers.
+
+    Args:
+        files: The files of the checkpoint.
+
+    Returns:
+        The files, and a note if any name changed. If two tensors would get the same name, nothing changes.
+    """
+    stored_names = [name for file in files for name in file.tensors]
+    plain = dict(zip(stored_names, plain_names(stored_names), strict=True))
+    if all(old == new for old, new in plain.items()) or len(set(plain.values())) < len(plain):
+        return tuple(files), ()
+    old, new = next((old, new) for old, new in plain.items() if old != new)
+    renamed = tuple(Renamed(file, {plain[name]: name for name in file.tensors}) for file in files)
+    return renamed, (f"wrapper attributes are dropped from names: {old} is {new}",)
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Return names without the attributes of wrappers.
+
+    >>> plain_names(["module._orig_mod.a.weight", "module._orig_mod.b._fsdp_wrapped_module.weight"])
+    ['a.weight', 'b.weight']
+    >>> plain_names(["module.weight", "head.weight"])
+    ['module.weight', 'head.weight']
+    """
+    plain = [WRAPPER.sub("", name) for name in names]
+    while plain and all(name.startswith(PREFIX) for name in plain):
+        plain = [name.removeprefix(PREFIX) for name in plain]
+    return plain
+
+
+def refuse_unmerged(source: Checkpoint) -> None:
+    """Refuse the state dict of a running PEFT model, which has no ``lora_alpha``.
+
+    Raises:
+        InputError: A weight and the factors of its adapter are both present.
+    """
+    for name in source:
+        match = UNMERGED_FACTOR.fullmatch(name)
+        if match and any(f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")):
+            raise InputError(
+                f"{source.file_of(name)}: is an unmerged PEFT state dict ({name} and its weight are both present) "
+                "without lora_alpha; save the adapter with save_pretrained(), or the model after merge_and_unload()"
+            )

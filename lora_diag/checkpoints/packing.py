@@ -1,17 +1,17 @@
-"""What packed formats have in common: codes of a few bits, 4-bit floats, and weights that are decoded row by row.
+"""What quantized formats have in common: codes of a few bits, 4-bit floats, and weights that are decoded row by row.
 
 Functions from codes to values are pure, so that a format can be tested against its formula.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diag.checkpoints.bitsandbytes import gaps
 from lora_diag.checkpoints.tensors import Checkpoint, TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,13 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 
 # Bytes read at a time where a range of columns is cut out of stored rows.
 SLAB_BYTES = 2**22
+
+# Ending of the codes of compressed-tensors.
+PACKED = ".weight_packed"
+# Scales and zero points of activations, which do not affect the weight.
+ACTIVATIONS = ("input_scale", "output_scale", "input_global_scale", "input_zero_point", "output_zero_point")
+
+INTEGERS = frozenset({"int32", "int64"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,28 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return (stream << torch.arange(bits)).sum(dim=2, dtype=torch.int32)
 
 
+def gaps(table: torch.Tensor) -> torch.Tensor:
+    """Return the distance from each value of a table to its farther neighbour; 1-D like the table.
+
+    >>> import torch
+    >>> gaps(torch.tensor([0.0, 1.0, 5.0, 2.0, -0.0]))
+    tensor([1., 1., 3., 3., 1.])
+    """
+    import torch
+
+    distance = table[None, :] - table[:, None]
+    above, below = (torch.where(signed > 0, signed, math.inf).amin(dim=1) for signed in (distance, -distance))
+    return torch.maximum(above.where(above.isfinite(), 0.0), below.where(below.isfinite(), 0.0))
+
+
+def e8m0(exponents: torch.Tensor) -> torch.Tensor:
+    """Return the powers of two of 8-bit exponents, ``2^(e − 127)``, float32; 255 is not a number."""
+    import torch
+
+    values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    return torch.where(exponents == 255, math.nan, values)
+
+
 def fp4_values(codes: torch.Tensor) -> torch.Tensor:
     """Return the values of 4-bit floats, float32."""
     import torch
@@ -107,14 +136,12 @@ def mxfp4_steps(codes: torch.Tensor) -> torch.Tensor:
     The power of two is ``2^(⌊log2 max⌋ − 2)``, so the largest value is in [4, 8) and is stored as 6 at most: an error
     of up to 2 there, where it saturates.
     """
-    import torch
-
-    return gaps(torch.tensor(FP4))[codes] * (1 + (codes % 8 == 7).float())
+    return fp4_steps(codes) * (1 + (codes % 8 == 7).float())
 
 
-def read_rows(source: Checkpoint, name: str, first: int, last: int) -> torch.Tensor:
-    """Return rows of a stored matrix, ``(last − first, columns)``."""
-    columns = source[name].shape[-1]
+def read_rows(source: Checkpoint, name: str, first: int, last: int, width: int | None = None) -> torch.Tensor:
+    """Return rows of a stored matrix, ``(last − first, width)``; ``width`` is by default its last dimension."""
+    columns = source[name].shape[-1] if width is None else width
     return source.read(name, first * columns, last * columns).view(last - first, columns)
 
 
@@ -129,13 +156,17 @@ def read_columns(source: Checkpoint, name: str, rows: tuple[int, int], columns: 
     """
     import torch
 
-    width = source[name].shape[-1]
-    step = max(1, SLAB_BYTES // (4 * max(1, width)))
+    step = max(1, SLAB_BYTES // (4 * max(1, source[name].shape[-1])))
     parts = [
         read_rows(source, name, first, min(rows[1], first + step))[:, columns[0] : columns[1]].clone()
         for first in range(rows[0], rows[1], step)
     ]
     return torch.cat(parts)
+
+
+def damaged_tensor(source: Checkpoint, name: str, problem: str, fix: str = "save it again") -> InputError:
+    """Return the error of a tensor that contradicts the others, or the configuration."""
+    return damaged(source.file_of(name), f"{name} {problem}", fix)
 
 
 def require(source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: frozenset[str], whole: str) -> None:
@@ -152,10 +183,13 @@ def require(source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: froze
         InputError: It is missing, or has another shape or dtype.
     """
     if name not in source:
-        raise InputError(f"{source.path}: {name} is missing, which {whole} needs; save the model again")
+        raise damaged(source.path, f"{name} is missing, which {whole} needs")
     info = source[name]
     if info.shape != shape or info.dtype not in dtypes:
-        raise InputError(
-            f"{source.file_of(name)}: {name} is {info.dtype} {list(info.shape)}, but {whole} needs "
-            f"{' or '.join(sorted(dtypes))} {list(shape)}; save the model again"
-        )
+        needed = f"{' or '.join(sorted(dtypes))} {list(shape)}"
+        raise damaged_tensor(source, name, f"is {info.dtype} {list(info.shape)}, but {whole} needs {needed}")
+
+
+def list_activations(source: Checkpoint, module: str) -> list[str]:
+    """Return the names of the stored scales and zero points of a module's activations."""
+    return [name for part in ACTIVATIONS if (name := f"{module}.{part}") in source]

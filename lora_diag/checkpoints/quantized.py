@@ -1,21 +1,22 @@
 """Present quantized weights as ordinary float tensors.
 
-A format is one module of this package and one line in ``FORMATS``. Each finds its weights by the names of the auxiliary
-tensors stored with them. Auxiliary tensors are hidden; the weight appears under its own name, in its logical shape and
-as float32. Weights are dequantized on reading, and only in the requested range.
+A family of formats is one module of this package, and a format one line in ``FORMATS``. Each finds its weights by the
+names of the auxiliary tensors stored with them. Auxiliary tensors are hidden; the weight appears under its own name, in
+its logical shape and as float32. Weights are dequantized on reading, and only in the requested range.
+
+Unsupported formats are recognized by tensor names, dtypes or the configuration, and refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_diag.checkpoints import bitsandbytes, compressed, gptq, mlx, mxfp4, scaled
-from lora_diag.checkpoints.names import refuse_unfound
-from lora_diag.checkpoints.packing import RowWeight
-from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.checkpoints import bitsandbytes, float4, integers, scaled
+from lora_diag.checkpoints.packing import RowWeight, damaged_tensor
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile, TensorInfo
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +51,32 @@ FORMATS: tuple[Find, ...] = (
     bitsandbytes.find_four_bit,
     bitsandbytes.find_eight_bit,
     scaled.find,
-    compressed.find,
-    gptq.find,
-    mlx.find,
-    mxfp4.find,
+    float4.find,
+    integers.find_compressed,
+    integers.find_gptq,
+    integers.find_mlx,
+)
+
+# Endings of tensor names that a single method uses, the most specific first.
+PACKED = (
+    (".bitmask", "compressed-tensors (sparse)"),
+    (".W_q", "HQQ"),
+    (".codebooks", "AQLM"),
+    ("._data", "quanto"),
+)
+# Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
+AMBIGUOUS = frozenset({"._data", ".bitmask"})
+
+# Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
+READ_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
+
+# Formats in which every quantized weight is packed into tensors of other names.
+PACKING_METHODS = ("gptq", "awq", "mxfp4")
+
+METHOD_KEY = "quant_method in config.json"
+FLOATS_ADVICE = "if these weights are plain floats, remove quantization_config from config.json"
+NOT_FLOATS_ADVICE = (
+    "the weights are not stored as floats; give the unquantized checkpoint, or analyse the adapter alone"
 )
 
 
@@ -115,7 +138,7 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
     refuse_unfound(source, config, {weight.info.stored for weight in weights.values()})
-    compressed.refuse_other_zeros(source, (weight.info for weight in weights.values()), config)
+    integers.refuse_other_zeros(source, (weight.info for weight in weights.values()), config)
     if not weights:
         return source.files, ()
     hidden = frozenset(part for weight in weights.values() for part in weight.parts)
@@ -123,9 +146,73 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
     for place, weight in by_place.items():
         name = weight.info.name
         if place != name and name in source:
-            raise InputError(f"{source.file_of(place)}: {name} is stored twice, once as {place}; save the model again")
+            raise damaged_tensor(source, place, f"is {name}, which is stored twice")
     counts = Counter(weight.info.stored for weight in weights.values())
     formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
     note = f"quantized weights are dequantized while they are read: {formats}"
-    notes = (note, *gptq.find_ambiguous_zeros(source, weights, config))
+    notes = (note, *integers.find_ambiguous_zeros(source, weights, config))
     return tuple(Dequantized(file, by_place, hidden) for file in source.files), notes
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``quantization_config`` under any of its historical names; empty if there is none."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if isinstance(value := config.get(key), dict):
+            return value
+    return {}
+
+
+def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuse unsupported quantization methods.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+
+    Raises:
+        InputError: A tensor's name or the configuration belongs to such a method.
+    """
+    method = config.get("quant_method")
+    suffixes = tuple(suffix for suffix, _ in PACKED)
+    packed = [name for name in source if name.endswith(suffixes)]
+    for suffix, label in PACKED:
+        for name in packed:
+            if name.endswith(suffix) and (suffix not in AMBIGUOUS or source[name].dtype not in FLOAT_DTYPES):
+                label = str(method).upper() if method and str(method).upper() in label else label
+                raise damaged(source.file_of(name), f"is {label}-quantized ({name})", NOT_FLOATS_ADVICE)
+    if method is not None and method not in READ_METHODS:
+        problem = f"is quantized with {method!r} ({METHOD_KEY}), which is not supported"
+        raise damaged(source.path, problem, f"{NOT_FLOATS_ADVICE}; {FLOATS_ADVICE}")
+
+
+def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
+    """Refuse a checkpoint that is packed according to its configuration but has no packed tensor.
+
+    Args:
+        source: The checkpoint as stored.
+        config: Its ``quantization_config``.
+        stored: Storage formats of the quantized weights that were found.
+
+    Raises:
+        InputError: None is of the configured method.
+    """
+    method = config.get("quant_method")
+    if method in PACKING_METHODS and not any(str(kind).startswith(method) for kind in stored):
+        problem = f"is quantized with {method!r} ({METHOD_KEY}), but holds no such weight"
+        raise damaged(source.path, problem, FLOATS_ADVICE)
+
+
+def refuse_integer_weights(presented: Checkpoint) -> None:
+    """Refuse integer matrices of no known format, which would otherwise be silently skipped.
+
+    Args:
+        presented: The checkpoint after dequantization.
+
+    Raises:
+        InputError: There is such a matrix.
+    """
+    for name in presented:
+        info = presented[name]
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype.startswith(("int", "uint", "F4", "F6")):
+            problem = f"is stored as {info.dtype}, in no known quantized format"
+            raise damaged_tensor(presented, name, problem, NOT_FLOATS_ADVICE)

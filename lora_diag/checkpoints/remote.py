@@ -239,7 +239,7 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
     if scheme in WEB:
         if not parts.hostname:
             raise InputError(f"{root}: the address has no host; give https://host/path")
-        from lora_diag.checkpoints.stores_web import HttpStore
+        from lora_diag.checkpoints.stores import HttpStore
 
         credentials = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
         return HttpStore(root, credentials, parts.query)
@@ -249,9 +249,9 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
             "(environment, configuration files)"
         )
     if scheme == "hf":
-        from lora_diag.checkpoints.stores_hub import open_hub
+        from lora_diag.checkpoints.hub import open_hub
 
         return open_hub(location.rstrip("/"), root)
-    from lora_diag.checkpoints.stores_bucket import BucketStore
+    from lora_diag.checkpoints.stores import BucketStore
 
     return BucketStore(scheme)

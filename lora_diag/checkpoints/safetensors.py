@@ -29,7 +29,7 @@ from lora_diag.files import Kind, open_regular, replacing
 if TYPE_CHECKING:
     import torch
 
-    from lora_diag.checkpoints.decoding import Numbers
+    from lora_diag.checkpoints.file_bytes import Numbers
 
 
 # The library's own limit, which prevents huge allocations for a hostile length.
@@ -124,7 +124,7 @@ class SafetensorsFile:
         """Return whole tensors of one shape and dtype as a stack, float32 or float64, without torch."""
         import numpy as np  # imported here: headers are read without NumPy
 
-        from lora_diag.checkpoints.decoding import decode, is_native
+        from lora_diag.checkpoints.file_bytes import decode, is_native
         from lora_diag.scratch import scratch
 
         info, size = self.tensors[names[0]], self._bytes[names[0]]

@@ -11,13 +11,13 @@ compressed-tensors stores exponents e of scales ``2^(e − 127)`` in 8-bit integ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.packing import damaged_tensor, e8m0
 from lora_diag.checkpoints.tensors import FLOAT8, FLOAT_DTYPES, Checkpoint, TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     import torch
@@ -118,14 +118,6 @@ class ScaledWeight:
         return scales.float().view(-1, grid.columns)[indices - lowest]
 
 
-def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two of 8-bit exponents, ``2^(e − 127)``, float32; 255 is not a number."""
-    import torch
-
-    values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
-    return torch.where(exponents == 255, math.nan, values)
-
-
 def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
     """Yield the 8-bit weights that have scales.
 
@@ -149,9 +141,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
             continue
         found_scaled = True
         if name + "_zero_point" in source:
-            raise InputError(
-                f"{source.file_of(name)}: {name} has unsupported zero points; give the unquantized checkpoint"
-            )
+            raise damaged_tensor(source, name, "has unsupported zero points", "give the unquantized checkpoint")
         module = name.rpartition(".")[0]
         unused = (f"{module}.{activation}" for activation in ACTIVATIONS)
         yield ScaledWeight(
@@ -162,10 +152,8 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
             parts=(scale, *(part for part in unused if part in source)),
         )
     if bare and (found_scaled or config.get("quant_method") in METHODS):
-        raise InputError(
-            f"{source.file_of(bare[0])}: {bare[0]} is stored as {source[bare[0]].dtype} without scales "
-            f"({bare[0]}{SCALES[0]} or {bare[0]}{SCALES[1]}); save the model again"
-        )
+        wanted = " or ".join(bare[0] + suffix for suffix in SCALES)
+        raise damaged_tensor(source, bare[0], f"is stored as {source[bare[0]].dtype} without scales ({wanted})")
 
 
 def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[int, int] | None = None) -> Grid:
@@ -183,10 +171,7 @@ def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[i
     weight, scales = source[name], source[scale]
     exponents = {"float8_e8m0fnu", *(("uint8",) if weight.dtype in FLOAT8 else ())}
     if scales.dtype not in FLOAT_DTYPES | exponents:
-        raise InputError(
-            f"{source.file_of(scale)}: {scale} is stored as {scales.dtype}, but scales must be floats; "
-            "save the model again"
-        )
+        raise damaged_tensor(source, scale, f"is stored as {scales.dtype}, but scales must be floats")
     rows, columns = _find_matrix_shape(weight.shape)
     if scales.numel == 1:
         return Grid(1, 1, (rows, columns), per_matrix=False)
@@ -202,10 +187,8 @@ def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[i
         or (down, across) != (-(-rows // block[0]), -(-columns // block[1]))
     ):
         expected = f" in blocks of {configured_block[0]} × {configured_block[1]}" if configured_block else ""
-        raise InputError(
-            f"{source.file_of(scale)}: {scale} has shape {list(scales.shape)}, which does not match {name} "
-            f"{list(weight.shape)}{expected}; save the model again"
-        )
+        problem = f"has shape {list(scales.shape)}, which does not match {name} {list(weight.shape)}{expected}"
+        raise damaged_tensor(source, scale, problem)
     return Grid(down, across, block)
 
 
@@ -230,8 +213,7 @@ def _find_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     >>> _find_matrix_shape((8, 32, 64)), _find_matrix_shape((32,))
     ((32, 64), (32, 1))
     """
-    rows, columns = (*shape, 1, 1)[:2] if len(shape) < 2 else shape[-2:]
-    return rows, columns
+    return (*shape, 1, 1)[:2] if len(shape) < 2 else shape[-2:]  # type: ignore[return-value]
 
 
 def _read_configured_block(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -239,7 +221,7 @@ def _read_configured_block(source: Checkpoint, config: Mapping[str, Any]) -> tup
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
-        raise InputError(
-            f"{source.path}: weight_block_size in config.json is {value!r}, not two positive integers; correct it"
+        raise damaged(
+            source.path, f"weight_block_size in config.json is {value!r}, not two positive integers", "correct it"
         )
     return value[0], value[1]

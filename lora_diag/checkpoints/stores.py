@@ -1,18 +1,23 @@
-"""Stores answer the requests for an address: the base class of all stores, and helpers.
+"""Stores answer the requests for an address: buckets through fsspec (s3fs, gcsfs), and web servers by range requests.
 
 A store returns only verified data. Every range is checked against the request (position, length and size of the whole
-file) and against the version of the file whose header was read; any difference is an error. Retries and chunks belong
-to ``addresses``; each protocol has its own module ``stores_*``.
+file) and against the version of the file whose header was read; any difference is an error. A folder of a bucket is
+listed once. Redirects of web servers are not followed. Retries and chunks belong to ``addresses``, the Hub to ``hub``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterable
+import re
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote, urljoin
 
-from lora_diag.checkpoints.addresses import hide_secrets
+from lora_diag.checkpoints.addresses import LEAST_BYTES, TransientError, call_with_retries, hide_secrets
 from lora_diag.errors import InputError, install_command
 
 # Variables of the environment with credentials and settings; a notebook may change them.
@@ -23,6 +28,24 @@ _FILE_SYSTEMS: dict[Any, Any] = {}
 # HTTP status codes that a retry may solve.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHANGED = "the file has changed since its header was read; run again when it no longer changes"
+
+# Names of botocore's errors for broken connections and answers; botocore is importable only with s3fs.
+BROKEN = frozenset({"ConnectionError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError"})
+
+# Bytes of the first request for a file: the header of a small one, or all of a configuration.
+HEAD_BYTES = 2**16
+# Largest file accepted from a server without range requests: adapters and configurations, but not models.
+MAX_WHOLE_BYTES = 2**23
+
+TOO_MANY = "the server sent more bytes than requested; download the file and give the local path"
+
+# Timeouts in seconds: for connecting, and in which LEAST_BYTES or the rest of an answer must arrive. The first includes
+# the headers of the answer, so a file's header in the first 64 KiB has this time as a whole. The limit is 1 KiB/s.
+CONNECT_SECONDS = 20
+READ_SECONDS = 60
+
+# A web address with one of these extensions is a file, any other a folder.
+FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl|distcp|metadata)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +142,391 @@ def first_line_of(error: BaseException) -> str:
     """Return the first line of a library's error, at most 300 characters, without the secret parts of addresses."""
     lines = str(error).splitlines()
     return hide_secrets(lines[0])[:300] if lines else type(error).__name__
+
+
+class BucketStore(Store):
+    """Files in buckets, through the file systems of fsspec.
+
+    Args:
+        scheme: ``s3`` or ``gs``.
+    """
+
+    def __init__(self, scheme: str) -> None:
+        super().__init__()
+        self._scheme = scheme
+        self._listed: dict[str, dict[str, Any]] = {}
+
+    def is_folder(self, address: str) -> bool:
+        """Return whether there is any file under an address."""
+        return bool(self._list_entries(address))
+
+    def children(self, address: str) -> Iterable[str]:
+        """Return the addresses of a folder's content."""
+        return list(self._list_entries(address))
+
+    def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
+        """Fill a buffer by one request, and check the version of the file.
+
+        S3 checks it on the server; other stores are queried afterwards.
+        """
+        stop = start + len(buffer)
+        if self._scheme == "s3":
+            content = self._call(address, self._read_s3, address, start, stop, file_info)
+        else:
+            content = self._call(address, self._fs.cat_file, _make_key(address), start=start, end=stop)
+            current = self._call(address, self._fs.info, _make_key(address))
+            if content is None or current is None or _make_file_info(current) != file_info:
+                raise InputError(f"{address}: {CHANGED}")
+        if len(content) > len(buffer):
+            raise InputError(f"{address}: the store sent more bytes than requested; download the file")
+        buffer[: len(content)] = content
+        if len(content) < len(buffer):
+            raise TransientError("the answer was cut short", len(content))
+
+    def _find(self, address: str) -> FileInfo | None:
+        listed = self._listed.get(address.rpartition("/")[0])
+        if listed is not None:
+            entry = listed.get(address)
+        else:  # not listed: the folder of a single requested file may be very large
+            self._open()
+            entry = call_with_retries(address, lambda: self._call(address, self._fs.info, _make_key(address)))
+        return _make_file_info(entry) if entry is not None and entry.get("type") == "file" else None
+
+    def _list_entries(self, folder: str) -> dict[str, Any]:
+        """Return the entries of a folder by address, requested once."""
+        if folder not in self._listed:
+            self._open()
+            listing = call_with_retries(
+                folder, lambda: self._call(folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
+            )
+            by_address = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}
+            self._listed[folder] = {
+                address: entry for address, entry in by_address.items() if address.startswith(f"{folder}/")
+            }
+        return self._listed[folder]
+
+    def _open(self) -> None:
+        if self._fs is None:
+            # Retries are done and counted in ``addresses``.
+            options = {"config_kwargs": {"retries": {"max_attempts": 0}}} if self._scheme == "s3" else {}
+            self._fs = filesystem(self._scheme, use_listings_cache=False, **options)
+            if self._scheme == "s3":
+                self._fs.retries = 1
+
+    def _call(self, address: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a method of the file system and translate its errors; return None if the file does not exist."""
+        self._open()
+        try:
+            return function(*args, **options)
+        except FileNotFoundError:
+            return None
+        except (InputError, TransientError):
+            raise
+        except PermissionError as error:
+            raise InputError(
+                f"{address}: access is denied: {first_line_of(error)}{self._describe_requirements()}"
+            ) from error
+        except Exception as error:  # from fsspec, aiohttp and two cloud libraries
+            if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
+                public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
+                raise InputError(f"{address}: no credentials: {first_line_of(error)}{public}") from error
+            if isinstance(error, OSError) or any(kind.__name__ in BROKEN for kind in type(error).__mro__):
+                raise TransientError(first_line_of(error)) from error
+            raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
+
+    def _describe_requirements(self) -> str:
+        return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
+
+    def _read_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
+        from fsspec.asyn import sync
+
+        return bytes(sync(self._fs.loop, self._get_s3, address, start, stop, file_info))
+
+    async def _get_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
+        from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+
+        await self._fs.set_session()
+        bucket, key, _ = self._fs.split_path(_make_key(address))
+        client = await self._fs.get_s3(bucket)
+        condition = {"IfMatch": file_info.version} if file_info.version else {}
+        try:
+            response = await client.get_object(
+                Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **condition, **self._fs.req_kw
+            )
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in {404, 412, 416}:
+                raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
+            if status in {401, 403}:
+                raise InputError(
+                    f"{address}: access is denied: {first_line_of(error)}{self._describe_requirements()}"
+                ) from error
+            if status in TRANSIENT:
+                raise TransientError(f"the store answers {status}") from error
+            raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
+        async with response["Body"] as body:
+            if (
+                response.get("ContentLength") != stop - start
+                or response.get("ContentRange") != f"bytes {start}-{stop - 1}/{file_info.size}"
+            ):
+                raise InputError(
+                    f"{address}: the store sent {response.get('ContentRange', 'no range')!r} instead of bytes "
+                    f"{start:,} to {stop:,} of {file_info.size:,}; download the file and give the local path"
+                )
+            if file_info.version and response.get("ETag", file_info.version) != file_info.version:
+                raise InputError(f"{address}: {CHANGED}")
+            return bytes(await body.read())
+
+
+def _make_key(address: str) -> str:
+    """Return the bucket and path of an address, as fsspec expects them."""
+    return address.partition("://")[2]
+
+
+def _make_file_info(entry: Any) -> FileInfo:
+    version_keys = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
+    return FileInfo(int(entry["size"]), next((str(entry[key]) for key in version_keys if entry.get(key)), ""))
+
+
+class HttpStore(Store):
+    """Files of a web server.
+
+    Redirects are not followed: they could lead to another host than the user named.
+
+    Args:
+        root: The printable address.
+        credentials: Name and password in the address; None without them.
+        query: The query of the address; sent with every request.
+    """
+
+    redirects = 0
+
+    def __init__(self, root: str, credentials: tuple[str, str] | None = None, query: str = "") -> None:
+        super().__init__()
+        self._credentials, self._query = credentials, query
+        # A signature is valid for one file, so no other file of the folder is requested.
+        self._only_file = root if query and FILES.search(root) else None
+
+    def url(self, address: str) -> str:
+        """Return the URL of an address; existing escapes are kept."""
+        return quote(address, safe="/:%~!$&'()*+,;=@[]") + (f"?{self._query}" if self._query else "")
+
+    def headers(self) -> dict[str, str]:
+        """Return the authorization header, if the address has a user."""
+        if self._credentials is None:
+            return {}
+        return {"Authorization": f"Basic {b64encode(':'.join(self._credentials).encode()).decode()}"}
+
+    def version(self, headers: Any) -> str:
+        """Return the version of the file given in the headers of an answer; empty if there is none."""
+        return str(headers.get("ETag") or headers.get("Last-Modified") or "")
+
+    def join(self, address: str, name: str) -> str:
+        """Return the address of a file in a folder, with special characters of the name escaped."""
+        return f"{address}/{quote(name, safe='')}"
+
+    def is_folder(self, address: str) -> bool:
+        """Return whether an address has no file extension."""
+        return not FILES.search(address)
+
+    def children(self, address: str) -> Iterable[str]:
+        """Return nothing: a web server does not list folders."""
+        return ()
+
+    def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
+        """Fill a buffer by one range request."""
+        self._run(self._read, address, start, buffer, file_info)
+
+    def _find(self, address: str) -> FileInfo | None:
+        if self.is_folder(address) or (self._only_file and address != self._only_file):
+            return None
+        return call_with_retries(address, lambda: self._run(self._request_head, address))
+
+    def _run(self, coroutine: Callable[..., Any], *args: Any) -> Any:
+        """Run a request to its end, and translate its errors."""
+        self._open()
+        import aiohttp
+        from fsspec.asyn import sync
+
+        try:
+            return sync(self._fs.loop, coroutine, *args)
+        except (aiohttp.ClientSSLError, aiohttp.InvalidURL, ValueError) as error:
+            raise InputError(f"{args[0]}: cannot be read: {first_line_of(error)}") from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise TransientError(first_line_of(error)) from error
+
+    def _open(self) -> None:
+        if self._fs is None:
+            self._fs = filesystem("http", get_client=_make_client)
+
+    async def check_redirect(self, address: str, url: Any) -> None:
+        """Raise an ``InputError`` if a redirect to this URL is not to be followed."""
+
+    @asynccontextmanager
+    async def _get(self, address: str, start: int, stop: int) -> AsyncIterator[Any]:
+        """Request a range and yield the answer, after at most ``redirects`` redirects.
+
+        Credentials stay with the first host.
+        """
+        import yarl
+
+        session = await self._fs.set_session()
+        url = yarl.URL(self.url(address), encoded=True)
+        headers = {**self.headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        for redirects_left in range(self.redirects, -1, -1):
+            async with session.get(url, headers=headers, allow_redirects=False) as response:
+                location = response.headers.get("Location") if 300 <= response.status < 400 else None
+                if location is None or not redirects_left:
+                    yield response
+                    return
+                target = url.join(yarl.URL(location, encoded=True))
+            await self.check_redirect(address, target)
+            if target.origin() != url.origin():
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            url = target
+
+    async def _request_head(self, address: str) -> FileInfo | None:
+        """Request the first bytes of a file; return its properties, None if it does not exist.
+
+        Presigned URLs refuse ``HEAD``, which would not prove range support.
+        """
+        async with _limit_time() as count, self._get(address, 0, HEAD_BYTES) as response:
+            if response.status in {404, 410}:
+                return None
+            if response.status == 416:
+                return FileInfo(0, self.version(response.headers))
+            if response.status == 200:
+                return await self._read_whole(address, response, count)
+            self._check_status(address, response)
+            _, stop, size = _parse_content_range(address, response.headers)
+            if stop != min(size, HEAD_BYTES):
+                raise InputError(f"{address}: the server sent bytes up to {stop:,} instead of {HEAD_BYTES:,}")
+            content = await _read_body(address, response, stop, count)
+            return FileInfo(size, self.version(response.headers), content)
+
+    async def _read_whole(self, address: str, response: Any, count: Callable[[int], int]) -> FileInfo:
+        """Return the properties and content of a small file, from a server that ignores ranges."""
+        size = response.content_length
+        if size is None or size > MAX_WHOLE_BYTES:
+            raise InputError(
+                f"{address}: the server ignores range requests and would send the whole file "
+                + (f"({size:,} bytes) " if size else "")
+                + "for every tensor; download it and give the local path"
+            )
+        self._check_encoding(address, response)
+        content = await _read_body(address, response, size, count)
+        return FileInfo(size, self.version(response.headers), content, ranged=False)
+
+    async def _read(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
+        """Fill a buffer by one range request, after checking range, size and version in the answer."""
+        import aiohttp
+
+        stop, done = start + len(buffer), 0
+        async with _limit_time() as count, self._get(address, start, stop) as response:
+            self._check_status(address, response)
+            if response.status == 200:
+                raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
+            content_range = _parse_content_range(address, response.headers)
+            if content_range[2] != file_info.size or self.version(response.headers) != file_info.version:
+                raise InputError(f"{address}: {CHANGED}")
+            if content_range[:2] != (start, stop):
+                raise InputError(
+                    f"{address}: the server sent bytes {content_range[0]:,} to {content_range[1]:,} "
+                    f"instead of {start:,} to {stop:,}; download the file and give the local path"
+                )
+            try:
+                async for piece in response.content.iter_chunked(2**18):
+                    if len(piece) > len(buffer) - done:
+                        raise InputError(f"{address}: {TOO_MANY}")
+                    buffer[done : done + len(piece)] = piece
+                    done += count(len(piece))
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise TransientError(first_line_of(error), done) from error
+        if done < len(buffer):
+            raise TransientError("the answer was cut short", done)
+
+    def _check_status(self, address: str, response: Any) -> None:
+        status = response.status
+        if status in TRANSIENT:
+            raise TransientError(f"the server answers {status}")
+        if status in {401, 403}:
+            raise InputError(f"{address}: the server answers {status}: {self._suggest_access()}")
+        if 300 <= status < 400:
+            target = hide_secrets(urljoin(address, response.headers.get("Location", "")))
+            raise InputError(f"{address}: the server redirects to {target}; give that address")
+        if status in {404, 410, 412, 416}:
+            raise InputError(f"{address}: {CHANGED} (the server answers {status})")
+        if status not in {200, 206}:
+            raise InputError(f"{address}: the server answers {status}; check the address")
+        self._check_encoding(address, response)
+
+    def _check_encoding(self, address: str, response: Any) -> None:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise InputError(
+                f"{address}: the server sends the file encoded as {encoding}, which has no ranges; download the file"
+            )
+
+    def _suggest_access(self) -> str:
+        if self._query or self._credentials:
+            return "the credentials in the address are refused; a signature may be expired, or valid for another file"
+        return "the file is not public or does not exist; for a private bucket give s3://, gs:// or a presigned URL"
+
+
+@asynccontextmanager
+async def _limit_time() -> AsyncIterator[Callable[[int], int]]:
+    """Limit the time of a request: within ``READ_SECONDS`` ``LEAST_BYTES`` must arrive, again and again until its end.
+
+    Yields:
+        A function to count received bytes, which it returns.
+
+    Raises:
+        TransientError: Less arrived.
+    """
+    pending = 0
+    try:
+        async with asyncio.timeout(READ_SECONDS) as limit:
+
+            def count(received: int) -> int:
+                nonlocal pending
+                pending += received
+                if pending >= LEAST_BYTES:
+                    pending = 0
+                    limit.reschedule(asyncio.get_running_loop().time() + READ_SECONDS)
+                return received
+
+            yield count
+    except TimeoutError as error:
+        raise TransientError(f"less than {LEAST_BYTES:,} bytes arrived in {READ_SECONDS:g} s") from error
+
+
+async def _read_body(address: str, response: Any, size: int, count: Callable[[int], int]) -> bytes:
+    """Return the content of an answer, which must have exactly ``size`` bytes; never read more."""
+    content = bytearray()
+    async for piece in response.content.iter_chunked(2**16):
+        content += piece
+        count(len(piece))
+        if len(content) > size:
+            raise InputError(f"{address}: {TOO_MANY}")
+    if len(content) < size:
+        raise TransientError("the answer was cut short")
+    return bytes(content)
+
+
+async def _make_client(**options: Any) -> Any:
+    """Return a session that does not decompress content, and uses the proxies of the environment."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+    return aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=True, **options)
+
+
+def _parse_content_range(address: str, headers: Any) -> tuple[int, int, int]:
+    """Parse a ``Content-Range`` header: first byte, one past the last byte, and the size of the whole file."""
+    text = str(headers.get("Content-Range", ""))
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
+    if not match:
+        raise InputError(
+            f"{address}: invalid Content-Range header {text[:60]!r}; download the file and give the local path"
+        )
+    return int(match[1]), int(match[2]) + 1, int(match[3])

@@ -14,7 +14,7 @@ from lora_diag.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from lora_diag.checkpoints.decoding import Numbers
+    from lora_diag.checkpoints.file_bytes import Numbers
 
 # 8-bit floats: bits of the mantissa, exponent bias, and the meaning of the largest exponent: ``ieee`` (an infinity and
 # NaNs), ``fn`` (numbers, and one NaN for each sign), ``fnuz`` (numbers; NaN takes the place of -0).
@@ -42,7 +42,7 @@ WIDTH = {
 # Floating-point dtypes whose bytes are the values. 8-bit floats are excluded: their values also depend on scales.
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
-# What ``decoding`` reads without torch.
+# What ``file_bytes.decode`` reads.
 DECODED = FLOAT_DTYPES | FLOAT8.keys()
 
 # Longest name of a tensor; those of known models have up to 150 characters. Names are matched, sorted and printed.

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_diag.checkpoints.names import plain_names
+from lora_diag.checkpoints.folder import plain_names
 from lora_diag.errors import UsageError
 
 # Prefixes that PEFT adds to the names of wrapped weights.

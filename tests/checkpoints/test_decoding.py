@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.decoding import decode
+from lora_diag.checkpoints.file_bytes import decode
 from lora_diag.checkpoints.tensors import DECODED
 
 

@@ -8,7 +8,7 @@ import torch
 
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.gguf_codecs import CODECS
+from lora_diag.checkpoints.gguf import CODECS
 from lora_diag.errors import InputError
 from lora_diag.running.inputs import compare
 from tests.adapters.making import adapter, normal, write

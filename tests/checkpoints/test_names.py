@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.names import PACKED
+from lora_diag.checkpoints.quantized import PACKED
 from lora_diag.errors import InputError
 from tests.conftest import SHARED, save_model, save_sharded, weights
 from tests.messages import raises_naming

@@ -96,7 +96,7 @@ def test_every_range_and_step_matches_codes(tmp_path, kind):
 
 def test_every_packed_format_is_tested_here(tmp_path):
     result = {find.__module__.rpartition(".")[2] for find in FORMATS} - {"bitsandbytes", "scaled"}
-    assert result == {"compressed", "gptq", "mlx", "mxfp4"}
+    assert result == {"float4", "integers"}
 
 
 def test_parts_of_packed_weights_may_lie_in_other_shards(tmp_path):

@@ -23,7 +23,7 @@ W = "model.layers.0.mlp.up_proj.weight"
 
 E8M0 = torch.float8_e8m0fnu if hasattr(torch, "float8_e8m0fnu") else torch.float32
 
-PACKED = {"compressed", "gptq", "mlx", "mxfp4"}
+PACKED = {"float4", "integers"}
 
 
 def exponents(tensors, weight):

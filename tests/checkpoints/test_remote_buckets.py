@@ -12,7 +12,7 @@ from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints import addresses as ranges
 from lora_diag.checkpoints import locate, open_checkpoint, stores
 from lora_diag.checkpoints.addresses import TransientError
-from lora_diag.checkpoints.stores_bucket import BucketStore
+from lora_diag.checkpoints.stores import BucketStore
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint
 from tests.checkpoints.web import large, save_large

@@ -12,7 +12,7 @@ import pytest
 
 from lora_diag import read_results, spectrum
 from lora_diag.checkpoints import addresses as ranges
-from lora_diag.checkpoints import stores_hub
+from lora_diag.checkpoints import hub as hub_module
 from lora_diag.cli.app import main
 from lora_diag.errors import InputError
 from tests.checkpoints.web import Web, basic
@@ -232,10 +232,10 @@ def test_hub_redirects_to_public_addresses_only(hub, monkeypatch, endpoint, foll
     async def is_public(host):
         return host == "localhost"
 
-    monkeypatch.setattr(stores_hub, "_is_public", is_public)
+    monkeypatch.setattr(hub_module, "_is_public", is_public)
     front, files = hub
     root = f"{endpoint}:{front.url.rpartition(':')[2]}/org/name/resolve/0123456789abcdef0123456789abcdef01234567"
-    store = stores_hub.HubStore("hf://org/name", root, ["base/config.json"], "0123", {"Authorization": "Bearer x"})
+    store = hub_module.HubStore("hf://org/name", root, ["base/config.json"], "0123", {"Authorization": "Bearer x"})
     if follows:
         assert store.is_file("hf://org/name/base/config.json")
         assert (
@@ -264,7 +264,7 @@ def test_hub_redirects_to_public_addresses_only(hub, monkeypatch, endpoint, foll
     ],
 )
 def test_private_addresses_are_recognized(host, expected):
-    assert asyncio.run(stores_hub._is_public(host)) is expected
+    assert asyncio.run(hub_module._is_public(host)) is expected
 
 
 def test_inspect_of_address_imports_no_torch(web):

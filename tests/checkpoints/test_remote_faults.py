@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import addresses as ranges
-from lora_diag.checkpoints import open_checkpoint, stores_web
+from lora_diag.checkpoints import open_checkpoint, stores
 from lora_diag.checkpoints.addresses import fill
 from lora_diag.checkpoints.stores import FileInfo
 from lora_diag.errors import InputError
@@ -89,7 +89,7 @@ def test_permanent_fault_is_one_error_and_never_data(web, fault, says):
 def test_server_that_sends_byte_by_byte_is_given_up(web, monkeypatch, at_all):
     """A byte every 0.05 s was always progress: a header took an hour."""
     checkpoint = open_checkpoint(f"{web.url}/base/model.safetensors")
-    monkeypatch.setattr(stores_web, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(stores, "READ_SECONDS", 0.2)
     web.fault, web.at_all = "drip", at_all
     with raises_naming(InputError, "model.safetensors", "less than 65,536 bytes arrived in 0.2 s", "5 attempts"):
         open_checkpoint(f"{web.url}/tuned/model.safetensors") if at_all else checkpoint.read(NAME)

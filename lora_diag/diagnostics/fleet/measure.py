@@ -57,7 +57,7 @@ from lora_diag.thin import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_diag.checkpoints.decoding import Numbers
+    from lora_diag.checkpoints.file_bytes import Numbers
 
 
 # Maximum number of entries of factors that are read at once: 4 MiB in float32.

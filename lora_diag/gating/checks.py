@@ -1,4 +1,4 @@
-"""Built-in checks, which apply with every policy.
+"""Built-in checks, which apply with every policy, and the identity of the inputs of results.
 
 Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
 Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
@@ -6,27 +6,35 @@ Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TypeVar
 
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.gating.evidence import Source
+from lora_diag.errors import InputError
+from lora_diag.gating.evidence import InputState, Source
 from lora_diag.gating.policy import Checks, Policy
-from lora_diag.gating.record import Verdict
-from lora_diag.records import LeftOut, RunInput
-from lora_diag.records.base import Record
-from lora_diag.records.vocabulary import METRIC_NAMES
+from lora_diag.gating.record import Status, Verdict
+from lora_diag.records import RunInput
+from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
+from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible
 
-K = TypeVar("K", bound=Record)
+K = TypeVar("K")
 
 # Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the rounding error of the
 # smallest singular values of a product of float32 factors.
 UNUSED = 1e-6
 
-_NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
+# Maximum difference between the clocks of the machines that measure and judge.
+MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
+# Inputs that are weights, by which they can be known again.
+WEIGHT_ROLES = ("base", "tuned", "adapter", "reference")
 
 # Checks whose findings are inconclusive and do not prove a fault.
 _INCONCLUSIVE_CHECKS = frozenset({"finished", "base"})
@@ -34,6 +42,7 @@ _INCONCLUSIVE_CHECKS = frozenset({"finished", "base"})
 _CHECKS_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
 # Those that do not apply to spectra in another metric, where one direction reflects the distribution of the inputs.
 _CHECKS_OF_WEIGHTS = frozenset({"unused_rank", "spike"})
+_NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +52,9 @@ class Alarm:
     ``unknown`` prevents the gate from passing at every severity, because no verdict is possible.
     """
 
-    layer: str | None
-    measured: float | str | None
     message: str
+    layer: str | None = None
+    measured: float | str | None = None
     allowed: str = ""
     unknown: bool = False
 
@@ -63,34 +72,33 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Sou
         if severity == "off" or (name == "missing" and not baseline):
             continue
         alarms = list(check(policy, sources, baseline))
-        idle = Alarm(None, None, _explain_inapplicable(name, sources))
-        if alarms:
-            status = "inconclusive" if name in _INCONCLUSIVE_CHECKS else "failed" if severity == "error" else "warned"
-        else:
-            status = "not judged" if idle.message else "passed"
-        for alarm in alarms or [idle if status == "not judged" else Alarm(None, None, "")]:
-            yield Verdict.model_validate(
-                {
-                    "rule": name,
-                    "layer": alarm.layer,
-                    "measured": alarm.measured,
-                    "allowed": alarm.allowed or allowed,
-                    "status": "inconclusive" if alarm.unknown else status,
-                    "severity": "error" if alarm.unknown else severity,
-                    "message": alarm.message,
-                }
+        found: Status = "failed" if severity == "error" else "warned"
+        for alarm in alarms:
+            yield Verdict(
+                rule=name,
+                layer=alarm.layer,
+                measured=alarm.measured,
+                allowed=alarm.allowed or allowed,
+                status="inconclusive" if alarm.unknown or name in _INCONCLUSIVE_CHECKS else found,
+                severity="error" if alarm.unknown else severity,
+                message=alarm.message,
             )
+        if not alarms:
+            obstacle = _explain_inapplicable(name, sources)
+            status: Status = "not judged" if obstacle else "passed"
+            yield Verdict(rule=name, allowed=allowed, status=status, severity=severity, message=obstacle)
 
 
 def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to check"
-    if name == "complete" and all(run_input.targets is None for run_input in _list_adapters(sources)):
+    adapters = (item for source in sources for item in source.results.run.inputs if item.role == "adapter")
+    if name == "complete" and all(item.targets is None for item in adapters):
         return "no results of an adapter on its BASE whose config names its modules"
-    if name == "base" and not any(_list_base_names(source) for source in sources):
+    if name == "base" and not any(map(_pair_names, sources)):
         return "no results of an adapter on a BASE that both have a name"
-    metrics = dict.fromkeys(record.metric for record in _select_records(sources, Spectrum))
+    metrics = metrics_of(record for source in sources for record in source.results.layers)
     if name in _CHECKS_OF_WEIGHTS and metrics and "weights" not in metrics:
         return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
     return ""
@@ -104,57 +112,53 @@ def has_updates(sources: Sequence[Source]) -> bool:
 def _check_finished(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
-            yield Alarm(None, None, f"{source.path}: the run did not finish; continue with --resume, or measure again")
+            yield Alarm(f"{source.path}: the run did not finish; continue with --resume, or measure again")
 
 
 def _check_finite(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
-    for item in _list_left_out(sources):
-        if item.reason == "non_finite":
-            yield Alarm(item.layer, None, f"{item.detail}; do not ship it")
+    for source in sources:
+        for item in source.results.non_finite:
+            yield Alarm(f"{item.detail}; do not ship it", item.layer)
 
 
 def _check_mismatch(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
-    for item in _list_left_out([source for source in sources if _is_of_adapter(source)]):
-        if item.reason in _NOT_OF_THIS_BASE:
-            yield Alarm(item.layer, None, f"the adapter does not fit BASE here: {item.detail}")
+    for source in sources:
+        for item in source.results.left_out if _is_of_adapter(source) else ():
+            if item.reason in _NOT_OF_THIS_BASE:
+                yield Alarm(f"the adapter does not fit BASE here: {item.detail}", item.layer)
 
 
 def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
-    for run_input in _list_adapters(sources):
-        for layer in run_input.lacking:
-            text = (
-                f"the config of {run_input.path} targets it and the file holds nothing for it "
-                f"({len(run_input.lacking)} of {run_input.targets} targets): save the adapter again"
-            )
-            yield Alarm(layer, None, text)
+    for source in sources:
+        for item in source.results.run.inputs:
+            for layer in item.lacking if item.role == "adapter" else ():
+                text = (
+                    f"the config of {item.path} targets it and the file holds nothing for it "
+                    f"({len(item.lacking)} of {item.targets} targets): save the adapter again"
+                )
+                yield Alarm(text, layer)
 
 
 def _check_base(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
-        pinned = any(("base", run_input.fingerprint) in policy.inputs.pins for run_input in source.results.run.inputs)
-        for adapter, own_base, names in _list_base_names(source):
+        pinned = any(("base", item.fingerprint) in policy.inputs.pins for item in source.results.run.inputs)
+        for adapter, names in _pair_names(source):
+            own_base = adapter.names[0]
             if not pinned and not any(is_same_name(own_base, name) for name in names):
                 text = (
-                    f"the config of {adapter} names the base {own_base}, and it was measured on {' or '.join(names)}: "
-                    "measure it on its own base, or pin this one by its fingerprint under [inputs]"
+                    f"the config of {adapter.path} names the base {own_base}, and it was measured on "
+                    f"{' or '.join(names)}: measure it on its own base, or pin this one by its fingerprint under "
+                    "[inputs]"
                 )
-                yield Alarm(None, names[0], text, f"base {own_base}")
+                yield Alarm(text, None, names[0], f"base {own_base}")
 
 
-def _list_base_names(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return the path of each adapter, the base that its config names, and the names of BASE; skip unnamed ones."""
+def _pair_names(source: Source) -> list[tuple[RunInput, tuple[str, ...]]]:
+    """Return each adapter that names its base, with the names of BASE; empty if BASE has none."""
     inputs = source.results.run.inputs
-    names = next((run_input.names for run_input in inputs if run_input.role == "base" and run_input.names), ())
-    return [
-        (run_input.path, run_input.names[0], names)
-        for run_input in inputs
-        if run_input.role == "adapter" and run_input.names and names
-    ]
-
-
-def _list_adapters(sources: Sequence[Source]) -> list[RunInput]:
-    return [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == "adapter"]
+    names = next((item.names for item in inputs if item.role == "base" and item.names), ())
+    return [(item, names) for item in inputs if item.role == "adapter" and item.names and names]
 
 
 def is_same_name(first: str, second: str) -> bool:
@@ -172,46 +176,45 @@ def is_same_name(first: str, second: str) -> bool:
 def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
     for source in sources:
-        spectra = [record for record in source.results.layers if isinstance(record, Spectrum)]
+        spectra = _select_records([source], Spectrum)
+        unchanged = [r for r in spectra if (r.fro if r.weights_fro is None else r.weights_fro) == 0]
         if _is_of_adapter(source):
-            for record in spectra:
-                if _is_zero(record):
-                    yield Alarm(record.layer, 0.0, "the adapter changes nothing here: it was not trained, or not saved")
-        elif spectra and all(map(_is_zero, spectra)):
-            yield Alarm(None, 0.0, "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?")
+            text = "the adapter changes nothing here: it was not trained, or not saved"
+            yield from (Alarm(text, record.layer, 0.0) for record in unchanged)
+        elif spectra and len(unchanged) == len(spectra):
+            yield Alarm("nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?", None, 0.0)
     has_update: dict[str, bool] = {}
     for residual in _select_records(sources, Residual):
         if residual.role == "adapter":
             has_update[residual.adapter] = has_update.get(residual.adapter, False) or residual.adapter_fro > 0
             if residual.rank and residual.adapter_fro == 0:
-                yield Alarm(
-                    residual.layer, 0.0, f"the adapter {residual.adapter} changes nothing here: it was not trained"
-                )
+                text = f"the adapter {residual.adapter} changes nothing here: it was not trained"
+                yield Alarm(text, residual.layer, 0.0)
     for adapter, has_changes in has_update.items():
         if not has_changes:
-            yield Alarm(None, 0.0, f"the adapter {adapter} changes nothing at all")
+            yield Alarm(f"the adapter {adapter} changes nothing at all", None, 0.0)
 
 
 def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
-    for record in _select_in_weights(sources):
-        if record.method == "factored" and record.complete and record.fro > 0:
+    for record in _select_records(sources, Spectrum):
+        if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
             if used < len(record.s):
                 text = f"{used} of {len(record.s)} directions are used; the rest of the rank costs and does nothing"
-                yield Alarm(record.layer, float(used), text)
+                yield Alarm(text, record.layer, float(used))
 
 
 def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     limit = policy.checks.spike_above
-    for record in _select_in_weights(sources):
-        if record.spike is None or len(record.s) < 2:
+    for record in _select_records(sources, Spectrum):
+        if record.metric != "weights" or record.spike is None or len(record.s) < 2:
             continue
         if record.spike > limit:
             text = f"one direction holds {record.spike:.3g} of ‖ΔW‖², more than {limit:g}: usual early in training"
-            yield Alarm(record.layer, record.spike, text, f"spike <= {limit:g}")
+            yield Alarm(text, record.layer, record.spike, f"spike <= {limit:g}")
         elif record.spike_to_base is not None and record.spike_to_base > 1:
             text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"
-            yield Alarm(record.layer, record.spike_to_base, text, "spike_to_base <= 1")
+            yield Alarm(text, record.layer, record.spike_to_base, "spike_to_base <= 1")
 
 
 def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
@@ -220,40 +223,25 @@ def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Seque
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
         text = "the files' rounding hides every update, so none can be judged: save the checkpoint in float32"
-        yield Alarm(None, "unresolved", text, unknown=True)
+        yield Alarm(text, None, "unresolved", unknown=True)
     for record in hidden:
         text = "the files' rounding hides this update: judge the adapter itself, or save in float32"
-        yield Alarm(record.layer, "unresolved", text)
+        yield Alarm(text, record.layer, "unresolved")
 
 
 def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
     measured = {record.layer for source in sources for record in source.results.layers}
     for layer in dict.fromkeys(record.layer for source in baseline for record in source.results.layers):
         if layer not in measured:
-            yield Alarm(layer, None, "the baseline has this layer and the results do not")
+            yield Alarm("the baseline has this layer and the results do not", layer)
 
 
-def _select_records(sources: Sequence[Source], kind: type[K]) -> Iterator[K]:
-    for source in sources:
-        yield from (record for record in source.results.layers if isinstance(record, kind))
-
-
-def _select_in_weights(sources: Sequence[Source]) -> Iterator[Spectrum]:
-    return (record for record in _select_records(sources, Spectrum) if record.metric == "weights")
-
-
-def _is_zero(record: Spectrum) -> bool:
-    """Return whether ΔW = 0, in any metric."""
-    return (record.fro if record.weights_fro is None else record.weights_fro) == 0
-
-
-def _list_left_out(sources: Sequence[Source]) -> Iterator[LeftOut]:
-    for source in sources:
-        yield from source.results.left_out
+def _select_records(sources: Sequence[Source], kind: type[K]) -> list[K]:
+    return [record for source in sources for record in source.results.layers if isinstance(record, kind)]
 
 
 def _is_of_adapter(source: Source) -> bool:
-    return any(run_input.role == "adapter" for run_input in source.results.run.inputs)
+    return any(item.role == "adapter" for item in source.results.run.inputs)
 
 
 _CHECKS: dict[str, tuple[str, Check]] = {
@@ -269,3 +257,191 @@ _CHECKS: dict[str, tuple[str, Check]] = {
     "unresolved": ("the files can show the update", _check_resolution),
 }
 assert ["inputs", *_CHECKS] == Checks.names()
+
+
+def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> tuple[list[Source], dict[str, str]]:
+    """Compare the inputs of results with the current files at their paths, or at ``shipped``.
+
+    Args:
+        sources: The results.
+        shipped: Checkpoints and adapters that the results must belong to.
+
+    Returns:
+        The results with the state of their inputs, and the fingerprints of the files of ``shipped`` without results.
+
+    Raises:
+        InputError: A file of ``shipped`` cannot be read.
+    """
+    weights = {str(path): _open_weights(path) for path in shipped}
+    paths = {opened.fingerprint: path for path, opened in weights.items()}
+    states = [replace(source, inputs=tuple(_compare_source(source, weights, paths))) for source in sources]
+    measured = {item.fingerprint for source in sources for item in source.results.run.inputs}
+    return states, {legible(path): now for now, path in paths.items() if now not in measured}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A checkpoint or an adapter as it is now."""
+
+    checkpoint: Checkpoint
+    is_adapter: bool
+    fingerprint: str
+
+
+def _open_weights(path: Path | str) -> Weights:
+    """Open a checkpoint or an adapter, and take its fingerprint.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    from lora_diag.adapters import is_adapter
+    from lora_diag.adapters.source import open_source
+    from lora_diag.checkpoints import locate, open_checkpoint
+
+    local = locate(path)
+    if is_adapter(local):
+        source = open_source(local)
+        return Weights(source.checkpoint, True, fingerprint_of_adapter(source))
+    checkpoint = open_checkpoint(path)
+    return Weights(checkpoint, False, fingerprint(checkpoint))
+
+
+def _compare_source(source: Source, weights: Mapping[str, Weights], paths: Mapping[str, str]) -> Iterator[InputState]:
+    """Yield the state of each checkpoint and adapter of results.
+
+    Args:
+        source: The results.
+        weights: The shipped weights by path.
+        paths: Their paths by fingerprint.
+    """
+    inputs = [item for item in source.results.run.inputs if item.role in WEIGHT_ROLES]
+    # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
+    matched = [item for item in inputs if item.fingerprint in paths]
+    absent = {
+        opened.is_adapter for opened in weights.values() if not any(_is_of_kind(item, opened) for item in matched)
+    }
+    for item in inputs:
+        others = [
+            (path, opened)
+            for path, opened in weights.items()
+            if opened.is_adapter in absent and _is_of_kind(item, opened)
+        ]
+        if item.fingerprint in paths:
+            yield InputState(item, "same", legible(paths[item.fingerprint]), item.fingerprint)
+        elif others and item.role != "base":
+            reason = f"{legible(others[0][0])} is not what was measured as {item.path}"
+            yield InputState(item, "changed", reason, others[0][1].fingerprint)
+        else:
+            yield _compare_with_path(item)
+
+
+def _is_of_kind(item: RunInput, weights: Weights) -> bool:
+    """Return whether an input of results may be these weights; a reference is an adapter or a checkpoint."""
+    return item.role == "reference" or (item.role == "adapter") == weights.is_adapter
+
+
+def _compare_with_path(item: RunInput) -> InputState:
+    """Return the state of an input from the file at its path; addresses and Hub ids are not accessed."""
+    if not os.path.exists(item.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
+        return InputState(item, "unknown", "is not at the path it had, so nothing was compared; --for PATH names it")
+    if len(item.fingerprint) != DIGITS:
+        return InputState(item, "unknown", "has no fingerprint that can be compared: measure it again")
+    try:
+        weights = _open_weights(item.path)
+        now = weights.fingerprint
+        if now != item.fingerprint:
+            return InputState(item, "changed", f"{item.path} changed since it was measured", now)
+        if item.sha256 and content_hash(files_of(weights.checkpoint)) != item.sha256:
+            return InputState(item, "changed", f"{item.path} has another SHA-256 than it had", now)
+    except InputError as error:
+        return InputState(item, "changed", f"cannot be compared: {error}")
+    return InputState(item, "same", now=now)
+
+
+def judge_inputs(
+    policy: Policy, sources: Sequence[Source], baseline: Sequence[Source], unmatched: Mapping[str, str], now: datetime
+) -> Iterator[Verdict]:
+    """Yield verdicts on whether results and inputs are unchanged, and as the policy requires.
+
+    Args:
+        policy: The policy, with pinned fingerprints and the maximum age of results.
+        sources: The results.
+        baseline: Results to compare with.
+        unmatched: Fingerprints of the files of ``--for`` without results, by path.
+        now: The current time.
+    """
+    for source in (*sources, *baseline):
+        if not source.sealed:
+            text = f"{source.path}: its last line has no SHA-256, so that an edit would not be noticed: measure again"
+            yield _make_verdict(source.path, "no hash", "as written", "inconclusive", text)
+    pins, max_age = policy.inputs.pins, policy.inputs.max_age
+    for source in sources:
+        yield from (_judge_state(source, state) for state in source.inputs)
+        if max_age is not None:
+            yield _judge_age(source, max_age, now)
+    for path, current in unmatched.items():
+        text = f"no results are of it: its fingerprint is {current}; measure it"
+        yield _make_verdict(f"--for {path}", "none", "results of it", "inconclusive", text)
+    for role, pinned in pins:
+        yield from _judge_pins(sources, role, pinned)
+    if not (any(source.inputs for source in sources) or pins or max_age is not None or unmatched):
+        yield _make_verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
+
+
+def _judge_state(source: Source, state: InputState) -> Verdict:
+    item, allowed = state.input, "unchanged since measured"
+    group = f"{item.role} {item.path}"
+    if state.state == "same":
+        return _make_verdict(group, "unchanged", allowed, "passed", f"fingerprint {item.fingerprint}")
+    if state.state == "unknown":
+        return _make_verdict(group, None, allowed, "not judged", state.reason)
+    both = f": its fingerprint is {state.now} and was {item.fingerprint}" if state.now else ""
+    text = f"{state.reason}{both}; measure it again, {source.path} is not of it"
+    return _make_verdict(group, "changed", allowed, "inconclusive", text)
+
+
+def _judge_age(source: Source, max_age: timedelta, now: datetime) -> Verdict:
+    made, allowed = source.results.run.made, f"made within {format_duration(max_age)}"
+    if not made:
+        text = "does not state its time: measure again"
+        return _make_verdict(source.path, None, allowed, "inconclusive", f"{source.path}: {text}")
+    age = now - datetime.fromisoformat(made).astimezone(UTC)
+    if age > max_age:
+        text = f"is {format_duration(age)} old: measure again"
+    elif age < -MAX_CLOCK_DIFFERENCE:
+        text = "was made in the future by this machine's clock: correct the clock, or measure again"
+    else:
+        return _make_verdict(source.path, made, allowed, "passed", "")
+    return _make_verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
+
+
+def _judge_pins(sources: Sequence[Source], role: str, pinned: str) -> Iterator[Verdict]:
+    """Yield verdicts on whether every input of a role has the fingerprint that the policy pins."""
+    of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
+    allowed = "as [inputs] pins it"
+    if not of_role:
+        yield _make_verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
+    for run_input in of_role:
+        name = f"{role} {run_input.path}"
+        if run_input.fingerprint == pinned:
+            yield _make_verdict(name, "pinned", allowed, "passed", f"fingerprint {pinned}")
+        elif len(run_input.fingerprint) != len(pinned):
+            text = "the results have no fingerprint of it, or that of an older loradiag: measure again"
+            yield _make_verdict(name, None, allowed, "inconclusive", text)
+        else:
+            text = f"the results are of {run_input.fingerprint}, and the policy pins {pinned}"
+            yield _make_verdict(name, "another", allowed, "failed", text)
+
+
+def _make_verdict(group: str, measured: str | None, allowed: str, status: Status, message: str) -> Verdict:
+    return Verdict(rule="inputs", group=group, measured=measured, allowed=allowed, status=status, message=message)
+
+
+def format_duration(duration: timedelta) -> str:
+    """Return a duration in days, or in hours below two days.
+
+    >>> format_duration(timedelta(days=7)), format_duration(timedelta(hours=30))
+    ('7 days', '30 hours')
+    """
+    hours = duration.total_seconds() / 3600
+    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours"

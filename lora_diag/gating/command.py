@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,34 +63,19 @@ def gate(
     Example: loradiag gate policy.toml results.jsonl --junit gate.xml
     """
     files = list(paths or [])
-    policy, output, overwrite, github = (
-        own_options["policy"],
-        own_options["output"],
-        own_options["overwrite"],
-        own_options["github"],
-    )
-    report_files = (own_options["junit"], own_options["model_card"])
+    policy, output, overwrite = own_options["policy"], own_options["output"], own_options["overwrite"]
+    junit, card, github = own_options["junit"], own_options["model_card"], own_options["github"]
+    baseline = arguments["baseline"]
+    to_measure = (own_options["base"], own_options["tuned"], list(own_options["adapter"]))
     if github and shown.json:
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
-    if files[:1] == ["init"] and policy is None:
-        to_measure = (own_options["base"], own_options["tuned"], own_options["adapter"])
-        if any((*to_measure, *arguments.values(), github, shown.json, *report_files)):
-            raise UsageError("gate init: takes only results files and -o POLICY; a policy file of this name is ./init")
-        _init(files[1:], output, shown.quiet, overwrite)
-        return
-    baseline, ratchet = arguments["baseline"], arguments["ratchet"]
-    has_no_policy_file = policy is not None or not files
-    read_files = [*(files if has_no_policy_file else files[1:]), *([] if has_no_policy_file else files[:1]), *baseline]
-    # The content of a baseline is checked as it is read.
-    check_outputs([], [(Path(path) if ratchet else None, RESULTS) for path in baseline], overwrite=True)
-    written_files = [(output, RESULTS), (own_options["junit"], JUNIT)]
-    check_outputs(read_files, written_files, overwrite)
-    # Only a block of the card is replaced; its other text is checked when it is read.
-    check_outputs(
-        [*read_files, *(path for path, _ in written_files)], [(own_options["model_card"], CARD)], overwrite=True
-    )
-    if own_options["model_card"] is not None:
-        read_card(own_options["model_card"])
+    # The content of a baseline is checked as it is read; of a card, only a block is replaced.
+    check_outputs([], [(Path(path) if arguments["ratchet"] else None, RESULTS) for path in baseline], overwrite=True)
+    check_outputs([*files, *baseline], [(output, RESULTS), (junit, JUNIT)], overwrite)
+    check_outputs([*files, *baseline, output, junit], [(card, CARD)], overwrite=True)
+    if card is not None:
+        read_card(card)
+    from lora_diag.gating import show
     from lora_diag.gating.policy import ready_policy
     from lora_diag.gating.record import outcome
     from lora_diag.gating.run import gate as judge
@@ -97,24 +83,36 @@ def gate(
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     policy_or_path = ready_policy(policy) if policy is not None else Path(files.pop(0))
-    measured_now = _measure_inputs(own_options["base"], own_options["tuned"], list(own_options["adapter"]), files)
-    results = judge(policy_or_path, *files, *measured_now, **arguments)
+    results = judge(policy_or_path, *files, *_measure_inputs(*to_measure, files), **arguments)
     if output is not None:
         results.write(output, overwrite)
-    _write_reports(results, *report_files, overwrite)
+    if junit is not None:
+        write_whole(junit, show.junit(results), JUNIT, overwrite)
+    if card is not None:
+        write_whole(card, show.model_card(results, read_card(card)), CARD, overwrite=True)
     if shown.json:
         from lora_diag.records import lines_of
 
         for text in lines_of(results.records()):
             line(text)
-    if shown.quiet and outcome(results.whole) != "passed":
-        from lora_diag.gating.show import reason
-
-        message(reason(results))
+    has_passed = outcome(results.whole) == "passed"
+    if shown.quiet and not has_passed:
+        message(show.reason(results))
     if shown.table:
-        _show(results, github, _suggest_next(results, files, output))
+        if not has_passed and files:
+            hint = f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
+        elif output is None:
+            hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves these verdicts)"
+        else:
+            hint = f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"
+        # A layer's name may look like a workflow command; between these lines GitHub executes none.
+        token = secrets.token_hex(16)
+        text = show.verdict_table(results, *terminal(), next_command=hint)
+        result(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
     if github:
-        _write_to_github(results)
+        for command in show.workflow_commands(results):
+            result(command)
+        _append_step_summary(show.step_summary(results))
     raise typer.Exit(EXIT_CODES[outcome(results.whole)])
 
 
@@ -130,13 +128,6 @@ def init(
 
     Example: loradiag gate init results.jsonl -o policy.toml
     """
-    _init(list(map(str, results)), output, quiet, overwrite)
-
-
-def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool) -> None:
-    """Print a policy; or write it, and print the outcome of the results it is made from."""
-    if not results:
-        raise UsageError("gate init: no results are given; give those of a checkpoint that is good enough to ship")
     check_outputs(results, [(output, POLICY)], overwrite)
     from lora_diag.gating.run import gate_init
 
@@ -153,7 +144,7 @@ def _init(results: list[str], output: Path | None, quiet: bool, overwrite: bool)
         field_count = f"{count} {'field' if count == 1 else 'fields'}"
         result(f"{output}: compares {field_count}, layer by layer, with these results; review each tolerance")
         result(f"Outcome of these results: {headline(judge(output, *results))}")
-        result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
+        result(f"Next  {shlex.join(['loradiag', 'gate', str(output), *map(str, results)])}")
 
 
 def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], results: list[str]) -> list[Results[Any]]:
@@ -170,55 +161,20 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
         return []
     if results:
         raise UsageError(f"--base: measures results itself; remove the results file {results[0]}")
-    # deferred: imports torch
-    from lora_diag.gating.run import measure
+    from lora_diag.gating.run import measure  # deferred: imports torch
 
     return measure(base, tuned, adapters)
 
 
-def _write_reports(results: Results[Any], junit: Path | None, card: Path | None, overwrite: bool) -> None:
-    if junit is None and card is None:
-        return
-    from lora_diag.gating import outputs
+def _append_step_summary(text: str) -> None:
+    """Append to the step summary of GitHub Actions, if there is one.
 
-    if junit is not None:
-        write_whole(junit, outputs.junit(results), JUNIT, overwrite)
-    if card is not None:
-        write_whole(card, outputs.model_card(results, read_card(card)), CARD, overwrite=True)
-
-
-def _show(results: Results[Any], github: bool, hint: str) -> None:
-    from lora_diag.gating.show import verdict_table
-
-    text = verdict_table(results, *terminal(), next_command=hint)
-    if github:
-        import secrets
-
-        # A layer's name may look like a workflow command; between these lines GitHub executes none.
-        token = secrets.token_hex(16)
-        text = f"::stop-commands::{token}\n{text}\n::{token}::"
-    result(text)
-
-
-def _write_to_github(results: Results[Any]) -> None:
-    from lora_diag.gating.outputs import step_summary, workflow_commands
-
-    for command in workflow_commands(results):
-        result(command)
+    Raises:
+        InputError: It cannot be written.
+    """
     if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(summary_file).open("a", encoding="utf-8") as file:
-                file.write(step_summary(results))
+                file.write(text)
         except OSError as error:
             raise InputError(f"{summary_file}: the step summary cannot be written: {error.strerror}") from error
-
-
-def _suggest_next(results: Results[Any], files: list[str], output: Path | None) -> str:
-    """Return the command that a user would run next, as a shell takes it, and its purpose in brackets."""
-    from lora_diag.gating.record import outcome
-
-    if outcome(results.whole) != "passed" and files:
-        return f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
-    if output is None:
-        return f"{rerun_command('-o', 'verdicts.jsonl')}   (saves these verdicts)"
-    return f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"

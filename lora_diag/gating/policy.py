@@ -29,8 +29,8 @@ from pydantic import (
 )
 
 from lora_diag.errors import UsageError
-from lora_diag.gating.evidence import LAYER_KINDS, find
-from lora_diag.gating.grammar import Condition, Value, parse
+from lora_diag.gating.conditions import LAYER_KINDS, Condition, RecordField, Value, find, parse
+from lora_diag.gating.record import Verdict
 from lora_diag.records.names import depth_of, module_type_of
 from lora_diag.records.run import Reason
 
@@ -189,6 +189,10 @@ class Criterion(PolicyTable):
         def field(self) -> str:
             """Name of the judged field."""
 
+        @property
+        def allowed(self) -> str:
+            """The condition, as reports show it."""
+
     @field_validator("depth")
     @classmethod
     def _check_depth(cls, depth: Depth | None) -> Depth | None:
@@ -240,6 +244,15 @@ class Rule(Criterion):
         """Name of the judged field."""
         return self.require.name
 
+    @property
+    def allowed(self) -> str:
+        """The condition, as reports show it."""
+        return self.require.text
+
+    def problem_with(self, field: RecordField) -> str | None:
+        """Return why the condition does not fit a field; None if it does."""
+        return self.require.problem_with(field)
+
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
@@ -269,6 +282,15 @@ class Regression(Criterion):
         """Its name in reports and waivers."""
         return f"baseline.{self.field}"
 
+    @property
+    def allowed(self) -> str:
+        """The condition, as reports show it."""
+        return f"{self.field} not {self.worse} than in the baseline"
+
+    def problem_with(self, field: RecordField) -> str | None:
+        """Return why the comparison does not fit a field; None if it does."""
+        return None if field.leaf == "number" else f"{field.kind}.{field.name} is not a number"
+
     @field_validator("field")
     @classmethod
     def _check_field(cls, name: str) -> str:
@@ -277,11 +299,13 @@ class Regression(Criterion):
             raise ValueError(f"{name} is not a number")
         return name
 
-    def allowed_change(self, before: float) -> float:
-        """Return by how much a value may be worse than a stored one."""
-        if isinstance(self.tolerance, str):
-            return float(self.tolerance.rstrip("%")) / 100 * abs(before)
-        return self.tolerance
+    def compare(self, value: float, before: float) -> tuple[bool, str]:
+        """Return whether a value is within the tolerance of a stored one, and the condition."""
+        tolerance = self.tolerance
+        margin = float(tolerance.rstrip("%")) / 100 * abs(before) if isinstance(tolerance, str) else tolerance
+        limit, sign = (before + margin, "<=") if self.worse == "higher" else (before - margin, ">=")
+        ok = value <= limit if sign == "<=" else value >= limit
+        return ok, f"{self.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
 
 
 class Waiver(PolicyTable):
@@ -312,6 +336,11 @@ class Waiver(PolicyTable):
     def covers(self, rule: str, layer: str) -> bool:
         """Return whether it applies to a rule and a layer."""
         return self.rule == rule and self.layers.search(layer) is not None
+
+    def waive(self, verdict: Verdict) -> Verdict:
+        """Return a verdict as waived, with the reason."""
+        text = f"waived to {self.expires}: {self.reason}"
+        return verdict.model_copy(update={"status": "waived", "message": text})
 
 
 class Checks(PolicyTable):
@@ -385,8 +414,7 @@ class Inputs(PolicyTable):
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:
         """Roles of inputs with their pinned fingerprints."""
-        roles = (("base", self.base), ("tuned", self.tuned), ("adapter", self.adapter))
-        return tuple((role, value) for role, value in roles if value is not None)
+        return tuple((role, value) for role in ("base", "tuned", "adapter") if (value := getattr(self, role)))
 
 
 class Policy(PolicyTable):
@@ -432,9 +460,14 @@ class Policy(PolicyTable):
                 raise PlacedError(f"no rule is called '{waiver.rule}'{hint}", "waiver", i, "rule")
         return self
 
-    def error(self, line: int, text: str) -> UsageError:
-        """Return an error in this policy."""
-        return UsageError(f"{self.path}: line {line}: {text}")
+    @property
+    def demands(self) -> list[Rule | Regression]:
+        """The rules and the comparisons with a baseline."""
+        return [*self.rules, *self.regressions]
+
+    def error(self, demand: Criterion, text: str) -> UsageError:
+        """Return an error in one of the rules."""
+        return UsageError(f"{self.path}: line {demand.line}: {demand.name}: {text}")
 
 
 def read_policy(path: Path | str, content: str | None = None) -> Policy:
@@ -532,8 +565,12 @@ def ready_policy(name: str) -> Policy:
             f"--policy {name}: unknown; give one of {', '.join(READY)}, or a policy file without --policy: loradiag "
             f"gate {name} RESULTS"
         )
-    text = files("lora_diag.gating").joinpath("policies", f"{name}.toml").read_text(encoding="utf-8")
-    return read_policy(name, text).model_copy(update={"ready": True})
+    return read_policy(name, read_text(f"{name}.toml")).model_copy(update={"ready": True})
+
+
+def read_text(name: str) -> str:
+    """Return the text of a file in the folder of built-in policies."""
+    return files("lora_diag.gating").joinpath("policies", name).read_text(encoding="utf-8")
 
 
 def line_of(text: str, path: KeyPath) -> int:

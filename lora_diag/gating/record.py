@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lora_diag.records.base import Record, Shown, WholeRecord
@@ -10,8 +11,34 @@ from lora_diag.records.base import Record, Shown, WholeRecord
 Status = Literal["passed", "failed", "warned", "waived", "inconclusive", "not judged"]
 Outcome = Literal["passed", "failed", "inconclusive"]
 
-# Order of statuses in every report, the most severe first.
-WORST_FIRST: tuple[Status, ...] = ("failed", "inconclusive", "warned", "waived", "not judged", "passed")
+
+@dataclass(frozen=True, slots=True)
+class Display:
+    """How reports show a status.
+
+    Args:
+        label: Label in a summary.
+        style: Style of its row in a terminal; empty for no row.
+        annotation: Level of an annotation on GitHub; empty for none.
+        element: Element of a JUnit case, empty for none. No server counts an ``error`` as a pass.
+    """
+
+    label: str
+    style: str = ""
+    annotation: str = ""
+    element: str = ""
+
+
+# The statuses in the order of every report, the most severe first.
+STATUSES: dict[Status, Display] = {
+    "failed": Display("Failed", "bold red", "error", "failure"),
+    "inconclusive": Display("Inconclusive", "bold yellow", "error", "error"),
+    "warned": Display("Warnings", "yellow", "warning"),
+    "waived": Display("Waived", element="skipped"),
+    "not judged": Display("Not judged", element="skipped"),
+    "passed": Display("Passed"),
+}
+WORST_FIRST = tuple(STATUSES)
 
 
 class Verdict(WholeRecord):
@@ -38,13 +65,13 @@ class Verdict(WholeRecord):
     )
     record: Literal["verdict"] = "verdict"
     rule: str
-    layer: str | None
+    layer: str | None = None
     group: str = ""
-    measured: float | str | None
+    measured: float | str | None = None
     allowed: str
     status: Status
-    severity: Literal["error", "warning"]
-    message: str
+    severity: Literal["error", "warning"] = "error"
+    message: str = ""
     line: int | None = None
 
     @property
@@ -64,6 +91,11 @@ class Verdict(WholeRecord):
     def blocks(self) -> bool:
         """Whether it keeps a gate from passing; a warning never does."""
         return self.severity == "error" and self.status in {"failed", "inconclusive"}
+
+    @property
+    def display(self) -> Display:
+        """How machines are shown its status; one that is inconclusive and does not block is a warning."""
+        return STATUSES[self.status if self.blocks or self.status != "inconclusive" else "warned"]
 
 
 def outcome(records: Iterable[Record]) -> Outcome:

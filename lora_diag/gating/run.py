@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
+from string import Template
 from typing import Any, Unpack
 
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import RESULTS, check_output
 from lora_diag.gating import GateOptions
-from lora_diag.gating.draft import draft
-from lora_diag.gating.evidence import Source, check_source, read_source
-from lora_diag.gating.inputs import compare_inputs
-from lora_diag.gating.judge import Baseline, judge, tighten_baseline
-from lora_diag.gating.policy import Policy, read_age, read_policy
+from lora_diag.gating.checks import compare_inputs
+from lora_diag.gating.conditions import KINDS, RecordField, find
+from lora_diag.gating.evidence import Baseline, InputState, Source, Subject, list_subjects, open_source, value_of
+from lora_diag.gating.judge import judge
+from lora_diag.gating.policy import READY, SPIKE, Policy, read_age, read_policy, read_text
 from lora_diag.gating.record import Verdict, outcome
 from lora_diag.records import End, Results, Run, RunInput
+from lora_diag.records.base import Guard
 from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.running.options import fill_options, show_options
@@ -59,7 +64,7 @@ def gate(
         'passed'
     """
     arguments = fill_options(GateOptions, options)
-    baseline, ratchet, shipped, max_age = (arguments[name] for name in ("baseline", "ratchet", "shipped", "max_age"))
+    baseline, ratchet, max_age = arguments["baseline"], arguments["ratchet"], arguments["max_age"]
     baseline = [baseline] if isinstance(baseline, str | Path) else list(baseline)
     if not results:
         raise UsageError("gate: give at least one results file")
@@ -77,16 +82,25 @@ def gate(
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]
     if max_age is not None:
         rules = _limit_age(rules, max_age)
-    baselines = [_read_baseline(path) for path in baseline]
-    sources, unmatched = compare_inputs([_read_source(item, i) for i, item in enumerate(results, 1)], shipped)
+    stored = Baseline([open_source(path) for path in baseline])
+    for source in stored.sources:
+        if source.results.end is None:
+            raise InputError(
+                f"{source.path}: the run did not finish, so it cannot be a baseline; continue it with --resume"
+            )
+    sources, unmatched = compare_inputs(_open_sources(results), arguments["shipped"])
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
-    verdicts = judge(rules, sources, baselines, day, now, unmatched)
+    verdicts = judge(rules, sources, stored, day, now, unmatched)
     if ratchet and outcome(verdicts) == "passed":
-        tightened = tighten_baseline(rules.regressions, Baseline(*baselines), sources)
+        tightened = stored.tighten(rules.regressions, sources)
         if tightened is not None:
-            tightened.write(baselines[0].path)
-    return _make_results(rules, sources, baselines, verdicts, day)
+            tightened.write(stored.sources[0].path)
+    return _make_results(rules, sources, stored.sources, verdicts, day)
+
+
+def _open_sources(results: Sequence[Path | str | Results[Any]]) -> list[Source]:
+    return [open_source(item, number) for number, item in enumerate(results, 1)]
 
 
 def _limit_age(policy: Policy, max_age: str) -> Policy:
@@ -102,23 +116,6 @@ def _limit_age(policy: Policy, max_age: str) -> Policy:
     if policy.inputs.max_age is not None:
         limit = min(limit, policy.inputs.max_age)
     return policy.model_copy(update={"inputs": policy.inputs.model_copy(update={"max_age": limit})})
-
-
-def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:
-    """Return the text of a policy that compares every layer with these results as the baseline.
-
-    Args:
-        results: Results files, or results in memory, of a reference checkpoint.
-        name: Name of the policy file.
-
-    Raises:
-        InputError: A file cannot be read, did not finish, or has no value to compare.
-    """
-    sources = [_read_source(item, i) for i, item in enumerate(results, 1)]
-    for source in sources:
-        if source.results.end is None:
-            raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
-    return draft(sources, name)
 
 
 def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str]) -> list[Results[Any]]:
@@ -145,51 +142,30 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     return [*results, residual(base, tuned, list(adapters))] if tuned is not None and adapters else results
 
 
-def _read_source(item: Path | str | Results[Any], number: int) -> Source:
-    """Return the source of a results file, or of results in memory, named after their command and last input or number.
-
-    Raises:
-        InputError: A file cannot be read, or the totals of the records differ from those in the last line.
-    """
-    if isinstance(item, Results):
-        name = item.run.inputs[-1].path if item.run.inputs else str(number)
-        return check_source(Source(f"{item.run.command} of {name}", item))
-    return read_source(item)
-
-
-def _read_baseline(path: Path | str) -> Source:
-    """Read a baseline, which must be a finished run.
-
-    Raises:
-        InputError: It cannot be read or did not finish.
-    """
-    source = read_source(path)
-    if source.results.end is None:
-        raise InputError(f"{path}: the run did not finish, so it cannot be a baseline; continue it with --resume")
-    return source
-
-
 def _make_results(
     policy: Policy, sources: Sequence[Source], baselines: Sequence[Source], verdicts: tuple[Verdict, ...], day: date
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
-    sources_by_role = [("results", source) for source in sources] + [("baseline", source) for source in baselines]
-    inputs = [
-        RunInput(
-            role="built-in policy" if policy.ready else "policy",
-            path=policy.path,
-            kind=policy.title or "a policy",
-            tensors=0,
+    role, kind = "built-in policy" if policy.ready else "policy", policy.title or "a policy"
+    inputs = [RunInput(role=role, path=policy.path, kind=kind, tensors=0)]
+    for role, source in [*(("results", source) for source in sources), *(("baseline", source) for source in baselines)]:
+        run, end = source.results.run, source.results.end
+        digest = end.sha256 if end is not None else ""
+        inputs.append(
+            RunInput(
+                role=role,
+                path=source.path,
+                kind=f"loradiag {run.command}",
+                tensors=len({record.layer for record in source.results.layers}),
+                notes=(*([f"made {run.made}"] if run.made else []), *([] if digest else ["no hash"])),
+                sha256=digest,
+            )
         )
-    ]
-    for role, source in sources_by_role:
-        layers = len({record.layer for record in source.results.layers})
-        end = source.results.end
-        kind = f"loradiag {source.results.run.command}"
-        digest, made = end.sha256 if end is not None else "", source.results.run.made
-        notes = (*([f"made {made}"] if made else []), *([] if digest else ["no hash"]))
-        inputs.append(RunInput(role=role, path=source.path, kind=kind, tensors=layers, notes=notes, sha256=digest))
-    inputs += _list_inputs(sources)
+    notes = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
+    states: dict[tuple[str, str, str], InputState] = {}
+    for state in (state for source in sources for state in source.inputs):
+        states.setdefault((state.input.role, state.input.path, state.input.fingerprint), state)
+    inputs += [s.input.model_copy(update={"notes": (notes[s.state],), "lacking": ()}) for s in states.values()]
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
     metric_names = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
     settings = {"today": day.isoformat(), **({"metric": metric_names} if metric_names else {})}
@@ -198,21 +174,94 @@ def _make_results(
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
 
 
-def _list_inputs(sources: Sequence[Source]) -> list[RunInput]:
-    """Return the distinct inputs of the results, with their state."""
-    notes_by_state = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
-    inputs: dict[tuple[str, str, str], RunInput] = {}
+def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:
+    """Return the text of a policy that compares every layer with these results as the baseline.
+
+    Args:
+        results: Results files, or results in memory, of a reference checkpoint.
+        name: Name of the policy file.
+
+    Raises:
+        InputError: A file cannot be read, did not finish, or has no value to compare.
+    """
+    sources = _open_sources(results)
     for source in sources:
-        for present in source.present:
-            measured = next(
-                run_input
-                for run_input in source.results.run.inputs
-                if (run_input.role, run_input.path, run_input.fingerprint)
-                == (present.role, present.path, present.recorded)
-            )
-            notes = (notes_by_state[present.state],)
-            inputs.setdefault(
-                (measured.role, measured.path, measured.fingerprint),
-                measured.model_copy(update={"notes": notes, "lacking": ()}),
-            )
-    return list(inputs.values())
+        if source.results.end is None:
+            raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
+    files = " ".join(source.path for source in sources)
+    rules = "\n".join(_draft_comparisons(sources))
+    if not rules:
+        is_declared = any(cls.guards and source.holds(kind) for kind, cls in KINDS.items() for source in sources)
+        fix = (
+            "its values are zero, or not resolved by the files: give results of a checkpoint that changed"
+            if is_declared
+            else f"use a built-in policy (--policy {', '.join(READY)}), or write a [[rule]] on a field of these records"
+        )
+        raise InputError(f"{files}: no value to compare with later results; {fix}")
+    unrecorded = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
+    paths = [os.path.relpath(source.path, Path(name).parent) for source in sources]
+    known = all(Path(source.path).is_file() for source in sources) and all(map(str.isprintable, paths))
+    return Template(read_text("init.template")).substitute(
+        results=_escape_comment(files),
+        name=_escape_comment(name),
+        left_out='left_out = ["no_activations"] # embeddings and other layers without recorded activations'
+        if unrecorded
+        else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record',
+        baseline=f"baseline = {json.dumps(paths, ensure_ascii=False)}" if known else '# baseline = ["results.jsonl"]',
+        spike=SPIKE,
+        rules=rules,
+    )
+
+
+def _draft_comparisons(sources: Sequence[Source]) -> Iterator[str]:
+    """Yield a comparison for each guarded value of the records, in several metrics one for each.
+
+    The comparisons name the metric, unless all records are in that of the weights.
+    """
+    for kind, cls in KINDS.items():
+        by_metric: dict[str, list[Subject]] = {}
+        for source in sources if cls.guards else ():
+            metric: str = metric_of(source.results.layers) if "metric" in cls.model_fields else "weights"
+            if source.holds(kind):
+                by_metric.setdefault(metric, []).extend(list_subjects(kind, source))
+        for name, subjects in by_metric.items():
+            where = {} if {*by_metric} == {"weights"} else {"metric": name}
+            yield from filter(None, (_draft_comparison(kind, guard, subjects, where) for guard in cls.guards))
+
+
+def _draft_comparison(kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, str]) -> str:
+    """Return a comparison of a value with the baseline; empty if it is not known or zero, or limited by the rank."""
+    (field,) = find(f"{kind}.{guard.path}")
+    if guard.role:
+        where = {**where, "role": guard.role}
+        subjects = [s for s in subjects if s.record is None or getattr(s.record, "role", None) == guard.role]
+    values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
+    if not any(values):
+        return ""  # no fraction of zero is a tolerance
+    kept = max(len(getattr(subject.record, "s", ())) for subject in subjects)
+    if field.path[0] == "rank_at" and math.ceil(1.1 * max(values)) >= kept:
+        return ""  # such as the rank of an adapter: its updates cannot need more than it has
+    selection = ", ".join(f'{key} = "{value}"' for key, value in where.items())
+    return (
+        f"# {field.name} is {min(values):.4g} to {max(values):.4g}.\n"
+        f'[[baseline]]\nfield = "{kind}.{guard.path}"\nworse = "{guard.worse}"\n'
+        + (f"where = {{ {selection} }}\n" if where else "")
+        + f'tolerance = "{guard.tolerance}"\nmessage = "{guard.message}"\n{_draft_coverage(field, subjects)}'
+    )
+
+
+def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
+    """Return the coverage of a field that is null in some records, such as the cosine of a zero update; else empty."""
+    null_subjects = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
+    if not null_subjects or any(subject.fro is None for subject in subjects):
+        return ""
+    missing, energy = (math.fsum((subject.fro or 0.0) ** 2 for subject in group) for group in (null_subjects, subjects))
+    if not missing:
+        return ""
+    share = math.floor(100 * (1 - missing / energy)) / 100
+    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(null_subjects)} of {len(subjects)} layers\n"
+
+
+def _escape_comment(text: str) -> str:
+    """Return text that cannot end its comment."""
+    return "".join(char if char.isprintable() else "?" for char in text)

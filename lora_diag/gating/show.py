@@ -1,19 +1,26 @@
-"""Terminal output of ``gate``, failures first; and texts shared by all its reports."""
+"""Verdicts → the terminal, JUnit XML, annotations and step summary of GitHub Actions, and a block of a model card.
+
+All show the failures first. GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth counts
+the others; it drops a step summary above 1 MiB, so this one is truncated.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.gating.record import WORST_FIRST, Verdict, outcome
+from lora_diag.gating.record import STATUSES, WORST_FIRST, Verdict, outcome
 from lora_diag.records import Results, RunInput
+from lora_diag.records.names import module_type_of
+from lora_diag.rendering.html import with_section
 from lora_diag.rendering.statements import Statement, make_statement, summary_of
 from lora_diag.rendering.tables import shorten_names
 from lora_diag.rendering.text import crop, number, safe, short, to_text
@@ -21,7 +28,9 @@ from lora_diag.rendering.text import crop, number, safe, short, to_text
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
 ROWS, ROWS_OF_A_RULE = 20, 6
 
-_STYLE = {"failed": "bold red", "inconclusive": "bold yellow", "warned": "yellow"}
+# Maximum numbers of annotations of a kind, of layers in one line, and of layers in the details of a JUnit case.
+ANNOTATIONS, WORST, NAMED = 9, 3, 50
+SUMMARY_BYTES = 900 * 1024
 
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
@@ -47,16 +56,9 @@ def format_measured(verdict: Verdict) -> str:
         return "-"
     if isinstance(verdict.measured, str):
         return safe(verdict.measured)
-    brief, value, limit = number(verdict.measured), verdict.measured, verdict.limit
-    return (
-        brief
-        if limit is None or _side_of_limit(float(brief), limit) == _side_of_limit(value, limit)
-        else f"{value:.9g}"
-    )
-
-
-def _side_of_limit(value: float, limit: float) -> int:
-    return (value > limit) - (value < limit)
+    value, limit, brief = verdict.measured, verdict.limit, number(verdict.measured)
+    signs = [limit is not None and (shown > limit) - (shown < limit) for shown in (float(brief), value)]
+    return brief if signs[0] == signs[1] else f"{value:.9g}"
 
 
 def subject_name(verdict: Verdict) -> str:
@@ -69,48 +71,37 @@ def subject_name(verdict: Verdict) -> str:
 
 def headline(results: Results[Any]) -> str:
     """Return the outcome and its basis in one sentence, with the metric if it is not that of the weights."""
+    result = outcome(results.whole)
+    status = "warned" if result == "passed" else result
+    basis = [v for v in results.whole_of(Verdict) if v.status == status and (v.blocks or status == "warned")]
+    layers = {verdict.layer for verdict in basis if verdict.layer is not None}
+    on_layers = f" on {_count(len(layers), 'layer')}" if layers else ""
+    count = _count(len({verdict.rule for verdict in basis}), "rule") + on_layers
+    text = {
+        "failed": f"FAILED: {count}",
+        "inconclusive": f"INCONCLUSIVE (not a pass): {count}" if basis else "INCONCLUSIVE: nothing was judged",
+        "passed": f"PASSED, with warnings: {count}" if basis else "PASSED",
+    }[result]
     metric = results.run.settings.get("metric")
-    return _make_headline(results) + (f" (spectra in {safe(str(metric))})" if metric else "")
+    return text + (f" (spectra in {safe(str(metric))})" if metric else "")
 
 
-def _make_headline(results: Results[Any]) -> str:
-    verdicts = verdicts_of(results)
-    result = outcome(verdicts)
-    if result == "failed":
-        failed = [verdict for verdict in verdicts if verdict.status == "failed"]
-        return f"FAILED: {_count_rules_and_layers(failed)}"
-    if result == "inconclusive":
-        unknown = [verdict for verdict in verdicts if verdict.status == "inconclusive" and verdict.blocks]
-        return (
-            f"INCONCLUSIVE (not a pass): {_count_rules_and_layers(unknown)}"
-            if unknown
-            else "INCONCLUSIVE: nothing was judged"
-        )
-    warned = [verdict for verdict in verdicts if verdict.status == "warned"]
-    return f"PASSED{f', with warnings: {_count_rules_and_layers(warned)}' if warned else ''}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun if number == 1 else f'{noun}s'}"
 
 
-def _count_rules_and_layers(verdicts: Sequence[Verdict]) -> str:
-    rules = {verdict.rule for verdict in verdicts}
-    layers = {verdict.layer for verdict in verdicts if verdict.layer is not None}
-    on = f" on {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else ""
-    return f"{len(rules)} {'rule' if len(rules) == 1 else 'rules'}{on}"
-
-
-def shared_description(verdicts: Sequence[Verdict]) -> str:
+def describe_reasons(verdicts: Sequence[Verdict]) -> str:
     """Return the first message of verdicts of one rule, else what is allowed, and the number of other messages."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
-    others = len(messages) - 1
-    suffix = f" (and {others} other {'reason' if others == 1 else 'reasons'})" if others > 0 else ""
+    suffix = f" (and {_count(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
     return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
 
 
 def reason(results: Results[Any]) -> str:
     """Return the outcome with its worst verdict, in one line."""
-    blocking = [verdict for verdict in verdicts_of(results) if verdict.blocks]
-    if not blocking:
+    worst = next((verdict for verdict in verdicts_of(results) if verdict.blocks), None)
+    if worst is None:
         return headline(results)
-    worst = blocking[0]
     of_layer = f"{safe(worst.layer)}: " if worst.layer is not None else ""
     value = f"measured {format_measured(worst)}, allowed {safe(worst.allowed)}"
     text = f"; {safe(worst.message)}" if worst.message else ""
@@ -119,8 +110,14 @@ def reason(results: Results[Any]) -> str:
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
     """Return the verdicts with given statuses, rule by rule."""
-    selected = [verdict for verdict in verdicts_of(results) if verdict.status in statuses]
-    return [(rule, list(group)) for rule, group in groupby(selected, key=lambda verdict: verdict.rule)]
+    return list(_group((v for v in verdicts_of(results) if v.status in statuses), lambda verdict: verdict.rule).items())
+
+
+def _group(verdicts: Iterable[Verdict], key: Callable[[Verdict], str]) -> dict[str, list[Verdict]]:
+    groups: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(key(verdict), []).append(verdict)
+    return groups
 
 
 def verdict_table(
@@ -135,7 +132,7 @@ def verdict_table(
         per: Not used: failures are always listed by layer.
         next_command: The suggested next command, printed last.
     """
-    bad = [verdict for verdict in verdicts_of(results) if verdict.status in _STYLE]
+    bad = [verdict for verdict in verdicts_of(results) if STATUSES[verdict.status].style]
     shown = _choose_rows(bad)
     summary = summary_of(_make_statements(results, shown, bad), next_command)
     return to_text(Group(_make_table(shown, width), summary) if shown else summary, width, color)
@@ -143,27 +140,20 @@ def verdict_table(
 
 def _choose_rows(bad: Sequence[Verdict]) -> list[Verdict]:
     """Choose the rows: the worst of each rule, so that one rule with many failures does not hide others."""
-    many_rules = len({verdict.rule for verdict in bad}) > 1
-    max_rows = ROWS_OF_A_RULE if many_rules else ROWS
-    seen: Counter[tuple[str, str]] = Counter()
-    chosen = []
-    for verdict in bad:
-        seen[verdict.rule, verdict.status] += 1
-        if seen[verdict.rule, verdict.status] <= max_rows:
-            chosen.append(verdict)
-    return chosen[:ROWS]
+    rows = ROWS_OF_A_RULE if len({verdict.rule for verdict in bad}) > 1 else ROWS
+    groups = _group(bad, lambda verdict: f"{verdict.status} {verdict.rule}").values()  # in the order of ``bad``
+    return [verdict for group in groups for verdict in group[:rows]][:ROWS]
 
 
 def _make_table(shown: Sequence[Verdict], width: int) -> Table:
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     names = [_name_layer(verdict, len(groups) > 1) for verdict in shown]
+    values = ["measured", *map(format_measured, shown)]
     rule_width = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
-    value_width = max(len("measured"), *(len(format_measured(verdict)) for verdict in shown))
     allowed_width = min(max(len(verdict.allowed) for verdict in shown), width // 4)
     status_width = max(len(verdict.status) for verdict in shown)
-    layer_width = max(
-        12, min(max(map(len, names)), width - status_width - rule_width - value_width - allowed_width - 6)
-    )
+    others = status_width + rule_width + max(map(len, values)) + allowed_width + 6
+    layer_width = max(12, min(max(map(len, names)), width - others))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
     table.add_column("status", no_wrap=True)
     table.add_column("rule", no_wrap=True, width=max(rule_width, len("rule")))
@@ -171,11 +161,11 @@ def _make_table(shown: Sequence[Verdict], width: int) -> Table:
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", overflow="fold", width=allowed_width)
     previous = ("", "")
-    for verdict, name in zip(shown, shorten_names(names, layer_width), strict=True):
-        status = Text(verdict.status, style=_STYLE[verdict.status])
+    for verdict, name, value in zip(shown, shorten_names(names, layer_width), values[1:], strict=True):
+        status = Text(verdict.status, style=STATUSES[verdict.status].style)
         # The condition of a rule is shown once.
         condition = Text("" if previous == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
-        table.add_row(status, crop(safe(verdict.rule), rule_width), name, format_measured(verdict), condition)
+        table.add_row(status, crop(safe(verdict.rule), rule_width), name, value, condition)
         previous = (verdict.rule, verdict.allowed)
     return table
 
@@ -188,69 +178,201 @@ def _name_layer(verdict: Verdict, with_group: bool) -> str:
 
 
 def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:
-    lines = []
+    statements = []
     if len(shown) < len(bad):
-        lines.append(make_statement("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
+        statements.append(make_statement("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     if len(groups) == 1 and "" not in groups:
-        lines.append(make_statement("about", "Group", safe(groups.pop())))
-    passed = outcome(verdicts_of(results)) == "passed"
-    lines.append(make_statement("outcome", "Gate", headline(results), level="ok" if passed else "failure"))
-    for label, status in (
-        ("Failed", "failed"),
-        ("Inconclusive", "inconclusive"),
-        ("Warnings", "warned"),
-        ("Waived", "waived"),
-    ):
-        sentences = [
-            f"{_name_rule(rule, of_rule)}: {shared_description(of_rule)}" for rule, of_rule in by_rule(results, status)
-        ]
-        if sentences:
-            lines.append(make_statement(status, label, *sentences))
-    if skipped := by_rule(results, "not judged"):
-        of_policy = [
-            f"{_name_rule(rule, of_rule)}: {shared_description(of_rule)}"
-            for rule, of_rule in skipped
-            if of_rule[0].line
-        ]
-        idle = [(rule, of_rule) for rule, of_rule in skipped if not of_rule[0].line]
-        not_applied = (
-            [f"built-in checks {', '.join(rule for rule, _ in idle)}: {shared_description(idle[0][1])}"] if idle else []
-        )
-        lines.append(make_statement("not_judged", "Not judged", *of_policy, *not_applied))
-    return [
-        *lines,
-        make_statement("passed", "Passed", _describe_passed(results)),
-        make_statement("judged", "Inputs", *_describe_inputs(results)),
-    ]
+        statements.append(make_statement("about", "Group", safe(groups.pop())))
+    passes = outcome(results.whole) == "passed"
+    statements.append(make_statement("outcome", "Gate", headline(results), level="ok" if passes else "failure"))
+    for status, display in STATUSES.items():
+        rules = by_rule(results, status)
+        # Built-in checks that do not apply share a line, and so do rules that pass.
+        idle = [item for item in rules if status == "not judged" and not item[1][0].line]
+        lines = [f"{_name_rule(*item)}: {describe_reasons(item[1])}" for item in rules if item not in idle]
+        if idle:
+            lines.append(f"built-in checks {', '.join(rule for rule, _ in idle)}: {describe_reasons(idle[0][1])}")
+        if status != "passed" and lines:
+            statements.append(make_statement(status.replace(" ", "_"), display.label, *lines))
+    bad_rules = {verdict.rule for verdict in bad}
+    passed = [item for item in by_rule(results, "passed") if item[0] not in bad_rules]
+    names = [_name_rule(*item) for item in passed if item[1][0].line]
+    if built_in := [rule for rule, of_rule in passed if not of_rule[0].line]:
+        names.append(f"built-in checks {', '.join(built_in)}")
+    statements.append(make_statement("passed", STATUSES["passed"].label, "; ".join(names) or "nothing"))
+    longest = max(len(item.role) for item in results.run.inputs)
+    inputs = [f"{item.role:<{longest}} {safe(item.path)} ({_describe_input(item)})" for item in results.run.inputs]
+    return [*statements, make_statement("judged", "Inputs", *inputs)]
 
 
 def _name_rule(rule: str, of_rule: Sequence[Verdict]) -> str:
-    layers = {verdict.layer for verdict in of_rule if verdict.layer is not None}
+    layers = len({verdict.layer for verdict in of_rule if verdict.layer is not None})
     line = f" (line {of_rule[0].line})" if of_rule[0].line else ""
-    return f"{safe(rule)}{line}" + (f", {len(layers)} {'layer' if len(layers) == 1 else 'layers'}" if layers else "")
+    return f"{safe(rule)}{line}" + (f", {_count(layers, 'layer')}" if layers else "")
 
 
-def _describe_passed(results: Results[Any]) -> str:
-    bad = {rule for rule, _ in by_rule(results, "failed", "inconclusive", "warned")}
-    passed = [(rule, of_rule) for rule, of_rule in by_rule(results, "passed") if rule not in bad]
-    of_policy = [_name_rule(rule, of_rule) for rule, of_rule in passed if of_rule[0].line]
-    built_in = [rule for rule, of_rule in passed if not of_rule[0].line]
-    parts = [*of_policy, *([f"built-in checks {', '.join(built_in)}"] if built_in else [])]
-    return "; ".join(parts) or "nothing"
-
-
-def _describe_inputs(results: Results[Any]) -> list[str]:
-    longest = max(len(run_input.role) for run_input in results.run.inputs)
-    return [
-        f"{run_input.role:<{longest}} {safe(run_input.path)} ({_describe_input(run_input)})"
-        for run_input in results.run.inputs
-    ]
-
-
-def _describe_input(run_input: RunInput) -> str:
+def _describe_input(item: RunInput) -> str:
     """Return the description of one input of a gate: layers of results, or the fingerprint of weights."""
-    of_results = run_input.role in {"results", "baseline"}
-    layers = [f"{run_input.tensors} layers"] if of_results and run_input.tensors else []
-    fingerprint = [f"fingerprint {run_input.fingerprint}"] if run_input.fingerprint else []
-    return safe(", ".join([run_input.kind, *layers, *fingerprint, *run_input.notes]))
+    layers = [f"{item.tensors} layers"] if item.role in {"results", "baseline"} and item.tensors else []
+    fingerprint = [f"fingerprint {item.fingerprint}"] if item.fingerprint else []
+    return safe(", ".join([item.kind, *layers, *fingerprint, *item.notes]))
+
+
+def _group_by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
+    """Return the verdicts of each rule, the worst first, in the order of the policy."""
+    groups = _group(verdicts_of(results), lambda verdict: verdict.rule)
+    return {rule: groups[rule] for rule in dict.fromkeys(verdict.rule for verdict in results.whole_of(Verdict))}
+
+
+def _describe(verdicts: Sequence[Verdict]) -> str:
+    """Return the worst of a rule's verdicts, the number of others, the condition and the fix, in one line."""
+    suffix = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
+    description = describe_reasons(verdicts) if verdicts[0].message else ""
+    values = "; ".join(map(_name_value, verdicts[:WORST]))
+    return f"{values}{suffix}. Allowed: {safe(verdicts[0].allowed)}. {description}".rstrip()
+
+
+def _name_value(verdict: Verdict) -> str:
+    return f"{subject_name(verdict)}: {verdict.status}, measured {format_measured(verdict)}"
+
+
+def _weights_of(results: Results[Any]) -> list[RunInput]:
+    """Return the checkpoints and adapters of a gate's results."""
+    return [run_input for run_input in results.run.inputs if run_input.fingerprint]
+
+
+def junit(results: Results[Any]) -> str:
+    """Return a JUnit report of a run of ``gate``: one case for each rule and module type."""
+    metric = results.run.settings.get("metric")
+    root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
+    if weights := _weights_of(results):
+        properties = SubElement(root, "properties")
+        for item in weights:
+            SubElement(properties, "property", name=safe(f"{item.role} {item.path}"), value=item.fingerprint)
+    for rule, of_rule in _group_by_rule(results).items():
+        suite = SubElement(root, "testsuite", name=safe(rule))
+        for name, verdicts in _group(of_rule, _name_case).items():
+            case = SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0")
+            _set_result(case, verdicts)
+        _set_counts(suite)
+    _set_counts(root)
+    indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
+
+
+def _name_case(verdict: Verdict) -> str:
+    kind = module_type_of(verdict.layer) if verdict.layer is not None else "all layers"
+    return f"{kind} ({verdict.group})" if verdict.group else kind
+
+
+def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
+    """Set the result of a case: its worst verdict; a case in which a layer passed is not skipped."""
+    tag = verdicts[0].display.element
+    if tag == "skipped" and verdicts[-1].status == "passed":
+        tag = ""
+    if listed := [v for v in verdicts if (v.display.element == tag if tag else v.status != "passed")]:
+        result = SubElement(case, tag or "system-out")
+        if tag:
+            result.attrib.update(type=listed[0].status, message=_describe(listed))
+        lines = [f"{_name_value(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip() for v in listed[:NAMED]]
+        result.text = "\n".join([*lines, *([f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else [])])
+
+
+def _set_counts(element: Element) -> None:
+    for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        element.set(name, str(sum(1 for _ in element.iter(tag))))
+
+
+def workflow_commands(results: Results[Any]) -> list[str]:
+    """Return workflow commands: one annotation for each of the first rules, on its line, and one for all others."""
+    policy = next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
+    lines = []
+    for level in ("error", "warning"):
+        rules = _group([v for v in verdicts_of(results) if v.display.annotation == level], lambda verdict: verdict.rule)
+        for rule, verdicts in list(rules.items())[:ANNOTATIONS]:
+            line = verdicts[0].line
+            where = f"file={_escape_property(policy)},line={line}," if line and policy else ""
+            title = _escape_property(f"loradiag gate: {rule}")
+            lines.append(f"::{level} {where}title={title}::{_escape_data(_describe(verdicts))}")
+        if len(rules) > ANNOTATIONS:
+            lines.append(f"::{level} title=loradiag gate::{len(rules) - ANNOTATIONS} more rules, see the step summary")
+    return lines
+
+
+def _escape_data(text: str) -> str:
+    r"""Escape the text of a workflow command (actions/toolkit, core/src/command.ts).
+
+    >>> _escape_data("50%\n::error::x")
+    '50%25%0A::error::x'
+    """
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _escape_property(text: str) -> str:
+    """Escape a property of a workflow command.
+
+    >>> _escape_property("a:b,c")
+    'a%3Ab%2Cc'
+    """
+    return _escape_data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
+    """Return a step summary in Markdown of at most ``room`` bytes; omitted rows are counted."""
+    head = f"## loradiag gate: {cell(headline(results))}\n\n"
+    lines = [
+        f"- **{cell(rule)}** {status}: {cell(describe_reasons(verdicts))}\n"
+        for status in WORST_FIRST[:4]
+        for rule, verdicts in by_rule(results, status)
+    ]
+    lines.append("\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n")
+    lines += [_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed) for v in verdicts_of(results)]
+    end = "\n{} more are in the verdict records (`-o FILE`).\n"
+    room_left = room - len((head + end).encode()) - 20
+    kept_lines = []
+    for line in lines:
+        room_left -= len(line.encode())
+        if room_left < 0:
+            break
+        kept_lines.append(line)
+    omitted_count = len(lines) - len(kept_lines)
+    return head + "".join(kept_lines) + (end.format(omitted_count) if omitted_count else "")
+
+
+def model_card(results: Results[Any], card: str = "") -> str:
+    """Return a model card with the result of a gate.
+
+    Args:
+        results: A run of ``gate``.
+        card: The existing card; the block replaces an earlier one, or is appended. Line endings are kept.
+    """
+    policy = results.run.inputs[0]
+    lines = [
+        "## Checks before release",
+        "",
+        f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {cell(headline(results))}",
+        f"(policy {cell(policy.path)}: {cell(policy.kind)}).",
+    ]
+    for item in _weights_of(results):
+        notes = cell(", ".join(item.notes))
+        lines.append(f"Measured: {item.role} {cell(item.path)}, fingerprint `{item.fingerprint}`, {notes}.")
+    text = "\n".join([*lines, "", "| rule | allowed | outcome |", "| --- | --- | --- |\n"])
+    for rule, verdicts in _group_by_rule(results).items():
+        counts = Counter(verdict.status for verdict in verdicts)
+        summary = ", ".join(f"{number} {status}" for status, number in counts.items())
+        text += _row(rule, verdicts[0].condition, summary)
+    return with_section(card, "gate", text)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(map(cell, cells))} |\n"
+
+
+def cell(text: str) -> str:
+    r"""Return text with all Markdown and HTML escaped.
+
+    >>> cell("a|b<i>"), cell("model.layers.0.mlp.up_proj")
+    ('a&#124;b&#60;i&#62;', 'model.layers.0.mlp.up_proj')
+    """
+    return re.sub(r"[&<>|`*~\[\]\\@#!$^{}]|:(?=//)", lambda match: f"&#{ord(match[0])};", safe(text))

@@ -78,6 +78,26 @@ class Shown:
         return self.main if self.terminal is None else self.terminal
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A value that later results must not worsen, for which ``gate init`` writes a comparison with a baseline.
+
+    Args:
+        path: The value's dotted name.
+        worse: The direction that is worse.
+        message: What a worse value means, and what to check.
+        role: Only records of this role are compared; empty for all.
+        tolerance: Allowed change for the worse, as a percentage of the earlier value of the same layer. Full fine-tunes
+            of one model that differed in their seed had ranks at 90% within 2 of each other, of 72 to 155.
+    """
+
+    path: str
+    worse: Literal["higher", "lower"]
+    message: str
+    role: str = ""
+    tolerance: str = "10%"
+
+
 # The shape of a layer, for tables.
 SHAPE = Shown(
     "shape",
@@ -186,11 +206,13 @@ class Record(BaseModel):
     Attributes:
         key: The fields that distinguish records of one kind and layer.
         long: Tables whose entries are layers: separate rows in data frames instead of columns.
+        guards: Values that ``gate init`` compares with a baseline.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     key: ClassVar[tuple[str, ...]] = ("layer",)
     long: ClassVar[tuple[str, ...]] = ()
+    guards: ClassVar[tuple[Guard, ...]] = ()
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

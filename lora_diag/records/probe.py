@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal, Protocol
 
-from lora_diag.records.base import Count, Nats, Ratio, Record, Share, Shown, WholeRecord
+from lora_diag.records.base import Count, Guard, Nats, Ratio, Record, Share, Shown, WholeRecord
 
 Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
 
@@ -82,6 +82,9 @@ class Probe(WholeRecord):
             form="percent",
             terminal=True,
         ),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("loss", "higher", "the loss on held-out data is higher than before", tolerance="1%"),
     )
     record: Literal["probe"] = "probe"
     probe: Literal["truncation", "outputs", "sweep"]

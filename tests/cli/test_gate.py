@@ -63,8 +63,6 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
         (2, [name, "r.jsonl", "--ratchet"], "--baseline"),
         (2, [name, "r.jsonl", "-o", "r.jsonl"], "already read or written"),
         (2, [name, "r.jsonl", "--junit", "x.md", "--model-card", "./x.md"], "already read or written"),
-        (2, ["-q", "init", "r.jsonl", "--junit", "x.xml"], "takes only results"),
-        (2, ["-q", "init"], "no results are given"),
         (3, [name, "absent.jsonl"], "absent.jsonl"),
         (3, [name, "cut.jsonl"], "not a results file"),
         (3, [name, "lacking.jsonl"], "has 5 layers, but its last line states 6"),
@@ -118,16 +116,6 @@ def test_quiet_keeps_one_line_with_reason(loradiag, results, policy):
         assert word in ran.err
     ran = loradiag("gate", policy(0.2), "r.jsonl", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
-
-
-def test_gate_init_accepts_old_form(loradiag, results):
-    new = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
-    assert (new.code, loradiag("gate", "-o", "q.toml", "init", "r.jsonl").code) == (0, 0)
-    usage = loradiag("gate", "init", "--help").out
-    assert "gate init [OPTIONS] RESULTS" in usage
-    assert "--junit" not in usage
-    ran = loradiag("gate", "init", "r.jsonl", "--junit", "x.xml")
-    assert (ran.code, "--junit" in ran.err) == (2, True)
 
 
 def test_reports_are_written_and_model_card_is_kept(loradiag, results, policy, tmp_path):
@@ -189,11 +177,6 @@ def test_gate_init_writes_passing_policy(loradiag, results, tmp_path):
     content = (tmp_path / "p.toml").read_bytes()
     assert loradiag("gate", "init", "r.jsonl", "-o", "p.toml").code == 2
     assert (tmp_path / "p.toml").read_bytes() == content
-
-
-def test_policy_called_init_is_named_with_its_folder(loradiag, results, tmp_path):
-    (tmp_path / "init").write_text(POLICY.format(limit=0.2))
-    assert loradiag("gate", "./init", "r.jsonl").code == 0
 
 
 def test_gate_measures_like_existing_file(loradiag, tmp_path):

@@ -80,7 +80,7 @@ def test_merge_results_are_referred_to_their_policy(tmp_path):
     assert len(results)
     with pytest.raises(InputError) as error:
         gate_init(tmp_path / "m.jsonl")
-    assert_names(str(error.value), "m.jsonl", "--policy merge")
+    assert_names(str(error.value), "m.jsonl", "--policy", "merge")
     assert "resolved" not in str(error.value)
 
 

@@ -6,11 +6,10 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_diag.errors import UsageError
-from lora_diag.gating.outputs import junit, step_summary
 from lora_diag.gating.policy import read_policy
 from lora_diag.gating.record import outcome
 from lora_diag.gating.run import gate, gate_init
-from lora_diag.gating.show import verdict_table
+from lora_diag.gating.show import junit, step_summary, verdict_table
 from tests.gating.making import LAYERS, left_out, spectrum, write
 from tests.messages import assert_names
 

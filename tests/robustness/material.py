@@ -128,7 +128,7 @@ def make(folder: Path) -> Path:
     )
     (folder / "policy.toml").write_text(POLICY)
     for name in ("adapter-basic", "merge", "full-ft-drift"):
-        shutil.copy(Path(lora_diag.__file__).parent / "decisions" / "gate" / "policies" / f"{name}.toml", folder)
+        shutil.copy(Path(lora_diag.__file__).parent / "gating" / "policies" / f"{name}.toml", folder)
     save_model(folder / "gradients", {n: v for n, v in before.items() if v.ndim == 2})
     (folder / "gradients" / "model.safetensors").rename(folder / "gradients" / "grad_step000005.safetensors")
     results(folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Ratio, Record, Share, Shown, WholeRecord
+from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, WholeRecord
 
 CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
 Method = Literal["optimal", "heuristic"]
@@ -172,6 +172,9 @@ class Certificate(WholeRecord):
         Shown("kept", "kept", "fraction of the energy that the allocation keeps", share=True, main=True),
         Shown("bound", "bound", "upper bound on that fraction", share=True, main=True),
         Shown("params", "parameters", "of the allocation", main=True),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("gap", "higher", "the allocation is further from the optimum than before"),
     )
     record: Literal["certificate"] = "certificate"
     unit: Unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share, Shown
+from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Record, Share, Shown
 
 
 class FleetLayer(Record):
@@ -67,6 +67,9 @@ class Fleet(LayerRecord):
         ),
         Shown("fro", "‖ΔW‖", "Frobenius norm over all layers", main=True, drop=3),
         Shown("dead", "dead", "number of zero updates", main=True, terminal=False),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("used", "lower", "this adapter uses less of its rank than the fleet before"),
     )
     record: Literal["fleet"] = "fleet"
     adapter: str

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records.base import LayerRecord, Norm, Ratio, Record, Share, Shown, count_texts, value_at
+from lora_diag.records.base import Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, count_texts, value_at
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
@@ -310,6 +310,13 @@ class Union(LayerRecord):
             drop=6,
             terminal=True,
             chance="sti_random",
+        ),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard(
+            "spectrum.rank_at.0.9",
+            "higher",
+            "the sum of the updates needs more rank than before: a merge of the usual rank loses more of it",
         ),
     )
     record: Literal["union"] = "union"

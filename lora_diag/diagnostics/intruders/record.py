@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Record, Share, Shown
+from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Record, Share, Shown
 
 
 class Direction(Record):
@@ -115,6 +115,11 @@ class Intruders(LayerRecord):
             head="σ/σ_1",
             form=".3g",
             terminal=True,
+        ),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard(
+            "share", "higher", "more of the largest directions are new than before: check for forgetting on older data"
         ),
     )
     record: Literal["intruders"] = "intruders"

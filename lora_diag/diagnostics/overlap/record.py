@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Share, Shown
+from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Share, Shown
 
 
 class Overlap(LayerRecord):
@@ -86,6 +86,9 @@ class Overlap(LayerRecord):
             chance="right_random",
         ),
         Shown("gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("tangent", "lower", "the adapter reaches less of the gradient than before"),
     )
     record: Literal["overlap"] = "overlap"
     layer: str

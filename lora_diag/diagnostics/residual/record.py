@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Shown, count_texts, least_epsilon
+from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Ratio, Record, Shown, count_texts, least_epsilon
 from lora_diag.records.vocabulary import Agreement, Resolution
 from lora_diag.rendering.text import number
 
@@ -282,6 +282,20 @@ class Residual(Distance, LayerRecord):
             terminal=True,
         ),
         Shown("limited_by", "limited by", "largest of rank, direction and scale", main=True, pool=limits_of),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard(
+            "epsilon",
+            "higher",
+            "the adapter is further from the full fine-tune than before: check its scaling and its rank",
+            role="adapter",
+        ),
+        Guard(
+            "cosine",
+            "lower",
+            "the adapter's direction differs more than before: compare its data and its learning rate",
+            role="adapter",
+        ),
     )
     record: Literal["residual"] = "residual"
     layer: str

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Record, Share, Shown, value_at
+from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Record, Share, Shown, value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
 from lora_diag.rendering.text import median_rank, shade
 
@@ -175,6 +175,15 @@ class Spectrum(LayerRecord):
             "largest singular value expected of the rounding noise",
             axis="edge of the rounding noise (singular value)",
         ),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("relative", "higher", "the weight change is larger than before: check scaling and learning rate"),
+        Guard(
+            "rank_at.0.9",
+            "higher",
+            "the update needs more rank than before: an adapter of the usual rank misses more of it",
+        ),
+        Guard("spike", "higher", "one direction has more of the update than before: check for divergence"),
     )
     record: Literal["spectrum"] = "spectrum"
     layer: str

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.gating.evidence import KINDS, find
-from lora_diag.gating.grammar import ConditionError, parse
+from lora_diag.gating.conditions import KINDS, ConditionError, find, parse
 
 SIGNS = {
     "<=": lambda a, b: a <= b,

@@ -35,22 +35,22 @@ class Figure:
         name: Value of ``loradiag plot --figure``.
         shows: Content of the figure, in one line.
         needs: Kind of record that it draws (for ``probe`` records, the probe); empty if it draws any layer records.
-        draw: ``module:name`` of ``draw(series, style, options) -> Figure``.
+        page: ``module:name`` of ``make_page(series, style, options) -> Page``, which raises ``UndrawableError`` for
+            records that cannot be drawn.
         panels: ``module:name`` of its panels for a user's own axes, ``lora_diag.plots.NAME``.
         made_by: Command that measures these records.
         by_color: Whether colours distinguish the runs, which limits their number.
-        obstacle: ``module:name`` of ``find_obstacle(records, options) -> str | None``, the reason why records cannot be
-            drawn; empty if all can.
+        options: The fields of ``Options`` that it uses, besides ``per``: ``field``, ``rank``.
     """
 
     name: str
     shows: str
     needs: str
-    draw: str
+    page: str
     panels: tuple[str, ...] = ()
     made_by: str = ""
     by_color: bool = True
-    obstacle: str = ""
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,7 @@ class Feature:
         questions: Pairs of a statement's key and the question that it answers at the top of a report; further keys of a
             question add lines to its answer.
         figures: The figures, in the order in which they are listed.
+        named_by: Roles of the inputs that name a run in figures; empty for all that it measured.
         needs_input: Whether the command without arguments shows its help.
     """
 
@@ -109,6 +110,7 @@ class Feature:
     section: Section | None = None
     questions: tuple[tuple[str, str], ...] = ()
     figures: tuple[Figure, ...] = ()
+    named_by: tuple[str, ...] = ()
     needs_input: bool = True
 
     def load(self, path: str) -> Any:

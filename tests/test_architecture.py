@@ -207,7 +207,7 @@ def test_every_declared_path_can_be_imported():
         paths = [*feature.records, *feature.functions, feature.command, feature.table]
         paths += [feature.statements, feature.grids]
         for figure in feature.figures:
-            paths += [figure.draw, figure.obstacle, *figure.panels]
+            paths += [figure.page, *figure.panels]
         assert all(callable(feature.load(path)) for path in paths if path)
 
 

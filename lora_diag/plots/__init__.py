@@ -25,9 +25,10 @@ FEATURE = Feature(
             "heatmap",
             "a field by module type and depth",
             "",
-            ".figure_heatmap:figure",
-            panels=(".figure_heatmap:heatmap",),
+            ".heatmap:make_page",
+            panels=(".heatmap:heatmap",),
             by_color=False,
+            options=("field", "rank"),
         ),
     ),
 )
@@ -35,12 +36,10 @@ FEATURE = Feature(
 _EXPORTS = {
     "FIGURES": ".run:FIGURES",
     "FORMATS": "lora_diag.rendering.figures.style:FORMATS",
-    "FigureKind": ".run:FigureKind",
     "drawn": "lora_diag.rendering.figures.series:drawn",
     "encoded": "lora_diag.rendering.figures.style:encode_figure",
     "figure": ".run:figure",
     "figure_named": ".run:figure_named",
-    "obstacle": ".run:obstacle",
     "why_not": ".run:why_not",
 }
 

@@ -242,9 +242,11 @@ class LayerRecord(Record):
 
     Attributes:
         shown: Presentation of its values, in table order.
+        part_label: Format of the name of the records of a run that hold one per layer; empty if all do.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = ()
+    part_label: ClassVar[str] = ""
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:

@@ -52,10 +52,9 @@ FEATURE = Feature(
             "tune",
             "held-out loss against trained parameters: all runs, the frontier and the choice",
             "tune",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:tune",),
             made_by="loradiag tune BASE --data FILE --eval FILE --params N -o run/",
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

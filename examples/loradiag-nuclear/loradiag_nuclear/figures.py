@@ -3,12 +3,11 @@
 from collections import Counter
 
 from lora_diag.records.names import depth_of
-from lora_diag.rendering.figures.pages import Row, figure_of
-from lora_diag.rendering.figures.sheet import FigureText
+from lora_diag.rendering.figures.pages import Page, Row, make_rows_panel
 from lora_diag.rendering.figures.style import category
 
 
-def figure(series, style, options):
+def make_page(series, style, options):
     """Return one panel a run, one row a block."""
     panels = []
     for number, one in enumerate(series):
@@ -17,6 +16,5 @@ def figure(series, style, options):
             blocks[depth_of(record.layer)] += record.nuclear
         total = sum(blocks.values()) or 1.0
         rows = [Row(f"block {block}", part / total, None, category(number)) for block, part in blocks.items()]
-        panels.append((one.label, rows))
-    words = FigureText("Where the nuclear norm of the update is", "share of Σσ over all layers")
-    return figure_of(panels, "share of the nuclear norm", words, style)
+        panels.append(make_rows_panel(one.label, rows, style, xlabel="share of the nuclear norm"))
+    return Page("Where the nuclear norm of the update is", panels, "share of Σσ over all layers", columns=1, low=True)

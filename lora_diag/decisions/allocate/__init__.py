@@ -35,7 +35,7 @@ FEATURE = Feature(
             "allocation",
             "rank by layer, and energy kept compared with the bound",
             "allocation",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:allocation", ".figures:budget"),
             made_by="loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
         ),

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.decisions.allocate.record import Allocation, Certificate
 from lora_diag.records.vocabulary import METRIC_NAMES
-from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.fields import Types
-from lora_diag.rendering.figures.panels import Slot, label_height, make_slots, slot_axis
+from lora_diag.rendering.figures.fields import count_matrices
+from lora_diag.rendering.figures.pages import Key, Page, Panel, add_legend, draw_panel, key, panel_axes, run_keys
+from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category, cut, name_of, width_of
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    DASHED,
+    INK,
+    QUIET,
+    PageStyle,
+    category,
+    cut,
+    name_of,
+    width_of,
+)
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 # Colour of the uniform rule where several runs have the colours of the categories.
@@ -44,14 +51,7 @@ def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: st
     Returns:
         The Axes drawn on.
     """
-    records = tuple(records)
-    with panel_axes(ax) as (axes, style):
-        slots = make_slots(records, per)
-        _draw_ranks(axes, [slots], style)
-        slot_axis(axes, slots, float(axes.get_window_extent().width) / axes.figure.dpi, style.ticks if style else 9)
-        axes.set_ylabel("rank r")
-        axes.legend([Patch(facecolor=BARS), Line2D([], [], color=UNIFORM)], ["allocated", "uniform"], fontsize="small")
-    return axes
+    return draw_panel(make_page, records, "allocation", ax, options=Options(per=per), legend=True)
 
 
 def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
@@ -65,100 +65,111 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
         The Axes drawn on.
     """
     with panel_axes(ax) as (axes, style):
-        _draw_kept(axes, certificates, style, float(axes.get_window_extent().width) / axes.figure.dpi)
-        legend_keys = _make_budget_keys(certificates, style)
-        axes.legend([entry.handle for entry in legend_keys], [entry.label for entry in legend_keys], fontsize="small")
+        _draw_kept(axes, style, certificates)
+        add_legend(axes, _make_budget_keys(certificates, style))
     return axes
 
 
-def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the ranks of the layers, and below the energy kept by each rule, or over the cost."""
-    types = Types(record.layer for run in series for record in run.records)
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return the ranks of the layers, and below the energy kept by each rule, or over the cost."""
     certificates = [certificate for run in series for certificate in run.whole if isinstance(certificate, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
     comparable = [certificate for certificate in certificates if certificate.unit == certificates[0].unit]
-    run_slots = [make_slots(run.records, options.per, types) for run in series]
-    text = _make_text(series, run_slots, comparable, len(certificates) - len(comparable), style)
-    inches = style.width - 6 * style.text / 72
-    all_slots = list({slot.name: slot for slots in run_slots for slot in slots}.values())
-    heights = [1.3 * style.panel + label_height(all_slots, inches, style.ticks)]
+    other_units = len(certificates) - len(comparable)
+    runs = make_slots([run.records for run in series], options.per)
+    ranks = Panel("", partial(_draw_ranks, runs=runs), ylabel="rank r", height=1.3 * style.panel)
+    panels = stack_panels([ranks], runs, style)
     if comparable:
-        bars_height = (len(comparable[0].baselines) + 1) * 1.6 * style.text / 72
-        heights.append((1.3 * style.panel if len(comparable) > 1 else bars_height) + 3.5 * style.text / 72)
-    panel = sum(heights) / len(heights)
-    figure, axes = sheet(style, text, len(heights), 1, panel=panel, ratios=heights, share=False, low=True)
-    _draw_ranks(axes[0], run_slots, style)
-    slot_axis(axes[0], all_slots, inches, style.ticks)
-    axes[0].set_ylabel("rank r")
-    if comparable:
-        _draw_kept(axes[1], comparable, style, inches)
-    return figure
+        bars = (len(comparable[0].baselines) + 1) * 1.6 * style.text / 72
+        height = (1.3 * style.panel if len(comparable) > 1 else bars) + 3.5 * style.text / 72
+        draw = partial(_draw_kept, certificates=comparable)
+        panels.append(Panel("", draw, height=height, width=panels[0].width))
+    records = [record for run in series for record in run.records]
+    about = count_matrices(records)
+    if len(comparable) == 1:
+        (only,) = comparable
+        best = only.optimal or only.gap == 0
+        gap = "the optimum" if best else f"at most {only.gap:.2%} below the optimum"
+        about += f"; {only.params:,} parameters keep {only.kept:.1%} of the energy, {gap}"
+    metrics = {run.run.settings.get("metric", "weights") if run.run else "weights" for run in series}
+    metric = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
+    joined = max((slot.joined for slots in runs for slot in slots), default=1)
+    keys = [
+        Key(Patch(facecolor=BARS), "rank allocated"),
+        key("uniform rule, same budget", color=UNIFORM, lw=1.3 * style.line),
+    ]
+    return Page(
+        "Allocation: rank r by layer, and the energy kept",
+        panels,
+        about,
+        [
+            f"Energy is Σσ² as measured{f', in {metric}' if metric else ''}; blocks run from left to right in each "
+            "module type.",
+            f"A bar is the median rank of up to {joined} layers." if joined > 1 else "",
+            "Fractions are of the weighted energy." if any(record.weight != 1 for record in records) else "",
+            f"Not drawn: {other_units} with a budget in another unit." if other_units else "",
+        ],
+        [
+            *(keys if len(series) == 1 else run_keys(series, lw=1.5 * style.line)),
+            *(_make_budget_keys(comparable, style) if comparable else ()),
+        ],
+        columns=1,
+        low=True,
+    )
 
 
-def _draw_ranks(ax: Axes, run_slots: Sequence[Sequence[Slot[Allocation]]], style: PageStyle | None) -> None:
+def _draw_ranks(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Slot[Allocation]]]) -> None:
     """Draw the ranks of each run by slot; of a single run also those of the uniform rule."""
-    width = style.line if style else 1.2
-    for number, slots in enumerate(run_slots):
-        for slot in slots:
-            ranks = np.array([float(np.median([record.rank for record in bar])) for bar in slot.bars])
-            if len(run_slots) > 1:
-                ax.stairs(ranks, slot.edges, baseline=None, color=category(number), lw=1.5 * width, label="_ranks")
-                continue
-            uniform = np.array([float(np.median([record.uniform_rank for record in bar])) for bar in slot.bars])
-            ax.stairs(ranks, slot.edges, fill=True, color=BARS, lw=0, label="_ranks")
-            ax.stairs(uniform, slot.edges, baseline=None, color=UNIFORM, lw=1.3 * width, label="_uniform")
+    rank_of: Callable[[Sequence[Allocation]], float | None] = median_of(lambda record: record.rank)
+    if len(runs) == 1:
+        draw_bars(ax, runs[0], rank_of, label="_ranks", color=BARS, fill=True, baseline=0, lw=0)
+        uniform: dict[str, Any] = {"label": "_uniform", "color": UNIFORM, "lw": 1.3 * style.line}
+        draw_bars(ax, runs[0], median_of(lambda record: record.uniform_rank), **uniform)
+    for number, slots in enumerate(runs if len(runs) > 1 else ()):
+        draw_bars(ax, slots, rank_of, label="_ranks", color=category(number), lw=1.5 * style.line)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _draw_kept(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None, inches: float) -> None:
+def _draw_kept(ax: Axes, style: PageStyle, certificates: Sequence[Certificate]) -> None:
     """Draw the energy kept: of one allocation rule by rule, of several over their cost."""
     if len(certificates) == 1:
-        _draw_rules(ax, certificates[0], style, inches)
+        _draw_rules(ax, style, certificates[0])
     else:
-        _draw_over_cost(ax, certificates, style)
+        _draw_over_cost(ax, style, certificates)
 
 
-def _draw_rules(ax: Axes, certificate: Certificate, style: PageStyle | None, inches: float) -> None:
+def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
     """Draw one bar per rule with its energy and cost, and the upper bound."""
     rules = [("this allocation", certificate.kept, _cost_of(certificate), BARS)]
     rules += [(name_of(rule.name), rule.kept, rule.spent, UNIFORM) for rule in certificate.baselines]
-    size = style.ticks if style else 8
-    max_width = 0.62 * inches
-    labels = []
+    size, labels = style.ticks, []
     for name, kept, spent, _ in rules:
         suffix = f": {kept:.1%} ({_format_count(spent)})"
-        labels.append(cut(name, max_width - width_of(suffix, size), size) + suffix)
+        labels.append(cut(name, 0.62 * style.width - width_of(suffix, size), size) + suffix)
     # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
-    needed = max(width_of(label, size) for label in labels) + 2 * pad
+    room = style.width - max(width_of(label, size) for label in labels) - 2 * pad
     scale = max(certificate.bound, *(kept for _, kept, *_ in rules)) or 1.0
-    ax.set_xlim(0, scale * inches / max(inches - needed, 0.2 * inches))
+    ax.set_xlim(0, scale * style.width / max(room, 0.2 * style.width))
     for position, (label, (_, kept, _, color)) in enumerate(zip(labels, rules, strict=True)):
         ax.barh(position, kept, height=0.66, color=color, lw=0)
-        ax.annotate(
-            label,
-            (scale, position),
-            xytext=(72 * pad, 0),
-            textcoords="offset points",
-            va="center",
-            size=size,
-            parse_math=False,
-        )
-    ax.axvline(certificate.bound, color=BOUND, lw=style.line if style else 1.2, ls=(0, (4, 2)), label="_bound")
+        place: dict[str, Any] = {"xytext": (72 * pad, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(label, (scale, position), size=size, parse_math=False, **place)
+    ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label="_bound")
     ax.set_yticks([])
     ax.set_ylim(len(rules) - 0.4, -0.6)
     ax.set_xlabel(f"energy fraction kept (and {_UNITS[certificate.unit]})")
     ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
 
 
-def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageStyle | None) -> None:
+def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certificate]) -> None:
     """Draw the bound over the budget, and the energy kept by allocations and by the uniform rule over their cost."""
-    width = style.line if style else 1.2
+    width = style.line
     ordered = sorted(certificates, key=_cost_of)
     limits = [item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item) for item in ordered]
     uniform = [(rule.spent, rule.kept) for item in ordered if (rule := item.uniform) is not None]
-    ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=(0, (4, 2)), label="_bound")
+    ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=DASHED, label="_bound")
     for points, color, marker, name in (
         (uniform, OTHERS, "s", "_uniform"),
         ([(_cost_of(item), item.kept) for item in ordered], INK, "o", "_kept"),
@@ -167,8 +178,7 @@ def _draw_over_cost(ax: Axes, certificates: Sequence[Certificate], style: PageSt
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
     ax.set_xlim(0, 1.06 * max([*limits, *(x for x, _ in uniform)]))
     ax.set_ylim(0, min(1.02, 1.15 * max([*(item.bound for item in ordered), *(y for _, y in uniform)])))
-    ax.set_xlabel(_UNITS[ordered[0].unit])
-    ax.set_ylabel("energy kept")
+    ax.set(xlabel=_UNITS[ordered[0].unit], ylabel="energy kept")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(lambda value, _: _format_count(value))
@@ -191,59 +201,11 @@ def _format_count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _make_budget_keys(certificates: Sequence[Certificate], style: PageStyle | None) -> tuple[Key, ...]:
-    width = style.line if style else 1.2
-    bound = Key(Line2D([], [], color=BOUND, lw=width, ls=(0, (4, 2))), "bound: maximum energy within the budget")
-    if len(certificates) == 1:
-        return (bound,)
-    kept = Line2D([], [], color=INK, marker="o", ms=4.5 * width, lw=1.2 * width)
-    uniform = Line2D([], [], color=OTHERS, marker="s", ms=4.5 * width, lw=1.2 * width)
-    return Key(kept, "kept by the allocation"), Key(uniform, "kept by the uniform rule"), bound
-
-
-def _make_text(
-    series: Sequence[Series[Any]],
-    run_slots: Sequence[Sequence[Slot[Allocation]]],
-    certificates: Sequence[Certificate],
-    not_drawn: int,
-    style: PageStyle,
-) -> FigureText:
-    keys: list[Key] = []
-    if len(series) == 1:
-        keys.append(Key(Patch(facecolor=BARS), "rank allocated"))
-        keys.append(Key(Line2D([], [], color=UNIFORM, lw=1.3 * style.line), "uniform rule, same budget"))
-    else:
-        keys += [Key(Line2D([], [], color=category(n), lw=1.5 * style.line), run.label) for n, run in enumerate(series)]
-    records = [record for run in series for record in run.records]
-    layers = len({record.layer for record in records})
-    about = f"{layers} {'matrix' if layers == 1 else 'matrices'}"
-    if len(certificates) == 1:
-        (certificate,) = certificates
-        gap = (
-            "the optimum"
-            if certificate.optimal or certificate.gap == 0
-            else f"at most {certificate.gap:.2%} below the optimum"
-        )
-        about += f"; {certificate.params:,} parameters keep {certificate.kept:.1%} of the energy, {gap}"
-    metrics = {run.run.settings.get("metric", "weights") if run.run else "weights" for run in series}
-    metric_name = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
-    notes = [
-        f"Energy is Σσ² as measured{f', in {metric_name}' if metric_name else ''}; "
-        "blocks run from left to right in each module type."
+def _make_budget_keys(certificates: Sequence[Certificate], style: PageStyle) -> list[Key]:
+    line: dict[str, Any] = {"ms": 4.5 * style.line, "lw": 1.2 * style.line}
+    several = [
+        key("kept by the allocation", color=INK, marker="o", **line),
+        key("kept by the uniform rule", color=OTHERS, marker="s", **line),
     ]
-    joined = max((slot.joined for slots in run_slots for slot in slots), default=1)
-    if joined > 1:
-        notes.append(f"A bar is the median rank of up to {joined} layers.")
-    if any(record.weight != 1 for record in records):
-        notes.append("Fractions are of the weighted energy.")
-    if not_drawn:
-        notes.append(
-            f"Not drawn: {not_drawn} {'certificate' if not_drawn == 1 else 'certificates'} "
-            "with a budget in another unit."
-        )
-    return FigureText(
-        "Allocation: rank r by layer, and the energy kept",
-        about,
-        (" ".join(notes),),
-        (*keys, *(_make_budget_keys(certificates, style) if certificates else ())),
-    )
+    bound = key("bound: maximum energy within the budget", color=BOUND, lw=style.line, ls=DASHED)
+    return [*(several if len(certificates) > 1 else ()), bound]

@@ -22,10 +22,9 @@ FEATURE = Feature(
             "recovery",
             "C(r) of the files and of the update before rounding, with intervals",
             "recovery",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:recovery",),
             made_by="loradiag recover BASE TUNED -o recovery.jsonl",
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -23,10 +23,9 @@ FEATURE = Feature(
             "fleet",
             "many adapters: norm, used fraction of the rank, outliers",
             "fleet",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:fleet",),
             made_by="loradiag fleet 'adapters/**' -o fleet.jsonl",
-            obstacle=".figures:find_obstacle",
         ),
     ),
     questions=(

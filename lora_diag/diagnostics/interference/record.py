@@ -65,6 +65,7 @@ class Interference(LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")
+    part_label: ClassVar[str] = "{first} × {second}"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
             "cosine",

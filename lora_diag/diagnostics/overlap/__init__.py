@@ -27,10 +27,10 @@ FEATURE = Feature(
             "overlap",
             "κ and tangent overlap over the steps, with baselines",
             "overlap",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:overlap",),
+            options=("rank",),
             made_by="loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

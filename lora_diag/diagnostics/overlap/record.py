@@ -35,6 +35,7 @@ class Overlap(LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")
+    part_label: ClassVar[str] = "step {step}, r = {rank}"
     shown: ClassVar[tuple[Shown, ...]] = (
         SHAPE,
         Shown("rank", "rank", "directions of each subspace", pool="range", head="r", terminal=True),

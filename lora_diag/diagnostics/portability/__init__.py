@@ -20,7 +20,7 @@ FEATURE = Feature(
             "portability",
             "error ε of each weight of an adapter in each serving program",
             "portability",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:portability",),
             made_by="loradiag portability ADAPTER -o portability.jsonl",
             by_color=False,

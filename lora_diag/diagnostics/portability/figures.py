@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -11,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
@@ -19,20 +19,10 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.portability.record import AS_INTENDED, ORDER, Portability
 from lora_diag.diagnostics.portability.show import by_consumer, title_of
 from lora_diag.records.names import depth_of
-from lora_diag.rendering.figures.axes import panel_axes
 from lora_diag.rendering.figures.fields import Types
-from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
-from lora_diag.rendering.figures.style import (
-    CATEGORIES,
-    QUIET,
-    UNKNOWN,
-    PageStyle,
-    crop_names,
-    log_label,
-    width_of,
-    wrap_text,
-)
+from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel
+from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
+from lora_diag.rendering.figures.style import CATEGORIES, QUIET, UNKNOWN, PageStyle, crop_names, width_of, wrap_text
 
 # Colours by status; a wrong weight has the colour of its ε, or this one if its ε is not known.
 COLORS = {
@@ -74,8 +64,7 @@ def cells(series: Sequence[Series[Any]]) -> Cells:
     for item in series:
         groups = by_consumer(item.records)
         for name, records in groups.items():
-            prefix = f"{item.label}: " if len(series) > 1 else ""
-            program = f"{prefix}{title_of(name, [*groups])}"
+            program = f"{owner_of(item, series)}{title_of(name, [*groups])}"
             programs.append(program)
             for record in records:
                 cell = types.of(record.layer), program, depth_of(record.layer)
@@ -123,36 +112,42 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
     Returns:
         The Axes drawn on; ``ax.images`` are the programs.
     """
-    with panel_axes(ax) as (axes, style):
-        grid = cells((Series("", tuple(records)),))
-        norm = _make_norm(grid)
-        _draw(axes, grid, norm, style.ticks if style else 8.0, 2.0, 3.0)
-        if norm is not None:
-            axes.figure.colorbar(ScalarMappable(norm, EPSILON), ax=axes).set_label("ε of a wrong weight")
-    return axes
+    return draw_panel(make_page, records, "portability", ax)
 
 
-def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Return the page: one block of columns for each program, of one or several runs."""
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return one block of columns for each program, of one or several runs."""
     grid = cells(series)
     norm = _make_norm(grid)
     line = style.text / 72
     names = crop_names(grid.types, _NAMES * style.width, style.ticks)
-    inches = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
+    width = style.width * 0.86 - max(width_of(name, style.ticks) for name in names.values()) - 2 * line
     label_height = 1.2 * line
-    if not _names_fit(grid, inches, style.ticks):
+    if not _names_fit(grid, width, style.ticks):
         label_height = max(width_of(name, style.ticks) for name in grid.programs) + 0.4 * line
-    panel = 1.75 * max(len(grid.types), 2) * line + label_height + 2.4 * line
-    page, (ax,) = sheet(style, _make_text(series, grid), 1, 1, panel=panel, low=True)
-    _draw(ax, grid, norm, style.ticks, _NAMES * style.width, inches)
-    if norm is not None:
-        bar = page.colorbar(ScalarMappable(norm, EPSILON), ax=ax, fraction=0.04, pad=0.015)
-        bar.set_label("ε of a wrong weight")
-        bar.outline.set_visible(False)
-        if isinstance(norm, LogNorm) and norm.vmax and norm.vmin and norm.vmax / norm.vmin > 100:
-            bar.ax.yaxis.set_major_formatter(log_label)
-            bar.ax.yaxis.set_minor_formatter("")
-    return page
+    height = (1.75 * max(len(grid.types), 2) + 2.4) * line + label_height
+    statuses = {record.status for record in grid.records.values()}
+    unknown = any(r.status == "wrong" and not r.epsilon for r in grid.records.values())
+    colors = (
+        (bool(statuses & set(AS_INTENDED)), COLORS["exact"], "as intended"),
+        ("wrong" in statuses, EPSILON(0.5), "different ΔW"),
+        (unknown, COLORS["wrong"], "different ΔW, ε not known without BASE"),
+        ("dropped" in statuses, COLORS["dropped"], "dropped (ε = 1)"),
+        ("refused" in statuses, COLORS["refused"], "refused: no ΔW at all"),
+        ("unknown" in statuses, COLORS["unknown"], "not known without BASE"),
+    )
+    layers = len({record.layer for item in series for record in item.records})
+    pooled = len({(name, depth) for name, _, depth in grid.records}) < layers
+    return Page(
+        "Weights of the adapter as each program applies them",
+        [Panel("", partial(_draw, grid=grid, norm=norm, names=[*names.values()]), height=height, width=width)],
+        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
+        ["A cell shows the worst of a block's matrices of its type."] if pooled else (),
+        [Key(Patch(color=color), label) for present, color, label in colors if present],
+        low=True,
+        scale=None if norm is None else ScalarMappable(norm, EPSILON),
+        scale_label="ε of a wrong weight",
+    )
 
 
 def _names_fit(grid: Cells, inches: float, size: float) -> bool:
@@ -160,24 +155,19 @@ def _names_fit(grid: Cells, inches: float, size: float) -> bool:
     return max(width_of(name, size) for name in grid.programs) < 0.92 * inches / len(grid.programs)
 
 
-def _draw(ax: Axes, grid: Cells, norm: Normalize | None, size: float, max_width: float, inches: float) -> None:
+def _draw(ax: Axes, style: PageStyle, grid: Cells, norm: Normalize | None, names: Sequence[str]) -> None:
+    size = style.ticks
     step = len(grid.depths) * (1 + _GAP)
     for number, program in enumerate(grid.programs):
         left = number * step - 0.5
-        ax.imshow(
-            _color_cells(grid, program, norm),
-            extent=(left, left + len(grid.depths), len(grid.types) - 0.5, -0.5),
-            aspect="auto",
-            interpolation="nearest",
-        )
+        extent = (left, left + len(grid.depths), len(grid.types) - 0.5, -0.5)
+        ax.imshow(_color_cells(grid, program, norm), extent=extent, aspect="auto", interpolation="nearest")
     ax.set_xlim(-0.5, len(grid.programs) * step - 0.5 - len(grid.depths) * _GAP)
     ax.set_ylim(len(grid.types) - 0.5, -0.5)
-    ax.set_yticks(
-        range(len(grid.types)), list(crop_names(grid.types, max_width, size).values()), parse_math=False, size=size
-    )
+    ax.set_yticks(range(len(grid.types)), names, parse_math=False, size=size)
     middles = [number * step - 0.5 + len(grid.depths) / 2 for number in range(len(grid.programs))]
     ax.set_xticks(middles, list(grid.programs), parse_math=False, size=size)
-    ax.tick_params(axis="x", rotation=0 if _names_fit(grid, inches, size) else 90)
+    ax.tick_params(axis="x", rotation=0 if _names_fit(grid, style.width, size) else 90)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(length=0)
     ax.grid(False)
@@ -189,23 +179,4 @@ def _draw(ax: Axes, grid: Cells, norm: Normalize | None, size: float, max_width:
     if len(depths) > 1:
         outside = ", outside the blocks first" if None in grid.depths else ""
         text = f"program; in each, blocks {depths[0]} to {depths[-1]} from left to right{outside}"
-        ax.set_xlabel(wrap_text(text, inches, size / 0.88))
-
-
-def _make_text(series: Sequence[Series[Any]], grid: Cells) -> FigureText:
-    statuses = {record.status for record in grid.records.values()}
-    unknown = any(r.status == "wrong" and not r.epsilon for r in grid.records.values())
-    keys = [Key(Patch(color=COLORS["exact"]), "as intended")] if statuses & set(AS_INTENDED) else []
-    keys += [Key(Patch(color=EPSILON(0.5)), "different ΔW")] if "wrong" in statuses else []
-    keys += [Key(Patch(color=COLORS["wrong"]), "different ΔW, ε not known without BASE")] if unknown else []
-    keys += [Key(Patch(color=COLORS["dropped"]), "dropped (ε = 1)")] if "dropped" in statuses else []
-    keys += [Key(Patch(color=COLORS["refused"]), "refused: no ΔW at all")] if "refused" in statuses else []
-    keys += [Key(Patch(color=COLORS["unknown"]), "not known without BASE")] if "unknown" in statuses else []
-    layers = len({record.layer for item in series for record in item.records})
-    pooled = len({(name, depth) for name, _, depth in grid.records}) < layers
-    return FigureText(
-        "Weights of the adapter as each program applies them",
-        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
-        ("A cell shows the worst of a block's matrices of its type.",) if pooled else (),
-        tuple(keys),
-    )
+        ax.set_xlabel(wrap_text(text, style.width, style.text))

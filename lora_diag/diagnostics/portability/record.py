@@ -39,6 +39,7 @@ class Portability(LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "consumer", "version")
+    part_label: ClassVar[str] = "{consumer} {version}"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("status", "status", "treatment of the weight by the consumer", main=True),
         Shown("epsilon", "ε", "relative error of the ΔW that the consumer applies", axis="relative error ε"),

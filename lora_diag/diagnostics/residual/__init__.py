@@ -26,13 +26,13 @@ FEATURE = Feature(
             "residual",
             "ε and its floor, layer by layer, by cause",
             "residual",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:residual",),
             made_by="loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
             by_color=False,
-            obstacle=".figures:find_obstacle",
         ),
     ),
+    named_by=("base", "tuned"),
 )
 
 

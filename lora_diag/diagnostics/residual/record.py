@@ -176,6 +176,7 @@ class Residual(Distance, LayerRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
+    part_label: ClassVar[str] = "{adapter}"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
             "rank",

@@ -27,7 +27,7 @@ FEATURE = Feature(
             "curvature",
             "curvature of the loss; modelled and measured loss gaps of truncations",
             "curvature",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:curvature",),
             made_by="loradiag probe curvature BASE TUNED --eval FILE -o curvature.jsonl",
         ),

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.records import Results
-from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.pages import NAMES, Row, draw_rows, highest, run_keys
-from lora_diag.rendering.figures.panels import measured_axis, panel_width
+from lora_diag.rendering.figures.pages import (
+    ROWS,
+    Page,
+    Panel,
+    Row,
+    choose_columns,
+    draw_panel,
+    key,
+    make_rows_panel,
+    run_keys,
+)
+from lora_diag.rendering.figures.panels import measured_axis
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import FigureText, Key, sheet
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
+    DASHED,
+    DOTTED,
     INK,
     QUIET,
     PageStyle,
     category,
-    crop_names,
+    format_value,
     log_label,
     name_of,
-    wrap_text,
 )
 
 # Colours of the lines.
@@ -34,13 +43,11 @@ MEASURED, MODEL, BOUND = CATEGORIES[0], CATEGORIES[1], QUIET
 # Quantities, names and styles of the lines.
 STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gap", "measured", {"marker": "o"}),
-    ("predicted", "linear + quadratic model", {"ls": (0, (4, 2)), "marker": "s"}),
-    ("bound", "upper bound", {"ls": (0, (1, 1.5))}),
+    ("predicted", "linear + quadratic model", {"ls": DASHED, "marker": "s"}),
+    ("bound", "upper bound", {"ls": DOTTED}),
 )
 # Name of the last line if λ is of the Gauss–Newton matrix, which omits part of the Hessian and so gives no bound.
 NO_BOUND = "λ term, no bound"
-# Maximum number of rows of eigenvalues or traces.
-ROWS = 24
 
 
 def curvature(
@@ -57,59 +64,67 @@ def curvature(
         The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers, or
             their traces if no eigenvalue of a layer was computed.
     """
-    records = list(results.whole if isinstance(results, Results) else results)
-    sets = _list_sets(records)
-    with panel_axes(ax) as (axes, style):
-        if sets:
-            chosen = name if name is not None else sets[0]
-            _draw_gaps(
-                axes, [_select_bounds(records, chosen)], float(axes.get_window_extent().width) / axes.figure.dpi, style
-            )
-            axes.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
-            axes.set_title(
-                _make_title(chosen, [_select_bounds(records, chosen)], _is_bound(records)),
-                parse_math=False,
-                loc="left",
-            )
-        else:
-            rows, title, label = _make_rows([("", records)])
-            draw_rows(axes, rows, style)
-            axes.set_xlabel(label)
-            axes.set_title(title, parse_math=False, loc="left")
-    return axes
+    return draw_panel(make_page, results, "curvature", ax, name=name)
 
 
-def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the gaps, one panel per set, and largest eigenvalues of layers if computed; without gaps, else traces."""
-    runs = [(item.label, [r for r in item.whole if isinstance(r, Curvature | LossBound)]) for item in series]
-    all_records = [record for _, records in runs for record in records]
-    sets = _list_sets(all_records)
-    eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in all_records)
-    rows, title, label = _make_rows(runs) if eigen or not sets else ([], "", "")
-    panels = len(sets) + bool(rows)
-    columns = 1 if style.columns < 3 else min(panels, 2)
-    inches = panel_width(style, columns)
-    if rows and (columns == 1 or panels > columns):  # align the panels of a column after the longest name
-        inches *= 1 - NAMES
-    short = crop_names(sorted({row.name for row in rows}), NAMES * style.width / columns, style.ticks)
-    panel_height = max(1.9 * style.panel, (len(rows) + 3.5) * 1.55 * style.ticks / 72 if rows else 0)
-    text = _make_text(series, all_records, bool(sets), style)
-    figure, axes = sheet(style, text, -(-panels // columns), columns, panel=panel_height, share=False)
-    for name, ax in zip(sets, axes, strict=False):
-        bounds = [_select_bounds(records, name) for _, records in runs]
-        _draw_gaps(ax, bounds, inches, style)
-        ax.set_title(wrap_text(_make_title(name, bounds, _is_bound(all_records)), inches, style.text), parse_math=False)
-        ax.set(xlabel="rank r of the update", ylabel="loss gap (nats)")
-    if rows:
-        ax = axes[len(sets)]
-        draw_rows(ax, rows, style, short)
-        ax.set_title(
-            wrap_text(title, style.width / columns * (1 - NAMES) - style.text / 72, style.text), parse_math=False
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return the gaps, one panel per set, and largest eigenvalues of layers if computed; without gaps, else traces."""
+    runs = [[record for record in item.whole if isinstance(record, Curvature | LossBound)] for item in series]
+    records = [record for run in runs for record in run]
+    sets, bounded = _list_sets(records), _is_bound(records)
+    eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in records)
+    columns = choose_columns(min(len(sets) + (eigen or not sets), 2), style)
+    panels = []
+    for name in sets:
+        bounds = [_select_bounds(run, name) for run in runs]
+        title, draw = _make_title(name, bounds, bounded), partial(_draw_gaps, runs=bounds)
+        panels.append(
+            Panel(title, draw, "rank r of the update", "loss gap (nats)", height=1.9 * style.panel, name=name)
         )
-        ax.set_xlabel(label)
-    for ax in axes[panels:]:
-        ax.remove()
-    return figure
+    if eigen or not sets:
+        rows = _make_rows(runs, eigen)
+        distinct = len({row.name for row in rows})
+        title = "largest eigenvalue" if eigen else "trace ± 2 standard errors, more for few vectors (t)"
+        title += f", the {ROWS} highest of {distinct}" if distinct > ROWS else ""
+        xlabel = f"{'λ' if eigen else 'trace'} (nats per squared weight)"
+        last = make_rows_panel(title, rows, style, xlabel=xlabel, columns=columns)
+        if len(panels) >= columns:  # panels above are aligned after the longest name
+            panels = [replace(panel, width=last.width) for panel in panels]
+        panels.append(replace(last, height=max(last.height, 1.9 * style.panel)))
+    first = next(record for record in records if isinstance(record, Curvature))
+    matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
+    about, at = subject_of(series), first.at.upper()
+    if not sets:
+        title, about = (
+            f"Curvature of the loss at {at}: the {matrix} of each layer",
+            f"{about}mean negative log-likelihood",
+        )
+        keys = run_keys(series, ls="", marker="o", ms=4 * style.line)
+        return Page(title, panels, f"{about} of the evaluation set", keys=keys, columns=columns)
+    width = style.line
+    colors = (MEASURED, MODEL, BOUND) if len(series) == 1 else (QUIET,) * 3
+    keys = [
+        key(name if bounded or quantity != "bound" else NO_BOUND, color=color, lw=1.4 * width, ms=3 * width, **line)
+        for (quantity, name, line), color in zip(STYLES, colors, strict=True)
+    ]
+    term = "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔW_r − ΔW of all layers and λ the largest joint eigenvalue at TUNED"
+    truncations = [record for name in sets for record in _select_bounds(records, name)]
+    hidden = sum(record.gap <= 0 or record.predicted <= 0 for record in truncations)
+    return Page(
+        f"Loss gap of a truncated update: measured, modelled with the {matrix} at {at}{', and its bound' * bounded}",
+        panels,
+        f"{about}loss of the truncated update minus that of TUNED",
+        [
+            f"Bound: {term}; it holds if the curvature between the two points does not exceed λ."
+            if bounded
+            else f"λ term: {term}, of the Gauss–Newton matrix, which omits part of the Hessian: not a bound.",
+            "Error bars: two standard errors (t) for other text of this kind; a bar that would reach zero ends at a "
+            "tenth of the gap.",
+            f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks." if hidden else "",
+        ],
+        [*keys, *run_keys(series, lw=1.6 * width)],
+        columns=columns,
+    )
 
 
 def _list_sets(records: Iterable[Curvature | LossBound]) -> list[str]:
@@ -133,8 +148,7 @@ def _quantity_values(records: Sequence[LossBound], quantity: str) -> np.ndarray[
     return np.array([value if value > 0 else np.nan for value in values])
 
 
-def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, style: PageStyle | None) -> None:
-    width = style.line if style else 1.2
+def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) -> None:
     ax.set_yscale("log")
     drawn_values = []
     for number, records in enumerate(runs):
@@ -142,31 +156,18 @@ def _draw_gaps(ax: Axes, runs: Sequence[Sequence[LossBound]], inches: float, sty
         for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
             values = _quantity_values(records, quantity)
             drawn_values += values[np.isfinite(values)].tolist()
-            line_options: dict[str, Any] = {
-                "color": color if len(runs) == 1 else category(number),
-                "ms": 3 * width,
-                **line_style,
-            }
+            line: dict[str, Any] = {"color": color if len(runs) == 1 else category(number), "ms": 3 * style.line}
+            line |= {"label": f"_{quantity}", **line_style}
             if quantity == "gap":
                 half = np.array([record.gap_half or 0.0 for record in records])
                 # A bar that reaches zero has no end on a logarithmic axis: it stops at a tenth of the gap.
                 bars = [np.fmin(half, 0.9 * values), half]
-                ax.errorbar(
-                    ranks, values, yerr=bars, lw=1.6 * width, elinewidth=width, zorder=2.5, label="_gap", **line_options
-                )
+                ax.errorbar(ranks, values, yerr=bars, lw=1.6 * style.line, elinewidth=style.line, zorder=2.5, **line)
             else:
-                ax.plot(
-                    ranks,
-                    values,
-                    lw=1.3 * width,
-                    zorder=3 if quantity == "predicted" else 2,
-                    label=f"_{quantity}",
-                    **line_options,
-                )
-    low, high = min(drawn_values, default=1.0), max(drawn_values, default=1.0)
-    ax.set_ylim(low / 2.5, high * 2.5)
+                ax.plot(ranks, values, lw=1.3 * style.line, zorder=3 if quantity == "predicted" else 2, **line)
+    ax.set_ylim(min(drawn_values, default=1.0) / 2.5, max(drawn_values, default=1.0) * 2.5)
     ax.yaxis.set_major_formatter(log_label)
-    measured_axis(ax, [record.rank for records in runs for record in records], inches, style)
+    measured_axis(ax, [record.rank for records in runs for record in records], style)
 
 
 def _make_title(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
@@ -190,72 +191,21 @@ def _format_range(ratios: Sequence[float]) -> str:
 
 
 def _format_ratio(ratio: float) -> str:
-    rounded = float(f"{ratio:.2g}")
-    return f"{rounded:,.0f}".replace(",", "\u202f") if abs(rounded) >= 10 else f"{rounded:g}"
+    return format_value(float(f"{ratio:.2g}"))
 
 
-def _make_rows(runs: Sequence[tuple[str, Sequence[Curvature | LossBound]]]) -> tuple[list[Row], str, str]:
-    """Return rows of largest eigenvalues, or traces if no layer has eigenvalues; the panel's title; the axis label."""
-    named = [
-        (category(number), record)
-        for number, (_, records) in enumerate(runs)
-        for record in records
-        if isinstance(record, Curvature)
-    ]
-    eigen = any(record.layer is not None and record.eigenvalues for _, record in named)
+def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[Row]:
+    """Return a row of the largest eigenvalue of each layer, or of its trace."""
     rows = []
-    for color, record in named:
-        label = "all layers" if record.layer is None else name_of(record.layer)
-        color = INK if record.layer is None and len(runs) == 1 else color
-        if eigen and record.eigenvalues:
-            rows.append(Row(label, record.eigenvalues[0], record.residual, color))
-        elif not eigen:
-            rows.append(Row(label, record.trace, record.trace_half or 0.0, color))
-    distinct = len({row.name for row in rows})
-    limit = f", the {ROWS} highest of {distinct}" if distinct > ROWS else ""
-    title = "largest eigenvalue" if eigen else "trace ± 2 standard errors, more for few vectors (t)"
-    return highest(rows, ROWS), f"{title}{limit}", f"{'λ' if eigen else 'trace'} (nats per squared weight)"
-
-
-def _make_text(
-    series: Sequence[Series[Any]], records: Sequence[Curvature | LossBound], truncated: bool, style: PageStyle
-) -> FigureText:
-    first = next(record for record in records if isinstance(record, Curvature))
-    matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
-    about = subject_of(series)
-    if not truncated:
-        return FigureText(
-            f"Curvature of the loss at {first.at.upper()}: the {matrix} of each layer",
-            f"{about}mean negative log-likelihood of the evaluation set",
-            keys=run_keys(series, style),
-        )
-    width = style.line
-    bounded = _is_bound(records)
-    colors = (MEASURED, MODEL, BOUND) if len(series) == 1 else (QUIET,) * 3
-    keys = [
-        Key(
-            Line2D([], [], color=color, lw=1.4 * width, ms=3 * width, **line_style),
-            name if bounded or quantity != "bound" else NO_BOUND,
-        )
-        for (quantity, name, line_style), color in zip(STYLES, colors, strict=True)
-    ]
-    if len(series) > 1:
-        keys += [Key(Line2D([], [], color=category(i), lw=1.6 * width), item.label) for i, item in enumerate(series)]
-    term = "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔW_r − ΔW of all layers and λ the largest joint eigenvalue at TUNED"
-    notes = [
-        f"Bound: {term}; it holds if the curvature between the two points does not exceed λ."
-        if bounded
-        else f"λ term: {term}, of the Gauss–Newton matrix, which omits part of the Hessian: not a bound.",
-        "Error bars: two standard errors (t) for other text of this kind; a bar that would reach zero ends at a tenth "
-        "of the gap.",
-    ]
-    truncations = [record for name in _list_sets(records) for record in _select_bounds(records, name)]
-    if hidden := sum(record.gap <= 0 or record.predicted <= 0 for record in truncations):
-        notes.append(f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks.")
-    return FigureText(
-        f"Loss gap of a truncated update: measured, modelled with the {matrix} at "
-        f"{first.at.upper()}{', and its bound' * bounded}",
-        f"{about}loss of the truncated update minus that of TUNED",
-        (" ".join(notes),),
-        tuple(keys),
-    )
+    for number, records in enumerate(runs):
+        for record in records:
+            if not isinstance(record, Curvature) or (eigen and not record.eigenvalues):
+                continue
+            value, error = (
+                (record.eigenvalues[0], record.residual) if eigen else (record.trace, record.trace_half or 0.0)
+            )
+            if record.layer is None:
+                rows.append(Row("all layers", value, error, INK if len(runs) == 1 else category(number)))
+            else:
+                rows.append(Row(name_of(record.layer), value, error, category(number)))
+    return rows

@@ -27,11 +27,10 @@ FEATURE = Feature(
             "fisher",
             "how well predictors rank layers by the cost of truncation",
             "fisher",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:fisher",),
             made_by="loradiag probe fisher BASE TUNED --data FILE --measure -o fisher.jsonl",
             by_color=False,
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -8,37 +8,20 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlations
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.figures.axes import panel_axes, rank_axis
-from lora_diag.rendering.figures.pages import Draw, page_of
-from lora_diag.rendering.figures.panels import loss_axis, measured_axis
-from lora_diag.rendering.figures.series import Options, Series, owner_of, subject_of
-from lora_diag.rendering.figures.sheet import FigureText, Key
-from lora_diag.rendering.figures.style import (
-    CATEGORIES,
-    INK,
-    QUIET,
-    PageStyle,
-    category,
-    log_label,
-    name_of,
-)
+from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
+from lora_diag.rendering.figures.panels import loss_axis, measured_axis, rank_axis
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
+from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, log_label, name_of
 
 # Markers of the predictors.
 MARKS = ("o", "s", "D", "v", "^")
 # Tails below this fraction of the largest are rounding errors.
 SMALLEST_SHOWN = 1e-5
-
-
-def find_obstacle(records: Sequence[Fisher], options: Options) -> str | None:
-    """Return why nothing can be drawn; None if it can."""
-    return None if any(max(record.fisher, default=0.0) > 0 for record in records) else "no truncation changes the loss"
 
 
 def fisher(
@@ -55,40 +38,47 @@ def fisher(
     Returns:
         The Axes drawn on.
     """
-    records = [r for r in (results.whole if isinstance(results, Results) else results) if isinstance(r, Fisher)]
-    by_rank = _correlate(records) if per == "layer" else []
-    with panel_axes(ax) as (axes, style):
-        inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        if by_rank:
-            _draw_correlations(axes, by_rank, int(within), inches, style)
-            axes.set_title(_make_title(by_rank, int(within)), parse_math=False, loc="left")
-        else:
-            _draw_tails(axes, records, _color_types(records), inches, style)
-    return axes
+    return draw_panel(make_page, results, "fisher", ax, name="within" if within else None, options=Options(per=per))
 
 
-def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
+    if not any(max(record.fisher, default=0.0) > 0 for item in series for record in item.records):
+        raise UndrawableError("no truncation changes the loss")
     by_run = [_correlate(item.records) if options.per == "layer" else [] for item in series]
-    color_by_type = _color_types(
+    colors = _color_types(
         [r for item, by_rank in zip(series, by_run, strict=True) if not by_rank for r in item.records]
     )
-    panels: list[tuple[str, Draw]] = []
+    xlabel, height = "rank r to which each layer is truncated", 1.9 * style.panel
+    panels = []
     for item, by_rank in zip(series, by_run, strict=True):
         owner = owner_of(item, series)
         if not by_rank:
-            panels.append(
-                (
-                    item.label if owner else "",
-                    partial(_draw_tails, records=item.records, color_by_type=color_by_type, style=style),
-                )
-            )
+            draw = partial(_draw_tails, records=item.records, colors=colors)
+            panels.append(Panel(item.label if owner else "", draw, xlabel, "½F(r) (nats)", height))
             continue
         within = any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values())
-        for index in (0, 1) if within else (0,):
-            title = f"{owner}{_make_title(by_rank, index)}"
-            panels.append((title, partial(_draw_correlations, by_rank=by_rank, index=index, style=style)))
-    return page_of(panels, _make_text(series, by_run, color_by_type, style), style)
+        for index, name in enumerate(("all", "within") if within else ("all",)):
+            title, draw = f"{owner}{_make_title(by_rank, index)}", partial(_draw_rho, by_rank=by_rank, index=index)
+            panels.append(Panel(title, draw, xlabel, "Spearman's ρ with the KL", height, name=name))
+    keys, alone = [], "Each layer is truncated alone, all others as in TUNED"
+    if any(by_run):
+        keys = [key(name, **_make_line_style(number, style.line)) for number, (name, _) in enumerate(PREDICTORS)]
+        title = "Rank correlation of predicted and measured cost of truncating each layer alone"
+        quantity = "Spearman's ρ of each predictor with the measured KL on held-out text"
+        notes = [
+            f"{alone}. ρ = 1: same order; 0: no correlation. Layers of one model are not independent, and with few "
+            "layers small differences of ρ are not significant."
+        ]
+    else:
+        title = "Expected cost of truncating each module type: ½F(r)"
+        quantity = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
+        notes = [f"{alone}; the joint cost can differ from the sum."]
+    line: dict[str, Any] = {"lw": 1.4 * style.line}
+    keys += [key(name_of(kind), color=color, **line) for kind, color in colors.items() if color != QUIET]
+    if others := list(colors.values()).count(QUIET):
+        keys.append(key(f"{others} other types", color=QUIET, **line))
+    return Page(title, panels, f"{subject_of(series)}{quantity}", notes, keys)
 
 
 def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
@@ -96,21 +86,17 @@ def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
     return correlations(records, ranks)
 
 
-def _draw_correlations(
-    ax: Axes, by_rank: Sequence[Correlations], index: int, inches: float, style: PageStyle | None
-) -> None:
+def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index: int) -> None:
     """Draw ρ of each predictor over the ranks: over all layers (``index`` 0), or within module types (1)."""
-    width = style.line if style else 1.2
-    ax.axhline(0, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
+    ax.axhline(0, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
     lowest = min(0.0, *(rho for at_rank in by_rank for pair in at_rank.kl.values() for rho in pair if rho is not None))
     for number, (name, _) in enumerate(PREDICTORS):
         points = [(at_rank.rank, rho) for at_rank in by_rank if (rho := at_rank.kl[name][index]) is not None]
         if points:
-            ax.plot(*zip(*points, strict=True), label=f"_{name}", **_make_line_style(number, width))
+            ax.plot(*zip(*points, strict=True), label=f"_{name}", **_make_line_style(number, style.line))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
-    measured_axis(ax, [at_rank.rank for at_rank in by_rank], inches, style)
+    measured_axis(ax, [at_rank.rank for at_rank in by_rank], style)
     loss_axis(ax)
-    ax.set(xlabel="rank r to which each layer is truncated", ylabel="Spearman's ρ with the KL")
 
 
 def _make_line_style(number: int, width: float) -> dict[str, Any]:
@@ -147,64 +133,23 @@ def _color_types(records: Sequence[Fisher]) -> dict[str, str]:
     return {kind: category(shown_types.index(kind)) if kind in shown_types else QUIET for kind in ordered}
 
 
-def _draw_tails(
-    ax: Axes, records: Sequence[Fisher], color_by_type: dict[str, str], inches: float, style: PageStyle | None
-) -> None:
+def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], colors: dict[str, str]) -> None:
     """Draw ½F(r) summed over the layers of each type, and of all grey types together."""
-    width = style.line if style else 1.2
+    ranks = range(1, max(len(record.fisher) for record in records) + 1)
+    tails = {
+        kind: np.array([sum(r.at(rank) for r in records if module_type_of(r.layer) == kind) / 2 for rank in ranks])
+        for kind in colors
+    }
+    high = max(float(tail.max()) for tail in tails.values())
+    last = max(int(np.flatnonzero(tail > SMALLEST_SHOWN * high).max(initial=0)) for tail in tails.values()) + 1
+    drawn = {kind: tail for kind, tail in tails.items() if colors[kind] != QUIET}
+    if others := [tail for kind, tail in tails.items() if colors[kind] == QUIET]:
+        drawn["other types"] = np.sum(others, axis=0)
+    for kind, tail in drawn.items():
+        line: dict[str, Any] = {"color": colors.get(kind, QUIET), "lw": 1.4 * style.line}
+        ax.plot(ranks, np.where(tail > 0, tail, np.nan), label=f"_{kind}", **line)
+    visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in drawn.values()])
     ax.set_yscale("log")
-    longest = max(len(record.fisher) for record in records)
-    ranks = np.arange(1, longest + 1)
-    curves = {}
-    for kind, color in color_by_type.items():
-        of_type = [record for record in records if module_type_of(record.layer) == kind]
-        tail = np.array([sum(record.at(int(rank)) for record in of_type) / 2 for rank in ranks])
-        curves[kind] = tail
-        if color != QUIET:
-            ax.plot(ranks, np.where(tail > 0, tail, np.nan), color=color, lw=1.4 * width, label=f"_{kind}")
-    remainder = sum((curves[kind] for kind, color in color_by_type.items() if color == QUIET), start=np.zeros(longest))
-    if remainder.any():
-        ax.plot(ranks, np.where(remainder > 0, remainder, np.nan), color=QUIET, lw=1.4 * width, label="_other types")
-    high = max(float(tail.max()) for tail in curves.values())
-    visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in (*curves.values(), remainder)])
-    ax.set_ylim(float(visible.min()) / 2, max(high, float(remainder.max())) * 2)
+    ax.set_ylim(float(visible.min()) / 2, float(visible.max()) * 2)
     ax.yaxis.set_major_formatter(log_label)
-    end = (
-        int(max((np.flatnonzero(tail > SMALLEST_SHOWN * high).max(initial=0) for tail in curves.values()), default=0))
-        + 1
-    )
-    rank_axis(ax, end, (), style, inches)
-    ax.set(xlabel="rank r to which each layer is truncated", ylabel="½F(r) (nats)")
-
-
-def _make_text(
-    series: Sequence[Series[Any]],
-    by_run: Sequence[Sequence[Correlations]],
-    color_by_type: dict[str, str],
-    style: PageStyle,
-) -> FigureText:
-    width = style.line
-    keys, notes = [], []
-    if any(by_run):
-        keys = [
-            Key(Line2D([], [], **_make_line_style(number, width)), name) for number, (name, _) in enumerate(PREDICTORS)
-        ]
-        title = "Rank correlation of predicted and measured cost of truncating each layer alone"
-        notes.append("Each layer is truncated alone, all others as in TUNED. ρ = 1: same order; 0: no correlation.")
-        notes.append(
-            "Layers of one model are not independent, and with few layers small differences of ρ are not significant."
-        )
-        quantity = "Spearman's ρ of each predictor with the measured KL on held-out text"
-    else:
-        title = "Expected cost of truncating each module type: ½F(r)"
-        quantity = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
-        notes.append("Each layer is truncated alone, all others as in TUNED; the joint cost can differ from the sum.")
-    keys += [
-        Key(Line2D([], [], color=color, lw=1.4 * width), name_of(kind))
-        for kind, color in color_by_type.items()
-        if color != QUIET
-    ]
-    if other_types := [kind for kind, color in color_by_type.items() if color == QUIET]:
-        keys.append(Key(Line2D([], [], color=QUIET, lw=1.4 * width), f"{len(other_types)} other types"))
-    about = subject_of(series)
-    return FigureText(title, f"{about}{quantity}", (" ".join(notes),), tuple(keys))
+    rank_axis(ax, last, (), style)

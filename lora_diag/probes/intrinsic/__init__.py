@@ -22,10 +22,9 @@ FEATURE = Feature(
             "intrinsic",
             "fraction of full fine-tuning's gain by trained parameters",
             "intrinsic",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:intrinsic",),
             made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -21,23 +21,22 @@ FEATURE = Feature(
             "outputs",
             "held-out loss of each adapter compared with the full fine-tune",
             "outputs",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:outputs",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
-            obstacle=".figures:find_obstacle",
         ),
         Figure(
             "depth",
             "distance of hidden states from the full fine-tune's, by depth",
             "outputs",
-            ".figures:depth_figure",
+            ".figures:make_depth_page",
             panels=(".figures:depth",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
-            obstacle=".figures:find_depth_obstacle",
         ),
     ),
+    named_by=("base", "tuned"),
 )
 
 

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.pages import Draw, Row, draw_rows, figure_of, highest, page_of, run_keys
-from lora_diag.rendering.figures.panels import limits, one_set, sets_of
-from lora_diag.rendering.figures.series import Options, Series, owner_of, short_names, subject_of
-from lora_diag.rendering.figures.sheet import FigureText, Key
-from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
+from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, key, make_rows_page
+from lora_diag.rendering.figures.panels import limits, sets_of
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, short_names, subject_of
+from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category
 from lora_diag.rendering.losses import gap_half
 
-# Maximum number of rows of a panel.
-ROWS = 24
 _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
-
-
-def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
-    """Return why gaps cannot be drawn; None if they can."""
-    return None if any(_select_compared(records)) else "no model was compared with a full fine-tune"
-
-
-def find_depth_obstacle(records: Sequence[Probe], options: Options) -> str | None:
-    """Return why depths cannot be drawn; None if they can."""
-    if any(value is not None for record in _select_compared(records) for value in record.hidden or ()):
-        return None
-    return "no hidden states were compared"
 
 
 def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -47,13 +30,7 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
     Returns:
         The Axes drawn on.
     """
-    records, label = one_set(results, "outputs", name)
-    rows = highest(_make_rows(records, _label_models(records)), ROWS)
-    with panel_axes(ax) as (axes, style):
-        draw_rows(axes, rows, style)
-        axes.set_xlabel("loss minus TUNED's (nats)")
-        axes.set_title(label, parse_math=False, loc="left")
-    return axes
+    return draw_panel(make_page, results, "outputs", ax, name=name)
 
 
 def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -67,77 +44,72 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     Returns:
         The Axes drawn on.
     """
-    records, _ = one_set(results, "outputs", name)
-    lines = _make_lines(records, _label_models(records))
-    with panel_axes(ax) as (axes, style):
-        _draw_depth(axes, lines, style)
-        axes.set(xlabel="block (0: embeddings)", ylabel="distance of hidden states")
-        axes.legend(*zip(*[(key.handle, key.label) for key in _make_keys(lines, style)], strict=True), fontsize="small")
-    return axes
+    return draw_panel(make_depth_page, results, "outputs", ax, name=name, legend=True)
 
 
-def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the gaps, one panel per set."""
-    panels: list[tuple[str, list[Row]]] = []
-    sets = sets_of(record for item in series for record in item.records)
-    models = _label_models(record for item in series for record in item.records)
-    for name, label in sets.items():
-        rows: list[Row] = []
-        for number, item in enumerate(series):
-            color = category(number) if len(series) > 1 else None
-            rows += _make_rows([r for r in item.records if r.set == name], models, color)
-        panels.append((label, highest(rows, ROWS, panels[0][1] if panels else ())))
-    max_rows = max(
-        sum(record.set == name for item in series for record in _select_compared(item.records)) for name in sets
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return the gaps, one panel per set."""
+    records = [record for item in series for record in item.records]
+    if not _select_compared(records):
+        raise UndrawableError("no model was compared with a full fine-tune")
+    models = _label_models(records)
+
+    def rows_of(item: Series[Probe], name: str, color: str) -> list[Row]:
+        of_set = [record for record in item.records if record.set == name]
+        return _make_rows(of_set, models, color if len(series) > 1 else None)
+
+    return make_rows_page(
+        series,
+        rows_of,
+        sets_of(records),
+        style,
+        title="Held-out loss of each model minus that of the full fine-tune",
+        about=f"{subject_of(series)}mean negative log-likelihood, nats; left of the line: better than TUNED",
+        xlabel="loss minus TUNED's (nats)",
+        notes=[
+            "Error bars: two paired standard errors, more for few sequences (t). A bar that crosses zero: no "
+            "significant difference from TUNED."
+        ],
+        ordered=True,
     )
-    notes = [
-        "Error bars: two paired standard errors, more for few sequences (t). A bar that crosses zero: no significant "
-        "difference from TUNED."
+
+
+def make_depth_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return the distances by depth, one panel per set, of as many models as there are colours."""
+    models = _label_models(record for item in series for record in item.records)
+    labels = sets_of(record for item in series for record in item.records)
+    by_set: dict[str, dict[str, Sequence[float | None]]] = {}
+    for item in series:
+        for record in _select_compared(item.records):
+            if any(value is not None for value in record.hidden or ()):
+                model = f"{owner_of(item, series)}{models[record.subject, record.name]}"
+                by_set.setdefault(record.set, {})[model] = record.hidden or ()
+    if not by_set:
+        raise UndrawableError("no hidden states were compared")
+    found = dict.fromkeys(model for lines in by_set.values() for model in lines)
+    colors = {model: category(number) for number, model in enumerate([*found][: len(CATEGORIES)])}
+    panels = [
+        Panel(
+            labels[name],
+            partial(_draw_depth, lines=by_set[name], colors=colors),
+            xlabel="block (0: embeddings)",
+            ylabel="distance of hidden states",
+            height=1.7 * style.panel,
+            name=name,
+        )
+        for name in labels
+        if name in by_set
     ]
-    notes.append(f"The {ROWS} largest gaps of {max_rows}." if max_rows > ROWS else "")
-    about = subject_of(series)
-    text = FigureText(
-        "Held-out loss of each model minus that of the full fine-tune",
-        f"{about}mean negative log-likelihood, nats; left of the line: better than TUNED",
-        (" ".join(filter(None, notes)),),
-        run_keys(series, style),
-    )
-    return figure_of(panels, "loss minus TUNED's (nats)", text, style)
-
-
-def depth_figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw the distances by depth, one panel per set, of as many models as there are colours."""
-    sets = sets_of(record for item in series for record in item.records if not find_depth_obstacle([record], options))
-    models = _label_models(record for item in series for record in item.records)
-    by_set = {
-        name: [
-            line
-            for item in series
-            for line in _make_lines([r for r in item.records if r.set == name], models, owner_of(item, series))
-        ]
-        for name in sets
-    }
-    line_names = list(dict.fromkeys(name for lines in by_set.values() for name, _ in lines))
-    about = subject_of(series)
-    text = FigureText(
+    return Page(
         "Distance of the hidden states from those of the full fine-tune",
-        f"{about}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
-        (
-            "Distance measures similarity, not quality; compare models by their loss."
-            + (
-                f" Not drawn: {len(line_names) - len(CATEGORIES)} more models."
-                if len(line_names) > len(CATEGORIES)
-                else ""
-            ),
-        ),
-        _make_keys([(name, ()) for name in line_names[: len(CATEGORIES)]], style),
+        panels,
+        f"{subject_of(series)}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
+        [
+            "Distance measures similarity, not quality; compare models by their loss.",
+            f"Not drawn: {len(found) - len(colors)} more models." if len(found) > len(colors) else "",
+        ],
+        [key(model, color=color, **_make_line_style(style)) for model, color in colors.items()],
     )
-    drawn_names = line_names[: len(CATEGORIES)]
-    panels: list[tuple[str, Draw]] = []
-    for name, label in sets.items():
-        lines = [(model, dict(by_set[name]).get(model, ())) for model in drawn_names]
-        panels.append((label, lambda ax, inches, lines=lines: _draw_depth(ax, lines, style)))
-    return page_of(panels, text, style, height=1.7, xlabel="block (0: embeddings)", ylabel="distance")
 
 
 def _select_compared(records: Iterable[Probe]) -> list[Probe]:
@@ -145,7 +117,7 @@ def _select_compared(records: Iterable[Probe]) -> list[Probe]:
     return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
 
 
-def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None = None) -> list[Row]:
+def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None) -> list[Row]:
     compared = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
     # A distant BASE would compress the axis of all others; its gap is in the table.
     others = _select_compared(compared)
@@ -174,39 +146,20 @@ def _label_models(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
     }
 
 
-def _make_lines(
-    of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], prefix: str = ""
-) -> list[tuple[str, Sequence[float | None]]]:
-    return [
-        (f"{prefix}{labels[record.subject, record.name]}", record.hidden)
-        for record in _select_compared(of_set)
-        if record.hidden
-    ]
-
-
-def _draw_depth(ax: Axes, lines: Sequence[tuple[str, Sequence[float | None]]], style: PageStyle | None) -> None:
-    width = style.line if style else 1.2
+def _draw_depth(
+    ax: Axes, style: PageStyle, lines: Mapping[str, Sequence[float | None]], colors: Mapping[str, str]
+) -> None:
     values = [0.0, 1.0]
-    for number, (name, hidden) in enumerate(lines):
-        points = [(block, value) for block, value in enumerate(hidden) if value is not None]
+    for model, color in colors.items():
+        points = [(block, value) for block, value in enumerate(lines.get(model, ())) if value is not None]
         if points:
-            line_style: dict[str, Any] = {
-                "color": category(number),
-                "lw": 1.5 * width,
-                "marker": "o",
-                "ms": 2.6 * width,
-            }
-            ax.plot(*zip(*points, strict=True), label=f"_{name}", **line_style)
+            ax.plot(*zip(*points, strict=True), label=f"_{model}", color=color, **_make_line_style(style))
             values += [value for _, value in points]
-    ax.axhline(1, color=INK, lw=0.8 * width, ls=(0, (4, 2)), zorder=1)
+    ax.axhline(1, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
     ax.set_ylim(0, limits(values)[1])
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
 
 
-def _make_keys(lines: Sequence[tuple[str, Any]], style: PageStyle | None) -> tuple[Key, ...]:
-    width = style.line if style else 1.2
-    return tuple(
-        Key(Line2D([], [], color=category(number), lw=1.5 * width, marker="o", ms=2.6 * width), name)
-        for number, (name, _) in enumerate(lines)
-    )
+def _make_line_style(style: PageStyle) -> dict[str, Any]:
+    return {"lw": 1.5 * style.line, "marker": "o", "ms": 2.6 * style.line}

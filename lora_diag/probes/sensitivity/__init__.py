@@ -35,10 +35,9 @@ FEATURE = Feature(
             "sensitivity",
             "gain of each layer or module type adapted alone",
             "sensitivity",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:sensitivity",),
             made_by="loradiag probe sensitivity BASE --data FILE --eval FILE -o sensitivity.jsonl",
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

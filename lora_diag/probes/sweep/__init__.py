@@ -40,10 +40,9 @@ FEATURE = Feature(
             "sweep",
             "held-out loss of LoRA trained at each rank",
             "sweep",
-            ".figures:figure",
+            ".figures:make_page",
             panels=(".figures:sweep",),
             made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
-            obstacle=".figures:find_obstacle",
         ),
     ),
 )

@@ -8,25 +8,14 @@ from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lora_diag.probes.sweep.verdict import TOLERANCE, AtRank, SweepVerdict, best_rates, by_rank, confident, judge
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
-from lora_diag.rendering.figures.axes import panel_axes
-from lora_diag.rendering.figures.pages import Draw, page_of
-from lora_diag.rendering.figures.panels import (
-    levels,
-    limits,
-    loss_axis,
-    measured_axis,
-    probes,
-    sets_of,
-)
-from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.sheet import FigureText, Key
+from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel, key, run_keys
+from lora_diag.rendering.figures.panels import draw_seeds, levels, limits, loss_axis, measured_axis, sets_of
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
 # BASE is drawn in the panel unless its distance from the runs exceeds their range by this factor.
@@ -62,12 +51,6 @@ class SweepCurve:
         return [loss for row in self.rows for loss in row.losses]
 
 
-def find_obstacle(records: Sequence[Probe], options: Options) -> str | None:
-    """Return why nothing can be drawn; None if it can."""
-    has_loss = any(record.subject == "lora" and record.loss is not None for record in records)
-    return None if has_loss else "no run of the sweep is finished with a loss"
-
-
 def sweep_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
     """Return the curve of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
     first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
@@ -92,51 +75,71 @@ def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
     Returns:
         The Axes drawn on.
     """
-    records = probes(results, "sweep")
+    return draw_panel(make_page, results, "sweep", ax, name=name)
+
+
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return a panel per set; several sweeps differ by colour."""
+    records = [record for item in series for record in item.records]
+    if not any(record.subject == "lora" and record.loss is not None for record in records):
+        raise UndrawableError("no run of the sweep is finished with a loss")
+    single, width = len(series) == 1, style.line
     sets = sets_of(records)
-    chosen = name if name is not None else next(iter(sets))
-    tolerance = results.run.settings.get("tolerance", TOLERANCE) if isinstance(results, Results) else TOLERANCE
-    curve = sweep_curve(records, chosen, tolerance)
-    with panel_axes(ax) as (axes, style):
-        inches = float(axes.get_window_extent().width) / axes.figure.dpi
-        _draw(axes, [curve], inches, style)
-        axes.set(xlabel="rank r, with its learning rate", ylabel="loss (nats)")
-        axes.set_title(_make_title(sets[chosen], curve), parse_math=False, loc="left")
-    return axes
-
-
-def figure(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Figure:
-    """Draw a panel per set; several sweeps differ by colour."""
-    sets = sets_of(record for item in series for record in item.records)
-    panels: list[tuple[str, Draw]] = []
+    panels = []
     for name, label in sets.items():
         curves = [sweep_curve(item.records, name, _get_tolerance(item)) for item in series]
-        title = label if len(curves) > 1 else _make_title(label, curves[0])
-        panels.append((title, partial(_draw, curves=curves, style=style)))
-    xlabel = "rank r" if len(series) > 1 else "rank r, with its learning rate"
-    return page_of(panels, _make_text(series, sets, style), style, xlabel=xlabel, ylabel="loss (nats)")
+        panels.append(
+            Panel(
+                _make_title(label, curves[0]) if single else label,
+                partial(_draw, curves=curves),
+                xlabel="rank r, with its learning rate" if single else "rank r",
+                ylabel="loss (nats)",
+                height=1.9 * style.panel,
+                name=name,
+            )
+        )
+    color = category(0) if single else QUIET
+    ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
+    keys = [
+        *run_keys(series, lw=1.6 * width),
+        *([key("mean over seeds", color=color, lw=1.6 * width)] if single else []),
+        key("one seed", color=color, ls="", marker="o", ms=2.6 * width, alpha=0.6),
+        key("smallest rank shown to be enough", color=color, **ring),
+        *([Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best")] if single else []),
+    ]
+    run = series[0].run
+    steps = f"{run.settings['steps']} steps, " if single and run is not None and "steps" in run.settings else ""
+    diverged = sum(record.loss is None for record in records)
+    return Page(
+        "Loss of LoRA trained at each rank, at the rank's own learning rate",
+        panels,
+        f"{subject_of(series)}{steps}mean negative log-likelihood of held-out predictions",
+        [
+            f"The learning rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}.",
+            f"Not drawn: {diverged} losses of runs that diverged." if diverged else "",
+            "With fewer steps than you will train, small ranks may look better than they are.",
+        ],
+        keys,
+    )
 
 
 def _get_tolerance(item: Series[Any]) -> float:
     return float(item.run.settings.get("tolerance", TOLERANCE)) if item.run else TOLERANCE
 
 
-def _draw(ax: Axes, curves: Sequence[SweepCurve], inches: float, style: PageStyle | None) -> None:
-    width = style.line if style else 1.2
+def _draw(ax: Axes, style: PageStyle, curves: Sequence[SweepCurve]) -> None:
+    width = style.line
     losses = [loss for curve in curves for loss in curve.losses]
     if not losses:
         return
     for number, curve in enumerate(curves):
         if not curve.rows:
             continue
-        color = category(number)
-        means = [row.mean for row in curve.rows]
+        color, means = category(number), [row.mean for row in curve.rows]
         if len(curves) == 1 and curve.verdict is not None and curve.verdict.tolerance > 0:
             grey: dict[str, Any] = {"color": FLOOR, "alpha": 0.35, "lw": 0, "zorder": 1}
             ax.axhspan(min(means), min(means) + curve.verdict.tolerance, label="_tolerance", **grey)
-        dots = [(rank, loss) for rank, row in curve.points for loss in row.losses]
-        small: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6 * width, "mew": 0, "alpha": 0.55}
-        ax.plot(*zip(*dots, strict=True), color=color, label="_seeds", **small)
+        draw_seeds(ax, [(rank, loss) for rank, row in curve.points for loss in row.losses], style, color, "_seeds")
         ax.plot([rank for rank, _ in curve.points], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
         for rank, row in curve.points:
             if curve.verdict is not None and rank == curve.verdict.rank:
@@ -145,11 +148,11 @@ def _draw(ax: Axes, curves: Sequence[SweepCurve], inches: float, style: PageStyl
     _draw_levels(ax, curves, losses, style)
     rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
     ranks = [rank for curve in curves for rank, _ in curve.points]
-    measured_axis(ax, ranks, inches, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
+    measured_axis(ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     loss_axis(ax)
 
 
-def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle | None) -> None:
+def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle) -> None:
     """Draw BASE and other reference lines; name those too far away at the edge."""
     named = {("BASE", curve.base): INK for curve in curves if curve.base is not None}
     for number, curve in enumerate(curves):
@@ -171,7 +174,7 @@ def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float]
                 transform=ax.transAxes,
                 ha="right",
                 va="top" if up else "bottom",
-                size=style.ticks if style else 9,
+                size=style.ticks,
                 color=INK,
                 parse_math=False,
             )
@@ -191,33 +194,3 @@ def _make_title(label: str, curve: SweepCurve) -> str:
         "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
     }
     return f"{label}: {endings.get(verdict.outcome, verdict.outcome)}"
-
-
-def _make_text(series: Sequence[Series[Any]], sets: dict[str, str], style: PageStyle) -> FigureText:
-    width = style.line
-    single = len(series) == 1
-    keys = [
-        Key(Line2D([], [], color=category(number), lw=1.6 * width), item.label)
-        for number, item in enumerate(() if single else series)
-    ]
-    color = category(0) if single else QUIET
-    if single:
-        keys.append(Key(Line2D([], [], color=color, lw=1.6 * width), "mean over seeds"))
-    keys.append(Key(Line2D([], [], color=color, ls="", marker="o", ms=2.6 * width, alpha=0.6), "one seed"))
-    ring: dict[str, Any] = {"marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
-    keys.append(Key(Line2D([], [], color=color, ls="", **ring), "smallest rank shown to be enough"))
-    if single:
-        keys.append(Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best"))
-    about = subject_of(series)
-    run = series[0].run
-    if single and run is not None and "steps" in run.settings:
-        about += f"{run.settings['steps']} steps, "
-    about += "mean negative log-likelihood of held-out predictions"
-    notes = [f"The learning rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}."]
-    diverged = sum(record.loss is None for item in series for record in item.records)
-    if diverged:
-        notes.append(f"Not drawn: {diverged} losses of runs that diverged.")
-    notes.append("With fewer steps than you will train, small ranks may look better than they are.")
-    return FigureText(
-        "Loss of LoRA trained at each rank, at the rank's own learning rate", about, (" ".join(notes),), tuple(keys)
-    )

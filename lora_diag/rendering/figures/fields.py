@@ -27,6 +27,12 @@ def metric_suffix(records: Iterable[LayerRecord]) -> str:
     return f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
 
 
+def count_matrices(records: Iterable[LayerRecord]) -> str:
+    """Return the number of distinct layers, such as ``12 matrices``."""
+    count = len({record.layer for record in records})
+    return f"{count} {'matrix' if count == 1 else 'matrices'}"
+
+
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     """Return the axis title of a field, in the metric of the records."""
     records = tuple(records)
@@ -154,6 +160,16 @@ class Types:
     def of(self, layer: str) -> str:
         """Return the module type of a layer as drawn."""
         return self._type_names[layer]
+
+    def pool(self, own: Iterable[str]) -> dict[str, str]:
+        """Return the name of each type where not all can be shown: types that are not in ``own`` share one.
+
+        A single type besides them keeps its name.
+        """
+        own = set(own)
+        others = [name for name in self.names if name not in own]
+        shared = f"{len(others)} other types"
+        return {name: name if name in own or len(others) == 1 else shared for name in self.names}
 
     def _label_type(self, layer: str) -> str:
         tower = self._tower_labels.get(tower_of(layer))

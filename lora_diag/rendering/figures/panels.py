@@ -1,25 +1,31 @@
-"""Elements of panels: module types in equal slots with their blocks from left to right, measured ranks, named levels.
-
-Also the probe records of a figure, by probe and set.
-"""
+"""Elements of panels: axes of ranks and losses, named levels, and module types in slots, blocks from left to right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from lora_diag.records import LayerRecord, Probe, Results
+from lora_diag.records import LayerRecord
 from lora_diag.records.probe import OnSet
-from lora_diag.rendering.figures.axes import label_ticks
 from lora_diag.rendering.figures.fields import Types, by_depth
-from lora_diag.rendering.figures.sheet import MAX_PANELS
-from lora_diag.rendering.figures.style import INK, PageStyle, crop_names, name_of, width_of
+from lora_diag.rendering.figures.pages import MAX_PANELS, Panel
+from lora_diag.rendering.figures.style import (
+    DASHED,
+    INK,
+    PageStyle,
+    crop_names,
+    log_label,
+    name_of,
+    width_of,
+)
 
 R = TypeVar("R", bound=LayerRecord)
 
@@ -49,27 +55,25 @@ class Slot(Generic[R]):
         return max(map(len, self.bars))
 
 
-def make_slots(records: Sequence[R], per: str, types: Types | None = None) -> tuple[Slot[R], ...]:
-    """Return the slots with layers; if there are too many types, the last slot has the others.
+def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...]]:
+    """Return the slots with layers of each run; if there are too many types, the last slot has the others.
 
     Args:
-        records: One per layer.
+        runs: The records of each run, one per layer.
         per: ``layer`` for one bar per block, ``type`` for one bar per type.
-        types: Module types of all compared layers, if ``records`` are a subset.
     """
-    types = types or Types(record.layer for record in records)
-    names = types.names
-    if len(names) > MAX_PANELS:
-        others = f"{len(names) - MAX_PANELS + 1} other types"
-        slot_names = dict.fromkeys(names, others) | {name: name for name in names[: MAX_PANELS - 1]}
-    else:
-        slot_names = {name: name for name in names}
-    groups: dict[str, list[R]] = {name: [] for name in slot_names.values()}
-    for record in records:
-        groups[slot_names[types.of(record.layer)]].append(record)
-    return tuple(
-        _make_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group
-    )
+    types = Types(record.layer for records in runs for record in records)
+    names = types.pool(types.names[: MAX_PANELS - 1])
+    slots = []
+    for records in runs:
+        groups: dict[str, list[R]] = {name: [] for name in names.values()}
+        for record in records:
+            groups[names[types.of(record.layer)]].append(record)
+        made = (
+            _make_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group
+        )
+        slots.append(tuple(made))
+    return slots
 
 
 def _make_slot(position: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
@@ -78,58 +82,73 @@ def _make_slot(position: int, name: str, group: Sequence[R], per: str) -> Slot[R
     return Slot(name, position + np.linspace(-half, half, len(bars) + 1), bars)
 
 
-def slot_axis(ax: Axes, drawn: Sequence[Slot[R]], inches: float, size: float, labels: bool = True) -> None:
+def stack_panels(panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], style: PageStyle) -> list[Panel]:
+    """Return panels, one below the other, with the slots of all runs named below the last."""
+    slots = list({slot.name: slot for run_slots in runs for slot in run_slots}.values())
+    width = style.width - 6 * style.text / 72
+    below = label_height(slots, replace(style, width=width)) / len(panels)
+
+    def draw(ax: Axes, style: PageStyle, panel: Panel) -> None:
+        panel.draw(ax, style)
+        slot_axis(ax, slots, style, labels=panel is panels[-1])
+
+    return [
+        replace(panel, draw=partial(draw, panel=panel), height=panel.height + below, width=width) for panel in panels
+    ]
+
+
+def draw_bars(
+    ax: Axes, slots: Sequence[Slot[R]], height_of: Callable[[Sequence[R]], float | None], **line_style: Any
+) -> None:
+    """Draw a value of each bar, by default as a line; nothing for a slot without values."""
+    for slot in slots:
+        heights = np.array([height_of(bar) for bar in slot.bars], dtype=np.float64)
+        if np.isfinite(heights).any():
+            ax.stairs(heights, slot.edges, **{"baseline": None, **line_style})
+
+
+def median_of(value_of: Callable[[R], float | None]) -> Callable[[Sequence[R]], float | None]:
+    """Return a function for the median over the layers of a bar; None if a layer has no value."""
+
+    def pool(bar: Sequence[R]) -> float | None:
+        values = [value for record in bar if (value := value_of(record)) is not None]
+        return float(np.median(values)) if len(values) == len(bar) else None
+
+    return pool
+
+
+def slot_axis(ax: Axes, slots: Sequence[Slot[R]], style: PageStyle, labels: bool = True) -> None:
     """Name the slots below the axis, rotated to fit.
 
     Args:
         ax: The panel.
-        drawn: Its slots.
-        inches: Its width.
-        size: Font size in points.
+        slots: Its slots.
+        style: The page, of the panel's width.
         labels: Whether to show the names.
     """
-    positions = [round(float(slot.edges.mean())) for slot in drawn]
+    positions = [round(float(slot.edges.mean())) for slot in slots]
     ax.set_xlim(min(positions) - 0.5, max(positions) + 0.5)
-    ax.set_xticks(positions)
+    names, angle = _fit_labels(slots, style)
+    turned: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
+    ax.set_xticks(positions, names, parse_math=False, rotation=angle, size=style.ticks, **turned)
     ax.tick_params(axis="x", length=0, labelbottom=labels)
-    if not labels:
-        return
-    names, angle = _fit_labels(drawn, inches, size)
-    ax.set_xticklabels(
-        names,
-        parse_math=False,
-        rotation=angle,
-        ha="right" if angle == 45 else "center",
-        rotation_mode="anchor" if angle == 45 else "default",
-        size=size,
-    )
 
 
-def label_height(drawn: Sequence[Slot[R]], inches: float, size: float) -> float:
-    """Return the height of the names below the axis in inches."""
-    names, angle = _fit_labels(drawn, inches, size)
-    widest = max(width_of(name, size) for name in names)
-    return widest * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4 * size / 72
+def label_height(slots: Sequence[Slot[R]], style: PageStyle) -> float:
+    """Return the height of the names below the axis of a panel in inches."""
+    names, angle = _fit_labels(slots, style)
+    widest = max(width_of(name, style.ticks) for name in names)
+    return widest * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4 * style.ticks / 72
 
 
-def _fit_labels(drawn: Sequence[Slot[R]], inches: float, size: float) -> tuple[list[str], int]:
+def _fit_labels(slots: Sequence[Slot[R]], style: PageStyle) -> tuple[list[str], int]:
     """Return the shortened names, and their rotation in degrees."""
-    positions = [round(float(slot.edges.mean())) for slot in drawn]
-    room = inches / (max(positions) - min(positions) + 1)
-    names = list(crop_names([slot.name for slot in drawn], LONGEST * size / 72, size).values())
-    if max(width_of(name, size) for name in names) < 0.94 * room:
+    positions = [round(float(slot.edges.mean())) for slot in slots]
+    room = style.width / (max(positions) - min(positions) + 1)
+    names = list(crop_names([slot.name for slot in slots], LONGEST * style.ticks / 72, style.ticks).values())
+    if max(width_of(name, style.ticks) for name in names) < 0.94 * room:
         return names, 0
-    return names, 90 if room < 1.75 * size / 72 else 45
-
-
-# Height of a line of text as a fraction of a panel's height.
-TEXT = 0.13
-
-
-def probes(results: Results[Any] | Iterable[Any], probe: str) -> tuple[Probe, ...]:
-    """Return the records of one probe from results or records."""
-    records = results.whole if isinstance(results, Results) else results
-    return tuple(record for record in records if isinstance(record, Probe) and record.probe == probe)
+    return names, 90 if room < 1.75 * style.ticks / 72 else 45
 
 
 def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
@@ -141,47 +160,71 @@ def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
     return labels
 
 
-def one_set(results: Results[Any] | Iterable[Any], probe: str, name: str | None) -> tuple[list[Probe], str]:
-    """Return the records of one probe on one set, by default the first, and the label of the set."""
-    records = probes(results, probe)
-    sets = sets_of(records)
-    chosen = name if name is not None else next(iter(sets))
-    return [record for record in records if record.set == chosen], sets[chosen]
+def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
+    """Label the x axis where labels do not overlap.
+
+    Args:
+        ax: Axes with scale and limits set.
+        ticks: Ticks to label, the most important first.
+        style: The page, of the panel's width.
+        label: Returns the label of a tick.
+    """
+    extents: dict[int, tuple[float, float]] = {}
+    for tick in ticks:
+        position = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * style.width
+        half = width_of(label(tick), style.ticks) / 2 + 0.35 * style.ticks / 72
+        if all(abs(position - other) > half + other_half for other, other_half in extents.values()):
+            extents[tick] = (position, half)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(extents)))
+    ax.xaxis.set_major_formatter(lambda value, _: label(round(value)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def panels_of(number: int, style: PageStyle) -> tuple[int, int]:
-    """Return rows and columns of panels of a readable width; on a column page they are stacked."""
-    columns = 1 if style.columns < 3 else min(number, 2 if number in {2, 4} else 3)
-    return -(-number // columns), columns
+def rank_axis(ax: Axes, largest: int, marked: Sequence[int], style: PageStyle) -> None:
+    """Set up the x axis for ranks: logarithmic, with common ranks marked, and labels as far as they fit."""
+    ax.set_xscale("log")
+    ax.set_xlim(0.92, max(largest * 1.08, 2))
+    for rank in marked:
+        if rank <= largest:
+            ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * style.line, ls=(0, (1, 1.6)), zorder=1)
+    powers = [2**k for k in range(1, 20) if 2**k < largest]
+    label_ticks(ax, (1, largest, *(rank for rank in (*marked, *reversed(powers)) if rank <= largest)), style)
 
 
-def panel_width(style: PageStyle, columns: int, right: float = 0.0) -> float:
-    """Estimate the width of a panel with its labels in inches, without ``right`` lines of text at its side."""
-    return style.width / columns - (6.5 + right) * style.text / 72
-
-
-def measured_axis(
-    ax: Axes,
-    ranks: Iterable[int],
-    inches: float,
-    style: PageStyle | None,
-    label: Callable[[int], str] = str,
-) -> None:
+def measured_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
     """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they fit."""
-    measured = sorted(set(ranks))
+    measured = sorted(set(ranks)) or [1]
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
     first, last = measured[0], measured[-1]
     ax.set_xlim(first - 0.35 if first < 2 else first / 2**0.35, last * 2**0.35 if last else 0.35)
-    label_ticks(ax, (first, last, *measured), inches, style, label)
+    label_ticks(ax, (first, last, *measured), style, label)
 
 
+def params_axis(ax: Axes, params: Sequence[int], above: float = 1.8) -> None:
+    """Set up the x axis for numbers of trained parameters, logarithmic."""
+    ax.set_xscale("log")
+    ax.set_xlim(min(params) / 1.8, max(params) * above)
+    ax.xaxis.set_major_locator(LogLocator(numticks=8))
+    ax.xaxis.set_major_formatter(log_label)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_seeds(
+    ax: Axes, points: Iterable[tuple[float, float]], style: PageStyle, color: str, label: str, marker: str = "o"
+) -> None:
+    """Draw one small dot per training run."""
+    small: dict[str, Any] = {"ls": "", "ms": 2.6 * style.line, "mew": 0, "alpha": 0.55}
+    ax.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, **small)
+
+
+# Height of a line of text as a fraction of a panel's height.
+TEXT = 0.13
 # Background of a line's name: transparent enough to show other lines, but readable.
 GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
 
 
-def levels(
-    ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle | None, lowest_below: bool = False
-) -> None:
+def levels(ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle, lowest_below: bool = False) -> None:
     """Draw horizontal lines, each with its name at the right end; names of nearly equal lines share a row.
 
     Args:
@@ -194,9 +237,7 @@ def levels(
     groups: list[list[tuple[str, float, str]]] = []
     for level in sorted(lines, key=lambda item: item[1]):
         text, value, color = level
-        ax.axhline(
-            value, color=color, lw=0.8 * (style.line if style else 1), ls=(0, (4, 2)), zorder=1.5, label=f"_{text}"
-        )
+        ax.axhline(value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}")
         if groups and value - groups[-1][-1][1] < TEXT * (high - low):
             groups[-1].append(level)
         else:
@@ -211,7 +252,7 @@ def levels(
             textcoords="offset points",
             ha="right",
             va="top" if below else "bottom",
-            size=style.ticks if style else 9.0,
+            size=style.ticks,
             color=group[-1][2] if len(group) == 1 else INK,
             parse_math=False,
             annotation_clip=False,
@@ -224,6 +265,12 @@ def loss_axis(ax: Axes) -> None:
     """Set few, plain ticks on the loss axis."""
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     ax.ticklabel_format(axis="y", useOffset=False, style="plain")
+
+
+def fraction_axis(*axes: Axis) -> None:
+    """Label 0, 0.5 and 1 of an axis of fractions."""
+    for axis in axes:
+        axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
 def limits(values: Sequence[float], below: float = 0.08, above: float = 0.14) -> tuple[float, float]:

@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, Generic, TypeVar
+from string import Formatter
+from typing import Any, Generic, Literal, TypeVar
 
+from lora_diag.errors import UsageError
 from lora_diag.records import LayerRecord, Probe, Results, Run, WholeRecord
 from lora_diag.records.names import short_names as plain_names
-from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
+from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.rendering.figures.style import name_of
 
 # Roles of the inputs that label a run; the first present role is used. Texts, activations and gradients are only means
 # of measurement.
 _MEASURED = (("tuned", "adapter", "reference"), ("weights",), ("base",))
-# Commands that measure adapters against TUNED: the run is labelled by TUNED, since adapters have their own records.
-_BY_TUNED = {"residual", "probe outputs"}
 # Larger numbers of updates are counted instead of named.
 _NAMED = 3
 # Maximum length of settings that label a run.
@@ -44,8 +44,6 @@ def _label_sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
     """Return the labels of BASE, empty without it or if it was the measured input, and of the measured inputs."""
     roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
     paths = [side.path for side in run.inputs if side.role in roles]
-    if run.command in _BY_TUNED:
-        paths = paths[:1]
     subject = " + ".join(map(short, paths)) if len(paths) <= _NAMED else f"{len(paths)} updates"
     base = [short(side.path) for side in run.inputs if side.role == "base"]
     return (base[0] if base and "base" not in roles else ""), subject
@@ -136,8 +134,19 @@ def _format_setting(key: str, value: Any) -> str:
 
 R = TypeVar("R", bound=LayerRecord | WholeRecord)
 
-# Kinds of records of a whole run that have no figure.
-_NOT_DRAWN = {"certificate", "verdict"}
+
+class UndrawableError(UsageError):
+    """Records from which a figure cannot be drawn.
+
+    Args:
+        reason: The reason.
+        missing: What other records of the figure's command would add: ``records`` of the figure's kind, or ``values``
+            that these do not have; empty if they would not help.
+    """
+
+    def __init__(self, reason: str, missing: Literal["", "records", "values"] = "values") -> None:
+        super().__init__(reason)
+        self.missing: Literal["", "records", "values"] = missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +166,7 @@ class Options:
     Args:
         per: ``layer`` or ``type``: one line, bar or row per layer, or the layers of a module type pooled.
         field: Dotted field of a heat map; None for the default.
-        rank: Rank of ``overlap`` with several measured ranks; None for 8, else the smallest.
+        rank: Rank where several were measured; None for 8, else the smallest.
     """
 
     per: str = "layer"
@@ -176,7 +185,7 @@ def series_of(
         files: Path of each, the label of runs that are otherwise identical.
     """
     runs = [item.run for item in results]
-    metrics = [metric_of(item) if any(r.record == "spectrum" for r in item) else "" for item in results]
+    metrics = [next(iter(metrics_of(item)), "") for item in results]
     names = [name_of(label) for label in labels] or names_of(runs, metrics, files)
     if len({*metrics} - {""}) > 1:
         metric = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
@@ -188,9 +197,21 @@ def series_of(
     )
 
 
+def single_series(results: Results[Any] | Iterable[Any], kind: str) -> Series[Any]:
+    """Return the records of a kind without a label.
+
+    Args:
+        results: Results of a run, or its records.
+        kind: The kind, as in ``kind_of``.
+    """
+    records = drawn(results) if isinstance(results, Results) else tuple(results)
+    of_kind = tuple(record for record in records if kind_of(record) == kind)
+    return Series("", of_kind, records, results.run if isinstance(results, Results) else None)
+
+
 def drawn(results: Results[Any]) -> tuple[Any, ...]:
-    """Return the records that have figures: records of layers and of probes."""
-    return (*results.layers, *(item for item in results.whole if item.record not in _NOT_DRAWN))
+    """Return the records that figures may draw: of layers and of the whole run."""
+    return (*results.layers, *results.whole)
 
 
 def kind_of(record: LayerRecord | WholeRecord) -> str:
@@ -198,66 +219,56 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
     return record.probe if isinstance(record, Probe) else record.record
 
 
-def by_adapter(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
-    """Split series of ``residual`` by adapter, labelled with the full update if there are several."""
-    with_run = len({run_name(item.run) for item in series if item.run is not None}) > 1
-    return _split(series, lambda record: (record.adapter,), with_run)
+def split(series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
+    """Split series whose kind of records has several per layer, labelled as the kind declares (``part_label``).
 
-
-def by_pair(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
-    """Split series of ``interference`` by the two updates."""
-    return _split(series, lambda record: (record.first, record.second), False)
-
-
-def by_program(series: Sequence[Series[Any]]) -> tuple[Series[Any], ...]:
-    """Split series of ``portability`` by the programs and their versions."""
-    split_series = []
+    Of several ranks, one is drawn; of more than four other numbers, such as steps, the first, the middle and the last.
+    A label starts with that of the run if several runs are compared or labels would be the same.
+    """
+    pattern = series[0].records[0].part_label if series else ""
+    if not pattern:
+        return tuple(series)
+    fields = [field for _, field, _, _ in Formatter().parse(pattern) if field]
+    short = short_names(
+        value
+        for item in series
+        for record in item.records
+        for field in fields
+        if isinstance(value := getattr(record, field), str)
+    )
+    parts = []
     for item in series:
-        records_by_label: dict[str, list[Any]] = {}
-        for record in item.records:
-            records_by_label.setdefault(f"{owner_of(item, series)}{record.consumer} {record.version}", []).append(
-                record
-            )
-        split_series += [
-            replace(item, label=label, records=tuple(records)) for label, records in records_by_label.items()
-        ]
-    return tuple(split_series)
-
-
-def _split(
-    series: Sequence[Series[Any]], paths_of: Callable[[Any], tuple[str, ...]], with_run: bool
-) -> tuple[Series[Any], ...]:
-    """Split series by the inputs named in their records, which label the parts; ``with_run``: after that of the run."""
-    short = short_names(path for item in series for record in item.records for path in paths_of(record))
-    split_series = []
-    for item in series:
-        records_by_paths: dict[tuple[str, ...], list[Any]] = {}
-        for record in item.records:
-            records_by_paths.setdefault(paths_of(record), []).append(record)
-        split_series += [
-            (item, replace(item, label=" × ".join(short[path] for path in paths), records=tuple(records)))
-            for paths, records in records_by_paths.items()
-        ]
-    counts = Counter(part.label for _, part in split_series)
+        records = item.records
+        if "rank" in fields:
+            rank = choose_rank({record.rank for record in records}, options)
+            records = tuple(record for record in records if record.rank == rank)
+        groups: dict[tuple[Any, ...], list[Any]] = {}
+        for record in records:
+            groups.setdefault(tuple(getattr(record, field) for field in fields), []).append(record)
+        if len(groups) > 4 and any(isinstance(value, int) for value in next(iter(groups))):
+            steps = sorted(groups)
+            groups = {step: groups[step] for step in (steps[0], steps[len(steps) // 2], steps[-1])}
+        for values, group in groups.items():
+            label = pattern.format(**{field: short.get(v, v) for field, v in zip(fields, values, strict=True)})
+            parts.append((item, replace(item, label=label, records=tuple(group))))
+    several = len({run_name(item.run) if item.run else "" for item in series}) > 1
+    counts = Counter(part.label for _, part in parts)
     return tuple(
-        replace(part, label=f"{item.label}: {part.label}") if with_run or counts[part.label] > 1 else part
-        for item, part in split_series
+        replace(part, label=f"{item.label}: {part.label}") if several or counts[part.label] > 1 else part
+        for item, part in parts
     )
 
 
-def by_step(series: Sequence[Series[Any]], rank: int | None) -> tuple[Series[Any], ...]:
-    """Split series of ``overlap`` by step, at one rank; with many steps, only the first, middle and last."""
-    split_series = []
-    for item in series:
-        ranks = sorted({record.rank for record in item.records})
-        chosen = rank if rank is not None else 8 if 8 in ranks else ranks[0]
-        steps = sorted({record.step for record in item.records})
-        shown = steps if len(steps) <= 4 else [steps[0], steps[len(steps) // 2], steps[-1]]
-        for step in shown:
-            records = tuple(record for record in item.records if record.step == step and record.rank == chosen)
-            prefix = f"{item.label}, " if len(series) > 1 else ""
-            split_series.append(Series(f"{prefix}step {step}, r = {chosen}", records))
-    return tuple(part for part in split_series if part.records)
+def choose_rank(measured: Collection[int], options: Options) -> int:
+    """Return the rank to draw: the requested one, else 8 if measured, else the smallest.
+
+    Raises:
+        UndrawableError: The requested rank was not measured.
+    """
+    if options.rank is not None and options.rank not in measured:
+        ranks = ", ".join(map(str, sorted(measured)))
+        raise UndrawableError(f"rank {options.rank} was not measured; use one of {ranks}")
+    return options.rank if options.rank is not None else 8 if 8 in measured else min(measured)
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
@@ -271,10 +282,3 @@ def subject_of(series: Sequence[Series[Any]]) -> str:
 def owner_of(item: Series[Any], series: Sequence[Series[Any]]) -> str:
     """Return the prefix of a name in one of several runs; empty for a single run."""
     return f"{item.label}: " if len(series) > 1 else ""
-
-
-def rank_absent(known: Collection[int], options: Options) -> str | None:
-    """Return why records cannot be drawn at the requested rank: it was not measured; None if they can."""
-    if options.rank is None or options.rank in known:
-        return None
-    return f"rank {options.rank} was not measured; use one of {', '.join(map(str, sorted(known)))}"

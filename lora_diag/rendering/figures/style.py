@@ -15,9 +15,11 @@ from functools import cache, lru_cache
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.errors import UsageError
 
@@ -30,7 +32,7 @@ class PageStyle:
 
     Args:
         name: Name of the page.
-        width: Width of the figure.
+        width: Width of the figure; where a panel is drawn, of the panel.
         height: Default height of a figure.
         text: Size of labels; titles are larger, tick labels smaller.
         line: Width of a line.
@@ -75,6 +77,9 @@ INK, QUIET, FLOOR, UNKNOWN = "#222222", "#666666", "#BDBDBD", "#E4E4E4"
 # viridis without its last eighth, a yellow that is faint on white.
 DEPTH: Colormap = ListedColormap(mpl.colormaps["viridis"].resampled(256)(range(224)), "depth")
 SHARES: Colormap = mpl.colormaps["cividis"]
+
+# Dashes of baselines and reference lines, and of what is expected by chance or by energy alone.
+DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
 
 _FAMILY = ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]
 
@@ -204,6 +209,23 @@ def log_label(value: float, _: object = None) -> str:
     if round(power) in {0, 1}:
         return f"{value:.0f}"
     return "10" + str(round(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def format_log_axis(axis: Axis, low: float, high: float) -> None:
+    """Label the powers of ten of a logarithmic axis between two values; 2 and 5 too if they are within two decades."""
+    near = high / low < 100
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,), numticks=6))
+    axis.set_major_formatter(format_value if near else log_label)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def format_value(value: float, _: object = None) -> str:
+    """Return a number with three digits, from a thousand on as an integer with thin spaces.
+
+    >>> format_value(0.012345), format_value(12345.6)
+    ('0.0123', '12\u202f346')
+    """
+    return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def category(number: int) -> str:

@@ -16,6 +16,7 @@ from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
 from lora_diag.rendering.figures.panels import draw_seeds, levels, limits, loss_axis, params_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle
+from lora_diag.tuning.record import Tune, TuneTrial
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
 

@@ -12,7 +12,7 @@ from lora_diag import plots
 from lora_diag.diagnostics.residual.record import sum_parts
 from lora_diag.diagnostics.residual.show import residual_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.plots.figure_heatmap import cells, norm_of
+from lora_diag.plots.figures import cells, norm_of
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.figures.series import series_of
 from lora_diag.rendering.statements import find

@@ -4,7 +4,7 @@ import pytest
 
 from lora_diag import plots
 from lora_diag.records import Run, RunInput
-from lora_diag.rendering.figures.series import by_adapter, names_of, run_name, series_of
+from lora_diag.rendering.figures.series import Options, names_of, run_name, series_of, split
 from tests.plots import making
 
 
@@ -25,8 +25,6 @@ ADAPTERS = [("adapter", f"runs/r{rank}") for rank in (4, 8, 16)]
         (run(BASE, FULL, ("gradients", "g"), command="overlap"), "base → full"),
         (run(*ADAPTERS), "r4 + r8 + r16"),
         (run(BASE, *ADAPTERS, ("adapter", "x"), command="interference"), "base → 4 updates"),
-        (run(BASE, FULL, *ADAPTERS, command="residual"), "base → full"),
-        (run(BASE, FULL, *ADAPTERS, ("eval", "t.txt"), command="probe outputs"), "base → full"),
         (run(BASE, ("data", "d.txt"), ("eval", "t.txt"), command="probe sweep"), "base"),
         (run(("results", "full.jsonl"), BASE, FULL, command="allocate"), "base → full"),
         (run(("results", "full.jsonl"), command="allocate"), "allocate"),
@@ -51,7 +49,7 @@ def test_run_name_describes_measurement(one, name):
         ([run(BASE, a=[1] * 20), run(BASE, a=[2] * 20)], ("x/one.jsonl", "x/two.jsonl"), ["one", "two"]),
         ([run(BASE, a=[1] * 20), run(BASE, a=[2] * 20)], (), ["base (1)", "base (2)"]),
         ([run(BASE, FULL), run(BASE, FULL)], ("a/r.jsonl", "b/r.jsonl"), ["a/r", "b/r"]),
-        ([run(BASE, FULL), run(BASE, FULL, ADAPTERS[0], command="residual")], (), ["base → full", "base → full"]),
+        ([run(BASE, FULL), run(BASE, FULL, command="residual")], (), ["base → full", "base → full"]),
     ],
 )
 def test_runs_of_one_command_are_distinguished(runs, files, names):
@@ -65,7 +63,7 @@ def test_adapters_of_several_runs_keep_own_names():
         )
 
     def labels(*runs):
-        return [one.label for one in by_adapter(series_of(runs))]
+        return [one.label for one in split(series_of(runs), Options())]
 
     assert labels(results(["runs/r4", "runs/r16"]), results(["runs/svd"])) == ["r4", "r16", "svd"]
     assert labels(results(["a/lora", "b/lora"])) == ["a/lora", "b/lora"]

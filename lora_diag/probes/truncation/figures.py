@@ -65,11 +65,11 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     return make_rows_page(
         series,
         rows_of,
-        sets_of(records),
+        {name: f"{label}: r\xa0=\xa0{rank}" for name, label in sets_of(records).items()},
         style,
-        title=f"Cost of truncating one part alone to r\xa0=\xa0{rank}",
+        title="Cost of truncating one part alone to rank r",
         about=f"{subject_of(series)}held-out loss minus that of TUNED, nats; right of the line: worse",
-        xlabel=f"loss minus TUNED's at r\xa0=\xa0{rank} (nats)",
+        xlabel="loss minus TUNED's (nats)",
         notes=[
             "All others are as in TUNED. Error bars: two paired standard errors, more for few sequences (t).",
             f"Also measured, not drawn: r = {others}." if others else "",

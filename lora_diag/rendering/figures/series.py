@@ -202,10 +202,10 @@ def single_series(results: Results[Any] | Iterable[Any], kind: str) -> Series[An
 
     Args:
         results: Results of a run, or its records.
-        kind: The kind, as in ``kind_of``.
+        kind: The kind, as in ``kind_of``; empty for all.
     """
     records = drawn(results) if isinstance(results, Results) else tuple(results)
-    of_kind = tuple(record for record in records if kind_of(record) == kind)
+    of_kind = tuple(record for record in records if kind in {"", kind_of(record)})
     return Series("", of_kind, records, results.run if isinstance(results, Results) else None)
 
 

@@ -207,6 +207,15 @@ class Texts:
     notes: tuple[str, ...] = ()
     shifted: bool = False
 
+    def count_batches(self, size: int) -> int:
+        """Return the number of batches of at most ``size`` sequences."""
+        return -(-len(self.sequences) // size)
+
+    def batches(self, size: int) -> Iterator[list[Sequence]]:
+        """Yield the sequences in batches of at most ``size``."""
+        for first in range(0, len(self.sequences), size):
+            yield list(self.sequences[first : first + size])
+
     def first(self, count: int) -> Texts:
         """Return the same set with its first sequences only."""
         return replace(self, sequences=self.sequences[:count])

@@ -7,7 +7,8 @@ and the output gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +59,21 @@ class Losses:
     def rounded(self) -> tuple[float, ...]:
         """The sums to 6 decimals, as records keep them."""
         return tuple(round(float(value), 6) for value in self.sums)
+
+    @classmethod
+    def of(cls, sums: Iterable[float], counts: Iterable[int]) -> Losses:
+        """Return the losses of sequences from the sum and the number of predictions of each."""
+        return cls(torch.tensor([*sums], dtype=torch.float64), torch.tensor([*counts], dtype=torch.float64))
+
+    def fields_of_run(self, texts: Texts, train_loss: float | None, is_base: bool) -> dict[str, Any]:
+        """Return the common fields of records of a training run or of BASE; losses that are not finite are None."""
+        return {
+            **self.on(texts),
+            "loss": self.mean if self.is_finite else None,
+            "train_loss": train_loss if train_loss is not None and math.isfinite(train_loss) else None,
+            "nll": self.rounded if self.is_finite else (),
+            "predictions": tuple(map(int, self.counts)) if is_base else (),
+        }
 
     def on(self, texts: Texts) -> dict[str, Any]:
         """Return the common fields of records of a loss: its set, and the number of predictions."""
@@ -129,7 +145,7 @@ def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = l
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))
         after()
-    return Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
+    return Losses.of(sums, counts)
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -255,6 +255,12 @@ class Training:
         for places in self._locate_batches():
             yield [self.texts.sequences[place] for place in places]
 
+    @property
+    def used_texts(self) -> Texts:
+        """The training text, reduced to the distinct sequences that a run uses, in the order of their first use."""
+        used = dict.fromkeys(sequence for batch in self.batches() for sequence in batch)
+        return replace(self.texts, sequences=tuple(used))
+
     def _locate_batches(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.order)
         pool: list[int] = []
@@ -360,14 +366,5 @@ def record_of(
     texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None, name: str = ""
 ) -> Probe:
     """Return the record of a run on one set; without a run, of BASE, or of BASE rounded to the grid ``name``."""
-    finite_train_loss = train_loss if train_loss is not None and math.isfinite(train_loss) else None
-    return Probe(
-        probe="sweep",
-        **losses.on(texts),
-        **(cell.fields if cell else {"subject": "base"}),
-        name=name,
-        loss=losses.mean if losses.is_finite else None,
-        train_loss=finite_train_loss,
-        nll=losses.rounded if losses.is_finite else (),
-        predictions=() if cell else tuple(int(count) for count in losses.counts),
-    )
+    fields = cell.fields if cell else {"subject": "base"}
+    return Probe(probe="sweep", name=name, **fields, **losses.fields_of_run(texts, train_loss, is_base=cell is None))

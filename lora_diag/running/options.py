@@ -126,6 +126,15 @@ OPTIMIZER = Option("adamw", "Optimizer assumed by --memory-budget.", "adamw|adam
 ADAPTER_DTYPE = Option("float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", setting="dtype")
 DORA = Option(False, "Train DoRA instead of LoRA.")
 CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
+QUANTIZED = Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")
+GAIN_TOLERANCE = Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", setting="tolerance")
+TARGET_MODULES = Option(
+    (),
+    "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
+    "NAME,NAME",
+    panel=INPUTS,
+    setting="targets",
+)
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
 SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
 BASE = Option(None, "Base checkpoint of what is measured; default: none.", "BASE", panel=INPUTS)

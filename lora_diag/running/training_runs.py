@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -37,8 +37,6 @@ from lora_diag.running.layers import plan_device
 from lora_diag.running.options import list_options
 from lora_diag.running.probing import ProbeRun, describe_texts, pluralize
 from lora_diag.running.progress import ProgressReporter, RunRecords
-
-Record = TypeVar("Record")
 
 # A shape and a footprint by which the engine sends every run alone: its cost is above that of a batch of layers.
 UNBATCHED_SHAPE, UNBATCHED_BYTES = (2**12, 2**12), 2**40
@@ -85,6 +83,10 @@ class RunTask:
     shape: tuple[int, ...] = UNBATCHED_SHAPE
 
 
+# Trains one run: the model, the descriptor of the run, settings, sets, a function to call after every step and batch.
+TrainTask = Callable[[Model, Any, Training, Sequence[Texts], Callable[[], None]], Sequence[Any]]
+
+
 @dataclass(frozen=True)
 class Workers:
     """The workers of one probe.
@@ -102,12 +104,13 @@ class Workers:
     slots: int
 
     def run(
-        self, measure: Callable[[RunTask], Record], runs: Sequence[tuple[str, Any]], poll: Callable[[], None]
-    ) -> Iterator[Record]:
+        self, train: TrainTask, training: Training, runs: Sequence[tuple[str, Any]], poll: Callable[[], None]
+    ) -> Iterator[Sequence[Any]]:
         """Yield the records of every run, in the order of the runs.
 
         Args:
-            measure: A function of a module, with its settings bound.
+            train: A function of a module, with its settings bound.
+            training: Settings shared by all runs.
             runs: Label and descriptor of each.
             poll: Called every few seconds; may raise to end all runs.
 
@@ -115,6 +118,8 @@ class Workers:
             LoradiagError: The error of the first failing run, or the cluster was lost.
         """
         tasks = [RunTask(label, work) for label, work in runs]
+        without_text = replace(training, texts=drop_sequences(training.texts))
+        measure = partial(train_on_worker, self.site, train, without_text)
         return run_ray(measure, tasks, self.layout, lambda task: UNBATCHED_BYTES, self.on, poll, MEMORY_FIX)
 
 
@@ -138,6 +143,19 @@ def threads_of_run(engine: Ray, concurrent: int | None) -> int:
 def layout_of_runs(concurrent: int | None) -> Layout:
     """Return the allocation of a node to concurrent runs."""
     return Layout(torch.get_num_threads(), (concurrent or 1) * UNBATCHED_BYTES)
+
+
+def train_on_worker(site: Site, train: TrainTask, training: Training, task: RunTask) -> Sequence[Any]:
+    """Train one run on a worker of a cluster, and return its records.
+
+    Args:
+        site: What the worker opens.
+        train: Trains the run.
+        training: Settings shared by all runs, without the text.
+        task: The run.
+    """
+    model, texts, sets = open_site(site)
+    return train(model, task.work, replace(training, texts=texts), sets, lambda: None)
 
 
 def drop_sequences(texts: Texts) -> Texts:
@@ -339,11 +357,7 @@ class RunPlan:
 
     def time_step(self, arm: Arm) -> tuple[float, float]:
         """Return the seconds of one step at the largest size (the second of two steps), and of one evaluation batch."""
-        ticks = [time.perf_counter()]
-        first_batch = self.sets[0].first(self.training.batch)
-        trial = arm.trial(arm.sizes[-1], 1e-6, 0)
-        trial.train(replace(self.training, steps=2), [first_batch], lambda: ticks.append(time.perf_counter()))
-        return ticks[2] - ticks[1], ticks[3] - ticks[2]
+        return step_seconds(arm.trial(arm.sizes[-1], 1e-6, 0).train, self.training, self.sets)
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
         """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
@@ -385,6 +399,20 @@ class RunPlan:
             r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items())
         )
         return next((record.loss for record in matching), None)
+
+
+def step_seconds(train: Callable[..., Any], training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
+    """Return the seconds of one training step, the second of two, and of one batch of an evaluation.
+
+    Args:
+        train: Called with settings of two steps, a set of one batch, and a function to call after every step and batch.
+        training: Settings shared by all runs.
+        sets: Evaluation sets.
+    """
+    ticks = [time.perf_counter()]
+    first_batch = sets[0].first(training.batch)
+    train(replace(training, steps=2), [first_batch], lambda: ticks.append(time.perf_counter()))
+    return ticks[2] - ticks[1], ticks[3] - ticks[2]
 
 
 class TrainRun(ProbeRun):

@@ -13,15 +13,17 @@ from lora_diag.running.options import (
     DATA,
     DORA,
     EXECUTION,
-    INPUTS,
+    GAIN_TOLERANCE,
     MEMORY_BUDGET,
     OUTPUT,
     PARAMS,
+    QUANTIZED,
     RANKS,
     RATES,
     REPEATS,
     RSLORA,
     STEPS,
+    TARGET_MODULES,
     Callbacks,
     ModelOptions,
     Notes,
@@ -72,22 +74,11 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
     gradient_checkpointing: Annotated[bool, CHECKPOINTING]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS.by(3)]
-    gain_tolerance: Annotated[
-        float, Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", setting="tolerance")
-    ]
-    target_modules: Annotated[
-        Sequence[str],
-        Option(
-            (),
-            "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
-            "NAME,NAME",
-            panel=INPUTS,
-            setting="targets",
-        ),
-    ]
+    gain_tolerance: Annotated[float, GAIN_TOLERANCE]
+    target_modules: Annotated[Sequence[str], TARGET_MODULES]
     dora: Annotated[bool, DORA]
     rslora: Annotated[bool, RSLORA]
-    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
+    quantized: Annotated[str | None, QUANTIZED]
     no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
     widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]
     dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]

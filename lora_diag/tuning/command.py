@@ -62,9 +62,7 @@ def tune(
             message(f"stopped before training; nothing was written to {output}")
         return
     if shown.table:
-        hint = (
-            f"sh {shlex.quote(str(output / 'commands.sh'))}   (each step by hand; {output / 'report.html'} shows all)"
-        )
+        hint = f"python {shlex.quote(str(output / 'config.trl.py'))}   ({output / 'report.html'} shows all)"
         result(tune_table(results, *terminal(), next_command=hint))
     if not choice.significant:
         message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.models.activations import input_dimension
 from lora_diag.models.data import count_predictions
 from lora_diag.models.opening import Model, Weights
-from lora_diag.models.training import Cell, Lora, is_transposed
+from lora_diag.models.training import RSLORA_ALPHA, Cell, Lora, is_transposed, losses_after
 from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
-from lora_diag.running.training_runs import TrainRun
+from lora_diag.running.training_runs import TrainRun, step_seconds
 from lora_diag.tuning.record import TunePlan, TuneStage
-from lora_diag.tuning.trials import RSLORA_ALPHA, find_shortest_names, step_seconds, target_modules, uniform
+from lora_diag.tuning.trials import find_shortest_names, target_modules, uniform
 
 # The short round of halving trains for the steps divided by this, at the smallest and the largest rank.
 SHORT_ROUND_DIVISOR = 4
@@ -41,97 +41,10 @@ SHORT_ROUND_DIVISOR = 4
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
 MIN_STEPS = 10
-# Maximum number of runs of stability and escalation, in addition to the seeds of confirmed ones.
-TRIALS = 6
 # Factor for opening models, writing files and a busy machine.
 MARGIN = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Seconds, measured from one step.
-
-    Args:
-        step: Seconds of one step of LoRA at the largest rank.
-        evaluation: Seconds of the evaluation on all sets.
-        full_step: Seconds of one step of full fine-tuning; 0 without it.
-        slots: Concurrent runs.
-    """
-
-    step: float
-    evaluation: float
-    full_step: float = 0.0
-    slots: int = 1
-
-    def seconds(self, runs: int, run_seconds: float, rounds: int) -> float:
-        """Return an upper bound on the duration of runs in rounds, each of which waits for the one before.
-
-        Σ⌈nᵢ/s⌉ ≤ ⌈Σnᵢ/s⌉ + rounds − 1 for rounds of nᵢ runs on s slots.
-
-        Args:
-            runs: Number of runs of all rounds.
-            run_seconds: Seconds of one run.
-            rounds: Number of them.
-
-        Example:
-            >>> Costs(1.0, 0.0).seconds(6, 2.0, 3), Costs(1.0, 0.0, slots=4).seconds(6, 2.0, 3)
-            (12.0, 8.0)
-        """
-        return run_seconds * min(runs, math.ceil(runs / self.slots) + rounds - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """The runs of a search.
-
-    Args:
-        ranks: Shared ranks, ascending.
-        rates: Learning rates.
-        steps: Updates of a run.
-        repeats: Seeds.
-        widen: Number of rates beyond the grid, at each rank.
-        halving: Whether a short round chooses ``KEPT_RATES`` of the rates.
-        full: Whether full fine-tuning is trained as a baseline.
-        more_seeds: Whether seeds are added, up to twice as many, where they would decide which rank is enough.
-        finer: Whether a rank between the chosen and the next lower one is tried.
-        redistribute: Whether non-uniform ranks are trained against uniform ones.
-        trials: Runs of stability and escalation at most.
-    """
-
-    ranks: tuple[int, ...]
-    rates: tuple[float, ...]
-    steps: int
-    repeats: int
-    widen: int = 1
-    halving: bool = False
-    full: bool = True
-    more_seeds: bool = True
-    finer: bool = True
-    redistribute: bool = True
-    trials: int = TRIALS
-
-    @property
-    def rates_each(self) -> int:
-        """Maximum number of rates that a rank is trained at with all steps."""
-        grid = min(KEPT_RATES, len(self.rates)) if self.halving else len(self.rates)
-        return grid + (self.widen if grid > 1 else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One part of a search.
-
-    Args:
-        name: Its name in decisions.
-        runs: At most.
-        seconds: Estimated.
-        decides: Its result.
-    """
-
-    name: str
-    runs: int
-    seconds: float
-    decides: str
+# A search without omissions; at most 6 runs of stability and escalation, in addition to the seeds of confirmed ones.
+WHOLE_SEARCH = {"halving": False, "more_seeds": True, "finer": True, "redistribute": True, "trials": 6}
 
 
 def short_steps(steps: int) -> int:
@@ -152,53 +65,67 @@ def ranks_within(largest: int) -> tuple[int, ...]:
     return tuple(sorted(top >> (step * i) for i in range(4) if top >> (step * i)))
 
 
-def list_stages(search: Search, costs: Costs) -> tuple[Stage, ...]:
-    """Return the stages of a search with their results; runs and seconds are upper estimates."""
-    run_seconds = search.steps * costs.step + costs.evaluation
-    further_seeds = search.repeats - 1
-    rounds = 2 + search.widen  # rounds of a sweep: the grid, each rate beyond it, the seeds
-    stages = [Stage("budget", 0, costs.evaluation, "largest rank within the budget; loss of BASE")]
-    if search.halving:
-        runs = len({search.ranks[0], search.ranks[-1]}) * len(search.rates)
-        short_seconds = short_steps(search.steps) * costs.step + costs.evaluation
-        description = f"{KEPT_RATES} of {len(search.rates)} learning rates, by short runs"
-        stages.append(Stage("rates", runs, costs.seconds(runs, short_seconds, 1), description))
-    runs = len(search.ranks) * (search.rates_each + further_seeds)
-    seconds = costs.seconds(runs, run_seconds, rounds)
-    stages.append(Stage("ranks", runs, seconds, "smallest rank within tolerance, tuned rates"))
-    if search.full:
-        runs = min(search.rates_each, len(search.rates)) + search.widen + further_seeds
-        seconds = costs.seconds(runs, search.steps * costs.full_step + costs.evaluation, rounds)
-        stages.append(Stage("full", runs, seconds, "the gain of full fine-tuning, for scale"))
-    if search.more_seeds and len(search.ranks) > 1:
-        runs = len(search.ranks) * search.repeats
-        stages.append(
-            Stage("seeds", runs, costs.seconds(runs, run_seconds, 1), "the same with more seeds, if these can decide")
-        )
-    if search.finer and len(search.ranks) > 1:
-        runs = search.rates_each + further_seeds
-        stages.append(
-            Stage("finer", runs, costs.seconds(runs, run_seconds, rounds), "whether a rank in between is enough")
-        )
-    if search.redistribute:
-        runs = 4 + further_seeds
-        seconds = costs.seconds(runs, run_seconds, 3) + short_steps(search.steps) * costs.step
-        stages.append(Stage("redistribution", runs, seconds, "whether non-uniform ranks beat uniform ones"))
-    if search.trials:
-        stages.append(
-            Stage("trials", search.trials, search.trials * run_seconds, "stability if needed; gain of more parameters")
-        )
+def bound_sequential_runs(runs: int, rounds: int, slots: int) -> int:
+    """Return an upper bound on the runs one after another, if each round waits for the one before.
+
+    Σ⌈nᵢ/s⌉ ≤ ⌈Σnᵢ/s⌉ + rounds − 1 for rounds of nᵢ runs on s slots.
+
+    Args:
+        runs: Number of runs of all rounds.
+        rounds: Number of rounds.
+        slots: Concurrent runs.
+
+    Example:
+        >>> bound_sequential_runs(6, 3, 1), bound_sequential_runs(6, 3, 4)
+        (6, 4)
+    """
+    return min(runs, math.ceil(runs / slots) + rounds - 1)
+
+
+# What each stage decides, in the order of the stages.
+DECIDES = {
+    "budget": "largest rank within the budget; loss of BASE",
+    "rates": "{kept} of {rates} learning rates, by short runs",
+    "ranks": "smallest rank within tolerance, tuned rates",
+    "full": "the gain of full fine-tuning, for scale",
+    "seeds": "the same with more seeds, if these can decide",
+    "finer": "whether a rank in between is enough",
+    "redistribution": "whether non-uniform ranks beat uniform ones",
+    "trials": "stability if needed; gain of more parameters",
+}
+
+
+def list_stages(plan: TunePlan) -> tuple[TuneStage, ...]:
+    """Return the stages of a search; runs and seconds are upper estimates."""
+    evaluation, seeds, rounds = plan.evaluation_seconds, plan.repeats - 1, 2 + plan.widen  # rounds: grid, widen, seeds
+    run, short = plan.steps * plan.step_seconds + evaluation, short_steps(plan.steps) * plan.step_seconds
+    full_run = plan.steps * plan.full_step_seconds + evaluation
+    ranks, has_ranks = len(plan.ranks), len(plan.ranks) > 1
+    grid = min(KEPT_RATES, len(plan.rates)) if plan.halving else len(plan.rates)
+    rates = grid + (plan.widen if grid > 1 else 0)  # at each rank, with all steps
+    # Runs, 0 where the plan omits the stage; seconds of one; rounds; further seconds.
+    costs = {
+        "budget": (0, 0.0, 1, evaluation),
+        "rates": (plan.halving * min(ranks, 2) * len(plan.rates), short + evaluation, 1, 0.0),
+        "ranks": (ranks * (rates + seeds), run, rounds, 0.0),
+        "full": (plan.full * (min(rates, len(plan.rates)) + plan.widen + seeds), full_run, rounds, 0.0),
+        "seeds": ((plan.more_seeds and has_ranks) * ranks * plan.repeats, run, 1, 0.0),
+        "finer": ((plan.finer and has_ranks) * (rates + seeds), run, rounds, 0.0),
+        "redistribution": (plan.redistribute * (4 + seeds), run, 3, short),
+        "trials": (plan.trials, run, plan.trials, 0.0),
+    }
+    stages = []
+    for name, (runs, seconds, stage_rounds, further) in costs.items():
+        if runs or name == "budget":
+            total = seconds * bound_sequential_runs(runs, stage_rounds, plan.slots) + further
+            decides = DECIDES[name].format(kept=KEPT_RATES, rates=len(plan.rates))
+            stages.append(TuneStage(name=name, runs=runs, seconds=total, decides=decides))
     return tuple(stages)
 
 
-def seconds_of(search: Search, costs: Costs) -> float:
+def seconds_of(plan: TunePlan) -> float:
     """Return the estimated duration of a search."""
-    return MARGIN * sum(stage.seconds for stage in list_stages(search, costs))
-
-
-def _select_every_second(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return every second rank, the largest and the smallest among them."""
-    return tuple(sorted({ranks[0], *ranks[::-2]})) if len(ranks) > 2 else tuple(ranks)
+    return MARGIN * sum(stage.seconds for stage in list_stages(plan))
 
 
 class Omission(StrEnum):
@@ -222,58 +149,51 @@ class Omission(StrEnum):
 # Omissions of steps; each includes the ones before it.
 STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS)
 
-
-def _halve_steps(search: Search) -> Search:
-    """Return a search with half of the steps, but at least ``MIN_STEPS``."""
-    return replace(search, steps=max(MIN_STEPS, search.steps // 2))
-
-
-# Omissions in the order in which they are applied until the search fits.
-_REDUCTIONS: tuple[tuple[Omission, Callable[[Search], Search]], ...] = (
-    (Omission.HALVING, lambda s: replace(s, halving=len(s.rates) > KEPT_RATES)),
-    (Omission.MORE_SEEDS, lambda s: replace(s, more_seeds=False)),
-    (Omission.WIDER_RATES, lambda s: replace(s, widen=0)),
-    (Omission.TRIALS, lambda s: replace(s, trials=0)),
-    (Omission.FULL, lambda s: replace(s, full=False)),
-    (Omission.RANKS, lambda s: replace(s, ranks=_select_every_second(s.ranks))),
-    (Omission.INTERMEDIATE_RANK, lambda s: replace(s, finer=False)),
-    (Omission.SEEDS, lambda s: replace(s, repeats=min(s.repeats, 2))),
-    (Omission.REDISTRIBUTION, lambda s: replace(s, redistribute=False)),
-    *((omission, _halve_steps) for omission in STEP_OMISSIONS),
-)
+# Changed fields of a plan by omission, in the order in which these are applied until the search fits. Of the ranks, the
+# smallest and the largest stay.
+_REDUCTIONS: dict[Omission, Callable[[TunePlan], dict[str, Any]]] = {
+    Omission.HALVING: lambda plan: {"halving": len(plan.rates) > KEPT_RATES},
+    Omission.MORE_SEEDS: lambda plan: {"more_seeds": False},
+    Omission.WIDER_RATES: lambda plan: {"widen": 0},
+    Omission.TRIALS: lambda plan: {"trials": 0},
+    Omission.FULL: lambda plan: {"full": False},
+    Omission.RANKS: lambda plan: {"ranks": tuple(sorted({plan.ranks[0], *plan.ranks[::-2]}))},
+    Omission.INTERMEDIATE_RANK: lambda plan: {"finer": False},
+    Omission.SEEDS: lambda plan: {"repeats": min(plan.repeats, 2)},
+    Omission.REDISTRIBUTION: lambda plan: {"redistribute": False},
+    **dict.fromkeys(STEP_OMISSIONS, lambda plan: {"steps": max(MIN_STEPS, plan.steps // 2)}),
+}
 
 
-def narrow_search(search: Search, costs: Costs, limit: float | None) -> tuple[Search, tuple[str, ...]]:
-    """Return a search that fits a time limit, and its omissions.
+def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
+    """Return the plan of a search that fits a time limit, with its stages, duration and omissions.
 
     Args:
-        search: The search without one.
-        costs: Times.
+        plan: The search without a limit; omissions in ``left_out`` have other reasons, and are kept.
         limit: Seconds; None for none.
 
     Raises:
         UsageError: Not even the smallest search fits.
     """
-    left_out: list[str] = []
-    for omission, reduce in _REDUCTIONS:
-        if limit is None or seconds_of(search, costs) <= limit:
+    omissions: list[Omission] = []
+    for omission, reduce in _REDUCTIONS.items():
+        if limit is None or seconds_of(plan) <= limit:
             break
-        smaller = reduce(search)
-        if smaller != search and seconds_of(smaller, costs) < seconds_of(search, costs):
-            search = smaller
-            left_out.append(omission)
-    if limit is not None and (minimum := seconds_of(search, costs)) > limit:
+        smaller = plan.model_copy(update=reduce(plan))
+        if seconds_of(smaller) < seconds_of(plan):
+            plan = smaller
+            omissions.append(omission)
+    seconds = seconds_of(plan)
+    if limit is not None and seconds > limit:
         raise UsageError(
-            f"--time: even the smallest search takes about {minimum:.0f} s, and {limit:.0f} s are allowed; give more "
+            f"--time: even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are allowed; give more "
             "time, fewer --steps or a smaller --eval set"
         )
-    return search, _merge_omissions(left_out)
-
-
-def _merge_omissions(left_out: Sequence[str]) -> tuple[str, ...]:
-    """Return the omissions; of several omissions of steps only the last one, which includes the others."""
-    steps = [omission for omission in left_out if omission in STEP_OMISSIONS]
-    return tuple(omission for omission in left_out if omission not in steps[:-1])
+    # Of several omissions of steps the last one includes the others.
+    included = [omission for omission in omissions if omission in STEP_OMISSIONS][:-1]
+    left_out = (*(omission for omission in omissions if omission not in included), *plan.left_out)
+    fields = {"seconds": seconds, "limit": limit, "left_out": left_out, "stages": list_stages(plan)}
+    return plan.model_copy(update=fields)
 
 
 def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
@@ -421,30 +341,45 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
             f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
             "give a budget of at least that, or choose fewer layers with --target-modules"
         )
-    ranks = tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest)
-    if too_large := [rank for rank in ranks if rank > largest]:
+    settings = _read_settings(run, largest)
+    if too_large := [rank for rank in settings["ranks"] if rank > largest]:
         raise UsageError(f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
-    lora_step, batch_seconds = step_seconds(run.model, Cell(max(ranks), 1e-6, 0), run.training, run.sets)
-    full_step = step_seconds(run.model, Cell(None, 1e-9, 0, "full"), run.training, run.sets)[0] if full else 0.0
-    costs = Costs(lora_step, batch_seconds * run.batches(run.sets), full_step, slots)
-    search = Search(
-        ranks, tuple(sorted(set(options["rates"]))), options["steps"], options["repeats"], options["widen"], full=full
-    )
-    omissions = () if full or options["no_full"] else (Omission.FULL_NEEDS_FLOAT32,)
-    return TunePlan(
+    cells = [Cell(max(settings["ranks"]), 1e-6, 0), *([Cell(None, 1e-9, 0, "full")] if full else [])]
+    times = [step_seconds(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells]
+    whole = TunePlan(
         budget=budget_plan.fit.budget,
         per_rank=target.per_rank,
         magnitudes=target.magnitudes,
         kind=target.kind.description,
+        slots=slots,
         largest=largest,
         tokens=tokens,
         rules={f"{rule.name} ({rule.source})": rule.rank for rule in budget_plan.capacity.rules},
-        step_seconds=lora_step,
-        full_step_seconds=full_step,
-        evaluation_seconds=costs.evaluation,
-        **_plan_within(search, costs, limit, omissions),
+        steps=options["steps"],
+        full=full,
+        step_seconds=times[0][0],
+        full_step_seconds=times[1][0] if full else 0.0,
+        evaluation_seconds=times[0][1] * run.batches(run.sets),
+        seconds=0.0,
+        limit=None,
+        left_out=() if full or options["no_full"] else (Omission.FULL_NEEDS_FLOAT32,),
+        stages=(),
+        **settings,
     )
+    return fit_plan(whole, limit)
+
+
+def _read_settings(run: TrainRun, largest: int) -> dict[str, Any]:
+    """Return the fields of a plan that follow from the options: those of a search without omissions."""
+    options = run.options
+    return {
+        "ranks": tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest),
+        "rates": tuple(sorted(set(options["rates"]))),
+        "repeats": options["repeats"],
+        "widen": options["widen"],
+        **WHOLE_SEARCH,
+    }
 
 
 def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
@@ -467,39 +402,10 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
             f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; give at least that, or "
             "remove --time"
         )
-    options = run.options
-    search = Search(
-        tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(plan.largest),
-        tuple(sorted(set(options["rates"]))),
-        plan.steps,
-        options["repeats"],
-        options["widen"],
-        full=plan.full_step_seconds > 0,
-    )
-    costs = Costs(plan.step_seconds, plan.evaluation_seconds, plan.full_step_seconds, slots)
-    kept = tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS})
-    return plan.model_copy(update=_plan_within(search, costs, limit, kept))
-
-
-def _plan_within(search: Search, costs: Costs, limit: float | None, left_out: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields of a plan that follow from its limit.
-
-    Args:
-        search: The search without one.
-        costs: Times.
-        limit: Seconds; None for none.
-        left_out: Omissions for other reasons.
-    """
-    reduced, omissions = narrow_search(search, costs, limit)
-    fields = {field.name: getattr(reduced, field.name) for field in dataclass_fields(reduced)}
-    return {
-        **fields,
-        "seconds": seconds_of(reduced, costs),
-        "limit": limit,
-        "slots": costs.slots,
-        "left_out": (*omissions, *left_out),
-        "stages": tuple(
-            TuneStage(name=stage.name, runs=stage.runs, seconds=stage.seconds, decides=stage.decides)
-            for stage in list_stages(reduced, costs)
-        ),
+    whole = {
+        **_read_settings(run, plan.largest),
+        "slots": slots,
+        "full": plan.full_step_seconds > 0,
+        "left_out": tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}),
     }
+    return fit_plan(plan.model_copy(update=whole), limit)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import UsageError
+from lora_diag.decisions import trainers
+from lora_diag.decisions.trainers import yaml_of
+from lora_diag.diagnostics.spectrum.run import spectrum
+from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, write_whole
+from lora_diag.gating.run import gate_init
 from lora_diag.models.opening import keep_open
-from lora_diag.models.training import RECIPE, Lora
+from lora_diag.models.training import RECIPE, WARMUP, Lora
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.results import to_line
 from lora_diag.records.run import AnyRecord
+from lora_diag.reports.run import report
 from lora_diag.running.amounts import read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
@@ -24,16 +31,18 @@ from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
-from lora_diag.tuning.outputs import write_report
 from lora_diag.tuning.planning import Target, extend_plan, plan_of, target_of
-from lora_diag.tuning.record import TunePlan, TuneTrial
+from lora_diag.tuning.record import Tune, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
+from lora_diag.tuning.trials import ADAPTER, Variant, replace_folder
 
 RECORDS = "tune.jsonl"
+# Keys of ``adapter_config.json`` that are no arguments of a new ``LoraConfig``.
+NOT_ARGUMENTS = ("peft_type", "base_model_name_or_path", "inference_mode")
 FILES = (
     RECORDS,
     *("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", "weights.json"),
-    *("adapter_config.json", "gate.toml", "report.html", "commands.sh"),
+    *("adapter_config.json", "gate.toml", "report.html"),
     *("config.axolotl.yaml", "config.llamafactory.yaml", "config.trl.py"),
 )
 
@@ -112,11 +121,14 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
 
         def run_search(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
-            Tuner(base, folder, run, target, plan, kept, workers).run()
+            tuner = Tuner(base, folder, run, target, plan, kept, workers)
+            variant, choice = tuner.run()
+            write_outputs(base, folder, run, variant, target.config(choice.rank), choice, tuner.adapter_folder(variant))
             return []
 
         results = run.over(run.inputs(stored), record.settings, run_search)
-    write_report(folder)
+    files = [folder / name for name in (RECORDS, "sweep.jsonl", "spectrum.jsonl")]
+    report(*(path for path in files if path.is_file()), output=folder / "report.html", overwrite=True)
     return results
 
 
@@ -191,3 +203,156 @@ def _extend(folder: Path, plan: TunePlan) -> None:
     results = read_results(_latest_file(folder))
     records: tuple[AnyRecord, ...] = (results.run, plan, *results.whole_of(TuneTrial))
     write_whole(folder / f"{RECORDS}.part", "".join(f"{to_line(record)}\n" for record in records))
+
+
+def write_outputs(
+    base: Path | str,
+    folder: Path,
+    run: TrainRun,
+    variant: Variant,
+    uniform: Mapping[str, Any],
+    choice: Tune,
+    adapter: Path,
+) -> None:
+    """Write all but the report, which reads the finished records; an earlier adapter is replaced.
+
+    Args:
+        base: The model.
+        folder: Folder of the run.
+        run: Options, model and texts of the search.
+        variant: The chosen configuration.
+        uniform: Content of ``adapter_config.json`` of the shared rank.
+        choice: The record of the choice.
+        adapter: The folder of its trained adapter.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    config = {**variant.config, "base_model_name_or_path": str(base)}
+    config_text = json.dumps(config, indent=2) + "\n"
+    with replace_folder(folder / "adapter") as part:
+        part.mkdir()
+        shutil.copyfile(adapter / ADAPTER, part / ADAPTER)
+        (part / "adapter_config.json").write_text(config_text, encoding="utf-8")
+    write_whole(folder / "adapter_config.json", config_text)
+    spectrum(base, folder / "adapter", output=folder / "spectrum.jsonl", overwrite=True, device=run.options["device"])
+    try:
+        gate = gate_init(folder / "spectrum.jsonl", name=str(folder / "gate.toml"))
+    except InputError as error:  # an update of zero gives no limits
+        gate = f"# No limits: {error}\n"
+    if not choice.significant:
+        note = "# The choice was not significant: these limits are of a candidate that is not shown to be sufficient.\n"
+        gate = f"{note}{gate}"
+    write_whole(folder / "gate.toml", gate)
+    data = (str(run.options["data"]), str(run.options["evaluate"][0]))
+    settings = {"batch": run.batch, "length": run.model.length}
+    for name, text in configs(str(base), data, variant, uniform, settings).items():
+        write_whole(folder / name, text)
+
+
+def configs(
+    base: str, files: Sequence[str], variant: Variant, uniform: Mapping[str, Any], settings: Mapping[str, int]
+) -> dict[str, str]:
+    """Return configurations of the chosen adapter for other trainers, by file name.
+
+    Args:
+        base: The model.
+        files: The training file and the held-out one.
+        variant: The chosen configuration.
+        uniform: Content of ``adapter_config.json`` of the shared rank, for trainers that have no rank of each layer.
+        settings: ``batch`` and ``length``.
+    """
+    note, single_rank = "", variant.config
+    if single_rank["rank_pattern"]:
+        note = (
+            f"# LLaMA-Factory has one rank for all layers: this is the uniform rank {uniform['r']} that the search\n"
+            f"# compared with {variant.name}; config.axolotl.yaml and config.trl.py have a rank for each layer.\n"
+        )
+        single_rank = {**uniform, "lora_dropout": single_rank["lora_dropout"]}
+    return {
+        "config.axolotl.yaml": yaml_of(_make_axolotl(base, files, variant, settings)),
+        "config.llamafactory.yaml": note
+        + yaml_of(_make_llamafactory(base, files, replace(variant, config=single_rank), settings)),
+        "config.trl.py": _make_trl(base, files, variant, settings),
+    }
+
+
+def _make_shared(variant: Variant) -> dict[str, Any]:
+    """Return the settings that have one name in axolotl and LLaMA-Factory."""
+    return {
+        "gradient_accumulation_steps": 1,
+        "max_steps": variant.steps,
+        "learning_rate": variant.lr,
+        "warmup_ratio": WARMUP,
+        "weight_decay": variant.decay,
+        "max_grad_norm": 1.0,
+        "output_dir": "./out",
+    }
+
+
+def _make_axolotl(base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "base_model": base,
+        "datasets": [{"path": files[0], "type": "completion"}],
+        "test_datasets": [{"path": files[1], "type": "completion", "split": "train"}],
+        "sequence_len": settings["length"],
+        **trainers.axolotl(variant.config),
+        "micro_batch_size": settings["batch"],
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "cosine",
+        **_make_shared(variant),
+    }
+
+
+def _make_llamafactory(
+    base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]
+) -> dict[str, Any]:
+    return {
+        "model_name_or_path": base,
+        "stage": "sft",
+        "do_train": True,
+        **trainers.llamafactory(variant.config),
+        "dataset": Path(files[0]).stem,
+        "dataset_dir": str(Path(files[0]).parent),
+        "template": "default",
+        "cutoff_len": settings["length"],
+        "per_device_train_batch_size": settings["batch"],
+        "lr_scheduler_type": "cosine",
+        **_make_shared(variant),
+    }
+
+
+def _make_trl(base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
+    kind = "json" if Path(files[0]).suffix.lower() in {".jsonl", ".json"} else "text"
+    values = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}
+    arguments = "".join(f"        {key}={value!r},\n" for key, value in values.items())
+    return f'''"""Train the chosen adapter with TRL: pip install trl peft datasets."""
+
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+data = load_dataset({kind!r}, data_files={{"train": {files[0]!r}, "test": {files[1]!r}}})
+trainer = SFTTrainer(
+    model={base!r},
+    train_dataset=data["train"],
+    eval_dataset=data["test"],
+    peft_config=LoraConfig(
+{arguments}    ),
+    args=SFTConfig(
+        output_dir="out",
+        max_steps={variant.steps},
+        per_device_train_batch_size={settings["batch"]},
+        max_length={settings["length"]},
+        learning_rate={variant.lr!r},
+        lr_scheduler_type="cosine",
+        warmup_ratio={WARMUP!r},
+        weight_decay={variant.decay!r},
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        eval_strategy="epoch",
+    ),
+)
+trainer.train()
+trainer.save_model()
+'''

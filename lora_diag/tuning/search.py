@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,18 +24,17 @@ from lora_diag.metrics.statistics import errors_needed
 from lora_diag.models.training import Training, layers_without_head
 from lora_diag.probes.sensitivity.measure import gradients
 from lora_diag.probes.sweep.measure import probe_sweep
-from lora_diag.probes.sweep.verdict import Swept, best_rates, by_rank, find_diverged, swept_of
+from lora_diag.probes.sweep.verdict import AtRank, Swept, best_rates, by_rank, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
-from lora_diag.tuning.outputs import write_outputs
 from lora_diag.tuning.planning import Target, halve_rates, short_steps
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan
 from lora_diag.tuning.trials import (
     ADAPTER,
+    Contest,
     Curves,
     Gap,
-    Measured,
     RankChoice,
     TrialRun,
     Trials,
@@ -44,6 +43,7 @@ from lora_diag.tuning.trials import (
     change_variant,
     choose_rank,
     contest,
+    count_diverged,
     escalation_reason,
     gap_of,
     least_rank,
@@ -61,10 +61,21 @@ ALL_LAYERS = "."
 # Most layers that a decision lists.
 MAX_NAMED = 4
 
-# Options of every run, in addition to options of models and texts.
-RUN_OPTIONS = ("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing")
+# Options that every sweep of a search has in common.
+SWEEP_OPTIONS = (
+    *("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device", "concurrent"),
+    *("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing"),
+)
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
+
+# The reason of a decision after a contest with the incumbent, by its outcome.
+VERDICTS = {
+    "better": "better than {} significantly, by paired differences",
+    "tie": "not significantly different from {}",
+    "worse": "worse than {} significantly, by paired differences",
+    "not known": "too few runs with a loss",
+}
 
 
 class TimeIsUpError(Exception):
@@ -83,8 +94,10 @@ class Tuner:
         plan: The plan.
         kept: The records.
         workers: The workers of a cluster; None to train here.
-        tolerance: Nats that a smaller rank may lose, and by which a challenger must be better at the first seed to be
-            trained further.
+
+    Attributes:
+        swept: The sweep over shared ranks, with its verdict.
+        choice: The shared rank.
     """
 
     base: Path | str
@@ -94,7 +107,8 @@ class Tuner:
     plan: TunePlan
     kept: RunRecords[Any]
     workers: Workers | None = None
-    tolerance: float = 0.0
+    swept: Swept = field(init=False)
+    choice: RankChoice = field(init=False)
     _seen: int = 0
     _trained: int = 0
     _is_limited: bool = False
@@ -125,14 +139,14 @@ class Tuner:
             return math.inf
         return self.plan.limit - self.one_run - (time.monotonic() - self._began)
 
-    @property
-    def slots(self) -> int:
-        """Concurrent runs."""
-        return 1 if self.workers is None else self.workers.slots
-
     def allows(self, runs: float) -> bool:
         """Return whether there is time for this number of runs."""
-        return math.ceil(runs / self.slots) * self.one_run <= self.left
+        slots = 1 if self.workers is None else self.workers.slots
+        return math.ceil(runs / slots) * self.one_run <= self.left
+
+    def _allows_trial(self, runs: int) -> bool:
+        """Return whether the plan and the time allow another trial of this number of runs."""
+        return self._trained < self.plan.trials and self.allows(runs)
 
     @contextmanager
     def _limit_time(self) -> Iterator[None]:
@@ -165,18 +179,57 @@ class Tuner:
         decisions = (decision for decision in self.kept.records if isinstance(decision, TuneDecision))
         return next((decision for decision in decisions if (decision.stage, decision.name) == (stage, name)), None)
 
-    def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> TuneDecision:
+    def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> None:
         """Record a decision, and report it as a note."""
-        decision = TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields)
         if self.find_decision(stage, name) is None:
-            self.kept.put(decision)
+            self.kept.put(TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields))
             self.kept.watch.note(f"{stage}: {name} {outcome}: {reason}")
-        return decision
+
+    def _decide_on(
+        self,
+        stage: str,
+        variant: Variant,
+        outcome: str,
+        reason: str,
+        own: Gap | None,
+        shifted: Gap | None = None,
+        name: str = "",
+        **fields: Any,
+    ) -> None:
+        """Record a decision on a trained configuration, with its gaps to the incumbent."""
+        self.decide(
+            stage,
+            name or variant.name,
+            outcome,
+            reason,
+            lr=variant.lr,
+            params=self._count_params(variant),
+            gap=own.value if own is not None and math.isfinite(own.value) else None,
+            error=None if own is None else own.error,
+            gap_shifted=None if shifted is None else shifted.value,
+            error_shifted=None if shifted is None else shifted.error,
+            seeds=0 if own is None else own.seeds,
+            **fields,
+        )
+
+    def _count_params(self, variant: Variant) -> int:
+        """Return the trainable parameters of a configuration by its records; 0 if it has none."""
+        return next((trial.params for trial in self.trials.records if trial.variant == variant.name), 0)
+
+    def _get_base_loss(self, name: str) -> float:
+        """Return the loss of BASE on a set; NaN if it is not finite."""
+        loss = next(trial.loss for trial in self.trials.records if trial.variant == "base" and trial.set == name)
+        return math.nan if loss is None else loss
+
+    def _get_first_loss(self, variant: Variant) -> float:
+        """Return the loss of a configuration with the first seed on the deciding set; infinite if it diverged."""
+        run = self.trials.runs(variant).get(self.own, {}).get(self.first_seed)
+        return math.inf if run is None else run.loss
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Run all stages, and write the outputs."""
+    def run(self) -> tuple[Variant, Tune]:
+        """Run all stages, and return the chosen configuration, with its adapter trained, and its record."""
         plan = self.plan
         rules = "; ".join(
             f"{name}: {'more than full rank' if r is None else f'r ≥ {r}'}" for name, r in plan.rules.items()
@@ -192,47 +245,57 @@ class Tuner:
         for omission in plan.left_out:
             self.decide("budget", omission, "not tried", "omitted to keep --time")
         self.trials.measure_base()
-        swept = self._sweep_ranks(self._choose_rates())
-        swept, choice = self._choose_rank(swept)
-        self.tolerance = swept.verdict.tolerance
-        incumbent = self._make_incumbent(choice)
-        incumbent = self._redistribute(incumbent, choice, swept)
-        incumbent = self._stabilize(incumbent, swept)
-        self._escalate(incumbent, choice, swept)
-        self._finish(incumbent, choice, swept)
+        self._choose_rank(self._choose_rates())
+        incumbent = self._make_uniform(self.choice.rank)
+        self._train_with_adapters(incumbent)
+        incumbent = self._redistribute(incumbent)
+        incumbent = self._stabilize(incumbent)
+        self._escalate(incumbent)
+        record = self._make_record(incumbent)
+        self.kept.put(record)
+        adapter = self.adapter_folder(incumbent)
+        if not (adapter / ADAPTER).is_file():
+            self.trials.train(TrialRun(incumbent, self.first_seed, adapter))
+        return incumbent, record
+
+    def _make_uniform(self, rank: int, name: str = "") -> Variant:
+        """Return the configuration of one rank everywhere, at the learning rate of the shared rank."""
+        return Variant(name or uniform_name(rank), self.target.config(rank), self.choice.lr, self.plan.steps)
+
+    def _train_with_adapters(self, *variants: Variant) -> None:
+        """Train configurations with the first seed, unless that is done, and keep their adapters."""
+        self.trials.train(*(TrialRun(one, self.first_seed, self.adapter_folder(one)) for one in variants))
+
+    def adapter_folder(self, variant: Variant) -> Path:
+        """Return the folder for the adapter of a configuration, and create its parent."""
+        folder = self.folder / "trials"
+        folder.mkdir(exist_ok=True)
+        return folder / variant.name
+
+    # -- shared ranks ------------------------------------------------------------------------------------------------
 
     def _run_sweep(self, file: str, **options: Any) -> Results[Any]:
-        """Run ``probe sweep``, or resume an interrupted one."""
-        run_options, path = self.run_.options, self.folder / file
-        names = ("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device")
-        shared = {name: run_options[name] for name in (*names, *RUN_OPTIONS)}
-        shared |= {
-            "engine": self.run_.on,
-            "concurrent": run_options["concurrent"],
-            "on_progress": self._report_progress,
-        }
-        self._seen = 0
-        with self._limit_time():
-            return probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
+        """Run ``probe sweep``, or resume an interrupted one; return the runs up to the time limit."""
+        path, self._seen = self.folder / file, 0
+        shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
+        shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
+        try:
+            with self._limit_time():
+                return probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
+        except TimeIsUpError:
+            return read_results(path)
 
     def _choose_rates(self) -> tuple[float, ...]:
         """Return the learning rates to try with all steps, after a short round if the plan has one."""
         plan = self.plan
         if not plan.halving:
             return plan.rates
-        steps = short_steps(plan.steps)
-        ends = sorted({plan.ranks[0], plan.ranks[-1]})
-        try:
-            results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
-        except TimeIsUpError:
-            results = read_results(self.folder / "rates.jsonl")
-        of_own_set = [
-            record for record in results.whole_of(Probe) if record.set == self.own and record.subject == "lora"
-        ]
+        steps, ends = short_steps(plan.steps), sorted({plan.ranks[0], plan.ranks[-1]})
+        results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
         losses = {
             (record.rank, record.lr): record.loss
-            for record in of_own_set
-            if record.rank is not None and record.lr is not None
+            for record in results.whole_of(Probe)
+            if (record.set, record.subject) == (self.own, "lora") and record.rank is not None and record.lr is not None
         }
         rates = halve_rates(losses) or plan.rates
         self.decide(
@@ -244,28 +307,20 @@ class Tuner:
         )
         return rates
 
-    def _sweep_ranks(self, rates: Sequence[float], **options: Any) -> Swept:
-        """Run the sweep over shared ranks or resume it, record its losses, and return it.
+    def _sweep_ranks(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> tuple[Swept, RankChoice]:
+        """Run the sweep over shared ranks or resume it, record its losses, and return its verdict and the choice.
 
         Raises:
             InconclusiveError: No run is finished.
         """
         plan = self.plan
-        settings: dict[str, Any] = {
-            "ranks": plan.ranks,
-            "rates": rates,
-            "steps": plan.steps,
-            "repeats": plan.repeats,
-            "widen": plan.widen,
-            **({"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}),
-            **options,
-        }
-        try:
-            results = self._run_sweep("sweep.jsonl", **settings)
-        except TimeIsUpError:
+        settings: dict[str, Any] = {"ranks": ranks, "rates": rates, "repeats": repeats}
+        settings |= {"steps": plan.steps, "widen": plan.widen}
+        settings |= {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}
+        results = self._run_sweep("sweep.jsonl", **settings)
+        if results.end is None:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
-            results = read_results(self.folder / "sweep.jsonl")
-        ranks, seeds = settings["ranks"], range(self.first_seed, self.first_seed + settings["repeats"])
+        seeds = range(self.first_seed, self.first_seed + repeats)
         whole = tuple(
             record
             for record in results.whole_of(Probe)
@@ -278,46 +333,42 @@ class Tuner:
                 f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
-        return swept
+        return swept, choose_rank(swept.verdict, self._find_best_rates(swept))
 
-    def _choose_rank(self, swept: Swept) -> tuple[Swept, RankChoice]:
-        """Return the shared rank, with more seeds and an intermediate rank where these may decide more."""
-        choice = choose_rank(swept.verdict, self._find_best_rates(swept))
-        self._record_rank("coarse", choice, swept)
-        swept, choice, repeats = self._add_seeds(swept, choice)
-        middle = between(choice.rank, swept.ranks) if self.plan.finer else None
+    def _choose_rank(self, rates: Sequence[float]) -> None:
+        """Choose the shared rank, with more seeds and an intermediate rank where these may decide more."""
+        plan, repeats = self.plan, self.plan.repeats
+        self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
+        rates = self.swept.results.run.settings["rates"]
+        needed = self.swept.verdict.more_seeds
+        if not self.choice.significant and plan.more_seeds and needed is not None:
+            why = self._explain_no_more_seeds(needed)
+            if why:
+                self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
+            else:
+                repeats = needed
+                self._record_rank(f"{needed} seeds", *self._sweep_ranks(rates, plan.ranks, repeats))
+        middle = between(self.choice.rank, self.swept.ranks) if plan.finer else None
         if middle is None:
-            return swept, choice
-        rates = swept.results.run.settings["rates"]
-        if middle not in self._read_swept_setting("ranks") and not self.allows(
-            len(rates) + self.plan.widen + repeats - 1
-        ):
+            return
+        if middle not in self._read_swept_setting("ranks") and not self.allows(len(rates) + plan.widen + repeats - 1):
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
-            return swept, choice
-        finer = self._sweep_ranks(rates, ranks=[*self.plan.ranks, middle], repeats=repeats)
-        suggested = choose_rank(finer.verdict, self._find_best_rates(finer))
-        if choice.significant and not suggested.significant:
-            suggested = replace(choice, why=f"r={middle} is not shown to be enough, r={choice.rank} was without it")
-        self._record_rank("fine", suggested, finer)
-        return finer, suggested
+            return
+        finer, suggested = self._sweep_ranks(rates, [*plan.ranks, middle], repeats)
+        if self.choice.significant and not suggested.significant:
+            why = f"r={middle} is not shown to be enough, r={self.choice.rank} was without it"
+            suggested = replace(self.choice, why=why)
+        self._record_rank("fine", finer, suggested)
 
-    def _add_seeds(self, swept: Swept, choice: RankChoice) -> tuple[Swept, RankChoice, int]:
-        """Return the sweep, the choice and the number of seeds: more of them, where these would make it significant."""
-        needed, plan = swept.verdict.more_seeds, self.plan
-        if choice.significant or not plan.more_seeds or needed is None:
-            return swept, choice, plan.repeats
-        why = ""
-        if needed > 2 * plan.repeats:
-            why = f"about {needed} seeds would decide, more than twice those of the plan"
-        elif self._read_swept_setting("seeds") < needed and not self.allows(len(swept.ranks) * (needed - plan.repeats)):
-            why = f"no time was left; about {needed} would decide"
-        if why:
-            self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
-            return swept, choice, plan.repeats
-        swept_again = self._sweep_ranks(swept.results.run.settings["rates"], repeats=needed)
-        repeated = choose_rank(swept_again.verdict, self._find_best_rates(swept_again))
-        self._record_rank(f"{needed} seeds", repeated, swept_again)
-        return swept_again, repeated, needed
+    def _explain_no_more_seeds(self, needed: int) -> str:
+        """Return why this number of seeds is not trained; empty if it is."""
+        repeats = self.plan.repeats
+        if needed > 2 * repeats:
+            return f"about {needed} seeds would decide, more than twice those of the plan"
+        runs = len(self.swept.ranks) * (needed - repeats)
+        if self._read_swept_setting("seeds") < needed and not self.allows(runs):
+            return f"no time was left; about {needed} would decide"
+        return ""
 
     def _read_swept_setting(self, setting: str) -> Any:
         """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
@@ -328,11 +379,10 @@ class Tuner:
         rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first_seed)
         return {rank: rate for rank, rate in rates.items() if rank is not None}
 
-    def _record_rank(self, name: str, choice: RankChoice, swept: Swept) -> None:
-        """Record the choice of a shared rank, with its gap to the best."""
-        verdict = swept.verdict
-        standing = next((item for item in verdict.standings if item.rank == choice.rank), None)
-        behind = None if standing is None else standing.behind
+    def _record_rank(self, name: str, swept: Swept, choice: RankChoice) -> None:
+        """Keep the sweep and the choice of a shared rank, and record this with the gap to the best."""
+        self.swept, self.choice = swept, choice
+        behind = (standing.behind for standing in swept.verdict.standings if standing.rank == choice.rank)
         self.decide(
             "ranks",
             f"shared rank, {name}",
@@ -341,88 +391,59 @@ class Tuner:
             rank=choice.rank,
             lr=choice.lr,
             params=self.plan.params(choice.rank),
-            gap=behind,
-            seeds=verdict.seeds,
+            gap=next(behind, None),
+            seeds=swept.verdict.seeds,
             files=("sweep.jsonl",),
         )
 
-    def _make_incumbent(self, choice: RankChoice) -> Variant:
-        """Return the chosen shared rank as a configuration, trained with its adapter kept."""
-        variant = Variant(uniform_name(choice.rank), self.target.config(choice.rank), choice.lr, self.plan.steps)
-        self.trials.train(self._make_run_with_adapter(variant))
-        return variant
-
-    def _make_run_with_adapter(self, variant: Variant) -> TrialRun:
-        """Return the run of a configuration with the first seed, whose adapter is kept; it is not trained here."""
-        return TrialRun(variant, self.first_seed, self._adapter_folder(variant))
-
-    def _adapter_folder(self, variant: Variant) -> Path:
-        """Return the folder for the adapter of a configuration, and create its parent."""
-        folder = self.folder / "trials"
-        folder.mkdir(exist_ok=True)
-        return folder / variant.name
-
     # -- non-uniform ranks -------------------------------------------------------------------------------------------
 
-    def _redistribute(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> Variant:
+    def _redistribute(self, incumbent: Variant) -> Variant:
         """Return the better of uniform and non-uniform ranks; uniform wins ties."""
-        plan, stage = self.plan, "redistribution"
-        if not plan.redistribute:
+        decision = "redistribution", "non-uniform ranks"
+        if not self.plan.redistribute:
             return incumbent
-        reason = self._explain_no_redistribution(incumbent, swept)
-        if reason:
-            self.decide(stage, "non-uniform ranks", "not needed", reason)
-            return incumbent
-        if not self.find_decision(stage, "non-uniform ranks") and not self.allows(3 + plan.repeats):
-            self.decide(stage, "non-uniform ranks", "not tried", "no time was left")
-            return incumbent
-        try:
-            with self._limit_time():
-                candidates = self._make_candidates(incumbent, choice)
-                return self._choose_best(stage, incumbent, candidates, "non-uniform ranks")
-        except TimeIsUpError:
-            self.decide(stage, "non-uniform ranks", "not tried", "--time was reached during the comparison")
-            return incumbent
-
-    def _explain_no_redistribution(self, incumbent: Variant, swept: Swept) -> str:
-        """Return why non-uniform ranks are not compared; empty where they are."""
         if len(self.target.shapes) < 2:
-            return "one matrix gets an adapter"
-        if swept.verdict.outcome == "no gain":
-            return f"no rank lowers the loss of BASE, {incumbent.name} neither"
-        return ""
+            self.decide(*decision, "not needed", "one matrix gets an adapter")
+        elif self.swept.verdict.outcome == "no gain":
+            self.decide(*decision, "not needed", f"no rank lowers the loss of BASE, {incumbent.name} neither")
+        elif not self.find_decision(*decision) and not self.allows(3 + self.plan.repeats):
+            self.decide(*decision, "not tried", "no time was left")
+        else:
+            try:
+                with self._limit_time():
+                    return self._choose_best(incumbent, self._make_candidates())
+            except TimeIsUpError:
+                self.decide(*decision, "not tried", "--time was reached during the comparison")
+        return incumbent
 
-    def _make_candidates(self, incumbent: Variant, choice: RankChoice) -> list[Variant]:
+    def _make_candidates(self) -> list[Variant]:
         """Train a pilot, and return non-uniform ranks of the same budget, by its spectrum and by gradients at BASE.
 
         Ranks that PEFT cannot express, or that equal the shared rank, are recorded and left out.
         """
-        rank = min(2 * choice.rank, max(min(shape) for shape in self.target.shapes.values()))
-        pilot = Variant(f"pilot-r{rank}", self.target.config(rank), choice.lr, self.plan.steps)
-        self.trials.train(self._make_run_with_adapter(pilot))
-        path = self.folder / "pilot.jsonl"
-        spectrum(
-            self.base, self._adapter_folder(pilot), output=path, overwrite=True, device=self.run_.options["device"]
-        )
-        weights = self._measure_gradient_weights()
-        budget, minimum = choice.rank * self.plan.per_rank, least_rank(choice.rank)
+        shared = self.choice.rank
+        rank = min(2 * shared, max(min(shape) for shape in self.target.shapes.values()))
+        pilot = self._make_uniform(rank, f"pilot-r{rank}")
+        self._train_with_adapters(pilot)
+        path, device = self.folder / "pilot.jsonl", self.run_.options["device"]
+        spectrum(self.base, self.adapter_folder(pilot), output=path, overwrite=True, device=device)
         strategies: dict[str, dict[str, Any]] = {
             "marginal": {},
-            "prior": {"layer_weights": weights, "strategy": "heuristic"},
+            "prior": {"layer_weights": self._measure_gradient_weights(), "strategy": "heuristic"},
         }
         candidates = []
         for name, options in strategies.items():
             try:
-                allocated = self._allocate_from_pilot(budget, minimum, **options)
+                allocated = self._allocate_from_pilot(shared * self.plan.per_rank, least_rank(shared), **options)
                 config = self.target.config_of(allocated)
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
                 continue
-            ranks = {record.rank for record in allocated}
-            if ranks == {choice.rank}:
+            if {record.rank for record in allocated} == {shared}:
                 self.decide("redistribution", name, "not needed", "gives every layer the shared rank")
                 continue
-            candidates.append(Variant(name, config, incumbent.lr, self.plan.steps))
+            candidates.append(Variant(name, config, self.choice.lr, self.plan.steps))
         return candidates
 
     def _allocate_from_pilot(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
@@ -433,10 +454,7 @@ class Tuner:
         """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
         path = self.folder / "weights.json"
         if not path.is_file():
-            steps = short_steps(self.plan.steps)
-            batches = list(replace(self.training, steps=steps).batches())
-            sequences = tuple(dict.fromkeys(sequence for batch in batches for sequence in batch))
-            texts = replace(self.training.texts, sequences=sequences)
+            texts = replace(self.training, steps=short_steps(self.plan.steps)).used_texts
             layers = {f"{module_path}.weight": layer for module_path, layer in self.target.layers.items()}
             gradients_by_layer = gradients(
                 self.run_.model, layers, texts, self.training.batch, lambda: self._report_batches("gradient")
@@ -451,38 +469,32 @@ class Tuner:
 
     # -- contests ----------------------------------------------------------------------------------------------------
 
-    def _choose_best(self, stage: str, incumbent: Variant, candidates: Sequence[Variant], comparison: str) -> Variant:
-        """Return the incumbent, or the candidate that beats it.
+    def _choose_best(self, incumbent: Variant, candidates: Sequence[Variant]) -> Variant:
+        """Return the incumbent, or the candidate of non-uniform ranks that beats it.
 
         The candidate with the lowest loss of the first seed is trained with the other seeds. If it was chosen among
         several, its first seed is not used.
         """
+        decision = "redistribution", "non-uniform ranks"
         if not candidates:
-            if self.find_decision(stage, comparison) is None:
-                self.decide(stage, comparison, "not tried", "no other ranks to try")
+            self.decide(*decision, "not tried", "no other ranks to try")
             return incumbent
-        losses: dict[str, float] = {}
-        self.trials.train(*map(self._make_run_with_adapter, candidates))
-        for candidate in candidates:
-            runs = self.trials.runs(candidate.name, candidate.lr).get(self.own, {})
-            if self.first_seed in runs:
-                losses[candidate.name] = runs[self.first_seed].loss
-        incumbent_loss = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed].loss
-        best = min(candidates, key=lambda candidate: losses.get(candidate.name, math.inf))
-        for candidate in candidates:
-            if candidate is not best:
-                gap = losses.get(candidate.name, math.inf) - incumbent_loss
-                self._record_gap(stage, candidate, "rejected", f"{best.name} has a lower loss at the first seed", gap)
-        gap = losses.get(best.name, math.inf) - incumbent_loss
-        if gap >= -self.tolerance:
-            why = f"{self._find_reason_to_stop()} of {incumbent.name} at the first seed"
-            self._record_gap(stage, best, "rejected", why, gap)
-            why = f"{incumbent.name} is as good at the same budget{self._describe_cost(candidates)}"
-            self.decide(stage, comparison, "rejected", why)
-            return incumbent
-        kept = self._confirm(stage, incumbent, best, fresh=len(candidates) > 1)
-        result = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
-        self.decide(stage, comparison, "kept" if kept else "rejected", f"{result}{self._describe_cost(candidates)}")
+        self._train_with_adapters(*candidates)
+        incumbent_loss = self._get_first_loss(incumbent)
+        gaps = {one.name: Gap(self._get_first_loss(one) - incumbent_loss, None, 1) for one in candidates}
+        best = min(candidates, key=lambda candidate: gaps[candidate.name].value)
+        for one in candidates:
+            if one is not best:
+                why = f"{best.name} has a lower loss at the first seed"
+                self._decide_on("redistribution", one, "rejected", why, gaps[one.name])
+        if not self._is_ahead(gaps[best.name]):
+            why = f"{self._describe_lag()} of {incumbent.name} at the first seed"
+            self._decide_on("redistribution", best, "rejected", why, gaps[best.name])
+            kept, result = False, f"{incumbent.name} is as good at the same budget"
+        else:
+            kept = self._confirm("redistribution", incumbent, best, fresh=len(candidates) > 1)
+            result = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
+        self.decide(*decision, "kept" if kept else "rejected", f"{result}{self._describe_cost(candidates)}")
         return best if kept else incumbent
 
     def _describe_cost(self, candidates: Sequence[Variant]) -> str:
@@ -492,23 +504,14 @@ class Tuner:
         comparison_runs = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
         return f", found with {len(comparison_runs)} of {len(runs)} runs"
 
-    def _find_reason_to_stop(self) -> str:
-        """Return why a challenger is not trained further: a gain below the tolerance does not justify it."""
-        return f"not ahead by the tolerance of {self.tolerance:.4f} nats" if self.tolerance else "not ahead"
+    def _is_ahead(self, gap: Gap) -> bool:
+        """Return whether a challenger is trained further: only a gain beyond the tolerance justifies it."""
+        return gap.value < -self.swept.verdict.tolerance
 
-    def _record_gap(self, stage: str, variant: Variant, outcome: str, reason: str, gap: float) -> None:
-        """Record the outcome of a configuration from its gap at one seed."""
-        finite_gap = gap if math.isfinite(gap) else None
-        self.decide(
-            stage,
-            variant.name,
-            outcome,
-            reason,
-            lr=variant.lr,
-            params=self._count_params(variant),
-            gap=finite_gap,
-            seeds=1,
-        )
+    def _describe_lag(self) -> str:
+        """Return why a challenger is not trained further."""
+        tolerance = self.swept.verdict.tolerance
+        return f"not ahead by the tolerance of {tolerance:.4f} nats" if tolerance else "not ahead"
 
     def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
         """Train a challenger and the incumbent with the same seeds; return whether the challenger is kept."""
@@ -516,54 +519,33 @@ class Tuner:
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
         self.trials.train(*(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent)))
-        result = contest(
-            self.trials.runs(incumbent.name, incumbent.lr, seeds),
-            self.trials.runs(challenger.name, challenger.lr, seeds),
-            self.own,
-            self.shifted,
-            self.trials.predictions,
-        )
-        reason = {
-            "better": f"better than {incumbent.name} significantly, by paired differences",
-            "tie": f"not significantly different from {incumbent.name}",
-            "worse": f"worse than {incumbent.name} significantly, by paired differences",
-            "not known": "too few runs with a loss",
-        }[result.outcome]
+        result = self._compare(incumbent, challenger, seeds)
+        reason = VERDICTS[result.outcome].format(incumbent.name)
         if result.outcome == "better" and not result.kept:
             reason += ", but worse on a shifted set"
-        self.decide(
-            stage,
-            challenger.name,
-            "kept" if result.kept else "rejected",
-            reason,
-            lr=challenger.lr,
-            params=self._count_params(challenger),
-            **_make_gap_fields(result.own, result.shifted),
-        )
+        outcome = "kept" if result.kept else "rejected"
+        self._decide_on(stage, challenger, outcome, reason, result.own, result.shifted)
         return result.kept
 
-    def _count_params(self, variant: Variant) -> int:
-        """Return the trainable parameters of a configuration by its records; 0 if it has none."""
-        counts = (trial.params for trial in self.trials.records if trial.variant == variant.name)
-        return next(counts, 0)
+    def _compare(self, incumbent: Variant, challenger: Variant, seeds: Sequence[int] | None = None) -> Contest:
+        """Compare a challenger with the incumbent on all sets, with these seeds or all."""
+        incumbent_runs, runs = (self.trials.runs(variant, seeds) for variant in (incumbent, challenger))
+        return contest(incumbent_runs, runs, self.own, self.shifted, self.trials.predictions)
 
     # -- stability ---------------------------------------------------------------------------------------------------
 
-    def _stabilize(self, incumbent: Variant, swept: Swept) -> Variant:
+    def _stabilize(self, incumbent: Variant) -> Variant:
         """Return the configuration after the trials that the curves justify."""
-        reasons = stability_trials(self._collect_curves(incumbent, swept))
+        reasons = stability_trials(self._collect_curves(incumbent))
         if not reasons:
             self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
-            return incumbent
         for name in STABILITY:
             if name not in reasons:
                 continue
             trial = change_variant(incumbent, name)
-            decision = self.find_decision("stability", trial.name)
-            if decision is None and not self._has_time(1 + self.plan.repeats):
-                self.decide(
-                    "stability", trial.name, "proposed", reasons[name], seconds=self.plan.repeats * self.one_run
-                )
+            if self.find_decision("stability", trial.name) is None and not self._allows_trial(1 + self.plan.repeats):
+                seconds = self.plan.repeats * self.one_run
+                self.decide("stability", trial.name, "proposed", reasons[name], seconds=seconds)
                 continue
             try:
                 with self._limit_time():
@@ -572,78 +554,69 @@ class Tuner:
                 self.decide("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached")
         return incumbent
 
-    def _has_time(self, runs: int) -> bool:
-        """Return whether the plan and the time allow another trial, in addition to the seeds of confirmed ones."""
-        return self._trained < self.plan.trials and self.allows(runs)
-
     def _judge_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
         """Train a stability trial, and return it if it is kept; else the incumbent."""
         self._trained += 1
-        self.trials.train(self._make_run_with_adapter(trial))
-        trial_run = self.trials.runs(trial.name, trial.lr).get(self.own, {}).get(self.first_seed)
-        incumbent_run = self.trials.runs(incumbent.name, incumbent.lr)[self.own][self.first_seed]
-        gap = math.inf if trial_run is None else trial_run.loss - incumbent_run.loss
-        if gap >= -self.tolerance:
-            self._record_gap(
-                "stability", trial, "rejected", f"{reason}; {self._find_reason_to_stop()} at the first seed", gap
-            )
-            return incumbent
-        return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
+        self._train_with_adapters(trial)
+        gap = Gap(self._get_first_loss(trial) - self._get_first_loss(incumbent), None, 1)
+        if self._is_ahead(gap):
+            return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
+        why = f"{reason}; {self._describe_lag()} at the first seed"
+        self._decide_on("stability", trial, "rejected", why, gap)
+        return incumbent
 
-    def _collect_curves(self, incumbent: Variant, swept: Swept) -> Curves:
+    def _collect_curves(self, incumbent: Variant) -> Curves:
         """Return the losses of the incumbent and of BASE from which stability is judged."""
         base = {trial.set: trial for trial in self.trials.records if trial.variant == "base"}
-        incumbent_records = [
-            trial for trial in self.trials.records if (trial.variant, trial.lr) == (incumbent.name, incumbent.lr)
+        runs, shifted_set = self.trials.runs(incumbent), self.shifted[0] if self.shifted else ""
+        losses, shifted_losses = ([run.loss for run in runs.get(name, {}).values()] for name in (self.own, shifted_set))
+        train_losses = [
+            trial.train_loss
+            for trial in self.trials.records
+            if (trial.variant, trial.lr, trial.set) == (incumbent.name, incumbent.lr, self.own)
+            and None not in (trial.loss, trial.train_loss)
         ]
-        on_own_set = [trial for trial in incumbent_records if trial.set == self.own and trial.loss is not None]
-        losses = [trial.loss for trial in on_own_set if trial.loss is not None]
-        train_losses = [trial.train_loss for trial in on_own_set if trial.train_loss is not None]
-        base_record = base[self.own]
-        shifted_losses = [
-            trial.loss
-            for trial in incumbent_records
-            if self.shifted and trial.set == self.shifted[0] and trial.loss is not None
-        ]
-        records = swept.results.whole_of(Probe)
-        diverged_runs = {run for run in find_diverged(records) if run[0] == "lora" and (run[2] or 0.0) <= incumbent.lr}
+        base_train = base[self.own].train_loss or 0.0
         return Curves(
-            base=base_record.loss or 0.0,
+            base=base[self.own].loss or 0.0,
             loss=fmean(losses),
-            base_train=base_record.train_loss or 0.0,
-            train=fmean(train_losses) if train_losses else base_record.train_loss or 0.0,
+            base_train=base_train,
+            train=fmean(loss for loss in train_losses if loss is not None) if train_losses else base_train,
             spread=stdev(losses) if len(losses) > 1 else None,
-            tolerance=swept.verdict.tolerance,
-            diverged=len(diverged_runs),
-            base_shifted=base[self.shifted[0]].loss if shifted_losses else None,
+            tolerance=self.swept.verdict.tolerance,
+            diverged=count_diverged(self.swept.results.whole_of(Probe), self.choice.rank, incumbent.lr),
+            base_shifted=base[shifted_set].loss if shifted_losses else None,
             shifted=fmean(shifted_losses) if shifted_losses else None,
         )
 
     # -- escalation --------------------------------------------------------------------------------------------------
 
-    def _escalate(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
+    def _escalate(self, incumbent: Variant) -> None:
         """Estimate the gain of more parameters than the budget, by training where there is time."""
-        gain, of_full = self._compute_gains(swept, incumbent)
-        share = gain / of_full if of_full else None
-        why = escalation_reason(choice.rank, swept.ranks, share)
+        gain, of_full = self._compute_gains(incumbent)
+        why = escalation_reason(self.choice.rank, self.swept.ranks, gain / of_full if of_full else None)
         if not why:
-            has_gain = swept.verdict.outcome != "no gain"
+            has_gain = self.swept.verdict.outcome != "no gain"
             why = "a rank below the largest is enough" if has_gain else "no rank lowers the loss of BASE"
             self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
-        for name, build in self._list_escalations(incumbent, choice).items():
+        further = replace(incumbent, name=f"{incumbent.name}+biases-norms", vectors=True)
+        escalations: dict[str, tuple[Variant | None, tuple[str, ...]]] = {
+            "higher ranks in named layers": self._raise_rank(incumbent),
+            "more placements": self._extend_placement(incumbent),
+            "biases and norms": (further, ()),
+        }
+        for name, (variant, layers) in escalations.items():
             if self.find_decision("escalation", name) is not None:
                 continue
-            variant, layers = build()
             if variant is None:
-                self.decide(
-                    "escalation", name, "not needed", "the model has no further layers of this kind", layers=layers
-                )
-            elif not self._has_time(1):
+                why_not = "the model has no further layers of this kind"
+                self.decide("escalation", name, "not needed", why_not, layers=layers)
+            elif not self._allows_trial(1):
                 self.decide("escalation", name, "proposed", why, seconds=self.one_run, layers=layers)
             else:
                 self._test_escalation(name, variant, incumbent, layers)
-        self._record_full(swept, incumbent, why)
+        self._record_full(incumbent, why)
 
     def _test_escalation(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
         """Train a step beyond the budget with one seed, and record whether it is proposed."""
@@ -657,154 +630,113 @@ class Tuner:
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
             return
-        runs = [self.trials.runs(candidate.name, candidate.lr, [self.first_seed]) for candidate in (incumbent, variant)]
-        gap = self._compute_gap(runs[0], runs[1], self.own)
-        shifted_gap = self._compute_gap(runs[0], runs[1], self.shifted[0]) if self.shifted else None
+        gap = self._compare_first_seed(incumbent, variant, self.own)
+        shifted_gap = self._compare_first_seed(incumbent, variant, self.shifted[0]) if self.shifted else None
         better = gap is not None and gap.half is not None and gap.value < -gap.half
-        reason = "lowers the loss" if better else "does not lower the loss significantly"
-        self.decide(
-            "escalation",
-            name,
-            "proposed" if better else "rejected",
-            f"trained with one seed: {reason}; outside the budget",
-            lr=variant.lr,
-            params=self._count_params(variant),
-            layers=layers,
-            **_make_gap_fields(gap, shifted_gap),
-        )
+        verdict = "lowers the loss" if better else "does not lower the loss significantly"
+        reason = f"trained with one seed: {verdict}; outside the budget"
+        outcome = "proposed" if better else "rejected"
+        self._decide_on("escalation", variant, outcome, reason, gap, shifted_gap, name=name, layers=layers)
 
-    def _compute_gap(
-        self, incumbent_runs: Mapping[str, Any], challenger_runs: Mapping[str, Any], name: str
-    ) -> Gap | None:
+    def _compare_first_seed(self, incumbent: Variant, challenger: Variant, name: str) -> Gap | None:
         """Return the gap of the first seed, with its error over paired sequences; None without both runs."""
-        counts = self.trials.predictions.get(name, ())
-        incumbent, challenger = (
-            incumbent_runs.get(name, {}).get(self.first_seed),
-            challenger_runs.get(name, {}).get(self.first_seed),
-        )
-        if incumbent is None or challenger is None:
-            return None
+        runs = (self.trials.runs(variant).get(name, {}).get(self.first_seed) for variant in (incumbent, challenger))
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
-        twice: list[dict[int, Measured]] = [{0: incumbent, 1: incumbent}, {0: challenger, 1: challenger}]
-        gap = gap_of(twice[0], twice[1], counts)
+        before, after = ({} if run is None else {0: run, 1: run} for run in runs)
+        gap = gap_of(before, after, self.trials.predictions.get(name, ()))
         return None if gap is None else Gap(gap.value, gap.error or None, 1, gap.half or None)
 
-    def _list_escalations(self, incumbent: Variant, choice: RankChoice) -> dict[str, Callable[[], Any]]:
-        """Return the steps beyond the budget in order, each with a function of its configuration and layers."""
-        return {
-            "higher ranks in named layers": lambda: self._raise_rank(incumbent, choice),
-            "more placements": lambda: self._extend_placement(incumbent),
-            "biases and norms": lambda: (
-                replace(incumbent, name=f"{incumbent.name}+biases-norms", vectors=True),
-                (),
-            ),
-        }
-
-    def _raise_rank(self, incumbent: Variant, choice: RankChoice) -> tuple[Variant | None, tuple[str, ...]]:
+    def _raise_rank(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return ranks for a larger budget, and the layers that gain most; None without a pilot or such layers."""
-        path = self.folder / "pilot.jsonl"
-        if not path.is_file():
+        shared = self.choice.rank
+        if not (self.folder / "pilot.jsonl").is_file():
             return None, ()
         try:
-            allocated = self._allocate_from_pilot(round(RAISED_FACTOR * choice.rank * self.plan.per_rank), choice.rank)
+            allocated = self._allocate_from_pilot(round(RAISED_FACTOR * shared * self.plan.per_rank), shared)
             config = self.target.config_of(allocated)
         except LoradiagError:
             return None, ()
-        grown = sorted((record for record in allocated if record.rank > choice.rank), key=lambda r: -r.rank)
+        grown = sorted((record for record in allocated if record.rank > shared), key=lambda r: -r.rank)
         if not grown:
             return None, ()
-        variant = Variant("higher-ranks", config, incumbent.lr, incumbent.steps, incumbent.decay)
+        variant = replace(incumbent, name="higher-ranks", config=config)
         return variant, tuple(record.layer for record in grown[:MAX_NAMED])
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent with further linear layers, else an untied head, and their names; None without any."""
-        layers = {name.removesuffix(".weight") for name in layers_without_head(self.run_.model.module)}
+        module = self.run_.model.module
+        layers = {name.removesuffix(".weight") for name in layers_without_head(module)}
         missing = sorted(layers - set(self.target.layers))
         if not missing:
-            module = self.run_.model.module
             head = module.get_output_embeddings()
             tied = getattr(module.config, "tie_word_embeddings", False)
-            paths = [path for path, submodule in module.named_modules() if submodule is head and head is not None]
-            missing = paths if paths and not tied and type(head).__name__ == "Linear" else []
+            if type(head).__name__ == "Linear" and not tied:
+                missing = [path for path, submodule in module.named_modules() if submodule is head]
         if not missing:
             return None, ()
         config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *missing]}
         return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(missing[:MAX_NAMED])
 
-    def _record_full(self, swept: Swept, incumbent: Variant, reason: str) -> None:
+    def _record_full(self, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""
-        row = self._find_full(swept)
+        row, name = self._find_full(), "full fine-tuning"
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
-            total = self.target.total
-            self.decide("escalation", "full fine-tuning", "proposed", reason, params=total, seconds=seconds)
+            self.decide("escalation", name, "proposed", reason, params=self.target.total, seconds=seconds)
             return
-        full = self.trials.runs("full", row.lr)
-        incumbent_runs = self.trials.runs(incumbent.name, incumbent.lr)
-        result = contest(incumbent_runs, full, self.own, self.shifted, self.trials.predictions)
-        self.decide(
+        full = Variant("full", {}, row.lr, self.plan.steps)
+        result = self._compare(incumbent, full)
+        self._decide_on(
             "escalation",
-            "full fine-tuning",
+            full,
             "proposed" if result.outcome == "better" else "rejected",
-            {
-                "better": "better significantly, by paired differences",
-                "tie": "not significantly different",
-                "worse": "worse significantly, by paired differences",
-                "not known": "too few runs",
-            }[result.outcome],
-            lr=row.lr,
-            params=self.target.total,
+            VERDICTS[result.outcome].format(incumbent.name),
+            result.own,
+            result.shifted,
+            name=name,
             files=("sweep.jsonl",),
-            **_make_gap_fields(result.own, result.shifted),
         )
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def _find_full(self, swept: Swept) -> Any:
+    def _find_full(self) -> AtRank | None:
         """Return the row of full fine-tuning at its best rate; None if it was not trained."""
-        records = swept.results.whole_of(Probe)
+        records = self.swept.results.whole_of(Probe)
         rates = best_rates(records, self.run_.sets[0].name, self.first_seed, "full")
         return next(iter(by_rank(records, self.own, rates, "full")), None)
 
-    def _compute_gains(self, swept: Swept, variant: Variant) -> tuple[float, float | None]:
+    def _compute_gains(self, variant: Variant) -> tuple[float, float | None]:
         """Return the gain of a configuration, and that of full fine-tuning if it gains."""
-        base = self._get_base_loss(self.own)
-        losses = [run.loss for run in self.trials.runs(variant.name, variant.lr).get(self.own, {}).values()]
-        row = self._find_full(swept)
-        full = None if row is None or row.mean >= base else base - row.mean
-        return base - fmean(losses), full
+        base, row = self._get_base_loss(self.own), self._find_full()
+        losses = [run.loss for run in self.trials.runs(variant).get(self.own, {}).values()]
+        return base - fmean(losses), None if row is None or row.mean >= base else base - row.mean
 
-    def _get_base_loss(self, name: str) -> float:
-        """Return the loss of BASE on a set; NaN if it is not finite."""
-        loss = next(trial.loss for trial in self.trials.records if trial.variant == "base" and trial.set == name)
-        return math.nan if loss is None else loss
-
-    def _finish(self, incumbent: Variant, choice: RankChoice, swept: Swept) -> None:
-        """Record the choice, train its adapter if that is missing, and write the outputs."""
-        runs = self.trials.runs(incumbent.name, incumbent.lr)
+    def _make_record(self, incumbent: Variant) -> Tune:
+        """Return the record of the choice."""
+        runs, config, choice = self.trials.runs(incumbent), incumbent.config, self.choice
         losses = [run.loss for run in runs[self.own].values()]
-        gain, of_full = self._compute_gains(swept, incumbent)
-        error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
-        rates: dict[int | None, float] = dict(self._find_best_rates(swept).items())
-        rows = by_rank(swept.results.whole_of(Probe), self.own, rates)
+        gain, of_full = self._compute_gains(incumbent)
+        error = _compute_error(losses)
+        rates: dict[int | None, float] = dict(self._find_best_rates(self.swept).items())
+        rows = by_rank(self.swept.results.whole_of(Probe), self.own, rates)
         above = min((row for row in rows if (row.rank or 0) > choice.rank), key=lambda row: row.rank or 0, default=None)
         shifted_gains, set_shifted = [], self.shifted[0] if self.shifted else ""
         if set_shifted:
             shifted_gains = [self._get_base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
         redistributed = self.find_decision("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
-        record = Tune(
+        return Tune(
             set=self.own,
             variant=incumbent.name,
             rank=choice.rank,
-            ranks=ranks_of(incumbent.config, self.target.layers) if incumbent.config["rank_pattern"] else {},
+            ranks=ranks_of(config, self.target.layers) if config["rank_pattern"] else {},
             significant=choice.significant and error is not None and gain > errors_needed(len(losses) - 1) * error,
             lr=incumbent.lr,
             steps=incumbent.steps,
-            alpha_over_rank=incumbent.alpha_over_rank,
-            alpha=float(incumbent.config["lora_alpha"]) if self.target.kind.rslora else None,
+            alpha_over_rank=float(config["lora_alpha"]) / int(config["r"]),
+            alpha=float(config["lora_alpha"]) if self.target.kind.rslora else None,
             dora=self.target.kind.dora,
-            dropout=incumbent.dropout,
+            dropout=float(config["lora_dropout"]),
             weight_decay=incumbent.decay,
             params=self._count_params(incumbent),
             budget=self.plan.budget,
@@ -818,24 +750,12 @@ class Tuner:
             next_gain=None if above is None else fmean(losses) - above.mean,
             non_uniform=outcome if outcome in {"kept", "rejected"} else "not tried",
             gain_shifted=fmean(shifted_gains) if shifted_gains else None,
-            gain_shifted_error=stdev(shifted_gains) / math.sqrt(len(shifted_gains)) if len(shifted_gains) > 1 else None,
+            gain_shifted_error=_compute_error(shifted_gains),
             set_shifted=set_shifted,
             seeds=len(losses),
         )
-        self.kept.put(record)
-        adapter = self._adapter_folder(incumbent)
-        if not (adapter / ADAPTER).is_file():
-            self.trials.train(TrialRun(incumbent, self.first_seed, adapter))
-        uniform = self.target.config(choice.rank)
-        write_outputs(self.base, self.folder, self.run_, self.plan, incumbent, uniform, record, adapter)
 
 
-def _make_gap_fields(own: Gap | None, shifted: Gap | None) -> dict[str, Any]:
-    """Return the fields of a decision for the comparison of two configurations."""
-    return {
-        "gap": None if own is None else own.value,
-        "error": None if own is None else own.error,
-        "gap_shifted": None if shifted is None else shifted.value,
-        "error_shifted": None if shifted is None else shifted.error,
-        "seeds": 0 if own is None else own.seeds,
-    }
+def _compute_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of a mean; None for one value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -10,14 +10,12 @@ Each run is trained once and recorded with its losses. BASE is unchanged after e
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,18 +27,24 @@ from torch import nn
 from lora_diag.errors import InputError
 from lora_diag.metrics.statistics import errors_needed, paired_difference, paired_half
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, measure
+from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import Cell, Lora, Training, layers_without_head, losses_after
+from lora_diag.models.training import (
+    ALPHA_OVER_RANK,
+    RSLORA_ALPHA,
+    Cell,
+    Lora,
+    Training,
+    layers_without_head,
+    losses_after,
+)
 from lora_diag.probes.sweep.measure import round_weights
-from lora_diag.probes.sweep.verdict import SweepVerdict
+from lora_diag.probes.sweep.verdict import SweepVerdict, find_diverged
 from lora_diag.records import Probe
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_runs import RunTask, Site, Workers, drop_sequences, open_site
+from lora_diag.running.training_runs import Workers
 from lora_diag.tuning.record import TunePlan, TuneTrial
 
-# As ``probe sweep`` trains: lora_alpha / r, or with rsLoRA lora_alpha.
-ALPHA_OVER_RANK, RSLORA_ALPHA = 2, 16
 DROPOUT, WEIGHT_DECAY = 0.1, 0.1
 
 
@@ -64,15 +68,11 @@ class Variant:
     decay: float = 0.0
     vectors: bool = False
 
-    @property
-    def dropout(self) -> float:
-        """lora_dropout."""
-        return float(self.config["lora_dropout"])
 
-    @property
-    def alpha_over_rank(self) -> float:
-        """lora_alpha / r."""
-        return float(self.config["lora_alpha"]) / int(self.config["r"])
+def _select_named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the paths of modules that PEFT finds by these names: a path, or its end after a dot."""
+    ends = tuple(f".{name}" for name in names)
+    return [path for path in paths if f".{path}".endswith(ends)]
 
 
 def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> list[str]:
@@ -89,8 +89,7 @@ def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> li
     names: set[str] = set()
     for path in chosen:
         leaf = path.rpartition(".")[2]
-        reached = {candidate for candidate in all_paths if candidate == leaf or candidate.endswith(f".{leaf}")}
-        names.add(leaf if reached <= set(chosen) else path)
+        names.add(leaf if set(_select_named(all_paths, [leaf])) <= set(chosen) else path)
     return sorted(names)
 
 
@@ -138,11 +137,10 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
         >>> ranks_of(config, ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
         {'a.0.q': 4, 'a.1.q': 8, 'a.0.v': 4, 'a.1.v': 0}
     """
-    ranks = {}
-    for path in paths:
+    ranks = dict.fromkeys(paths, 0)
+    for path in _select_named(ranks, config["target_modules"]):
         matching_ranks = (rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
-        is_target = any(path == name or path.endswith(f".{name}") for name in config["target_modules"])
-        ranks[path] = next(matching_ranks, config["r"]) if is_target else 0
+        ranks[path] = next(matching_ranks, config["r"])
     return ranks
 
 
@@ -163,18 +161,17 @@ def change_variant(variant: Variant, trial: str) -> Variant:
         >>> change_variant(one, "half-alpha").config["lora_alpha"], change_variant(one, "fewer-steps").steps
         (4.0, 50)
     """
-    name = f"{variant.name}+{trial}"
-    if trial == "dropout":
-        return replace(variant, name=name, config={**variant.config, "lora_dropout": DROPOUT})
-    if trial == "weight-decay":
-        return replace(variant, name=name, decay=WEIGHT_DECAY)
-    if trial == "half-alpha":
-        alphas = {key: alpha / 2 for key, alpha in variant.config["alpha_pattern"].items()}
-        config = {**variant.config, "lora_alpha": variant.config["lora_alpha"] / 2, "alpha_pattern": alphas}
-        return replace(variant, name=name, config=config)
-    if trial == "fewer-steps":
-        return replace(variant, name=name, steps=max(1, variant.steps // 2))
-    raise ValueError(trial)
+    config = variant.config
+    halved_alphas = {key: alpha / 2 for key, alpha in config["alpha_pattern"].items()}
+    changes: dict[str, dict[str, Any]] = {
+        "dropout": {"config": {**config, "lora_dropout": DROPOUT}},
+        "weight-decay": {"decay": WEIGHT_DECAY},
+        "half-alpha": {
+            "config": {**config, "lora_alpha": config["lora_alpha"] / 2, "alpha_pattern": halved_alphas},
+        },
+        "fewer-steps": {"steps": max(1, variant.steps // 2)},
+    }
+    return replace(variant, name=f"{variant.name}+{trial}", **changes[trial])
 
 
 # Regularization is justified if the held-out loss fell less than the training loss by this fraction of the gain.
@@ -296,11 +293,8 @@ def contest(
     shifted_gap = _pool_gaps(shifted_gaps)
     if own_gap is None or own_gap.half is None:
         return Contest("not known", False, own_gap, shifted_gap)
-    is_better, is_worse = (
-        own_gap.value < -own_gap.half,
-        own_gap.value > own_gap.half,
-    )
-    outcome: Outcome = "better" if is_better else "worse" if is_worse else "tie"
+    is_better = own_gap.value < -own_gap.half
+    outcome: Outcome = "better" if is_better else "worse" if own_gap.value > own_gap.half else "tie"
     return Contest(outcome, is_better and all(gap.value <= 0 for gap in shifted_gaps), own_gap, shifted_gap)
 
 
@@ -341,14 +335,13 @@ def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice
         rates: The best learning rate of each rank tried.
     """
     if verdict.rank is not None:
-        return RankChoice(
-            verdict.rank, rates[verdict.rank], True, f"{verdict.outcome}: the smallest shown to be enough"
-        )
-    if verdict.answer is None:
-        rank = min(rates)
-        return RankChoice(rank, rates[rank], False, f"{verdict.outcome}: the smallest")
-    why = f"{verdict.outcome}: the smallest whose mean loss is within tolerance of every other's, which is not shown"
-    return RankChoice(verdict.answer, rates[verdict.answer], False, why)
+        rank, why = verdict.rank, "the smallest shown to be enough"
+    elif verdict.answer is not None:
+        rank = verdict.answer
+        why = "the smallest whose mean loss is within tolerance of every other's, which is not shown"
+    else:
+        rank, why = min(rates), "the smallest"
+    return RankChoice(rank, rates[rank], verdict.rank is not None, f"{verdict.outcome}: {why}")
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
@@ -357,9 +350,7 @@ def between(chosen: int, ranks: Iterable[int]) -> int | None:
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)
     """
-    lower = max((rank for rank in ranks if rank < chosen), default=None)
-    if lower is None:
-        return None
+    lower = max((rank for rank in ranks if rank < chosen), default=chosen)
     middle = round(math.sqrt(chosen * lower))
     return middle if lower < middle < chosen and 2 * lower < chosen else None
 
@@ -375,7 +366,7 @@ class Curves:
         train: Its training loss at the end, mean over seeds.
         spread: Standard deviation of its held-out loss over seeds; None for one seed.
         tolerance: In nats.
-        diverged: Number of LoRA runs of the sweep that diverged, at any rate up to its own.
+        diverged: Number of runs of the sweep at its rank that diverged, at any rate up to its own.
         base_shifted: BASE's loss on the first shifted set; None without one.
         shifted: Its own loss there.
     """
@@ -414,6 +405,15 @@ def stability_trials(curves: Curves) -> dict[str, str]:
         rise = curves.shifted - curves.base_shifted
         reasons.setdefault("fewer-steps", f"the loss on the shifted set rises by {rise:.3f}")
     return reasons
+
+
+def count_diverged(records: Sequence[Probe], rank: int, lr: float) -> int:
+    """Return the number of LoRA runs of a sweep at this rank that diverged, at any learning rate up to this one."""
+    diverged = find_diverged(records)
+    return sum(
+        subject == "lora" and tried_rank == rank and (tried_lr or 0.0) <= lr
+        for subject, tried_rank, tried_lr, _ in diverged
+    )
 
 
 def escalation_reason(chosen: int, ranks: Sequence[int], share_of_full: float | None) -> str:
@@ -486,9 +486,8 @@ class Trials:
         """All runs so far."""
         return [record for record in self.kept.records if isinstance(record, TuneTrial)]
 
-    def has(self, variant: Variant, seed: int) -> bool:
-        """Return whether a run is finished."""
-        fields = {"variant": variant.name, "lr": variant.lr, "seed": seed}
+    def _has(self, **fields: Any) -> bool:
+        """Return whether a run with these fields is recorded on every set."""
         return self.kept.has([texts.name for texts in self.sets], record="tune_trial", **fields)
 
     def train(self, *runs: TrialRun) -> None:
@@ -497,7 +496,11 @@ class Trials:
         Raises:
             InputError: An adapter that a worker wrote is not visible here.
         """
-        todo = [run for run in runs if not (self.has(run.variant, run.seed) and run.is_written)]
+        todo = [
+            run
+            for run in runs
+            if not (run.is_written and self._has(variant=run.variant.name, lr=run.variant.lr, seed=run.seed))
+        ]
         for run, records in zip(todo, self._collect_results(todo), strict=True):
             if not run.is_written:
                 raise InputError(
@@ -508,33 +511,37 @@ class Trials:
 
     def _collect_results(self, runs: Sequence[TrialRun]) -> Iterator[Sequence[TuneTrial]]:
         """Yield the records of every run."""
+        train = partial(train_variant, self.grid)
         if self.workers is None:
             for run in runs:
-                yield train_variant(
-                    self.model, self.training, self.sets, self.grid, run, partial(self.after, run.label)
-                )
+                yield train(self.model, run, self.training, self.sets, partial(self.after, run.label))
             return
-        without_text = replace(self.training, texts=drop_sequences(self.training.texts))
         poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
-        on_worker = partial(train_on_worker, self.workers.site, without_text, self.grid)
-        results = self.workers.run(on_worker, [(run.label, run) for run in runs], poll)
-        batches = sum(-(-len(texts.sequences) // self.training.batch) for texts in self.sets)
+        results = self.workers.run(train, self.training, [(run.label, run) for run in runs], poll)
+        batches = sum(texts.count_batches(self.training.batch) for texts in self.sets)
         for run, records in zip(runs, results, strict=True):
             self.after(run.label, run.variant.steps + batches)
             yield records
 
     def measure_base(self) -> None:
         """Measure BASE on every set and on as much of the training data, unless recorded."""
-        if self.kept.has([texts.name for texts in self.sets], record="tune_trial", variant="base"):
+        if self._has(variant="base"):
             return
-        batch = self.training.batch
-        layers = layers_without_head(self.model.module).values()
-        with round_weights(layers, self.grid) if self.grid else nullcontext():
-            train_texts = self.training.texts.first(max(len(texts.sequences) for texts in self.sets))
-            train_loss = measure(self.model, train_texts, batch, lambda: self.after("BASE")).mean
-            by_set = [measure(self.model, texts, batch, lambda: self.after("BASE")) for texts in self.sets]
+        train_texts = self.training.texts.first(max(len(texts.sequences) for texts in self.sets))
+        with round_weights(layers_without_head(self.model.module).values(), self.grid):
+            train_losses, *by_set = (
+                measure(self.model, texts, self.training.batch, lambda: self.after("BASE"))
+                for texts in (train_texts, *self.sets)
+            )
         self.kept.put(
-            *(trial_of(texts, losses, None, 0, 0, train_loss) for texts, losses in zip(self.sets, by_set, strict=True))
+            *(
+                TuneTrial(
+                    variant="base",
+                    params=0,
+                    **losses.fields_of_run(texts, train_losses.mean, is_base=True),
+                )
+                for texts, losses in zip(self.sets, by_set, strict=True)
+            )
         )
 
     def copy(self, probes: Sequence[Probe], plan: TunePlan, total: int) -> None:
@@ -545,39 +552,31 @@ class Trials:
             plan: The plan.
             total: Parameters of the model.
         """
+        names = ("set", "shifted", "data", "tokens", "lr", "seed", "loss", "train_loss", "nll")
         self.kept.put(
             *(
                 TuneTrial(
-                    set=probe.set,
-                    shifted=probe.shifted,
-                    data=probe.data,
-                    tokens=probe.tokens,
+                    **{name: getattr(probe, name) for name in names},
                     variant="full" if probe.rank is None else uniform_name(probe.rank),
                     params=total if probe.rank is None else plan.params(probe.rank),
-                    lr=probe.lr,
                     steps=plan.steps,
-                    seed=probe.seed,
-                    loss=probe.loss,
-                    train_loss=probe.train_loss,
-                    nll=probe.nll,
                 )
                 for probe in probes
                 if probe.subject in {"lora", "full"}
             )
         )
 
-    def runs(self, name: str, lr: float, seeds: Sequence[int] | None = None) -> dict[str, dict[int, Measured]]:
+    def runs(self, variant: Variant, seeds: Sequence[int] | None = None) -> dict[str, dict[int, Measured]]:
         """Return the runs of a configuration that have a loss, by set and seed.
 
         Args:
-            name: The configuration.
-            lr: Its learning rate.
+            variant: The configuration.
             seeds: Only these; None for all.
         """
         by_set: dict[str, dict[int, Measured]] = {}
         for record in self.records:
-            is_selected = (record.variant, record.lr) == (name, lr) and (seeds is None or record.seed in seeds)
-            if is_selected and record.loss is not None:
+            is_selected = (record.variant, record.lr) == (variant.name, variant.lr)
+            if is_selected and record.loss is not None and (seeds is None or record.seed in seeds):
                 by_set.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
         return by_set
 
@@ -588,21 +587,21 @@ class Trials:
 
 
 def train_variant(
+    grid: str | None,
     model: Model,
+    run: TrialRun,
     training: Training,
     sets: Sequence[Texts],
-    grid: str | None,
-    run: TrialRun,
     after_step: Callable[[], None],
 ) -> list[TuneTrial]:
-    """Train a configuration, and return its record on every set.
+    """Train a configuration, here or on a worker of a cluster, and return its record on every set.
 
     Args:
+        grid: Grid of BASE's linear layers; None without rounding.
         model: BASE; unchanged afterwards.
+        run: The run.
         training: Settings shared by all runs.
         sets: Evaluation sets.
-        grid: Grid of BASE's linear layers; None without rounding.
-        run: The run.
         after_step: Called after every step and every batch.
     """
     variant, params = run.variant, 0
@@ -619,22 +618,16 @@ def train_variant(
     with round_weights(layers_without_head(model.module).values(), grid):
         by_set, train_loss = losses_after(model, cell, training, sets, after_step, keep)
     return [
-        trial_of(texts, losses, variant, run.seed, params, train_loss)
+        TuneTrial(
+            variant=variant.name,
+            params=params,
+            lr=variant.lr,
+            steps=variant.steps,
+            seed=run.seed,
+            **losses.fields_of_run(texts, train_loss, is_base=False),
+        )
         for texts, losses in zip(sets, by_set, strict=True)
     ]
-
-
-def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> list[TuneTrial]:
-    """Train a configuration on a worker of a cluster.
-
-    Args:
-        site: What the worker opens.
-        training: Settings shared by all runs, without the text.
-        grid: Grid of BASE's linear layers; None without rounding.
-        task: Its ``work`` is a ``TrialRun``.
-    """
-    model, texts, sets = open_site(site)
-    return train_variant(model, replace(training, texts=texts), sets, grid, task.work, lambda: None)
 
 
 def uniform_name(rank: int) -> str:
@@ -642,55 +635,24 @@ def uniform_name(rank: int) -> str:
     return f"uniform-r{rank}"
 
 
-def trial_of(
-    texts: Texts, losses: Losses, variant: Variant | None, seed: int, params: int, train_loss: float
-) -> TuneTrial:
-    """Return the record of a run on one set; of BASE if ``variant`` is None."""
-    is_finite = train_loss == train_loss and abs(train_loss) != float("inf")
-    return TuneTrial(
-        **losses.on(texts),
-        variant="base" if variant is None else variant.name,
-        params=params,
-        lr=None if variant is None else variant.lr,
-        steps=0 if variant is None else variant.steps,
-        seed=seed,
-        loss=losses.mean if losses.is_finite else None,
-        train_loss=train_loss if is_finite else None,
-        nll=losses.rounded if losses.is_finite else (),
-        predictions=tuple(int(count) for count in losses.counts) if variant is None else (),
-    )
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Provide an empty path for a folder, which replaces ``folder`` once the block ends without an error."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    yield part
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
 
 
 def save_adapter(module: Any, folder: Path) -> None:
     """Write PEFT's folder of a trained adapter; it replaces an earlier one once it is complete."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
     for config in module.peft_config.values():  # PEFT keeps names as a set, whose order differs between processes
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
-    module.save_pretrained(part)
-    (part / "README.md").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
-
-
-def save_copy(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write an adapter's weights with another configuration to a temporary folder, then replace ``folder``."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    shutil.copyfile(source / ADAPTER, part / ADAPTER)
-    (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
-
-
-def step_seconds(model: Model, cell: Cell, training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
-    """Return the seconds of one step, the second of two, and of one batch of an evaluation."""
-    ticks = [time.perf_counter()]
-    first = [sets[0].first(training.batch)]
-    losses_after(model, cell, replace(training, steps=2), first, lambda: ticks.append(time.perf_counter()))
-    return ticks[2] - ticks[1], ticks[3] - ticks[2]
+    with replace_folder(folder) as part:
+        module.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)
 
 
 def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -701,6 +663,4 @@ def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
         names: As PEFT takes them; empty for all linear layers but the head.
     """
     layers = {name.removesuffix(".weight"): layer for name, layer in layers_without_head(module).items()}
-    if not names:
-        return layers
-    return {path: layer for path, layer in layers.items() if any(path == n or path.endswith(f".{n}") for n in names)}
+    return {path: layers[path] for path in _select_named(layers, names)} if names else layers

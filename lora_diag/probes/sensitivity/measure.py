@@ -358,7 +358,7 @@ class _Probe:
         """Record first-order scores of every layer from its gradient at BASE, unless the file has them."""
         if self._has_scores():
             return
-        texts, plan = self._select_used_sequences(), self.plan
+        texts, plan = self.plan.training.used_texts, self.plan
         layer_gradients = gradients(
             self.model, layers, texts, plan.training.batch, partial(plan.watch.batch, "gradient")
         )
@@ -389,12 +389,6 @@ class _Probe:
     def _has_scores(self) -> bool:
         return any(isinstance(record, FirstOrder) for record in self.plan.kept.records)
 
-    def _select_used_sequences(self) -> Texts:
-        """Return the distinct sequences that a run trains on, in order."""
-        training = self.plan.training
-        sequences = dict.fromkeys(sequence for batch in training.batches() for sequence in batch)
-        return replace(training.texts, sequences=tuple(sequences))
-
     def report_cost(self) -> None:
         """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
         plan, steps = self.plan, self.plan.training.steps
@@ -403,7 +397,7 @@ class _Probe:
         step, evaluation = plan.time_step(self.arm(self.units[0], self.ranks[-1], bases))
         arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
         runs = sum(map(plan.count_unfinished, arms))
-        passes = 0 if self._has_scores() else -(-len(self._select_used_sequences().sequences) // plan.training.batch)
+        passes = 0 if self._has_scores() else plan.training.used_texts.count_batches(plan.training.batch)
         plan.watch.total = plan.batches + passes
         plan.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * plan.batches * evaluation

@@ -10,12 +10,14 @@ from lora_diag.running.options import (
     DATA,
     DORA,
     FULL_RATES,
-    INPUTS,
+    GAIN_TOLERANCE,
+    QUANTIZED,
     RANKS,
     RATES,
     REPEATS,
     RSLORA,
     STEPS,
+    TARGET_MODULES,
     Option,
     Shifted,
     TrainingRuns,
@@ -60,26 +62,9 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
     bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
     dora: Annotated[bool, DORA]
     rslora: Annotated[bool, RSLORA]
-    quantized: Annotated[str | None, Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")]
+    quantized: Annotated[str | None, QUANTIZED]
     gradient_checkpointing: Annotated[bool, CHECKPOINTING]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS]
-    gain_tolerance: Annotated[
-        float,
-        Option(
-            0.02,
-            "Fraction of the gain that a smaller rank may lose.",
-            "X",
-            setting="tolerance",
-        ),
-    ]
-    target_modules: Annotated[
-        Sequence[str],
-        Option(
-            (),
-            "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
-            "NAME,NAME",
-            panel=INPUTS,
-            setting="targets",
-        ),
-    ]
+    gain_tolerance: Annotated[float, GAIN_TOLERANCE]
+    target_modules: Annotated[Sequence[str], TARGET_MODULES]

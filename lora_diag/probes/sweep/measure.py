@@ -8,7 +8,7 @@ also rounds, are not rounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
+from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, Lora, Training, layers_without_head, record_of, run_cell
 from lora_diag.probes.sweep import SweepOptions
@@ -32,13 +33,9 @@ from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import (
     Arm,
     RunPlan,
-    RunTask,
-    Site,
     TrainRun,
     Trial,
     Workers,
-    drop_sequences,
-    open_site,
 )
 
 # Quantiles of N(0, 1) with an exact zero: Dettmers et al. 2023, QLoRA, appendix E.
@@ -238,18 +235,12 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
     return run.over(run.inputs(stored), settings, measure_missing, EXTENDABLE_SETTINGS)
 
 
-def train_on_worker(site: Site, training: Training, grid: str | None, task: RunTask) -> Sequence[Probe]:
-    """Train one cell on a worker of a cluster, and return its records.
-
-    Args:
-        site: What the worker opens.
-        training: Settings shared by all runs, without the text.
-        grid: Grid of BASE's linear layers; None without rounding.
-        task: Its ``work`` is the cell.
-    """
-    model, texts, sets = open_site(site)
+def train_rounded(
+    grid: str | None, model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+) -> list[Probe]:
+    """Train one cell on BASE rounded to a grid, and return its records; arguments as in ``run_cell``."""
     with round_weights(layers_without_head(model.module).values(), grid):
-        return run_cell(model, task.work, replace(training, texts=texts), sets, lambda: None)
+        return run_cell(model, cell, training, sets, after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +277,8 @@ class _Sweep:
     def _run_remotely(
         self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
     ) -> Iterator[Sequence[WholeRecord]]:
-        training = replace(self.plan.training, texts=drop_sequences(self.plan.training.texts))
-        train = partial(train_on_worker, workers.site, training, grid)
-        return workers.run(train, [(trial.label, trial.work) for trial in trials], poll)
+        runs = [(trial.label, trial.work) for trial in trials]
+        return workers.run(partial(train_rounded, grid), self.plan.training, runs, poll)
 
     def _make_trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)
@@ -301,7 +291,7 @@ class _Sweep:
     def run(self, arm: _Arm) -> None:
         """Train all runs of an arm; with a grid, on BASE rounded to it, which is measured first."""
         layers = layers_without_head(self.model.module).values()
-        with round_weights(layers, arm.grid) if arm.grid else nullcontext():
+        with round_weights(layers, arm.grid):
             if arm.grid:
                 self.measure_base(arm.grid)
             self.plan.run(arm.runs)

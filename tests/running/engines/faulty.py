@@ -10,8 +10,7 @@ from pathlib import Path
 from lora_diag.cli import main
 from lora_diag.diagnostics.spectrum import run as spectrum
 from lora_diag.errors import InputError
-from lora_diag.probes.sweep import measure as sweep
-from lora_diag.tuning import trials
+from lora_diag.running import training_runs
 
 
 def first_time(marker: Path) -> bool:
@@ -58,22 +57,22 @@ def kills_its_worker_then_waits(folder, deadly, endless, task, settings):
     return kills_its_worker(folder, 1, deadly, task, settings)
 
 
-def kills_its_worker_in_a_run(folder, times, label, site, training, grid, task):
+def kills_its_worker_in_a_run(folder, times, label, site, train, training, task):
     """Kill the process that trains one run of a sweep, so many times."""
     if task.layer == label and any(first_time(folder / f"killed{time}") for time in range(times)):
         os.kill(os.getpid(), signal.SIGKILL)
-    return trains(site, training, grid, task)
+    return trains(site, train, training, task)
 
 
-def never_ends(marker, name, site, training, grid, task):
+def never_ends(marker, name, site, train, training, task):
     """Say that a run of a search began, and never end it."""
     if task.layer.startswith(name):
         marker.touch()
         time.sleep(600)
-    return tries(site, training, grid, task)
+    return trains(site, train, training, task)
 
 
-real, trains, tries = spectrum._measure_layer, sweep.train_on_worker, trials.train_on_worker
+real, trains = spectrum._measure_layer, training_runs.train_on_worker
 
 if __name__ == "__main__":  # the command line with such a fault
     folder, deadly, endless, *sys.argv[1:] = sys.argv[1:]

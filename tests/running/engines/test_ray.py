@@ -27,14 +27,13 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.probes.sweep import SweepOptions
-from lora_diag.probes.sweep import measure as sweep
+from lora_diag.running import training_runs
 from lora_diag.running.engines import ray as connection
 from lora_diag.running.engines import ray as engine
 from lora_diag.running.engines.ray import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.layers import DevicePlan, plan_device
 from lora_diag.running.training_runs import Site, TrainRun, drop_sequences, open_site
-from lora_diag.tuning import trials
 from lora_diag.tuning.record import TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
 from lora_diag.version import __version__
@@ -209,7 +208,7 @@ def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, 
     whole, there, progress = (tmp_path / "local").read_bytes(), tmp_path / "cluster", []
     label = "r=2 lr=0.01 seed 0"
     monkeypatch.setattr(engine, "RETRIES", 0)
-    monkeypatch.setattr(sweep, "train_on_worker", partial(faulty.kills_its_worker_in_a_run, tmp_path, 1, label))
+    monkeypatch.setattr(training_runs, "train_on_worker", partial(faulty.kills_its_worker_in_a_run, tmp_path, 1, label))
     with pytest.raises(InputError, match=f"^{label}: a worker died while it measured it.*lower --batch"):
         lora_diag.probe_sweep(base, output=there, engine=Ray(), **options)
     left = there.read_bytes()
@@ -227,7 +226,7 @@ def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, mo
     local = lora_diag.tune(base, tmp_path / "local", time="1h", **options)
     marker, original = tmp_path / "began", Tuner.left.fget
     monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if marker.exists() else original(self)))
-    monkeypatch.setattr(trials, "train_on_worker", partial(faulty.never_ends, marker, "pilot"))
+    monkeypatch.setattr(training_runs, "train_on_worker", partial(faulty.never_ends, marker, "pilot"))
     run = tmp_path / "cluster"
     result = lora_diag.tune(base, run, time="1h", engine=Ray(), **options)
     outcomes = {one.name: one.outcome for one in result.whole_of(TuneDecision)}

@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import compared, in_turn, machine, run, table
-from tests.benchmarks.shapes import llama_layer
+from tests.benchmarks.measure import in_turn, llama_layer, machine, run, table
 
 FOLDER = Path(".bench")
 LORADIAG = [sys.executable, "-m", "lora_diag", "spectrum"]
@@ -157,7 +156,7 @@ def adapters(peers: bool) -> None:
         if peers:
             audit = ["audit", "--peft-dir", path, "--json", "--layers"]
             commands["gradience audit"] = [peer("gradience") / "gradience", *audit]
-        print(f"\n{dtype}\n\n{compared(in_turn(commands, 5), 'loradiag spectrum ADAPTER')}", flush=True)
+        print(f"\n{dtype}\n\n{table(in_turn(commands, 5), 'loradiag spectrum ADAPTER')}", flush=True)
 
 
 BARE = Path(__file__).with_name("grams.py")
@@ -182,7 +181,7 @@ def fleet(peers: bool) -> None:
             *paths,
         ]
     figures = in_turn(commands, 3)
-    print(compared(figures, "loradiag fleet, 40 adapters"), flush=True)
+    print(table(figures, "loradiag fleet, 40 adapters"), flush=True)
     few, many = (figures[f"loradiag fleet, {count} adapters"] for count in (2, 40))
     for name in ("wall", "cpu"):
         low, high = (statistics.median(getattr(figure, name)) for figure in (few, many))

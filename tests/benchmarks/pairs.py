@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.benchmarks.shapes import llama_layer
+from tests.benchmarks.measure import llama_layer
 
 # Spectrum σ_i ∝ i^−0.7 and a relative size of 2% of the weights: what full fine-tunes look like (C(8) near 0.4).
 POWER, SIZE = 0.7, 0.02
 
 
-def update(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+def update(rows: int, columns: int, generator: torch.Generator, power: float = POWER) -> torch.Tensor:
     """Return a ΔW with σ_i close to a power law: Gaussian factors, scaled columns; no SVD needed to make it."""
     k, device = min(rows, columns), generator.device
     left = torch.randn(rows, k, generator=generator, device=device) / rows**0.5
     right = torch.randn(k, columns, generator=generator, device=device) / columns**0.5
-    return (left * torch.arange(1, k + 1, device=device) ** -POWER) @ right
+    return (left * torch.arange(1, k + 1, device=device) ** -power) @ right
 
 
 def weight(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

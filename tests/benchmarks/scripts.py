@@ -8,31 +8,33 @@ import torch
 from safetensors import safe_open
 
 
-def pairs(base: Path, tuned: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def read_pairs(base: Path, tuned: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield name, BASE and TUNED of every matrix."""
     for shard in sorted(base.glob("*.safetensors")):
         with safe_open(shard, "pt") as before, safe_open(tuned / shard.name, "pt") as after:
             for name in before.keys():  # noqa: SIM118 (not a mapping)
                 if before.get_slice(name).get_shape()[1:]:
-                    yield before.get_tensor(name), after.get_tensor(name)
+                    yield name, before.get_tensor(name), after.get_tensor(name)
 
 
 def floor(base: Path, tuned: Path) -> None:
     """Read both files, subtract, take the float64 norm: what no measurement of ΔW can do without."""
-    for before, after in pairs(base, tuned):
+    for _, before, after in read_pairs(base, tuned):
         torch.linalg.vector_norm(after.float() - before.float(), dtype=torch.float64)
 
 
 def svdvals(base: Path, tuned: Path) -> None:
     """The loop that everybody writes."""
-    for before, after in pairs(base, tuned):
+    for _, before, after in read_pairs(base, tuned):
         torch.linalg.svdvals(after.float() - before.float())
 
 
 def weightwatcher(base: Path, tuned: Path) -> None:
-    """WeightWatcher's deltas."""
+    """WeightWatcher's deltas, and its table as one line of JSON."""
     import weightwatcher as ww
 
-    ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze()
+    details = ww.WeightWatcher(model=str(tuned), base_model=str(base)).analyze(mp_fit=True)
+    print(f"\n{details.to_json(orient='records')}")
 
 
 def loradiag_each(*adapters: Path) -> None:

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg import decompose, norm
+from tests.benchmarks.pairs import update
 
 TOP, TOLERANCES = 64, (5e-4, 1e-2)
-
-
-def power(rows: int, columns: int, exponent: float, generator: torch.Generator) -> Tensor:
-    """Return a matrix with σ_i near i^−exponent."""
-    k = min(rows, columns)
-    left = torch.randn(rows, k, generator=generator) / rows**0.5
-    return (left * torch.arange(1, k + 1) ** -exponent) @ torch.randn(k, columns, generator=generator) / columns**0.5
 
 
 def noisy(rows: int, columns: int, rank: int, noise: float, generator: torch.Generator) -> Tensor:
@@ -38,13 +32,13 @@ def spectra(rows: int, columns: int) -> dict[str, Callable[[], Tensor]]:
         return torch.Generator().manual_seed(0)
 
     for exponent in (0.3, 0.5, 0.7, 1.0, 1.5):
-        made[f"power law {exponent}"] = lambda e=exponent: power(rows, columns, e, seeded())
+        made[f"power law {exponent}"] = lambda e=exponent: update(rows, columns, seeded(), e)
     for noise in (0.001, 0.01, 0.1, 0.5):
         made[f"rank 8, {noise:.1%} noise"] = lambda e=noise: noisy(rows, columns, 8, e, seeded())
     for rank in (40, 60, 100):
         made[f"rank {rank}, 10% noise"] = lambda r=rank: noisy(rows, columns, r, 0.1, seeded())
     made["power law 0.7, half noise"] = lambda: (
-        power(rows, columns, 0.7, seeded()) / 2 + noisy(rows, columns, 1, 0.9999, seeded())
+        update(rows, columns, seeded()) / 2 + noisy(rows, columns, 1, 0.9999, seeded())
     )
     made["flat"] = lambda: torch.randn(rows, columns, generator=seeded())
     return made

@@ -11,15 +11,9 @@ import numpy as np
 import torch
 
 from lora_diag.linalg import difference
+from tests.benchmarks.false_positives import WEIGHTS
 
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)
-
-
-def weights(kind: str, rng: np.random.Generator, shape: tuple[int, int]) -> torch.Tensor:
-    values = rng.standard_t(3, shape) if kind == "Student t, 3 degrees" else rng.standard_normal(shape)
-    if kind == "rows scaled by exp N(0, 1)":
-        values = values * np.exp(rng.standard_normal((shape[0], 1)))
-    return torch.from_numpy(values * 0.02).float().double()
 
 
 def update(kind: str, rng: np.random.Generator, w: np.ndarray) -> np.ndarray:
@@ -35,14 +29,14 @@ def update(kind: str, rng: np.random.Generator, w: np.ndarray) -> np.ndarray:
     return moves
 
 
-WEIGHTS = ("Gaussian", "Student t, 3 degrees", "rows scaled by exp N(0, 1)")
+KINDS = ("Gaussian", "Student t, 3 degrees", "rows scaled by exp N(0, 1)")
 UPDATES = ("rank 4", "full rank", "rows of different size", "in proportion to w", "larger where w is small")
 
 
 def starts(kind: str, change: str, shape: tuple[int, int], seed: int) -> dict[tuple[float, str], str]:
     """Return the verdict on one simulated layer, by the share of the rounding and the true start."""
     rng = np.random.default_rng(seed)
-    start = weights(kind, rng, shape)
+    start = torch.from_numpy(WEIGHTS[kind](rng.standard_normal(shape), rng) * 0.02).float().double()
     base = start.bfloat16()
     moves = torch.from_numpy(update(change, rng, start.numpy()))
     moves *= (base.double() - start).norm() / moves.norm()
@@ -62,7 +56,7 @@ def main(seeds: int) -> None:
     wrong: Counter[str] = Counter()
     for shape, times in (((384, 384), seeds), ((2048, 2048), max(1, seeds // 10))):
         counts = {key: Counter[str]() for key in ((share, true) for true in ("rounded", "exact") for share in SHARES)}
-        for kind in WEIGHTS:
+        for kind in KINDS:
             for change in UPDATES:
                 for seed in range(times):
                     for key, word in starts(kind, change, shape, seed).items():

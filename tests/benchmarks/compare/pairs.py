@@ -10,17 +10,23 @@ from tests.benchmarks.compare import tools
 from tests.benchmarks.compare.inputs import (
     LOW_RANK,
     POWER_LAW,
+    RANK,
     Weights,
+    about,
     energy,
     error,
+    excess,
+    fresh,
     make_adapter,
     make_pair,
     planted,
     rank_at,
     singular,
+    spread,
     stored,
+    table,
+    worst,
 )
-from tests.benchmarks.compare.output import RANK, about, excess, fresh, spread, table, worst
 
 
 def floor(kohya: Path | None) -> None:

@@ -23,7 +23,6 @@ from tests.benchmarks.compare.inputs import Weights, kohya_name, weights_of
 
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 FLUX = "double_blocks.0."  # flux_extract_lora.py takes tensors of these names only
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def modeldelta(base: Path, tuned: Path, out: Path, top: int = 16) -> tuple[Ran, 
 
 def weightwatcher(base: Path, tuned: Path) -> tuple[Ran, list[dict[str, Any]]]:
     """Run ``WeightWatcher(model, base_model).analyze(mp_fit=True)``, and return its table."""
-    ran = run([peer("weightwatcher") / "python", HERE / "weightwatcher_table.py", base, tuned])
+    ran = run([peer("weightwatcher") / "python", "tests/benchmarks/scripts.py", "weightwatcher", base, tuned])
     rows = [line for line in ran.text.splitlines() if line.startswith('[{"')]
     return ran, json.loads(rows[0]) if rows else []
 

@@ -247,6 +247,29 @@ class Unpaired:
     rows: Side | None = None
     tuned_shape: tuple[int, ...] | None = None
 
+    @classmethod
+    def by_selection(cls, layer: str, shape: tuple[int, ...]) -> Unpaired:
+        """Return a tensor that ``--layers`` or ``--exclude`` leaves out."""
+        return cls(layer, shape, "not_selected", "left out by --layers or --exclude")
+
+    @classmethod
+    def by_rows(
+        cls, layer: str, rows: tuple[int, int], columns: int, added: bool, side: Side | None = None
+    ) -> Unpaired:
+        """Return the vocabulary rows that only one side of an embedding has.
+
+        Args:
+            layer: Its name.
+            rows: The first row, and the one after the last.
+            columns: Number of columns.
+            added: Whether TUNED has them, and not BASE.
+            side: Their entries.
+        """
+        owner = "TUNED" if added else "BASE"
+        detail = f"vocabulary rows {rows[0]}-{rows[1] - 1} are only in {owner}; the others are compared"
+        shape = (rows[1] - rows[0], columns)
+        return cls(layer, shape, "added_rows" if added else "removed_rows", detail, side)
+
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
@@ -276,8 +299,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
     unpaired: list[Unpaired] = []
     for name in sorted([*base, *(name for name in tuned if name not in base)], key=natural_order):
         if not selected(name):
-            checkpoint = base if name in base else tuned
-            unpaired.append(Unpaired(name, checkpoint[name].shape, "not_selected", "left out by --layers or --exclude"))
+            unpaired.append(Unpaired.by_selection(name, (base if name in base else tuned)[name].shape))
         elif (after := stored_name(tuned, name)) is None:
             unpaired.append(Unpaired(name, base[name].shape, "only_in_base", f"only in {base.path}"))
         elif (before := stored_name(base, name)) is None:
@@ -415,9 +437,8 @@ def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
     before, after = base.info.shape, tuned.info.shape
     first, last = sorted((before[0], after[0]))
     added = after[0] > before[0]
-    detail = f"vocabulary rows {first}-{last - 1} are only in {'TUNED' if added else 'BASE'}; the others are compared"
-    rows = replace(tuned if added else base, offset=first * before[1])
-    return Unpaired(name, (last - first, before[1]), "added_rows" if added else "removed_rows", detail, rows)
+    entries = replace(tuned if added else base, offset=first * before[1])
+    return Unpaired.by_rows(name, (first, last), before[1], added, entries)
 
 
 def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:

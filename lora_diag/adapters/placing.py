@@ -35,7 +35,6 @@ from lora_diag.deltas import (
 )
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.records.names import depth_of
-from lora_diag.records.run import Reason
 
 if TYPE_CHECKING:
     import torch
@@ -166,11 +165,7 @@ def place(
     if missing and not allow_unmatched:
         raise InputError(_make_unmatched_message(source, cast(Checkpoint, base), missing))
     chosen = [delta for delta in deltas if selected(delta.layer)]
-    unpaired += [
-        Unpaired(delta.layer, delta.shape, "not_selected", "left out by --layers or --exclude")
-        for delta in deltas
-        if not selected(delta.layer)
-    ]
+    unpaired += [Unpaired.by_selection(delta.layer, delta.shape) for delta in deltas if not selected(delta.layer)]
     if not chosen:
         raise _make_nothing_measured_error(source, unpaired)
     ordered = sorted(chosen, key=lambda delta: natural_order(delta.layer))
@@ -404,10 +399,8 @@ def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
     if piece.update.expert is not None or location.rows is None or expected is None:
         return
     common, stored = location.rows[1], location.whole[0]
-    first, stop, owner = (common, expected, "TUNED") if expected > stored else (common, stored, "BASE")
-    detail = f"vocabulary rows {first}-{stop - 1} are only in {owner}; the others are compared"
-    reason: Reason = "added_rows" if expected > stored else "removed_rows"
-    yield Unpaired(location.layer, (stop - first, location.shape[1]), reason, detail)
+    rows = common, max(expected, stored)
+    yield Unpaired.by_rows(location.layer, rows, location.shape[1], expected > stored)
 
 
 def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[dict[str, NewValue], list[NewValue]]:

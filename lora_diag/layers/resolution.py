@@ -58,7 +58,7 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
     s, fro, complete = factors.s.numpy(), factors.fro, factors.complete
     rounding = difference.rounding if difference else None
     if difference is None or rounding is None:
-        return make_unrounded(s, fro, complete)
+        return make_resolution(s, fro, complete)
     noise = noise_of(rounding.noise, rounding.sides)
     noise_fro, edge = noise.fro, noise.edge if gains is None else 0.0
     if gains is not None:
@@ -80,21 +80,31 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
     )
 
 
-def make_unrounded(s: NDArray[np.float64], fro: float, complete: bool) -> Resolution:
-    """Return the resolution of an update that no file rounds: the factors of an adapter are the update.
+def make_resolution(
+    s: NDArray[np.float64],
+    fro: float,
+    complete: bool,
+    rounding_fro: float = 0.0,
+    noise_fro: float = 0.0,
+    edge: float = 0.0,
+) -> Resolution:
+    """Return the resolution under given noise; by default under none: the factors of an adapter are the update.
 
     Args:
         s: Its largest singular values.
         fro: ‖ΔW‖_F.
         complete: Whether ``s`` are all that can be nonzero.
+        rounding_fro: Bound on ‖E‖_F of the rounding error.
+        noise_fro: Expected ‖E‖_F.
+        edge: Upper edge of its singular values.
     """
-    signal = signal_rank(s, 0.0, complete)
+    signal = signal_rank(s, edge, complete)
     return Resolution(
         unchanged=None,
         mantissa=None,
-        rounding_fro=0.0,
-        noise_fro=0.0,
-        edge=0.0,
+        rounding_fro=rounding_fro,
+        noise_fro=noise_fro,
+        edge=edge,
         signal_rank=signal,
-        verdict=verdict(0.0, fro, signal),
+        verdict=verdict(noise_fro, fro, signal),
     )

@@ -52,6 +52,13 @@ class Factors:
     u: Tensor | None = None
     vh: Tensor | None = None
 
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """``u`` and ``vh`` of a decomposition with vectors."""
+        assert self.u is not None
+        assert self.vh is not None
+        return self.u, self.vh
+
 
 # Singular values below this fraction of the largest are rounding, and their vectors are arbitrary: for factors,
 # decomposed in float64, and for a dense ΔW, whose entries are float32 and whose Gram matrix loses half the digits.

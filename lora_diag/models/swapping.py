@@ -138,9 +138,8 @@ class Swapped:
     def _decompose_layer(self, layer: str) -> _Leading:
         if layer not in self._leading:
             factors = self.factors(layer)
-            assert factors.u is not None
-            assert factors.vh is not None
-            us, vh = (factors.u * factors.s)[:, : self._max_rank], factors.vh[: self._max_rank]
+            u, vh = factors.vectors
+            us, vh = (u * factors.s)[:, : self._max_rank], vh[: self._max_rank]
             self._leading[layer] = _Leading(us.float().clone(), vh.float().clone(), factors.s**2, factors.fro**2)
         return self._leading[layer]
 

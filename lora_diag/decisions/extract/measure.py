@@ -320,10 +320,8 @@ def _project(change: Change, best: Factors, rank: int, weighted: Weighted) -> Fa
 
     With K·Kᵀ = G on the other side, of K^{-T}U_rU_rᵀKᵀΔW, or of ΔW·K·V_rV_rᵀK^{-1}.
     """
-    assert best.u is not None
-    assert best.vh is not None
-    on_rows = weighted.roots[0].on_rows
-    vectors = best.vh[:rank].T if on_rows else best.u[:, :rank]
+    on_rows, (u, vh) = weighted.roots[0].on_rows, best.vectors
+    vectors = vh[:rank].T if on_rows else u[:, :rank]
     inside = outside = vectors
     for k in weighted.roots[1:]:
         inside, outside = k.matrix @ vectors, k.inverse @ vectors
@@ -397,9 +395,7 @@ def _compute_vectors(
 
 def split_factors(factors: Factors, rank: int, transposed: bool, split: str) -> tuple[Tensor, Tensor]:
     """Return B and A in PEFT's orientation, float64."""
-    assert factors.u is not None
-    assert factors.vh is not None
-    left, right = factors.u[:, :rank], factors.vh[:rank]
+    left, right = factors.vectors[0][:, :rank], factors.vectors[1][:rank]
     if transposed:
         left, right = right.T, left.T
     s = factors.s[:rank].to(left.device)

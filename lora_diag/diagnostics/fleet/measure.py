@@ -10,6 +10,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -30,8 +31,8 @@ from lora_diag.layers.change import load_change
 from lora_diag.linalg import resolve_device
 from lora_diag.metrics import energy_curve, rank_at, ranks_at
 from lora_diag.records import LeftOut, Results, RunInput
-from lora_diag.running.fingerprint import content_hash, files_of, legible
-from lora_diag.running.inputs import describe, open_base, open_update, pair_update
+from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
+from lora_diag.running.inputs import open_base, open_update, pair_update
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 from lora_diag.thin import (
@@ -241,14 +242,13 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
     rank = change.factors[0].shape[1] if change.factors is not None else None
     if factors.fro == 0.0:
         return zero_layer(rank)
-    assert factors.u is not None
-    s = factors.s.numpy()
+    s, (u, _) = factors.s.numpy(), factors.vectors
     rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
     layer, sigma_1 = layer_of(s, factors.fro, rank_99, rank)
     matrices = change.factors if change.factors is not None else (change.matrix,)
     arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
     update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
-    columns = factors.u[:, : layer.rank_99].cpu().numpy()
+    columns = u[:, : layer.rank_99].cpu().numpy()
     return Measured(layer, sigma_1, update, sketch((columns, columns.T), delta.layer))
 
 
@@ -450,17 +450,7 @@ def fleet(
         lambda _, settings: SIZE,
         FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
         Pairing((), ()),
-        tuple(
-            RunInput(
-                role="adapter",
-                path=member.layer,
-                kind="adapter",
-                tensors=0,
-                fingerprint=_fingerprint(member.seen),
-                sha256=_hash_content(member.seen.path) if run.options["verify"] else "",
-            )
-            for member in members
-        ),
+        tuple(_describe(member, run.options["verify"]) for member in members),
         {"base": legible(base) if base is not None else None},
         recorded=("layers", "exclude", "device"),
     )
@@ -522,26 +512,21 @@ def expand(patterns: Iterable[Path | str]) -> list[Path]:
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 
-def _fingerprint(fleet_path: FleetPath) -> str:
-    """Return a fingerprint that lets ``--resume`` detect a changed adapter by file sizes, without opening it.
+def _describe(member: Member, verify: bool) -> RunInput:
+    """Return the description of an adapter that is not opened to be measured yet.
 
-    An adapter on object storage is opened, since its server may not list folders and sizes cost as many requests.
-    The fingerprint is empty if it cannot be read.
+    Its fingerprint lets ``--resume`` detect a changed adapter by file sizes, without opening it. One on object storage
+    is opened, since its server may not list folders and sizes cost as many requests. Hashes of an adapter that cannot
+    be read are empty: measuring reports the error.
     """
-    if not isinstance(fleet_path.path, RemotePath):
-        return fleet_path.files
-    try:
-        return describe("adapter", open_adapter(fleet_path.path, "rank").checkpoint).fingerprint
-    except LoradiagError:
-        return ""
-
-
-def _hash_content(path: Path) -> str:
-    """Return the hash of an adapter's weights; empty if they cannot be read, an error that measuring reports."""
-    try:
-        return content_hash(files_of(open_adapter(path, "rank").checkpoint))
-    except LoradiagError:
-        return ""
+    digest, sha256 = member.seen.files, ""
+    is_remote = isinstance(member.seen.path, RemotePath)
+    if is_remote or verify:
+        with suppress(LoradiagError):
+            checkpoint = open_adapter(member.seen.path, "rank").checkpoint
+            digest = fingerprint(checkpoint) if is_remote else digest
+            sha256 = content_hash(files_of(checkpoint)) if verify else ""
+    return RunInput(role="adapter", path=member.layer, kind="adapter", tensors=0, fingerprint=digest, sha256=sha256)
 
 
 def unreadable(results: Results[Fleet]) -> Sequence[LeftOut]:

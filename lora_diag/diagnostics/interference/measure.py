@@ -6,12 +6,12 @@ Merges are not written: only their distance from the sum is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from lora_diag.layers.change import (
     why_not_comparable,
 )
 from lora_diag.layers.metric import agreement
-from lora_diag.layers.resolution import resolution
+from lora_diag.layers.resolution import make_resolution, resolution
 from lora_diag.layers.task import LayerSettings, not_finite
 from lora_diag.linalg import (
     Allowance,
@@ -60,7 +60,7 @@ from lora_diag.linalg.distance import (
     total,
 )
 from lora_diag.linalg.exact import ZERO_DENSE, ZERO_FACTORED
-from lora_diag.metrics import RANKS, THRESHOLDS, distances, effective_rank, energy_curve, rank_at, signal_rank, verdict
+from lora_diag.metrics import RANKS, THRESHOLDS, distances, effective_rank, energy_curve, rank_at
 from lora_diag.metrics.subspaces import (
     classify_relation,
     is_near_chance,
@@ -137,14 +137,12 @@ class Part:
     @property
     def u(self) -> Tensor:
         """Left singular vectors of the values in ``s``, as columns."""
-        assert self.factors.u is not None
-        return self.factors.u[:, : self.rank]
+        return self.factors.vectors[0][:, : self.rank]
 
     @property
     def v(self) -> Tensor:
         """Right singular vectors of the values in ``s``, as columns."""
-        assert self.factors.vh is not None
-        return self.factors.vh[: self.rank].T
+        return self.factors.vectors[1][: self.rank].T
 
     @property
     def curve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -306,8 +304,13 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
     parts_rank_at = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
     parts_effective_rank = sum(part.effective for part in changed)
     has_sum = len(changed) > 1 and factors.fro > 0
-    fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings) if has_sum else _make_null_fields()
-    merges, conflicts = _measure_merges(parts, summed, factors, weights, settings) if has_sum else ({}, {})
+    fields: dict[str, Any] = {}
+    if has_sum:
+        fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings)
+        fields |= _measure_merges(parts, summed, factors, weights, settings)
+        fields["recompressed"] = {
+            str(rank): _compute_residual(factors, rank) for rank in _list_recompression_ranks(changed, settings)
+        }
     return Union(
         layer=task.layer,
         shape=task.shape,
@@ -324,16 +327,8 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         parts_effective_rank=parts_effective_rank,
         additive_effective=_divide(spectrum.effective_rank, parts_effective_rank) if has_sum else None,
         energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
-        merges=merges,
-        recompressed={str(r): _compute_residual(factors, r) for r in _list_recompression_ranks(changed, settings)}
-        if has_sum
-        else {},
         **fields,
-        **{name: conflicts.get(name) for name in _CONFLICTS},
     )
-
-
-_CONFLICTS = ("sign_conflicts", "sign_conflicts_random", "trimmed_conflicts", "trimmed_conflicts_random")
 
 
 def _count_columns(part: Part) -> int | None:
@@ -350,31 +345,8 @@ def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update
         edge = max(edge, rounding_threshold(factors))
-    signal = signal_rank(factors.s.numpy(), edge, factors.complete)
-    return Resolution(
-        unchanged=None,
-        mantissa=None,
-        rounding_fro=sum(part.update.weight * part.resolution.rounding_fro for part in parts),
-        noise_fro=noise,
-        edge=edge,
-        signal_rank=signal,
-        verdict=verdict(noise, factors.fro, signal),
-    )
-
-
-def _make_null_fields() -> dict[str, object]:
-    """Return null fields for a layer with fewer than two updates, or whose updates cancel."""
-    return {
-        "rank_for_all": {},
-        "weakest_kept": {},
-        "sti": None,
-        "sti_relative": None,
-        "sti_random": None,
-        "alignment": None,
-        "alignments": (),
-        "alignment_rank": None,
-        "alignment_random": None,
-    }
+    bound = sum(part.update.weight * part.resolution.rounding_fro for part in parts)
+    return make_resolution(factors.s.numpy(), factors.fro, factors.complete, bound, noise, edge)
 
 
 def _measure_sum(
@@ -384,18 +356,17 @@ def _measure_sum(
     shape: tuple[int, int],
     settings: InterferenceSettings,
 ) -> dict[str, object]:
-    """Return the fields of ``_make_null_fields`` for a nonzero sum: what its directions keep, STI, and alignment."""
-    assert factors.u is not None
-    assert factors.vh is not None
+    """Return the fields of a nonzero sum: what its directions keep, STI, and alignment."""
+    u, vh = factors.vectors
     # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
     kept_by_part = []
     for part in changed:
-        core = ((factors.u.T @ part.u) * part.s.to(factors.u.device)) @ (part.v.T @ factors.vh.T)
+        core = ((u.T @ part.u) * part.s.to(u.device)) @ (part.v.T @ vh.T)
         kept_by_part.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
     alignment_rank = _find_alignment_rank(factors)
-    alignments = [math.sqrt(within(factors.u[:, :alignment_rank], part)) for part in changed]
+    alignments = [math.sqrt(within(u[:, :alignment_rank], part)) for part in changed]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
         "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()},
@@ -424,16 +395,21 @@ def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], 
 
 def _measure_merges(
     parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
-) -> tuple[dict[str, MergeLoss | None], dict[str, float | None]]:
-    """Return the losses of merges, and the sign conflicts; none of the latter with density 0."""
+) -> dict[str, object]:
+    """Return the fields of merges: their losses, and the sign conflicts; none of the latter with density 0."""
     # A zero adapter is not an update, but its A enters PEFT's merges.
     density = settings.density or 0.2
     merges = factor_merges(summed, factors.fro, _read_adapter_factors(parts), weights, density)
     if settings.density == 0:
-        return {**merges, "ties": None, "ties_dense": None}, {}
+        return {"merges": {**merges, "ties": None, "ties_dense": None}}
     dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
-    shares = (before.share, before.random, after.share, after.random)
-    return {**merges, "ties_dense": dense}, dict(zip(_CONFLICTS, shares, strict=True))
+    return {
+        "merges": {**merges, "ties_dense": dense},
+        "sign_conflicts": before.share,
+        "sign_conflicts_random": before.random,
+        "trimmed_conflicts": after.share,
+        "trimmed_conflicts_random": after.random,
+    }
 
 
 def _read_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
@@ -660,15 +636,12 @@ def interference(
     opened = None if base is None else open_base(base)
     comparisons = [run.compare(path, None) if opened is None else run.compare(opened, path) for path in updates]
     tasks = _align_layers(comparisons, settings.weights)
-    unmeasured = Pairing(
-        tuple(_list_vectors(comparisons)), tuple(_list_unpaired(comparisons, {task.layer for task in tasks}))
-    )
     return run.over(
         tasks,
         measure_layer,
         size,
         settings,
-        unmeasured,
+        _list_unmeasured(comparisons, {task.layer for task in tasks}),
         (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),
         {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )
@@ -752,20 +725,15 @@ def _first_layer_name(comparison: Comparison) -> str:
     return min((delta.layer for delta in comparison.pairing.deltas), default="no layer")
 
 
-def _list_vectors(comparisons: Sequence[Comparison]) -> Iterator[Delta]:
-    """Yield each 1-D tensor of the updates, once."""
-    seen: set[str] = set()
-    for delta in (delta for comparison in comparisons for delta in comparison.pairing.deltas if not delta.is_matrix):
-        if delta.layer not in seen:
-            seen.add(delta.layer)
-            yield delta
-
-
-def _list_unpaired(comparisons: Sequence[Comparison], layers: set[str]) -> Iterator[Unpaired]:
-    """Yield the tensors that could not be compared, once each, except those of the given layers."""
-    listed = set(layers)
+def _list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:
+    """Return the 1-D tensors, and those that could not be compared, each once; without the given layers."""
+    vectors: dict[str, Delta] = {}
+    unpaired: dict[str, Unpaired] = {}
     for comparison in comparisons:
+        for delta in comparison.pairing.deltas:
+            if not delta.is_matrix:
+                vectors.setdefault(delta.layer, delta)
         for item in comparison.pairing.unpaired:
-            if item.layer not in listed:
-                listed.add(item.layer)
-                yield replace(item, detail=f"{_tuned_path(comparison)}: {item.detail}")
+            if item.layer not in layers:
+                unpaired.setdefault(item.layer, replace(item, detail=f"{_tuned_path(comparison)}: {item.detail}"))
+    return Pairing(tuple(vectors.values()), tuple(unpaired.values()))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.records.base import Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, count_texts, value_at
 from lora_diag.records.vocabulary import Agreement, Resolution
@@ -333,22 +335,22 @@ class Union(LayerRecord):
     additive: dict[str, float | None]
     parts_effective_rank: float
     additive_effective: float | None
-    rank_for_all: dict[str, int | None]
-    weakest_kept: dict[str, Share | None]
+    rank_for_all: dict[str, int | None] = Field(default_factory=dict)
+    weakest_kept: dict[str, Share | None] = Field(default_factory=dict)
     energy_ratio: float | None
-    sti: float | None
-    sti_relative: float | None
-    sti_random: float | None
-    alignment: Share | None
-    alignments: tuple[float, ...]
-    alignment_rank: int | None
-    alignment_random: Share | None
-    sign_conflicts: Share | None
-    sign_conflicts_random: Share | None
-    trimmed_conflicts: Share | None
-    trimmed_conflicts_random: Share | None
-    merges: dict[str, MergeLoss | None]
-    recompressed: dict[str, float | None]
+    sti: float | None = None
+    sti_relative: float | None = None
+    sti_random: float | None = None
+    alignment: Share | None = None
+    alignments: tuple[float, ...] = ()
+    alignment_rank: int | None = None
+    alignment_random: Share | None = None
+    sign_conflicts: Share | None = None
+    sign_conflicts_random: Share | None = None
+    trimmed_conflicts: Share | None = None
+    trimmed_conflicts_random: Share | None = None
+    merges: dict[str, MergeLoss | None] = Field(default_factory=dict)
+    recompressed: dict[str, float | None] = Field(default_factory=dict)
 
     @property
     def resolution(self) -> Resolution:

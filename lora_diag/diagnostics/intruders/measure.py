@@ -106,12 +106,34 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     if not (after.isfinite().all() and torch.isfinite(torch.tensor(fro))):
         return not_finite(delta, replace(change, non_finite="W_base + ΔW is not finite"))
     k = min(settings.k, *delta.shape)
+    directions: tuple[Direction, ...] = ()
     if fro == 0.0:
-        return _make_record(delta, settings, k, 0.0, norm([before]), (), "none: ΔW is zero")
-    base = decompose(before, vectors=True)
-    top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
-    directions = _classify_directions(base, top, settings)
-    return _make_record(delta, settings, k, fro, base.fro, directions, f"{base.method}, {top.method}")
+        base_fro, method = norm([before]), "none: ΔW is zero"
+    else:
+        base = decompose(before, vectors=True)
+        top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
+        directions = _classify_directions(base, top, settings)
+        base_fro, method = base.fro, f"{base.method}, {top.method}"
+    rotated, new = (sum(direction.kind == kind for direction in directions) for kind in ("rotated", "intruder"))
+    rows, vectors = delta.shape[0], min(delta.shape)
+    return Intruders(
+        layer=delta.layer,
+        shape=delta.shape,
+        k=k,
+        epsilon=settings.epsilon,
+        window=settings.window,
+        fro=fro,
+        base_fro=base_fro,
+        count=rotated + new,
+        rotated=rotated,
+        intruders=new,
+        share=new / k,
+        similarity_lowest=min((direction.similarity for direction in directions), default=None),
+        similarity_random=similarity_at_random(rows, vectors),
+        count_random=k * below_at_random(rows, vectors, settings.epsilon),
+        directions=directions,
+        method=method,
+    )
 
 
 def _join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -133,16 +155,15 @@ def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.devi
 
 
 def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
-    assert base.u is not None
-    assert top.u is not None
-    products = (base.u.T @ top.u).abs().cpu()
+    u, (top_u, _) = base.vectors[0], top.vectors
+    products = (u.T @ top_u).abs().cpu()
     directions = []
     for j, sigma in enumerate(top.s.tolist()):
         column = products[:, j]
         near = (base.s - sigma).abs() <= settings.window * sigma
         similarity, nearest = column.max(0)
         projection = min(1.0, float(column[near].square().sum().sqrt()))
-        by_chance = (int(near.sum()) / len(top.u)) ** 0.5
+        by_chance = (int(near.sum()) / len(top_u)) ** 0.5
         directions.append(
             Direction(
                 sigma=sigma,
@@ -155,37 +176,6 @@ def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings
             )
         )
     return tuple(directions)
-
-
-def _make_record(
-    delta: Delta,
-    settings: IntruderSettings,
-    k: int,
-    fro: float,
-    base_fro: float,
-    directions: tuple[Direction, ...],
-    method: str,
-) -> Intruders:
-    rotated, new = (sum(direction.kind == kind for direction in directions) for kind in ("rotated", "intruder"))
-    rows, vectors = delta.shape[0], min(delta.shape)
-    return Intruders(
-        layer=delta.layer,
-        shape=delta.shape,
-        k=k,
-        epsilon=settings.epsilon,
-        window=settings.window,
-        fro=fro,
-        base_fro=base_fro,
-        count=rotated + new,
-        rotated=rotated,
-        intruders=new,
-        share=new / k,
-        similarity_lowest=min((direction.similarity for direction in directions), default=None),
-        similarity_random=similarity_at_random(rows, vectors),
-        count_random=k * below_at_random(rows, vectors, settings.epsilon),
-        directions=directions,
-        method=method,
-    )
 
 
 @show_options

@@ -151,27 +151,16 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
     if factors.fro == 0.0:
         detail = "ΔW is zero, so it has no singular subspaces"
         return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
-    assert factors.u is not None
-    assert factors.vh is not None
-    directions = numerical_rank(factors)
+    (u, vh), directions = factors.vectors, numerical_rank(factors)
     if directions < ranks[-1]:  # the vectors beyond it are arbitrary
         own_ranks = {directions} if isinstance(delta, FactoredDelta) else set[int]()
         ranks = tuple(sorted({*(rank for rank in ranks if rank <= directions), *own_ranks}))
-        factors = replace(factors, u=factors.u[:, :directions], vh=factors.vh[:directions])
+        u, vh = u[:, :directions], vh[:directions]
     if not ranks:
         return _leave_out_narrow(delta, settings)
-    assert factors.u is not None
-    assert factors.vh is not None
-    file_resolution = resolution(change.rounding, factors)
-    return Subspaces(
-        delta.layer,
-        orthonormalize(factors.u),
-        orthonormalize(factors.vh.T),
-        ranks,
-        factors.method,
-        file_resolution.verdict,
-        change.row_blocks,
-    )
+    verdict = resolution(change.rounding, factors).verdict
+    u, v = orthonormalize(u), orthonormalize(vh.T)
+    return Subspaces(delta.layer, u, v, ranks, factors.method, verdict, change.row_blocks)
 
 
 def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:

@@ -54,12 +54,9 @@ class LiveSubspaces:
                 f"step {step}: the LoRA is {'zero' if factors.fro == 0.0 else 'not finite'}, so it spans no subspaces"
             )
             return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
-        assert factors.u is not None
-        assert factors.vh is not None
-        own_rank = len(factors.s)
+        own_rank, (u, vh) = len(factors.s), factors.vectors
         ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own_rank), own_rank}))
-        u, v = orthonormalize(factors.u), orthonormalize(factors.vh.T)
-        return Subspaces(weight.name, u, v, ranks, "factored", "resolved")
+        return Subspaces(weight.name, orthonormalize(u), orthonormalize(vh.T), ranks, "factored", "resolved")
 
 
 def _read_factors(module: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from lora_diag.adapters import Adapter, open_adapter, open_input
 from lora_diag.adapters.contents import Contents, Item, Part, contents_of
@@ -449,15 +449,23 @@ _Q, _V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 _CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
-def _make_item(module: str, rank: int, scale: float, alpha: float | None = None, part: Part = "factors") -> Item:
+def _make_item(
+    module: str, rank: int = 8, scale: float = 2.0, alpha: float | None = None, part: Part = "factors"
+) -> Item:
     return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
 
 
 def _make_peft_contents(
-    config: Mapping[str, Any], ranks: tuple[int, int], scales: tuple[float, float], *extra: Item
+    *extra: Item,
+    rank: int = 8,
+    scales: tuple[float, float] = (2.0, 2.0),
+    part: Part = "factors",
+    tied: bool | None = None,
+    **config: object,
 ) -> Contents:
-    items = _make_item(_Q, ranks[0], scales[0]), _make_item(_V, ranks[1], scales[1])
-    return Contents("peft", (*items, *extra), {**_CONFIG, **config})
+    """Return two layers, the first with a rank of its own, and further items."""
+    items = _make_item(_Q, rank, scales[0], part=part), _make_item(_V, 8, scales[1], part=part), *extra
+    return Contents("peft", items, {**_CONFIG, **config}, tied=tied)
 
 
 def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
@@ -467,47 +475,30 @@ def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
 
 # Feature -> an adapter of two layers with only this feature, and the intended scales.
 FEATURES: dict[str, Contents] = {
-    "one rank, one alpha": _make_peft_contents({}, (8, 8), (2.0, 2.0)),
-    "rsLoRA": _make_peft_contents({"use_rslora": True}, (8, 8), (16 / 8**0.5, 16 / 8**0.5)),
-    "rank_pattern": _make_peft_contents({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, (4, 8), (4.0, 2.0)),
-    "alpha_pattern": _make_peft_contents({"alpha_pattern": {"layers.0.self_attn.q_proj": 32}}, (8, 8), (4.0, 2.0)),
+    "one rank, one alpha": _make_peft_contents(),
+    "rsLoRA": _make_peft_contents(scales=(16 / 8**0.5, 16 / 8**0.5), use_rslora=True),
+    "rank_pattern": _make_peft_contents(rank=4, scales=(4.0, 2.0), rank_pattern={"layers.0.self_attn.q_proj": 4}),
+    "alpha_pattern": _make_peft_contents(scales=(4.0, 2.0), alpha_pattern={"layers.0.self_attn.q_proj": 32}),
     "both, alpha = rank": _make_peft_contents(
-        {"lora_alpha": 8, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}}, (4, 8), (1.0, 1.0)
+        rank=4, scales=(1.0, 1.0), lora_alpha=8, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4}
     ),
-    "anchored pattern (^)": _make_peft_contents({"alpha_pattern": {f"^{_Q}": 32}}, (8, 8), (4.0, 2.0)),
-    "target_modules is a regex": _make_peft_contents({"target_modules": ".*(q|v)_proj"}, (8, 8), (2.0, 2.0)),
-    "q_proj without v_proj": Contents("peft", (_make_item(_Q, 8, 2.0),), _CONFIG),
-    "embeddings (untied head)": replace(
-        _make_peft_contents(
-            {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
-            (8, 8),
-            (2.0, 2.0),
-            _make_item("model.embed_tokens", 8, 2.0, part="embedding"),
-        ),
+    "anchored pattern (^)": _make_peft_contents(scales=(4.0, 2.0), alpha_pattern={f"^{_Q}": 32}),
+    "target_modules is a regex": _make_peft_contents(target_modules=".*(q|v)_proj"),
+    "q_proj without v_proj": Contents("peft", (_make_item(_Q),), _CONFIG),
+    "embeddings (untied head)": _make_peft_contents(
+        _make_item("model.embed_tokens", part="embedding"),
         tied=False,
+        target_modules=["q_proj", "v_proj", "embed_tokens"],
     ),
     "target_parameters (experts)": _make_peft_contents(
-        {}, (8, 8), (2.0, 2.0), _make_item("model.layers.0.mlp.experts.down_proj", 8, 2.0, part="experts")
+        _make_item("model.layers.0.mlp.experts.down_proj", part="experts")
     ),
-    "DoRA": Contents(
-        "peft",
-        tuple(_make_item(module, 8, 2.0, part="dora") for module in (_Q, _V)),
-        {**_CONFIG, "use_dora": True},
-    ),
-    "lora_bias": _make_peft_contents(
-        {"lora_bias": True}, (8, 8), (2.0, 2.0), Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias")
-    ),
+    "DoRA": _make_peft_contents(part="dora", use_dora=True),
+    "lora_bias": _make_peft_contents(Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias"), lora_bias=True),
     "modules_to_save": _make_peft_contents(
-        {"modules_to_save": ["lm_head"]},
-        (8, 8),
-        (2.0, 2.0),
-        Item("lm_head.weight", "lm_head", "value", "lm_head.weight"),
+        Item("lm_head.weight", "lm_head", "value", "lm_head.weight"), modules_to_save=["lm_head"]
     ),
-    "PiSSA, not converted": Contents(
-        "peft",
-        tuple(_make_item(module, 8, 2.0, part="residual") for module in (_Q, _V)),
-        {**_CONFIG, "init_lora_weights": "pissa"},
-    ),
+    "PiSSA, not converted": _make_peft_contents(part="residual", init_lora_weights="pissa"),
     "no alpha, unequal ranks": _make_kohya_contents((16, 1.0, None), (4, 1.0, None)),
     "one alpha, unequal ranks": _make_kohya_contents((16, 0.25, 4.0), (4, 1.0, 4.0)),
     "alpha in some modules": _make_kohya_contents((16, 0.25, 4.0), (16, 1.0, None)),

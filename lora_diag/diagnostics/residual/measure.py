@@ -253,15 +253,9 @@ def _measure_agreements(
     """Return the agreement of the column and of the row spaces."""
     dimension = min(rank or SUBSPACE, *weight_metric.shape)
     adapter, full = _decompose(change, dimension, settings), weight_metric.factors
-    assert full.u is not None
-    assert full.vh is not None
-    assert adapter.u is not None
-    assert adapter.vh is not None
     k, j = min(dimension, numerical_rank(full)), numerical_rank(adapter)
-    return (
-        agreement(full.u[:, :k], adapter.u[:, :j]),
-        agreement(full.vh[:k].T, adapter.vh[:j].T),
-    )
+    (u, vh), (adapter_u, adapter_vh) = full.vectors, adapter.vectors
+    return agreement(u[:, :k], adapter_u[:, :j]), agreement(vh[:k].T, adapter_vh[:j].T)
 
 
 @show_options

@@ -18,14 +18,13 @@ from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
 from lora_diag.layers.change import SPACING_OVERFLOW, compute_on_device
-from lora_diag.layers.resolution import noise_of
+from lora_diag.layers.resolution import make_resolution, noise_of
 from lora_diag.linalg import Factors, first_non_finite, norm, require_memory, resolve_device, rounding_threshold
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.exact import decompose_stack
 from lora_diag.linalg.methods import READING_BYTES
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
-from lora_diag.metrics import signal_rank, verdict
 from lora_diag.records import LeftOut, Resolution, Results
 from lora_diag.running.inputs import describe, describe_steps
 from lora_diag.running.layers import LayerRun
@@ -179,19 +178,8 @@ def _measure_resolution(spectra: _Spectra, history: History) -> Resolution:
     """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
     noise = noise_of(mix_profiles([(1 / 12, spectra.spacing.profile)], _stacked_shape(history)), 1)
     edge = max(noise.edge, rounding_threshold(spectra.smaller))
-    signal = signal_rank(spectra.smaller.s.numpy(), edge, spectra.smaller.complete)
-    return Resolution(
-        unchanged=None,
-        mantissa=None,
-        rounding_fro=math.sqrt(spectra.spacing.squares) / 2,
-        noise_fro=noise.fro,
-        edge=edge,
-        signal_rank=signal,
-        verdict=verdict(noise.fro, spectra.smaller.fro, signal),
-    )
-
-
-NOT_SELECTED = "left out by --layers or --exclude"
+    s, fro, complete = spectra.smaller.s.numpy(), spectra.smaller.fro, spectra.smaller.complete
+    return make_resolution(s, fro, complete, math.sqrt(spectra.spacing.squares) / 2, noise.fro, edge)
 
 
 def gradient_spectrum(
@@ -216,7 +204,7 @@ def gradient_spectrum(
     shapes = {item.layer: item.shape for item in matrices} | {item.layer: item.shape for item in unmatched}
     unpaired = [
         *(item for item in unmatched if selected(item.layer)),
-        *(Unpaired(name, shape, "not_selected", NOT_SELECTED) for name, shape in shapes.items() if not selected(name)),
+        *(Unpaired.by_selection(name, shape) for name, shape in shapes.items() if not selected(name)),
     ]
     verify = run.options["verify"]
     return run.over(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.layers.resolution import make_unrounded
+from lora_diag.layers.resolution import make_resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
 from lora_diag.metrics import (
     RANKS,
@@ -31,12 +31,10 @@ from lora_diag.records import Resolution, Tail
 from lora_diag.thin import MAX_RANK, thin_values, triangle
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    from lora_diag.diagnostics.spectrum.record import Spectrum
     from lora_diag.layers.metric import Weighting
-    from lora_diag.linalg import Allowance
+    from lora_diag.linalg import Allowance, Factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,28 +66,15 @@ class Layer(LayerTask):
     weighting: Weighting | None = None
 
 
-class Values(Protocol):
-    """Singular values, as an array or a tensor on the CPU, with their errors: ``lora_diag.linalg.Factors``."""
+@dataclass(frozen=True, slots=True)
+class KeptValues:
+    """The largest singular values of two thin factors, with their errors; fields as in ``linalg.Factors``."""
 
-    @property
-    def s(self) -> Any:
-        """The values, descending."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether these are all that can be nonzero."""
-
-    @property
-    def method(self) -> str:
-        """Method of the computation."""
-
-    @property
-    def energy_error(self) -> float:
-        """Bound on the error of every energy fraction."""
-
-    @property
-    def fro(self) -> float:
-        """‖A‖_F."""
+    s: NDArray[np.float64]
+    complete: bool
+    energy_error: float
+    fro: float
+    method: str = "factored"
 
 
 def record_of(
@@ -97,7 +82,7 @@ def record_of(
     shape: tuple[int, int],
     dtypes: tuple[str | None, str],
     base_fro: float | None,
-    values: Values,
+    values: Factors | KeptValues,
     ranks: tuple[int, ...],
     resolution: Resolution,
 ) -> Spectrum:
@@ -165,17 +150,6 @@ def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool,
 CONCURRENT = 2**19
 
 
-@dataclass(frozen=True, slots=True)
-class _KeptValues:
-    """The values that are kept: a ``Values``."""
-
-    s: NDArray[np.float64]
-    complete: bool
-    energy_error: float
-    fro: float
-    method: str = "factored"
-
-
 def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
     """Return whether ``thin_spectrum`` can measure a layer; this depends only on the input and the options.
 
@@ -216,6 +190,6 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     if not math.isfinite(fro):
         return None
     s = computed.s[0, : settings.top]
-    values = _KeptValues(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
-    file_resolution = make_unrounded(s, fro, values.complete)
+    values = KeptValues(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
+    file_resolution = make_resolution(s, fro, values.complete)
     return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)

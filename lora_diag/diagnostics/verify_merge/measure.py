@@ -615,11 +615,7 @@ def _align_layers(
     chosen = sorted((task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer))
     if not any(task.adapted for task in chosen):
         raise NothingComparedError("nothing was compared: --layers and --exclude select no adapted weight; change them")
-    not_selected = [
-        Unpaired(task.layer, task.shape, "not_selected", "left out by --layers or --exclude")
-        for task in tasks
-        if not selected(task.layer)
-    ]
+    not_selected = [Unpaired.by_selection(task.layer, task.shape) for task in tasks if not selected(task.layer)]
     return chosen, (*(item for item in unpaired if selected(item.layer)), *not_selected)
 
 

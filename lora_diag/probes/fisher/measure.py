@@ -190,10 +190,8 @@ def _tail_sums(values: Tensor) -> Tensor:
 
 def tail_of(module: nn.Module, factors: Factors) -> Tail:
     """Return a layer with the singular vectors of its update, on their sides of the layer."""
-    assert factors.u is not None
-    assert factors.vh is not None
-    device = next(module.parameters()).device
-    left, right = factors.u.to(device, torch.float64), factors.vh.T.to(device, torch.float64)
+    device, (u, vh) = next(module.parameters()).device, factors.vectors
+    left, right = u.to(device, torch.float64), vh.T.to(device, torch.float64)
     outer, inner = (left, right) if isinstance(module, nn.Linear) else (right, left)  # Conv1D stores (in, out)
     return Tail(module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro)
 

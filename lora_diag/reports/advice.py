@@ -15,23 +15,14 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
 from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.errors import UsageError
-from lora_diag.probes.outputs.show import (
-    SUFFICIENT_SHARE,
-    Contest,
-    compare_with_base,
-    find_gain,
-    is_tuned_worse,
-)
+from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.verdict import confident, reasons
-from lora_diag.records.names import module_type_of, part_of
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import gap
 from lora_diag.rendering.text import list_names, percent, span
-from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, energy_at
+from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source, energy_at
 from lora_diag.running.options import list_options, list_typed_options
 
 # A rank that keeps less than half of a layer's energy is too small there; one that keeps 90% in all is sufficient.
@@ -40,8 +31,6 @@ MIN_ENERGY, SUFFICIENT_ENERGY = 0.5, 0.9
 MAX_SCALE = 1.25
 # Below this cosine the adapter's direction holds less than a quarter of ‖D‖², and the scale is irrelevant.
 MIN_COSINE = 0.5
-# Fraction of the change that no adapter reaches from which other modules are recommended.
-PLACEMENT_SHARE = 0.1
 # A LoRA of rank r on an n×n matrix has 2r/n of its parameters: for n < 4r it is not small.
 SIZEABLE_RATIO = 4
 # Ranks that a step may try.
@@ -121,41 +110,32 @@ def advice(evidence: Evidence) -> list[Step]:
     return [replace(step, about=()) if len(step.about) == len(groups) else step for step in by_command.values()]
 
 
+_PLACEHOLDERS = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAIN_TEXT"}
+
+
 def _apply_rules(evidence: Evidence) -> Iterator[Step]:
     applied: set[str] = set()
-    placeholder_by_role = {
-        "base": "",
-        "tuned": "",
-        "eval": "HELD_OUT_TEXT",
-        "data": "TRAIN_TEXT",
-        "shifted": "SHIFTED_TEXT",
-    }
-    paths = {role: evidence.path_of(role, placeholder) for role, placeholder in placeholder_by_role.items()}
+    paths = {role: evidence.path_of(role, placeholder) for role, placeholder in _PLACEHOLDERS.items()}
     for rule in RULES:
-        if not applied & set(rule.unless) and (values := rule.find(evidence)) is not None:
-            applied.add(rule.name)
-            facts: Facts = {**paths, **values}
-            text_by_name = {name: _join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
-            yield Step(
-                rule.name,
-                rule.condition,
-                rule.do.format_map(text_by_name),
-                " ".join(rule.because.format_map(text_by_name).split()),
-                tuple(_fill_command(rule.command, facts)),
-                facts,
-                facts.get("layers", ()),
-            )
+        if applied & set(rule.unless) or (values := rule.find(evidence)) is None:
+            continue
+        applied.add(rule.name)
+        facts: Facts = {**paths, **values}
+        texts = {name: _join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        do, because = rule.do.format_map(texts), " ".join(rule.because.format_map(texts).split())
+        argv = ("loradiag", *_fill_command(rule.command, facts))
+        yield Step(rule.name, rule.condition, do, because, argv, facts, facts.get("layers", ()))
 
 
 def _fill_command(template: str, facts: Facts) -> Iterator[str]:
-    yield "loradiag"
     for word in template.split():
         value = facts.get(word[1:-1])
-        if word.startswith("{") and isinstance(value, tuple):
-            numbers = value and not isinstance(value[0], str)
-            yield from (",".join(map(_format, value)),) if numbers else value
-        else:
+        if not (word.startswith("{") and isinstance(value, tuple)):
             yield word.format_map(facts)
+        elif value and not isinstance(value[0], str):
+            yield ",".join(map(_format, value))
+        else:
+            yield from value
 
 
 def _join(values: Sequence[Any]) -> str:
@@ -195,29 +175,6 @@ def _facts_of(contest: Contest) -> Facts:
     return {"set": record.set, "gap": gap(record), "kept": "-" if record.kept is None else f"{record.kept:.0%}"}
 
 
-def _find_forgetting(evidence: Evidence) -> Facts | None:
-    """Find a shifted set on which a trained model is significantly worse than BASE, or no rank of a sweep gains."""
-    for source, records in evidence.losses("outputs", "truncation"):
-        for base in (r for r in records if r.subject == "base" and r.shifted and r.layer is None):
-            tuned = next(iter(source.paths("tuned")), "TUNED")
-            rises = {tuned: -(base.gap or 0.0)} if is_tuned_worse(base) else {}
-            for record in (r for r in records if r.subject == "adapter" and r.set == base.set):
-                rise, half_width = compare_with_base(record, base)
-                rises |= {record.name: rise} if half_width is not None and rise > half_width else {}
-            if rises:
-                name = max(rises, key=lambda name: rises[name])
-                ranks = tuple(sorted(set(evidence.ranks.values()))) or (DEFAULT_RANK,)
-                return {"set": base.set, "model": name, "rise": rises[name], "ranks": ranks, "gain": ""}
-    if evidence.sweep is None or evidence.sweep[1].verdict.gain <= 0:
-        return None
-    swept = evidence.sweep[1]
-    for name, other in swept.shifted.items():
-        if other.outcome == "no gain":
-            gain = f", for a gain of {swept.verdict.gain:.3g} on {swept.set}"
-            return {"set": name, "model": f"r={other.best}", "rise": -other.gain, "ranks": swept.ranks, "gain": gain}
-    return None
-
-
 def _find_swept_rank(evidence: Evidence) -> Facts | None:
     """Return the rank and learning rate of a sweep and the next command; None without a sweep.
 
@@ -231,41 +188,39 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     typed = list_typed_options(SweepOptions, source.results.run.settings) | {"ranks": swept.ranks}
     if chosen is None:
         lowest_rate = min(record.lr for _, records in evidence.losses("sweep") for record in records if record.lr)
-        facts["rates"] = typed["rates"] = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
-        facts["action"] = f"Change the training before the rank: try learning rates {_join(facts['rates'])}"
-        facts["why"] = f"every rank is worse than BASE, the best by {-verdict.gain:.3g} nats, from {lowest_rate:g} up"
-        return facts | {"then": (*_sweep_again(evidence, typed), "-o", "sweep-2.jsonl")}
+        rates = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
+        return facts | {
+            "rates": rates,
+            "action": f"Change the training before the rank: try learning rates {_join(rates)}",
+            "why": f"every rank is worse than BASE, the best by {-verdict.gain:.3g} nats, from {lowest_rate:g} up",
+            "then": (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl"),
+        }
     higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
-    facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher}
-    confidence = chosen.confidence if verdict.rank is not None else verdict.confidence
-    claim = (
-        "the smallest rank shown to keep" if verdict.rank is not None else "the best candidate, not confirmed, to keep"
-    )
-    claim_sentence = f"r={chosen.rank} is {claim} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
-    claim_sentence += "" if confidence is None else f", {confident(confidence)} confidence"
-    facts["why"] = "; ".join([claim_sentence, *reasons(verdict, swept.tolerance)])
-    facts["action"] = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
+    shown = verdict.rank is not None
+    confidence = chosen.confidence if shown else verdict.confidence
+    claim = "the smallest rank shown to keep" if shown else "the best candidate, not confirmed, to keep"
+    claim = f"r={chosen.rank} is {claim} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
+    claim += "" if confidence is None else f", {confident(confidence)} confidence"
+    action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
+    action += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
+    action += f"; {verdict.more_seeds} seeds would confirm it" if verdict.more_seeds is not None else ""
+    facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher, "action": action}
+    facts["why"] = "; ".join([claim, *reasons(verdict, swept.tolerance)])
     if higher or verdict.more_seeds is not None:
-        facts["action"] += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
-        facts["action"] += f"; {verdict.more_seeds} seeds would confirm it" if verdict.more_seeds is not None else ""
         typed |= {"ranks": (*swept.ranks, *higher), "repeats": verdict.more_seeds or verdict.seeds}
-        return facts | {"then": (*_sweep_again(evidence, typed), "--resume", "-o", source.name)}
-    if not evidence.changed:
+        return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}
+    if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
     facts["params"] = sum(chosen.rank * sum(record.shape) for record in evidence.changed)
     size_options = ("--params", str(facts["params"]), "--sweep", source.name, "-o", "adapter_config.json")
-    return facts | {"then": ("allocate", evidence.update.name if evidence.update else "", *size_options)}
+    return facts | {"then": ("allocate", evidence.update.name, *size_options)}
 
 
-def _sweep_again(evidence: Evidence, options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words of a sweep with the inputs and the options of the one on the page."""
-    assert evidence.sweep is not None
-    source, declared = evidence.sweep[0], list_options(SweepOptions)
-    run = source.results.run
+def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a sweep with the inputs and the options of an earlier one."""
+    declared, run = list_options(SweepOptions), source.results.run
     # Options that the run record has in another form.
-    limits = [
-        run_input.tensors for run_input in run.inputs if run_input.role in {"eval", "shifted"} and run_input.notes
-    ]
+    limits = [item.tensors for item in run.inputs if item.role in {"eval", "shifted"} and item.notes]
     kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
     full = bool(run.settings.get("full_rates"))
     options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
@@ -314,27 +269,10 @@ def _find_small_rank(evidence: Evidence) -> Facts | None:
     if evidence.update is None:
         measure = ("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), "-o", "spectrum.jsonl")
         return facts | {"action": "Measure which rank the update needs", "then": measure}
-    min_rank, results = min(item.rank for item in capacities), evidence.update.results
-    try:
-        allocation = allocate(
-            results.layers,
-            Budget("energy", MIN_ENERGY, f"--energy {MIN_ENERGY}"),
-            Constraints(min_rank=min_rank),
-            left_out=results.left_out,
-        )
-    except UsageError:
-        return None
-    current_params = sum(
-        item.rank * sum(record.shape)
-        for item in capacities
-        for record in evidence.changed
-        if record.layer == item.layer
-    )
-    facts |= {"params": allocation.certificate.params, "min_rank": min_rank}
-    times = f", {facts['params'] / current_params:.2g} times as many as now" if current_params else ""
-    facts["action"] = f"Raise the rank where it is too small: {facts['params']:,} trainable parameters{times}"
-    size_options = ("--energy", f"{MIN_ENERGY:g}", "--min-rank", str(min_rank), "-o", "adapter_config.json")
-    return facts | {"then": ("allocate", evidence.update.name, *size_options)}
+    facts["min_rank"] = min(item.rank for item in capacities)
+    size_options = ("--energy", f"{MIN_ENERGY:g}", "--min-rank", str(facts["min_rank"]), "-o", "adapter_config.json")
+    then = ("allocate", evidence.update.name, *size_options)
+    return facts | {"action": "Raise the rank where it is too small", "then": then}
 
 
 def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
@@ -401,45 +339,6 @@ def _scale(record: Residual) -> float:
     return max(record.best_scale or 0.0, 1e-9)
 
 
-def _find_unreached(evidence: Evidence) -> Facts | None:
-    """Find module types, embeddings, norms and biases included, that no adapter changes; with their share of ‖ΔW‖²."""
-    adapted = [path for path, records in evidence.compared.items() if records]
-    records = [record for path in adapted for record in evidence.adapters[path]]
-    # A weight that is trained in full (modules_to_save) has an update without a rank.
-    reached = {record.layer for record in records if record.rank or record.adapter_fro > 0}
-    energy_by_layer = {record.layer: record.fro**2 for record in records}
-    total = math.fsum(energy_by_layer.values())
-    share_by_type: dict[str, float] = {}
-    for layer in energy_by_layer.keys() - reached:
-        name = module_type_of(layer)
-        share_by_type[name] = share_by_type.get(name, 0.0) + energy_by_layer[layer] / total
-    if not reached or math.fsum(share_by_type.values()) < PLACEMENT_SHARE:
-        return None
-    types = sorted(share_by_type, key=lambda name: -share_by_type[name])
-    ranks = [record.rank for record in records if record.rank]
-    compared_layers = {r.layer for path in adapted for r in evidence.compared[path]}
-    has_uncompared = any(layer not in compared_layers for layer in energy_by_layer.keys() - reached)
-    return {
-        "share": math.fsum(share_by_type.values()),
-        "types": list_names(types),
-        "adapters": tuple(adapted),
-        "rank": max(ranks, default=DEFAULT_RANK),
-        "unfactored": ("--unfactored", "save") if has_uncompared else (),
-        "layers": tuple(sorted(energy_by_layer.keys() - reached)),
-    }
-
-
-def _find_unresolved(evidence: Evidence) -> Facts | None:
-    first_adapter = next(iter(evidence.adapters.values()), ())
-    verdicts = [
-        r.resolution.verdict
-        for r in evidence.changed or first_adapter
-        if r.resolution and part_of(r.layer) == "matrices"
-    ]
-    resolved = verdicts.count("resolved")
-    return {"count": len(verdicts), "unresolved": len(verdicts) - resolved} if 2 * resolved < len(verdicts) else None
-
-
 def _find_unknown_loss(evidence: Evidence) -> Facts | None:
     """Find distances without a loss, or adapters whose loss is not known well enough."""
     unknown = tuple(contest.name for contest in evidence.contests if contest.outcome == "not known")
@@ -473,15 +372,6 @@ RULES = (
         "gate --policy adapter-basic --base {base} --adapter {adapter}",
     ),
     Rule(
-        "forgetting",
-        "a trained model is significantly worse than BASE on a shifted set; in a sweep, no rank gains there",
-        _find_forgetting,
-        "Train on a mixture with text like {set} if it matters",
-        "On {set}, {model} is {rise:.3g} nats worse than BASE{gain}.",
-        "probe sweep {base} --data MIXED_TEXT --eval {eval} --shifted {shifted} --ranks {ranks} -o mixed.jsonl",
-        ("fine-tune worse than BASE",),
-    ),
-    Rule(
         "sweep",
         "a sweep has a verdict: equivalence test over seeds, each rank at its best learning rate",
         _find_swept_rank,
@@ -498,16 +388,6 @@ RULES = (
         "It is the best of {count}, {gap} nats from the full fine-tune on {set}, and keeps {kept} of its gain.",
         "probe sweep {base} --data {data} --eval {eval} --ranks {ranks} -o sweep.jsonl",
         (*_LOSS_RULES, "sweep"),
-    ),
-    Rule(
-        "unresolved files",
-        "most matrices of the update are at the rounding noise floor of the files",
-        _find_unresolved,
-        "Measure the adapter instead of its merge, or a fine-tune saved in float32; else recover the update",
-        "{unresolved} of {count} matrices are at or near the rounding noise floor, so their ranks and distances mean "
-        "nothing.",
-        "recover {base} {tuned} -o recovery.jsonl",
-        _LOSS_RULES,
     ),
     Rule(
         "scale",
@@ -538,15 +418,6 @@ RULES = (
         f"{{limits}} {ENERGY}",
         "{then}",
         (*_LOSS_RULES, "sweep", "sufficient rank"),
-    ),
-    Rule(
-        "widen placement",
-        f"at least {PLACEMENT_SHARE:.0%} of ‖ΔW‖² is in tensors that no adapter changes",
-        _find_unreached,
-        "Also adapt {types}: compare the loss with that of an adapter of the whole update",
-        "{adapters} cannot reach {share:.0%} of ‖ΔW‖².",
-        "extract {base} {tuned} --rank {rank} {unfactored} -o adapter/",
-        _LOSS_RULES,
     ),
     Rule(
         "measure the loss",

@@ -49,6 +49,10 @@ class Source:
         """Start of the run as text; empty if the file does not give it."""
         return format_minute(self.results.run.made)
 
+    def by_layer(self, kind: type[Any]) -> dict[str, Any]:
+        """Return the records of one kind by layer."""
+        return {record.layer: record for record in self.results if isinstance(record, kind)}
+
     def paths(self, role: str) -> list[str]:
         """Return the paths of all inputs of a role."""
         return [run_input.path for run_input in self.results.run.inputs if run_input.role == role]

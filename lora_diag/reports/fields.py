@@ -5,7 +5,7 @@ Values are those of the records, unrounded; derived ones are marked in ``about``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from lora_diag.gating.record import WORST_FIRST, Status
 from lora_diag.records import LayerRecord
 from lora_diag.records.base import Shown, Value, pooled_value
 from lora_diag.records.vocabulary import metric_of
+from lora_diag.rendering.text import span
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import labels
 
@@ -71,65 +72,62 @@ def layers_of(evidence: Evidence) -> tuple[str, ...]:
 def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
     """Return all nonempty columns of the runs."""
     fields = [
-        *_list_spectrum_fields(evidence, layers),
-        *_list_residual_fields(evidence, layers),
-        *_list_overlap_fields(evidence, layers),
-        *_list_other_fields(evidence, layers),
-        *_list_gate_fields(evidence, layers),
+        Field(
+            f"{prefix}.{column.path}",
+            column.title,
+            column.about,
+            group,
+            tuple(column.value(records[layer]) if layer in records else None for layer in layers),
+            partial(_pool_together, column, records, layers),
+            column.share,
+            column.main,
+            column.pool is not None,
+        )
+        for prefix, group, shown, records in _list_columns(evidence)
+        for column in shown
     ]
+    fields.append(_make_gate_field(evidence, layers))
     return [field for field in fields if any(value is not None for value in field.values)]
 
 
-def _list_spectrum_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    sources = list(evidence.of(Spectrum))
-    for position, source in enumerate(sources):
-        records = {record.layer: record for record in source.results if isinstance(record, Spectrum)}
+# Id of a run or adapter, its name if there are several, its columns, and its records by layer.
+_Columns = tuple[str, str, Sequence[Shown], Mapping[str, Any]]
+
+
+def _list_columns(evidence: Evidence) -> Iterator[_Columns]:
+    """Yield the columns of all runs that have at most one record per layer to show."""
+    for position, (source, name) in enumerate(_name_sources(evidence, Spectrum)):
         shown = Spectrum.shown_of(source.results.run.settings, source.results.layers)
         if evidence.update is not None and source is not evidence.update:
-            shown = tuple(replace(field, main=False) for field in shown)
-        group = filter(None, (_name_group(sources, source), _METRIC_SUFFIXES.get(metric_of(source.results))))
-        yield from _make_columns(f"s{position}", ", ".join(group), shown, records, layers)
-
-
-def _list_residual_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+            shown = tuple(replace(column, main=False) for column in shown)
+        group = ", ".join(filter(None, (name, _METRIC_SUFFIXES.get(metric_of(source.results)))))
+        yield f"s{position}", group, shown, source.by_layer(Spectrum)
     adapters: dict[str, dict[str, Residual]] = {}
     for source in evidence.of(Residual):
         for record in source.results:
             adapters.setdefault(record.adapter, {}).setdefault(record.layer, record)
     for position, (label, records) in enumerate(zip(labels(list(adapters)), adapters.values(), strict=True)):
-        yield from _make_columns(f"a{position}", label, Residual.shown, records, layers)
+        yield f"a{position}", label, Residual.shown, records
+    for position, (source, name) in enumerate(_name_sources(evidence, Overlap)):
+        # The last step; the page's curves show all steps.
+        shown_tracks = tracks(source.results)
+        place = f"at the last step, r={span((track.rank for track in shown_tracks), ' to ')}"
+        shown = tuple(replace(column, about=f"{column.about}; {place}") for column in Overlap.shown)
+        yield f"o{position}", name, shown, {track.layer: track.last for track in shown_tracks}
+    for kind in record_kinds().values():
+        if issubclass(kind, LayerRecord) and kind.key == ("layer",) and kind is not Spectrum:
+            for position, (source, name) in enumerate(_name_sources(evidence, kind)):
+                shown = kind.shown_of(source.results.run.settings, source.results.layers)
+                yield f"{kind.model_fields['record'].default}{position}", name, shown, source.by_layer(kind)
 
 
-def _list_overlap_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    """Yield the columns of overlap at the last step; the page's curves show all steps."""
-    sources = list(evidence.of(Overlap))
-    for position, source in enumerate(sources):
-        shown = tracks(source.results)
-        ranks = sorted({track.rank for track in shown})
-        place = f"at the last step, r={ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-        columns = tuple(replace(field, about=f"{field.about}; {place}") for field in Overlap.shown)
-        records = {track.layer: track.last for track in shown}
-        yield from _make_columns(f"o{position}", _name_group(sources, source), columns, records, layers)
+def _name_sources(evidence: Evidence, kind: type[LayerRecord]) -> Iterator[tuple[Source, str]]:
+    """Yield the runs with records of a kind, and their names if there are several."""
+    sources = list(evidence.of(kind))
+    yield from zip(sources, labels([source.name for source in sources]) if sources[1:] else [""], strict=False)
 
 
-def _list_other_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
-    """Yield the declared columns of every kind of record with one record per layer."""
-    special = (Spectrum, Residual, Overlap)
-    kinds = [
-        kind
-        for kind in record_kinds().values()
-        if issubclass(kind, LayerRecord) and kind.key == ("layer",) and kind not in special
-    ]
-    for kind in kinds:
-        sources = list(evidence.of(kind))
-        for position, source in enumerate(sources):
-            records = {record.layer: record for record in source.results if isinstance(record, kind)}
-            shown = kind.shown_of(source.results.run.settings, source.results.layers)
-            prefix = f"{kind.model_fields['record'].default}{position}"
-            yield from _make_columns(prefix, _name_group(sources, source), shown, records, layers)
-
-
-def _list_gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Field]:
+def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
     worst: dict[str, Status] = {}
     for verdict in evidence.verdicts:
         if verdict.layer is not None:
@@ -141,24 +139,9 @@ def _list_gate_fields(evidence: Evidence, layers: Sequence[str]) -> Iterable[Fie
         return min(statuses, key=WORST_FIRST.index, default=None)
 
     about = "worst verdict of the gate on this layer"
-    yield Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True, pooled=True)
-
-
-def _make_columns(
-    prefix: str, group: str, shown: Iterable[Shown], records: Mapping[str, Any], layers: Sequence[str]
-) -> Iterable[Field]:
-    for field in shown:
-        values = tuple(field.value(records[layer]) if layer in records else None for layer in layers)
-        together = partial(_pool_together, field, records, layers)
-        identity, pooled = f"{prefix}.{field.path}", field.pool is not None
-        yield Field(identity, field.title, field.about, group, values, together, field.share, field.main, pooled)
+    return Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True, pooled=True)
 
 
 def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
     group = [records[layers[position]] for position in positions if layers[position] in records]
     return pooled_value(shown, group) if group else None
-
-
-def _name_group(sources: Sequence[Source], source: Source) -> str:
-    """Return the name of the run if there are several; else empty."""
-    return labels([item.name for item in sources])[list(sources).index(source)] if len(sources) > 1 else ""

@@ -26,14 +26,14 @@ from lora_diag.errors import InputError, install_command
 from lora_diag.inspection.table import table
 from lora_diag.metrics.energy import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
+from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
 from lora_diag.rendering.text import plain, safe, select_evenly, short
-from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.reports.evidence import Evidence, Source, format_minute
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.subject import (
     Section,
     Subject,
-    certificates,
     gate_outcome,
     labels,
     other_metric_sentences,
@@ -42,21 +42,39 @@ from lora_diag.reports.subject import (
 )
 
 
+def render_page(evidence: Evidence) -> str:
+    """Return the page with all figures and the time."""
+    return html_report(evidence, images_of(evidence), format_minute(timestamp()))
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A static figure, for readers without JavaScript.
+
+    Args:
+        name: Name of the figure.
+        title: Its title.
+        data: A ``data:`` URL.
+    """
+
+    name: str
+    title: str
+    data: str
+
+
 def images_of(evidence: Evidence) -> list[Image]:
     """Return every figure that the records allow, as SVG."""
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    runs = [source.results for source in evidence.sources]
-    files = [source.name for source in evidence.sources]
-    images = []
-    # Name in the page, figure, description, field of a heat map.
+    runs, files = [source.results for source in evidence.sources], [source.name for source in evidence.sources]
+    # Name in the page, figure, title, field of a heat map.
     kinds: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
     kinds.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
-    for name, kind, shows, field in kinds:
+    images = []
+    for name, kind, title, field in kinds:
         if plots.why_not(kind, runs, field=field) is None:
             svg = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
-            address = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-            images.append(Image(name, shows, f"Figure of {name}: {shows}.", address))
+            images.append(Image(name, title, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"))
     return images
 
 
@@ -75,23 +93,6 @@ MAX_STEPS = 60
 TERMINAL_WIDTH = 118
 # Maximum number of listed verdicts of a gate, and of inputs of a run (a fleet has thousands).
 VERDICTS, INPUTS = 50, 20
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A static figure, for readers without JavaScript.
-
-    Args:
-        name: Name of the figure.
-        title: Its title.
-        alt: Its alternative text.
-        data: A ``data:`` URL.
-    """
-
-    name: str
-    title: str
-    alt: str
-    data: str
 
 
 def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = "") -> str:
@@ -124,29 +125,28 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     columns = fields_of(evidence, layers)
     if not any(column.is_number for column in columns):
         layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
-    outcome, verdicts = gate_outcome(evidence)
-    subject, sections = subject_of(evidence), sections_of(evidence)
+    (outcome, verdicts), sections = gate_outcome(evidence), sections_of(evidence)
+    subject, metrics = subject_of(evidence), _list_metrics(evidence)
     section_figures = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
         subject=subject,
         sources=evidence.sources,
         run_tables=list(map(_render_run, evidence.sources)),
-        certificates=certificates(evidence),
         outcome=outcome,
-        verdicts=verdicts[:VERDICTS],
-        verdicts_more=max(0, len(verdicts) - VERDICTS),
+        verdicts=verdicts,
+        max_verdicts=VERDICTS,
         layers=layers,
         columns=columns,
         plain=[column for column in columns if column.main],
         plain_rows=min(PLAIN_ROWS, len(layers)),
         sections=sections,
-        images=[picture for picture in images if picture.name not in section_figures],
-        section_images=[picture for picture in images if picture.name in section_figures],
+        images=images,
+        section_figures=section_figures,
         max_inputs=INPUTS,
         made=made,
         thinning=[*other_metric_sentences(evidence), *_describe_thinning(evidence, layers)],
-        metrics=_list_metrics(evidence),
-        parts=_list_parts(subject, outcome, evidence, sections, layers),
+        metrics=metrics,
+        parts=_list_parts(subject, outcome, sections, layers),
         epsilon=EPSILON,
         data=_make_data(evidence, layers, columns),
         plotly=_pack_script(get_plotlyjs) if layers else "",
@@ -154,7 +154,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
 
 
 def _list_parts(
-    subject: Subject, outcome: str, evidence: Evidence, sections: Sequence[Section], layers: Sequence[str]
+    subject: Subject, outcome: str, sections: Sequence[Section], layers: Sequence[str]
 ) -> list[tuple[str, str]]:
     """Return the ids and titles of the parts of the page; several runs of a command have whole titles."""
     kinds = [section.kind for section in sections]
@@ -162,7 +162,6 @@ def _list_parts(
     parts = (
         ("next", "Next steps", subject.advice),
         ("gate", "Gate", outcome),
-        ("allocation", "Allocation", certificates(evidence)),
         *((f"several{position}", title, True) for position, title in enumerate(titles, 1)),
         ("explore", "Layer by layer", layers),
         ("runs", "Runs", True),
@@ -198,16 +197,8 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
         "type": [type_index[types.of(layer)] for layer in layers],
         "depth": [depth_of(layer) for layer in layers],
         "fields": [
-            {
-                "id": column.id,
-                "title": column.title,
-                "about": column.about,
-                "group": column.group,
-                "share": column.share,
-                "main": column.main,
-                "number": column.is_number,
-                "values": [convert(entry) for entry in column.values],
-            }
+            {name: getattr(column, name) for name in ("id", "title", "about", "group", "share", "main")}
+            | {"number": column.is_number, "values": [convert(entry) for entry in column.values]}
             for column in columns
         ],
         "metrics": _list_metrics(evidence),
@@ -228,11 +219,9 @@ def _make_spectra(
         curves = []
         for record in source.results:
             shown_ranks = ranks_by_length.setdefault(len(record.s), thinned_ranks(len(record.s), points))
-            energy = (
-                curve_at(record.s, record.fro, record.complete, shown_ranks)
-                if record.fro > 0
-                else [None] * len(shown_ranks)
-            )
+            energy: list[Any] = [None] * len(shown_ranks)
+            if record.fro > 0:
+                energy = curve_at(record.s, record.fro, record.complete, shown_ranks)
             curves.append(
                 {
                     "layer": layer_index[record.layer],
@@ -258,17 +247,13 @@ def _make_overlaps(
     """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
     charts = []
     for source in evidence.of(Overlap):
-        curves = [
-            {
-                "layer": layer_index[track.layer],
-                "rank": track.rank,
-                "rows": [
-                    [convert(x) for x in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
-                    for r in select_evenly(track.records, MAX_STEPS)
-                ],
-            }
-            for track in tracks(source.results)
-        ]
+        curves = []
+        for track in tracks(source.results):
+            rows = [
+                [convert(value) for value in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
+                for r in select_evenly(track.records, MAX_STEPS)
+            ]
+            curves.append({"layer": layer_index[track.layer], "rank": track.rank, "rows": rows})
         charts.append({"curves": curves})
     return charts
 

@@ -6,7 +6,7 @@ Names from files are code spans or have their markup escaped, so that they creat
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.text import crop, plain, safe, short
@@ -14,7 +14,6 @@ from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.subject import (
     Subject,
-    certificates,
     gate_outcome,
     other_metric_sentences,
     sections_of,
@@ -41,10 +40,6 @@ def markdown_report(evidence: Evidence) -> str:
         *_make_sections(evidence),
         *_make_table(evidence),
         *_make_gate(evidence),
-        *(
-            f"**Allocation** {_escape_text(label)} {_escape_text(statements)}"
-            for label, statements in certificates(evidence)
-        ),
         _describe_measured(evidence),
     ]
     return _join_fitting([part for part in parts if part])
@@ -67,6 +62,21 @@ def _list_items(lines: Sequence[str]) -> str:
     return "".join(f"\n- {_escape_text(line)}" for line in lines)
 
 
+def _write_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool], noun: str = "") -> str:
+    """Return a table of escaped cells, and the number of rows beyond the limit.
+
+    Args:
+        titles: Headings, escaped.
+        rows: Rows of as many cells, escaped.
+        right: Whether each column is aligned to the right.
+        noun: What a row is, in the note on further rows.
+    """
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    note = f"\n\n*and {len(lines) - ROWS} more{noun}*" if len(lines) > ROWS else ""
+    marks = "|".join("--:" if is_right else "---" for is_right in right)
+    return "\n".join([f"| {' | '.join(titles)} |", f"|{marks}|", *lines[:ROWS]]) + note
+
+
 def _make_table(evidence: Evidence) -> list[str]:
     """Return the main columns by module type, pooled as declared, with notes; empty without columns."""
     layers = sorted(layers_of(evidence), key=place_of)
@@ -77,14 +87,14 @@ def _make_table(evidence: Evidence) -> list[str]:
     if not columns:
         return []
     heads = [_escape_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
-    rows = ["| module type | n | " + " | ".join(heads) + " |", "|---|--:|" + "--:|" * len(columns)]
-    for name, positions in list(groups.items())[:ROWS]:
-        cells = [_escape_text(plain(field.together(positions))) for field in columns]
-        rows.append(f"| {code(name)} | {len(positions)} | " + " | ".join(cells) + " |")
-    note = f"\n\n*and {len(groups) - ROWS} more module types*" if len(groups) > ROWS else ""
+    rows = [
+        [code(name), str(len(positions)), *(_escape_text(plain(field.together(positions))) for field in columns)]
+        for name, positions in groups.items()
+    ]
+    table = _write_table(["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types")
     return [
         "## By module type",
-        "\n".join(rows) + note + _describe_pooling(columns),
+        table + _describe_pooling(columns),
         *map(_escape_text, other_metric_sentences(evidence)),
     ]
 
@@ -106,18 +116,12 @@ def _make_sections(evidence: Evidence) -> list[str]:
         )
         parts += [f"## {_escape_text(crop(section.title, 200))}", *([statements] if statements else [])]
         for grid in section.grids:
-            rows = grid.rows()
-            marks = "".join("--:|" if column.justify == "right" else "---|" for column in grid.columns)
-            lines = [
-                f"| {grid.title} | {' | '.join(_escape_text(column.title) for column in grid.columns)} |",
-                f"|---|{marks}",
-            ]
-            lines += [f"| {code(name)} | {' | '.join(map(_escape_text, cells))} |" for name, cells in rows[:ROWS]]
-            note = f"\n\n*and {len(rows) - ROWS} more*" if len(rows) > ROWS else ""
+            titles = [grid.title, *(_escape_text(column.title) for column in grid.columns)]
+            rows = ([code(name), *map(_escape_text, cells)] for name, cells in grid.rows())
+            right = [False, *(column.justify == "right" for column in grid.columns)]
+            caption = f"**{_escape_text(grid.caption)}**\n\n" if grid.caption else ""
             about = f"\n\n{_escape_text(grid.about)}" if grid.about else ""
-            parts.append(
-                (f"**{_escape_text(grid.caption)}**\n\n" if grid.caption else "") + "\n".join(lines) + note + about
-            )
+            parts.append(caption + _write_table(titles, rows, right) + about)
     return parts
 
 
@@ -138,13 +142,18 @@ def _make_gate(evidence: Evidence) -> list[str]:
     if not outcome:
         return []
     rows = [
-        f"| {verdict.status} | {code(verdict.rule)} | {code(short(verdict.layer)) if verdict.layer else 'all'} "
-        f"| {_escape_text(plain(verdict.measured))} | {_escape_text(verdict.allowed)} |"
-        for verdict in verdicts[:ROWS]
+        [
+            verdict.status,
+            code(verdict.rule),
+            code(short(verdict.layer)) if verdict.layer else "all",
+            _escape_text(plain(verdict.measured)),
+            _escape_text(verdict.allowed),
+        ]
+        for verdict in verdicts
     ]
-    head = ["| status | rule | layer | measured | allowed |", "|---|---|---|--:|---|"]
-    note = f"\n\n*and {len(verdicts) - ROWS} more*" if len(verdicts) > ROWS else ""
-    return ["## Gate", f"{_escape_text(outcome)}.", *(["\n".join([*head, *rows]) + note] if rows else [])]
+    titles = ["status", "rule", "layer", "measured", "allowed"]
+    table = [_write_table(titles, rows, [title == "measured" for title in titles])] if rows else []
+    return ["## Gate", f"{_escape_text(outcome)}.", *table]
 
 
 def _describe_measured(evidence: Evidence) -> str:

@@ -1,22 +1,41 @@
-"""``report``: combine the results of several runs in a page, a text or a table."""
+"""``report``: combine the results of several runs in a page, a text or a table.
+
+A table has one row per record, or per entry of their lists (``records/frames.py``); its first column, ``results``, is
+the file of the row.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import UsageError
+from lora_diag.errors import InputError, UsageError, safe
+from lora_diag.feature import load
 from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
-from lora_diag.records.run import timestamp
+from lora_diag.records.frames import Columns, record_columns, unify_types, value_columns
+from lora_diag.records.names import short_names
 from lora_diag.reports import ReportOptions
-from lora_diag.reports.evidence import Evidence, Source, format_minute
+from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.running.options import fill_options, show_options
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
+
+# Format -> what renders it, and the kind of its file.
+_RENDERERS: dict[str, tuple[str, Kind]] = {
+    "html": ("lora_diag.reports.html:render_page", PAGE),
+    "md": ("lora_diag.reports.markdown:markdown_report", MARKDOWN),
+    "csv": ("lora_diag.reports.run:to_csv", CSV),
+    "parquet": ("lora_diag.reports.run:to_parquet", PARQUET),
+}
+_TABLES = ("csv", "parquet")
+
+# Prefixes of cells that spreadsheets interpret as formulas (OWASP, "CSV injection").
+_FORMULA = ("=", "+", "-", "@")
 
 
 @show_options
@@ -55,52 +74,19 @@ def report(
     if not results:
         raise UsageError("no results: give at least one results file")
     output_format = format_of(output, format)
-    render, kind = _RENDERERS[output_format]
+    renderer, kind = _RENDERERS[output_format]
     if values and output_format not in _TABLES:
         raise UsageError(f"--values: not available with --format {output_format}; use {' or '.join(_TABLES)}")
     if output is not None:
-        _refuse_inputs(Path(output), [item for item in results if not isinstance(item, Results)])
+        if os.path.realpath(output) in {os.path.realpath(item) for item in results if not isinstance(item, Results)}:
+            raise UsageError(f"{output}: is one of the results files; choose another name for the report")
         check_output(Path(output), kind, overwrite)
     evidence = Evidence(tuple(map(_make_source, results)))
-    rendered = render(evidence, values) if output_format in _TABLES else render(evidence)
+    rendered: str | bytes = load(renderer)(evidence, *([values] if output_format in _TABLES else []))
     if output is not None:
         content = rendered if isinstance(rendered, bytes) else rendered.encode("utf-8", "backslashreplace")
         write_whole(Path(output), content, kind, overwrite)
     return rendered
-
-
-def _render_html(evidence: Evidence) -> str:
-    from lora_diag.reports.html import html_report, images_of
-
-    return html_report(evidence, images_of(evidence), format_minute(timestamp()))
-
-
-def _render_markdown(evidence: Evidence) -> str:
-    from lora_diag.reports.markdown import markdown_report
-
-    return markdown_report(evidence)
-
-
-def _render_csv(evidence: Evidence, values: bool) -> str:
-    from lora_diag.reports.tabular import to_csv
-
-    return to_csv(evidence, values)
-
-
-def _render_parquet(evidence: Evidence, values: bool) -> bytes:
-    from lora_diag.reports.tabular import to_parquet
-
-    return to_parquet(evidence, values)
-
-
-_RENDERERS: dict[str, tuple[Callable[..., str | bytes], Kind]] = {
-    "html": (_render_html, PAGE),
-    "md": (_render_markdown, MARKDOWN),
-    "csv": (_render_csv, CSV),
-    "parquet": (_render_parquet, PARQUET),
-}
-FORMATS = tuple(_RENDERERS)
-_TABLES = ("csv", "parquet")
 
 
 def format_of(output: Path | str | None, format: str | None) -> str:
@@ -112,9 +98,9 @@ def format_of(output: Path | str | None, format: str | None) -> str:
     suffix = Path(output).suffix.lower() if output is not None else ".html"
     chosen = format or SUFFIXES.get(suffix)
     if chosen is None:
-        raise UsageError(f"{output}: unknown suffix; choose the format with --format: {', '.join(FORMATS)}")
-    if chosen not in FORMATS:
-        raise UsageError(f"--format {chosen}: unknown; use one of {', '.join(FORMATS)}")
+        raise UsageError(f"{output}: unknown suffix; choose the format with --format: {', '.join(_RENDERERS)}")
+    if chosen not in _RENDERERS:
+        raise UsageError(f"--format {chosen}: unknown; use one of {', '.join(_RENDERERS)}")
     return chosen
 
 
@@ -124,12 +110,54 @@ def _make_source(item: Path | str | Results[Any]) -> Source:
     return Source(str(Path(item)), read_results(Path(item)))
 
 
-def _refuse_inputs(output: Path, inputs: Sequence[Path | str]) -> None:
-    """Refuse to overwrite an input with the report.
+def to_csv(evidence: Evidence, values: bool = False) -> str:
+    """Return all records except ``run`` and ``end`` as CSV (RFC 4180), with unrounded numbers.
+
+    Text that a spreadsheet would interpret as a formula is prefixed with ``'``; control characters are escaped.
+
+    Args:
+        evidence: The runs.
+        values: Return the entries of the records' lists, such as singular values, instead of the records.
+    """
+    columns = _make_columns(evidence, values)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(map(_make_cell, columns))
+    writer.writerows([_make_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
+    return buffer.getvalue()
+
+
+def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
+    """Return the same rows as Parquet.
 
     Raises:
-        UsageError: The output is one of the inputs.
+        InputError: pyarrow is not installed.
     """
-    for path in inputs:
-        if os.path.realpath(path) == os.path.realpath(output):
-            raise UsageError(f"{output}: is one of the results files; choose another name for the report")
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError("--format parquet: needs pyarrow; install it with pip install pyarrow, or use csv") from error
+    buffer = io.BytesIO()
+    table = pa.table(unify_types(_make_columns(evidence, values)))
+    # The key by which lora_diag.files recognizes the table.
+    pq.write_table(table.replace_schema_metadata({b"loradiag": b"report"}), buffer)
+    return buffer.getvalue()
+
+
+def _make_columns(evidence: Evidence, values: bool) -> Columns:
+    records = [
+        (record, {"results": source.name})
+        for source in evidence.sources
+        for record in (*source.results.layers, *source.results.whole, *source.results.left_out)
+    ]
+    paths = (run_input.path for source in evidence.sources for run_input in source.results.run.inputs)
+    make = value_columns if values else record_columns
+    return make(records, short_names(paths)) or {"results": []}
+
+
+def _make_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = safe(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text

@@ -1,4 +1,4 @@
-"""The parts that HTML and Markdown reports share: title, answers, next steps, sections of runs, allocations, gates.
+"""The parts that HTML and Markdown reports share: title, answers, next steps, sections of runs, gates.
 
 Answers are statements of commands, found by the keys that features declare: ``Feature.questions`` pairs keys and
 questions. A question of several keys has the first statement as its answer and the others as further lines.
@@ -8,21 +8,20 @@ Names and paths are ``safe``, as in the terminal; escaping for a page is left to
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_diag.catalog import feature_of, features
-from lora_diag.decisions.allocate.record import Certificate
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.show import METRICS
 from lora_diag.feature import Feature
 from lora_diag.feature import Section as SectionKind
 from lora_diag.gating.record import WORST_FIRST, Verdict, outcome
+from lora_diag.records.names import short_names
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import Statement, short_paths
 from lora_diag.rendering.tables import Grid
-from lora_diag.rendering.text import number, percent, safe
+from lora_diag.rendering.text import list_counts, safe
 from lora_diag.reports.advice import Step, advice
 from lora_diag.reports.evidence import Evidence, Source
 
@@ -43,28 +42,19 @@ class Section:
     Args:
         title: Its title.
         kind: Its title without the run's inputs.
-        feature: The feature of its records.
         statements: Its statements.
         grids: Its tables.
         figures: Names of its figures; several runs of a command have them in the first section.
-        source: The run.
     """
 
     title: str
     kind: str
-    feature: Feature
     statements: tuple[Statement, ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
-    source: Source
-
-    @property
-    def command(self) -> str:
-        """The command that measured it."""
-        return self.source.results.run.command
 
 
-def section_kind(source: Source) -> SectionKind | None:
+def _find_section(source: Source) -> SectionKind | None:
     """Return the section declared by a run's feature; None without one."""
     feature = feature_of(source.results.run.command)
     return feature.section if feature else None
@@ -72,37 +62,24 @@ def section_kind(source: Source) -> SectionKind | None:
 
 def sections_of(evidence: Evidence) -> list[Section]:
     """Return a section for each run whose feature has one, losses first; runs of one command in the given order."""
+    declared = [feature for feature in features() if feature.section]
     sections = []
-    drawn: set[str] = set()
-    kinds_of_sources = [(kind, source) for source in evidence.sources if (kind := section_kind(source)) is not None]
-    order = [feature.name for feature in features()]
-    for kind, source in sorted(
-        kinds_of_sources, key=lambda item: (item[0].order, order.index(item[1].results.run.command))
-    ):
-        feature = feature_of(source.results.run.command)
-        assert feature is not None
-        statements: list[Statement] = feature.load(feature.statements)(source.results)
-        grids = feature.tables(source.results, kind.per)
-        figures = kind.figures or tuple(figure.name for figure in feature.figures)
-        sections.append(
-            Section(
-                f"{kind.title}: {name_updates(source)}",
-                kind.title,
-                feature,
-                tuple(statement for statement in statements if statement.key not in _KEYS_IN_RUN_LIST),
-                tuple(grid for grid in grids if grid.names),
-                () if feature.name in drawn else figures,
-                source,
+    for feature in sorted(declared, key=lambda feature: feature.section.order if feature.section else 0):
+        kind = feature.section
+        for number, source in enumerate(s for s in evidence.sources if s.results.run.command == feature.name):
+            assert kind is not None
+            statements: list[Statement] = feature.load(feature.statements)(source.results)
+            figures = kind.figures or tuple(figure.name for figure in feature.figures)
+            sections.append(
+                Section(
+                    f"{kind.title}: {name_updates(source)}",
+                    kind.title,
+                    tuple(statement for statement in statements if statement.key not in _KEYS_IN_RUN_LIST),
+                    tuple(grid for grid in feature.tables(source.results, kind.per) if grid.names),
+                    () if number else figures,
+                )
             )
-        )
-        drawn.add(feature.name)
     return sections
-
-
-def is_of_losses(source: Source) -> bool:
-    """Return whether a run measured losses of a model."""
-    kind = section_kind(source)
-    return kind is not None and kind.losses
 
 
 def name_updates(source: Source) -> str:
@@ -207,13 +184,9 @@ def labels(paths: Sequence[str]) -> list[str]:
     >>> labels(["runs/full.jsonl"]), labels(["a/x/adapter", "b/y/adapter"]), labels(["a", "a"])
     (['full'], ['x/adapter', 'y/adapter'], ['a', 'a'])
     """
-    parts = [path.removesuffix(".jsonl").replace("\\", "/").rstrip("/").split("/") for path in paths]
-    longest = max(map(len, parts), default=1)
-    for last in range(1, longest + 1):
-        names = ["/".join(part[-last:]) for part in parts]
-        if len(set(names)) == len(set(paths)):
-            break
-    return [safe(label) or "run" for label in names] if parts else []
+    stems = [path.removesuffix(".jsonl") for path in paths]
+    names = short_names(stems, safe)
+    return [names[stem] or "run" for stem in stems]
 
 
 def _make_safe(step: Step) -> Step:
@@ -229,19 +202,19 @@ def _make_safe(step: Step) -> Step:
 
 def _make_title(evidence: Evidence) -> str:
     source = evidence.update or next(evidence.of(Residual), None) or next(iter(evidence.sources), None)
-    inputs = source.results.run.inputs if source else ()
-    if source is not None and section_kind(source) is not None and not is_of_losses(source):
+    if source is None:
+        return "nothing"
+    section = _find_section(source)
+    if section is not None and not section.losses:
         return name_updates(source)
-    paths = {run_input.role: safe(run_input.path) for run_input in reversed(inputs)}
-    adapters = sum(run_input.role == "adapter" for run_input in inputs)
-    if source is not None and is_of_losses(source) and "tuned" not in paths and adapters > 1:
-        return f"{adapters} adapters of {paths['base']}"
-    tuned = paths.get("tuned") or paths.get("adapter")
-    if tuned and "base" in paths:
-        return f"{tuned} compared with {paths['base']}"
-    if source is not None and is_of_losses(source) and "base" in paths:
-        return f"{paths['base']}, trained"
-    return tuned or (labels([source.name])[0] if source else "nothing")
+    paths = {run_input.role: safe(run_input.path) for run_input in reversed(source.results.run.inputs)}
+    tuned, base, adapters = paths.get("tuned"), paths.get("base"), source.paths("adapter")
+    if section is not None and tuned is None and len(adapters) > 1:
+        return f"{len(adapters)} adapters of {base}"
+    tuned = tuned or paths.get("adapter")
+    if base is not None and (tuned or section is not None):
+        return f"{tuned} compared with {base}" if tuned else f"{base}, trained"
+    return tuned or labels([source.name])[0]
 
 
 def _describe_unfinished(source: Source) -> str:
@@ -258,34 +231,14 @@ def other_metric_sentences(evidence: Evidence) -> list[str]:
     return [f"The metric is {METRICS[metric]}." for metric in metrics]
 
 
-def certificates(evidence: Evidence) -> list[tuple[str, str]]:
-    """Return a label and a sentence for each allocation: its cost, energy, and distance from the optimum."""
-    texts = []
-    for source in evidence.sources:
-        for record in source.results.whole:
-            if isinstance(record, Certificate):
-                budget = f" of {number(record.budget)}" if record.budget is not None else ""
-                metric = source.results.run.settings.get("metric", "weights")
-                suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
-                comparisons = "; ".join(f"{safe(b.name)} keeps {percent(b.kept)}" for b in record.baselines)
-                text = (
-                    f"uses {number(record.spent)}{budget} ({record.unit.replace('_', ' ')}) and keeps "
-                    f"{percent(record.kept)} of the energy{suffix}; under the same constraints the maximum is at most "
-                    f"{percent(record.bound)}{f'. For comparison: {comparisons}' if comparisons else ''}."
-                )
-                texts.append((labels([source.name])[0], text))
-    return texts
-
-
 def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
     """Return the outcome of the gates as text, and the failed, inconclusive and warned verdicts, worst first.
 
     Both are empty without gates.
     """
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
-    counts = Counter(verdict.status for verdict in verdicts)
-    status_counts = ", ".join(f"{times} {status}" for status, times in counts.items())
-    omitted = {"passed", "waived", "not judged"}
-    return f"{outcome(verdicts).upper()}: {status_counts}" if verdicts else "", [
-        v for v in verdicts if v.status not in omitted
-    ]
+    if not verdicts:
+        return "", []
+    counts = list_counts((verdict.status for verdict in verdicts), {status: status for status in WORST_FIRST})
+    shown = [verdict for verdict in verdicts if verdict.status in {"failed", "inconclusive", "warned"}]
+    return f"{outcome(verdicts).upper()}: {', '.join(counts)}", shown

@@ -8,8 +8,9 @@ from lora_diag import plots
 from lora_diag.errors import UsageError
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.rendering.figures.fields import title_in
+from lora_diag.rendering.statements import find
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.subject import certificates
+from lora_diag.reports.subject import sections_of
 from tests.messages import assert_names, raises_naming
 from tests.plots import making
 from tests.plots.making import TYPES, spectrum
@@ -85,5 +86,5 @@ def test_allocation_states_metric_of_energy():
     weighted = replace(allocated, run=run)
     assert_names(words(plots.figure("allocation", weighted)), "Energy", "K-FAC's metric")
     assert "metric" not in words(plots.figure("allocation", allocated))
-    (text,) = certificates(Evidence((Source("a.jsonl", weighted),)))
-    assert_names(text[1], "energy", "K-FAC's metric")
+    (section,) = sections_of(Evidence((Source("a.jsonl", weighted),)))
+    assert_names(find(section.statements, "keeps").text, "energy", "K-FAC's metric")

@@ -18,7 +18,7 @@ from lora_diag.gating.record import Verdict
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import short_names
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.tabular import to_csv, to_parquet
+from lora_diag.reports.run import to_csv, to_parquet
 from tests.conftest import ROOT
 from tests.reports.making import decay, residual, residuals, run, spectra, spectrum, vector
 

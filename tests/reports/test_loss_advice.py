@@ -284,31 +284,6 @@ def test_extended_sweep_repeats_options_of_first():
     assert "--rslora" not in words
 
 
-def test_forgetting_on_shifted_set_is_named():
-    losses = {4: 1.1, 8: 1.099, 16: 1.098}
-    runs = sweep(losses, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4})
-    assert told(runs) == ["forgetting", "sweep"]
-    step = steps(runs)["forgetting"]
-    assert (step.facts["model"], step.facts["rise"]) == ("r=4", pytest.approx(0.2))
-    assert "--data MIXED_TEXT --eval own.txt --shifted SHIFTED_TEXT --ranks 4,8,16" in step.command
-    assert told(sweep(losses, own=2.0, shifted=losses)) == ["sweep"]
-    assert told(sweep({4: 2.1, 8: 2.2}, own=1.0, shifted={4: 1.2, 8: 1.3})) == ["sweep"]  # no gain anywhere
-    tuned = outputs({"a": 0.0}).whole + outputs({"a": 0.0}, base=0.75, sets=(), shifted=("far",)).whole
-    step = steps(run("probe outputs", tuned))["forgetting"]
-    assert (step.facts["model"], step.facts["rise"]) == ("full_ft", pytest.approx(0.25))
-
-
-@pytest.mark.parametrize(("move", "forgets"), [(0.1, True), (0.002, False), (-0.1, False)])
-def test_adapter_forgets_only_beyond_its_error(move, forgets):
-    records, _, nll = measured({"tuned": -0.1, "adapter": move}, 36)
-    shifted = run("probe outputs", [r.model_copy(update={"shifted": True, "set": "far"}) for r in records])
-    found = steps(run("probe outputs", (*records, *shifted.whole))).get("forgetting")
-    rise = (nll["adapter"] - nll["base"]).sum() / np.sum(records[0].predictions)
-    assert ((found is not None), rise > 0) == (forgets, move > 0)
-    if found:
-        assert (found.facts["model"], found.facts["rise"]) == ("runs/a", pytest.approx(rise))
-
-
 def test_truncation_names_rank_that_keeps_gain():
     step = steps(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99}))["sufficient rank"]
     assert step.facts["rank"] == 16

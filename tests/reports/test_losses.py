@@ -11,7 +11,7 @@ from lora_diag.catalog import features
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.tabular import to_csv, to_parquet
+from lora_diag.reports.run import to_csv, to_parquet
 from tests.messages import assert_names
 from tests.plots import making
 from tests.reports.making import low_rank, questions

@@ -17,7 +17,7 @@ from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.tabular import to_csv
+from lora_diag.reports.run import to_csv
 from tests.conftest import ROOT
 from tests.diagnostics.verify_merge.test_summary import RIGHT
 from tests.messages import assert_names

@@ -9,7 +9,7 @@ import pytest
 
 from lora_diag.errors import InputError
 from lora_diag.gating.record import Verdict
-from lora_diag.reports.tabular import to_csv, to_parquet
+from lora_diag.reports.run import to_csv, to_parquet
 from tests.reports.making import decay, residual, residuals, spectra, spectrum
 from tests.reports.test_html import evidence, small
 

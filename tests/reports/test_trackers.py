@@ -9,8 +9,7 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records.base import value_at
 from lora_diag.rendering.html import with_section
-from lora_diag.reports.trackers import track
-from lora_diag.reports.trackers.payload import payload_of
+from lora_diag.reports.trackers import payload_of, track
 from tests.served import ROOT
 
 SPECTRUM = ROOT / "docs" / "examples" / "spectrum.jsonl"

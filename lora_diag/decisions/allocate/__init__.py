@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature, Figure
+from lora_diag.feature import Feature, Figure, Section
 from lora_diag.running.options import (
     ADAPTER_DTYPE,
     ENERGY,
@@ -30,6 +30,8 @@ FEATURE = Feature(
     ),
     functions=(".run:allocate",),
     table=".show:allocation_table",
+    statements=".show:allocation_lines",
+    section=Section("Allocation"),
     figures=(
         Figure(
             "allocation",

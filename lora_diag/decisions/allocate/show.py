@@ -137,11 +137,12 @@ def allocation_table(
         strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
         extra.append(Column("by depth", strips, "left", drop=3))
     return grids_table(
-        [grid_of(Allocation.shown, rows, per, extra=extra)], _make_statements(results), width, color, next_command
+        [grid_of(Allocation.shown, rows, per, extra=extra)], allocation_lines(results), width, color, next_command
     )
 
 
-def _make_statements(results: Results[Allocation]) -> list[Statement]:
+def allocation_lines(results: Results[Allocation]) -> list[Statement]:
+    """Return the statements of the summary."""
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
     if certificate is None:
         problem = "the file is incomplete: the certificate and possibly layers are missing; allocate again"

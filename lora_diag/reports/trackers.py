@@ -1,0 +1,243 @@
+"""Experiment trackers and model cards that a report can be sent to, one function each; their libraries are optional."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diag.errors import InputError, UsageError, install_command
+
+if TYPE_CHECKING:
+    from lora_diag.records import Results
+
+
+def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | None = None) -> str:
+    """Send tables, figures and scalars of results to an experiment tracker.
+
+    Args:
+        results: Results files, or results in memory.
+        to: ``wandb``, ``mlflow``, ``trackio``, ``tensorboard`` or ``hub``.
+        project: Project (wandb, trackio), experiment (mlflow), log folder (tensorboard), or model id or folder (hub).
+
+    Returns:
+        Where the report is.
+
+    Raises:
+        UsageError: There is no such tracker, or no project where one is needed.
+        InputError: The tracker's library is not installed, or a results file cannot be read.
+    """
+    if to not in TRACKERS:
+        raise UsageError(f"--to {to}: choose {', '.join(TRACKERS)}")
+    try:
+        return TRACKERS[to](payload_of(results), project)
+    except ModuleNotFoundError as error:
+        raise InputError(f"--to {to}: needs {error.name}; {install_command(to)}") from error
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A report as trackers take it.
+
+    Args:
+        results: The runs.
+    """
+
+    results: tuple[Results[Any], ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the run in a tracker, such as ``loradiag spectrum``."""
+        return "loradiag " + ", ".join(dict.fromkeys(item.run.command for item in self.results))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Inputs and settings of each run, by its command."""
+        return {
+            key: {
+                "version": item.run.version,
+                **{f"input.{run_input.role}": run_input.path for run_input in item.run.inputs},
+                **{f"settings.{name}": value for name, value in item.run.settings.items()},
+            }
+            for key, item in self._number_runs()
+        }
+
+    @cached_property
+    def scalars(self) -> dict[str, float]:
+        """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as tables pool them."""
+        from lora_diag.records import LayerRecord
+        from lora_diag.records.base import pooled_value
+
+        values: dict[str, float] = {}
+        for key, item in self._number_runs():
+            for kind in dict.fromkeys(type(record) for record in (*item.layers, *item.whole)):
+                records = [record for record in (*item.layers, *item.whole) if type(record) is kind]
+                columns = kind.shown_of(item.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
+                for column in columns:
+                    value = pooled_value(column, records) if column.main else None
+                    if isinstance(value, int | float):
+                        values[f"{key}/{column.path}"] = value
+        return values
+
+    @cached_property
+    def tables(self) -> dict[str, dict[str, list[Any]]]:
+        """The records of each run as columns."""
+        return {key: item.columns() for key, item in self._number_runs() if item.layers or item.whole}
+
+    @cached_property
+    def figures(self) -> dict[str, bytes]:
+        """Each figure that the records allow, as PNG."""
+        from lora_diag import plots
+
+        runs = list(self.results)
+        return {
+            kind.name: plots.encoded(plots.figure(kind.name, runs), "png")
+            for kind in plots.FIGURES
+            if plots.why_not(kind.name, runs) is None
+        }
+
+    def render(self, format: str) -> str:
+        """Return the report as ``md`` or ``html``."""
+        from lora_diag.reports.run import report
+
+        return str(report(*self.results, format=format))
+
+    def _number_runs(self) -> list[tuple[str, Results[Any]]]:
+        """Return each run with its command, with underscores, numbered where a command has several."""
+        commands = [item.run.command for item in self.results]
+        numbered_runs = []
+        for position, (command, item) in enumerate(zip(commands, self.results, strict=True)):
+            number = f"_{commands[: position + 1].count(command)}" if commands.count(command) > 1 else ""
+            numbered_runs.append((f"{command.replace(' ', '_')}{number}", item))
+        return numbered_runs
+
+
+def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
+    """Return the payload of results or results files."""
+    from lora_diag.catalog import read_results
+
+    return Payload(tuple(read_results(item) if isinstance(item, Path | str) else item for item in results))
+
+
+def _decode(png: bytes) -> Any:
+    """Return a picture as an array, height × width × 3 (uint8)."""
+    import numpy as np
+    from matplotlib.image import imread
+
+    return (imread(io.BytesIO(png))[..., :3] * 255).round().astype(np.uint8)
+
+
+def _send_to_wandb(payload: Payload, project: str | None) -> str:
+    """Log a run; where and whether online is up to wandb's own settings (``WANDB_MODE=offline``)."""
+    import wandb
+
+    run = wandb.init(project=project or "loradiag", name=payload.name, config=payload.config, job_type="diagnostics")
+    tables = {
+        f"{name}/records": wandb.Table(
+            columns=list(table), data=[list(row) for row in zip(*table.values(), strict=True)]
+        )
+        for name, table in payload.tables.items()
+    }
+    figures = {f"figures/{name}": wandb.Image(_decode(png)) for name, png in payload.figures.items()}
+    run.log({**payload.scalars, **tables, **figures, "report": wandb.Html(payload.render("html"))})
+    location = run.url or run.dir
+    run.finish()
+    return str(location)
+
+
+def _send_to_mlflow(payload: Payload, project: str | None) -> str:
+    """Log a run to the tracking server or folder of ``MLFLOW_TRACKING_URI``."""
+    import mlflow
+
+    mlflow.set_experiment(project or "loradiag")
+    with mlflow.start_run(run_name=payload.name) as run:
+        mlflow.log_metrics({re.sub(r"[^\w\-./ ]", "_", name): value for name, value in payload.scalars.items()})
+        mlflow.log_dict(payload.config, "config.json")
+        for name, table in payload.tables.items():
+            mlflow.log_text(json.dumps(table), f"{name}.json")
+        for name, png in payload.figures.items():
+            mlflow.log_image(_decode(png), f"figures/{name}.png")
+        mlflow.log_text(payload.render("html"), "report.html")
+        return f"run {run.info.run_id} in {mlflow.get_tracking_uri()}"
+
+
+def _send_to_trackio(payload: Payload, project: str | None) -> str:
+    """Log a run; tables need pandas, which trackio brings."""
+    import pandas as pd
+    import trackio
+
+    run = trackio.init(project=project or "loradiag", name=payload.name, config=payload.config, resume="never")
+    tables = {f"{name}/records": trackio.Table(dataframe=pd.DataFrame(table)) for name, table in payload.tables.items()}
+    figures = {f"figures/{name}": trackio.Image(_decode(png), caption=name) for name, png in payload.figures.items()}
+    trackio.log({**payload.scalars, **tables, **figures})
+    trackio.finish()
+    return f"run {run.name} of project {run.project}: trackio show --project {run.project}"
+
+
+def _send_to_tensorboard(payload: Payload, project: str | None) -> str:
+    """Write event files."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = project or "runs/loradiag"
+    with SummaryWriter(folder) as writer:
+        for name, value in payload.scalars.items():
+            writer.add_scalar(name, value)
+        for name, png in payload.figures.items():
+            writer.add_image(name, _decode(png), dataformats="HWC")
+        writer.add_text("report", payload.render("md"))
+    return f"{folder}: tensorboard --logdir {folder}"
+
+
+def _send_to_hub(payload: Payload, project: str | None) -> str:
+    """Write a section into ``README.md`` of a folder, or commit it to a model on the Hugging Face Hub.
+
+    Returns:
+        The path of the card, or the address of the commit.
+
+    Raises:
+        UsageError: There is no project, or the card may not be written.
+        InputError: The card cannot be read or written.
+    """
+    from lora_diag.files import CARD, check_output, write_whole
+    from lora_diag.rendering.html import read_card, with_section
+
+    if project is None:
+        raise UsageError("--to hub: give the model id or a folder with --project")
+    section = re.sub(r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE)  # below the card's own title
+    folder = Path(project)
+    if folder.is_dir():
+        card = folder / "README.md"
+        check_output(card, CARD, overwrite=True)
+        write_whole(card, with_section(read_card(card), "report", section), CARD, overwrite=True)
+        return str(card)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        try:
+            old_card = read_card(Path(hf_hub_download(project, "README.md")))
+        except EntryNotFoundError:
+            old_card = ""
+        commit = HfApi().upload_file(
+            path_or_fileobj=with_section(old_card, "report", section).encode(),
+            path_in_repo="README.md",
+            repo_id=project,
+            commit_message="Update the loradiag report",
+        )
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise InputError(f"{project}: its model card cannot be updated: {str(error).splitlines()[0]}") from error
+    return str(commit)
+
+
+TRACKERS: dict[str, Callable[[Payload, str | None], str]] = {
+    "wandb": _send_to_wandb,
+    "mlflow": _send_to_mlflow,
+    "trackio": _send_to_trackio,
+    "tensorboard": _send_to_tensorboard,
+    "hub": _send_to_hub,
+}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lora_diag.errors import UsageError
 from lora_diag.records.names import part_of
+from lora_diag.running.amounts import read_bytes
 
 # The router of a mixture of experts: a few rows, and since transformers 5 a separate module that PEFT cannot adapt.
 ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate|mlp\.router)(\.weight)?$")
@@ -63,6 +64,15 @@ def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
         raise UsageError(f"{option} {pattern}: not a valid regular expression ({error}); correct it") from error
+
+
+def read_memory(amount: int | str) -> int:
+    """Return the bytes of ``--memory-budget``; a whole number counts bytes.
+
+    Raises:
+        UsageError: It is not a size.
+    """
+    return read_bytes(f"{amount}B" if isinstance(amount, int) else amount, "--memory-budget")
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -22,7 +22,7 @@ from torch import nn
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.allocate.peft_config import Scaling, peft_config
 from lora_diag.decisions.allocate.record import Allocation
-from lora_diag.decisions.plan.run import plan
+from lora_diag.decisions.plan.measure import plan
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.activations import input_dimension
 from lora_diag.models.data import count_predictions

@@ -111,12 +111,11 @@ def test_record_of_cost_adds_up(loradiag):
 
 def test_config_experts_cost_equals_checkpoint():
     """transformers holds gate and up as one matrix; files have two, with half the rows."""
-    from lora_diag.decisions.plan.measure import Matrix
-    from lora_diag.decisions.plan.run import _split_experts
+    from lora_diag.decisions.plan.architectures import Matrix, split_experts
 
     fused = Matrix("model.layers.0.mlp.experts.gate_up_proj", (4096, 7168), 256)
-    assert [(each.shape, each.count) for each in _split_experts(fused)] == [((2048, 7168), 256)] * 2
-    assert _split_experts(Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))) == [
+    assert [(each.shape, each.count) for each in split_experts(fused)] == [((2048, 7168), 256)] * 2
+    assert split_experts(Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))) == [
         Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))
     ]
 

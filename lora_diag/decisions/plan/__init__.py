@@ -20,7 +20,7 @@ from lora_diag.running.options import (
     list_options,
 )
 
-FEATURE = Feature(__name__, "plan", command=".command:plan", functions=(".run:plan",))
+FEATURE = Feature(__name__, "plan", command=".command:plan", functions=(".measure:plan",))
 
 
 class PlanOptions(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""Names and shapes of a model's weights from its ``config.json``, for common decoders.
+"""Matrices of a model, and names and shapes of its weights from its ``config.json``, for common decoders.
 
 It derives these architectures from their sizes, with the names of transformers in memory (experts fused into stacks, as
 since version 5). It opens no checkpoint; unknown architectures are an error.
@@ -6,16 +6,58 @@ since version 5). It opens no checkpoint; unknown architectures are an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_diag.deltas import CONVOLUTION, EXPERTS
 from lora_diag.errors import InputError
 
 Shape = tuple[int, ...]
 Weights = Iterator[tuple[str, Shape]]
 
 MAX_BLOCKS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The matrices of one tensor.
+
+    Args:
+        name: The tensor's name.
+        shape: ``(out, in)`` of each.
+        count: Number of matrices in the tensor: the experts of a stack, else 1.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    count: int = 1
+
+    @property
+    def entries(self) -> int:
+        """Total number of entries."""
+        return self.count * math.prod(self.shape)
+
+    @property
+    def per_rank(self) -> int:
+        """Number of parameters of one rank on all of them."""
+        return self.count * sum(self.shape)
+
+
+def make_matrix(name: str, shape: tuple[int, ...]) -> Matrix:
+    """Return a tensor's matrices: a 3-D tensor is a stack of experts, unless it is a convolution, as in ``deltas``."""
+    if len(shape) == 3 and (EXPERTS.search(name) or not CONVOLUTION.search(name)):
+        return Matrix(name, (shape[1], shape[2]), shape[0])
+    return Matrix(name, (shape[0], math.prod(shape[1:])))
+
+
+def split_experts(matrix: Matrix) -> list[Matrix]:
+    """Return the gate and up matrices of a stack of experts, which transformers holds as one; others unchanged."""
+    if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
+        return [matrix]
+    half = (matrix.shape[0] // 2, matrix.shape[1])
+    return [Matrix(matrix.name.replace("gate_up", part), half, matrix.count) for part in ("gate", "up")]
 
 
 @dataclass(frozen=True)
@@ -130,18 +172,27 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     return list(build(reader))
 
 
-def _list_llama(reader: Reader) -> Weights:
-    kind = LLAMAS[reader.values["model_type"]]
+def _list_decoder(reader: Reader, kind: Llama, list_block: Callable[[str, int], Weights]) -> Weights:
+    """Yield the weights of a model with the names of Llama outside its blocks, given those of a block."""
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
         prefix = f"model.layers.{index}."
-        yield from _list_attention(reader, kind, hidden, prefix + "self_attn.")
-        yield from _list_mlp(reader, kind, hidden, prefix + "mlp.", index)
+        yield from list_block(prefix, index)
         yield from ((f"{prefix}{norm}.weight", (hidden,)) for norm in kind.norms)
     yield "model.norm.weight", (hidden,)
     if not reader.flag("tie_word_embeddings", kind.tied):
         yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _list_llama(reader: Reader) -> Weights:
+    kind, hidden = LLAMAS[reader.values["model_type"]], reader.size("hidden_size")
+
+    def list_block(prefix: str, index: int) -> Weights:
+        yield from _list_attention(reader, kind, hidden, prefix + "self_attn.")
+        yield from _list_mlp(reader, kind, hidden, prefix + "mlp.", index)
+
+    return _list_decoder(reader, kind, list_block)
 
 
 def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> Weights:
@@ -173,13 +224,17 @@ def _list_mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int)
         return
     experts = reader.size("num_local_experts", "num_experts")
     inner = reader.size("moe_intermediate_size", "intermediate_size")
-    yield prefix + "gate.weight", (experts, hidden)
-    yield prefix + "experts.gate_up_proj", (experts, 2 * inner, hidden)
-    yield prefix + "experts.down_proj", (experts, hidden, inner)
+    yield from _list_experts(hidden, prefix, experts, inner)
     if model_type == "qwen2_moe":
         shared = reader.size("shared_expert_intermediate_size")
         yield from _list_dense(reader, kind, hidden, prefix + "shared_expert.", shared)
         yield prefix + "shared_expert_gate.weight", (1, hidden)
+
+
+def _list_experts(hidden: int, prefix: str, experts: int, inner: int) -> Weights:
+    yield prefix + "gate.weight", (experts, hidden)
+    yield prefix + "experts.gate_up_proj", (experts, 2 * inner, hidden)
+    yield prefix + "experts.down_proj", (experts, hidden, inner)
 
 
 def _is_dense(reader: Reader, index: int) -> bool:
@@ -245,24 +300,19 @@ def _list_gpt_neox(reader: Reader) -> Weights:
 
 def _list_deepseek(reader: Reader) -> Weights:
     """Yield the weights of DeepSeek V3: low-rank attention (MLA), and a mixture of experts after the first blocks."""
-    hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for index in range(reader.blocks("num_hidden_layers")):
-        prefix = f"model.layers.{index}."
+    kind, hidden = Llama(), reader.size("hidden_size")
+
+    def list_block(prefix: str, index: int) -> Weights:
         yield from _list_latent_attention(reader, hidden, prefix + "self_attn.")
         if index < reader.size("first_k_dense_replace"):
-            yield from _list_dense(reader, Llama(), hidden, prefix + "mlp.", reader.size("intermediate_size"))
-        else:
-            experts, inner = reader.size("n_routed_experts"), reader.size("moe_intermediate_size")
-            yield prefix + "mlp.gate.weight", (experts, hidden)
-            yield prefix + "mlp.experts.gate_up_proj", (experts, 2 * inner, hidden)
-            yield prefix + "mlp.experts.down_proj", (experts, hidden, inner)
-            shared = inner * reader.size("n_shared_experts")
-            yield from _list_dense(reader, Llama(), hidden, prefix + "mlp.shared_experts.", shared)
-        yield from ((f"{prefix}{norm}.weight", (hidden,)) for norm in Llama().norms)
-    yield "model.norm.weight", (hidden,)
-    if not reader.flag("tie_word_embeddings", False):
-        yield "lm_head.weight", (vocabulary, hidden)
+            yield from _list_dense(reader, kind, hidden, prefix + "mlp.", reader.size("intermediate_size"))
+            return
+        experts, inner = reader.size("n_routed_experts"), reader.size("moe_intermediate_size")
+        yield from _list_experts(hidden, prefix + "mlp.", experts, inner)
+        shared = inner * reader.size("n_shared_experts")
+        yield from _list_dense(reader, kind, hidden, prefix + "mlp.shared_experts.", shared)
+
+    return _list_decoder(reader, kind, list_block)
 
 
 def _list_latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:

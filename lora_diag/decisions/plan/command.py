@@ -25,7 +25,7 @@ def plan(
 
     Example: loradiag plan base/ --layers 'q_proj|v_proj' --params 10M
     """
-    from lora_diag.decisions.plan.run import plan as compute_costs
+    from lora_diag.decisions.plan.measure import plan as compute_costs
     from lora_diag.decisions.plan.show import plan_table
 
     costs = compute_costs(base, **arguments)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from lora_diag.decisions.plan.measure import Matrix
+from lora_diag.decisions.plan.architectures import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
 from lora_diag.linalg.krylov import first_order
 from lora_diag.linalg.methods import time_full, time_leading, time_pass

@@ -1,8 +1,8 @@
-"""Cost of LoRA and of full fine-tuning from names and shapes, and the rank that rules of thumb require for the data.
+"""``plan``: cost of LoRA and of full fine-tuning from names and shapes, and the rank that rules of thumb require.
 
-The cost is parameters, memory and multiply-adds. It uses shapes only; independent of checkpoints and of the outcome of
-training. The published rules estimate the capacity of an adapter, not the need of a task. Repeated passes over the data
-add no information.
+The cost is parameters, memory and multiply-adds. It uses the shapes of headers or of a bare ``config.json``, and is
+independent of the outcome of training. The published rules estimate the capacity of an adapter, not the need of a task.
+Repeated passes over the data add no information.
 
 References: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead"; Thinking
 Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without Regret",
@@ -14,13 +14,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any, Unpack
 
-from lora_diag.decisions.plan.record import PlanFit, PlanRank, PlanRule, PlanType
-from lora_diag.decisions.targets import STATE, Training
+from lora_diag.adapters import is_adapter
+from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
+from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.decisions.plan import PlanOptions
+from lora_diag.decisions.plan.architectures import Matrix, make_matrix, split_experts, weights_of
+from lora_diag.decisions.plan.record import (
+    Plan,
+    PlanCapacity,
+    PlanCost,
+    PlanFit,
+    PlanRank,
+    PlanRates,
+    PlanRule,
+    PlanType,
+)
+from lora_diag.decisions.targets import BYTES, STATE, Training, compiled, read_memory, why_no_target
+from lora_diag.deltas import EXPERTS, natural_order
+from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of, part_of, place_of
+from lora_diag.running.amounts import read_count
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.options import fill_options, show_options
 
 # Capacity of a parameter in bits after long training (Allen-Zhu and Li 2024, arXiv 2404.05405).
 BITS_PER_PARAM = 2
@@ -71,31 +93,6 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.weight)?$")
 _EXPERT = re.compile(r"\.experts(\.|$|\[)")
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """The matrices of one tensor.
-
-    Args:
-        name: The tensor's name.
-        shape: ``(out, in)`` of each.
-        count: Number of matrices in the tensor: the experts of a stack, else 1.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    count: int = 1
-
-    @property
-    def entries(self) -> int:
-        """Total number of entries."""
-        return self.count * math.prod(self.shape)
-
-    @property
-    def per_rank(self) -> int:
-        """Number of parameters of one rank on all of them."""
-        return self.count * sum(self.shape)
-
-
 def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[PlanType, ...]:
     """Return the module types: matrices grouped by type, shape, and whether they get LoRA.
 
@@ -120,19 +117,18 @@ def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[Plan
 
 
 def rank_costs(
-    matrices: Sequence[Matrix], targeted: frozenset[str], params: int, rank: int, dtype: str, active: float = 1.0
+    matrices: Sequence[Matrix], chosen: Sequence[Matrix], params: int, rank: int, dtype: str, active: float = 1.0
 ) -> PlanRank:
     """Return the cost of LoRA of one rank.
 
     Args:
         matrices: All matrices of the model.
-        targeted: Names of the matrices with LoRA.
+        chosen: Those with LoRA.
         params: Number of parameters of the model.
         rank: r.
         dtype: Dtype of the adapter and its gradients.
         active: Fraction of a mixture's experts that are active for a token.
     """
-    chosen = [matrix for matrix in matrices if matrix.name in targeted]
     trained = rank * sum(matrix.per_rank for matrix in chosen)
     active_fractions = {matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices}
     extra = rank * math.fsum(matrix.per_rank * active_fractions[matrix.name] for matrix in chosen)
@@ -164,25 +160,21 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
     return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
 
 
-def fit(
-    matrices: Sequence[Matrix], targeted: frozenset[str], ranks: Sequence[int], requested: str, budget: int
-) -> PlanFit:
+def fit(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: int) -> PlanFit:
     """Return the ranks that a budget of parameters allows.
 
     Args:
-        matrices: All matrices of the model.
-        targeted: Names of the matrices with LoRA.
+        chosen: The matrices with LoRA.
         ranks: The requested ranks.
         requested: The option as given.
         budget: Budget in parameters.
 
     Example:
         >>> attention = [Matrix(f"layers.{i}.{name}", (4096, 4096)) for i in range(32) for name in ("q", "v")]
-        >>> found = fit(attention, frozenset(m.name for m in attention), [4, 8, 16, 64], "--params 10M", 10_000_000)
+        >>> found = fit(attention, [4, 8, 16, 64], "--params 10M", 10_000_000)
         >>> found.rank, found.listed, found.listed_left, found.doubled
         (19, 16, 1611392, 6)
     """
-    chosen = [matrix for matrix in matrices if matrix.name in targeted]
     per_rank = sum(matrix.per_rank for matrix in chosen)
     full_rank = max(min(matrix.shape) for matrix in chosen)
     rank = min(budget // per_rank, full_rank)
@@ -209,3 +201,214 @@ def fit(
         doubled=doubled,
         blocks=len(params_by_block),
     )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Names and shapes of a model.
+
+    Args:
+        kind: Source, as text.
+        shapes: Shape of every weight by name.
+        size: Stored size in bytes; None if unknown.
+        config: Its ``config.json``; empty without one.
+        notes: Notes on the source.
+        is_derived: Whether shapes come from the config alone.
+    """
+
+    kind: str
+    shapes: Mapping[str, tuple[int, ...]]
+    size: int | None
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    is_derived: bool = False
+
+
+@show_options
+def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
+    """Return the cost of full fine-tuning and LoRA of a model, and the ranks that a budget allows.
+
+    Args:
+        base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with that file only.
+        ranks: Ranks r.
+        layers: LoRA on matrices whose name contains a match; None for all except embeddings, head and routers.
+        exclude: No matrices whose name contains a match.
+        params: Budget of trainable parameters, such as ``"10M"``.
+        memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
+        optimizer: That of ``memory_budget``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
+        adapter_dtype: Dtype of the trainable parameters and their gradients.
+        cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some seconds.
+        top: Number of largest values in the second of two estimates.
+        data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
+        tokens: Their number instead, such as ``"2M"``.
+        tokenizer: As for the probes.
+        length: Tokens of a sequence; longer rows are truncated before counting.
+        **options: ``PlanOptions``.
+
+    Returns:
+        One record: parameters, bytes and FLOPs of every matrix and rank, and the ranks within the budget.
+
+    Raises:
+        UsageError: An option is invalid, or no matrix is targeted.
+        InputError: The model, the data or the tokenizer cannot be read.
+
+    Example:
+        >>> found = plan("sample_checkpoints/base/config.json", layers="q_proj|v_proj", params="10k")
+        >>> found.params, found.ranks[0].params, found.fit.rank
+        (853120, 7168, 5)
+    """
+    arguments = fill_options(PlanOptions, options)
+    target, params, memory = arguments["layers"], arguments["params"], arguments["memory_budget"]
+    ranks, dtype = sorted(set(arguments["ranks"])), arguments["adapter_dtype"]
+    training = Training(arguments["optimizer"], dtype)
+    if params is not None and memory is not None:
+        raise UsageError("--memory-budget: cannot be combined with --params; give one of them")
+    if arguments["data"] is not None and arguments["tokens"] is not None:
+        raise UsageError("--tokens: cannot be combined with --data; give one of them")
+    if not ranks or ranks[0] < 1:
+        raise UsageError(f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 up")
+    included, excluded = compiled(target, "--layers"), compiled(arguments["exclude"], "--exclude")
+    model = _open_model(base)
+    matrices = [make_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
+    chosen = [matrix for matrix in matrices if not why_no_target(matrix.name, included, excluded)]
+    if not chosen:
+        requested = f"--layers {target}" if target is not None else "the model"
+        raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")
+    fitting = None
+    if params is not None:
+        fitting = fit(chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
+    elif memory is not None:
+        requested = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
+        fitting = fit(chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param))
+    total = sum(math.prod(shape) for shape in model.shapes.values())
+    active, notes = _active_share(model.config, matrices)
+    capacity = _estimate_capacity(base, arguments, chosen)
+    rates, estimates = _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
+    return Plan(
+        path=legible(base),
+        kind=legible(model.kind),
+        notes=tuple(map(legible, (*model.notes, *notes))),
+        params=total,
+        targeted=sum(matrix.entries for matrix in chosen),
+        base_bytes=model.size,
+        dtype=dtype,
+        full_bytes=memory_of(total, dtype),
+        types=types_of(matrices, frozenset(matrix.name for matrix in chosen)),
+        ranks=tuple(rank_costs(matrices, chosen, total, rank, dtype, active) for rank in ranks),
+        fit=fitting,
+        rates=rates,
+        costs=estimates,
+        capacity=capacity,
+    )
+
+
+def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
+    """Count the tokens of the data and apply the rules of thumb; None without data or tokens.
+
+    Raises:
+        UsageError: The number of tokens is not positive, or the extra ``train`` is missing.
+        InputError: The data or the tokenizer cannot be read.
+    """
+    if arguments["tokens"] is not None:
+        tokens = read_count(str(arguments["tokens"]), "--tokens")
+        return PlanCapacity(data="", about="as given", tokens=tokens, rules=capacity_rules(chosen, tokens))
+    if arguments["data"] is None:
+        return None
+    # deferred: imports transformers
+    from lora_diag.models.data import count_predictions, read_texts
+    from lora_diag.models.opening import open_tokens
+
+    path = as_path(base)
+    folder = path.parent if path.suffix == ".json" else base
+    model = open_tokens(folder, arguments["length"], arguments["tokenizer"])
+    texts = read_texts(arguments["data"], model)
+    tokens = count_predictions(texts, model)
+    return PlanCapacity(
+        data=legible(texts.path),
+        about=texts.about,
+        notes=texts.notes,
+        tokens=tokens,
+        rules=capacity_rules(chosen, tokens),
+    )
+
+
+def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+    """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them.
+
+    Raises:
+        UsageError: K is below 1.
+    """
+    # deferred: imports torch
+    from lora_diag.decisions.plan.cost import costs
+
+    if top < 1:
+        raise UsageError(f"--top {top}: must be at least 1")
+    stored = [part for matrix in matrices for part in split_experts(matrix)] if model.is_derived else matrices
+    return costs(stored, model.size, top)
+
+
+def _open_model(base: Path | str) -> _Model:
+    """Return names and shapes, from headers if there are weights, else from the config.
+
+    Raises:
+        UsageError: The path is an adapter.
+        InputError: Neither can be read.
+    """
+    base = as_path(base)
+    path = locate(base)
+    if path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
+        path = path / "config.json"
+    if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
+        config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
+        shapes = dict(weights_of(config, str(path)))
+        note = "only the language model, from its text_config" if isinstance(config.get("text_config"), Mapping) else ""
+        return _Model(
+            "config.json, shapes derived", shapes, _estimate_size(shapes, config), config, (note,) if note else (), True
+        )
+    if is_adapter(path):
+        raise UsageError(f"{base}: is an adapter; give its base model")
+    checkpoint = open_checkpoint(base)
+    names = sorted(checkpoint, key=natural_order)
+    return _Model(
+        kind=checkpoint.kind,
+        shapes={name: checkpoint[name].shape for name in names},
+        size=_stored_size(checkpoint),
+        config=checkpoint.config,
+        notes=tuple(checkpoint.notes),
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in WEIGHTS):  # a web server has no listing
+        return True
+    return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
+
+
+def _estimate_size(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int | None:
+    """Return the size of a model in the dtype of its config in bytes; None if the config has none."""
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    size = BYTES.get(dtype) if isinstance(dtype, str) else None
+    return None if size is None else size * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _stored_size(checkpoint: Checkpoint) -> int | None:
+    """Return the stored size of the weights in bytes; None if quantized or of an uncommon dtype."""
+    infos = [checkpoint[name] for name in checkpoint]
+    if any(info.stored is not None or info.dtype not in BYTES for info in infos):
+        return None
+    return sum(BYTES[info.dtype] * info.numel for info in infos)
+
+
+def _active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
+    """Return the fraction of experts that are active for a token, and notes; 1 without experts or if unknown."""
+    if not any(EXPERTS.search(matrix.name) for matrix in matrices):
+        return 1.0, ()
+    text_config = config.get("text_config")
+    values = text_config if isinstance(text_config, Mapping) else config
+    active = values.get("num_experts_per_tok")
+    experts = next(
+        (values[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in values), 0
+    )
+    if isinstance(active, int) and isinstance(experts, int) and 0 < active <= experts:
+        return active / experts, (f"{active} of {experts} experts count for the multiply-adds per token",)
+    return 1.0, ("number of active experts unknown: all count for the multiply-adds per token",)

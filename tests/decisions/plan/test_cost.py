@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_diag.decisions.plan.architectures import Matrix
 from lora_diag.decisions.plan.cost import Speed, between, cost_of
-from lora_diag.decisions.plan.measure import Matrix
 from lora_diag.decisions.plan.record import PlanRates
 
 RATES = PlanRates(cores=4, entry=1e-8, product=2e-11, eigen={256: 0.01, 1024: 0.1}, few={1024: 5e-8}, few_from=768)

@@ -2,13 +2,12 @@
 
 The only package that knows the key names of PEFT, kohya, diffusers, LyCORIS or MLX. Opening reads headers and configs
 and does not import torch; a plain low-rank update stays in factored form. A family is one module of this package, or a
-part of one, and one line in ``FAMILIES``; unsupported kinds are listed in ``refused``.
+part of one, and one line in ``FAMILIES``; unsupported kinds are refused in ``peft``.
 """
 
-from lora_diag.adapters.adapter import FAMILIES, Adapter, open_adapter, open_input
+from lora_diag.adapters.adapter import FAMILIES, Adapter, is_adapter, open_adapter, open_input
 from lora_diag.adapters.names import Location, drop_all_wrappers, is_same_part, match_names
 from lora_diag.adapters.placing import Orientation
-from lora_diag.adapters.source import is_adapter
 from lora_diag.adapters.updates import Shape
 
 __all__ = [

@@ -2,72 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters.adalora import read_adalora
-from lora_diag.adapters.diffusers import is_diffusers, read_diffusers
-from lora_diag.adapters.fourierft import read_fourierft
-from lora_diag.adapters.gguf import is_gguf, read_gguf
-from lora_diag.adapters.kohya import is_kohya, read_kohya
-from lora_diag.adapters.loha import read_loha
-from lora_diag.adapters.lokr import read_lokr
-from lora_diag.adapters.lora import read_lora, read_trainable_tokens
-from lora_diag.adapters.mlx import is_mlx, read_mlx
-from lora_diag.adapters.oft import read_oft
+from lora_diag.adapters import diffusion, gguf, lora, lycoris, mlx, peft
 from lora_diag.adapters.placing import place
-from lora_diag.adapters.refused import refuse_unsupported
-from lora_diag.adapters.source import Source, StatedAlpha, add_config, is_adapter, open_source, refuse_integers
+from lora_diag.adapters.source import (
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    GGUF,
+    Source,
+    StatedAlpha,
+    add_config,
+    find_single_file,
+    open_source,
+    refuse_integers,
+)
 from lora_diag.adapters.updates import Reading
-from lora_diag.adapters.vectors import read_ia3, read_ln_tuning
-from lora_diag.adapters.vera import read_vera
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints.gguf import GgufFile
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
 from lora_diag.records.run import AdaptedWeight
 
-
-@dataclass(frozen=True)
-class Family:
-    """One family of adapters.
-
-    Args:
-        name: Its name.
-        claims: Returns whether an opened source is of this family.
-        read: Reads its changes.
-        form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
-    """
-
-    name: str
-    claims: Callable[[Source], bool]
-    read: Callable[[Source], Reading]
-    form: str = "peft"
-
-
-def _make_type_predicate(name: str) -> Callable[[Source], bool]:
-    """Return a predicate for adapters with a PEFT type."""
-    return lambda source: source.peft_type == name
-
-
 # Tried in this order; PEFT's adapters name their type, the others are recognized by their keys.
-FAMILIES = (
-    Family("GGUF", is_gguf, read_gguf, "gguf"),
-    Family("PEFT LoRA", _make_type_predicate("LORA"), read_lora),
-    Family("PEFT AdaLoRA", _make_type_predicate("ADALORA"), read_adalora),
-    Family("PEFT LoHa", _make_type_predicate("LOHA"), read_loha),
-    Family("PEFT LoKr", _make_type_predicate("LOKR"), read_lokr),
-    Family("PEFT VeRA", _make_type_predicate("VERA"), read_vera),
-    Family("PEFT IA3", _make_type_predicate("IA3"), read_ia3),
-    Family("PEFT OFT", _make_type_predicate("OFT"), read_oft),
-    Family("PEFT FourierFT", _make_type_predicate("FOURIERFT"), read_fourierft),
-    Family("PEFT LN tuning", _make_type_predicate("LN_TUNING"), read_ln_tuning),
-    Family("PEFT trainable tokens", _make_type_predicate("TRAINABLE_TOKENS"), read_trainable_tokens),
-    Family("kohya and LyCORIS", is_kohya, read_kohya, "kohya"),
-    Family("diffusers", is_diffusers, read_diffusers, "diffusers"),
-    Family("MLX", is_mlx, read_mlx, "mlx"),
-)
+FAMILIES = (gguf.FAMILY, lora.FAMILY, *lycoris.FAMILIES, *peft.FAMILIES, *diffusion.FAMILIES, mlx.FAMILY)
 
+# Names of tensors that occur only in adapters: those of the families, and of virtual tokens.
+_MARKS = "|".join(re.escape(mark) for family in FAMILIES for mark in family.marks)
+MARKS = re.compile(rf"(^|\.|_)({_MARKS}|prompt_embeddings)(\.|_|$)")
+STARTS = tuple(start for family in FAMILIES for start in family.starts)
 
 # vLLM serves ranks up to its --max-lora-rank, 16 by default; hosted services usually stop at 64.
 SERVED_RANK = 64
@@ -182,13 +147,14 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     """
     source = open_source(path, stated_alpha)
     note_on_alpha = "its files give alpha or a scale; the one that is stated is not used"
-    if not is_kohya(source) and not is_diffusers(source) and (completed := add_config(source)) is not source:
+    is_peft = not (diffusion.is_kohya(source) or diffusion.is_diffusers(source))
+    if is_peft and (completed := add_config(source)) is not source:
         source, note_on_alpha = completed, f"its files give no lora_alpha; alpha = {stated_alpha} was given"
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
             return Adapter(source, _add_notes(source, family.read(source), note_on_alpha), family.form)
-    refuse_unsupported(source)
+    peft.refuse_unsupported(source)
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
@@ -206,3 +172,30 @@ def _add_notes(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
     if reading.ignored:
         notes.append(f"{len(reading.ignored)} tensors of the file change no weight: {', '.join(reading.ignored[:3])}")
     return replace(reading, notes=tuple(notes))
+
+
+def is_adapter(path: Path | str) -> bool:
+    """Return whether a path holds an adapter and no full checkpoint, by file and tensor names or a GGUF header."""
+    path = as_path(path)
+    if path.is_dir():
+        if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
+            return True
+        single = find_single_file(path)
+        return single is not None and is_adapter(single)
+    if path.is_file() and path.suffix == GGUF:
+        return _is_gguf_adapter(path)
+    if not path.is_file() or path.suffix not in {".safetensors", ".bin", ".pt"} or path.name.endswith(".index.json"):
+        return False
+    if path.name in ADAPTER_WEIGHTS:
+        return True
+    try:
+        return any(name.startswith(STARTS) or MARKS.search(name) for name in open_checkpoint(path))
+    except InputError:
+        return False  # errors are reported when it is opened
+
+
+def _is_gguf_adapter(path: Path) -> bool:
+    try:
+        return GgufFile(path).metadata.get("general.type") == "adapter"
+    except InputError:
+        return False  # errors are reported when it is opened

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.diffusers import METADATA
+from lora_diag.adapters.diffusion import METADATA
 from lora_diag.adapters.gguf import TABLE, fields_of, reorder_rows
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.patterns import Scale, find_targets, scale_of

@@ -16,11 +16,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.source import Source, is_number
-from lora_diag.adapters.updates import Reading, Site, Update, read
+from lora_diag.adapters.updates import Family, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf import GgufFile, Value
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, to_halves
-from lora_diag.errors import InputError
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ALPHA = "adapter.lora.alpha"
 FACTORS = (".lora_a", ".lora_b")
 TABLE = "token_embd.weight"
+CONVERT = "convert the adapter again"
 
 
 def fields_of(source: Source) -> Mapping[str, Value] | None:
@@ -50,13 +51,11 @@ def read_gguf(source: Source) -> Reading:
     fields = fields_of(source) or {}
     kinds = fields.get("general.type"), fields.get("adapter.type")
     if kinds != ("adapter", "lora"):
-        raise InputError(
-            f"{source.path}: is not a LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}; give "
-            "a file that convert_lora_to_gguf.py wrote"
-        )
+        problem = f"is not a LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}"
+        raise damaged(source.path, problem, "give a file that convert_lora_to_gguf.py wrote")
     alpha = fields.get(ALPHA, 0.0)
     if not is_number(alpha):
-        raise InputError(f"{source.path}: {ALPHA} is {alpha!r}, not a finite number; convert the adapter again")
+        raise damaged(source.path, f"{ALPHA} is {alpha!r}, not a finite number", CONVERT)
     names = ARCHITECTURES.get(str(fields.get("general.architecture")))
     pairs, norms = _pair_factors(source)
     updates = [
@@ -82,10 +81,8 @@ def _pair_factors(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]
         elif key.endswith("_norm.weight"):
             norms.append(key)
         else:
-            raise InputError(
-                f"{source.path}: {key} is neither a factor (.lora_a, .lora_b) nor a norm, so llama.cpp refuses the "
-                "file; convert the adapter again"
-            )
+            problem = f"{key} is neither a factor (.lora_a, .lora_b) nor a norm, so llama.cpp refuses the file"
+            raise damaged(source.path, problem, CONVERT)
     return pairs, norms
 
 
@@ -112,7 +109,7 @@ def _read_updates(
     """Return the update of one tensor; of stacked experts, one for each."""
     for part in FACTORS:
         if part not in parts:
-            raise InputError(f"{source.path}: {name} has no {part}; the file is incomplete: convert the adapter again")
+            raise damaged(source.path, f"{name} has no {part}, so the file is incomplete", CONVERT)
     keys = parts[".lora_a"], parts[".lora_b"]
     a, b = (source.checkpoint[key].shape for key in keys)
     weight = (names.in_transformers(name) if names is not None else None) or name
@@ -121,10 +118,7 @@ def _read_updates(
     rank_of_a = a[-1] if is_table else a[-2] if len(a) > 1 else 0
     if not fits or len(a) not in ((2,) if is_table else (2, 3)) or rank_of_a != b[-1] or a[:-2] != b[:-2]:
         expected = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
-        raise InputError(
-            f"{source.path}: {name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}; convert the adapter "
-            "again"
-        )
+        raise damaged(source.path, f"{name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}", CONVERT)
     rank = b[-1]
     scale = alpha / rank if alpha else source.scale_without_alpha(rank)
     shape = (a[0], b[0]) if is_table else (b[-2], a[-1])
@@ -179,10 +173,9 @@ def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
     rows = update.shape[0] or 0
     if count is None or rows % (2 * count):
         problem = f"gives no {update.heads}" if count is None else f"gives {count} heads for {rows} rows"
-        raise InputError(
-            f"{base.path}: its config.json {problem}, so the row order of {update.weight} is not known; give the "
-            "folder of the model that the adapter was trained on"
-        )
+        unknown = f"so the row order of {update.weight} is not known"
+        fix = "give the folder of the model that the adapter was trained on"
+        raise damaged(base.path, f"its config.json {problem}, {unknown}", fix)
     return replace(update, load=partial(read_reordered, update.load, count), heads="")  # type: ignore[arg-type]
 
 
@@ -190,3 +183,6 @@ def read_reordered(load: partial[Factors], count: int, site: Site) -> Factors:
     """Return the factors with the rows of B in transformers' order."""
     b, a = load(site)
     return to_halves(b, count), a
+
+
+FAMILY = Family("GGUF", is_gguf, read_gguf, "gguf")

@@ -5,7 +5,9 @@
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rsLoRA),
 https://arxiv.org/abs/2312.03732; ``peft.tuners.lora``.
 
-A TRAINABLE_TOKENS adapter only replaces some rows of an embedding (``peft.tuners.trainable_tokens``).
+DoRA: the direction of W + D, with the length of every row (or column) from a trained vector m. V = W + D with D =
+s·B·A, or in LyCORIS that of a LoHa or LoKr; ΔW = (m / ‖V‖) ⊙ V − W. It generally has full rank, so it is computed in
+full and needs W. Reference: Liu et al. 2024, https://arxiv.org/abs/2402.09353; LyCORIS ``weight_decompose``.
 
 With ``layer_replication``, a model repeats some layers of its base, each copy with its own factors. Layer j of the
 replicated model is layer ``concat(range(s, e) for s, e in layer_replication)[j]`` of BASE. Several
@@ -15,19 +17,20 @@ it acts on, under its own name in the replicated model.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters import dora, experts
+from lora_diag.adapters import experts
 from lora_diag.adapters.patterns import Scale, Scaling, scaling_words
-from lora_diag.adapters.refused import refuse_lora_variants
+from lora_diag.adapters.peft import MERGE
 from lora_diag.adapters.source import Config, Modules, Source, by_module, check_rank, pair_of
 from lora_diag.adapters.thin import StoredFactors, thin_factors
 from lora_diag.adapters.updates import (
-    ROWS,
+    Family,
     Reading,
     Site,
     Update,
@@ -35,11 +38,10 @@ from lora_diag.adapters.updates import (
     flat,
     make_relative_to_base,
     read,
-    rows_update,
     start_of,
 )
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.errors import InputError
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +51,11 @@ if TYPE_CHECKING:
 
 PAIR, TABLE = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 PARTS = (*PAIR, *TABLE, "lora_magnitude_vector", "lora_diag")
+
+# LoRA initializations after which the base differs from the one named by the adapter.
+CHANGED_BASE = {
+    "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "pissa_niter": "PiSSA with a randomised SVD",
+}  # fmt: skip
 
 # PEFT merges the update of a MultiheadAttention's out_proj twice, in the forward pass and in the merge (peft 0.21.2,
 # since huggingface/peft#1324): measured forward and merged weights agree to 6e-8 with a factor of 2.
@@ -93,7 +100,7 @@ def read_lora(source: Source) -> Reading:
         InputError: A part is missing, its parts are inconsistent, its config is invalid, or the variant is unsupported.
     """
     config = source.settings
-    refuse_lora_variants(source)
+    _refuse_variants(source)
     sampler_names = tuple(
         name for name in source.checkpoint if "lora_monteclora_sampler" in name
     )  # only used in training
@@ -116,6 +123,26 @@ def read_lora(source: Source) -> Reading:
     kind = f"PEFT {_name_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.words())
     return add_stored_values(reading, source, unclaimed)
+
+
+def _refuse_variants(source: Source) -> None:
+    """Refuse variants of PEFT LoRA without a ΔW, or with one that the files do not determine.
+
+    Raises:
+        InputError: The adapter is such a variant.
+    """
+    config = source.settings
+    initialization = config.text("init_lora_weights").lower()
+    for prefix, name in CHANGED_BASE.items():
+        if initialization.startswith(prefix):
+            problem = f"was initialized with {name}, which changes the base weights without recording it"
+            fix = "save it with path_initial_model_for_weight_conversion, or pass the merged checkpoint"
+            raise damaged(source.path, f"{problem}, so ΔW relative to BASE is unknown", fix)
+    if config.flag("use_qalora"):
+        raise damaged(source.path, "QA-LoRA acts on pooled inputs", MERGE)
+    if config.flag("arrow_config"):
+        problem = "Arrow routes each token over several adapters, so there is no single ΔW"
+        raise damaged(source.path, problem, "measure the adapters one by one")
 
 
 def _name_variant(config: Config) -> str:
@@ -153,7 +180,7 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
     )
     update = make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
-        update = dora.add_magnitude(update, source, parts["lora_magnitude_vector"], is_embedding)
+        update = add_magnitude(update, source, parts["lora_magnitude_vector"], is_embedding)
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]
@@ -195,7 +222,7 @@ def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, 
     check_rank(source, module, a[0], rank, b[1])
     diagonal = parts.get("lora_diag")
     if diagonal is not None and source.shape(diagonal, 1) != (rank,):
-        raise InputError(f"{source.checkpoint.path}: {diagonal} must have {rank} entries; save the adapter again")
+        raise damaged(source.checkpoint.path, f"{diagonal} must have {rank} entries")
     return (b[0], a[1]), partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
 
 
@@ -247,10 +274,8 @@ def _read_blocked_shape(
     count, in_a, in_b = blocks
     rank = a[0]
     if (in_a and a[0] % count) or (in_b and b[0] % count) or (b[1] * (count if in_b else 1)) != rank:
-        raise InputError(
-            f"{source.checkpoint.path}: {module}: A {list(a)} and B {list(b)} do not divide into {count} blocks; "
-            "check the config"
-        )
+        problem = f"{module}: A {list(a)} and B {list(b)} do not divide into {count} blocks"
+        raise damaged(source.checkpoint.path, problem, "check the config")
     return (b[0], a[1] * (count if in_a else 1)), rank
 
 
@@ -269,16 +294,51 @@ def blocked_factors(
     return b * scale, a
 
 
-def read_trainable_tokens(source: Source) -> Reading:
-    """Read a TRAINABLE_TOKENS adapter.
+def add_magnitude(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
+    """Return the DoRA update for an update with a magnitude vector.
+
+    Args:
+        update: D.
+        source: The adapter.
+        magnitude: Name of m in the file.
+        by_column: Whether m holds lengths of columns (an embedding's dimensions, a layer's inputs) instead of rows. A
+            column of a convolution includes all kernels of an input.
 
     Raises:
-        InputError: Indices and rows are inconsistent.
+        InputError: The length of m differs from the number of rows (or columns).
     """
-    modules, unclaimed = by_module(source.checkpoint, (ROWS,), source.path)
-    indices = source.settings.values.get("token_indices")
-    updates = tuple(rows_update(source, module, parts[ROWS], indices) for module, parts in modules.items())
-    return add_stored_values(Reading(f"PEFT trainable tokens, {len(modules)} tables", updates), source, unclaimed)
+    expected = update.shape[1 if by_column else 0]
+    shape = source.checkpoint[magnitude].shape
+    size = math.prod(shape)
+    spans_kernels = by_column and len(shape) > 2 and expected is not None and size and expected % size == 0
+    if size != expected and not spans_kernels:
+        problem = f"{magnitude} has shape {list(shape)} instead of {expected} entries"
+        raise damaged(source.checkpoint.path, problem)
+    load = partial(dora_delta, update.load, source.checkpoint, magnitude, by_column)
+    plain = update.load if update.factored else None
+    return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="", plain=plain, thin=None)
+
+
+def dora_delta(
+    load: Callable[[Site], Factors | torch.Tensor],
+    checkpoint: Checkpoint,
+    magnitude: str,
+    by_column: bool,
+    site: Site,
+) -> torch.Tensor:
+    """Return (m / n) ⊙ V − W, where n are the norms of V's rows (columns)."""
+    import torch
+
+    w, change = site.weight(), load(site)
+    v = w + (change[0] @ change[1] if isinstance(change, tuple) else change)
+    m = read(checkpoint, magnitude).reshape(-1)
+    if by_column:
+        kernels = v.reshape(len(v), len(m), -1)
+        ratio = (m / torch.linalg.vector_norm(kernels, dim=(0, 2))).repeat_interleave(kernels.shape[2])
+    else:
+        ratio = (m / torch.linalg.vector_norm(v, dim=1))[:, None]
+    tuned: torch.Tensor = ratio * v
+    return tuned - w
 
 
 # The first number between dots is the layer index.
@@ -316,14 +376,13 @@ def _read_order(config: Config) -> list[int]:
     try:
         pairs = [(int(first), int(last)) for first, last in ranges]
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{config.path}: layer_replication must be a list of [first, last) pairs; correct the config"
-        ) from error
+        problem = "layer_replication must be a list of [first, last) pairs"
+        raise damaged(config.path, problem, "correct the config") from error
     if not all(0 <= first < last <= MAX_LAYERS for first, last in pairs) or len(pairs) > MAX_LAYERS:
-        raise InputError(f"{config.path}: layer_replication has an invalid range: {ranges!r:.100}; correct the config")
+        raise damaged(config.path, f"layer_replication has an invalid range: {ranges!r:.100}", "correct the config")
     order = [layer for first, last in pairs for layer in range(first, last)]
     if not order:
-        raise InputError(f"{config.path}: layer_replication is empty; correct the config")
+        raise damaged(config.path, "layer_replication is empty", "correct the config")
     return order
 
 
@@ -332,9 +391,11 @@ def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
 
     def find_index(match: re.Match[str]) -> str:
         if int(match[0]) >= len(order):
-            raise InputError(
-                f"{config.path}: {weight} is beyond the {len(order)} layers of layer_replication; correct the config"
-            )
+            problem = f"{weight} is beyond the {len(order)} layers of layer_replication"
+            raise damaged(config.path, problem, "correct the config")
         return str(order[int(match[0])])
 
     return LAYER.sub(find_index, weight, count=1)
+
+
+FAMILY = Family.of_peft("LoRA", "LORA", read_lora, (*PAIR, *TABLE, "lora_magnitude_vector"))

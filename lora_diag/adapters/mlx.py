@@ -12,14 +12,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters import dora
+from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale
 from lora_diag.adapters.source import Config, Source, by_module
 from lora_diag.adapters.thin import thin_factors
-from lora_diag.adapters.updates import NewValue, Reading, Site, Update, read
+from lora_diag.adapters.updates import Family, NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import is_table
-from lora_diag.errors import InputError
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
@@ -45,10 +45,8 @@ def read_mlx(source: Source) -> Reading:
     settings = Config(config.path, config.table("lora_parameters"))
     scale = settings.number("scale") if "scale" in settings else None
     if scale is None and source.stated_alpha is None:
-        raise InputError(
-            f"{config.path}: lora_parameters has no scale, so the scaling of this adapter is unknown; give it with "
-            "--alpha"
-        )
+        problem = "lora_parameters has no scale, so the scaling of this adapter is unknown"
+        raise damaged(config.path, problem, "give it with --alpha")
     modules, unclaimed = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
     updates = [_read_update(source, module, parts, scale, settings) for module, parts in modules.items()]
     values = tuple(NewValue(key, key) for key in unclaimed)
@@ -63,20 +61,14 @@ def _read_update(
     source: Source, module: str, parts: dict[str, str], config_scale: float | None, settings: Config
 ) -> Update:
     if "lora_a" not in parts or "lora_b" not in parts:
-        raise InputError(
-            f"{source.path}: {module} has only {', '.join(sorted(parts))}, so the file is incomplete; save it again"
-        )
+        raise damaged(source.path, f"{module} has only {', '.join(sorted(parts))}, so the file is incomplete")
     a, b = (source.checkpoint[parts[part]].shape for part in ("lora_a", "lora_b"))
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
-        raise InputError(
-            f"{source.path}: {module}: lora_a {list(a)} and lora_b {list(b)} are not (in, r) and (r, out); save the "
-            "adapter again"
-        )
+        problem = f"{module}: lora_a {list(a)} and lora_b {list(b)} are not (in, r) and (r, out)"
+        raise damaged(source.path, problem)
     if "rank" in settings and settings.integer("rank") != a[1]:
-        raise InputError(
-            f"{source.path}: {module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}; "
-            "give the config that this adapter was trained with"
-        )
+        problem = f"{module} has rank {a[1]}, but {settings.path.name} says {settings.integer('rank')}"
+        raise damaged(source.path, problem, "give the config that this adapter was trained with")
     scale = config_scale if config_scale is not None else source.scale_without_alpha(a[1])
     weight, key = f"{module}.weight", parts["lora_b"]
     is_embedding = is_table(weight) or ("m" in parts and source.checkpoint[parts["m"]].numel == a[0] != b[1])
@@ -93,10 +85,13 @@ def _read_update(
         scale=scale,
         thin=thin_factors(source.checkpoint, *keys, Scale(scale), turned=not is_embedding),
     )
-    return dora.add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
+    return add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
 
 
 def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
     """Return scale·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
     b, a = read(checkpoint, b_key), read(checkpoint, a_key)
     return (b.T * scale, a.T) if turned else (b * scale, a)
+
+
+FAMILY = Family("MLX", is_mlx, read_mlx, "mlx", marks=("lora_a", "lora_b"))

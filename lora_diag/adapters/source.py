@@ -42,14 +42,6 @@ ADAPTER_WEIGHTS = (
     "adapters.safetensors",
 )
 
-# Parts of tensor names that occur only in adapters.
-MARKS = re.compile(
-    r"(^|\.|_)(lora_(A|B|a|b|E|up|down|mid|embedding_A|embedding_B|magnitude_vector)|lora\.(up|down)|hada_(w1|w2|t1|t2)"
-    r"|lokr_(w1|w2|t2)|vera_lambda_[bd]|ia3_l|oft_(R|embedding_R|blocks|diag)|fourierft_spectrum|ln_tuning_layers"
-    r"|trainable_tokens_delta|prompt_embeddings|w_norm|b_norm)(\.|_|$)|^lora_(unet|te\d?|transformer)_"
-)
-
-
 # Largest number of float32: with a larger scale, no adapter can be applied.
 MAX_NUMBER = 3.4028234663852886e38
 MAX_WHOLE = 2**31  # ranks, blocks and terms
@@ -205,26 +197,6 @@ class Source:
         return self.config
 
 
-def is_adapter(path: Path | str) -> bool:
-    """Return whether a path holds an adapter and no full checkpoint, by file and tensor names or a GGUF header."""
-    path = as_path(path)
-    if path.is_dir():
-        if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
-            return True
-        single = _find_single_file(path)
-        return single is not None and is_adapter(single)
-    if path.is_file() and path.suffix == GGUF:
-        return _is_gguf_adapter(path)
-    if not path.is_file() or path.suffix not in {".safetensors", ".bin", ".pt"} or path.name.endswith(".index.json"):
-        return False
-    if path.name in ADAPTER_WEIGHTS:
-        return True
-    try:
-        return any(MARKS.search(name) for name in open_checkpoint(path))
-    except InputError:
-        return False  # errors are reported when it is opened
-
-
 def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
     """Open an adapter folder or file by its headers.
 
@@ -263,14 +235,7 @@ def refuse_integers(source: Source) -> None:
             )
 
 
-def _is_gguf_adapter(path: Path) -> bool:
-    try:
-        return GgufFile(path).metadata.get("general.type") == "adapter"
-    except InputError:
-        return False  # errors are reported when it is opened
-
-
-def _find_single_file(folder: Path) -> Path | None:
+def find_single_file(folder: Path) -> Path | None:
     """Return the only safetensors or GGUF file of a folder without a full checkpoint; None if there is none."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
@@ -282,7 +247,7 @@ def _find_weights(folder: Path) -> Path:
     for name in ADAPTER_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    single = _find_single_file(folder)
+    single = find_single_file(folder)
     if single is None:
         raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
     return single

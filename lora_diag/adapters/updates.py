@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_diag.adapters.source import Config, Source, is_named, strip
+from lora_diag.adapters.source import Config, Source, by_module, is_named, strip
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Side
 from lora_diag.errors import InputError
@@ -168,6 +168,32 @@ class Reading:
     scaling: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family of adapters.
+
+    Args:
+        name: Its name.
+        claims: Returns whether an opened source is of this family.
+        read: Reads its changes.
+        form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
+        marks: Parts of tensor names that occur only in its adapters.
+        starts: Starts of such names.
+    """
+
+    name: str
+    claims: Callable[[Source], bool]
+    read: Callable[[Source], Reading]
+    form: str = "peft"
+    marks: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
+
+    @staticmethod
+    def of_peft(name: str, peft_type: str, read: Callable[[Source], Reading], marks: tuple[str, ...]) -> Family:
+        """Return the family of a type of PEFT, which the config names."""
+        return Family(f"PEFT {name}", lambda source: source.peft_type == peft_type, read, marks=marks)
+
+
 def as_float64(tensor: torch.Tensor) -> torch.Tensor:
     """Return the values in float64, the dtype of all computations in this package."""
     import torch
@@ -187,6 +213,38 @@ def flat(shape: tuple[int, ...]) -> tuple[int, int]:
     (64, 147)
     """
     return shape[0], math.prod(shape[1:])
+
+
+def read_modules(
+    source: Source,
+    parts: tuple[str, ...],
+    read_module: Callable[[Source, str, dict[str, str]], list[Update]],
+    kind: str,
+    scaling: str = "",
+    ignored: tuple[str, ...] = (),
+    unit: str = "modules",
+) -> Reading:
+    """Read an adapter of PEFT whose modules are read one by one.
+
+    Args:
+        source: The adapter.
+        parts: Names of the family's parts, such as ``lora_A``.
+        read_module: Takes the source, a module and its tensors by their parts; returns its updates.
+        kind: Description of the adapter.
+        scaling: The scaling of the updates and its source.
+        ignored: Tensors that belong to no module.
+        unit: What a module is called in the description.
+
+    Raises:
+        InputError: The file holds several adapters, or the parts of a module do not fit together.
+    """
+    names = [name for name in source.checkpoint if name not in ignored]
+    modules, unclaimed = by_module(names, parts, source.path)
+    for module in [module for module, found in modules.items() if found.keys().isdisjoint(parts)]:  # a bias alone
+        unclaimed += modules.pop(module).values()
+    updates = [update for module, found in modules.items() for update in read_module(source, module, found)]
+    reading = Reading(f"{kind}, {len(modules)} {unit}", tuple(updates), scaling=scaling)
+    return add_stored_values(reading, source, unclaimed)
 
 
 def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_diag.adapters import FAMILIES, open_adapter
-from lora_diag.adapters.refused import CHANGES_NO_WEIGHT, DEPENDS_ON_INPUT, MERGE_FIRST
+from lora_diag.adapters.peft import CHANGES_NO_WEIGHT, DEPENDS_ON_INPUT
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, changes, close, normal
 from tests.messages import raises_naming
@@ -126,7 +126,7 @@ def test_ln_tuning_is_difference_of_norms(tmp_path):
     close(result["norm.weight"], normal(8) - normal(8, seed=1))
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST))
+@pytest.mark.parametrize("name", sorted(CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | {"BOFT", "NEWTHING"}))
 def test_unsupported_type_is_refused_by_name(tmp_path, name):
     with pytest.raises(InputError, match=name):
         open_adapter(adapter(tmp_path, {"x": normal(2)}, peft_type=name))
@@ -149,8 +149,9 @@ def test_exactly_one_family_reads_adapter(tmp_path):
     assert [family.name for family in FAMILIES if family.claims(source)] == ["PEFT LoRA"]
 
 
-def test_every_type_of_installed_peft_is_read_or_refused_by_name():
+def test_every_type_of_installed_peft_is_read_or_refused_by_name(tmp_path):
     peft = pytest.importorskip("peft")
     read = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "FOURIERFT", "LN_TUNING", "TRAINABLE_TOKENS"}
-    known = read | CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | MERGE_FIRST
-    assert {kind.value for kind in peft.PeftType} <= known
+    for name in {kind.value for kind in peft.PeftType} - read:
+        with pytest.raises(InputError, match=name):
+            open_adapter(adapter(tmp_path / name, {"x": normal(2)}, peft_type=name))

@@ -103,8 +103,8 @@ def record_kinds() -> dict[str, type[Record]]:
 def figures() -> Iterator[tuple[Feature, Figure]]:
     """Yield every figure with its feature; figures that draw any record come last."""
     declared = [(feature, figure) for feature in features() for figure in feature.figures]
-    yield from (item for item in declared if item[1].needs)
-    yield from (item for item in declared if not item[1].needs)
+    yield from (item for item in declared if item[1].kind)
+    yield from (item for item in declared if not item[1].kind)
 
 
 @cache

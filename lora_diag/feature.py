@@ -34,7 +34,8 @@ class Figure:
     Args:
         name: Value of ``loradiag plot --figure``.
         shows: Content of the figure, in one line.
-        needs: Kind of record that it draws (for ``probe`` records, the probe); empty if it draws any layer records.
+        needs: Kind of record that it draws (for ``probe`` records, the probe) where it is not ``name``; ``*`` for any
+            records of layers.
         page: ``module:name`` of ``make_page(series, style, options) -> Page``, which raises ``UndrawableError`` for
             records that cannot be drawn.
         panels: ``module:name`` of its panels for a user's own axes, ``lora_diag.plots.NAME``.
@@ -45,12 +46,17 @@ class Figure:
 
     name: str
     shows: str
-    needs: str
-    page: str
+    needs: str = ""
+    page: str = ".figures:make_page"
     panels: tuple[str, ...] = ()
     made_by: str = ""
     by_color: bool = True
     options: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The kind of record that it draws; empty for any records of layers."""
+        return self.needs.strip("*") if self.needs else self.name
 
 
 @dataclass(frozen=True, slots=True)

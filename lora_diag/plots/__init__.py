@@ -24,8 +24,7 @@ FEATURE = Feature(
         Figure(
             "heatmap",
             "a field by module type and depth",
-            "",
-            ".figures:make_page",
+            needs="*",
             panels=(".figures:heatmap",),
             by_color=False,
             options=("field", "rank"),

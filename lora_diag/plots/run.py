@@ -141,10 +141,10 @@ def _make_page(
         raise UsageError(f"--per {per}: unknown; use layer or type")
     series = series_of(list(map(_select_naming_inputs, runs)), labels, options.get("files", ()))
     series = tuple(item for item in series if item.records)
-    if spec.needs:
-        series = tuple(item for item in series if kind_of(item.records[0]) == spec.needs)
+    if spec.kind:
+        series = tuple(item for item in series if kind_of(item.records[0]) == spec.kind)
         if not series:
-            raise UndrawableError(f"no {spec.needs} records", "records")
+            raise UndrawableError(f"no {spec.kind} records", "records")
         most = len(CATEGORIES) if spec.by_color else MAX_PANELS
         if len(series) > most:
             raise UndrawableError(f"{len(series)} runs are too many for one figure; give at most {most} results", "")

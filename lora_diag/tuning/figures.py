@@ -96,7 +96,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             partial(_draw, trials=trials, name=name, choice=choice),
             "trained parameters",
             "loss (nats)",
-            1.9 * style.panel,
             name=name,
         )
         for name, title in sets_of(trials).items()

@@ -13,5 +13,5 @@ FEATURE = Feature(
         "Nuclear norms",
     ),
     questions=(("where", "Where is the nuclear norm of the update?"),),
-    figures=(Figure("nuclear", "share of the nuclear norm by depth", "nuclear", ".figures:make_page"),),
+    figures=(Figure("nuclear", "share of the nuclear norm by depth"),),
 )

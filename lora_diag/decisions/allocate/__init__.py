@@ -36,8 +36,6 @@ FEATURE = Feature(
         Figure(
             "allocation",
             "rank by layer, and energy kept compared with the bound",
-            "allocation",
-            ".figures:make_page",
             panels=(".figures:allocation", ".figures:budget"),
             made_by="loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
         ),

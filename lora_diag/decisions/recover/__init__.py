@@ -21,8 +21,6 @@ FEATURE = Feature(
         Figure(
             "recovery",
             "C(r) of the files and of the update before rounding, with intervals",
-            "recovery",
-            ".figures:make_page",
             panels=(".figures:recovery",),
             made_by="loradiag recover BASE TUNED -o recovery.jsonl",
         ),

@@ -22,8 +22,6 @@ FEATURE = Feature(
         Figure(
             "fleet",
             "many adapters: norm, used fraction of the rank, outliers",
-            "fleet",
-            ".figures:make_page",
             panels=(".figures:fleet",),
             made_by="loradiag fleet 'adapters/**' -o fleet.jsonl",
         ),

@@ -24,8 +24,7 @@ FEATURE = Feature(
         Figure(
             "angles",
             "principal angles between updates, compared with chance",
-            "interference",
-            ".figures:make_page",
+            needs="interference",
             panels=(".figures:angles",),
             options=("rank",),
             made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
@@ -34,8 +33,7 @@ FEATURE = Feature(
         Figure(
             "union",
             "rank of the sum of updates, compared with the sum of ranks",
-            "union",
-            ".figures:make_union_page",
+            page=".figures:make_union_page",
             panels=(".figures:union",),
             made_by="loradiag interference BASE TUNED TUNED -o interference.jsonl",
             by_color=False,

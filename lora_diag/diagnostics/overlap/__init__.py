@@ -26,8 +26,6 @@ FEATURE = Feature(
         Figure(
             "overlap",
             "κ and tangent overlap over the steps, with baselines",
-            "overlap",
-            ".figures:make_page",
             panels=(".figures:overlap",),
             options=("rank",),
             made_by="loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",

@@ -25,8 +25,6 @@ FEATURE = Feature(
         Figure(
             "residual",
             "ε and its floor, layer by layer, by cause",
-            "residual",
-            ".figures:make_page",
             panels=(".figures:residual",),
             made_by="loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
             by_color=False,

@@ -41,16 +41,14 @@ FEATURE = Feature(
         Figure(
             "energy",
             "C(r): energy kept by the best adapter of each rank",
-            "spectrum",
-            ".figures:make_energy_page",
+            needs="spectrum",
+            page=".figures:make_energy_page",
             panels=(".figures:energy",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
         ),
         Figure(
             "spectrum",
             "singular values and the noise edge of the files",
-            "spectrum",
-            ".figures:make_page",
             panels=(".figures:spectrum",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
         ),

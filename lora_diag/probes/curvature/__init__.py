@@ -26,8 +26,6 @@ FEATURE = Feature(
         Figure(
             "curvature",
             "curvature of the loss; modelled and measured loss gaps of truncations",
-            "curvature",
-            ".figures:make_page",
             panels=(".figures:curvature",),
             made_by="loradiag probe curvature BASE TUNED --eval FILE -o curvature.jsonl",
         ),

@@ -78,9 +78,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     for name in sets:
         bounds = [_select_bounds(run, name) for run in runs]
         title, draw = _make_title(name, bounds, bounded), partial(_draw_gaps, runs=bounds)
-        panels.append(
-            Panel(title, draw, "rank r of the update", "loss gap (nats)", height=1.9 * style.panel, name=name)
-        )
+        panels.append(Panel(title, draw, "rank r of the update", "loss gap (nats)", name=name))
     if eigen or not sets:
         rows = _make_rows(runs, eigen)
         distinct = len({row.name for row in rows})

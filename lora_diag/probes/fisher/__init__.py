@@ -26,8 +26,6 @@ FEATURE = Feature(
         Figure(
             "fisher",
             "how well predictors rank layers by the cost of truncation",
-            "fisher",
-            ".figures:make_page",
             panels=(".figures:fisher",),
             made_by="loradiag probe fisher BASE TUNED --data FILE --measure -o fisher.jsonl",
             by_color=False,

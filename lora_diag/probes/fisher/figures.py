@@ -49,18 +49,18 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     colors = _color_types(
         [r for item, by_rank in zip(series, by_run, strict=True) if not by_rank for r in item.records]
     )
-    xlabel, height = "rank r to which each layer is truncated", 1.9 * style.panel
+    xlabel = "rank r to which each layer is truncated"
     panels = []
     for item, by_rank in zip(series, by_run, strict=True):
         owner = owner_of(item, series)
         if not by_rank:
             draw = partial(_draw_tails, records=item.records, colors=colors)
-            panels.append(Panel(item.label if owner else "", draw, xlabel, "½F(r) (nats)", height))
+            panels.append(Panel(item.label if owner else "", draw, xlabel, "½F(r) (nats)"))
             continue
         within = any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values())
         for index, name in enumerate(("all", "within") if within else ("all",)):
             title, draw = f"{owner}{_make_title(by_rank, index)}", partial(_draw_rho, by_rank=by_rank, index=index)
-            panels.append(Panel(title, draw, xlabel, "Spearman's ρ with the KL", height, name=name))
+            panels.append(Panel(title, draw, xlabel, "Spearman's ρ with the KL", name=name))
     keys, alone = [], "Each layer is truncated alone, all others as in TUNED"
     if any(by_run):
         keys = [key(name, **_make_line_style(number, style.line)) for number, (name, _) in enumerate(PREDICTORS)]

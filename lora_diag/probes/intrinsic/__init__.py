@@ -21,8 +21,6 @@ FEATURE = Feature(
         Figure(
             "intrinsic",
             "fraction of full fine-tuning's gain by trained parameters",
-            "intrinsic",
-            ".figures:make_page",
             panels=(".figures:intrinsic",),
             made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
         ),

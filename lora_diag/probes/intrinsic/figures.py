@@ -60,7 +60,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             partial(_draw, runs=runs_by_set[name], share=share),
             xlabel="trained parameters",
             ylabel="fraction of the full gain",
-            height=1.9 * style.panel,
             name=name,
         )
         for name in sets

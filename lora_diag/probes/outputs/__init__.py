@@ -20,8 +20,6 @@ FEATURE = Feature(
         Figure(
             "outputs",
             "held-out loss of each adapter compared with the full fine-tune",
-            "outputs",
-            ".figures:make_page",
             panels=(".figures:outputs",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
@@ -29,8 +27,8 @@ FEATURE = Feature(
         Figure(
             "depth",
             "distance of hidden states from the full fine-tune's, by depth",
-            "outputs",
-            ".figures:make_depth_page",
+            needs="outputs",
+            page=".figures:make_depth_page",
             panels=(".figures:depth",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,

@@ -94,7 +94,6 @@ def make_depth_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
             partial(_draw_depth, lines=by_set[name], colors=colors),
             xlabel="block (0: embeddings)",
             ylabel="distance of hidden states",
-            height=1.7 * style.panel,
             name=name,
         )
         for name in labels

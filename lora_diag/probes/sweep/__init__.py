@@ -41,8 +41,6 @@ FEATURE = Feature(
         Figure(
             "sweep",
             "held-out loss of LoRA trained at each rank",
-            "sweep",
-            ".figures:make_page",
             panels=(".figures:sweep",),
             made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
         ),

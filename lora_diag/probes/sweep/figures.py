@@ -94,7 +94,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
                 partial(_draw, curves=curves),
                 xlabel="rank r, with its learning rate" if single else "rank r",
                 ylabel="loss (nats)",
-                height=1.9 * style.panel,
                 name=name,
             )
         )

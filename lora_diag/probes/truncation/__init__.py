@@ -20,16 +20,14 @@ FEATURE = Feature(
         Figure(
             "truncation",
             "held-out loss of the update truncated to each rank",
-            "truncation",
-            ".figures:make_page",
             panels=(".figures:truncation",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE -o truncation.jsonl",
         ),
         Figure(
             "alone",
             "cost of truncating one layer or module type alone",
-            "truncation",
-            ".figures:make_alone_page",
+            needs="truncation",
+            page=".figures:make_alone_page",
             panels=(".figures:alone",),
             options=("rank",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o truncation.jsonl",

@@ -111,10 +111,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         panels.append(
             Panel(
                 _make_title(label, of_set[0]) if single else label,
-                partial(_draw_gaps, of_set=of_set[0]) if single else partial(_draw_shares, runs=of_set),
+                partial(_draw, runs=of_set),
                 xlabel="rank r of the update",
                 ylabel="loss minus TUNED's (nats)" if single else "fraction of the change",
-                height=1.9 * style.panel,
                 name=name,
             )
         )
@@ -144,50 +143,39 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     )
 
 
-def _draw_gaps(ax: Axes, style: PageStyle, of_set: Sequence[Probe]) -> None:
-    """Draw the loss minus TUNED's with error bars, its value if proportional to energy, and BASE and TUNED."""
-    truncated = [record for record in _select_truncated(of_set) if record.gap is not None]
-    base, tuned = _find_end(of_set, "base"), _find_end(of_set, "tuned")
-    ranks, gaps = [record.rank or 0 for record in truncated], [record.gap or 0.0 for record in truncated]
-    errors = [gap_half(record) or 0.0 for record in truncated]
-    if truncated:
-        line: dict[str, Any] = {"color": LOSS, "lw": 1.6 * style.line, "marker": "o", "ms": 3 * style.line}
-        ax.errorbar(ranks, gaps, yerr=errors, elinewidth=style.line, zorder=2.5, label="_gap", **line)
-    named = [("TUNED" if tuned is None else f"TUNED {tuned.nats:.3f}", 0.0, INK)]
-    if base is not None and base.gap:
-        named.append((f"BASE {base.nats:.3f}", base.gap, INK))
-        energy = [(r.rank or 0, (1 - r.energy) * base.gap) for r in truncated if r.energy is not None]
-        if energy:
-            dots: dict[str, Any] = {"color": ENERGY, "lw": 1.3 * style.line, "ls": DOTTED}
-            ax.plot(*zip(*energy, strict=True), zorder=2, label="_energy", **dots)
-    bar_ends = [gap + sign * error for gap, error in zip(gaps, errors, strict=True) for sign in (-1, 1)]
-    ax.set_ylim(limits([*bar_ends, *(value for _, value, _ in named)], below=0.14, above=0.14))
-    levels(ax, named, style, lowest_below=True)
-    measured_axis(ax, ranks, style)
-    loss_axis(ax)
-
-
-def _draw_shares(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Probe]]) -> None:
-    """Draw the fraction of TUNED's change that each run keeps, and its energy, dotted."""
-    shares, ranks = [0.0, 1.0], []
+def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Probe]]) -> None:
+    """Draw the loss minus TUNED's of one run, or the fraction of TUNED's change that several keep; dotted: energy."""
+    single = len(runs) == 1
+    named = [("BASE", 0.0, INK), ("TUNED", 1.0, INK)]
+    values: list[float] = []
+    ranks: list[int] = []
     for number, of_set in enumerate(runs):
-        truncated = [record for record in _select_truncated(of_set) if record.kept is not None]
-        base = _find_end(of_set, "base")
-        if not truncated or base is None or not base.gap:
+        base, tuned = _find_end(of_set, "base"), _find_end(of_set, "tuned")
+        change = base.gap if base is not None else None
+        if single:
+            named = [("TUNED" if tuned is None else f"TUNED {tuned.nats:.3f}", 0.0, INK)]
+            named += [(f"BASE {base.nats:.3f}", change, INK)] if base is not None and change else []
+        scale = 1.0 if single else abs(change or 0.0)
+        points = [
+            (record, value, (gap_half(record) or 0.0) / scale)
+            for record in _select_truncated(of_set)
+            if scale and (value := record.gap if single else record.kept) is not None
+        ]
+        if not points:
             continue
-        shown_ranks = [record.rank or 0 for record in truncated]
-        kept = [record.kept for record in truncated if record.kept is not None]
-        errors = [(gap_half(record) or 0.0) / abs(base.gap) for record in truncated]
         line: dict[str, Any] = {"color": category(number), "lw": 1.6 * style.line, "marker": "o", "ms": 3 * style.line}
-        ax.errorbar(shown_ranks, kept, yerr=errors, label="_kept", **line)
-        energy = [(record.rank or 0, record.energy) for record in truncated if record.energy is not None]
+        x, y, errors = zip(*[(record.rank or 0, value, error) for record, value, error in points], strict=True)
+        ax.errorbar(x, y, yerr=errors, zorder=2.5, label="_gap" if single else "_kept", **line)
+        energy = [(record.rank or 0, record.energy) for record, *_ in points if record.energy is not None and change]
         if energy:
-            dots: dict[str, Any] = {"color": category(number), "lw": 1.2 * style.line, "ls": DOTTED}
-            ax.plot(*zip(*energy, strict=True), label="_energy", **dots)
-        shares += kept
-        ranks += shown_ranks
-    ax.set_ylim(limits(shares, below=0.16, above=0.16))
-    levels(ax, [("BASE", 0.0, INK), ("TUNED", 1.0, INK)], style, lowest_below=True)
+            x_energy, kept = zip(*energy, strict=True)
+            expected = [(1 - fraction) * (change or 0.0) for fraction in kept] if single else kept
+            color = ENERGY if single else category(number)
+            ax.plot(x_energy, expected, color=color, lw=1.3 * style.line, ls=DOTTED, zorder=2, label="_energy")
+        values += [value + sign * error for _, value, error in points for sign in (-1, 1)]
+        ranks += x
+    ax.set_ylim(limits([*values, *(value for _, value, _ in named)], below=0.16, above=0.16))
+    levels(ax, named, style, lowest_below=True)
     measured_axis(ax, ranks, style)
     loss_axis(ax)
 

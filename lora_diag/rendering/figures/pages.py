@@ -55,7 +55,7 @@ class Panel:
         draw: Draws it.
         xlabel: Label of its x axis; of small multiples, drawn at the bottom.
         ylabel: Label of its y axis; of small multiples, drawn at the left.
-        height: Its height in inches, with its labels; 0 for that of the page's small multiples.
+        height: Its height in inches, with its labels; 0 for that of small multiples, or 1.9 times as much.
         width: Its width in inches; 0 for an estimate from the number of columns.
         name: What selects it for a user's own axes, such as an evaluation set.
         after: Draws what depends on the height of the panel, after the layout.
@@ -135,7 +135,10 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
     columns = page.columns or choose_columns(count, style, page.share)
     rows, text = math.ceil(count / columns), style.text / 72
     heights = [
-        max(panel.height or style.panel for panel in page.panels[row * columns : (row + 1) * columns])
+        max(
+            panel.height or (1.0 if page.share else 1.9) * style.panel
+            for panel in page.panels[row * columns : (row + 1) * columns]
+        )
         for row in range(rows)
     ]
     width = style.width / columns - 6.5 * text

@@ -29,24 +29,21 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return plain_names(paths, name_of)
 
 
-def run_name(run: Run, short: Callable[[str], str] | None = None) -> str:
+def run_name(run: Run, short: Callable[[str], str] | None = None, with_base: bool = True) -> str:
     """Return the label of a run's inputs, such as ``base → full_ft``, ``sql + chat`` or ``base``.
 
     Args:
         run: The run.
         short: Returns the label of a path; default its last part.
+        with_base: Whether to name a BASE besides other measured inputs.
     """
-    base, subject = _label_sides(run, short or (lambda path: short_names([path])[path]))
-    return " → ".join(filter(None, (base, subject))) or name_of(run.command)
-
-
-def _label_sides(run: Run, short: Callable[[str], str]) -> tuple[str, str]:
-    """Return the labels of BASE, empty without it or if it was the measured input, and of the measured inputs."""
+    short = short or (lambda path: short_names([path])[path])
     roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
     paths = [side.path for side in run.inputs if side.role in roles]
-    subject = " + ".join(map(short, paths)) if len(paths) <= _NAMED else f"{len(paths)} updates"
-    base = [short(side.path) for side in run.inputs if side.role == "base"]
-    return (base[0] if base and "base" not in roles else ""), subject
+    measured = " + ".join(map(short, paths)) if len(paths) <= _NAMED else f"{len(paths)} updates"
+    base = [short(side.path) for side in run.inputs if side.role == "base" and side.role not in roles]
+    names = [*base[:1], measured] if with_base or not measured else [measured]
+    return " → ".join(filter(None, names)) or name_of(run.command)
 
 
 def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Sequence[str] = ()) -> list[str]:
@@ -60,59 +57,42 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
         metrics: Metric of each run, which is shown elsewhere.
         files: Path of each run.
     """
+    names = list(map(run_name, runs))
     groups: dict[Hashable, list[int]] = {}
     for position, run in enumerate(runs):
         groups.setdefault((run.command, metrics[position] if metrics else ""), []).append(position)
-    names: dict[int, str] = {}
-    for positions in groups.values():
-        similar_runs = [runs[position] for position in positions]
-        group_files = [files[position] for position in positions] if files else []
-        names.update(
-            zip(
-                positions,
-                [run_name(similar_runs[0])] if len(similar_runs) == 1 else _disambiguate(similar_runs, group_files),
-                strict=True,
-            )
-        )
-    return [names[position] for position in range(len(runs))]
+    for group in groups.values():
+        if len(group) > 1:
+            distinct = _disambiguate([runs[i] for i in group], [files[i] for i in group] if files else [])
+            for position, name in zip(group, distinct, strict=True):
+                names[position] = name
+    return names
 
 
 def _disambiguate(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
-    short = short_names(side.path for run in runs for side in run.inputs)
-    ways: list[list[str]] = [
-        [_label_sides(run, lambda path: short_names([path])[path])[1] or run_name(run) for run in runs],
-        [run_name(run) for run in runs],
-        [_label_sides(run, short.__getitem__)[1] or run_name(run) for run in runs],
-        [run_name(run, short.__getitem__) for run in runs],
-    ]
-    for names in ways:
-        if len(set(names)) == len(names):
-            return names
-    names = ways[2]
+    longer = short_names(side.path for run in runs for side in run.inputs).__getitem__
+    for short in (None, longer):
+        for with_base in (False, True):
+            names = [run_name(run, short, with_base) for run in runs]
+            if len(set(names)) == len(names):
+                return names
+    names = [run_name(run, longer, with_base=False) for run in runs]
     labels = list(names)
-    for name in dict.fromkeys(names):
-        same_name = [position for position, other in enumerate(names) if other == name]
-        if len(same_name) > 1:
-            same_name_files = [files[position] for position in same_name] if files else []
-            for position, suffix in zip(
-                same_name, _distinguish([runs[position] for position in same_name], same_name_files), strict=True
-            ):
-                labels[position] = f"{name}, {suffix}" if len(same_name) < len(runs) else suffix
+    for name, count in Counter(names).items():
+        if count > 1:
+            same = [position for position, other in enumerate(names) if other == name]
+            suffixes = _distinguish([runs[i] for i in same], [files[i] for i in same] if files else [])
+            for position, suffix in zip(same, suffixes, strict=True):
+                labels[position] = f"{name}, {suffix}" if count < len(runs) else suffix
     return labels
 
 
 def _distinguish(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     """Return labels that distinguish runs of the same inputs."""
-    keys = [
-        key
-        for key in dict.fromkeys(key for run in runs for key in run.settings)
-        if len({str(run.settings.get(key)) for run in runs}) > 1
-    ]
-    settings = [
-        ", ".join(_format_setting(key, run.settings[key]) for key in keys if run.settings.get(key) is not None)
-        for run in runs
-    ]
-    settings = [text or "default settings" for text in settings]
+    known = dict.fromkeys(key for run in runs for key in run.settings)
+    keys = [key for key in known if len({str(run.settings.get(key)) for run in runs}) > 1]
+    given = [[(key, run.settings[key]) for key in keys if run.settings.get(key) is not None] for run in runs]
+    settings = [", ".join(_format_setting(*item) for item in items) or "default settings" for items in given]
     if len(set(settings)) == len(runs) and max(map(len, settings)) <= _SETTINGS:
         return [name_of(text) for text in settings]
     stems = short_names(PurePath(file).with_suffix("").as_posix() for file in files)

@@ -505,3 +505,32 @@ def searched(ranks=(4, 16, 64), sets=("held_out", "other"), base=1.8):
     rank = ranks[len(ranks) // 2]
     records.append(build(Tune, set=sets[0], variant=f"uniform-r{rank}", rank=rank, params=1000 * rank, seeds=3))
     return probed(records, command="tune")
+
+
+def example(name):
+    """Return results that the figure of this name can draw."""
+    records = {
+        "residual": residuals,
+        "overlap": overlaps,
+        "allocation": allocations,
+        "recovery": recoveries,
+        "angles": interferences,
+        "union": unions,
+        "portability": served,
+    }
+    probes = {
+        "sweep": swept,
+        "truncation": truncated,
+        "alone": alone,
+        "outputs": said,
+        "depth": said,
+        "sensitivity": adapted,
+        "curvature": curved,
+        "intrinsic": reached,
+        "fisher": fishers,
+    }
+    if name == "tune":
+        return searched()
+    if name in probes:
+        return probed(probes[name]())
+    return results(adapters(9) if name == "fleet" else records.get(name, model)(2))

@@ -250,12 +250,6 @@ MAKERS = {
     "sensitivity": ranked(lambda types: making.adapted(types, sets=("held_out",)), sensitivity),
     "curvature": ranked(lambda types: making.curved(types, ranks=()), curvature),
 }
-# Their axes are numbers and their legends are checked with their lines.
-WITHOUT = {"angles", "fleet", "sweep", "truncation", "depth", "intrinsic", "fisher", "recovery", "portability", "tune"}
-
-
-def test_every_figure_is_checked_for_categories():
-    assert set(MAKERS) | WITHOUT == {kind.name for kind in plots.FIGURES}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -281,20 +275,3 @@ def full(shown, names):
     result = [shown] if shown in names else [name for name in names if name.endswith(shown.lstrip("…"))]
     assert len(result) == 1, f"{shown!r} may be any of {result}"
     return result[0]
-
-
-@pytest.mark.parametrize("name", sorted(WITHOUT))
-def test_figure_without_categories_has_no_colours(name):
-    made = {
-        "angles": making.results(making.interferences(2)),
-        "fleet": making.results(making.adapters(5)),
-        "sweep": making.probed(making.swept()),
-        "truncation": making.probed(making.truncated()),
-        "depth": making.probed(making.said()),
-        "intrinsic": making.probed(making.reached()),
-        "fisher": making.probed(making.fishers()),
-        "recovery": making.results(making.recoveries(2)),
-        "portability": making.results(making.served(2)),
-        "tune": making.searched(),
-    }
-    assert not readings(plots.figure(name, made[name]))

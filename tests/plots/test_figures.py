@@ -9,13 +9,9 @@ from matplotlib.figure import Figure
 
 import lora_diag
 from lora_diag import plots
-from lora_diag.diagnostics.residual.record import sum_parts
-from lora_diag.diagnostics.residual.show import residual_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.figures import cells, norm_of
-from lora_diag.records import Results, RunInput
-from lora_diag.rendering.figures.series import series_of
-from lora_diag.rendering.statements import find
+from lora_diag.rendering.figures.fields import title_in
 from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.plots import making
@@ -72,8 +68,6 @@ def test_experts_of_block_are_drawn_as_median():
     ranks, shares = lines(plots.energy(records), records[0].layer)
     curves = [np.cumsum(s**2) / np.sum(s**2) for s in spectra]
     np.testing.assert_allclose(shares, np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
-    words = " ".join(text.get_text() for text in plots.figure("energy", making.results(records)).texts)
-    assert_names(words.replace("\n", " "), "matrices", 3)
 
 
 def test_two_runs_are_bands_of_median_and_range():
@@ -127,8 +121,6 @@ def test_null_is_hatched_and_no_cell():
     records = [cut, making.spectrum("h.1.q.weight", making.decay(1))]
     ax = plots.heatmap(records, field="energy.8")
     assert [patch.get_hatch() for patch in ax.patches] == ["////"]
-    figure = plots.figure("heatmap", making.results(records), field="energy.8")
-    assert len(figure.legends[0].get_texts()) == 1
 
 
 def drawn_parts(axes):
@@ -157,24 +149,6 @@ def test_bands_of_residual_are_parts_of_epsilon(length):
     assert [getattr(record.parts, name) for name in ("rank", "direction", "scale")] == pytest.approx(expected, abs=1e-6)
 
 
-def test_residual_figure_and_summary_state_the_same_parts():
-    """A long X that is not aligned: scale is 0.04, what another α gains over BASE."""
-    records = [
-        making.residual("h.0.q.weight", 1.0, 3.0, 0.2, 0.5),
-        making.residual("h.1.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0),
-    ]
-    gap = 1 + 9 - 2 * 0.2 * 3
-    shares = {"rank": 0.25, "direction": gap - 0.25 - 0.04, "scale": 0.04, "not adapted": 4.0}
-    assert sum_parts(records) == pytest.approx({name: part / 5 for name, part in shares.items()})
-    assert [record.limited_by for record in records] == ["direction", "not adapted"]
-    results = making.results(records)
-    title = plots.figure("residual", results).axes[0].get_title(loc="left").replace("\n", " ")
-    stated = find(residual_lines(results), "limited_by").text
-    for text in (title.replace("\xa0", " "), stated):
-        assert f"{(gap + 4) / 5:.3g} = rank 0.05 + direction {shares['direction'] / 5:.3g}" in text
-        assert "+ not adapted 0.8" in text
-
-
 def test_experts_are_pooled_by_their_norms():
     records = [
         making.residual("h.0.experts.0.w1.weight", 3.0, 1.0, 0.2, 0.4),
@@ -182,31 +156,6 @@ def test_experts_are_pooled_by_their_norms():
     ]
     gaps = [9 + 1 - 2 * 0.2 * 3, 1 + 4 - 2 * 0.1 * 2]
     assert sum(drawn_parts(plots.residual(records))) == pytest.approx(sum(gaps) / 10)
-
-
-def test_figure_and_summary_show_one_pooled_epsilon():
-    """Norms and biases, matrices that TUNED left alone and layers with different best scales count alike in both."""
-    rng = np.random.default_rng(5)
-    full = [rng.normal(size=60), rng.normal(size=60), np.zeros(60), rng.normal(size=8)]
-    mine = [0.5 * full[0], 3 * full[1] + rng.normal(size=60), rng.normal(size=60), np.zeros(8)]
-    records = []
-    for i, (d, x) in enumerate(zip(full, mine, strict=True)):
-        fro, other = np.linalg.norm(d), np.linalg.norm(x)
-        cosine = float(d @ x / fro / other) if fro and other else 0.0
-        record = making.residual(f"h.{i}.q.weight", float(fro), float(other), cosine, None, rank=None)
-        records.append(record.model_copy(update={"shape": (8,)} if len(d) == 8 else {}))
-    d, x = np.concatenate(full), np.concatenate(mine)
-    truth = oracles.distance(d, x, None)
-    assert sum(sum_parts(records).values()) == pytest.approx(truth["epsilon"] ** 2)
-    results = making.results(records)
-    (panel,) = plots.figure("residual", results).axes
-    assert f"ε² = {truth['epsilon'] ** 2:.3g}" in panel.get_title(loc="left")
-    assert f"ε = {truth['epsilon']:.3g}" in find(residual_lines(results), "distance").text
-
-
-def test_unadapted_layer_has_grey_bar():
-    (bar,) = plots.residual([making.residual("h.0.q.weight", 2.0, 0.0, 0.0, 1.0, rank=0)]).patches
-    assert (float(bar.get_data().values[0]), mpl.colors.to_hex(bar.get_facecolor())) == (1.0, "#bdbdbd")
 
 
 def test_one_panel_of_residual_takes_one_adapter():
@@ -282,7 +231,6 @@ def test_pairs_with_most_in_common_are_drawn():
         for second in names[i + 1 :]
     }
     assert drawn == sorted(mean, key=mean.__getitem__, reverse=True)[:6]
-    assert "Not drawn: 4 pairs" in " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert_names(plots.why_not("angles", making.results(records), rank=5), "rank 5", 4, 8)
 
 
@@ -294,13 +242,9 @@ def test_union_figure_has_ranks_and_fractions():
     np.testing.assert_array_equal(every.get_data().values, [5, np.nan, 9])
     assert list(apart.get_data().values) == [6, 5, 8]
     figure = plots.figure("union", making.results([*records, lone]))
-    ranks, shares = figure.axes
-    assert "Σr = 9 of 19, fraction 0.47" in ranks.get_title(loc="left")
+    _, shares = figure.axes
     np.testing.assert_allclose(shares.patches[0].get_data().values, [3 / 6, 4 / 5, 2 / 8])
     assert [line.get_ydata()[0] for line in shares.lines] == [1, 0.5]
-    words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-    assert_names(words, "1 layer", "changed")
-    assert_names(words, "green line")
     assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
 
 
@@ -310,59 +254,29 @@ def test_fleet_figure_names_outliers():
     alive = [record for record in making.adapters(20) if record.fro]
     np.testing.assert_allclose(points["_adapters"], [(record.used, record.fro) for record in alive])
     np.testing.assert_allclose(points["_dead"], [(0, min(record.fro for record in alive) / 2)])
-    page = plots.figure("fleet", making.results(making.adapters(20))).axes[0]
-    assert sorted(text.get_text() for text in page.texts) == [
-        "dead/lora: dead",
-        "loud/lora: norm",
-        "spiked/lora: over-ranked, spiked",
-    ]
+    named = {text.get_text().partition("/")[0] for text in ax.texts}
+    assert named == {"dead", "loud", "spiked"}
     ends = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_label() == "_to a name"]
     assert [0.8, 50.0] in ends
-    rankless = making.results([making.adapter("a"), making.adapter("b", rank=None)])
-    assert_names(" ".join(t.get_text() for t in plots.figure("fleet", rankless).texts), "1 without")
     assert plots.why_not("fleet", making.results([making.adapter("b", rank=None)])) == "no adapter has a rank"
 
 
-PANELS = {
-    "energy": lambda **more: plots.energy(making.model(2), **more),
-    "spectrum": lambda **more: plots.spectrum(making.model(2), **more),
-    "heatmap": lambda **more: plots.heatmap(making.model(2), **more),
-    "residual": lambda **more: plots.residual(making.residuals(2), **more),
-    "overlap": lambda **more: plots.overlap(making.overlaps(2), **more),
-    "allocation": lambda **more: plots.allocation(making.allocations(2), **more),
-    "recovery": lambda **more: plots.recovery(making.recoveries(2), **more),
-    "angles": lambda **more: plots.angles(making.interferences(2), **more),
-    "portability": lambda **more: plots.portability(making.served(2), **more),
-    "union": lambda **more: plots.union(making.unions(2), **more),
-    "fleet": lambda **more: plots.fleet(making.adapters(9), **more),
-    "budget": lambda **more: plots.budget([making.certificate()], **more),
-    "tune": lambda **more: plots.tune(making.searched(), **more),
-    "sweep": lambda **more: plots.sweep(making.probed(making.swept()), **more),
-    "truncation": lambda **more: plots.truncation(making.probed(making.truncated()), **more),
-    "alone": lambda **more: plots.alone(making.probed(making.alone()), **more),
-    "outputs": lambda **more: plots.outputs(making.probed(making.said()), **more),
-    "sensitivity": lambda **more: plots.sensitivity(making.probed(making.adapted()), **more),
-    "curvature": lambda **more: plots.curvature(making.probed(making.curved()), **more),
-    "intrinsic": lambda **more: plots.intrinsic(making.probed(making.reached()), **more),
-    "fisher": lambda **more: plots.fisher(making.probed(making.fishers()), **more),
-    "depth": lambda **more: plots.depth(making.probed(making.said()), **more),
-}
-
-
-@pytest.mark.parametrize("name", PANELS)
+@pytest.mark.parametrize("name", [*(kind.name for kind in plots.FIGURES), "budget"])
 def test_panel_draws_on_given_axes(name):
     # Asking for the backend would make Matplotlib choose one, and import pyplot to do so.
     keys = set(mpl.rcParams) - {"backend", "backend_fallback"}
     before = {key: mpl.rcParams[key] for key in keys}
+    panel = getattr(plots, name)
+    records = [making.certificate()] if name == "budget" else making.example(name)
     theirs = Figure().subplots()
-    assert PANELS[name](ax=theirs) is theirs
-    mine = PANELS[name]()
-    mine.figure.draw_without_rendering()
+    assert panel(records, ax=theirs) is theirs
+    panel(records).figure.draw_without_rendering()
     assert {key: mpl.rcParams[key] for key in keys} == before
 
 
-def test_every_figure_has_its_panel():
-    assert {kind.name for kind in plots.FIGURES} <= set(PANELS)
+def test_unknown_panel_names_the_known_ones():
+    with raises_naming(UsageError, "nowhere", "held_out", "other"):
+        plots.sweep(making.example("sweep"), name="nowhere")
 
 
 @pytest.mark.parametrize("kind", plots.FORMATS)
@@ -370,18 +284,6 @@ def test_same_records_give_same_bytes(kind):
     made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
     assert made[0] == made[1]
     assert b"2026" not in made[0] or kind == "png"
-
-
-def test_runs_are_distinguished_by_settings():
-    recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
-    runs = []
-    for settings in ({"top": 8}, {"layers": "q_proj"}, {}):
-        one = making.results(making.model(1))
-        inputs = (*one.run.inputs, recorded)
-        run = one.run.model_copy(update={"inputs": inputs, "settings": {**one.run.settings, **settings}})
-        runs.append(Results(run, one.layers, one.left_out, one.end))
-    assert [one.label for one in series_of(runs, ())] == ["top 8", "layers q_proj", "default settings"]
-    assert "a.safetensors" not in series_of(runs[:1], ())[0].label
 
 
 def test_users_settings_do_not_change_page():
@@ -406,11 +308,40 @@ def test_undrawable_record_states_reason():
         plots.figure("pie", spectra)
 
 
-def test_zero_update_has_no_curve_and_is_counted():
+def test_zero_update_has_no_curve():
     records = [*making.model(1), making.spectrum("h.0.z.weight", np.zeros(4))]
     figure = plots.figure("energy", making.results(records))
     assert "z" not in [ax.get_title(loc="left") for ax in figure.axes]
-    assert any("Δ = 0 in 1 matrix" in text.get_text() for text in figure.texts)
+
+
+def test_heat_map_has_a_panel_for_each_pair_of_updates():
+    records = making.interferences(2, ("q", "k"), ("runs/a", "runs/b", "runs/c"))
+    records = [record.model_copy(update={"cosine": 0.01 * number}) for number, record in enumerate(records)]
+    page = plots.figure("heatmap", making.results(records), field="cosine")
+    panels = {ax.get_title(loc="left"): ax for ax in page.axes if ax.get_title(loc="left")}
+    assert list(panels) == ["a × b", "a × c", "b × c"]
+    for title, ax in panels.items():
+        mine = [r.cosine for r in records if title == f"{r.first[-1]} × {r.second[-1]}"]
+        drawn = [value for mesh in ax.collections for value in np.ravel(mesh.get_array())]
+        np.testing.assert_allclose(sorted(drawn), sorted(mine))
+    assert plots.why_not("heatmap", making.example("fleet")) == "no records"
+
+
+@pytest.mark.parametrize(("metric", "norm"), [("data", "ΔW·C^½"), ("kfac", "G^½·ΔW·C^½")])
+def test_spectra_in_other_metrics_name_it_and_share_no_axis(metric, norm):
+    plain = making.results(making.model(2))
+    weighted = making.results([record.model_copy(update={"metric": metric}) for record in making.model(2)])
+    for name, panel in (("energy", plots.energy), ("spectrum", plots.spectrum)):
+        for width in ("slide", "column"):
+            page = plots.figure(name, weighted, width=width)
+            assert norm in " ".join(" ".join(text.get_text() for text in page.texts).split())
+        assert norm in panel(weighted).get_ylabel()
+        assert "C^½" not in panel(plain).get_ylabel()
+    assert title_in("fro", weighted.layers) == f"‖{norm}‖_F"
+    assert title_in("fro", (*plain.layers, *weighted.layers)) == f"‖ΔW‖_F and ‖{norm}‖_F"
+    with raises_naming(UsageError, "common axis"):
+        plots.figure("spectrum", [plain, weighted])
+    assert plots.why_not("energy", [plain, weighted]) is None
 
 
 def test_too_many_types_share_panel_and_nothing_is_lost():
@@ -476,16 +407,6 @@ def test_shortened_names_stay_distinct():
         shown = [ax.get_title(loc="left") for ax in page.axes[:5]]
         shown = shown if name == "energy" else [label.get_text() for label in page.axes[0].get_yticklabels()]
         assert len(set(shown)) == 5, shown
-
-
-def test_fleet_without_outliers_fills_page_and_names_scale():
-    alike = [making.adapter(f"runs/{i}/lora", 2e5 * (1 + 0.01 * i), sketch=np.eye(64)[i]) for i in range(9)]
-    (quiet,) = plots.figure("fleet", making.results(alike)).axes
-    (loud,) = plots.figure("fleet", making.results(making.adapters(9))).axes
-    assert quiet.get_position().y0 == pytest.approx(loud.get_position().y0, abs=0.01)
-    low, high = quiet.get_ylim()
-    shown = [t.get_text() for t, at in zip(quiet.get_yticklabels(), quiet.get_yticks(), strict=True) if low < at < high]
-    assert "200\u202f000" in shown
 
 
 @pytest.mark.parametrize(("value", "ends"), [(0.0, (0.0, 1.0)), (3.0, (0.0, 3.0)), (-2.0, (-2.0, 0.0))])

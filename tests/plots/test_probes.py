@@ -1,4 +1,4 @@
-"""Figures of probe records: every point is a record's, and the finding in a title is the verdict's."""
+"""Figures of probe records: every point is a record's, and what cannot be drawn says why."""
 
 import dataclasses
 
@@ -18,37 +18,63 @@ def lines(ax, label):
     return [np.array(line.get_xydata()) for line in ax.lines if line.get_label() == label]
 
 
-def words(figure):
-    return " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+def title_of(ax):
+    return ax.get_title(loc="left").replace("\n", " ").replace("\xa0", " ")
+
+
+def bars(ax):
+    """Return (name, value, half the bar) of every row from top to bottom, by the labels and containers."""
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    spans = [(dots.get_xdata()[0], errors.get_segments()[0]) for dots, _, (errors,) in ax.containers]
+    return [(name, x, (span[1][0] - span[0][0]) / 2) for name, (x, span) in zip(names, spans, strict=True)]
+
+
+STILL = [record.model_copy(update={"fisher": (0.0,)}) for record in making.fishers()]
+BASE = [making.probe("sweep", "base", 2.0), making.probe("sweep", "lora", None, rank=4, lr=1.0)]
+BLIND = [record.model_copy(update={"hidden": None}) for record in making.said()]
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "reason"),
+    [
+        ("sweep", BASE, "no run"),
+        ("truncation", making.truncated(module_type="mlp.up_proj"), "all layers truncated"),
+        ("alone", making.truncated(), "truncated alone"),
+        ("outputs", [r for r in making.said() if r.subject != "adapter"], "no model"),
+        ("depth", BLIND, "hidden states"),
+        ("sensitivity", making.adapted()[:1], "no unit"),
+        ("intrinsic", making.reached(sets=("shifted",)), "no set"),
+        ("fisher", STILL, "no truncation"),
+        ("sweep", making.truncated(), "no sweep records"),
+        ("heatmap", making.swept(), "no records"),
+    ],
+)
+def test_undrawable_probe_records_state_reason(name, records, reason):
+    assert_names(plots.why_not(name, making.probed(records)), reason)
+
+
+def test_unmeasured_rank_names_measured_ones():
+    assert_names(plots.why_not("alone", making.example("alone"), rank=9), "rank 9", 0, 4)
 
 
 def test_sweep_shows_mean_over_seeds_at_each_rank_s_best_rate():
     records = making.swept()
     ax = plots.sweep(making.probed(records))
-    (mean,) = lines(ax, "_mean")
     expected = {
         rank: np.mean([r.loss for r in records if (r.set, r.rank, r.lr) == ("held_out", rank, 1e-3)])
         for rank in (4, 8, 16, 64)
     }
-    np.testing.assert_allclose(mean, list(expected.items()))
-    (seeds,) = lines(ax, "_seeds")
-    assert len(seeds) == 12
+    np.testing.assert_allclose(lines(ax, "_mean")[0], list(expected.items()))
+    assert len(lines(ax, "_seeds")[0]) == 12
     assert [label.get_text() for label in ax.get_xticklabels()] == [f"{rank}\n0.001" for rank in expected]
     assert lines(ax, "_BASE 1.800")[0][0, 1] == 1.8
     # 0.15/16 - 0.15/64 = 0.0070 is more than 2% of the gain, 0.0059, and seeds are quiet enough to show it.
-    assert_names(ax.get_title(loc="left"), "held_out", "r = 64", "gradual decline")
+    assert_names(title_of(ax), "held_out", "r = 64")
     assert lines(ax, "_enough")[0][0, 0] == 64
     (band,) = [patch for patch in ax.patches if patch.get_label() == "_tolerance"]
     np.testing.assert_allclose(band.get_height(), 0.02 * (1.8 - expected[64]))
-    other = plots.sweep(making.probed(records), name="other")
-    assert "BASE 1.900 ↑" in [text.get_text() for text in other.texts]
-
-
-def test_sweep_without_gain_is_reported():
-    assert_names(plots.sweep(making.swept(base=1.0)).get_title(loc="left"), "worse", "BASE")
-    ax = plots.sweep(making.swept(base=90.0))
-    assert [text.get_text() for text in ax.texts] == ["BASE 90.000 ↑"]
-    assert ax.get_ylim()[1] < 2
+    assert "BASE 1.900 ↑" in [text.get_text() for text in plots.sweep(records, name="other").texts]
+    assert plots.sweep(making.swept(base=90.0)).get_ylim()[1] < 2  # a distant BASE is named at the edge
 
 
 def test_different_trainings_are_separate_curves():
@@ -56,13 +82,6 @@ def test_different_trainings_are_separate_curves():
     ax = plots.sweep(making.swept() + full)
     assert lines(ax, "_full fine-tuning 1.550")[0][0, 1] == 1.55
     assert not lines(ax, "_full fine-tuning 1.700")
-
-
-def test_diverged_runs_are_named_and_all_diverged_is_refused(snapshot):
-    diverged = making.probe("sweep", "lora", None, rank=4, lr=1.0)
-    assert_names(words(plots.figure("sweep", making.probed([*making.swept(), diverged]))), "1 losses", "diverged")
-    base = making.probe("sweep", "base", 2.0)
-    assert plots.why_not("sweep", making.probed([base, diverged])) == snapshot
 
 
 def test_diverged_run_does_not_prevent_refusal_of_heat_map():
@@ -75,59 +94,28 @@ def test_truncation_shows_gaps_with_their_errors():
     records = making.truncated()
     ax = plots.truncation(making.probed(records))
     cut = [r for r in records if r.set == "held_out" and r.rank is not None]
-    (bars,) = ax.containers
-    points, _, (errors,) = bars
+    ((points, _, (errors,)),) = ax.containers
     np.testing.assert_allclose(np.array(points.get_xydata()), [(r.rank, r.loss - 1.2) for r in cut], atol=1e-12)
     for record, (low, high) in zip(cut, errors.get_segments(), strict=True):
         np.testing.assert_allclose((high[1] - low[1]) / 4, record.gap_error)
-    (energy,) = lines(ax, "_energy")
-    np.testing.assert_allclose(energy, [(r.rank, (1 - r.energy) * (2.0 - 1.2)) for r in cut])
+    np.testing.assert_allclose(lines(ax, "_energy")[0], [(r.rank, (1 - r.energy) * (2.0 - 1.2)) for r in cut])
     assert lines(ax, "_BASE 2.000")[0][0, 1] == pytest.approx(0.8)
     assert lines(ax, "_TUNED 1.200")[0][0, 1] == 0
-    assert [axes.yaxis_inverted() for axes in plots.figure("truncation", making.probed(records)).axes] == [False] * 2
-    assert_names(ax.get_title(loc="left"), "held_out", "r = 64", "94%", "C(64) = 0.89")
+    assert_names(title_of(ax), "held_out", "r = 64", "94%", "C(64) = 0.89")
 
 
 def test_two_truncations_are_compared_by_kept_gain():
     runs = [making.probed(making.truncated(tuned=tuned), name=str(tuned)) for tuned in (1.2, 1.6)]
-    figure = plots.figure("truncation", runs, labels=["a", "b"])
-    ax = figure.axes[0]
-    kept = [np.array(bars[0].get_xydata()) for bars in ax.containers]
+    ax = plots.figure("truncation", runs, labels=["a", "b"]).axes[0]
     expected = [(r.rank, r.kept) for r in making.truncated() if r.set == "held_out" and r.rank is not None]
-    for points in kept:
-        np.testing.assert_allclose(points, expected)
-    spans = [bars[2][0].get_segments()[0] for bars in ax.containers]
+    for points, *_ in ax.containers:
+        np.testing.assert_allclose(np.array(points.get_xydata()), expected)
+    spans = [errors.get_segments()[0] for _, _, (errors,) in ax.containers]
     # The same error is twice as large a share of a change half as large.
     np.testing.assert_allclose([(span[1][1] - span[0][1]) / 4 for span in spans], [0.02 / 0.8, 0.02 / 0.4])
 
 
-@pytest.mark.parametrize("name", ["sweep", "truncation"])
-def test_probe_figure_takes_its_own_records_of_mix(name):
-    both = [making.probed(making.swept()), making.probed(making.truncated()), making.results(making.model(1))]
-    assert plots.why_not(name, both) is None
-    assert plots.why_not(name, both[2]) == f"no {name} records"
-    assert "loradiag probe" in plots.figure_named(name).made_by
-    assert plots.why_not("heatmap", both[0]) == "no records"
-
-
-def test_layers_truncated_alone_are_not_pooled():
-    alone = making.truncated(module_type="mlp.up_proj")
-    ends = making.truncated(ranks=())
-    assert_names(plots.why_not("truncation", making.probed(alone)), "layers truncated")
-    assert plots.why_not("truncation", making.probed([*ends, *making.truncated()])) is None
-
-
-def bars(ax):
-    """Return (name, value, half the bar) of every row from top to bottom, by the labels and containers."""
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    result = []
-    for name, (dots, _, (errors,)) in zip(names, ax.containers, strict=True):
-        (low, high) = errors.get_segments()[0]
-        result.append((name, dots.get_xdata()[0], (high[0] - low[0]) / 2))
-    return result
-
-
-def test_parts_truncated_alone_are_ranked_by_cost_with_errors(snapshot):
+def test_parts_truncated_alone_are_ranked_by_cost_with_errors():
     records = making.alone()
     error = next(r.gap_error for r in records if r.subject == "truncated")
     drawn = bars(plots.alone(making.probed(records)))
@@ -135,35 +123,25 @@ def test_parts_truncated_alone_are_ranked_by_cost_with_errors(snapshot):
     np.testing.assert_allclose([row[1:] for row in drawn], [(1.1, 2 * error), (0.1, 2 * error)])
     ax = plots.figure("alone", making.probed(records), rank=4).axes[0]
     assert [value for _, value, _ in bars(ax)] == [0.55, 0.05]
-    assert_names(words(ax.figure), "not drawn", "r = 0")
-    assert plots.why_not("alone", making.probed(records), rank=9) == snapshot
-    assert "truncated alone" in plots.why_not("alone", making.probed(making.truncated()))
-    crowd = making.alone(tuple(f"h.{i}.q.weight" for i in range(40)), kind="layer")
-    page = plots.figure("alone", making.probed(crowd))
-    assert len(page.axes[0].containers) == 24
-    assert_names(words(page), "24", "highest", "of 40")
 
 
-def test_adapters_are_shown_with_fine_tune_and_errors(snapshot):
+def test_adapters_are_shown_with_fine_tune_and_errors():
     drawn = bars(plots.outputs(making.probed(making.said())))
     assert [name for name, *_ in drawn] == ["r16", "r4"]  # BASE, 0.8 away, would press both together
     np.testing.assert_allclose([row[1:] for row in drawn], [(0.03, 0.02), (-0.02, 0.02)])
     near = bars(plots.outputs(making.probed(making.said(base=0.1))))
     assert [name for name, *_ in near] == ["BASE", "r16", "r4"]
-    assert plots.why_not("outputs", making.probed(making.said(adapters=()))) == snapshot
 
 
-def test_hidden_states_are_drawn_at_compared_depths(snapshot):
+def test_hidden_states_are_drawn_at_compared_depths():
     records = making.said()
     drawn = {line.get_label(): np.array(line.get_xydata()) for line in plots.depth(making.probed(records)).lines}
     for record in records[2:4]:
         expected = [(depth, value) for depth, value in enumerate(record.hidden) if value is not None]
         np.testing.assert_allclose(drawn[f"_{record.name.removeprefix('runs/')}"], expected)
-    without = [record.model_copy(update={"hidden": None}) for record in records]
-    assert plots.why_not("depth", making.probed(without)) == snapshot
 
 
-def test_gains_of_single_units_are_ranked_at_best_rate(snapshot):
+def test_gains_of_single_units_are_ranked_at_best_rate():
     records = making.adapted()
     expected = []
     for unit in ("self_attn.q_proj", "mlp.up_proj"):
@@ -177,52 +155,43 @@ def test_gains_of_single_units_are_ranked_at_best_rate(snapshot):
     drawn = bars(plots.sensitivity(making.probed(records)))
     assert [name for name, *_ in drawn] == ["self_attn.q_proj", "mlp.up_proj"]
     np.testing.assert_allclose([row[1:] for row in drawn], expected)
-    assert plots.why_not("sensitivity", making.probed(records[:1])) == snapshot
-
-
-def error_bars(ax):
-    return [np.array(segment) for collection in ax.collections for segment in collection.get_segments()]
 
 
 def test_curvature_figure_has_model_bound_and_gap():
     records = making.curved()
     ax = plots.curvature(making.probed(records))
     gaps = {0: 1.0, 4: 1 / 5, 16: 1 / 17}
-    assert ax.get_yscale() == "log"
     # The measured line is part of a bar, which has no name of its own.
-    np.testing.assert_allclose(next(iter(ax.containers)).lines[0].get_xydata(), list(gaps.items()))
+    ((points, _, (errors,)),) = ax.containers
+    np.testing.assert_allclose(points.get_xydata(), list(gaps.items()))
     np.testing.assert_allclose(lines(ax, "_predicted")[0][:, 1], [0.9 * gap for gap in gaps.values()])
     np.testing.assert_allclose(lines(ax, "_bound")[0][:, 1], [100.1 * gap for gap in gaps.values()])
-    np.testing.assert_allclose([bar[:, 1] for bar in error_bars(ax)], [[0.4 * gap, 1.6 * gap] for gap in gaps.values()])
-    assert_names(ax.get_title(loc="left"), "held_out", "model 0.9", "bound 100 times")
+    np.testing.assert_allclose(
+        [bar[:, 1] for bar in errors.get_segments()], [[0.4 * gap, 1.6 * gap] for gap in gaps.values()]
+    )
+    assert_names(title_of(ax), "held_out", "model 0.9", "bound 100 times")
     both = plots.figure("curvature", making.probed(records))
-    named = [label.get_text() for label in both.axes[1].get_yticklabels()]
-    assert [name.split(".")[-1] for name in named] == ["all layers", "up_proj", "up_proj"]
-    assert "1.mlp" in named[1]
-    rows = [float(line.lines[0].get_xdata()[0]) for line in both.axes[1].containers]
-    assert rows == [50.0, 3.0, 2.0]
+    rows = bars(both.axes[1])
+    assert [(name.split(".")[-1], value) for name, value, _ in rows] == [
+        ("all layers", 50.0),
+        ("up_proj", 3.0),
+        ("up_proj", 2.0),
+    ]
     assert len(plots.figure("curvature", making.probed(making.curved(eigen=False))).axes) == 1
-
-
-def test_curvature_at_base_shows_layers_and_negative_gap():
-    ax = plots.curvature(making.curved(ranks=(), eigen=False))
-    assert ax.get_xlabel() == "trace (nats per squared weight)"
-    assert "at 3 ranks" in words(plots.figure("curvature", making.probed(making.curved(gap=-1.0))))
+    at_base = plots.curvature(making.curved(ranks=(), eigen=False))
+    assert at_base.get_xlabel() == "trace (nats per squared weight)"
 
 
 def test_ggn_gives_no_bound():
-    message = words(plots.figure("curvature", making.probed(making.curved())))
-    assert "and its bound" in message
     newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
     page = plots.figure("curvature", making.probed(newton))
-    assert "and its bound" not in words(page)
-    assert "not a bound" in words(page)
-    keys = [text.get_text() for legend in page.legends for text in legend.get_texts()]
-    assert keys == ["measured", "linear + quadratic model", "λ term, no bound"]
-    assert "λ term 100 times" in page.axes[0].get_title(loc="left").replace("\n", " ")
+    message = " ".join(text.get_text() for text in page.texts).replace("\n", " ")
+    assert "and its bound" not in message
+    assert "not a bound" in message
+    assert "λ term 100 times" in title_of(page.axes[0])
 
 
-def test_intrinsic_figure_omits_sets_without_gain(snapshot):
+def test_intrinsic_figure_omits_sets_without_gain():
     ax = plots.intrinsic(making.probed(making.reached(), share=0.9))
     gain = 2.0 - (1.0 + 1.04) / 2
     result = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}
@@ -230,28 +199,19 @@ def test_intrinsic_figure_omits_sets_without_gain(snapshot):
     np.testing.assert_allclose(lines(ax, "_lora")[0], [[500, 0.7 / gain], [4000, 0.84 / gain]])
     assert lines(ax, "_share")[0][0, 1] == 0.9
     assert sum(map(len, lines(ax, "_seeds"))) == 10
-    assert "d = 1\u202f000 reaches 89.8%, LoRA r = 8 reaches 86%" in ax.get_title(loc="left").replace("\xa0", " ")
-    page = plots.figure("intrinsic", making.probed(making.reached()))
-    assert len(page.axes) == 1
-    assert_names(words(page), "no gain", "shifted")
-    none = plots.why_not("intrinsic", making.probed(making.reached(sets=("shifted",))))
-    assert none == snapshot
+    assert "d = 1\u202f000 reaches 89.8%, LoRA r = 8 reaches 86%" in title_of(ax)
+    assert len(plots.figure("intrinsic", making.probed(making.reached())).axes) == 1
 
 
-def test_fisher_shows_predictor_orders_and_unmeasured_tails(snapshot):
+def test_fisher_shows_predictor_orders_and_unmeasured_tails():
     page = plots.figure("fisher", making.probed(making.fishers()))
-    assert [ax.get_title(loc="left").split(" (")[0] for ax in page.axes] == ["over all layers", "within module types"]
+    assert [title_of(ax).split(" (")[0] for ax in page.axes] == ["over all layers", "within module types"]
     for ax in page.axes:
         for name, rho in (("Fisher", 1.0), ("weight energy", -1.0), ("K-FAC energy", 1.0), ("layer size", 1.0)):
             np.testing.assert_allclose(lines(ax, f"_{name}")[0], [[4, rho], [8, rho]])
-    for ax in (
-        plots.fisher(making.fishers(measured=False)),
-        plots.figure("fisher", making.probed(making.fishers()), per="type").axes[0],
-    ):
+    for ax in (plots.fisher(making.fishers(measured=False)), plots.fisher(making.fishers(), per="type")):
         (tail,) = lines(ax, "_mlp.up_proj")
         np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
-    still = [record.model_copy(update={"fisher": (0.0,)}) for record in making.fishers()]
-    assert plots.why_not("fisher", making.probed(still)) == snapshot
 
 
 def test_outputs_of_adapters_are_named_by_reference_in_order():
@@ -264,6 +224,5 @@ def test_outputs_of_adapters_are_named_by_reference_in_order():
     adapters = [run.run.inputs[1].model_copy(update={"role": "adapter", "path": f"runs/r{r}"}) for r in (4, 16)]
     run = dataclasses.replace(run, run=run.run.model_copy(update={"inputs": (*run.run.inputs, *adapters)}))
     page = plots.figure("outputs", run)
-    assert words(page).startswith("Held-out loss of each model minus that of the full fine-tune base → tuned; ")
-    first, second = ([label.get_text() for label in ax.get_yticklabels()] for ax in page.axes)
-    assert first == second == ["r16", "r4"]
+    assert any("base → tuned; " in text.get_text() for text in page.texts)
+    assert [[name for name, *_ in bars(ax)] for ax in page.axes] == [["r16", "r4"]] * 2

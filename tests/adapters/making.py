@@ -40,6 +40,26 @@ def adapter(folder: Path, tensors: dict[str, np.ndarray], prefix: str = "base_mo
     return folder / "adapter"
 
 
+def lora(
+    folder: Path, updates: dict[str, tuple], scale: float = 1.0, dtype: torch.dtype | None = None, **config
+) -> Path:
+    """Write a PEFT adapter from ``{layer: (B, A)}``, in their dtype by default: ΔW = scale·B·A."""
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, (b, a) in updates.items():
+        key = f"base_model.model.{layer.removesuffix('.weight')}"
+        tensors |= {
+            f"{key}.lora_B.weight": torch.tensor(np.asarray(b)),
+            f"{key}.lora_A.weight": torch.tensor(np.asarray(a)),
+        }
+        rank = b.shape[1]
+    folder.mkdir(parents=True)
+    stored = {name: value.to(dtype or value.dtype).contiguous() for name, value in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "target_modules": ["q_proj"]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def changes(path: Path, on: Path | None, **options) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the ΔW of every layer, and the notes."""
     pairing, notes = open_adapter(path).pair(open_checkpoint(on) if on is not None else None, **options)

@@ -17,6 +17,7 @@ from lora_diag.decisions.plan_merge.show import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
 from lora_diag.rendering.statements import lines_of
+from tests.adapters.making import lora
 from tests.building import build, results
 from tests.conftest import ROOT, save_model
 from tests.messages import mentions
@@ -127,16 +128,8 @@ def write(folder, w, b, a):
     """Write BASE and an adapter of scale 1 on it."""
     save_model(folder / "base", {Q: w})
     (folder / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    save_adapter(folder / "adapter", b, a)
+    lora(folder / "adapter", {Q: (b, a)})
     return folder / "base", folder / "adapter"
-
-
-def save_adapter(folder, b, a):
-    folder.mkdir()
-    name = f"base_model.model.{Q.removesuffix('.weight')}"
-    save_file({f"{name}.lora_B.weight": b, f"{name}.lora_A.weight": a}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": len(a), "lora_alpha": len(a), "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def options(target):
@@ -312,7 +305,7 @@ def test_command_refuses_bad_input(loradiag, tmp_path):
         refused = loradiag("plan-merge", *swapped, "--to", "bf16")
         assert refused.code == 2
         assert "adapter" in refused.err
-    save_adapter(tmp_path / "other", torch.ones(5, 1), torch.ones(1, 7))
+    lora(tmp_path / "other", {Q: (torch.ones(5, 1), torch.ones(1, 7))})
     ran = loradiag("plan-merge", BASE, "other", "--to", "bf16", "-o", "x.jsonl")
     assert ran.code == 3
     assert "q_proj" in ran.err

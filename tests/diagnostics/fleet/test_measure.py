@@ -16,8 +16,8 @@ from lora_diag.metrics.statistics import find_near_duplicates, find_norm_outlier
 from lora_diag.running.inputs import compare
 from tests import oracles
 from tests.adapters.dense import dense
+from tests.adapters.making import lora
 from tests.conftest import ROOT
-from tests.diagnostics.interference.test_measure import lora
 from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"

@@ -1,6 +1,5 @@
 """Interference against float64 NumPy written from the definitions, planted subspaces, chance, and PEFT's own merges."""
 
-import json
 import math
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from safetensors.torch import save_file
 
 import lora_diag
 import lora_diag.diagnostics.interference.measure as diagnostic
@@ -21,24 +19,11 @@ from lora_diag.linalg.distance import merged
 from lora_diag.metrics.subspaces import is_near_chance, task_interference_at_random
 from tests import oracles
 from tests.adapters.dense import dense
+from tests.adapters.making import lora
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLES = ROOT / "sample_checkpoints"
 LAYER = "model.layers.0.mlp.up_proj.weight"
-
-
-def lora(folder, updates, scale=1.0, **config):
-    """Write a PEFT adapter from ``{layer: (B, A)}`` in float64: ΔW = scale·B·A."""
-    tensors = {}
-    for layer, (b, a) in updates.items():
-        key = f"base_model.model.{layer.removesuffix('.weight')}"
-        tensors |= {f"{key}.lora_B.weight": torch.tensor(b), f"{key}.lora_A.weight": torch.tensor(a)}
-        rank = b.shape[1]
-    folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "target_modules": ["up_proj"]} | config
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def adapters(tmp_path, pairs, scales=None):

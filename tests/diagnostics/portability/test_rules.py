@@ -14,13 +14,9 @@ from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS, is_before
 from lora_diag.diagnostics.portability.measure import (
     FEATURES,
-    describe_treatment,
-    history,
     history_table,
     portability,
-    rules_grids,
 )
-from lora_diag.diagnostics.portability.measure import outcome as outcome_of
 from lora_diag.errors import UsageError
 from tests.conftest import ROOT, SHARED
 from tests.messages import assert_names
@@ -274,35 +270,6 @@ def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
     assert isinstance(applied("sglang", Contents("peft", items[:2], config)), dict)
 
 
-@pytest.mark.parametrize(
-    ("feature", "expected"),
-    [
-        ("one rank, one alpha", {"peft": "exact", "vllm": "exact", "sglang": "exact", "llamacpp": "exact"}),
-        ("alpha_pattern", {"peft": "exact", "vllm": "exact", "sglang": "×0.5", "llamacpp": "×0.5"}),
-        ("rank_pattern", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "exact"}),
-        ("DoRA", {"peft": "exact", "vllm": "refuses", "sglang": "refuses", "llamacpp": "refuses"}),
-        ("lora_bias", {"peft": "exact", "vllm": "refuses", "sglang": "drops", "llamacpp": "refuses"}),
-        ("modules_to_save", {"peft": "exact", "vllm": "refuses", "sglang": "drops", "llamacpp": "refuses"}),
-        ("PiSSA, not converted", {"peft": "exact", "vllm": "refuses", "sglang": "B·A alone", "llamacpp": "B·A alone"}),
-        ("target_modules is a regex", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "exact"}),
-        ("target_parameters (experts)", {"peft": "exact", "vllm": "exact", "sglang": "refuses", "llamacpp": "refuses"}),
-    ],
-)
-def test_portability_features_have_documented_effect(feature, expected):
-    result = {
-        name: describe_treatment(outcome_of(FEATURES[feature], CONSUMERS[name], CONSUMERS[name].rules[0]))
-        for name in expected
-    }
-    assert result == expected
-
-
-def test_every_consumer_has_a_column_for_each_rule():
-    columns = sum(len(grid.columns) for grid in rules_grids())
-    rules = {(name, rule.versions) for name, consumer in CONSUMERS.items() for rule in consumer.rules}
-    shown = [item for item in rules if CONSUMERS[item[0]].forms & {"peft", "kohya"}]
-    assert columns == len(shown)
-
-
 def test_consumer_rules_cover_every_version():
     for consumer in CONSUMERS.values():
         assert consumer.rules[0].until == ""
@@ -338,22 +305,3 @@ def test_guide_table_equals_rules():
     page = (ROOT / "docs" / "guides" / "training-to-serving.md").read_text(encoding="utf-8")
     for form in ("peft", "kohya"):
         assert f"<!-- rules: {form} -->\n{history_table(form)}\n<!-- end -->" in page, "run docs/refresh.py on the page"
-
-
-def test_history_names_first_version_of_rule():
-    """The three that the sources changed in: PEFT's anchored keys, vLLM's patterns, diffusers without alpha."""
-    result = {
-        name: history(FEATURES[feature], CONSUMERS[name])
-        for name, feature in (
-            ("peft", "anchored pattern (^)"),
-            ("vllm", "alpha_pattern"),
-            ("diffusers", "no alpha, unequal ranks"),
-            ("llamacpp", "alpha_pattern"),
-        )
-    }
-    assert result == {
-        "peft": "exact since 0.15, before ×0.5",
-        "vllm": "exact since 0.32, before ×0.5",
-        "diffusers": "exact since 0.40, before ×4",
-        "llamacpp": "×0.5",
-    }

@@ -1,7 +1,7 @@
 """Residuals against float64 NumPy, their laws, and inputs that they cannot be taken from."""
 
-import json
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,26 +17,14 @@ from lora_diag.diagnostics.residual import measure as module
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics import distances, limit, pooled
 from tests import oracles
+from tests.adapters import making
 from tests.adapters.dense import dense
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"
+lora = partial(making.lora, dtype=torch.float32)
 FIELDS = ("epsilon", "epsilon_min", "excess", "norm_ratio", "cosine", "best_scale", "epsilon_best_scale")
-
-
-def lora(folder, updates, rank=None, **config):
-    """Write a PEFT adapter from ``{layer: (B, A)}``; alpha = r, so that nothing is scaled."""
-    tensors = {}
-    for layer, (b, a) in updates.items():
-        key = f"base_model.model.{layer.removesuffix('.weight')}"
-        tensors |= {f"{key}.lora_B.weight": torch.tensor(b), f"{key}.lora_A.weight": torch.tensor(a)}
-        rank = rank or b.shape[1]
-    folder.mkdir(parents=True)
-    save_file({k: v.to(torch.float32).contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]} | config
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def check(found, d, x, rank, tolerance=1e-6):
@@ -297,15 +285,7 @@ def test_only_non_finite_layer_is_left_out(model, tmp_path):
     assert_names(item.detail, bad, "lora_B", "nan at [0, 0]")
 
 
-def test_oversized_update_alone_is_left_out(model, tmp_path):
-    base, tuned, layer, _ = model
-    huge = lora(tmp_path / "huge", {layer: (np.full((16, 2), 3e38), np.full((2, 12), 3e38))})
-    results = lora_diag.residual(base, tuned, [huge], layers=r"layers\.0\.mlp\.up")
-    (item,) = [item for item in results.left_out if item.reason == "non_finite"]
-    assert_names(item.detail, huge, "2.5e+78")
-
-
-@pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e100, "1.4e+201")])
+@pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e38, "1.4e+77"), (1e100, "1.4e+201")])
 def test_norm_with_overflowing_square_is_left_out(model, tmp_path, size, words):
     base, tuned, layer, _ = model
     path = lora(tmp_path / "a", {layer: (np.ones((16, 1)), np.ones((1, 12)))})
@@ -348,20 +328,6 @@ def test_empty_and_repeated_values_are_refused(model, tmp_path):
         lora_diag.residual(base, tuned, [adapter, f"{adapter}/"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 2, 3, 4, 6, 20, 21])
-def test_resume_repeats_layer_with_truncated_records(tmp_path, cut):
-    path = tmp_path / "r.jsonl"
-    words = SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
-    lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path)
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:cut]) + b'{"record":"resid')
-    results = lora_diag.residual(*words, layers=r"layers\.[01]\..*(q|k)_proj|norm", output=path, resume=True)
-    assert path.read_bytes() == whole
-    assert results == lora_diag.read_results(path)
-
-
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6])
 def test_resume_keeps_non_finite_adapter(model, tmp_path, cut):
     base, tuned, layer, d = model
@@ -370,7 +336,7 @@ def test_resume_keeps_non_finite_adapter(model, tmp_path, cut):
     bad = lora(tmp_path / "bad", {layer: (np.full((16, 2), np.nan), np.ones((2, 12)))})
     lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path)
     whole = path.read_bytes()
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]))
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]) + b'{"record":"resid')
     lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path, resume=True)
     assert path.read_bytes() == whole
 
@@ -438,7 +404,7 @@ def test_directions_beyond_rank_are_not_in_subspaces(tmp_path):
     base = save_model(tmp_path / "base", zero)
     tuned = save_model(tmp_path / "tuned", {"w.weight": torch.tensor(d, dtype=torch.float32)})
     u, s, vh = np.linalg.svd(d, full_matrices=False)
-    adapter = lora(tmp_path / "a", {"w.weight": (u[:, :5] * s[:5], vh[:5])}, rank=5)
+    adapter = lora(tmp_path / "a", {"w.weight": (u[:, :5] * s[:5], vh[:5])})
     record = lora_diag.residual(base, tuned, [adapter])["w.weight"]
     assert len(record.column_space.cosines) == 5
     assert record.column_space.overlap == pytest.approx(1)

@@ -16,6 +16,12 @@ from tests import oracles
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
 from tests.messages import assert_names
 
+
+def pair(tmp_path, base: np.ndarray, tuned: np.ndarray):
+    """Write BASE and TUNED, of one matrix."""
+    return [save_model(tmp_path / name, {"w": torch.from_numpy(w)}) for name, w in (("a", base), ("b", tuned))]
+
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -75,9 +81,9 @@ def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
 @pytest.mark.parametrize("method", ["krylov", "gram", "exact"])
 def test_tail_errors_bound_distance_to_numpy(tmp_path, method):
     d = oracles.with_spectrum(1 / np.arange(1, 257) ** 0.8, 256, 256, seed=3)
-    base = save_model(tmp_path / "a", {"w": torch.zeros(256, 256, dtype=torch.float64)})
-    tuned = save_model(tmp_path / "b", {"w": torch.from_numpy(d)})
-    (record,) = lora_diag.spectrum(base, tuned, method=method, top=8, tol=0.05, ranks=(1, 4, 7, 8))
+    (record,) = lora_diag.spectrum(
+        *pair(tmp_path, np.zeros((256, 256)), d), method=method, top=8, tol=0.05, ranks=(1, 4, 7, 8)
+    )
     s = np.linalg.svd(d, compute_uv=False)
     seen = 0.0
     for rank, tail in record.tail.items():
@@ -97,8 +103,7 @@ def test_medium_layers_use_gram(tmp_path):
     delta = oracles.with_spectrum(1 / np.arange(1, 201) ** 1.5, 200, 500, seed=1)
     base = rng.standard_normal((200, 500)).astype(np.float32)
     tuned = (base + delta).astype(np.float32)
-    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
-    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", one), save_model(tmp_path / "b", two))
+    (record,) = lora_diag.spectrum(*pair(tmp_path, base, tuned))
     assert record.method == "gram"
     check(record, base, tuned)
     truth = oracles.spectrum(base, tuned)
@@ -134,8 +139,7 @@ def test_zero_update_has_no_shares_and_needs_no_rank(tmp_path):
 def test_rank_three_update_needs_rank_three(tmp_path):
     base = np.random.default_rng(0).standard_normal((30, 20))
     tuned = base + oracles.with_spectrum(np.array([3.0, 3.0, 3.0]), 30, 20, seed=1)
-    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
-    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", one), save_model(tmp_path / "b", two), ranks=(2, 3, 4))
+    (record,) = lora_diag.spectrum(*pair(tmp_path, base, tuned), ranks=(2, 3, 4))
     assert record.rank_at == {"0.9": 3, "0.95": 3, "0.99": 3}
     assert record.energy["2"] == pytest.approx(2 / 3)
     assert record.energy["3"] == pytest.approx(1)
@@ -182,9 +186,7 @@ def test_non_finite_layer_is_named_and_others_measured(tmp_path, pair_of_models)
 def test_top_values_of_large_layer_are_certified(tmp_path):
     base = np.random.default_rng(0).standard_normal((600, 640)).astype(np.float32)
     tuned = (base + oracles.with_spectrum(1 / np.arange(1, 601), 600, 640, seed=1)).astype(np.float32)
-    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
-    one, two = save_model(tmp_path / "a", one), save_model(tmp_path / "b", two)
-    (record,) = lora_diag.spectrum(one, two, top=32, method="krylov")
+    (record,) = lora_diag.spectrum(*pair(tmp_path, base, tuned), top=32, method="krylov")
     s = oracles.spectrum(base, tuned)["s"]
     assert record.method.startswith("krylov")
     assert not record.complete
@@ -199,8 +201,7 @@ def test_bound_holds_for_digits_of_record(tmp_path, method):
     """Nine digits of each value are coarser than the methods' own bounds."""
     base = np.zeros((60, 48))
     tuned = oracles.with_spectrum(1.0 + np.pi * np.arange(48) / 500, 60, 48, seed=2)
-    one, two = {"w": torch.from_numpy(base)}, {"w": torch.from_numpy(tuned)}
-    folders = save_model(tmp_path / "a", one), save_model(tmp_path / "b", two)
+    folders = pair(tmp_path, base, tuned)
     (record,) = lora_diag.spectrum(*folders, ranks=range(1, 48), method=method)
     s = oracles.spectrum(base, tuned)["s"]
     written = np.cumsum(np.array(record.s) ** 2) / record.fro**2
@@ -214,8 +215,7 @@ def test_subtraction_in_float32_changes_energy_within_bound(tmp_path, n):
     """Entries that are not within a factor of 2 of each other: beyond ``energy_error``, within what the page says."""
     rng = np.random.default_rng(n)
     base, tuned = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
-    folders = [save_model(tmp_path / str(i), {"w": torch.from_numpy(w)}) for i, w in enumerate((base, tuned))]
-    (record,) = lora_diag.spectrum(*folders, ranks=range(1, n))
+    (record,) = lora_diag.spectrum(*pair(tmp_path, base, tuned), ranks=range(1, n))
     s = oracles.spectrum(base.astype(np.float64), tuned.astype(np.float64))["s"]
     errors = [abs(record.energy[str(r)] - oracles.energy_at(s, r)) for r in range(1, n)]
     assert 1e-12 < max(errors) <= record.energy_error + 4 * 2.0**-24

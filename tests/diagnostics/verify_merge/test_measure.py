@@ -183,7 +183,19 @@ def only(rows: slice, columns: slice):
     return change
 
 
+# Factor of ΔW -> what the cause names.
+SCALES = {
+    -1: "subtracted, or BASE and MERGED",
+    0.4: r"times 0\.4: .*lora_alpha",
+    2: r"α/√r where the adapter says α/r",
+    0.5: r"rsLoRA \(r = 4\)",
+    1.3: "not a known fault",
+}
 FAULTS = {
+    f"times {factor}": (Q, lambda m, b, a, factor=factor: repeated(m, a, Q, m.delta(Q) * factor), "wrong scale", cause)
+    for factor, cause in SCALES.items()
+}
+FAULTS |= {
     "dropped": (Q, lambda m, b, a: a.update({Q: b[Q].clone()}), "dropped", "was not added"),
     "twice": (
         Q,
@@ -191,26 +203,6 @@ FAULTS = {
         "wrong scale",
         "times 2: it was added twice",
     ),
-    "subtracted": (
-        Q,
-        lambda m, b, a: repeated(m, a, Q, -m.delta(Q)),
-        "wrong scale",
-        "subtracted, or BASE and MERGED",
-    ),
-    "alpha left out": (
-        Q,
-        lambda m, b, a: repeated(m, a, Q, m.delta(Q) / 2.5),
-        "wrong scale",
-        r"times 0\.4: .*lora_alpha",
-    ),
-    "over √r": (
-        Q,
-        lambda m, b, a: repeated(m, a, Q, m.delta(Q) * 2),
-        "wrong scale",
-        r"α/√r where the adapter says α/r",
-    ),
-    "over r": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) / 2), "wrong scale", r"rsLoRA \(r = 4\)"),
-    "some scale": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q) * 1.3), "wrong scale", "not a known fault"),
     "transposed": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q).T), "transposed", "ΔWᵀ"),
     "of another layer": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q1)), "wrong order", f"the ΔW of {Q1} was"),
     "rows missing": (UP, only(slice(10, 20), slice(None)), "partial", "rows 10-19 of 48 have no update"),
@@ -306,19 +298,6 @@ def test_faults_of_unfactored_updates(tmp_path, dtype):
     assert statuses(verified(merged, dropped)) == {Q: "dropped", head: "dropped"}
     twice = merged.spoil(lambda b, a: a.update({Q: (2 * a[Q].double() - b[Q].double()).to(dtype)}), "twice")
     assert statuses(verified(merged, twice)) == {Q: "wrong scale"}
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("factor", [0.98, 1.02])
-def test_wrong_scale_of_dora_is_found(tmp_path, dtype, factor):
-    merged = peft_merge(tmp_path, llama(dtype, hidden=64), 0.05, use_dora=True)
-    assert statuses(verified(merged)) == {}
-
-    def change(before, after):
-        after[Q] = (before[Q].double() + factor * (after[Q].double() - before[Q].double())).to(dtype)
-
-    record = verified(merged, merged.spoil(change, "scaled"))[Q]
-    assert (record.status, record.scale) == ("wrong scale", pytest.approx(factor, abs=3e-3))
 
 
 def exact(merged: Merged, model) -> dict[str, torch.Tensor]:

@@ -4,11 +4,10 @@ import pytest
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
-from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_grids, merge_lines
+from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_lines
 from lora_diag.inspection.table import table
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.statements import find
-from lora_diag.rendering.tables import WIDE
 from tests.messages import assert_names
 
 RIGHT = {
@@ -83,23 +82,6 @@ def test_cause_is_stated_once_with_its_layers():
     assert_names(result, "no", "5 of 5", "ΔW")
 
 
-def test_many_causes_are_counted():
-    layers = [wrong("wrong order", layer=f"l.{i}.w", cause=f"the ΔW of {i + 1}") for i in range(9)]
-    assert "and 6 layers more" in words(results(*layers))
-
-
-def test_single_layer_is_in_singular():
-    assert "1 layer adapted, 0 not" in words(results(record()))
-
-
-def test_merge_lost_to_rounding_is_reported():
-    assert "Lost" not in words(results(record()))
-    kept = results(record(), record(layer="b", retained=0.2, scale=0.2), record(layer="c"))
-    assert_names(words(kept), "10%", "ΔW", "‖ΔW‖", "1 layer")
-    assert_names(words(kept), "99%", "ΔW", "20%")
-    assert "in 1 layer: c." in words(results(record(), record(layer="c", residual=3.0)))
-
-
 def test_layers_changed_without_adapter():
     changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
     result = words(results(record(), record(adapted=False, layer="b"), changed))
@@ -125,12 +107,3 @@ def test_older_merge_records_are_read(tmp_path):
     read = read_results(tmp_path / "r.jsonl")
     assert (read.run, read.layers, read.left_out) == (result.run, result.layers, result.left_out)
     assert table(read_results(tmp_path / "r.jsonl")) == table(result)
-
-
-def test_wide_terminal_shows_all_columns_and_layer_counts():
-    result = results(record(), record(layer="model.layers.1.self_attn.q_proj.weight"))
-    assert [column.title for column in merge_grids(result, "type")[0].columns if column.title == "n"] == ["n"]
-    assert [column.title for column in merge_grids(result, "layer")[0].columns if column.title == "n"] == []
-    for width, shown in ((WIDE - 1, False), (WIDE, True)):
-        titles = table(result, width).splitlines()[1]
-        assert all((title in titles) == shown for title in ("shape", "dtype", "max ulp"))

@@ -3,104 +3,84 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lora_diag.errors import UsageError
 from lora_diag.files import Kind
 
-Settings = dict[str, Any]
-
 YAML = Kind("a trainer configuration", comment="# {}")
 PYTHON = Kind("a training script", comment="# {}")
 
 
-def axolotl(config: Mapping[str, Any]) -> Settings:
-    """Return settings of axolotl (``utils/schemas/peft.py`` of 0.19, which has patterns of whole numbers)."""
-    return {
-        "adapter": "lora",
-        "lora_r": config["r"],
-        "lora_alpha": _require_integer_alpha(config["lora_alpha"], "axolotl"),
-        "lora_dropout": config["lora_dropout"],
-        "lora_target_modules": list(config["target_modules"]),
-        **_make_argument("lora_target_parameters", config.get("target_parameters")),
-        **_make_argument("lora_rank_pattern", config["rank_pattern"]),
-        **_make_argument(
-            "lora_alpha_pattern",
-            {key: _require_integer_alpha(a, "axolotl") for key, a in config["alpha_pattern"].items()},
-        ),
-        **_make_argument("lora_modules_to_save", config.get("modules_to_save")),
-        **_make_argument("peft_use_rslora", config["use_rslora"]),
-        **_make_argument("peft_use_dora", config.get("use_dora")),
-    }
+TRAINERS = ("axolotl", "llamafactory", "trl", "unsloth")
 
-
-def llamafactory(config: Mapping[str, Any]) -> Settings:
-    """Return settings of LLaMA-Factory (``hparams/finetuning_args.py`` of 0.9.5)."""
-    _refuse_patterns(config, "llamafactory")
-    return {
-        "finetuning_type": "lora",
-        "lora_rank": config["r"],
-        "lora_alpha": _require_integer_alpha(config["lora_alpha"], "llamafactory"),
-        "lora_dropout": config["lora_dropout"],
-        "lora_target": ",".join(config["target_modules"]),
-        **_make_argument("additional_target", ",".join(config.get("modules_to_save") or ())),
-        **_make_argument("use_rslora", config["use_rslora"]),
-        **_make_argument("use_dora", config.get("use_dora")),
-    }
-
-
-def trl(config: Mapping[str, Any]) -> Settings:
-    """Return settings of TRL's commands (``trainer/model_config.py`` of 1.16)."""
-    _refuse_patterns(config, "trl")
-    return {
-        "use_peft": True,
-        "lora_r": config["r"],
-        "lora_alpha": _require_integer_alpha(config["lora_alpha"], "trl"),
-        "lora_dropout": config["lora_dropout"],
-        "lora_target_modules": list(config["target_modules"]),
-        **_make_argument("lora_target_parameters", config.get("target_parameters")),
-        **_make_argument("lora_modules_to_save", config.get("modules_to_save")),
-        **_make_argument("lora_task_type", config["task_type"]),
-        **_make_argument("use_rslora", config["use_rslora"]),
-        **_make_argument("use_dora", config.get("use_dora")),
-    }
-
-
-def unsloth(config: Mapping[str, Any]) -> Settings:
-    """Return arguments of ``FastLanguageModel.get_peft_model`` (``models/llama.py`` of 2026.10), which go to PEFT."""
-    return {
-        "r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "lora_dropout": config["lora_dropout"],
-        "target_modules": list(config["target_modules"]),
-        **_make_argument("target_parameters", config.get("target_parameters")),
-        **_make_argument("rank_pattern", config["rank_pattern"]),
-        **_make_argument("alpha_pattern", config["alpha_pattern"]),
-        **_make_argument("modules_to_save", config.get("modules_to_save")),
-        **_make_argument("use_rslora", config["use_rslora"]),
-    }
-
-
-TRAINERS: dict[str, Callable[[Mapping[str, Any]], Settings]] = {
-    "axolotl": axolotl,
-    "llamafactory": llamafactory,
-    "trl": trl,
-    "unsloth": unsloth,
+# Setting of ``adapter_config.json`` -> its name in each trainer, in the order of its file; empty if it has none.
+# axolotl: ``utils/schemas/peft.py`` of 0.19, which has patterns of whole numbers. LLaMA-Factory:
+# ``hparams/finetuning_args.py`` of 0.9.5. TRL's commands: ``trainer/model_config.py`` of 1.16. unsloth: arguments of
+# ``FastLanguageModel.get_peft_model`` (``models/llama.py`` of 2026.10), which go to PEFT.
+_NAMES = {
+    "r": ("lora_r", "lora_rank", "lora_r", "r"),
+    "lora_alpha": ("lora_alpha", "lora_alpha", "lora_alpha", "lora_alpha"),
+    "lora_dropout": ("lora_dropout", "lora_dropout", "lora_dropout", "lora_dropout"),
+    "target_modules": ("lora_target_modules", "lora_target", "lora_target_modules", "target_modules"),
+    "target_parameters": ("lora_target_parameters", "", "lora_target_parameters", "target_parameters"),
+    "rank_pattern": ("lora_rank_pattern", "", "", "rank_pattern"),
+    "alpha_pattern": ("lora_alpha_pattern", "", "", "alpha_pattern"),
+    "modules_to_save": ("lora_modules_to_save", "additional_target", "lora_modules_to_save", "modules_to_save"),
+    "task_type": ("", "", "lora_task_type", ""),
+    "use_rslora": ("peft_use_rslora", "use_rslora", "use_rslora", "use_rslora"),
+    "use_dora": ("peft_use_dora", "use_dora", "use_dora", ""),
 }
+# Those that are written even if they are empty or 0.
+_REQUIRED = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules"})
+_CONSTANTS: dict[str, dict[str, Any]] = {
+    "axolotl": {"adapter": "lora"},
+    "llamafactory": {"finetuning_type": "lora"},
+    "trl": {"use_peft": True},
+}
+
+
+def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a trainer.
+
+    Args:
+        trainer: One of ``TRAINERS``.
+        config: Content of ``adapter_config.json``.
+
+    Raises:
+        UsageError: The trainer cannot express it, and would ignore a part without a message.
+    """
+    names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in _NAMES.items()}
+    if config["rank_pattern"] and not names["rank_pattern"]:
+        raise UsageError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")
+    if config.get("target_parameters") and not names["target_parameters"]:
+        raise UsageError(f"--format {trainer}: has no target_parameters (fused experts); use --format peft")
+    settings: dict[str, Any] = dict(_CONSTANTS.get(trainer, {}))
+    for key, name in names.items():
+        value = config.get(key)
+        if trainer != "unsloth" and key == "lora_alpha":
+            value = _require_integer_alpha(config[key], trainer)
+        elif trainer != "unsloth" and key == "alpha_pattern":
+            value = {layer: _require_integer_alpha(alpha, trainer) for layer, alpha in config[key].items()}
+        elif trainer == "llamafactory" and isinstance(value, list):
+            value = ",".join(value)
+        if name and (value or key in _REQUIRED):
+            settings[name] = value
+    return settings
 
 
 def written_for(trainer: str, config: Mapping[str, Any]) -> str:
     """Return the text of a trainer's settings: YAML, or Python for unsloth.
 
     Args:
-        trainer: A key of ``TRAINERS``.
+        trainer: One of ``TRAINERS``.
         config: Content of ``adapter_config.json``.
 
     Raises:
         UsageError: The trainer cannot express it.
     """
-    settings = TRAINERS[trainer](config)
+    settings = settings_of(trainer, config)
     if trainer != "unsloth":
         return f"# LoRA settings of {trainer}: merge them into your configuration\n{yaml_of(settings)}"
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
@@ -118,11 +98,6 @@ def yaml_of(values: Mapping[str, Any]) -> str:
     return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
 
 
-def _make_argument(key: str, value: Any) -> Settings:
-    """Return a setting as a mapping; an empty mapping if its value is empty or false."""
-    return {key: value} if value else {}
-
-
 def _require_integer_alpha(alpha: float, trainer: str) -> int:
     """Return alpha as an integer.
 
@@ -132,15 +107,3 @@ def _require_integer_alpha(alpha: float, trainer: str) -> int:
     if alpha != int(alpha):
         raise UsageError(f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another --scaling")
     return int(alpha)
-
-
-def _refuse_patterns(config: Mapping[str, Any], trainer: str) -> None:
-    """Refuse settings that a trainer would ignore without a message.
-
-    Raises:
-        UsageError: Ranks differ by layer; or, for LLaMA-Factory, experts are adapted as parameters.
-    """
-    if config["rank_pattern"]:
-        raise UsageError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")
-    if trainer == "llamafactory" and config.get("target_parameters"):
-        raise UsageError(f"--format {trainer}: has no target_parameters (fused experts); use --format peft")

@@ -23,7 +23,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.html import with_section
 from lora_diag.rendering.statements import Statement, make_statement, summary_of
 from lora_diag.rendering.tables import shorten_names
-from lora_diag.rendering.text import crop, number, safe, short, to_text
+from lora_diag.rendering.text import crop, number, quantity, safe, short, to_text
 
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
 ROWS, ROWS_OF_A_RULE = 20, 6
@@ -75,8 +75,8 @@ def headline(results: Results[Any]) -> str:
     status = "warned" if result == "passed" else result
     basis = [v for v in results.whole_of(Verdict) if v.status == status and (v.blocks or status == "warned")]
     layers = {verdict.layer for verdict in basis if verdict.layer is not None}
-    on_layers = f" on {_count(len(layers), 'layer')}" if layers else ""
-    count = _count(len({verdict.rule for verdict in basis}), "rule") + on_layers
+    on_layers = f" on {quantity(len(layers), 'layer')}" if layers else ""
+    count = quantity(len({verdict.rule for verdict in basis}), "rule") + on_layers
     text = {
         "failed": f"FAILED: {count}",
         "inconclusive": f"INCONCLUSIVE (not a pass): {count}" if basis else "INCONCLUSIVE: nothing was judged",
@@ -86,14 +86,10 @@ def headline(results: Results[Any]) -> str:
     return text + (f" (spectra in {safe(str(metric))})" if metric else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun if number == 1 else f'{noun}s'}"
-
-
 def describe_reasons(verdicts: Sequence[Verdict]) -> str:
     """Return the first message of verdicts of one rule, else what is allowed, and the number of other messages."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
-    suffix = f" (and {_count(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
+    suffix = f" (and {quantity(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
     return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
 
 
@@ -209,7 +205,7 @@ def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Seque
 def _name_rule(rule: str, of_rule: Sequence[Verdict]) -> str:
     layers = len({verdict.layer for verdict in of_rule if verdict.layer is not None})
     line = f" (line {of_rule[0].line})" if of_rule[0].line else ""
-    return f"{safe(rule)}{line}" + (f", {_count(layers, 'layer')}" if layers else "")
+    return f"{safe(rule)}{line}" + (f", {quantity(layers, 'layer')}" if layers else "")
 
 
 def _describe_input(item: RunInput) -> str:

@@ -12,8 +12,7 @@ from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions import trainers
-from lora_diag.decisions.trainers import yaml_of
+from lora_diag.decisions.trainers import settings_of, yaml_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, write_whole
@@ -296,7 +295,7 @@ def _make_axolotl(base: str, files: Sequence[str], variant: Variant, settings: M
         "datasets": [{"path": files[0], "type": "completion"}],
         "test_datasets": [{"path": files[1], "type": "completion", "split": "train"}],
         "sequence_len": settings["length"],
-        **trainers.axolotl(variant.config),
+        **settings_of("axolotl", variant.config),
         "micro_batch_size": settings["batch"],
         "optimizer": "adamw_torch",
         "lr_scheduler": "cosine",
@@ -311,7 +310,7 @@ def _make_llamafactory(
         "model_name_or_path": base,
         "stage": "sft",
         "do_train": True,
-        **trainers.llamafactory(variant.config),
+        **settings_of("llamafactory", variant.config),
         "dataset": Path(files[0]).stem,
         "dataset_dir": str(Path(files[0]).parent),
         "template": "default",

@@ -256,7 +256,12 @@ class Unit:
     @cached_property
     def curves(self) -> tuple[NDArray[np.float64], ...]:
         """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
-        return tuple(np.concatenate([[0.0], _compute_curve(member)]) for member in self.members)
+        return tuple(
+            np.concatenate([[0.0], energy_curve(np.asarray(member.s), member.fro, member.complete)])
+            if member.fro > 0
+            else np.zeros(len(member.s) + 1)
+            for member in self.members
+        )
 
     @cached_property
     def curve(self) -> NDArray[np.float64]:
@@ -264,20 +269,16 @@ class Unit:
 
         With losses ΣF(0) − F(r), which may decrease with rank.
         """
-        total = np.zeros(self.cap + 1)
-        for loss in self.losses or ():
-            total += loss[0] - loss[np.minimum(np.arange(self.cap + 1), len(loss) - 1)]
+        ranks = np.arange(self.cap + 1)
         if self.losses is not None:
-            return total
-        for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True):
-            total += weight * member.fro**2 * curve[np.minimum(np.arange(self.cap + 1), len(curve) - 1)]
+            parts = [loss[0] - loss[np.minimum(ranks, len(loss) - 1)] for loss in self.losses]
+        else:
+            parts = [
+                weight * member.fro**2 * curve[np.minimum(ranks, len(curve) - 1)]
+                for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True)
+            ]
+        total: Floats = np.sum(parts, axis=0)
         return total
-
-
-def _compute_curve(record: Spectrum) -> NDArray[np.float64]:
-    """Return C(1), …, C(K) of a layer; zeros for a zero update."""
-    values = np.asarray(record.s)
-    return energy_curve(values, record.fro, record.complete) if record.fro > 0 else np.zeros(len(values))
 
 
 def split(
@@ -294,24 +295,14 @@ def split(
     candidates, left_out = [], []
     for record in records:
         if why := why_no_target(record.layer, target, exclude):
-            left_out.append(_make_left_out(record, why))
+            known = {"layer": record.layer, "shape": record.shape, "fro": record.fro, "base_fro": record.base_fro}
+            left_out.append(LeftOut(**known, reason="not_selected", detail=why))
         else:
             candidates.append(record)
     if not candidates:
         requested = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
         raise UsageError(f"{requested} no layer that could get an adapter; select layers with --layers")
     return candidates, left_out
-
-
-def _make_left_out(record: Spectrum, reason: str) -> LeftOut:
-    return LeftOut(
-        layer=record.layer,
-        shape=record.shape,
-        reason="not_selected",
-        detail=reason,
-        fro=record.fro,
-        base_fro=record.base_fro,
-    )
 
 
 def units(
@@ -325,17 +316,15 @@ def units(
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
-    grouped = [_make_unit(tuple(members), name, weights, constraints) for name, members in groups.items()]
-    if losses is None:
-        return grouped
-    losses_by_layer = {layer: np.asarray(values, np.float64) for layer, values in losses.items()}
-    return [
-        replace(unit, losses=tuple(losses_by_layer.get(m.layer, np.zeros(1)) for m in unit.members)) for unit in grouped
-    ]
+    return [_make_unit(tuple(members), name, weights, constraints, losses) for name, members in groups.items()]
 
 
 def _make_unit(
-    members: tuple[Spectrum, ...], name: str, weights: Mapping[str, float], constraints: Constraints
+    members: tuple[Spectrum, ...],
+    name: str,
+    weights: Mapping[str, float],
+    constraints: Constraints,
+    losses: Mapping[str, Sequence[float]] | None,
 ) -> Unit:
     """Return the unit of these layers, capped at their largest cap, or at the minimum rank if higher."""
     soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
@@ -353,6 +342,9 @@ def _make_unit(
         start=start,
         allowed=allowed,
         capped_by=reason if last == soft else "ranks_from",
+        losses=None
+        if losses is None
+        else tuple(np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members),
     )
 
 
@@ -574,26 +566,30 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
     cumulative = np.cumsum(steps.cost[order])
     fitting = int(np.searchsorted(cumulative, budget, side="right"))
     counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
+    spent = int(cumulative[fitting - 1]) if fitting else 0
     if fitting == len(order):
         gain = math.fsum(steps.gain[order])
-        return BudgetedRanks(
-            _reached_ranks(steps, counts), gain, int(cumulative[-1]) if fitting else 0, gain, 0.0, optimal=True
-        )
-    left = budget - int(cumulative[fitting - 1] if fitting else 0)
+        return BudgetedRanks(_reached_ranks(steps, counts), gain, spent, gain, 0.0, optimal=True)
+    left = budget - spent
     next_step = order[fitting]
     price = float(steps.gain[next_step] / steps.cost[next_step])
     bound = math.fsum(steps.gain[order[:fitting]]) + left * price
     _fill(steps, counts, left)
-    choice = _find_best_steps(steps, counts, budget) if exact else counts
-    chosen = _make_mask(steps, choice)
+    # The largest unit in which costs are integers, and the cells of the budget in this unit, rounded down.
+    coarse = int(np.gcd.reduce(steps.cost))
+    cells = budget // coarse
+    is_exact = exact and (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
+    if is_exact:
+        counts = _find_best_steps(steps, counts, coarse, cells)
+    chosen = _make_mask(steps, counts)
     gain = math.fsum(steps.gain[chosen])
     return BudgetedRanks(
-        ranks=_reached_ranks(steps, choice),
+        ranks=_reached_ranks(steps, counts),
         gain=gain,
         cost=int(steps.cost[chosen].sum()),
         bound=max(bound, gain),  # equal if the prefix fills the budget, up to rounding of sums
         price=price,
-        optimal=exact and (_is_table_small(steps, budget) or left == 0),
+        optimal=is_exact or (exact and left == 0),
     )
 
 
@@ -623,36 +619,25 @@ def _fill(steps: Steps, counts: Ints, left: int) -> None:
         left -= int(steps.cost[steps_at[best]])
 
 
-def _size_table(steps: Steps, budget: int) -> tuple[int, int]:
-    """Return the largest unit in which costs are integers, and the budget in this unit, rounded down."""
-    coarse = int(np.gcd.reduce(steps.cost))
-    return coarse, budget // coarse
-
-
-def _is_table_small(steps: Steps, budget: int) -> bool:
-    _, cells = _size_table(steps, budget)
-    return (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
-
-
-def _find_best_steps(steps: Steps, counts: Ints, budget: int) -> Ints:
-    """Return the optimal number of steps of each unit by dynamic programming.
-
-    Returns ``counts`` if the table is too large, or if they have as much gain.
+def _find_best_steps(steps: Steps, counts: Ints, coarse: int, cells: int) -> Ints:
+    """Return the optimal number of steps of each unit by dynamic programming; ``counts`` if they have as much gain.
 
     best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
+
+    Args:
+        steps: All steps.
+        counts: Number of steps of each unit of another choice, ``(units,)``.
+        coarse: The unit of b.
+        cells: The budget in this unit.
     """
-    if not _is_table_small(steps, budget):
-        return counts
-    coarse, cells = _size_table(steps, budget)
     first = steps.first
     best = np.zeros(cells + 1)
     choice = np.zeros((len(steps.start), cells + 1), np.uint16)
     for unit in range(len(steps.start)):
         previous = best.copy()
         span = slice(first[unit], first[unit + 1])
-        for k, (gain, cost) in enumerate(
-            zip(np.cumsum(steps.gain[span]), np.cumsum(steps.cost[span]) // coarse, strict=True), 1
-        ):
+        sums = zip(np.cumsum(steps.gain[span]), np.cumsum(steps.cost[span]) // coarse, strict=True)
+        for k, (gain, cost) in enumerate(sums, 1):
             if cost > cells:
                 break
             candidate = previous[: cells + 1 - cost] + gain
@@ -753,15 +738,10 @@ class Budget:
         """Return a cost in the unit of the budget."""
         return cost * self.bytes_per_param if self.unit == "bytes" else float(cost)
 
-
-def budget_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the budget of a run as an argument of ``allocate``, such as ``{"params": "40k"}``.
-
-    Args:
-        settings: Settings of the run record, in which ``budget`` is ``Budget.option``.
-    """
-    option, _, amount = str(settings["budget"]).partition(" ")
-    return {option.removeprefix("--").replace("-", "_"): amount}
+    def describe(self, cost: int) -> str:
+        """Return a cost as text in the unit of the budget."""
+        nouns = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
+        return f"{self.in_unit(cost):,.0f} {nouns[self.unit]}"
 
 
 @dataclass(frozen=True)
@@ -820,11 +800,15 @@ def allocate(
     candidates, not_chosen = split(
         [record for record in records if record.layer not in saved_names], included, excluded
     )
-    factors = {record.layer: _compute_factor(record, weights, relative) for record in candidates}
+    factors = {record.layer: 1.0 if weights is None else weights[record.layer] for record in candidates}
+    if relative:
+        factors |= {record.layer: factors[record.layer] / record.fro**2 for record in candidates if record.fro > 0}
     grouped = units(candidates, factors, constraints, losses)
     _require_possible_rank(grouped)
-    all_steps = _make_steps(grouped, budget, [unit.allowed for unit in grouped])
-    steps = all_steps if losses is None else _make_steps(grouped, budget, [unit.corners for unit in grouped])
+    of_units = [u.curve for u in grouped], [budget.cost_of(u) for u in grouped], [u.start for u in grouped]
+    steps = all_steps = make_steps(*of_units, [unit.allowed for unit in grouped])
+    if losses is not None:
+        steps = make_steps(*of_units, [unit.corners for unit in grouped])
     fixed = sum(budget.cost_of(unit) * unit.start for unit in grouped)
     reserved = _compute_cost_of_heads(saved, budget)
     chosen, left = _choose(grouped, steps, all_steps, budget, fixed, reserved)
@@ -834,12 +818,15 @@ def allocate(
     if budget.unit == "energy":
         rule_results.pop()  # the allocation itself
     if method == "heuristic":
-        chosen = _allocate_by(rule_results[PRIOR], grouped, steps, budget, chosen)
+        prior = rule_results[PRIOR]
+        if not prior.ranks.any():
+            raise UsageError(f"{budget.option}: too small for the first rank of the {prior.name}; raise it")
+        chosen = _use_ranks(grouped, steps, prior.ranks, prior.cost, chosen)
     layers = _make_records(grouped, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_make_certificate(grouped, steps, budget, (fixed + reserved, size_of(saved)), chosen, rule_results),
+        certificate=_make_certificate(grouped, steps, budget, fixed + reserved, size_of(saved), chosen, rule_results),
         left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in saved_names)),
     )
 
@@ -857,27 +844,16 @@ def _compute_cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
         heads = sorted({head_of(item.layer) or "" for item in saved})
         raise UsageError(
             f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
-            f"{_format_amount(budget, size)}, {_format_amount(budget, size - budget.whole)} more than the budget; "
+            f"{budget.describe(size)}, {budget.describe(size - budget.whole)} more than the budget; "
             f"raise it, or exclude a head with --exclude {heads[0]}"
         )
     return size
 
 
-def _allocate_by(rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, best: BudgetedRanks) -> BudgetedRanks:
-    """Return the ranks of another rule, with the bound for all ranks.
-
-    Raises:
-        UsageError: The rule gives no rank.
-    """
-    if not rule.ranks.any():
-        raise UsageError(f"{budget.option}: too small for the first rank of the {rule.name}; raise it")
-    gain = _kept_energy(units, rule.ranks) - _kept_energy(units, steps.start)
-    return BudgetedRanks(rule.ranks, gain, rule.cost, max(best.bound, gain), best.price, optimal=False)
-
-
-def _make_steps(units: Sequence[Unit], budget: Budget, allowed: Sequence[Ints]) -> Steps:
-    curves, starts = [unit.curve for unit in units], [unit.start for unit in units]
-    return make_steps(curves, [budget.cost_of(unit) for unit in units], starts, allowed)
+def _use_ranks(units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks) -> BudgetedRanks:
+    """Return given ranks with the bound for all ranks of their cost."""
+    gain = _kept_energy(units, ranks) - _kept_energy(units, steps.start)
+    return BudgetedRanks(ranks, gain, cost, max(best.bound, gain), best.price, optimal=False)
 
 
 def _require_possible_rank(units: Sequence[Unit]) -> None:
@@ -896,12 +872,6 @@ def _require_possible_rank(units: Sequence[Unit]) -> None:
     if all(member.resolution.signal_rank == 0 for member in changed):
         raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
     raise UsageError("every layer is smaller than the smallest allowed rank")
-
-
-def _compute_factor(record: Spectrum, weights: Mapping[str, float] | None, relative: bool) -> float:
-    """Return the factor of a layer's energy: its weight, divided by its energy if ``relative``."""
-    weight = 1.0 if weights is None else weights[record.layer]
-    return weight / record.fro**2 if relative and record.fro > 0 else weight
 
 
 def _score(unit: Unit, weights: Mapping[str, float] | None) -> float:
@@ -923,19 +893,14 @@ def _choose(
     if budget.unit == "energy":
         ranks = energy_ranks(units, all_steps, budget.amount)
         left = sum(int(rank - unit.start) * unit.cost for rank, unit in zip(ranks, units, strict=True))
-        best = spend(steps, left)
-        gain = _kept_energy(units, ranks) - _kept_energy(units, steps.start)
-        return BudgetedRanks(ranks, gain, left, max(best.bound, gain), best.price, optimal=False), left
+        return _use_ranks(units, steps, ranks, left, spend(steps, left)), left
     left = budget.whole - reserved - fixed
-    budget_text = (
-        f"the {_format_amount(budget, budget.whole - reserved)} that remain after the heads"
-        if reserved
-        else "the budget"
-    )
+    remaining = f"the {budget.describe(budget.whole - reserved)} that remain after the heads"
+    budget_text = remaining if reserved else "the budget"
     if left < 0:
         raise UsageError(
-            f"{budget.option}: the smallest ranks allowed by --min-rank take {_format_amount(budget, fixed)}, "
-            f"{_format_amount(budget, -left)} more than {budget_text}; raise it, lower --min-rank "
+            f"{budget.option}: the smallest ranks allowed by --min-rank take {budget.describe(fixed)}, "
+            f"{budget.describe(-left)} more than {budget_text}; raise it, lower --min-rank "
             "or select fewer layers with --layers"
         )
     if not fixed and not len(steps.gain):
@@ -944,15 +909,10 @@ def _choose(
         unit = units[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
             f"{budget.option}: even the cheapest rank, one of {unit.group or unit.members[0].layer}, takes "
-            f"{_format_amount(budget, minimum)}; "
-            f"give a budget of at least {_format_amount(budget, budget.whole - left + minimum)}"
+            f"{budget.describe(minimum)}; "
+            f"give a budget of at least {budget.describe(budget.whole - left + minimum)}"
         )
     return spend(steps, left), left
-
-
-def _format_amount(budget: Budget, cost: int) -> str:
-    nouns = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes"}
-    return f"{budget.in_unit(cost):,.0f} {nouns[budget.unit]}"
 
 
 def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
@@ -994,12 +954,12 @@ def _make_certificate(
     units: Sequence[Unit],
     steps: Steps,
     budget: Budget,
-    fixed_and_saved: tuple[int, int],
+    fixed: int,
+    saved: int,
     chosen: BudgetedRanks,
     rule_results: Sequence[Rule],
 ) -> Certificate:
-    """Return the certificate; ``fixed_and_saved``: cost of starting ranks and heads, parameters of the heads."""
-    fixed, saved = fixed_and_saved
+    """Return the certificate; ``fixed``: cost of starting ranks and heads, ``saved``: parameters of the heads."""
     total = math.fsum(unit.energy for unit in units)
     at_start = _kept_energy(units, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.

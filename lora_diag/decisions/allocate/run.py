@@ -25,7 +25,7 @@ from lora_diag.decisions.allocate.measure import Allocated, Budget, Constraints,
 from lora_diag.decisions.allocate.measure import allocate as plan_ranks
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
-from lora_diag.decisions.targets import Training
+from lora_diag.decisions.targets import Training, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, written_for
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
@@ -38,7 +38,7 @@ from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.names import part_of
 from lora_diag.records.run import timestamp
-from lora_diag.running.amounts import read_bytes, read_count, read_share
+from lora_diag.running.amounts import read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
@@ -245,25 +245,24 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
-    resolved = fill_options(AllocateOptions, options)
-    params, total_rank, energy, match = (resolved[name] for name in ("params", "total_rank", "energy", "match"))
-    min_rank, max_rank, ranks_from = (resolved[name] for name in ("min_rank", "max_rank", "allowed_ranks"))
-    target, exclude, weights, relative = (resolved[n] for n in ("layers", "exclude", "layer_weights", "relative"))
-    memory, method, optimizer, dtype, allow_unfinished = (
-        resolved[name] for name in ("memory_budget", "strategy", "optimizer", "adapter_dtype", "allow_unfinished")
-    )
+    arguments = fill_options(AllocateOptions, options)
+    weights, portable, method = arguments["layer_weights"], arguments["portable"], arguments["strategy"]
+    energy, allow_unfinished = arguments["energy"], arguments["allow_unfinished"]
     if method == "heuristic" and energy is not None:
         raise UsageError("--strategy heuristic: needs a budget other than --energy; give --params or another budget")
-    portable = resolved["portable"]
     if portable and (energy is not None or method == "heuristic"):
         option = "--energy" if energy is not None else "--strategy heuristic"
         raise UsageError(f"--portable: divides a budget over layers of one rank, and {option} gives each its own")
-    training = Training(optimizer, dtype)
-    budget = _make_budget(params, total_rank, memory, energy, match, training)
-    constraints = Constraints(min_rank, max_rank, tuple(sorted(set(ranks_from))) if ranks_from is not None else None)
+    budget = _make_budget(arguments)
+    ranks_from = arguments["allowed_ranks"]
+    allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
+    constraints = Constraints(arguments["min_rank"], arguments["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
-    layer_weights = _read_factors(weights, spectra, allow_unfinished)
-    if layer_weights.losses is not None and relative:
+    if isinstance(weights, str | Path) and is_results_file(weights):
+        layer_weights = measured_weights(Path(weights), spectra, allow_unfinished)
+    else:
+        layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
+    if layer_weights.losses is not None and arguments["relative"]:
         raise UsageError(
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
@@ -274,9 +273,9 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             budget,
             constraints,
             layer_weights.factors,
-            relative,
-            target,
-            exclude,
+            arguments["relative"],
+            arguments["layers"],
+            arguments["exclude"],
             layer_weights.losses,
             spectra.left_out,
             method=method,
@@ -289,6 +288,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             f"--portable: {stack.group} is a stack of experts, which has no place in a portable adapter; leave it out "
             "with --exclude"
         )
+    has_memory, metric = arguments["memory_budget"] is not None, spectra.layers[0].metric
     run = Run(
         command="allocate",
         version=__version__,
@@ -296,23 +296,23 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         settings={
             "budget": budget.option,
             "energy": energy,
-            "min_rank": min_rank,
-            "max_rank": max_rank,
-            "ranks_from": list(constraints.ranks_from) if constraints.ranks_from else None,
-            "target": target,
-            "exclude": exclude,
-            "weights": weights if isinstance(weights, Mapping) else None if weights is None else legible(weights),
-            "relative": relative,
+            "min_rank": constraints.min_rank,
+            "max_rank": constraints.max_rank,
+            "ranks_from": list(allowed_ranks) if allowed_ranks else None,
+            "target": arguments["layers"],
+            "exclude": arguments["exclude"],
+            "weights": legible(weights) if isinstance(weights, str | Path) else weights,
+            "relative": arguments["relative"],
             "method": method,
             **({"portable": True} if portable else {}),
-            **({"metric": metric} if (metric := spectra.layers[0].metric) != "weights" else {}),
-            "optimizer": optimizer if memory is not None else None,
-            "dtype": dtype if memory is not None else None,
+            **({"metric": metric} if metric != "weights" else {}),
+            "optimizer": arguments["optimizer"] if has_memory else None,
+            "dtype": arguments["adapter_dtype"] if has_memory else None,
         },
         made=timestamp(),
     )
-    left_out = chosen.left_out
-    return Results(run, chosen.layers, left_out, totals(chosen.layers, left_out), (chosen.certificate,))
+    end = totals(chosen.layers, chosen.left_out)
+    return Results(run, chosen.layers, chosen.left_out, end, (chosen.certificate,))
 
 
 def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> tuple[Policies, ...]:
@@ -391,45 +391,35 @@ def kind_of_allocation(path: Path, check: Path | str | None = None, format: str 
     return CONFIG if path.suffix == ".json" else RESULTS
 
 
-def _make_budget(
-    params: int | str | None,
-    total_rank: int | None,
-    memory: int | str | None,
-    energy: float | None,
-    match: Path | str | None,
-    training: Training,
-) -> Budget:
-    """Return the one given budget.
+def _make_budget(arguments: Mapping[str, Any]) -> Budget:
+    """Return the one given budget of ``AllocateOptions``.
 
     Raises:
-        UsageError: Not exactly one budget is given, or its amount is invalid.
+        UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is unknown.
         InputError: The adapter to match cannot be read.
     """
-    budgets = {
-        "--params": params,
-        "--total-rank": total_rank,
-        "--memory-budget": memory,
-        "--energy": energy,
-        "--match": match,
-    }
-    given_options = [option for option, value in budgets.items() if value is not None]
-    if len(given_options) != 1:
-        problem = f"{len(given_options)} budgets ({', '.join(given_options)})" if given_options else "no budget"
-        raise UsageError(f"allocate: {problem}; give exactly one of {', '.join(budgets)}")
-    option = f"{given_options[0]} {legible(str(budgets[given_options[0]]))}"
-    if params is not None:
-        return Budget("params", read_count(str(params), "--params"), option)
-    if total_rank is not None:
-        if total_rank < 1:
-            raise UsageError(f"{option}: must be 1 or more")
-        return Budget("total_rank", total_rank, option)
-    if memory is not None:
-        size = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--memory-budget")
-        return Budget("bytes", size, option, training.bytes_per_param)
-    if energy is not None:
-        return Budget("energy", read_share(energy, "--energy"), option)
-    assert match is not None
-    return Budget("params", _count_params(match), option)
+    training = Training(arguments["optimizer"], arguments["adapter_dtype"])
+    names = ("params", "total_rank", "memory_budget", "energy", "match")
+    flags = {name: f"--{name.replace('_', '-')}" for name in names}
+    given = [name for name in names if arguments[name] is not None]
+    if len(given) != 1:
+        problem = f"{len(given)} budgets ({', '.join(flags[name] for name in given)})" if given else "no budget"
+        raise UsageError(f"allocate: {problem}; give exactly one of {', '.join(flags.values())}")
+    name, amount = given[0], arguments[given[0]]
+    option = f"{flags[name]} {legible(str(amount))}"
+    match name:
+        case "params":
+            return Budget("params", read_count(str(amount), "--params"), option)
+        case "total_rank":
+            if amount < 1:
+                raise UsageError(f"{option}: must be 1 or more")
+            return Budget("total_rank", amount, option)
+        case "memory_budget":
+            return Budget("bytes", read_memory(amount), option, training.bytes_per_param)
+        case "energy":
+            return Budget("energy", read_share(amount, "--energy"), option)
+        case _:
+            return Budget("params", _count_params(amount), option)
 
 
 def _count_params(path: Path | str) -> int:
@@ -499,20 +489,6 @@ def _read_spectra(
     return spectra, RunInput(
         role="results", path=path, kind="results of spectrum", tensors=len(spectra), notes=tuple(notes)
     )
-
-
-def _read_factors(
-    weights: Mapping[str, float] | Path | str | None, spectra: Results[Spectrum], allow_unfinished: bool
-) -> LayerWeights:
-    """Return the factor of every layer, or losses that replace energies, and their results file.
-
-    Raises:
-        UsageError: See ``_read_weights``.
-        InputError: The file cannot be read, or is unfinished.
-    """
-    if weights is None or isinstance(weights, Mapping) or not is_results_file(weights):
-        return LayerWeights(factors=_read_weights(weights, spectra))
-    return measured_weights(Path(weights), spectra, allow_unfinished)
 
 
 def _read_weights(

@@ -22,6 +22,7 @@ import typer
 from pydantic import BaseModel
 
 from lora_diag import catalog
+from lora_diag.cli.options import make_function
 from lora_diag.feature import Feature
 from lora_diag.records import run
 from lora_diag.records.base import Record, Unit
@@ -50,9 +51,13 @@ def page_of(feature: Feature) -> str:
 
 def commands(feature: Feature) -> dict[str, Any]:
     """Return the commands of a feature by their full names, as Typer makes them."""
-    paths = [*([(feature.name, feature.command)] if feature.command else []), *feature.subcommands]
     found = {}
-    for name, path in paths:
+    for command in feature.commands:
+        name = command.name or feature.name
+        alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+        alone.command(name)(make_function(feature, command))
+        found[name] = typer.main.get_command(alone)
+    for name, path in (*([(feature.name, feature.command)] if feature.command else []), *feature.subcommands):
         alone = typer.Typer(rich_markup_mode=None, add_completion=False)
         alone.command(name)(feature.load(path))
         found[name] = typer.main.get_command(alone)

@@ -7,15 +7,17 @@ All lists of commands, records, tables, figures, report sections and public func
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from html import escape
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_diag.errors import InputError
-from lora_diag.feature import Feature, Figure
+from lora_diag.feature import Command, Feature, Figure, load
 
 if TYPE_CHECKING:  # imports pydantic, which is not needed before records are read
     from lora_diag.records import LayerRecord, Record, Results
@@ -70,7 +72,7 @@ def features() -> tuple[Feature, ...]:
                 raise TypeError(f"{entry.value} is not a lora_diag.feature.Feature")
             if plugin.name in names:
                 raise ValueError(f"the command {plugin.name} already exists")
-            for path in (*plugin.records, *([plugin.command] if plugin.command else [])):
+            for path in plugin.records:
                 plugin.load(path)
         except Exception as error:  # a plugin can fail in any way, and must not stop loradiag
             _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
@@ -87,6 +89,12 @@ def feature_of(command: str) -> Feature | None:
         command: ``Run.command``.
     """
     return next((feature for feature in features() if feature.name == command), None)
+
+
+def commands() -> Iterator[tuple[str, Feature, Command]]:
+    """Yield the full name, the feature and the declaration of every command."""
+    for feature in features():
+        yield from ((command.name or feature.name, feature, command) for command in feature.commands)
 
 
 @cache
@@ -160,3 +168,63 @@ def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
             f"{path}: holds results of loradiag {results.run.command}; give a file with {kind_name} records"
         )
     return results
+
+
+def table(
+    results: Results[Any],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the table and the summary of results of any command.
+
+    Args:
+        results: The results.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        per: ``type`` for one row per module type, ``layer`` for one row per layer.
+        next_command: The suggested next command, printed last.
+        values: Arguments and options of the command; the feature's table gets those that its parameters name.
+
+    Raises:
+        InputError: The results come from a command that is unknown to this version.
+    """
+    feature = feature_of(results.run.command)
+    if feature is not None and feature.table:
+        values = {**(values or {}), "per": per, "next_command": next_command}
+        return draw_table(feature.load(feature.table), results, width, color, values)
+    if feature is not None and feature.statements:
+        text: str = load("lora_diag.rendering.tables:grids_table")(
+            feature.tables(results, per), feature.load(feature.statements)(results), width, color, next_command
+        )
+        return text
+    raise InputError(
+        f"results of loradiag {results.run.command}: this version has no table for them; update loradiag, or install "
+        "the package that adds the command"
+    )
+
+
+def draw_table(function: Callable[..., str], result: Any, width: int, color: bool, values: Mapping[str, Any]) -> str:
+    """Return the table of a result, with those of the values that further parameters of the function name."""
+    names = list(signature(function).parameters)[3:]
+    return function(result, width, color, **{name: values[name] for name in names if name in values})
+
+
+# Columns of the preformatted text in a notebook, of a command without a section of a report.
+_WIDTH = 100
+
+
+def html_of(results: Results[Any]) -> str:
+    """Return tables and summary of results as HTML for a notebook; preformatted text if the command has no section.
+
+    Names are escaped, and nothing is loaded from elsewhere.
+    """
+    feature = feature_of(results.run.command)
+    if feature is None or not feature.statements or (feature.table and not feature.section):
+        return f"<pre>{escape(table(results, _WIDTH) if feature and feature.table else repr(results))}</pre>"
+    grid_html, statement_html = (load(f"lora_diag.rendering.html:{name}") for name in ("grid_html", "statement_html"))
+    statements = sorted(feature.load(feature.statements)(results), key=lambda statement: statement.key != "unfinished")
+    tables = "".join(map(grid_html, feature.tables(results, "type")))
+    return f"<div>{tables}<table><tbody>{''.join(map(statement_html, statements))}</tbody></table></div>"

@@ -28,6 +28,104 @@ def load(path: str, package: str = "") -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Argument:
+    """A positional argument of a command.
+
+    Args:
+        name: Parameter of the function that the command calls.
+        help: Help text, one complete line.
+        metavar: Its name in the help; default the parameter's name in capitals.
+        many: Whether it takes all remaining words; the function gets a list.
+        optional: Whether it may be missing; the function gets None, or an empty list.
+        stdin: Whether ``-`` stands for the lines of standard input.
+    """
+
+    name: str
+    help: str
+    metavar: str = ""
+    many: bool = False
+    optional: bool = False
+    stdin: bool = False
+
+
+BASE_ARGUMENT = Argument("base", "Base checkpoint: file, folder, index, address or Hub id.")
+TUNED_ARGUMENT = Argument("tuned", "Fine-tuned checkpoint, or an adapter.")
+GRADIENTS_ARGUMENT = Argument("gradients", "Gradient snapshots: a folder of them, or one file per step.", many=True)
+RESULTS_ARGUMENT = Argument("results", "Results files of any command.", many=True)
+SPECTRA_ARGUMENT = Argument("results", "Results file of spectrum.")
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A command to run next. It is suggested if all values that it names are given.
+
+    Args:
+        command: The words after ``loradiag``, with ``{name}`` for the value of an argument or option. Words that start
+            with ``-`` are added to the command that was run.
+        purpose: What it is good for; printed in parentheses.
+        saved: Whether it needs the results file of this run.
+    """
+
+    command: str
+    purpose: str
+    saved: bool = False
+
+
+SAVE_PROBE = Hint("-o probe.jsonl", "saves these results")
+
+# Flags of every command that measures layers: what it prints, and whether a row is a layer.
+ROWS = ("json", "quiet", "verbose", "per")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: it calls a Python function with its arguments and options, and shows what the function returns.
+
+    Args:
+        help: Its line in the list of commands, of up to 80 characters.
+        notes: Further sentences of the help.
+        examples: Words after ``loradiag`` of examples.
+        name: Full name, such as ``gradient-spectrum``; default that of the feature.
+        run: ``module:name`` of the function; default the feature's first. It returns ``Results``, or what ``table``
+            shows. Callbacks are passed if ``options`` have them.
+        arguments: Positional arguments, in order.
+        options: Groups of options, each a ``TypedDict`` or its ``module:name``, in the order of the help.
+        shows: Flags that select the output: some of ``ROWS``.
+        hints: Commands to run next, of which the first that applies is printed below the results.
+        suggest: ``module:name`` of ``suggest(results, values) -> Hint | str | None``: what comes before ``hints`` for
+            these results.
+        table: ``module:name`` of ``table(result, width, color, ...)`` for what is no ``Results``; it gets the values
+            that its parameters name, and ``next_command``.
+        unmeasured: What happens to a layer that could not be measured; printed after the reason.
+        exit_code: ``module:name`` of ``exit_code(results) -> int``, if the code depends on the results.
+        call: Whether ``run`` is ``run(shown, **values) -> int`` instead, which prints by ``shown``
+            (``lora_diag.cli.options.Shown``) and returns the exit code.
+        needs_input: Whether the command without arguments shows its help.
+    """
+
+    help: str
+    notes: str = ""
+    examples: tuple[str, ...] = ()
+    name: str = ""
+    run: str = ""
+    arguments: tuple[Argument, ...] = ()
+    options: tuple[type | str, ...] = ()
+    shows: tuple[str, ...] = ROWS
+    hints: tuple[Hint, ...] = ()
+    suggest: str = ""
+    table: str = ""
+    unmeasured: str = "the layer was left out"
+    exit_code: str = ""
+    call: bool = False
+    needs_input: bool = True
+
+    @property
+    def description(self) -> str:
+        """The whole text of the help above the options."""
+        return "\n\n".join((self.help, *filter(None, [self.notes]), *(f"Example: loradiag {e}" for e in self.examples)))
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """A figure of a feature's records.
 
@@ -87,8 +185,7 @@ class Feature:
     Args:
         package: The feature's package, ``__name__``.
         name: The command as typed, such as ``spectrum`` or ``probe sweep``; also ``Run.command``.
-        command: ``module:name`` of the Typer command; empty if another feature's command runs it.
-        subcommands: Further commands by full name, such as ``gate init``, each with its ``module:name``.
+        commands: The command, and further ones, such as ``gate init``.
         records: ``module:name`` of each kind of record.
         functions: ``module:name`` of each public function, ``lora_diag.NAME``.
         statements: ``module:name`` of ``statements(results) -> list[Statement]``, the summary.
@@ -101,11 +198,11 @@ class Feature:
             question add lines to its answer.
         figures: The figures, in the order in which they are listed.
         named_by: Roles of the inputs that name a run in figures; empty for all that it measured.
-        needs_input: Whether the command without arguments shows its help.
     """
 
     package: str
     name: str
+    commands: tuple[Command, ...] = ()
     command: str = ""
     subcommands: tuple[tuple[str, str], ...] = ()
     records: tuple[str, ...] = ()
@@ -117,11 +214,14 @@ class Feature:
     questions: tuple[tuple[str, str], ...] = ()
     figures: tuple[Figure, ...] = ()
     named_by: tuple[str, ...] = ()
-    needs_input: bool = True
 
     def load(self, path: str) -> Any:
         """Import and return the object at a declared path."""
         return load(path, self.package)
+
+    def function_of(self, command: Command) -> Any:
+        """Import and return the function that a command calls."""
+        return self.load(command.run or self.functions[0])
 
     def tables(self, results: Any, per: str) -> list[Any]:
         """Return the tables of results, each a ``Grid``."""

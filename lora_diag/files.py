@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +171,30 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         return
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; choose another name") from error
+
+
+def check_outputs(
+    inputs: Iterable[Path | str | None], outputs: Iterable[tuple[Path | None, Kind]], overwrite: bool
+) -> None:
+    """Refuse, before any work, to overwrite an input, two outputs in one file, or an unwritable output.
+
+    Args:
+        inputs: Files that are read, or written by other means.
+        outputs: The requested output files, and the kind of each.
+        overwrite: Replace existing files; inputs are never replaced.
+
+    Raises:
+        UsageError: An output is refused.
+        InputError: The folder does not exist or is not writable.
+    """
+    used = {os.path.realpath(path) for path in inputs if path is not None}
+    for path, kind in outputs:
+        if path is None:
+            continue
+        if os.path.realpath(path) in used:
+            raise UsageError(f"{path}: already read or written by this command; choose another name")
+        check_output(path, kind, overwrite)
+        used.add(os.path.realpath(path))
 
 
 def _find_weights_near(path: Path) -> Path | None:

@@ -67,7 +67,7 @@ BETWEEN = {
 LIBRARIES = {
     "click": set(),
     "typer": {"cli", "command.py"},
-    "rich": {"cli", "rendering", "inspection", "show.py", "command.py"},
+    "rich": {"cli", "rendering", "inspection", "plots", "show.py"},
     "matplotlib": {"rendering", "plots", "figures.py", "trackers.py"},
     "jinja2": {"reports"},
     "plotly": {"reports"},

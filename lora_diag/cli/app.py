@@ -11,18 +11,17 @@ import sys
 import threading
 from contextlib import suppress
 from functools import cache
-from inspect import signature
 from typing import Annotated, Any
 
 import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from lora_diag.catalog import features
+from lora_diag import catalog
+from lora_diag.cli.options import make_function
 from lora_diag.cli.output import BrokenOutputError, forget_output, message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
-from lora_diag.feature import Feature
-from lora_diag.running.options import EXECUTION, INPUTS, PANELS
+from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
 from lora_diag.version import __version__
 
 # Exit code that a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
@@ -118,12 +117,15 @@ def application(only: str = "") -> typer.Typer:
     )
     app.callback()(_configure)
     probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
-    for feature in features():
-        for full, path, needs_input in _list_commands(feature):
+    for full, feature, command in catalog.commands():
+        if full == only or not only:
+            group = probe if full.startswith("probe ") else app
+            add = group.command(full.removeprefix("probe "), cls=_Command, no_args_is_help=command.needs_input)
+            add(make_function(feature, command))
+    for feature in catalog.features():
+        for full, path in (*([(feature.name, feature.command)] if feature.command else []), *feature.subcommands):
             if full == only or not only:
-                group, name = ("probe", full.removeprefix("probe ")) if full.startswith("probe ") else ("", full)
-                command = (probe if group else app).command(name, cls=_Command, no_args_is_help=needs_input)
-                command(feature.load(path))
+                app.command(full, cls=_Command, no_args_is_help=True)(feature.load(path))
     if probe.registered_commands:
         app.add_typer(probe)
     return app
@@ -135,19 +137,13 @@ def commands(only: str = "") -> Any:
     return typer.main.get_command(application(only))
 
 
-def _list_commands(feature: Feature) -> list[tuple[str, str, bool]]:
-    """Return name and path of each command of a feature, and whether it shows its help without arguments."""
-    own_command = [(feature.name, feature.command, feature.needs_input)] if feature.command else []
-    return [*own_command, *((name, path, True) for name, path in feature.subcommands)]
-
-
 def _find_command(arguments: list[str]) -> str:
     """Return the command that the first words name in full; empty if they name none.
 
     >>> [_find_command(words.split()) for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")]
     ['probe sweep', 'gate init', 'gate', '']
     """
-    command_names = {name for feature in features() for name, _, _ in _list_commands(feature)}
+    command_names = {name for name, *_ in catalog.commands()} | {"gate", "gate init", "tune"}
     return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), "")
 
 
@@ -224,12 +220,14 @@ def _format_usage_error(problem: str, context: Any) -> str:
 
 def _can_resume(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
-    matching = (
-        feature
-        for feature in features()
-        if feature.command and feature.name.split() == arguments[: len(feature.name.split())]
+    named = _find_command(arguments)
+    groups = (
+        feature.load(group) if isinstance(group, str) else group
+        for name, feature, command in catalog.commands()
+        if name == named
+        for group in command.options
     )
-    return any("resume" in signature(feature.load(feature.command)).parameters for feature in matching)
+    return any("resume" in list_options(group) for group in groups)
 
 
 def _is_of_a_stream(error: OSError) -> bool:

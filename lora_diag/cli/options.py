@@ -1,63 +1,61 @@
-"""Options of commands and the parsing of their values.
+"""From the declaration of a command (``lora_diag.feature.Command``) to a function that Typer understands.
 
-A command takes a group as one parameter, and ``spread`` presents its options to typer. A group is either a
-``TypedDict`` of ``running.options``, shared with a Python function, and the command gets a dictionary to pass on; or a
-dataclass of options that exist on the command line only::
-
-    @spread
-    def residual(base: Base, tuned: Tuned, *, arguments: LayerOptions, shown: Rows) -> None:
-        with shown.callbacks() as callbacks:
-            results = measure(base, tuned, **arguments, **callbacks)
-        shown.show(results)
+The options of all groups of a command become parameters of one function. It parses their values, calls the declared
+Python function, and shows the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, is_typeddict
 
 import typer
 
-from lora_diag.cli.output import message, progress_bar, record_printer, report_reading, result, terminal
-from lora_diag.errors import UsageError
+from lora_diag import catalog
+from lora_diag.cli import output as out
+from lora_diag.errors import DONE, UNREADABLE, UsageError
+from lora_diag.feature import ROWS, Argument, Command, Feature, Hint
 from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, list_options
 
 if TYPE_CHECKING:
-    from lora_diag.records import Results
     from lora_diag.running.engines import Ray
 
 
 # Maximum number of lines below a table without --verbose, not counting warnings and failures.
 LINES: int | None = 12
 
+# Flags that select the output (``feature.ROWS``).
+DISPLAY = {
+    "json": Option(False, "Print only the records, as JSON lines.", panel=OUTPUT),
+    "quiet": Option(False, "Suppress progress, messages and tables.", flags=("--quiet", "-q"), panel=OUTPUT),
+    "verbose": Option(
+        False, "Print every line of the summary, and how much was read.", flags=("--verbose", "-v"), panel=OUTPUT
+    ),
+    "per": PER,
+}
 
-class Engine(StrEnum):
-    """Where a command runs."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Per(StrEnum):
-    """What one row of a table is."""
-
-    type = "type"
-    layer = "layer"
+# The command-line form of a function's option ``engine``.
+CLUSTER = {
+    "engine": (str, Option("local", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION)),
+    "ray_address": (str | None, Option(None, "Ray cluster; default: RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
+    "gpus_per_task": (float, Option(0.0, "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION)),
+}
 
 
 def typer_option(name: str, option: Option) -> Any:
     """Return the typer option for a declaration."""
-    flags = option.flags or (option.flag(name),)
     choices = option.completions or option.choices
     return typer.Option(
-        *flags,
+        *(option.flags or (option.flag(name),)),
         metavar=option.metavar or None,
         help=option.help,
         rich_help_panel=option.panel,
@@ -66,66 +64,37 @@ def typer_option(name: str, option: Option) -> Any:
     )
 
 
-def flag(name: str, help: str, panel: str, *flags: str) -> Any:
-    """Return a typer flag that exists on the command line only."""
-    return typer_option(name, Option(False, help, flags=flags, panel=panel))
-
-
 # Inputs are strings: a Path would collapse the two slashes of s3://.
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: file, folder, index, address or Hub id.")]
-Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Fine-tuned checkpoint, or an adapter.")]
-Adapters = Annotated[
-    list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters, or checkpoints with one merged in.")
-]
 ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any command.")]
-ResultsFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file of spectrum.")]
-Json = Annotated[bool, flag("json", "Print only the records, as JSON lines.", OUTPUT)]
-PerRow = Annotated[Per, typer_option("per", PER)]
-Quiet = Annotated[bool, flag("quiet", "Suppress progress, messages and tables.", OUTPUT, "--quiet", "-q")]
-Verbose = Annotated[
-    bool, flag("verbose", "Print every line of the summary, and how much was read.", OUTPUT, "--verbose", "-v")
-]
+Quiet = Annotated[bool, typer_option("quiet", DISPLAY["quiet"])]
 Overwrite = Annotated[bool, typer_option("overwrite", list_options(Output)["overwrite"][1])]
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """The command-line form of a function's option ``engine``."""
+def make_cluster(engine: str, ray_address: str | None, gpus_per_task: float) -> Ray | None:
+    """Return the cluster; None to run on this machine only.
 
-    engine: Annotated[
-        Engine, typer_option("engine", Option("", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION))
-    ] = Engine.local
-    ray_address: Annotated[
-        str | None,
-        typer_option("ray_address", Option("", "Ray cluster; default: RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
-    ] = None
-    gpus_per_task: Annotated[
-        float, typer_option("gpus_per_task", Option("", "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION))
-    ] = 0.0
+    Raises:
+        UsageError: A cluster option is given without ``--engine ray``.
+    """
+    if engine == "local":
+        if ray_address is not None or gpus_per_task:
+            option = "--ray-address" if ray_address is not None else "--gpus-per-task"
+            raise UsageError(f"{option}: needs a Ray cluster; add --engine ray")
+        return None
+    from lora_diag.running.engines import Ray  # deferred: imports torch
 
-    def value(self) -> Ray | None:
-        """Return the cluster; None to run on this machine only.
-
-        Raises:
-            UsageError: A cluster option is given without ``--engine ray``.
-        """
-        if self.engine is Engine.local:
-            if self.ray_address is not None or self.gpus_per_task:
-                option = "--ray-address" if self.ray_address is not None else "--gpus-per-task"
-                raise UsageError(f"{option}: needs a Ray cluster; add --engine ray")
-            return None
-        from lora_diag.running.engines import Ray  # deferred: imports torch
-
-        return Ray(self.ray_address, self.gpus_per_task)
+    return Ray(ray_address, gpus_per_task)
 
 
 @dataclass(frozen=True)
 class Shown:
     """Selection and destination of the output."""
 
-    json: Json = False
-    quiet: Quiet = False
-    verbose: Verbose = False
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    per: str = "type"
 
     @property
     def table(self) -> bool:
@@ -141,31 +110,29 @@ class Shown:
         Args:
             notes: Whether the run estimates its cost before it starts.
         """
-        with progress_bar(self.quiet) as on_progress:
-            options: dict[str, Any] = {"on_progress": on_progress, "on_record": record_printer(self.json)}
-            yield {**options, **({"on_note": None if self.quiet else message} if notes else {})}
+        with out.progress_bar(self.quiet) as on_progress:
+            options: dict[str, Any] = {"on_progress": on_progress, "on_record": out.record_printer(self.json)}
+            yield {**options, **({"on_note": None if self.quiet else out.message} if notes else {})}
         if self.verbose and not self.quiet:
-            report_reading()
+            out.report_reading()
 
-    def show(self, results: Results[Any], next_command: str | None = None, per: str = "") -> None:
-        """Print the tables and the summary of results, where they are shown.
+    @property
+    def terminal(self) -> tuple[int, bool]:
+        """Width of standard output, and whether it supports colours."""
+        return out.terminal()
 
-        Args:
-            results: The results.
-            next_command: The suggested next command, printed last.
-            per: Content of a row, ``type`` or ``layer``; the default is that of the options.
-        """
-        if self.table:
-            from lora_diag.inspection.table import table
+    def print(self, text: str) -> None:
+        """Print a result to standard output."""
+        out.result(text)
 
-            result(table(results, *terminal(), per=per or getattr(self, "per", Per.type), next_command=next_command))
+    def print_line(self, json: str) -> None:
+        """Print a line of JSON to standard output."""
+        out.line(json)
 
-
-@dataclass(frozen=True)
-class Rows(Shown):
-    """Selection, destination and rows of the output."""
-
-    per: PerRow = Per.type
+    def message(self, text: str) -> None:
+        """Print a message to standard error, unless ``--quiet``."""
+        if not self.quiet:
+            out.message(text)
 
 
 def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
@@ -183,40 +150,141 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with its groups spread: typer gets single options, and the command gets groups.
+# Reasons for leaving a layer out that are failures of the measurement.
+UNMEASURED = {"non_finite", "memory", "unreadable"}
 
-    >>> from lora_diag.running.options import Selection
-    >>> @spread
-    ... def command(base: str, *, arguments: Selection) -> None:
-    ...     print(base, arguments)
-    >>> ", ".join(signature(command).parameters)
-    'base, layers, exclude'
-    >>> command(base="base/", layers="q_proj", exclude=None)
-    base/ {'layers': 'q_proj', 'exclude': None}
+
+def make_function(feature: Feature, command: Command) -> Callable[..., None]:
+    """Return the function of a command, with the parameters that Typer reads and the declared help as docstring."""
+    groups: list[type] = [feature.load(group) if isinstance(group, str) else group for group in command.options]
+
+    def run(**values: Any) -> None:
+        values = {name: _hide_secrets(value) for name, value in values.items()}
+        out.silence_matplotlib()
+        values |= {each.name: _list_words(each, values[each.name]) for each in command.arguments if each.many}
+        shown = Shown(**{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows})
+        for group in groups:
+            values |= _gather_group(group, {each.name: values.pop(each.name) for each in _list_options(group)})
+        with _limit_lines(not shown.verbose):
+            if command.call:
+                code = feature.function_of(command)(shown, **values)
+            else:
+                names = {name for group in groups for name in list_options(group)}
+                code = _measure_and_show(feature, command, shown, values, names)
+        if code:
+            raise typer.Exit(code)
+
+    parameters = [
+        *map(_make_argument, command.arguments),
+        *(parameter for group in groups for parameter in _list_options(group)),
+        *(_make_parameter(name, str if name == "per" else bool, DISPLAY[name]) for name in command.shows),
+    ]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__doc__ = command.description
+    return run
+
+
+def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
+    """Return the words of an argument, with the lines of standard input for ``-`` if it takes them."""
+    words = list(words or ())
+    if not argument.stdin or "-" not in words:
+        return words
+    return [*(word for word in words if word != "-"), *(line.rstrip("\n") for line in sys.stdin if line.strip())]
+
+
+def _measure_and_show(
+    feature: Feature, command: Command, shown: Shown, values: dict[str, Any], option_names: set[str]
+) -> int:
+    """Call the function of a command with its values and callbacks, show the result, and return the exit code."""
+    from lora_diag.records import Results, lines_of
+
+    function = feature.function_of(command)
+    rest = [name for name, each in signature(function).parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
+    with shown.callbacks(notes=True) as callbacks:
+        named = {name: value for name, value in values.items() if name not in rest}
+        named |= {name: callback for name, callback in callbacks.items() if name in option_names}
+        result = function(*(word for name in rest for word in values[name]), **named)
+    is_results = isinstance(result, Results)
+    if shown.json and "on_record" not in option_names:
+        models = result if isinstance(result, list) else [result]
+        for text in lines_of(result.records()) if is_results else (model.model_dump_json() for model in models):
+            out.line(text)
+    if shown.table:
+        values = {**values, "per": shown.per if "per" in command.shows else values.get("per", "type")}
+        hint = _find_hint(feature, command, result, values)
+        if is_results:
+            text = catalog.table(result, *out.terminal(), values["per"], hint, values)
+        else:
+            values["next_command"] = hint
+            text = catalog.draw_table(feature.load(command.table), result, *out.terminal(), values)
+        out.result(text)
+    if not is_results:
+        return DONE
+    unmeasured = [item for item in result.left_out if item.reason in UNMEASURED]
+    out.report_unmeasured(unmeasured, command.unmeasured)
+    code: int = feature.load(command.exit_code)(result) if command.exit_code else DONE
+    return code or (UNREADABLE if unmeasured else DONE)
+
+
+def _find_hint(feature: Feature, command: Command, result: Any, values: Mapping[str, Any]) -> str | None:
+    """Return the first hint that applies, or what the feature suggests for these results; None without records."""
+    if hasattr(result, "layers") and not (result.layers or getattr(result, "whole", ())):
+        return None
+    suggested = feature.load(command.suggest)(result, values) if command.suggest else None
+    if isinstance(suggested, str):
+        return suggested
+    hints = command.hints if suggested is None else (suggested, *command.hints)
+    return next((text for hint in hints if (text := _format_hint(hint, values)) is not None), None)
+
+
+def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
+    """Return a hint as a shell takes it; None if it needs a value that is not given, or adds one that is.
+
+    >>> _format_hint(Hint("plan {base} --ranks {ranks}", "costs"), {"base": "my base", "ranks": 8})
+    "loradiag plan 'my base' --ranks 8   (costs)"
+    >>> _format_hint(Hint("inspect {output}", "this table"), {"output": None})
     """
+    needed = re.findall(r"\{(\w+)\}", hint.command) + (["output"] if hint.saved else [])
+    if not all(values[name] for name in needed):
+        return None
+    words = [word for part in shlex.split(hint.command) for word in _fill_in(part, values)]
+    if not hint.command.startswith("-"):
+        return f"{shlex.join(['loradiag', *words])}   ({hint.purpose})"
+    if ("--per" in words and values["per"] == "layer") or ("-o" in words and values["output"] is not None):
+        return None
+    return f"{out.rerun_command(*words)}   ({hint.purpose})"
+
+
+def _fill_in(word: str, values: Mapping[str, Any]) -> list[str]:
+    """Return a word of a hint with its value: one word, or one for each entry of a list."""
+    match = re.fullmatch(r"\{(\w+)\}", word)
+    value = values[match[1]] if match else word
+    return list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with its groups spread: typer gets single options, and the command gets groups."""
     parameters = signature(command, eval_str=True).parameters
-    options_by_group = {
-        name: options
-        for name, parameter in parameters.items()
-        if (options := list(_list_options(parameter.annotation)))
-    }
+    groups = {name: each.annotation for name, each in parameters.items() if is_typeddict(each.annotation)}
 
     @wraps(command)
     def call_with_groups(**values: Any) -> None:
         values = {name: _hide_secrets(value) for name, value in values.items()}
-        for name, options in options_by_group.items():
-            group_values = {option.name: values.pop(option.name) for option in options}
-            values[name] = _gather_group(parameters[name].annotation, group_values)
-        with _limit_lines(not any(getattr(values[name], "verbose", False) for name in options_by_group)):
+        for name, group in groups.items():
+            values[name] = _gather_group(group, {each.name: values.pop(each.name) for each in _list_options(group)})
+        if "shown" in parameters:
+            values["shown"] = Shown(**{name: values.pop(name) for name in ROWS[:3]})
+        with _limit_lines(not getattr(values.get("shown"), "verbose", False)):
             command(**values)
 
-    spread_parameters = [
-        option
-        for name, parameter in parameters.items()
-        # typer passes arguments by name
-        for option in options_by_group.get(name) or [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
-    ]
+    spread_parameters: list[Parameter] = []
+    for name, parameter in parameters.items():
+        if name == "shown":
+            spread_parameters += [_make_parameter(name, bool, DISPLAY[name]) for name in ROWS[:3]]
+        elif name in groups:
+            spread_parameters += _list_options(groups[name])
+        else:  # typer passes arguments by name
+            spread_parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
     call_with_groups.__signature__ = Signature(spread_parameters)  # type: ignore[attr-defined]
     return call_with_groups
 
@@ -245,19 +313,30 @@ def _limit_lines(brief: bool) -> Iterator[None]:
         yield
 
 
-def _list_options(group: Any) -> Iterator[Parameter]:
-    """Yield the options of a group; nothing for other types."""
-    if is_dataclass(group):
-        hints = get_type_hints(group, include_extras=True)
-        for field in fields(group):
-            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
-    elif is_typeddict(group):
-        for name, (kind, option) in list_options(group).items():
-            if name == "engine":
-                yield from _list_options(Cluster)
-            elif option.cli:
-                annotation: Any = Annotated[_value_type(kind, option), typer_option(name, option)]
-                yield Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=annotation)
+def _make_argument(argument: Argument) -> Parameter:
+    """Return the parameter of a positional argument."""
+    kind: Any = list[str] if argument.many else str
+    metavar = argument.metavar or argument.name.upper()
+    annotation: Any = Annotated[
+        kind | None if argument.optional else kind, typer.Argument(metavar=metavar, help=argument.help)
+    ]
+    default = None if argument.optional else Parameter.empty
+    return Parameter(argument.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _make_parameter(name: str, kind: Any, option: Option) -> Parameter:
+    """Return the parameter of an option."""
+    annotation: Any = Annotated[_value_type(kind, option), typer_option(name, option)]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=annotation)
+
+
+def _list_options(group: type) -> Iterator[Parameter]:
+    """Yield the parameters of a group of options."""
+    for name, (kind, option) in list_options(group).items():
+        if name == "engine":
+            yield from (_make_parameter(name, *declared) for name, declared in CLUSTER.items())
+        elif option.cli:
+            yield _make_parameter(name, kind, option)
 
 
 def _format_default(option: Option) -> Any:
@@ -321,17 +400,17 @@ def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
     )
 
 
-def _gather_group(group: Any, values: dict[str, Any]) -> Any:
-    """Return a group built from the given values.
+def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group, parsed from the values of the command line.
 
     Raises:
         UsageError: Two options contradict each other, or the output exists and may not be replaced.
         InputError: The output cannot be written.
     """
-    if is_dataclass(group):
-        return group(**values)  # type: ignore[operator]
     if "engine" in values:
-        values["engine"] = Cluster(**{field.name: values.pop(field.name) for field in fields(Cluster)}).value()
+        for name, (_, option) in CLUSTER.items():
+            option.checked(name, values[name])
+        values["engine"] = make_cluster(*(values.pop(name) for name in CLUSTER))
     for name, (kind, option) in list_options(group).items():
         if name in values:
             values[name] = _parse_value(kind, option, name, option.checked(name, values[name]))

@@ -8,17 +8,14 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from json import dumps
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
-from typer import Exit
-
-from lora_diag.errors import UNREADABLE, InputError, UsageError, shorten
-from lora_diag.files import Kind, check_output
+from lora_diag.errors import InputError, shorten
 from lora_diag.rendering.text import byte_count, replace_unencodable, safe
 
 if TYPE_CHECKING:
@@ -118,30 +115,6 @@ def line(json: str) -> None:
     result(json)
 
 
-def check_outputs(
-    inputs: Iterable[Path | str | None], outputs: Iterable[tuple[Path | None, Kind]], overwrite: bool
-) -> None:
-    """Refuse, before any work, to overwrite an input, two outputs in one file, or an unwritable output.
-
-    Args:
-        inputs: Files that are read, or written by other means.
-        outputs: The requested output files, and the kind of each.
-        overwrite: Replace existing files; inputs are never replaced.
-
-    Raises:
-        UsageError: An output is refused.
-        InputError: The folder does not exist or is not writable.
-    """
-    used = {os.path.realpath(path) for path in inputs if path is not None}
-    for path, kind in outputs:
-        if path is None:
-            continue
-        if os.path.realpath(path) in used:
-            raise UsageError(f"{path}: already read or written by this command; choose another name")
-        check_output(path, kind, overwrite)
-        used.add(os.path.realpath(path))
-
-
 def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
     """Return a callback that prints each record as it is measured; None without ``--json``."""
     from lora_diag.records import to_line
@@ -159,16 +132,6 @@ def report_unmeasured(items: Sequence[LeftOut], hint: str) -> bool:
             "-o FILE)"
         )
     return bool(items)
-
-
-def exit_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
-    """Name what could not be measured, and exit if there is any.
-
-    Raises:
-        Exit: With the exit code for layers that could not be measured.
-    """
-    if report_unmeasured(items, hint):
-        raise Exit(UNREADABLE)
 
 
 def report_reading() -> None:
@@ -238,11 +201,6 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             )
 
         yield show
-
-
-def next_step(output: Path | str | None, hint: str) -> str:
-    """Return the suggested next command; without a results file, the command that writes one instead."""
-    return hint if output is not None else f"{rerun_command('-o', 'probe.jsonl')}   (saves these results)"
 
 
 def silence_matplotlib() -> None:

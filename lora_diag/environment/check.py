@@ -1,4 +1,4 @@
-"""The checks of ``doctor``. Each returns statements; a gap has the command that closes it."""
+"""``doctor``: checks of this installation and this machine; a gap has the command that closes it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from lora_diag.environment import machine
-from lora_diag.errors import LoradiagError, install_command
-from lora_diag.rendering.statements import Statement, make_statement
-from lora_diag.rendering.text import byte_count
+from lora_diag.errors import DONE, UNREADABLE, LoradiagError, install_command
+from lora_diag.rendering.statements import Statement, limit_lines, make_statement, summary_of
+from lora_diag.rendering.text import byte_count, to_text
 from lora_diag.version import __version__
+
+if TYPE_CHECKING:
+    from lora_diag.cli.options import Shown
 
 # What each extra adds; one that is not listed serves the development of loradiag and is not checked.
 ADDS = {
@@ -40,6 +44,20 @@ ADDS = {
 LITTLE_SPACE = 1 << 30
 
 _TIMEOUT_SECONDS = 3
+
+
+def run_doctor(shown: Shown, inputs: Sequence[str]) -> int:
+    """Print the findings of all checks; return the exit code, which tells of a failure."""
+    findings = checks(inputs)
+    if shown.json:
+        for finding in findings:
+            shown.print_line(
+                dumps({"key": finding.key, "level": finding.level, "lines": finding.lines}, ensure_ascii=False)
+            )
+    else:
+        with limit_lines(None):
+            shown.print(to_text(summary_of(findings), *shown.terminal))
+    return UNREADABLE if any(finding.level == "failure" for finding in findings) else DONE
 
 
 def checks(addresses: Sequence[str] = ()) -> list[Statement]:
@@ -148,14 +166,14 @@ def _is_same_environment(command: str) -> bool:
 def _check_devices() -> Iterator[Statement]:
     import torch  # deferred: takes a second
 
-    usable = machine.cores()
+    usable = cores()
     settings = ", ".join(
         f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
     )
     yield make_statement(
         "processor",
         "Processor",
-        f"{machine.processor()}, {usable:g} usable core{'s' * (usable != 1)}",
+        f"{processor()}, {usable:g} usable core{'s' * (usable != 1)}",
         f"{_find_blas()}, {torch.get_num_threads()} thread(s){f' ({settings})' if settings else ''}",
     )
     if torch.cuda.is_available():
@@ -183,7 +201,7 @@ def _find_blas() -> str:
 
 
 def _check_memory() -> Statement:
-    available, total = machine.memory()
+    available, total = memory()
     if total is None:
         return make_statement("memory", "Memory", "unknown on this system")
     lead = f"{byte_count(total)}" if available is None else f"{byte_count(available)} available of {byte_count(total)}"
@@ -263,3 +281,54 @@ def _shorten_home(path: str) -> str:
     """Return a path with the home folder as ``~``, so that the output can be pasted into an issue."""
     home = str(Path.home())
     return "~" + path[len(home) :] if home != "/" and (path == home or path.startswith(home + os.sep)) else path
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the processor."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Return the cores that this process may use; a fraction if a container's quota is one.
+
+    Args:
+        limit: The control group's quota and period in microseconds, such as ``150000 100000`` for 1.5 cores.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = limit.read_text().split()
+        return min(float(usable), int(quota) / int(period))
+    except (OSError, ValueError, ZeroDivisionError):  # no control group, or ``max``
+        return float(usable)
+
+
+def memory(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> tuple[int | None, int | None]:
+    """Return the bytes of memory that are available to this process, and all that it may use; None if not known.
+
+    Args:
+        meminfo: Linux's list of the machine's memory, in KiB.
+        group: Folder of the control group, whose ``memory.max`` and ``memory.current`` limit a container.
+    """
+    try:
+        kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+        available, total = int(kib["MemAvailable"]) << 10, int(kib["MemTotal"]) << 10
+    except (OSError, KeyError):
+        return None, _read_physical_memory()
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or ``max``
+        return available, total
+    return min(available, max(0, limit - used)), min(total, limit)
+
+
+def _read_physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import typer
 
 from lora_diag.cli import options
-from lora_diag.cli.output import check_outputs, line, message, rerun_command, result, terminal
+from lora_diag.cli.output import line, message, rerun_command, result, terminal
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
-from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, write_whole
+from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, check_outputs, write_whole
 from lora_diag.gating import GateOptions
 from lora_diag.rendering.html import read_card
 from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option

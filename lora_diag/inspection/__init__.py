@@ -1,5 +1,20 @@
 """``inspect``: the contents of a checkpoint, an adapter or a results file."""
 
-from lora_diag.feature import Feature
+from lora_diag.feature import Argument, Command, Feature
+from lora_diag.running.options import MissingAlpha
 
-FEATURE = Feature(__name__, "inspect", command=".command:inspect", functions=(".run:inspect",))
+FEATURE = Feature(
+    __name__,
+    "inspect",
+    commands=(
+        Command(
+            help="Show a results file, or list a checkpoint.",
+            run=".run:inspect_any",
+            examples=("inspect results.jsonl --per layer",),
+            arguments=(Argument("path", "Checkpoint, adapter or results file."),),
+            options=(MissingAlpha,),
+            table=".run:inventory_table",
+        ),
+    ),
+    functions=(".run:inspect",),
+)

@@ -1,16 +1,28 @@
-"""``inspect``: list the contents of a checkpoint or an adapter."""
+"""``inspect``: show a results file, or list the contents of a checkpoint or an adapter."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import alpha_option
+from lora_diag.catalog import read_results
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
-from lora_diag.records import is_results_file
-from lora_diag.records.run import Inventory, StoredTensor
+from lora_diag.records import Results, is_results_file
+from lora_diag.records.base import Shown, value_at
+from lora_diag.records.names import module_type_of
+from lora_diag.records.run import AdaptedWeight, Inventory, StoredTensor
+from lora_diag.rendering.tables import Grid, grid_of
+from lora_diag.rendering.text import count, safe, to_text
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import MOMENTS
 
@@ -67,3 +79,49 @@ def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
         for name in sorted(checkpoint, key=natural_order)
         if (info := checkpoint[name])
     )
+
+
+def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory | Results[Any]:
+    """Return the records of a results file, or describe a checkpoint or an adapter."""
+    if is_results_file(path):
+        return read_results(path)
+    return inspect(path, alpha=alpha, alpha_is_rank=alpha_is_rank)
+
+
+def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) -> str:
+    """Return the table of a checkpoint or an adapter: one row per module type, shape and dtype.
+
+    Args:
+        inventory: The contents of the checkpoint or adapter.
+        width: Columns of the terminal.
+        color: Whether to use ANSI styles.
+
+    Returns:
+        Lines of text, without a trailing newline.
+    """
+    grid = (
+        _make_grid(AdaptedWeight.shown, inventory.adapts)
+        if inventory.adapts
+        else _make_grid(StoredTensor.shown, inventory.tensors)
+    )
+    return to_text(Group(Text(_make_headline(inventory)), *grid.shown(width)), width, color)
+
+
+def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
+    """Return a table with a row for each module type and each combination of its records' values."""
+    groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
+    for record in records:
+        key = (module_type_of(record.layer), *(str(value_at(record, field.path)) for field in shown))
+        groups.setdefault(key, []).append(record)
+    return grid_of(shown, [(safe(name), group) for (name, *_), group in groups.items()], "type")
+
+
+def _make_headline(inventory: Inventory) -> str:
+    """Return path, kind and numbers of entries by dtype; scaling and notes on lines of their own."""
+    entries_by_dtype: Counter[str] = Counter()
+    for tensor in inventory.tensors:
+        entries_by_dtype[tensor.dtype] += math.prod(tensor.shape)
+    dtypes = ", ".join(f"{count(entry_count)} {dtype}" for dtype, entry_count in entries_by_dtype.most_common())
+    notes = "".join(f"\nNote: {safe(note)}" for note in inventory.notes)
+    headline = f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, {dtypes}"
+    return headline + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes

@@ -13,24 +13,7 @@ Reads records only; opens no checkpoint.
 
 from typing import Any
 
-from lora_diag.feature import Feature, Figure, load
-
-FEATURE = Feature(
-    __name__,
-    "plot",
-    command=".command:plot",
-    functions=(".run:plot",),
-    figures=(
-        Figure(
-            "heatmap",
-            "a field by module type and depth",
-            needs="*",
-            panels=(".figures:heatmap",),
-            by_color=False,
-            options=("field", "rank"),
-        ),
-    ),
-)
+from lora_diag.feature import RESULTS_ARGUMENT, Command, Feature, Figure, Hint, load
 
 _EXPORTS = {
     "FIGURES": ".run:FIGURES",
@@ -58,3 +41,31 @@ def __dir__() -> list[str]:
     from lora_diag.catalog import panels
 
     return sorted({*_EXPORTS, *panels()})
+
+
+FEATURE = Feature(
+    __name__,
+    "plot",
+    commands=(
+        Command(
+            help="Draw figures of results for a paper or a slide.",
+            examples=('plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf',),
+            arguments=(RESULTS_ARGUMENT,),
+            options=(".options:OutputOptions", ".options:PlotOptions"),
+            shows=("json", "quiet", "verbose"),
+            hints=(Hint("report {results}", "all results on one page"),),
+            table=".run:drawn_table",
+        ),
+    ),
+    functions=(".run:plot",),
+    figures=(
+        Figure(
+            "heatmap",
+            "a field by module type and depth",
+            needs="*",
+            panels=(".figures:heatmap",),
+            by_color=False,
+            options=("field", "rank"),
+        ),
+    ),
+)

@@ -1,6 +1,7 @@
 """Options of ``plot``."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.catalog import figures
@@ -8,6 +9,21 @@ from lora_diag.running.options import LAYERS, OUTPUT, PER, SHOW_RANK, Option
 
 # Derived from all features, including those of installed packages.
 _NAMES = ("all", *(figure.name for _, figure in figures()))
+
+
+class OutputOptions(TypedDict, total=False):
+    """The output of the command."""
+
+    output: Annotated[
+        Path,
+        Option(
+            Path("figures"),
+            "One .png, .svg or .pdf file, or a folder for all figures.",
+            "FILE|FOLDER",
+            ("--output", "-o"),
+            OUTPUT,
+        ),
+    ]
 
 
 class PlotOptions(TypedDict, total=False):

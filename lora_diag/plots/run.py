@@ -361,3 +361,36 @@ def _write(path: Path, content: bytes, file_format: str, overwrite: bool) -> Non
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     write_whole(path, content, KINDS[file_format], overwrite)
+
+
+def drawn_table(figures: Sequence[Drawn], width: int = 80, color: bool = False, next_command: str | None = None) -> str:
+    """Return a table of the figures drawn, the reasons for those not drawn, and the next command."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora_diag.rendering.statements import make_statement, summary_of
+    from lora_diag.rendering.text import safe, to_text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", style="dim")
+    for figure in figures:
+        if figure.path is not None:
+            table.add_row(figure.name, Text(safe(str(figure.path))), figure.shows)
+    not_drawn = [figure for figure in figures if figure.path is None]
+    names_by_reason: dict[str, list[str]] = {}
+    for figure in not_drawn:
+        if figure.missing != "records":
+            reason = f"{figure.reason}: {figure.made_by}" if figure.made_by and figure.missing else figure.reason
+            names_by_reason.setdefault(reason, []).append(figure.name)
+    reason_lines = [f"{', '.join(names)}: {safe(reason)}" for reason, names in names_by_reason.items()]
+    # Most figures have no records; a reason for each would bury the figures that were drawn.
+    without_records = [figure.name for figure in not_drawn if figure.missing == "records"]
+    if without_records:
+        reason_lines.append(
+            f"no records for {', '.join(without_records)}; --figure NAME names the command that writes them"
+        )
+    statements = [make_statement("not_drawn", "Not drawn", *reason_lines)] if reason_lines else []
+    return to_text(Group(table, "", summary_of(statements, next_command)), width, color)

@@ -58,7 +58,7 @@ class Results(Generic[L]):
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the tables and the summary of the command."""
-        shown: str = load("lora_diag.inspection.table:html_of")(self)
+        shown: str = load("lora_diag.catalog:html_of")(self)
         return shown
 
     def plot(self, figure: str | None = None, **options: Any) -> Any:

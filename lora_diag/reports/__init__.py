@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature
+from lora_diag.feature import RESULTS_ARGUMENT, Command, Feature
 from lora_diag.running.options import OUTPUT, Option
-
-FEATURE = Feature(__name__, "report", command=".command:report", functions=(".run:report",))
 
 
 class ReportOptions(TypedDict, total=False):
@@ -20,3 +18,36 @@ class ReportOptions(TypedDict, total=False):
     ]
     values: Annotated[bool, Option(False, "One row per entry of a list (csv, parquet).", panel=OUTPUT)]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+class TrackerOptions(TypedDict, total=False):
+    """Options of the command: a tracker that gets the report instead of a file."""
+
+    to: Annotated[
+        str | None,
+        Option(
+            None, "Tracker to send the report to; default: none.", "wandb|mlflow|trackio|tensorboard|hub", panel=OUTPUT
+        ),
+    ]
+    project: Annotated[
+        str | None,
+        Option(None, "Project, experiment, log folder or model id; default: the tracker's.", "NAME", panel=OUTPUT),
+    ]
+
+
+FEATURE = Feature(
+    __name__,
+    "report",
+    commands=(
+        Command(
+            help="Combine any results in one page.",
+            run=".trackers:run_report",
+            examples=("report spectrum.jsonl residual.jsonl -o report.html",),
+            arguments=(RESULTS_ARGUMENT,),
+            options=(ReportOptions, TrackerOptions),
+            shows=("quiet",),
+            call=True,
+        ),
+    ),
+    functions=(".run:report",),
+)

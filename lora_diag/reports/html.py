@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lora_diag.catalog import table
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.show import tracks
 from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, install_command
-from lora_diag.inspection.table import table
 from lora_diag.metrics.energy import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
 from lora_diag.records.run import timestamp

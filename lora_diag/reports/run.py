@@ -10,7 +10,7 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError, safe
@@ -22,6 +22,9 @@ from lora_diag.records.names import short_names
 from lora_diag.reports import ReportOptions
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.running.options import fill_options, show_options
+
+if TYPE_CHECKING:
+    pass
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
 

@@ -5,16 +5,53 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.errors import InputError, UsageError, install_command
+from lora_diag.errors import DONE, InputError, UsageError, install_command
+from lora_diag.reports import ReportOptions
+from lora_diag.reports.run import format_of, report
+from lora_diag.running.options import fill_options
 
 if TYPE_CHECKING:
+    from lora_diag.cli.options import Shown
     from lora_diag.records import Results
+
+
+def run_report(
+    shown: Shown, results: Sequence[str], to: str | None, project: str | None, **options: Unpack[ReportOptions]
+) -> int:
+    """Write or print a report, or send it to a tracker; HTML goes to ``report.html`` by default.
+
+    Raises:
+        UsageError: Options contradict each other, or those of ``report``.
+    """
+    if project is not None and to is None:
+        raise UsageError("--project: names a project of a tracker; add --to")
+    if to is not None:
+        defaults = fill_options(ReportOptions, {})
+        if any(value != defaults[name] for name, value in options.items()):
+            raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
+        shown.message(f"{to}: {track(results, to, project)}")
+        return DONE
+    output, format = options["output"], options["format"]
+    if output is None and format == "parquet":
+        raise UsageError("--format parquet: needs a file; give one with -o")
+    if output is None and format in {None, "html"}:
+        output = options["output"] = Path("report.html")
+    rendered = report(*results, **options)
+    if output is None:
+        shown.print(str(rendered).rstrip("\n"))
+        return DONE
+    size = Path(output).stat().st_size
+    file_size = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    usage = ", opens in any browser without a network connection" if format_of(output, format) == "html" else ""
+    shown.message(f"{shlex.quote(str(output))}: {file_size}{usage}")
+    return DONE
 
 
 def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | None = None) -> str:
@@ -103,8 +140,6 @@ class Payload:
 
     def render(self, format: str) -> str:
         """Return the report as ``md`` or ``html``."""
-        from lora_diag.reports.run import report
-
         return str(report(*self.results, format=format))
 
     def _number_runs(self) -> list[tuple[str, Results[Any]]]:

@@ -6,7 +6,6 @@ import pytest
 import typer.main
 
 import lora_diag
-from lora_diag import catalog
 from lora_diag.cli import options
 from lora_diag.cli.app import application
 from lora_diag.probes.intrinsic import IntrinsicOptions
@@ -182,10 +181,3 @@ def test_option_choices_are_checked_once():
     with pytest.raises(lora_diag.errors.UsageError, match=r"--split c: .* both, b"):
         Option("both", "How Σ is split.", "both|b").checked("split", "c")
     assert Option("auto", "Device.", "auto|cuda[:i]").checked("device", "cuda:1") == "cuda:1"
-
-
-def test_commands_are_built_from_declarations():
-    for feature in catalog.features():
-        for path in (feature.command, *(path for _, path in feature.subcommands)):
-            if path:
-                assert feature.load(path).__name__ == "gathered" or hasattr(feature.load(path), "__wrapped__")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from lora_diag.environment import check, machine
+from lora_diag.environment import check
 from tests.served import ROOT
 
 SAMPLES_BASE = ROOT / "sample_checkpoints" / "base"
@@ -18,18 +18,18 @@ SAMPLES_BASE = ROOT / "sample_checkpoints" / "base"
 def test_cores_follow_quota_of_container(tmp_path, quota, cores):
     (tmp_path / "cpu.max").write_text(quota)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert machine.cores(tmp_path / "cpu.max") == (usable if cores is None else cores)
+    assert check.cores(tmp_path / "cpu.max") == (usable if cores is None else cores)
 
 
 def test_memory_is_smaller_of_machine_and_container(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16000000 kB\nMemFree: 5 kB\nMemAvailable:    9000000 kB\n")
-    assert machine.memory(meminfo, tmp_path) == (9_000_000 * 1024, 16_000_000 * 1024)
+    assert check.memory(meminfo, tmp_path) == (9_000_000 * 1024, 16_000_000 * 1024)
     (tmp_path / "memory.max").write_text("4000000000\n")
     (tmp_path / "memory.current").write_text("3500000000\n")
-    assert machine.memory(meminfo, tmp_path) == (500_000_000, 4_000_000_000)
+    assert check.memory(meminfo, tmp_path) == (500_000_000, 4_000_000_000)
     (tmp_path / "memory.current").write_text("5000000000\n")
-    assert machine.memory(meminfo, tmp_path) == (0, 4_000_000_000)
+    assert check.memory(meminfo, tmp_path) == (0, 4_000_000_000)
 
 
 def test_gaps_name_missing_and_old_packages():

@@ -7,7 +7,7 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.spectrum.show import spectrum_table
-from lora_diag.inspection.table import inventory_table
+from lora_diag.inspection.run import inventory_table
 from lora_diag.rendering.text import fraction
 from tests.conftest import ROOT, save_model, weights
 from tests.messages import assert_names

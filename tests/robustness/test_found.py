@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError
-from lora_diag.inspection.table import table
 from lora_diag.linalg import decompose
 from tests.conftest import save_model, save_sharded
 from tests.messages import assert_names

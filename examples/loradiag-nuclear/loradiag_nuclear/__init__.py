@@ -1,11 +1,18 @@
 """``loradiag nuclear``: the nuclear norm of every update, and its share by depth."""
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Figure, Section
+from lora_diag.running.options import LayerOptions
 
 FEATURE = Feature(
     __name__,
     "nuclear",
-    command=".command:nuclear",
+    commands=(
+        Command(
+            help="Nuclear norm of every update, and its share by depth.",
+            arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
+            options=(LayerOptions,),
+        ),
+    ),
     records=(".record:Nuclear",),
     functions=(".run:nuclear",),
     statements=".summary:statements",

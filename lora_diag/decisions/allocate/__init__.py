@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import SPECTRA_ARGUMENT, Command, Feature, Figure, Section
 from lora_diag.running.options import (
     ADAPTER_DTYPE,
     ENERGY,
@@ -12,34 +12,14 @@ from lora_diag.running.options import (
     INPUTS,
     MEMORY_BUDGET,
     OPTIMIZER,
+    OUTPUT,
     PARAMS,
     PORTABLE,
+    RSLORA,
+    SWEEP,
     TARGETS,
     UNFINISHED,
     Option,
-)
-
-FEATURE = Feature(
-    __name__,
-    "allocate",
-    command=".command:allocate",
-    subcommands=(("rank-rules", ".command:rank_rules"),),
-    records=(
-        ".record:Allocation",
-        ".record:Certificate",
-    ),
-    functions=(".run:allocate",),
-    table=".show:allocation_table",
-    statements=".show:allocation_lines",
-    section=Section("Allocation"),
-    figures=(
-        Figure(
-            "allocation",
-            "rank by layer, and energy kept compared with the bound",
-            panels=(".figures:allocation", ".figures:budget"),
-            made_by="loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
-        ),
-    ),
 )
 
 
@@ -88,3 +68,69 @@ class AllocateOptions(TypedDict, total=False):
     optimizer: Annotated[str, OPTIMIZER]
     adapter_dtype: Annotated[str, ADAPTER_DTYPE]
     allow_unfinished: Annotated[bool, UNFINISHED]
+
+
+class ConfigOptions(TypedDict, total=False):
+    """Options of the output: its file and format, the check of a config, and the source of a learning rate."""
+
+    output: Annotated[
+        Path | None,
+        Option(None, "PEFT config (.json) or records (.jsonl) to write.", "FILE", ("--output", "-o"), OUTPUT),
+    ]
+    format: Annotated[
+        str, Option("peft", "Configuration to write.", "peft|axolotl|llamafactory|trl|unsloth", panel=OUTPUT)
+    ]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+    scaling: Annotated[float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)]
+    rslora: Annotated[bool, RSLORA]
+    check: Annotated[
+        Path | None, Option(None, "PEFT config: compare its ranks with this model; default: off.", "BASE", panel=INPUTS)
+    ]
+    sweep: Annotated[Path | None, SWEEP]
+
+
+class RuleOptions(TypedDict, total=False):
+    """Options of ``rank-rules``."""
+
+    allow_unfinished: Annotated[bool, UNFINISHED]
+
+
+FEATURE = Feature(
+    __name__,
+    "allocate",
+    commands=(
+        Command(
+            help="Ranks that keep the most energy within a budget.",
+            run=".run:allocate_and_write",
+            examples=("allocate results.jsonl --params 10M -o adapter_config.json",),
+            arguments=(SPECTRA_ARGUMENT,),
+            options=(AllocateOptions, ConfigOptions),
+            suggest=".show:suggest_next",
+        ),
+        Command(
+            help="Ranks of each layer by several rules, without a budget.",
+            name="rank-rules",
+            run=".run:rank_table",
+            examples=("rank-rules results.jsonl",),
+            arguments=(SPECTRA_ARGUMENT,),
+            options=(RuleOptions,),
+            table=".show:policies_table",
+        ),
+    ),
+    records=(
+        ".record:Allocation",
+        ".record:Certificate",
+    ),
+    functions=(".run:allocate",),
+    table=".show:allocation_table",
+    statements=".show:allocation_lines",
+    section=Section("Allocation"),
+    figures=(
+        Figure(
+            "allocation",
+            "rank by layer, and energy kept compared with the bound",
+            panels=(".figures:allocation", ".figures:budget"),
+            made_by="loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
+        ),
+    ),
+)

@@ -29,12 +29,13 @@ from lora_diag.decisions.targets import Training, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, written_for
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import CONFIG, RESULTS, Kind, check_output, write_whole
+from lora_diag.files import CONFIG, RESULTS, Kind, check_output, check_outputs, write_whole
 from lora_diag.metrics import energy_curve
 from lora_diag.metrics.energy import gavish_donoho, knee
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.sensitivity.gains import Weights, gains_of, weights_of
 from lora_diag.probes.sensitivity.record import Sensitivity
+from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.names import part_of
 from lora_diag.records.run import timestamp
@@ -315,7 +316,39 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     return Results(run, chosen.layers, chosen.left_out, end, (chosen.certificate,))
 
 
-def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> tuple[Policies, ...]:
+def allocate_and_write(
+    results: Path | str,
+    output: Path | None = None,
+    format: str = "peft",
+    overwrite: bool = False,
+    scaling: float = 2.0,
+    rslora: bool = False,
+    check: Path | None = None,
+    sweep: Path | None = None,
+    **options: Unpack[AllocateOptions],
+) -> Results[Allocation]:
+    """Allocate ranks and write them as by ``write_allocation``, with its checks before any work.
+
+    Raises:
+        UsageError: As ``allocate`` and ``write_allocation``; or an option needs ``output``.
+    """
+    if output is None and format != "peft":
+        raise UsageError(f"--format {format}: give a file with -o")
+    if output is None and check is not None:
+        raise UsageError("--check: needs a PEFT config; write one with -o adapter_config.json")
+    if output is not None:
+        weights = options.get("layer_weights")
+        inputs = (results, None if isinstance(weights, Mapping) else weights)
+        check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
+    if sweep is not None:
+        swept_rate(sweep)  # refuses unsuitable results
+    allocation = allocate(results, **options)
+    if output is not None:
+        write_allocation(allocation, output, scaling, rslora, check, overwrite, format)
+    return allocation
+
+
+def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> list[Policies]:
     """Return the ranks of each layer by several rules: energy, knee, effective rank, thresholds.
 
     Args:
@@ -326,7 +359,7 @@ def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool =
         InputError: The results cannot be read or are unfinished.
     """
     spectra, _ = _read_spectra(results, allow_unfinished)
-    return tuple(policies(record) for record in spectra)
+    return [policies(record) for record in spectra]
 
 
 def write_allocation(

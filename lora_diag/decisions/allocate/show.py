@@ -7,13 +7,18 @@ side.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from lora_diag.decisions.allocate.measure import head_of, task_type_of
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Baseline, Certificate, Policies
+from lora_diag.feature import Hint
+from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.names import part_of
@@ -117,6 +122,7 @@ def allocation_table(
     color: bool = False,
     per: str = "type",
     next_command: str | None = None,
+    sweep: Path | str | None = None,
 ) -> str:
     """Return the table and the summary of an allocation.
 
@@ -126,19 +132,44 @@ def allocation_table(
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
         next_command: The suggested next command, printed last.
+        sweep: Results of ``probe sweep``, source of a learning rate.
 
     Returns:
         Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
+    rate = [make_statement("rate", "Learning rate", swept_rate(sweep))] if sweep is not None else []
     extra = []
     if per == "type":
         largest = max((record.rank for record in results), default=0) or 1
         strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
         extra.append(Column("by depth", strips, "left", drop=3))
-    return grids_table(
-        [grid_of(Allocation.shown, rows, per, extra=extra)], allocation_lines(results), width, color, next_command
-    )
+    grid = grid_of(Allocation.shown, rows, per, extra=extra)
+    return grids_table([grid], [*allocation_lines(results), *rate], width, color, next_command)
+
+
+def suggest_next(results: Results[Allocation], values: Mapping[str, Any]) -> Hint | str:
+    """Return the next step: a command, or advice on the written file."""
+    output = values["output"]
+    if output is None:
+        return Hint("-o adapter_config.json", "for training with PEFT; .jsonl for loradiag extract")
+    paths: dict[str, list[str]] = {}
+    for run_input in results.run.inputs:
+        paths.setdefault(run_input.role, []).append(run_input.path)
+    if output.name == "adapter_config.json":
+        advice = f"train with peft.LoraConfig.from_pretrained({str(output.parent)!r})"
+        if values["check"] is not None:
+            return advice
+        purpose = f"once, as PEFT ignores names that the model in memory lacks; then {advice}"
+        return Hint(f"--overwrite --check {shlex.quote(paths.get('base', ['BASE'])[0])}", purpose)
+    if output.suffix == ".json":
+        return "rename it to adapter_config.json, the only name that PEFT reads"
+    if output.suffix != ".jsonl":
+        return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
+    models = [path for role in ("base", "tuned", "adapter") for path in paths.get(role, ())]
+    metric = [word for path in paths.get("activations", ()) for word in ("--activations", path)]
+    metric += ["--kfac"] if results.run.settings.get("metric") == "kfac" else []
+    return shlex.join(["loradiag", "extract", *models, "--allocation", str(output), *metric, "-o", "adapter"])
 
 
 def allocation_lines(results: Results[Allocation]) -> list[Statement]:

@@ -1,9 +1,9 @@
 """``extract``: write the best adapter of given ranks in PEFT's format or another; its declaration and options."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature
+from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Hint
 from lora_diag.running.options import (
     ACTIVATIONS,
     ADAPTER_DTYPE,
@@ -15,18 +15,10 @@ from lora_diag.running.options import (
     PORTABLE,
     RANK,
     RECOVER,
+    REQUIRED,
     SWEEP,
     FolderOptions,
     Option,
-)
-
-FEATURE = Feature(
-    __name__,
-    "extract",
-    command=".command:extract",
-    records=(".record:Extraction",),
-    functions=(".run:extract",),
-    table=".show:extraction_table",
 )
 
 
@@ -66,3 +58,28 @@ class ExtractOptions(FolderOptions, total=False):
     ]
     sweep: Annotated[Path | str | None, SWEEP]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+class FolderOutput(TypedDict, total=False):
+    """The output of the command."""
+
+    output: Annotated[Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", ("--output", "-o"), OUTPUT)]
+
+
+FEATURE = Feature(
+    __name__,
+    "extract",
+    commands=(
+        Command(
+            help="Write the best adapter of given ranks for an update.",
+            examples=("extract base/ full_ft/ --rank 16 -o adapter/",),
+            arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
+            options=(FolderOutput, ExtractOptions),
+            hints=(Hint("residual {base} {tuned} {output}", "this adapter compared with TUNED"),),
+            unmeasured="the layer is not in the adapter",
+        ),
+    ),
+    records=(".record:Extraction",),
+    functions=(".run:extract",),
+    table=".show:extraction_table",
+)

@@ -212,15 +212,6 @@ class OutputFolder:
         shutil.rmtree(backup, ignore_errors=True)
 
 
-def check_output_folder(final: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse an output folder before any work.
-
-    Raises:
-        UsageError: As ``OutputFolder``.
-    """
-    OutputFolder(final, (), overwrite, resume)
-
-
 RESIZED = "its vocabulary was resized"
 
 

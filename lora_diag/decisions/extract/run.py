@@ -105,6 +105,8 @@ def extract(
         arguments[name] for name in ("split", "adapter_dtype", "unfactored", "portable")
     )
     overwrite, form = arguments["overwrite"], arguments["format"]
+    base, tuned = as_path(base), as_path(tuned)
+    folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])
     requested = RankRule(
         rank, energy, read_count(str(params), "--params") if params is not None else None, allocation, signal
     )
@@ -119,8 +121,6 @@ def extract(
         kind = "a portable adapter" if portable else f"an adapter in {form}"
         raise UsageError(f"--unfactored save: {kind} cannot store weights in full; remove one of the two")
     portable = portable or form != PEFT
-    base, tuned = as_path(base), as_path(tuned)
-    folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])
     common = {name: arguments[name] for name in list_options(FolderOptions)}
     run = LayerRun("extract", {**common, "output": folder.records})
     check_request(run.options["method"], 1, run.options["tol"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
 from lora_diag.records import LeftOut, Results
@@ -49,7 +50,7 @@ def extraction_table(
     color: bool = False,
     per: str = "type",
     next_command: str | None = None,
-    folder: str | None = None,
+    output: Path | str | None = None,
 ) -> str:
     """Return the table and the summary of an extraction.
 
@@ -59,14 +60,16 @@ def extraction_table(
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
         next_command: The suggested next command, printed last.
-        folder: Folder of the adapter.
+        output: Folder of the adapter.
 
     Returns:
         Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
     grids = [grid_of(Extraction.shown, rows, per)] if rows else []
-    return grids_table(grids, _make_statements(results, folder), width, color, next_command)
+    return grids_table(
+        grids, _make_statements(results, None if output is None else str(output)), width, color, next_command
+    )
 
 
 def extraction_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature
+from lora_diag.feature import Argument, Command, Feature
 from lora_diag.running.options import (
     ADAPTER_DTYPE,
     DATA,
@@ -19,8 +19,6 @@ from lora_diag.running.options import (
     Option,
     list_options,
 )
-
-FEATURE = Feature(__name__, "plan", command=".command:plan", functions=(".measure:plan",))
 
 
 class PlanOptions(TypedDict, total=False):
@@ -41,3 +39,21 @@ class PlanOptions(TypedDict, total=False):
     ]
     tokenizer: Annotated[str, list_options(ModelOptions)["tokenizer"][1]]
     length: Annotated[int | None, list_options(ModelOptions)["length"][1]]
+
+
+FEATURE = Feature(
+    __name__,
+    "plan",
+    commands=(
+        Command(
+            help="Parameters, memory and FLOPs of LoRA at each rank.",
+            examples=("plan base/ --layers 'q_proj|v_proj' --params 10M",),
+            arguments=(Argument("base", "Checkpoint (only headers are read), or a model's config.json."),),
+            options=(PlanOptions,),
+            shows=("json", "quiet", "verbose"),
+            suggest=".show:suggest_next",
+            table=".show:plan_table",
+        ),
+    ),
+    functions=(".measure:plan",),
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from lora_diag.decisions.plan.measure import LORA_RATE, RATE_SOURCE
 from lora_diag.decisions.plan.record import (
@@ -20,6 +22,17 @@ from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, grid_of, grids_table
 from lora_diag.rendering.text import byte_count, percent, safe, short
+
+
+def suggest_next(plan: Plan, values: Mapping[str, Any]) -> str:
+    """Return the next steps: a pilot run's spectrum, and the allocation of ranks within the same budget."""
+    params, memory = values["params"], values["memory_budget"]
+    budget = ["--memory-budget", str(memory)] if memory and not params else ["--params", str(params or "10M")]
+    if plan.fit is not None and not plan.fit.rank:  # the budget allows no rank: name the smallest that does
+        budget = ["--params", str(sum(row.per_rank for row in plan.types if row.targeted))]
+    pilot = shlex.join(["loradiag", "spectrum", str(values["base"]), "TUNED", "-o", "results.jsonl"])
+    selection = [word for name in ("layers", "exclude") if values[name] for word in (f"--{name}", values[name])]
+    return f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *selection])}"
 
 
 def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: str | None = None) -> str:

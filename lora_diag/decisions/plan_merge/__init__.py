@@ -5,19 +5,8 @@ Its declaration and options.
 
 from typing import Annotated
 
-from lora_diag.feature import Feature, Section
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Hint, Section
 from lora_diag.running.options import REQUIRED, Option, RunOptions
-
-FEATURE = Feature(
-    __name__,
-    "plan-merge",
-    command=".command:plan_merge",
-    records=(".record:PlannedMerge",),
-    functions=(".measure:plan_merge",),
-    statements=".show:plan_lines",
-    section=Section("Merge plan"),
-    questions=(("conclusion", "Should the adapter be merged or served unmerged?"),),
-)
 
 
 class PlanMergeOptions(RunOptions, total=False):
@@ -26,3 +15,29 @@ class PlanMergeOptions(RunOptions, total=False):
     to: Annotated[str, Option(REQUIRED, "Format of the merged weights.", "bf16|fp16|fp8|mxfp4|nvfp4|int4")]
     group_size: Annotated[int | None, Option(None, "Inputs that share a scale of int4; default: 128.", "N")]
     scale: Annotated[str | None, Option(None, "Scales of fp8: one per row (default) or one per tensor.", "row|tensor")]
+
+
+FEATURE = Feature(
+    __name__,
+    "plan-merge",
+    commands=(
+        Command(
+            help="How much of ΔW survives a merge into a storage format.",
+            examples=("plan-merge base/ lora_r16/ --to mxfp4",),
+            arguments=(BASE_ARGUMENT, Argument("adapter", "The adapter to merge.")),
+            options=(PlanMergeOptions,),
+            hints=(
+                Hint(
+                    "inspect {output} --per layer",
+                    'layer by layer; loradiag gate takes a rule such as require = "error <= 0.5"',
+                ),
+                Hint("--per layer", "layer by layer"),
+            ),
+        ),
+    ),
+    records=(".record:PlannedMerge",),
+    functions=(".measure:plan_merge",),
+    statements=".show:plan_lines",
+    section=Section("Merge plan"),
+    questions=(("conclusion", "Should the adapter be merged or served unmerged?"),),
+)

@@ -1,31 +1,10 @@
 """``recover``: the update that 16-bit storage rounded away, from the rounding cells of the files; and its options."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Section
 from lora_diag.running.options import ENERGY, EXECUTION, OUTPUT, PARAMS, RANK, FolderOptions, Option
-
-FEATURE = Feature(
-    __name__,
-    "recover",
-    command=".command:recover",
-    records=(".record:Recovery",),
-    functions=(".measure:recover",),
-    table=".show:recovery_table",
-    statements=".show:recovery_lines",
-    section=Section(
-        "Update below the rounding of the files",
-    ),
-    questions=(("hidden", "What does the rounding of the files hide?"),),
-    figures=(
-        Figure(
-            "recovery",
-            "C(r) of the files and of the update before rounding, with intervals",
-            panels=(".figures:recovery",),
-            made_by="loradiag recover BASE TUNED -o recovery.jsonl",
-        ),
-    ),
-)
 
 
 class RecoverOptions(FolderOptions, total=False):
@@ -59,3 +38,49 @@ class RecoverOptions(FolderOptions, total=False):
         str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+class RecoverOutput(TypedDict, total=False):
+    """The output of the command."""
+
+    output: Annotated[
+        Path | None,
+        Option(None, "Folder to write, or results file for records only.", "OUT", ("--output", "-o"), OUTPUT),
+    ]
+
+
+FEATURE = Feature(
+    __name__,
+    "recover",
+    commands=(
+        Command(
+            help="Estimate the update that 16-bit storage rounded away.",
+            notes="A part of the update along the weight itself (weight decay, a rescaled layer) is not seen.",
+            examples=(
+                "recover base/ tuned_bf16/ -o recovery.jsonl",
+                "recover base/ tuned_bf16/ --rank 16 -o adapter/",
+                "recover base/ tuned_bf16/ --checkpoint -o recovered/",
+            ),
+            arguments=(BASE_ARGUMENT, Argument("tuned", "Fine-tuned checkpoint.")),
+            options=(RecoverOutput, RecoverOptions),
+            suggest=".show:suggest_next",
+            exit_code=".show:exit_code",
+        ),
+    ),
+    records=(".record:Recovery",),
+    functions=(".measure:recover",),
+    table=".show:recovery_table",
+    statements=".show:recovery_lines",
+    section=Section(
+        "Update below the rounding of the files",
+    ),
+    questions=(("hidden", "What does the rounding of the files hide?"),),
+    figures=(
+        Figure(
+            "recovery",
+            "C(r) of the files and of the update before rounding, with intervals",
+            panels=(".figures:recovery",),
+            made_by="loradiag recover BASE TUNED -o recovery.jsonl",
+        ),
+    ),
+)

@@ -48,6 +48,7 @@ from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
 from lora_diag.linalg import Allowance, check_request, require_memory
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results
+from lora_diag.records.file import check_results_file
 from lora_diag.running.amounts import read_count, read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
@@ -470,9 +471,13 @@ def recover(
     leave_out_refused, base_name = resolved["leave_out_refused"], resolved["base_name"]
     nearest, overwrite = resolved["nearest"], resolved["overwrite"]
     _check_options(rank, energy, params, full, leave_out_refused, output)
-    base, tuned = as_path(base), as_path(tuned)
     writes_factors = rank is not None or energy is not None or params is not None
     writes = writes_factors or full
+    if resolved["resume"] and output is None:
+        raise UsageError("--resume: give the output of the interrupted run with -o")
+    if output is not None and not writes:
+        check_results_file(Path(output), resolved["resume"], overwrite)
+    base, tuned = as_path(base), as_path(tuned)
     if nearest and not writes:
         raise UsageError(f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}")
     folder: OutputFolder | None = None

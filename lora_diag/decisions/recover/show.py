@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from lora_diag.decisions.recover.record import STATUS, Recovery
+from lora_diag.errors import DONE, INCONCLUSIVE
+from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.statements import Level, Statement, describe_estimate, make_statement, subject, summarize
@@ -32,7 +36,7 @@ def recovery_table(
     color: bool = False,
     per: str = "type",
     next_command: str | None = None,
-    folder: str | None = None,
+    output: Path | str | None = None,
 ) -> str:
     """Return the table and the summary of a run of ``recover``.
 
@@ -42,8 +46,9 @@ def recovery_table(
         color: Whether to use ANSI colours.
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
         next_command: The command that a user would run next.
-        folder: Where the adapter or the checkpoint is; None if none was written.
+        output: Folder of the adapter or the checkpoint, if the run wrote one.
     """
+    folder = str(output) if writes_folder(results) and output is not None else None
     statements = [*recovery_lines(results), *_describe_written(results, folder)]
     return grids_table(record_grids(results, per), statements, width, color, next_command)
 
@@ -69,6 +74,32 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
     reached = f"{out_of_time} of {quantity(out_of_time + len(results))} within --time; --resume measures them"
     not_reached = make_statement("not_reached", "Not reached", reached if out_of_time else "", level="warning")
     return summarize(results, *findings, not_reached)
+
+
+def writes_folder(results: Results[Recovery]) -> bool:
+    """Return whether a run writes an adapter or a checkpoint."""
+    return any(results.run.settings.get(name) for name in ("rank", "energy", "params", "full"))
+
+
+def exit_code(results: Results[Recovery]) -> int:
+    """Return the exit code of ``recover``: inconclusive if nothing was measured or the model does not fit."""
+    is_measured = any(record.status != "refused" for record in results)
+    return DONE if results.unmeasured or (is_measured and not is_lost(results)) else INCONCLUSIVE
+
+
+def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step: the adapter or the checkpoint of what was estimated."""
+    is_measured = any(record.status != "refused" for record in results)
+    is_estimated = any(record.status in ("recovered", "size_only") for record in results)
+    if writes_folder(results):
+        hint = Hint("residual {base} {tuned} {output}", "distance to the files' difference, rounding included")
+        return hint if is_measured and not values["full"] else None
+    if is_lost(results) or (is_measured and not is_estimated):
+        return Hint("extract {base} {tuned} --rank 16 -o adapter/", "the best adapter of the files' difference")
+    hint = Hint(
+        "recover {base} {tuned} --checkpoint -o recovered/", "the better checkpoint; or --rank R for an adapter"
+    )
+    return hint if is_measured else None
 
 
 def select_misfits(records: Iterable[Recovery]) -> list[Recovery]:

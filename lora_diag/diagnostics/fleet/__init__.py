@@ -3,15 +3,44 @@
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import BASE, Callbacks, Device, Machines, MissingAlpha, Output, Resuming, Selection
+
+
+class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False):
+    """Options of ``fleet``."""
+
+    base: Annotated[str | Path | None, BASE]
+
 
 FEATURE = Feature(
     __name__,
     "spectrum --adapters",
+    commands=(
+        Command(
+            help="Ranks, outliers and near-duplicates of many adapters.",
+            notes="Rows are the adapters with a remark; with --per layer, all adapters. DoRA, PiSSA, IA³ need --base.",
+            examples=("fleet 'adapters/**' -o fleet.jsonl",),
+            name="fleet",
+            arguments=(
+                Argument(
+                    "adapters",
+                    "Adapters or patterns such as 'runs/**'; - reads a list from stdin.",
+                    "ADAPTER",
+                    many=True,
+                    stdin=True,
+                ),
+            ),
+            options=(FleetOptions,),
+            hints=(
+                Hint("inspect {output} --per layer", "all adapters, without measuring again"),
+                Hint("-o fleet.jsonl", "saves these results"),
+            ),
+            unmeasured="the adapter was left out",
+        ),
+    ),
     records=(".record:Fleet",),
     functions=(".measure:fleet",),
-    subcommands=(("fleet", ".command:fleet"),),
     table=".show:fleet_table",
     statements=".show:fleet_lines",
     grids=".show:fleet_grids",
@@ -31,9 +60,3 @@ FEATURE = Feature(
         ("alike", "Which adapters are near-duplicates?"),
     ),
 )
-
-
-class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False):
-    """Options of ``fleet``."""
-
-    base: Annotated[str | Path | None, BASE]

@@ -527,8 +527,3 @@ def _describe(member: Member, verify: bool) -> RunInput:
             digest = fingerprint(checkpoint) if is_remote else digest
             sha256 = content_hash(files_of(checkpoint)) if verify else ""
     return RunInput(role="adapter", path=member.layer, kind="adapter", tensors=0, fingerprint=digest, sha256=sha256)
-
-
-def unreadable(results: Results[Fleet]) -> Sequence[LeftOut]:
-    """Return the adapters that could not be measured."""
-    return [item for item in results.left_out if item.reason == "unreadable"]

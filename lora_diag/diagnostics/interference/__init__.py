@@ -1,15 +1,52 @@
 """Declaration and options of ``interference``: angles, sums and merges of several updates of one base."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature, Figure, Section
-from lora_diag.running.options import INPUTS, RANKS, LayerOptions, Option
+from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
+from lora_diag.running.options import INPUTS, OUTPUT, RANKS, LayerOptions, Option
+
+
+class InterferenceOptions(LayerOptions, total=False):
+    """Options of ``interference``."""
+
+    weights: Annotated[
+        Sequence[float] | None,
+        Option(None, "Weight of each update in the sum; default: all 1.", "W,W,...", panel=INPUTS),
+    ]
+    ranks: Annotated[Sequence[int], RANKS]
+    density: Annotated[float, Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D")]
+
+
+class UnionOptions(TypedDict, total=False):
+    """A further output of the command."""
+
+    spectrum: Annotated[
+        Path | None, Option(None, "Also write the spectra of the sums, for allocate.", "FILE", panel=OUTPUT)
+    ]
+
 
 FEATURE = Feature(
     __name__,
     "interference",
-    command=".command:interference",
+    commands=(
+        Command(
+            run=".measure:compare_updates",
+            help="Overlap of several updates, and the loss of merging them.",
+            examples=("interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl",),
+            arguments=(
+                Argument(
+                    "inputs", "BASE and two or more updates of it; adapters alone need no BASE.", "[BASE] TUNED", True
+                ),
+            ),
+            options=(InterferenceOptions, UnionOptions),
+            hints=(
+                Hint("allocate {spectrum} --energy 0.9", "the rank that the sum needs in each layer"),
+                Hint("interference {inputs} --spectrum union.jsonl", "then allocate union.jsonl for ranks"),
+            ),
+        ),
+    ),
     records=(
         ".record:Interference",
         ".record:Union",
@@ -44,14 +81,3 @@ FEATURE = Feature(
         ("rank_needed", "Which rank do all updates together need?"),
     ),
 )
-
-
-class InterferenceOptions(LayerOptions, total=False):
-    """Options of ``interference``."""
-
-    weights: Annotated[
-        Sequence[float] | None,
-        Option(None, "Weight of each update in the sum; default: all 1.", "W,W,...", panel=INPUTS),
-    ]
-    ranks: Annotated[Sequence[int], RANKS]
-    density: Annotated[float, Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D")]

@@ -25,6 +25,7 @@ from lora_diag.diagnostics.interference.record import EnergyOverlap, Interferenc
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import record_of
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.files import RESULTS, check_outputs
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
     Change,
@@ -645,6 +646,23 @@ def interference(
         (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),
         {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )
+
+
+def compare_updates(
+    inputs: Sequence[Path | str], spectrum: Path | None = None, **options: Unpack[InterferenceOptions]
+) -> Results[Interference | Union]:
+    """Compare updates, of which the first may be BASE; with ``spectrum``, also write the spectra of their sums.
+
+    Raises:
+        UsageError: An adapter comes first, but not all inputs are adapters; or ``spectrum`` may not be replaced.
+    """
+    overwrite = options.get("overwrite", False)
+    check_outputs([*inputs, options.get("output")], [(spectrum, RESULTS)], overwrite)
+    base, updates = split_base(inputs)
+    results = interference(updates, base=base, **options)
+    if spectrum is not None:
+        union_spectra(results).write(spectrum, overwrite)
+    return results
 
 
 def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Path | str]]:

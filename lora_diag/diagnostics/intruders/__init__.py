@@ -2,20 +2,8 @@
 
 from typing import Annotated
 
-from lora_diag.feature import Feature, Section
+from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Hint, Section
 from lora_diag.running.options import LayerOptions, Option
-
-FEATURE = Feature(
-    __name__,
-    "intruders",
-    command=".command:intruders",
-    records=(".record:Intruders",),
-    functions=(".measure:intruders",),
-    statements=".show:intruders_lines",
-    grids=".show:intruders_grids",
-    section=Section("Intruder dimensions", figures=("intruders",)),
-    questions=(("intruders", "Are there intruder dimensions?"),),
-)
 
 
 class IntruderOptions(LayerOptions, total=False):
@@ -24,3 +12,31 @@ class IntruderOptions(LayerOptions, total=False):
     directions: Annotated[int, Option(10, "Largest singular directions of each weight to test.", "K", setting="top")]
     epsilon: Annotated[float, Option(0.5, "Cosine similarity to BASE below which a direction is new.", "E")]
     window: Annotated[float, Option(0.1, "Relative gap below which singular values count as equal.", "W")]
+
+
+FEATURE = Feature(
+    __name__,
+    "intruders",
+    commands=(
+        Command(
+            help="Intruder dimensions: large directions unlike any of BASE.",
+            examples=("intruders base/ lora_r8/ -o intruders.jsonl",),
+            arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
+            options=(IntruderOptions,),
+            # Not gate init: without intruders, or with little else, the records give no limit.
+            hints=(
+                Hint(
+                    "inspect {output} --per layer",
+                    'each layer; loradiag gate takes a rule such as require = "intruders <= 2"',
+                ),
+                Hint("intruders {base} {tuned} --per layer", "each layer; -o FILE keeps the records for loradiag gate"),
+            ),
+        ),
+    ),
+    records=(".record:Intruders",),
+    functions=(".measure:intruders",),
+    statements=".show:intruders_lines",
+    grids=".show:intruders_grids",
+    section=Section("Intruder dimensions", figures=("intruders",)),
+    questions=(("intruders", "Are there intruder dimensions?"),),
+)

@@ -3,13 +3,38 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.feature import Feature, Figure
-from lora_diag.running.options import RANKS, MethodOptions
+from lora_diag.feature import BASE_ARGUMENT, GRADIENTS_ARGUMENT, Argument, Command, Feature, Figure, Hint
+from lora_diag.running.options import RANKS, SHOW_RANK, MethodOptions
+
+
+class OverlapOptions(MethodOptions, total=False):
+    """Options of ``overlap``."""
+
+    ranks: Annotated[Sequence[int], RANKS]
+    show_rank: Annotated[int | None, SHOW_RANK]
+
 
 FEATURE = Feature(
     __name__,
     "overlap",
-    command=".command:overlap",
+    commands=(
+        Command(
+            help="Overlap of gradients with the subspaces of an update.",
+            examples=("overlap base/ full_ft/ gradients/ --ranks 8,16 -o overlap.jsonl",),
+            arguments=(
+                BASE_ARGUMENT,
+                Argument("tuned", "Checkpoint after a pilot run, or an adapter."),
+                GRADIENTS_ARGUMENT,
+            ),
+            options=(OverlapOptions,),
+            hints=(
+                Hint("--per layer", "layer by layer"),
+                Hint("-o overlap.jsonl", "saves these results"),
+                Hint("inspect {output}", "this table, without measuring again"),
+            ),
+            unmeasured="left out",
+        ),
+    ),
     records=(".record:Overlap",),
     functions=(
         ".measure:overlap",
@@ -32,9 +57,3 @@ FEATURE = Feature(
         ),
     ),
 )
-
-
-class OverlapOptions(MethodOptions, total=False):
-    """Options of ``overlap``."""
-
-    ranks: Annotated[Sequence[int], RANKS]

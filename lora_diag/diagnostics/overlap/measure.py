@@ -256,6 +256,7 @@ def overlap(
             files.
         ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; an adapter's own rank is always
             measured.
+        show_rank: A further rank to measure, which the command shows.
         **options: ``OverlapOptions``.
 
     Returns:
@@ -275,7 +276,8 @@ def overlap(
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
     run = LayerRun("overlap", options, OverlapOptions)
-    settings = run.settings(OverlapSettings, ranks=check_ranks(run.options["ranks"]))
+    shown = [rank] if (rank := run.options["show_rank"]) is not None else []
+    settings = run.settings(OverlapSettings, ranks=check_ranks([*run.options["ranks"], *shown]))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
         raise UsageError("overlap: no gradients are given; give a folder with one safetensors file per step")

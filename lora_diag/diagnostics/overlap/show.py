@@ -134,7 +134,7 @@ def overlap_table(
     color: bool = False,
     per: str = "type",
     next_command: str | None = None,
-    rank: int | None = None,
+    show_rank: int | None = None,
 ) -> str:
     """Return the table and the summary of an overlap run.
 
@@ -144,14 +144,18 @@ def overlap_table(
         color: Whether to shade κ with ANSI colours.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
         next_command: The suggested next command, printed last.
-        rank: The rank to show; default 16, or the adapter's own.
+        show_rank: The rank to show; default 16, or the adapter's own.
 
     Returns:
         Lines of text, without a trailing newline.
     """
-    tracked = tracks(results, rank)
+    tracked = tracks(results, show_rank)
+    statements = lines(results, tracked)
+    if tracked and show_rank is not None and all(track.rank != show_rank for track in tracked):
+        problem = f"{show_rank} is larger than all layers and adapters; another rank is shown"
+        statements.append(make_statement("show_rank", "Rank shown", problem, level="warning"))
     grids = [_make_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
-    return grids_table(grids, lines(results, tracked), width, color, next_command)
+    return grids_table(grids, statements, width, color, next_command)
 
 
 def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:

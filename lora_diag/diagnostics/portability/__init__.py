@@ -1,31 +1,10 @@
 """Declaration and options of ``portability``: the ΔW that each serving program applies."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature, Figure, Section
-from lora_diag.running.options import INPUTS, Option, RunOptions
-
-FEATURE = Feature(
-    __name__,
-    "portability",
-    command=".command:portability",
-    records=(".record:Portability",),
-    functions=(".measure:portability", ".measure:make_portable"),
-    statements=".show:portability_lines",
-    grids=".show:portability_grids",
-    section=Section("Portability", order=45),
-    figures=(
-        Figure(
-            "portability",
-            "error ε of each weight of an adapter in each serving program",
-            panels=(".figures:portability",),
-            made_by="loradiag portability ADAPTER -o portability.jsonl",
-            by_color=False,
-        ),
-    ),
-    questions=(("portable", "Do serving programs apply the intended update?"),),
-)
+from lora_diag.feature import Argument, Command, Feature, Figure, Section
+from lora_diag.running.options import INPUTS, OUTPUT, Option, RunOptions
 
 
 class PortabilityOptions(RunOptions, total=False):
@@ -47,3 +26,55 @@ class PortabilityOptions(RunOptions, total=False):
         str | None, Option(None, "Program whose ΔW is intended; default: PEFT or the format's rule.", "NAME")
     ]
     max_lora_rank: Annotated[int | None, Option(None, "Largest rank that servers accept; default: any.", "R")]
+
+
+class FixOptions(TypedDict, total=False):
+    """Options of the command for writing a portable adapter, and for the rules of all programs."""
+
+    fix: Annotated[bool, Option(False, "Write to -o an adapter that all programs scale alike.", panel=OUTPUT)]
+    format: Annotated[
+        str | None,
+        Option(None, "With --fix: format; default: that of ADAPTER.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
+    ]
+    dora_to_lora: Annotated[
+        bool, Option(False, "With --fix: replace DoRA by the nearest LoRA of its rank; needs BASE.", panel=OUTPUT)
+    ]
+    leave_out: Annotated[bool, Option(False, "With --fix: leave out biases and weights stored in full.", panel=OUTPUT)]
+    rules: Annotated[bool, Option(False, "Print what each program does with each feature, and stop.", panel=OUTPUT)]
+
+
+FEATURE = Feature(
+    __name__,
+    "portability",
+    commands=(
+        Command(
+            run=".measure:judge_or_fix",
+            help="The ΔW that each serving program applies, and its error.",
+            examples=("portability lora_r16/ --consumers vllm,llamacpp --require vllm",),
+            arguments=(
+                Argument("adapter", "Adapter that will be served.", optional=True),
+                Argument("base", "Base checkpoint that it was trained on.", optional=True),
+            ),
+            options=(PortabilityOptions, FixOptions),
+            suggest=".show:suggest_next",
+            table=".show:rules_table",
+            unmeasured="the layer was not judged",
+            exit_code=".show:exit_code",
+        ),
+    ),
+    records=(".record:Portability",),
+    functions=(".measure:portability", ".measure:make_portable"),
+    statements=".show:portability_lines",
+    grids=".show:portability_grids",
+    section=Section("Portability", order=45),
+    figures=(
+        Figure(
+            "portability",
+            "error ε of each weight of an adapter in each serving program",
+            panels=(".figures:portability",),
+            made_by="loradiag portability ADAPTER -o portability.jsonl",
+            by_color=False,
+        ),
+    ),
+    questions=(("portable", "Do serving programs apply the intended update?"),),
+)

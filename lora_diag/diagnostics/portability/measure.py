@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lora_diag.adapters import Adapter, open_adapter, open_input
 from lora_diag.adapters.contents import Contents, Item, Part, contents_of
@@ -238,6 +238,53 @@ def make_portable(
     }
     run = results.run.model_copy(update={"settings": {**results.run.settings, "fixed": fixed}})
     return replace(results, run=run)
+
+
+def judge_or_fix(
+    adapter: Path | str | None = None,
+    base: Path | str | None = None,
+    *,
+    fix: bool = False,
+    format: str | None = None,
+    dora_to_lora: bool = False,
+    leave_out: bool = False,
+    rules: bool = False,
+    **options: Unpack[PortabilityOptions],
+) -> Results[Portability] | list[Grid]:
+    """Judge an adapter, write a portable one, or return the rules of all programs, as the command is asked to.
+
+    Raises:
+        UsageError: No adapter is given, options of ``fix`` are given without it, or it lacks or excludes one.
+    """
+    if rules:
+        return rules_grids()
+    if adapter is None:
+        raise UsageError("portability: no adapter is given; give one, or use --rules for the rules of all programs")
+    if not fix:
+        needs_fix = {"--format": format, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out}
+        if option := next((name for name, value in needs_fix.items() if value), None):
+            raise UsageError(f"{option}: needs --fix, and -o with the folder to write; add both")
+        return portability(adapter, base, **options)
+    output, on_record = options.get("output"), options.get("on_record")
+    if output is None:
+        raise UsageError("--fix: no output folder; give it with -o")
+    if any(options.get(name) for name in ("resume", "overwrite", "layers", "exclude", "intended")):
+        raise UsageError(
+            "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, --layers, --exclude "
+            "and --intended"
+        )
+    judging: dict[str, Any] = {
+        name: options[name]
+        for name in ("consumers", "require", "max_lora_rank", "alpha", "alpha_is_rank")
+        if name in options
+    }
+    results = make_portable(
+        adapter, output, base, form=format, dora_to_lora=dora_to_lora, leave_out=leave_out, **judging
+    )
+    if on_record is not None:
+        for record in results.records():
+            on_record(record)
+    return results
 
 
 def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Group
 
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.measure import rules_grids
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability, Status
+from lora_diag.errors import DONE, GATE_FAILED
+from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.tables import Column, Grid, rows_of
@@ -19,9 +20,9 @@ from lora_diag.rendering.tables import title_of as row_title
 from lora_diag.rendering.text import format_shown, list_layers, list_names, number, percent, safe, short, span, to_text
 
 
-def rules_table(width: int = 80, color: bool = False) -> str:
+def rules_table(grids: Sequence[Grid], width: int = 80, color: bool = False) -> str:
     """Return the tables of ``rules_grids`` as text: for each file layout, the newest and the older rules."""
-    return to_text(Group(*(part for grid in rules_grids() for part in grid.shown(width))), width, color)
+    return to_text(Group(*(part for grid in grids for part in grid.shown(width))), width, color)
 
 
 Name = tuple[str, str]
@@ -92,6 +93,16 @@ def pooled_epsilon(records: Sequence[Portability]) -> float | None:
     if len(pairs) < len(records) or total == 0:
         return None
     return math.hypot(*(epsilon * fro for epsilon, fro in pairs)) / total
+
+
+def exit_code(results: Results[Portability]) -> int:
+    """Return the exit code of ``portability``."""
+    return GATE_FAILED if failed(results) else DONE
+
+
+def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step: the same layer by layer, unless an adapter was written."""
+    return None if values["fix"] else Hint("--per layer", "layer by layer")
 
 
 def failed(results: Results[Portability]) -> list[Name]:

@@ -3,13 +3,36 @@
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.feature import Feature, Figure
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Hint
 from lora_diag.running.options import ACTIVATIONS, RECOVER, REFERENCE, LayerOptions
+
+
+class ResidualOptions(LayerOptions, total=False):
+    """Options of ``residual``."""
+
+    reference: Annotated[str | Path | None, REFERENCE]
+    activations: Annotated[Path | str | None, ACTIVATIONS]
+    recover: Annotated[bool, RECOVER]
+
 
 FEATURE = Feature(
     __name__,
     "residual",
-    command=".command:residual",
+    commands=(
+        Command(
+            help="Distance of adapters to a full fine-tune, layer by layer.",
+            examples=("residual base/ full_ft/ lora_r8/ lora_r64/ -o residual.jsonl",),
+            arguments=(
+                BASE_ARGUMENT,
+                Argument("tuned", "The full fine-tune."),
+                Argument(
+                    "adapters", "Adapters, or checkpoints with one merged in.", "ADAPTER", many=True, optional=True
+                ),
+            ),
+            options=(ResidualOptions,),
+            hints=(Hint("spectrum {base} {tuned}", "which rank the update needs"),),
+        ),
+    ),
     records=(".record:Residual",),
     functions=(".measure:residual",),
     statements=".show:residual_lines",
@@ -32,11 +55,3 @@ FEATURE = Feature(
     ),
     named_by=("base", "tuned"),
 )
-
-
-class ResidualOptions(LayerOptions, total=False):
-    """Options of ``residual``."""
-
-    reference: Annotated[str | Path | None, REFERENCE]
-    activations: Annotated[Path | str | None, ACTIVATIONS]
-    recover: Annotated[bool, RECOVER]

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.feature import Feature, Figure
+from lora_diag.feature import GRADIENTS_ARGUMENT, Argument, Command, Feature, Figure, Hint
 from lora_diag.running.options import (
     ACTIVATIONS,
+    BASE,
     KFAC,
     RANKS,
     RECOVER,
@@ -21,11 +22,60 @@ from lora_diag.running.options import (
     Selection,
 )
 
+
+class GradientSpectrumOptions(Selection, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
+    """Options of ``gradient-spectrum``: no adapter takes part."""
+
+    base: Annotated[str | None, BASE]
+    ranks: Annotated[Sequence[int], RANKS]
+    top: Annotated[int | None, TOP]
+
+
+class SpectrumOptions(LayerOptions, total=False):
+    """Options of ``spectrum``."""
+
+    ranks: Annotated[Sequence[int], RANKS]
+    top: Annotated[int | None, TOP]
+    gradients: Annotated[Sequence[Path | str], Option((), "Gradient snapshots to measure instead.", cli=False)]
+    activations: Annotated[Path | str | None, ACTIVATIONS]
+    kfac: Annotated[bool, KFAC]
+    recover: Annotated[bool, RECOVER]
+
+
+_HINTS = (
+    Hint("inspect {output} --per layer", "this table layer by layer, without measuring again"),
+    Hint("-o results.jsonl", "saves these results"),
+)
+
+
 FEATURE = Feature(
     __name__,
     "spectrum",
-    command=".command:spectrum",
-    subcommands=(("gradient-spectrum", ".command:gradient_spectrum"),),
+    commands=(
+        Command(
+            help="Singular values of an update ΔW, layer by layer.",
+            notes="Of gradients: loradiag gradient-spectrum. Of many adapters: loradiag fleet.",
+            examples=(
+                "spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl",
+                "spectrum base/ full_ft/ --activations activations.safetensors",
+            ),
+            arguments=(
+                Argument("base", "Base checkpoint, or an adapter alone.", optional=True),
+                Argument("tuned", "Fine-tuned checkpoint, or an adapter.", optional=True),
+            ),
+            options=(SpectrumOptions,),
+            hints=_HINTS,
+        ),
+        Command(
+            help="Spectrum of all gradients, before any update.",
+            notes="--base only provides the names of the weights.",
+            examples=("gradient-spectrum gradients/ --base base/ -o results.jsonl",),
+            name="gradient-spectrum",
+            arguments=(GRADIENTS_ARGUMENT,),
+            options=(GradientSpectrumOptions,),
+            hints=_HINTS,
+        ),
+    ),
     records=(".record:Spectrum",),
     functions=(".run:spectrum",),
     table=".show:spectrum_table",
@@ -54,21 +104,3 @@ FEATURE = Feature(
         ),
     ),
 )
-
-
-class GradientSpectrumOptions(Selection, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
-    """Options of ``gradient-spectrum``: no adapter takes part."""
-
-    ranks: Annotated[Sequence[int], RANKS]
-    top: Annotated[int | None, TOP]
-
-
-class SpectrumOptions(LayerOptions, total=False):
-    """Options of ``spectrum``."""
-
-    ranks: Annotated[Sequence[int], RANKS]
-    top: Annotated[int | None, TOP]
-    gradients: Annotated[Sequence[Path | str], Option((), "Use gradient-spectrum.", "GRADIENTS...", hidden=True)]
-    activations: Annotated[Path | str | None, ACTIVATIONS]
-    kfac: Annotated[bool, KFAC]
-    recover: Annotated[bool, RECOVER]

@@ -1,11 +1,31 @@
 """``verify-merge``: check whether a merged checkpoint equals BASE plus the adapter."""
 
-from lora_diag.feature import Feature, Section
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Hint, Section
+from lora_diag.running.options import RunOptions
 
 FEATURE = Feature(
     __name__,
     "verify-merge",
-    command=".command:verify_merge",
+    commands=(
+        Command(
+            help="Compare a merged checkpoint with BASE plus the adapter.",
+            notes="Exit codes: 0 if every entry of MERGED is W + ΔW up to rounding, 1 if not, 5 inconclusive.",
+            examples=("verify-merge base/ lora_r16/ merged/",),
+            arguments=(
+                BASE_ARGUMENT,
+                Argument("adapter", "The adapter that was merged."),
+                Argument("merged", "Merged checkpoint."),
+            ),
+            options=(RunOptions,),
+            hints=(
+                Hint("inspect {output} --per layer", "layer by layer, without reading the weights again"),
+                Hint("-o merge.jsonl", "saves these results"),
+            ),
+            suggest=".show:suggest_next",
+            unmeasured="the layer was not checked",
+            exit_code=".record:exit_code",
+        ),
+    ),
     records=(".record:Merge",),
     functions=(".measure:verify_merge",),
     statements=".show:merge_lines",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
+from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE
 from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Ratio, Share, Shown
 
 MergeStatus = Literal[
@@ -156,6 +157,11 @@ class Merge(LayerRecord):
     def failed(self) -> bool:
         """Whether MERGED differs from W + ΔW."""
         return self.status not in CORRECT and self.status != "inconclusive"
+
+
+def exit_code(records: Iterable[Merge]) -> int:
+    """Return the exit code of ``verify-merge``."""
+    return {"correct": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[outcome(records)]
 
 
 def outcome(records: Iterable[Merge]) -> Outcome:

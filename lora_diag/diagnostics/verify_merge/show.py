@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
+from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, place_of
 from lora_diag.rendering.statements import Level, Statement, left_out, make_statement, summarize
@@ -59,6 +61,12 @@ def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge
 
 
 _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
+
+
+def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step after a merge that is not correct and not saved: the same layer by layer."""
+    is_correct = outcome(results) == "correct"
+    return None if is_correct or values["output"] is not None else Hint("--per layer", "layer by layer")
 
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:

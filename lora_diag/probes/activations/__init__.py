@@ -1,13 +1,10 @@
 """``probe activations``, registration and options: second moments of the layers' inputs."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature
-from lora_diag.running.options import LABELS, OUTPUT, SEED, Option, RecordModelOptions
-
-FEATURE = Feature(
-    __name__, "probe activations", command=".command:activations", functions=(".measure:probe_activations",)
-)
+from lora_diag.feature import BASE_ARGUMENT, Command, Feature
+from lora_diag.running.options import DATA, LABELS, OUTPUT, REQUIRED, SEED, Option, RecordModelOptions
 
 
 class ActivationsOptions(RecordModelOptions, total=False):
@@ -17,3 +14,27 @@ class ActivationsOptions(RecordModelOptions, total=False):
     labels: Annotated[str, LABELS]
     seed: Annotated[int, SEED]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+class ActivationsInputs(TypedDict, total=False):
+    """Input and output of the command."""
+
+    data: Annotated[Path, DATA]
+    output: Annotated[Path, Option(REQUIRED, "Safetensors file to write.", "FILE", ("--output", "-o"), OUTPUT)]
+
+
+FEATURE = Feature(
+    __name__,
+    "probe activations",
+    functions=(".measure:probe_activations",),
+    commands=(
+        Command(
+            help="Second moments of layer inputs, for --activations.",
+            examples=("probe activations base/ --data text.txt -o activations.safetensors",),
+            arguments=(BASE_ARGUMENT,),
+            options=(ActivationsInputs, ActivationsOptions),
+            suggest=".show:suggest_next",
+            table=".show:activations_table",
+        ),
+    ),
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lora_diag.records.probe import Activations, LayerInput
 from lora_diag.rendering.statements import Statement, make_statement
@@ -16,6 +18,12 @@ def activations_table(
     """Return the table of recorded layers, one row per module ``type`` (medians) or ``layer``, and the statements."""
     rows = rows_of(recorded.layers, per)
     return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, next_command)
+
+
+def suggest_next(recorded: Activations, values: Mapping[str, Any]) -> str:
+    """Return the next step: singular values in the recorded metric."""
+    kfac = " --kfac" if values["output_gradients"] else ""
+    return f"loradiag spectrum BASE TUNED --activations {shlex.quote(str(values['output']))}{kfac}"
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:

@@ -3,13 +3,56 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import (
+    BASE_ARGUMENT,
+    SAVE_PROBE,
+    TUNED_ARGUMENT,
+    Argument,
+    Command,
+    Feature,
+    Figure,
+    Hint,
+    Section,
+)
 from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
+
+
+class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe curvature``."""
+
+    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
+    along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
+    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", setting="top")]
+    trace_vectors: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", setting="probes")]
+    ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
+    granularity: Annotated[
+        str,
+        GRANULARITY.by("all", metavar="all|layer", help="Eigenvalues of all layers together, or also of each alone."),
+    ]
+    seed: Annotated[int, SEED]
+
 
 FEATURE = Feature(
     __name__,
     "probe curvature",
-    command=".command:curvature",
+    commands=(
+        Command(
+            help="Curvature of the loss (Hessian, GGN), and a loss bound.",
+            examples=("probe curvature base/ full_ft/ --max-sequences 16 --eval held_out.txt",),
+            arguments=(BASE_ARGUMENT, Argument("tuned", TUNED_ARGUMENT.help, optional=True)),
+            options=(CurvatureOptions,),
+            shows=("json", "quiet", "verbose"),
+            hints=(
+                Hint(
+                    "probe truncation {base} {tuned} --eval {evaluate}",
+                    "the gap at every rank, on more text",
+                    saved=True,
+                ),
+                Hint("probe sweep {base} --data TEXT --eval {evaluate}", "which rank training needs", saved=True),
+                SAVE_PROBE,
+            ),
+        ),
+    ),
     records=(
         ".record:Curvature",
         ".record:LossBound",
@@ -31,18 +74,3 @@ FEATURE = Feature(
         ),
     ),
 )
-
-
-class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
-    """Options of ``probe curvature``."""
-
-    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
-    along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
-    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", setting="top")]
-    trace_vectors: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", setting="probes")]
-    ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
-    granularity: Annotated[
-        str,
-        GRANULARITY.by("all", metavar="all|layer", help="Eigenvalues of all layers together, or also of each alone."),
-    ]
-    seed: Annotated[int, SEED]

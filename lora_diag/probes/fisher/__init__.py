@@ -4,13 +4,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import DATA, LABELS, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
+
+
+class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe fisher``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    measure: Annotated[bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")]
+    ranks: Annotated[Sequence[int], RANKS]
+    labels: Annotated[str, LABELS]
+    seed: Annotated[int, SEED]
+
 
 FEATURE = Feature(
     __name__,
     "probe fisher",
-    command=".command:fisher",
+    commands=(
+        Command(
+            help="Loss change from truncation, by Fisher information.",
+            examples=("probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o fisher.jsonl",),
+            arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
+            options=(FisherOptions,),
+            hints=(
+                Hint("allocate SPECTRUM.jsonl --params 10M --layer-weights {output}", "ranks by the loss"),
+                SAVE_PROBE,
+            ),
+        ),
+    ),
     records=(".record:Fisher",),
     functions=(".measure:probe_fisher",),
     statements=".show:fisher_lines",
@@ -32,13 +54,3 @@ FEATURE = Feature(
         ),
     ),
 )
-
-
-class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
-    """Options of ``probe fisher``."""
-
-    data: Required[Annotated[Path | str, DATA]]
-    measure: Annotated[bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")]
-    ranks: Annotated[Sequence[int], RANKS]
-    labels: Annotated[str, LABELS]
-    seed: Annotated[int, SEED]

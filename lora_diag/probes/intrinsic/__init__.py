@@ -4,28 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import DATA, FULL_RATES, RANKS, RATES, REPEATS, STEPS, Option, Shifted, TrainOptions
-
-FEATURE = Feature(
-    __name__,
-    "probe intrinsic",
-    command=".command:intrinsic",
-    records=(".record:Intrinsic",),
-    functions=(".measure:probe_intrinsic",),
-    statements=".show:intrinsic_lines",
-    grids=".show:intrinsic_grids",
-    section=Section("Intrinsic dimension", order=15, losses=True),
-    questions=(("on", "How many directions does training need?"),),
-    figures=(
-        Figure(
-            "intrinsic",
-            "fraction of full fine-tuning's gain by trained parameters",
-            panels=(".figures:intrinsic",),
-            made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
-        ),
-    ),
-)
 
 
 class IntrinsicOptions(Shifted, TrainOptions, total=False):
@@ -51,3 +31,40 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
     ]
     steps: Annotated[int, STEPS]
     repeats: Annotated[int, REPEATS]
+
+
+FEATURE = Feature(
+    __name__,
+    "probe intrinsic",
+    commands=(
+        Command(
+            help="Intrinsic dimension: loss in random subspaces.",
+            notes="--lr is a grid of rates of full fine-tuning; the rate of z is scaled to move the weights as far per "
+            "step.",
+            examples=(
+                "probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 -o dims.jsonl",
+            ),
+            arguments=(BASE_ARGUMENT,),
+            options=(IntrinsicOptions,),
+            shows=("json", "quiet", "verbose"),
+            hints=(
+                Hint("plan {base}", "what each rank costs in parameters and memory", saved=True),
+                SAVE_PROBE,
+            ),
+        ),
+    ),
+    records=(".record:Intrinsic",),
+    functions=(".measure:probe_intrinsic",),
+    statements=".show:intrinsic_lines",
+    grids=".show:intrinsic_grids",
+    section=Section("Intrinsic dimension", order=15, losses=True),
+    questions=(("on", "How many directions does training need?"),),
+    figures=(
+        Figure(
+            "intrinsic",
+            "fraction of full fine-tuning's gain by trained parameters",
+            panels=(".figures:intrinsic",),
+            made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
+        ),
+    ),
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from lora_diag.adapters import is_adapter
+from lora_diag.checkpoints import locate
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, forward, nll, select_predictions
@@ -271,6 +274,37 @@ def probe_outputs(
         return _list_left_out(compared, contenders[1:])
 
     return run.over([*inputs, *map(describe_texts, texts)], {}, measure_missing)
+
+
+def compare_models(
+    base: Path | str, models: Sequence[str], tuned: str | None = None, **options: Unpack[OutputsOptions]
+) -> Results[Any]:
+    """Measure models of which the full fine-tune is ``tuned``, or the first if it is no adapter and no step of a run.
+
+    The others are sorted by step within each run: a shell sorts 100 before 20.
+    """
+    run, step = _run_and_step(models[0])
+    is_step = step >= 0 and any(_run_and_step(path)[0] == run for path in models[1:])
+    if tuned is not None:
+        others = [path for path in models if path.rstrip("/") != tuned.rstrip("/")]
+    elif not is_step and not is_adapter(locate(models[0])):
+        tuned, *others = models
+    else:
+        others = list(models)
+    runs = list(dict.fromkeys(_run_and_step(path)[0] for path in others))
+    others.sort(key=lambda path: (runs.index(_run_and_step(path)[0]), _run_and_step(path)[1]))
+    return probe_outputs(base, tuned, others, **options)
+
+
+def _run_and_step(path: str) -> tuple[str, int]:
+    """Return a path without the number at its end, and that number; -1 without one.
+
+    >>> _run_and_step("out/checkpoint-100/"), _run_and_step("out/full")
+    (('out/checkpoint-', 100), ('out/full', -1))
+    """
+    match = re.fullmatch(r"(.*?)(\d{1,18})?", path.rstrip("/"), re.DOTALL)
+    assert match is not None
+    return match[1], int(match[2] or -1)
 
 
 def _check_models(tuned: Path | str | None, others: Sequence[Path | str]) -> None:

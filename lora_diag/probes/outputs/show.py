@@ -6,10 +6,12 @@ difference is significant above two paired standard errors, more with few sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import MAX_RUNS, Estimate, freedom, paired_difference, paired_half, runs_needed
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
@@ -194,6 +196,16 @@ _EQUALS = "none: the models are compared as equals, in the order of their steps;
 
 # Maximum number of depths of hidden states in the table; the records have all.
 DEPTHS = 7
+
+
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
+    """Return the next step: the weights in which the models differ."""
+    paths: dict[str, list[str]] = {}
+    for run_input in results.run.inputs:
+        paths.setdefault(run_input.role, []).append(run_input.path)
+    tuned = paths.get("tuned", [])
+    words = ["residual", values["base"], *tuned] if tuned else ["fleet"]
+    return Hint(shlex.join([*words, *paths.get("adapter", ())]), "where in the weights", saved=True)
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:

@@ -4,23 +4,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.feature import Feature, Figure, Section
-from lora_diag.running.options import (
-    DATA,
-    GRANULARITY,
-    RANK,
-    RATES,
-    REPEATS,
-    STEPS,
-    LayerTrainOptions,
-    Option,
-    Shifted,
-)
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
+from lora_diag.running.options import DATA, GRANULARITY, RANK, RATES, REPEATS, STEPS, LayerTrainOptions, Option, Shifted
+
+
+class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
+    """Options of ``probe sensitivity``."""
+
+    data: Required[Annotated[Path | str, DATA]]
+    rank: Annotated[int, RANK.by(8)]
+    delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D")]
+    granularity: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
+    rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
+    steps: Annotated[int, STEPS.by(50)]
+    repeats: Annotated[int, REPEATS.by(1)]
+
 
 FEATURE = Feature(
     __name__,
     "probe sensitivity",
-    command=".command:sensitivity",
+    commands=(
+        Command(
+            help="Loss gain of a LoRA on each layer alone.",
+            examples=("probe sensitivity base/ --data train.txt --eval held_out.txt -o sensitivity.jsonl",),
+            arguments=(BASE_ARGUMENT,),
+            options=(SensitivityOptions,),
+            shows=("json", "quiet", "verbose"),
+            hints=(
+                Hint("allocate SPECTRUM.jsonl --params 10M --layer-weights {output}", "ranks where the loss gains"),
+                SAVE_PROBE,
+            ),
+        ),
+    ),
     records=(
         ".record:Sensitivity",
         ".record:FirstOrder",
@@ -39,15 +54,3 @@ FEATURE = Feature(
         ),
     ),
 )
-
-
-class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
-    """Options of ``probe sensitivity``."""
-
-    data: Required[Annotated[Path | str, DATA]]
-    rank: Annotated[int, RANK.by(8)]
-    delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D")]
-    granularity: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
-    rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
-    steps: Annotated[int, STEPS.by(50)]
-    repeats: Annotated[int, REPEATS.by(1)]

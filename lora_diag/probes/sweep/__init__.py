@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Section
 from lora_diag.running.options import (
     CHECKPOINTING,
     DATA,
@@ -22,29 +22,6 @@ from lora_diag.running.options import (
     Shifted,
     TrainingRuns,
     TrainOptions,
-)
-
-FEATURE = Feature(
-    __name__,
-    "probe sweep",
-    command=".command:sweep",
-    records=("lora_diag.records.probe:Probe",),
-    functions=(".measure:probe_sweep",),
-    statements=".show:sweep_lines",
-    grids=".show:sweep_grids",
-    section=Section("Rank sweep", order=11, losses=True),
-    questions=(
-        ("on", "Which rank does training need?"),
-        ("shifted", "Do shifted sets need the same rank?"),
-    ),
-    figures=(
-        Figure(
-            "sweep",
-            "held-out loss of LoRA trained at each rank",
-            panels=(".figures:sweep",),
-            made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
-        ),
-    ),
 )
 
 
@@ -66,3 +43,37 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
     repeats: Annotated[int, REPEATS]
     gain_tolerance: Annotated[float, GAIN_TOLERANCE]
     target_modules: Annotated[Sequence[str], TARGET_MODULES]
+
+
+FEATURE = Feature(
+    __name__,
+    "probe sweep",
+    commands=(
+        Command(
+            help="Loss of LoRA at each rank, learning rates tuned.",
+            examples=("probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl",),
+            arguments=(BASE_ARGUMENT,),
+            options=(SweepOptions,),
+            shows=("json", "quiet", "verbose"),
+            suggest=".show:suggest_next",
+            hints=(SAVE_PROBE,),
+        ),
+    ),
+    records=("lora_diag.records.probe:Probe",),
+    functions=(".measure:probe_sweep",),
+    statements=".show:sweep_lines",
+    grids=".show:sweep_grids",
+    section=Section("Rank sweep", order=11, losses=True),
+    questions=(
+        ("on", "Which rank does training need?"),
+        ("shifted", "Do shifted sets need the same rank?"),
+    ),
+    figures=(
+        Figure(
+            "sweep",
+            "held-out loss of LoRA trained at each rank",
+            panels=(".figures:sweep",),
+            made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
+        ),
+    ),
+)

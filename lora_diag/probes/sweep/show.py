@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_diag.feature import Hint
 from lora_diag.probes.sweep.verdict import (
     AtRank,
     ReferenceComparison,
@@ -267,3 +268,15 @@ def _describe_rates(
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         text += "\none rate for all ranks: the effects of rank and rate cannot be separated"
     return "\n".join([text, *notes])
+
+
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
+    """Return the next step: more seeds where they would decide, else the cost of the rank."""
+    verdict = main_verdict(results)
+    if verdict is not None and verdict.more_seeds is not None:
+        return Hint(f"--repeats {verdict.more_seeds} --resume", "adds seeds to these", saved=True)
+    if verdict is None or verdict.chosen is None:
+        return Hint("plan {base}", "what each rank costs in parameters and memory", saved=True)
+    chosen = verdict.chosen
+    purpose = f"what it costs; train it at learning rate {chosen.lr:g}"
+    return Hint(f"plan {{base}} --ranks {chosen.rank}", purpose, saved=True)

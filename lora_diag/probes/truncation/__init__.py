@@ -3,13 +3,40 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import GRANULARITY, RANKS, LayerProbeOptions, MissingAlpha, Option, Shifted
+
+
+class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
+    """Options of ``probe truncation``."""
+
+    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
+    granularity: Annotated[str, GRANULARITY]
+    untruncated: Annotated[
+        str,
+        Option(
+            "tuned",
+            "Norms, biases, embeddings and head: as in TUNED, or BASE.",
+            "tuned|base",
+            ("--untruncated",),
+            setting="rest",
+        ),
+    ]
+
 
 FEATURE = Feature(
     __name__,
     "probe truncation",
-    command=".command:truncation",
+    commands=(
+        Command(
+            help="Loss of the model at each rank of the update.",
+            examples=("probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl",),
+            arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
+            options=(TruncationOptions,),
+            shows=("json", "quiet", "verbose"),
+            hints=(Hint("spectrum {base} {tuned}", "C(r) layer by layer, no model run", saved=True), SAVE_PROBE),
+        ),
+    ),
     records=("lora_diag.records.probe:Probe",),
     functions=(".measure:probe_truncation",),
     statements=".show:truncation_lines",
@@ -34,20 +61,3 @@ FEATURE = Feature(
         ),
     ),
 )
-
-
-class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
-    """Options of ``probe truncation``."""
-
-    ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
-    granularity: Annotated[str, GRANULARITY]
-    untruncated: Annotated[
-        str,
-        Option(
-            "tuned",
-            "Norms, biases, embeddings and head: as in TUNED, or BASE.",
-            "tuned|base",
-            ("--untruncated",),
-            setting="rest",
-        ),
-    ]

@@ -154,7 +154,7 @@ def test_refused_layer_is_written_from_stored_difference(lost, tmp_path):
         best = low_rank_of(d, record.rank)
         assert np.linalg.norm(product_of(tmp_path / str(ways), LOST) - best) < 1e-4 * np.linalg.norm(best)
         assert sum(r.params for r in result) <= 2000
-        assert "1 refused" in recovery_table(result, folder="a")
+        assert "1 refused" in recovery_table(result, output="a")
     result = lora_diag.recover(base, tuned, tmp_path / "out", rank=3, leave_out_refused=True)
     assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", LOST: "nothing"}
 

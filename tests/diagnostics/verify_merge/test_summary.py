@@ -2,10 +2,9 @@
 
 import pytest
 
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
 from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_lines
-from lora_diag.inspection.table import table
 from lora_diag.records import End, LeftOut, Results, Run, RunInput
 from lora_diag.rendering.statements import find
 from tests.messages import assert_names

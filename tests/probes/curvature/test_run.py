@@ -12,9 +12,8 @@ import transformers
 from torch.func import functional_call
 
 import lora_diag
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.inspection.table import table
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_diag.inspection.table import table
+from lora_diag.catalog import table
 from lora_diag.probes.curvature.record import Curvature, LossBound, Surrogate
 from lora_diag.records import Results, Run
 

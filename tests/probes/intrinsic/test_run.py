@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as dense_hadamard
 
 import lora_diag
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.errors import UsageError
-from lora_diag.inspection.table import table
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.models.training import Training

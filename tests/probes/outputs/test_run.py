@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 import lora_diag
 import lora_diag.probes.outputs.measure
-from lora_diag.catalog import read_results
+import lora_diag.probes.outputs.measure as measuring
+from lora_diag.catalog import read_results, table
 from lora_diag.errors import UsageError
-from lora_diag.inspection.table import table
 from lora_diag.models.data import Sequence, Texts
-from lora_diag.probes.outputs.command import FullFineTune
 from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
@@ -270,7 +269,8 @@ def test_first_model_is_tuned_unless_it_is_an_equal(tmp_path, monkeypatch, given
         (tmp_path / name).mkdir()
         file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
         save_file({"a.weight": torch.ones(1)}, tmp_path / name / file)
-    assert FullFineTune(given).split(models) == (tuned, others)
+    monkeypatch.setattr(measuring, "probe_outputs", lambda base, tuned, others: (tuned, others))
+    assert measuring.compare_models("base", models, given) == (tuned, others)
 
 
 def test_missing_or_repeated_input_is_refused(tmp_path):

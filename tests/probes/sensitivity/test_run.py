@@ -11,9 +11,8 @@ import transformers
 
 import lora_diag
 import lora_diag.models.training
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.inspection.table import table
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import Losses

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_diag.inspection.table import table
+from lora_diag.catalog import table
 from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results, Run

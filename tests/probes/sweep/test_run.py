@@ -13,9 +13,8 @@ import transformers
 import lora_diag
 import lora_diag.models.training
 import lora_diag.running.probing
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.errors import InputError, UsageError
-from lora_diag.inspection.table import table
 from lora_diag.models.opening import keep_open, open_model
 from lora_diag.models.training import Lora, add_lora
 from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4

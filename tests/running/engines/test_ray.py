@@ -484,7 +484,7 @@ def test_invalid_address_is_reported(address):
 @pytest.mark.parametrize("option", [("127.0.0.1:1", 0.0), (None, 1.0)])
 def test_options_of_cluster_without_one_are_refused(option):
     with pytest.raises(UsageError, match="add --engine ray"):
-        options.Cluster(ray_address=option[0], gpus_per_task=option[1]).value()
+        options.make_cluster("local", *option)
 
 
 def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):

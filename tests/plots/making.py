@@ -7,7 +7,7 @@ import numpy as np
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
-from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
+from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.diagnostics.residual.record import Residual
@@ -56,68 +56,39 @@ def model(blocks, types=TYPES, values=32, **more):
 
 def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", rank=8, role="adapter"):
     """Return the record of an adapter whose distance follows from norms, an angle and a floor."""
-    gap2 = fro**2 + other**2 - 2 * cosine * fro * other
-    none = fro == 0
-    epsilon = None if none else float(np.sqrt(gap2)) / fro
-    return build(
-        Residual,
-        layer=layer,
-        shape=(32, 64),
-        adapter=adapter,
-        role=role,
-        rank=rank,
-        fro=fro,
-        base_fro=10.0,
-        adapter_fro=other,
-        energy_error=0.0,
-        epsilon=epsilon,
-        epsilon_min=None if none else epsilon_min,
-        excess=None if none or epsilon_min is None else epsilon**2 - epsilon_min**2,
-        norm_ratio=None if none else other / fro,
-        cosine=None if none or other == 0 else cosine,
-        best_scale=None if none or other == 0 else cosine * fro / other,
-        epsilon_best_scale=None if none or other == 0 else float(np.sqrt(1 - cosine**2)),
-        limited_by=None if none else "not adapted" if other == 0 else "direction",
-    )
+    distances = {}
+    if fro:
+        epsilon = float(np.sqrt(fro**2 + other**2 - 2 * cosine * fro * other)) / fro
+        excess = None if epsilon_min is None else epsilon**2 - epsilon_min**2
+        distances = {"epsilon": epsilon, "epsilon_min": epsilon_min, "excess": excess, "norm_ratio": other / fro}
+        distances["limited_by"] = "direction" if other else "not adapted"
+    if fro and other:
+        scaled = {"best_scale": cosine * fro / other, "epsilon_best_scale": float(np.sqrt(1 - cosine**2))}
+        distances |= {"cosine": cosine, **scaled}
+    norms = {"fro": fro, "adapter_fro": other, "base_fro": 10.0, "energy_error": 0.0}
+    where = {"layer": layer, "shape": (32, 64), "adapter": adapter, "role": role, "rank": rank}
+    return build(Residual, **where, **norms, **distances)
 
 
 def residuals(blocks, types=TYPES, adapter="runs/lora_r8"):
     rng = np.random.default_rng(len(adapter) + blocks)
     return [
-        residual(
-            f"model.layers.{block}.{name}.weight",
-            *(1 + rng.random(), 1 + rng.random(), 0.2 + 0.5 * rng.random(), 0.5),
-            adapter=adapter,
-        )
-        for block in range(blocks)
-        for name in types
+        residual(layer, 1 + rng.random(), 1 + rng.random(), 0.2 + 0.5 * rng.random(), 0.5, adapter=adapter)
+        for layer in layers_of(blocks, types)
     ]
 
 
 def overlap(layer, step, rank, kappa, tangent):
-    return build(
-        Overlap,
-        layer=layer,
-        shape=(32, 64),
-        step=step,
-        rank=rank,
-        kappa=kappa,
-        kappa_random=rank / np.sqrt(32 * 64),
-        tangent=tangent,
-        tangent_random=float(np.sqrt(rank / 32 + rank / 64 - rank**2 / 2048)),
-        left=tangent,
-        left_random=0.1,
-        right=tangent,
-        right_random=0.1,
-    )
+    kappa_random, tangent_random = rank / np.sqrt(32 * 64), float(np.sqrt(rank / 32 + rank / 64 - rank**2 / 2048))
+    random = {"kappa_random": kappa_random, "tangent_random": tangent_random}
+    return build(Overlap, layer=layer, shape=(32, 64), step=step, rank=rank, kappa=kappa, tangent=tangent, **random)
 
 
 def overlaps(blocks, types=TYPES, steps=(0, 40, 200), ranks=(4, 8)):
     rng = np.random.default_rng(blocks)
     return [
-        overlap(f"model.layers.{block}.{name}.weight", step, rank, 0.3 * rng.random(), 0.5 + 0.3 * rng.random())
-        for block in range(blocks)
-        for name in types
+        overlap(layer, step, rank, 0.3 * rng.random(), 0.5 + 0.3 * rng.random())
+        for layer in layers_of(blocks, types)
         for step in steps
         for rank in ranks
     ]
@@ -125,56 +96,26 @@ def overlaps(blocks, types=TYPES, steps=(0, 40, 200), ranks=(4, 8)):
 
 def allocations(blocks, types=TYPES):
     rng = np.random.default_rng(blocks)
-    result = []
-    for block in range(blocks):
-        for name in types:
-            rank = int(rng.integers(0, 20))
-            result.append(
-                Allocation(
-                    layer=f"model.layers.{block}.{name}.weight",
-                    shape=(32, 64),
-                    rank=rank,
-                    params=96 * rank,
-                    kept=0.4,
-                    fro=1.0,
-                    cap=32,
-                    capped_by="shape",
-                    uniform_rank=8,
-                    uniform_kept=0.3,
-                )
-            )
-    return result
+    return [
+        build(Allocation, layer=layer, shape=(32, 64), rank=int(rng.integers(0, 20)), uniform_rank=8)
+        for layer in layers_of(blocks, types)
+    ]
+
+
+def layers_of(blocks, types=TYPES):
+    return [f"model.layers.{block}.{name}.weight" for block in range(blocks) for name in types]
 
 
 def recoveries(blocks, types=TYPES, ranks=(1, 4, 16)):
     """Updates of which half is seen before rounding, and their files."""
     shares = {str(r): min(1.0, 0.2 + 0.1 * k) for k, r in enumerate(ranks)}
-    return [
-        Recovery(
-            layer=f"model.layers.{block}.{kind}.weight",
-            shape=(32, 64),
-            dtypes=("bfloat16", "bfloat16"),
-            fro=0.1,
-            base_fro=2.0,
-            energy={r: share / 2 for r, share in shares.items()},
-            rank_at={"0.9": 28, "0.95": 30, "0.99": 32},
-            energy_error=1e-6,
-            method="gram",
-            status="recovered",
-            reason="3 directions",
-            unchanged=0.8,
-            fro_estimate=0.2,
-            fro_interval=(0.19, 0.21),
-            energy_estimate=shares,
-            energy_interval={r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()},
-            rank_at_estimate={"0.9": None, "0.95": None, "0.99": None},
-            rank_at_interval={"0.9": (8, None), "0.95": (9, None), "0.99": (9, None)},
-            directions=3,
-            gain_z=9.0,
-        )
-        for block in range(blocks)
-        for kind in types
-    ]
+    intervals = {r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()}
+    energies = {
+        "energy": {r: share / 2 for r, share in shares.items()},
+        "energy_estimate": shares,
+        "energy_interval": intervals,
+    }
+    return [build(Recovery, layer=layer, shape=(32, 64), **energies) for layer in layers_of(blocks, types)]
 
 
 def certificate(spent=1000, kept=0.5, bound=0.51):
@@ -198,36 +139,18 @@ def agreement(cosines, larger, dimension):
 
 def interference(layer, columns, rows, first="runs/sql", second="runs/chat", shape=(32, 64)):
     """Return a pair whose spaces have these cosines, by rank."""
-    return Interference(
-        layer=layer,
-        shape=shape,
-        first=first,
-        second=second,
-        first_fro=1.0,
-        second_fro=2.0,
-        cosine=0.1,
-        cosine_random=0.02,
-        columns={str(r): agreement(c, r, shape[0]) for r, c in columns.items()},
-        rows={str(r): agreement(c, r, shape[1]) for r, c in rows.items()},
-        energy={
-            str(r): EnergyOverlap(second_in_first=0.3, first_in_second=0.2, random_first=0.1, random_second=0.1)
-            for r in columns
-        },
-        relation="share",
-    )
+    spaces = {
+        "columns": {str(r): agreement(c, r, shape[0]) for r, c in columns.items()},
+        "rows": {str(r): agreement(c, r, shape[1]) for r, c in rows.items()},
+    }
+    return build(Interference, layer=layer, shape=shape, first=first, second=second, cosine=0.1, **spaces)
 
 
 def interferences(blocks, types=TYPES, updates=("runs/sql", "runs/chat"), ranks=(4, 8)):
     rng = np.random.default_rng(blocks)
     return [
-        interference(
-            f"model.layers.{block}.{name}.weight",
-            *({r: rng.random(r) for r in ranks} for _ in range(2)),
-            first=first,
-            second=second,
-        )
-        for block in range(blocks)
-        for name in types
+        interference(layer, *({r: rng.random(r) for r in ranks} for _ in range(2)), first, second)
+        for layer in layers_of(blocks, types)
         for i, first in enumerate(updates)
         for second in updates[i + 1 :]
     ]
@@ -258,11 +181,7 @@ def union(layer, together, apart, every, updates=("runs/sql", "runs/chat")):
 
 def unions(blocks, types=TYPES):
     rng = np.random.default_rng(blocks)
-    return [
-        union(f"model.layers.{block}.{name}.weight", int(rng.integers(1, 20)), 20, int(rng.integers(20, 30)))
-        for block in range(blocks)
-        for name in types
-    ]
+    return [union(layer, int(rng.integers(1, 20)), 20, int(rng.integers(20, 30))) for layer in layers_of(blocks, types)]
 
 
 def adapter(path, fro=1.0, used=0.8, *, dead=0, spike=0.3, rank=8, sketch=(1.0, 0.0)):
@@ -305,27 +224,13 @@ def adapters(count, folder="runs"):
 def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0"), ("llamacpp", "0b03adaa632b"))):
     """Return what programs make of a model's weights: exact, wrong by more in every block, dropped, refused."""
     result = []
-    for block in range(blocks):
-        for place, kind in enumerate(types):
-            for number, (consumer, version) in enumerate(programs):
-                status = ("exact", ("wrong", "dropped", "full")[place % 3], "refused")[number % 3]
-                epsilon = {"exact": 0.0, "full": 0.0, "dropped": 1.0, "wrong": 0.5 * (block + 1), "refused": None}[
-                    status
-                ]
-                result.append(
-                    Portability(
-                        layer=f"model.layers.{block}.{kind}.weight",
-                        consumer=consumer,
-                        version=version,
-                        status=status,
-                        part="factors",
-                        rank=8,
-                        scale=None if status in {"dropped", "full", "refused"} else 1.0 + (epsilon or 0.0),
-                        intended=1.0,
-                        epsilon=epsilon,
-                        fro=2.0,
-                    )
-                )
+    for place, layer in enumerate(layers_of(blocks, types)):
+        block, second = place // len(types), ("wrong", "dropped", "full")[place % len(types) % 3]
+        epsilons = {"exact": 0.0, "full": 0.0, "dropped": 1.0, "wrong": 0.5 * (block + 1), "refused": None}
+        for number, (consumer, version) in enumerate(programs):
+            status = ("exact", second, "refused")[number % 3]
+            how = {"consumer": consumer, "version": version, "status": status, "epsilon": epsilons[status]}
+            result.append(build(Portability, layer=layer, part="factors", rank=8, **how))
     return result
 
 

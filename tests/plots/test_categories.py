@@ -7,7 +7,6 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
-from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import StepPatch
 
 from lora_diag import plots
@@ -53,7 +52,7 @@ def readings(figure):
         below = next((names for other in panels[number:] if (names := categories(other.xaxis))), {})
         beside = categories(ax.yaxis)
         seen = defaultdict(list)
-        for artist in [*ax.collections, *ax.patches, *ax.containers]:
+        for artist in [*ax.collections, *ax.patches]:
             if isinstance(artist, QuadMesh):
                 corners, values = artist.get_coordinates(), np.ma.filled(artist.get_array(), np.nan)
                 for row, value in enumerate(np.ravel(values)):
@@ -63,20 +62,18 @@ def readings(figure):
                 data = artist.get_data()
                 assert ax.get_xlim() == panels[-1].get_xlim() or categories(ax.xaxis)
                 seen[below[round(data.edges.mean())]] += [v for v in data.values if np.isfinite(v)]
-            elif isinstance(artist, ErrorbarContainer) and beside:
-                seen[beside[round(artist.lines[0].get_ydata()[0])]].append(artist.lines[0].get_xdata()[0])
         if seen:
             result.append((ax.get_title(loc="left"), seen))
     return result
 
 
-def unique(records, field, of=lambda record: record.layer):
+def unique(records, field):
     """Return records whose field has a value that no other has, and {module type: its values} of them."""
     marked, expected = [], defaultdict(list)
     for record in records:
         value = next(NUMBERS)
         marked.append(record.model_copy(update={field: value}))
-        expected[type_of(of(record))].append(value)
+        expected[type_of(record.layer)].append(value)
     return marked, expected
 
 
@@ -143,56 +140,6 @@ def union(inputs):
     return runs, expected
 
 
-def ranked(records_of, gap):
-    """Return a maker of figures whose rows are parts, alike on both sets."""
-
-    def make(inputs):
-        runs, together = [], defaultdict(list)
-        for layers, name in zip(inputs, NAMES, strict=False):
-            types = list(dict.fromkeys(map(type_of, layers)))
-            marked, expected = gap(records_of(types))
-            runs.append(making.probed(marked, name=name))
-            for kind, values in expected.items():
-                together[kind] += values
-        return runs, [together]
-
-    return make
-
-
-def alone(records):
-    rows = [record for record in records if record.module_type]
-    marked, expected = unique(rows, "gap", lambda record: record.module_type)
-    return [*(record for record in records if not record.module_type), *marked], expected
-
-
-def outputs(records):
-    rows = [record for record in records if record.name]
-    marked, expected = unique(rows, "gap", lambda record: record.name)
-    return [*(record for record in records if record.subject == "tuned"), *marked], expected
-
-
-def sensitivity(records):
-    best, base = {}, np.array([20.0, 40.0, 60.0, 80.0])
-    marked = []
-    for record in records:
-        if record.unit:
-            gain = 1e-3 * best.setdefault(record.unit, next(NUMBERS)) * (record.lr > 1e-4)
-            record = record.model_copy(update={"nll": tuple(base - gain * base / 2), "loss": 2.0 - gain})
-        marked.append(record)
-    return marked, {unit: [1e-3 * number] for unit, number in best.items()}
-
-
-def curvature(records):
-    marked, expected = [], defaultdict(list)
-    for record in records:
-        if record.record == "curvature":
-            value = float(next(NUMBERS))
-            record = record.model_copy(update={"eigenvalues": (value,)})
-            expected[record.layer or "all layers"].append(value)
-        marked.append(record)
-    return marked, expected
-
-
 def titled(value_of, drawn):
     """Return a maker of figures that have a panel a module type, and what the line of each layer begins with."""
 
@@ -245,10 +192,6 @@ MAKERS = {
     "overlap": overlap,
     "allocation": allocation,
     "union": union,
-    "alone": ranked(lambda types: making.alone(types, ranks=(4,), sets=("held_out",)), alone),
-    "outputs": ranked(lambda types: making.said(types, sets=("held_out",)), outputs),
-    "sensitivity": ranked(lambda types: making.adapted(types, sets=("held_out",)), sensitivity),
-    "curvature": ranked(lambda types: making.curved(types, ranks=()), curvature),
 }
 
 

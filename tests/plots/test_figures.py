@@ -116,13 +116,6 @@ def test_cells_of_heat_map_are_fields_of_records(field, of):
     assert columns[0][7] == by_name["lm_head.weight"]
 
 
-def test_null_is_hatched_and_no_cell():
-    cut = making.spectrum("h.0.q.weight", making.decay(1, 4), complete=False)
-    records = [cut, making.spectrum("h.1.q.weight", making.decay(1))]
-    ax = plots.heatmap(records, field="energy.8")
-    assert [patch.get_hatch() for patch in ax.patches] == ["////"]
-
-
 def drawn_parts(axes):
     """Return the heights of the parts in a panel with one bar."""
     return [float(patch.get_data().values[0] - np.ravel(patch.get_data().baseline)[0]) for patch in axes.patches]
@@ -177,21 +170,14 @@ def test_overlap_shows_medians_beside_their_baselines():
     assert plots.overlap(records, rank=4).get_ylabel().endswith("r = 4")
 
 
-def test_allocation_shows_its_ranks_and_uniform_rule():
-    records = making.allocations(4, ("q_proj",))
-    bars, uniform = plots.allocation(records).patches
-    assert list(bars.get_data().values) == [record.rank for record in records]
-    assert set(uniform.get_data().values) == {8}
-
-
 def test_kept_fraction_is_drawn_beside_bound():
     ax = plots.budget([making.certificate(kept=0.5, bound=0.51)])
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.5, 0.45])
     assert [line.get_xdata()[0] for line in ax.lines] == [0.51]
     several = plots.budget([making.certificate(1000, 0.3, 0.3), making.certificate(2000, 0.5, 0.52)])
     drawn = {line.get_label(): np.array(line.get_xydata()) for line in several.lines}
-    np.testing.assert_allclose(drawn["_bound"], [[1000, 0.3], [2000, 0.52]])
-    np.testing.assert_allclose(drawn["_kept"], [[1000, 0.3], [2000, 0.5]])
+    np.testing.assert_allclose(drawn["bound: maximum energy within the budget"], [[1000, 0.3], [2000, 0.52]])
+    np.testing.assert_allclose(drawn["kept by the allocation"], [[1000, 0.3], [2000, 0.5]])
 
 
 def test_angles_of_layers_are_one_distribution_with_chance():
@@ -221,16 +207,13 @@ def test_angles_of_layers_are_one_distribution_with_chance():
 def test_pairs_with_most_in_common_are_drawn():
     names = tuple(f"runs/{name}" for name in "abcde")
     records = making.interferences(3, updates=names)
-    figure = plots.figure("angles", making.results(records), rank=4)
-    drawn = [text.get_text() for legend in figure.legends for text in legend.get_texts()][:6]
-    mean = {
-        f"{first[-1]} × {second[-1]}": np.mean(
-            [np.square(r.columns["4"].cosines).mean() for r in records if (r.first, r.second) == (first, second)]
-        )
-        for i, first in enumerate(names)
-        for second in names[i + 1 :]
-    }
-    assert drawn == sorted(mean, key=mean.__getitem__, reverse=True)[:6]
+    overlaps = {}
+    for record in records:
+        pair = f"{record.first[-1]} × {record.second[-1]}"
+        overlaps.setdefault(pair, []).append(np.square(record.columns["4"].cosines).mean())
+    page = plots.figure("angles", making.results(records), rank=4)
+    drawn = [text.get_text() for legend in page.legends for text in legend.get_texts()][:6]
+    assert drawn == sorted(overlaps, key=lambda pair: -np.mean(overlaps[pair]))[:6]
     assert_names(plots.why_not("angles", making.results(records), rank=5), "rank 5", 4, 8)
 
 
@@ -356,17 +339,6 @@ def test_towers_do_not_share_panel():
     layers = [f"{tower}.layers.{i}.q_proj.weight" for tower in ("vision", "language") for i in range(2)]
     figure = plots.figure("energy", making.results([making.spectrum(layer, making.decay(1)) for layer in layers]))
     assert [ax.get_title(loc="left") for ax in figure.axes][:2] == ["vision: q_proj", "language: q_proj"]
-
-
-def test_plot_writes_all_that_can_be_drawn(tmp_path):
-    drawn = lora_diag.plot(making.results(making.model(2)), output=tmp_path / "figures", format="svg")
-    assert [one.name for one in drawn if one.path] == ["energy", "spectrum", "heatmap"]
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        "energy.svg",
-        "heatmap.svg",
-        "spectrum.svg",
-    ]
-    assert all(one.reason for one in drawn if not one.path)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_hidden_states_are_drawn_at_compared_depths():
     drawn = {line.get_label(): np.array(line.get_xydata()) for line in plots.depth(making.probed(records)).lines}
     for record in records[2:4]:
         expected = [(depth, value) for depth, value in enumerate(record.hidden) if value is not None]
-        np.testing.assert_allclose(drawn[f"_{record.name.removeprefix('runs/')}"], expected)
+        np.testing.assert_allclose(drawn[record.name.removeprefix("runs/")], expected)
 
 
 def test_gains_of_single_units_are_ranked_at_best_rate():
@@ -208,9 +208,9 @@ def test_fisher_shows_predictor_orders_and_unmeasured_tails():
     assert [title_of(ax).split(" (")[0] for ax in page.axes] == ["over all layers", "within module types"]
     for ax in page.axes:
         for name, rho in (("Fisher", 1.0), ("weight energy", -1.0), ("K-FAC energy", 1.0), ("layer size", 1.0)):
-            np.testing.assert_allclose(lines(ax, f"_{name}")[0], [[4, rho], [8, rho]])
+            np.testing.assert_allclose(lines(ax, name)[0], [[4, rho], [8, rho]])
     for ax in (plots.fisher(making.fishers(measured=False)), plots.fisher(making.fishers(), per="type")):
-        (tail,) = lines(ax, "_mlp.up_proj")
+        (tail,) = lines(ax, "mlp.up_proj")
         np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
 
 

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.decisions.allocate.record import Allocation, Certificate
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.fields import count_matrices
-from lora_diag.rendering.figures.pages import Key, Page, Panel, add_legend, draw_panel, key, panel_axes, run_keys
+from lora_diag.rendering.figures.pages import Page, Panel, add_legend, draw_panel, panel_axes
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.style import (
@@ -32,6 +31,7 @@ BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 # Colour of the uniform rule where several runs have the colours of the categories.
 OTHERS = QUIET
 
+_BOUND_LABEL = "bound: maximum energy within the budget"
 _UNITS = {
     "params": "adapter parameters Σ r (out + in)",
     "total_rank": "total rank Σ r",
@@ -66,7 +66,7 @@ def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
     """
     with panel_axes(ax) as (axes, style):
         _draw_kept(axes, style, certificates)
-        add_legend(axes, _make_budget_keys(certificates, style))
+        add_legend(axes)
     return axes
 
 
@@ -77,7 +77,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     comparable = [certificate for certificate in certificates if certificate.unit == certificates[0].unit]
     other_units = len(certificates) - len(comparable)
     runs = make_slots([run.records for run in series], options.per)
-    ranks = Panel("", partial(_draw_ranks, runs=runs), ylabel="rank r", height=1.3 * style.panel)
+    ranks = Panel(
+        "",
+        partial(_draw_ranks, runs=runs, labels=[run.label for run in series]),
+        ylabel="rank r",
+        height=1.3 * style.panel,
+    )
     panels = stack_panels([ranks], runs, style)
     if comparable:
         bars = (len(comparable[0].baselines) + 1) * 1.6 * style.text / 72
@@ -94,10 +99,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     metrics = {run.run.settings.get("metric", "weights") if run.run else "weights" for run in series}
     metric = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
     joined = max((slot.joined for slots in runs for slot in slots), default=1)
-    keys = [
-        Key(Patch(facecolor=BARS), "rank allocated"),
-        key("uniform rule, same budget", color=UNIFORM, lw=1.3 * style.line),
-    ]
     return Page(
         "Allocation: rank r by layer, and the energy kept",
         panels,
@@ -109,24 +110,20 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             "Fractions are of the weighted energy." if any(record.weight != 1 for record in records) else "",
             f"Not drawn: {other_units} with a budget in another unit." if other_units else "",
         ],
-        [
-            *(keys if len(series) == 1 else run_keys(series, lw=1.5 * style.line)),
-            *(_make_budget_keys(comparable, style) if comparable else ()),
-        ],
         columns=1,
         low=True,
     )
 
 
-def _draw_ranks(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Slot[Allocation]]]) -> None:
+def _draw_ranks(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Slot[Allocation]]], labels: Sequence[str]) -> None:
     """Draw the ranks of each run by slot; of a single run also those of the uniform rule."""
     rank_of: Callable[[Sequence[Allocation]], float | None] = median_of(lambda record: record.rank)
     if len(runs) == 1:
-        draw_bars(ax, runs[0], rank_of, label="_ranks", color=BARS, fill=True, baseline=0, lw=0)
-        uniform: dict[str, Any] = {"label": "_uniform", "color": UNIFORM, "lw": 1.3 * style.line}
+        draw_bars(ax, runs[0], rank_of, label="rank allocated", color=BARS, fill=True, baseline=0, lw=0)
+        uniform: dict[str, Any] = {"label": "uniform rule, same budget", "color": UNIFORM, "lw": 1.3 * style.line}
         draw_bars(ax, runs[0], median_of(lambda record: record.uniform_rank), **uniform)
     for number, slots in enumerate(runs if len(runs) > 1 else ()):
-        draw_bars(ax, slots, rank_of, label="_ranks", color=category(number), lw=1.5 * style.line)
+        draw_bars(ax, slots, rank_of, label=labels[number], color=category(number), lw=1.5 * style.line)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
@@ -156,7 +153,7 @@ def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
         ax.barh(position, kept, height=0.66, color=color, lw=0)
         place: dict[str, Any] = {"xytext": (72 * pad, 0), "textcoords": "offset points", "va": "center"}
         ax.annotate(label, (scale, position), size=size, parse_math=False, **place)
-    ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label="_bound")
+    ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label=_BOUND_LABEL)
     ax.set_yticks([])
     ax.set_ylim(len(rules) - 0.4, -0.6)
     ax.set_xlabel(f"energy fraction kept (and {_UNITS[certificate.unit]})")
@@ -169,10 +166,10 @@ def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certifica
     ordered = sorted(certificates, key=_cost_of)
     limits = [item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item) for item in ordered]
     uniform = [(rule.spent, rule.kept) for item in ordered if (rule := item.uniform) is not None]
-    ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=DASHED, label="_bound")
+    ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=DASHED, label=_BOUND_LABEL)
     for points, color, marker, name in (
-        (uniform, OTHERS, "s", "_uniform"),
-        ([(_cost_of(item), item.kept) for item in ordered], INK, "o", "_kept"),
+        (uniform, OTHERS, "s", "kept by the uniform rule"),
+        ([(_cost_of(item), item.kept) for item in ordered], INK, "o", "kept by the allocation"),
     ):
         if points:
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
@@ -199,13 +196,3 @@ def _format_count(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / (1e3 if unit == 'k' else factor):.4g}{unit}"
     return f"{value:.4g}"
-
-
-def _make_budget_keys(certificates: Sequence[Certificate], style: PageStyle) -> list[Key]:
-    line: dict[str, Any] = {"ms": 4.5 * style.line, "lw": 1.2 * style.line}
-    several = [
-        key("kept by the allocation", color=INK, marker="o", **line),
-        key("kept by the uniform rule", color=OTHERS, marker="s", **line),
-    ]
-    bound = key("bound: maximum energy within the budget", color=BOUND, lw=style.line, ls=DASHED)
-    return [*(several if len(certificates) > 1 else ()), bound]

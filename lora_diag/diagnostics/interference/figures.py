@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -20,7 +19,7 @@ from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.metrics.subspaces import random_angles
 from lora_diag.records import Agreement
 from lora_diag.rendering.figures.fields import count_matrices
-from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel, key
+from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
 from lora_diag.rendering.figures.panels import Slot, draw_bars, fraction_axis, make_slots, median_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, PageStyle, category
@@ -83,12 +82,6 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
             else "",
             "No green line: no rank of the sum keeps 90% of every update." if missing else "",
         ],
-        [
-            Key(Patch(facecolor=SUM), "rank of the sum"),
-            key("sum of the updates' ranks", color=APART, lw=1.3 * style.line),
-            key("rank that keeps 90% of every update", color=EVERY, lw=1.3 * style.line),
-            key("fraction 1: every direction needed; 1/K: K equal updates", color=INK, lw=0.8 * style.line, ls=DASHED),
-        ],
         columns=1,
         low=True,
     )
@@ -96,10 +89,19 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
 
 def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> None:
     filled: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
-    draw_bars(ax, slots, median_of(lambda r: r.spectrum.rank_at[ENERGY]), label="_sum", color=SUM, **filled)
+    draw_bars(ax, slots, median_of(lambda r: r.spectrum.rank_at[ENERGY]), label="rank of the sum", color=SUM, **filled)
     line: dict[str, Any] = {"lw": 1.3 * style.line}
-    draw_bars(ax, slots, median_of(lambda r: r.rank_for_all.get(ENERGY)), label="_every", color=EVERY, **line)
-    draw_bars(ax, slots, median_of(lambda r: r.parts_rank_at[ENERGY]), label="_apart", color=APART, **line)
+    draw_bars(
+        ax,
+        slots,
+        median_of(lambda r: r.rank_for_all.get(ENERGY)),
+        label="rank that keeps 90% of every update",
+        color=EVERY,
+        **line,
+    )
+    draw_bars(
+        ax, slots, median_of(lambda r: r.parts_rank_at[ENERGY]), label="sum of the updates' ranks", color=APART, **line
+    )
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
@@ -108,7 +110,8 @@ def _draw_shares(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]], updat
     filled: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
     draw_bars(ax, slots, median_of(lambda r: r.additive[ENERGY]), label="_additive", color=SUM, **filled)
     for share in (1.0, 1 / update_count):
-        ax.axhline(share, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=3)
+        label = "fraction 1: every direction needed; 1/K: K equal updates"
+        ax.axhline(share, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=3, label=label)
     ax.set_ylim(0, max(1.08, 1.05 * ax.get_ylim()[1]))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.diagnostics.residual.record import Residual, describe_parts, sum_parts
 from lora_diag.errors import UsageError
 from lora_diag.metrics import pooled
-from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel, key
+from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
 from lora_diag.rendering.figures.panels import Slot, make_slots, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, FLOOR, INK, PageStyle
@@ -88,10 +87,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             f"Not drawn: {vectors} one-dimensional tensors." if vectors else "",
             f"Not drawn: {zero} with ΔW = 0." if zero else "",
         ],
-        [
-            *(Key(Patch(facecolor=color), name) for name, color in COLORS.items()),
-            key("ε² = 1: no adapter", color=INK, lw=0.8 * style.line, ls=DASHED),
-        ],
         columns=1,
         low=True,
     )
@@ -108,9 +103,9 @@ def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Residual]]) -> None:
         for name, color in COLORS.items():
             part = np.array([bar.get(name, np.nan) for bar in sums])
             if (part > 0).any():
-                ax.stairs(base + part, slot.edges, baseline=base, fill=True, color=color, lw=0, label=f"_{slot.name}")
+                ax.stairs(base + part, slot.edges, baseline=base, fill=True, color=color, lw=0, label=name)
             base = base + part
-    ax.axhline(1, color=INK, lw=0.7 * style.line, ls=DASHED, zorder=3)
+    ax.axhline(1, color=INK, lw=0.7 * style.line, ls=DASHED, zorder=3, label="ε² = 1: no adapter")
     ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
 

@@ -13,7 +13,7 @@ from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlations
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
+from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
 from lora_diag.rendering.figures.panels import loss_axis, measured_axis, rank_axis
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, log_label, name_of
@@ -61,9 +61,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         for index, name in enumerate(("all", "within") if within else ("all",)):
             title, draw = f"{owner}{_make_title(by_rank, index)}", partial(_draw_rho, by_rank=by_rank, index=index)
             panels.append(Panel(title, draw, xlabel, "Spearman's ρ with the KL", name=name))
-    keys, alone = [], "Each layer is truncated alone, all others as in TUNED"
+    alone = "Each layer is truncated alone, all others as in TUNED"
     if any(by_run):
-        keys = [key(name, **_make_line_style(number, style.line)) for number, (name, _) in enumerate(PREDICTORS)]
         title = "Rank correlation of predicted and measured cost of truncating each layer alone"
         quantity = "Spearman's ρ of each predictor with the measured KL on held-out text"
         notes = [
@@ -74,11 +73,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         title = "Expected cost of truncating each module type: ½F(r)"
         quantity = "second-order estimate of the mean KL per prediction, summed over the layers of a type"
         notes = [f"{alone}; the joint cost can differ from the sum."]
-    line: dict[str, Any] = {"lw": 1.4 * style.line}
-    keys += [key(name_of(kind), color=color, **line) for kind, color in colors.items() if color != QUIET]
-    if others := list(colors.values()).count(QUIET):
-        keys.append(key(f"{others} other types", color=QUIET, **line))
-    return Page(title, panels, f"{subject_of(series)}{quantity}", notes, keys)
+    return Page(title, panels, f"{subject_of(series)}{quantity}", notes)
 
 
 def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
@@ -93,7 +88,7 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
     for number, (name, _) in enumerate(PREDICTORS):
         points = [(at_rank.rank, rho) for at_rank in by_rank if (rho := at_rank.kl[name][index]) is not None]
         if points:
-            ax.plot(*zip(*points, strict=True), label=f"_{name}", **_make_line_style(number, style.line))
+            ax.plot(*zip(*points, strict=True), label=name, **_make_line_style(number, style.line))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
     measured_axis(ax, [at_rank.rank for at_rank in by_rank], style)
     loss_axis(ax)
@@ -144,10 +139,10 @@ def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], colors: d
     last = max(int(np.flatnonzero(tail > SMALLEST_SHOWN * high).max(initial=0)) for tail in tails.values()) + 1
     drawn = {kind: tail for kind, tail in tails.items() if colors[kind] != QUIET}
     if others := [tail for kind, tail in tails.items() if colors[kind] == QUIET]:
-        drawn["other types"] = np.sum(others, axis=0)
+        drawn[f"{len(others)} other types"] = np.sum(others, axis=0)
     for kind, tail in drawn.items():
         line: dict[str, Any] = {"color": colors.get(kind, QUIET), "lw": 1.4 * style.line}
-        ax.plot(ranks, np.where(tail > 0, tail, np.nan), label=f"_{kind}", **line)
+        ax.plot(ranks, np.where(tail > 0, tail, np.nan), label=name_of(kind), **line)
     visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in drawn.values()])
     ax.set_yscale("log")
     ax.set_ylim(float(visible.min()) / 2, float(visible.max()) * 2)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, key, make_rows_page
+from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, make_rows_page
 from lora_diag.rendering.figures.panels import limits, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, short_names, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category
@@ -107,7 +107,6 @@ def make_depth_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
             "Distance measures similarity, not quality; compare models by their loss.",
             f"Not drawn: {len(found) - len(colors)} more models." if len(found) > len(colors) else "",
         ],
-        [key(model, color=color, **_make_line_style(style)) for model, color in colors.items()],
     )
 
 
@@ -152,13 +151,10 @@ def _draw_depth(
     for model, color in colors.items():
         points = [(block, value) for block, value in enumerate(lines.get(model, ())) if value is not None]
         if points:
-            ax.plot(*zip(*points, strict=True), label=f"_{model}", color=color, **_make_line_style(style))
+            line: dict[str, Any] = {"lw": 1.5 * style.line, "marker": "o", "ms": 2.6 * style.line}
+            ax.plot(*zip(*points, strict=True), label=model, color=color, **line)
             values += [value for _, value in points]
     ax.axhline(1, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
     ax.set_ylim(0, limits(values)[1])
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-
-
-def _make_line_style(style: PageStyle) -> dict[str, Any]:
-    return {"lw": 1.5 * style.line, "marker": "o", "ms": 2.6 * style.line}

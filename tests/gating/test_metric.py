@@ -41,11 +41,6 @@ def test_every_form_of_verdict_names_metric(tmp_path, metric, text):
     assert all(f"(in {text})" in case.get("name") for case in root.iter("testcase") if case.get("classname")[-1] == "r")
 
 
-def test_verdicts_on_weights_name_no_metric(tmp_path):
-    results = judged(RULE.format(0.99, ""), file(tmp_path / "s.jsonl"))
-    assert "metric" not in verdict_table(results, 140) + step_summary(results) + junit(results)
-
-
 def test_where_selects_metric_and_must_match(tmp_path):
     files = file(tmp_path / "w.jsonl", s=(1.0,) * 20), file(tmp_path / "d.jsonl", "data")
     assert outcome(judged(RULE.format(0.9, ""), *files).whole) == "failed"

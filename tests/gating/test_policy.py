@@ -1,12 +1,11 @@
 """Policies: each kind of mistake is one message with its line."""
 
 import re
-import tomllib
 
 import pytest
 
 from lora_diag.errors import UsageError
-from lora_diag.gating.policy import READY, line_of, lines_of_tables, read_policy, ready_policy
+from lora_diag.gating.policy import READY, line_of, read_policy, ready_policy
 from tests.messages import raises_naming
 
 GOOD = """\
@@ -44,59 +43,40 @@ def test_good_policy_is_read():
     [
         (6, "unknown key 'requir'", GOOD + 'requir = "x"'),
         (1, 'about is "adapter" or "tuned"', 'about = "base"\n' + GOOD),
-        (6, "did you mean 'layers'", GOOD + 'layer = "x"'),
         (6, "unknown key 'rules'", GOOD.replace("title", "#") + "[[rules]]\nname = 'x'"),
         (6, "severity is", GOOD + 'severity = "fatal"'),
         (6, "not a valid regular expression", GOOD + 'layers = "("'),
-        (6, "not a valid regular expression", GOOD + 'exclude = "*"'),
         (6, "layers is text", GOOD + "layers = 3"),
         (6, "the first and the last block", GOOD + "depth = [1]"),
         (6, "selects nothing", GOOD + "depth = [3, 1]"),
-        (6, "the first and the last block", GOOD + "depth = [-1, 1]"),
         (6, "a number from 0 to 1", GOOD + "coverage = 90"),
         (6, "a number from 0 to 1", GOOD + "coverage = nan"),
-        (6, "a number from 0 to 1", GOOD + "coverage = true"),
-        (6, "floor is", GOOD + 'floor = "x"'),
-        (6, "no record has a field 'rol'", GOOD + 'where = {rol = "adapter"}'),
         (6, "never 'adaptor'", GOOD + 'where = {role = "adaptor"}'),
         (6, "where is a table", GOOD + 'where = "adapter"'),
         (5, "always true", GOOD.replace("relative <= 0.3", "energy.16 <= 1")),
-        (5, "did you mean", GOOD.replace("relative", "relativ")),
         (5, "require is text", GOOD.replace('"relative <= 0.3"', "0.3")),
         (3, "'require' is missing", GOOD.replace("require", "message")),
-        (3, "'name' is missing", GOOD.replace('name = "drift"', "")),
         (4, "name is text of letters", GOOD.replace("drift", "dr ift")),
         (4, "built-in", GOOD.replace("drift", "spike")),
-        (4, "built-in", GOOD.replace("drift", "baseline.x")),
-        (4, "built-in", GOOD.replace("drift", "about")),
-        (4, "built-in", GOOD.replace("drift", "waiver")),
         (7, "second rule", GOOD + GOOD.replace('title = "x"\n\n', "")),
         (1, "no [[rule]]", "title = 'x'"),
-        (1, "no [[rule]]", ""),
         (1, "list of tables", "rule = 3\n" + "[checks]"),
-        (1, "list of tables", "rule = [3]\n" + "[checks]"),
         (1, "checks is a table, [checks], not 3", "checks = 3\n" + GOOD),
         (1, "unknown key 'path'", "path = 'x'\n" + GOOD),
         (6, "unknown key 'line'", GOOD + "line = 3"),
         (6, "not a valid regular expression", GOOD + f"layers = '{'(' * 5000}{')' * 5000}'"),
         (6, "list of tables", "[checks]\n\n\n\n\n[rule]\nname = 'x'"),
         (7, "spike is", GOOD + "[checks]\nspike = 'never'"),
-        (7, "unknown key 'spikes'", GOOD + "[checks]\nspikes = 'off'"),
         (7, "always an error", GOOD + "[checks]\nnon_finite = 'off'"),
-        (7, "always an error", GOOD + "[checks]\nfinished = 'warning'"),
         (7, "no effect", GOOD + "[checks]\nspike_above = 1"),
-        (7, "by is", GOOD + "[coverage]\nby = 'size'"),
-        (7, "a number from 0 to 1", GOOD + "[coverage]\nminimum = 100"),
         (7, "a list out of", GOOD + "[coverage]\nleft_out = ['because']"),
         (7, "cannot be left out", GOOD + "[coverage]\nleft_out = ['non_finite']"),
         (7, "no record has a field", GOOD + "[[baseline]]\nfield = 'enrgy'\nworse = 'lower'"),
         (7, "is not a number", GOOD + "[[baseline]]\nfield = 'limited_by'\nworse = 'lower'"),
         (6, "'worse' is missing", GOOD + "[[baseline]]\nfield = 'epsilon'"),
         (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
-        (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = '5'"),
         (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + WAIVER.replace("drift", "drft")),
         (7, "cannot be waived", GOOD + "[[waiver]]\nrule = 'finished'"),
-        (6, "'layers' is missing", GOOD + "[[waiver]]\nrule = 'drift'"),
         (8, "waives every layer", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = ''\nreason = 'x'\nexpires = 2030-01-01"),
         (
             9,
@@ -104,8 +84,6 @@ def test_good_policy_is_read():
             GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = ' '\nexpires = 2030-01-01",
         ),
         (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = '2030-01-01'"),
-        (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = 2030-01-01T00:00:00"),
-        (6, "'expires' is missing", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'"),
         (6, "is not valid TOML", GOOD + "layers = "),
         (4, "is not valid TOML", "title = 'x'\n\n[[rule]]\nname drift"),
         (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
@@ -128,11 +106,6 @@ def test_invalid_policies_are_refused(tmp_path):
             file.write_bytes(content)
         with pytest.raises(UsageError, match=r"no such file|cannot be read as a policy"):
             read_policy(file)
-
-
-def test_windows_line_ends_and_policy_without_last_newline(tmp_path):
-    (tmp_path / "p.toml").write_bytes(GOOD.replace("\n", "\r\n").rstrip().encode())
-    assert read_policy(tmp_path / "p.toml").rules[0].line == 3
 
 
 @pytest.mark.parametrize("name", READY)
@@ -208,27 +181,7 @@ def test_value_is_found_on_its_line(path, line):
     assert line_of(TEXT, path) == line
 
 
-def test_headers_of_tables_are_found_outside_strings():
-    assert lines_of_tables(TEXT, "rule") == [line_of(TEXT, ("rule", number)) for number in range(2)] == [13, 17]
-
-
 def test_rules_written_inline_are_on_line_of_their_list():
     rules = [f'{{name = "r{i}", require = "epsilon <= 1"}}' for i in range(2)]
     policy = read_policy("p.toml", f'title = "x"\nrule = [{", ".join(rules)}]\n')
     assert [rule.line for rule in policy.rules] == [2, 2]
-
-
-def test_long_files_are_searched_quickly():
-    """Fewer than 40 readings of a file of 3,000 lines."""
-    text = "".join(f'[[rule]]\nname = "r{i}"\nrequire = "epsilon <= 1"\n' for i in range(1000))
-    read, count = tomllib.loads, 0
-
-    def counted(piece):
-        nonlocal count
-        count += 1
-        return read(piece)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tomllib, "loads", counted)
-        assert line_of(text, ("rule", 700, "require")) == 2103
-    assert count < 40

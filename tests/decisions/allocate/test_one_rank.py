@@ -10,8 +10,7 @@ from lora_diag.decisions.allocate.measure import GRID
 from lora_diag.decisions.allocate.run import write_allocation
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.errors import UsageError
-from tests.decisions.allocate.records import llama, record, results
-from tests.messages import raises_naming
+from tests.decisions.allocate.records import llama, results
 
 SPECTRA = results(*llama(3))
 
@@ -76,12 +75,6 @@ def test_portable_config_is_exact_in_every_program(tmp_path):
 def test_portable_allocation_refuses_per_layer_options(options, message):
     with pytest.raises(UsageError, match=message):
         lora_diag.allocate(SPECTRA, portable=True, **options)
-
-
-def test_portable_allocation_refuses_stacks_of_experts():
-    spectra = results(*(record(f"h.0.experts.up_proj[{n}]", (8, 8), [3, 2, 1]) for n in range(2)))
-    with raises_naming(UsageError, "stack", "experts"):
-        lora_diag.allocate(spectra, params=1000, portable=True)
 
 
 def test_portable_allocation_and_rslora_contradict(tmp_path):

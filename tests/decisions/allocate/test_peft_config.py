@@ -95,11 +95,6 @@ def test_equal_ranks_share_one_pattern_key():
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {"v": 4}, {"v": 8})
 
 
-def test_wrappers_stay_if_name_would_be_ambiguous():
-    spectra = [record(f"{top}.layers.0.q.weight", (8, 8), np.arange(1, 9)) for top in ("model", "mtp")]
-    assert set(peft_config(allocation(spectra, 16 * 5, 9))["target_modules"]) == {"model.layers.0.q", "mtp.layers.0.q"}
-
-
 def test_rslora_keeps_one_alpha():
     config = peft_config(allocation(llama(4), 3000), Scaling(2.0, rslora=True))
     assert config["use_rslora"]
@@ -238,12 +233,6 @@ def test_peft_model_is_compared_with_intended_ranks():
     ):
         with pytest.raises(InputError, match=message):
             compare(result, wrong, Scaling(2.0))
-
-
-def test_model_without_targets_is_refused():
-    empty = Results(results().run, (), (), None, ())
-    with pytest.raises(InputError, match="rank 0"):
-        peft_config(empty)
 
 
 ENCODER = {

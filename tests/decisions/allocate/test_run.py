@@ -3,16 +3,15 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 import lora_diag
 from lora_diag.catalog import read_results_of
 from lora_diag.decisions.allocate.record import Allocation
-from lora_diag.decisions.allocate.run import rank_table, write_allocation
+from lora_diag.decisions.allocate.run import write_allocation
 from lora_diag.errors import InputError, UsageError
 from tests.conftest import ROOT, SHARED
-from tests.decisions.allocate.records import llama, record, results
+from tests.decisions.allocate.records import llama, results
 from tests.messages import assert_names, raises_naming
 
 SPECTRA = results(*llama(3))
@@ -80,12 +79,6 @@ def test_unfinished_run_needs_option(tmp_path):
         lora_diag.allocate(tmp_path / "s.jsonl", params=2000, allow_unfinished=True)
 
 
-def test_results_of_another_command_are_refused(tmp_path):
-    lora_diag.allocate(SPECTRA, params=2000).write(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="give a file with spectrum records"):
-        lora_diag.allocate(tmp_path / "a.jsonl", params=2000)
-
-
 def test_weights_by_name_and_from_file(tmp_path):
     layers = [r.layer for r in SPECTRA]
     (tmp_path / "w.json").write_text(json.dumps({layers[0].removesuffix(".weight"): 1e6, "default": 1}))
@@ -109,19 +102,6 @@ def test_weights_by_name_and_from_file(tmp_path):
         lora_diag.allocate(SPECTRA, params=2000, layer_weights=tmp_path / "w.json")
 
 
-def test_layer_of_weight_zero_gets_no_rank():
-    result = lora_diag.allocate(SPECTRA, params=10**6, layer_weights={SPECTRA.layers[0].layer: 0.0, "default": 1.0})
-    assert [layer.rank == 0 for layer in result] == [True, *[False] * (len(result) - 1)]
-    assert result.whole[0].kept == result.whole[0].bound
-    with raises_naming(UsageError, "energy", "keep"):
-        lora_diag.allocate(SPECTRA, params=2000, layer_weights={"default": 0.0})
-
-
-def test_spectra_of_gradients_are_marked():
-    spectra = results(record("a.weight", (8, 8), np.ones(8), source="gradients"))
-    assert {layer.source for layer in lora_diag.allocate(spectra, params=64)} == {"gradients"}
-
-
 def test_overwrite_keeps_other_files(tmp_path):
     result = lora_diag.allocate(SPECTRA, params=2000)
     for name, content in (("config.json", '{"model_type": "llama"}'), ("notes.jsonl", "{}\n"), ("x.json", "[")):
@@ -137,12 +117,6 @@ def test_overwrite_keeps_other_files(tmp_path):
     write_allocation(result, tmp_path / "adapter_config.json", scaling=1.0)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
-
-
-def test_every_layer_has_its_policies():
-    result = rank_table(SPECTRA)
-    assert [item.layer for item in result] == [r.layer for r in SPECTRA]
-    assert all(item.ranks["energy 90%"] == r.rank_at["0.9"] for item, r in zip(result, SPECTRA, strict=True))
 
 
 def test_measured_weights_name_next_command():

@@ -108,30 +108,11 @@ def test_price_bounds_gain_of_one_unit():
     assert spend(steps, 100).price == 0.0
 
 
-def test_greedy_stops_before_exact_method():
-    """A step that fits badly: greedy takes the dense one and has no room for the large one."""
-    curves = [np.array([0.0, 3.0]), np.array([0.0, 10.0])]
-    steps = make_steps(curves, [2, 10], [0, 0], [np.arange(1, 2), np.arange(1, 2)])
-    assert spend(steps, 10, exact=False).gain == 3.0
-    assert spend(steps, 10).ranks.tolist() == [0, 1]
-
-
 def test_oversized_table_is_not_filled(monkeypatch):
     steps, _ = problem([([5.0, 3.0], 7, 0), ([4.0], 3, 0)])
     assert spend(steps, 9).optimal
     monkeypatch.setattr(spending, "MAX_TABLE", 1)
     assert not spend(steps, 9).optimal
-
-
-@pytest.mark.slow
-def test_allocation_of_many_layers_is_fast():
-    rng = np.random.default_rng(0)
-    layers, kept = 20_000, 64
-    curves = [np.concatenate([[0.0], np.cumsum(np.sort(rng.exponential(size=kept))[::-1])]) for _ in range(layers)]
-    allowed = [np.arange(1, kept + 1)] * layers
-    steps = make_steps(curves, rng.choice([8192, 15104, 5120], layers).tolist(), [0] * layers, allowed)
-    result = spend(steps, layers * 16 * 8000)
-    assert 0 <= 1 - result.gain / result.bound < 1e-5
 
 
 def test_budget_holds_after_step_without_gain():

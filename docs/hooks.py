@@ -57,10 +57,6 @@ def commands(feature: Feature) -> dict[str, Any]:
         alone = typer.Typer(rich_markup_mode=None, add_completion=False)
         alone.command(name)(make_function(feature, command))
         found[name] = typer.main.get_command(alone)
-    for name, path in (*([(feature.name, feature.command)] if feature.command else []), *feature.subcommands):
-        alone = typer.Typer(rich_markup_mode=None, add_completion=False)
-        alone.command(name)(feature.load(path))
-        found[name] = typer.main.get_command(alone)
     return found
 
 

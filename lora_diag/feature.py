@@ -203,8 +203,6 @@ class Feature:
     package: str
     name: str
     commands: tuple[Command, ...] = ()
-    command: str = ""
-    subcommands: tuple[tuple[str, str], ...] = ()
     records: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     statements: str = ""

@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.cli.output import BrokenOutputError, forget_output, message
-from lora_diag.errors import DONE, UNREADABLE, LoradiagError, UsageError
+from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
 from lora_diag.version import __version__
 
@@ -30,23 +30,6 @@ INTERRUPTED = 130
 
 class _Command(TyperCommand):
     """A command that groups its help (``running.options.PANELS``)."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Let ``--gradients`` take all arguments up to the next option, as in ``grads/*``.
-
-        Raises:
-            UsageError: The output of a command with ``--gradients`` is an address.
-        """
-        if not any(param.name == "gradients" and param.multiple for param in self.params):
-            return super().parse_args(ctx, args)
-        expanded: list[str] = []
-        for index, arg in enumerate(args):
-            previous = args[index - 1] if index else ""
-            if "://" in arg and (previous in {"-o", "--output"} or arg.startswith("--output=")):
-                raise UsageError(f"{arg}: -o cannot write to an address; name a local path")
-            follows = expanded[-2:-1] == ["--gradients"] and previous != "--gradients" and not arg.startswith("-")
-            expanded += ["--gradients", arg] if follows else [arg]
-        return super().parse_args(ctx, expanded)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows_by_panel: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
@@ -122,10 +105,6 @@ def application(only: str = "") -> typer.Typer:
             group = probe if full.startswith("probe ") else app
             add = group.command(full.removeprefix("probe "), cls=_Command, no_args_is_help=command.needs_input)
             add(make_function(feature, command))
-    for feature in catalog.features():
-        for full, path in (*([(feature.name, feature.command)] if feature.command else []), *feature.subcommands):
-            if full == only or not only:
-                app.command(full, cls=_Command, no_args_is_help=True)(feature.load(path))
     if probe.registered_commands:
         app.add_typer(probe)
     return app
@@ -143,7 +122,7 @@ def _find_command(arguments: list[str]) -> str:
     >>> [_find_command(words.split()) for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")]
     ['probe sweep', 'gate init', 'gate', '']
     """
-    command_names = {name for name, *_ in catalog.commands()} | {"gate", "gate init", "tune"}
+    command_names = {name for name, *_ in catalog.commands()}
     return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), "")
 
 

@@ -12,19 +12,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, is_typeddict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from lora_diag import catalog
 from lora_diag.cli import output as out
 from lora_diag.errors import DONE, UNREADABLE, UsageError
-from lora_diag.feature import ROWS, Argument, Command, Feature, Hint
-from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, Output, list_options
+from lora_diag.feature import Argument, Command, Feature, Hint
+from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, list_options
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
@@ -64,13 +63,6 @@ def typer_option(name: str, option: Option) -> Any:
     )
 
 
-# Inputs are strings: a Path would collapse the two slashes of s3://.
-Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: file, folder, index, address or Hub id.")]
-ResultsFiles = Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Results files of any command.")]
-Quiet = Annotated[bool, typer_option("quiet", DISPLAY["quiet"])]
-Overwrite = Annotated[bool, typer_option("overwrite", list_options(Output)["overwrite"][1])]
-
-
 def make_cluster(engine: str, ray_address: str | None, gpus_per_task: float) -> Ray | None:
     """Return the cluster; None to run on this machine only.
 
@@ -102,17 +94,14 @@ class Shown:
         return not (self.json or self.quiet)
 
     @contextmanager
-    def callbacks(self, notes: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield the callbacks of a run: a progress bar and, with ``--json``, one line per record.
+    def callbacks(self) -> Iterator[dict[str, Any]]:
+        """Yield the callbacks of a run: a progress bar, a line per record with ``--json``, and notes on its cost.
 
         With ``--verbose``, print afterwards how much was read.
-
-        Args:
-            notes: Whether the run estimates its cost before it starts.
         """
         with out.progress_bar(self.quiet) as on_progress:
-            options: dict[str, Any] = {"on_progress": on_progress, "on_record": out.record_printer(self.json)}
-            yield {**options, **({"on_note": None if self.quiet else out.message} if notes else {})}
+            on_note = None if self.quiet else out.message
+            yield {"on_progress": on_progress, "on_record": out.record_printer(self.json), "on_note": on_note}
         if self.verbose and not self.quiet:
             out.report_reading()
 
@@ -128,6 +117,10 @@ class Shown:
     def print_line(self, json: str) -> None:
         """Print a line of JSON to standard output."""
         out.line(json)
+
+    def confirm(self, question: str) -> bool:
+        """Ask on standard error; Enter means yes."""
+        return typer.confirm(question, default=True, err=True)
 
     def message(self, text: str) -> None:
         """Print a message to standard error, unless ``--quiet``."""
@@ -200,7 +193,7 @@ def _measure_and_show(
 
     function = feature.function_of(command)
     rest = [name for name, each in signature(function).parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
-    with shown.callbacks(notes=True) as callbacks:
+    with shown.callbacks() as callbacks:
         named = {name: value for name, value in values.items() if name not in rest}
         named |= {name: callback for name, callback in callbacks.items() if name in option_names}
         result = function(*(word for name in rest for word in values[name]), **named)
@@ -260,33 +253,6 @@ def _fill_in(word: str, values: Mapping[str, Any]) -> list[str]:
     match = re.fullmatch(r"\{(\w+)\}", word)
     value = values[match[1]] if match else word
     return list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
-
-
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with its groups spread: typer gets single options, and the command gets groups."""
-    parameters = signature(command, eval_str=True).parameters
-    groups = {name: each.annotation for name, each in parameters.items() if is_typeddict(each.annotation)}
-
-    @wraps(command)
-    def call_with_groups(**values: Any) -> None:
-        values = {name: _hide_secrets(value) for name, value in values.items()}
-        for name, group in groups.items():
-            values[name] = _gather_group(group, {each.name: values.pop(each.name) for each in _list_options(group)})
-        if "shown" in parameters:
-            values["shown"] = Shown(**{name: values.pop(name) for name in ROWS[:3]})
-        with _limit_lines(not getattr(values.get("shown"), "verbose", False)):
-            command(**values)
-
-    spread_parameters: list[Parameter] = []
-    for name, parameter in parameters.items():
-        if name == "shown":
-            spread_parameters += [_make_parameter(name, bool, DISPLAY[name]) for name in ROWS[:3]]
-        elif name in groups:
-            spread_parameters += _list_options(groups[name])
-        else:  # typer passes arguments by name
-            spread_parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
-    call_with_groups.__signature__ = Signature(spread_parameters)  # type: ignore[attr-defined]
-    return call_with_groups
 
 
 def _hide_secrets(value: Any) -> Any:

@@ -4,18 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from lora_diag.feature import Feature
-from lora_diag.running.options import INPUTS, OUTPUT, Option
-
-FEATURE = Feature(
-    __name__,
-    "gate",
-    command=".command:gate",
-    subcommands=(("gate init", ".command:init"),),
-    records=(".record:Verdict",),
-    functions=(".run:gate",),
-    table=".show:verdict_table",
-)
+from lora_diag.feature import RESULTS_ARGUMENT, Argument, Command, Feature
+from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
 
 
 class GateOptions(TypedDict, total=False):
@@ -31,3 +21,62 @@ class GateOptions(TypedDict, total=False):
         Option((), "Input that every results file must refer to; repeatable.", "PATH", ("--for",), INPUTS),
     ]
     max_age: Annotated[str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default: any.", "AGE")]
+
+
+class CommandOptions(TypedDict, total=False):
+    """Options of the command that ``gate()`` has no need of: a built-in policy, inputs to measure, and outputs."""
+
+    policy: Annotated[
+        str | None, Option(None, "Built-in policy, instead of POLICY; default: none.", "NAME", panel=INPUTS)
+    ]
+    base: Annotated[str | None, BASE]
+    tuned: Annotated[str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)]
+    adapter: Annotated[Sequence[str], Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS)]
+    output: Annotated[Path | None, Option(None, "Verdicts (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)]
+    junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
+    model_card: Annotated[Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)]
+    github: Annotated[bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+class InitOptions(TypedDict, total=False):
+    """Options of ``gate init``."""
+
+    output: Annotated[
+        Path | None, Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
+    ]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+FEATURE = Feature(
+    __name__,
+    "gate",
+    commands=(
+        Command(
+            help="Judge results by a policy before a release.",
+            notes="Exit codes: 0 passed, 1 failed, 2 invalid policy or usage error, 3 a file cannot be read, 4 nothing "
+            "to judge, 5 inconclusive.",
+            examples=("gate policy.toml results.jsonl --junit gate.xml",),
+            run=".command:run_gate",
+            arguments=(
+                Argument("paths", "Policy file, then results files.", "POLICY RESULTS", many=True, optional=True),
+            ),
+            options=(GateOptions, CommandOptions),
+            shows=("json", "quiet", "verbose"),
+            call=True,
+        ),
+        Command(
+            help="Write a policy: no value of RESULTS may get 10% worse.",
+            name="gate init",
+            examples=("gate init results.jsonl -o policy.toml",),
+            run=".command:run_init",
+            arguments=(RESULTS_ARGUMENT,),
+            options=(InitOptions,),
+            shows=("quiet",),
+            call=True,
+        ),
+    ),
+    records=(".record:Verdict",),
+    functions=(".run:gate",),
+    table=".show:verdict_table",
+)

@@ -5,9 +5,9 @@ Its declaration and options.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Required
+from typing import TYPE_CHECKING, Annotated, Required, TypedDict
 
-from lora_diag.feature import Feature, Figure, Section
+from lora_diag.feature import BASE_ARGUMENT, Command, Feature, Figure, Section
 from lora_diag.running.options import (
     CHECKPOINTING,
     DATA,
@@ -21,6 +21,7 @@ from lora_diag.running.options import (
     RANKS,
     RATES,
     REPEATS,
+    REQUIRED,
     RSLORA,
     STEPS,
     TARGET_MODULES,
@@ -36,28 +37,6 @@ from lora_diag.running.options import (
 
 if TYPE_CHECKING:
     from lora_diag.tuning.record import TunePlan
-
-
-FEATURE = Feature(
-    __name__,
-    "tune",
-    command=".command:tune",
-    records=(".record:TunePlan", ".record:TuneTrial", ".record:TuneDecision", ".record:Tune"),
-    functions=(".run:tune",),
-    table=".show:tune_table",
-    statements=".show:tune_lines",
-    grids=".show:tune_grids",
-    section=Section("Choice of an adapter", order=5, losses=True),
-    questions=(("choice", "Which adapter should be trained?"),),
-    figures=(
-        Figure(
-            "tune",
-            "held-out loss against trained parameters: all runs, the frontier and the choice",
-            panels=(".figures:tune",),
-            made_by="loradiag tune BASE --data FILE --eval FILE --params N -o run/",
-        ),
-    ),
-)
 
 
 class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callbacks, Notes, total=False):
@@ -85,3 +64,43 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
         "Callable[[TunePlan], bool] | None",
         Option(None, "Called with the plan; training stops if it returns False.", cli=False),
     ]
+
+
+class CommandOptions(TypedDict, total=False):
+    """Options of the command only."""
+
+    output: Annotated[Path, Option(REQUIRED, "Folder of the run.", "DIR", ("--output", "-o"), OUTPUT)]
+    yes: Annotated[bool, Option(False, "Start without asking.", flags=("--yes", "-y"), panel=EXECUTION)]
+
+
+FEATURE = Feature(
+    __name__,
+    "tune",
+    commands=(
+        Command(
+            help="Choose an adapter by training within a budget.",
+            notes="By default, --ranks are up to four powers of 4 within the budget.",
+            examples=("tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/",),
+            run=".command:run_tune",
+            arguments=(BASE_ARGUMENT,),
+            options=(CommandOptions, TuneOptions),
+            shows=("json", "quiet", "verbose"),
+            call=True,
+        ),
+    ),
+    records=(".record:TunePlan", ".record:TuneTrial", ".record:TuneDecision", ".record:Tune"),
+    functions=(".run:tune",),
+    table=".show:tune_table",
+    statements=".show:tune_lines",
+    grids=".show:tune_grids",
+    section=Section("Choice of an adapter", order=5, losses=True),
+    questions=(("choice", "Which adapter should be trained?"),),
+    figures=(
+        Figure(
+            "tune",
+            "held-out loss against trained parameters: all runs, the frontier and the choice",
+            panels=(".figures:tune",),
+            made_by="loradiag tune BASE --data FILE --eval FILE --params N -o run/",
+        ),
+    ),
+)

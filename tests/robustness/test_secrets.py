@@ -43,7 +43,7 @@ MEASURING = {
     "inspect": [[BASE], [ADAPTER, "--per", "layer"]],
     "doctor": [[BASE]],
 }
-NAMES = [*(name for name, *_ in commands()), "gate", "gate init", "tune"]
+NAMES = [name for name, *_ in commands()]
 
 Run = Callable[..., Ran]
 

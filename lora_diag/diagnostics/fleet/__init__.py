@@ -19,7 +19,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Ranks, outliers and near-duplicates of many adapters.",
-            notes="Rows are the adapters with a remark; with --per layer, all adapters. DoRA, PiSSA, IA³ need --base.",
+            notes="Rows: adapters with a remark; with --per layer, all adapters. DoRA, PiSSA and IA³ need --base.",
             examples=("fleet 'adapters/**' -o fleet.jsonl",),
             name="fleet",
             arguments=(

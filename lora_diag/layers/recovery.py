@@ -100,28 +100,60 @@ BLOCK_BYTES = 96 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
+class Law:
+    """The distribution of the entries of X: N(L, s²), or another shape where L = 0.
+
+    Args:
+        deviation: s.
+        low_rank: L; None for 0.
+        shape: The shape, where L = 0.
+    """
+
+    deviation: float
+    low_rank: LowRank | None = None
+    shape: Shape = NORMAL
+
+    def mean(self, first: int, last: int) -> Tensor | float:
+        """Return some rows of L."""
+        return 0.0 if self.low_rank is None else self.low_rank.rows(first, last)
+
+    def moments(self, block: Cells, first: int, fast: bool = False) -> Moments:
+        """Return the moments given the cells of rows from ``first`` on."""
+        if self.low_rank is None:
+            return self.shape.moments(block, self.deviation, fast)
+        return moments(block, self.mean(first, first + len(block.lo)), self.deviation, fast)
+
+    def norm(self, cells: Source, scales: Scales | None) -> float:
+        """Return √ΣE[x² | cells] before division by the scales."""
+        total = 0.0
+        for first, last in cells.spans():
+            posterior = self.moments(cells.rows(first, last), first)
+            square = posterior.mean.square() + posterior.variance
+            if scales is not None:
+                square = square * scales.of_rows(first, last) ** 2
+            total += float(square.sum(dtype=torch.float64))
+        return math.sqrt(total)
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """The estimate of one layer.
 
     Args:
         hidden: The record's part.
         cells: Cells of the entries, in units of ``unit`` and divided by the scales; None without an estimate.
-        low_rank: L in these units; None without a detected direction.
-        deviation: s in these units.
+        law: The distribution of the entries, in these units.
         scales: Scales of rows and columns; None if all are 1.
         unit: A power of two.
         curve: C(r) of the detected directions.
-        shape: Shape of the entries' distribution, where no direction was found.
     """
 
     hidden: Hidden
     cells: Source | None = None
-    low_rank: LowRank | None = None
-    deviation: float = 0.0
+    law: Law = Law(0.0)
     scales: Scales | None = None
     unit: float = 1.0
     curve: tuple[float, ...] = ()
-    shape: Shape = NORMAL
 
     def mean(self, spans: Iterable[tuple[int, int]] | None = None) -> Iterator[Tensor]:
         """Yield E[X | cells] in row blocks, from the first row to the last.
@@ -130,18 +162,16 @@ class Estimate:
             spans: Row ranges of the blocks; None for small ones.
         """
         assert self.cells is not None
-        row = 0
-        for posterior in _posterior_moments(self.cells, self.deviation, self.shape, self.low_rank, spans):
-            block = posterior.mean
+        for first, last in self.cells.spans() if spans is None else spans:
+            block = self.law.moments(self.cells.rows(first, last), first).mean
             if self.scales is not None:
-                block = block * self.scales.of_rows(row, row + len(block))
-            row += len(block)
+                block = block * self.scales.of_rows(first, last)
             yield block * self.unit
 
     def norm(self) -> float:
         """Return √E[‖X‖² | cells], of the L found."""
         assert self.cells is not None
-        return _posterior_norm(self.cells, self.deviation, self.shape, self.scales, self.low_rank) * self.unit
+        return self.law.norm(self.cells, self.scales) * self.unit
 
     def matrix(self) -> Tensor:
         """Return E[X | cells] whole."""
@@ -407,7 +437,6 @@ def recover_layer(
     cells, start, start_gain = _choose_start(all_cells, rms)
     size = fit_size(cells, rms)
     model = _fit_model(read, cells, size, start, seed, keep)
-    shaped = model.shaped
     fit, size, scales = model.fit, model.size, model.scales
     common: dict[str, Any] = {
         "unchanged": unchanged,
@@ -418,7 +447,7 @@ def recover_layer(
         "fit_misplaced": fit.misplaced,
         "fit_uneven": fit.uneven,
         "scales": scales is not None,
-        "kurtosis": None if shaped is None else shaped.shape.kurtosis,
+        "kurtosis": model.law.shape.kurtosis if scales is None and model.recovered is None else None,
     }
     if fit.is_rejected(start):
         reason = (
@@ -447,9 +476,7 @@ def recover_layer(
             "no direction is significant: none predicts held-out entries better than the size of the update alone"
         )
         hidden = Hidden(status="size_only", reason=fault or no_direction, gain_z=recovered.z, directions=0, **common)
-        if shaped is None:
-            return Estimate(hidden, model.cells, None, size.deviation, scales, read.unit)
-        return Estimate(hidden, model.cells, None, shaped.deviation, None, read.unit, shape=shaped.shape)
+        return Estimate(hidden, model.cells, model.law, scales, read.unit)
     curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, read.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
@@ -463,7 +490,8 @@ def recover_layer(
         **common,
         **curve_fields,
     )
-    return Estimate(hidden, model.cells, recovered.low_rank, recovered.deviation, scales, read.unit, curve)
+    law = Law(recovered.deviation, recovered.low_rank)
+    return Estimate(hidden, model.cells, law, scales, read.unit, curve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,16 +503,16 @@ class _Model:
         size: Size of their contents.
         scales: None if all are 1.
         fit: Fit of the changed entries.
+        law: The likeliest distribution; normal with scales or L.
         recovered: L, if the fit needs it; else not known yet.
-        shaped: The size under the likeliest shape of the entries' distribution; None with scales or L.
     """
 
     cells: Source
     size: Size
     scales: Scales | None
     fit: Binades
+    law: Law
     recovered: Recovered | None = None
-    shaped: Shaped | None = None
 
 
 def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
@@ -496,8 +524,8 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
     """
 
     def test_shape(shaped: Shaped) -> _Model:
-        fit = _compare_binades(read, cells, shaped.deviation, shaped.shape, None, start)
-        return _Model(cells, size, None, fit, shaped=shaped)
+        law = Law(shaped.deviation, shape=shaped.shape)
+        return _Model(cells, size, None, _compare_binades(read, cells, law, None, start), law)
 
     plain = test_shape(fit_shape(cells, size.deviation))
     if plain.fit.is_rejected(start):
@@ -509,19 +537,18 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
     tried = [plain]
     if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, divided, fitted = scaled
-        fit = _compare_binades(read, divided, fitted.deviation, NORMAL, scales, start)
-        tried.append(_Model(divided, fitted, scales, fit))
+        law = Law(fitted.deviation)
+        tried.append(_Model(divided, fitted, scales, _compare_binades(read, divided, law, scales, start), law))
     for model in tried:
         if not model.fit.is_rejected(start):
             return model
     for model in tried:
         recovered = recover(model.cells, model.size, seed, keep)
         if recovered.low_rank is not None:
-            fit = _compare_binades(
-                read, model.cells, recovered.deviation, NORMAL, model.scales, start, recovered.low_rank
-            )
+            law = Law(recovered.deviation, recovered.low_rank)
+            fit = _compare_binades(read, model.cells, law, model.scales, start)
             if fit.chi is not None and not fit.is_rejected(start):
-                return replace(model, fit=fit, recovered=recovered, shaped=None)
+                return replace(model, fit=fit, law=law, recovered=recovered)
     return plain
 
 
@@ -531,7 +558,7 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
     error, misfit, kurtosis = size.error, MISFIT, None
     # With L a single variance does not fit, so there is no single size.
     if recovered is not None and recovered.low_rank is not None:
-        fro = _posterior_norm(cells, recovered.deviation, NORMAL, model.scales, recovered.low_rank)
+        fro = model.law.norm(cells, model.scales)
         misfit = MISFIT_OF_DIRECTIONS
     elif model.scales is not None:
         fro, of_scales = measure_norm(cells, size.deviation, model.scales)
@@ -620,21 +647,13 @@ def _choose_start(all_cells: Cells | _Stream, rms: float) -> tuple[Source, Start
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
 
 
-def _compare_binades(
-    read: _Read,
-    fitted_cells: Source,
-    deviation: float,
-    entry_shape: Shape,
-    scales: Scales | None,
-    start: Start,
-    low_rank: LowRank | None = None,
-) -> Binades:
-    """Compare which entries changed, and how far, with what N(L, s²), or another shape, expects, by binade of |W|.
+def _compare_binades(read: _Read, fitted_cells: Source, law: Law, scales: Scales | None, start: Start) -> Binades:
+    """Compare which entries changed, and how far, with what a distribution expects, by binade of |W|.
 
     ``fitted_cells`` are those that the model was fitted to, divided by ``scales``.
     """
     # Scales are fitted roughly, and where L is most of X few binades show the size of the remainder.
-    limit = math.inf if low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
+    limit = math.inf if law.low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
     counts, shape = Binades(most_uneven=limit), read.delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), read.delta.blocks(), strict=True):
         w, t = move(w, read.device).to(read.dtype), move(t, read.device).to(read.dtype)
@@ -642,48 +661,12 @@ def _compare_binades(
         cells = read.cells(first, w, unmoved, start == "rounded")[0]
         if scales is not None:
             cells = scales.divide_rows(cells, first)
-        if low_rank is None:
-            mean: Tensor | float = 0.0
-            still = entry_shape.moments(cells, deviation, fast=True)
-            # fast moments are off by 0.3% of the variance
-            exact = entry_shape.moments(fitted_cells.rows(first, last), deviation)
-        else:
-            mean = low_rank.rows(first, last)
-            still = moments(cells, mean, deviation, fast=True)
-            exact = moments(fitted_cells.rows(first, last), mean, deviation)
-        square = ((exact.mean - mean) ** 2 + exact.variance) / deviation**2
-        counts.add(w, t != unmoved, 1 - still.log_mass.exp(), square, 1 - exact.variance / deviation**2)
+        still = law.moments(cells, first, fast=True)
+        # fast moments are off by 0.3% of the variance
+        exact = law.moments(fitted_cells.rows(first, last), first)
+        square = ((exact.mean - law.mean(first, last)) ** 2 + exact.variance) / law.deviation**2
+        counts.add(w, t != unmoved, 1 - still.log_mass.exp(), square, 1 - exact.variance / law.deviation**2)
     return counts
-
-
-def _posterior_moments(
-    cells: Source,
-    deviation: float,
-    shape: Shape,
-    low_rank: LowRank | None,
-    spans: Iterable[tuple[int, int]] | None = None,
-) -> Iterator[Moments]:
-    """Yield the moments of all entries in row blocks."""
-    for first, last in cells.spans() if spans is None else spans:
-        block = cells.rows(first, last)
-        if low_rank is None:
-            yield shape.moments(block, deviation)
-        else:
-            yield moments(block, low_rank.rows(first, last), deviation)
-
-
-def _posterior_norm(
-    cells: Source, deviation: float, shape: Shape, scales: Scales | None, low_rank: LowRank | None
-) -> float:
-    """Return √ΣE[x² | cells] before division by the scales."""
-    total, row = 0.0, 0
-    for posterior in _posterior_moments(cells, deviation, shape, low_rank):
-        square = posterior.mean.square() + posterior.variance
-        if scales is not None:
-            square = square * scales.of_rows(row, row + len(square)) ** 2
-        row += len(square)
-        total += float(square.sum(dtype=torch.float64))
-    return math.sqrt(total)
 
 
 def _measure_values(recovered: Recovered, scales: Scales | None, fro: float) -> Tensor:

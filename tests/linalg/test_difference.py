@@ -108,13 +108,19 @@ def test_matrix_is_freed_without_keep():
     assert (result.matrix, result.fro) == (None, 2.0)
 
 
-@pytest.mark.parametrize("word", ["tpu", "cuda:99", "mps", "meta", ""])
-def test_missing_devices_are_refused(word):
-    with pytest.raises(UsageError, match="--device"):
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("tpu", "use auto"),
+        ("cuda:99", "this torch sees"),
+        ("mps", "no float64"),
+        ("meta", "use auto"),
+        ("", "use auto"),
+    ],
+)
+def test_missing_devices_are_refused(word, problem):
+    with pytest.raises(UsageError, match=f"--device {word}: .*{problem}"):
         resolve_device(word)
-
-
-def test_auto_device_is_available_device():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Size, scales and low rank of an update from its cells, against definitions written out, and laws."""
+"""Size, shape, scales and low rank of an update from its cells, against definitions written out, and laws."""
 
 import math
 
@@ -12,9 +12,24 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from scipy.stats import norm
 
+from lora_diag.linalg import hidden_models as hidden_density
 from lora_diag.linalg.cells import GRIDS, Cells, Shrunk, add_noise, cell_halves, moments, noise_edge, shrink
 from lora_diag.linalg.hidden import HeldOut, LowRank, fit_low_rank, fit_size, recover
-from lora_diag.linalg.hidden_models import Scales, fit_scales, measure_lengths, measure_norm, unscale
+from lora_diag.linalg.hidden_models import (
+    END,
+    FLATTER,
+    HEAVIER,
+    KERNEL,
+    NORMAL,
+    SPACING,
+    Scales,
+    fit_density,
+    fit_scales,
+    fit_shape,
+    measure_lengths,
+    measure_norm,
+    unscale,
+)
 
 
 def planted(m, n, rank, rms, seed, noise=0.0, rows=None):
@@ -246,3 +261,104 @@ def test_lengths_of_held_out_cells_fit_all_entries(seed):
     assert (errors.numpy() < 0.1 * true[0]).all()
     assert (np.abs(lengths.numpy() - true) < 3.5 * errors.numpy()).all()
     assert true[0] - float(s[0]) > 3 * float(errors[0])
+
+
+def drawn(kind, side, rng):
+    if kind == "uniform":
+        return rng.uniform(-math.sqrt(3), math.sqrt(3), (side, side))
+    if kind == "product":  # of rank 2: kurtosis 6
+        return rng.normal(size=(side, 2)) @ rng.normal(size=(2, side)) / math.sqrt(2)
+    return rng.normal(size=(side, side)) if kind == "normal" else rng.laplace(size=(side, side)) / math.sqrt(2)
+
+
+def hidden(kind, rms, side=200, seed=4):
+    """Return cells and X in units of its rms."""
+    rng = np.random.default_rng(seed)
+    w = torch.tensor(rng.normal(size=(side, side)) * 0.02).bfloat16().double()
+    x = torch.tensor(drawn(kind, side, rng) * rms)
+    t = (w + x).bfloat16().double()
+    below, above = cell_halves(t, GRIDS["bfloat16"])
+    cells = Cells(((t - w - below) / rms).float(), ((t - w + above) / rms).float())
+    return cells, x / rms, float((t == w).double().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["uniform", "normal", "laplace", "product"])
+def test_size_does_not_depend_on_the_distribution(kind):
+    cells, x, still = hidden(kind, 4e-6)
+    assert still > 0.94
+    true = float(x.square().mean().sqrt())
+    result = fit_density(cells, fit_size(cells, 1.0).deviation)
+    assert result.deviation == pytest.approx(true, rel=0.035)
+    assert abs(math.log(result.deviation / true)) < 2.5 * result.error
+    assert 0.005 < result.error < 0.02
+
+
+def test_likelihood_equals_definition_and_fit_maximizes_it():
+    cells, _, _ = hidden("uniform", 1e-5, 60)
+    unit = fit_size(cells, 1.0).deviation
+    grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
+    result = hidden_density._compute_likelihood(cells, grid * unit, KERNEL * unit)
+    lo, hi = (side.double().numpy().reshape(-1, 1) for side in (cells.lo, cells.hi))
+    z, s = grid.numpy() * unit, KERNEL * unit
+    mass = sum(ndtr((hi - sign * z) / s) - ndtr((lo - sign * z) / s) for sign in (1, -1))
+    expected = mass / mass.max(1, keepdims=True)
+    assert np.abs(result.numpy() - expected).max() < 5e-3
+    weights, _, features = hidden_density._fit_coefficients(result, grid)
+    best = float((result @ weights).log().sum())
+    for column in features.T:
+        for step in (-0.05, 0.05):
+            other = torch.softmax(weights.log() + step * column, 0)
+            assert float((result @ other).log().sum()) < best
+
+
+@pytest.mark.slow
+def test_sampled_entries_estimate_full_size(monkeypatch):
+    cells, x, _ = hidden("uniform", 1e-5, 256)
+    whole = fit_density(cells, fit_size(cells, 1.0).deviation)
+    monkeypatch.setattr(hidden_density, "SAMPLE", 2**14)
+    part = fit_density(cells, fit_size(cells, 1.0).deviation)
+    assert part.deviation == pytest.approx(whole.deviation, rel=0.02)
+    assert part.deviation != whole.deviation
+    assert part.deviation == pytest.approx(float(x.square().mean().sqrt()), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [NORMAL, *FLATTER, *HEAVIER], ids=lambda shape: f"{shape.kurtosis:.2f}")
+def test_shapes_have_variance_1_and_moments_of_their_density(shape):
+    x = np.linspace(-12, 12, 200_001)
+    density = sum(w * np.exp(-(((x - mean) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi)) for w, mean, s in shape.parts)
+    assert trapezoid(density * x**2, x) == pytest.approx(1, abs=1e-6)
+    assert trapezoid(density * x**4, x) == pytest.approx(shape.kurtosis, rel=1e-3)
+    lo, hi = torch.tensor([[-0.5, 0.3, 1.0]]).double(), torch.tensor([[0.4, 0.5, 3.0]]).double()
+    result = shape.moments(Cells(lo, hi), 1.3)
+    for k in range(3):
+        inside = (x * 1.3 >= float(lo[0, k])) & (x * 1.3 <= float(hi[0, k]))
+        mass = trapezoid(np.where(inside, density, 0), x)
+        mean = trapezoid(np.where(inside, density * x, 0), x) * 1.3 / mass
+        variance = trapezoid(np.where(inside, density * (x * 1.3 - mean) ** 2, 0), x) / mass
+        assert float(result.log_mass[0, k]) == pytest.approx(math.log(mass), abs=2e-3)
+        assert float(result.mean[0, k]) == pytest.approx(mean, abs=1e-3)
+        assert float(result.variance[0, k]) == pytest.approx(variance, rel=5e-3)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)])
+def test_hidden_entry_shape_is_estimated(kind, low, high):
+    """The likelihood is that of the definition, and no smaller than the normal one."""
+    rng = np.random.default_rng(4)
+    draw = {
+        "uniform": rng.uniform(-math.sqrt(3), math.sqrt(3), (200, 200)),
+        "normal": rng.normal(size=(200, 200)),
+        "laplace": rng.laplace(size=(200, 200)) / math.sqrt(2),
+    }
+    w = torch.tensor(rng.normal(size=(200, 200)) * 0.02).bfloat16().double()
+    x = torch.tensor(draw[kind] * 2e-5)
+    t = (w + x).bfloat16().double()
+    below, above = cell_halves(t, GRIDS["bfloat16"])
+    cells = Cells(t - w - below, t - w + above)
+    normal = fit_size(cells, 2e-5)
+    result = fit_shape(cells, normal.deviation)
+    assert low <= result.shape.kurtosis <= high
+    assert result.log_likelihood >= normal.log_likelihood - 1e-4 * abs(normal.log_likelihood)
+    edges = [cells.lo.numpy() / result.deviation, cells.hi.numpy() / result.deviation]
+    mass = sum(w * (ndtr((edges[1] - m) / s) - ndtr((edges[0] - m) / s)) for w, m, s in result.shape.parts)
+    assert result.log_likelihood == pytest.approx(float(np.log(mass).sum()), rel=1e-3)

@@ -70,21 +70,6 @@ def test_last_line_is_synced_to_disk(pair_of_models, tmp_path, monkeypatch):
     assert kept[-1] == path.read_bytes()
 
 
-def test_filter_and_look_up(written):
-    results, _ = written
-    assert len(results.filter("q_proj")) == 2
-    assert results["lm_head.weight"].layer == "lm_head.weight"
-    with pytest.raises(KeyError):
-        results["nope"]
-
-
-def test_results_convert_to_pandas(written):
-    results, _ = written
-    frame = results.to_pandas()
-    assert len(frame) == len(results)
-    assert frame["energy.8"].tolist() == [record.energy["8"] for record in results]
-
-
 @pytest.mark.parametrize("cut", [1, 2, 7, 12, 13])
 @pytest.mark.parametrize("torn", [b"", b'{"record":"spec', b'{"record": "left_out"'])
 def test_resume_ends_in_same_file(written, pair_of_models, cut, torn):
@@ -478,12 +463,6 @@ def test_unwritable_output_is_refused_before_measuring(pair_of_models, tmp_path)
             lora_diag.spectrum(base, tuned, output=output, on_progress=events.append, on_record=events.append)
     assert events == []
     assert {path.name for path in tmp_path.iterdir()} == {"locked"}
-
-
-def test_name_too_long_for_temporary_file(written, pair_of_models, tmp_path):
-    results, _ = written
-    with pytest.raises(InputError, match="cannot be written"):
-        results.write(tmp_path / ("n" * 300))
 
 
 def test_pipe_is_refused_and_not_waited_for(tmp_path):

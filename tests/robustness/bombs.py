@@ -30,7 +30,7 @@ def limit(job: dict[str, Any]) -> None:
             main()
         finally:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
-            Path(job["peak"]).write_text(str(peak))
+            Path(job["faults"]["peak"]).write_text(str(peak))
 
     lora_diag.__main__.main = measured
 

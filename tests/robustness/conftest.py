@@ -53,13 +53,16 @@ class Commands:
         at: int | None = None,
         after: float | None = None,
         signal: int = signal.SIGKILL,
+        prepare: str = "tests.robustness.fault_injection:prepare",
         **faults: Any,
     ) -> Ended:
-        """Run a command to its end, to the step ``at`` or for ``after`` seconds, with ``faults`` of fault_injection."""
-        job = {"at": at, "signal": signal, "steps": str(self.notes / "steps"), "faults": faults}
-        job |= {"environment": self._environment, "prepare": "tests.robustness.fault_injection:prepare"}
+        """Run a command to its end, to the step ``at`` or for ``after`` seconds, with ``faults`` for ``prepare``."""
+        steps = self.notes / "steps"
+        steps.write_text("")
+        job = {"at": at, "signal": signal, "steps": str(steps), "faults": faults, "prepare": prepare}
+        job["environment"] = self._environment
         code, out, err = self._server.run(words, cwd, after=after, with_signal=signal, **job)
-        return Ended(code, out.decode(), err.decode(), (self.notes / "steps").read_text().splitlines())
+        return Ended(code, out.decode(), err.decode(), steps.read_text().splitlines())
 
     def close(self) -> None:
         """Let the process end."""

@@ -48,11 +48,19 @@ def _read_as(rng: random.Random, whole: Path, path: str, base: str) -> list[str]
     )
 
 
-def safetensors(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """A checkpoint in one file."""
-    folder = _copy(whole / "tuned", at / "m")
-    _damage(folder / "model.safetensors", damaged_safetensors, rng)
-    return _read_as(rng, whole, "m", "base")
+def in_folder(*names: str, base: str = "", config: float = 0.0) -> Kind:
+    """Return a kind: a checkpoint in one file or, with a probability, its configuration."""
+
+    def damage(rng: random.Random, whole: Path, at: Path) -> list[str]:
+        name = rng.choice(names)
+        folder = _copy(whole / name, at / "m")
+        if (folder / "config.json").exists() and rng.random() < config:
+            _damage(folder / "config.json", damaged_json, rng)
+        else:
+            _damage(folder / "model.safetensors", damaged_safetensors, rng)
+        return _read_as(rng, whole, "m", base or name)
+
+    return damage
 
 
 def sharded(rng: random.Random, whole: Path, at: Path) -> list[str]:
@@ -79,28 +87,6 @@ def torch_file(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return _read_as(rng, whole, name, "base")
 
 
-def quantized(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """A quantized checkpoint, or its configuration."""
-    name = rng.choice(["nf4", "int8", "fp8", "rows"])
-    folder = _copy(whole / name, at / "m")
-    if name == "fp8" and rng.random() < 0.5:
-        _damage(folder / "config.json", damaged_json, rng)
-    else:
-        _damage(folder / "model.safetensors", damaged_safetensors, rng)
-    return _read_as(rng, whole, "m", name)
-
-
-def packed(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """A packed checkpoint, or its configuration."""
-    name = rng.choice(["ct", "nvfp4", "gptq", "awq", "mlx", "mxfp4"])
-    folder = _copy(whole / name, at / "m")
-    if rng.random() < 0.3:
-        _damage(folder / "config.json", damaged_json, rng)
-    else:
-        _damage(folder / "model.safetensors", damaged_safetensors, rng)
-    return _read_as(rng, whole, "m", name)
-
-
 def patch(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A sparse patch over a whole BASE."""
     (at / "p.safetensors").write_bytes(damaged_safetensors((whole / "patch.safetensors").read_bytes(), rng))
@@ -114,13 +100,6 @@ def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     folder = _copy(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
     _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), damaged_archive, rng)
     return _read_as(rng, whole, "m", "base")
-
-
-def configuration(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """``config.json`` beside whole weights."""
-    folder = _copy(whole / "base", at / "m")
-    _damage(folder / "config.json", damaged_json, rng)
-    return _read_as(rng, whole, "m", "tuned")
 
 
 def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
@@ -242,39 +221,11 @@ def pages(rng: random.Random, whole: Path, at: Path) -> list[str]:
     return rng.choice([["plot", "r.jsonl", "-o", "figures"], ["report", "r.jsonl", "-o", "out.html", "-q"]])
 
 
-SHARED = ("--layers", "--exclude", "--device", "--workers", "--per", "-o", "--json", "--resume", "--verify", "-q")
-OF_SOME = (
-    "--ranks",
-    "--top",
-    "--tol",
-    "--method",
-    "--seed",
-    "--rank",
-    "--energy",
-    "--params",
-    "--total-rank",
-    "--weights",
-)
-OF_ONE = (
-    "--density",
-    "--epsilon",
-    "--reference",
-    "--policy",
-    "--junit",
-    "--figure",
-    "--format",
-    "--label",
-)
 OPTIONS = (
-    *SHARED,
-    *OF_SOME,
-    *OF_ONE,
-    "--overwrite",
-    "--split",
-    "--dtype",
-    "--signal",
-    "--nope",
-    "--help",
+    *("--layers", "--exclude", "--device", "--workers", "--per", "-o", "--json", "--resume", "--verify", "-q"),
+    *("--ranks", "--top", "--tol", "--method", "--seed", "--rank", "--energy", "--params", "--total-rank", "--weights"),
+    *("--density", "--epsilon", "--reference", "--policy", "--junit", "--figure", "--format", "--label"),
+    *("--overwrite", "--split", "--dtype", "--signal", "--nope", "--help"),
 )
 MEASURING = ("spectrum", "residual", "overlap", "interference", "intruders", "verify-merge", "extract")
 COMMANDS = (*MEASURING, "allocate", "plan", "gate", "inspect", "plot", "report", "probe", "nope", "")
@@ -332,25 +283,17 @@ def addresses(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 
 KINDS: dict[str, Kind] = {
-    "safetensors": safetensors,
-    "sharded": sharded,
-    "torch file": torch_file,
-    "quantized": quantized,
-    "packed": packed,
-    "patch": patch,
-    "distributed": distributed,
-    "configuration": configuration,
-    "adapter": adapter,
-    "adapter config": adapter_config,
-    "gradients": gradients,
-    "gguf": gguf,
-    "bomb": bomb,
-    "policy": policy,
-    "results": results,
-    "pages": pages,
-    "words": words,
-    "patterns": patterns,
-    "addresses": addresses,
+    "safetensors": in_folder("tuned", base="base"),
+    "quantized": in_folder("nf4", "int8", "fp8", "rows", config=0.5),
+    "packed": in_folder("ct", "nvfp4", "gptq", "awq", "mlx", "mxfp4", config=0.3),
+    "configuration": in_folder("base", base="tuned", config=1.0),
+    **{
+        kind.__name__.replace("_", " "): kind
+        for kind in (
+            *(sharded, torch_file, patch, distributed, adapter, adapter_config, gradients, gguf, bomb),
+            *(policy, results, pages, words, patterns, addresses),
+        )
+    },
 }
 
 

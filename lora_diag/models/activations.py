@@ -37,6 +37,17 @@ class Moment:
     total: Tensor
     rows: int = 0
 
+    @classmethod
+    def zero(cls, x: Tensor, layers: list[str]) -> Moment:
+        """Return an empty sum for vectors like the rows of a tensor."""
+        return cls(layers, torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device))
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of a tensor ``(…, n)``."""
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        self.total.addmm_(rows.T, rows)
+        self.rows += len(rows)
+
     @property
     def mean(self) -> Tensor:
         """C, or G of gradients."""
@@ -52,18 +63,18 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def input_dimension(layer: nn.Module) -> int:
-    """Return the input dimension of a linear layer."""
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """Return ``(out, in)`` of a linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
-def output_dimension(layer: nn.Module) -> int:
-    """Return the output dimension of a linear layer."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a layer from the arguments of its hook."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 class Listener:
@@ -101,7 +112,7 @@ class Listener:
 
     def _make_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._take(name, args[0] if args else next(iter(kwargs.values())))
+            self._take(name, input_of(args, kwargs))
 
         return hook
 
@@ -113,20 +124,16 @@ class Listener:
         return hook
 
     def _take_gradient(self, name: str, gradient: Tensor) -> None:
-        size = gradient.shape[-1]
         if name not in self.outputs:
-            self.outputs[name] = Moment([name], torch.zeros(size, size, dtype=torch.float64, device=gradient.device))
-        rows = gradient.detach().reshape(-1, size).to(torch.float64)
-        self.outputs[name].total.addmm_(rows.T, rows)
-        self.outputs[name].rows += len(rows)
+            self.outputs[name] = Moment.zero(gradient, [name])
+        self.outputs[name].add(gradient)
 
     def _take(self, name: str, x: Tensor) -> None:
         if name not in self._leader:
             first_name = next((first for first, tensor in self._input.items() if tensor is x), name)
             self._leader[name] = first_name
             if first_name == name:
-                size = x.shape[-1]
-                self.moments[name] = Moment([], torch.zeros(size, size, dtype=torch.float64, device=x.device))
+                self.moments[name] = Moment.zero(x, [])
             self.moments[first_name].layers.append(name)
         leader = self._leader[name]
         if leader != name:
@@ -134,9 +141,7 @@ class Listener:
                 raise InputError(f"{name}: had the input of {leader} in an earlier batch, but not in this one")
             return
         self._input[name] = x  # kept, so that no other tensor of this batch gets its identity
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
-        self.moments[name].total.addmm_(rows.T, rows)
-        self.moments[name].rows += len(rows)
+        self.moments[name].add(x)
 
 
 def record(

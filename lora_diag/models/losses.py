@@ -8,7 +8,7 @@ and the output gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 from lora_diag.errors import InputError
 from lora_diag.metrics.statistics import paired_difference
 from lora_diag.models.data import IGNORED, Sequence, Texts
-from lora_diag.models.opening import Model, iterate_batches, pad_sequences
+from lora_diag.models.opening import Model, pad_sequences
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,16 @@ class Losses:
         """Return the losses of sequences from the sum and the number of predictions of each."""
         return cls(torch.tensor([*sums], dtype=torch.float64), torch.tensor([*counts], dtype=torch.float64))
 
-    def fields_of_run(self, texts: Texts, train_loss: float | None, is_base: bool) -> dict[str, Any]:
+    def fields_of_run(self, texts: Texts, train_loss: float | None) -> dict[str, Any]:
         """Return the common fields of records of a training run or of BASE; losses that are not finite are None."""
-        return {
-            **self.on(texts),
-            "loss": self.mean if self.is_finite else None,
-            "train_loss": train_loss if train_loss is not None and math.isfinite(train_loss) else None,
-            "nll": self.rounded if self.is_finite else (),
-            "predictions": tuple(map(int, self.counts)) if is_base else (),
-        }
+        is_trained = train_loss is not None and math.isfinite(train_loss)
+        loss = self.mean if self.is_finite else None
+        return {**self.on(texts), "loss": loss, "train_loss": train_loss if is_trained else None}
+
+    def by_sequence(self, is_base: bool) -> dict[str, Any]:
+        """Return the fields of records with a value for each sequence; the numbers of predictions for BASE only."""
+        counts = tuple(map(int, self.counts)) if is_base else ()
+        return {"nll": self.rounded if self.is_finite else (), "predictions": counts}
 
     def on(self, texts: Texts) -> dict[str, Any]:
         """Return the common fields of records of a loss: its set, and the number of predictions."""
@@ -91,13 +92,14 @@ class Losses:
         return paired_difference(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
 
-def iterate_predictions(model: Model, texts: Texts, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield, batch by batch, the logits of predictions ``(n_i, classes)`` of every sequence, and their targets."""
-    for batch in iterate_batches(len(texts.sequences), size):
-        sequences = [texts.sequences[i] for i in batch]
-        logits = logits_of(model, sequences)
-        predictions = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(sequences)]
-        yield [outputs for outputs, _ in predictions], [label for _, label in predictions]
+def predict(model: Model, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits of predictions ``(n_i, classes)`` of every sequence, and their targets.
+
+    Gradients are as set by the caller. Padding and tokens without a label are no predictions.
+    """
+    logits = logits_of(model, sequences)
+    pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(sequences)]
+    return [outputs for outputs, _ in pairs], [labels for _, labels in pairs]
 
 
 def logits_of(model: Model, sequences: list[Sequence]) -> Tensor:
@@ -130,7 +132,13 @@ def select_predictions(model: Model, sequence: Sequence, logits: Tensor) -> tupl
 
 
 @torch.no_grad()
-def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = lambda: None) -> Losses:
+def measure(
+    model: Model,
+    texts: Texts,
+    size: int,
+    after: Callable[[], None] = lambda: None,
+    look: Callable[[Tensor], None] = lambda outputs: None,
+) -> Losses:
     """Return the losses of a model on a set.
 
     Args:
@@ -138,12 +146,14 @@ def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = l
         texts: The set.
         size: Sequences in a batch.
         after: Called after every batch.
+        look: Called with the logits of the predictions of every sequence, ``(n, classes)``.
     """
     sums, counts = list[float](), list[int]()
-    for logits, labels in iterate_predictions(model, texts, size):
-        for outputs, target in zip(logits, labels, strict=True):
+    for sequences in texts.batches(size):
+        for outputs, target in zip(*predict(model, sequences), strict=True):
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))
+            look(outputs)
         after()
     return Losses.of(sums, counts)
 
@@ -151,6 +161,12 @@ def measure(model: Model, texts: Texts, size: int, after: Callable[[], None] = l
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed negative log-likelihood, in nats; the sum over positions in float64."""
     return functional.cross_entropy(logits.float(), labels, reduction="none").sum(dtype=torch.float64)
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    """Return KL(p‖q) from logits, in nats, summed over predictions in float64."""
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum())
 
 
 Labels = Literal["data", "model"]
@@ -201,10 +217,10 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
     hook = table.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
     try:
         with torch.enable_grad():
-            logits = logits_of(model, sequences)
-            predictions = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(sequences)]
+            logits, labels = predict(model, sequences)
             losses = [
-                functional.cross_entropy(z.float(), draw(z, labels), reduction="sum") for z, labels in predictions
+                functional.cross_entropy(z.float(), draw(z, target), reduction="sum")
+                for z, target in zip(logits, labels, strict=True)
             ]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
@@ -212,4 +228,4 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()
-    return [len(labels) for _, labels in predictions]
+    return list(map(len, labels))

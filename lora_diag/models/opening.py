@@ -351,13 +351,22 @@ class Weights:
         candidates = (stored, f"{self._prefix}{stored}", stored.removeprefix(self._prefix))
         return next((candidate for candidate in candidates if candidate in self._named), None)
 
-    def find(self, layer: str) -> Tensor | None:
-        """Return the tensor of a layer, or the part of it for the layer; None if the model has none."""
+    def base_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """Return the names of the checkpoint's tensors that the model has, by the names in the model."""
+        return {name: stored_name for stored_name in stored if (name := self.name(stored_name)) is not None}
+
+    def locate(self, layer: str) -> tuple[nn.Parameter, int | None] | None:
+        """Return the parameter of a layer, and its index in a stack of experts; None if the model has none."""
         stored, _, index = layer.partition("[")
         name = self.name(stored)
-        if name is None:
+        return None if name is None else (self._named[name], int(index.rstrip("]")) if index else None)
+
+    def find(self, layer: str) -> Tensor | None:
+        """Return the tensor of a layer, or the part of it for the layer; None if the model has none."""
+        if (located := self.locate(layer)) is None:
             return None
-        return self._named[name].data[int(index.rstrip("]"))] if index else self._named[name].data
+        parameter, index = located
+        return parameter.data if index is None else parameter.data[index]
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         """Return the tensors of the layers in the model, viewed as ``(out, in)``.
@@ -391,8 +400,3 @@ def pad_sequences(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return sequences as one tensor ``(n, longest)``, padded at the end."""
     longest = max(map(len, sequences))
     return torch.tensor([[*ids, *([value] * (longest - len(ids)))] for ids in sequences])
-
-
-def iterate_batches(count: int, size: int) -> Iterable[range]:
-    """Yield the indices of each batch."""
-    return (range(first, min(count, first + size)) for first in range(0, count, size))

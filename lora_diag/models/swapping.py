@@ -84,10 +84,15 @@ class Swapped:
         for layer in self._deltas:
             self._check(layer)
 
-    def arrange(self, ranks: Mapping[str, int]) -> None:
-        """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0 and for layers that are not named."""
+    def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
+        """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0.
+
+        Args:
+            ranks: r by layer.
+            others: r of layers that are not named.
+        """
         for layer, current in self._ranks.items():
-            rank = ranks.get(layer, 0)
+            rank = ranks.get(layer, others)
             if rank >= min(self._deltas[layer].shape):
                 rank = FULL
             if rank != current:

@@ -21,7 +21,7 @@ from lora_diag.errors import InputError, UsageError, install_command
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, logits_of, measure, nll, select_predictions
+from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
@@ -320,12 +320,11 @@ def losses_after(
     torch.manual_seed(cell.seed)
     with _make_trainable(model, cell, training.kind) as tuned:
         with checkpoint_activations(model.module) if training.checkpointing else nullcontext():
-            step_losses = train(tuned, cell, training, after)
+            train_loss = train(tuned, cell, training, after)
         tuned.module.eval()
         losses = [measure(tuned, texts, training.batch, after) for texts in sets]
         keep(tuned)
-    last = step_losses[-max(1, len(step_losses) // 10) :]
-    return losses, sum(last) / len(last)
+    return losses, train_loss
 
 
 def _make_trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
@@ -334,8 +333,16 @@ def _make_trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextMana
     return add_lora(model, cell.rank, kind)
 
 
-def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> list[float]:
-    """Train the trainable parameters, and return the loss of every step; a loss that is not finite changes nothing."""
+def count_trained(model: Model) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.module.parameters() if parameter.requires_grad)
+
+
+def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> float:
+    """Train the trainable parameters, and return the mean loss of the last tenth of the steps.
+
+    A loss that is not finite changes nothing.
+    """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)
     model.module.train()
@@ -351,15 +358,14 @@ def train(model: Model, cell: Cell, training: Training, after: Callable[[], None
             nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
             optimizer.step()
         after()
-    return step_losses
+    last = step_losses[-max(1, len(step_losses) // 10) :]
+    return sum(last) / len(last)
 
 
 def mean_loss(model: Model, batch: list[TokenSequence]) -> Tensor:
     """Return the mean negative log-likelihood over the predictions of a batch."""
-    logits = logits_of(model, batch)
-    pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(batch)]
-    total = torch.stack([nll(outputs, target) for outputs, target in pairs]).sum()
-    return total / sum(len(target) for _, target in pairs)
+    logits, labels = predict(model, batch)
+    return torch.stack(list(map(nll, logits, labels))).sum() / sum(map(len, labels))
 
 
 def record_of(
@@ -367,4 +373,10 @@ def record_of(
 ) -> Probe:
     """Return the record of a run on one set; without a run, of BASE, or of BASE rounded to the grid ``name``."""
     fields = cell.fields if cell else {"subject": "base"}
-    return Probe(probe="sweep", name=name, **fields, **losses.fields_of_run(texts, train_loss, is_base=cell is None))
+    return Probe(
+        probe="sweep",
+        name=name,
+        **fields,
+        **losses.fields_of_run(texts, train_loss),
+        **losses.by_sequence(cell is None),
+    )

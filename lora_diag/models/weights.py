@@ -7,6 +7,8 @@ y = W·x + s·B·A·x + b the gradient of the loss with respect to W would be
 
 and both are available: x is the input of the adapted layer and δy its output gradient. The gradients of the factors
 follow from G, ∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G (Hu et al. 2021, *LoRA*, eq. 3, differentiated).
+
+Also the environment of a backward pass: other processes with their parts of the batch, and the loss scale of fp16.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_diag.checkpoints.folder import plain_names
 from lora_diag.errors import UsageError
+from lora_diag.models.activations import input_of
 
 # Prefixes that PEFT adds to the names of wrapped weights.
 _PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+(?=\.)")
@@ -89,7 +92,7 @@ class Frozen:
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self.active and torch.is_grad_enabled() and output.requires_grad:
-            inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+            inputs = input_of(args, kwargs).detach()
             output.register_hook(lambda gradient: self._add(inputs, gradient.detach()))  # type: ignore[no-untyped-call]
 
     def _add(self, x: Tensor, dy: Tensor) -> None:
@@ -185,3 +188,29 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
             f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient; record with "
             "plain data parallelism or on one device"
         )
+
+
+def is_unscaled(scaler: Any) -> bool:
+    """Return whether ``unscale_`` was already called for this update, as needed for clipping."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    return any(getattr(state.get("stage"), "name", "") == "UNSCALED" for state in states.values())
+
+
+def is_main() -> bool:
+    """Return whether this process writes the output."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def average_over_processes(weight: Frozen) -> Tensor | None:
+    """Return the gradient of a weight, averaged in place over processes; all of them must call this.
+
+    Each has summed over its part of the batch. None for a single process without a backward pass.
+    """
+    distributed, gradient = torch.distributed, weight.gradient()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return gradient
+    if gradient is None:  # an expert that got no token of this process
+        gradient = torch.zeros(weight.shape, device=next(weight.module.parameters()).device)
+    distributed.all_reduce(gradient)
+    return gradient.div_(distributed.get_world_size())

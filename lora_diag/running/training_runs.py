@@ -31,6 +31,7 @@ from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.models.training import Lora, Training, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
+from lora_diag.rendering.text import duration
 from lora_diag.running.amounts import MAX_RATE, find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, keep_connection, run_ray
 from lora_diag.running.layers import plan_device
@@ -214,10 +215,6 @@ class Trial:
     work: Any = None
 
 
-# Trains on the workers of a cluster: the runs, with a function to call every few seconds -> the records of each.
-Remote = Callable[[Sequence[Trial], Callable[[], None]], Iterator[Sequence[WholeRecord]]]
-
-
 @dataclass(frozen=True, slots=True)
 class Arm:
     """A trained method with its grid of sizes and learning rates.
@@ -227,16 +224,16 @@ class Arm:
         rates: Learning rates, ascending.
         trial: The run of a size, a rate and a seed.
         earlier: Rates that an earlier run may have tried beyond the edge of a smaller grid; they are used, but not run.
-        remote: Trains its runs on a cluster; None to train them here, one after the other.
-        slots: Concurrent runs.
+        workers: The workers of a cluster; None to train its runs here, one after the other.
+        train: Trains one of its runs on a worker.
     """
 
     sizes: tuple[int | None, ...]
     rates: tuple[float, ...]
     trial: Callable[[int | None, float, int], Trial]
     earlier: tuple[float, ...] = ()
-    remote: Remote | None = None
-    slots: int = 1
+    workers: Workers | None = None
+    train: TrainTask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +262,7 @@ class RunPlan:
     @property
     def batches(self) -> int:
         """Number of batches of an evaluation on all sets."""
-        return sum(-(-len(texts.sequences) // self.training.batch) for texts in self.sets)
+        return sum(texts.count_batches(self.training.batch) for texts in self.sets)
 
     def has(self, **fields: Any) -> bool:
         """Return whether every set has a record with these fields."""
@@ -287,25 +284,31 @@ class RunPlan:
                     record(texts, measure(model, texts, self.training.batch, lambda: self.watch.batch("BASE")))
                 )
 
-    def cost(self, arms: Sequence[Arm], bases: int) -> tuple[float, list[tuple[int, float]]]:
-        """Time the training, and set the expected number of steps and batches.
+    def report_cost(self, arms: Mapping[str, Arm], bases: int, extra_bytes: int) -> None:
+        """Time one step of each method and one evaluation batch, and report the estimated cost.
 
         Args:
-            arms: The trained methods.
+            arms: The methods, by what they train, such as ``of LoRA``.
             bases: Number of measurements of BASE.
-
-        Returns:
-            Total seconds; and for each arm the remaining runs and the seconds of a step.
+            extra_bytes: Memory of training in addition to BASE.
         """
         self.watch.total = bases * self.batches
-        seconds, runs_and_steps, evaluation = 0.0, [], 0.0
-        for arm in arms:
+        seconds, evaluation, costs = 0.0, 0.0, []
+        for name, arm in arms.items():
             step, evaluation = self.time_step(arm)
-            runs = self.count_unfinished(arm)
-            seconds += math.ceil(runs / arm.slots) * (self.training.steps * step + self.batches * evaluation)
+            runs, slots = self.count_unfinished(arm), 1 if arm.workers is None else arm.workers.slots
+            seconds += math.ceil(runs / slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
-            runs_and_steps.append((runs, step))
-        return seconds + bases * self.batches * evaluation, runs_and_steps
+            costs.append(
+                f"{pluralize(runs, 'run', 'runs')} {name} of {self.training.steps} steps of {step:.2g} s at most"
+            )
+        seconds += bases * self.batches * evaluation
+        gib = extra_bytes / 2**30
+        self.watch.note(
+            f"about {duration(seconds)}: {', '.join(costs)}, each evaluated on "
+            f"{pluralize(len(self.sets), 'set', 'sets')}{self.describe_more_runs([*arms.values()])}"
+            f"{f'; takes up to {gib:.1f} GiB in addition to BASE' if gib >= 0.1 else ''}"
+        )
 
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others.
@@ -362,12 +365,13 @@ class RunPlan:
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
         """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
         unfinished = [trial for trial in trials if not self._has(trial)]
-        if arm.remote is None:
+        if arm.workers is None or arm.train is None:
             for trial in unfinished:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
             return
         poll = partial(self.watch.batch, f"{pluralize(len(unfinished), 'run', 'runs')} on the cluster", 0)
-        for trial, records in zip(unfinished, arm.remote(unfinished, poll), strict=True):
+        runs = [(trial.label, trial.work) for trial in unfinished]
+        for trial, records in zip(unfinished, arm.workers.run(arm.train, self.training, runs, poll), strict=True):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)
 

@@ -24,7 +24,7 @@ from lora_diag.decisions.allocate.peft_config import Scaling, peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.activations import input_dimension
+from lora_diag.models.activations import shape_of
 from lora_diag.models.data import count_predictions
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import RSLORA_ALPHA, Cell, Lora, is_transposed, losses_after
@@ -291,25 +291,18 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     if not layers:
         named = f" named {', '.join(names)}" if names else ""
         raise InputError(f"{stored.path}: has no linear layer to adapt{named}; check --target-modules")
-    weights = Weights(model.module)
-    stored_names = {inner: name for name in stored if (inner := weights.name(name)) is not None}
+    stored_names = Weights(model.module).base_names(stored)
     paths = [path for path, _ in model.module.named_modules()]
     return Target(
         layers,
         {path: stored_names.get(f"{path}.weight", f"{path}.weight") for path in layers},
-        {path: _layer_shape(layer) for path, layer in layers.items()},
+        {path: shape_of(layer) for path, layer in layers.items()},
         tuple(names) or tuple(find_shortest_names(list(layers), paths)),
         is_transposed(model.module),
         "CAUSAL_LM" if model.kind == "causal" else None,
         sum(parameter.numel() for parameter in model.module.parameters()),
         kind,
     )
-
-
-def _layer_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return ``(out, in)`` of a layer."""
-    weight, inputs = layer.get_parameter("weight"), input_dimension(layer)
-    return weight.numel() // inputs, inputs
 
 
 def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None, slots: int) -> TunePlan:

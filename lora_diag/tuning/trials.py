@@ -35,6 +35,7 @@ from lora_diag.models.training import (
     Cell,
     Lora,
     Training,
+    count_trained,
     layers_without_head,
     losses_after,
 )
@@ -538,7 +539,8 @@ class Trials:
                 TuneTrial(
                     variant="base",
                     params=0,
-                    **losses.fields_of_run(texts, train_losses.mean, is_base=True),
+                    **losses.fields_of_run(texts, train_losses.mean),
+                    **losses.by_sequence(is_base=True),
                 )
                 for texts, losses in zip(self.sets, by_set, strict=True)
             )
@@ -608,7 +610,7 @@ def train_variant(
 
     def keep(tuned: Model) -> None:
         nonlocal params
-        params = sum(weight.numel() for weight in tuned.module.parameters() if weight.requires_grad)
+        params = count_trained(tuned)
         if run.folder is not None:
             save_adapter(tuned.module, run.folder)
 
@@ -624,7 +626,8 @@ def train_variant(
             lr=variant.lr,
             steps=variant.steps,
             seed=run.seed,
-            **losses.fields_of_run(texts, train_loss, is_base=False),
+            **losses.fields_of_run(texts, train_loss),
+            **losses.by_sequence(is_base=False),
         )
         for texts, losses in zip(sets, by_set, strict=True)
     ]

@@ -25,8 +25,14 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.files import SNAPSHOT, check_output
 from lora_diag.linalg import decompose_factored
 from lora_diag.linalg.distance import orthonormalize
-from lora_diag.models.processes import average_over_processes, is_main, is_unscaled
-from lora_diag.models.weights import Frozen, Weight, weights_of
+from lora_diag.models.weights import (
+    Frozen,
+    Weight,
+    average_over_processes,
+    is_main,
+    is_unscaled,
+    weights_of,
+)
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
 from lora_diag.version import __version__

@@ -16,11 +16,10 @@ from lora_diag.files import SECOND_MOMENTS, check_output
 from lora_diag.models.activations import (
     Listener,
     Moment,
-    input_dimension,
     iterate_equal_batches,
     linear_layers,
-    output_dimension,
     record,
+    shape_of,
 )
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Draw
@@ -87,8 +86,8 @@ def probe_activations(
     run.watch.total = sum(1 for _ in iterate_equal_batches(texts, run.batch))
     linear = linear_layers(model.module)
     layers = {name: linear[name] for name in base_names}
-    sizes = [(input_dimension(layer), output_dimension(layer)) for layer in layers.values()]
-    gib = 8 * sum(inputs**2 + gradients * outputs**2 for inputs, outputs in sizes) / 2**30
+    shapes = map(shape_of, layers.values())
+    gib = 8 * sum(inputs**2 + gradients * outputs**2 for outputs, inputs in shapes) / 2**30
     cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
     cost_note += "; about three times as long with the backward pass" if gradients else ""
     run.estimate(texts, f"{pluralize(len(layers), 'layer', 'layers')} on 1 set", cost_note)
@@ -125,8 +124,7 @@ def _choose_layers(
     Raises:
         NothingComparedError: No linear layer is selected.
     """
-    weights, linear = Weights(model.module), linear_layers(model.module)
-    stored_names = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
+    linear, stored_names = linear_layers(model.module), Weights(model.module).base_names(stored)
     base_names = {name: stored_names[name] for name in linear if name in stored_names and selected(stored_names[name])}
     left_out = {
         name: "not stored under a name of its own in BASE (tied)" for name in linear if name not in stored_names

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,8 @@ from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, logits_of, measure, select_predictions
-from lora_diag.models.opening import Model, Weights, iterate_batches
+from lora_diag.models.losses import Losses, measure, predict
+from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.curvature import CurvatureOptions
 from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix, Surrogate
@@ -50,18 +50,6 @@ SHARES = (0.9, 0.95, 0.99)
 
 # Singular values below this fraction of the largest are rounding errors of float32.
 ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class _Location:
-    """Location of a layer in the model: a parameter, or one expert of a stack."""
-
-    parameter: nn.Parameter
-    index: int | None
-
-    def of(self, whole: Tensor) -> Tensor:
-        """Return the layer's part of a tensor with the parameter's shape."""
-        return whole if self.index is None else whole[self.index]
 
 
 class LossFunction:
@@ -87,17 +75,10 @@ class LossFunction:
         matrix: Matrix = "hessian",
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model, self._texts, self._size, self._matrix, self._after = model, texts, size, matrix, after
+        self.model, self.texts, self.size, self.matrix, self._after = model, texts, size, matrix, after
         self.layers = dict(layers)
         self._locations = _locate_layers(model.module, self.layers)
-        self._parameters = list(
-            {id(location.parameter): location.parameter for location in self._locations.values()}.values()
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-        return self._model.device
+        self._parameters = list({id(parameter): parameter for parameter, _ in self._locations.values()}.values())
 
     @property
     def params(self) -> int:
@@ -107,7 +88,7 @@ class LossFunction:
     def only(self, layer: str) -> LossFunction:
         """Return the same loss as a function of one layer."""
         shapes = {layer: self.layers[layer]}
-        return LossFunction(self._model, self._texts, self._size, shapes, self._matrix, self._after)
+        return LossFunction(self.model, self.texts, self.size, shapes, self.matrix, self._after)
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one vector ``(n,)`` of all layers' tensors."""
@@ -121,14 +102,19 @@ class LossFunction:
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
-        return self.flat({layer: location.of(location.parameter.data) for layer, location in self._locations.items()})
+        parameters = {layer: parameter for layer, (parameter, _) in self._locations.items()}
+        return self.flat({layer: self._part(layer, parameter.data) for layer, parameter in parameters.items()})
 
     def put(self, weights: Tensor) -> None:
         """Write the layers' weights."""
         for layer, part in self.split(weights).items():
-            location = self._locations[layer]
-            target = location.of(location.parameter.data)
+            target = self._part(layer, self._locations[layer][0].data)
             target.copy_(part.view(target.shape))
+
+    def _part(self, layer: str, whole: Tensor) -> Tensor:
+        """Return a layer's part of a tensor with its parameter's shape: all of it, or one expert of a stack."""
+        index = self._locations[layer][1]
+        return whole if index is None else whole[index]
 
     def gradient(self) -> Tensor:
         """Return ∇L, ``(n,)``."""
@@ -136,7 +122,7 @@ class LossFunction:
 
     def product(self, vector: Tensor) -> Tensor:
         """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss with respect to the logits; ``(n,)``."""
-        step = _multiply_hessian if self._matrix == "hessian" else _multiply_ggn
+        step = _multiply_hessian if self.matrix == "hessian" else _multiply_ggn
         vectors = self._spread(vector)
         return self._sum(lambda loss, logits: step(loss, logits, self._parameters, vectors))
 
@@ -146,7 +132,7 @@ class LossFunction:
         Raises:
             InputError: Lanczos did not converge, or a product is not finite.
         """
-        n, device = self.params, self._model.device
+        n, device = self.params, self.model.device
         top = eigenpairs(self.product, n, min(count, n), "largest", seed, device)
         return top, eigenpairs(self.product, n, 1, "smallest", seed, device, float(top.values[0]))
 
@@ -155,12 +141,9 @@ class LossFunction:
         sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         predictions = 0
         with _enable_gradients(self._parameters):
-            for batch in iterate_batches(len(self._texts.sequences), self._size):
-                chosen = [self._texts.sequences[i] for i in batch]
-                outputs = logits_of(self._model, chosen)
-                pairs = [select_predictions(self._model, sequence, outputs[i]) for i, sequence in enumerate(chosen)]
-                logits = torch.cat([values for values, _ in pairs]).float()
-                targets = torch.cat([labels for _, labels in pairs])
+            for sequences in self.texts.batches(self.size):
+                outputs, labels = predict(self.model, sequences)
+                logits, targets = torch.cat(outputs).float(), torch.cat(labels)
                 loss = functional.cross_entropy(logits, targets, reduction="sum")
                 for sum_, part in zip(sums, step(loss, logits), strict=True):
                     sum_ += part.detach()
@@ -168,7 +151,7 @@ class LossFunction:
                 self._after()
         by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, sums, strict=True)}
         by_layer = {
-            layer: location.of(by_parameter[id(location.parameter)]) for layer, location in self._locations.items()
+            layer: self._part(layer, by_parameter[id(parameter)]) for layer, (parameter, _) in self._locations.items()
         }
         return self.flat(by_layer) / predictions
 
@@ -176,28 +159,24 @@ class LossFunction:
         """Return a vector as tensors of the parameters' shapes, zero outside the layers."""
         vectors = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
         for layer, part in self.split(vector).items():
-            location = self._locations[layer]
-            target = location.of(vectors[id(location.parameter)])
+            target = self._part(layer, vectors[id(self._locations[layer][0])])
             target.copy_(part.view(target.shape))
         return [vectors[id(parameter)] for parameter in self._parameters]
 
 
-def _locate_layers(module: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, _Location]:
-    """Return where the model has each layer of BASE.
+def _locate_layers(module: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Parameter, int | None]]:
+    """Return the parameter of each layer of BASE, and the index of an expert in a stack.
 
     Raises:
         InputError: The model has no such weight.
     """
-    weights, parameters = Weights(module), dict(module.named_parameters(remove_duplicate=False))
-    locations = {}
+    weights, locations = Weights(module), {}
     for layer in layers:
-        stored, _, index = layer.partition("[")
-        name = weights.name(stored)
-        if name is None:
+        if (location := weights.locate(layer)) is None:
             raise InputError(
                 f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with --exclude"
             )
-        locations[layer] = _Location(parameters[name], int(index.rstrip("]")) if index else None)
+        locations[layer] = location
     return locations
 
 
@@ -280,7 +259,7 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
     by_layer: dict[str, list[float]] = {layer: [] for layer in loss_function.layers}
     for _ in range(probes):
         signs = (torch.randint(0, 2, (loss_function.params,), generator=generator) * 2 - 1).float()
-        signs = signs.to(loss_function.device)
+        signs = signs.to(loss_function.model.device)
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
     joint_samples = [sum(terms) for terms in zip(*by_layer.values(), strict=True)]
@@ -328,29 +307,6 @@ def surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squa
     )
 
 
-@dataclass(frozen=True)
-class Point:
-    """A model at a point where curvature is measured.
-
-    Args:
-        model: The model.
-        loss_function: Its loss as a function of the layers.
-        swapped: Its weights, if there is a TUNED.
-        texts: The set.
-        batch: Sequences in a batch.
-        at: Name of the point.
-        matrix: ``hessian`` or ``ggn``.
-    """
-
-    model: Model
-    loss_function: LossFunction
-    swapped: Swapped | None
-    texts: Texts
-    batch: int
-    at: Where
-    matrix: Matrix
-
-
 @dataclass(frozen=True, slots=True)
 class Effort:
     """Extent of the computation.
@@ -367,7 +323,8 @@ class Effort:
 
 
 def curvatures(
-    point: Point,
+    loss_function: LossFunction,
+    at: Where,
     effort: Effort,
     per: str,
     gradient: Tensor,
@@ -378,7 +335,8 @@ def curvatures(
     """Yield the requested records; surrogates only at BASE. Records of one list come from the same eigenpairs.
 
     Args:
-        point: The point.
+        loss_function: The loss.
+        at: Name of the point.
         effort: Extent of the computation.
         per: With ``all``, layers have the gradient, the trace and the surrogate of the joint eigenpairs; with
             ``layer``, their own eigenvalues and surrogate.
@@ -389,27 +347,24 @@ def curvatures(
     """
     if not joint and not layers:
         return
-    loss_function, layer_gradients = point.loss_function, point.loss_function.split(gradient)
+    record = partial(_record, loss_function, at, losses)
+    layer_gradients = loss_function.split(gradient)
     joint_trace, layer_traces = traces(loss_function, effort.probes, effort.seed)
-    if joint or (per == "all" and layers):
-        largest, smallest = loss_function.ends(effort.top, effort.seed)
-        records = [_record(point, losses, None, gradient, joint_trace, largest, smallest)]
+    if joint or per == "all":
+        ends = loss_function.ends(effort.top, effort.seed)
+        records = [record(None, gradient, joint_trace, ends)]
         if per == "all":
-            surrogates = _make_surrogates(loss_function, gradient, largest, joint=True) if point.at == "base" else {}
+            surrogates = _make_surrogates(loss_function, gradient, ends[0], joint=True) if at == "base" else {}
             records += [
-                _record(
-                    point, losses, layer, layer_gradients[layer], layer_traces[layer], surrogate=surrogates.get(layer)
-                )
+                record(layer, layer_gradients[layer], layer_traces[layer], surrogate=surrogates.get(layer))
                 for layer in layers
             ]
         yield records
     for layer in layers if per == "layer" else ():
         block, own_gradient = loss_function.only(layer), layer_gradients[layer].reshape(-1)
-        largest, smallest = block.ends(effort.top, effort.seed)
-        surrogates = _make_surrogates(block, own_gradient, largest, joint=False) if point.at == "base" else {}
-        yield [
-            _record(point, losses, layer, own_gradient, layer_traces[layer], largest, smallest, surrogates.get(layer))
-        ]
+        ends = block.ends(effort.top, effort.seed)
+        surrogates = _make_surrogates(block, own_gradient, ends[0], joint=False) if at == "base" else {}
+        yield [record(layer, own_gradient, layer_traces[layer], ends, surrogates.get(layer))]
 
 
 def _make_surrogates(
@@ -425,22 +380,23 @@ def _make_surrogates(
 
 
 def _record(
-    point: Point,
+    loss_function: LossFunction,
+    at: Where,
     losses: Losses,
     layer: str | None,
     gradient: Tensor,
     trace: Trace,
-    largest: Eigenpairs | None = None,
-    smallest: Eigenpairs | None = None,
+    ends: tuple[Eigenpairs, Eigenpairs] | None = None,
     surrogate: Surrogate | None = None,
 ) -> Curvature:
+    largest, smallest = ends or (None, None)
     return Curvature(
-        set=point.texts.name,
-        data=point.texts.hash,
+        set=loss_function.texts.name,
+        data=loss_function.texts.hash,
         tokens=losses.tokens,
         layer=layer,
-        at=point.at,
-        matrix=point.matrix,
+        at=at,
+        matrix=loss_function.matrix,
         params=gradient.numel(),
         loss=losses.mean,
         gradient=float(gradient.double().norm()),
@@ -450,7 +406,7 @@ def _record(
         trace=trace.mean,
         trace_error=trace.error,
         trace_vectors=trace.vectors,
-        products=(largest.products if largest else 0) + (smallest.products if smallest else 0),
+        products=sum(pairs.products for pairs in ends or ()),
         surrogate=surrogate,
     )
 
@@ -484,30 +440,25 @@ def inner(x: Tensor, y: Tensor) -> float:
 
 
 def loss_bounds(
-    model: Model,
     loss_function: LossFunction,
     swapped: Swapped,
     tuned: TunedPoint,
     rank: int,
     along: Sequence[float],
-    texts: Texts,
-    size: int,
     after: Callable[[], None],
 ) -> list[LossBound]:
     """Return the records of one rank, one for each point between TUNED and the truncated update.
 
     Args:
-        model: The model to change.
-        loss_function: Its loss as a function of the truncated layers.
-        swapped: Its weights; on return, truncated to ``rank``.
+        loss_function: The loss as a function of the truncated layers.
+        swapped: The weights of its model; on return, truncated to ``rank``.
         tuned: Quantities at TUNED.
         rank: r.
         along: Fractions t of the distance.
-        texts: The set.
-        size: Sequences in a batch.
         after: Called after every batch of a loss.
     """
-    swapped.arrange({**dict.fromkeys(swapped.layers, FULL), **dict.fromkeys(loss_function.layers, rank)})
+    texts = loss_function.texts
+    swapped.arrange(dict.fromkeys(loss_function.layers, rank), FULL)
     truncated = loss_function.weights()
     change = truncated - tuned.weights
     loss_function.put(tuned.weights)
@@ -517,7 +468,7 @@ def loss_bounds(
     records = []
     for t in along:
         loss_function.put(truncated if t == 1 else tuned.weights + t * change)
-        losses = measure(model, texts, size, after)
+        losses = measure(loss_function.model, texts, loss_function.size, after)
         curvature = inner(change, loss_function.product(change)) / energy if energy else 0.0
         gap, error = losses.minus(tuned.losses)
         upper = t * t * tuned.largest / 2 * energy
@@ -624,15 +575,13 @@ def probe_curvature(
     }
     watch = run.watch
     loss_function = LossFunction(model, texts, run.batch, chosen, matrix, partial(watch.batch, "products"))
-    point = Point(model, loss_function, swapped, texts, run.batch, "tuned" if swapped else "base", matrix)
     effort = Effort(top, probes, seed)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         if swapped is not None:
-            swapped.arrange(dict.fromkeys(swapped.layers, FULL))
-        _measure(
-            point, effort, per, _list_todo(run_records, ranks, chosen), fractions, run_records, run.batches([texts])
-        )
+            swapped.arrange({}, FULL)
+        todo = _list_todo(run_records, ranks, chosen) if swapped is not None else []
+        _measure(loss_function, swapped, effort, per, todo, fractions, run_records)
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
@@ -694,54 +643,59 @@ def _list_todo(run_records: RunRecords[Any], ranks: Sequence[int], chosen: dict[
 
 
 def _measure(
-    point: Point,
+    loss_function: LossFunction,
+    swapped: Swapped | None,
     effort: Effort,
     per: str,
     ranks: list[int],
     fractions: list[float],
     run_records: RunRecords[Any],
-    batches: int,
 ) -> None:
     """Estimate the cost, then measure records that are not in the file: joint curvature, layers, ranks."""
-    done = {record.layer: record for record in run_records.records if isinstance(record, Curvature)}
-    loss_function, watch = point.loss_function, run_records.watch
+    done = {record.layer for record in run_records.records if isinstance(record, Curvature)}
+    watch = run_records.watch
     missing = [layer for layer in loss_function.layers if layer not in done]
-    products, note = _estimate_cost(point, effort, None in done, missing if per == "layer" else [], ranks, fractions)
-    watch.total = watch.done + products * batches
+    blocks = missing if per == "layer" else []
+    bounds = len(ranks) * (1 + len(fractions))
+    products, note = _estimate_cost(loss_function, effort, len(blocks), (None not in done) + len(blocks), bounds)
+    watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
     watch.note(note)
     gradient = loss_function.gradient()
-    losses = measure(point.model, point.texts, point.batch, partial(watch.batch, "loss"))
-    for records in curvatures(point, effort, per, gradient, losses, None not in done, missing):
+    losses = measure(loss_function.model, loss_function.texts, loss_function.size, partial(watch.batch, "loss"))
+    at: Where = "base" if swapped is None else "tuned"
+    for records in curvatures(loss_function, at, effort, per, gradient, losses, None not in done, missing):
         run_records.put(*records)
+    if swapped is None:
+        return
     joint = next(record for record in run_records.records if isinstance(record, Curvature) and record.layer is None)
-    if point.swapped is not None:
-        smallest = joint.smallest if joint.strongly_convex else None
-        tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
-        for rank in ranks:
-            after = partial(watch.batch, f"r={rank}")
-            run_records.put(
-                *loss_bounds(
-                    point.model, loss_function, point.swapped, tuned, rank, fractions, point.texts, point.batch, after
-                )
-            )
+    smallest = joint.smallest if joint.strongly_convex else None
+    tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
+    for rank in ranks:
+        run_records.put(*loss_bounds(loss_function, swapped, tuned, rank, fractions, partial(watch.batch, f"r={rank}")))
 
 
 def _estimate_cost(
-    point: Point, effort: Effort, joint_done: bool, layers: list[str], ranks: list[int], fractions: list[float]
+    loss_function: LossFunction, effort: Effort, blocks: int, spectra: int, bounds: int
 ) -> tuple[int, str]:
-    """Time one product; return the estimated number of products, and a note on duration and memory."""
+    """Time one product; return the estimated number of products, and a note on duration and memory.
+
+    Args:
+        loss_function: The loss.
+        effort: Extent of the computation.
+        blocks: Number of layers whose own eigenpairs are requested.
+        spectra: Number of matrices whose eigenpairs are requested.
+        bounds: Number of products of the bounds.
+    """
     start = time.perf_counter()
-    point.loss_function.product(point.loss_function.weights())
+    loss_function.product(loss_function.weights())
     seconds = time.perf_counter() - start
-    lanczos = 0 if joint_done else _estimate_products(effort.top) + _estimate_products(1)
-    products = lanczos + effort.probes + len(layers) * (_estimate_products(effort.top) + _estimate_products(1))
-    products += len(ranks) * (1 + len(fractions)) if point.swapped else 0
-    memory = 4 * point.loss_function.params * basis_size(point.loss_function.params, effort.top) / 2**30
+    products = spectra * (_estimate_products(effort.top) + _estimate_products(1)) + effort.probes + bounds
+    memory = 4 * loss_function.params * basis_size(loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
-    blocks = f" and {pluralize(len(layers), 'block', 'blocks')}" if layers else ""
+    of_blocks = f" and {pluralize(blocks, 'block', 'blocks')}" if blocks else ""
     return products, (
         f"about {duration(products * seconds)}: some {products} Hessian-vector products of {seconds:.2g} s each, all "
-        f"layers jointly{blocks}{basis}"
+        f"layers jointly{of_blocks}{basis}"
     )
 
 

@@ -16,7 +16,8 @@ in the bases of the singular vectors, and with them the energy of the tail in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import Factors
-from lora_diag.models.activations import linear_layers
+from lora_diag.models.activations import input_of, linear_layers
 from lora_diag.models.data import Sequence, Texts
-from lora_diag.models.losses import Draw, Losses, backward, iterate_predictions, nll
-from lora_diag.models.opening import Model, Weights, iterate_batches
+from lora_diag.models.losses import Draw, Losses, backward, divergence, measure
+from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.fisher import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
@@ -52,48 +53,32 @@ class UnchangedOutputs:
     logits: tuple[Tensor, ...]
 
 
-@torch.no_grad()
 def read_unchanged(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> UnchangedOutputs:
     """Return the losses and the logits of the unchanged model on a text.
 
     Raises:
         InputError: Its logits take too much memory.
     """
-    sums, counts, all_logits = list[float](), list[int](), list[Tensor]()
-    used_bytes = 0
-    for logits, labels in iterate_predictions(model, texts, size):
-        for outputs, target in zip(logits, labels, strict=True):
-            sums.append(float(nll(outputs, target)))
-            counts.append(len(target))
-            all_logits.append(outputs.float())
-            used_bytes += outputs.numel() * 4
-        if used_bytes > LOGIT_BYTES:
+    all_logits = list[Tensor]()
+
+    def check_memory() -> None:
+        if sum(logits.numel() * 4 for logits in all_logits) > LOGIT_BYTES:
             raise InputError(
                 f"{texts.path}: the logits of its first {len(all_logits)} of {len(texts.sequences)} sequences need "
                 f"more than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
             )
         after()
-    return UnchangedOutputs(
-        Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)), tuple(all_logits)
-    )
+
+    losses = measure(model, texts, size, check_memory, lambda outputs: all_logits.append(outputs.float()))
+    return UnchangedOutputs(losses, tuple(all_logits))
 
 
-@torch.no_grad()
 def effect(model: Model, texts: Texts, before: UnchangedOutputs, size: int, after: Callable[[], None]) -> Effect:
     """Run the changed model on the same text, and return the effect of the change."""
-    sums = list[float]()
-    kl = 0.0
-    index = 0
-    for logits, labels in iterate_predictions(model, texts, size):
-        for outputs, target in zip(logits, labels, strict=True):
-            sums.append(float(nll(outputs, target)))
-            log_p, log_q = before.logits[index].double().log_softmax(-1), outputs.double().log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).sum())
-            index += 1
-        after()
-    losses = Losses(torch.tensor(sums, dtype=torch.float64), before.losses.counts)
+    unchanged, kl = iter(before.logits), list[float]()
+    losses = measure(model, texts, size, after, lambda outputs: kl.append(divergence(next(unchanged), outputs)))
     gap, error = losses.minus(before.losses)
-    return Effect(loss=losses.mean, gap=gap, gap_error=error, kl=kl / losses.tokens)
+    return Effect(loss=losses.mean, gap=gap, gap_error=error, kl=sum(kl) / losses.tokens)
 
 
 # Memory limit of the sums and singular vectors of the layers of one pass over the text.
@@ -242,26 +227,24 @@ def add_up(
 
     def listen(tail: Tail) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if not tail.problem and output.requires_grad and (inner := tail.take_input(x, mask)) is not None:
+            if tail.problem or not output.requires_grad:
+                return
+            if (inner := tail.take_input(input_of(args, kwargs), mask)) is not None:
                 output.register_hook(lambda g: tail.take_gradient(g, inner))  # type: ignore[no-untyped-call]
 
         return hook
 
-    hooks = [tail.module.register_forward_hook(listen(tail), with_kwargs=True) for tail in tails.values()]
     predictions = 0
-    ordered = sorted(texts.sequences, key=lambda sequence: len(sequence.ids))
-    try:
-        for batch in iterate_batches(len(ordered), size):
-            chosen = [ordered[i] for i in batch]
+    ordered = replace(texts, sequences=tuple(sorted(texts.sequences, key=lambda sequence: len(sequence.ids))))
+    with ExitStack() as hooks:
+        for tail in tails.values():
+            hooks.callback(tail.module.register_forward_hook(listen(tail), with_kwargs=True).remove)
+        for chosen in ordered.batches(size):
             mask = _mask(chosen).to(model.device)
             predictions += sum(backward(model, chosen, draw))
             for tail in tails.values():
                 tail.end_batch()
             after()
-    finally:
-        for handle in hooks:
-            handle.remove()
     for tail in tails.values():
         if not tail.problem and not tail.tokens:
             tail.problem = "no gradient reaches it on this text"
@@ -319,7 +302,7 @@ def probe_fisher(
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
-    data, evaluate, measure = (run.options[name] for name in ("data", "evaluate", "measure"))
+    data, evaluate, measures = (run.options[name] for name in ("data", "evaluate", "measure"))
     labels, seed = run.options["labels"], run.options["seed"]
     ranks = check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
@@ -330,7 +313,7 @@ def probe_fisher(
     chosen = truncated_layers(deltas, **run.selection)
     model = run.open(base)
     texts = run.read(data)
-    effect_texts = run.read(evaluate[0]) if evaluate else texts if measure else None
+    effect_texts = run.read(evaluate[0]) if evaluate else texts if measures else None
     swapped = Swapped(model, deltas, max(ranks))
     modules, unmeasured = _find_modules(model, chosen)
     if not modules:
@@ -402,7 +385,7 @@ class _Probe:
 
     def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the record of each layer, or why it cannot be measured, in the order of BASE."""
-        self._restore_tuned()
+        self.swapped.arrange({}, FULL)
         before: UnchangedOutputs | None = None
         if self.effect_texts is not None and todo:
             before = read_unchanged(
@@ -462,14 +445,10 @@ class _Probe:
         effects = {}
         for rank in self.ranks:
             if rank < min(shape):
-                self._restore_tuned({layer: rank})
+                self.swapped.arrange({layer: rank}, FULL)
                 after = partial(self.probe_run.watch.batch, f"{layer} r={rank}")
                 effects[str(rank)] = effect(
                     self.probe_run.model, self.effect_texts, before, self.probe_run.batch, after
                 )
-        self._restore_tuned()
+        self.swapped.arrange({}, FULL)
         return effects
-
-    def _restore_tuned(self, ranks_by_layer: Mapping[str, int] | None = None) -> None:
-        """Restore TUNED, except for layers truncated to these ranks."""
-        self.swapped.arrange({**dict.fromkeys(self.swapped.layers, FULL), **(ranks_by_layer or {})})

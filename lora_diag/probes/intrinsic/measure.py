@@ -8,7 +8,7 @@ other weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,15 @@ from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import RECIPE, Cell, Training, add_lora, losses_after, train
+from lora_diag.models.training import RECIPE, Cell, Training, add_lora, count_trained, losses_after, train
 from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import Subject
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of, tower_of
-from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, pluralize
+from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
@@ -198,48 +197,76 @@ def rate_of(pace: float, dim: int, total: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One run in a subspace.
+class IntrinsicRun:
+    """One run.
 
     Args:
-        dim: d.
-        pace: Equivalent learning rate of full fine-tuning.
-        seed: Seed of P, and of dropout if BASE has it.
-        method: ``plain`` or ``said``.
+        subject: The trained parameters: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
+        size: d or r; None for all weights.
+        rate: Learning rate; for a subspace the equivalent rate of full fine-tuning.
+        seed: Seed of P, of the initial factors, and of dropout if BASE has it.
+        method: Projection of the subspace.
+        total: Number of parameters of BASE.
     """
 
-    dim: int
-    pace: float
+    subject: Subject
+    size: int | None
+    rate: float
     seed: int
     method: Method
+    total: int
+
+    @property
+    def dim(self) -> int | None:
+        """Dimension of a subspace; None for other runs."""
+        return self.size if self.subject == "subspace" else None
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of a LoRA; None for other runs."""
+        return self.size if self.subject == "lora" else None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of Adam."""
+        return self.rate if self.dim is None else rate_of(self.rate, self.dim, self.total)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields that identify its records."""
+        return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
+
+    @property
+    def label(self) -> str:
+        """Label of the run."""
+        size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
+        return f"{size} lr={self.lr:.3g} seed {self.seed}"
 
 
 def subspace_losses(
-    model: Model, run: Run, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    model: Model, run: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> tuple[list[Losses], float]:
     """Train in a subspace; return the losses on every set, and the mean loss of the last tenth of the steps.
 
     Args:
         model: BASE; unchanged afterwards.
-        run: Dimension, rate, seed.
+        run: The run, in a subspace.
         training: Settings shared by all runs.
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
     """
+    assert run.dim is not None
     torch.manual_seed(run.seed)
-    total = sum(parameter.numel() for parameter in model.module.parameters())
-    lr = rate_of(run.pace, run.dim, total)
-    module = Subspace(model.module, run.dim, run.seed, run.method, lr)
+    module = Subspace(model.module, run.dim, run.seed, run.method, run.lr)
     tuned = replace(model, module=module)
     try:
-        step_losses = train(tuned, Cell(None, lr, run.seed, "full"), training, after)
+        train_loss = train(tuned, Cell(None, run.lr, run.seed, "full"), training, after)
         module.eval()
         module.fix()
         losses = [measure(tuned, texts, training.batch, after) for texts in sets]
     finally:
         model.module.eval()
-    last = step_losses[-max(1, len(step_losses) // 10) :]
-    return losses, sum(last) / len(last)
+    return losses, train_loss
 
 
 @show_options
@@ -330,60 +357,14 @@ def probe_intrinsic(
             "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
             **({"of LoRA": probe.arm("lora", lora_ranks, lora_rates)} if ranks else {}),
         }
-        probe.report_cost(arms)
+        # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use and their gradients.
+        probe.plan.report_cost(arms, bases=not probe.plan.has(subject="base"), extra_bytes=16 * total)
         probe.plan.measure_base(model, partial(_record, cell=None, params=0, train_loss=None))
         for arm in arms.values():
             probe.plan.run(arm)
         return []
 
     return run.over(run.inputs(open_checkpoint(base)), settings, measure_missing)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    """One run.
-
-    Args:
-        subject: The trained parameters: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
-        size: d or r; None for all weights.
-        rate: Learning rate; for a subspace the equivalent rate of full fine-tuning.
-        seed: Seed of P, of the initial factors, and of dropout if BASE has it.
-        method: Projection of the subspace.
-        total: Number of parameters of BASE.
-    """
-
-    subject: Subject
-    size: int | None
-    rate: float
-    seed: int
-    method: Method
-    total: int
-
-    @property
-    def dim(self) -> int | None:
-        """Dimension of a subspace; None for other runs."""
-        return self.size if self.subject == "subspace" else None
-
-    @property
-    def rank(self) -> int | None:
-        """Rank of a LoRA; None for other runs."""
-        return self.size if self.subject == "lora" else None
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of Adam."""
-        return self.rate if self.dim is None else rate_of(self.rate, self.dim, self.total)
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Fields that identify its records."""
-        return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
-
-    @property
-    def label(self) -> str:
-        """Label of the run."""
-        size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
-        return f"{size} lr={self.lr:.3g} seed {self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,50 +381,34 @@ class _Probe:
         return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._make_trial, subject))
 
     def _make_trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
-        cell = _Cell(subject, size, rate, seed, self.method, self.total)
+        cell = IntrinsicRun(subject, size, rate, seed, self.method, self.total)
         return Trial(cell.fields, cell.label, partial(self._train_cell, cell))
 
     def _train_cell(
-        self, cell: _Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+        self, cell: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
     ) -> list[Intrinsic]:
         if cell.dim is not None:
-            run = Run(cell.dim, cell.rate, cell.seed, cell.method)
-            by_set, train_loss = subspace_losses(self.model, run, training, sets, after)
+            by_set, train_loss = subspace_losses(self.model, cell, training, sets, after)
         else:
             training_cell = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
             by_set, train_loss = losses_after(self.model, training_cell, training, sets, after)
         params = self._count_params(cell)
         return [_record(texts, losses, cell, params, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
 
-    def _count_params(self, cell: _Cell) -> int:
+    def _count_params(self, cell: IntrinsicRun) -> int:
         """Count the trained parameters of a run."""
         if cell.rank is not None:
             with add_lora(self.model, cell.rank, self.plan.training.kind) as tuned:
-                return sum(parameter.numel() for parameter in tuned.module.parameters() if parameter.requires_grad)
+                return count_trained(tuned)
         return cell.dim or self.total
 
-    def report_cost(self, arms: Mapping[str, Arm]) -> None:
-        """Time one step of each kind and one evaluation batch, and report the estimated cost."""
-        plan = self.plan
-        seconds, costs = plan.cost(list(arms.values()), bases=not plan.has(subject="base"))
-        lines = [
-            f"{pluralize(runs, 'run', 'runs')} {description} of {plan.training.steps} steps of {step:.2g} s"
-            for description, (runs, step) in zip(arms, costs, strict=True)
-        ]
-        # copy, gradients and Adam's two moments of all weights; a subspace holds P, the weights in use, their gradients
-        gib = 16 * self.total / 2**30
-        memory = f"; takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""
-        more = plan.describe_more_runs(list(arms.values()))
-        plan.watch.note(f"about {duration(seconds)}: {', '.join(lines)}, plus evaluation{more}{memory}")
 
-
-def _record(texts: Texts, losses: Losses, cell: _Cell | None, params: int, train_loss: float | None) -> Intrinsic:
-    finite = train_loss is not None and abs(train_loss) < float("inf")  # NaN compares false
+def _record(
+    texts: Texts, losses: Losses, cell: IntrinsicRun | None, params: int, train_loss: float | None
+) -> Intrinsic:
     return Intrinsic(
-        **losses.on(texts),
+        **losses.fields_of_run(texts, train_loss),
         **(cell.fields if cell else {"subject": "base"}),
         params=params,
         pace=cell.rate if cell and cell.rank is None else None,
-        loss=losses.mean if losses.is_finite else None,
-        train_loss=train_loss if finite else None,
     )

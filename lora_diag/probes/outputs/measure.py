@@ -22,8 +22,8 @@ from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import locate
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, forward, nll, select_predictions
-from lora_diag.models.opening import Model, iterate_batches
+from lora_diag.models.losses import Losses, divergence, forward, nll, select_predictions
+from lora_diag.models.opening import Model
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.records import LeftOut, Probe, Results
@@ -90,7 +90,7 @@ class _Sums:
 
     @property
     def losses(self) -> Losses:
-        return Losses(torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.counts, dtype=torch.float64))
+        return Losses.of(self.nll, self.counts)
 
     def add(self, answer: _Answer, tuned: _Answer | None) -> None:
         """Add one sequence, compared with TUNED if there is one."""
@@ -99,8 +99,7 @@ class _Sums:
         if tuned is None:
             return
         self.squares += _sum_squared_differences(tuned.logits, answer.logits)
-        log_p, log_q = tuned.logits.double().log_softmax(-1), answer.logits.double().log_softmax(-1)
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.kl += divergence(tuned.logits, answer.logits)
         self.same += int((tuned.logits.argmax(-1) == answer.logits.argmax(-1)).sum())
         self.hidden = self.hidden or [0.0] * len(answer.hidden)
         for depth, (h, h_tuned) in enumerate(zip(answer.hidden, tuned.hidden, strict=True)):
@@ -156,10 +155,9 @@ def _compute_answers(
 ) -> list[_Answer]:
     """Return the outputs of a model for every sequence, with the contender's weights, then restore BASE's."""
     if contender.swapped is not None:
-        contender.swapped.arrange(dict.fromkeys(contender.swapped.layers, FULL))
+        contender.swapped.arrange({}, FULL)
     answers = []
-    for batch in iterate_batches(len(chunk.sequences), size):
-        chosen = [chunk.sequences[i] for i in batch]
+    for chosen in chunk.batches(size):
         model_output = forward(model, chosen, hidden=True)
         for i, sequence in enumerate(chosen):
             logits, labels = select_predictions(model, sequence, model_output.logits[i])

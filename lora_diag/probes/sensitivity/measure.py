@@ -20,9 +20,9 @@ from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import selector
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.linalg import decompose, norm
-from lora_diag.models.activations import input_dimension, linear_layers
+from lora_diag.models.activations import linear_layers, shape_of
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, logits_of, measure, nll, select_predictions
+from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import ALPHA_OVER_RANK, RECIPE, Cell, Lora, Training, layers_without_head, losses_after
 from lora_diag.probes.sensitivity import SensitivityOptions
@@ -89,13 +89,6 @@ def _unit_name(layer: str, per: str) -> str:
     return ".".join((*tower_of(layer), str(depth)))
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """Return ``(out, in)`` of a linear layer."""
-    weight, inputs = layer.weight, input_dimension(layer)
-    assert isinstance(weight, Tensor)
-    return weight.numel() // inputs, inputs
-
-
 def train_alone(
     model: Model,
     unit: Unit,
@@ -130,28 +123,23 @@ def record_of(
     unit: Unit | None = None,
     cell: Cell | None = None,
     base: Losses | None = None,
-    train_loss: float = math.nan,
+    train_loss: float | None = None,
 ) -> Sensitivity:
     """Return the record of a run on one set; without a run, of BASE."""
-    set_fields = losses.on(texts)
+    fields = losses.fields_of_run(texts, train_loss) | losses.by_sequence(is_base=unit is None)
     if unit is None or cell is None or base is None:
-        counts = tuple(int(count) for count in losses.counts)
-        return Sensitivity(**set_fields, seed=0, loss=losses.mean, nll=losses.rounded, predictions=counts)
-    is_finite = losses.is_finite
-    gap, error = losses.minus(base) if is_finite else (None, None)
+        return Sensitivity(**fields | {"loss": losses.mean}, seed=0)
+    gap, error = losses.minus(base) if losses.is_finite else (None, None)
     return Sensitivity(
-        **set_fields,
+        **fields,
         unit=unit.name,
         layers=unit.layers,
         rank=cell.rank,
         params=(cell.rank or 0) * sum(unit.sizes),
         lr=cell.lr,
         seed=cell.seed,
-        loss=losses.mean if is_finite else None,
         gain=None if gap is None else -gap,
         gain_error=error,
-        train_loss=train_loss if math.isfinite(train_loss) else None,
-        nll=losses.rounded if is_finite else (),
     )
 
 
@@ -177,12 +165,10 @@ def gradients(
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        for first in range(0, len(texts.sequences), size):
-            chosen = list(texts.sequences[first : first + size])
-            logits = logits_of(model, chosen)
-            pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(chosen)]
-            torch.stack([nll(outputs, target) for outputs, target in pairs]).sum().backward()  # type: ignore[no-untyped-call]
-            predictions += sum(len(target) for _, target in pairs)
+        for sequences in texts.batches(size):
+            logits, labels = predict(model, sequences)
+            torch.stack(list(map(nll, logits, labels))).sum().backward()  # type: ignore[no-untyped-call]
+            predictions += sum(map(len, labels))
             for name, weight in weights.items():
                 if weight.grad is not None:
                     sums[name] += weight.grad
@@ -311,8 +297,8 @@ def _choose_layers(
     Raises:
         NothingComparedError: No linear layer is selected.
     """
-    weights, without_head = Weights(model.module), layers_without_head(model.module)
-    stored_names = {name: stored_name for stored_name in stored if (name := weights.name(stored_name)) is not None}
+    without_head = layers_without_head(model.module)
+    stored_names = Weights(model.module).base_names(stored)
     base_names: dict[str, str] = {}
     left_out = []
     for name, layer in linear_layers(model.module).items():
@@ -401,9 +387,7 @@ class _Probe:
         plan.watch.total = plan.batches + passes
         plan.expect(runs)
         seconds = (runs * steps + passes) * step + (runs + 1) * plan.batches * evaluation
-        entries = sum(
-            shape_of(layer)[0] * shape_of(layer)[1] for layer in layers_without_head(self.model.module).values()
-        )
+        entries = sum(math.prod(shape_of(layer)) for layer in layers_without_head(self.model.module).values())
         memory = f"; the gradients take {4 * entries / 2**30:.1f} GiB" if passes and 4 * entries >= 2**30 / 10 else ""
         plan.watch.note(
             f"about {duration(seconds)}: {pluralize(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,12 +23,11 @@ from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
 from lora_diag.models.training import RECIPE, Cell, Lora, Training, layers_without_head, record_of, run_cell
 from lora_diag.probes.sweep import SweepOptions
-from lora_diag.records import LeftOut, Probe, Results, WholeRecord
+from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
-from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, pluralize
+from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import (
     Arm,
@@ -269,16 +268,15 @@ class _Sweep:
     def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
         """Return a method with its grid of ranks and rates."""
         tried = {r.lr for r in self.plan.kept.records if r.subject == subject and r.lr is not None}
-        runs = Arm(tuple(ranks), tuple(sorted(set(rates))), partial(self._make_trial, subject), tuple(sorted(tried)))
-        if self.workers is not None:
-            runs = replace(runs, remote=partial(self._run_remotely, self.workers, grid), slots=self.workers.slots)
+        runs = Arm(
+            tuple(ranks),
+            tuple(sorted(set(rates))),
+            partial(self._make_trial, subject),
+            tuple(sorted(tried)),
+            self.workers,
+            partial(train_rounded, grid),
+        )
         return _Arm(subject, runs, grid)
-
-    def _run_remotely(
-        self, workers: Workers, grid: str | None, trials: Sequence[Trial], poll: Callable[[], None]
-    ) -> Iterator[Sequence[WholeRecord]]:
-        runs = [(trial.label, trial.work) for trial in trials]
-        return workers.run(partial(train_rounded, grid), self.plan.training, runs, poll)
 
     def _make_trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed, subject)
@@ -297,26 +295,9 @@ class _Sweep:
             self.plan.run(arm.runs)
 
     def report_cost(self, arms: Sequence[_Arm]) -> None:
-        """Time one step of each method and one evaluation batch, and report the estimated cost."""
-        plan = self.plan
-        grids = {"", *(arm.grid or "" for arm in arms)}
-        bases = sum(not plan.has(subject="base", name=grid) for grid in grids)
-        seconds, costs = plan.cost([arm.runs for arm in arms], bases)
-        lines = []
-        for arm, (runs, step) in zip(arms, costs, strict=True):
-            description = {"full": " of full fine-tuning", "bitfit": " of BitFit"}.get(arm.subject, "")
-            lines.append(
-                f"{pluralize(runs, 'run', 'runs')}{description} of {plan.training.steps} steps of {step:.2g} s at most"
-            )
-        plan.watch.note(
-            f"about {duration(seconds)}: {', '.join(lines)}, each evaluated on "
-            f"{pluralize(len(plan.sets), 'set', 'sets')}"
-            f"{plan.describe_more_runs([arm.runs for arm in arms])}{self._describe_full_memory(arms)}"
-        )
-
-    def _describe_full_memory(self, arms: Sequence[_Arm]) -> str:
-        """State the memory of a full fine-tune in addition to BASE: copy, gradients and AdamW's two moments."""
-        if not any(arm.subject == "full" for arm in arms):
-            return ""
-        gib = 4 * sum(weight.numel() * weight.element_size() for weight in self.model.module.parameters()) / 2**30
-        return f"; a full fine-tune takes {gib:.1f} GiB in addition to BASE" if gib >= 0.1 else ""
+        """Report the estimated cost; a full fine-tune keeps a copy, gradients and AdamW's two moments."""
+        names = {"lora": "of LoRA", "full": "of full fine-tuning", "bitfit": "of BitFit"}
+        bases = sum(not self.plan.has(subject="base", name=grid) for grid in {"", *(arm.grid or "" for arm in arms)})
+        is_full = any(arm.subject == "full" for arm in arms)
+        weights = sum(weight.numel() * weight.element_size() for weight in self.model.module.parameters())
+        self.plan.report_cost({names[arm.subject]: arm.runs for arm in arms}, bases, 4 * weights if is_full else 0)

@@ -102,21 +102,20 @@ def truncation(
     Raises:
         InputError: A layer is not finite.
     """
-    all_layers = swapped.layers
-    full_ranks = dict.fromkeys(all_layers if rest == "tuned" else matrices, FULL)
 
-    def losses_of(cell: Cell, ranks: Mapping[str, int]) -> dict[str, Losses]:
-        swapped.arrange(ranks)
+    def losses_of(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
+        swapped.arrange(ranks, others)
         return {text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label)) for text_set in texts}
 
     ends: dict[str, dict[str, Losses]] = {}
     for cell, rank in ((BASE, 0), (TUNED, FULL)):
-        ends[cell.subject] = losses_of(cell, dict.fromkeys(all_layers, rank))
+        ends[cell.subject] = losses_of(cell, {}, rank)
     for cell in (BASE, TUNED):
         yield from (record_of(cell, text_set, ends[cell.subject], ends) for text_set in texts)
     for cell in cells:
         assert cell.rank is not None
-        losses = losses_of(cell, {**full_ranks, **dict.fromkeys(cell.layers, cell.rank)})
+        ranks = {**dict.fromkeys(matrices, FULL), **dict.fromkeys(cell.layers, cell.rank)}
+        losses = losses_of(cell, ranks, FULL if rest == "tuned" else 0)
         energy = swapped.energy(cell.layers, cell.rank)
         yield from (record_of(cell, text_set, losses, ends, energy) for text_set in texts)
 

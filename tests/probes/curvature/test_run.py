@@ -17,6 +17,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
+from lora_diag.models.swapping import FULL
 from lora_diag.probes.curvature import measure as loss_bound
 from lora_diag.probes.curvature.measure import LossFunction, traces
 from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
@@ -306,20 +307,18 @@ def test_curvature_is_at_most_largest_eigenvalue(measured):
         assert joint.smallest - 1e-3 * joint.eigenvalues[0] <= rayleigh <= joint.eigenvalues[0] * 1.001
 
 
-TEXTS = Texts("x", "x", (), "0", "")
-
-
 class Bowl:
     """L(w) = ½wᵀHw, in the place of a model, of its loss as a function of weights, and of what swaps these."""
 
     layers: ClassVar = {"a": (1, 2)}
+    texts, size, model = Texts("x", "x", (), "0", ""), 1, None
 
     def __init__(self, h, start, end):
         self.h, self.w, self.end = h, start, end
         self.put, self.weights = lambda w: setattr(self, "w", w.clone()), lambda: self.w.clone()
 
-    def arrange(self, ranks):
-        assert ranks == {"a": 1}
+    def arrange(self, ranks, others):
+        assert (ranks, others) == ({"a": 1}, FULL)
         self.w = self.end.clone()
 
     def product(self, x):
@@ -336,14 +335,14 @@ def test_bounds_are_tight_on_quadratic(monkeypatch, way):
     bowl = Bowl(h, start, start + change)
     monkeypatch.setattr(loss_bound, "measure", bowl.losses)
     point = loss_bound.TunedPoint(start, h @ start, bowl.losses(), 2.0, 0.5)
-    for record in loss_bound.loss_bounds(bowl, bowl, bowl, point, 1, (1.0, 0.5), TEXTS, 1, lambda: None):
+    for record in loss_bound.loss_bounds(bowl, bowl, point, 1, (1.0, 0.5), lambda: None):
         assert record.gap == pytest.approx(record.linear + record.quadratic)
         assert record.gap == pytest.approx(record.linear + (record.lower if way else record.upper))
         assert record.upper == pytest.approx(4 * record.lower)
         assert record.holds
     assert torch.equal(bowl.w, bowl.end)
     flatter = replace(point, largest=h[way, way].item() * 0.9)
-    low = loss_bound.loss_bounds(bowl, bowl, bowl, flatter, 1, (1.0,), TEXTS, 1, lambda: None)
+    low = loss_bound.loss_bounds(bowl, bowl, flatter, 1, (1.0,), lambda: None)
     assert not low[0].holds  # the loss bends more on the way than λ allows
 
 

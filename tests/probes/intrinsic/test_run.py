@@ -14,6 +14,7 @@ from scipy.linalg import hadamard as dense_hadamard
 import lora_diag
 from lora_diag.catalog import read_results, table
 from lora_diag.errors import UsageError
+from lora_diag.models import training
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.models.training import Training
@@ -177,9 +178,13 @@ def measured(base, texts, tmp_path_factory):
 
 def test_training_loss_is_of_last_tenth_and_base_is_in_eval_mode(base, texts, monkeypatch):
     model = open_model(base, CPU)
-    words = intrinsic.Run(5, 1e-3, 0, "plain"), Training(read_texts(texts[1], model), 20, 1, 0), [], lambda: None
-    monkeypatch.setattr(intrinsic, "train", lambda *_: [float(step) for step in range(20)])
-    assert intrinsic.subspace_losses(model, *words) == ([], 18.5)
+    total = sum(weight.numel() for weight in model.module.parameters())
+    run = intrinsic.IntrinsicRun("subspace", 5, 1e-3, 0, "plain", total)
+    words = run, Training(read_texts(texts[1], model), 20, 1, 0), [], lambda: None
+    losses = map(float, range(20))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "mean_loss", lambda *_: torch.tensor(next(losses), requires_grad=True))
+        assert intrinsic.subspace_losses(model, *words) == ([], 18.5)
 
     def stopped(tuned, *_):
         tuned.module.train()

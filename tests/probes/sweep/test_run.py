@@ -94,7 +94,7 @@ def test_ctrl_c_leaves_resumable_file(case, tmp_path):
         f"r=1 lr={lr} seed 1" for lr in ("0.01", "0.03")
     }
     assert text[0].startswith("about ")
-    assert "4 runs of 3 steps" in text[0]
+    assert "4 runs of LoRA of 3 steps" in text[0]
     assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 

@@ -43,6 +43,18 @@ def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> S
     return make_statement("on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True)
 
 
+def caption_of(name: str, records: Iterable[Any]) -> str:
+    """Return the caption of a table of one evaluation set, with a note if its text is shifted."""
+    shifted = any(record.shifted for record in records if record.set == name)
+    return f"On {short(name)}{' (shifted)' if shifted else ''}"
+
+
+def describe_diverged(records: Iterable[Any]) -> list[str]:
+    """State how many losses are not finite; no line if all are."""
+    diverged = sum(record.loss is None for record in records)
+    return [f"{diverged} losses are not finite: those runs diverged"] if diverged else []
+
+
 def gap(record: Probe) -> str:
     """Return the gap to TUNED and its standard error; empty for TUNED itself."""
     if record.to_tuned is None:

@@ -272,10 +272,7 @@ def count(value: int) -> str:
     >>> count(999), count(1_050_000), count(6_738_415_616)
     ('999', '1.05 M', '6.74 B')
     """
-    for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "k")):
-        if value >= factor:
-            return f"{value / (1000 if unit == 'k' else factor):.3g} {unit}"
-    return str(value)
+    return _scale(value, {10**12: "T", 10**9: "B", 10**6: "M"}) or _scale(value, {1000: "k"}, 10**4) or str(value)
 
 
 def byte_count(size: int) -> str:
@@ -284,10 +281,12 @@ def byte_count(size: int) -> str:
     >>> byte_count(999), byte_count(67_108_864), byte_count(13_476_831_232)
     ('999 B', '67.1 MB', '13.5 GB')
     """
-    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} B"
+    return _scale(size, {10**12: "TB", 10**9: "GB", 10**6: "MB", 1000: "kB"}) or f"{size} B"
+
+
+def _scale(value: int, units: Mapping[int, str], least: int = 0) -> str:
+    """Return a number with three digits in the first unit that it reaches; empty if it reaches none."""
+    return next((f"{value / size:.3g} {unit}" for size, unit in units.items() if value >= max(size, least)), "")
 
 
 def small_fraction(share: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -58,8 +58,7 @@ class Source:
         return [run_input.path for run_input in self.results.run.inputs if run_input.role == role]
 
 
-@dataclass(frozen=True, slots=True)
-class Capacity:
+class Capacity(NamedTuple):
     """The energy of one layer's update within a rank.
 
     Args:
@@ -128,7 +127,16 @@ class Evidence:
         Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which does not describe
         norms and placement.
         """
-        return next((source for source in self.of(Spectrum) if _is_full_update(source.results.layers)), None)
+        return next(
+            (
+                source
+                for source in self.of(Spectrum)
+                if any(
+                    (r.method != "factored", r.source, r.metric) == (True, "update", "weights") for r in source.results
+                )
+            ),
+            None,
+        )
 
     @cached_property
     def weighted(self) -> tuple[Source, ...]:
@@ -172,21 +180,14 @@ class Evidence:
 
         Layers that no adapter changes are not counted.
         """
-        by_layer: dict[str, Residual] = {}
-        for record in (record for records in self.compared.values() for record in records if record.rank):
-            if record.layer not in by_layer or (by_layer[record.layer].rank or 0) < (record.rank or 0):
-                by_layer[record.layer] = record
-        if by_layer:
-            return tuple(
-                Capacity(record.layer, record.rank, 1 - record.epsilon_min**2)
-                for record in by_layer.values()
-                if record.rank and record.epsilon_min is not None
-            )
-        return tuple(
-            Capacity(record.layer, DEFAULT_RANK, kept)
-            for record in self.resolved
-            if (kept := energy_at(record, DEFAULT_RANK)) is not None
-        )
+        by_layer: dict[str, Capacity] = {}
+        for record in (record for records in self.compared.values() for record in records):
+            smaller = record.layer not in by_layer or by_layer[record.layer].rank < (record.rank or 0)
+            if record.rank and record.epsilon_min is not None and smaller:
+                by_layer[record.layer] = Capacity(record.layer, record.rank, 1 - record.epsilon_min**2)
+        kept = ((record.layer, DEFAULT_RANK, energy_at(record, DEFAULT_RANK)) for record in self.resolved)
+        alone = (Capacity(layer, rank, share) for layer, rank, share in kept if share is not None)
+        return tuple(by_layer.values()) or tuple(alone)
 
     @cached_property
     def contests(self) -> list[Contest]:
@@ -239,16 +240,6 @@ def _identify_tuned(source: Source) -> set[str]:
     """Return path and fingerprint of the fine-tune of a run; empty without one or with several."""
     tuned = [run_input for run_input in source.results.run.inputs if run_input.role == "tuned"]
     return {tuned[0].path, tuned[0].fingerprint} - {""} if len(tuned) == 1 else set()
-
-
-def _is_full_update(records: Sequence[Any]) -> bool:
-    return any(
-        isinstance(record, Spectrum)
-        and record.method != "factored"
-        and record.source == "update"
-        and record.metric == "weights"
-        for record in records
-    )
 
 
 def energy_at(record: Spectrum, rank: int) -> float | None:

@@ -187,10 +187,9 @@ def _describe_errors(results: Results[Extraction]) -> list[str]:
         if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
             lines.append(f"rounding to {results.layers[0].dtype} adds {number(epsilon - truncated)} of that")
     if len(results) > 1:
-        worst = max(results, key=lambda record: record.epsilon)
-        best = min(results, key=lambda record: record.epsilon)
-        lines.append(f"most {number(worst.epsilon)} in {short(worst.layer)} (rank {worst.rank})")
-        lines.append(f"least {number(best.epsilon)} in {short(best.layer)} (rank {best.rank})")
+        ordered = sorted(results, key=lambda record: -record.epsilon)
+        for word, record in (("most", ordered[0]), ("least", ordered[-1])):
+            lines.append(f"{word} {number(record.epsilon)} in {short(record.layer)} (rank {record.rank})")
     return lines
 
 

@@ -15,13 +15,12 @@ from lora_diag.decisions.plan.record import (
     PlanFit,
     PlanRank,
     PlanRates,
-    PlanRule,
     PlanType,
 )
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, grid_of, grids_table
-from lora_diag.rendering.text import byte_count, percent, safe, short
+from lora_diag.rendering.text import byte_count, percent, quantity, safe, short
 
 
 def suggest_next(plan: Plan, values: Mapping[str, Any]) -> str:
@@ -110,7 +109,8 @@ def _select_seconds(rows: Sequence[PlanCost], machines: int) -> float:
 
 def _make_statements(plan: Plan) -> list[Statement]:
     targeted = [row for row in plan.types if row.targeted]
-    matrices = sum(row.matrices for row in targeted)
+    too_large = next((row.rank for row in plan.ranks if row.rho >= 1), None)
+    frozen = "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
     lines = [
         make_statement(
             "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)
@@ -118,7 +118,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
         make_statement(
             "targets",
             "LoRA on",
-            f"{matrices} matrices with {plan.targeted:,} entries; each rank trains "
+            f"{sum(row.matrices for row in targeted)} matrices with {plan.targeted:,} entries; each rank trains "
             f"{sum(row.per_rank for row in targeted):,} parameters",
         ),
         *_describe_capacity(plan.capacity),
@@ -126,7 +126,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
             "memory",
             "Memory",
             f"right columns: trainable weights and gradients in {plan.dtype}, and the optimizer's state; LoRA also "
-            f"needs the frozen model{_describe_frozen(plan)}; activations are not included",
+            f"needs the frozen model{frozen}; activations are not included",
         ),
         make_statement(
             "flops",
@@ -134,24 +134,22 @@ def _make_statements(plan: Plan) -> list[Statement]:
             "multiply-adds of an unmerged adapter relative to those of the model's matrices; a merged adapter adds "
             "none",
         ),
+        make_statement("time", "Time", *(_describe_time(plan, plan.rates) if plan.rates is not None else ())),
+        make_statement("budget", "Budget", *(_describe_fit(plan, plan.fit) if plan.fit is not None else ())),
+        make_statement(
+            "note",
+            "Note",
+            f"r={too_large} has more parameters than the matrices themselves: LoRA saves nothing" if too_large else "",
+        ),
     ]
-    if plan.rates is not None:
-        lines.append(make_statement("time", "Time", *_describe_time(plan, plan.rates)))
-    if plan.fit is not None:
-        lines.append(make_statement("budget", "Budget", *_describe_fit(plan, plan.fit)))
-    too_large = [row for row in plan.ranks if row.rho >= 1]
-    if too_large:
-        note = f"r={too_large[0].rank} has more parameters than the matrices themselves: LoRA saves nothing"
-        lines.append(make_statement("note", "Note", note))
-    return lines
+    return [line for line in lines if line.lead]
 
 
 def _describe_time(plan: Plan, rates: PlanRates) -> list[str]:
     """State the basis of the estimate."""
-    cores = "1 core" if rates.cores == 1 else f"{rates.cores} cores"
     lines = [
-        f"an estimate for {cores}, from the current speed of this machine, including its current load; start-up is "
-        "not included",
+        f"an estimate for {quantity(rates.cores, 'core')}, from the current speed of this machine, including its "
+        "current load; start-up is not included",
         "storage is assumed to be fast enough: one machine reads at the rate in the last column, n machines at n "
         "times that",
     ]
@@ -166,22 +164,17 @@ def _describe_capacity(capacity: PlanCapacity | None) -> list[Statement]:
     """Return the size of the data, and rules of thumb for rank and learning rate; empty if not requested."""
     if capacity is None:
         return []
-    required_ranks = [f"{_format_rank(rule)} ({rule.name}: {rule.source})" for rule in capacity.rules]
+    required_ranks = [
+        f"{'more than full rank' if rule.rank is None else f'r ≥ {rule.rank}'} ({rule.name}: {rule.source})"
+        for rule in capacity.rules
+    ]
     lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {', '.join(required_ranks)}"
-    lines = [lead, f"in {safe(capacity.data)} ({capacity.about})"] if capacity.data else [lead]
+    data = f"in {safe(capacity.data)} ({capacity.about})" if capacity.data else ""
     rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
     return [
-        make_statement("capacity", "Capacity", *lines, *map(safe, capacity.notes)),
+        make_statement("capacity", "Capacity", lead, data, *map(safe, capacity.notes)),
         make_statement("rate", "Learning rate", rate),
     ]
-
-
-def _format_rank(rule: PlanRule) -> str:
-    return "more than full rank" if rule.rank is None else f"r ≥ {rule.rank}"
-
-
-def _describe_frozen(plan: Plan) -> str:
-    return "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
 
 
 def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:

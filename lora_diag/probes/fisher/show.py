@@ -6,6 +6,7 @@ Uses records only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, grid_of, rows_of
-from lora_diag.rendering.text import count, number, percent, short
+from lora_diag.rendering.text import count, number, percent, short, span
 
 Predictor = Callable[[Fisher, int], float]
 
@@ -97,14 +98,15 @@ USUAL_RANK = 8
 def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: gradients, costliest layers, predictors of KL and loss gap, and calibration."""
     records, rank = results.whole_of(Fisher), _choose_rank(results)
-    statements = []
-    if records:
-        statements += [
-            make_statement("gradients", "Gradients", _describe_gradients(records)),
-            make_statement("at_rank", f"At r={rank}", _describe_costliest(records, rank), scoped=True),
-        ]
-        statements += _describe_predictors(correlations(records, results.run.settings["ranks"]), records)
-    return probe_summary(results, *statements, reading=_interpret(records))
+    if not records:
+        return probe_summary(results, reading=_interpret(records))
+    return probe_summary(
+        results,
+        make_statement("gradients", "Gradients", _describe_gradients(records)),
+        make_statement("at_rank", f"At r={rank}", *_describe_costliest(records, rank), scoped=True),
+        *_describe_predictors(correlations(records, results.run.settings["ranks"]), records),
+        reading=_interpret(records),
+    )
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -154,12 +156,6 @@ def _make_share_column(records: Sequence[Fisher], title: str, predictor: Predict
     return Shown("fro", title, "fraction of all layers' tails", main=True, form="percent", pool=share, drop=drop)
 
 
-def _make_caption(by_rank: Sequence[Correlations]) -> str:
-    sizes = sorted({at_rank.n for at_rank in by_rank})
-    n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
-
-
 def _make_predictors_grid(by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
     columns = tuple(
@@ -169,7 +165,9 @@ def _make_predictors_grid(by_rank: Sequence[Correlations]) -> Grid:
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
         "module types distinguishes types, not layers."
     )
-    return Grid(_make_caption(by_rank), "predictor", names, columns, about=about)
+    n = span((at_rank.n for at_rank in by_rank), " to ")
+    caption = f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
+    return Grid(caption, "predictor", names, columns, about=about)
 
 
 def _format_pair(pair: tuple[float | None, float | None]) -> str:
@@ -185,24 +183,19 @@ def _describe_gradients(records: Sequence[Fisher]) -> str:
     )
 
 
-def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
-    total = sum(record.at(rank) for record in records)
-    energy = sum(record.weight[str(rank)] for record in records)
-    if not total or not energy:
-        return "none: no truncation changes the loss"
+def _describe_costliest(records: Sequence[Fisher], rank: int) -> list[str]:
     top = sorted(records, key=lambda record: -record.at(rank))
-    named = ", ".join(
-        f"{short(record.layer.removesuffix('.weight'))} {percent(record.at(rank) / total)}" for record in top[:3]
-    )
-    n_half, running = 0, 0.0
-    while running < total / 2:
-        running += top[n_half].at(rank)
-        n_half += 1
-    energy_share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
-    return (
-        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(energy_share)} of Σσ² beyond r\n"
-        f"most: {named}"
-    )
+    sums = [*accumulate(record.at(rank) for record in top)]
+    total, energy = sums[-1], sum(record.weight[str(rank)] for record in records)
+    if not total or not energy:
+        return ["none: no truncation changes the loss"]
+    n_half = next(n for n, running in enumerate(sums, 1) if running >= total / 2)
+    share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
+    named = ", ".join(f"{short(record.layer)} {percent(record.at(rank) / total)}" for record in top[:3])
+    return [
+        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² beyond r",
+        f"most: {named}",
+    ]
 
 
 def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
@@ -210,32 +203,28 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
     chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL_RANK), by_rank[0])
     lines = []
-    for index, scope in ((0, "over all"), (1, "within module types")):
-        rhos = {name: pair[index] for name, pair in chosen.kl.items() if pair[index] is not None}
+    for index, scope, n in ((0, "over all", chosen.n), (1, "within module types", chosen.grouped)):
+        rhos = {name: rho for name, pair in chosen.kl.items() if (rho := pair[index]) is not None}
         if not rhos:
             continue
-        best = max(rhos, key=lambda name: rhos[name] or 0.0)
-        rho, n = rhos[best] or 0.0, chosen.n if index == 0 else chosen.grouped
-        ends = interval(rho, n) if index == 0 else None
+        best = max(rhos, key=rhos.__getitem__)
+        ends = interval(rhos[best], n) if index == 0 else None
         bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in rhos.items() if name != best)
-        lines.append(f"{scope} (n={n}): {best}, ρ = {rho:.2f}{bounds}; {others}")
-    statements = [make_statement("best", f"Best at r={chosen.rank}", *lines)]
+        lines.append(f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}{bounds}; {others}")
     gaps = "; ".join(f"{name} {_format_pair(pair)}" for name, pair in chosen.gap.items())
-    statements.append(
-        make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={chosen.rank}, over all | within: {gaps}")
-    )
+    calibration = ""
     if chosen.ratio is not None and chosen.ratios is not None:
-        statements.append(
-            make_statement(
-                "calibrated",
-                "Calibration",
-                f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from "
-                f"{number(chosen.ratios[0])} to {number(chosen.ratios[1])}; "
-                f"1 is exact{_explain_high_ratio(records[0], chosen.ratio)}",
-            )
+        low, high = map(number, chosen.ratios)
+        calibration = (
+            f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from {low} to {high}; 1 is exact"
+            f"{_explain_high_ratio(records[0], chosen.ratio)}"
         )
-    return statements
+    return [
+        make_statement("best", f"Best at r={chosen.rank}", *lines),
+        make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={chosen.rank}, over all | within: {gaps}"),
+        make_statement("calibrated", "Calibration", calibration),
+    ]
 
 
 def _explain_high_ratio(record: Fisher, ratio: float) -> str:

@@ -6,7 +6,7 @@ Uses records only. Every size is taken at its own best learning rate.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +14,10 @@ from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
 from lora_diag.records.base import Shown, value_at
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.losses import beyond_grid, caption_of, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, grid_of
-from lora_diag.rendering.text import count, number, percent, short
+from lora_diag.rendering.text import count, number, percent
 from lora_diag.running.amounts import edge, find_best_rates
 
 Subject = Literal["full", "subspace", "lora"]
@@ -134,12 +134,7 @@ def lines(records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int)
     gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
     if base is None or gain <= 0:
         return all_rows
-    return [_add_shares(line, base, gain) for line in all_rows]
-
-
-def _add_shares(line: Line, base: float, gain: float) -> Line:
-    shares = tuple((base - loss) / gain for loss in line.losses)
-    return Line(line.subject, line.size, line.params, line.lr, line.pace, line.losses, line.edge, shares)
+    return [replace(line, shares=tuple((base - loss) / gain for loss in line.losses)) for line in all_rows]
 
 
 def _select_lines(
@@ -180,27 +175,31 @@ def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Re
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: training; for each set, the smallest sufficient subspace and LoRA; learning rates."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
+    rows_by_set = _read_lines(results)
+    first = next(iter(rows_by_set.values()), [])
+    return probe_summary(
+        results,
+        make_statement("trained", "Trained", _describe_training(settings)),
+        *(_describe_set(name, _find_base(records, name), rows, settings) for name, rows in rows_by_set.items()),
+        make_statement("rates", "Rates", *(_describe_rates(first, records, settings) if rows_by_set else ())),
+        reading=_READING,
+    )
+
+
+def _read_lines(results: Results[Any]) -> dict[str, list[Line]]:
+    """Return the lines of each set; the first set decides on the rates."""
+    records = results.whole_of(Intrinsic)
     sets = set_names(records)
-    statements = [make_statement("trained", "Trained", _describe_training(settings))]
-    for name in sets:
-        rows = lines(records, name, sets[0], settings["seed"])
-        statements.append(_describe_set(name, _find_base(records, name), rows, settings))
-    if sets:
-        rows = lines(records, sets[0], sets[0], settings["seed"])
-        statements.append(make_statement("rates", "Rates", _describe_rates(rows, records, settings)))
-    return probe_summary(results, *statements, reading=_READING)
+    return {name: lines(records, name, sets[0], results.run.settings["seed"]) for name in sets}
 
 
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table per set, one row per size."""
-    records, settings = results.whole_of(Intrinsic), results.run.settings
-    sets = set_names(records)
-    grids = []
-    for name in sets:
-        shifted = " (shifted)" if any(r.shifted for r in records if r.set == name) else ""
-        rows = lines(records, name, sets[0], settings["seed"])
-        grids.append(_make_grid(f"On {short(name)}{shifted}", _find_base(records, name), rows, settings["share"]))
-    return grids
+    records, share = results.whole_of(Intrinsic), results.run.settings["share"]
+    return [
+        _make_grid(caption_of(name, records), _find_base(records, name), rows, share)
+        for name, rows in _read_lines(results).items()
+    ]
 
 
 def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
@@ -288,7 +287,7 @@ def _format_shares(line: Line) -> str:
 _GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
 
 
-def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> str:
+def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> list[str]:
     lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
     for subject, grid, option in _GRIDS:
         tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
@@ -297,5 +296,4 @@ def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], sett
         lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
         lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
-    diverged = sum(record.loss is None for record in records)
-    return "\n".join([*lines, *([f"{diverged} losses are not finite: those runs diverged"] if diverged else [])])
+    return [*lines, *describe_diverged(records)]

@@ -15,10 +15,10 @@ from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import MAX_RUNS, Estimate, freedom, paired_difference, paired_half, runs_needed
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
-from lora_diag.rendering.losses import both_ends, gap, gap_half, on_set, probe_summary, share
+from lora_diag.rendering.losses import both_ends, caption_of, gap, gap_half, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
-from lora_diag.rendering.text import plus_minus, safe, short
+from lora_diag.rendering.text import plus_minus, safe, select_evenly, short, with_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,26 +212,25 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: for each set, losses and the better model; distances; a missing TUNED or reference."""
     records = results.whole_of(Probe)
     labels, verdict = _label_models(records), _describe_best(contests_of(records))
-    by_set = {name: [record for record in records if record.set == name] for name in set_names(records)}
-    statements = []
-    has_tuned = any(record.subject == "tuned" for record in records)
-    for name, of_set in by_set.items():
-        lines = _describe_losses(of_set, labels) if has_tuned else _describe_equals(of_set, labels)
-        answer = verdict or (lines[1] if len(lines) > 1 else "") if has_tuned else f"not compared with one: {lines[0]}"
-        statements.append(on_set(name, *lines, answer=answer))
-    distances = {name: lines for name, of_set in by_set.items() if (lines := _describe_distances(of_set, labels))}
-    if distances:
-        all_lines = [
-            f"{short(name)}: {line}" if len(by_set) > 1 else line
-            for name, own_lines in distances.items()
-            for line in own_lines
-        ]
-        statements.append(make_statement("distances", "Distances", *all_lines))
-    if not has_tuned:
-        statements.append(make_statement("tuned", "TUNED", _EQUALS))
-    elif not any(record.subject == "reference" for record in records):
-        statements.append(make_statement("yardstick", "Reference", _NO_REFERENCE))
-    return probe_summary(results, *statements, reading=_READING if has_tuned else "")
+    subjects = {record.subject for record in records}
+    on_sets, distances, sets = [], [], set_names(records)
+    for name in sets:
+        of_set = [record for record in records if record.set == name]
+        lines = _describe_losses(of_set, labels) if "tuned" in subjects else _describe_equals(of_set, labels)
+        answer = verdict or "".join(lines[1:2]) if "tuned" in subjects else f"not compared with one: {lines[0]}"
+        on_sets.append(on_set(name, *lines, answer=answer))
+        scope = f"{short(name)}: " if len(sets) > 1 else ""
+        distances += [f"{scope}{line}" for line in _describe_distances(of_set, labels)]
+    return probe_summary(
+        results,
+        *on_sets,
+        make_statement("distances", "Distances", *distances),
+        make_statement("tuned", "TUNED", "" if "tuned" in subjects else _EQUALS),
+        make_statement(
+            "yardstick", "Reference", "" if subjects & {"reference"} or "tuned" not in subjects else _NO_REFERENCE
+        ),
+        reading=_READING if "tuned" in subjects else "",
+    )
 
 
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -241,11 +240,11 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     grids = []
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
-        grids += [_make_losses_grid(f"On {short(name)}{' (shifted)' if of_set[0].shifted else ''}", of_set, labels)]
+        rows = [(_name(record, labels), [record]) for record in of_set]
+        grids.append(grid_of(Probe.shown, rows, "model", caption_of(name, of_set)))
         if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
-            grids.append(
-                _make_depths_grid(f"On {short(name)}: distance of the hidden states after block", others, labels)
-            )
+            caption = f"On {short(name)}: distance of the hidden states after block"
+            grids.append(_make_depths_grid(caption, others, labels))
     return grids
 
 
@@ -268,15 +267,9 @@ def _name(record: Probe, labels: dict[str, str]) -> str:
     return f"{labels[record.name]} (reference)" if record.subject == "reference" else labels[record.name]
 
 
-def _make_losses_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
-    rows = [(_name(record, labels), [record]) for record in of_set]
-    return grid_of(Probe.shown, rows, "model", caption)
-
-
 def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
     """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
-    last = max(len(record.hidden or ()) for record in of_set) - 1
-    depths = sorted({round(i * last / (DEPTHS - 1)) for i in range(DEPTHS)})
+    depths = select_evenly(range(max(len(record.hidden or ()) for record in of_set)), DEPTHS)
     columns = []
     for depth in depths:
         values = [(record.hidden or ())[depth] for record in of_set]
@@ -320,11 +313,10 @@ def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str,
 def _describe_relative_to_base(record: Probe, base: Probe, labels: dict[str, str]) -> str:
     """State whether a model is better or worse than BASE, or not distinguishable."""
     value, half = compare_with_base(record, base)
-    difference = f"{value:+.4f}" if half is None else f"{value:+.4f} [{value - half:.4f}, {value + half:.4f}]"
     word = "no significant difference from"
     if half is not None and abs(value) > half:
         word = "better than" if value < 0 else "worse than"
-    return f"{_name(record, labels)}: {word} BASE ({difference})"
+    return f"{_name(record, labels)}: {word} BASE ({with_limits(value, half)})"
 
 
 def _describe_best(contests: Sequence[Contest]) -> str:
@@ -356,7 +348,7 @@ def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:
 def _format_gap(rival: Rival) -> str:
     if rival.half is None:
         return f"{rival.behind:+.4f} (one sequence has no error)"
-    span = f"{rival.behind:+.4f} [{rival.behind - rival.half:.4f}, {rival.behind + rival.half:.4f}]"
+    span = with_limits(rival.behind, rival.half)
     if rival.worse:
         return span
     needed = f"more than {MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
@@ -374,23 +366,24 @@ def _compare_with_tuned(record: Probe) -> str:
 
 
 def _describe_distances(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    compared = [record for record in of_set if record.subject == "adapter" and record.distance is not None]
-    if not compared or not {"base", "tuned"} <= {record.subject for record in of_set}:
+    distances = {
+        _name(record, labels): record.distance
+        for record in sorted(of_set, key=lambda record: record.nats)
+        if record.subject == "adapter" and record.distance is not None
+    }
+    if not distances or not {"base", "tuned"} <= {record.subject for record in of_set}:
         return []
-    reference = next((record for record in of_set if record.subject == "reference"), None)
     lines = []
-    if reference is not None and reference.distance is not None:
-        near = [record for record in compared if (record.distance or 0.0) <= reference.distance]
-        lines.append(
-            f"{len(near)} of {len(compared)} adapters are as near to TUNED as the reference is "
-            f"({reference.distance:.2f})"
+    reference = next((record.distance for record in of_set if record.subject == "reference"), None)
+    if reference is not None:
+        near = sum(distance <= reference for distance in distances.values())
+        lines.append(f"{near} of {len(distances)} adapters are as near to TUNED as the reference is ({reference:.2f})")
+    best, nearest = next(iter(distances)), min(distances, key=distances.__getitem__)
+    if len(distances) > 1:
+        conclusion = (
+            "it is also the best in loss"
+            if nearest == best
+            else f"it is not the best in loss, which {best} is: distance is not quality"
         )
-    nearest = min(compared, key=lambda record: record.distance or 0.0)
-    best = min(compared, key=lambda record: record.nats)
-    if len(compared) > 1:
-        conclusion = "is also" if nearest is best else f"is not the best in loss, which {_name(best, labels)} is:"
-        lines.append(
-            f"nearest is {_name(nearest, labels)} ({nearest.distance:.2f}); it {conclusion}"
-            + (" the best in loss" if nearest is best else " distance is not quality")
-        )
+        lines.append(f"nearest is {nearest} ({distances[nearest]:.2f}); {conclusion}")
     return lines

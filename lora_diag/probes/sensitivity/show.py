@@ -21,10 +21,10 @@ from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.losses import beyond_grid, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, columns_of
-from lora_diag.rendering.text import short
+from lora_diag.rendering.text import list_counts, short
 
 # Maximum number of rows of the table in a terminal; the file and the HTML report have all.
 MAX_ROWS = 40
@@ -60,43 +60,40 @@ _SIGNIFICANT_P = 0.05
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: training; gains by set; more rank; seeds; other sets; first-order predictions; rates."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
-    gains = _read_gains(results)
-    statements = [make_statement("trained", "Trained", _describe_training(settings))]
-    statements += [_describe_set(name, records, gains[name], settings) for name in gains]
+    gains, marginals = _read_gains(results)
     first = next(iter(gains.values()), [])
+    findings = []
     if first:
-        statements += _describe_marginal(next(iter(_read_marginals(results, gains).values())), settings)
-        statements += _describe_repeats(first)
-        statements += _describe_other_sets(gains, list(gains))
-        statements += [
-            make_statement("cheaper", "Proxies", _describe_proxies(correlations(first, _read_scores(results)), first))
+        proxies = correlations(first, _read_scores(results))
+        findings = [
+            make_statement("more_rank", "More rank", _describe_marginal(next(iter(marginals.values())), settings)),
+            make_statement("repeats", "Seed agreement", _describe_repeats(first)),
+            make_statement("same_order", "Set agreement", *_describe_other_sets(gains)),
+            make_statement("cheaper", "Proxies", *_describe_proxies(proxies, first)),
+            make_statement("rates", "Rates", *_describe_rates(first, records, settings)),
         ]
-        statements += [make_statement("rates", "Rates", _describe_rates(first, records, settings))]
-    return probe_summary(results, *statements, reading=_READING)
+    return probe_summary(
+        results,
+        make_statement("trained", "Trained", _describe_training(settings)),
+        *(_describe_set(name, records, gains[name], settings) for name in gains),
+        *findings,
+        reading=_READING,
+    )
 
 
 def _read_scores(results: Results[Any]) -> dict[str, FirstOrder]:
     return {record.layer: record for record in results.whole_of(FirstOrder)}
 
 
-def _read_gains(results: Results[Any]) -> dict[str, list[Gain]]:
-    """Return the gains by set, the deciding set first."""
+def _read_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], dict[str, list[Marginal]]]:
+    """Return by set, the deciding set first, the gains and those of the higher rank over the lower, if trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
-    sets = set_names(records)
-    return {name: gains_of(records, name, sets[0], settings["rank"], settings["seed"]) for name in sets}
-
-
-def _read_marginals(results: Results[Any], gains: dict[str, list[Gain]]) -> dict[str, list[Marginal]]:
-    """Return the gains of the higher rank over the lower by set; empty lists if only one rank was trained."""
-    records, settings = results.whole_of(Sensitivity), results.run.settings
-    rank = settings["rank"] + (settings["delta"] or 0)
-    if rank == settings["rank"]:
-        return {name: [] for name in gains}
-    deciding_set = next(iter(gains), "")
-    return {
-        name: marginals_of(records, name, lower, gains_of(records, name, deciding_set, rank, settings["seed"]))
-        for name, lower in gains.items()
-    }
+    sets, rank, seed = set_names(records), settings["rank"], settings["seed"]
+    gains = {name: gains_of(records, name, sets[0], rank, seed) for name in sets}
+    if not settings["delta"]:
+        return gains, {name: [] for name in sets}
+    higher = {name: gains_of(records, name, sets[0], rank + settings["delta"], seed) for name in sets}
+    return gains, {name: marginals_of(records, name, gains[name], higher[name]) for name in sets}
 
 
 _READING = (
@@ -108,13 +105,12 @@ _READING = (
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table, one row per unit, the highest gain first; no table before a run is finished."""
-    gains, scores, settings = _read_gains(results), _read_scores(results), results.run.settings
-    marginals = _read_marginals(results, gains)
+    (gains, marginals), scores, settings = _read_gains(results), _read_scores(results), results.run.settings
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []
     rank, delta = settings["rank"], settings["delta"]
-    names = [short(row.unit.removesuffix(".weight")) for row in rows]
+    names = [short(row.unit) for row in rows]
 
     def align(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
         by_unit = {item.unit: [item] for item in items}
@@ -178,79 +174,67 @@ def _describe_set(
 
 
 def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
-    return ", ".join(f"{short(gain.unit.removesuffix('.weight'))} {gain.gain:+.4f}" for gain in gains)
+    return ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in gains)
 
 
-def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> list[Statement]:
+def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> str:
     if not marginals:
-        return []
+        return ""
     clear = [marginal for marginal in marginals if marginal.is_clear]
     up = sum(marginal.gain > 0 for marginal in clear)
     ordered = sorted(marginals, key=lambda marginal: -marginal.gain)
     rank = settings["rank"]
-    text = (
+    return (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, "
         f"{len(clear) - up} lose as much; highest: {_list_gains(ordered[:_NAMED])}"
     )
-    return [make_statement("more_rank", "More rank", text)]
 
 
-def _describe_repeats(gains: Sequence[Gain]) -> list[Statement]:
+def _describe_repeats(gains: Sequence[Gain]) -> str:
     """State the rank correlation of the gains with the first two seeds, if three units have both."""
     repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
     if len(repeated) < 3:
-        return []
+        return ""
     rho = spearman([seeds[0] for seeds in repeated], [seeds[1] for seeds in repeated])
-    return [
-        make_statement(
-            "repeats",
-            "Seed agreement",
-            f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared",
-        )
-    ]
+    return f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared"
 
 
-def _describe_other_sets(gains: dict[str, list[Gain]], sets: Sequence[str]) -> list[Statement]:
+def _describe_other_sets(gains: dict[str, list[Gain]]) -> list[str]:
     """State the rank correlation of the gains on each other set and on the first, if three units have both."""
+    (first_set, first), *others = gains.items()
     lines = []
-    for name in sets[1:]:
-        other_gains = {gain.unit: gain.gain for gain in gains[name]}
-        pairs = [(gain.gain, other_gains[gain.unit]) for gain in gains[sets[0]] if gain.unit in other_gains]
+    for name, of_set in others:
+        other_gains = {gain.unit: gain.gain for gain in of_set}
+        pairs = [(gain.gain, other_gains[gain.unit]) for gain in first if gain.unit in other_gains]
         if len(pairs) > 2:
-            rho = spearman([first for first, _ in pairs], [second for _, second in pairs])
-            lines.append(f"on {short(name)} and on {short(sets[0])}: ρ = {_format_rho(rho)}, {len(pairs)} compared")
-    return [make_statement("same_order", "Set agreement", "\n".join(lines))] if lines else []
+            rho = spearman(*zip(*pairs, strict=True))
+            lines.append(f"on {short(name)} and on {short(first_set)}: ρ = {_format_rho(rho)}, {len(pairs)} compared")
+    return lines
 
 
-def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> str:
+def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> list[str]:
     """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
     if not proxies:
-        return "not known; at least three units must be measured"
+        return ["not known; at least three units must be measured"]
     ordered = sorted(proxies, key=lambda correlation: -(correlation.rho or 0.0))
-    best, size = (
-        next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1),
-        proxies[-1],
-    )
+    best = next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1)
     clear = sum(gain.is_clear for gain in gains)
-    lines = [_judge_proxy(best, size)]
+    lines = [_judge_proxy(best, proxies[-1])]
     if 2 * clear < len(gains):  # noise has no order to predict
         lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
     within_p_values = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
     if within_p_values and min(within_p_values) > _SIGNIFICANT_P:
         lines.append("within module types, no score is significantly better than chance")
-    lines.append(
-        "Spearman's ρ with the gains, 95% interval, p by permutation" + ("; within a type" if within_p_values else "")
-    )
-    for correlation in ordered:
-        ends = f" [{correlation.ends[0]:+.2f}, {correlation.ends[1]:+.2f}]" if correlation.ends else ""
-        p = "" if correlation.p is None else f" p {_format_p(correlation.p)}"
-        within = (
-            ""
-            if correlation.within is None or correlation.within_p is None
-            else f"; {correlation.within:+.2f} p {_format_p(correlation.within_p)}"
-        )
-        lines.append(f"{_format_rho(correlation.rho)}{ends}{p}{within}: {_SCORES[correlation.score]}")
-    return "\n".join(lines)
+    within = "; within a type" if within_p_values else ""
+    lines.append(f"Spearman's ρ with the gains, 95% interval, p by permutation{within}")
+    for item in ordered:
+        text = _format_rho(item.rho)
+        text += f" [{item.ends[0]:+.2f}, {item.ends[1]:+.2f}]" if item.ends else ""
+        text += "" if item.p is None else f" p {_format_p(item.p)}"
+        if item.within is not None and item.within_p is not None:
+            text += f"; {item.within:+.2f} p {_format_p(item.within_p)}"
+        lines.append(f"{text}: {_SCORES[item.score]}")
+    return lines
 
 
 def _judge_proxy(best: Correlation, size: Correlation) -> str:
@@ -275,15 +259,15 @@ def _format_rho(rho: float | None) -> str:
     return "-" if rho is None else f"{rho:+.2f}"
 
 
-def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> str:
-    counts = Counter(gain.lr for gain in gains)
-    text = "lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))
-    text = "\n".join([text, *beyond_grid({record.lr for record in records}, settings.get("rates"), "--lr")])
-    low, high = (sum(gain.edge == end for gain in gains) for end in (-1, 1))
-    if len({record.lr for record in records if record.lr is not None}) == 1:
-        text += "\none rate for all: the effect of the rate cannot be separated from the gain"
-    elif low or high:
-        ways = [f"{n} at the {end} rate tried" for n, end in ((low, "lowest"), (high, "highest")) if n]
-        text += f"\nof {len(gains)}, {' and '.join(ways)}: they may gain more with a wider --lr"
-    diverged = sum(record.loss is None for record in records)
-    return text + (f"\n{diverged} losses are not finite: those runs diverged" if diverged else "")
+def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> list[str]:
+    counts, tried = Counter(gain.lr for gain in gains), {record.lr for record in records}
+    lines = ["lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))]
+    lines += beyond_grid(tried, settings.get("rates"), "--lr")
+    edges = list_counts(
+        (str(gain.edge) for gain in gains), {"-1": "at the lowest rate tried", "1": "at the highest rate tried"}
+    )
+    if len(tried - {None}) == 1:
+        lines.append("one rate for all: the effect of the rate cannot be separated from the gain")
+    elif edges:
+        lines.append(f"of {len(gains)}, {' and '.join(edges)}: they may gain more with a wider --lr")
+    return [*lines, *describe_diverged(records)]

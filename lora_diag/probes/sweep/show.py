@@ -22,10 +22,10 @@ from lora_diag.probes.sweep.verdict import (
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject, set_names
-from lora_diag.rendering.losses import beyond_grid, on_set, probe_summary
+from lora_diag.rendering.losses import beyond_grid, caption_of, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, Rows, grid_of
-from lora_diag.rendering.text import number, short
+from lora_diag.rendering.text import number, short, with_limits
 
 
 def main_verdict(results: Results[Any]) -> SweepVerdict | None:
@@ -42,35 +42,30 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     references = _list_references(records, sets, seed)
     grids = []
     for name in sets:
-        own_records = [record for record in records if record.set == name]
         lines = [(subject, row) for subject, set_name, row in references if set_name == name]
-        caption = f"On {short(name)}{' (shifted)' if own_records[0].shifted else ''}"
-        grids.append(_make_table(caption, own_records, by_rank(records, name, rates), lines))
+        own_records = [record for record in records if record.set == name]
+        grids.append(_make_table(caption_of(name, own_records), own_records, by_rank(records, name, rates), lines))
     return grids
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: training; the sufficient rank by set; shifted sets; reference lines; learning rates."""
     records, settings = results.whole_of(Probe), results.run.settings
-    sets = set_names(records)
+    sets, share = set_names(records), settings["tolerance"]
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     references = _list_references(records, sets, settings["seed"])
-    all_verdicts = verdicts_of(records, settings["seed"], settings["tolerance"])
+    all_verdicts = verdicts_of(records, settings["seed"], share)
     verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
     bases = {name: base for name, (_, base) in all_verdicts.items()}
-    share = settings["tolerance"]
-    on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]] if sets else []
+    rows = by_rank(records, sets[0], rates) if sets else []
+    on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]]
     return probe_summary(
         results,
         make_statement("trained", "Trained", _describe_training(settings)),
         *(on_set(name, *_state_verdict(verdict, bases[name], share)) for name, verdict in verdicts.items()),
-        *_describe_agreement(verdicts, bases),
+        make_statement("shifted", "Shifted sets", *_describe_agreement(verdicts, bases)),
         *_compare_references(records, bases, rates, references, share),
-        make_statement(
-            "rates",
-            "Rates",
-            _describe_rates(by_rank(records, sets[0], rates) if sets else [], on_first_set, records, settings),
-        ),
+        make_statement("rates", "Rates", *_describe_rates(rows, on_first_set, records, settings)),
         reading=_interpret(settings),
     )
 
@@ -142,8 +137,9 @@ def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
         "not known": "not known: "
         + ("no number of seeds would decide" if comparison.seeds is None else needs(comparison.seeds)),
     }
-    span = f"{comparison.gap:+.4f} [{comparison.gap - comparison.half:.4f}, {comparison.gap + comparison.half:.4f}]"
-    return f"{answers[comparison.outcome]}; {means} ({span}){f'; {line} is one run' if comparison.fixed else ''}"
+    span = with_limits(comparison.gap, comparison.half)
+    one_run = f"; {line} is one run" if comparison.fixed else ""
+    return f"{answers[comparison.outcome]}; {means} ({span}){one_run}"
 
 
 def _make_table(
@@ -206,36 +202,27 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
     return [lead, *reasons(verdict, share)]
 
 
-def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[Statement]:
+def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[str]:
     """State whether shifted sets need another rank."""
-    shifted = [name for name in verdicts if bases[name].shifted]
-    own_sets = [name for name in verdicts if not bases[name].shifted]
-    if not shifted or not own_sets:
+    own_set = next((name for name in verdicts if not bases[name].shifted), None)
+    if own_set is None:
         return []
-    first = verdicts[own_sets[0]]
-    lines = []
-    for name in shifted:
-        other_verdict = verdicts[name]
-        if other_verdict.outcome == "no gain":
-            lines.append(
-                f"no: training raises the loss on {short(name)} at every rank, least at r={other_verdict.best}"
-            )
-        elif first.rank is None or other_verdict.rank is None:
-            pair = " and ".join(
-                f"r={verdict.answer} on {short(where)}"
-                for where, verdict in ((own_sets[0], first), (name, other_verdict))
-                if verdict.answer
-            )
-            suffix = f"; the best answers are {pair}" if first.answer and other_verdict.answer else ""
-            undecided = other_verdict if other_verdict.rank is None else first
-            lines.append(f"not known on {short(name)}: {undecided.outcome}{suffix}")
-        elif other_verdict.rank == first.rank:
-            lines.append(f"yes: r={other_verdict.rank} is also enough on {short(name)}")
+    first, lines = verdicts[own_set], []
+    for name, other in verdicts.items():
+        if not bases[name].shifted:
+            continue
+        if other.outcome == "no gain":
+            lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
+        elif first.rank is None or other.rank is None:
+            pair = f"; the best answers are r={first.answer} on {short(own_set)} and r={other.answer} on {short(name)}"
+            undecided = other if other.rank is None else first
+            both = first.answer and other.answer
+            lines.append(f"not known on {short(name)}: {undecided.outcome}{pair if both else ''}")
+        elif other.rank == first.rank:
+            lines.append(f"yes: r={other.rank} is also enough on {short(name)}")
         else:
-            lines.append(
-                f"no: r={first.rank} is enough on {short(own_sets[0])}, r={other_verdict.rank} on {short(name)}"
-            )
-    return [make_statement("shifted", "Shifted sets", *lines)]
+            lines.append(f"no: r={first.rank} is enough on {short(own_set)}, r={other.rank} on {short(name)}")
+    return lines
 
 
 def _describe_rates(
@@ -243,31 +230,28 @@ def _describe_rates(
     lines: Sequence[tuple[Subject, AtRank]],
     records: Sequence[Probe],
     settings: dict[str, Any],
-) -> str:
-    infinite = sum(record.loss is None for record in records)
-    notes = [f"{infinite} losses are not finite: those runs diverged"] if infinite else []
+) -> list[str]:
+    notes = describe_diverged(records)
     with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
-    for run in sorted(find_diverged(records) & with_loss, key=str):
-        named = f"r={run[1]}" if run[0] == "lora" else _LINES[run[0]]
-        notes.append(f"{named} at {run[2]:g} diverged with seed {run[3]} (far above BASE): left out of mean and spread")
+    for subject, rank, lr, seed in sorted(find_diverged(records) & with_loss, key=str):
+        named = _LINES.get(subject, f"r={rank}")
+        notes.append(f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and spread")
     if not rows:
-        return "\n".join(notes) or "no run is finished yet"
-    text = ", ".join(f"r={row.rank} {row.lr:g}" for row in rows)
-    text += "".join(f", {_LINES[subject]} {row.lr:g}" for subject, row in lines)
-    text = f"lowest loss of the first seed: {text}"
-    tried = {record.lr for record in records if record.subject != "full"}
-    hints = beyond_grid(tried, settings.get("rates"), "--lr")
-    hints += beyond_grid({r.lr for r in records if r.subject == "full"}, settings.get("full_rates"), "--full-lr")
-    text = "\n".join([text, *hints])
-    if at_edge := [row for row in rows if row.edge]:
-        text += f"\nat the edge of the rates tried for r={', '.join(str(row.rank) for row in at_edge)}; extend --lr"
+        return notes or ["no run is finished yet"]
+    rates = [f"r={row.rank} {row.lr:g}" for row in rows] + [f"{_LINES[subject]} {row.lr:g}" for subject, row in lines]
+    text = [f"lowest loss of the first seed: {', '.join(rates)}"]
+    for option, grid, of_full in (("--lr", "rates", False), ("--full-lr", "full_rates", True)):
+        tried = {record.lr for record in records if (record.subject == "full") == of_full}
+        text += beyond_grid(tried, settings.get(grid), option)
+    if at_edge := [str(row.rank) for row in rows if row.edge]:
+        text.append(f"at the edge of the rates tried for r={', '.join(at_edge)}; extend --lr")
     for subject, row in lines:
         if row.edge:
             option = "--full-lr" if subject == "full" else "--lr"
-            text += f"\nat the edge of the rates tried for {_LINES[subject]}; extend {option}"
+            text.append(f"at the edge of the rates tried for {_LINES[subject]}; extend {option}")
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
-        text += "\none rate for all ranks: the effects of rank and rate cannot be separated"
-    return "\n".join([text, *notes])
+        text.append("one rate for all ranks: the effects of rank and rate cannot be separated")
+    return [*text, *notes]
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:

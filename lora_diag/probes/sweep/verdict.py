@@ -359,12 +359,9 @@ def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tup
         seed: The first seed.
         share: Tolerance as a fraction of the gain.
     """
-    by_set = {}
     rates = best_rates(records, records[0].set, seed) if records else {}
-    for base in records:
-        if base.subject == "base" and not base.name and base.loss is not None:
-            by_set[base.set] = (judge(by_rank(records, base.set, rates), base.loss, share), base)
-    return by_set
+    bases = [record for record in records if record.subject == "base" and not record.name and record.loss is not None]
+    return {base.set: (judge(by_rank(records, base.set, rates), base.nats, share), base) for base in bases}
 
 
 def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
@@ -522,14 +519,13 @@ def _bound_confidence(chosen: RankStanding, standings: Sequence[RankStanding]) -
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """The verdict of a sweep on its main set, and on its shifted sets.
+    """The verdict of a sweep on its main set.
 
     Args:
         results: Results of the run.
         set: The first set that is not shifted; the first of all if there is no other.
         verdict: The verdict on it.
         base: BASE's record on it.
-        shifted: The verdicts on shifted sets, by name.
         ranks: Ranks tried, ascending.
         tolerance: Fraction of the gain that a smaller rank may lose.
     """
@@ -538,7 +534,6 @@ class Swept:
     set: str
     verdict: SweepVerdict
     base: Probe
-    shifted: dict[str, SweepVerdict]
     ranks: tuple[int, ...]
     tolerance: float
 
@@ -555,12 +550,8 @@ def swept_of(results: Results[Any]) -> Swept | None:
     main_set = next((name for name in main_sets(records) if name in verdicts_by_set), None)
     if main_set is None:
         return None
-    verdict, base = verdicts_by_set[main_set]
-    shifted = {
-        name: other for name, (other, of_base) in verdicts_by_set.items() if of_base.shifted and name != main_set
-    }
     ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-    return Swept(results, main_set, verdict, base, shifted, tuple(ranks), share)
+    return Swept(results, main_set, *verdicts_by_set[main_set], tuple(ranks), share)
 
 
 def swept_rate(path: Path | str) -> str:

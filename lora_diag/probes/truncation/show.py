@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from lora_diag.records import Probe, Results, Run
@@ -11,51 +11,43 @@ from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.losses import both_ends, gap, gap_half, on_set, probe_summary, share
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import Column, Grid, columns_of
-from lora_diag.rendering.text import fraction, short
+from lora_diag.rendering.text import format_shown, fraction, short
 
 # Fraction of the change of the loss that is enough.
 SUFFICIENT_SHARE = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: the same weights on every set."""
-
-    name: str
-    energy: float | None
-    by_set: dict[str, Probe]
+# The same weights on every set, by name: their energy, and their records by set.
+_Row = tuple[str, float | None, dict[str, Probe]]
 
 
 def _make_rows(records: Sequence[Probe]) -> list[_Row]:
+    """Return BASE, the truncations, and TUNED."""
     groups: dict[tuple[str | None, int | None, Subject], list[Probe]] = {}
     for record in records:
         key = (record.layer or record.module_type, record.rank, record.subject)
         groups.setdefault(key, []).append(record)
-    ordered = [key for key in groups if key[2] == "base"]
-    ordered += [key for key in groups if key[2] == "truncated"] + [key for key in groups if key[2] == "tuned"]
     rows = []
-    for part, rank, subject in ordered:
+    order = ("base", "truncated", "tuned")
+    for (part, rank, subject), group in sorted(groups.items(), key=lambda item: order.index(item[0][2])):
         name = subject.upper() if rank is None else f"r={rank}"
-        of_row = groups[part, rank, subject]
-        rows.append(
-            _Row(f"{short(part)} {name}" if part else name, of_row[0].energy, {record.set: record for record in of_row})
-        )
+        by_set = {record.set: record for record in group}
+        rows.append((f"{short(part)} {name}" if part else name, group[0].energy, by_set))
     return rows
 
 
 def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table, if any: energy; for every set the loss, its gap to TUNED with error, and the fraction kept."""
     records = results.whole_of(Probe)
-    sets, rows = set_names(records), _make_rows(records)
+    rows = _make_rows(records)
     if not rows:
         return []
-    energies = tuple("-" if row.energy is None else fraction(row.energy) for row in rows)
+    energies = tuple(format_shown(energy, fraction) for _, energy, _ in rows)
     columns = [Column("C(r)", energies)] if set(energies) != {"-"} else []
-    for name in sets:
+    for name in set_names(records):
         shown = (replace(field, head=short(name)) if field.path == "loss" else field for field in Probe.shown)
-        of_set = [(row.name, [row.by_set[name]] if name in row.by_set else []) for row in rows]
-        columns += columns_of(shown, of_set)
-    return [Grid("", "truncated to", tuple(row.name for row in rows), tuple(columns))]
+        columns += columns_of(shown, [(row, [by_set[name]] if name in by_set else []) for row, _, by_set in rows])
+    return [Grid("", "truncated to", tuple(name for name, _, _ in rows), tuple(columns))]
 
 
 def truncation_lines(results: Results[Any]) -> list[Statement]:
@@ -84,30 +76,22 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
 def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:
     """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
     word = "gain" if is_gain else "rise of the loss"
-    lines = []
-    if record := next((r for r in by_rank if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None):
-        lines.append(
-            f"r={record.rank} keeps {share(record)} of the {word}, and C({record.rank}) = {_format_energy(record)}"
-        )
-    else:
-        last = by_rank[-1]
-        lines.append(
-            f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
-            f"{_format_energy(last)}"
-        )
+    last = by_rank[-1]
+    sufficient = next((r for r in by_rank if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None)
     equal = next((r for r in by_rank if r.gap is not None and (half := gap_half(r)) and abs(r.gap) <= half), None)
-    lines.append(
+    lines = [
+        f"r={sufficient.rank} keeps {share(sufficient)} of the {word}, and C({sufficient.rank}) = "
+        f"{format_shown(sufficient.energy, fraction)}"
+        if sufficient
+        else f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
+        f"{format_shown(last.energy, fraction)}",
         f"the gap to TUNED is first not significant at r={equal.rank}"
         if equal
-        else f"the gap to TUNED is significant at every rank, up to r={by_rank[-1].rank}"
-    )
+        else f"the gap to TUNED is significant at every rank, up to r={last.rank}",
+    ]
     if by_rank[0].rank == 0:
         lines.append(f"r=0, only what is not truncated, {'gives' if is_gain else 'brings'} {share(by_rank[0])}")
     return lines
-
-
-def _format_energy(record: Probe) -> str:
-    return "-" if record.energy is None else fraction(record.energy)
 
 
 def _describe_costliest(alone: Sequence[Probe]) -> str:

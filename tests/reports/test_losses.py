@@ -12,7 +12,6 @@ from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.run import to_csv, to_parquet
-from tests.messages import assert_names
 from tests.plots import making
 from tests.reports.making import low_rank, questions
 from tests.reports.test_html import HOSTILE, Elements, evidence, small
@@ -70,7 +69,7 @@ KINDS = {
 }
 QUESTIONS = dict(zip(KINDS, questions(*(f"probe {name}" for name in KINDS)), strict=True))
 NO_LOSS = "no held-out loss"
-MIXES = [mix for size in (1, 2, 3) for mix in itertools.combinations(KINDS, size)]
+MIXES = [mix for size in (1, 3) for mix in itertools.combinations(KINDS, size)]
 
 
 @pytest.mark.parametrize("also", [False, True], ids=["alone", "with weights"])
@@ -91,22 +90,6 @@ def test_losses_come_first_in_any_mix(mix, also):
     assert page.count('id="next"') == text.count("## Next steps") == 1
     if drawn and mix[0] != "outputs":
         assert f"Figure of {mix[0]}" in page
-
-
-def test_first_statement_compares_adapter_with_error():
-    assert_names(
-        " ".join(Elements(html_report(evidence(outputs()))).words),
-        "lora_1",
-        "+0.0100 ±0.012 nats",
-        "held_out",
-        "99%",
-        "best of 2",
-    )
-    assert_names(" ".join(Elements(html_report(evidence(outputs(gaps=(0.3,))))).words), "lora_0", "+0.3000 ±0.012 nats")
-    assert_names(markdown_report(evidence(outputs(gaps=(-0.02, 0.01, 0.0)))), "lora_0", "-0.0200 ±0.012 nats")
-    both = markdown_report(evidence(outputs(), outputs(gaps=(-0.02,))))  # of two runs each answer is of its own
-    assert_names(both, "lora_1", "+0.0100 ±0.012 nats")
-    assert_names(both, "lora_0", "-0.0200 ±0.012 nats")
 
 
 def test_tables_have_numbers_of_records():

@@ -1,7 +1,5 @@
 """Spectra in the metric of the data are told as such: never as those of the weights."""
 
-import json
-
 import pytest
 
 from lora_diag.records.vocabulary import METRIC_NAMES
@@ -70,10 +68,3 @@ def test_headings_captions_and_curves_name_metric(metric, norms):
     assert curves["metric"] == metric
     assert data["metrics"] == [{"id": metric, "name": METRIC_NAMES[metric], "of": of}]
     assert "Curves in" not in page
-
-
-def test_report_in_weights_names_no_metric():
-    message = markdown_report(evidence(plain()))
-    assert "metric" not in message
-    assert "| ‖ΔW‖/‖W‖ |" in message
-    assert "C^½" not in json.dumps(embedded(html_report(evidence(plain()))), ensure_ascii=False)

@@ -8,7 +8,7 @@ import pytest
 
 from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.subject import answers, sections_of, subject_of
+from lora_diag.reports.subject import answers, sections_of
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence
 from tests.reports.test_losses import KINDS, SETTINGS, run
@@ -125,27 +125,6 @@ def test_hostile_names_stay_text(command):
         assert not [a for _, a in seen.seen if "onerror" in a or a.get("src", "data:")[:5] != "data:"]
         assert not re.search("[\x00-\x08\x0e-\x1f\u202e]", page)
         assert not re.search(r"<(script|img|!--|b|a)\b", GITHUB.render(markdown_report(runs)))
-
-
-@pytest.mark.parametrize("command", MORE)
-def test_unfinished_run_is_shown_partially(command):
-    whole = probed(command)
-    for count in range(0, len(whole.whole), 3):
-        cut = type(whole)(whole.run, (), (), None, whole.whole[:count])
-        (unfinished,) = subject_of(evidence(cut)).unfinished
-        assert unfinished in markdown_report(evidence(cut))
-
-
-@pytest.mark.parametrize("command", ["probe sensitivity", "probe intrinsic", "probe sweep"])
-def test_all_runs_diverged_is_stated(command):
-    """It was called a run that is not finished, and of a sweep the lowest loss was at r=None."""
-    whole = run(command, making.swept()) if command == "probe sweep" else probed(command)
-    rejected_options = {"loss": None, "gain": None} if command == "probe sensitivity" else {"loss": None}
-    records = [r.model_copy(update=rejected_options) if getattr(r, "lr", None) else r for r in whole.whole]
-    text = markdown_report(evidence(type(whole)(whole.run, (), (), whole.end, tuple(records))))
-    assert "finite loss" in text
-    assert "not measured yet" not in text
-    assert "None" not in text
 
 
 @pytest.mark.parametrize("command", [*MORE, "probe outputs", "probe sweep", "probe truncation"])

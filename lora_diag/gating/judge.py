@@ -15,7 +15,7 @@ from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
 from lora_diag.gating.evidence import Baseline, Source, Subject, commands_of, list_subjects, value_of
-from lora_diag.gating.policy import Criterion, Policy, Regression, Rule, Waiver
+from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
 from lora_diag.gating.record import Status, Verdict
 
 
@@ -121,7 +121,7 @@ def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdic
 
 
 def _judge_demand(
-    policy: Policy, demand: Rule | Regression, sources: Sequence[Source], baseline: Baseline, waivers: Waivers
+    policy: Policy, demand: Demand, sources: Sequence[Source], baseline: Baseline, waivers: Waivers
 ) -> list[Verdict]:
     """Return the verdicts on every record that a rule or a comparison selects, or on their aggregates.
 
@@ -156,7 +156,7 @@ def _judge_demand(
     return [_judge_aggregate(policy, demand, group, list(members), waivers) for group, members in groups]
 
 
-def _compare(demand: Rule | Regression, field: RecordField, subject: Subject, baseline: Baseline) -> Finding:
+def _compare(demand: Demand, field: RecordField, subject: Subject, baseline: Baseline) -> Finding:
     value, reason = value_of(field, subject, demand.floor)
     if value is None:
         return Finding(subject, value, demand.allowed, reason=reason)
@@ -170,7 +170,7 @@ def _compare(demand: Rule | Regression, field: RecordField, subject: Subject, ba
     return Finding(subject, value, allowed, ok)
 
 
-def _select_subjects(policy: Policy, demand: Criterion, field: RecordField, sources: Sequence[Source]) -> list[Subject]:
+def _select_subjects(policy: Policy, demand: Demand, field: RecordField, sources: Sequence[Source]) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
@@ -187,7 +187,7 @@ def _select_subjects(policy: Policy, demand: Criterion, field: RecordField, sour
     return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
-def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, subjects: list[Subject]) -> list[Subject]:
+def _filter_subjects(policy: Policy, demand: Demand, field: RecordField, subjects: list[Subject]) -> list[Subject]:
     """Return the subjects whose records match ``where``, and missing ones, unless all records of their group differ.
 
     Raises:
@@ -210,7 +210,7 @@ def _filter_subjects(policy: Policy, demand: Criterion, field: RecordField, subj
     return [s for s in subjects if fits(s) or (s.record is None and s.group not in other_groups)]
 
 
-def _judge_each(policy: Policy, demand: Criterion, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
+def _judge_each(policy: Policy, demand: Demand, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
     """Return a verdict on every record, and an inconclusive one if none has a value or a waiver."""
     is_enough, reason = _check_coverage(policy, demand, findings)
     verdicts = []
@@ -252,7 +252,7 @@ def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding
     return _make_verdict(rule, Finding(subject, measured, rule.allowed), status)
 
 
-def _check_coverage(policy: Policy, demand: Criterion, findings: list[Finding]) -> tuple[bool, str]:
+def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> tuple[bool, str]:
     """Return whether enough of the selected subjects have a value, and a description; empty if nothing is missing."""
     unjudged = [finding.subject for finding in findings if finding.reason]
     judged = [finding.subject for finding in findings if not finding.reason]
@@ -277,7 +277,7 @@ def _check_coverage(policy: Policy, demand: Criterion, findings: list[Finding]) 
     return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
 
 
-def _make_verdict(demand: Criterion, finding: Finding, status: Status) -> Verdict:
+def _make_verdict(demand: Demand, finding: Finding, status: Status) -> Verdict:
     message = {"failed": demand.message, "passed": ""}.get(status, finding.reason)
     return Verdict(
         rule=demand.name,

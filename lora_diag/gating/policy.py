@@ -9,13 +9,14 @@ import difflib
 import re
 import tomllib
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,7 +25,6 @@ from pydantic import (
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    field_validator,
     model_validator,
 )
 
@@ -129,12 +129,64 @@ Fixed = Annotated[Literal["error"], is_a("always an error (a waiver names the la
 Fingerprint = Annotated[
     str, Field(pattern="^[0-9a-f]{32}$"), is_a("a fingerprint of 32 hexadecimal digits, as gate prints them")
 ]
+
+
+def _check_depth(depth: list[int]) -> list[int]:
+    if depth[0] > depth[1]:
+        raise ValueError(f"depth {depth} selects nothing; give the first block before the last")
+    return depth
+
+
+def _check_where(where: dict[str, int | Value]) -> dict[str, int | Value]:
+    for name, value in where.items():
+        parse(f"{name} == " + (f'"{value}"' if isinstance(value, str) else str(value).lower()))
+    return where
+
+
+def _check_rule_name(name: str) -> str:
+    if name in Checks.names() or name.startswith("baseline.") or name in {"about", "waiver"}:
+        raise ValueError(f"'{name}' is a built-in name; choose another")
+    return name
+
+
+def _check_number_field(name: str) -> str:
+    if all(item.leaf != "number" for item in find(name)):
+        parse(f"{name} <= 0.5")  # raises an error that describes the fault of a name
+        raise ValueError(f"{name} is not a number")
+    return name
+
+
+def _check_waived_rule(rule: str) -> str:
+    if rule == "finished":
+        raise ValueError("an unfinished run cannot be waived; continue it with --resume")
+    if rule == "inputs":
+        raise ValueError("results of other inputs cannot be waived; measure again")
+    return rule
+
+
+def _check_waived_layers(layers: re.Pattern[str]) -> re.Pattern[str]:
+    if not layers.pattern:
+        raise ValueError('an empty pattern waives every layer; if that is meant, write ".*"')
+    return layers
+
+
+def _check_left_out(reasons: list[Reason]) -> list[Reason]:
+    if "non_finite" in reasons:
+        raise ValueError("non_finite layers cannot be left out; waive them by name")
+    return reasons
+
+
 Depth = Annotated[
     list[Annotated[int, Field(ge=0)]],
     Field(min_length=2, max_length=2),
     is_a("the first and the last block, such as [0, 11]"),
+    AfterValidator(_check_depth),
 ]
-Where = Annotated[dict[str, int | Value], is_a('a table of fields and their values, such as {role = "adapter"}')]
+Where = Annotated[
+    dict[str, int | Value],
+    is_a('a table of fields and their values, such as {role = "adapter"}'),
+    AfterValidator(_check_where),
+]
 
 
 def read_age(text: object) -> timedelta:
@@ -179,42 +231,6 @@ class Criterion(PolicyTable):
     coverage: Share | None = None
     line: int = Field(1, exclude=True)
 
-    if TYPE_CHECKING:
-
-        @property
-        def name(self) -> str:
-            """Its name in reports and waivers."""
-
-        @property
-        def field(self) -> str:
-            """Name of the judged field."""
-
-        @property
-        def allowed(self) -> str:
-            """The condition, as reports show it."""
-
-    @field_validator("depth")
-    @classmethod
-    def _check_depth(cls, depth: Depth | None) -> Depth | None:
-        if depth and depth[0] > depth[1]:
-            raise ValueError(f"depth {depth} selects nothing; give the first block before the last")
-        return depth
-
-    @field_validator("where")
-    @classmethod
-    def _check_where(cls, where: Where) -> Where:
-        for name, value in where.items():
-            parse(f"{name} == " + (f'"{value}"' if isinstance(value, str) else str(value).lower()))
-        return where
-
-    @model_validator(mode="after")
-    def _check_selection(self) -> Self:
-        selecting = sorted(self.model_fields_set & {"layers", "exclude", "type", "depth"})
-        if selecting and not any(item.kind in LAYER_KINDS for item in find(self.field)):
-            key = selecting[0]
-            raise PlacedError(f"{self.field} is a value of the whole run, so {key} does not apply", key)
-        return self
-
     def selects(self, layer: str) -> bool:
         """Return whether a name is selected."""
         depth = depth_of(layer)
@@ -235,7 +251,10 @@ class Rule(Criterion):
     """
 
     name: Annotated[
-        str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$"), is_a("text of letters, digits, '.', '_' and '-'")
+        str,
+        Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
+        is_a("text of letters, digits, '.', '_' and '-'"),
+        AfterValidator(_check_rule_name),
     ]
     require: Annotated[Condition, BeforeValidator(parse), QUOTED]
 
@@ -253,13 +272,6 @@ class Rule(Criterion):
         """Return why the condition does not fit a field; None if it does."""
         return self.require.problem_with(field)
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if name in Checks.names() or name.startswith("baseline.") or name in {"about", "waiver"}:
-            raise ValueError(f"'{name}' is a built-in name; choose another")
-        return name
-
 
 class Regression(Criterion):
     """A field that may not be worse than in the baseline.
@@ -270,7 +282,7 @@ class Regression(Criterion):
         tolerance: Allowed change for the worse, in the field's unit; with a ``%``, as a fraction of the stored value.
     """
 
-    field: PolicyText
+    field: Annotated[PolicyText, AfterValidator(_check_number_field)]
     worse: Literal["higher", "lower"]
     tolerance: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
@@ -291,14 +303,6 @@ class Regression(Criterion):
         """Return why the comparison does not fit a field; None if it does."""
         return None if field.leaf == "number" else f"{field.kind}.{field.name} is not a number"
 
-    @field_validator("field")
-    @classmethod
-    def _check_field(cls, name: str) -> str:
-        if all(item.leaf != "number" for item in find(name)):
-            parse(f"{name} <= 0.5")  # raises an error that describes the fault of a name
-            raise ValueError(f"{name} is not a number")
-        return name
-
     def compare(self, value: float, before: float) -> tuple[bool, str]:
         """Return whether a value is within the tolerance of a stored one, and the condition."""
         tolerance = self.tolerance
@@ -308,30 +312,17 @@ class Regression(Criterion):
         return ok, f"{self.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
 
 
+Demand = Rule | Regression
+
+
 class Waiver(PolicyTable):
     """Layers that may break a rule until a date, with the reason."""
 
-    rule: PolicyText
-    layers: Pattern
+    rule: Annotated[PolicyText, AfterValidator(_check_waived_rule)]
+    layers: Annotated[Pattern, AfterValidator(_check_waived_layers)]
     reason: Annotated[str, Field(pattern=r"\S"), is_a("text in quotes that gives the reason")]
     expires: Annotated[date, is_a("a date without quotes, such as 2027-01-31")]
     line: int = Field(1, exclude=True)
-
-    @field_validator("rule")
-    @classmethod
-    def _check_rule(cls, rule: str) -> str:
-        if rule == "finished":
-            raise ValueError("an unfinished run cannot be waived; continue it with --resume")
-        if rule == "inputs":
-            raise ValueError("results of other inputs cannot be waived; measure again")
-        return rule
-
-    @field_validator("layers")
-    @classmethod
-    def _check_layers(cls, layers: re.Pattern[str]) -> re.Pattern[str]:
-        if not layers.pattern:
-            raise ValueError('an empty pattern waives every layer; if that is meant, write ".*"')
-        return layers
 
     def covers(self, rule: str, layer: str) -> bool:
         """Return whether it applies to a rule and a layer."""
@@ -384,14 +375,9 @@ class Coverage(PolicyTable):
 
     by: Literal["energy", "layers"] = "energy"
     minimum: Share = 1.0
-    left_out: Annotated[list[Reason], is_a(f"a list out of {', '.join(get_args(Reason))}")] = Field([])
-
-    @field_validator("left_out")
-    @classmethod
-    def _check_left_out(cls, reasons: list[Reason]) -> list[Reason]:
-        if "non_finite" in reasons:
-            raise ValueError("non_finite layers cannot be left out; waive them by name")
-        return reasons
+    left_out: Annotated[
+        list[Reason], is_a(f"a list out of {', '.join(get_args(Reason))}"), AfterValidator(_check_left_out)
+    ] = Field([])
 
 
 class Inputs(PolicyTable):
@@ -448,6 +434,13 @@ class Policy(PolicyTable):
     def _check_rules(self) -> Self:
         if not self.rules and not self.regressions and "checks" not in self.model_fields_set:
             raise PlacedError("no [[rule]], so nothing could fail; add an empty [checks] for the built-in checks alone")
+        tables: dict[str, Sequence[Demand]] = {"rule": self.rules, "baseline": self.regressions}
+        for table, demands in tables.items():
+            for i, demand in enumerate(demands):
+                selecting = sorted(demand.model_fields_set & {"layers", "exclude", "type", "depth"})
+                if selecting and not any(item.kind in LAYER_KINDS for item in find(demand.field)):
+                    text = f"{demand.field} is a value of the whole run, so {selecting[0]} does not apply"
+                    raise PlacedError(text, table, i, selecting[0])
         names = [rule.name for rule in self.rules]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -461,11 +454,11 @@ class Policy(PolicyTable):
         return self
 
     @property
-    def demands(self) -> list[Rule | Regression]:
+    def demands(self) -> list[Demand]:
         """The rules and the comparisons with a baseline."""
         return [*self.rules, *self.regressions]
 
-    def error(self, demand: Criterion, text: str) -> UsageError:
+    def error(self, demand: Demand, text: str) -> UsageError:
         """Return an error in one of the rules."""
         return UsageError(f"{self.path}: line {demand.line}: {demand.name}: {text}")
 

@@ -69,7 +69,7 @@ def figure(name: str, results: Results[Any] | Sequence[Results[Any]], **options:
             ``width``: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt), the default.
             ``per``: ``layer`` (the default), or ``type`` to pool the layers of a module type.
             ``field``: for a heat map, dotted name of a numeric field.
-            ``rank``: for ``overlap``, ``angles`` and ``alone`` with several measured ranks.
+            ``rank``: the rank to draw where several were measured.
             ``files``: path of each of ``results``; the label of runs that are otherwise identical.
             ``plain``: whether to omit title and notes, for a paper with its own caption.
 
@@ -134,9 +134,7 @@ def _make_page(
     runs = [results] if isinstance(results, Results) else list(results)
     labels, per = options.get("labels", ()), options.get("per", "layer")
     if labels and len(labels) != len(runs):
-        raise UsageError(
-            f"{len(labels)} labels for {len(runs)} results: give one label per results file, in their order"
-        )
+        raise UsageError(f"{len(labels)} labels for {len(runs)} results; give one for each, in their order")
     if per not in {"layer", "type"}:
         raise UsageError(f"--per {per}: unknown; use layer or type")
     series = series_of(list(map(_select_naming_inputs, runs)), labels, options.get("files", ()))
@@ -202,7 +200,7 @@ def plot(
             the heat map if ``field`` is given, else for the first figure that the records allow.
         labels: Label of each of ``results``.
         field: For the heat map: dotted name of a numeric field, such as ``energy.16``.
-        show_rank: For ``overlap``, ``angles`` and ``alone`` with several measured ranks.
+        show_rank: The rank to draw where several were measured.
         per: ``layer``, or ``type`` to pool the layers of a module type.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Format of files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
@@ -228,10 +226,6 @@ def plot(
     field, rank, layers, overwrite = (option_values[name] for name in ("field", "show_rank", "layers", "overwrite"))
     if not results:
         raise UsageError("no results: give at least one results file")
-    if labels and len(labels) != len(results):
-        raise UsageError(
-            f"--label: {len(labels)} labels for {len(results)} results files; give one for each, in their order"
-        )
     path = Path(output)
     folder_exists = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
     single = path.suffix.lower().removeprefix(".") in FORMATS and not folder_exists

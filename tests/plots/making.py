@@ -7,7 +7,7 @@ import numpy as np
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
-from lora_diag.diagnostics.interference.record import Interference, Union
+from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.diagnostics.residual.record import Residual
@@ -143,7 +143,9 @@ def interference(layer, columns, rows, first="runs/sql", second="runs/chat", sha
         "columns": {str(r): agreement(c, r, shape[0]) for r, c in columns.items()},
         "rows": {str(r): agreement(c, r, shape[1]) for r, c in rows.items()},
     }
-    return build(Interference, layer=layer, shape=shape, first=first, second=second, cosine=0.1, **spaces)
+    spaces["energy"] = {str(r): build(EnergyOverlap, first_in_second=0.3, second_in_first=0.2) for r in columns}
+    pair = {"first": first, "second": second, "cosine": 0.1, "relation": "share"}
+    return build(Interference, layer=layer, shape=shape, **pair, **spaces)
 
 
 def interferences(blocks, types=TYPES, updates=("runs/sql", "runs/chat"), ranks=(4, 8)):

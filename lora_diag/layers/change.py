@@ -30,6 +30,7 @@ from lora_diag.linalg import (
     whole_bytes,
 )
 from lora_diag.linalg.devices import move
+from lora_diag.linalg.merge import Addend, Product, Whole
 from lora_diag.records.vocabulary import ON_CPU
 
 T = TypeVar("T")
@@ -163,6 +164,29 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
+
+
+def load_addend(delta: Delta) -> Addend:
+    """Return ΔW with its rows in float64; that of two stored sides is read on demand."""
+    if isinstance(delta, FactoredDelta):
+        b, a = delta.load()
+        return Product(b.double(), a.double())
+    if isinstance(delta, DenseDelta):
+        matrix = delta.load()
+        return Whole(delta.shape, lambda first, last: matrix[first:last])
+    return Whole(delta.shape, _Rows(delta), exact=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of the difference between a full value in the adapter and BASE, read on demand."""
+
+    delta: StoredDelta
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        columns = self.delta.shape[1]
+        span = first * columns, last * columns
+        return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
 
 
 def bytes_of(delta: Delta, allowance: Allowance | None) -> int:

@@ -149,6 +149,7 @@ def compare(
     verify: bool = False,
     stated_alpha: StatedAlpha = None,
     role: str | None = None,
+    refuse: tuple[type[Checkpoint] | type[Adapter], str] | None = None,
 ) -> Comparison:
     """Open both sides, pair their weights, and describe the inputs.
 
@@ -162,11 +163,12 @@ def compare(
         verify: Whether to hash every byte (SHA-256).
         stated_alpha: α of an adapter whose files give none.
         role: Role of TUNED in the run record; by default ``tuned`` or ``adapter``.
+        refuse: A type of TUNED that is refused before it is paired, and why.
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
         NothingComparedError: The sides have no weight in common.
-        UsageError: The only side is not an adapter, or the adapter comes first.
+        UsageError: The only side is not an adapter, the adapter comes first, or TUNED is refused.
     """
     if tuned is None:
         assert not isinstance(base, Checkpoint)
@@ -174,6 +176,8 @@ def compare(
     else:
         before = open_base(base)
         update = open_update(tuned, before, stated_alpha)
+    if refuse is not None and isinstance(update, refuse[0]):
+        raise UsageError(f"{update.path}: {refuse[1]}")
     pairing, notes = pair_update(before, update, layers, exclude, allow_unmatched)
     if isinstance(update, Adapter):
         notes = (*update.notes, *update.warnings(), *notes)

@@ -184,15 +184,15 @@ class LayerRun:
             base: Base checkpoint, which may be open already; or an adapter, if ``tuned`` is None.
             tuned: Fine-tuned checkpoint or adapter.
             role: Role of TUNED in the run record; by default ``tuned`` or ``adapter``.
-            **options: Options in place of those of the run.
+            **options: Further arguments of ``inputs.compare``, and options in place of those of the run.
 
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
             NothingComparedError: The sides have no weight in common.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
-        own = {name: self.options[name] for name in names}
-        return compare(base, tuned, stated_alpha=self.stated_alpha, role=role, **(own | options))
+        arguments = {name: self.options[name] for name in names} | options
+        return compare(base, tuned, stated_alpha=self.stated_alpha, role=role, **arguments)
 
     def pair(
         self,

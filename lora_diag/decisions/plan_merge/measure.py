@@ -27,15 +27,17 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from lora_diag.adapters import Adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.placing import Orientation
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.plan_merge import PlanMergeOptions
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
-from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta, FactoredDelta
+from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta
 from lora_diag.errors import UsageError
+from lora_diag.layers.change import load_addend
 from lora_diag.layers.task import LayerTask
 from lora_diag.linalg import first_non_finite, require_memory
+from lora_diag.linalg.merge import Product
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
@@ -60,11 +62,6 @@ class Target:
     name: str
     group: int = 0
     per_tensor: bool = False
-
-    @property
-    def needs_peaks(self) -> bool:
-        """Whether scales depend on more of the matrix than a group."""
-        return self.name in {"fp8", "nvfp4"}
 
 
 def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -230,9 +227,12 @@ class _Layer:
         """Read the layer once for norms and the maxima of scales; return what is not finite, None if all is."""
         delta = self.task.delta
         assert delta.base is not None
-        self.update, self.basis, problem = _load(delta, self.task.in_out)
-        if problem:
-            return problem
+        addend = load_addend(delta)
+        if isinstance(addend, Product):
+            if problem := first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a):
+                return problem
+            self.basis = _row_space_basis(addend.b.T if self.task.in_out else addend.a)
+        self.update = addend.rows
         outputs = self.task.shape[1 if self.task.in_out else 0]
         merged_peaks, base_peaks = torch.zeros(outputs, 1), torch.zeros(outputs, 1)
         for (first, last), w, u in self._read_blocks():
@@ -326,25 +326,6 @@ class _Layer:
         return block.T.contiguous() if self.task.in_out else block
 
 
-def _load(delta: Delta, in_out: bool) -> tuple[Callable[[int, int], Tensor], Tensor | None, str | None]:
-    """Return a function for rows of ΔW in float64, a basis of its input space ``(in, r)``, and what is not finite."""
-    if isinstance(delta, FactoredDelta):
-        b, a = (factor.double() for factor in delta.load())
-        problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
-        basis = None if problem else _row_space_basis(b.T if in_out else a)
-        return lambda first, last: b[first:last] @ a, basis, problem
-    if isinstance(delta, DenseDelta):
-        matrix = delta.load()
-        return lambda first, last: matrix[first:last].double(), None, None
-    columns = delta.shape[1]
-
-    def read_rows(first: int, last: int) -> Tensor:
-        span = first * columns, last * columns
-        return (delta.tuned.read(*span).double() - delta.base.read(*span).double()).view(-1, columns)
-
-    return read_rows, None, None
-
-
 def _row_space_basis(a: Tensor) -> Tensor:
     """Return an orthonormal basis of the row space of A, ``(in, r)``."""
     _, s, vh = torch.linalg.svd(a, full_matrices=False)
@@ -391,9 +372,9 @@ def plan_merge(
         raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
     target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
-    compared = run.compare(base, adapter)
-    if compared.base is None or not isinstance(compared.update, Adapter):
-        raise UsageError(f"{adapter}: not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
+    refused = (Checkpoint, "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
+    compared = run.compare(base, adapter, refuse=refused)
+    assert compared.base is not None
     orientation = Orientation(compared.base, {}, flag=False)
     return run.over(
         [MergeTask(delta, _is_in_out(delta, orientation)) for delta in compared.matrices],

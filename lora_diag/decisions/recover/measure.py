@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -197,11 +197,6 @@ def _read_weight(
     return values.view(tuned[name].shape)
 
 
-# Puts tensors into the file of a layer, and reads them back.
-Store = Callable[[dict[str, Tensor]], None]
-Load = Callable[[], dict[str, Tensor]]
-
-
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
     """The output for a layer; none if all fields are unset.
@@ -253,14 +248,8 @@ def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
     return needed if settings.memory is None else min(needed, settings.memory)
 
 
-def _exceeds_memory(layer: RecoveryTask, settings: LayerSettings) -> bool:
-    """Return whether the layer exceeds the memory limit, and is read in row blocks."""
-    needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
-    return settings.memory is not None and needed > settings.memory
-
-
-def truncate_stored(earlier: Recovery, request: OutputRequest, store: Store, load: Load) -> Recovery:
-    """Keep the first directions of the factors that are stored, and return the record; a repetition changes nothing.
+def truncate_stored(earlier: Recovery, request: OutputRequest, file: Path) -> Recovery:
+    """Keep the first directions of the factors in a file, and return the record; a repetition changes nothing.
 
     Raises:
         InputError: The file could not be read or written.
@@ -269,20 +258,18 @@ def truncate_stored(earlier: Recovery, request: OutputRequest, store: Store, loa
     rank = min(request.rank, earlier.rank)
     written: Literal["posterior", "file", "nothing"] = earlier.written if rank else "nothing"
     if 0 < rank < earlier.rank:
-        factors = load()
-        b, a = factors["B"], factors["A"]
-        store({"B": b[:, :rank].contiguous(), "A": a[:rank].contiguous()})
+        factors = load(file)
+        store(file, {"B": factors["B"][:, :rank].contiguous(), "A": factors["A"][:rank].contiguous()})
     return earlier.model_copy(update={"rank": rank, "params": rank * sum(earlier.shape), "written": written})
 
 
-def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Load) -> Recovery | LeftOut:
+def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recovery | LeftOut:
     """Measure one layer and store the requested output.
 
     Args:
         layer: The layer.
         settings: Settings of the measurement.
-        store: Puts ``B`` and ``A``, or ``W``, into a file.
-        load: Reads them back.
+        file: The file for ``B`` and ``A``, or for ``W``.
 
     Returns:
         The record; for entries that are not finite, that of the left-out layer.
@@ -292,7 +279,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
         MemoryLimitError: The layer does not fit, even in row blocks.
     """
     if layer.earlier is not None:
-        return truncate_stored(layer.earlier, layer.request, store, load)
+        return truncate_stored(layer.earlier, layer.request, file)
     if settings.memory is not None:
         refuse_cells(layer.shape, settings.memory)
         if layer.request.full:
@@ -300,12 +287,13 @@ def measure(layer: RecoveryTask, settings: LayerSettings, store: Store, load: Lo
             require_memory(
                 weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank"
             )
-    return measure_on_device(partial(_measure, layer, settings, store), settings.device)
+    return measure_on_device(partial(_measure, layer, settings, file), settings.device)
 
 
-def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device: torch.device) -> Recovery | LeftOut:
+def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: torch.device) -> Recovery | LeftOut:
     delta, request = layer.delta, layer.request
-    limit = settings.memory if _exceeds_memory(layer, settings) else None
+    unlimited = estimate_bytes(layer, replace(settings, memory=None))
+    limit = None if settings.memory is None or unlimited <= settings.memory else settings.memory
     allowance = None if limit is None else Allowance(limit, settings.method)
     change = load_change(delta, device, allowance=allowance)
     if change.non_finite is not None:
@@ -318,7 +306,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, store: Store, device:
     if limit is not None:
         change = replace(change, matrix=None)  # read again if it is to be written
     estimate = recover_layer(delta, fro, DEFAULT_RANKS, settings.seed, device, limit)
-    written, rank, values = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), store)
+    written, rank, values = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), file)
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
         values = factors.s
@@ -348,7 +336,7 @@ def _write(
     estimate: Estimate,
     curve: NDArray[np.float64],
     settings: LayerSettings,
-    store: Store,
+    file: Path,
 ) -> tuple[Literal["posterior", "file", "nothing"], int, Tensor | None]:
     """Store the requested output.
 
@@ -360,7 +348,7 @@ def _write(
     if request.full:
         if estimate.cells is None:
             return "file", 0, None  # TUNED's own weights
-        _store_weight(delta, estimate, _estimate_length_factor(estimate) if request.keep_length else 1.0, store)
+        _store_weight(delta, estimate, _estimate_length_factor(estimate) if request.keep_length else 1.0, file)
         return "posterior", 0, None
     if not request.factors or not change.fro or (status == "refused" and request.leave_out_refused):
         return "nothing", 0, None
@@ -375,7 +363,7 @@ def _write(
     best = change.decompose(settings.method, rank, True, settings.tol, settings.seed)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     b, a = (part.float().cpu() for part in split_factors(best, rank, request.transposed, "both"))
-    store({"B": b.contiguous(), "A": a.contiguous()})
+    store(file, {"B": b.contiguous(), "A": a.contiguous()})
     values = best.s[:rank] / factor if request.all_directions else None
     return ("posterior" if estimate.cells is not None else "file"), rank, values
 
@@ -396,7 +384,7 @@ def _estimate_length_factor(estimate: Estimate) -> float:
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
 
 
-def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, store: Store) -> None:
+def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: Path) -> None:
     """Store W_base + factor·E[X | cells] in float32."""
     weight, row = torch.empty(delta.shape), 0
     for part in row_blocks(delta.base, delta.shape):
@@ -406,7 +394,7 @@ def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, store: 
     for block in estimate.mean():
         weight[row : row + len(block)] += factor * block.cpu()
         row += len(block)
-    store({"W": weight})
+    store(file, {"W": weight})
 
 
 OUTPUT_OPTIONS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
@@ -492,10 +480,10 @@ def recover(
     run = LayerRun("recover", {**folder_options, **destination})
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)
-    compared = run.compare(base, tuned)
+    refused = (Adapter, "is an adapter, whose factors are the update; nothing is rounded away")
+    compared = run.compare(base, tuned, refuse=refused)
     stored = compared.update
-    if isinstance(stored, Adapter):
-        raise UsageError(f"{tuned}: is an adapter, whose factors are the update; nothing is rounded away")
+    assert isinstance(stored, Checkpoint)
     planned = plan(compared, save=False) if writes_factors else None
     tasks = [
         RecoveryTask(
@@ -666,8 +654,7 @@ def _measure_layer(
 ) -> tuple[Recovery | LeftOut]:
     if deadline is not None and time.time() > deadline.end:
         return (deadline.make_left_out(task),)
-    file = files.get(task.layer, Path())
-    return (measure(task, settings, partial(store, file), partial(load, file)),)
+    return (measure(task, settings, files.get(task.layer, Path())),)
 
 
 def _make_nothing_to_write_error(

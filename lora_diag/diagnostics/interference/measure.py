@@ -309,8 +309,10 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
     if has_sum:
         fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings)
         fields |= _measure_merges(parts, summed, factors, weights, settings)
+        # To the requested ranks, and to PEFT's default, the largest of the adapters'.
+        ranks = {*settings.ranks, max(_count_columns(part) or 0 for part in changed)} - {0}
         fields["recompressed"] = {
-            str(rank): _compute_residual(factors, rank) for rank in _list_recompression_ranks(changed, settings)
+            str(rank): math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro for rank in sorted(ranks)
         }
     return Union(
         layer=task.layer,
@@ -423,16 +425,6 @@ def _read_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
         b, a = (factor.to(torch.float64) for factor in part.matrix)
         adapters.append(AdapterFactors(b / delta.scale, a, delta.scale))
     return adapters
-
-
-def _list_recompression_ranks(changed: Sequence[Part], settings: InterferenceSettings) -> list[int]:
-    """Return the recompression ranks: the requested ones, and PEFT's default, the largest of the adapters'."""
-    columns = [_count_columns(part) for part in changed]
-    return sorted({*settings.ranks, *(rank for rank in [max((c for c in columns if c), default=0)] if rank)})
-
-
-def _compute_residual(factors: Factors, rank: int) -> float:
-    return math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro
 
 
 # The relation of two updates is judged at the requested rank nearest to this.
@@ -721,7 +713,8 @@ def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -
                 by_layer.setdefault(delta.layer, []).append(Update(_tuned_path(comparison), weight, drop_base(delta)))
     if not any(len(updates) > 1 for updates in by_layer.values()):
         examples = "; ".join(
-            f"{_tuned_path(comparison)} has {_first_layer_name(comparison)}" for comparison in comparisons
+            f"{_tuned_path(item)} has {min((delta.layer for delta in item.pairing.deltas), default='no layer')}"
+            for item in comparisons
         )
         raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
     for layer, updates in by_layer.items():
@@ -737,10 +730,6 @@ def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -
 
 def _tuned_path(comparison: Comparison) -> str:
     return comparison.inputs[-1].path
-
-
-def _first_layer_name(comparison: Comparison) -> str:
-    return min((delta.layer for delta in comparison.pairing.deltas), default="no layer")
 
 
 def _list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:

@@ -133,17 +133,15 @@ def _judge(
     if outcome.does == "dropped":
         return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
     stored, intended = task.item.scale, task.intended
-    as_intended = outcome.scale is not None and intended is not None and _is_same(outcome.scale, intended)
+    as_intended = (
+        outcome.scale is not None and intended is not None and math.isclose(outcome.scale, intended, rel_tol=SAME)
+    )
     if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
         return "wrong", _measure_distance(task, outcome, fro, update), outcome.scale, _explain_omission(task, outcome)
     if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and stored != 0):
         return "exact", error, outcome.scale, ""
     deviation = abs(outcome.scale / intended - 1) if intended else None
     return "wrong", deviation, outcome.scale, outcome.why
-
-
-def _is_same(first: float, second: float) -> bool:
-    return math.isclose(first, second, rel_tol=SAME)
 
 
 def _explain_omission(task: Judged, outcome: Outcome) -> str:

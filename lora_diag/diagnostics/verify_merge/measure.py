@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import (
     BLOCK_ENTRIES,
     Delta,
@@ -46,7 +47,7 @@ from lora_diag.diagnostics.verify_merge.faults import (
 )
 from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_addend
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg import require_memory
 from lora_diag.linalg.difference import first_non_finite
@@ -187,7 +188,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
 
 
 def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
-    addend, problem = load_addend(task.deltas, task.shape)
+    addend, problem = sum_addends(task.deltas, task.shape)
     if problem is not None:
         return _make_left_out(task, problem)
     rounding, ambiguous = _infer_rounding(task)
@@ -360,7 +361,7 @@ def _make_failed_layer(task: MergedLayer, addend: Addend, rounding: Rounding, ch
         rank=rank,
         rounded=tuple(rounded_scales(task, torch.bfloat16, torch.float16)),
         others=tuple(others),
-        load_other=lambda name: load_addend((others[name],), task.shape)[0],
+        load_other=lambda name: sum_addends((others[name],), task.shape)[0],
     )
 
 
@@ -370,7 +371,7 @@ def _merge_twice(task: MergedLayer, addend: Addend, rounding: Rounding) -> Itera
         yield (w.double() + addend.rows(*span)).to(rounding.dtype), m, step
 
 
-def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
+def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
     """Return the sum of a layer's updates, and None; or the update that is not finite, and its first such entry.
 
     Args:
@@ -378,16 +379,15 @@ def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
             other rows have none.
         shape: ``(m, n)`` of the layer.
     """
-    addends = [_load_update(delta) for delta in deltas]
+    addends = [load_addend(delta) for delta in deltas]
     for addend in addends:
         problem = _find_non_finite(addend)
         if problem is not None:
             return addend, problem
     products = [addend for addend in addends if isinstance(addend, Product)]
     if len(products) == len(addends):
-        b = torch.cat(
-            [_fit_rows(addend.b, shape[0]) for addend in products] or [torch.zeros(shape[0], 0).double()], dim=1
-        )
+        factors = [torch.nn.functional.pad(addend.b, (0, 0, 0, shape[0] - len(addend.b))) for addend in products]
+        b = torch.cat(factors or [torch.zeros(shape[0], 0).double()], dim=1)
         a = torch.cat([addend.a for addend in products] or [torch.zeros(0, shape[1]).double()])
         return Product(b, a), None
     if len(addends) == 1 and isinstance(addends[0], Whole) and addends[0].shape == shape:
@@ -399,28 +399,6 @@ def load_addend(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
     return Whole(shape, lambda first, last: total[first:last]), None
 
 
-def _load_update(delta: Delta) -> Addend:
-    if isinstance(delta, FactoredDelta):
-        b, a = delta.load()
-        return Product(b.double(), a.double())
-    if isinstance(delta, DenseDelta):
-        matrix = delta.load()
-        return Whole(delta.shape, lambda first, last: matrix[first:last])
-    return Whole(delta.shape, _Rows(delta), exact=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of the difference between a full value in the adapter and BASE, read on demand."""
-
-    delta: StoredDelta
-
-    def __call__(self, first: int, last: int) -> Tensor:
-        columns = self.delta.shape[1]
-        span = first * columns, last * columns
-        return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
-
-
 def _find_non_finite(addend: Addend) -> str | None:
     if isinstance(addend, Product):
         return first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a)
@@ -428,11 +406,6 @@ def _find_non_finite(addend: Addend) -> str | None:
         if problem := first_non_finite("the adapter's update holds", addend.rows(*span), span[0]):
             return problem
     return None
-
-
-def _fit_rows(b: Tensor, rows: int) -> Tensor:
-    """Return B with as many rows as the layer: without further rows, or with zeros below."""
-    return torch.cat([b[:rows], b.new_zeros(max(0, rows - len(b)), b.shape[1])])
 
 
 def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
@@ -566,12 +539,11 @@ def verify_merge(
         raise UsageError("--gpus-per-task: verify-merge runs on CPUs only; remove the option")
     run = LayerRun("verify-merge", options, RunOptions)
     everything = {"layers": None, "exclude": None}  # the selection is by names of MERGED's layers
-    updates = run.compare(base, adapter, **everything)
-    if updates.base is None or not isinstance(updates.update, Adapter):
-        raise UsageError(f"{adapter}: not an adapter; the order is: {ORDER}")
-    written = run.compare(updates.base, merged, "merged", **everything)
-    if isinstance(written.update, Adapter):
-        raise UsageError(f"{merged}: an adapter, not a merged checkpoint; the order is: {ORDER}")
+    refused = (Checkpoint, f"not an adapter; the order is: {ORDER}")
+    updates = run.compare(base, adapter, refuse=refused, **everything)
+    assert updates.base is not None
+    refused_merge = (Adapter, f"an adapter, not a merged checkpoint; the order is: {ORDER}")
+    written = run.compare(updates.base, merged, "merged", refuse=refused_merge, **everything)
     selected = selector(run.options["layers"], run.options["exclude"])
     tasks, unpaired = _align_layers(updates.pairing, written.pairing, merged, selected)
     return run.over(

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.recover.show import recovery_lines, recovery_table
 from lora_diag.deltas import pair
 from lora_diag.layers.recovery import hidden_energy
+from tests.adapters.making import lora
 from tests.conftest import save_model
 from tests.linalg.test_hidden import low_rank_of, planted
 from tests.messages import assert_names, raises_naming
@@ -338,9 +339,7 @@ def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
     ran = loradiag("recover", base, tmp_path / "nan", "--layers", "q_proj")
     assert ran.code == 3
     assert "[1, 2]" in ran.err
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
-    save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "lora" / "adapter_model.safetensors")
+    lora(tmp_path / "lora", {Q: (torch.ones(96, 1), torch.ones(1, 80))})
     ran = loradiag("recover", base, tmp_path / "lora")
     assert ran.code == 2
     assert "is an adapter" in ran.err

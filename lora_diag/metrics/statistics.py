@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -342,35 +342,6 @@ _TO_SIGMA = 1.4826
 OutlierKind = Literal["dead", "over-ranked", "spiked", "norm"]
 
 
-class Adapter(Protocol):
-    """Properties of an adapter needed to detect outliers, as in the record ``Fleet``."""
-
-    @property
-    def dead(self) -> int:
-        """Number of zero updates."""
-        ...
-
-    @property
-    def rank(self) -> int | None:
-        """The largest rank of its factors."""
-        ...
-
-    @property
-    def fro(self) -> float:
-        """Its norm."""
-        ...
-
-    @property
-    def used(self) -> float | None:
-        """Fraction of its rank that 99% of the energy needs."""
-        ...
-
-    @property
-    def spike(self) -> float | None:
-        """Fraction of the energy in the largest directions."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class NearDuplicate:
     """Two near-duplicate adapters.
@@ -441,8 +412,13 @@ def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
     ]
 
 
-def find_outlier_kinds(adapters: Sequence[Adapter]) -> list[tuple[OutlierKind, ...]]:
-    """Return the properties by which each adapter is an outlier."""
+def find_outlier_kinds(adapters: Sequence[Any]) -> list[tuple[OutlierKind, ...]]:
+    """Return the properties by which each adapter is an outlier.
+
+    Args:
+        adapters: Records ``Fleet``: ``dead``, the number of zero updates; ``rank``, ``fro``; ``used``, the fraction of
+            the rank that 99% of the energy needs; and ``spike``, the fraction in the largest directions.
+    """
     ratios = find_norm_outliers([adapter.fro for adapter in adapters])
     kinds_by_adapter = []
     for adapter, ratio in zip(adapters, ratios, strict=True):

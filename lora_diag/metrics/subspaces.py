@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -269,43 +269,15 @@ def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: f
     return Distances(epsilon, epsilon_min, excess, ratio, cosine, scale, at_best)
 
 
-class Measured(Protocol):
-    """One layer's D and X, by their norms."""
-
-    @property
-    def fro(self) -> float:
-        """‖D‖."""
-        ...
-
-    @property
-    def adapter_fro(self) -> float:
-        """‖X‖."""
-        ...
-
-    @property
-    def gap(self) -> float:
-        """‖D − X‖."""
-        ...
-
-    @property
-    def inner(self) -> float:
-        """⟨D, X⟩."""
-        ...
-
-    @property
-    def floor(self) -> float:
-        """Lower bound on ‖D − X‖ of X's rank."""
-        ...
-
-
-def pooled(layers: Sequence[Measured]) -> Distances:
+def pooled(layers: Sequence[Any]) -> Distances:
     """Return the distances of several layers, as one block-diagonal matrix.
 
     ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all given tensors, including 1-D ones and those with D_ℓ = 0, to which only X_ℓ
     contributes. The best scale is common to all. ``epsilon_min`` is a lower bound: the layers' errors are subtracted.
 
     Args:
-        layers: Any number of layers.
+        layers: Any number of layers, as the record ``Residual``: ``fro``, ‖D‖; ``adapter_fro``, ‖X‖; ``gap``, ‖D − X‖;
+            ``inner``, ⟨D, X⟩; and ``floor``, a lower bound on ‖D − X‖ of X's rank.
     """
     fro, floor = (math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers]))
     other, gap = (math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers]))

@@ -37,7 +37,7 @@ def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndar
 
 @given(
     m=st.integers(1, 300),
-    n=st.integers(1, 200),
+    n=st.integers(1, 80),
     rank=st.integers(1, MAX_RANK),
     decay=st.sampled_from([1.0, 0.9, 0.3]),
     scale=st.sampled_from([1.0, -2.0, 1e-30]),
@@ -78,7 +78,7 @@ def test_both_ways_to_triangle_agree_within_bounds():
 
 def test_energies_are_within_their_bound_or_refused():
     """Also where columns differ by 1e6 in size or rows of A are alike; NaN, zero and no Cholesky factor are refused."""
-    pairs = [factors(700, 500, 8, decay, 9) for decay in (1.0, 0.5, 0.1, 1.0, 1.0, 1.0)]
+    pairs = [factors(700, 120, 8, decay, 9) for decay in (1.0, 0.5, 0.1, 1.0, 1.0, 1.0)]
     sizes = 10.0 ** np.linspace(-3, 3, 8)
     pairs.append((pairs[0][0] * sizes, pairs[0][1] / sizes[:, None]))
     pairs[0][1][5] = pairs[0][1][4] + 1e-6 * pairs[0][1][5]
@@ -176,9 +176,9 @@ for rank, m, n in ((16, 50000, 129), (64, 11008, 1111), (33, 700, 64)):
     b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
     for factor in (b, b[:, :1] + 1e-9 * b):
         values = thin_values(triangle(factor), triangle(a.T))
-        found.update(thin.s.tobytes())
+        found.update(values.s.tobytes())
     values = thin_energies(compute_grams(b[None]), compute_grams(a.T[None]), numpy.ones(1))
-    found.update(thin.s.tobytes() + thin.mix.tobytes())
+    found.update(values.s.tobytes() + values.mix.tobytes())
 print(found.hexdigest())
 """
 

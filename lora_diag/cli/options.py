@@ -203,7 +203,8 @@ def _measure_and_show(
         for text in lines_of(result.records()) if is_results else (model.model_dump_json() for model in models):
             out.line(text)
     if shown.table:
-        values = {**values, "per": shown.per if "per" in command.shows else values.get("per", "type")}
+        per = shown.per if "per" in command.shows else values.get("per")
+        values = {**values, "per": "layer" if per == "layer" else "type"}
         hint = _find_hint(feature, command, result, values)
         if is_results:
             text = catalog.table(result, *out.terminal(), values["per"], hint, values)

@@ -207,7 +207,7 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher, "action": action}
     facts["why"] = "; ".join([claim, *reasons(verdict, swept.tolerance)])
     if higher or verdict.more_seeds is not None:
-        typed |= {"ranks": (*swept.ranks, *higher), "repeats": verdict.more_seeds or verdict.seeds}
+        typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.more_seeds or verdict.seeds}
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}
     if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}

@@ -55,7 +55,6 @@ class Option:
         metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a flag.
         flags: Names on the command line; default ``--`` and its name.
         panel: Part of the help that shows it, from ``PANELS``.
-        setting: Name in the settings of the run record, if different.
         hidden: Whether it is accepted but not shown.
         completions: Words for shell completion, besides the choices.
         cli: Whether it exists on the command line.
@@ -66,7 +65,6 @@ class Option:
     metavar: str = ""
     flags: tuple[str, ...] = ()
     panel: str = MEASUREMENT
-    setting: str = ""
     hidden: bool = False
     completions: tuple[str, ...] = ()
     cli: bool = True
@@ -110,30 +108,30 @@ GRANULARITY = Option(
     "all",
     "Truncate all layers together, or each layer or module type alone.",
     "all|layer|type",
-    setting="per",
+    ("--granularity",),
 )
 RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",))
 FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",))
 STEPS = Option(100, "Training steps of a run.", "N")
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
-REPEATS = Option(2, "Training runs at the best learning rate.", "N", setting="seeds")
+SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",))
 TOP = Option(None, "Compute only the K largest singular values; default: all (plan: all, and 64).", "K")
 SHOW_RANK = Option(None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT)
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
 MEMORY_BUDGET = Option(None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE")
 OPTIMIZER = Option("adamw", "Optimizer assumed by --memory-budget.", "adamw|adamw8bit|sgd|sgd_momentum")
-ADAPTER_DTYPE = Option("float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", setting="dtype")
+ADAPTER_DTYPE = Option("float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", ("--adapter-dtype",))
 DORA = Option(False, "Train DoRA instead of LoRA.")
 CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
 QUANTIZED = Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")
-GAIN_TOLERANCE = Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", setting="tolerance")
+TOLERANCE = Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", ("--gain-tolerance",))
 TARGET_MODULES = Option(
     (),
     "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
     "NAME,NAME",
-    panel=INPUTS,
-    setting="targets",
+    ("--target-modules",),
+    INPUTS,
 )
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
 SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
@@ -147,7 +145,7 @@ DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=I
 LABELS = Option("data", "Labels of the loss: those of the text, or sampled from the model.", "data|model")
 SEED = Option(0, "Seed of all random numbers.", "N")
 # Weights that get an adapter: by default all matrices except embeddings, head and routers.
-TARGETS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS, setting="target")
+TARGETS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
 PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
 EXCLUDE = Option(None, "Skip weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
@@ -418,8 +416,7 @@ def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
         group: A ``TypedDict`` of options.
         values: Options and values derived from them.
     """
-    options = list_options(group)
-    return {options[name][1].setting or name: plain(values[name]) for name in own_options(group)}
+    return {name: plain(values[name]) for name in own_options(group)}
 
 
 def list_typed_options(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -430,9 +427,9 @@ def list_typed_options(group: type, recorded: Mapping[str, Any]) -> dict[str, An
         recorded: Settings; those that are not options of the group are ignored.
     """
     return {
-        name: recorded[option.setting or name]
+        name: recorded[name]
         for name, (_, option) in list_options(group).items()
-        if recorded.get(option.setting or name) not in (None, False, plain(option.default))
+        if recorded.get(name) not in (None, False, plain(option.default))
     }
 
 

@@ -13,18 +13,18 @@ from lora_diag.running.options import (
     DATA,
     DORA,
     EXECUTION,
-    GAIN_TOLERANCE,
     MEMORY_BUDGET,
     OUTPUT,
     PARAMS,
     QUANTIZED,
     RANKS,
     RATES,
-    REPEATS,
     REQUIRED,
     RSLORA,
+    SEEDS,
     STEPS,
     TARGET_MODULES,
+    TOLERANCE,
     Callbacks,
     ModelOptions,
     Notes,
@@ -50,9 +50,9 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
     rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
     gradient_checkpointing: Annotated[bool, CHECKPOINTING]
     steps: Annotated[int, STEPS]
-    repeats: Annotated[int, REPEATS.by(3)]
-    gain_tolerance: Annotated[float, GAIN_TOLERANCE]
-    target_modules: Annotated[Sequence[str], TARGET_MODULES]
+    seeds: Annotated[int, SEEDS.by(3)]
+    tolerance: Annotated[float, TOLERANCE]
+    targets: Annotated[Sequence[str], TARGET_MODULES]
     dora: Annotated[bool, DORA]
     rslora: Annotated[bool, RSLORA]
     quantized: Annotated[str | None, QUANTIZED]

@@ -369,7 +369,7 @@ def _read_settings(run: TrainRun, largest: int) -> dict[str, Any]:
     return {
         "ranks": tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest),
         "rates": tuple(sorted(set(options["rates"]))),
-        "repeats": options["repeats"],
+        "repeats": options["seeds"],
         "widen": options["widen"],
         **WHOLE_SEARCH,
     }

@@ -85,12 +85,12 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         ...     evaluate=["held_out.txt"], params="10k", time="10min")
         >>> found.whole[-1]  # doctest: +SKIP
     """
-    run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "repeats"))
+    run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "seeds"))
     arguments, folder = run.options, Path(output)
     _check_output(folder, arguments)
     limit = None if arguments["time"] is None else read_time(arguments["time"])
-    if not 0 < arguments["gain_tolerance"] < 1:
-        raise UsageError(f"--gain-tolerance {arguments['gain_tolerance']}: must lie between 0 and 1")
+    if not 0 < arguments["tolerance"] < 1:
+        raise UsageError(f"--gain-tolerance {arguments['tolerance']}: must lie between 0 and 1")
     if (arguments["params"] is None) == (arguments["memory_budget"] is None):
         raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
     check_files([base], arguments["evaluate"], *arguments["shifted"], arguments["data"])
@@ -98,7 +98,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     with keep_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(arguments["data"], arguments["evaluate"], arguments["shifted"], arguments["steps"], kind)
-        target = target_of(model, stored, arguments["target_modules"], kind)
+        target = target_of(model, stored, arguments["targets"], kind)
         workers, plan = run.workers(base, stored), earlier
         slots = 1 if workers is None else workers.slots
         if earlier is None:
@@ -137,9 +137,9 @@ def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
         **{name: legible(str(arguments[name])) for name in ("params", "memory_budget") if arguments[name] is not None},
         "rates": sorted(set(arguments["rates"])),
         "ranks": list(arguments["ranks"]),
-        **run.training_settings(arguments["repeats"]),
-        "tolerance": arguments["gain_tolerance"],
-        "targets": list(arguments["target_modules"]) or "all-linear",
+        **run.training_settings(arguments["seeds"]),
+        "tolerance": arguments["tolerance"],
+        "targets": list(arguments["targets"]) or "all-linear",
         "matrices": len(target.shapes),
         "kind": target.kind.description,
         "quantized": arguments["quantized"],

@@ -64,7 +64,7 @@ MAX_NAMED = 4
 # Options that every sweep of a search has in common.
 SWEEP_OPTIONS = (
     *("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device", "concurrent"),
-    *("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized", "gradient_checkpointing"),
+    *("seed", "tolerance", "targets", "dora", "rslora", "quantized", "gradient_checkpointing"),
 )
 
 STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
@@ -291,7 +291,7 @@ class Tuner:
         if not plan.halving:
             return plan.rates
         steps, ends = short_steps(plan.steps), sorted({plan.ranks[0], plan.ranks[-1]})
-        results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, repeats=1, widen=0)
+        results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, seeds=1, widen=0)
         losses = {
             (record.rank, record.lr): record.loss
             for record in results.whole_of(Probe)
@@ -314,7 +314,7 @@ class Tuner:
             InconclusiveError: No run is finished.
         """
         plan = self.plan
-        settings: dict[str, Any] = {"ranks": ranks, "rates": rates, "repeats": repeats}
+        settings: dict[str, Any] = {"ranks": ranks, "rates": rates, "seeds": repeats}
         settings |= {"steps": plan.steps, "widen": plan.widen}
         settings |= {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}
         results = self._run_sweep("sweep.jsonl", **settings)
@@ -430,7 +430,7 @@ class Tuner:
         spectrum(self.base, self.adapter_folder(pilot), output=path, overwrite=True, device=device)
         strategies: dict[str, dict[str, Any]] = {
             "marginal": {},
-            "prior": {"layer_weights": self._measure_gradient_weights(), "strategy": "heuristic"},
+            "prior": {"weights": self._measure_gradient_weights(), "method": "heuristic"},
         }
         candidates = []
         for name, options in strategies.items():

@@ -85,7 +85,7 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
         "data": lora_diag.allocate(metrics["data"], **ask),
         "kfac": lora_diag.allocate(metrics["kfac"], **ask),
     }
-    allocated |= {kind: lora_diag.allocate(plain, layer_weights=path, **ask) for kind, path in tails.items()}
+    allocated |= {kind: lora_diag.allocate(plain, weights=path, **ask) for kind, path in tails.items()}
     ranks = {kind: {record.layer: record.rank for record in result} for kind, result in allocated.items()}
     variants = {f"r={rank} {kind}": (kind, dict.fromkeys(layers, rank)) for rank in RANKS for kind in KINDS}
     variants |= {f"allocated by {kind}": ("plain", ranks[kind]) for kind in ranks}

@@ -65,7 +65,7 @@ def ranks_by(rule, params, spectra):
         plan = by_losses(spectra.layers, budget, Constraints(), None, False, None, None, lacking).layers
     else:
         plan = lora_diag.allocate(
-            spectra, params=params, layer_weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None
+            spectra, params=params, weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None
         )
     return {record.layer: record.rank for record in plan if record.rank}
 

@@ -29,7 +29,7 @@ from tests.probes.making import bert, gpt2, ids_of, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-OPTIONS = {"params": 4500, "ranks": (2, 8), "rates": (1e-2, 3e-2), "steps": 6, "repeats": 2, "batch": 4, "widen": 0}
+OPTIONS = {"params": 4500, "ranks": (2, 8), "rates": (1e-2, 3e-2), "steps": 6, "seeds": 2, "batch": 4, "widen": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,7 +230,7 @@ def test_tune_replaces_run_only_after_confirmation(case, tmp_path):
     stale = run / "trials" / "stale"
     stale.mkdir()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "repeats": 1, "no_full": True}
+    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "seeds": 1, "no_full": True}
     options |= {"dora": True, "rslora": True, "gradient_checkpointing": True}
     with pytest.raises(UsageError, match="--overwrite"):
         lora_diag.tune(base, run, **texts, **options)
@@ -393,7 +393,7 @@ def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path):
     """Under SOURCE_DATE_EPOCH, every file has the same bytes, given the seconds of a step."""
     base = gpt2(tmp_path / "base")
     held = some_text(tmp_path, "held_out", windows=2, source="shifted")
-    options = OPTIONS | {"steps": 2, "repeats": 1, "ranks": (2,), "rates": (1e-2,), "no_full": True}
+    options = OPTIONS | {"steps": 2, "seeds": 1, "ranks": (2,), "rates": (1e-2,), "no_full": True}
     options |= {"data": str(some_text(tmp_path, "train", windows=5)), "evaluate": [str(held)]}
     found = []
     for seed in ("1", "2"):

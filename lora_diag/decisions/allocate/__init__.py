@@ -33,40 +33,40 @@ class AllocateOptions(TypedDict, total=False):
     match: Annotated[Path | str | None, Option(None, "Budget: number of parameters of this adapter.", "ADAPTER")]
     min_rank: Annotated[int, Option(0, "Smallest rank of a layer with any signal.", "R")]
     max_rank: Annotated[int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")]
-    allowed_ranks: Annotated[
+    ranks_from: Annotated[
         Sequence[int] | None,
         Option(
             None,
             "Allowed ranks, e.g. 8,16,32; default: any.",
             "R,R,...",
-            setting="ranks_from",
+            ("--allowed-ranks",),
         ),
     ]
     layers: Annotated[str | None, TARGETS]
     exclude: Annotated[str | None, EXCLUDE]
-    layer_weights: Annotated[
+    weights: Annotated[
         Path | str | Mapping[str, float] | None,
         Option(
             None,
             "JSON object of factors by layer, or results of probe sensitivity or fisher.",
             "FILE",
-            panel=INPUTS,
-            setting="weights",
+            ("--layer-weights",),
+            INPUTS,
         ),
     ]
     portable: Annotated[bool, PORTABLE]
     relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
-    strategy: Annotated[
+    method: Annotated[
         str,
         Option(
             "optimal",
             "Maximum energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
             "optimal|heuristic",
-            setting="method",
+            ("--strategy",),
         ),
     ]
     optimizer: Annotated[str, OPTIMIZER]
-    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    dtype: Annotated[str, ADAPTER_DTYPE]
     allow_unfinished: Annotated[bool, UNFINISHED]
 
 

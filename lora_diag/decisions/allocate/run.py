@@ -215,19 +215,19 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         match: Budget: the number of parameters of this adapter.
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer.
-        allowed_ranks: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``.
+        ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``.
         layers: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
         exclude: No layers whose name contains a match.
-        layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
+        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
             results of ``probe sensitivity``: the gain of each layer alone per energy at the trained rank; or results of
             ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy maximized.
-        portable: Give every layer rank 0 or one common rank (of ``allowed_ranks``, else powers of two and half-way
+        portable: Give every layer rank 0 or one common rank (of ``ranks_from``, else powers of two and half-way
             between them): a config without patterns, which every program that serves the adapter scales alike.
         relative: Count every layer's energy as 1: maximize Σ C(r) instead of Σ‖ΔW‖²C(r).
-        strategy: ``optimal``: maximum energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the given weights, the gains
+        method: ``optimal``: maximum energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the given weights, the gains
             of ``probe sensitivity``, or ‖ΔW‖/‖W‖.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
-        adapter_dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
+        dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
         allow_unfinished: Accept the results of an interrupted run.
         **options: ``AllocateOptions``.
 
@@ -247,7 +247,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         ([6, 9, 9, 7], 7936.0)
     """
     arguments = fill_options(AllocateOptions, options)
-    weights, portable, method = arguments["layer_weights"], arguments["portable"], arguments["strategy"]
+    weights, portable, method = arguments["weights"], arguments["portable"], arguments["method"]
     energy, allow_unfinished = arguments["energy"], arguments["allow_unfinished"]
     if method == "heuristic" and energy is not None:
         raise UsageError("--strategy heuristic: needs a budget other than --energy; give --params or another budget")
@@ -255,7 +255,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         option = "--energy" if energy is not None else "--strategy heuristic"
         raise UsageError(f"--portable: divides a budget over layers of one rank, and {option} gives each its own")
     budget = _make_budget(arguments)
-    ranks_from = arguments["allowed_ranks"]
+    ranks_from = arguments["ranks_from"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
     constraints = Constraints(arguments["min_rank"], arguments["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
@@ -308,7 +308,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             **({"portable": True} if portable else {}),
             **({"metric": metric} if metric != "weights" else {}),
             "optimizer": arguments["optimizer"] if has_memory else None,
-            "dtype": arguments["adapter_dtype"] if has_memory else None,
+            "dtype": arguments["dtype"] if has_memory else None,
         },
         made=timestamp(),
     )
@@ -337,7 +337,7 @@ def allocate_and_write(
     if output is None and check is not None:
         raise UsageError("--check: needs a PEFT config; write one with -o adapter_config.json")
     if output is not None:
-        weights = options.get("layer_weights")
+        weights = options.get("weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
         check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
     if sweep is not None:
@@ -431,7 +431,7 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is unknown.
         InputError: The adapter to match cannot be read.
     """
-    training = Training(arguments["optimizer"], arguments["adapter_dtype"])
+    training = Training(arguments["optimizer"], arguments["dtype"])
     names = ("params", "total_rank", "memory_budget", "energy", "match")
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     given = [name for name in names if arguments[name] is not None]

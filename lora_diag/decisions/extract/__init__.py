@@ -37,15 +37,15 @@ class ExtractOptions(FolderOptions, total=False):
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
     split: Annotated[str, Option("both", "√Σ in both factors, or Σ in B.", "both|b")]
-    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
-    unfactored: Annotated[
+    dtype: Annotated[str, ADAPTER_DTYPE]
+    rest: Annotated[
         str,
         Option(
             "list",
             "Tensors without factors: list them, or store them in full.",
             "list|save",
-            panel=OUTPUT,
-            setting="rest",
+            ("--unfactored",),
+            OUTPUT,
         ),
     ]
     portable: Annotated[bool, PORTABLE]

@@ -66,8 +66,8 @@ def extract(
         kfac: Minimize ‖G^½(ΔW − B·A)C^½‖ instead, with G = E[ggᵀ] of the output gradients in the same file: the K-FAC
             estimate of the loss that the factors miss.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        adapter_dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
-        unfactored: ``save`` to store tensors without factors in full (norms, biases, resized tables), ``list`` to list
+        dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        rest: ``save`` to store tensors without factors in full (norms, biases, resized tables), ``list`` to list
             them.
         portable: Write one rank for all layers, with smaller factors padded with zeros: an adapter that every program
             scales alike, see ``portability``. Stacked experts are skipped.
@@ -101,9 +101,7 @@ def extract(
         arguments[n] for n in ("rank", "energy", "params", "allocation", "signal")
     )
     activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
-    split, dtype, unfactored, portable = (
-        arguments[name] for name in ("split", "adapter_dtype", "unfactored", "portable")
-    )
+    split, dtype, unfactored, portable = (arguments[name] for name in ("split", "dtype", "rest", "portable"))
     overwrite, form = arguments["overwrite"], arguments["format"]
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])

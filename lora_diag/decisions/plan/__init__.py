@@ -30,7 +30,7 @@ class PlanOptions(TypedDict, total=False):
     params: Annotated[str | int | None, PARAMS]
     memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
     optimizer: Annotated[str, OPTIMIZER]
-    adapter_dtype: Annotated[str, ADAPTER_DTYPE]
+    dtype: Annotated[str, ADAPTER_DTYPE]
     cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")]
     top: Annotated[int, TOP.by(64)]
     data: Annotated[Path | str | None, DATA.by(None)]

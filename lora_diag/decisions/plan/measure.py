@@ -236,7 +236,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         params: Budget of trainable parameters, such as ``"10M"``.
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
         optimizer: That of ``memory_budget``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
-        adapter_dtype: Dtype of the trainable parameters and their gradients.
+        dtype: Dtype of the trainable parameters and their gradients.
         cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some seconds.
         top: Number of largest values in the second of two estimates.
         data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
@@ -259,7 +259,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """
     arguments = fill_options(PlanOptions, options)
     target, params, memory = arguments["layers"], arguments["params"], arguments["memory_budget"]
-    ranks, dtype = sorted(set(arguments["ranks"])), arguments["adapter_dtype"]
+    ranks, dtype = sorted(set(arguments["ranks"])), arguments["dtype"]
     training = Training(arguments["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError("--memory-budget: cannot be combined with --params; give one of them")

@@ -189,7 +189,7 @@ def intruders(
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or adapter.
-        directions: k, the number of largest directions of each weight to compare.
+        top: k, the number of largest directions of each weight to compare.
         epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is no direction of W_base.
         window: Width of the window of nearly equal singular values, as a fraction of σ_j.
         **options: ``IntruderOptions``.
@@ -209,7 +209,7 @@ def intruders(
         (10, 0)
     """
     run = LayerRun("intruders", options, IntruderOptions)
-    k, epsilon, window = (run.options[name] for name in ("directions", "epsilon", "window"))
+    k, epsilon, window = (run.options[name] for name in ("top", "epsilon", "window"))
     check_request(run.options["method"], k, run.options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")

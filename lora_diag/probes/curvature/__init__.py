@@ -22,10 +22,10 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
     along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
-    eigenvalues: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", setting="top")]
-    trace_vectors: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", setting="probes")]
+    top: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", ("--eigenvalues",))]
+    probes: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", ("--trace-vectors",))]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
-    granularity: Annotated[
+    per: Annotated[
         str,
         GRANULARITY.by("all", metavar="all|layer", help="Eigenvalues of all layers together, or also of each alone."),
     ]

@@ -514,11 +514,11 @@ def probe_curvature(
         evaluate: One text or JSONL file; the mean negative log-likelihood of all its predictions is differentiated.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
         along: Fractions t of the distance from TUNED to the truncated update; 1 is added.
-        eigenvalues: Number of largest eigenvalues.
-        trace_vectors: Number of random vectors of the trace estimate.
+        top: Number of largest eigenvalues.
+        probes: Number of random vectors of the trace estimate.
         ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without the part from the
             model's own curvature, positive semidefinite.
-        granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every layer's own block.
+        per: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every layer's own block.
         seed: Seed of the Lanczos start and of the random vectors of the trace.
         **options: ``CurvatureOptions``.
 
@@ -542,7 +542,7 @@ def probe_curvature(
         >>> found.whole[0].eigenvalues  # doctest: +SKIP
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
-    option_names = ("evaluate", "along", "eigenvalues", "trace_vectors", "ggn", "granularity", "seed")
+    option_names = ("evaluate", "along", "top", "probes", "ggn", "per", "seed")
     evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in option_names)
     ranks, fractions = list(check_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import DATA, FULL_RATES, RANKS, RATES, REPEATS, STEPS, Option, Shifted, TrainOptions
+from lora_diag.running.options import DATA, FULL_RATES, RANKS, RATES, SEEDS, STEPS, Option, Shifted, TrainOptions
 
 
 class IntrinsicOptions(Shifted, TrainOptions, total=False):
@@ -13,13 +13,13 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
 
     data: Required[Annotated[Path | str, DATA]]
     dims: Annotated[Sequence[int], Option((10, 30, 100, 300, 1000, 3000, 10000), "Dimensions d.", "D,D,...")]
-    projection: Annotated[
+    method: Annotated[
         str,
         Option(
             "did",
             "Random projection: direct (DID), or with a scale for each layer (SAID).",
             "did|said",
-            setting="method",
+            ("--projection",),
         ),
     ]
     share: Annotated[float, Option(0.9, "Fraction of full fine-tuning's gain to reach.", "X")]
@@ -30,7 +30,7 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
         Sequence[float], Option((1e-3, 3e-3, 1e-2), "Peak learning rates of LoRA.", "X,X,...", ("--lora-lr",))
     ]
     steps: Annotated[int, STEPS]
-    repeats: Annotated[int, REPEATS]
+    seeds: Annotated[int, SEEDS]
 
 
 FEATURE = Feature(

@@ -287,7 +287,7 @@ def probe_intrinsic(
         evaluate: Held-out files of the same distribution; the first decides on learning rates.
         shifted: Files of another distribution.
         dims: Dimensions d.
-        projection: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
+        method: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
         share: Fraction of full fine-tuning's gain over BASE to reach.
         ranks: Ranks of LoRAs for comparison; may be empty.
         paces: Learning rates of the subspaces as equivalent rates of full fine-tuning: z has the rate pace·√(D/d), at
@@ -295,7 +295,7 @@ def probe_intrinsic(
         full_rates: Learning rates of full fine-tuning.
         lora_rates: Learning rates of LoRA.
         steps: Number of updates of a run.
-        repeats: Number of runs of each size at its best rate; they differ in P or in the initial factors.
+        seeds: Number of runs of each size at its best rate; they differ in P or in the initial factors.
         **options: ``IntrinsicOptions``.
 
     Returns:
@@ -315,11 +315,11 @@ def probe_intrinsic(
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     grids = ("paces", "full_rates", "lora_rates")
-    run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "repeats"))
+    run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "seeds"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "repeats"))
+    dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "seeds"))
     paces, full_rates, lora_rates = (run.options[name] for name in grids)
-    method: Method = "said" if run.options["projection"] == "said" else "plain"
+    method: Method = "said" if run.options["method"] == "said" else "plain"
     lora_ranks = list(check_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")

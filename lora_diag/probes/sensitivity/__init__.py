@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import DATA, GRANULARITY, RANK, RATES, REPEATS, STEPS, LayerTrainOptions, Option, Shifted
+from lora_diag.running.options import (
+    DATA,
+    GRANULARITY,
+    RANK,
+    RATES,
+    SEEDS,
+    STEPS,
+    LayerTrainOptions,
+    Option,
+    Shifted,
+)
 
 
 class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
@@ -14,10 +24,10 @@ class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
     data: Required[Annotated[Path | str, DATA]]
     rank: Annotated[int, RANK.by(8)]
     delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D")]
-    granularity: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
+    per: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
     rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
     steps: Annotated[int, STEPS.by(50)]
-    repeats: Annotated[int, REPEATS.by(1)]
+    seeds: Annotated[int, SEEDS.by(1)]
 
 
 FEATURE = Feature(

@@ -234,10 +234,10 @@ def probe_sensitivity(
         shifted: Files of another distribution.
         rank: Rank r.
         delta: δ: also train at r + δ, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        granularity: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module ``type``.
+        per: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module ``type``.
         rates: Peak learning rates.
         steps: Number of updates of a run.
-        repeats: Number of runs of each unit at its best rate; they differ in the initial factors.
+        seeds: Number of runs of each unit at its best rate; they differ in the initial factors.
         **options: ``SensitivityOptions``.
 
     Returns:
@@ -252,13 +252,13 @@ def probe_sensitivity(
 
     Example:
         >>> found = probe_sensitivity("sample_checkpoints/base",  # doctest: +SKIP
-        ...     data="train.txt", evaluate=["held_out.txt"], granularity="type", steps=50)
+        ...     data="train.txt", evaluate=["held_out.txt"], per="type", steps=50)
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
-    run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "repeats"))
+    run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "seeds"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    rank, delta, per = (run.options[name] for name in ("rank", "delta", "granularity"))
-    rates, steps, seeds = (run.options[name] for name in ("rates", "steps", "repeats"))
+    rank, delta, per = (run.options[name] for name in ("rank", "delta", "per"))
+    rates, steps, seeds = (run.options[name] for name in ("rates", "steps", "seeds"))
     check_files([base], evaluate, *shifted, data)
     selected = selector(**run.selection)
     stored = open_checkpoint(base)

@@ -10,14 +10,14 @@ from lora_diag.running.options import (
     DATA,
     DORA,
     FULL_RATES,
-    GAIN_TOLERANCE,
     QUANTIZED,
     RANKS,
     RATES,
-    REPEATS,
     RSLORA,
+    SEEDS,
     STEPS,
     TARGET_MODULES,
+    TOLERANCE,
     Option,
     Shifted,
     TrainingRuns,
@@ -40,9 +40,9 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
     quantized: Annotated[str | None, QUANTIZED]
     gradient_checkpointing: Annotated[bool, CHECKPOINTING]
     steps: Annotated[int, STEPS]
-    repeats: Annotated[int, REPEATS]
-    gain_tolerance: Annotated[float, GAIN_TOLERANCE]
-    target_modules: Annotated[Sequence[str], TARGET_MODULES]
+    seeds: Annotated[int, SEEDS]
+    tolerance: Annotated[float, TOLERANCE]
+    targets: Annotated[Sequence[str], TARGET_MODULES]
 
 
 FEATURE = Feature(

@@ -141,7 +141,7 @@ def probe_sweep(
     At every rank all learning rates are tried with the first seed; the rate with the lowest loss on the first
     evaluation set is also run with the other seeds.
 
-    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``repeats``, a
+    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``seeds``, a
     larger ``widen``, ``full``, and other ``ranks`` and ``rates`` are added; all other settings must be equal.
 
     Args:
@@ -160,9 +160,9 @@ def probe_sweep(
             packed: the values of a quantized base without its memory savings.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, equal losses.
         steps: Number of updates of a run.
-        repeats: Number of runs of each rank at its best rate; they differ in the initial factors, not in the data.
-        gain_tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
-        target_modules: Modules to adapt, by PEFT's names; default all linear layers except the head.
+        seeds: Number of runs of each rank at its best rate; they differ in the initial factors, not in the data.
+        tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
+        targets: Modules to adapt, by PEFT's names; default all linear layers except the head.
         **options: ``SweepOptions``.
 
     Returns:
@@ -178,9 +178,9 @@ def probe_sweep(
         ...     evaluate=["held_out.txt"], ranks=[2, 8], steps=50)
         >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
     """
-    run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "repeats"))
+    run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "seeds"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    option_names = ("full", "bitfit", "dora", "rslora", "gain_tolerance", "target_modules")
+    option_names = ("full", "bitfit", "dora", "rslora", "tolerance", "targets")
     full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in option_names)
     ranks = check_ranks(run.options["ranks"])
     if not 0 < tolerance < 1:
@@ -199,9 +199,9 @@ def probe_sweep(
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, train, and return the results."""
     options = run.options
-    option_names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "repeats", "gain_tolerance")
+    option_names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "seeds", "tolerance")
     rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in option_names)
-    data, evaluate, shifted, targets = (options[name] for name in ("data", "evaluate", "shifted", "target_modules"))
+    data, evaluate, shifted, targets = (options[name] for name in ("data", "evaluate", "shifted", "targets"))
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(data, evaluate, shifted, steps, kind)
     settings = {

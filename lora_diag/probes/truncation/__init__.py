@@ -11,15 +11,14 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe truncation``."""
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
-    granularity: Annotated[str, GRANULARITY]
-    untruncated: Annotated[
+    per: Annotated[str, GRANULARITY]
+    rest: Annotated[
         str,
         Option(
             "tuned",
             "Norms, biases, embeddings and head: as in TUNED, or BASE.",
             "tuned|base",
             ("--untruncated",),
-            setting="rest",
         ),
     ]
 

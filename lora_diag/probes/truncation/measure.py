@@ -163,9 +163,9 @@ def probe_truncation(
         evaluate: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
-        granularity: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in
+        per: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in
             TUNED.
-        untruncated: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the matrices only.
+        rest: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the matrices only.
         **options: ``TruncationOptions``.
 
     Returns:
@@ -186,7 +186,7 @@ def probe_truncation(
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
-    evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "granularity", "untruncated"))
+    evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "per", "rest"))
     ranks = list(check_ranks(run.options["ranks"], 0))
     check_files([base, tuned], evaluate, *shifted)
     compared = run.compare(base, tuned)

@@ -100,7 +100,7 @@ def test_layer_weights_accept_probe_fisher_file(tmp_path):
     result, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in result]
     path = stored(tmp_path / "f.jsonl", records)
-    by_file = lora_diag.allocate(results(*result), params=180, layer_weights=path)
+    by_file = lora_diag.allocate(results(*result), params=180, weights=path)
     chosen = allocate(result, Budget("params", 180, "--params 180"), Constraints(), losses=losses)
     assert by_file.layers == chosen.layers
     assert by_file.run.inputs[-1].role == "weights"
@@ -109,7 +109,7 @@ def test_layer_weights_accept_probe_fisher_file(tmp_path):
     assert "ΣF(0)" in table
     assert "Σ½F" in table
     part = stored(tmp_path / "part.jsonl", records[:2])
-    lacking = lora_diag.allocate(results(*result), params=180, layer_weights=part)
+    lacking = lora_diag.allocate(results(*result), params=180, weights=part)
     assert lacking.layers[2].rank == 0
     assert_names(lacking.run.inputs[-1].notes[0], "1 layers", "measured")
 
@@ -119,21 +119,19 @@ def test_files_without_these_layers_are_refused(tmp_path):
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in result]
     other = stored(tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)])
     with raises_naming(UsageError, "measurement", "spectra"):
-        lora_diag.allocate(results(*result), params=180, layer_weights=other)
+        lora_diag.allocate(results(*result), params=180, weights=other)
     off = stored(tmp_path / "off.jsonl", [record.model_copy(update={"fro": record.fro * 1.1}) for record in records])
     with raises_naming(InputError, "measure", "update"):
-        lora_diag.allocate(results(*result), params=180, layer_weights=off)
+        lora_diag.allocate(results(*result), params=180, weights=off)
     cut = stored(tmp_path / "cut.jsonl", records, end=False)
     with pytest.raises(InputError, match="did not finish"):
-        lora_diag.allocate(results(*result), params=180, layer_weights=cut)
-    assert lora_diag.allocate(results(*result), params=180, layer_weights=cut, allow_unfinished=True).layers
+        lora_diag.allocate(results(*result), params=180, weights=cut)
+    assert lora_diag.allocate(results(*result), params=180, weights=cut, allow_unfinished=True).layers
     with pytest.raises(UsageError, match="--relative"):
-        lora_diag.allocate(
-            results(*result), params=180, layer_weights=stored(tmp_path / "f.jsonl", records), relative=True
-        )
+        lora_diag.allocate(results(*result), params=180, weights=stored(tmp_path / "f.jsonl", records), relative=True)
     with pytest.raises(InputError, match="probe truncation"):
         lora_diag.allocate(
             results(*result),
             params=180,
-            layer_weights=stored(tmp_path / "t.jsonl", records, command="probe truncation"),
+            weights=stored(tmp_path / "t.jsonl", records, command="probe truncation"),
         )

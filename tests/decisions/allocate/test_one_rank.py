@@ -15,17 +15,17 @@ from tests.decisions.allocate.records import llama, results
 SPECTRA = results(*llama(3))
 
 
-@pytest.mark.parametrize("more", [{}, {"allowed_ranks": [2, 4]}, {"min_rank": 2}])
+@pytest.mark.parametrize("more", [{}, {"ranks_from": [2, 4]}, {"min_rank": 2}])
 def test_portable_allocation_is_the_best_of_one_rank(more):
     """By brute force: the best of the allocations that allow one rank each."""
     result = lora_diag.allocate(SPECTRA, params=2000, portable=True, **more)
     (rank,) = {each.rank for each in result} - {0}
     kept = {}
-    for one in more.get("allowed_ranks", GRID):
+    for one in more.get("ranks_from", GRID):
         if one < more.get("min_rank", 0):
             continue
         try:
-            alone = lora_diag.allocate(SPECTRA, params=2000, **{**more, "allowed_ranks": [one]})
+            alone = lora_diag.allocate(SPECTRA, params=2000, **{**more, "ranks_from": [one]})
         except UsageError:
             continue
         kept[one] = alone.whole[0].kept
@@ -67,7 +67,7 @@ def test_portable_config_is_exact_in_every_program(tmp_path):
     ("options", "message"),
     [
         ({"energy": 0.9}, "--energy gives each its own"),
-        ({"params": 2000, "strategy": "heuristic"}, "--strategy heuristic gives each its own"),
+        ({"params": 2000, "method": "heuristic"}, "--strategy heuristic gives each its own"),
         ({"params": 3}, "even the cheapest rank"),
         ({"params": 2000, "min_rank": 5, "max_rank": 5}, "no rank lies between"),
     ],

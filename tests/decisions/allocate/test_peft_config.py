@@ -166,7 +166,7 @@ def test_peft_builds_llama_as_allocated(tmp_path):
     pytest.importorskip("peft")
     spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=40)
     config = transformers.AutoConfig.from_pretrained(ROOT / "sample_checkpoints/base")
-    for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "allowed_ranks": [4, 16]}):
+    for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "ranks_from": [4, 16]}):
         result = lora_diag.allocate(spectra, **options)
         assert built(peft_config(result), config, tmp_path) == wanted(result)
     with_tables = lora_diag.allocate(spectra, params="80k", layers="lm_head|q_proj")

@@ -44,7 +44,7 @@ def pair(tmp_path, shapes, config):
 def test_extract_format_holds_the_same_factors(tmp_path, form, shapes, config, dtype):
     base, tuned = pair(tmp_path, shapes, config)
     for name in ("peft", form):
-        results = extract(base, tuned, tmp_path / name, energy=0.999999, format=name, adapter_dtype=dtype)
+        results = extract(base, tuned, tmp_path / name, energy=0.999999, format=name, dtype=dtype)
         assert [record.rank for record in sorted(results, key=lambda record: list(shapes).index(record.layer))] == [
             1, 2, 3
         ][: len(shapes)]  # fmt: skip

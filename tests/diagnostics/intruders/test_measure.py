@@ -121,7 +121,7 @@ def test_any_matrix_against_numpy(tmp_path_factory, seed, m, n, size, k, epsilon
     before, after = rng.standard_normal((m, n)), rng.standard_normal((m, n))
     after = before + size * after
     record = measured(
-        tmp_path_factory.mktemp("x"), before, after, directions=k, epsilon=epsilon, window=window, method="exact"
+        tmp_path_factory.mktemp("x"), before, after, top=k, epsilon=epsilon, window=window, method="exact"
     )
     check(record, before, after, k, epsilon, window)
 
@@ -150,11 +150,11 @@ def test_directions_of_equal_value_may_rotate(tmp_path):
     # a rotation of the six, all of whose entries are about 1/√6, and values just far enough apart to fix the vectors
     turn = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     after = (u[:, :6] @ turn * np.linspace(5.1, 5.0, 6)) @ (turn.T @ vh[:6]) + (u[:, 6:] * s0[6:]) @ vh[6:]
-    record = measured(tmp_path, before, after, directions=6, epsilon=0.95)
+    record = measured(tmp_path, before, after, top=6, epsilon=0.95)
     assert record.count >= 4  # no single match
     assert record.intruders == 0
     assert all(direction.projection > 0.999 for direction in record.directions)
-    narrow = measured(tmp_path, before, after, directions=6, epsilon=0.95, window=0.0)
+    narrow = measured(tmp_path, before, after, top=6, epsilon=0.95, window=0.0)
     assert narrow.intruders == narrow.count == record.count
 
 
@@ -187,6 +187,6 @@ def test_non_finite_weight_is_left_out(tmp_path):
 
 
 def test_invalid_options_are_rejected():
-    for options in ({"epsilon": 1.0}, {"epsilon": 0.0}, {"window": 1.0}, {"directions": 0}):
+    for options in ({"epsilon": 1.0}, {"epsilon": 0.0}, {"window": 1.0}, {"top": 0}):
         with pytest.raises(UsageError):
             lora_diag.intruders(SAMPLES / "base", SAMPLES / "full_ft", **options)

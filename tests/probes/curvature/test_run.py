@@ -232,7 +232,7 @@ def measured(case):
         layers="query",
         ranks=(0, 2, 9, 16),
         along=(0.05, 0.1),
-        eigenvalues=4,
+        top=4,
         batch=4,
         tokenizer="bytes",
     )
@@ -248,8 +248,8 @@ def test_announced_products_match_both_ends(case, monkeypatch):
         return result
 
     monkeypatch.setattr(LossFunction, "ends", counted)
-    options = {"evaluate": [text], "layers": "query", "ranks": (2,), "eigenvalues": 1, "tokenizer": "bytes"}
-    result = lora_diag.probe_curvature(base, tuned, along=(), trace_vectors=1, **options).whole
+    options = {"evaluate": [text], "layers": "query", "ranks": (2,), "top": 1, "tokenizer": "bytes"}
+    result = lora_diag.probe_curvature(base, tuned, along=(), probes=1, **options).whole
     assert next(record for record in result if record.record == "curvature").products == sum(spent[:2]) > spent[0]
 
 
@@ -384,7 +384,7 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
         layers="^classifier",
         ranks=(0, 1, 2),
         along=(0.25, 0.5),
-        eigenvalues=2,
+        top=2,
         tokenizer="bytes",
     )
     joint = result.whole[0]
@@ -410,9 +410,9 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
 
 def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     base, _, text = case
-    options = {"evaluate": [text], "layers": "query", "eigenvalues": 6, "batch": 9, "tokenizer": "bytes"}
+    options = {"evaluate": [text], "layers": "query", "top": 6, "batch": 9, "tokenizer": "bytes"}
     _, joint = lora_diag.probe_curvature(base, **options).whole
-    _, own = lora_diag.probe_curvature(base, granularity="layer", **options).whole
+    _, own = lora_diag.probe_curvature(base, per="layer", **options).whole
     values, vectors = np.linalg.eigh(at_base.hessian())
     g, v = at_base.gradient(), vectors[:, ::-1][:, :6]
     c = v.T @ g
@@ -433,10 +433,10 @@ def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
 BOTH = {
     "layers": "query|key",
     "ranks": (0, 4),
-    "eigenvalues": 1,
-    "trace_vectors": 2,
+    "top": 1,
+    "probes": 2,
     "tokenizer": "bytes",
-    "granularity": "layer",
+    "per": "layer",
 }
 
 
@@ -497,9 +497,9 @@ def test_ctrl_c_leaves_resumable_file(case, by_layer, tmp_path):
         ({"ranks": (-1,)}, UsageError, "--ranks -1"),
         ({"along": (1.5,)}, UsageError, "--along 1.5"),
         ({"along": (math.nan,)}, UsageError, "--along nan"),
-        ({"eigenvalues": 0}, UsageError, "--eigenvalues 0"),
-        ({"trace_vectors": 0}, UsageError, "--trace-vectors 0"),
-        ({"granularity": "type"}, UsageError, "--granularity type"),
+        ({"top": 0}, UsageError, "--eigenvalues 0"),
+        ({"probes": 0}, UsageError, "--trace-vectors 0"),
+        ({"per": "type"}, UsageError, "--granularity type"),
         ({"seed": -1}, UsageError, "--seed -1"),
         ({"dtype": "bfloat16"}, UsageError, "--dtype bfloat16: Hessian-vector products have errors"),
         ({"layers": "nobody"}, NothingComparedError, "no matrix"),

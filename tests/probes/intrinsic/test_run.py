@@ -330,7 +330,7 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
         paces=(1e-2,),
         full_rates=(1e-2,),
         steps=12,
-        repeats=2,
+        seeds=2,
         tokenizer="bytes",
     )
     shares = [line.share for line in lines(result.whole, "held", "held", 0) if line.subject == "subspace"]
@@ -347,14 +347,14 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     [
         ({"dims": (0,)}, "--dims 0"),
         ({"dims": (10**6,)}, "--dims 1000000: the model has only"),
-        ({"dims": (6,), "projection": "said"}, "--dims 6: --projection said trains 6 scales"),
-        ({"projection": "other"}, "--projection other"),
+        ({"dims": (6,), "method": "said"}, "--dims 6: --projection said trains 6 scales"),
+        ({"method": "other"}, "--projection other"),
         ({"ranks": (0,)}, "--ranks 0"),
         ({"paces": (math.nan,)}, "--lr nan"),
         ({"full_rates": ()}, "--full-lr"),
         ({"lora_rates": (-1.0,)}, "--lora-lr -1"),
         ({"steps": 0}, "--steps 0"),
-        ({"repeats": 0}, "--repeats 0"),
+        ({"seeds": 0}, "--repeats 0"),
         ({"seed": -1}, "--seed -1"),
         ({"share": 1.0}, "--share 1"),
         ({"widen": -1}, "--widen -1"),

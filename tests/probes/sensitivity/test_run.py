@@ -57,7 +57,7 @@ def measured(case, tmp_path_factory):
         widen=0,
         steps=STEPS,
         batch=2,
-        repeats=2,
+        seeds=2,
         seed=SEED,
         layers=r"h\.1\.(attn|mlp)\.c_proj",
         output=path,
@@ -115,7 +115,7 @@ def in_float64(base, train):
 def test_first_order_scores_equal_float64_gradient(case, tmp_path):
     base, train, held, _ = case
     result = lora_diag.probe_sensitivity(
-        base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, granularity="block", seed=SEED
+        base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, per="block", seed=SEED
     )
     scores = {record.layer: record for record in result.whole if isinstance(record, FirstOrder)}
     truth = in_float64(base, train)
@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
         "widen": 0,
         "steps": STEPS,
         "batch": 2,
-        "repeats": 2,
+        "seeds": 2,
         "seed": SEED,
         "layers": r"h\.1\.(attn|mlp)\.c_proj",
     }
@@ -203,7 +203,7 @@ def test_memory_of_unit_is_known_before_first_step(case):
         base,
         data=train,
         evaluate=[held],
-        granularity="type",
+        per="type",
         rates=(1e-2,),
         steps=2,
         exclude="c_proj|c_fc",
@@ -268,7 +268,7 @@ def test_gains_become_weights_of_allocation(case, measured, tmp_path):
     base, *_ = case
     tuned = moved(base, tmp_path / "tuned")
     spectra = lora_diag.spectrum(base, tuned)
-    plan = lora_diag.allocate(spectra, total_rank=12, layer_weights=measured[1])
+    plan = lora_diag.allocate(spectra, total_rank=12, weights=measured[1])
     changed, before = tensors(tuned), tensors(base)
     runs = [r for r in runs_of(measured[0]) if r.set == "held_out" and r.rank == 2 and r.unit]
     ranked = {record.layer: record for record in plan}
@@ -291,17 +291,15 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
     base, *_ = case
     spectra = lora_diag.spectrum(base, moved(base, tmp_path / "tuned"), output=tmp_path / "spectrum.jsonl")
     with pytest.raises(InputError, match="holds results of loradiag spectrum"):
-        lora_diag.allocate(spectra, total_rank=2, layer_weights=tmp_path / "spectrum.jsonl")
+        lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "spectrum.jsonl")
     lines = measured[1].read_text().splitlines(keepends=True)
     (tmp_path / "cut.jsonl").write_text("".join(lines[:-3]))
     with pytest.raises(InputError, match="did not finish"):
-        lora_diag.allocate(spectra, total_rank=2, layer_weights=tmp_path / "cut.jsonl")
-    assert (
-        len(lora_diag.allocate(spectra, total_rank=2, layer_weights=tmp_path / "cut.jsonl", allow_unfinished=True)) > 0
-    )
+        lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl")
+    assert len(lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl", allow_unfinished=True)) > 0
     other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
     with pytest.raises(UsageError, match="no gain of a layer"):
-        lora_diag.allocate(other, total_rank=2, layer_weights=measured[1])
+        lora_diag.allocate(other, total_rank=2, weights=measured[1])
 
 
 @pytest.mark.parametrize(
@@ -310,10 +308,10 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
         ({"rank": 0}, UsageError, "--rank 0"),
         ({"delta": 0}, UsageError, "--delta 0"),
         ({"steps": 0}, UsageError, "--steps 0"),
-        ({"repeats": 0}, UsageError, "--repeats 0"),
+        ({"seeds": 0}, UsageError, "--repeats 0"),
         ({"seed": -1}, UsageError, "--seed -1"),
         ({"rates": ()}, UsageError, "--lr"),
-        ({"granularity": "head"}, UsageError, "--granularity head: unknown value; use layer, block, type"),
+        ({"per": "head"}, UsageError, "--granularity head: unknown value; use layer, block, type"),
         ({"layers": "nobody"}, NothingComparedError, "no linear layer is selected"),
     ],
     ids=str,

@@ -101,8 +101,8 @@ def test_ctrl_c_leaves_resumable_file(case, tmp_path):
 def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
-    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), repeats=1, **options)
-    labels, more = [], {"ranks": (2,), "rates": (3e-3,), "repeats": 2, "resume": True}
+    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
+    labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
 
     def stop(event):
         if event.label.startswith("r=2 lr=0.01"):
@@ -112,8 +112,8 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
         lora_diag.probe_sweep(base, on_progress=stop, **more, **options)
     assert read_results(tmp_path / "s.jsonl").whole == first.whole
     grown = lora_diag.probe_sweep(base, on_progress=lambda event: labels.append(event.label), **more, **options)
-    wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "repeats": 2}
-    assert {key: grown.run.settings["seeds" if key == "repeats" else key] for key in wanted} == wanted
+    wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "seeds": 2}
+    assert {key: grown.run.settings[key] for key in wanted} == wanted
     assert grown.whole[: len(first.whole)] == first.whole
     assert read_results(tmp_path / "s.jsonl") == grown
     assert not (tmp_path / "s.jsonl.part").exists()
@@ -137,7 +137,7 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
 
 def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
     base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "repeats": 1}
+    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "seeds": 1}
     first = lora_diag.probe_sweep(base, widen=0, output=tmp_path / "s.jsonl", **options)
     more = {"widen": 1, "full": True, "full_rates": (1e-3,)}
     grown = lora_diag.probe_sweep(base, resume=True, output=tmp_path / "s.jsonl", **options, **more)
@@ -192,7 +192,7 @@ def test_classifier_can_be_swept(tmp_path):
         ranks=(1, 2),
         rates=(1e-2,),
         steps=20,
-        target_modules=("query", "value"),
+        targets=("query", "value"),
     )
     assert all(r.loss < result.whole[0].loss for r in result.whole[1:])
     assert result.run.settings["targets"] == ["query", "value"]
@@ -205,9 +205,9 @@ def test_classifier_can_be_swept(tmp_path):
         ({"rates": (0.0,)}, UsageError, "--lr 0"),
         ({"rates": (math.nan,)}, UsageError, "--lr nan"),
         ({"steps": 0}, UsageError, "--steps 0"),
-        ({"repeats": 0}, UsageError, "--repeats 0"),
+        ({"seeds": 0}, UsageError, "--repeats 0"),
         ({"widen": -1}, UsageError, "--widen -1"),
-        ({"gain_tolerance": 1.0}, UsageError, "--gain-tolerance 1"),
+        ({"tolerance": 1.0}, UsageError, "--gain-tolerance 1"),
         ({"full_rates": ()}, UsageError, "--full-lr"),
         ({"quantized": "fp4"}, UsageError, "--quantized fp4: unknown value; use nf4, int8"),
         ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds away most steps of --full"),
@@ -322,7 +322,7 @@ def test_row_of_zeros_rounds_to_zeros():
 def test_lora_variants_equal_peft(case, options, of_peft):
     base, train, held, _ = case
     result = lora_diag.probe_sweep(
-        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, repeats=1, **options
+        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options
     )
 
     def change(model):
@@ -347,7 +347,7 @@ def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monke
     """In the same model, with dropout: losses are the same, and a later run is not checkpointed."""
     base, train, held, _ = case
     options = {"data": train, "evaluate": [held], "ranks": (2,), "rates": (1e-2,), "full": True, "full_rates": (1e-3,)}
-    options |= {"steps": 3, "batch": 2, "repeats": 1, "widen": 0, "output": tmp_path / "s.jsonl", "overwrite": True}
+    options |= {"steps": 3, "batch": 2, "seeds": 1, "widen": 0, "output": tmp_path / "s.jsonl", "overwrite": True}
     block, calls = transformers.models.gpt2.modeling_gpt2.GPT2MLP, []
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda self, *given: (calls.append(self.training), forward(self, *given))[1])

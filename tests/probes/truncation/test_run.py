@@ -49,7 +49,7 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
     base, tuned, length = pair
     text = some_text(tmp_path, length=length)
     result = lora_diag.probe_truncation(
-        base, tuned, evaluate=[text], ranks=(0, 3, 11), untruncated=rest, length=length, batch=2
+        base, tuned, evaluate=[text], ranks=(0, 3, 11), rest=rest, length=length, batch=2
     )
     before, after = tensors(base), tensors(tuned)
     ends = {
@@ -83,7 +83,7 @@ def test_sensitivity_by_layer_or_type(tmp_path, per):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     text = some_text(tmp_path)
-    result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), granularity=per, layers="attn")
+    result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn")
     before, after = tensors(base), tensors(tuned)
     alone = [record for record in result.whole if record.subject == "truncated"]
     assert len(alone) == (4 if per == "layer" else 2)
@@ -203,8 +203,8 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
     ("change", "error", "message"),
     [
         ({"ranks": (-1,)}, UsageError, "--ranks -1"),
-        ({"granularity": "planet"}, UsageError, "--granularity planet"),
-        ({"untruncated": "none"}, UsageError, "--untruncated none"),
+        ({"per": "planet"}, UsageError, "--granularity planet"),
+        ({"rest": "none"}, UsageError, "--untruncated none"),
         ({"batch": 0}, UsageError, "--batch 0"),
         ({"length": 1000}, UsageError, "--length 1000.*32 positions"),
         ({"dtype": "int8"}, UsageError, "--dtype int8"),

@@ -197,7 +197,7 @@ def tiny(tmp_path, monkeypatch):
         "data": some_text(tmp_path, "train", windows=7),
         "evaluate": [some_text(tmp_path, windows=2, source="shifted")],
     }
-    yield gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "repeats": 2, "device": "cpu"}
+    yield gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "seeds": 2, "device": "cpu"}
     torch.set_num_threads(threads)
 
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 from lora_diag.adapters.contents import Contents, Item, component_of
 from lora_diag.adapters.gguf import ALPHA, TABLE
 from lora_diag.adapters.names import drop_leading_wrappers
-from lora_diag.adapters.source import PREFIX
+from lora_diag.adapters.source import PREFIX, is_named
 from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, of_config
 from lora_diag.deltas import has_tied_head
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, damaged
 
 GGUF = "gguf"
 PEFT = "peft"
@@ -123,17 +123,13 @@ def why_not_tied(form: str, item: Item) -> str:
     return ""
 
 
-def _find_convolution_shapes(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B of a convolution, 0 for the rank; both empty for others."""
-    if not item.kernel:
-        return (), ()
-    return (0, *item.kernel), (item.shape[0], 0, *(1 for _ in item.kernel[1:]))
-
-
 def _plan_pair(placed: Placed, a: str, b: str) -> Plan:
     """Return the two factors of a linear layer or a convolution under their names."""
-    of_a, of_b = _find_convolution_shapes(placed.item)
-    return {a: Slot(placed, "A", shape=of_a), b: Slot(placed, "B", shape=of_b)}
+    kernel = placed.item.kernel
+    if not kernel:
+        return {a: Slot(placed, "A"), b: Slot(placed, "B")}
+    of_b = (placed.item.shape[0], 0, *(1 for _ in kernel[1:]))
+    return {a: Slot(placed, "A", shape=(0, *kernel)), b: Slot(placed, "B", shape=of_b)}
 
 
 def _make_path(item: Item, contents: Contents) -> str:
@@ -164,10 +160,9 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
         return "unet"
     if "Transformer" in name:
         return "transformer"
-    raise InputError(
-        f"{item.module}: which part of a pipeline it belongs to is not known; give as BASE the folder of a U-Net or "
-        "transformer with its config.json (_class_name)"
-    )
+    problem = "which part of a pipeline it belongs to is not known"
+    fix = "give as BASE the folder of a U-Net or transformer with its config.json (_class_name)"
+    raise damaged(item.module, problem, fix)
 
 
 def _to_peft(
@@ -186,6 +181,9 @@ def _to_peft(
             plan |= _plan_pair(weight, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
     kept_fields = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
     names = contents.config.get("target_modules") if contents.form == "peft" else None
+    targets = sorted(set(modules))
+    if isinstance(names, list) and names:
+        targets = [name for name in names if any(is_named(module, name) for module in modules)]
     config = {
         "base_model_name_or_path": str(base.path) if base is not None else None,
         "task_type": None,
@@ -195,9 +193,7 @@ def _to_peft(
         "peft_version": PEFT_VERSION,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": _keep_used_names(names, modules)
-        if isinstance(names, list) and names
-        else sorted(set(modules)),
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -206,11 +202,6 @@ def _to_peft(
         "init_lora_weights": True,
     }
     return plan, config
-
-
-def _keep_used_names(names: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Return the names that match a module of the written adapter."""
-    return [name for name in names if any(module == name or module.endswith(f".{name}") for module in modules)]
 
 
 def _to_kohya(
@@ -320,10 +311,8 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
         model_types = ", ".join(
             model_type for architecture in ARCHITECTURES.values() for model_type in architecture.model_types
         )
-        raise InputError(
-            f"{base.path}: llama.cpp's names for model type {base.config.get('model_type')!r} are not known; known are "
-            f"{model_types}"
-        )
+        problem = f"llama.cpp's names for model type {base.config.get('model_type')!r} are not known"
+        raise damaged(base.path, problem, f"known are {model_types}")
     return names
 
 

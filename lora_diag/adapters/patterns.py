@@ -21,7 +21,7 @@ from lora_diag.adapters import matcher
 from lora_diag.adapters.source import Config, Source, is_named, is_number
 from lora_diag.adapters.updates import read
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 # Seconds for all patterns of one table with all modules, including 0.02 s to start the process. Usual tables take 1 ms.
 SECONDS = 10.0
@@ -84,9 +84,8 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
     table = config.table(key)
     for text, value in table.items():
         if not is_number(value):
-            raise InputError(
-                f"{config.path}: {key}[{text!r}] must be a finite number in float32, not {value!r}; correct it"
-            )
+            problem = f"{key}[{text!r}] must be a finite number in float32, not {value!r}"
+            raise damaged(config.path, problem, "correct it")
     names = tuple(dict.fromkeys(modules))
     rows = _match(f"{config.path}: {key}", "match", {rf"(.*\.)?({text})$": text for text in table}, names)
     entries = tuple((text, float(value)) for text, value in table.items())
@@ -261,9 +260,8 @@ def rank_of(config: Config, ranks: Pattern, module: str) -> int:
         return config.integer("r")
     key, value = matched[0]
     if value < 1 or value != int(value):
-        raise InputError(
-            f"{config.path}: rank_pattern[{key!r}] must be a whole number from 1 up, not {value:g}; correct it"
-        )
+        problem = f"rank_pattern[{key!r}] must be a whole number from 1 up, not {value:g}"
+        raise damaged(config.path, problem, "correct it")
     return int(value)
 
 

@@ -24,14 +24,14 @@ from lora_diag.adapters.contents import Contents, Item, contents_of
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
 from lora_diag.adapters.placing import Orientation
 from lora_diag.adapters.source import CONFIG
-from lora_diag.adapters.updates import Site, as_float64
+from lora_diag.adapters.updates import Site, as_float64, read
 from lora_diag.adapters.writing import store_factors
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.gguf import write_gguf
 from lora_diag.checkpoints.gguf_model import to_pairs
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, FactoredDelta
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, damaged
 from lora_diag.files import check_folder_of, sync, write_whole
 
 if TYPE_CHECKING:
@@ -222,13 +222,11 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
         return
     foreign = next((update for update in adapter.reading.updates if update.weight.startswith("blk.")), None)
     if foreign is not None:
-        raise InputError(
-            f"{adapter.path}: {foreign.weight} has no known name outside of GGUF; write it with --format gguf"
-        )
+        problem = f"{foreign.weight} has no known name outside of GGUF"
+        raise damaged(adapter.path, problem, "write it with --format gguf")
     if base is None and (first := next((update for update in adapter.reading.updates if update.heads), None)):
-        raise InputError(
-            f"{adapter.path}: the rows of {first.weight} are in llama.cpp's order, which depends on BASE; give BASE"
-        )
+        problem = f"the rows of {first.weight} are in llama.cpp's order, which depends on BASE"
+        raise damaged(adapter.path, problem, "give BASE")
 
 
 def _make_part(item: Item, delta: Delta | None, is_turned: bool, scratch: Path, number: int, dtype: str) -> _Part:
@@ -269,8 +267,7 @@ def _load_delta_factors(delta: FactoredDelta, is_turned: bool) -> Factors:
 def _load_cached(file: Path) -> Factors:
     """Return B and A from a file of ``store_factors``."""
     checkpoint = open_checkpoint(file)
-    b, a = (as_float64(checkpoint.read(name)).view(checkpoint[name].shape) for name in ("B", "A"))
-    return b, a
+    return read(checkpoint, "B"), read(checkpoint, "A")
 
 
 def _find_turned(

@@ -22,7 +22,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, damaged
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
@@ -119,9 +119,7 @@ class Config:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise InputError(
-                f"{self.path}: {key} must map names to values, but is a {type(value).__name__}; correct it"
-            )
+            raise damaged(self.path, f"{key} must map names to values, but is a {type(value).__name__}", "correct it")
         return value
 
     def names(self, key: str) -> list[str]:
@@ -176,10 +174,7 @@ class Source:
         """
         shape = self.checkpoint[key].shape
         if len(shape) != dimensions or 0 in shape:
-            raise InputError(
-                f"{self.checkpoint.path}: {key} has shape {list(shape)} instead of {dimensions} dimensions; save "
-                "the adapter again"
-            )
+            raise damaged(self.checkpoint.path, f"{key} has shape {list(shape)} instead of {dimensions} dimensions")
         return shape
 
     @property
@@ -190,10 +185,8 @@ class Source:
             InputError: There is none, so the scaling is unknown.
         """
         if self.config is None:
-            raise InputError(
-                f"{self.path}: has no {CONFIG}, so the scaling of this adapter is unknown; add the {CONFIG} it was "
-                "trained with, or give --alpha"
-            )
+            problem = f"has no {CONFIG}, so the scaling of this adapter is unknown"
+            raise damaged(self.path, problem, f"add the {CONFIG} it was trained with, or give --alpha")
         return self.config
 
 
@@ -229,10 +222,7 @@ def refuse_integers(source: Source) -> None:
         info = source.checkpoint[name]
         if not info.dtype.startswith(("float", "bfloat")) and len(info.shape) > 0:
             path = source.checkpoint.path
-            raise InputError(
-                f"{path}: {name} is stored as {info.dtype}, but an adapter's tensors must be floats; save the adapter "
-                "again"
-            )
+            raise damaged(path, f"{name} is stored as {info.dtype}, but an adapter's tensors must be floats")
 
 
 def find_single_file(folder: Path) -> Path | None:
@@ -325,10 +315,8 @@ def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "l
     for part in ("A", "B"):
         if prefix + part not in parts:
             other = parts.get(prefix + ("B" if part == "A" else "A"), module)
-            raise InputError(
-                f"{source.checkpoint.path}: {module} has no {prefix}{part}, only {other}, so the file is "
-                "incomplete; save the adapter again"
-            )
+            problem = f"{module} has no {prefix}{part}, only {other}, so the file is incomplete"
+            raise damaged(source.checkpoint.path, problem)
         shape = source.checkpoint[parts[prefix + part]].shape
         if len(shape) < 2 or 0 in shape:
             raise InputError(
@@ -345,9 +333,7 @@ def check_rank(source: Source, module: str, rank_a: int, expected: int, rank_b: 
         InputError: They differ, so that the scaling is unknown.
     """
     if rank_a != rank_b:
-        raise InputError(
-            f"{source.checkpoint.path}: {module}: A has rank {rank_a}, but B has rank {rank_b}; save the adapter again"
-        )
+        raise damaged(source.checkpoint.path, f"{module}: A has rank {rank_a}, but B has rank {rank_b}")
     if rank_a != expected:
         raise InputError(
             f"{source.checkpoint.path}: {module} has rank {rank_a}, but {source.settings.path.name} says {expected}, "

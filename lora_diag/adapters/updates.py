@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lora_diag.adapters.source import Config, Source, by_module, is_named, strip
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Side
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -298,10 +298,8 @@ def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if is_named(module, name)), None)
     if not isinstance(indices, list) or not all(type(row) is int and row >= 0 for row in indices):
-        raise InputError(
-            f"{config.path}: has no token indices for {module}, which the adapter trained; give the config that it was "
-            "trained with"
-        )
+        problem = f"has no token indices for {module}, which the adapter trained"
+        raise damaged(config.path, problem, "give the config that it was trained with")
     return indices
 
 
@@ -314,10 +312,8 @@ def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Si
     import torch
 
     if max(rows) >= site.shape[0]:
-        raise InputError(
-            f"{checkpoint.path}: token {max(rows)} is beyond the {site.shape[0]} rows of BASE's embedding; give the "
-            "base with the resized vocabulary"
-        )
+        problem = f"token {max(rows)} is beyond the {site.shape[0]} rows of BASE's embedding"
+        raise damaged(checkpoint.path, problem, "give the base with the resized vocabulary")
     selection = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
     selection[rows, range(len(rows))] = 1.0
     return selection, read(checkpoint, key) - site.rows(rows)

@@ -32,11 +32,13 @@ from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 from lora_diag.files import write_whole
 
 if TYPE_CHECKING:
     import torch
+
+    from lora_diag.adapters.updates import Factors
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -176,15 +178,17 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
     Raises:
         InputError: A layer differs when read back, so that the measured errors are not those of the file.
     """
-    pairing, _ = open_adapter(folder).pair(base)
-    deltas = {delta.layer: delta for delta in pairing.deltas}
+    deltas = _read_deltas(folder, base)
     for part in parts:
         index, count = part.target.expert
-        if index in {0, count - 1} and not _are_equal(deltas.get(part.target.layer), part):
-            raise InputError(
-                f"{folder}: the factors of {part.target.layer} differ when read back, since names and shapes of "
-                "BASE do not determine its layout; exclude it with --exclude and report this"
-            )
+        if index not in {0, count - 1}:
+            continue
+        b, a = as_float64(part.read("B")), as_float64(part.read("A"))
+        written = (a.T, b.T) if part.target.transposed else (b, a)
+        if not _are_equal(deltas.get(part.target.layer), part.target.shape, written):
+            problem = f"the factors of {part.target.layer} differ when read back"
+            reason = "since names and shapes of BASE do not determine its layout"
+            raise damaged(folder, f"{problem}, {reason}", "exclude it with --exclude and report this")
 
 
 def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
@@ -198,36 +202,24 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
     Raises:
         InputError: A layer reads back as other factors.
     """
+    actual = _read_deltas(folder, base)
+    for layer, delta in _read_deltas(written, base).items():
+        if not isinstance(delta, FactoredDelta) or not _are_equal(actual.get(layer), delta.shape, delta.load()):
+            problem = f"{layer} does not read back as it was written"
+            raise damaged(folder, problem, "do not use the folder, and report this")
+
+
+def _read_deltas(folder: Path, base: Checkpoint) -> dict[str, Delta]:
+    return {delta.layer: delta for delta in open_adapter(folder).pair(base)[0].deltas}
+
+
+def _are_equal(delta: Delta | None, shape: tuple[int, int], factors: Factors) -> bool:
+    """Return whether a ΔW has these factors B and A, padding aside."""
     import torch
 
-    actual, expected = ({d.layer: d for d in open_adapter(path).pair(base)[0].deltas} for path in (folder, written))
-    for layer, delta in expected.items():
-        actual_delta = actual.get(layer)
-        if (
-            not isinstance(delta, FactoredDelta)
-            or not isinstance(actual_delta, FactoredDelta)
-            or actual_delta.shape != delta.shape
-        ):
-            raise InputError(
-                f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
-            )
-        pairs = zip(_select_used(*actual_delta.load()), _select_used(*delta.load()), strict=True)
-        if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-            raise InputError(
-                f"{folder}: {layer} does not read back as it was written; do not use the folder, and report this"
-            )
-
-
-def _are_equal(delta: Delta | None, part: Part) -> bool:
-    """Return whether the ΔW read from the file has the factors of a part."""
-    import torch
-
-    if not isinstance(delta, FactoredDelta) or delta.shape != part.target.shape:
+    if not isinstance(delta, FactoredDelta) or delta.shape != shape:
         return False
-    written = as_float64(part.read("B")), as_float64(part.read("A"))
-    if part.target.transposed:
-        written = written[1].T, written[0].T
-    pairs = zip(_select_used(*delta.load()), _select_used(*written), strict=True)
+    pairs = zip(_select_used(*delta.load()), _select_used(*factors), strict=True)
     return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 

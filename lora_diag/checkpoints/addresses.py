@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_diag.errors import InputError
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     from lora_diag.checkpoints.stores import FileInfo, Store
@@ -128,9 +128,8 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, file_info:
     """
     stop = offset + len(buffer)
     if stop > file_info.size:
-        raise InputError(
-            f"{address}: ends at byte {file_info.size:,}, before the end given in its header; upload the file again"
-        )
+        problem = f"ends at byte {file_info.size:,}, before the end given in its header"
+        raise damaged(address, problem, "upload the file again")
     if stop <= len(file_info.head):
         buffer[:] = file_info.head[offset:stop]
         return
@@ -193,9 +192,8 @@ def call_with_retries(
             if made_progress():
                 return None
             if number == TRIES - 1:
-                raise InputError(
-                    f"{address}: cannot be read: {error.why} ({TRIES} attempts); check the connection and run again"
-                ) from error
+                problem = f"cannot be read: {error.why} ({TRIES} attempts)"
+                raise damaged(address, problem, "check the connection and run again") from error
             time.sleep(FIRST_WAIT * 2**number * random.uniform(0.8, 1.2))
     raise AssertionError
 

@@ -36,7 +36,7 @@ from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
 from lora_diag.checkpoints.zero import ZeroFolder
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -308,9 +308,8 @@ def _open_file(path: Path) -> OpenFile:
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; copy or download it again")
     hint = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
-    raise InputError(
-        f"{path}: unknown format; supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){hint}"
-    )
+    problem = "unknown format"
+    raise damaged(path, problem, f"supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){hint}")
 
 
 def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
@@ -438,7 +437,6 @@ def refuse_unmerged(source: Checkpoint) -> None:
     for name in source:
         match = UNMERGED_FACTOR.fullmatch(name)
         if match and any(f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")):
-            raise InputError(
-                f"{source.file_of(name)}: is an unmerged PEFT state dict ({name} and its weight are both present) "
-                "without lora_alpha; save the adapter with save_pretrained(), or the model after merge_and_unload()"
-            )
+            problem = f"is an unmerged PEFT state dict ({name} and its weight are both present) without lora_alpha"
+            fix = "save the adapter with save_pretrained(), or the model after merge_and_unload()"
+            raise damaged(source.file_of(name), problem, fix)

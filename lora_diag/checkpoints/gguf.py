@@ -31,7 +31,7 @@ from lora_diag.checkpoints.packing import e8m0, fp4_values, gaps, mxfp4_steps
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.safetensors import content
 from lora_diag.checkpoints.tensors import TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular, replacing
 
 if TYPE_CHECKING:
@@ -198,9 +198,8 @@ class GgufFile:
         kind = self.type_of(name)
         if kind.name not in CODECS:
             readable = ", ".join(["F32, F16, BF16", *CODECS])
-            raise InputError(
-                f"{self.path}: {name} is stored as {kind.name}, which is not decoded; give a file in one of {readable}"
-            )
+            problem = f"{name} is stored as {kind.name}, which is not decoded"
+            raise damaged(self.path, problem, f"give a file in one of {readable}")
         return CODECS[kind.name]
 
     def _decode_range(
@@ -251,9 +250,8 @@ class _Cursor:
     def _refuse_overrun(self, count: int, description: str) -> None:
         if count > self.end - self.position:
             limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
-            raise InputError(
-                f"{self.path}: {limit} inside {description}, which claims {count:,} bytes; copy or download it again"
-            )
+            problem = f"{limit} inside {description}, which claims {count:,} bytes"
+            raise damaged(self.path, problem, "copy or download it again")
 
     def read_number(self, code: str, description: str) -> int:
         """Return the next whole number."""
@@ -279,10 +277,8 @@ def _read_header(path: Path) -> _Header:
             version = cursor.read_number("I", "the version")
             if version not in VERSIONS:
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
-                raise InputError(
-                    f"{path}: GGUF {'in big-endian order' if swapped else f'version {version}'} is not supported; "
-                    "convert the model again with a current llama.cpp"
-                )
+                problem = f"GGUF {'in big-endian order' if swapped else f'version {version}'} is not supported"
+                raise damaged(path, problem, "convert the model again with a current llama.cpp")
             tensor_count, field_count = cursor.read_number("Q", "the header"), cursor.read_number("Q", "the header")
             fields = _read_fields(cursor, field_count)
             rows = _read_rows(cursor, tensor_count)
@@ -375,21 +371,15 @@ def _locate_tensors(
             raise InputError(f"{path}: {name} has the unknown type {code}; it needs a newer version of loradiag")
         kind = TYPES[code]
         if (shape[-1] if shape else 1) % kind.block:
-            raise InputError(
-                f"{path}: {name} is {kind.name} {list(shape)}, whose rows are not whole blocks of {kind.block}; "
-                "convert the model again"
-            )
+            problem = f"{name} is {kind.name} {list(shape)}, whose rows are not whole blocks of {kind.block}"
+            raise damaged(path, problem, "convert the model again")
         begin, end = _pad_size(end, alignment), offset + math.prod(shape) // kind.block * kind.size
         if offset != begin:
-            raise InputError(
-                f"{path}: {name} starts at byte {offset:,} of the data, but the tensor before it ends at {begin:,}; "
-                "convert the model again"
-            )
+            problem = f"{name} starts at byte {offset:,} of the data, but the tensor before it ends at {begin:,}"
+            raise damaged(path, problem, "convert the model again")
         if start + end > size:
-            raise InputError(
-                f"{path}: {name} ends at byte {start + end:,}, but the file holds {size:,}; it was cut short or is "
-                "still being written: copy or download it again"
-            )
+            problem = f"{name} ends at byte {start + end:,}, but the file holds {size:,}"
+            raise damaged(path, problem, "it was cut short or is still being written: copy or download it again")
         stored = None if kind.dtype is not None else kind.name.lower()
         tensors[name] = TensorInfo(name, shape, kind.dtype or "float32", stored)
         spans[name] = _Span(kind, start + offset)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.gguf import GgufFile, Value
 from lora_diag.checkpoints.tensors import TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -303,9 +303,8 @@ class GgufModel:
         for stored, info in self._file.tensors.items():
             for view in self._make_tensor_views(stored, info, names, architecture):
                 if view.info.name in seen:
-                    raise InputError(
-                        f"{self.path}: two tensors have the name {view.info.name}, one is {stored}; convert again"
-                    )
+                    problem = f"two tensors have the name {view.info.name}, one is {stored}"
+                    raise damaged(self.path, problem, "convert again")
                 seen.add(view.info.name)
                 yield view
 

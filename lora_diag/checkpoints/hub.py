@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 from lora_diag.checkpoints.addresses import call_with_retries, hide_secrets
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, QUANTIZE_CONFIG, read_object
 from lora_diag.checkpoints.stores import FileInfo, HttpStore, Store
-from lora_diag.errors import InputError, install_command
+from lora_diag.errors import InputError, damaged, install_command
 
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 # The Hub's own limit.
@@ -96,22 +96,18 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
     try:
         from huggingface_hub import constants
     except ImportError as error:
-        raise InputError(
-            f"{hub_id}: no such file or folder; to read it as a Hugging Face Hub id: {install_command('hub')}"
-        ) from error
+        problem = "no such file or folder"
+        raise damaged(hub_id, problem, f"to read it as a Hugging Face Hub id: {install_command('hub')}") from error
     folder = _find_complete_folder(_make_cache_finder(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
         return folder
     if constants.HF_HUB_OFFLINE:
-        raise InputError(
-            f"{hub_id}: no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}; "
-            "unset HF_HUB_OFFLINE to download it from the Hub"
-        )
+        problem = f"no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}"
+        raise damaged(hub_id, problem, "unset HF_HUB_OFFLINE to download it from the Hub")
     if folder := _find_complete_folder(_make_hub_finder(hub_id), weights):
         return folder
-    raise InputError(
-        f"{hub_id}: the Hub repository has no complete set of weights; looked for {', '.join((*weights, *ADAPTER))}"
-    )
+    problem = "the Hub repository has no complete set of weights"
+    raise damaged(hub_id, problem, f"looked for {', '.join((*weights, *ADAPTER))}")
 
 
 def _find_complete_folder(get: Get, weights: Sequence[str]) -> Path | None:
@@ -229,10 +225,8 @@ class HubStore(HttpStore):
         if not await _is_public(urlsplit(self._endpoint).hostname or ""):
             return
         if url.scheme != "https" or not await _is_public(url.host or ""):
-            raise InputError(
-                f"{address}: the Hub redirects to {hide_secrets(str(url))}, which is no public https:// address; "
-                "check HF_ENDPOINT"
-            )
+            problem = f"the Hub redirects to {hide_secrets(str(url))}, which is no public https:// address"
+            raise damaged(address, problem, "check HF_ENDPOINT")
 
     def version(self, headers: Any) -> str:
         """Return the commit: its files never change, whichever host sends them."""

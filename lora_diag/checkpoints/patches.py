@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lora_diag.checkpoints.folder import open_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile, TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +89,7 @@ class PatchedFile:
         numel = self.tensors[name].numel
         if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < numel:
             position = int(positions.min()) if int(positions.min()) < 0 else int(positions.max())
-            raise InputError(
-                f"{self._file}: {name}{INDICES} names entry {position} of {numel:,}; write the patch again"
-            )
+            raise damaged(self._file, f"{name}{INDICES} names entry {position} of {numel:,}", "write the patch again")
         ordered = positions.sort().values
         if (repeated := (ordered[1:] == ordered[:-1]).nonzero()).numel():
             entry = int(ordered[int(repeated[0])])
@@ -107,17 +105,13 @@ class PatchedFile:
             raise InputError(f"{self._file}: {values} is missing; write the patch again")
         of_indices, of_values = self._patch[indices], self._patch[values]
         if len(of_indices.shape) != 1 or of_indices.shape != of_values.shape or of_indices.dtype not in INTEGERS:
-            raise InputError(
-                f"{self._file}: {indices} is {of_indices.dtype} {list(of_indices.shape)}, and {values} "
-                f"{list(of_values.shape)}; both must be vectors of one length, of integers and floats"
-            )
+            problem = f"{indices} is {of_indices.dtype} {list(of_indices.shape)}, and {values} {list(of_values.shape)}"
+            raise damaged(self._file, problem, "both must be vectors of one length, of integers and floats")
         base_info = self._base[name]
         if base_info.stored is not None or not {base_info.dtype, of_values.dtype} <= FLOAT_DTYPES:
             kind = base_info.stored or base_info.dtype
-            raise InputError(
-                f"{self._file}: changes {name} by {of_values.dtype} values, which BASE stores as {kind}; patches are "
-                "read over plain floating-point weights"
-            )
+            problem = f"changes {name} by {of_values.dtype} values, which BASE stores as {kind}"
+            raise damaged(self._file, problem, "patches are read over plain floating-point weights")
 
     def _describe_tensor(self, name: str) -> TensorInfo:
         """Return a tensor as presented: in the dtype of BASE, or in a wider one where the new values have another."""

@@ -25,7 +25,7 @@ from lora_diag.checkpoints.documents import check_unicode
 from lora_diag.checkpoints.parts import WRAPPERS, check_entries
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ class TorchFile:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         except pickle.UnpicklingError as error:
-            raise InputError(
-                f"{self.path}: holds more than tensors, and reading it could run code; "
-                "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-            ) from error
+            problem = "holds more than tensors, and reading it could run code"
+            fix = "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            raise damaged(self.path, problem, fix) from error
         except InputError:
             raise
         except Exception as error:  # torch raises many types on damaged files, down to a bare EOFError

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from lora_diag.checkpoints.addresses import ADDRESS, HIDDEN, SCHEME, WEB, Address, hide_secrets
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
     from lora_diag.checkpoints.stores import FileInfo, Store
@@ -208,9 +208,7 @@ def as_path(address: Path | str) -> Path:
     match = ADDRESS.fullmatch(full)
     if match is None:
         if SCHEME.match(full) and not Path(address).exists():
-            raise InputError(
-                f"{hide_secrets(address)}: unsupported scheme; give s3://, gs://, hf://, https:// or http://"
-            )
+            raise damaged(hide_secrets(address), "unsupported scheme", "give s3://, gs://, hf://, https:// or http://")
         return Path(address)
     root = hide_secrets(full).rstrip("/")
     return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2].rstrip(), root)))
@@ -233,9 +231,8 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
     except ValueError:  # its message may have a part of the password
         is_valid = False
     if not is_valid:
-        raise InputError(
-            f"{root}: invalid host or port; in a password write : / ? # @ as %3A %2F %3F %23 %40, and so @ in a path"
-        )
+        problem = "invalid host or port"
+        raise damaged(root, problem, "in a password write : / ? # @ as %3A %2F %3F %23 %40, and so @ in a path")
     if scheme in WEB:
         if not parts.hostname:
             raise InputError(f"{root}: the address has no host; give https://host/path")
@@ -244,10 +241,9 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
         credentials = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
         return HttpStore(root, credentials, parts.query)
     if "@" in location.partition("/")[0] or "?" in location:
-        raise InputError(
-            f"{root}: {scheme}:// accepts no password and no query; provide credentials as for the tools of that cloud "
-            "(environment, configuration files)"
-        )
+        problem = f"{scheme}:// accepts no password and no query"
+        fix = "provide credentials as for the tools of that cloud (environment, configuration files)"
+        raise damaged(root, problem, fix)
     if scheme == "hf":
         from lora_diag.checkpoints.hub import open_hub
 

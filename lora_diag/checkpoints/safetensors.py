@@ -23,7 +23,7 @@ from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import DECODED, WIDTH, TensorInfo
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, damaged
 from lora_diag.files import Kind, open_regular, replacing
 
 if TYPE_CHECKING:
@@ -160,9 +160,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is invalid: {error}; copy or download it again") from error
     if not isinstance(header, dict):
-        raise InputError(
-            f"{path}: the safetensors header is a {type(header).__name__}, not an object; copy or download it again"
-        )
+        problem = f"the safetensors header is a {type(header).__name__}, not an object"
+        raise damaged(path, problem, "copy or download it again")
     return header, 8 + length, size - 8 - length
 
 
@@ -179,9 +178,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_metadata(value: Any, path: Path) -> dict[str, str]:
     """Return the metadata of the header, after checking that it maps strings to strings."""
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise InputError(
-            f"{path}: __metadata__ in the safetensors header must map strings to strings; save the file again"
-        )
+        raise damaged(path, "__metadata__ in the safetensors header must map strings to strings")
     return value
 
 
@@ -196,15 +193,11 @@ def _check_tensors(
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != end:
-            raise InputError(
-                f"{path}: {name} starts at byte {begin:,}, but the tensor before it ends at {end:,}; save it again"
-            )
+            raise damaged(path, f"{name} starts at byte {begin:,}, but the tensor before it ends at {end:,}")
         end = stop
     if end != data_bytes:
-        raise InputError(
-            f"{path}: the header describes {end:,} bytes of tensors, the file holds {data_bytes:,}; "
-            "it was cut short or is still being written: copy or download it again"
-        )
+        problem = f"the header describes {end:,} bytes of tensors, the file holds {data_bytes:,}"
+        raise damaged(path, problem, "it was cut short or is still being written: copy or download it again")
     return tensors, spans
 
 
@@ -217,9 +210,7 @@ def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{path}: the header entry of {name} has no dtype, shape or data_offsets; save the file again"
-        ) from error
+        raise damaged(path, f"the header entry of {name} has no dtype, shape or data_offsets") from error
     if not isinstance(code, str) or code not in DTYPES:
         raise InputError(f"{path}: {name} has the unknown dtype {code!r}; update loradiag, or save it in another")
     if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
@@ -227,9 +218,7 @@ def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[
     dtype = DTYPES[code]
     bits = PACKED_BITS.get(dtype) or 8 * WIDTH[dtype]
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise InputError(
-            f"{path}: {name} is {code} {shape}, which does not match its size of {end - begin:,} bytes; save it again"
-        )
+        raise damaged(path, f"{name} is {code} {shape}, which does not match its size of {end - begin:,} bytes")
     return TensorInfo(name, tuple(shape), dtype), (begin, end)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, urljoin
 
 from lora_diag.checkpoints.addresses import LEAST_BYTES, TransientError, call_with_retries, hide_secrets
-from lora_diag.errors import InputError, install_command
+from lora_diag.errors import InputError, damaged, install_command
 
 # Variables of the environment with credentials and settings; a notebook may change them.
 SETTINGS = ("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_")
@@ -463,9 +463,8 @@ class HttpStore(Store):
     def _check_encoding(self, address: str, response: Any) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            raise InputError(
-                f"{address}: the server sends the file encoded as {encoding}, which has no ranges; download the file"
-            )
+            problem = f"the server sends the file encoded as {encoding}, which has no ranges"
+            raise damaged(address, problem, "download the file")
 
     def _suggest_access(self) -> str:
         if self._query or self._credentials:
@@ -526,7 +525,6 @@ def _parse_content_range(address: str, headers: Any) -> tuple[int, int, int]:
     text = str(headers.get("Content-Range", ""))
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
     if not match:
-        raise InputError(
-            f"{address}: invalid Content-Range header {text[:60]!r}; download the file and give the local path"
-        )
+        problem = f"invalid Content-Range header {text[:60]!r}"
+        raise damaged(address, problem, "download the file and give the local path")
     return int(match[1]), int(match[2]) + 1, int(match[3])

@@ -14,14 +14,6 @@ from tests.messages import raises_naming
 W = normal(8, 6, seed=3)
 
 
-def test_adalora_update_is_read(tmp_path):
-    a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
-    path = adapter(
-        tmp_path, {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}, peft_type="ADALORA", init_r=3, lora_alpha=4
-    )
-    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], b @ (a * e) * 4 / (3 + 1e-5))
-
-
 def test_pruned_adalora_update_is_read(tmp_path):
     a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
     tensors = {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}
@@ -30,13 +22,6 @@ def test_pruned_adalora_update_is_read(tmp_path):
     close(changes(path, None)[0]["fc.weight"], b @ (a * e) * 4 / (3 + 1e-5))
     with pytest.raises(InputError, match="has rank 3, but"):
         open_adapter(adapter(tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=None))
-
-
-def test_loha_update_is_read(tmp_path):
-    parts = {f"fc.hada_w{i}_{p}": normal(*s, seed=i) for i in (1, 2) for p, s in (("a", (8, 2)), ("b", (2, 6)))}
-    path = adapter(tmp_path, parts, peft_type="LOHA", r=2, alpha=5)
-    expected = 2.5 * (parts["fc.hada_w1_a"] @ parts["fc.hada_w1_b"]) * (parts["fc.hada_w2_a"] @ parts["fc.hada_w2_b"])
-    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
 
 
 def test_lokr_takes_its_rank_from_config(tmp_path):
@@ -107,23 +92,6 @@ def test_oft_update_is_read_exactly(tmp_path, shared):
 def test_oft_constrained_is_refused(tmp_path):
     with pytest.raises(InputError, match="coft"):
         open_adapter(adapter(tmp_path, {"fc.oft_R.weight": normal(2, 3)}, peft_type="OFT", coft=True))
-
-
-def test_fourierft_update_is_read(tmp_path):
-    import torch
-
-    values = normal(5)
-    path = adapter(tmp_path, {"fc.fourierft_spectrum": values}, peft_type="FOURIERFT", scaling=9.0, random_loc_seed=11)
-    spectrum = np.zeros(48)
-    spectrum[torch.randperm(48, generator=torch.Generator().manual_seed(11))[:5].numpy()] = values
-    expected = np.fft.ifft2(spectrum.reshape(8, 6)).real * 9
-    close(changes(path, base(tmp_path, {"fc.weight": W}))[0]["fc.weight"], expected)
-
-
-def test_ln_tuning_is_difference_of_norms(tmp_path):
-    path = adapter(tmp_path, {"norm.ln_tuning_layers.weight": normal(8)}, peft_type="LN_TUNING")
-    result, _ = changes(path, base(tmp_path, {"norm.weight": normal(8, seed=1)}))
-    close(result["norm.weight"], normal(8) - normal(8, seed=1))
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT | {"BOFT", "NEWTHING"}))

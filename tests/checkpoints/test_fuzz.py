@@ -1,6 +1,7 @@
 """Damaged quantized checkpoints: every input ends in tensors of their shape, or in one InputError."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lora_diag.checkpoints.folder import plain_names
 from lora_diag.checkpoints.hub import parse
 from lora_diag.errors import InputError
 from tests.checkpoints.quantizing import as_bytes, eight_bit, four_bit, scaled
-from tests.conftest import save_model
+from tests.conftest import save_model, weights
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +26,7 @@ MODELS = {
     "nf4 double": four_bit(W, (5, 13), block=8, nested=4)[0],
     "int8": eight_bit("a", (4, 6))[0],
     "fp8": scaled(W, (9, 7), (3, 2), (4, 4))[0],
+    "plain": weights(1),
     "fp8 rows": scaled(W, (5, 6), (5,), (1, 6), suffix="_scale")[0],
 }
 
@@ -66,16 +68,19 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(damaged)
 
 
+def assert_mutants_are_read_or_refused(path: Path, opened: Path | None = None, rounds: int = 200) -> None:
+    """Damage a file again and again, and open it or the checkpoint ``opened``: some mutants are read, some refused."""
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    count = 0
+    for _ in range(rounds):
+        path.write_bytes(mutated(good, rng))
+        count += tensors_or_one_error(opened or path)
+    assert 0 < count < rounds
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_mutated_files_are_read_or_refused(tmp_path, kind):
-    path = save_model(tmp_path, MODELS[kind]) / "model.safetensors"
-    good = path.read_bytes()
-    rng = np.random.default_rng(0)
-    opened = 0
-    for _ in range(200):
-        path.write_bytes(mutated(good, rng))
-        opened += tensors_or_one_error(path)
-    assert 0 < opened < 200
+    assert_mutants_are_read_or_refused(save_model(tmp_path, MODELS[kind]) / "model.safetensors")
 
 
 def test_mutated_settings_of_four_bit_weight(tmp_path):
@@ -91,14 +96,8 @@ def test_mutated_settings_of_four_bit_weight(tmp_path):
 
 
 def test_mutated_configs_are_read_or_refused(tmp_path):
-    folder = save_model(tmp_path, MODELS["fp8"])
-    good = json.dumps(CONFIG).encode()
-    rng = np.random.default_rng(0)
-    opened = 0
-    for _ in range(200):
-        (folder / "config.json").write_bytes(mutated(good, rng))
-        opened += tensors_or_one_error(folder / "model.safetensors")
-    assert 0 < opened < 200
+    folder = save_model(tmp_path, MODELS["fp8"], CONFIG)
+    assert_mutants_are_read_or_refused(folder / "config.json", folder / "model.safetensors")
 
 
 json_values = st.recursive(
@@ -125,8 +124,7 @@ def test_arbitrary_setting_is_read_or_refused(tmp_path_factory, key, value):
     value=json_values,
 )
 def test_arbitrary_config_value_is_read_or_refused(tmp_path_factory, key, inner, value):
-    folder = save_model(tmp_path_factory.mktemp("any"), MODELS["fp8"])
-    (folder / "config.json").write_text(json.dumps({key: {inner: value} if inner else value}))
+    folder = save_model(tmp_path_factory.mktemp("any"), MODELS["fp8"], {key: {inner: value} if inner else value})
     tensors_or_one_error(folder / "model.safetensors")
 
 

@@ -28,11 +28,8 @@ def test_prefixes_of_wrappers_are_left_out_with_note(tmp_path, prefix, save):
 
 
 def test_wrappers_inside_name_are_removed(tmp_path):
-    names = [
-        "embed.weight",
-        "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.q.weight",
-        "layers.1._orig_mod.q.weight",
-    ]
+    inside = "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.q.weight"
+    names = ["embed.weight", inside, "layers.1._orig_mod.q.weight"]
     checkpoint = open_checkpoint(save_model(tmp_path, {name: torch.ones(2, 2) for name in names}))
     assert sorted(checkpoint) == ["embed.weight", "layers.0.q.weight", "layers.1.q.weight"]
 
@@ -57,21 +54,16 @@ def test_unmerged_peft_state_dict_is_refused(tmp_path, own):
         open_checkpoint(save_model(tmp_path, {f"base_model.model.{name}": value for name, value in tensors.items()}))
 
 
-def test_factors_of_adapter_alone_are_opened(tmp_path):
-    tensors = {f"{Q}.lora_A.default.weight": torch.ones(2, 4), "e.base_layer.weight": torch.ones(4, 4)}
-    assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
-
-
-def test_factors_without_adapter_name_may_accompany_new_values(tmp_path):
-    """As in a saved adapter with ``modules_to_save``."""
-    assert (
-        len(
-            open_checkpoint(
-                save_model(tmp_path, {f"{Q}.lora_A.weight": torch.ones(2, 4), f"{Q}.weight": torch.ones(4, 4)})
-            )
-        )
-        == 2
-    )
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{Q}.lora_A.default.weight", "e.base_layer.weight"],
+        [f"{Q}.lora_A.weight", f"{Q}.weight"],  # as in a saved adapter with ``modules_to_save``
+        ["encoder_blocks", "a._data"],  # floats with names of packed ones
+    ],
+)
+def test_names_like_those_of_other_files_are_opened(tmp_path, names):
+    assert set(open_checkpoint(save_model(tmp_path, {name: torch.ones(4, 4) for name in names}))) == set(names)
 
 
 @pytest.mark.parametrize(("suffix", "method"), PACKED)
@@ -83,25 +75,19 @@ def test_packed_weights_are_refused_by_names_of_their_tensors(tmp_path, suffix, 
     assert f"{Q}{suffix}" in str(caught.value)
 
 
-def test_float_tensors_with_packed_names_are_read(tmp_path):
-    tensors = {"encoder_blocks": torch.ones(2, 2), "a._data": torch.ones(2, 2)}
-    assert len(open_checkpoint(save_model(tmp_path, tensors))) == 2
-
-
 @pytest.mark.parametrize(
     "method", ["hqq", "aqlm", "quanto", "torchao", "eetq", "bitnet", "vptq", "quark", "mxfp4", "gptq", "awq"]
 )
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_methods_are_refused_by_configuration(tmp_path, method, key):
-    folder = save_model(tmp_path, weights(1))
-    (folder / "config.json").write_text(json.dumps({key: {"quant_method": method}}))
+    folder = save_model(tmp_path, weights(1), {key: {"quant_method": method}})
     with pytest.raises(InputError, match=method):
         open_checkpoint(folder)
 
 
 def test_packed_weights_without_scales_are_refused(tmp_path):
-    folder = save_model(tmp_path, {f"{Q}.qweight": torch.zeros(4, 4, dtype=torch.int32)})
-    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    tensors = {f"{Q}.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    folder = save_model(tmp_path, tensors, {"quantization_config": {"quant_method": "awq"}})
     with raises_naming(InputError, "qweight", "GPTQ", "AWQ"):
         open_checkpoint(folder)
 

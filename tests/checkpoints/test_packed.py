@@ -14,7 +14,7 @@ from lora_diag.checkpoints.quantized import FORMATS
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, normal, write
 from tests.checkpoints.packed import awq, compressed, experts, float4, gptq, mlx, words
-from tests.checkpoints.test_fuzz import mutated, tensors_or_one_error
+from tests.checkpoints.test_fuzz import assert_mutants_are_read_or_refused
 from tests.conftest import as_numpy, save_model, save_sharded
 from tests.messages import mentions, raises_naming
 
@@ -67,8 +67,7 @@ KINDS = {
 
 def save(folder, kind):
     (tensors, _, _), config, _ = KINDS[kind]
-    save_model(folder, tensors | {"norm.weight": torch.ones(3)})
-    (folder / "config.json").write_text(json.dumps(config))
+    save_model(folder, tensors | {"norm.weight": torch.ones(3)}, config)
     return folder
 
 
@@ -120,8 +119,7 @@ def test_rounding_to_a_packed_grid_is_within_half_a_step(tmp_path):
     weight = bias + scale * rng.uniform(0, 15, (16, 64))
     codes = np.clip(np.round((weight - bias) / scale), 0, 15).astype(int)
     tensors[W] = torch.from_numpy(words(codes, 4)).view(torch.uint32)
-    folder = save_model(tmp_path, tensors)
-    (folder / "config.json").write_text(json.dumps(of_mlx(4)))
+    folder = save_model(tmp_path, tensors, of_mlx(4))
     checkpoint = open_checkpoint(folder)
     error = np.abs(as_numpy(checkpoint.read(W)).reshape(16, 64) - weight)
     half = as_numpy(checkpoint.read_steps(W)).reshape(16, 64) / 2
@@ -131,9 +129,8 @@ def test_rounding_to_a_packed_grid_is_within_half_a_step(tmp_path):
 
 def test_mlx_settings_of_a_module_replace_those_of_the_model(tmp_path):
     tensors, expected, _ = mlx(M, (4, 64), bits=8, group=64)
-    folder = save_model(tmp_path, tensors)
-    (folder / "config.json").write_text(
-        json.dumps({"quantization": {"bits": 4, "group_size": 32, M: {"bits": 8, "group_size": 64}}})
+    folder = save_model(
+        tmp_path, tensors, {"quantization": {"bits": 4, "group_size": 32, M: {"bits": 8, "group_size": 64}}}
     )
     np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
 
@@ -143,8 +140,7 @@ def test_settings_of_asymmetric_weights_do_not_apply_to_others(tmp_path):
     tensors, expected, _ = compressed(M, (12, 40), groups=5)
     config = ct(4, symmetric=True)
     config["quantization_config"]["config_groups"]["group_1"] = {"weights": {"num_bits": 4, "symmetric": False}}
-    folder = save_model(tmp_path, tensors)
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = save_model(tmp_path, tensors, config)
     np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
 
 
@@ -160,8 +156,7 @@ def test_gptq_bits_of_a_module_replace_those_of_the_model(tmp_path):
 def test_settings_of_autogptq_are_read_from_their_own_file(tmp_path, stated):
     """AutoGPTQ publishes ``quantize_config.json`` next to a config.json without quantization."""
     tensors, expected, _ = gptq(M, (24, 32), v2=bool(stated))
-    folder = save_model(tmp_path, tensors)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    folder = save_model(tmp_path, tensors, {"model_type": "llama"})
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16, "sym": False} | stated))
     checkpoint = open_checkpoint(folder)
     np.testing.assert_allclose(as_numpy(checkpoint.read(W)), expected.reshape(-1), rtol=3e-7)
@@ -260,8 +255,7 @@ def test_inconsistent_packed_weights_give_one_message(tmp_path, bad):
         change(tensors)
     else:
         config = {"quantization_config": change}
-    save_model(tmp_path, tensors)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_model(tmp_path, tensors, config)
     with pytest.raises(InputError, match=problem) as caught:
         open_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
@@ -273,8 +267,7 @@ def test_missing_group_is_named(tmp_path, kind, part, group):
     (tensors, _, _), config, _ = KINDS[kind]
     changed = tensors[f"{M}.{part}"].clone()
     changed[3] = group
-    save_model(tmp_path, tensors | {f"{M}.{part}": changed})
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_model(tmp_path, tensors | {f"{M}.{part}": changed}, config)
     with raises_naming(InputError, part, group):
         open_checkpoint(tmp_path).read(W)
 
@@ -282,14 +275,7 @@ def test_missing_group_is_named(tmp_path, kind, part, group):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_packed_files(tmp_path, kind):
-    path = save(tmp_path, kind) / "model.safetensors"
-    good = path.read_bytes()
-    rng = np.random.default_rng(0)
-    opened = 0
-    for _ in range(100):
-        path.write_bytes(mutated(good, rng))
-        opened += tensors_or_one_error(path)
-    assert 0 < opened < 100
+    assert_mutants_are_read_or_refused(save(tmp_path, kind) / "model.safetensors", rounds=100)
 
 
 def quantized_by_mlx(weight, bits, group=32):
@@ -313,7 +299,6 @@ def test_merge_into_packed_format_passes_within_rounding(tmp_path, bits):
     base = write(tmp_path / "base" / "model.safetensors", {W: weight}).parent
     factors = adapter(tmp_path, {f"{M}.lora_A.weight": a, f"{M}.lora_B.weight": b})
     for scale, right in ((1.5, True), (3.0, False)):
-        folder = save_model(tmp_path / f"merged{scale}", quantized_by_mlx(weight + scale * b @ a, bits))
-        (folder / "config.json").write_text(json.dumps(of_mlx(bits)))
+        folder = save_model(tmp_path / f"merged{scale}", quantized_by_mlx(weight + scale * b @ a, bits), of_mlx(bits))
         (record,) = lora_diag.verify_merge(base, factors, folder).layers
         assert record.status == ("ok" if right else "wrong scale")

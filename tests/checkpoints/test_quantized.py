@@ -193,9 +193,8 @@ def test_activation_scales_are_hidden(tmp_path):
 def test_ambiguous_block_size_is_read_from_config(tmp_path):
     """17 rows in 2 blocks: 16 (a power of two) would be inferred; the configuration says 12."""
     tensors, expected = scaled(W, (17, 30), (2, 3), (12, 12))
-    folder = save_model(tmp_path, tensors)
-    (folder / "config.json").write_text(
-        json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [12, 12]}})
+    folder = save_model(
+        tmp_path, tensors, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [12, 12]}}
     )
     np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
     file = open_checkpoint(folder / "model.safetensors")
@@ -302,8 +301,7 @@ ASYMMETRIC = {
 
 def test_int8_without_its_zero_points_is_refused(tmp_path):
     tensors, _ = scaled(W, (7, 9), (7, 1), (1, 9), kind="int8", suffix="_scale")
-    folder = save_model(tmp_path, tensors)
-    (folder / "config.json").write_text(json.dumps({"quantization_config": ASYMMETRIC}))
+    folder = save_model(tmp_path, tensors, {"quantization_config": ASYMMETRIC})
     with raises_naming(InputError, f"{W}_zero_point", "asymmetric"):
         open_checkpoint(folder)
 

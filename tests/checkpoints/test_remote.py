@@ -15,35 +15,14 @@ from lora_diag.checkpoints import addresses as ranges
 from lora_diag.checkpoints import as_path, hide_secrets, locate, open_checkpoint
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint, legible
-from tests.checkpoints.web import Web, basic, large, save_large
-from tests.conftest import SHARED, save_sharded, weights
+from tests.checkpoints.web import Web, basic, large
+from tests.conftest import SHARED
 from tests.messages import mentions, raises_naming
 
 HEAD = 2**16
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """base, tuned, sharded, and torch files."""
-    root = tmp_path_factory.mktemp("served")
-    save_large(root)
-    save_sharded(root / "sharded", large(1))
-    save_sharded(root / "bins", weights(1), suffix="bin")
-    return root
-
-
-@pytest.fixture
-def web(folder):
-    served = Web(folder)
-    yield served
-    served.close()
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """Small chunks, so that a tensor has several; and no waiting."""
-    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+pytestmark = pytest.mark.usefixtures("soon")
 
 
 # Addresses.

@@ -7,36 +7,18 @@ import zlib
 import pytest
 import torch
 
-from lora_diag import inspect, spectrum
+from lora_diag import inspect
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import addresses as ranges
 from lora_diag.checkpoints import locate, open_checkpoint, stores
 from lora_diag.checkpoints.addresses import TransientError
-from lora_diag.checkpoints.stores import BucketStore
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint
-from tests.checkpoints.web import large, save_large
-from tests.conftest import ROOT, save_sharded
+from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("soon")]
 
 fsspec = pytest.importorskip("fsspec")
 NAME = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("served")
-    save_large(root)
-    save_sharded(root / "sharded", large(1))
-    return root
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """Small chunks, so that a tensor has several; and no waiting."""
-    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -84,29 +66,6 @@ def test_checkpoint_is_same_from_bucket(bucket, folder, name):
     assert (far.kind, far.config, far.notes) == (near.kind, near.config, near.notes)
     for tensor in near:
         assert torch.equal(far.read(tensor), near.read(tensor))
-
-
-def test_cluster_records_equal_local_run(bucket, folder):
-    words = {"layers": r"layers\.[12]\."}
-    far = spectrum("s3://models/base", "s3://models/tuned", **words)
-    near = spectrum(folder / "base", folder / "tuned", **words)
-    end = far.end.model_copy(update={"sha256": near.end.sha256})  # of lines that name the inputs
-    assert (far.layers, far.left_out, end) == (near.layers, near.left_out, near.end)
-
-
-def test_only_header_and_tensor_are_read(bucket, monkeypatch):
-    reads = []
-    original = BucketStore.read_range
-
-    def counted(self, address, start, buffer, file_info):
-        reads.append((address, start, len(buffer)))
-        return original(self, address, start, buffer, file_info)
-
-    monkeypatch.setattr(BucketStore, "read_range", counted)
-    spectrum("s3://models/base", "s3://models/tuned", layers=r"layers\.2\.")
-    assert len(reads) == len(set(reads))
-    assert sum(size for _, start, size in reads if start > 0) == 2 * 4 * 256 * 256
-    assert sum(size for _, start, size in reads if start == 0) <= 2 * (2**16 + 1000)
 
 
 def test_adapter_under_key_with_two_slashes(bucket):

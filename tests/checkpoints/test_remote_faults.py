@@ -3,36 +3,17 @@
 import pytest
 import torch
 
-from lora_diag.checkpoints import addresses as ranges
 from lora_diag.checkpoints import open_checkpoint, stores
 from lora_diag.checkpoints.addresses import fill
 from lora_diag.checkpoints.stores import FileInfo
 from lora_diag.errors import InputError
-from tests.checkpoints.web import Web, large, save_large
+from tests.checkpoints.web import large
 from tests.messages import raises_naming
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("served")
-    save_large(root)
-    return root
-
-
-@pytest.fixture
-def web(folder):
-    served = Web(folder)
-    yield served
-    served.close()
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """Small chunks, so that a tensor has several; and no waiting."""
-    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+pytestmark = pytest.mark.usefixtures("soon")
 
 
 @pytest.mark.parametrize(

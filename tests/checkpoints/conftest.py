@@ -1,0 +1,31 @@
+"""A server of checkpoints whose tensors have several chunks."""
+
+import pytest
+
+from lora_diag.checkpoints import addresses as ranges
+from tests.checkpoints.web import Web, large, save_large
+from tests.conftest import save_sharded, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base, tuned, sharded, and torch files."""
+    root = tmp_path_factory.mktemp("served")
+    save_large(root)
+    save_sharded(root / "sharded", large(1))
+    save_sharded(root / "bins", weights(1), suffix="bin")
+    return root
+
+
+@pytest.fixture
+def web(folder):
+    served = Web(folder)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Small chunks, so that a tensor has several; and no waiting."""
+    monkeypatch.setattr(ranges, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)

@@ -32,7 +32,7 @@ _KEYS_IN_RUN_LIST = {"compared", "left_out", "adapters"}
 _NAMED = 4
 
 # Roles of inputs that are not compared.
-_TEXT_ROLES = {"data", "eval", "shifted"}
+_TEXT_ROLES = {"data", "eval", "shifted", "results"}
 
 
 @dataclass(frozen=True, slots=True)

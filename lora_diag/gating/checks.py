@@ -17,7 +17,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
-from lora_diag.gating.evidence import InputState, Source
+from lora_diag.gating.evidence import InputState, ResultsSource
 from lora_diag.gating.policy import Checks, Policy
 from lora_diag.gating.record import Status, Verdict
 from lora_diag.records import RunInput
@@ -59,10 +59,12 @@ class Alarm:
     unknown: bool = False
 
 
-Check = Callable[[Policy, Sequence[Source], Sequence[Source]], Iterator[Alarm]]
+Check = Callable[[Policy, Sequence[ResultsSource], Sequence[ResultsSource]], Iterator[Alarm]]
 
 
-def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Verdict]:
+def run_checks(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Verdict]:
     """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm.
 
     That of layers missing from the results needs a baseline.
@@ -89,7 +91,7 @@ def run_checks(policy: Policy, sources: Sequence[Source], baseline: Sequence[Sou
             yield Verdict(rule=name, allowed=allowed, status=status, severity=severity, message=obstacle)
 
 
-def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
+def _explain_inapplicable(name: str, sources: Sequence[ResultsSource]) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to check"
@@ -104,31 +106,39 @@ def _explain_inapplicable(name: str, sources: Sequence[Source]) -> str:
     return ""
 
 
-def has_updates(sources: Sequence[Source]) -> bool:
+def has_updates(sources: Sequence[ResultsSource]) -> bool:
     """Return whether there is a spectrum or a residual, which the checks of updates need."""
     return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
-def _check_finished(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_finished(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
             yield Alarm(f"{source.path}: the run did not finish; continue with --resume, or measure again")
 
 
-def _check_finite(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_finite(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     for source in sources:
         for item in source.results.non_finite:
             yield Alarm(f"{item.detail}; do not ship it", item.layer)
 
 
-def _check_mismatch(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_mismatch(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     for source in sources:
         for item in source.results.left_out if _is_of_adapter(source) else ():
             if item.reason in _NOT_OF_THIS_BASE:
                 yield Alarm(f"the adapter does not fit BASE here: {item.detail}", item.layer)
 
 
-def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_complete(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     for source in sources:
         for item in source.results.run.inputs:
             for layer in item.lacking if item.role == "adapter" else ():
@@ -139,7 +149,7 @@ def _check_complete(policy: Policy, sources: Sequence[Source], baseline: Sequenc
                 yield Alarm(text, layer)
 
 
-def _check_base(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_base(policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]) -> Iterator[Alarm]:
     """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", item.fingerprint) in policy.inputs.pins for item in source.results.run.inputs)
@@ -154,7 +164,7 @@ def _check_base(policy: Policy, sources: Sequence[Source], baseline: Sequence[So
                 yield Alarm(text, None, names[0], f"base {own_base}")
 
 
-def _pair_names(source: Source) -> list[tuple[RunInput, tuple[str, ...]]]:
+def _pair_names(source: ResultsSource) -> list[tuple[RunInput, tuple[str, ...]]]:
     """Return each adapter that names its base, with the names of BASE; empty if BASE has none."""
     inputs = source.results.run.inputs
     names = next((item.names for item in inputs if item.role == "base" and item.names), ())
@@ -173,7 +183,9 @@ def is_same_name(first: str, second: str) -> bool:
     return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 
 
-def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_dead_layers(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
     for source in sources:
         spectra = _select_records([source], Spectrum)
@@ -195,7 +207,9 @@ def _check_dead_layers(policy: Policy, sources: Sequence[Source], baseline: Sequ
             yield Alarm(f"the adapter {adapter} changes nothing at all", None, 0.0)
 
 
-def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_unused_rank(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     for record in _select_records(sources, Spectrum):
         if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
@@ -204,7 +218,9 @@ def _check_unused_rank(policy: Policy, sources: Sequence[Source], baseline: Sequ
                 yield Alarm(text, record.layer, float(used))
 
 
-def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_spikes(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     limit = policy.checks.spike_above
     for record in _select_records(sources, Spectrum):
         if record.metric != "weights" or record.spike is None or len(record.s) < 2:
@@ -217,7 +233,9 @@ def _check_spikes(policy: Policy, sources: Sequence[Source], baseline: Sequence[
             yield Alarm(text, record.layer, record.spike_to_base, "spike_to_base <= 1")
 
 
-def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_resolution(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     records: list[Spectrum | Residual] = [*_select_records(sources, Spectrum), *_select_records(sources, Residual)]
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
@@ -229,18 +247,20 @@ def _check_resolution(policy: Policy, sources: Sequence[Source], baseline: Seque
         yield Alarm(text, record.layer, "unresolved")
 
 
-def _check_missing(policy: Policy, sources: Sequence[Source], baseline: Sequence[Source]) -> Iterator[Alarm]:
+def _check_missing(
+    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
+) -> Iterator[Alarm]:
     measured = {record.layer for source in sources for record in source.results.layers}
     for layer in dict.fromkeys(record.layer for source in baseline for record in source.results.layers):
         if layer not in measured:
             yield Alarm("the baseline has this layer and the results do not", layer)
 
 
-def _select_records(sources: Sequence[Source], kind: type[K]) -> list[K]:
+def _select_records(sources: Sequence[ResultsSource], kind: type[K]) -> list[K]:
     return [record for source in sources for record in source.results.layers if isinstance(record, kind)]
 
 
-def _is_of_adapter(source: Source) -> bool:
+def _is_of_adapter(source: ResultsSource) -> bool:
     return any(item.role == "adapter" for item in source.results.run.inputs)
 
 
@@ -259,7 +279,9 @@ _CHECKS: dict[str, tuple[str, Check]] = {
 assert ["inputs", *_CHECKS] == Checks.names()
 
 
-def compare_inputs(sources: Sequence[Source], shipped: Sequence[Path | str]) -> tuple[list[Source], dict[str, str]]:
+def compare_inputs(
+    sources: Sequence[ResultsSource], shipped: Sequence[Path | str]
+) -> tuple[list[ResultsSource], dict[str, str]]:
     """Compare the inputs of results with the current files at their paths, or at ``shipped``.
 
     Args:
@@ -306,7 +328,9 @@ def _open_weights(path: Path | str) -> Weights:
     return Weights(checkpoint, False, fingerprint(checkpoint))
 
 
-def _compare_source(source: Source, weights: Mapping[str, Weights], paths: Mapping[str, str]) -> Iterator[InputState]:
+def _compare_source(
+    source: ResultsSource, weights: Mapping[str, Weights], paths: Mapping[str, str]
+) -> Iterator[InputState]:
     """Yield the state of each checkpoint and adapter of results.
 
     Args:
@@ -359,7 +383,11 @@ def _compare_with_path(item: RunInput) -> InputState:
 
 
 def judge_inputs(
-    policy: Policy, sources: Sequence[Source], baseline: Sequence[Source], unmatched: Mapping[str, str], now: datetime
+    policy: Policy,
+    sources: Sequence[ResultsSource],
+    baseline: Sequence[ResultsSource],
+    unmatched: Mapping[str, str],
+    now: datetime,
 ) -> Iterator[Verdict]:
     """Yield verdicts on whether results and inputs are unchanged, and as the policy requires.
 
@@ -388,7 +416,7 @@ def judge_inputs(
         yield _make_verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
 
 
-def _judge_state(source: Source, state: InputState) -> Verdict:
+def _judge_state(source: ResultsSource, state: InputState) -> Verdict:
     item, allowed = state.input, "unchanged since measured"
     group = f"{item.role} {item.path}"
     if state.state == "same":
@@ -400,7 +428,7 @@ def _judge_state(source: Source, state: InputState) -> Verdict:
     return _make_verdict(group, "changed", allowed, "inconclusive", text)
 
 
-def _judge_age(source: Source, max_age: timedelta, now: datetime) -> Verdict:
+def _judge_age(source: ResultsSource, max_age: timedelta, now: datetime) -> Verdict:
     made, allowed = source.results.run.made, f"made within {format_duration(max_age)}"
     if not made:
         text = "does not state its time: measure again"
@@ -415,7 +443,7 @@ def _judge_age(source: Source, max_age: timedelta, now: datetime) -> Verdict:
     return _make_verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
 
 
-def _judge_pins(sources: Sequence[Source], role: str, pinned: str) -> Iterator[Verdict]:
+def _judge_pins(sources: Sequence[ResultsSource], role: str, pinned: str) -> Iterator[Verdict]:
     """Yield verdicts on whether every input of a role has the fingerprint that the policy pins."""
     of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
     allowed = "as [inputs] pins it"

@@ -47,7 +47,7 @@ class InputState:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ResultsSource:
     """A results file: its path, its contents, and the state of its inputs.
 
     Args:
@@ -73,7 +73,7 @@ class Source:
         return {record.layer for record in (*self.results.layers, *self.results.left_out)}
 
 
-def open_source(item: Path | str | Results[Any], number: int = 1) -> Source:
+def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSource:
     """Return the source of a results file, or of results in memory, named after their command and last input or number.
 
     Its hash does not cover the last line, whose totals are compared with the records.
@@ -97,7 +97,7 @@ def open_source(item: Path | str | Results[Any], number: int = 1) -> Source:
                     f"{path}: has {has} {name}, but its last line states {states}, so it was truncated or edited; "
                     "measure again"
                 )
-    return Source(path, results, sealed=sealed)
+    return ResultsSource(path, results, sealed=sealed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Subject:
 
 
 def list_subjects(
-    kind: str, source: Source, left_out: frozenset[str] = frozenset(), name_file: bool = False
+    kind: str, source: ResultsSource, left_out: frozenset[str] = frozenset(), name_file: bool = False
 ) -> list[Subject]:
     """Return all existing and expected subjects of one kind in a file.
 
@@ -201,7 +201,7 @@ def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") 
 class Baseline:
     """Earlier records, by metric, layer and the position of their adapter, step or rank in the file."""
 
-    sources: Sequence[Source]
+    sources: Sequence[ResultsSource]
     subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
@@ -234,7 +234,7 @@ class Baseline:
         value, reason = value_of(field, stored, floor)
         return (float(value), "") if isinstance(value, float | int) else (None, f"in the baseline: {reason}")
 
-    def tighten(self, regressions: Sequence[Regression], sources: Sequence[Source]) -> Results[Any] | None:
+    def tighten(self, regressions: Sequence[Regression], sources: Sequence[ResultsSource]) -> Results[Any] | None:
         """Return the baseline, of one file, with improved records in place of the stored ones; None without any.
 
         A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is

@@ -14,7 +14,7 @@ from itertools import groupby
 from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
-from lora_diag.gating.evidence import Baseline, Source, Subject, commands_of, list_subjects, value_of
+from lora_diag.gating.evidence import Baseline, ResultsSource, Subject, commands_of, list_subjects, value_of
 from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
 from lora_diag.gating.record import Status, Verdict
 
@@ -40,7 +40,7 @@ class Finding:
 
 def judge(
     policy: Policy,
-    sources: Sequence[Source],
+    sources: Sequence[ResultsSource],
     baseline: Baseline,
     today: date,
     now: datetime,
@@ -74,7 +74,7 @@ def judge(
     return (*verdicts, *waivers.reports())
 
 
-def _refuse_nothing(policy: Policy, sources: Sequence[Source]) -> None:
+def _refuse_nothing(policy: Policy, sources: Sequence[ResultsSource]) -> None:
     """Refuse results without anything to judge.
 
     Raises:
@@ -92,7 +92,7 @@ def _refuse_nothing(policy: Policy, sources: Sequence[Source]) -> None:
         )
 
 
-def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
+def _check_selectors(policy: Policy, sources: Sequence[ResultsSource]) -> None:
     """Refuse rules that select no name in the results; an unfinished run may still add names.
 
     Raises:
@@ -107,7 +107,7 @@ def _check_selectors(policy: Policy, sources: Sequence[Source]) -> None:
             raise policy.error(demand, f"selects none of the {len(names)} tensors in the results")
 
 
-def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdict]:
+def _judge_subject(policy: Policy, sources: Sequence[ResultsSource]) -> Iterator[Verdict]:
     """Yield a verdict on whether any of the results is of the policy's kind of subject, if it has one."""
     if policy.about is None:
         return
@@ -121,7 +121,7 @@ def _judge_subject(policy: Policy, sources: Sequence[Source]) -> Iterator[Verdic
 
 
 def _judge_demand(
-    policy: Policy, demand: Demand, sources: Sequence[Source], baseline: Baseline, waivers: Waivers
+    policy: Policy, demand: Demand, sources: Sequence[ResultsSource], baseline: Baseline, waivers: Waivers
 ) -> list[Verdict]:
     """Return the verdicts on every record that a rule or a comparison selects, or on their aggregates.
 
@@ -170,7 +170,9 @@ def _compare(demand: Demand, field: RecordField, subject: Subject, baseline: Bas
     return Finding(subject, value, allowed, ok)
 
 
-def _select_subjects(policy: Policy, demand: Demand, field: RecordField, sources: Sequence[Source]) -> list[Subject]:
+def _select_subjects(
+    policy: Policy, demand: Demand, field: RecordField, sources: Sequence[ResultsSource]
+) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:

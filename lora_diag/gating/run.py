@@ -16,7 +16,15 @@ from lora_diag.files import RESULTS, check_output
 from lora_diag.gating import GateOptions
 from lora_diag.gating.checks import compare_inputs
 from lora_diag.gating.conditions import KINDS, RecordField, find
-from lora_diag.gating.evidence import Baseline, InputState, Source, Subject, list_subjects, open_source, value_of
+from lora_diag.gating.evidence import (
+    Baseline,
+    InputState,
+    ResultsSource,
+    Subject,
+    list_subjects,
+    open_results,
+    value_of,
+)
 from lora_diag.gating.judge import judge
 from lora_diag.gating.policy import READY, SPIKE, Policy, read_age, read_policy, read_text
 from lora_diag.gating.record import Verdict, outcome
@@ -82,7 +90,7 @@ def gate(
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]
     if max_age is not None:
         rules = _limit_age(rules, max_age)
-    stored = Baseline([open_source(path) for path in baseline])
+    stored = Baseline([open_results(path) for path in baseline])
     for source in stored.sources:
         if source.results.end is None:
             raise InputError(
@@ -99,8 +107,8 @@ def gate(
     return _make_results(rules, sources, stored.sources, verdicts, day)
 
 
-def _open_sources(results: Sequence[Path | str | Results[Any]]) -> list[Source]:
-    return [open_source(item, number) for number, item in enumerate(results, 1)]
+def _open_sources(results: Sequence[Path | str | Results[Any]]) -> list[ResultsSource]:
+    return [open_results(item, number) for number, item in enumerate(results, 1)]
 
 
 def _limit_age(policy: Policy, max_age: str) -> Policy:
@@ -143,7 +151,11 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
 
 
 def _make_results(
-    policy: Policy, sources: Sequence[Source], baselines: Sequence[Source], verdicts: tuple[Verdict, ...], day: date
+    policy: Policy,
+    sources: Sequence[ResultsSource],
+    baselines: Sequence[ResultsSource],
+    verdicts: tuple[Verdict, ...],
+    day: date,
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
     role, kind = "built-in policy" if policy.ready else "policy", policy.title or "a policy"
@@ -213,7 +225,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     )
 
 
-def _draft_comparisons(sources: Sequence[Source]) -> Iterator[str]:
+def _draft_comparisons(sources: Sequence[ResultsSource]) -> Iterator[str]:
     """Yield a comparison for each guarded value of the records, in several metrics one for each.
 
     The comparisons name the metric, unless all records are in that of the weights.

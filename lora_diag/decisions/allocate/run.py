@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +22,7 @@ from lora_diag.catalog import read_results, read_results_of
 from lora_diag.checkpoints import locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
-from lora_diag.decisions.allocate.measure import Allocated, Budget, Constraints, one_rank
+from lora_diag.decisions.allocate.measure import Budget, Constraints, one_rank
 from lora_diag.decisions.allocate.measure import allocate as plan_ranks
 from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
@@ -90,11 +91,8 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
             f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those of probe "
             "sensitivity or fisher, or a JSON object of layer and factor"
         )
-    if results.end is None and not allow_unfinished:
-        raise InputError(
-            f"--layer-weights {path}: the run did not finish, and missing layers would get no rank; finish it with "
-            f"loradiag {results.run.command} ... --resume, or accept it with --allow-unfinished"
-        )
+    if not allow_unfinished:
+        _require_finished(results, f"--layer-weights {path}")
     if results.run.command == "probe fisher":
         return _read_tails(path, results, spectra)
     records = [record for record in results.whole if isinstance(record, Sensitivity)]
@@ -122,6 +120,19 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
         role="weights", path=legible(path), kind=description, tensors=len(measured.factors), notes=tuple(notes)
     )
     return LayerWeights(described, factors=measured.factors, scores=measured.scores)
+
+
+def _require_finished(results: Results[Any], name: str) -> None:
+    """Refuse results of an interrupted run.
+
+    Raises:
+        InputError: The run did not finish.
+    """
+    if results.end is None:
+        raise InputError(
+            f"{name}: the run did not finish, and missing layers would get no rank; finish it with loradiag "
+            f"{results.run.command} ... --resume, or accept it with --allow-unfinished"
+        )
 
 
 def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> LayerWeights:
@@ -268,21 +279,19 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
 
-    def plan(constraints: Constraints) -> Allocated:
-        return plan_ranks(
-            spectra.layers,
-            budget,
-            constraints,
-            layer_weights.factors,
-            arguments["relative"],
-            arguments["layers"],
-            arguments["exclude"],
-            layer_weights.losses,
-            spectra.left_out,
-            method=method,
-            scores=layer_weights.scores,
-        )
-
+    plan = partial(
+        plan_ranks,
+        spectra.layers,
+        budget,
+        weights=layer_weights.factors,
+        relative=arguments["relative"],
+        target=arguments["layers"],
+        exclude=arguments["exclude"],
+        losses=layer_weights.losses,
+        left_out=spectra.left_out,
+        method=method,
+        scores=layer_weights.scores,
+    )
     chosen = one_rank(plan, constraints) if portable else plan(constraints)
     if portable and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None)) is not None:
         raise UsageError(
@@ -504,11 +513,8 @@ def _read_spectra(
     """
     spectra = results if isinstance(results, Results) else _read_spectra_file(results)
     path = "" if isinstance(results, Results) else legible(results)
-    if spectra.end is None and not allow_unfinished:
-        raise InputError(
-            f"{path or 'these results'}: the run did not finish, and missing layers would get no rank; finish it "
-            "with loradiag spectrum ... --resume, or accept it with --allow-unfinished"
-        )
+    if not allow_unfinished:
+        _require_finished(spectra, path or "these results")
     if not spectra.layers:
         raise InputError(f"{path or 'these results'}: hold no layer; measure again")
     notes = [] if spectra.end is not None else [UNFINISHED]

@@ -283,14 +283,8 @@ class LayerRun:
                 for record in records.layers:
                     earlier.setdefault(record.layer, []).append(record)
                 todo = [task for task in tasks if task.layer not in earlier]
-                measure_one = partial(_measure_or_skip, partial(measure, settings=settings))
-                engine = partial(run_ray, engine=options["engine"]) if options["engine"] is not None else run_local
-                left_out = list[LeftOut]()
-                for measured in _report_progress(
-                    engine(measure_one, todo, layout, partial(size, settings=settings)), todo, watch
-                ):
-                    left_out += [record for record in measured if isinstance(record, LeftOut)]
-                    records.put(*(record for record in measured if not isinstance(record, LeftOut)))
+                bound = partial(measure, settings=settings), partial(size, settings=settings)
+                left_out = self._measure_tasks(todo, *bound, layout, records)
                 listing = partial(leave_out, unmeasured) if isinstance(unmeasured, Pairing) else unmeasured
                 left_out += listing(layout, self.where.here)
                 for task in tasks:
@@ -301,6 +295,25 @@ class LayerRun:
             if finish is not None:
                 finish(results)
         return results
+
+    def _measure_tasks(
+        self,
+        tasks: Sequence[T],
+        measure: Callable[[T], Sequence[L | LeftOut]],
+        size: Callable[[T], int],
+        layout: Layout,
+        records: RunRecords[L],
+    ) -> list[LeftOut]:
+        """Measure layers on this machine or a cluster, write their records, and return those of skipped layers."""
+        engine = self.options["engine"]
+        run = run_local if engine is None else partial(run_ray, engine=engine)
+        left_out = list[LeftOut]()
+        for measured in _report_progress(
+            run(partial(_measure_or_skip, measure), tasks, layout, size), tasks, records.watch
+        ):
+            left_out += [record for record in measured if isinstance(record, LeftOut)]
+            records.put(*(record for record in measured if not isinstance(record, LeftOut)))
+        return left_out
 
     def layout(self, tasks: Sequence[Sized]) -> Layout:
         """Return the allocation of this machine to layers.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Group
 
@@ -11,7 +11,9 @@ from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, final_statements, make_statement, summary_of
 from lora_diag.rendering.tables import Column, Grid, grids_table
 from lora_diag.rendering.text import count, duration, percent, plus_minus, safe, short, span, to_text
-from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneStage, TuneTrial
+
+T = TypeVar("T")
 
 
 def tune_table(
@@ -26,17 +28,13 @@ def tune_table(
 
 def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
     """Return the plan of a search, which is printed before it starts."""
-    stages = [*plan.stages]
-    grid = Grid(
-        "",
-        "stage",
-        tuple(stage.name for stage in stages),
-        (
-            Column("runs", tuple(f"≤ {stage.runs}" if stage.runs else "-" for stage in stages)),
-            Column("time", tuple(duration(stage.seconds) if stage.seconds >= 1 else "<1 s" for stage in stages)),
-            Column("decides", tuple(stage.decides for stage in stages), justify="left"),
-        ),
-    )
+    columns: dict[str, Callable[[TuneStage], str]] = {
+        "stage": lambda stage: stage.name,
+        "runs": lambda stage: f"≤ {stage.runs}" if stage.runs else "-",
+        "time": lambda stage: duration(stage.seconds) if stage.seconds >= 1 else "<1 s",
+        "decides": lambda stage: stage.decides,
+    }
+    grid = _make_grid("", plan.stages, columns)
     rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
     lines = [
         make_statement("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
@@ -51,11 +49,24 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
             "time",
             "Time",
             f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
-            f"{_describe_slots(plan)}{_describe_limit(plan)}",
+            f"{'' if plan.slots == 1 else f' and {plan.slots} concurrent runs'}"
+            f"{'' if plan.limit is None else f'; limit {duration(plan.limit)}'}",
         ),
         *([make_statement("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
     ]
     return grids_table([grid], lines, width, color)
+
+
+# Columns of text, which are aligned on the left.
+TEXT_COLUMNS = {"decides", "on", "outcome", "why"}
+
+
+def _make_grid(caption: str, rows: Sequence[T], columns: Mapping[str, Callable[[T], str]], about: str = "") -> Grid:
+    """Return a table of rows, from a function for the cells of each column; the first column has their names."""
+    title, *others = columns
+    cells = {name: tuple(map(columns[name], rows)) for name in columns}
+    justified = (Column(name, cells[name], "left" if name in TEXT_COLUMNS else "right") for name in others)
+    return Grid(caption, title, cells[title], tuple(justified), about)
 
 
 def _describe_kind(plan: TunePlan) -> list[Statement]:
@@ -72,14 +83,6 @@ def _describe_kind(plan: TunePlan) -> list[Statement]:
             "over; a tenth of them for full fine-tuning is a rule for alpha = 2r"
         )
     return [make_statement("kind", "Adapter", plan.kind, *notes)] if notes else []
-
-
-def _describe_slots(plan: TunePlan) -> str:
-    return "" if plan.slots == 1 else f" and {plan.slots} concurrent runs"
-
-
-def _describe_limit(plan: TunePlan) -> str:
-    return "" if plan.limit is None else f"; limit {duration(plan.limit)}"
 
 
 def _list_values(values: Sequence[float]) -> str:
@@ -133,12 +136,15 @@ def _describe_settings(choice: Tune) -> str:
 
 
 def _describe_gain(choice: Tune) -> str:
-    error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
     losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {choice.seeds} seeds"
-    line = f"{choice.gain:.4f}{error} nats on {short(choice.set)} ({losses})"
+    line = f"{choice.gain:.4f}{_format_error(choice.gain_error)} nats on {short(choice.set)} ({losses})"
     if choice.share_of_full is None:
         return f"{line}; full fine-tuning was not trained or gains nothing"
     return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
+
+
+def _format_error(error: float | None) -> str:
+    return "" if error is None else plus_minus(error)
 
 
 def _describe_next_rank(choice: Tune) -> str:
@@ -151,18 +157,16 @@ def _describe_next_rank(choice: Tune) -> str:
 def _describe_non_uniform(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
     of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
     why = next((decision.why for decision in of_stage if decision.name == "non-uniform ranks"), "not in the plan")
-    measured = [decision for decision in of_stage if decision.gap is not None and decision.seeds > 1]
     gaps = [
-        f"{decision.name} {decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)}"
-        for decision in measured
-        if decision.gap is not None
+        f"{decision.name} {decision.gap:+.4f}{_format_error(decision.error)}"
+        for decision in of_stage
+        if decision.gap is not None and decision.seeds > 1
     ]
     return f"{choice.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
 
 
 def _describe_shifted(choice: Tune) -> str:
-    error = "" if choice.gain_shifted_error is None else plus_minus(choice.gain_shifted_error)
-    gain = choice.gain_shifted or 0.0
+    gain, error = choice.gain_shifted or 0.0, _format_error(choice.gain_shifted_error)
     return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(choice.set_shifted)}"
 
 
@@ -192,7 +196,7 @@ def _list_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
 
 def _format_gaps(decision: TuneDecision) -> str:
     if decision.gap is not None:
-        return f" ({decision.gap:+.4f}{'' if decision.error is None else plus_minus(decision.error)})"
+        return f" ({decision.gap:+.4f}{_format_error(decision.error)})"
     return "" if decision.seconds is None else f" (about {duration(decision.seconds)})"
 
 
@@ -207,45 +211,36 @@ def _describe_left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the trail of decisions, and the losses of all configurations."""
     decisions = results.whole_of(TuneDecision)
-    history = Grid(
-        "Decisions, in their order",
-        "stage",
-        tuple(decision.stage for decision in decisions),
-        (
-            Column("on", tuple(safe(decision.name) for decision in decisions), justify="left"),
-            Column("outcome", tuple(decision.outcome for decision in decisions), justify="left"),
-            Column("rank", tuple("" if decision.rank is None else str(decision.rank) for decision in decisions)),
-            Column("gap", tuple("" if decision.gap is None else f"{decision.gap:+.4f}" for decision in decisions)),
-            Column("± gap", tuple("" if decision.error is None else f"{decision.error:.4f}" for decision in decisions)),
-            Column("seeds", tuple(str(decision.seeds or "") for decision in decisions)),
-            Column("why", tuple(safe(decision.why) for decision in decisions), justify="left"),
-        ),
-        "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences.",
-    )
+    columns: dict[str, Callable[[TuneDecision], str]] = {
+        "stage": lambda decision: decision.stage,
+        "on": lambda decision: safe(decision.name),
+        "outcome": lambda decision: decision.outcome,
+        "rank": lambda decision: "" if decision.rank is None else str(decision.rank),
+        "gap": lambda decision: "" if decision.gap is None else f"{decision.gap:+.4f}",
+        "± gap": lambda decision: "" if decision.error is None else f"{decision.error:.4f}",
+        "seeds": lambda decision: str(decision.seeds or ""),
+        "why": lambda decision: safe(decision.why),
+    }
+    about = "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences."
+    history = _make_grid("Decisions, in their order", decisions, columns, about)
     return [history, *_make_losses_grids(results.whole_of(TuneTrial))]
 
 
 def _make_losses_grids(trials: Sequence[TuneTrial]) -> list[Grid]:
-    grids = []
-    for name in dict.fromkeys(trial.set for trial in trials):
-        groups: dict[tuple[str, float | None], list[TuneTrial]] = {}
-        for trial in trials:
-            if trial.set == name:
-                groups.setdefault((trial.variant, trial.lr), []).append(trial)
-        rows = [
-            (key, [trial.loss for trial in group if trial.loss is not None], group[0]) for key, group in groups.items()
-        ]
-        grids.append(
-            Grid(
-                f"Losses on {short(name)}",
-                "configuration",
-                tuple(variant for (variant, _), _, _ in rows),
-                (
-                    Column("lr", tuple("" if lr is None else f"{lr:g}" for (_, lr), _, _ in rows)),
-                    Column("params", tuple(count(trial.params) for _, _, trial in rows)),
-                    Column("seeds", tuple(str(len(losses)) for _, losses, _ in rows)),
-                    Column("loss", tuple(f"{sum(v) / len(v):.4f}" if v else "diverged" for _, v, _ in rows)),
-                ),
-            )
-        )
-    return grids
+    """Return a table for each set, with a row for each configuration at each learning rate."""
+    columns: dict[str, Callable[[list[TuneTrial]], str]] = {
+        "configuration": lambda group: group[0].variant,
+        "lr": lambda group: "" if group[0].lr is None else f"{group[0].lr:g}",
+        "params": lambda group: count(group[0].params),
+        "seeds": lambda group: str(sum(trial.loss is not None for trial in group)),
+        "loss": _format_mean_loss,
+    }
+    groups: dict[str, dict[tuple[str, float | None], list[TuneTrial]]] = {}
+    for trial in trials:
+        groups.setdefault(trial.set, {}).setdefault((trial.variant, trial.lr), []).append(trial)
+    return [_make_grid(f"Losses on {short(name)}", [*rows.values()], columns) for name, rows in groups.items()]
+
+
+def _format_mean_loss(trials: Sequence[TuneTrial]) -> str:
+    losses = [trial.loss for trial in trials if trial.loss is not None]
+    return f"{sum(losses) / len(losses):.4f}" if losses else "diverged"

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_diag.catalog import table
-from lora_diag.probes.curvature.record import Curvature, LossBound, Surrogate
+from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.curvature.show import curvature_lines
 from lora_diag.records import Results, Run
 from lora_diag.rendering.statements import find
@@ -72,24 +72,3 @@ def test_summary_states_bound_of_any_situation(situation):
     if records:
         assert ("exceeded" in statement.lead) == any(not r.holds for r in records if isinstance(r, LossBound))
         assert bool(statement.answer) == any(r.gap > 1e-6 for r in records if isinstance(r, LossBound))
-
-
-@pytest.mark.parametrize("is_joint", [True, False])
-def test_joint_eigenpair_fraction_is_shown_once(is_joint):
-    held = Surrogate(
-        eigenpairs=10,
-        joint=is_joint,
-        share=0.12,
-        random=0.01,
-        pairs_at=8,
-        rank_at={"0.9": 5, "0.95": 6, "0.99": 7},
-        rank=9,
-    )
-    layers = [
-        joint(layer=f"model.layers.{i}.mlp.up_proj.weight", at="base", eigenvalues=(), surrogate=held) for i in (0, 1)
-    ]
-    text = table(Results(RUN, (), whole=(joint(at="base"), *layers)), 100, per="layer")
-    rows = text[: text.index("Compared")]
-    assert rows.count("12%") == (1 if is_joint else 2)
-    assert "has rank 5 to 5 at 90%" in " ".join(text.split())
-    assert all(len(line) <= 100 for line in text.splitlines())

@@ -217,14 +217,11 @@ def test_invalid_options_are_refused(models, tmp_path):
         lora_diag.probe_fisher(base, tuned, data=text, layers="nothing")
 
 
-def test_sensitivity_command_prints_layer_order(models, tmp_path, loradiag):
+def test_fisher_command_prints_layers(models, tmp_path, loradiag):
     base, tuned, text = models
     ran = loradiag(
         "probe", "fisher", base, tuned, "--data", text, "--measure", "--ranks", "2,8", "-o", "f.jsonl", "--batch", "4"
     )
     assert ran.code == 0, ran.err
-    for words in ("Spearman's ρ", "Fisher", "weight energy", "K-FAC", "½F ÷ measured KL", "--layer-weights f.jsonl"):
-        assert words in " ".join(ran.out.split()), words
-    assert "about " in ran.err
     repeated = loradiag("inspect", "f.jsonl", "--per", "layer")
     assert "transformer.h.0.attn.c_attn" in repeated.out

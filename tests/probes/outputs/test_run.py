@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import lora_diag
 import lora_diag.probes.outputs.measure
 import lora_diag.probes.outputs.measure as measuring
-from lora_diag.catalog import read_results, table
+from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Sequence, Texts
 from tests import oracles
@@ -208,18 +208,6 @@ def test_run_begun_with_other_sequences_is_not_resumed(tmp_path):
         lora_diag.probe_outputs(base, tuned, [tmp_path / "other"], **options, resume=True)
     assert_names(str(error.value), "cut.jsonl", "held_out.txt", "first 2 of 3")
     assert output.read_bytes() == before
-
-
-def test_reference_scales_distances(tmp_path):
-    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
-    tuned = moved(base, tmp_path / "tuned")
-    near, far, third = (
-        moved(tuned, tmp_path / name, size) for name, size in (("near", 0.01), ("far", 0.5), ("third", 0.1))
-    )
-    shown = table(lora_diag.probe_outputs(base, tuned, [near, far], reference=third, evaluate=[text]))
-    assert "third (reference)" in shown
-    assert_names(shown, "1 of 2 adapters", "TUNED")
-    assert "Reference" not in shown
 
 
 def test_adapters_of_a_run_are_compared_as_equals(tmp_path, loradiag):

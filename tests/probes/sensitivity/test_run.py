@@ -251,18 +251,6 @@ def test_classifier_head_is_not_adapted(tmp_path):
     assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(result)}
 
 
-def test_table_names_largest_gain_at_narrow_width(measured):
-    shown = table(measured[0], 80)
-    assert all(len(line) <= 80 for line in shown.splitlines())
-    gains = {
-        record.unit: record.gain for record in runs_of(measured[0]) if record.rank == 2 and record.set == "held_out"
-    }
-    assert "transformer.h.1.mlp.c_proj" in shown
-    for word in ("g(2→3)", "More rank", "Proxies", "not known; at least three units", "Seed agreement", "layer alone"):
-        assert (word in shown) == (word != "Seed agreement"), word
-    assert len(gains) == 2
-
-
 def test_gains_become_weights_of_allocation(case, measured, tmp_path):
     """w·Σ_{i≤2}σ² is the gain, by NumPy; layers that were not adapted get no rank."""
     base, *_ = case

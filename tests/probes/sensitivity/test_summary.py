@@ -51,15 +51,6 @@ def test_gradient_scores_are_compared_with_gains(gains, scores, sizes, noise, te
     assert f"Proxies {text}" in " ".join(shown.split())
 
 
-def test_most_sensitive_units_come_first():
-    gains = [0.001 * i for i in range(1, 51)]
-    shown = table(results(gains, gains, [1] * 50), 80).splitlines()
-    rows = [line for line in shown if line.startswith(" h.")]
-    assert len(rows) == 40
-    assert rows[0].startswith(" h.49.q ")
-    assert "and 10 more" in "\n".join(shown)
-
-
 def test_edge_of_unit_uses_own_rates():
     """Beyond the grid only some units are tried: a rate that others went past is still their last."""
     result = results([0.3, 0.3], [1, 1], [1, 1])

@@ -15,8 +15,7 @@ import lora_diag.models.training
 import lora_diag.running.probing
 from lora_diag.catalog import read_results, table
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.opening import keep_open, open_model
-from lora_diag.models.training import Lora, add_lora
+from lora_diag.models.opening import keep_open
 from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.messages import assert_names, raises_naming
@@ -146,21 +145,6 @@ def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
     assert {(r.subject, r.lr): r.loss for r in grown.whole} == {(r.subject, r.lr): r.loss for r in at_once.whole}
     assert grown.run.settings == at_once.run.settings
     assert any(r.subject == "full" for r in grown.whole)
-
-
-def test_sweep_cost_is_stated_before_first_step(case):
-    base, train, held, _ = case
-    last = []
-    lora_diag.probe_sweep(
-        base,
-        data=train,
-        evaluate=[held],
-        ranks=(1, 2),
-        rates=(1e-2,),
-        steps=3,
-        on_progress=lambda event: last.append((event.done, event.total)),
-    )
-    assert last[-1][0] == last[-1][1] == len(last)
 
 
 def test_diverged_run_is_reported_and_others_continue(case, monkeypatch):
@@ -386,11 +370,3 @@ def test_resume_requires_same_trained_parameters(case, tmp_path):
     assert {label.split()[0] for label in labels} == {"full"}
     whole = lora_diag.probe_sweep(base, **(options | {"output": None}))
     assert read_results(tmp_path / "s.jsonl").whole == whole.whole
-
-
-def test_lora_excludes_classifier_head(tmp_path):
-    model = open_model(bert(tmp_path / "base"), torch.device("cpu"))
-    with add_lora(model, 1, Lora()) as adapted:
-        names = {name for name, _ in adapted.module.named_modules() if name.endswith(".lora_A")}
-    assert any("pooler.dense" in name for name in names)
-    assert not any("classifier" in name for name in names)

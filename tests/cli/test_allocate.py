@@ -21,36 +21,9 @@ def measured(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("columns", ["80", "140"])
-@pytest.mark.parametrize("per", ["type", "layer"])
-def test_table_fits_terminal_with_kept_fraction(loradiag, measured, columns, per):
-    ran = loradiag("allocate", measured, "--params", "50k", "--per", per, env={"COLUMNS": columns})
-    assert (ran.code, ran.err) == (0, "")
-    assert max(map(len, ran.out.splitlines())) <= int(columns)
-    if per == "type":
-        places = [ran.out.index(f" {name} ") for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
-        assert places == sorted(places)
-    for word in ("by uniform", "49,984 of 50,000", "Energy kept", "29.17%", "ε_min", "uniform r=5", "+3.38 points"):
-        assert word in " ".join(ran.out.split())
-    assert "adapter_config.json" in ran.out
-
-
-def test_unmeasured_fraction_is_not_stated(loradiag, tmp_path):
-    base, tuned = ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft"
-    lora_diag.spectrum(base, tuned, exclude="lm_head", output=tmp_path / "s.jsonl")
-    message = " ".join(loradiag("allocate", "s.jsonl", "--params", "50k").out.split())
-    assert_names(message, "‖Δ‖²", "measured tensors")
-
-
-def test_small_gain_is_reported(loradiag, tmp_path):
-    spectra = results(*(record(f"l.{i}.q_proj.weight", (16, 16), [1.0 + i / 1000] * 16) for i in range(4)))
-    spectra.write(tmp_path / "s.jsonl")
-    assert_names(loradiag("allocate", "s.jsonl", "--total-rank", "24").out, "negligible", "gain")
-
-
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):
     message = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json").out
-    assert_names(message, "PEFT", "loradiag allocate")
+    assert "--check" in message
     ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -103,15 +76,6 @@ def test_config_check_builds_model(loradiag, measured, tmp_path):
     assert loradiag(*words, "-o", "a.jsonl", "--check", "config.json").code == 2
 
 
-def test_policies_are_shown_side_by_side(loradiag, measured):
-    ran = loradiag("rank-rules", measured, env={"COLUMNS": "80"})
-    assert ran.code == 0
-    for word in ("knee", "Gavish–Donoho", "signal", "Disagree", "by a factor of 2 or more"):
-        assert word in ran.out
-    assert max(map(len, ran.out.splitlines())) <= 80
-    assert {record["record"] for record in loradiag("rank-rules", measured, "--json").records} == {"policies"}
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -140,17 +104,6 @@ def test_usage_errors_exit_2_and_write_nothing(loradiag, measured, tmp_path, wor
 def test_file_without_spectrum_exits_3(loradiag, tmp_path):
     (tmp_path / "x.jsonl").write_text("hello\n")
     assert loradiag("allocate", "x.jsonl", "--params", "1k").code == 3
-
-
-def test_warnings_of_noise_and_gradients(loradiag, tmp_path):
-    spectra = [
-        record("a.q_proj.weight", (8, 8), [3, 2, *[1] * 6], signal=2, verdict="unresolved", source="gradients"),
-        record("b.q_proj.weight", (8, 8), [1] * 8, signal=0, verdict="unresolved", source="gradients"),
-    ]
-    results(*spectra).write(tmp_path / "s.jsonl")
-    out = " ".join(loradiag("allocate", "s.jsonl", "--params", "1M").out.split())
-    for word in ("spectra of gradients", "mostly rounding noise", "1 are only rounding noise", "by their signal rank"):
-        assert word in out
 
 
 def test_non_text_weights_are_refused(loradiag, measured, tmp_path):

@@ -118,21 +118,31 @@ def test_summary_of_example_is_short(loradiag, words):
     assert whole == below_the_table(loradiag(*words, "-v", brief=True).out)
 
 
+ON_SAMPLES = [
+    ["spectrum", "base", "full_ft"],
+    ["residual", "base", "full_ft", "lora_r4", "lora_r16"],
+    ["interference", "lora_r4", "lora_r16"],
+    ["intruders", "base", "full_ft"],
+    ["overlap", "base", "full_ft", "gradients"],
+    ["verify-merge", "base", "lora_r4", "full_ft"],
+    ["fleet", "lora_r4", "lora_r16"],
+    ["plan", "base"],
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["spectrum", "base", "full_ft"],
-        ["residual", "base", "full_ft", "lora_r4", "lora_r16"],
-        ["interference", "lora_r4", "lora_r16"],
-        ["intruders", "base", "full_ft"],
-        ["overlap", "base", "full_ft", "gradients"],
-        ["verify-merge", "base", "lora_r4", "full_ft"],
-        ["fleet", "lora_r4", "lora_r16"],
-        ["plan", "base"],
-    ],
-    ids=lambda words: words[0],
-)
+@pytest.mark.parametrize("words", ON_SAMPLES, ids=lambda words: words[0])
+@pytest.mark.parametrize("more", [(), ("--per", "layer")], ids=["type", "layer"])
+def test_tables_fit_terminal(loradiag, words, more):
+    if words[0] == "plan" and more:
+        pytest.skip("has no rows of layers")
+    for columns in (60, 80, 140):
+        ran = loradiag(*words, *more, cwd=SAMPLES, env={"COLUMNS": str(columns)})
+        assert max(map(len, ran.out.splitlines())) <= columns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ON_SAMPLES, ids=lambda words: words[0])
 def test_summary_of_samples_is_short(loradiag, words):
     ran = loradiag(*words, cwd=SAMPLES, brief=True)
     alarms = {"overlap": 4, "verify-merge": 10}  # lines of warnings and failures, which are always shown

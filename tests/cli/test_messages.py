@@ -19,17 +19,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("200", 200), ("10", 60), ("", 80), ("many", 80)])
-def test_terminal_lines_fit_and_paths_are_complete(monkeypatch, columns, width):
-    monkeypatch.setenv("COLUMNS", columns)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    message(LINE)
-    lines = sys.stderr.getvalue().splitlines()
-    assert " ".join(map(str.strip, lines)) == LINE
-    assert all(len(line) <= width or line.strip() == f"{PATH}:" for line in lines)
-    assert all(line.startswith("  ") for line in lines[1:])
-
-
 @pytest.mark.parametrize("name", ["x" * 10**6, "\x1b" * 10**4])
 def test_long_message_keeps_path_and_fix(capsys, name):
     error = InputError(f"a/model.safetensors: has a tensor {name}; rename it")
@@ -39,12 +28,6 @@ def test_long_message_keeps_path_and_fix(capsys, name):
     assert len(shown) <= 2000
     assert shown.startswith("Error: a/model.safetensors: has a tensor")
     assert shown.endswith("rename it")
-
-
-def test_gate_log_has_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "60")
-    message(LINE)
-    assert capsys.readouterr().err == f"{LINE}\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])

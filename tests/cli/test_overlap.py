@@ -26,14 +26,6 @@ def inputs(tmp_path):
     return "base", "tuned", "g"
 
 
-def test_table_fits_and_summary_answers(loradiag, inputs):
-    ran = loradiag("overlap", *inputs, "--ranks", "2,4")
-    assert (ran.code, ran.err) == (0, "")
-    assert max(map(len, ran.out.splitlines())) <= 80
-    for word in ("step 0", "random", "tangent", "Containment", "Reach", "Trend", "Suggestion", "Left out", "Next"):
-        assert word in ran.out, word
-
-
 def test_json_equals_file_and_inspect_output(loradiag, inputs, tmp_path):
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--json", "-o", "o.jsonl")
     assert ran.code == 0

@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_diag.plots.run import Drawn, _explain_no_figure
 from lora_diag.records import End, Results, Run
 from tests.messages import assert_names
 from tests.plots import making
@@ -33,16 +32,6 @@ def test_plot_draws_available_figures(loradiag, spectra, adapters, tmp_path):
     assert len(ran.out.splitlines()) <= 16, "what was drawn is not lost among what was not"
     assert_names(ran.out, "report spectrum.jsonl residual.jsonl")
     assert max(map(len, ran.out.splitlines())) <= 80
-
-
-def test_undrawable_results_list_their_records():
-    runs = [making.results(making.model(1))]
-    missing = [Drawn(name, "", None, "absent", missing="records") for name in ("fleet", "heatmap")]
-    assert (
-        _explain_no_figure(runs, missing)
-        == "no figure draws results of spectrum; show them with loradiag inspect or loradiag report"
-    )
-    assert _explain_no_figure(runs, [*missing, Drawn("energy", "", None, "ΔW = 0")]) == "energy: ΔW = 0"
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

@@ -62,13 +62,6 @@ def test_errors_give_one_message_and_exit_code(loradiag, pair, words, code):
     assert ran.out == ""
 
 
-def test_help_names_every_probe(loradiag):
-    ran = loradiag("probe", "--help")
-    assert ran.code == 0
-    assert "truncation" in ran.out
-    assert_names(loradiag("probe", "truncation", "--help").out, "probe truncation")
-
-
 def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path):
     base, _, text, _ = pair
     ran = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
@@ -109,29 +102,6 @@ def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp
     assert repeated.strip() == ran.out[: ran.out.index("Next")].strip()
     wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
-
-
-def test_sweep_figure_has_reference_lines(loradiag, pair):
-    base, _, text, shifted = pair
-    words = (
-        "--ranks",
-        "1",
-        "--lr",
-        "1e-2",
-        "--steps",
-        "2",
-        "--repeats",
-        "1",
-        "--full",
-        "--full-lr",
-        "1e-3",
-        "--bitfit",
-    )
-    ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words, "--rslora", "--quantized", "nf4")
-    assert ran.code == 0
-    for word in ("BASE nf4", "BitFit", "To full", "rsLoRA, alpha = 16", "memory and speed are not"):
-        assert word in " ".join(ran.out.split())
-    assert_names(ran.err, "full fine-tuning")
 
 
 def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):

@@ -1,12 +1,10 @@
 """``loradiag residual`` as a user runs it."""
 
 import json
-import re
 
 import pytest
-import torch
 
-from tests.conftest import ROOT, save_model
+from tests.conftest import ROOT
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
@@ -39,57 +37,6 @@ def test_inspect_shows_residual_and_json_has_records(loradiag, tmp_path):
     assert repeated == shown[: shown.index("\nNext ")] + "\n"
     assert loradiag(*words, "--json").out == (tmp_path / "r.jsonl").read_text()
     assert "layers.0.mlp.up_proj " in loradiag("inspect", "r.jsonl", "--per", "layer", env={"COLUMNS": "140"}).out
-
-
-def test_adapter_in_place_of_fine_tune_is_reported(loradiag):
-    message = " ".join(loradiag("residual", BASE, R4, TUNED, "--layers", r"layers\.0\..*q_proj").out.split())
-    assert_names(message, "lora_r4", "TUNED")
-    assert_names(message, "BASE TUNED ADAPTER")
-    assert "The order" not in loradiag("residual", BASE, TUNED, R4, "--layers", r"layers\.0\..*q_proj").out
-
-
-def test_rows_are_ordered_by_limit(loradiag):
-    out = loradiag("residual", BASE, TUNED, R4).out
-    limits = [line.split()[-1] for line in out.splitlines() if re.match(r" (\S+|not adapted) +\d+ ", line)]
-    assert limits == ["direction"] * 7 + ["adapted"]
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    """An encoder, a full fine-tune of it, and a LoRA adapter of rank 2 on its queries and values."""
-    rng = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=rng)
-
-    base, factors = {"embeddings.word_embeddings.weight": normal(20, 8)}, {}
-    for block in (f"encoder.layer.{i}" for i in range(12)):
-        for module in ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense"):
-            base |= {f"{block}.{module}.weight": normal(8, 8), f"{block}.{module}.bias": normal(8)}
-        base |= {f"{block}.{name}.LayerNorm.weight": normal(8) for name in ("attention.output", "output")}
-        for module in ("query", "value"):
-            name = f"base_model.model.{block}.attention.self.{module}"
-            factors |= {f"{name}.lora_A.weight": normal(2, 8), f"{name}.lora_B.weight": 0.01 * normal(8, 2)}
-    tuned = {name: tensor + 0.01 * normal(*tensor.shape) for name, tensor in base.items()}
-    adapter = save_model(tmp_path / "adapter", factors)
-    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query", "value"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    return save_model(tmp_path / "base", base), save_model(tmp_path / "tuned", tuned), adapter
-
-
-@pytest.mark.parametrize("width", ["80", "140"])
-@pytest.mark.parametrize("per", ["type", "layer"])
-def test_encoder_table_has_adapted_matrices(loradiag, encoder, tmp_path, width, per):
-    loradiag("residual", *encoder, "-o", "r.jsonl", "-q")
-    out = loradiag("inspect", "r.jsonl", "--per", per, env={"COLUMNS": width}).out
-    *rows, rest = [re.split(r" {1,}[0-9-]", line.strip())[0].strip() for line in out.split("\n\n")[1].splitlines()[2:]]
-    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    still = [one for one in records if one["record"] == "residual" and one["limited_by"] == "not adapted"]
-    assert len(still) == 97
-    assert rest == ("not adapted" if per == "type" else "not adapted:")
-    assert len(set(rows)) == len(rows) == (2 if per == "type" else 24)
-    assert max(map(len, out.splitlines())) <= int(width)
 
 
 @pytest.mark.parametrize(

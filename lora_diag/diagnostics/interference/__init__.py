@@ -43,7 +43,9 @@ FEATURE = Feature(
             options=(InterferenceOptions, UnionOptions),
             hints=(
                 Hint("allocate {spectrum} --energy 0.9", "the rank that the sum needs in each layer"),
-                Hint("interference {inputs} --spectrum union.jsonl", "then allocate union.jsonl for ranks"),
+                Hint(
+                    "interference {inputs} --spectrum union.jsonl", "then allocate union.jsonl: a rank for each layer"
+                ),
             ),
         ),
     ),

@@ -195,7 +195,7 @@ def test_classifier_can_be_swept(tmp_path):
         ({"full_rates": ()}, UsageError, "--full-lr"),
         ({"quantized": "fp4"}, UsageError, "--quantized fp4: unknown value; use nf4, int8"),
         ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds away most steps of --full"),
-        ({"target_modules": ("nobody",)}, InputError, "--target-modules: PEFT cannot adapt"),
+        ({"targets": ("nobody",)}, InputError, "--target-modules: PEFT cannot adapt"),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ Independent of names, files and LoRA. ``METHODS`` lists the methods of ``decompo
 
 from lora_diag.linalg.devices import resolve_device, use_own_stream
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
-from lora_diag.linalg.distance import Products, principal_cosines, products, root
+from lora_diag.linalg.distance import principal_cosines, products, root
 from lora_diag.linalg.exact import Factors, decompose_factored, numerical_rank, rounding_threshold
 from lora_diag.linalg.methods import (
     METHODS,
@@ -23,7 +23,6 @@ __all__ = [
     "Allowance",
     "Difference",
     "Factors",
-    "Products",
     "Streamed",
     "check_request",
     "decompose",

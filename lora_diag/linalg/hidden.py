@@ -298,7 +298,7 @@ def fit_low_rank(
     buffer = torch.empty(shape, device=cells.device) if keep else None
     deviation = s0 if start is None else start.deviation
     part = None if held_out is None else held_out.part()
-    mean: Callable[[int, int], Tensor | float] = _zero if start is None else start.rows
+    mean: Callable[[int, int], Tensor | float] = (lambda *_: 0.0) if start is None else start.rows
     momentum, previous, basis = 1.0, start, None if start is None else start.vh.T
     for iteration in range(1, MAX_ITERATIONS + 1):
         posterior = _Posterior(cells, mean, deviation, buffer)
@@ -317,10 +317,6 @@ def fit_low_rank(
         momentum, mean = _extrapolate(momentum, estimate, previous)
         previous = estimate
     return replace(estimate, deviation=deviation, iterations=MAX_ITERATIONS)
-
-
-def _zero(first: int, last: int) -> float:
-    return 0.0
 
 
 @dataclass(slots=True)

@@ -5,19 +5,17 @@ holds one run: its ``run`` record, the records of its layers, those about the wh
 ``end`` record. Independent of features; opens no checkpoint, imports neither torch nor NumPy.
 """
 
-from lora_diag.records.base import SCHEMA, LayerRecord, Record, WholeRecord
+from lora_diag.records.base import LayerRecord, Record, WholeRecord
 from lora_diag.records.file import ResultsWriter, is_results_file
 from lora_diag.records.probe import Probe
 from lora_diag.records.results import Results, lines_of, to_line, totals
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run, RunInput
-from lora_diag.records.vocabulary import Agreement, Hidden, Resolution, Tail
+from lora_diag.records.vocabulary import Agreement, Resolution, Tail
 
 __all__ = [
-    "SCHEMA",
     "Agreement",
     "AnyRecord",
     "End",
-    "Hidden",
     "LayerRecord",
     "LeftOut",
     "Probe",

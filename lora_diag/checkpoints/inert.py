@@ -263,10 +263,6 @@ def _check_key(key: Any) -> Any:
     return key
 
 
-def _push_tuple(machine: _Machine, values: list[Any]) -> None:
-    machine.stack.append(tuple(values))
-
-
 def _pop_mark(machine: _Machine, _: Any) -> None:
     machine.pop_to_mark()
 
@@ -327,40 +323,42 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "MARK": lambda: _MARK,
 }
 
+
+def _read_memory(machine: _Machine, index: int) -> None:
+    machine.stack.append(machine.memory[index])
+
+
+def _make_tuple(machine: _Machine, _: Any) -> None:
+    machine.stack.append(tuple(machine.pop_to_mark()))
+
+
+def _append_many(machine: _Machine, _: Any) -> None:
+    machine.append(machine.pop_to_mark())
+
+
 _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": _do_nothing,
-    "FRAME": _do_nothing,
-    "STOP": _do_nothing,
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _do_nothing),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.memoize),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _read_memory),
+    **dict.fromkeys(("TUPLE", "FROZENSET"), _make_tuple),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), _append_many),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _Machine.reduce),
+    **{f"TUPLE{count}": _make_tuple_instruction(count) for count in (1, 2, 3)},
+    "MEMOIZE": lambda machine, _: machine.memoize(len(machine.memory)),
     "POP": _Machine.drop,
     "POP_MARK": _pop_mark,
     "DUP": lambda machine, _: machine.stack.append(machine.top()),
-    "TUPLE": lambda machine, _: _push_tuple(machine, machine.pop_to_mark()),
-    "FROZENSET": lambda machine, _: _push_tuple(machine, machine.pop_to_mark()),
-    "TUPLE1": _make_tuple_instruction(1),
-    "TUPLE2": _make_tuple_instruction(2),
-    "TUPLE3": _make_tuple_instruction(3),
     "LIST": lambda machine, _: machine.stack.append(machine.pop_to_mark()),
     "DICT": _run_dict,
     "APPEND": lambda machine, _: machine.append([machine.pop()]),
-    "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
-    "ADDITEMS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "SETITEM": lambda machine, _: machine.store([machine.pop(), machine.pop()][::-1]),
     "SETITEMS": lambda machine, _: machine.store(machine.pop_to_mark()),
     "GLOBAL": lambda machine, argument: machine.push_name(*argument.split(" ", 1)),
     "STACK_GLOBAL": _run_stack_global,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.reduce,
     "NEWOBJ_EX": _Machine.reduce_with_keywords,
     "INST": _run_inst,
     "OBJ": _run_obj,
     "BUILD": _Machine.build,
-    "PUT": _Machine.memoize,
-    "BINPUT": _Machine.memoize,
-    "LONG_BINPUT": _Machine.memoize,
-    "MEMOIZE": lambda machine, _: machine.memoize(len(machine.memory)),
-    "GET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
-    "BINGET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
-    "LONG_BINGET": lambda machine, argument: machine.stack.append(machine.memory[argument]),
     "PERSID": lambda machine, argument: machine.stack.append(Persistent(argument)),
     "BINPERSID": lambda machine, _: machine.stack.append(Persistent(machine.pop())),
 }

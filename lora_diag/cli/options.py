@@ -58,7 +58,6 @@ def typer_option(name: str, option: Option) -> Any:
         metavar=option.metavar or None,
         help=option.help,
         rich_help_panel=option.panel,
-        hidden=option.hidden,
         autocompletion=(lambda: list(choices)) if choices else None,
     )
 

@@ -2,8 +2,8 @@
 
 A group is a ``TypedDict`` whose fields are annotated with ``Option``. A Python function takes it as
 ``**options: Unpack[LayerOptions]`` under ``@show_options``, which adds the options to its signature and its help. The
-command line builds its own options from the same declaration (``lora_diag.cli.options.spread``). Options of one command
-are a group in the ``options.py`` of its folder; those of several are here.
+command line builds its own options from the same declaration (``lora_diag.cli.options.make_function``). Options of one
+command are a group in the ``__init__.py`` of its folder; those of several are here.
 
 ``--help`` reads the groups, so nothing heavy is imported here, and a type from torch or pydantic is quoted; and
 annotations are evaluated in this module (no ``from __future__ import annotations``).
@@ -55,7 +55,6 @@ class Option:
         metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a flag.
         flags: Names on the command line; default ``--`` and its name.
         panel: Part of the help that shows it, from ``PANELS``.
-        hidden: Whether it is accepted but not shown.
         completions: Words for shell completion, besides the choices.
         cli: Whether it exists on the command line.
     """
@@ -65,7 +64,6 @@ class Option:
     metavar: str = ""
     flags: tuple[str, ...] = ()
     panel: str = MEASUREMENT
-    hidden: bool = False
     completions: tuple[str, ...] = ()
     cli: bool = True
 

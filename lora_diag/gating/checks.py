@@ -17,7 +17,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
-from lora_diag.gating.evidence import InputState, ResultsSource
+from lora_diag.gating.evidence import InputState, ResultsSource, Sources
 from lora_diag.gating.policy import Checks, Policy
 from lora_diag.gating.record import Status, Verdict
 from lora_diag.records import RunInput
@@ -33,7 +33,7 @@ UNUSED = 1e-6
 # Maximum difference between the clocks of the machines that measure and judge.
 MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
-# Inputs that are weights, by which they can be known again.
+# Roles of inputs that are checkpoints or adapters, which have a fingerprint.
 WEIGHT_ROLES = ("base", "tuned", "adapter", "reference")
 
 # Checks whose findings are inconclusive and do not prove a fault.
@@ -59,12 +59,10 @@ class Alarm:
     unknown: bool = False
 
 
-Check = Callable[[Policy, Sequence[ResultsSource], Sequence[ResultsSource]], Iterator[Alarm]]
+Check = Callable[[Policy, Sources, Sources], Iterator[Alarm]]
 
 
-def run_checks(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Verdict]:
+def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Verdict]:
     """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm.
 
     That of layers missing from the results needs a baseline.
@@ -91,7 +89,7 @@ def run_checks(
             yield Verdict(rule=name, allowed=allowed, status=status, severity=severity, message=obstacle)
 
 
-def _explain_inapplicable(name: str, sources: Sequence[ResultsSource]) -> str:
+def _explain_inapplicable(name: str, sources: Sources) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no spectrum or residual record to check"
@@ -106,50 +104,41 @@ def _explain_inapplicable(name: str, sources: Sequence[ResultsSource]) -> str:
     return ""
 
 
-def has_updates(sources: Sequence[ResultsSource]) -> bool:
+def has_updates(sources: Sources) -> bool:
     """Return whether there is a spectrum or a residual, which the checks of updates need."""
     return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
 
 
-def _check_finished(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_finished(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
             yield Alarm(f"{source.path}: the run did not finish; continue with --resume, or measure again")
 
 
-def _check_finite(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_finite(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     for source in sources:
         for item in source.results.non_finite:
             yield Alarm(f"{item.detail}; do not ship it", item.layer)
 
 
-def _check_mismatch(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_mismatch(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     for source in sources:
-        for item in source.results.left_out if _is_of_adapter(source) else ():
-            if item.reason in _NOT_OF_THIS_BASE:
+        for item in source.results.left_out:
+            if _is_of_adapter(source) and item.reason in _NOT_OF_THIS_BASE:
                 yield Alarm(f"the adapter does not fit BASE here: {item.detail}", item.layer)
 
 
-def _check_complete(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_complete(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     for source in sources:
         for item in source.results.run.inputs:
-            for layer in item.lacking if item.role == "adapter" else ():
-                text = (
-                    f"the config of {item.path} targets it and the file holds nothing for it "
-                    f"({len(item.lacking)} of {item.targets} targets): save the adapter again"
-                )
-                yield Alarm(text, layer)
+            text = (
+                f"the config of {item.path} targets it and the file holds nothing for it "
+                f"({len(item.lacking)} of {item.targets} targets): save the adapter again"
+            )
+            yield from (Alarm(text, layer) for layer in item.lacking if item.role == "adapter")
 
 
-def _check_base(policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]) -> Iterator[Alarm]:
+def _check_base(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
     for source in sources:
         pinned = any(("base", item.fingerprint) in policy.inputs.pins for item in source.results.run.inputs)
@@ -183,9 +172,7 @@ def is_same_name(first: str, second: str) -> bool:
     return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 
 
-def _check_dead_layers(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
     for source in sources:
         spectra = _select_records([source], Spectrum)
@@ -207,9 +194,7 @@ def _check_dead_layers(
             yield Alarm(f"the adapter {adapter} changes nothing at all", None, 0.0)
 
 
-def _check_unused_rank(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     for record in _select_records(sources, Spectrum):
         if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
@@ -218,9 +203,7 @@ def _check_unused_rank(
                 yield Alarm(text, record.layer, float(used))
 
 
-def _check_spikes(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     limit = policy.checks.spike_above
     for record in _select_records(sources, Spectrum):
         if record.metric != "weights" or record.spike is None or len(record.s) < 2:
@@ -233,9 +216,7 @@ def _check_spikes(
             yield Alarm(text, record.layer, record.spike_to_base, "spike_to_base <= 1")
 
 
-def _check_resolution(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     records: list[Spectrum | Residual] = [*_select_records(sources, Spectrum), *_select_records(sources, Residual)]
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
@@ -247,16 +228,14 @@ def _check_resolution(
         yield Alarm(text, record.layer, "unresolved")
 
 
-def _check_missing(
-    policy: Policy, sources: Sequence[ResultsSource], baseline: Sequence[ResultsSource]
-) -> Iterator[Alarm]:
+def _check_missing(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     measured = {record.layer for source in sources for record in source.results.layers}
     for layer in dict.fromkeys(record.layer for source in baseline for record in source.results.layers):
         if layer not in measured:
             yield Alarm("the baseline has this layer and the results do not", layer)
 
 
-def _select_records(sources: Sequence[ResultsSource], kind: type[K]) -> list[K]:
+def _select_records(sources: Sources, kind: type[K]) -> list[K]:
     return [record for source in sources for record in source.results.layers if isinstance(record, kind)]
 
 
@@ -279,9 +258,7 @@ _CHECKS: dict[str, tuple[str, Check]] = {
 assert ["inputs", *_CHECKS] == Checks.names()
 
 
-def compare_inputs(
-    sources: Sequence[ResultsSource], shipped: Sequence[Path | str]
-) -> tuple[list[ResultsSource], dict[str, str]]:
+def compare_inputs(sources: Sources, shipped: Sequence[Path | str]) -> tuple[list[ResultsSource], dict[str, str]]:
     """Compare the inputs of results with the current files at their paths, or at ``shipped``.
 
     Args:
@@ -289,7 +266,7 @@ def compare_inputs(
         shipped: Checkpoints and adapters that the results must belong to.
 
     Returns:
-        The results with the state of their inputs, and the fingerprints of the files of ``shipped`` without results.
+        The results with the state of their inputs, and by path the fingerprints of ``shipped`` without results.
 
     Raises:
         InputError: A file of ``shipped`` cannot be read.
@@ -345,16 +322,12 @@ def _compare_source(
         opened.is_adapter for opened in weights.values() if not any(_is_of_kind(item, opened) for item in matched)
     }
     for item in inputs:
-        others = [
-            (path, opened)
-            for path, opened in weights.items()
-            if opened.is_adapter in absent and _is_of_kind(item, opened)
-        ]
+        others = (path for path, opened in weights.items() if opened.is_adapter in absent and _is_of_kind(item, opened))
         if item.fingerprint in paths:
             yield InputState(item, "same", legible(paths[item.fingerprint]), item.fingerprint)
-        elif others and item.role != "base":
-            reason = f"{legible(others[0][0])} is not what was measured as {item.path}"
-            yield InputState(item, "changed", reason, others[0][1].fingerprint)
+        elif item.role != "base" and (other := next(others, None)) is not None:
+            reason = f"{legible(other)} is not what was measured as {item.path}"
+            yield InputState(item, "changed", reason, weights[other].fingerprint)
         else:
             yield _compare_with_path(item)
 
@@ -384,12 +357,12 @@ def _compare_with_path(item: RunInput) -> InputState:
 
 def judge_inputs(
     policy: Policy,
-    sources: Sequence[ResultsSource],
-    baseline: Sequence[ResultsSource],
+    sources: Sources,
+    baseline: Sources,
     unmatched: Mapping[str, str],
     now: datetime,
 ) -> Iterator[Verdict]:
-    """Yield verdicts on whether results and inputs are unchanged, and as the policy requires.
+    """Yield verdicts on whether the results and their inputs are unchanged and what the policy requires.
 
     Args:
         policy: The policy, with pinned fingerprints and the maximum age of results.
@@ -443,7 +416,7 @@ def _judge_age(source: ResultsSource, max_age: timedelta, now: datetime) -> Verd
     return _make_verdict(source.path, made, allowed, "inconclusive", f"{source.path}: {text}")
 
 
-def _judge_pins(sources: Sequence[ResultsSource], role: str, pinned: str) -> Iterator[Verdict]:
+def _judge_pins(sources: Sources, role: str, pinned: str) -> Iterator[Verdict]:
     """Yield verdicts on whether every input of a role has the fingerprint that the policy pins."""
     of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
     allowed = "as [inputs] pins it"

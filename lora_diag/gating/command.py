@@ -101,10 +101,10 @@ def run_init(shown: Shown, results: Sequence[str], *, output: Path | None, overw
     if not shown.quiet:
         from lora_diag.gating.run import gate as judge
         from lora_diag.gating.show import headline
+        from lora_diag.rendering.text import quantity
 
-        count = text.count("\n[[baseline]]")
-        field_count = f"{count} {'field' if count == 1 else 'fields'}"
-        shown.print(f"{output}: compares {field_count}, layer by layer, with these results; review each tolerance")
+        fields = quantity(text.count("\n[[baseline]]"), "field")
+        shown.print(f"{output}: compares {fields}, layer by layer, with these results; review each tolerance")
         shown.print(f"Outcome of these results: {headline(judge(output, *results))}")
         shown.print(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
     return DONE

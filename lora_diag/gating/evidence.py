@@ -48,10 +48,10 @@ class InputState:
 
 @dataclass(frozen=True, slots=True)
 class ResultsSource:
-    """A results file: its path, its contents, and the state of its inputs.
+    """A results file, or results in memory, and the state of its inputs.
 
     Args:
-        path: Its path.
+        path: Its path; for results in memory, a description.
         results: Its contents.
         inputs: The state of the checkpoints and adapters among its inputs.
         sealed: Whether the hash in its last line was checked, or there is no file.
@@ -73,10 +73,15 @@ class ResultsSource:
         return {record.layer for record in (*self.results.layers, *self.results.left_out)}
 
 
-def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSource:
-    """Return the source of a results file, or of results in memory, named after their command and last input or number.
+Sources = Sequence[ResultsSource]
 
-    Its hash does not cover the last line, whose totals are compared with the records.
+
+def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSource:
+    """Read results, and compare the totals in their last line, which the hash does not cover, with the records.
+
+    Args:
+        item: A results file; or results in memory, which are named after their command and last input.
+        number: Position, which names results in memory that have no input.
 
     Raises:
         InputError: The file cannot be read, was edited, or records are missing.
@@ -90,9 +95,9 @@ def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSou
     if results.end is not None:
         actual = totals(results.layers, results.left_out)
         for name in ("layers", "left_out", *(("fro", "base_fro") if results.layers else ())):
-            total, stated = getattr(actual, name), getattr(results.end, name)
-            if total != stated and (total is None or stated is None or not math.isclose(total, stated)):
-                has, states = ("no" if value is None else f"{value:.9g}" for value in (total, stated))
+            found, stated = getattr(actual, name), getattr(results.end, name)
+            if found != stated and (found is None or stated is None or not math.isclose(found, stated)):
+                has, states = ("no" if value is None else f"{value:.9g}" for value in (found, stated))
                 raise InputError(
                     f"{path}: has {has} {name}, but its last line states {states}, so it was truncated or edited; "
                     "measure again"
@@ -124,12 +129,12 @@ class Subject:
 def list_subjects(
     kind: str, source: ResultsSource, left_out: frozenset[str] = frozenset(), name_file: bool = False
 ) -> list[Subject]:
-    """Return all existing and expected subjects of one kind in a file.
+    """Return a subject for each record of one kind in a file, and for each missing one.
 
     Args:
         kind: The kind of record.
         source: The file.
-        left_out: Reasons that excuse a tensor without a record.
+        left_out: Reasons for which a tensor may have no record.
         name_file: Whether groups include the file, because there are several.
     """
     results, cls = source.results, KINDS[kind]
@@ -201,25 +206,27 @@ def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") 
 class Baseline:
     """Earlier records, by metric, layer and the position of their adapter, step or rank in the file."""
 
-    sources: Sequence[ResultsSource]
+    sources: Sources
     subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
-        """Return all subjects of a kind by metric, layer and key; without record where several have one key."""
+        """Return the subjects of a kind by metric, layer and key; one without a record where several have the key."""
         if kind not in self.subjects:
             stored = self.subjects[kind] = {}
             for source in self.sources:
                 metric = metric_of(source.results.layers)
                 for subject in list_subjects(kind, source) if source.holds(kind) else ():
                     key = (_get_metric(subject, metric), subject.layer, *subject.key)
-                    # With two records in one place it is undefined which one a new record is compared with.
-                    twice = key in stored and subject.record is not None
-                    reason = "several records of it, which nothing distinguishes"
-                    stored[key] = replace(subject, record=None, reason=reason) if twice else subject
+                    # It is undefined with which of two records a new one would be compared.
+                    if key in stored and subject.record is not None:
+                        subject = replace(
+                            subject, record=None, reason="several records of it, which nothing distinguishes"
+                        )
+                    stored[key] = subject
         return self.subjects[kind]
 
     def find(self, kind: str, subject: Subject) -> Subject | None:
-        """Return the earlier subject at the place of a measured one; None without one."""
+        """Return the baseline's subject with the metric, layer and key of a measured one; None without one."""
         return self.of_kind(kind).get((_get_metric(subject), subject.layer, *subject.key))
 
     def value(self, field: RecordField, subject: Subject, floor: str) -> tuple[float | None, str]:
@@ -234,7 +241,7 @@ class Baseline:
         value, reason = value_of(field, stored, floor)
         return (float(value), "") if isinstance(value, float | int) else (None, f"in the baseline: {reason}")
 
-    def tighten(self, regressions: Sequence[Regression], sources: Sequence[ResultsSource]) -> Results[Any] | None:
+    def tighten(self, regressions: Sequence[Regression], sources: Sources) -> Results[Any] | None:
         """Return the baseline, of one file, with improved records in place of the stored ones; None without any.
 
         A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is
@@ -258,11 +265,13 @@ class Baseline:
 
 
 def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
+    """Return the metric of a subject's record; ``default`` if the record is missing."""
     metric: Metric = getattr(subject.record, "metric", "weights" if subject.record else default)
     return metric
 
 
 def _is_better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, RecordField]]) -> bool:
+    """Return whether no compared value is worse or missing, and one is better."""
     gains = []
     for demand, compared in fields:
         if new.layer is None or not demand.selects(new.layer):

@@ -6,7 +6,7 @@ inconclusive, unless the rest reaches the coverage that the policy demands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import groupby
@@ -14,7 +14,7 @@ from itertools import groupby
 from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
-from lora_diag.gating.evidence import Baseline, ResultsSource, Subject, commands_of, list_subjects, value_of
+from lora_diag.gating.evidence import Baseline, Sources, Subject, commands_of, list_subjects, value_of
 from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
 from lora_diag.gating.record import Status, Verdict
 
@@ -28,7 +28,7 @@ class Finding:
         value: Its value; None without one.
         allowed: The condition.
         ok: Whether the value meets the condition.
-        reason: Why that is unknown; empty if it is known.
+        reason: Why there is no judgement; empty if there is one.
     """
 
     subject: Subject
@@ -40,7 +40,7 @@ class Finding:
 
 def judge(
     policy: Policy,
-    sources: Sequence[ResultsSource],
+    sources: Sources,
     baseline: Baseline,
     today: date,
     now: datetime,
@@ -74,25 +74,23 @@ def judge(
     return (*verdicts, *waivers.reports())
 
 
-def _refuse_nothing(policy: Policy, sources: Sequence[ResultsSource]) -> None:
-    """Refuse results without anything to judge.
+def _refuse_nothing(policy: Policy, sources: Sources) -> None:
+    """Refuse results without records, and results that neither a rule nor a built-in check applies to.
 
     Raises:
         NothingComparedError: There is nothing to judge.
     """
-    any_non_finite = any(source.results.non_finite for source in sources)
-    any_unfinished = any(source.results.end is None for source in sources)
+    faulty = [source for source in sources if source.results.non_finite or source.results.end is None]
     for source in sources:
-        results = source.results
-        if not results.layers and not results.whole and results.end is not None and not results.non_finite:
+        if not source.results.layers and not source.results.whole and source not in faulty:
             raise NothingComparedError(f"{source.path}: has no records to judge")
-    if not policy.demands and not (any_non_finite or any_unfinished or has_updates(sources)):
+    if not policy.demands and not faulty and not has_updates(sources):
         raise NothingComparedError(
             f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
         )
 
 
-def _check_selectors(policy: Policy, sources: Sequence[ResultsSource]) -> None:
+def _check_selectors(policy: Policy, sources: Sources) -> None:
     """Refuse rules that select no name in the results; an unfinished run may still add names.
 
     Raises:
@@ -107,21 +105,19 @@ def _check_selectors(policy: Policy, sources: Sequence[ResultsSource]) -> None:
             raise policy.error(demand, f"selects none of the {len(names)} tensors in the results")
 
 
-def _judge_subject(policy: Policy, sources: Sequence[ResultsSource]) -> Iterator[Verdict]:
+def _judge_subject(policy: Policy, sources: Sources) -> Iterator[Verdict]:
     """Yield a verdict on whether any of the results is of the policy's kind of subject, if it has one."""
     if policy.about is None:
         return
     name, placeholder = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
     allowed = f"results of {name}"
-    if any(item.role == policy.about for source in sources for item in source.results.run.inputs):
-        yield Verdict(rule="about", allowed=allowed, status="passed")
-    else:
-        text = f"no {allowed} were given: loradiag spectrum BASE {placeholder} measures one"
-        yield Verdict(rule="about", allowed=allowed, status="inconclusive", message=text)
+    given = any(item.role == policy.about for source in sources for item in source.results.run.inputs)
+    text = "" if given else f"no {allowed} were given: loradiag spectrum BASE {placeholder} measures one"
+    yield Verdict(rule="about", allowed=allowed, status="passed" if given else "inconclusive", message=text)
 
 
 def _judge_demand(
-    policy: Policy, demand: Demand, sources: Sequence[ResultsSource], baseline: Baseline, waivers: Waivers
+    policy: Policy, demand: Demand, sources: Sources, baseline: Baseline, waivers: Waivers
 ) -> list[Verdict]:
     """Return the verdicts on every record that a rule or a comparison selects, or on their aggregates.
 
@@ -149,14 +145,14 @@ def _judge_demand(
     subjects = _select_subjects(policy, demand, field, sources)
     if not subjects:
         return give_up(f"selects no layer with a {field.kind} record")
-    findings = [_compare(demand, field, subject, baseline) for subject in subjects]
+    findings = [_judge_subject_by(demand, field, subject, baseline) for subject in subjects]
     if isinstance(demand, Regression) or demand.require.per_layer:
         return _judge_each(policy, demand, findings, waivers)
     groups = groupby(findings, key=lambda finding: finding.subject.group)
     return [_judge_aggregate(policy, demand, group, list(members), waivers) for group, members in groups]
 
 
-def _compare(demand: Demand, field: RecordField, subject: Subject, baseline: Baseline) -> Finding:
+def _judge_subject_by(demand: Demand, field: RecordField, subject: Subject, baseline: Baseline) -> Finding:
     value, reason = value_of(field, subject, demand.floor)
     if value is None:
         return Finding(subject, value, demand.allowed, reason=reason)
@@ -170,9 +166,7 @@ def _compare(demand: Demand, field: RecordField, subject: Subject, baseline: Bas
     return Finding(subject, value, allowed, ok)
 
 
-def _select_subjects(
-    policy: Policy, demand: Demand, field: RecordField, sources: Sequence[ResultsSource]
-) -> list[Subject]:
+def _select_subjects(policy: Policy, demand: Demand, field: RecordField, sources: Sources) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
@@ -318,10 +312,8 @@ class Waivers:
 
     def apply(self, verdict: Verdict) -> Verdict:
         """Return a verdict as waived if it does not pass and a waiver applies."""
-        if verdict.status not in {"failed", "warned", "inconclusive"}:
-            return verdict
         waiver = self.of(verdict.rule, verdict.layer)
-        if waiver is None:
+        if verdict.status not in {"failed", "warned", "inconclusive"} or waiver is None:
             return verdict
         self.used.add(waiver)
         return waiver.waive(verdict)

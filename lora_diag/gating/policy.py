@@ -57,7 +57,7 @@ _TOKEN = re.compile(
 
 
 class PlacedError(ValueError):
-    """An invalid value.
+    """An invalid value, and where it is in a policy.
 
     Args:
         text: The problem.
@@ -86,8 +86,8 @@ class PolicyTable(BaseModel):
         return values
 
 
-def is_a(description: str) -> WrapValidator:
-    """Return a validator that replaces pydantic's message by a description of valid values."""
+def describe_valid(description: str) -> WrapValidator:
+    """Return a validator that replaces pydantic's message by a description of the valid values."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
@@ -121,13 +121,13 @@ def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
 # Applied before the validator that reads the text, as in ``Pattern``.
 QUOTED = BeforeValidator(_check_text)
 PolicyText = Annotated[str, QUOTED]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), is_a("a number from 0 to 1")]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), describe_valid("a number from 0 to 1")]
 Pattern = Annotated[re.Pattern[str], BeforeValidator(_compile), QUOTED]
 Severity = Literal["error", "warning"]
 Level = Literal["error", "warning", "off"]
-Fixed = Annotated[Literal["error"], is_a("always an error (a waiver names the layers that may pass)")]
+Fixed = Annotated[Literal["error"], describe_valid("always an error (a waiver names the layers that may pass)")]
 Fingerprint = Annotated[
-    str, Field(pattern="^[0-9a-f]{32}$"), is_a("a fingerprint of 32 hexadecimal digits, as gate prints them")
+    str, Field(pattern="^[0-9a-f]{32}$"), describe_valid("a fingerprint of 32 hexadecimal digits, as gate prints them")
 ]
 
 
@@ -179,12 +179,12 @@ def _check_left_out(reasons: list[Reason]) -> list[Reason]:
 Depth = Annotated[
     list[Annotated[int, Field(ge=0)]],
     Field(min_length=2, max_length=2),
-    is_a("the first and the last block, such as [0, 11]"),
+    describe_valid("the first and the last block, such as [0, 11]"),
     AfterValidator(_check_depth),
 ]
 Where = Annotated[
     dict[str, int | Value],
-    is_a('a table of fields and their values, such as {role = "adapter"}'),
+    describe_valid('a table of fields and their values, such as {role = "adapter"}'),
     AfterValidator(_check_where),
 ]
 
@@ -253,7 +253,7 @@ class Rule(Criterion):
     name: Annotated[
         str,
         Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
-        is_a("text of letters, digits, '.', '_' and '-'"),
+        describe_valid("text of letters, digits, '.', '_' and '-'"),
         AfterValidator(_check_rule_name),
     ]
     require: Annotated[Condition, BeforeValidator(parse), QUOTED]
@@ -286,7 +286,7 @@ class Regression(Criterion):
     worse: Literal["higher", "lower"]
     tolerance: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
-        is_a('a number from 0 up, or a percentage of the stored value such as "5%"'),
+        describe_valid('a number from 0 up, or a percentage of the stored value such as "5%"'),
     ] = 0.0
 
     @property
@@ -320,8 +320,8 @@ class Waiver(PolicyTable):
 
     rule: Annotated[PolicyText, AfterValidator(_check_waived_rule)]
     layers: Annotated[Pattern, AfterValidator(_check_waived_layers)]
-    reason: Annotated[str, Field(pattern=r"\S"), is_a("text in quotes that gives the reason")]
-    expires: Annotated[date, is_a("a date without quotes, such as 2027-01-31")]
+    reason: Annotated[str, Field(pattern=r"\S"), describe_valid("text in quotes that gives the reason")]
+    expires: Annotated[date, describe_valid("a date without quotes, such as 2027-01-31")]
     line: int = Field(1, exclude=True)
 
     def covers(self, rule: str, layer: str) -> bool:
@@ -355,7 +355,7 @@ class Checks(PolicyTable):
     spike_above: Annotated[
         float,
         Field(gt=0, lt=1, allow_inf_nan=False),
-        is_a("a number between 0 and 1, which are excluded, as the check would have no effect"),
+        describe_valid("a number between 0 and 1, which are excluded, as the check would have no effect"),
     ] = SPIKE
 
     @classmethod
@@ -376,7 +376,7 @@ class Coverage(PolicyTable):
     by: Literal["energy", "layers"] = "energy"
     minimum: Share = 1.0
     left_out: Annotated[
-        list[Reason], is_a(f"a list out of {', '.join(get_args(Reason))}"), AfterValidator(_check_left_out)
+        list[Reason], describe_valid(f"a list out of {', '.join(get_args(Reason))}"), AfterValidator(_check_left_out)
     ] = Field([])
 
 
@@ -395,7 +395,7 @@ class Inputs(PolicyTable):
     tuned: Fingerprint | None = None
     adapter: Fingerprint | None = None
     max_age: Annotated[timedelta, BeforeValidator(read_age)] | None = None
-    baseline: Annotated[list[PolicyText], is_a("a list of results files")] = Field([])
+    baseline: Annotated[list[PolicyText], describe_valid("a list of results files")] = Field([])
 
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:
@@ -544,7 +544,7 @@ def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]
 
 
 def ready_policy(name: str) -> Policy:
-    """Return a policy of the package.
+    """Return a built-in policy.
 
     Raises:
         UsageError: The name is unknown.

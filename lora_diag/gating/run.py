@@ -20,6 +20,7 @@ from lora_diag.gating.evidence import (
     Baseline,
     InputState,
     ResultsSource,
+    Sources,
     Subject,
     list_subjects,
     open_results,
@@ -108,6 +109,7 @@ def gate(
 
 
 def _open_sources(results: Sequence[Path | str | Results[Any]]) -> list[ResultsSource]:
+    """Open results, numbered from 1."""
     return [open_results(item, number) for number, item in enumerate(results, 1)]
 
 
@@ -152,8 +154,8 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
 
 def _make_results(
     policy: Policy,
-    sources: Sequence[ResultsSource],
-    baselines: Sequence[ResultsSource],
+    sources: Sources,
+    baselines: Sources,
     verdicts: tuple[Verdict, ...],
     day: date,
 ) -> Results[Any]:
@@ -225,7 +227,7 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     )
 
 
-def _draft_comparisons(sources: Sequence[ResultsSource]) -> Iterator[str]:
+def _draft_comparisons(sources: Sources) -> Iterator[str]:
     """Yield a comparison for each guarded value of the records, in several metrics one for each.
 
     The comparisons name the metric, unless all records are in that of the weights.
@@ -275,5 +277,5 @@ def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
 
 
 def _escape_comment(text: str) -> str:
-    """Return text that cannot end its comment."""
+    """Return text without line breaks and other control characters, so that it cannot end a comment."""
     return "".join(char if char.isprintable() else "?" for char in text)

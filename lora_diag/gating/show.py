@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -62,7 +63,7 @@ def format_measured(verdict: Verdict) -> str:
 
 
 def subject_name(verdict: Verdict) -> str:
-    """Return the subject of a verdict."""
+    """Return the input, or the layer and group, that a verdict is on; ``all layers`` for the whole run."""
     if verdict.rule == "inputs" and verdict.group:
         return safe(verdict.group)
     group = f" ({safe(verdict.group)})" if verdict.group else ""
@@ -87,7 +88,7 @@ def headline(results: Results[Any]) -> str:
 
 
 def describe_reasons(verdicts: Sequence[Verdict]) -> str:
-    """Return the first message of verdicts of one rule, else what is allowed, and the number of other messages."""
+    """Return the first message of one rule's verdicts, else what it allows, and the number of other messages."""
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
     suffix = f" (and {quantity(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
     return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
@@ -110,6 +111,7 @@ def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdi
 
 
 def _group(verdicts: Iterable[Verdict], key: Callable[[Verdict], str]) -> dict[str, list[Verdict]]:
+    """Return verdicts by a key, in the order of first occurrence."""
     groups: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault(key(verdict), []).append(verdict)
@@ -119,13 +121,13 @@ def _group(verdicts: Iterable[Verdict], key: Callable[[Verdict], str]) -> dict[s
 def verdict_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
-    """Return the result of a gate: its failures, then a summary.
+    """Return the result of a gate for a terminal: verdicts that need attention, then a summary.
 
     Args:
         results: A run of ``gate``.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        per: Not used: failures are always listed by layer.
+        per: Not used: verdicts are always listed by layer.
         next_command: The suggested next command, printed last.
     """
     bad = [verdict for verdict in verdicts_of(results) if STATUSES[verdict.status].style]
@@ -167,7 +169,7 @@ def _make_table(shown: Sequence[Verdict], width: int) -> Table:
 
 
 def _name_layer(verdict: Verdict, with_group: bool) -> str:
-    """Return a row's layer, and its group if that varies between rows; the end of a name is kept."""
+    """Return the name of a row: its layer, after its group if ``with_group``."""
     if verdict.layer is None:
         return subject_name(verdict)
     return f"{safe(verdict.group)}: {short(verdict.layer)}" if with_group and verdict.group else short(verdict.layer)
@@ -326,14 +328,8 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     lines += [_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed) for v in verdicts_of(results)]
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
     room_left = room - len((head + end).encode()) - 20
-    kept_lines = []
-    for line in lines:
-        room_left -= len(line.encode())
-        if room_left < 0:
-            break
-        kept_lines.append(line)
-    omitted_count = len(lines) - len(kept_lines)
-    return head + "".join(kept_lines) + (end.format(omitted_count) if omitted_count else "")
+    fitting = sum(size <= room_left for size in accumulate(len(line.encode()) for line in lines))
+    return head + "".join(lines[:fitting]) + (end.format(len(lines) - fitting) if fitting < len(lines) else "")
 
 
 def model_card(results: Results[Any], card: str = "") -> str:

@@ -122,15 +122,15 @@ def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
     new = write(folder / "new.jsonl", records(0, "x"), inputs=(("base", "b"), ("adapter", "x")))
     main = write(folder / "main.jsonl", records(1, "a"), inputs=INPUTS)
     before = list(lora_diag.read_results(main))
-    counts_text = outcome(gate(rules, new, baseline=main, ratchet=True, today=TODAY).whole)
+    status = outcome(gate(rules, new, baseline=main, ratchet=True, today=TODAY).whole)
     after = list(lora_diag.read_results(main))
     assert [record.layer for record in after] == [record.layer for record in before]
     for old, now, (e_new, e_old, c_new, c_old) in zip(before, after, layers, strict=False):
         better = e_new <= e_old and c_new >= c_old and (e_new, c_new) != (e_old, c_old)
-        wanted = (e_new / 8, space(c_new / 8)) if better and counts_text == "passed" else (e_old / 8, space(c_old / 8))
+        wanted = (e_new / 8, space(c_new / 8)) if better and status == "passed" else (e_old / 8, space(c_old / 8))
         assert (now.epsilon, now.column_space.model_dump(mode="json")) == wanted
         assert (now.adapter, old.adapter) == ("a", "a")
-    if counts_text == "passed":
+    if status == "passed":
         assert outcome(gate(rules, new, baseline=main, today=TODAY).whole) == "passed"
 
 

@@ -114,8 +114,8 @@ def test_built_in_checks_alone_do_not_pass_empty_results(tmp_path):
     path = write(tmp_path / "o.jsonl", [record | {"method": "exact", "verdict": "resolved"}])
     with raises_naming(NothingComparedError, "anything else"):
         found(path)
-    counts_text, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
-    assert counts_text == "passed"
+    status, bad = found(path, '[[rule]]\nname = "k"\nrequire = "kappa >= 0.4"')
+    assert status == "passed"
     assert {(rule, status) for rule, _, status in bad} == {
         (rule, "not judged") for rule in ("dead", "unused_rank", "spike", "unresolved")
     }

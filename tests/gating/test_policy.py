@@ -26,18 +26,6 @@ expires = 2030-01-01
 """
 
 
-def refused(text: str) -> str:
-    with pytest.raises(UsageError) as error:
-        read_policy("p.toml", text)
-    return str(error.value)
-
-
-def test_good_policy_is_read():
-    policy = read_policy("p.toml", GOOD)
-    assert [rule.name for rule in policy.rules] == ["drift"]
-    assert (policy.coverage.by, policy.coverage.minimum, policy.rules[0].line) == ("energy", 1.0, 3)
-
-
 @pytest.mark.parametrize(
     ("line", "printed", "text"),
     [
@@ -45,23 +33,18 @@ def test_good_policy_is_read():
         (1, 'about is "adapter" or "tuned"', 'about = "base"\n' + GOOD),
         (6, "unknown key 'rules'", GOOD.replace("title", "#") + "[[rules]]\nname = 'x'"),
         (6, "severity is", GOOD + 'severity = "fatal"'),
-        (6, "not a valid regular expression", GOOD + 'layers = "("'),
         (6, "layers is text", GOOD + "layers = 3"),
         (6, "the first and the last block", GOOD + "depth = [1]"),
         (6, "selects nothing", GOOD + "depth = [3, 1]"),
         (6, "a number from 0 to 1", GOOD + "coverage = 90"),
-        (6, "a number from 0 to 1", GOOD + "coverage = nan"),
         (6, "never 'adaptor'", GOOD + 'where = {role = "adaptor"}'),
-        (6, "where is a table", GOOD + 'where = "adapter"'),
         (5, "always true", GOOD.replace("relative <= 0.3", "energy.16 <= 1")),
         (5, "require is text", GOOD.replace('"relative <= 0.3"', "0.3")),
-        (3, "'require' is missing", GOOD.replace("require", "message")),
         (4, "name is text of letters", GOOD.replace("drift", "dr ift")),
         (4, "built-in", GOOD.replace("drift", "spike")),
         (7, "second rule", GOOD + GOOD.replace('title = "x"\n\n', "")),
         (1, "no [[rule]]", "title = 'x'"),
         (1, "list of tables", "rule = 3\n" + "[checks]"),
-        (1, "checks is a table, [checks], not 3", "checks = 3\n" + GOOD),
         (1, "unknown key 'path'", "path = 'x'\n" + GOOD),
         (6, "unknown key 'line'", GOOD + "line = 3"),
         (6, "not a valid regular expression", GOOD + f"layers = '{'(' * 5000}{')' * 5000}'"),
@@ -77,20 +60,18 @@ def test_good_policy_is_read():
         (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
         (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + WAIVER.replace("drift", "drft")),
         (7, "cannot be waived", GOOD + "[[waiver]]\nrule = 'finished'"),
-        (8, "waives every layer", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = ''\nreason = 'x'\nexpires = 2030-01-01"),
-        (
-            9,
-            "text in quotes that gives the reason",
-            GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = ' '\nexpires = 2030-01-01",
-        ),
-        (10, "a date", GOOD + "[[waiver]]\nrule = 'drift'\nlayers = 'x'\nreason = 'y'\nexpires = '2030-01-01'"),
+        (8, "waives every layer", GOOD + WAIVER.replace('"x"', '""')),
+        (9, "text in quotes that gives the reason", GOOD + WAIVER.replace('"y"', '" "')),
+        (10, "a date", GOOD + WAIVER.replace("2030-01-01", "'2030-01-01'")),
         (6, "is not valid TOML", GOOD + "layers = "),
         (4, "is not valid TOML", "title = 'x'\n\n[[rule]]\nname drift"),
         (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
     ],
 )
 def test_policy_error_names_line(line, printed, text):
-    message = refused(text)
+    with pytest.raises(UsageError) as error:
+        read_policy("p.toml", text)
+    message = str(error.value)
     result = re.match(r"p\.toml: line (\d+): (.*)", message, re.DOTALL)
     assert result, message
     assert printed in result[2], message
@@ -98,12 +79,9 @@ def test_policy_error_names_line(line, printed, text):
 
 
 def test_invalid_policies_are_refused(tmp_path):
-    for path, content in (("absent.toml", None), ("folder", "dir"), ("latin.toml", b"title = '\xe9'")):
-        file = tmp_path / path
-        if content == "dir":
-            file.mkdir()
-        elif content is not None:
-            file.write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.toml").write_bytes(b"title = '\xe9'")
+    for file in (tmp_path / "absent.toml", tmp_path / "folder", tmp_path / "latin.toml"):
         with pytest.raises(UsageError, match=r"no such file|cannot be read as a policy"):
             read_policy(file)
 

@@ -25,8 +25,8 @@ def judged(path, layers, require="relative <= 0.1", rule="drift", expires="2026-
 
 
 def test_waived_layer_passes_with_its_reason(path):
-    counts_text, verdicts = judged(path, "up_proj")
-    assert counts_text == "passed"
+    status, verdicts = judged(path, "up_proj")
+    assert status == "passed"
     (waived,) = [v for v in verdicts if v.status == "waived"]
     assert (waived.layer, waived.message) == (LAYERS[1], "waived to 2026-12-31: new tokens")
     assert not [v for v in verdicts if v.rule == "waiver"]
@@ -37,8 +37,8 @@ def test_waived_layer_passes_with_its_reason(path):
     [(date(2026, 12, 30), "passed"), (date(2026, 12, 31), "passed"), (date(2027, 1, 1), "failed")],
 )
 def test_waiver_holds_through_last_day(path, today, comes_to):
-    counts_text, verdicts = judged(path, "up_proj", today=today)
-    assert counts_text == comes_to
+    status, verdicts = judged(path, "up_proj", today=today)
+    assert status == comes_to
     message = [v for v in verdicts if v.rule == "waiver"]
     assert bool(message) == (comes_to == "failed")
     assert all("expired on 2026-12-31" in v.message and v.status == "warned" for v in message)
@@ -46,8 +46,8 @@ def test_waiver_holds_through_last_day(path, today, comes_to):
 
 @pytest.mark.parametrize("layers", ["q_proj", "nothing"])
 def test_waiver_without_effect_is_reported(path, layers):
-    counts_text, verdicts = judged(path, layers)
-    assert counts_text == "failed"
+    status, verdicts = judged(path, layers)
+    assert status == "failed"
     (message,) = [v for v in verdicts if v.rule == "waiver"]
     assert "delete it" in message.message
     assert message.line == 4
@@ -56,8 +56,8 @@ def test_waiver_without_effect_is_reported(path, layers):
 def test_waiver_of_one_layer_takes_it_out_of_aggregate(path):
     assert judged(path, "up_proj", "max relative <= 0.1")[0] == "passed"
     assert judged(path, "q_proj", "max relative <= 0.1")[0] == "failed"
-    counts_text, verdicts = judged(path, "up_proj", "max relative <= 0.2")
-    assert counts_text == "passed"
+    status, verdicts = judged(path, "up_proj", "max relative <= 0.2")
+    assert status == "passed"
     assert [v.message for v in verdicts if v.rule == "waiver"] == [
         "the waiver of drift has no effect any more: delete it"
     ]

@@ -125,13 +125,18 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     reduced = [_reduce([deltas[i] for i in batch]) for batch in batches]
     order = [i for batch in batches for i in batch]
-    ordered, folded_factors = [deltas[i] for i in order], [item for _, _, layers in reduced for item in layers]
+    folded = [item for _, _, layers in reduced for item in layers]
     left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
-    values = thin_energies(left, right, np.array([item.scale for item in folded_factors]))
-    measured = _make_measured(ordered, folded_factors, values)
-    for i in np.flatnonzero(values.energy_error > MAX_GRAM_ERROR).tolist():
-        measured[i] = _measure_apart(ordered[i])
-    return [measured[order.index(i)] for i in range(len(deltas))]
+    values = thin_energies(left, right, np.array([item.scale for item in folded]))
+    # The others are measured apart, among them every layer with an entry that is not finite.
+    known = np.flatnonzero(values.energy_error <= MAX_GRAM_ERROR).tolist()
+    measured: dict[int, Measured | None] = {}
+    if known:
+        assert values.mix is not None
+        chosen = ThinValues(values.s[known], values.energy_error[known], values.fro[known], values.mix[known])
+        found = _make_measured([deltas[order[k]] for k in known], [folded[k] for k in known], chosen)
+        measured = dict(zip((order[k] for k in known), found, strict=True))
+    return [measured[i] if i in measured else _measure_apart(delta) for i, delta in enumerate(deltas)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,11 +171,13 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     (bad / "adapter_model.safetensors").write_bytes(b"short")
     nan = lora(tmp_path / "nan", {LAYERS[0]: (np.full((48, 4), np.nan), factors(rng)[1])})
     zero_times_nan = lora(tmp_path / "zero", {LAYERS[0]: (np.zeros((48, 4)), np.full((4, 32), np.nan))})
-    result = lora_diag.fleet([good, bad, nan, zero_times_nan, tmp_path / "missing"])
+    b, a = factors(rng)
+    b[3, 1] = np.inf
+    infinite = lora(tmp_path / "infinite", {LAYERS[0]: (b, a)})
+    unreadable = [bad, nan, zero_times_nan, infinite, tmp_path / "missing"]
+    result = lora_diag.fleet([good, *unreadable])
     assert [record.adapter for record in result] == [str(good)]
-    assert {item.layer for item in result.left_out} == {
-        str(path) for path in (bad, nan, zero_times_nan, tmp_path / "missing")
-    }
+    assert {item.layer for item in result.left_out} == {str(path) for path in unreadable}
     assert {item.reason for item in result.left_out} == {"unreadable"}
 
 

@@ -2,10 +2,8 @@
 
 By default these are the matrices that adapters usually target.
 
-Memory of a trainable parameter: its value, its gradient, and the state of its optimizer.
-
-Activations, the frozen base and fragmentation of the allocator are not included, so results are lower bounds on the
-memory of training.
+The memory of a trainable parameter is that of its value, its gradient and its optimizer's state. Activations, the
+frozen base and fragmentation of the allocator are not included, so results are lower bounds on the memory of training.
 """
 
 from __future__ import annotations
@@ -32,6 +30,11 @@ SHORT_CONVOLUTION = re.compile(r"\.(conv_?1d|conv\.conv)\.weight$")
 def why_no_target(name: str, target: re.Pattern[str] | None, exclude: re.Pattern[str] | None) -> str:
     """Return why a matrix gets no adapter; empty if it may get one.
 
+    Args:
+        name: Its name in BASE.
+        target: Pattern of ``--layers``; None for the default.
+        exclude: Pattern of ``--exclude``; None without one.
+
     >>> why_no_target("model.layers.0.self_attn.q_proj.weight", None, None)
     ''
     >>> why_no_target("model.layers.0.mlp.gate.weight", None, None)
@@ -46,16 +49,24 @@ def why_no_target(name: str, target: re.Pattern[str] | None, exclude: re.Pattern
     if target is not None:
         return "" if target.search(name) else "does not match --layers"
     if part_of(name) == "vocabulary":
-        return "embeddings and head are no usual target; name it with --layers to give it a rank"
-    if BARE.search(name):
-        return "not the weight of a layer, so no usual target; name it with --layers to give it a rank"
-    if SHORT_CONVOLUTION.search(name):
-        return "a convolution in groups is no usual target; name it with --layers to give it a rank"
-    return "a router is no usual target; name it with --layers to give it a rank" if ROUTER.search(name) else ""
+        why = "embeddings and head are no usual target"
+    elif BARE.search(name):
+        why = "not the weight of a layer, so no usual target"
+    elif SHORT_CONVOLUTION.search(name):
+        why = "a convolution in groups is no usual target"
+    elif ROUTER.search(name):
+        why = "a router is no usual target"
+    else:
+        return ""
+    return f"{why}; name it with --layers to give it a rank"
 
 
-def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
+def compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
     """Return a user's pattern compiled; None without one.
+
+    Args:
+        pattern: The regular expression.
+        option: The option that it is from, for the message.
 
     Raises:
         UsageError: The pattern is not a valid regular expression.
@@ -67,10 +78,10 @@ def compiled(pattern: str | None, option: str) -> re.Pattern[str] | None:
 
 
 def read_memory(amount: int | str) -> int:
-    """Return the bytes of ``--memory-budget``; a whole number counts bytes.
+    """Return the bytes of ``--memory-budget``; an integer counts bytes.
 
     Raises:
-        UsageError: It is not a size.
+        UsageError: The amount is not a size above 0.
     """
     return read_bytes(f"{amount}B" if isinstance(amount, int) else amount, "--memory-budget")
 
@@ -109,7 +120,7 @@ class Training:
 
     @property
     def bytes_per_param(self) -> float:
-        """Memory of one trainable parameter in bytes: value, gradient and optimizer state.
+        """The memory of one trainable parameter in bytes: value, gradient and optimizer state.
 
         >>> Training().bytes_per_param, Training("sgd", "bfloat16").bytes_per_param
         (16.0, 4.0)

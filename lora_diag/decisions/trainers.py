@@ -12,7 +12,6 @@ from lora_diag.files import Kind
 YAML = Kind("a trainer configuration", comment="# {}")
 PYTHON = Kind("a training script", comment="# {}")
 
-
 TRAINERS = ("axolotl", "llamafactory", "trl", "unsloth")
 
 # Setting of ``adapter_config.json`` -> its name in each trainer, in the order of its file; empty if it has none.
@@ -49,7 +48,7 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
         config: Content of ``adapter_config.json``.
 
     Raises:
-        UsageError: The trainer cannot express it, and would ignore a part without a message.
+        UsageError: The trainer cannot express the config.
     """
     names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in _NAMES.items()}
     if config["rank_pattern"] and not names["rank_pattern"]:
@@ -60,9 +59,9 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
     for key, name in names.items():
         value = config.get(key)
         if trainer != "unsloth" and key == "lora_alpha":
-            value = _require_integer_alpha(config[key], trainer)
+            value = _read_integer_alpha(config[key], trainer)
         elif trainer != "unsloth" and key == "alpha_pattern":
-            value = {layer: _require_integer_alpha(alpha, trainer) for layer, alpha in config[key].items()}
+            value = {layer: _read_integer_alpha(alpha, trainer) for layer, alpha in config[key].items()}
         elif trainer == "llamafactory" and isinstance(value, list):
             value = ",".join(value)
         if name and (value or key in _REQUIRED):
@@ -70,7 +69,7 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def written_for(trainer: str, config: Mapping[str, Any]) -> str:
+def format_settings(trainer: str, config: Mapping[str, Any]) -> str:
     """Return the text of a trainer's settings: YAML, or Python for unsloth.
 
     Args:
@@ -78,28 +77,28 @@ def written_for(trainer: str, config: Mapping[str, Any]) -> str:
         config: Content of ``adapter_config.json``.
 
     Raises:
-        UsageError: The trainer cannot express it.
+        UsageError: The trainer cannot express the config.
     """
     settings = settings_of(trainer, config)
     if trainer != "unsloth":
-        return f"# LoRA settings of {trainer}: merge them into your configuration\n{yaml_of(settings)}"
+        return f"# LoRA settings of {trainer}: merge them into your configuration\n{format_yaml(settings)}"
     arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
     call = f"model = FastLanguageModel.get_peft_model(\n    model,\n{arguments})\n"
     return f"# LoRA settings of unsloth: put them into your script\n{call}"
 
 
-def yaml_of(values: Mapping[str, Any]) -> str:
-    """Return YAML of settings, one per line: JSON is YAML, so values are written as JSON.
+def format_yaml(settings: Mapping[str, Any]) -> str:
+    """Return settings as YAML, one per line; values are written as JSON, which is YAML.
 
-    >>> print(yaml_of({"lora_r": 8, "names": ["q_proj"]}), end="")
+    >>> print(format_yaml({"lora_r": 8, "names": ["q_proj"]}), end="")
     lora_r: 8
     names: ["q_proj"]
     """
-    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
 
 
-def _require_integer_alpha(alpha: float, trainer: str) -> int:
-    """Return alpha as an integer.
+def _read_integer_alpha(alpha: float, trainer: str) -> int:
+    """Return lora_alpha as an integer.
 
     Raises:
         UsageError: It is not a whole number.

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.decisions.allocate.peft_config import Scaling, peft_config
+from lora_diag.decisions.allocate.peft_config import Scaling, make_peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
 from lora_diag.errors import InputError, UsageError
@@ -270,7 +270,7 @@ class Target:
         Raises:
             InputError: No layer has a rank, or PEFT cannot express them.
         """
-        config = {**peft_config(allocation, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
+        config = {**make_peft_config(allocation, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
         alpha = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
         return {**config, **alpha, **({"use_dora": True} if self.kind.dora else {})}
 

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.trainers import settings_of, yaml_of
+from lora_diag.decisions.trainers import format_yaml, settings_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, write_whole
@@ -269,9 +269,9 @@ def configs(
         )
         single_rank = {**uniform, "lora_dropout": single_rank["lora_dropout"]}
     return {
-        "config.axolotl.yaml": yaml_of(_make_axolotl(base, files, variant, settings)),
+        "config.axolotl.yaml": format_yaml(_make_axolotl(base, files, variant, settings)),
         "config.llamafactory.yaml": note
-        + yaml_of(_make_llamafactory(base, files, replace(variant, config=single_rank), settings)),
+        + format_yaml(_make_llamafactory(base, files, replace(variant, config=single_rank), settings)),
         "config.trl.py": _make_trl(base, files, variant, settings),
     }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lora_diag.decisions.plan.architectures import weights_of
-from lora_diag.decisions.plan.cost import Speed, between
+from lora_diag.decisions.plan.cost import estimate_core_seconds, interpolate_cost
 from lora_diag.decisions.plan.record import PlanRates
 from lora_diag.linalg.methods import time_full, time_leading, time_pass
 from lora_diag.running.engines.local import Layout, layout_for
@@ -66,19 +66,19 @@ class Costs:
     """Measured costs on one core, and how they fall with more.
 
     Args:
-        speed: Core-seconds on one core.
+        rates: Core-seconds on one core.
         parallel: Fraction of the eigenvalue solver's time that is divided by the number of cores.
     """
 
-    speed: Speed
+    rates: PlanRates
     parallel: float
 
     def seconds(self, task: Task, threads: int, top: int | None) -> float:
         """Return the seconds of a task on some cores."""
-        total = self.speed.core_seconds(task.shape, top)
+        total = estimate_core_seconds(self.rates, task.shape, top)
         serial = 0.0
-        if top is None or min(task.shape) < self.speed.rates.few_from:
-            serial = (1 - self.parallel) * between(self.speed.rates.eigen, min(task.shape), beyond=3)
+        if top is None or min(task.shape) < self.rates.few_from:
+            serial = (1 - self.parallel) * interpolate_cost(self.rates.eigen, min(task.shape), beyond=3)
         return serial + (total - serial) / threads
 
 
@@ -99,7 +99,7 @@ def measured() -> Costs:
     both = time_full(4096)[1]
     torch.set_num_threads(1)
     parallel = min(1.0, max(0.0, 2 * (1 - both / full[4096][1])))
-    return Costs(Speed(rates), parallel)
+    return Costs(rates, parallel)
 
 
 @dataclass

@@ -27,17 +27,16 @@ def test_json_is_one_record(loradiag):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("words", "message"),
     [
-        (["--params", "1 million"], 2, "--params 1 million"),
-        (["--params", "1M", "--memory-budget", "1GB"], 2, "cannot be combined with --params"),
-        (["--layers", "zzz"], 2, "--layers zzz"),
-        (["--ranks", "x"], 2, "--ranks x"),
+        (["--params", "1 million"], "--params 1 million"),
+        (["--ranks", "x"], "--ranks x"),
+        (["--cost", "--top", "0"], "--top 0"),
     ],
 )
-def test_plan_usage_errors(loradiag, words, code, message):
+def test_plan_usage_errors(loradiag, words, message):
     ran = loradiag("plan", BASE, *words)
-    assert (ran.code, ran.out) == (code, "")
+    assert (ran.code, ran.out) == (2, "")
     assert message in ran.err
 
 
@@ -59,13 +58,13 @@ def test_name_in_file_is_escaped(loradiag, tmp_path):
 
 
 def test_record_of_cost_adds_up(loradiag):
-    from lora_diag.decisions.plan.cost import Speed
+    from lora_diag.decisions.plan.cost import estimate_core_seconds
     from lora_diag.decisions.plan.record import Plan
 
     result = Plan.model_validate_json(loradiag("plan", BASE, "--cost", "--json").out)
     assert result.rates is not None
     assert min(result.rates.entry, result.rates.product, *result.rates.eigen.values()) > 0
-    total = sum(row.matrices * Speed(result.rates).core_seconds(row.shape, None) for row in result.types)
+    total = sum(row.matrices * estimate_core_seconds(result.rates, row.shape, None) for row in result.types)
     assert [each.core_seconds for each in result.costs] == [pytest.approx(total)]
     assert result.costs[0].bytes == 2 * result.base_bytes
 
@@ -79,9 +78,3 @@ def test_config_experts_cost_equals_checkpoint():
     assert split_experts(Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))) == [
         Matrix("model.layers.0.mlp.gate_up_proj.weight", (8, 4))
     ]
-
-
-def test_invalid_top_is_refused(loradiag):
-    ran = loradiag("plan", BASE, "--cost", "--top", "0")
-    assert (ran.code, ran.out) == (2, "")
-    assert_names(ran.err, "--top 0", 1)

@@ -7,7 +7,7 @@ import types
 import pytest
 import yaml
 
-from lora_diag.decisions.trainers import TRAINERS, written_for
+from lora_diag.decisions.trainers import TRAINERS, format_settings
 from lora_diag.errors import UsageError
 from tests.messages import raises_naming
 from tests.served import ROOT
@@ -39,7 +39,7 @@ AXOLOTL = {
 
 
 def test_axolotl_settings_keep_rank_pattern():
-    result = yaml.safe_load(written_for("axolotl", CONFIG))
+    result = yaml.safe_load(format_settings("axolotl", CONFIG))
     assert result.pop("adapter") == "lora"
     assert {AXOLOTL[key]: value for key, value in result.items()} == {key: CONFIG[key] for key in AXOLOTL.values()}
 
@@ -47,24 +47,24 @@ def test_axolotl_settings_keep_rank_pattern():
 def test_unsloth_call_has_the_arguments_of_peft():
     given = {}
     model = types.SimpleNamespace(get_peft_model=lambda _model, **arguments: given.update(arguments))
-    exec(written_for("unsloth", CONFIG), {"FastLanguageModel": model, "model": None})
+    exec(format_settings("unsloth", CONFIG), {"FastLanguageModel": model, "model": None})
     assert given == {key: value for key, value in CONFIG.items() if key in given}
     assert {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"} <= given.keys()
 
 
 def test_trl_and_llamafactory_take_one_rank():
-    trl, factory = (yaml.safe_load(written_for(name, UNIFORM)) for name in ("trl", "llamafactory"))
+    trl, factory = (yaml.safe_load(format_settings(name, UNIFORM)) for name in ("trl", "llamafactory"))
     assert (trl["lora_r"], trl["lora_alpha"], trl["lora_target_modules"]) == (8, 16, ["up_proj", "q_proj"])
     assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (8, 16, "up_proj,q_proj")
     assert factory["additional_target"] == "classifier"
-    dora = [yaml.safe_load(written_for(name, {**UNIFORM, "use_dora": True})) for name in ("trl", "llamafactory")]
+    dora = [yaml.safe_load(format_settings(name, {**UNIFORM, "use_dora": True})) for name in ("trl", "llamafactory")]
     assert [each["use_dora"] for each in dora] == [True, True]
     assert "use_dora" not in trl
 
 
 def test_trl_schema_accepts_its_settings():
     trl = pytest.importorskip("trl")
-    settings = yaml.safe_load(written_for("trl", UNIFORM))
+    settings = yaml.safe_load(format_settings("trl", UNIFORM))
     assert set(settings) <= {field.name for field in dataclasses.fields(trl.ModelConfig)}
     assert trl.get_peft_config(trl.ModelConfig(**settings)).r == 8
 
@@ -72,13 +72,13 @@ def test_trl_schema_accepts_its_settings():
 @pytest.mark.parametrize("trainer", ["trl", "llamafactory"])
 def test_trainer_of_one_rank_refuses_several(trainer):
     with pytest.raises(UsageError, match="--portable"):
-        written_for(trainer, CONFIG)
+        format_settings(trainer, CONFIG)
 
 
 @pytest.mark.parametrize("trainer", sorted(set(TRAINERS) - {"unsloth"}))
 def test_trainer_of_whole_alphas_refuses_others(trainer):
     with raises_naming(UsageError, "lora_alpha", "integer"):
-        written_for(trainer, {**UNIFORM, "lora_alpha": 12.5})
+        format_settings(trainer, {**UNIFORM, "lora_alpha": 12.5})
 
 
 def test_allocate_writes_axolotl_settings(loradiag, tmp_path):

@@ -110,7 +110,7 @@ FEATURE = Feature(
         Command(
             help="Ranks of each layer by several rules, without a budget.",
             name="rank-rules",
-            run=".run:rank_table",
+            run=".run:rank_by_rules",
             examples=("rank-rules results.jsonl",),
             arguments=(SPECTRA_ARGUMENT,),
             options=(RuleOptions,),

@@ -38,9 +38,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ from numpy.typing import NDArray
 
 from lora_diag.decisions.allocate.record import Allocation, Baseline, CappedBy, Certificate, Method
 from lora_diag.decisions.allocate.record import Unit as BudgetUnit
-from lora_diag.decisions.targets import compiled, why_no_target
+from lora_diag.decisions.targets import compile_pattern, why_no_target
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
 from lora_diag.metrics import energy_curve
@@ -90,13 +91,13 @@ def head_of(name: str) -> str | None:
     return match[0] if match and depth_of(match[0]) is None else None
 
 
-def heads_to_save(
+def list_saved_tensors(
     records: Sequence[Spectrum],
     left_out: Sequence[LeftOut],
     target: re.Pattern[str] | None,
     exclude: re.Pattern[str] | None,
 ) -> list[LeftOut]:
-    """Return a record of every tensor of the heads to train in full that TUNED has.
+    """Return a record of each of TUNED's tensors in the heads to train in full.
 
     These are the heads that TUNED changed or that only it has, except those with a tensor that matches a pattern:
     a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
@@ -104,8 +105,8 @@ def heads_to_save(
     Args:
         records: Spectra.
         left_out: Tensors without a spectrum.
-        target: The user's selection of layers.
-        exclude: The user's exclusion of layers.
+        target: The user's selection of layers; None for the default.
+        exclude: The user's exclusion of layers; None without one.
     """
     tensors_by_head: dict[str, list[Spectrum | LeftOut]] = {}
     tensors: list[Spectrum | LeftOut] = [*records, *left_out]
@@ -122,31 +123,26 @@ def heads_to_save(
             base_fro=tensor.base_fro,
         )
         for head, head_tensors in tensors_by_head.items()
-        if any(map(_is_new_or_moved, head_tensors))
-        and not any(_is_named(tensor.layer, target, exclude) for tensor in head_tensors)
+        if any(map(_is_new_or_changed, head_tensors))
+        and not any(
+            pattern is not None and pattern.search(tensor.layer)
+            for pattern in (target, exclude)
+            for tensor in head_tensors
+        )
         for tensor in head_tensors
         if not isinstance(tensor, LeftOut) or tensor.reason != "only_in_base"
     ]
 
 
-def _is_new_or_moved(item: Spectrum | LeftOut) -> bool:
-    return bool(item.fro) or (isinstance(item, LeftOut) and item.reason in {"only_in_tuned", "shape_differs"})
-
-
-def _is_named(name: str, *patterns: re.Pattern[str] | None) -> bool:
-    return any(pattern is not None and pattern.search(name) for pattern in patterns)
-
-
-def size_of(items: Iterable[LeftOut]) -> int:
-    """Return the number of parameters of these tensors."""
-    return sum(math.prod(item.shape) for item in items)
+def _is_new_or_changed(tensor: Spectrum | LeftOut) -> bool:
+    return bool(tensor.fro) or (isinstance(tensor, LeftOut) and tensor.reason in {"only_in_tuned", "shape_differs"})
 
 
 def task_type_of(results: Results[Any], heads: Collection[str]) -> str | None:
     """Return PEFT's task type of a fine-tune by the class in its config; None if it cannot be determined.
 
     Args:
-        results: Spectra or an allocation of it: the class of TUNED is used, else that of BASE.
+        results: Spectra of the fine-tune or an allocation: the class of TUNED is used, else that of BASE.
         heads: Heads that are trained in full. PEFT always trains the heads of a task type in full, so
             without heads only ``CAUSAL_LM`` and ``SEQ_2_SEQ_LM`` are returned.
     """
@@ -202,8 +198,7 @@ class Unit:
         members: Their spectra.
         group: The stack's name; None for a layer on its own.
         weights: Factor of each member's energy.
-        start: Its minimum rank.
-        allowed: Allowed ranks above ``start``, ascending.
+        stops: Minimum rank and the allowed ranks above it, ascending.
         capped_by: Reason for the largest of them.
         losses: F(0), F(1), … of each member: measured cost of discarding everything beyond a rank; None to use energy.
     """
@@ -211,10 +206,14 @@ class Unit:
     members: tuple[Spectrum, ...]
     group: str | None
     weights: tuple[float, ...]
-    start: int
-    allowed: NDArray[np.int64]
+    stops: Ints
     capped_by: CappedBy
-    losses: tuple[NDArray[np.float64], ...] | None = None
+    losses: tuple[Floats, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the stack or of the layer."""
+        return self.group or self.members[0].layer
 
     @property
     def cost(self) -> int:
@@ -222,25 +221,29 @@ class Unit:
         return sum(sum(member.shape) for member in self.members)
 
     @property
+    def start(self) -> int:
+        """The smallest allowed rank."""
+        return int(self.stops[0])
+
+    @property
     def cap(self) -> int:
-        """The largest rank it may have."""
-        return int(self.allowed[-1]) if len(self.allowed) else self.start
+        """The largest allowed rank."""
+        return int(self.stops[-1])
 
     @property
     def energy(self) -> float:
-        """Its weighted energy Σ w‖ΔW‖_F², or ΣF(0)."""
+        """The weighted energy Σ w‖ΔW‖_F²; with losses ΣF(0)."""
         if self.losses is not None:
             return float(sum(loss[0] for loss in self.losses))
         return sum(weight * member.fro**2 for weight, member in zip(self.weights, self.members, strict=True))
 
     @property
-    def corners(self) -> NDArray[np.int64]:
-        """The allowed ranks at the corners of the concave envelope of ``curve``, where the gain per rank decreases.
+    def corners(self) -> Ints:
+        """The ``stops`` at the corners of the concave envelope of ``curve``, up to its maximum.
 
         Between two corners no rank is better than a mixture of both, and beyond the last there is no gain.
         """
-        stops = np.concatenate([[self.start], self.allowed]).astype(np.int64)
-        values = self.curve[stops]
+        stops, values = self.stops, self.curve[self.stops]
 
         def slope(first: int, last: int) -> float:
             return float((values[last] - values[first]) / (stops[last] - stops[first]))
@@ -251,10 +254,10 @@ class Unit:
                 hull.pop()
             hull.append(index)
         best = int(np.argmax(values[hull]))
-        return stops[hull[1 : best + 1]]
+        return stops[hull[: best + 1]]
 
     @cached_property
-    def curves(self) -> tuple[NDArray[np.float64], ...]:
+    def curves(self) -> tuple[Floats, ...]:
         """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
         return tuple(
             np.concatenate([[0.0], energy_curve(np.asarray(member.s), member.fro, member.complete)])
@@ -264,10 +267,10 @@ class Unit:
         )
 
     @cached_property
-    def curve(self) -> NDArray[np.float64]:
+    def curve(self) -> Floats:
         """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); constant beyond the measured values.
 
-        With losses ΣF(0) − F(r), which may decrease with rank.
+        With losses Σ_members (F(0) − F(r)), which may decrease with rank.
         """
         ranks = np.arange(self.cap + 1)
         if self.losses is not None:
@@ -281,13 +284,13 @@ class Unit:
         return total
 
 
-def split(
+def split_candidates(
     records: Sequence[Spectrum], target: re.Pattern[str] | None, exclude: re.Pattern[str] | None
 ) -> tuple[list[Spectrum], list[LeftOut]]:
     """Split layers into candidates and skipped ones, with the reason.
 
-    Without ``target``, candidates are the matrices that adapters usually target: no embeddings, no head, no routers.
-    With it, all layers whose name contains a match. Layers that match ``exclude`` are skipped.
+    Without ``target``, candidates are the matrices that adapters usually target: no embeddings, no head, no routers;
+    with it, all layers whose name contains a match. Layers that match ``exclude`` are skipped.
 
     Raises:
         UsageError: There is no candidate.
@@ -305,7 +308,7 @@ def split(
     return candidates, left_out
 
 
-def units(
+def make_units(
     records: Sequence[Spectrum],
     weights: Mapping[str, float],
     constraints: Constraints,
@@ -328,62 +331,62 @@ def _make_unit(
 ) -> Unit:
     """Return the unit of these layers, capped at their largest cap, or at the minimum rank if higher."""
     soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
-    largest = break_even(members[0].shape)
+    largest = compute_break_even(members[0].shape)
     hard = min(constraints.max_rank or largest, largest)
-    if soft:
-        raised = max(soft, min(constraints.min_rank, hard))
-        soft, reason = raised, reason if raised == soft else "break_even" if raised == largest else reason
-    start, allowed = _allowed_ranks(soft, hard, constraints)
-    last = int(allowed[-1]) if len(allowed) else start
+    if 0 < soft < (least := min(constraints.min_rank, hard)):
+        soft, reason = least, "break_even" if least == largest else reason
+    stops = _list_allowed_ranks(soft, hard, constraints)
     return Unit(
         members=members,
         group=None if members[0].layer == name else name,
         weights=tuple(weights[member.layer] for member in members),
-        start=start,
-        allowed=allowed,
-        capped_by=reason if last == soft else "ranks_from",
+        stops=stops,
+        capped_by=reason if stops[-1] == soft else "ranks_from",
         losses=None
         if losses is None
         else tuple(np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members),
     )
 
 
-def break_even(shape: tuple[int, int]) -> int:
+def compute_break_even(shape: tuple[int, int]) -> int:
     """Return the largest rank whose factors have no more parameters than the matrix: r(out + in) ≤ out·in.
 
-    >>> break_even((77, 384)), break_even((128, 128)), break_even((1, 64))
+    >>> compute_break_even((77, 384)), compute_break_even((128, 128)), compute_break_even((1, 64))
     (64, 64, 0)
     """
     return math.prod(shape) // sum(shape)
 
 
 def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
-    """Return the largest rank with a measured gain, and the reason for this limit."""
-    caps: list[tuple[int, CappedBy]] = [(break_even(record.shape), "break_even")]
-    if record.complete:
-        caps.append((sum(value > 0 for value in record.s), "update_rank"))
-    if record.resolution.signal_rank is not None:
-        caps.append((record.resolution.signal_rank, "signal_rank"))
-    if not record.complete:
-        caps.append((len(record.s), "values_kept"))
-    if max_rank is not None:
-        caps.append((max_rank, "max_rank"))
-    return min(caps, key=lambda cap: cap[0])
+    """Return the largest rank with a measured gain, and the reason for this limit; the first of equal limits."""
+    caps: list[tuple[int | None, CappedBy]] = [
+        (compute_break_even(record.shape), "break_even"),
+        (sum(value > 0 for value in record.s) if record.complete else None, "update_rank"),
+        (record.resolution.signal_rank, "signal_rank"),
+        (None if record.complete else len(record.s), "values_kept"),
+        (max_rank, "max_rank"),
+    ]
+    return min(((cap, reason) for cap, reason in caps if cap is not None), key=lambda pair: pair[0])
 
 
-def _allowed_ranks(soft: int, hard: int, constraints: Constraints) -> tuple[int, NDArray[np.int64]]:
-    """Return the minimum rank of a unit, and the allowed ranks above it.
+def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
+    """Return the minimum rank of a unit and the allowed ranks above it, ascending.
 
     In a list of ranks, the last is the first that reaches ``soft``: a signal of rank 5 may get 8 of 8, 16, 32.
+
+    Args:
+        soft: The largest rank with a gain.
+        hard: The largest rank that constraints and shape allow.
+        constraints: Minimum rank and list of ranks.
     """
     minimum = min(constraints.min_rank, soft)
     if constraints.ranks_from is None:
-        return minimum, np.arange(minimum + 1, soft + 1)
-    possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard]
-    first = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
-    possible = possible[: first + 1] if soft else []
+        return np.arange(minimum, soft + 1)
+    possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard] if soft else []
+    last = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
+    possible = possible[: last + 1]
     start = next((rank for rank in possible if rank >= minimum), possible[-1]) if possible and minimum else 0
-    return start, np.asarray([rank for rank in possible if rank > start], np.int64)
+    return np.asarray([start, *(rank for rank in possible if rank > start)], np.int64)
 
 
 # Index of the heuristic prior among the rules.
@@ -405,22 +408,22 @@ class Rule:
     cost: int
 
 
-def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> list[Rule]:
+def apply_rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> list[Rule]:
     """Return the results of uniform rank, the prior and an energy threshold for a budget.
 
     Args:
         units: The units of the allocation.
-        steps: Their steps.
+        steps: Their steps over all allowed ranks.
         budget: Budget for steps.
-        scores: Sensitivity s_u of each unit, for the prior r ∝ s·√(d_in + d_out).
+        scores: Sensitivity s_u of each unit, ``(units,)``, for the prior r ∝ s·√(d_in + d_out).
 
     Reference: The article, "Rank Selection Strategy", step 2 (the prior).
     """
-    level, uniform = _take(steps, steps.rank.astype(np.float64), budget)
+    level, uniform = _take_steps(steps, steps.rank.astype(np.float64), budget)
     slope = scores * np.sqrt([sum(unit.members[0].shape) for unit in units])
     with np.errstate(divide="ignore"):
-        _, prior = _take(steps, steps.rank / slope[steps.unit], budget)
-    threshold, energy = _take(steps, _share_before(units, steps), budget)
+        _, prior = _take_steps(steps, steps.rank / slope[steps.unit], budget)
+    threshold, energy = _take_steps(steps, _compute_share_before(units, steps), budget)
     return [
         Rule(f"uniform r={level:.0f}", *uniform),
         Rule("heuristic prior s·√(d_in+d_out)", *prior),
@@ -428,45 +431,35 @@ def rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> l
     ]
 
 
-def energy_ranks(units: Sequence[Unit], steps: Steps, share: float) -> Ints:
-    """Return the smallest allowed rank of each unit that keeps ``share`` of its energy, else its cap."""
-    selected = _share_before(units, steps) < share
-    ranks = steps.start.copy()
-    np.maximum.at(ranks, steps.unit[selected], steps.rank[selected])
-    return ranks
-
-
-def _share_before(units: Sequence[Unit], steps: Steps) -> Floats:
-    """Return for each step the fraction of its unit's energy kept without it.
+def _compute_share_before(units: Sequence[Unit], steps: Steps) -> Floats:
+    """Return for each step over all allowed ranks the fraction of its unit's energy kept without it, ``(n,)``.
 
     An error of 1e-9 in the sum of 9-digit values must not increase the rank by one: 0.9 is reached by 0.8999999995.
     """
     share = np.empty(len(steps.gain))
-    for unit, first, end in zip(units, steps.first[:-1], steps.first[1:], strict=True):
-        stops = np.concatenate([[unit.start], unit.allowed[:-1]]).astype(np.int64)[: end - first]
-        share[first:end] = unit.curve[stops] / unit.energy if unit.energy > 0 else 1.0
+    for unit, of_unit in zip(units, steps.slices, strict=True):
+        share[of_unit] = unit.curve[unit.stops[:-1]] / unit.energy if unit.energy > 0 else 1.0
     return share + 1e-9
 
 
-def _take(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, int]]:
+def _take_steps(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[Ints, int]]:
     """Take steps by ascending key, steps with equal keys together, while the budget lasts.
 
     Returns:
-        The last key whose steps were all taken (0 if none), and the ranks with their cost.
+        The last key whose steps were all taken (0 if none), and the ranks with the cost of their steps.
     """
     # Steps of a unit stay in order despite rounding of their keys.
     key = key.copy()
-    for first, end in zip(steps.first[:-1], steps.first[1:], strict=True):
-        key[first:end] = np.maximum.accumulate(key[first:end])
+    for of_unit in steps.slices:
+        key[of_unit] = np.maximum.accumulate(key[of_unit])
     order = np.argsort(key, kind="stable")
     cumulative = np.cumsum(steps.cost[order])
     fitting = int(np.searchsorted(cumulative, budget, side="right"))
     if fitting < len(order):
         fitting = int(np.searchsorted(key[order], key[order[fitting]], side="left"))
-    ranks = steps.start.copy()
     chosen = order[:fitting]
-    np.maximum.at(ranks, steps.unit[chosen], steps.rank[chosen])
-    return float(key[chosen[-1]]) if fitting else 0.0, (ranks, int(cumulative[fitting - 1]) if fitting else 0)
+    last_key, cost = (float(key[chosen[-1]]), int(cumulative[fitting - 1])) if fitting else (0.0, 0)
+    return last_key, (steps.ranks_after(chosen), cost)
 
 
 # Largest table of the exact method: about 1 s and 100 MB (2 cores in 2026; 40 M entries took 0.4 s).
@@ -493,8 +486,19 @@ class Steps:
 
     @property
     def first(self) -> Ints:
-        """Index of each unit's first step; one past the end closes the last."""
+        """Index of each unit's first step, and the number of all steps, ``(units + 1,)``."""
         return np.searchsorted(self.unit, np.arange(len(self.start) + 1))
+
+    @property
+    def slices(self) -> list[slice]:
+        """The steps of each unit."""
+        return [slice(first, end) for first, end in pairwise(self.first)]
+
+    def ranks_after(self, chosen: Ints | NDArray[np.bool_]) -> Ints:
+        """Return the rank of each unit after the chosen steps, given by index or mask, ``(units,)``."""
+        ranks = self.start.copy()
+        np.maximum.at(ranks, self.unit[chosen], self.rank[chosen])
+        return ranks
 
 
 @dataclass(frozen=True)
@@ -519,28 +523,20 @@ class BudgetedRanks:
     optimal: bool
 
 
-def make_steps(curves: Sequence[Floats], costs: Sequence[int], starts: Sequence[int], allowed: Sequence[Ints]) -> Steps:
-    """Return the steps from each unit's starting rank over its allowed ranks.
+def make_steps(curves: Sequence[Floats], costs: Sequence[int], stops: Sequence[Ints]) -> Steps:
+    """Return the steps between each unit's allowed ranks.
 
     Args:
-        curves: By unit: G(0), …, G(cap), concave, ``(cap + 1,)``.
+        curves: By unit: G(0), …, G(cap), concave at its stops, ``(cap + 1,)``.
         costs: By unit: cost of one rank.
-        starts: By unit: its minimum rank.
-        allowed: By unit: allowed ranks above the minimum, ascending.
+        stops: By unit: minimum rank and the allowed ranks above it, ascending; for one unit or more.
     """
-    gain, cost, rank, sizes = [], [], [], []
-    for curve, unit_cost, start, ranks in zip(curves, costs, starts, allowed, strict=True):
-        stops = np.concatenate([[start], ranks]).astype(np.int64)
-        gain.append(np.diff(curve[stops]))
-        cost.append(np.diff(stops) * unit_cost)
-        rank.append(stops[1:])
-        sizes.append(len(ranks))
     return Steps(
-        gain=np.concatenate([*gain, np.empty(0)]),
-        cost=np.concatenate([*cost, np.empty(0, np.int64)]),
-        unit=np.repeat(np.arange(len(sizes)), sizes),
-        rank=np.concatenate([*rank, np.empty(0, np.int64)]),
-        start=np.asarray(starts, np.int64),
+        gain=np.concatenate([np.diff(curve[ranks]) for curve, ranks in zip(curves, stops, strict=True)]),
+        cost=np.concatenate([np.diff(ranks) * cost for cost, ranks in zip(costs, stops, strict=True)]),
+        unit=np.repeat(np.arange(len(stops)), [len(ranks) - 1 for ranks in stops]),
+        rank=np.concatenate([ranks[1:] for ranks in stops]),
+        start=np.array([ranks[0] for ranks in stops], np.int64),
     )
 
 
@@ -557,7 +553,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
 
     Example:
         >>> curves = [np.array([0.0, 4.0, 5.0]), np.array([0.0, 3.0])]
-        >>> steps = make_steps(curves, [2, 1], [0, 0], [np.arange(1, 3), np.arange(1, 2)])
+        >>> steps = make_steps(curves, [2, 1], [np.arange(3), np.arange(2)])
         >>> spent = spend(steps, 3)
         >>> spent.ranks.tolist(), spent.gain, spent.bound
         ([1, 1], 7.0, 7.0)
@@ -565,16 +561,16 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
     order = _order_by_yield(steps)
     cumulative = np.cumsum(steps.cost[order])
     fitting = int(np.searchsorted(cumulative, budget, side="right"))
-    counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     spent = int(cumulative[fitting - 1]) if fitting else 0
+    gain = math.fsum(steps.gain[order[:fitting]])
     if fitting == len(order):
-        gain = math.fsum(steps.gain[order])
-        return BudgetedRanks(_reached_ranks(steps, counts), gain, spent, gain, 0.0, optimal=True)
+        return BudgetedRanks(steps.ranks_after(order), gain, spent, gain, 0.0, optimal=True)
     left = budget - spent
     next_step = order[fitting]
     price = float(steps.gain[next_step] / steps.cost[next_step])
-    bound = math.fsum(steps.gain[order[:fitting]]) + left * price
-    _fill(steps, counts, left)
+    bound = gain + left * price
+    counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
+    _add_fitting_steps(steps, counts, left)
     # The largest unit in which costs are integers, and the cells of the budget in this unit, rounded down.
     coarse = int(np.gcd.reduce(steps.cost))
     cells = budget // coarse
@@ -584,7 +580,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
     chosen = _make_mask(steps, counts)
     gain = math.fsum(steps.gain[chosen])
     return BudgetedRanks(
-        ranks=_reached_ranks(steps, counts),
+        ranks=steps.ranks_after(chosen),
         gain=gain,
         cost=int(steps.cost[chosen].sum()),
         bound=max(bound, gain),  # equal if the prefix fills the budget, up to rounding of sums
@@ -596,15 +592,15 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
 def _order_by_yield(steps: Steps) -> Ints:
     """Return the steps with a positive gain by decreasing gain per cost; the steps of one unit keep their order."""
     density = steps.gain / steps.cost
-    for unit_first, unit_end in zip(steps.first[:-1], steps.first[1:], strict=True):
+    for of_unit in steps.slices:
         # Rounding of sums must not reorder the steps of a unit.
-        density[unit_first:unit_end] = np.minimum.accumulate(density[unit_first:unit_end])
+        density[of_unit] = np.minimum.accumulate(density[of_unit])
     order = np.argsort(-density, kind="stable")
     return order[density[order] > 0]
 
 
-def _fill(steps: Steps, counts: Ints, left: int) -> None:
-    """Add to ``counts`` the next step of the unit with the largest gain per cost, while any with a gain fits."""
+def _add_fitting_steps(steps: Steps, counts: Ints, left: int) -> None:
+    """Add to ``counts``, one by one, the next step of a unit with the largest gain per cost that ``left`` covers."""
     first = steps.first
     while True:
         upcoming = first[:-1] + counts
@@ -630,13 +626,11 @@ def _find_best_steps(steps: Steps, counts: Ints, coarse: int, cells: int) -> Int
         coarse: The unit of b.
         cells: The budget in this unit.
     """
-    first = steps.first
     best = np.zeros(cells + 1)
     choice = np.zeros((len(steps.start), cells + 1), np.uint16)
-    for unit in range(len(steps.start)):
+    for unit, of_unit in enumerate(steps.slices):
         previous = best.copy()
-        span = slice(first[unit], first[unit + 1])
-        sums = zip(np.cumsum(steps.gain[span]), np.cumsum(steps.cost[span]) // coarse, strict=True)
+        sums = zip(np.cumsum(steps.gain[of_unit]), np.cumsum(steps.cost[of_unit]) // coarse, strict=True)
         for k, (gain, cost) in enumerate(sums, 1):
             if cost > cells:
                 break
@@ -646,43 +640,34 @@ def _find_best_steps(steps: Steps, counts: Ints, coarse: int, cells: int) -> Int
             choice[unit, cost:][better] = k
     exact = np.zeros_like(counts)
     cell = cells
-    for unit in reversed(range(len(steps.start))):
+    for unit, of_unit in reversed(list(enumerate(steps.slices))):
         exact[unit] = choice[unit, cell]
-        if exact[unit]:
-            span = slice(first[unit], first[unit] + exact[unit])
-            cell -= int(steps.cost[span].sum()) // coarse
+        cell -= int(steps.cost[of_unit][: exact[unit]].sum()) // coarse
     # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
     gains = [math.fsum(steps.gain[_make_mask(steps, taken)]) for taken in (counts, exact)]
     return exact if gains[1] > gains[0] else counts
 
 
 def _make_mask(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
-    """Return a mask of steps from the number of steps per unit."""
+    """Return a mask of steps from the number of steps per unit, ``(n,)``."""
     position = np.arange(len(steps.unit)) - steps.first[steps.unit]
     return np.asarray(position < counts[steps.unit])
-
-
-def _reached_ranks(steps: Steps, counts: Ints) -> Ints:
-    """Return the rank of each unit after a number of its steps."""
-    ranks = steps.start.copy()
-    moved = np.flatnonzero(counts)
-    ranks[moved] = steps.rank[steps.first[moved] + counts[moved] - 1]
-    return ranks
 
 
 # Powers of two and the ranks half-way between them.
 GRID = tuple(sorted({rank * 2**power for power in range(9) for rank in (2, 3)} | {1}))
 
 
-def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints) -> Allocated:
+def allocate_one_rank(choose: Callable[[Constraints], Allocated], constraints: Constraints) -> Allocated:
     """Return the best allocation in which every layer has rank 0 or one common rank.
 
     Args:
-        plan: Chooses ranks under constraints.
+        choose: Chooses ranks under constraints.
         constraints: Constraints on the rank; ``ranks_from`` replaces the grid.
 
     Returns:
-        The allocation that keeps most; its bound is that of all ranks tried, and rules without any rank are omitted.
+        The allocation that keeps most; its bound is the largest of all ranks tried, and rules without any rank are
+        omitted.
 
     Raises:
         UsageError: The budget is too small for every rank, or no rank is within the constraints.
@@ -693,13 +678,13 @@ def one_rank(plan: Callable[[Constraints], Allocated], constraints: Constraints)
         if not constraints.min_rank <= rank <= (constraints.max_rank or rank):
             continue
         try:
-            allocated.append(plan(replace(constraints, ranks_from=(rank,))))
+            allocated.append(choose(replace(constraints, ranks_from=(rank,))))
         except UsageError as error:
             first_error = first_error or error
     if not allocated:
         raise first_error or UsageError("--portable: no rank lies between --min-rank and --max-rank")
-    best = max(allocated, key=lambda plan_at_rank: (plan_at_rank.certificate.kept, -plan_at_rank.certificate.spent))
-    kept, bound = best.certificate.kept, max(plan_at_rank.certificate.bound for plan_at_rank in allocated)
+    best = max(allocated, key=lambda at_rank: (at_rank.certificate.kept, -at_rank.certificate.spent))
+    kept, bound = best.certificate.kept, max(at_rank.certificate.bound for at_rank in allocated)
     update = {
         "bound": bound,
         "gap": max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
@@ -717,7 +702,7 @@ class Budget:
         unit: Unit of the budget; ``energy`` is not a budget but a fraction that every layer has to keep.
         amount: Amount in this unit.
         option: The option as given, for messages.
-        bytes_per_param: Memory of one trainable parameter, for a budget in bytes.
+        bytes_per_param: Memory of one trainable parameter for a budget in bytes; 1 for others.
     """
 
     unit: BudgetUnit
@@ -732,11 +717,11 @@ class Budget:
     @property
     def whole(self) -> int:
         """The budget in the unit of ``cost_of``, rounded down."""
-        return math.floor(self.amount / self.bytes_per_param) if self.unit == "bytes" else int(self.amount)
+        return math.floor(self.amount / self.bytes_per_param)
 
     def in_unit(self, cost: int) -> float:
         """Return a cost in the unit of the budget."""
-        return cost * self.bytes_per_param if self.unit == "bytes" else float(cost)
+        return cost * self.bytes_per_param
 
     def describe(self, cost: int) -> str:
         """Return a cost as text in the unit of the budget."""
@@ -794,65 +779,56 @@ def allocate(
         UsageError: The budget is too small for the heads, the constraints or any rank; no layer is a candidate or can
             get a rank; a pattern is not a valid regular expression.
     """
-    included, excluded = compiled(target, "--layers"), compiled(exclude, "--exclude")
-    saved = heads_to_save(records, left_out, included, excluded) if save_heads else []
-    saved_names = {item.layer for item in saved}
-    candidates, not_chosen = split(
+    included, excluded = compile_pattern(target, "--layers"), compile_pattern(exclude, "--exclude")
+    saved = list_saved_tensors(records, left_out, included, excluded) if save_heads else []
+    saved_names = {tensor.layer for tensor in saved}
+    saved_params = sum(math.prod(tensor.shape) for tensor in saved)
+    candidates, not_selected = split_candidates(
         [record for record in records if record.layer not in saved_names], included, excluded
     )
     factors = {record.layer: 1.0 if weights is None else weights[record.layer] for record in candidates}
     if relative:
         factors |= {record.layer: factors[record.layer] / record.fro**2 for record in candidates if record.fro > 0}
-    grouped = units(candidates, factors, constraints, losses)
-    _require_possible_rank(grouped)
-    of_units = [u.curve for u in grouped], [budget.cost_of(u) for u in grouped], [u.start for u in grouped]
-    steps = all_steps = make_steps(*of_units, [unit.allowed for unit in grouped])
+    units = make_units(candidates, factors, constraints, losses)
+    _require_possible_rank(units)
+    curves, costs = [unit.curve for unit in units], [budget.cost_of(unit) for unit in units]
+    steps = all_steps = make_steps(curves, costs, [unit.stops for unit in units])
     if losses is not None:
-        steps = make_steps(*of_units, [unit.corners for unit in grouped])
-    fixed = sum(budget.cost_of(unit) * unit.start for unit in grouped)
-    reserved = _compute_cost_of_heads(saved, budget)
-    chosen, left = _choose(grouped, steps, all_steps, budget, fixed, reserved)
+        steps = make_steps(curves, costs, [unit.corners for unit in units])
+    fixed = sum(cost * unit.start for cost, unit in zip(costs, units, strict=True))
+    # Budgets of ranks and energy fractions do not count the heads.
+    reserved = 0 if budget.unit in {"total_rank", "energy"} else saved_params
+    if reserved > budget.whole:
+        heads = sorted({head_of(name) or "" for name in saved_names})
+        raise UsageError(
+            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
+            f"{budget.describe(reserved)}, {budget.describe(reserved - budget.whole)} more than the budget; "
+            f"raise it, or exclude a head with --exclude {heads[0]}"
+        )
+    chosen, left = _choose_ranks(units, steps, all_steps, budget, fixed, reserved)
     if losses is not None:  # the exact method considered the corners only
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
-    rule_results = rules(grouped, all_steps, left, np.array([_score(unit, scores or weights) for unit in grouped]))
+    sensitivities = np.array([_compute_sensitivity(unit, scores or weights) for unit in units])
+    rule_results = apply_rules(units, all_steps, left, sensitivities)
     if budget.unit == "energy":
         rule_results.pop()  # the allocation itself
     if method == "heuristic":
         prior = rule_results[PRIOR]
         if not prior.ranks.any():
             raise UsageError(f"{budget.option}: too small for the first rank of the {prior.name}; raise it")
-        chosen = _use_ranks(grouped, steps, prior.ranks, prior.cost, chosen)
-    layers = _make_records(grouped, chosen.ranks, rule_results[0].ranks)
+        chosen = _bound_ranks(units, steps, prior.ranks, prior.cost, chosen)
+    layers = _make_records(units, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_make_certificate(grouped, steps, budget, fixed + reserved, size_of(saved), chosen, rule_results),
-        left_out=(*saved, *not_chosen, *(item for item in left_out if item.layer not in saved_names)),
+        certificate=_make_certificate(units, steps, budget, fixed + reserved, saved_params, chosen, rule_results),
+        left_out=(*saved, *not_selected, *(item for item in left_out if item.layer not in saved_names)),
     )
 
 
-def _compute_cost_of_heads(saved: Sequence[LeftOut], budget: Budget) -> int:
-    """Return the cost of the heads in the unit of ``Budget.cost_of``; 0 for budgets that do not count them.
-
-    Raises:
-        UsageError: The heads exceed the budget.
-    """
-    if budget.unit in {"total_rank", "energy"}:
-        return 0
-    size = size_of(saved)
-    if size > budget.whole:
-        heads = sorted({head_of(item.layer) or "" for item in saved})
-        raise UsageError(
-            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
-            f"{budget.describe(size)}, {budget.describe(size - budget.whole)} more than the budget; "
-            f"raise it, or exclude a head with --exclude {heads[0]}"
-        )
-    return size
-
-
-def _use_ranks(units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks) -> BudgetedRanks:
-    """Return given ranks with the bound for all ranks of their cost."""
-    gain = _kept_energy(units, ranks) - _kept_energy(units, steps.start)
+def _bound_ranks(units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks) -> BudgetedRanks:
+    """Return given ranks with the bound and price of ``best``, the best ranks for their budget."""
+    gain = _compute_kept_energy(units, ranks) - _compute_kept_energy(units, steps.start)
     return BudgetedRanks(ranks, gain, cost, max(best.bound, gain), best.price, optimal=False)
 
 
@@ -874,26 +850,37 @@ def _require_possible_rank(units: Sequence[Unit]) -> None:
     raise UsageError("every layer is smaller than the smallest allowed rank")
 
 
-def _score(unit: Unit, weights: Mapping[str, float] | None) -> float:
+def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> float:
     """Return s for the prior, the mean over the layers: of their weights, else of ‖ΔW‖/‖W‖ (‖ΔW‖ without W)."""
     if weights is not None:
-        return math.fsum(weights[member.layer] for member in unit.members) / len(unit.members)
-    norms = [member.fro if member.relative is None else member.relative for member in unit.members]
-    return math.fsum(norms) / len(norms)
+        values = [weights[member.layer] for member in unit.members]
+    else:
+        values = [member.fro if member.relative is None else member.relative for member in unit.members]
+    return math.fsum(values) / len(values)
 
 
-def _choose(
+def _choose_ranks(
     units: Sequence[Unit], steps: Steps, all_steps: Steps, budget: Budget, fixed: int, reserved: int
 ) -> tuple[BudgetedRanks, int]:
     """Return the ranks, and the budget for steps above the starting ranks.
+
+    For an energy fraction: the smallest allowed rank of each unit that keeps it, else its cap.
+
+    Args:
+        units: The units.
+        steps: Their steps to choose from.
+        all_steps: Their steps over all allowed ranks.
+        budget: The budget.
+        fixed: Cost of the starting ranks.
+        reserved: Cost of the heads.
 
     Raises:
         UsageError: The budget is too small for the starting ranks or for any rank.
     """
     if budget.unit == "energy":
-        ranks = energy_ranks(units, all_steps, budget.amount)
+        ranks = all_steps.ranks_after(_compute_share_before(units, all_steps) < budget.amount)
         left = sum(int(rank - unit.start) * unit.cost for rank, unit in zip(ranks, units, strict=True))
-        return _use_ranks(units, steps, ranks, left, spend(steps, left)), left
+        return _bound_ranks(units, steps, ranks, left, spend(steps, left)), left
     left = budget.whole - reserved - fixed
     remaining = f"the {budget.describe(budget.whole - reserved)} that remain after the heads"
     budget_text = remaining if reserved else "the budget"
@@ -908,8 +895,7 @@ def _choose(
     if not fixed and left < (minimum := int(steps.cost.min())):
         unit = units[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
-            f"{budget.option}: even the cheapest rank, one of {unit.group or unit.members[0].layer}, takes "
-            f"{budget.describe(minimum)}; "
+            f"{budget.option}: even the cheapest rank, one of {unit.name}, takes {budget.describe(minimum)}; "
             f"give a budget of at least {budget.describe(budget.whole - left + minimum)}"
         )
     return spend(steps, left), left
@@ -922,7 +908,7 @@ def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[All
             shape=member.shape,
             rank=rank,
             params=rank * sum(member.shape),
-            kept=_kept_at(curve, rank) if member.fro > 0 else None,
+            kept=_read_curve(curve, rank) if member.fro > 0 else None,
             fro=member.fro,
             base_fro=member.base_fro,
             weight=weight,
@@ -930,23 +916,23 @@ def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[All
             capped_by=unit.capped_by,
             verdict=member.resolution.verdict,
             uniform_rank=uniform_rank,
-            uniform_kept=_kept_at(curve, uniform_rank) if member.fro > 0 else None,
+            uniform_kept=_read_curve(curve, uniform_rank) if member.fro > 0 else None,
             group=unit.group,
             source=member.source,
-            fisher=None if unit.losses is None else _loss_at(unit.losses[position], rank),
+            fisher=None if unit.losses is None else _read_loss(unit.losses[position], rank),
         )
         for unit, rank, uniform_rank in zip(units, ranks.tolist(), uniform.tolist(), strict=True)
         for position, (weight, member, curve) in enumerate(zip(unit.weights, unit.members, unit.curves, strict=True))
     ]
 
 
-def _loss_at(loss: Floats, rank: int) -> float:
-    """Return F(r), 0 beyond its last value."""
+def _read_loss(loss: Floats, rank: int) -> float:
+    """Return F(rank), 0 beyond its last value."""
     return float(loss[rank]) if rank < len(loss) else 0.0
 
 
-def _kept_at(curve: Floats, rank: int) -> float:
-    """Return C(rank) of a layer from its measured values."""
+def _read_curve(curve: Floats, rank: int) -> float:
+    """Return C(rank) of a layer; beyond the measured values, that of all of them."""
     return float(curve[min(rank, len(curve) - 1)])
 
 
@@ -961,7 +947,7 @@ def _make_certificate(
 ) -> Certificate:
     """Return the certificate; ``fixed``: cost of starting ranks and heads, ``saved``: parameters of the heads."""
     total = math.fsum(unit.energy for unit in units)
-    at_start = _kept_energy(units, steps.start)
+    at_start = _compute_kept_energy(units, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.
     kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
     error = math.fsum(
@@ -983,7 +969,7 @@ def _make_certificate(
         gap=max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
         optimal=chosen.optimal,
         energy_error=min(1.0, error / total),
-        epsilon_min=_epsilon_min(units, chosen.ranks),
+        epsilon_min=_compute_epsilon_min(units, chosen.ranks),
         price=price,
         slack=bound - kept + price * unused_budget,
         baselines=tuple(_compare_baseline(rule, units, steps, budget, fixed, total) for rule in rule_results),
@@ -1004,20 +990,20 @@ def _compare_baseline(
     return Baseline(
         name=rule.name,
         spent=budget.in_unit(fixed + rule.cost),
-        kept=min(1.0, max(0.0, _kept_energy(units, rule.ranks)) / total),
-        equal=min(1.0, max(0.0, _kept_energy(units, equal.ranks)) / total),
-        epsilon_min=_epsilon_min(units, rule.ranks),
-        lead=(units[lead].group or units[lead].members[0].layer) if has_lead else None,
+        kept=min(1.0, max(0.0, _compute_kept_energy(units, rule.ranks)) / total),
+        equal=min(1.0, max(0.0, _compute_kept_energy(units, equal.ranks)) / total),
+        epsilon_min=_compute_epsilon_min(units, rule.ranks),
+        lead=units[lead].name if has_lead else None,
         lead_gain=gains[lead] / total if has_lead else None,
     )
 
 
-def _kept_energy(units: Sequence[Unit], ranks: Ints) -> float:
+def _compute_kept_energy(units: Sequence[Unit], ranks: Ints) -> float:
     """Return the weighted energy that ranks keep."""
     return math.fsum(float(unit.curve[rank]) for unit, rank in zip(units, ranks.tolist(), strict=True))
 
 
-def _epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:
+def _compute_epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:
     """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
     total = math.fsum(member.fro**2 for unit in units for member in unit.members)
     lost_energy = math.fsum(
@@ -1031,7 +1017,7 @@ def _epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:
 def _bound_lost_energy(member: Spectrum, curve: Floats, rank: int) -> float:
     """Return a lower bound on Σ_{i>rank}σ_i²; missing values are at most the last kept value."""
     error = member.fro**2 * member.energy_error
-    energy = member.fro**2 * (1.0 - _kept_at(curve, rank)) - error
+    energy = member.fro**2 * (1.0 - _read_curve(curve, rank)) - error
     if rank > len(member.s) and not member.complete:
         energy -= (rank - len(member.s)) * (member.s[-1] ** 2 + 2 * error)
     return max(0.0, energy)

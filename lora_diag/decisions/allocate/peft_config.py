@@ -60,7 +60,7 @@ class Scaling:
         return self.factor * (math.sqrt(default_rank) if self.rslora else rank)
 
 
-def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> dict[str, Any]:
+def make_peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> dict[str, Any]:
     """Return the config of an adapter with these ranks.
 
     Args:
@@ -71,16 +71,24 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         The content of ``adapter_config.json``: ``r`` is the most common rank, the others are in ``rank_pattern``.
 
     Raises:
-        InputError: No layer has a rank, or a name cannot be expressed unambiguously for PEFT.
+        InputError: No layer has a rank, PEFT cannot adapt a layer with one, or a name cannot be expressed unambiguously
+            for PEFT.
     """
-    modules, parameters = _ranks_by_target(results)
+    modules, parameters = _group_ranks(results)
     ranks = modules | parameters
     if not ranks:
         raise InputError("every layer has rank 0, so there is no adapter to configure")
-    default_rank = _most_common_rank(ranks.values())
+    default_rank = _find_most_common_rank(ranks.values())
     patterns = _make_patterns(ranks, default_rank)
     alphas = {key: scaling.alpha(rank, default_rank) for key, rank in patterns.items()}
-    model_paths = _list_modules(results)
+    names = [record.layer for record in results] + [item.layer for item in results.left_out]
+    model_paths = {module_of(name) for name in names}
+    # With the parents of every path: a target ``0`` also matches ``blocks.0``.
+    model_paths |= {path[: dot.start()] for path in model_paths for dot in re.finditer(r"\.", path)}
+    # Whether the results name every tensor of BASE, so that a short name is known to be unique. Results of an adapter
+    # do not: layers without an update have no record.
+    tensors = next((side.tensors for side in results.run.inputs if side.role == "base"), math.inf)
+    complete = len({re.sub(r"\[\d+\]$", "", name) for name in names}) >= tensors
     heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -90,7 +98,7 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "lora_alpha": _to_plain_number(scaling.alpha(default_rank, default_rank)),
         "rank_pattern": patterns,
         "alpha_pattern": {} if scaling.rslora else {key: _to_plain_number(alpha) for key, alpha in alphas.items()},
-        "target_modules": _find_suffixes(modules, model_paths, _is_complete(results)),
+        "target_modules": _find_suffixes(modules, model_paths, complete),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(_WIDENING.search(layer.layer) and layer.shape[0] < layer.shape[1] for layer in results),
@@ -99,14 +107,14 @@ def peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> d
         "inference_mode": False,
     }
     if heads:
-        config["modules_to_save"] = _find_shortest_suffixes(heads, model_paths)
+        config["modules_to_save"] = _find_head_suffixes(heads, model_paths)
     if parameters:
-        config["target_parameters"] = _find_suffixes(parameters, model_paths, _is_complete(results))
-    check(config, modules, parameters, model_paths)
+        config["target_parameters"] = _find_suffixes(parameters, model_paths, complete)
+    check_config(config, modules, parameters, model_paths)
     return config
 
 
-def check(
+def check_config(
     config: Mapping[str, Any], modules: Mapping[str, int], parameters: Mapping[str, int], model_paths: set[str]
 ) -> None:
     """Check that PEFT's rules give every name of a config the intended layers of a model, and every layer its rank.
@@ -114,11 +122,11 @@ def check(
     Args:
         config: Content of ``adapter_config.json``.
         modules: Rank by module to adapt.
-        parameters: Rank by parameter (stacks of experts) to adapt.
-        model_paths: All names of the model.
+        parameters: Rank by parameter other than ``weight`` to adapt, such as a stack of experts.
+        model_paths: Paths of the modules and parameters of the model, as far as known.
 
     Raises:
-        InputError: A name matches nothing or a wrong layer, or two keys clash.
+        InputError: A name or key matches no layer, a name matches a wrong one, or a layer gets another rank.
     """
     for option, ranks in (("target_modules", modules), ("target_parameters", parameters)):
         entries = config.get(option) or []
@@ -138,8 +146,10 @@ def check(
             raise InputError(f"adapter_config.json: rank_pattern gives {path} rank {sorted(key_ranks)}, not {rank}")
 
 
-def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, float]], scaling: Scaling) -> None:
-    """Compare an allocation with the ranks and scalings of PEFT.
+def compare_with_peft(
+    results: Results[Allocation], configured: Mapping[str, tuple[int, float]], scaling: Scaling
+) -> None:
+    """Refuse a difference between an allocation and the ranks and scalings of the model that PEFT built.
 
     Args:
         results: The allocation.
@@ -149,9 +159,9 @@ def compare(results: Results[Allocation], configured: Mapping[str, tuple[int, fl
     Raises:
         InputError: A layer has another rank or scaling, is missing, or is adapted unexpectedly.
     """
-    modules, parameters = _ranks_by_target(results)
+    modules, parameters = _group_ranks(results)
     expected = modules | parameters
-    default_rank = _most_common_rank(expected.values())
+    default_rank = _find_most_common_rank(expected.values())
     remaining = dict(configured)
     for path, rank in expected.items():
         module = path.removesuffix(".weight")  # PEFT lists a parameter under its module
@@ -185,16 +195,16 @@ def module_of(layer: str) -> str:
     return path.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
 
 
-def _ranks_by_target(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return ranks by module, and by parameter other than ``weight``: stacks of experts, ``in_proj_weight``.
+def _group_ranks(results: Results[Allocation]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return ranks above 0 by module, and by parameter other than ``weight``: stacks of experts, ``in_proj_weight``.
 
     Raises:
         InputError: PEFT cannot adapt a layer with a rank, or two layers share a module name.
     """
     ranked = [record for record in results if record.rank]
-    if apart := [record.layer for record in ranked if _EXPERT.search(record.layer)]:
+    if experts := [record.layer for record in ranked if _EXPERT.search(record.layer)]:
         raise InputError(
-            f"{len(apart)} matrices are experts that BASE stores one by one, such as {apart[0]}, to which PEFT "
+            f"{len(experts)} matrices are experts that BASE stores one by one, such as {experts[0]}, to which PEFT "
             "cannot give ranks, because transformers 5 fuses them on loading; exclude them with --exclude experts, "
             "measure a model that transformers 5 saved fused, or write the allocation as .jsonl"
         )
@@ -205,32 +215,16 @@ def _ranks_by_target(results: Results[Allocation]) -> tuple[dict[str, int], dict
     return modules, parameters
 
 
-def _list_modules(results: Results[Allocation]) -> set[str]:
-    """Return every module and parameter with its parents: a target ``0`` also matches ``blocks.0``."""
-    paths = {module_of(layer) for layer in _list_names(results)}
-    return paths | {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
-
-
-def _list_names(results: Results[Allocation]) -> list[str]:
-    """Return the names of all layers and tensors of the results, with a rank or without."""
-    return [record.layer for record in results.layers] + [item.layer for item in results.left_out]
-
-
-def _is_complete(results: Results[Allocation]) -> bool:
-    """Return whether the results name every tensor of BASE, so that a short name is known to be unique.
-
-    Results of an adapter do not: layers without an update have no record.
-    """
-    tensor_counts = [side.tensors for side in results.run.inputs if side.role == "base"]
-    stored = {re.sub(r"\[\d+\]$", "", layer) for layer in _list_names(results)}
-    return bool(tensor_counts) and len(stored) >= tensor_counts[0]
-
-
 def _find_suffixes(targets: Mapping[str, int], model_paths: set[str], complete: bool) -> list[str]:
     """Return names that match these targets and no other path.
 
     The last part of the targets' paths if no other path ends in it and all paths are known; else each path, without its
     wrappers where unambiguous.
+
+    Args:
+        targets: Rank by path to adapt; only the paths are used.
+        model_paths: Paths of the modules and parameters of the model.
+        complete: Whether these are all of them.
     """
     names = []
     for leaf in sorted({_last_part(path) for path in targets}):
@@ -242,7 +236,7 @@ def _find_suffixes(targets: Mapping[str, int], model_paths: set[str], complete: 
     return names
 
 
-def _find_shortest_suffixes(heads: set[str], model_paths: set[str]) -> list[str]:
+def _find_head_suffixes(heads: set[str], model_paths: set[str]) -> list[str]:
     """Return the last part of each head's path if no other path ends in it, not necessarily at a dot; else the path."""
     names = set()
     for head in heads:
@@ -257,18 +251,15 @@ def _last_part(path: str) -> str:
 
 
 def _make_patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int]:
-    """Return ranks by pattern key for modules with another rank than the usual: one key per kind if all agree."""
+    """Return ranks by pattern key for paths with another rank than the default: one key per last part if all agree."""
     patterns: dict[str, int] = {}
-    kinds: dict[str, dict[str, int]] = {}
+    by_leaf: dict[str, dict[str, int]] = {}
     for path, rank in ranks.items():
-        kinds.setdefault(path.rpartition(".")[2], {})[path] = rank
-    for leaf, members in kinds.items():
-        kind_ranks = set(members.values())
-        reached = [path for path in ranks if _ends_in(path, leaf)]
-        if kind_ranks == {default_rank}:
-            continue
-        if len(kind_ranks) == 1 and len(reached) == len(members) > 1:
-            patterns[_escape_name(leaf)] = kind_ranks.pop()
+        by_leaf.setdefault(path.rpartition(".")[2], {})[path] = rank
+    for leaf, members in by_leaf.items():
+        leaf_ranks = set(members.values())
+        if len(leaf_ranks) == 1 and len(members) > 1 and default_rank not in leaf_ranks:
+            patterns[_escape_name(leaf)] = leaf_ranks.pop()
         else:
             patterns |= {
                 _escape_name(_drop_wrappers(path, set(ranks))): rank
@@ -279,7 +270,7 @@ def _make_patterns(ranks: Mapping[str, int], default_rank: int) -> dict[str, int
 
 
 def _drop_wrappers(path: str, paths: Iterable[str]) -> str:
-    """Return a path without its wrappers if no other path has this ending, else unchanged."""
+    """Return a path without its wrappers if no other path ends in the rest, else unchanged."""
     short = _WRAPPERS.sub("", path)
     return path if any(other != path and _ends_in(other, short) for other in paths) else short
 
@@ -290,7 +281,7 @@ def _escape_name(name: str) -> str:
 
 
 def _ends_in(path: str, name: str) -> bool:
-    """Return whether an entry of ``target_modules`` matches a module in PEFT."""
+    """Return whether a path is this name or ends in a dot and this name, as PEFT matches ``target_modules``."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -304,15 +295,15 @@ def _find_matching_keys(keys: Iterable[str], paths: Iterable[str]) -> dict[str, 
             key
             for leaf, group in by_leaf.items()
             if path.endswith(leaf.replace("\\", ""))
-            for key, compiled in group
-            if compiled.match(path)
+            for key, pattern in group
+            if pattern.match(path)
         ]
         for path in paths
     }
 
 
-def _most_common_rank(ranks: Iterable[int]) -> int:
-    """Return the most common rank; the smallest of several."""
+def _find_most_common_rank(ranks: Iterable[int]) -> int:
+    """Return the most common rank; the smallest of equally common ones."""
     counts = Counter(ranks)
     return min(counts, key=lambda rank: (-counts[rank], rank))
 

@@ -22,12 +22,12 @@ from lora_diag.catalog import read_results, read_results_of
 from lora_diag.checkpoints import locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
-from lora_diag.decisions.allocate.measure import Budget, Constraints, one_rank
-from lora_diag.decisions.allocate.measure import allocate as plan_ranks
-from lora_diag.decisions.allocate.peft_config import Scaling, compare, peft_config
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate_one_rank
+from lora_diag.decisions.allocate.measure import allocate as allocate_spectra
+from lora_diag.decisions.allocate.peft_config import Scaling, compare_with_peft, make_peft_config
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
 from lora_diag.decisions.targets import Training, read_memory
-from lora_diag.decisions.trainers import PYTHON, YAML, written_for
+from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, check_outputs, write_whole
@@ -73,8 +73,8 @@ class LayerWeights:
     scores: dict[str, float] | None = None
 
 
-def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
-    """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), and the input for the run record.
+def _read_measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
+    """Read w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), with the input for the run record.
 
     Args:
         path: Results of ``probe sensitivity``, whose first set decides; or of ``probe fisher``.
@@ -83,7 +83,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
 
     Raises:
         UsageError: No layer of the spectra was measured, or none has a gain.
-        InputError: The file cannot be read, is of another command, or is unfinished.
+        InputError: The file cannot be read, is of another command or of another update, or is unfinished.
     """
     results = read_results(path)
     if results.run.command not in WEIGHT_COMMANDS:
@@ -95,7 +95,7 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
         _require_finished(results, f"--layer-weights {path}")
     if results.run.command == "probe fisher":
         return _read_tails(path, results, spectra)
-    records = [record for record in results.whole if isinstance(record, Sensitivity)]
+    records = results.whole_of(Sensitivity)
     settings = results.run.settings
     first_set = records[0].set if records else ""
     gains = gains_of(records, first_set, first_set, settings["rank"], settings["seed"])
@@ -107,23 +107,21 @@ def measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: b
             f"--layer-weights {path}: no changed layer lowers the loss on {first_set} alone, so all weights are 0; use "
             "other weights"
         )
-    description = (
-        f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first_set)}"
-    )
     notes = _make_notes(measured)
     if settings["delta"]:
         ranks = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
         notes.append(
             f"gains from {ranks} are not used: ranks from them trained no better (docs, reference/probe-sensitivity)"
         )
+    kind = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first_set)}"
     described = RunInput(
-        role="weights", path=legible(path), kind=description, tensors=len(measured.factors), notes=tuple(notes)
+        role="weights", path=legible(path), kind=kind, tensors=len(measured.factors), notes=tuple(notes)
     )
     return LayerWeights(described, factors=measured.factors, scores=measured.scores)
 
 
 def _require_finished(results: Results[Any], name: str) -> None:
-    """Refuse results of an interrupted run.
+    """Refuse results of an interrupted run, called ``name`` in the message.
 
     Raises:
         InputError: The run did not finish.
@@ -136,13 +134,13 @@ def _require_finished(results: Results[Any], name: str) -> None:
 
 
 def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> LayerWeights:
-    """Return the tails of ``probe fisher``.
+    """Return the tails F_ℓ(0), F_ℓ(1), … in results of ``probe fisher``, with the input for the run record.
 
     Raises:
         UsageError: No layer of the spectra was measured.
-        InputError: They are of another update.
+        InputError: The results are of another update than the spectra.
     """
-    records = {record.layer: record for record in results.whole if isinstance(record, Fisher)}
+    records = {record.layer: record for record in results.whole_of(Fisher)}
     in_both = [record for record in spectra if record.layer in records]
     if not in_both:
         raise UsageError(
@@ -159,10 +157,8 @@ def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -
     missing = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
     notes = [f"{len(missing)} layers were not measured and get no rank: {_list_names(missing)}"] if missing else []
     first = records[in_both[0].layer]
-    description = (
-        f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
-    )
-    described = RunInput(role="weights", path=legible(path), kind=description, tensors=len(in_both), notes=tuple(notes))
+    kind = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
+    described = RunInput(role="weights", path=legible(path), kind=kind, tensors=len(in_both), notes=tuple(notes))
     return LayerWeights(described, losses={record.layer: records[record.layer].fisher for record in in_both})
 
 
@@ -183,21 +179,20 @@ def _list_names(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
 
 
-def policies(record: Spectrum) -> Policies:
+def apply_rank_rules(record: Spectrum) -> Policies:
     """Return the rank of one layer by every rule.
 
     Args:
-        record: Its spectrum. Knee, effective rank and Gavish–Donoho are null unless it holds all min(out, in) values:
-            an adapter has the rank of its factors and no noise.
+        record: The layer's spectrum. Knee and Gavish–Donoho are null unless it holds all min(out, in) values and the
+            layer changed: an adapter has the rank of its factors and no noise.
     """
     s = np.asarray(record.s)
-    full = record.complete and len(s) == min(record.shape)
-    changed = record.fro > 0
+    applicable = record.complete and len(s) == min(record.shape) and record.fro > 0
     ranks = {
         "energy 90%": record.rank_at["0.9"],
-        "knee": knee(energy_curve(s, record.fro, True)) if full and changed else None,
+        "knee": knee(energy_curve(s, record.fro, True)) if applicable else None,
         "effective": int(np.ceil(record.effective_rank)) if record.effective_rank is not None else None,
-        "Gavish–Donoho": gavish_donoho(s, record.shape) if full and changed else None,
+        "Gavish–Donoho": gavish_donoho(s, record.shape) if applicable else None,
         "signal": record.resolution.signal_rank,
     }
     return Policies(
@@ -247,7 +242,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
 
     Raises:
         UsageError: No budget or several; the budget is too small for the constraints; an option is invalid.
-        InputError: The results cannot be read or are unfinished.
+        InputError: The results, the weights or the adapter to match cannot be read, or results are unfinished.
 
     Example:
         >>> import lora_diag
@@ -271,7 +266,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     constraints = Constraints(arguments["min_rank"], arguments["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
     if isinstance(weights, str | Path) and is_results_file(weights):
-        layer_weights = measured_weights(Path(weights), spectra, allow_unfinished)
+        layer_weights = _read_measured_weights(Path(weights), spectra, allow_unfinished)
     else:
         layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
     if layer_weights.losses is not None and arguments["relative"]:
@@ -279,8 +274,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
         )
 
-    plan = partial(
-        plan_ranks,
+    choose = partial(
+        allocate_spectra,
         spectra.layers,
         budget,
         weights=layer_weights.factors,
@@ -292,7 +287,7 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         method=method,
         scores=layer_weights.scores,
     )
-    chosen = one_rank(plan, constraints) if portable else plan(constraints)
+    chosen = allocate_one_rank(choose, constraints) if portable else choose(constraints)
     if portable and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None)) is not None:
         raise UsageError(
             f"--portable: {stack.group} is a stack of experts, which has no place in a portable adapter; leave it out "
@@ -336,10 +331,22 @@ def allocate_and_write(
     sweep: Path | None = None,
     **options: Unpack[AllocateOptions],
 ) -> Results[Allocation]:
-    """Allocate ranks and write them as by ``write_allocation``, with its checks before any work.
+    """Allocate ranks, and write them by ``write_allocation`` if there is an ``output``, which is checked first.
+
+    Args:
+        results: Results of ``spectrum``, as a file.
+        output: Path of ``write_allocation``; None to write nothing.
+        format: As for ``write_allocation``.
+        overwrite: As for ``write_allocation``.
+        scaling: As for ``write_allocation``.
+        rslora: As for ``write_allocation``.
+        check: As for ``write_allocation``.
+        sweep: Results of ``probe sweep``, from which the summary takes a learning rate.
+        **options: ``AllocateOptions``.
 
     Raises:
-        UsageError: As ``allocate`` and ``write_allocation``; or an option needs ``output``.
+        UsageError: As ``allocate`` and ``write_allocation``; or ``format`` or ``check`` is given without ``output``.
+        InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` is not such results.
     """
     if output is None and format != "peft":
         raise UsageError(f"--format {format}: give a file with -o")
@@ -348,7 +355,7 @@ def allocate_and_write(
     if output is not None:
         weights = options.get("weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
-        check_outputs(inputs, [(output, kind_of_allocation(output, check, format))], overwrite)
+        check_outputs(inputs, [(output, _find_kind(output, check, format))], overwrite)
     if sweep is not None:
         swept_rate(sweep)  # refuses unsuitable results
     allocation = allocate(results, **options)
@@ -357,7 +364,7 @@ def allocate_and_write(
     return allocation
 
 
-def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> list[Policies]:
+def rank_by_rules(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> list[Policies]:
     """Return the ranks of each layer by several rules: energy, knee, effective rank, thresholds.
 
     Args:
@@ -368,7 +375,7 @@ def rank_table(results: Results[Spectrum] | Path | str, allow_unfinished: bool =
         InputError: The results cannot be read or are unfinished.
     """
     spectra, _ = _read_spectra(results, allow_unfinished)
-    return [policies(record) for record in spectra]
+    return [apply_rank_rules(record) for record in spectra]
 
 
 def write_allocation(
@@ -380,11 +387,11 @@ def write_allocation(
     overwrite: bool = False,
     format: str = "peft",
 ) -> None:
-    """Write an allocation: as a configuration or as records (``.jsonl``), next to the target, then renamed.
+    """Write an allocation as a configuration or as records (``.jsonl``).
 
     Args:
         results: The allocation.
-        path: The suffix determines which.
+        path: The file to write; its suffix determines which.
         scaling: lora_alpha / r of every layer in the config; with ``rslora`` that of the layers with the usual rank is
             scaling · √r, and every layer has this lora_alpha.
         rslora: Whether the config makes PEFT scale by lora_alpha / √r.
@@ -394,29 +401,29 @@ def write_allocation(
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
-        UsageError: The suffix is unknown, the path exists, there is no config to check, or portable ranks are to be
-            scaled by rsLoRA.
+        UsageError: The suffix is unknown, the path exists, there is no config to check, portable ranks are to be
+            scaled by rsLoRA, or the trainer cannot express these ranks.
         InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference.
     """
     path = Path(path)
-    kind = kind_of_allocation(path, check, format)
+    kind = _find_kind(path, check, format)
     check_output(path, kind, overwrite)
     if path.suffix == ".jsonl":
         results.write(path, overwrite)
         return
     if rslora and results.run.settings.get("portable"):
         raise UsageError("--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable")
-    config = peft_config(results, Scaling(scaling, rslora))
+    config = make_peft_config(results, Scaling(scaling, rslora))
     if check is not None:
         from lora_diag.models.peft_check import adapted_by_peft  # deferred: importing transformers takes seconds
 
-        compare(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
-    text = json.dumps(config, indent=2) + "\n" if format == "peft" else written_for(format, config)
+        compare_with_peft(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
+    text = json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
     write_whole(path, text, kind, overwrite)
 
 
-def kind_of_allocation(path: Path, check: Path | str | None = None, format: str = "peft") -> Kind:
-    """Return the kind of file of an allocation, by its format and suffix.
+def _find_kind(path: Path, check: Path | str | None, format: str) -> Kind:
+    """Return the kind of file of an allocation by its format and suffix; ``check`` is the model to check it with.
 
     Raises:
         UsageError: The suffix is unknown or not that of the format, or PEFT cannot check records.
@@ -468,7 +475,7 @@ def _count_params(path: Path | str) -> int:
     """Return the number of parameters of an adapter's factors.
 
     Raises:
-        InputError: The path is not an adapter with factors of known size.
+        InputError: The path is not an adapter, or a layer of it has no factors of known size.
     """
     total = 0
     for weight in open_adapter(locate(path), "rank").weights():  # its scale is no parameter
@@ -482,7 +489,7 @@ def _count_params(path: Path | str) -> int:
 
 
 def _read_spectra_file(path: Path | str) -> Results[Spectrum]:
-    """Read spectra.
+    """Read the results of ``spectrum`` in a file.
 
     Raises:
         InputError: The file cannot be read or holds other results; for measured weights, the message explains their
@@ -506,7 +513,7 @@ def _read_spectra_file(path: Path | str) -> Results[Spectrum]:
 def _read_spectra(
     results: Results[Spectrum] | Path | str, allow_unfinished: bool
 ) -> tuple[Results[Spectrum], RunInput]:
-    """Return spectra, recovered layers by their update before rounding, and the input for the run record.
+    """Return spectra, those of recovered layers before rounding, and the input for the run record.
 
     Raises:
         InputError: The results cannot be read, are unfinished, or hold no layer.
@@ -541,24 +548,21 @@ def _read_weights(
     """
     if weights is None:
         return None
-    table = (
-        dict(weights)
-        if isinstance(weights, Mapping)
-        else read_object(Path(weights), "file of weights", MAX_CONFIG_BYTES)
-    )
-    option = "--layer-weights" if isinstance(weights, Mapping) else f"--layer-weights {weights}"
+    option, table = "--layer-weights", weights
+    if not isinstance(table, Mapping):
+        option, table = f"{option} {weights}", read_object(Path(table), "file of weights", MAX_CONFIG_BYTES)
     for name, value in table.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise UsageError(f"{option}: the weight of {name} must be a number from 0 up, not {value!r}")
-    default = table.pop("default", None)
-    short = {record.layer.removesuffix(".weight"): record.layer for record in spectra}
-    full = {record.layer for record in spectra}
-    if unknown := [name for name in table if name not in short and name not in full]:
+    layers = {name: r.layer for r in spectra for name in (r.layer.removesuffix(".weight"), r.layer)}
+    if unknown := [name for name in table if name not in layers and name != "default"]:
         raise UsageError(f"{option}: {unknown[0]} is not a layer of these results; use names as in the results file")
-    by_layer = {short.get(name, name): float(value) for name, value in table.items()}
-    if default is None and (missing := [layer for layer in full if layer not in by_layer]):
+    by_layer = {layers[name]: float(value) for name, value in table.items() if name != "default"}
+    if "default" in table:
+        return dict.fromkeys(layers.values(), float(table["default"])) | by_layer
+    if missing := set(layers.values()) - set(by_layer):
         raise UsageError(
             f"{option}: {len(missing)} layers have no weight, such as {min(missing)}; "
             'add them, or a weight for all others under "default"'
         )
-    return {layer: by_layer.get(layer, default if default is not None else 0.0) for layer in full}
+    return by_layer

@@ -1,7 +1,7 @@
 """Matrices of a model, and names and shapes of its weights from its ``config.json``, for common decoders.
 
-It derives these architectures from their sizes, with the names of transformers in memory (experts fused into stacks, as
-since version 5). It opens no checkpoint; unknown architectures are an error.
+Names are those of transformers in memory (experts fused into stacks, as since version 5). No checkpoint is opened, and
+an unknown architecture is an error.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ class Matrix:
 
 
 def make_matrix(name: str, shape: tuple[int, ...]) -> Matrix:
-    """Return a tensor's matrices: a 3-D tensor is a stack of experts, unless it is a convolution, as in ``deltas``."""
+    """Return a tensor's matrices, as ``deltas`` does: a 3-D tensor is a stack of experts, unless it is a convolution.
+
+    The kernels of a convolution are flattened to ``(out, rest)``.
+    """
     if len(shape) == 3 and (EXPERTS.search(name) or not CONVOLUTION.search(name)):
         return Matrix(name, (shape[1], shape[2]), shape[0])
     return Matrix(name, (shape[0], math.prod(shape[1:])))
 
 
 def split_experts(matrix: Matrix) -> list[Matrix]:
-    """Return the gate and up matrices of a stack of experts, which transformers holds as one; others unchanged."""
+    """Return the gate and up matrices of a stack of experts that holds both as one; another matrix unchanged."""
     if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
         return [matrix]
     half = (matrix.shape[0] // 2, matrix.shape[1])
@@ -98,7 +101,13 @@ class Reader:
     def flag(self, key: str, default: bool) -> bool:
         """Return a value as a Boolean; the default where it is missing or null."""
         value = self.values.get(key)
-        return default if value is None else bool(value)
+        return bool(default if value is None else value)
+
+
+def select_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the ``text_config`` of a vision-language model's ``config.json``; the config itself without one."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
         where: Its name in messages.
 
     Raises:
-        InputError: The architecture is unknown, or a size is missing.
+        InputError: The architecture is unknown, or a size is missing or invalid.
 
     Example:
         >>> config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -159,8 +168,7 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
         >>> weights_of(config, "config.json")[1]
         ('model.layers.0.self_attn.q_proj.weight', (8, 8))
     """
-    inner = config.get("text_config")
-    reader = Reader(inner if isinstance(inner, Mapping) else config, where)
+    reader = Reader(select_text_config(config), where)
     model_type = reader.values.get("model_type")
     build = BUILDERS.get(model_type) if isinstance(model_type, str) else None
     if build is None:
@@ -172,8 +180,21 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     return list(build(reader))
 
 
+def _list_layer(name: str, shape: Shape, biased: bool = True) -> Weights:
+    """Yield the weight of a layer or norm, and its bias of one value per row."""
+    yield f"{name}.weight", shape
+    if biased:
+        yield f"{name}.bias", shape[:1]
+
+
 def _list_decoder(reader: Reader, kind: Llama, list_block: Callable[[str, int], Weights]) -> Weights:
-    """Yield the weights of a model with the names of Llama outside its blocks, given those of a block."""
+    """Yield the weights of a model with the names of Llama outside its blocks.
+
+    Args:
+        reader: Reader of the config.
+        kind: Differences from Llama.
+        list_block: Yields the weights of a block but its norms, from the prefix of their names and its index.
+    """
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
@@ -206,12 +227,8 @@ def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> We
         yield prefix + "qkv_proj.weight", (query_size + 2 * key_size, hidden)
     else:
         for name, rows in (("q_proj", query_size), ("k_proj", key_size), ("v_proj", key_size)):
-            yield f"{prefix}{name}.weight", (rows, hidden)
-            if biased:
-                yield f"{prefix}{name}.bias", (rows,)
-    yield prefix + "o_proj.weight", (hidden, query_size)
-    if all_biased and not kind.fused:
-        yield prefix + "o_proj.bias", (hidden,)
+            yield from _list_layer(prefix + name, (rows, hidden), biased)
+    yield from _list_layer(prefix + "o_proj", (hidden, query_size), all_biased and not kind.fused)
     if kind.qk_norm:
         yield prefix + "q_norm.weight", (width if kind.qk_norm == "head" else query_size,)
         yield prefix + "k_norm.weight", (width if kind.qk_norm == "head" else key_size,)
@@ -245,12 +262,9 @@ def _is_dense(reader: Reader, index: int) -> bool:
 
 def _list_dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: int) -> Weights:
     biased = reader.flag("mlp_bias", False)
-    parts = [("gate_up_proj", (2 * inner, hidden))] if kind.fused else [("gate_proj", (inner, hidden))]
-    parts += [] if kind.fused else [("up_proj", (inner, hidden))]
-    for name, shape in (*parts, ("down_proj", (hidden, inner))):
-        yield f"{prefix}{name}.weight", shape
-        if biased:
-            yield f"{prefix}{name}.bias", shape[:1]
+    for name in ("gate_up_proj",) if kind.fused else ("gate_proj", "up_proj"):
+        yield from _list_layer(prefix + name, (2 * inner if kind.fused else inner, hidden), biased)
+    yield from _list_layer(prefix + "down_proj", (hidden, inner), biased)
 
 
 def _list_gpt2(reader: Reader) -> Weights:
@@ -262,7 +276,7 @@ def _list_gpt2(reader: Reader) -> Weights:
     for index in range(reader.blocks("n_layer", "num_hidden_layers")):
         prefix = f"transformer.h.{index}."
         for norm in ("ln_1", "ln_2"):
-            yield from ((f"{prefix}{norm}.{part}", (hidden,)) for part in ("weight", "bias"))
+            yield from _list_layer(prefix + norm, (hidden,))
         for name, inputs, outputs in (
             ("attn.c_attn", hidden, 3 * hidden),
             ("attn.c_proj", hidden, hidden),
@@ -271,7 +285,7 @@ def _list_gpt2(reader: Reader) -> Weights:
         ):
             yield f"{prefix}{name}.weight", (inputs, outputs)
             yield f"{prefix}{name}.bias", (outputs,)
-    yield from ((f"transformer.ln_f.{part}", (hidden,)) for part in ("weight", "bias"))
+    yield from _list_layer("transformer.ln_f", (hidden,))
     if not reader.flag("tie_word_embeddings", True):
         yield "lm_head.weight", (vocabulary, hidden)
 
@@ -283,17 +297,16 @@ def _list_gpt_neox(reader: Reader) -> Weights:
     for index in range(reader.blocks("num_hidden_layers")):
         prefix = f"gpt_neox.layers.{index}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield from ((f"{prefix}{norm}.{part}", (hidden,)) for part in ("weight", "bias"))
+            yield from _list_layer(prefix + norm, (hidden,))
         for name, outputs, inputs in (
             ("attention.query_key_value", 3 * hidden, hidden),
             ("attention.dense", hidden, hidden),
             ("mlp.dense_h_to_4h", inner, hidden),
             ("mlp.dense_4h_to_h", hidden, inner),
         ):
-            yield f"{prefix}{name}.weight", (outputs, inputs)
-            if reader.flag("attention_bias", True) or name.startswith("mlp"):
-                yield f"{prefix}{name}.bias", (outputs,)
-    yield from ((f"gpt_neox.final_layer_norm.{part}", (hidden,)) for part in ("weight", "bias"))
+            biased = reader.flag("attention_bias", True) or name.startswith("mlp")
+            yield from _list_layer(prefix + name, (outputs, inputs), biased)
+    yield from _list_layer("gpt_neox.final_layer_norm", (hidden,))
     if not reader.flag("tie_word_embeddings", False):
         yield "lm_head.weight", (vocabulary, hidden)
 
@@ -323,19 +336,13 @@ def _list_latent_attention(reader: Reader, hidden: int, prefix: str) -> Weights:
         yield prefix + "q_proj.weight", (heads * (unrotated + rotated), hidden)
     else:
         rank = reader.size("q_lora_rank")
-        yield prefix + "q_a_proj.weight", (rank, hidden)
-        if biased:
-            yield prefix + "q_a_proj.bias", (rank,)
+        yield from _list_layer(prefix + "q_a_proj", (rank, hidden), biased)
         yield prefix + "q_a_layernorm.weight", (rank,)
         yield prefix + "q_b_proj.weight", (heads * (unrotated + rotated), rank)
-    yield prefix + "kv_a_proj_with_mqa.weight", (kv_rank + rotated, hidden)
-    if biased:
-        yield prefix + "kv_a_proj_with_mqa.bias", (kv_rank + rotated,)
+    yield from _list_layer(prefix + "kv_a_proj_with_mqa", (kv_rank + rotated, hidden), biased)
     yield prefix + "kv_a_layernorm.weight", (kv_rank,)
     yield prefix + "kv_b_proj.weight", (heads * (unrotated + values), kv_rank)
-    yield prefix + "o_proj.weight", (hidden, heads * values)
-    if biased:
-        yield prefix + "o_proj.bias", (hidden,)
+    yield from _list_layer(prefix + "o_proj", (hidden, heads * values), biased)
 
 
 BUILDERS: dict[str, Callable[[Reader], Weights]] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -22,34 +21,25 @@ from lora_diag.running.engines import Layout, layout_for, run_local
 MACHINES = (1, 8, 64)
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Measured speed, and interpolation between the measured sizes.
+def estimate_core_seconds(rates: PlanRates, shape: tuple[int, int], top: int | None) -> float:
+    """Return the core-seconds of one matrix.
 
     Args:
-        rates: As in the record.
+        rates: Speed of the machine.
+        shape: ``(out, in)``.
+        top: K, the number of requested values with krylov; None for all.
     """
-
-    rates: PlanRates
-
-    def core_seconds(self, shape: tuple[int, int], top: int | None) -> float:
-        """Return the core-seconds of one matrix.
-
-        Args:
-            shape: ``(out, in)``.
-            top: K, the number of requested values with krylov; None for all.
-        """
-        small, large = sorted(shape)
-        read = self.rates.entry * small * large
-        if top is not None and self.rates.few and small >= self.rates.few_from:
-            return read + between(self.rates.few, small, beyond=0) * small * large
-        return read + self.rates.product * small**2 * large + between(self.rates.eigen, small, beyond=3)
+    small, large = sorted(shape)
+    read = rates.entry * small * large
+    if top is not None and rates.few and small >= rates.few_from:
+        return read + interpolate_cost(rates.few, small, beyond=0) * small * large
+    return read + rates.product * small**2 * large + interpolate_cost(rates.eigen, small, beyond=3)
 
 
-def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
-    """Interpolate a cost between measured orders by a power law; outside use ``order ** beyond``.
+def interpolate_cost(costs: Mapping[int, float], order: int, beyond: int) -> float:
+    """Return a cost interpolated between measured orders by a power law; beyond them, ∝ ``order ** beyond``.
 
-    >>> [round(between({1000: 0.1, 2000: 0.4}, n, beyond=3), 4) for n in (500, 1000, 1414, 2000, 4000)]
+    >>> [round(interpolate_cost({1000: 0.1, 2000: 0.4}, n, beyond=3), 4) for n in (500, 1000, 1414, 2000, 4000)]
     [0.0125, 0.1, 0.1999, 0.4, 3.2]
     """
     below = max((n for n in costs if n <= order), default=None)
@@ -63,21 +53,18 @@ def between(costs: Mapping[int, float], order: int, beyond: int) -> float:
     return costs[below] * math.pow(order / below, exponent)
 
 
-def cost_of(matrices: Sequence[Matrix], size: int | None, speed: Speed, top: int | None) -> PlanCost:
+def estimate_cost(matrices: Sequence[Matrix], size: int | None, rates: PlanRates, top: int | None) -> PlanCost:
     """Return the cost of a run of ``spectrum`` over all matrices.
 
     Args:
         matrices: Matrices of the model.
         size: Bytes of one side as stored; None if unknown.
-        speed: Speed of the machine.
+        rates: Speed of the machine.
         top: K; None for all values.
     """
-    core_seconds = [speed.core_seconds(matrix.shape, top) for matrix in matrices]
-    total = math.fsum(
-        matrix.count * matrix_seconds for matrix, matrix_seconds in zip(matrices, core_seconds, strict=True)
-    )
-    seconds = total / speed.rates.cores
-    longest = max(core_seconds) / speed.rates.cores
+    core_seconds = [estimate_core_seconds(rates, matrix.shape, top) for matrix in matrices]
+    total = math.fsum(matrix.count * seconds for matrix, seconds in zip(matrices, core_seconds, strict=True))
+    seconds, longest = total / rates.cores, max(core_seconds) / rates.cores
     return PlanCost(
         top=top,
         core_seconds=total,
@@ -99,23 +86,22 @@ QUICK = 2048
 PASS_ORDER = 2048
 
 
-def costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+def estimate_costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
     """Return the speed of this machine, and the cost of a model's spectra on it.
 
     The first cost is that of all values; the second, where krylov is used, that of the K largest.
 
     Args:
-        matrices: Those of the model.
-        size: Stored bytes of one side; None if unknown.
+        matrices: Matrices of the model.
+        size: Bytes of one side as stored; None if unknown.
         top: K of the second estimate.
     """
-    speed = Speed(_time_rates(matrices, top))
-    requested = (None, top) if speed.rates.few else (None,)
-    return speed.rates, tuple(cost_of(matrices, size, speed, k) for k in requested)
+    rates = _time_kernels(matrices, top)
+    return rates, tuple(estimate_cost(matrices, size, rates, k) for k in ((None, top) if rates.few else (None,)))
 
 
-def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
-    """Time every kernel as in a run: with the cores of its size, and with the other cores busy."""
+def _time_kernels(matrices: Sequence[Matrix], top: int) -> PlanRates:
+    """Return the speed of every kernel, timed as in a run: with the cores of its size, and with the others busy."""
     layout = layout_for(max(matrix.entries // matrix.count for matrix in matrices))
     largest = max(min(matrix.shape) for matrix in matrices)
     orders = [order for order in ORDERS if order <= largest] or [ORDERS[0]]
@@ -124,8 +110,7 @@ def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
         threads, times = _time_side_by_side(partial(time_full, order), order, layout)
         eigen[order] = threads * _median_time([values for _, values in times])
         product = threads * _median_time([products for products, _ in times]) / order**3
-    few_from = first_order(top)
-    few = {}
+    few_from, few = first_order(top), {}
     for order in (order for order in orders if order >= few_from):
         threads, seconds = _time_side_by_side(partial(time_leading, order, top), order, layout)
         few[order] = threads * _median_time(seconds) / order**2
@@ -135,8 +120,8 @@ def _time_rates(matrices: Sequence[Matrix], top: int) -> PlanRates:
 
 
 def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
-    """Return the number of cores per matrix, and the results of ``work``: of as many runs as fit, or 3 if quick."""
-    footprint = 4 * order**2 + 16 * order**2
+    """Return the cores per matrix, and the results of ``work`` on one: as many runs as fit, at least 3 if quick."""
+    footprint = 20 * order**2
     threads = layout.threads(footprint)
     copies = range(max(1 if order > QUICK else 3, layout.cores // threads))
     return threads, list(run_local(lambda _: work(), copies, layout, lambda _: footprint))

@@ -1,8 +1,8 @@
 """``plan``: cost of LoRA and of full fine-tuning from names and shapes, and the rank that rules of thumb require.
 
-The cost is parameters, memory and multiply-adds. It uses the shapes of headers or of a bare ``config.json``, and is
-independent of the outcome of training. The published rules estimate the capacity of an adapter, not the need of a task.
-Repeated passes over the data add no information.
+The cost is parameters, memory and multiply-adds. It follows from the shapes in headers or of a bare ``config.json``,
+not from training. The published rules estimate the capacity of an adapter, not the need of a task; repeated passes over
+the data add no information.
 
 References: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead"; Thinking
 Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without Regret",
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,7 +27,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.plan import PlanOptions
-from lora_diag.decisions.plan.architectures import Matrix, make_matrix, split_experts, weights_of
+from lora_diag.decisions.plan.architectures import Matrix, make_matrix, select_text_config, split_experts, weights_of
 from lora_diag.decisions.plan.record import (
     Plan,
     PlanCapacity,
@@ -36,7 +38,7 @@ from lora_diag.decisions.plan.record import (
     PlanRule,
     PlanType,
 )
-from lora_diag.decisions.targets import BYTES, STATE, Training, compiled, read_memory, why_no_target
+from lora_diag.decisions.targets import BYTES, STATE, Training, compile_pattern, read_memory, why_no_target
 from lora_diag.deltas import EXPERTS, natural_order
 from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of, part_of, place_of
@@ -54,21 +56,14 @@ LORA_RATE = 10
 RATE_SOURCE = "Schulman et al. 2025"
 
 # Rule, its source, and the required parameters per predicted token.
+_BITS_RULE = f"{BITS_PER_PARAM} bits per parameter, {BITS_PER_TOKEN} per token"
 RULES = (
-    (
-        "a parameter per completion token",
-        "Thinking Machines Lab 2025",
-        Fraction(1),
-    ),
-    (
-        f"{BITS_PER_PARAM} bits per parameter, {BITS_PER_TOKEN} per token",
-        "Allen-Zhu and Li 2024",
-        Fraction(BITS_PER_TOKEN, BITS_PER_PARAM),
-    ),
+    ("a parameter per completion token", "Thinking Machines Lab 2025", Fraction(1)),
+    (_BITS_RULE, "Allen-Zhu and Li 2024", Fraction(BITS_PER_TOKEN, BITS_PER_PARAM)),
 )
 
 
-def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
+def apply_capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
     """Return the parameters and the rank required by each rule.
 
     Args:
@@ -76,7 +71,7 @@ def capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...
         tokens: Predicted tokens of the training data, counted once.
 
     Example:
-        >>> [(rule.params, rule.rank) for rule in capacity_rules([Matrix("q", (64, 64), 4)], 10_000)]
+        >>> [(rule.params, rule.rank) for rule in apply_capacity_rules([Matrix("q", (64, 64), 4)], 10_000)]
         [(10000, 20), (5000, 10)]
     """
     per_rank = sum(matrix.per_rank for matrix in chosen)
@@ -93,8 +88,8 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.weight)?$")
 _EXPERT = re.compile(r"\.experts(\.|$|\[)")
 
 
-def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[PlanType, ...]:
-    """Return the module types: matrices grouped by type, shape, and whether they get LoRA.
+def group_types(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[PlanType, ...]:
+    """Return the matrices grouped by module type, shape, and whether they get LoRA.
 
     Args:
         matrices: All matrices of the model.
@@ -116,7 +111,7 @@ def types_of(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[Plan
     )
 
 
-def rank_costs(
+def compute_rank_cost(
     matrices: Sequence[Matrix], chosen: Sequence[Matrix], params: int, rank: int, dtype: str, active: float = 1.0
 ) -> PlanRank:
     """Return the cost of LoRA of one rank.
@@ -145,10 +140,9 @@ def rank_costs(
 
 def _select_multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
     """Return the matrices that multiply a token: no embeddings, unless one is also the head."""
-    inside = [matrix for matrix in matrices if part_of(matrix.name) == "matrices"]
     tables = [matrix for matrix in matrices if part_of(matrix.name) == "vocabulary"]
-    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)]
-    return inside + (heads or sorted(tables, key=lambda matrix: -matrix.entries)[:1])
+    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)] or sorted(tables, key=lambda m: -m.entries)[:1]
+    return [matrix for matrix in matrices if part_of(matrix.name) == "matrices"] + heads
 
 
 def memory_of(params: int, dtype: str) -> dict[str, int]:
@@ -160,7 +154,7 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
     return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
 
 
-def fit(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: int) -> PlanFit:
+def fit_ranks(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: int) -> PlanFit:
     """Return the ranks that a budget of parameters allows.
 
     Args:
@@ -171,7 +165,7 @@ def fit(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: 
 
     Example:
         >>> attention = [Matrix(f"layers.{i}.{name}", (4096, 4096)) for i in range(32) for name in ("q", "v")]
-        >>> found = fit(attention, [4, 8, 16, 64], "--params 10M", 10_000_000)
+        >>> found = fit_ranks(attention, [4, 8, 16, 64], "--params 10M", 10_000_000)
         >>> found.rank, found.listed, found.listed_left, found.doubled
         (19, 16, 1611392, 6)
     """
@@ -179,16 +173,13 @@ def fit(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: 
     full_rank = max(min(matrix.shape) for matrix in chosen)
     rank = min(budget // per_rank, full_rank)
     listed = max((candidate for candidate in ranks if candidate <= rank), default=None)
-    params_by_block: dict[int | None, int] = {}
+    block_costs = Counter[int | None]()
     for matrix in chosen:
-        depth = depth_of(matrix.name)
-        params_by_block[depth] = params_by_block.get(depth, 0) + matrix.per_rank
-    remaining = budget - listed * per_rank if listed is not None else None
-    doubled, left = 0, remaining or 0
-    for cost in sorted(params_by_block.values()):
-        if listed is None or (left := left - cost * listed) < 0:
-            break
-        doubled += 1
+        block_costs[depth_of(matrix.name)] += matrix.per_rank
+    listed_left, doubled = None, 0
+    if listed is not None:
+        listed_left = budget - listed * per_rank
+        doubled = sum(listed * cost <= listed_left for cost in accumulate(sorted(block_costs.values())))
     return PlanFit(
         asked=requested,
         budget=budget,
@@ -197,9 +188,9 @@ def fit(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: 
         spent=rank * per_rank,
         left=budget - rank * per_rank,
         listed=listed,
-        listed_left=remaining,
+        listed_left=listed_left,
         doubled=doubled,
-        blocks=len(params_by_block),
+        blocks=len(block_costs),
     )
 
 
@@ -211,7 +202,7 @@ class _Model:
         kind: Source, as text.
         shapes: Shape of every weight by name.
         size: Stored size in bytes; None if unknown.
-        config: Its ``config.json``; empty without one.
+        config: The content of its ``config.json``; empty without one.
         notes: Notes on the source.
         is_derived: Whether shapes come from the config alone.
     """
@@ -235,12 +226,12 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         exclude: No matrices whose name contains a match.
         params: Budget of trainable parameters, such as ``"10M"``.
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
-        optimizer: That of ``memory_budget``: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``.
+        optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
         dtype: Dtype of the trainable parameters and their gradients.
         cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some seconds.
         top: Number of largest values in the second of two estimates.
         data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
-        tokens: Their number instead, such as ``"2M"``.
+        tokens: Number of predicted tokens, such as ``"2M"``, instead of ``data``.
         tokenizer: As for the probes.
         length: Tokens of a sequence; longer rows are truncated before counting.
         **options: ``PlanOptions``.
@@ -267,23 +258,23 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         raise UsageError("--tokens: cannot be combined with --data; give one of them")
     if not ranks or ranks[0] < 1:
         raise UsageError(f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 up")
-    included, excluded = compiled(target, "--layers"), compiled(arguments["exclude"], "--exclude")
+    included, excluded = compile_pattern(target, "--layers"), compile_pattern(arguments["exclude"], "--exclude")
     model = _open_model(base)
     matrices = [make_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
     chosen = [matrix for matrix in matrices if not why_no_target(matrix.name, included, excluded)]
     if not chosen:
         requested = f"--layers {target}" if target is not None else "the model"
         raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")
-    fitting = None
+    fit = None
     if params is not None:
-        fitting = fit(chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
+        fit = fit_ranks(chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
     elif memory is not None:
         requested = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
-        fitting = fit(chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param))
+        fit = fit_ranks(chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param))
     total = sum(math.prod(shape) for shape in model.shapes.values())
-    active, notes = _active_share(model.config, matrices)
+    active, notes = _find_active_share(model.config, matrices)
     capacity = _estimate_capacity(base, arguments, chosen)
-    rates, estimates = _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
+    rates, costs = _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
     return Plan(
         path=legible(base),
         kind=legible(model.kind),
@@ -293,11 +284,11 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         base_bytes=model.size,
         dtype=dtype,
         full_bytes=memory_of(total, dtype),
-        types=types_of(matrices, frozenset(matrix.name for matrix in chosen)),
-        ranks=tuple(rank_costs(matrices, chosen, total, rank, dtype, active) for rank in ranks),
-        fit=fitting,
+        types=group_types(matrices, frozenset(matrix.name for matrix in chosen)),
+        ranks=tuple(compute_rank_cost(matrices, chosen, total, rank, dtype, active) for rank in ranks),
+        fit=fit,
         rates=rates,
-        costs=estimates,
+        costs=costs,
         capacity=capacity,
     )
 
@@ -311,7 +302,7 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
     """
     if arguments["tokens"] is not None:
         tokens = read_count(str(arguments["tokens"]), "--tokens")
-        return PlanCapacity(data="", about="as given", tokens=tokens, rules=capacity_rules(chosen, tokens))
+        return PlanCapacity(data="", about="as given", tokens=tokens, rules=apply_capacity_rules(chosen, tokens))
     if arguments["data"] is None:
         return None
     # deferred: imports transformers
@@ -328,23 +319,25 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
         about=texts.about,
         notes=texts.notes,
         tokens=tokens,
-        rules=capacity_rules(chosen, tokens),
+        rules=apply_capacity_rules(chosen, tokens),
     )
 
 
 def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Estimate a run of ``spectrum``; experts from a config are counted one by one, as checkpoints store them.
+    """Return the speed of this machine, and the cost of ``spectrum`` for all values and for the ``top`` largest.
+
+    The gate and up matrices of experts from a config are counted one by one, as checkpoints store them.
 
     Raises:
-        UsageError: K is below 1.
+        UsageError: ``top`` is below 1.
     """
     # deferred: imports torch
-    from lora_diag.decisions.plan.cost import costs
+    from lora_diag.decisions.plan.cost import estimate_costs
 
     if top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
     stored = [part for matrix in matrices for part in split_experts(matrix)] if model.is_derived else matrices
-    return costs(stored, model.size, top)
+    return estimate_costs(stored, model.size, top)
 
 
 def _open_model(base: Path | str) -> _Model:
@@ -361,10 +354,13 @@ def _open_model(base: Path | str) -> _Model:
     if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
         config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
         shapes = dict(weights_of(config, str(path)))
-        note = "only the language model, from its text_config" if isinstance(config.get("text_config"), Mapping) else ""
-        return _Model(
-            "config.json, shapes derived", shapes, _estimate_size(shapes, config), config, (note,) if note else (), True
-        )
+        is_whole = select_text_config(config) is config
+        notes = () if is_whole else ("only the language model, from its text_config",)
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        size = None
+        if isinstance(dtype, str) and dtype in BYTES:
+            size = BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
+        return _Model("config.json, shapes derived", shapes, size, config, notes, is_derived=True)
     if is_adapter(path):
         raise UsageError(f"{base}: is an adapter; give its base model")
     checkpoint = open_checkpoint(base)
@@ -372,7 +368,7 @@ def _open_model(base: Path | str) -> _Model:
     return _Model(
         kind=checkpoint.kind,
         shapes={name: checkpoint[name].shape for name in names},
-        size=_stored_size(checkpoint),
+        size=_compute_stored_size(checkpoint),
         config=checkpoint.config,
         notes=tuple(checkpoint.notes),
     )
@@ -384,31 +380,22 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
 
 
-def _estimate_size(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> int | None:
-    """Return the size of a model in the dtype of its config in bytes; None if the config has none."""
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    size = BYTES.get(dtype) if isinstance(dtype, str) else None
-    return None if size is None else size * sum(math.prod(shape) for shape in shapes.values())
-
-
-def _stored_size(checkpoint: Checkpoint) -> int | None:
-    """Return the stored size of the weights in bytes; None if quantized or of an uncommon dtype."""
+def _compute_stored_size(checkpoint: Checkpoint) -> int | None:
+    """Return the stored size of the weights in bytes; None if one is quantized or of another dtype than ``BYTES``."""
     infos = [checkpoint[name] for name in checkpoint]
     if any(info.stored is not None or info.dtype not in BYTES for info in infos):
         return None
     return sum(BYTES[info.dtype] * info.numel for info in infos)
 
 
-def _active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
+def _find_active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
     """Return the fraction of experts that are active for a token, and notes; 1 without experts or if unknown."""
     if not any(EXPERTS.search(matrix.name) for matrix in matrices):
         return 1.0, ()
-    text_config = config.get("text_config")
-    values = text_config if isinstance(text_config, Mapping) else config
+    values = select_text_config(config)
     active = values.get("num_experts_per_tok")
-    experts = next(
-        (values[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in values), 0
-    )
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((values[key] for key in keys if key in values), 0)
     if isinstance(active, int) and isinstance(experts, int) and 0 < active <= experts:
         return active / experts, (f"{active} of {experts} experts count for the multiply-adds per token",)
     return 1.0, ("number of active experts unknown: all count for the multiply-adds per token",)

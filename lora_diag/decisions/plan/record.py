@@ -160,7 +160,7 @@ class PlanCapacity(Record):
         data: The counted data, as named by the user; empty where the number was given.
         about: Interpretation of the data.
         notes: Notes on limitations.
-        tokens: Predicted tokens: of completions, or of whole texts; for a classifier, labels.
+        tokens: Number of predicted tokens: of completions, or of whole texts; for a classifier, labels.
         rules: The rules.
     """
 
@@ -206,3 +206,8 @@ class Plan(Record):
     rates: PlanRates | None = None
     costs: tuple[PlanCost, ...] = ()
     capacity: PlanCapacity | None = None
+
+    @property
+    def per_rank(self) -> int:
+        """Parameters of LoRA per rank on all targeted matrices."""
+        return sum(row.per_rank for row in self.types if row.targeted)

@@ -24,11 +24,11 @@ from lora_diag.rendering.text import byte_count, percent, quantity, safe, short
 
 
 def suggest_next(plan: Plan, values: Mapping[str, Any]) -> str:
-    """Return the next steps: a pilot run's spectrum, and the allocation of ranks within the same budget."""
+    """Return the next commands: the spectrum of a pilot run, and the allocation of ranks within the same budget."""
     params, memory = values["params"], values["memory_budget"]
     budget = ["--memory-budget", str(memory)] if memory and not params else ["--params", str(params or "10M")]
     if plan.fit is not None and not plan.fit.rank:  # the budget allows no rank: name the smallest that does
-        budget = ["--params", str(sum(row.per_rank for row in plan.types if row.targeted))]
+        budget = ["--params", str(plan.per_rank)]
     pilot = shlex.join(["loradiag", "spectrum", str(values["base"]), "TUNED", "-o", "results.jsonl"])
     selection = [word for name in ("layers", "exclude") if values[name] for word in (f"--{name}", values[name])]
     return f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *selection])}"
@@ -38,7 +38,7 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: s
     """Return the tables and the summary of a plan.
 
     Args:
-        plan: The costs.
+        plan: The plan.
         width: Columns of the terminal; 80 are enough.
         color: Whether to use ANSI colours.
         next_command: The suggested next command, printed last.
@@ -76,7 +76,7 @@ def _count_lora_params(rows: Sequence[PlanType], rank: int) -> int | None:
 
 
 def _compute_rho(rows: Sequence[PlanType], rank: int) -> float | None:
-    """Return ρ = r(d_in + d_out)/(d_in·d_out); None where LoRA is not put on the type."""
+    """Return ρ = r(d_in + d_out)/(d_in·d_out) of a type; None if the type has no LoRA."""
     return rank * rows[0].per_rank / rows[0].params if rows[0].targeted else None
 
 
@@ -108,7 +108,7 @@ def _select_seconds(rows: Sequence[PlanCost], machines: int) -> float:
 
 
 def _make_statements(plan: Plan) -> list[Statement]:
-    targeted = [row for row in plan.types if row.targeted]
+    matrices = sum(row.matrices for row in plan.types if row.targeted)
     too_large = next((row.rank for row in plan.ranks if row.rho >= 1), None)
     frozen = "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
     lines = [
@@ -118,8 +118,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
         make_statement(
             "targets",
             "LoRA on",
-            f"{sum(row.matrices for row in targeted)} matrices with {plan.targeted:,} entries; each rank trains "
-            f"{sum(row.per_rank for row in targeted):,} parameters",
+            f"{matrices} matrices with {plan.targeted:,} entries; each rank trains {plan.per_rank:,} parameters",
         ),
         *_describe_capacity(plan.capacity),
         make_statement(
@@ -146,7 +145,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
 
 
 def _describe_time(plan: Plan, rates: PlanRates) -> list[str]:
-    """State the basis of the estimate."""
+    """State the basis of the estimated run times, and their limits."""
     lines = [
         f"an estimate for {quantity(rates.cores, 'core')}, from the current speed of this machine, including its "
         "current load; start-up is not included",
@@ -161,7 +160,7 @@ def _describe_time(plan: Plan, rates: PlanRates) -> list[str]:
 
 
 def _describe_capacity(capacity: PlanCapacity | None) -> list[Statement]:
-    """Return the size of the data, and rules of thumb for rank and learning rate; empty if not requested."""
+    """State the size of the data, and rules of thumb for rank and learning rate; nothing without a size."""
     if capacity is None:
         return []
     required_ranks = [
@@ -179,8 +178,7 @@ def _describe_capacity(capacity: PlanCapacity | None) -> list[Statement]:
 
 def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
     if fit.rank == 0:
-        minimum = sum(row.per_rank for row in plan.types if row.targeted)
-        return [f"{safe(fit.asked)}: too small for r=1, which takes {minimum:,} parameters"]
+        return [f"{safe(fit.asked)}: too small for r=1, which takes {plan.per_rank:,} parameters"]
     if fit.rank == fit.full_rank:
         used = f"{fit.spent:,} of {fit.budget:,} parameters, {percent(fit.spent / fit.budget)},"
         return [

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate, units
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate, make_units
 from lora_diag.decisions.allocate.show import allocation_table
 from lora_diag.errors import InputError, UsageError
 from lora_diag.probes.fisher.record import Fisher
@@ -57,8 +57,8 @@ def check(chosen, losses, budget, allowed):
 
 def test_corners_end_at_best_rank():
     weights = dict.fromkeys(LAYERS, 1.0)
-    known, unknown, _ = units(spectra(), weights, Constraints(), {LAYERS[0]: (1.0, 0.4, 0.0, 0.3, 0.1)})
-    assert known.corners.tolist() == [1, 2]
+    known, unknown, _ = make_units(spectra(), weights, Constraints(), {LAYERS[0]: (1.0, 0.4, 0.0, 0.3, 0.1)})
+    assert known.corners.tolist() == [0, 1, 2]
     assert (known.energy, unknown.energy) == (1.0, 0.0)
 
 

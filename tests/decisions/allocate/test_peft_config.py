@@ -9,7 +9,13 @@ import pytest
 
 import lora_diag
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
-from lora_diag.decisions.allocate.peft_config import Scaling, check, compare, module_of, peft_config
+from lora_diag.decisions.allocate.peft_config import (
+    Scaling,
+    check_config,
+    compare_with_peft,
+    make_peft_config,
+    module_of,
+)
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import LeftOut, Results, totals
 from tests.conftest import ROOT
@@ -50,7 +56,7 @@ def test_every_layer_has_requested_rank_and_scaling(tensors):
     result = allocation(llama(12), 5000, tensors)
     assert len({r.rank for r in result}) > 3
     assert any(r.rank == 0 for r in result)
-    config = peft_config(result, Scaling(1.5))
+    config = make_peft_config(result, Scaling(1.5))
     for r in result:
         assert resolved(config, module_of(r.layer)) == ((r.rank, pytest.approx(1.5)) if r.rank else None)
     assert config["r"] in {r.rank for r in result}
@@ -59,19 +65,19 @@ def test_every_layer_has_requested_rank_and_scaling(tensors):
 
 def test_names_are_minimal_and_unique():
     spectra = [record(f"model.layers.{i}.mlp.{name}.weight", (8, 8), np.ones(8)) for i in range(2) for name in "ab"]
-    assert peft_config(allocation(spectra, 10**6))["target_modules"] == ["a", "b"]
-    assert peft_config(allocation(spectra, 10**6))["rank_pattern"] == {}
+    assert make_peft_config(allocation(spectra, 10**6))["target_modules"] == ["a", "b"]
+    assert make_peft_config(allocation(spectra, 10**6))["rank_pattern"] == {}
     # another tensor of BASE is called so, or BASE has tensors that the results do not name
     elsewhere = LeftOut(layer="vision.a.weight", shape=(8, 8), reason="not_selected", detail="")
-    assert "a" not in peft_config(allocation(spectra, 10**6, 5, [elsewhere]))["target_modules"]
-    assert peft_config(allocation(spectra, 10**6, 5))["target_modules"][0] == "layers.0.mlp.a"
+    assert "a" not in make_peft_config(allocation(spectra, 10**6, 5, [elsewhere]))["target_modules"]
+    assert make_peft_config(allocation(spectra, 10**6, 5))["target_modules"][0] == "layers.0.mlp.a"
 
 
 def test_ambiguous_module_name_is_written_in_full():
     """``merger.mlp.0`` ends in ``0``, and so does ``blocks.0``, which is no layer and which PEFT refuses."""
     names = ["visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "visual.merger.mlp.0"]
     spectra = [record(f"{name}.weight", (8, 8), np.ones(8)) for name in names]
-    assert peft_config(allocation(spectra, 10**6))["target_modules"] == ["visual.merger.mlp.0", "fc1", "qkv"]
+    assert make_peft_config(allocation(spectra, 10**6))["target_modules"] == ["visual.merger.mlp.0", "fc1", "qkv"]
 
 
 def test_stacks_as_module_weights_are_module_targets():
@@ -79,10 +85,10 @@ def test_stacks_as_module_weights_are_module_targets():
     names = ["mlp.input_linear.weight[0]", "mlp.input_linear.weight[1]", "attn.q_proj.weight"]
     spectra = [record(f"model.layers.0.{name}", (8, 8), np.ones(8)) for name in names]
     result = allocation(spectra, 10**6, 2)
-    config = peft_config(result)
+    config = make_peft_config(result)
     assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], ["input_linear.weight"])
     ranks = {"model.layers.0.mlp.input_linear": (4, 2.0), "model.layers.0.attn.q_proj": (4, 2.0)}
-    compare(result, ranks, Scaling(2.0))
+    compare_with_peft(result, ranks, Scaling(2.0))
 
 
 def test_equal_ranks_share_one_pattern_key():
@@ -91,12 +97,12 @@ def test_equal_ranks_share_one_pattern_key():
         for i in range(3)
         for name, rank in (("q", 2), ("k", 2), ("v", 4))
     ]
-    config = peft_config(allocation(spectra, 10**6))
+    config = make_peft_config(allocation(spectra, 10**6))
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {"v": 4}, {"v": 8})
 
 
 def test_rslora_keeps_one_alpha():
-    config = peft_config(allocation(llama(4), 3000), Scaling(2.0, rslora=True))
+    config = make_peft_config(allocation(llama(4), 3000), Scaling(2.0, rslora=True))
     assert config["use_rslora"]
     assert config["alpha_pattern"] == {}
     assert config["lora_alpha"] == pytest.approx(2 * math.sqrt(config["r"]))
@@ -107,17 +113,17 @@ def test_rslora_keeps_one_alpha():
 def test_single_experts_are_refused_and_stacks_become_parameters():
     one_by_one = [record(f"model.layers.0.mlp.experts.{i}.w1.weight", (8, 8), np.ones(8)) for i in range(2)]
     with pytest.raises(InputError, match="stores one by one"):
-        peft_config(allocation(one_by_one, 10**6))
+        make_peft_config(allocation(one_by_one, 10**6))
     stack = [record(f"model.layers.{i // 2}.mlp.experts.up[{i % 2}]", (8, 8), np.ones(8)) for i in range(4)]
-    config = peft_config(allocation(stack, 10**6, tensors=2))
+    config = make_peft_config(allocation(stack, 10**6, tensors=2))
     assert (config["target_modules"], config["target_parameters"]) == ([], ["up"])
 
 
 def test_conv1d_is_detected_by_shape():
     spectra = [record("transformer.h.0.attn.c_attn.weight", (8, 24), np.ones(8))]
-    assert peft_config(allocation(spectra, 10**6))["fan_in_fan_out"]
+    assert make_peft_config(allocation(spectra, 10**6))["fan_in_fan_out"]
     spectra = [record("transformer.h.0.attn.c_attn.weight", (24, 8), np.ones(8))]
-    assert not peft_config(allocation(spectra, 10**6))["fan_in_fan_out"]
+    assert not make_peft_config(allocation(spectra, 10**6))["fan_in_fan_out"]
 
 
 @pytest.mark.parametrize(
@@ -132,9 +138,9 @@ def test_conv1d_is_detected_by_shape():
 )
 def test_config_with_other_effect_is_refused(change, message):
     good = {"r": 2, "rank_pattern": {}, "target_modules": ["q"]}
-    check(good, {"a.q": 2}, {}, {"a.q", "a.k"})
+    check_config(good, {"a.q": 2}, {}, {"a.q", "a.k"})
     with pytest.raises(InputError, match=message):
-        check({**good, **change}, {"a.q": 2}, {}, {"a.q", "a.k"})
+        check_config({**good, **change}, {"a.q": 2}, {}, {"a.q", "a.k"})
 
 
 def built(config, model_config, tmp_path):
@@ -168,9 +174,9 @@ def test_peft_builds_llama_as_allocated(tmp_path):
     config = transformers.AutoConfig.from_pretrained(ROOT / "sample_checkpoints/base")
     for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "ranks_from": [4, 16]}):
         result = lora_diag.allocate(spectra, **options)
-        assert built(peft_config(result), config, tmp_path) == wanted(result)
+        assert built(make_peft_config(result), config, tmp_path) == wanted(result)
     with_tables = lora_diag.allocate(spectra, params="80k", layers="lm_head|q_proj")
-    assert built(peft_config(with_tables), config, tmp_path) == wanted(with_tables)
+    assert built(make_peft_config(with_tables), config, tmp_path) == wanted(with_tables)
     assert with_tables["lm_head.weight"].rank > 0
 
 
@@ -189,7 +195,7 @@ def test_peft_builds_gpt2_as_allocated(tmp_path):
     ]
     result = allocation(spectra, 3000, tensors=60)
     assert any(r.rank == 0 for r in result)
-    made = built(peft_config(result), config, tmp_path)
+    made = built(make_peft_config(result), config, tmp_path)
     assert made == {f"transformer.{name}": value for name, value in wanted(result).items()}
 
 
@@ -216,13 +222,13 @@ def test_peft_builds_mixture_of_experts_as_allocated(tmp_path):
     ]
     result = allocation(spectra, 600, tensors=6)
     assert len({r.rank for r in result}) > 1
-    assert built(peft_config(result), config, tmp_path) == wanted(result)
+    assert built(make_peft_config(result), config, tmp_path) == wanted(result)
 
 
 def test_peft_model_is_compared_with_intended_ranks():
     result = allocation(llama(2), 1000)
     good = {f"wrapped.{name}": value for name, value in wanted(result).items()}
-    compare(result, good, Scaling(2.0))
+    compare_with_peft(result, good, Scaling(2.0))
     first = next(iter(good))
     rank, scaling = good[first]
     for wrong, message in (
@@ -232,7 +238,7 @@ def test_peft_model_is_compared_with_intended_ranks():
         ({**good, "wrapped.other": (2, 2.0)}, "also adapts wrapped.other"),
     ):
         with pytest.raises(InputError, match=message):
-            compare(result, wrong, Scaling(2.0))
+            compare_with_peft(result, wrong, Scaling(2.0))
 
 
 ENCODER = {
@@ -272,7 +278,7 @@ def test_peft_trains_as_many_parameters_as_budget_counts(tmp_path, name):
     tuned.save_pretrained(tmp_path / "tuned")
     spectra = lora_diag.spectrum(tmp_path / "base", tmp_path / "tuned")
     result = lora_diag.allocate(spectra, params=9000)
-    config = peft_config(result)
+    config = make_peft_config(result)
     assert (config["task_type"], set(config.get("modules_to_save", []))) == (task, heads)
     assert (result.whole[0].saved > 0) == bool(heads)
     assert built(config, tuned.config, tmp_path) == wanted(result)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_diag.decisions.allocate.run import policies
+from lora_diag.decisions.allocate.run import apply_rank_rules
 from lora_diag.decisions.targets import Training, why_no_target
 from lora_diag.errors import UsageError
 from lora_diag.metrics.energy import gavish_donoho, hard_threshold, knee
@@ -77,15 +77,15 @@ def test_knee_maximizes_distance_from_chord():
 
 def test_policies_of_full_and_truncated_spectrum():
     s = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5])
-    full = policies(record("a.weight", (8, 8), s, signal=4)).ranks
+    full = apply_rank_rules(record("a.weight", (8, 8), s, signal=4)).ranks
     assert full["energy 90%"] == 2
     assert full["effective"] == math.ceil(effective_rank(s))
     assert full["signal"] == 4
     # ω(1)·median = 2.858 · 0.75 = 2.14
     assert full["Gavish–Donoho"] == 2
-    cut = policies(record("a.weight", (8, 8), s[:3], fro=10.0)).ranks
+    cut = apply_rank_rules(record("a.weight", (8, 8), s[:3], fro=10.0)).ranks
     assert (cut["knee"], cut["effective"], cut["Gavish–Donoho"], cut["signal"]) == (None, None, None, None)
-    still = policies(record("a.weight", (8, 8), np.zeros(8), signal=0)).ranks
+    still = apply_rank_rules(record("a.weight", (8, 8), np.zeros(8), signal=0)).ranks
     assert (still["energy 90%"], still["knee"], still["Gavish–Donoho"]) == (0, None, None)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.decisions.plan.architectures import Matrix
-from lora_diag.decisions.plan.cost import Speed, between, cost_of
+from lora_diag.decisions.plan.cost import estimate_core_seconds, estimate_cost, interpolate_cost
 from lora_diag.decisions.plan.record import PlanRates
 
 RATES = PlanRates(cores=4, entry=1e-8, product=2e-11, eigen={256: 0.01, 1024: 0.1}, few={1024: 5e-8}, few_from=768)
@@ -16,7 +16,7 @@ orders = st.integers(1, 10**5)
 
 def test_all_values_by_hand():
     matrices = [Matrix("a", (1024, 3000)), Matrix("experts", (256, 512), 8)]
-    cost = cost_of(matrices, 10**9, Speed(RATES), None)
+    cost = estimate_cost(matrices, 10**9, RATES, None)
     one = 1e-8 * 1024 * 3000 + 2e-11 * 1024**2 * 3000 + 0.1
     expert = 1e-8 * 256 * 512 + 2e-11 * 256**2 * 512 + 0.01
     assert cost.core_seconds == pytest.approx(one + 8 * expert)
@@ -27,19 +27,13 @@ def test_all_values_by_hand():
 
 
 def test_few_values_cost_less_only_with_krylov():
-    speed = Speed(RATES)
-    assert speed.core_seconds((1024, 2000), 64) == pytest.approx((1e-8 + 5e-8) * 1024 * 2000)
-    assert speed.core_seconds((700, 2000), 64) == speed.core_seconds((700, 2000), None)
-
-
-def test_beyond_orders_measured_eigenvalues_cost_as_cube():
-    cost = Speed(RATES).core_seconds((2048, 2048), None)
-    assert cost == pytest.approx(1e-8 * 2048**2 + 2e-11 * 2048**3 + 8 * 0.1)
+    assert estimate_core_seconds(RATES, (1024, 2000), 64) == pytest.approx((1e-8 + 5e-8) * 1024 * 2000)
+    assert estimate_core_seconds(RATES, (700, 2000), 64) == estimate_core_seconds(RATES, (700, 2000), None)
 
 
 @given(orders, st.dictionaries(st.integers(2, 10**4), st.floats(1e-6, 1e3), min_size=1), st.integers(0, 3))
 def test_cost_is_interpolated_between_orders(order, costs, beyond):
-    result = between(costs, order, beyond)
+    result = interpolate_cost(costs, order, beyond)
     below, above = [n for n in costs if n <= order], [n for n in costs if n >= order]
     if below and above:
         ends = costs[max(below)], costs[min(above)]
@@ -52,7 +46,7 @@ def test_cost_is_interpolated_between_orders(order, costs, beyond):
 
 @given(st.lists(st.tuples(orders, orders), min_size=1, max_size=5), st.sampled_from([None, 64]))
 def test_speedup_is_between_one_and_machine_count(shapes, top):
-    cost = cost_of([Matrix(str(i), shape) for i, shape in enumerate(shapes)], None, Speed(RATES), top)
+    cost = estimate_cost([Matrix(str(i), shape) for i, shape in enumerate(shapes)], None, RATES, top)
     times = [cost.seconds[count] for count in sorted(cost.seconds)]
     assert times == sorted(times, reverse=True)
     assert all(seconds * count >= cost.seconds[1] * (1 - 1e-9) for count, seconds in cost.seconds.items())

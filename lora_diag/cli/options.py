@@ -157,7 +157,9 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
         shown = Shown(**{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows})
         for group in groups:
             values |= _gather_group(group, {each.name: values.pop(each.name) for each in _list_options(group)})
-        with _limit_lines(not shown.verbose):
+        from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
+
+        with limit_lines(None if shown.verbose else LINES):
             if command.call:
                 code = feature.function_of(command)(shown, **values)
             else:
@@ -270,15 +272,6 @@ def _hide_secrets(value: Any) -> Any:
     return Address(value) if ADDRESS.fullmatch(value) else value
 
 
-@contextmanager
-def _limit_lines(brief: bool) -> Iterator[None]:
-    """Limit summaries to a few lines if ``brief``, else not at all."""
-    from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
-
-    with limit_lines(LINES if brief else None):
-        yield
-
-
 def _make_argument(argument: Argument) -> Parameter:
     """Return the parameter of a positional argument."""
     kind: Any = list[str] if argument.many else str
@@ -349,7 +342,14 @@ def _value_type(kind: Any, option: Option) -> Any:
 
 
 def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
-    """Return the value of an option from its command-line form; no files give the default."""
+    """Return the value of an option from its command-line form; no files give the default.
+
+    >>> _parse_value(Sequence[int], Option((4, 8), "Ranks.", "R,R,..."), "ranks", "4,8,16")
+    [4, 8, 16]
+
+    Raises:
+        UsageError: It is not a list of numbers.
+    """
     first = _first_type(kind)
     if get_origin(first) is not Sequence:
         return text
@@ -360,10 +360,13 @@ def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
     (entry_type,) = get_args(first)
     if entry_type is str:
         return [part.strip() for part in text.split(",")]
-    example = _format_default(option) or "1,0.5"
-    return (
-        parse_ranks(text, option.flag(name)) if entry_type is int else parse_numbers(text, option.flag(name), example)
-    )
+    try:
+        return [entry_type(part) for part in text.split(",")]
+    except ValueError as error:
+        noun, example = ("whole numbers", "4,8,16") if entry_type is int else ("numbers", _format_default(option))
+        raise UsageError(
+            f"{option.flag(name)} {text}: not a list of {noun}; separate them by commas, such as {example or '1,0.5'}"
+        ) from error
 
 
 def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -383,37 +386,3 @@ def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
     if {"output", "resume"} <= set(values):  # checked here because reading a model may take minutes
         check_output(values["output"], values["resume"], values["overwrite"])
     return values
-
-
-def parse_ranks(value: str, option: str = "--ranks") -> list[int]:
-    """Parse ``4,8,16``; ``option`` is the name used in the error.
-
-    >>> parse_ranks("4,8,16")
-    [4, 8, 16]
-
-    Raises:
-        UsageError: It is not a list of whole numbers.
-    """
-    try:
-        return [int(text) for text in value.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {value}: not a list of whole numbers; separate them by commas, such as 4,8,16"
-        ) from error
-
-
-def parse_numbers(value: str, option: str, example: str) -> list[float]:
-    """Parse comma-separated numbers; the error gives ``example`` as an example.
-
-    >>> parse_numbers("1,0.5", "--weights", "1,0.5")
-    [1.0, 0.5]
-
-    Raises:
-        UsageError: It is not a list of numbers.
-    """
-    try:
-        return [float(text) for text in value.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {value}: not a list of numbers; separate them by commas, such as {example}"
-        ) from error

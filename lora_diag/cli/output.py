@@ -42,14 +42,10 @@ def message(text: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             shown = shorten(safe(public(text)))
-            print(
-                _wrap_line(shown, _terminal_columns(sys.stderr)) if sys.stderr.isatty() else shown,
-                file=sys.stderr,
-            )
-
-
-def _wrap_line(line: str, width: int) -> str:
-    return fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            if sys.stderr.isatty():
+                width = _terminal_columns(sys.stderr)
+                shown = fill(shown, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            print(shown, file=sys.stderr)
 
 
 def _terminal_columns(stream: TextIO) -> int:
@@ -122,8 +118,8 @@ def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
     return (lambda record: line(to_line(record))) if json else None
 
 
-def report_unmeasured(items: Sequence[LeftOut], hint: str) -> bool:
-    """Report layers that could not be measured, and why; return whether there are any."""
+def report_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
+    """Print a message on each layer that could not be measured; beyond ``MAX_NAMED``, the number of the others."""
     for item in items[:MAX_NAMED]:
         message(f"Error: {item.layer}: {item.detail}; {hint}")
     if len(items) > MAX_NAMED:
@@ -131,7 +127,6 @@ def report_unmeasured(items: Sequence[LeftOut], hint: str) -> bool:
             f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list all (--json, or "
             "-o FILE)"
         )
-    return bool(items)
 
 
 def report_reading() -> None:

@@ -47,8 +47,8 @@ _TIMEOUT_SECONDS = 3
 
 
 def run_doctor(shown: Shown, inputs: Sequence[str]) -> int:
-    """Print the findings of all checks; return the exit code, which tells of a failure."""
-    findings = checks(inputs)
+    """Print the findings of all checks; return the exit code: ``UNREADABLE`` if a check failed."""
+    findings = run_checks(inputs)
     if shown.json:
         for finding in findings:
             shown.print_line(
@@ -60,8 +60,8 @@ def run_doctor(shown: Shown, inputs: Sequence[str]) -> int:
     return UNREADABLE if any(finding.level == "failure" for finding in findings) else DONE
 
 
-def checks(addresses: Sequence[str] = ()) -> list[Statement]:
-    """Run all checks and return their findings in the order of display.
+def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
+    """Check this installation, this machine and inputs; return the findings in the order of display.
 
     Args:
         addresses: Checkpoints or adapters, local or remote, to open; their headers are read, and those factors of an
@@ -148,19 +148,15 @@ def _check_command() -> Statement:
     if executable is None:
         fix = f"add {_shorten_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
         return make_statement("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
-    if Path(executable).resolve().parent != Path(sys.executable).resolve().parent and not _is_same_environment(
-        executable
-    ):
+    command, interpreter = Path(executable), Path(sys.executable)
+    in_prefix = command.parent.parent.resolve() == Path(sys.prefix).resolve()
+    if command.resolve().parent != interpreter.resolve().parent and not in_prefix:
         problem = (
             f"loradiag on PATH is {_shorten_home(executable)}, in another environment than this one "
             f"({_shorten_home(sys.prefix)})"
         )
         return make_statement("command", "Command", problem, level="warning")
     return make_statement("command", "Command", _shorten_home(executable), level="ok")
-
-
-def _is_same_environment(command: str) -> bool:
-    return Path(command).parent.parent.resolve() == Path(sys.prefix).resolve()
 
 
 def _check_devices() -> Iterator[Statement]:

@@ -10,7 +10,7 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError, safe
@@ -22,9 +22,6 @@ from lora_diag.records.names import short_names
 from lora_diag.reports import ReportOptions
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.running.options import fill_options, show_options
-
-if TYPE_CHECKING:
-    pass
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
 
@@ -84,7 +81,14 @@ def report(
         if os.path.realpath(output) in {os.path.realpath(item) for item in results if not isinstance(item, Results)}:
             raise UsageError(f"{output}: is one of the results files; choose another name for the report")
         check_output(Path(output), kind, overwrite)
-    evidence = Evidence(tuple(map(_make_source, results)))
+    evidence = Evidence(
+        tuple(
+            Source(f"{item.run.command}.jsonl", item)
+            if isinstance(item, Results)
+            else Source(str(Path(item)), read_results(item))
+            for item in results
+        )
+    )
     rendered: str | bytes = load(renderer)(evidence, *([values] if output_format in _TABLES else []))
     if output is not None:
         content = rendered if isinstance(rendered, bytes) else rendered.encode("utf-8", "backslashreplace")
@@ -93,7 +97,7 @@ def report(
 
 
 def format_of(output: Path | str | None, format: str | None) -> str:
-    """Return the format of a report: as given, else by the suffix of its file.
+    """Return the format of a report: as given, else by the suffix of its file; ``html`` without a file.
 
     Raises:
         UsageError: The format is not known.
@@ -105,12 +109,6 @@ def format_of(output: Path | str | None, format: str | None) -> str:
     if chosen not in _RENDERERS:
         raise UsageError(f"--format {chosen}: unknown; use one of {', '.join(_RENDERERS)}")
     return chosen
-
-
-def _make_source(item: Path | str | Results[Any]) -> Source:
-    if isinstance(item, Results):
-        return Source(f"{item.run.command}.jsonl", item)
-    return Source(str(Path(item)), read_results(Path(item)))
 
 
 def to_csv(evidence: Evidence, values: bool = False) -> str:
@@ -131,7 +129,7 @@ def to_csv(evidence: Evidence, values: bool = False) -> str:
 
 
 def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
-    """Return the same rows as Parquet.
+    """Return the rows of ``to_csv`` as a Parquet file, with types and nulls.
 
     Raises:
         InputError: pyarrow is not installed.

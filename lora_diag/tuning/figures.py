@@ -13,7 +13,14 @@ from matplotlib.axes import Axes
 
 from lora_diag.records import Results
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
-from lora_diag.rendering.figures.panels import draw_seeds, levels, limits, loss_axis, params_axis, sets_of
+from lora_diag.rendering.figures.panels import (
+    axis_limits,
+    draw_levels,
+    draw_seeds,
+    set_loss_axis,
+    set_params_axis,
+    sets_of,
+)
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle
 from lora_diag.tuning.record import Tune, TuneTrial
@@ -116,7 +123,7 @@ def _draw(ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, ch
     width = style.line
     points = points_of(trials, name)
     runs = [(run.params, run.loss) for run in trials if run.set == name and run.params and run.loss is not None]
-    params_axis(ax, [point.params for point in points])
+    set_params_axis(ax, [point.params for point in points])
     draw_seeds(ax, runs, style, RUN, "one run")
     best = zip(*[(point.params, point.mean) for point in frontier(points)], strict=True)
     line: dict[str, Any] = {"lw": 1.5 * width, "marker": "o", "ms": 3.5 * width}
@@ -130,6 +137,6 @@ def _draw(ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, ch
         ax.errorbar(chosen.params, chosen.mean, yerr=error, color=CHOSEN, label=label, **diamond)
     base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
     labelled = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
-    ax.set_ylim(limits([loss for _, loss in runs] + [loss for _, loss, _ in labelled]))
-    levels(ax, labelled, style)
-    loss_axis(ax)
+    ax.set_ylim(axis_limits([loss for _, loss in runs] + [loss for _, loss, _ in labelled]))
+    draw_levels(ax, labelled, style)
+    set_loss_axis(ax)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -210,20 +211,12 @@ def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float
         >>> halve_rates(losses)
         (0.001, 0.01)
     """
-    kept: list[float] = []
     ranks = sorted({rank for rank, _ in losses}, reverse=True)
-    orders = [_order_rates(losses, rank) for rank in ranks]
-    for position in range(max(map(len, orders), default=0)):
-        for order in orders:
-            if position < len(order) and order[position] not in kept and len(kept) < KEPT_RATES:
-                kept.append(order[position])
-    return tuple(sorted(kept))
-
-
-def _order_rates(losses: Mapping[tuple[int, float], float | None], rank: int) -> list[float]:
-    """Return the rates tried at a rank by their losses, the lowest first, without those that diverged."""
-    at_rank = [(loss, rate) for (tried_rank, rate), loss in losses.items() if tried_rank == rank and loss is not None]
-    return [rate for _, rate in sorted(at_rank)]
+    # The rates at each rank by their losses, the lowest first.
+    finite = sorted((loss, rank, rate) for (rank, rate), loss in losses.items() if loss is not None)
+    orders = [[rate for _, tried_rank, rate in finite if tried_rank == rank] for rank in ranks]
+    best_first = (rate for place in zip_longest(*orders) for rate in place if rate is not None)
+    return tuple(sorted([*dict.fromkeys(best_first)][:KEPT_RATES]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,13 +171,13 @@ def _check_output(folder: Path, arguments: Mapping[str, Any]) -> None:
 
 
 def _latest_file(folder: Path) -> Path:
-    """Return the file of a run's records; those of a search that was extended grow in another file until it ends."""
+    """Return the file of a run's records: ``tune.jsonl.part`` while a search is extended, else ``tune.jsonl``."""
     part = folder / f"{RECORDS}.part"
     return part if part.is_file() else folder / RECORDS
 
 
 def _read_earlier_plan(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
-    """Return the plan of the run that is to be resumed; None for a new run.
+    """Return the plan of the run to resume; None for a new run.
 
     Raises:
         InputError: The folder's records cannot be read.

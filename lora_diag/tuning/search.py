@@ -275,7 +275,7 @@ class Tuner:
     # -- shared ranks ------------------------------------------------------------------------------------------------
 
     def _run_sweep(self, file: str, **options: Any) -> Results[Any]:
-        """Run ``probe sweep``, or resume an interrupted one; return the runs up to the time limit."""
+        """Run ``probe sweep``, or resume an interrupted one; return its results up to the time limit."""
         path, self._seen = self.folder / file, 0
         shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
@@ -342,8 +342,7 @@ class Tuner:
         rates = self.swept.results.run.settings["rates"]
         needed = self.swept.verdict.more_seeds
         if not self.choice.significant and plan.more_seeds and needed is not None:
-            why = self._explain_no_more_seeds(needed)
-            if why:
+            if why := self._explain_no_more_seeds(needed):
                 self.decide("ranks", "more seeds", "not tried", why, seeds=needed)
             else:
                 repeats = needed

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def tune_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
-    """Return the choice, without the trail of decisions; the plan alone where nothing was trained."""
+    """Return the summary of the choice for a terminal; the plan alone where nothing was trained."""
     plan = next(iter(results.whole_of(TunePlan)), None)
     if plan is not None and not results.whole_of(Tune) and not results.whole_of(TuneTrial):
         return plan_text(plan, width, color)
@@ -177,35 +177,30 @@ def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
         of_stage = [decision for decision in decisions if decision.stage == stage]
         if not of_stage:
             continue
-        outcomes = dict.fromkeys(decision.outcome for decision in of_stage if decision.outcome != "not needed")
-        lead = "; ".join(f"{outcome}: {_list_trials(of_stage, outcome)}" for outcome in outcomes)
-        lead = lead or "the curves give no reason for a trial"
-        statements.append(
-            make_statement(
-                stage, label, lead, *(f"{safe(decision.name)}: {safe(decision.why)}" for decision in of_stage)
-            )
-        )
+        trials: dict[str, list[str]] = {}
+        for decision in of_stage:
+            if decision.outcome != "not needed":
+                trials.setdefault(decision.outcome, []).append(_name_trial(decision))
+        lead = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in trials.items())
+        reasons = (f"{safe(decision.name)}: {safe(decision.why)}" for decision in of_stage)
+        statements.append(make_statement(stage, label, lead or "the curves give no reason for a trial", *reasons))
     return statements
 
 
-def _list_trials(decisions: Sequence[TuneDecision], outcome: str) -> str:
-    """Return the trials of one outcome, by what they change in the incumbent, and their gaps."""
-    of_outcome = [decision for decision in decisions if decision.outcome == outcome]
-    return ", ".join(f"{safe(decision.name.rpartition('+')[2])}{_format_gaps(decision)}" for decision in of_outcome)
-
-
-def _format_gaps(decision: TuneDecision) -> str:
+def _name_trial(decision: TuneDecision) -> str:
+    """Return what a trial changes in the incumbent, with its gap, or its predicted duration if it was not trained."""
+    name = safe(decision.name.rpartition("+")[2])
     if decision.gap is not None:
-        return f" ({decision.gap:+.4f}{_format_error(decision.error)})"
-    return "" if decision.seconds is None else f" (about {duration(decision.seconds)})"
+        return f"{name} ({decision.gap:+.4f}{_format_error(decision.error)})"
+    return name if decision.seconds is None else f"{name} (about {duration(decision.seconds)})"
 
 
 def _describe_left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
+    """Return what was not tried, with the reasons; empty if all was."""
     omitted = [decision for decision in decisions if decision.outcome == "not tried"]
-    lines = [f"{safe(decision.name)}: {safe(decision.why)}" for decision in omitted]
-    if len(omitted) < 2:
-        return [make_statement("left_out", "Not tried", *lines)] if omitted else []
-    return [make_statement("left_out", "Not tried", "; ".join(safe(decision.name) for decision in omitted), *lines)]
+    names = "; ".join(safe(decision.name) for decision in omitted) if len(omitted) > 1 else ""
+    lines = (f"{safe(decision.name)}: {safe(decision.why)}" for decision in omitted)
+    return [make_statement("left_out", "Not tried", names, *lines)] if omitted else []
 
 
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:

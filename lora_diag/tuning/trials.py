@@ -470,7 +470,7 @@ class Trials:
         sets: Evaluation sets, those of the training's kind first.
         kept: The records.
         grid: Grid of BASE's linear layers; None without rounding.
-        after: Called with a label after every step and every batch; with a number after as many of them.
+        after: Called with a label after every step and every batch; or with a label and their number after several.
         workers: The workers of a cluster; None to train here.
     """
 
@@ -634,7 +634,7 @@ def train_variant(
 
 
 def uniform_name(rank: int) -> str:
-    """Return the name of a uniform rank."""
+    """Return the name of the configuration of one rank everywhere."""
     return f"uniform-r{rank}"
 
 

@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     PageStyle,
     category,
-    cut,
+    crop_end,
     name_of,
     width_of,
 )
@@ -143,7 +143,7 @@ def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
     size, labels = style.ticks, []
     for name, kept, spent, _ in rules:
         suffix = f": {kept:.1%} ({_format_count(spent)})"
-        labels.append(cut(name, 0.62 * style.width - width_of(suffix, size), size) + suffix)
+        labels.append(crop_end(name, 0.62 * style.width - width_of(suffix, size), size) + suffix)
     # The labels start right of the bound; the bars use the remaining width.
     pad = 0.6 * size / 72
     room = style.width - max(width_of(label, size) for label in labels) - 2 * pad

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.statistics import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
-from lora_diag.rendering.figures.panels import fraction_axis
+from lora_diag.rendering.figures.panels import set_fraction_ticks
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, short_names
 from lora_diag.rendering.figures.style import (
     INK,
@@ -116,7 +116,7 @@ def _draw(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")
     ax.set(xlim=(-0.03, 1 / _PLOT), ylim=(low, high))
-    fraction_axis(ax.xaxis)
+    set_fraction_ticks(ax.xaxis)
     format_log_axis(ax.yaxis, low, high)
     ax.spines["bottom"].set_bounds(-0.03, 1.03)
     limit: dict[str, Any] = {"color": INK, "alpha": 0.4, "lw": 0.7 * style.line, "ls": (0, (1, 1.6))}

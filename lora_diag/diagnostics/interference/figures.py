@@ -20,7 +20,7 @@ from lora_diag.metrics.subspaces import random_angles
 from lora_diag.records import Agreement
 from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
-from lora_diag.rendering.figures.panels import Slot, draw_bars, fraction_axis, make_slots, median_of, stack_panels
+from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, PageStyle, category
 
@@ -217,7 +217,7 @@ def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Interference]], si
         line = {"color": category(number), "lw": style.line, "ls": DOTTED}
         ax.plot(grid, random_distribution(grid, spaces), label=f"_random {item.label}", **line)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.03))
-    fraction_axis(ax.xaxis, ax.yaxis)
+    set_fraction_ticks(ax.xaxis, ax.yaxis)
 
 
 def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

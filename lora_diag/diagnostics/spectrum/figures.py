@@ -24,7 +24,7 @@ from lora_diag.metrics import energy_curve
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.fields import Types, by_depth, changes_of, count_matrices, deepest, metric_suffix
 from lora_diag.rendering.figures.pages import MAX_PANELS, Key, Page, Panel, key, panel_axes
-from lora_diag.rendering.figures.panels import fraction_axis, rank_axis
+from lora_diag.rendering.figures.panels import set_fraction_ticks, set_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of
 from lora_diag.rendering.figures.style import DEPTH, FLOOR, INK, PageStyle, category, log_label
 
@@ -112,7 +112,7 @@ def draw_series(
             # Outside the blocks, the text colour.
             color = INK if depth is None else DEPTH(depth / last_depth if last_depth else 0.0)
             _draw_curve(ax, style, group, quantity, grid, color)
-    rank_axis(ax, largest, marked, style)
+    set_rank_axis(ax, largest, marked, style)
     quantity.finish(ax, style, records, all_records)
 
 
@@ -347,7 +347,7 @@ def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Opt
 
 def _finish_energy(ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]) -> None:
     ax.set_ylim(0, 1.03)
-    fraction_axis(ax.yaxis)
+    set_fraction_ticks(ax.yaxis)
     ax.set_yticks([0.25, 0.75], minor=True)
 
 

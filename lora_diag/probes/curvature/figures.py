@@ -23,7 +23,7 @@ from lora_diag.rendering.figures.pages import (
     make_rows_panel,
     run_keys,
 )
-from lora_diag.rendering.figures.panels import measured_axis
+from lora_diag.rendering.figures.panels import set_measured_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
@@ -165,7 +165,7 @@ def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) 
                 ax.plot(ranks, values, lw=1.3 * style.line, zorder=3 if quantity == "predicted" else 2, **line)
     ax.set_ylim(min(drawn_values, default=1.0) / 2.5, max(drawn_values, default=1.0) * 2.5)
     ax.yaxis.set_major_formatter(log_label)
-    measured_axis(ax, [record.rank for records in runs for record in records], style)
+    set_measured_rank_axis(ax, [record.rank for records in runs for record in records], style)
 
 
 def _make_title(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:

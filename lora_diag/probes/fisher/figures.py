@@ -14,7 +14,7 @@ from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlations
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
-from lora_diag.rendering.figures.panels import loss_axis, measured_axis, rank_axis
+from lora_diag.rendering.figures.panels import set_loss_axis, set_measured_rank_axis, set_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, log_label, name_of
 
@@ -90,8 +90,8 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
         if points:
             ax.plot(*zip(*points, strict=True), label=name, **_make_line_style(number, style.line))
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
-    measured_axis(ax, [at_rank.rank for at_rank in by_rank], style)
-    loss_axis(ax)
+    set_measured_rank_axis(ax, [at_rank.rank for at_rank in by_rank], style)
+    set_loss_axis(ax)
 
 
 def _make_line_style(number: int, width: float) -> dict[str, Any]:
@@ -147,4 +147,4 @@ def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], colors: d
     ax.set_yscale("log")
     ax.set_ylim(float(visible.min()) / 2, float(visible.max()) * 2)
     ax.yaxis.set_major_formatter(log_label)
-    rank_axis(ax, last, (), style)
+    set_rank_axis(ax, last, (), style)

@@ -15,11 +15,11 @@ from lora_diag.records import Results
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key, run_keys
 from lora_diag.rendering.figures.panels import (
     GROUND,
+    axis_limits,
+    draw_levels,
     draw_seeds,
-    levels,
-    limits,
-    loss_axis,
-    params_axis,
+    set_loss_axis,
+    set_params_axis,
     sets_of,
 )
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
@@ -117,9 +117,9 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
                     va="top",
                     bbox=GROUND,
                 )
-    ax.set_ylim(limits(drawn_values))
-    params_axis(ax, [line.params for rows in runs for line in rows], above=1.3)
-    levels(ax, [("full fine-tuning", 1.0, INK)], style)
+    ax.set_ylim(axis_limits(drawn_values))
+    set_params_axis(ax, [line.params for rows in runs for line in rows], above=1.3)
+    draw_levels(ax, [("full fine-tuning", 1.0, INK)], style)
     ax.axhline(share, color=QUIET, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label="_share")
     ax.annotate(
         f"{share:.0%}",
@@ -131,7 +131,7 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
         size=size,
         color=QUIET,
     )
-    loss_axis(ax)
+    set_loss_axis(ax)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 

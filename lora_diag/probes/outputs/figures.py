@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, make_rows_page
-from lora_diag.rendering.figures.panels import limits, sets_of
+from lora_diag.rendering.figures.panels import axis_limits, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, short_names, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category
 from lora_diag.rendering.losses import gap_half
@@ -155,6 +155,6 @@ def _draw_depth(
             ax.plot(*zip(*points, strict=True), label=model, color=color, **line)
             values += [value for _, value in points]
     ax.axhline(1, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
-    ax.set_ylim(0, limits(values)[1])
+    ax.set_ylim(0, axis_limits(values)[1])
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

@@ -14,7 +14,14 @@ from lora_diag.probes.sweep.verdict import TOLERANCE, AtRank, SweepVerdict, best
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel, key, run_keys
-from lora_diag.rendering.figures.panels import draw_seeds, levels, limits, loss_axis, measured_axis, sets_of
+from lora_diag.rendering.figures.panels import (
+    axis_limits,
+    draw_levels,
+    draw_seeds,
+    set_loss_axis,
+    set_measured_rank_axis,
+    sets_of,
+)
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
@@ -147,8 +154,8 @@ def _draw(ax: Axes, style: PageStyle, curves: Sequence[SweepCurve]) -> None:
     _draw_levels(ax, curves, losses, style)
     rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
     ranks = [rank for curve in curves for rank, _ in curve.points]
-    measured_axis(ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
-    loss_axis(ax)
+    set_measured_rank_axis(ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
+    set_loss_axis(ax)
 
 
 def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle) -> None:
@@ -161,8 +168,8 @@ def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float]
     low, high = min(losses) - FAR_FACTOR * span, max(losses) + FAR_FACTOR * span
     near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
     below = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
-    ax.set_ylim(limits([*losses, *(loss for _, loss in near)], below=0.14 if below else 0.08))
-    levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], style, below)
+    ax.set_ylim(axis_limits([*losses, *(loss for _, loss in near)], below=0.14 if below else 0.08))
+    draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], style, below)
     for up, arrow in ((True, "↑"), (False, "↓")):
         lines = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
         if lines:

@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.pages import (
     make_rows_page,
     run_keys,
 )
-from lora_diag.rendering.figures.panels import levels, limits, loss_axis, measured_axis, sets_of
+from lora_diag.rendering.figures.panels import axis_limits, draw_levels, set_loss_axis, set_measured_rank_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, QUIET, PageStyle, category, name_of
 from lora_diag.rendering.losses import gap_half
@@ -174,10 +174,10 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Probe]]) -> None:
             ax.plot(x_energy, expected, color=color, lw=1.3 * style.line, ls=DOTTED, zorder=2, label="_energy")
         values += [value + sign * error for _, value, error in points for sign in (-1, 1)]
         ranks += x
-    ax.set_ylim(limits([*values, *(value for _, value, _ in named)], below=0.16, above=0.16))
-    levels(ax, named, style, lowest_below=True)
-    measured_axis(ax, ranks, style)
-    loss_axis(ax)
+    ax.set_ylim(axis_limits([*values, *(value for _, value, _ in named)], below=0.16, above=0.16))
+    draw_levels(ax, named, style, lowest_below=True)
+    set_measured_rank_axis(ax, ranks, style)
+    set_loss_axis(ax)
 
 
 def _select_truncated(records: Sequence[Probe]) -> list[Probe]:

@@ -12,12 +12,12 @@ from lora_diag.records.names import depth_of, module_type_of, place_of, tower_of
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metrics_of
 from lora_diag.rendering.figures.style import name_of
 
-# Fields of spectra whose title needs the changed quantity.
+# Fields of spectra whose title in another metric is followed by the symbol of what is measured.
 _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
-    """Return the changed quantity of records: ``ΔW``, or ``ΔW·C^½`` in another metric; all of several metrics."""
+    """Return the symbol of what records measure: ``ΔW``, or ``ΔW·C^½`` in another metric; all of several metrics."""
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
@@ -60,9 +60,7 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
         return f"rank of the sum over ranks of the updates, at {_format_percent(path)}"
     if head == "tail" and path.endswith(".fro"):
         return f"tail of rank {path.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
-    return next(
-        (field_shown.axis or field_shown.title for field_shown in kind.shown if field_shown.path == field), field
-    )
+    return next((column.axis or column.title for column in kind.shown if column.path == field), field)
 
 
 def _format_percent(share: str) -> str:
@@ -109,7 +107,7 @@ def _iterate_numbers(content: Any, prefix: str) -> Iterable[str]:
 
 
 def format_cell(value: float) -> str:
-    """Return a number in a short form for a cell.
+    """Return a number for a cell of a heat map: two decimals, fewer from 10 on, an exponent far from 1.
 
     >>> format_cell(0.4123), format_cell(12.0), format_cell(1234.5), format_cell(2.6e-5)
     ('0.41', '12', '1234', '3e-05')
@@ -148,13 +146,16 @@ class Types:
             if tower := tower_of(layer):
                 towers_by_type.setdefault(module_type_of(layer), set()).add(tower)
                 tower_order.setdefault(tower, len(tower_order))
-        self._tower_labels = _find_distinguishing_parts(
+        tower_labels = _find_distinguishing_parts(
             {tower for of_type in towers_by_type.values() if len(of_type) > 1 for tower in of_type}
         )
         ordered = sorted(
             layers, key=lambda layer: (tower_order.get(tower_of(layer), len(tower_order)), place_of(layer))
         )
-        self._type_names = {layer: self._label_type(layer) for layer in ordered}
+        self._type_names: dict[str, str] = {}
+        for layer in ordered:
+            label, module_type = tower_labels.get(tower_of(layer)), module_type_of(layer)
+            self._type_names[layer] = name_of(f"{label}: {module_type}" if label else module_type)
         self.names = tuple(dict.fromkeys(self._type_names.values()))
 
     def of(self, layer: str) -> str:
@@ -170,10 +171,6 @@ class Types:
         others = [name for name in self.names if name not in own]
         shared = f"{len(others)} other types"
         return {name: name if name in own or len(others) == 1 else shared for name in self.names}
-
-    def _label_type(self, layer: str) -> str:
-        tower = self._tower_labels.get(tower_of(layer))
-        return name_of(f"{tower}: {module_type_of(layer)}" if tower else module_type_of(layer))
 
 
 def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -281,7 +281,7 @@ def freeze_layout(figure: Figure) -> Figure:
 
 @contextmanager
 def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, PageStyle]]:
-    """Yield the caller's axes with its own fonts, or the axes of a new figure; and their style, of the axes' width."""
+    """Yield given axes, whose fonts are kept, or those of a new figure; and a style whose width is that of the axes."""
     with apply_style(PANEL if ax is None else None):
         style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
         if ax is None:
@@ -383,7 +383,7 @@ def make_rows_panel(
         style: The page.
         xlabel: Label of the x axis.
         columns: Panels side by side on the page.
-        order: Rows whose names come first; default the highest values.
+        order: Rows whose names come first, in this order; the others follow by their values.
         name: Name of the panel.
     """
     best: dict[str, float] = {}
@@ -467,11 +467,12 @@ def make_rows_page(
     }
     rows_by_set = {name: rows for name, rows in rows_by_set.items() if rows}
     columns = choose_columns(min(len(rows_by_set), 2), style)
-    panels: list[Panel] = []
-    for name, rows in rows_by_set.items():
-        order = sorted(next(iter(rows_by_set.values())), key=lambda row: -row.value) if ordered else ()
-        panel = make_rows_panel(sets[name], rows, style, xlabel=xlabel, columns=columns, order=order, name=name)
-        panels.append(panel)
+    first = next(iter(rows_by_set.values()), [])
+    order = sorted(first, key=lambda row: -row.value) if ordered else ()
+    panels = [
+        make_rows_panel(sets[name], rows, style, xlabel=xlabel, columns=columns, order=order, name=name)
+        for name, rows in rows_by_set.items()
+    ]
     most = max((len({row.name for row in rows}) for rows in rows_by_set.values()), default=0)
     limit = [f"The {ROWS} highest of {most}."] if most > ROWS else []
     keys = run_keys(series, ls="", marker="o", ms=4 * style.line)

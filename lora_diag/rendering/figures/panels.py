@@ -56,7 +56,7 @@ class Slot(Generic[R]):
 
 
 def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...]]:
-    """Return the slots with layers of each run; if there are too many types, the last slot has the others.
+    """Return, for each run, a slot for each module type that it has; beyond ``MAX_PANELS`` types, the rest share one.
 
     Args:
         runs: The records of each run, one per layer.
@@ -69,28 +69,25 @@ def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...
         groups: dict[str, list[R]] = {name: [] for name in names.values()}
         for record in records:
             groups[names[types.of(record.layer)]].append(record)
-        made = (
-            _make_slot(position, name, group, per) for position, (name, group) in enumerate(groups.items()) if group
-        )
+        made = []
+        for position, (name, group) in enumerate(groups.items()):
+            bars = (tuple(group),) if per == "type" else tuple(by_depth(group).values())
+            half = min(_FILLED, _WIDEST * len(bars)) / 2
+            if group:
+                made.append(Slot(name, position + np.linspace(-half, half, len(bars) + 1), bars))
         slots.append(tuple(made))
     return slots
 
 
-def _make_slot(position: int, name: str, group: Sequence[R], per: str) -> Slot[R]:
-    bars = (tuple(group),) if per == "type" else tuple(by_depth(group).values())
-    half = min(_FILLED, _WIDEST * len(bars)) / 2
-    return Slot(name, position + np.linspace(-half, half, len(bars) + 1), bars)
-
-
 def stack_panels(panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], style: PageStyle) -> list[Panel]:
-    """Return panels, one below the other, with the slots of all runs named below the last."""
+    """Return panels of full width that have the slots of all runs as x axis, named below the last panel."""
     slots = list({slot.name: slot for run_slots in runs for slot in run_slots}.values())
     width = style.width - 6 * style.text / 72
     below = label_height(slots, replace(style, width=width)) / len(panels)
 
     def draw(ax: Axes, style: PageStyle, panel: Panel) -> None:
         panel.draw(ax, style)
-        slot_axis(ax, slots, style, labels=panel is panels[-1])
+        name_slots(ax, slots, style, labels=panel is panels[-1])
 
     return [
         replace(panel, draw=partial(draw, panel=panel), height=panel.height + below, width=width) for panel in panels
@@ -117,8 +114,8 @@ def median_of(value_of: Callable[[R], float | None]) -> Callable[[Sequence[R]], 
     return pool
 
 
-def slot_axis(ax: Axes, slots: Sequence[Slot[R]], style: PageStyle, labels: bool = True) -> None:
-    """Name the slots below the axis, rotated to fit.
+def name_slots(ax: Axes, slots: Sequence[Slot[R]], style: PageStyle, labels: bool = True) -> None:
+    """Set the x axis to the slots, and name them below it, rotated to fit.
 
     Args:
         ax: The panel.
@@ -181,7 +178,7 @@ def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callabl
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def rank_axis(ax: Axes, largest: int, marked: Sequence[int], style: PageStyle) -> None:
+def set_rank_axis(ax: Axes, largest: int, marked: Sequence[int], style: PageStyle) -> None:
     """Set up the x axis for ranks: logarithmic, with common ranks marked, and labels as far as they fit."""
     ax.set_xscale("log")
     ax.set_xlim(0.92, max(largest * 1.08, 2))
@@ -192,7 +189,7 @@ def rank_axis(ax: Axes, largest: int, marked: Sequence[int], style: PageStyle) -
     label_ticks(ax, (1, largest, *(rank for rank in (*marked, *reversed(powers)) if rank <= largest)), style)
 
 
-def measured_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
+def set_measured_rank_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
     """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they fit."""
     measured = sorted(set(ranks)) or [1]
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
@@ -201,7 +198,7 @@ def measured_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, label: Calla
     label_ticks(ax, (first, last, *measured), style, label)
 
 
-def params_axis(ax: Axes, params: Sequence[int], above: float = 1.8) -> None:
+def set_params_axis(ax: Axes, params: Sequence[int], above: float = 1.8) -> None:
     """Set up the x axis for numbers of trained parameters, logarithmic."""
     ax.set_xscale("log")
     ax.set_xlim(min(params) / 1.8, max(params) * above)
@@ -224,24 +221,24 @@ TEXT = 0.13
 GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
 
 
-def levels(ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle, lowest_below: bool = False) -> None:
-    """Draw horizontal lines, each with its name at the right end; names of nearly equal lines share a row.
+def draw_levels(
+    ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle, lowest_below: bool = False
+) -> None:
+    """Draw horizontal lines, each with its name at the right end; lines close to each other share one label.
 
     Args:
         ax: Axes with limits set.
         lines: Name, value and colour of each.
         style: The page.
-        lowest_below: Whether the lowest line has its name below, away from lines above.
+        lowest_below: Whether the label of the lowest group is below its line, if there are several groups.
     """
     low, high = ax.get_ylim()
     groups: list[list[tuple[str, float, str]]] = []
-    for level in sorted(lines, key=lambda item: item[1]):
-        text, value, color = level
+    for text, value, color in sorted(lines, key=lambda line: line[1]):
         ax.axhline(value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}")
-        if groups and value - groups[-1][-1][1] < TEXT * (high - low):
-            groups[-1].append(level)
-        else:
-            groups.append([level])
+        if not groups or value - groups[-1][-1][1] >= TEXT * (high - low):
+            groups.append([])
+        groups[-1].append((text, value, color))
     for position, group in enumerate(groups):
         below = lowest_below and position == 0 and len(groups) > 1
         ax.annotate(
@@ -261,22 +258,22 @@ def levels(ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle, 
         )
 
 
-def loss_axis(ax: Axes) -> None:
+def set_loss_axis(ax: Axes) -> None:
     """Set few, plain ticks on the loss axis."""
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     ax.ticklabel_format(axis="y", useOffset=False, style="plain")
 
 
-def fraction_axis(*axes: Axis) -> None:
+def set_fraction_ticks(*axes: Axis) -> None:
     """Label 0, 0.5 and 1 of an axis of fractions."""
     for axis in axes:
         axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
-def limits(values: Sequence[float], below: float = 0.08, above: float = 0.14) -> tuple[float, float]:
-    """Return the limits of an axis for values, with room for a name above the highest.
+def axis_limits(values: Sequence[float], below: float = 0.08, above: float = 0.14) -> tuple[float, float]:
+    """Return the limits of an axis: the range of values, extended by fractions of itself for labels.
 
-    >>> limits([1.0, 2.0])
+    >>> axis_limits([1.0, 2.0])
     (0.92, 2.14)
     """
     low, high = min(values), max(values)

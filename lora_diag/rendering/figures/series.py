@@ -15,8 +15,8 @@ from lora_diag.records.names import short_names as plain_names
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.rendering.figures.style import name_of
 
-# Roles of the inputs that label a run; the first present role is used. Texts, activations and gradients are only means
-# of measurement.
+# Groups of roles of the inputs that label a run: the first group that is present. Texts, activations and gradients are
+# only means of measurement.
 _MEASURED = (("tuned", "adapter", "reference"), ("weights",), ("base",))
 # Larger numbers of updates are counted instead of named.
 _NAMED = 3
@@ -178,7 +178,7 @@ def series_of(
 
 
 def single_series(results: Results[Any] | Iterable[Any], kind: str) -> Series[Any]:
-    """Return the records of a kind without a label.
+    """Return the records of a kind as a series without a label.
 
     Args:
         results: Results of a run, or its records.

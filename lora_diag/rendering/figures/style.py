@@ -252,7 +252,7 @@ def crop_name(text: str, inches: float, size: float) -> str:
     return _first_fitting([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
 
 
-def cut(text: str, inches: float, size: float) -> str:
+def crop_end(text: str, inches: float, size: float) -> str:
     """Truncate a sentence at its end until it fits."""
     return _first_fitting([text, *(text[:end] + "…" for end in range(len(text) - 2, 3, -1))], inches, size)
 
@@ -282,7 +282,7 @@ def crop_names(names: Sequence[str], inches: float, size: float) -> dict[str, st
     ways: list[Callable[[str], str]] = [
         lambda name: crop_name(_drop_to_dot(name, dots[name]), inches, size),
         lambda name: crop_name(name, inches, size),
-        lambda name: cut(name, inches, size),
+        lambda name: crop_end(name, inches, size),
     ]
     cropped_names = [{name: way(name) for name in names} for way in ways]
     return next((short for short in cropped_names if _is_unambiguous(short)), cropped_names[1])

@@ -111,8 +111,7 @@ def record_kinds() -> dict[str, type[Record]]:
 def figures() -> Iterator[tuple[Feature, Figure]]:
     """Yield every figure with its feature; figures that draw any record come last."""
     declared = [(feature, figure) for feature in features() for figure in feature.figures]
-    yield from (item for item in declared if item[1].kind)
-    yield from (item for item in declared if not item[1].kind)
+    yield from sorted(declared, key=lambda pair: not pair[1].kind)
 
 
 @cache
@@ -207,7 +206,7 @@ def table(
 
 
 def draw_table(function: Callable[..., str], result: Any, width: int, color: bool, values: Mapping[str, Any]) -> str:
-    """Return the table of a result, with those of the values that further parameters of the function name."""
+    """Return the table that a function makes of a result; of the values it gets those that its parameters name."""
     names = list(signature(function).parameters)[3:]
     return function(result, width, color, **{name: values[name] for name in names if name in values})
 

@@ -57,7 +57,7 @@ class Side:
     @property
     def is_quantized(self) -> bool:
         """Whether values are dequantized when read."""
-        return self.checkpoint[self.name].stored is not None
+        return self.info.stored is not None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop``, relative to ``offset``; 1-D, stored dtype."""
@@ -196,7 +196,7 @@ Delta = StoredDelta | FactoredDelta | DenseDelta
 
 
 def drop_base(delta: Delta) -> Delta:
-    """Return an update that is known without its base weight, which would be read for its norm alone, without it."""
+    """Return an adapter's update without its base weight, which would be read for its norm alone; any other as is."""
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
@@ -212,7 +212,7 @@ def footprint(delta: Delta) -> int:
 
 
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its stored dtype, without the first ``skip``."""
+    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its stored dtype; not the first ``skip`` blocks."""
     rows = list(row_spans(shape))[skip:]
     spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows)
     for (first, last), block in zip(rows, side.checkpoint.read_each(side.name, spans), strict=True):
@@ -327,7 +327,8 @@ def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     """
     if name in checkpoint:
         return name
-    if not HEAD.search(name) or not _is_tied(checkpoint.config):
+    # transformers omits the key if the embeddings are tied
+    if not HEAD.search(name) or not checkpoint.config or _read_tie(checkpoint.config) not in {True, None}:
         return None
     tables = [table for table in checkpoint if RESIZABLE.search(table)]
     return tables[0] if len(tables) == 1 else None
@@ -346,11 +347,6 @@ def is_head(name: str) -> bool:
 def is_table(name: str) -> bool:
     """Return whether a weight is an embedding, ``(vocab, dim)``, by its name."""
     return part_of(name) == "vocabulary" and not is_head(name)
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether ``config.json`` ties the embeddings; transformers omits the key if they are tied."""
-    return bool(config) and _read_tie(config) in {True, None}
 
 
 def _read_tie(config: Mapping[str, Any]) -> Any:
@@ -456,6 +452,11 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
 
 
 def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
+    """Return the compiled pattern of an option; None without one.
+
+    Raises:
+        UsageError: It is no regular expression.
+    """
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
@@ -469,7 +470,7 @@ def _explain_nothing_paired(base: Checkpoint, tuned: Checkpoint, unpaired: tuple
             f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared (BASE has names like "
             f"{min(base)}, TUNED like {min(tuned)}); give two checkpoints of one model"
         )
-    reasons = sorted({item.reason for item in unpaired if item.layer in common})
+    reasons = sorted({tensor.reason for tensor in unpaired if tensor.layer in common})
     if reasons == ["not_selected"]:
         return f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; correct the expression"
     fix = "give two checkpoints of one model" if "shape_differs" in reasons else "nothing was compared"

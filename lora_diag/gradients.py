@@ -113,7 +113,11 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
 
 
 def _find_sources(path: Path) -> list[Path]:
-    """Return the sources in a path, one per step."""
+    """Return the checkpoints of gradients in a path, one per step.
+
+    Raises:
+        InputError: The folder cannot be read, or holds no gradients.
+    """
     if not path.is_dir() or any((path / name).is_file() for name in WEIGHTS):
         return [path]
     try:
@@ -210,17 +214,16 @@ def _locate_matrices(
         else:
             shapes[name] = info.shape
     if base is None:
-        return [item for name in shapes for item in _locate_whole(gradients, name)], unpaired
+        whole = [
+            (layer, shape, Side(gradients, name, index * shape[0] * shape[1]))
+            for name in shapes
+            for index, (layer, shape) in enumerate(matrices(name, shapes[name]))
+        ]
+        return whole, unpaired
     locations, missing = match_names(shapes, base)
     for name, why in missing.items():
         unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
     return [_locate_rows(gradients, name, location) for name in locations for location in locations[name]], unpaired
-
-
-def _locate_whole(gradients: Checkpoint, name: str) -> list[tuple[str, tuple[int, int], Side]]:
-    """Return layer, shape and location of each matrix of a gradient, under its own name."""
-    parts = matrices(name, gradients[name].shape)
-    return [(layer, shape, Side(gradients, name, i * shape[0] * shape[1])) for i, (layer, shape) in enumerate(parts)]
 
 
 def _locate_rows(gradients: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:

@@ -92,6 +92,13 @@ class Change:
     ) -> Factors:
         """Compute singular values, in factored form if there are factors.
 
+        Args:
+            method: As in ``--method``; not used for factors.
+            top: Number of largest singular values; None for all.
+            vectors: Whether to compute singular vectors, too.
+            tol: Maximum error of an energy fraction; not used for factors.
+            seed: Seed of random starting vectors.
+
         Raises:
             MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and W_base.
         """
@@ -137,25 +144,19 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         if measured.non_finite is None and not (measured.rounding and math.isfinite(measured.rounding.bound)):
             measured.non_finite = SPACING_OVERFLOW
         matrix, measured.matrix = measured.matrix, None
-        streamed = (
-            None
-            if fits or measured.non_finite
-            else Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
-        )
+        streamed = None
+        if not fits and not measured.non_finite:
+            streamed = Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
         limit = allowance.limit if allowance else None
         return Change(measured.fro, measured.base_fro, measured, matrix, None, measured.non_finite, streamed, limit)
-    if (
-        allowance is not None
-        and isinstance(delta, DenseDelta)
-        and not allowance.holds(delta.shape, COMPUTED_ENTRY_BYTES)
-    ):
+    if isinstance(delta, DenseDelta) and allowance and not allowance.holds(delta.shape, COMPUTED_ENTRY_BYTES):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
         raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")
     base_fro = None
     if delta.base is not None:
         base_fro = norm(row_blocks(delta.base, delta.shape))  # read on the CPU in the time of a copy to the device
         if not math.isfinite(base_fro):
-            return Change(None, None, non_finite=_find_in_base(delta.base, delta.shape))
+            return Change(None, None, non_finite=_explain_non_finite_base(delta.base, delta.shape))
     if isinstance(delta, FactoredDelta):
         b, a = (move(factor, device) for factor in delta.load())
         problem = first_non_finite("lora_B holds", b) or first_non_finite("lora_A holds", a)
@@ -174,23 +175,17 @@ def load_addend(delta: Delta) -> Addend:
     if isinstance(delta, DenseDelta):
         matrix = delta.load()
         return Whole(delta.shape, lambda first, last: matrix[first:last])
-    return Whole(delta.shape, _Rows(delta), exact=True)
+    return Whole(delta.shape, partial(_subtract_rows, delta), exact=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of the difference between a full value in the adapter and BASE, read on demand."""
-
-    delta: StoredDelta
-
-    def __call__(self, first: int, last: int) -> Tensor:
-        columns = self.delta.shape[1]
-        span = first * columns, last * columns
-        return (self.delta.tuned.read(*span).double() - self.delta.base.read(*span).double()).view(-1, columns)
+def _subtract_rows(delta: StoredDelta, first: int, last: int) -> Tensor:
+    """Return the rows ``first:last`` of ΔW, ``(rows, in)`` float64, read on demand."""
+    span = first * delta.shape[1], last * delta.shape[1]
+    return (delta.tuned.read(*span).double() - delta.base.read(*span).double()).view(-1, delta.shape[1])
 
 
 def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
-    """Estimate the memory of measuring a layer in bytes; within an allowance an upper bound."""
+    """Estimate the memory of measuring a layer in bytes; with an allowance, return an upper bound of at most it."""
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
     entry = COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
@@ -198,7 +193,7 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
 
 
 def _subtract_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the rows of ΔW, subtracted again."""
+    """Yield the row blocks of ΔW, ``(rows, in)`` in a dtype, read and subtracted again."""
     for base, tuned in delta.blocks():
         yield tuned.to(dtype) - base.to(dtype)
 
@@ -236,26 +231,26 @@ def why_not_comparable(fro: float) -> str | None:
 
 
 def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
-    """Return the records of a layer, measured on a device; their method says so if the CPU had to take its place.
+    """Return what is measured on a device; the method of a record names the CPU if the device was out of memory.
 
     Args:
-        measure: Returns a record, or a tuple of records.
+        measure: Measures a layer; returns a record, or a tuple of records.
         device: As in ``--device``.
 
     Raises:
         MemoryLimitError: This machine is out of memory.
     """
     records, note = compute_on_device(measure, resolve_device(device))
-    result: Any = tuple(append_note(each, note) for each in records) if isinstance(records, tuple) else None
+    result: Any = tuple(append_note(record, note) for record in records) if isinstance(records, tuple) else None
     return append_note(records, note) if result is None else result
 
 
-def append_note(record: T, text: str) -> T:
-    """Return a record with a note of ``compute_on_device`` appended to its method; without a method as it is."""
+def append_note(record: T, note: str) -> T:
+    """Return a record with a note of ``compute_on_device`` appended to its method; one without a method as it is."""
     result: Any = record
-    if not text or not hasattr(record, "method"):
-        return record
-    return result.model_copy(update={"method": result.method + text})  # type: ignore[no-any-return]
+    if note and hasattr(result, "method"):
+        result = result.model_copy(update={"method": result.method + note})
+    return result  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -270,7 +265,7 @@ def _report_failed_allocations() -> Iterator[None]:
         raise
 
 
-def _find_in_base(side: Side, shape: tuple[int, int]) -> str:
+def _explain_non_finite_base(side: Side, shape: tuple[int, int]) -> str:
     """Return why W_base has no finite norm: the first entry that is not finite, or an overflow."""
     for (first, _), block in zip(row_spans(shape), row_blocks(side, shape), strict=True):
         if problem := first_non_finite("BASE holds", block, first):

@@ -50,7 +50,12 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """The weighting of a layer: C, and G if both sides are weighted."""
+    """The weighting of a layer: C, and G if both sides are weighted.
+
+    Args:
+        inputs: C.
+        gradients: G; None to weigh the input side alone.
+    """
 
     inputs: Moments
     gradients: Moments | None = None
@@ -86,7 +91,7 @@ class Root:
 
     @property
     def inverse(self) -> Tensor:
-        """The transposed pseudo-inverse of L: eigenvalues of C below ``SMALLEST`` of the largest count as zero."""
+        """The transposed pseudo-inverse of L; eigenvalues of C up to ``SMALLEST`` of the largest count as zero."""
         eigenvalues = (self.matrix**2).sum(0)
         kept = eigenvalues > SMALLEST * self.spectral**2
         return torch.where(kept, self.matrix / torch.where(kept, eigenvalues, 1.0), 0.0)
@@ -130,16 +135,17 @@ class Metric:
     on_rows: bool = False
 
     def distances(self, other: Change | None, rank: int | None) -> tuple[Distances, float]:
-        """Return the distances of X, given in the plain metric, from D, and ‖X‖; None means X = 0.
+        """Return the distances of X from D, and ‖X‖, in this metric; without distances if ‖X‖ is not comparable.
 
-        Returns no distances if ‖X‖ is not comparable.
+        Args:
+            other: X in the plain metric; None for X = 0.
+            rank: Rank of X, for the lower bound; None without one.
         """
         fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
         if other is not None:
             if self.root is not None:
                 other = times(other, self.root, self.on_rows)
-            pairs = zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True)
-            gap, norm, inner = products(pairs)
+            gap, norm, inner = products(zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True))
         if why_not_comparable(norm):
             return Distances(), norm
         return distances(fro, norm, gap, inner, self._lower_bound(rank)), norm
@@ -169,33 +175,26 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         InputError: A second moment is invalid.
     """
     roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
-    plain, base_fro = fro_of(change), None
-    fro_by_root = [fro_of(times(change, weighting_root.matrix, weighting_root.on_rows)) for weighting_root in roots]
-    weighted = change
-    for weighting_root in roots:
-        weighted = times(weighted, weighting_root.matrix, weighting_root.on_rows)
+
+    def multiply_by_all(update: Change) -> Change:
+        for factor in roots:
+            update = times(update, factor.matrix, factor.on_rows)
+        return update
+
+    weighted = replace(multiply_by_all(change), base_fro=None)
     if delta.base is not None:
-        base = Change(
-            None, None, matrix=move(torch.cat(list(row_blocks(delta.base, delta.shape))), device).to(torch.float64)
-        )
-        for weighting_root in roots:
-            base = times(base, weighting_root.matrix, weighting_root.on_rows)
-        base_fro = base.fro
-    weighted = replace(weighted, base_fro=base_fro)
-    fro = fro_of(weighted)
-    rounding = (
-        2
-        * max(delta.shape)
-        * torch.finfo(torch.float64).eps
-        * plain
-        * math.prod(weighting_root.fro for weighting_root in roots)
-    )
-    moved = roots[0].error * plain**2
+        base = move(torch.cat(list(row_blocks(delta.base, delta.shape))), device).to(torch.float64)
+        weighted = replace(weighted, base_fro=multiply_by_all(Change(None, None, matrix=base)).fro)
+    plain_fro, fro = fro_of(change), fro_of(weighted)
+    moved = roots[0].error * plain_fro**2
     if len(roots) > 1:
-        c, g = (weighting_root.error for weighting_root in roots)
-        moved = c * fro_by_root[1] ** 2 + g * fro_by_root[0] ** 2 + c * g * plain**2
+        c, g = (factor.error for factor in roots)
+        fro_inputs, fro_gradients = (fro_of(times(change, factor.matrix, factor.on_rows)) for factor in roots)
+        moved = c * fro_gradients**2 + g * fro_inputs**2 + c * g * plain_fro**2
+    roots_fro = math.prod(factor.fro for factor in roots)
+    rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain_fro * roots_fro
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
-    return Weighted(weighted, min(1.0, error), plain, _measure_gains(change, delta.shape, roots), tuple(roots))
+    return Weighted(weighted, min(1.0, error), plain_fro, _measure_gains(change, delta.shape, roots), tuple(roots))
 
 
 def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
@@ -208,14 +207,14 @@ def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) ->
             total = float(rounding.noise.rows.sum())
             sums = rounding.noise.rows if on_rows else rounding.noise.columns
             variance = sums * (rounding.noise.unit / math.sqrt(total)) if total else torch.zeros_like(variance)
-        root_here = next((candidate for candidate in roots if candidate.on_rows == on_rows), None)
-        if root_here is None:
+        factor = next((candidate for candidate in roots if candidate.on_rows == on_rows), None)
+        if factor is None:
             gains.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
             continue
-        scaled = variance.sqrt()[:, None].to(root_here.matrix.device) * root_here.matrix
+        scaled = variance.sqrt()[:, None].to(factor.matrix.device) * factor.matrix
         gains.append((norm([scaled]), float(torch.linalg.matrix_norm(scaled, 2))))
-        base *= root_here.fro / math.sqrt(size)
-        bound *= root_here.spectral
+        base *= factor.fro / math.sqrt(size)
+        bound *= factor.spectral
     return Gains(gains[0], gains[1], base, bound)
 
 
@@ -228,10 +227,10 @@ def fro_of(change: Change) -> float:
 
 
 def times(change: Change, root_matrix: Tensor, on_rows: bool) -> Change:
-    """Return ΔW·L, or Lᵀ·ΔW if the layer is stored as ``(in, out)``; in factored form if there are factors.
+    """Return ΔW·L, or Lᵀ·ΔW if L belongs to the rows of the stored weight; in factored form if there are factors.
 
     Raises:
-        MemoryLimitError: ΔW is read in row blocks.
+        MemoryLimitError: ΔW does not fit into memory as a whole.
     """
     if change.streamed is not None:
         shape = "x".join(map(str, change.streamed.shape))

@@ -34,7 +34,12 @@ class Gains:
 
 
 def noise_of(profile: Profile, terms: int) -> Noise:
-    """Return a profile of variances as the noise that metrics are computed from, given its errors per entry."""
+    """Return the noise of a profile of variances, in NumPy.
+
+    Args:
+        profile: The variances of the rounding errors by row and column.
+        terms: Number of rounding errors in each entry.
+    """
     return Noise(
         rows=profile.rows.numpy(),
         columns=profile.columns.numpy(),
@@ -46,12 +51,12 @@ def noise_of(profile: Profile, terms: int) -> Noise:
 
 
 def resolution(difference: Difference | None, factors: Factors, gains: Gains | None = None) -> Resolution:
-    """Compare an update with the rounding of the files. An adapter's factors define the update and were not rounded.
+    """Return the resolution of an update under the rounding of its files; an adapter's factors have no rounding.
 
     Args:
         difference: Result of one pass over the two stored sides; None for an update without two sides.
         factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
-        gains: Effect of the data metric on the errors.
+        gains: Effect of the data metric on the errors; None in the plain metric.
     """
     from lora_diag.linalg import rounding_threshold
 
@@ -91,12 +96,12 @@ def make_resolution(
     """Return the resolution under given noise; by default under none: the factors of an adapter are the update.
 
     Args:
-        s: Its largest singular values.
+        s: The largest singular values of the update.
         fro: ‖ΔW‖_F.
         complete: Whether ``s`` are all that can be nonzero.
-        rounding_fro: Bound on ‖E‖_F of the rounding error.
+        rounding_fro: Bound on ‖E‖_F of the rounding error E.
         noise_fro: Expected ‖E‖_F.
-        edge: Upper edge of its singular values.
+        edge: Upper edge of the singular values of E.
     """
     signal = signal_rank(s, edge, complete)
     return Resolution(

@@ -71,7 +71,10 @@ def left_out_vector(delta: Delta, device: str) -> LeftOut:
 
 
 def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
-    """Return the record of a tensor that could not be compared; of rows that only one side has, with a finite norm."""
+    """Return the record of a tensor that could not be compared; of rows that only one side has, with their norm.
+
+    If the rows are not finite, the record says so instead.
+    """
     reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:
         from lora_diag.linalg import first_non_finite, norm, resolve_device
@@ -93,12 +96,9 @@ def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
 
 
 def not_finite(delta: Delta, change: Change) -> LeftOut:
-    """Return the record of a layer that cannot be measured because an entry is NaN or infinite."""
-    shape = delta.shape if delta.is_matrix else delta.shape[1:]
+    """Return the record of a layer that is not finite, for the reason in ``change.non_finite``."""
+    shape: tuple[int, ...] = delta.shape
     detail = change.non_finite or ""
-    return LeftOut(
-        layer=delta.layer,
-        shape=shape,
-        reason="non_finite",
-        detail=detail if delta.is_matrix else detail.replace("[0, ", "["),  # a vector was read as one row
-    )
+    if not delta.is_matrix:  # a vector was read as one row
+        shape, detail = shape[1:], detail.replace("[0, ", "[")
+    return LeftOut(layer=delta.layer, shape=shape, reason="non_finite", detail=detail)

@@ -1,7 +1,6 @@
 """Amounts in options: ``10M`` parameters, ``2GB`` of memory, ``2h`` of time, ``0.9`` of the energy, learning rates.
 
-Texts are parsed. Of a grid of learning rates the best is chosen, and the grid is extended at its edge, for all probes
-that train.
+For probes that train: the best rate of a grid of learning rates, and the next rate beyond the grid's edge.
 """
 
 from __future__ import annotations
@@ -15,12 +14,8 @@ from typing import TypeVar
 from lora_diag.errors import UsageError
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)\s*(d|h|min|m|s))", re.IGNORECASE)
 _AMOUNT = re.compile(r"(\d+(?:_\d{3})*(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
@@ -35,7 +30,7 @@ def read_count(text: str, option: str) -> int:
     Raises:
         UsageError: The value is invalid or not positive.
     """
-    return _read(text, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
+    return _read_amount(text, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
 
 
 def read_bytes(text: str, option: str) -> int:
@@ -47,11 +42,11 @@ def read_bytes(text: str, option: str) -> int:
     Raises:
         UsageError: The value is invalid or not positive.
     """
-    return _read(text, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
+    return _read_amount(text, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
 
 
 def read_time(text: str) -> float:
-    """Return a time limit in seconds.
+    """Parse a time limit; return it in seconds.
 
     >>> read_time("2h"), read_time("1h30min"), read_time("90 s"), read_time("0.5d")
     (7200.0, 5400.0, 90.0, 43200.0)
@@ -68,10 +63,20 @@ def read_time(text: str) -> float:
     return seconds
 
 
-def _read(text: str, option: str, units: dict[str, int], expected: str) -> int:
+def _read_amount(text: str, option: str, units: dict[str, int], expected: str) -> int:
+    """Parse a number with a unit.
+
+    Args:
+        text: The value of the option.
+        option: Its name, for the error.
+        units: Factor of each unit, in capitals.
+        expected: What to give, for the error.
+
+    Raises:
+        UsageError: It is no such number, has another unit, or is below 1.
+    """
     match = _AMOUNT.fullmatch(text.strip())
-    factor = units.get(match[2].upper()) if match else None
-    amount = int(Decimal(match[1].replace("_", "")) * factor) if match and factor else 0
+    amount = int(Decimal(match[1].replace("_", "")) * units.get(match[2].upper(), 0)) if match else 0
     if amount < 1:
         raise UsageError(f"{option} {text}: give {expected}")
     return amount
@@ -95,7 +100,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 # Upper limit of learning rates.
 MAX_RATE = 10.0
-# Largest step beyond an edge: from 1e-3 and 1e-2 the next rate is 3.3e-2, a common grid step.
+# Largest factor between the edge and the next rate: from 1e-3 and 1e-2 that is 3.3e-2, a common grid step.
 STEP = 10 / 3
 
 
@@ -139,6 +144,5 @@ def next_rate(tried: Collection[float], best: float) -> float | None:
         return None
     neighbour = sorted(tried)[1 if direction < 0 else -2]
     further = float(f"{best * min(max(best, neighbour) / min(best, neighbour), STEP) ** direction:.2g}")
-    return (
-        further if 0 < further < MAX_RATE and (further - best) * direction > 0 else None
-    )  # rounded to two digits, a rate may no longer exceed the edge
+    # Rounded to two digits, a rate may no longer be beyond the edge.
+    return further if 0 < further < MAX_RATE and (further - best) * direction > 0 else None

@@ -28,14 +28,11 @@ SAMPLE_BYTES = 4096
 # Sampled pages of a remote file without a version from its server; each is a request.
 REMOTE_SAMPLES = 16
 
-# Fingerprints of earlier versions had 16 digits, from other pages.
+# Hex digits of a fingerprint.
 DIGITS = 32
 
 # Files with parts of tensors, in a folder that is read as one file.
 PARTS = ("*.safetensors", ".metadata", "*.distcp", "model_world_size_*.pt", "*_states.pt")
-
-# Bytes per read when hashing a whole file.
-HASHED_BYTES = 2**20
 
 
 def legible(text: Path | str) -> str:
@@ -139,11 +136,9 @@ def _hash_file_once(file: Path) -> str:
 
 @cache
 def _hash_file(file: Path, *_: object) -> str:
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file; the other arguments are the key of the cache: size and version of the file."""
     with file.open("rb") as stream:
-        while piece := stream.read(HASHED_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest_file(file: Path, whole: bool) -> bytes:
@@ -152,9 +147,9 @@ def _digest_file(file: Path, whole: bool) -> bytes:
     For a remote file with an ETag, the ETag replaces the pages, each of which would be a request.
     """
     if isinstance(file, RemotePath):
-        size = file.file_info().size
-        if file.file_info().version:
-            return f"{size};{file.file_info().version}".encode()
+        size, version = file.file_info().size, file.file_info().version
+        if version:
+            return f"{size};{version}".encode()
         return _digest_sample(file, size, max(1, size // (REMOTE_SAMPLES - 1)))
     status = file.stat()
     if whole or status.st_size <= WHOLE_BYTES:
@@ -164,7 +159,7 @@ def _digest_file(file: Path, whole: bool) -> bytes:
 
 @cache
 def _digest_sample(file: Path, size: int, stride: int, *_: object) -> bytes:
-    """Return the hash of a file's size and one page per stride, including the last page."""
+    """Return the hash of a file's size, one page per stride and its last page; the rest is the key of the cache."""
     digest = hashlib.sha256(f"{size};".encode())
     last = max(0, size - SAMPLE_BYTES)
     with file.open("rb") as stream:

@@ -12,6 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,7 +188,7 @@ def compare(
         described = describe("tuned", update, notes, verify)
     if role is not None:
         described = described.model_copy(update={"role": role})
-    unpaired = tuple(replace(item, detail=legible(item.detail)) for item in pairing.unpaired)
+    unpaired = tuple(replace(tensor, detail=legible(tensor.detail)) for tensor in pairing.unpaired)
     inputs = (described,) if before is None else (describe("base", before, verify=verify), described)
     return Comparison(before, update, inputs, replace(pairing, unpaired=unpaired))
 
@@ -224,7 +226,7 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
     for delta in deltas:
         earlier = first_by_name.setdefault(delta.layer, delta)
         if earlier is not delta:
-            names = " and ".join(item.base.name if item.base else item.layer for item in (earlier, delta))
+            names = " and ".join(each.base.name if each.base else each.layer for each in (earlier, delta))
             raise InputError(f"{delta.layer}: two weights have this name, from {names}; exclude one with --exclude")
 
 
@@ -239,8 +241,8 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     locations = _match_other_names(base, tuned)
     if not locations or not (pairing.deltas or _is_one_model(base, tuned, locations)):
         return pairing, ()
-    only_in_base = {item.layer for item in pairing.unpaired if item.reason == "only_in_base"}
-    only_in_tuned = {item.layer for item in pairing.unpaired if item.reason == "only_in_tuned"}
+    only_in_base = {tensor.layer for tensor in pairing.unpaired if tensor.reason == "only_in_base"}
+    only_in_tuned = {tensor.layer for tensor in pairing.unpaired if tensor.reason == "only_in_tuned"}
     renamed = {
         name: [_make_delta(base, location, tuned, name) for location in locations[name]]
         for name in locations
@@ -248,11 +250,9 @@ def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tupl
     }
     if not renamed:
         return pairing, ()
-    used = {*renamed, *(delta.base.name for deltas in renamed.values() for delta in deltas)}
-    deltas = sorted(
-        (*pairing.deltas, *(d for new in renamed.values() for d in new)), key=lambda d: natural_order(d.layer)
-    )
-    unpaired = tuple(item for item in pairing.unpaired if item.layer not in used)
+    used = {*renamed, *(delta.base.name for delta in chain(*renamed.values()))}
+    deltas = sorted((*pairing.deltas, *chain(*renamed.values())), key=lambda delta: natural_order(delta.layer))
+    unpaired = tuple(tensor for tensor in pairing.unpaired if tensor.layer not in used)
     name, layer = min((name, deltas[0].layer) for name, deltas in renamed.items())
     note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {layer}"
     return Pairing(tuple(deltas), unpaired), (note,)
@@ -266,15 +266,22 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
     """
     matched, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
     counts = Counter((drop_all_wrappers(name), base[name].shape) for name in base)
+
+    def is_usable(name: str, location: Location) -> bool:
+        """Return whether a location is a weight, or a matrix of a stack, that corresponds to a tensor of TUNED."""
+        weight = base[location.name]
+        return (
+            location.name not in tuned
+            and location.into is None
+            and (len(weight.shape) > 2 or location.shape == weight.shape)
+            and weight.dtype in FLOAT_DTYPES
+            and is_same_part(name, location.name, counts[drop_all_wrappers(location.name), weight.shape] == 1)
+        )
+
     usable = {
         name: locations
         for name, locations in matched.items()
-        if all(location.name not in tuned and location.into is None for location in locations)
-        and all(location.shape == _matrix_shape(base, location) for location in locations)
-        and {tuned[name].dtype, *(base[location.name].dtype for location in locations)} <= FLOAT_DTYPES
-        and all(
-            is_same_part(name, p.name, counts[drop_all_wrappers(p.name), base[p.name].shape] == 1) for p in locations
-        )
+        if tuned[name].dtype in FLOAT_DTYPES and all(map(partial(is_usable, name), locations))
     }
     claimed = Counter(location.layer for locations in usable.values() for location in locations)
     return {
@@ -290,12 +297,6 @@ def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Seq
     common = {name for name in base if name in tuned}
     names = common | {location.name for locations in renamed.values() for location in locations}
     return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(names) >= len(base))
-
-
-def _matrix_shape(base: Checkpoint, location: Location) -> tuple[int, ...]:
-    """Return the shape of a location that covers a whole weight, or one matrix of a stack; only these are paired."""
-    shape = base[location.name].shape
-    return shape if len(shape) < 3 else location.shape
 
 
 def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: str) -> StoredDelta:
@@ -350,23 +351,20 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
     suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
     digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
+    notes = [note for step in steps for note in step.checkpoint.notes]
+    notes += [
+        f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint"
+        for step in steps
+        if step.checkpoint.config
+    ]
     return RunInput(
         role="gradients",
         path=f"{legible(paths[0])}{suffix}",
         kind=f"{span}, each a {legible(steps[0].checkpoint.kind)}",
         tensors=sum(len(step.checkpoint) for step in steps),
-        notes=tuple(dict.fromkeys(legible(note) for step in steps for note in _make_notes(step))),
+        notes=tuple(dict.fromkeys(map(legible, notes))),
         fingerprint=digest.hexdigest()[:DIGITS],
         sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
-    )
-
-
-def _make_notes(step: Step) -> tuple[str, ...]:
-    if not step.checkpoint.config:
-        return step.checkpoint.notes
-    return (
-        *step.checkpoint.notes,
-        f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint",
     )
 
 
@@ -432,23 +430,20 @@ def second_moments(
     gradient_sizes = {
         name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)
     }
-    matched, _ = match_names({name: (None, size) for name, size in sizes.items()}, base, transposed=True, parts=True)
-    shapes: dict[str, Shape] = {
-        location.name: (None, sizes[name]) for name, locations in matched.items() for location in locations
-    }
-    orientation = Orientation(base, shapes, flag=False)
+    shapes: dict[str, Shape] = {name: (None, size) for name, size in sizes.items()}
+    matched, _ = match_names(shapes, base, transposed=True, parts=True)
+    located = [(name, location) for name, locations in matched.items() for location in locations]
+    orientation = Orientation(base, {location.name: shapes[name] for name, location in located}, flag=False)
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
     of: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}
-    for name, locations in matched.items():
-        for location in locations:
-            on_rows = orientation.in_out(location.name, (None, sizes[name]), base[location.name].shape)
-            if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:
-                of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
-                if gradient_sizes.get(name) == location.shape[1 if on_rows else 0]:
-                    gradients[location.layer] = Moments(
-                        Side(stored, GRADIENTS + name), gradient_sizes[name], not on_rows
-                    )
+    for name, location in located:
+        on_rows = orientation.in_out(location.name, shapes[name], base[location.name].shape)
+        if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:
+            of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
+            size = gradient_sizes.get(name)
+            if size == location.shape[1 if on_rows else 0]:
+                gradients[location.layer] = Moments(Side(stored, GRADIENTS + name), size, not on_rows)
     if not of:
         raise InputError(
             f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.options import LayerOptions, fill_options, settings, stated_alpha
+from lora_diag.running.options import LayerOptions, fill_options, list_own_settings, stated_alpha
 from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
@@ -34,11 +35,11 @@ ALL_CORES_FROM = 3072**2
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """The device of a computation.
+    """The devices of a run.
 
     Args:
         tasks: Device of the layers, as in ``--device``.
-        kind: Its name in the results file, such as ``cuda``.
+        kind: Name of that device in the results file, such as ``cuda``.
         here: Device of the measurements in this process: norms, biases, added rows.
     """
 
@@ -51,7 +52,8 @@ def plan_device(engine: Ray | None, device: str) -> DevicePlan:
     """Return the devices; on a cluster they follow from the GPUs of its tasks.
 
     Raises:
-        UsageError: The device does not exist, or the cluster's tasks have no GPU.
+        UsageError: The device does not exist, or is not that of the cluster's tasks; or the cluster's options are
+            invalid.
     """
     if engine is None:
         from lora_diag.linalg import resolve_device  # deferred: imports torch
@@ -157,7 +159,7 @@ class LayerRun:
     def __init__(self, command: str, options: Mapping[str, object], group: type = LayerOptions) -> None:
         self.command = command
         self.options: dict[str, Any] = fill_options(group, options)
-        self.own = settings(group, self.options)
+        self.own = list_own_settings(group, self.options)
         self.torch = True
         self.apart = False
         self.usual_workers: int | None = None
@@ -170,10 +172,10 @@ class LayerRun:
 
     @cached_property
     def where(self) -> DevicePlan:
-        """Device of the computation."""
-        return (
-            plan_device(self.options["engine"], self._device) if self.torch else DevicePlan(self._device, "cpu", "cpu")
-        )
+        """The devices of the run."""
+        if not self.torch:
+            return DevicePlan(self._device, "cpu", "cpu")
+        return plan_device(self.options["engine"], self._device)
 
     def compare(
         self, base: Path | str | Checkpoint, tuned: Path | str | None, role: str | None = None, **options: Any
@@ -262,21 +264,13 @@ class LayerRun:
         """
         options = self.options
         values = {**options, "device": self.where.kind, **own}
-        run = Run(
-            command=self.command,
-            version=__version__,
-            inputs=inputs,
-            settings={
-                **{name: value for name, value in own.items() if name not in recorded},
-                **{name: values[name] for name in recorded},
-                **stated_alpha(options),
-            },
-        )
+        recorded_settings = {name: value for name, value in own.items() if name not in recorded}
+        recorded_settings |= {name: values[name] for name in recorded} | stated_alpha(options)
+        run = Run(command=self.command, version=__version__, inputs=inputs, settings=recorded_settings)
         layout = self.layout(tasks)
         settings = replace(settings, memory=layout.limit)
-        watch = ProgressReporter(options["on_progress"], options["on_record"])
         with ResultsWriter[L](options["output"], run, options["resume"], options["overwrite"]) as writer:
-            records = RunRecords(writer, watch)
+            records = RunRecords(writer, ProgressReporter(options["on_progress"], options["on_record"]))
             results = records.finished
             if results is None:
                 earlier: dict[str, list[L]] = {}
@@ -285,8 +279,8 @@ class LayerRun:
                 todo = [task for task in tasks if task.layer not in earlier]
                 bound = partial(measure, settings=settings), partial(size, settings=settings)
                 left_out = self._measure_tasks(todo, *bound, layout, records)
-                listing = partial(leave_out, unmeasured) if isinstance(unmeasured, Pairing) else unmeasured
-                left_out += listing(layout, self.where.here)
+                list_unmeasured = partial(leave_out, unmeasured) if isinstance(unmeasured, Pairing) else unmeasured
+                left_out += list_unmeasured(layout, self.where.here)
                 for task in tasks:
                     if task.layer in earlier and (part := rest(task, earlier[task.layer])) is not None:
                         again = measure(part, settings=replace(settings, device=self.where.here))
@@ -307,10 +301,16 @@ class LayerRun:
         """Measure layers on this machine or a cluster, write their records, and return those of skipped layers."""
         engine = self.options["engine"]
         run = run_local if engine is None else partial(run_ray, engine=engine)
+        names = [*(task.layer for task in tasks), ""]
+        entries_done = list(accumulate((math.prod(task.shape) for task in tasks), initial=0))
+
+        def report_progress(done: int) -> None:
+            records.watch.progress(Progress(names[done], done, len(tasks), entries_done[done], entries_done[-1]))
+
+        report_progress(0)
         left_out = list[LeftOut]()
-        for measured in _report_progress(
-            run(partial(_measure_or_skip, measure), tasks, layout, size), tasks, records.watch
-        ):
+        for done, measured in enumerate(run(partial(_measure_or_skip, measure), tasks, layout, size), 1):
+            report_progress(done)
             left_out += [record for record in measured if isinstance(record, LeftOut)]
             records.put(*(record for record in measured if not isinstance(record, LeftOut)))
         return left_out
@@ -331,22 +331,8 @@ def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> 
     try:
         return measure(task)
     except MemoryLimitError as error:
-        detail = {"detail": str(error), "fro": error.fro, "base_fro": error.base_fro}
-        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", **detail),)
-
-
-def _report_progress(
-    measured: Iterator[Sequence[L | LeftOut]], todo: Sequence[T], watch: ProgressReporter
-) -> Iterator[Sequence[L | LeftOut]]:
-    """Yield the records of each task, and report the progress before the first and after each."""
-    sizes = [math.prod(task.shape) for task in todo]
-    names = [task.layer for task in todo] + [""]
-    entries_done, entries = 0, sum(sizes)
-    watch.progress(Progress(names[0], 0, len(todo), 0, entries))
-    for done, records in enumerate(measured, 1):
-        entries_done += sizes[done - 1]
-        watch.progress(Progress(names[done], done, len(todo), entries_done, entries))
-        yield records
+        norms = {"fro": error.fro, "base_fro": error.base_fro}
+        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", detail=str(error), **norms),)
 
 
 def leave_out(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:

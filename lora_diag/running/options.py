@@ -68,7 +68,7 @@ class Option:
     cli: bool = True
 
     def words(self) -> str:
-        """Return the help text, with the choices if there are any."""
+        """Return the help text, with the placeholder of the value if that lists choices."""
         return f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
 
     def by(self, default: Any, **changes: Any) -> "Option":
@@ -169,7 +169,7 @@ class MissingAlpha(TypedDict, total=False):
 
 
 def stated_alpha(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what options state of adapters without α, as far as they do, for the run record."""
+    """Return the given options on adapters without α by name, for the run record."""
     return {name: options[name] for name in ("alpha", "alpha_is_rank") if options.get(name)}
 
 
@@ -372,6 +372,7 @@ def own_options(group: type) -> list[str]:
 
 
 def _list_declared(group: type) -> dict[str, tuple[Any, Option]]:
+    """Return the type and the declaration of every option of a group, by name, in the order of the declarations."""
     options = {}
     for name, hint in group.__annotations__.items():
         if isinstance(hint, ForwardRef):  # from a module that does not evaluate its annotations
@@ -384,6 +385,7 @@ def _list_declared(group: type) -> dict[str, tuple[Any, Option]]:
 
 @cache
 def _list_common() -> dict[str, Option]:
+    """Return the options that the groups of this module declare, by name."""
     groups = [value for value in list(globals().values()) if is_typeddict(value)]
     return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
@@ -407,18 +409,20 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     return {name: option.checked(name, passed.get(name, option.default)) for name, (_, option) in options.items()}
 
 
-def settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the own options of one command for the settings of the run record, in their JSON form.
+def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the own options of one command by name, for the settings of the run record, in their JSON form.
 
     Args:
         group: A ``TypedDict`` of options.
         values: Options and values derived from them.
     """
-    return {name: plain(values[name]) for name in own_options(group)}
+    return {name: _to_json(values[name]) for name in own_options(group)}
 
 
 def list_typed_options(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in the settings of a run record that differ from their defaults, by name.
+
+    Values of None and False are omitted, too.
 
     Args:
         group: A ``TypedDict`` of options.
@@ -427,11 +431,11 @@ def list_typed_options(group: type, recorded: Mapping[str, Any]) -> dict[str, An
     return {
         name: recorded[name]
         for name, (_, option) in list_options(group).items()
-        if recorded.get(name) not in (None, False, plain(option.default))
+        if recorded.get(name) not in (None, False, _to_json(option.default))
     }
 
 
-def plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Return a value in its JSON form: a list for a tuple."""
     return list(value) if isinstance(value, tuple) else value
 
@@ -461,10 +465,10 @@ def show_options(function: F) -> F:
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation))
     function.__signature__ = own_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
-    def make_lines(match: re.Match[str]) -> str:
-        missing = {name: option for name, (_, option) in options.items() if f"\n{match[1]}{name}: " not in written}
+    def describe_missing(match: re.Match[str]) -> str:
+        missing = {name: option for name, (_, option) in options.items() if f"\n{match[1]}{name}: " not in docstring}
         return "".join(f"{match[1]}{name}: {option.words()}\n" for name, option in missing.items())
 
-    written = function.__doc__ or ""
-    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", make_lines, written, flags=re.MULTILINE)
+    docstring = function.__doc__ or ""
+    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", describe_missing, docstring, flags=re.MULTILINE)
     return function

@@ -65,11 +65,12 @@ class ProbeRun:
         Raises:
             InputError: A side cannot be read, or the adapter does not fit BASE.
             NothingComparedError: The sides have no weight in common.
+            UsageError: BASE is an adapter, TUNED holds second moments, or the options on α contradict each other.
         """
         return compare(base, tuned, verify=self.options["verify"], stated_alpha=alpha_option(self.options))
 
     def describe(self, stored: Checkpoint) -> RunInput:
-        """Return the description of BASE for the run record, if nothing is compared with it."""
+        """Return the description of an opened BASE for the run record, where nothing is compared with it."""
         return describe("base", stored, verify=self.options["verify"])
 
     def open(self, base: Path | str) -> Model:
@@ -104,7 +105,7 @@ class ProbeRun:
 
     def batches(self, texts: Sequence[Texts]) -> int:
         """Return the number of batches of evaluation sets."""
-        return sum(-(-len(text_set.sequences) // self.batch) for text_set in texts)
+        return sum(text_set.count_batches(self.batch) for text_set in texts)
 
     def estimate(self, texts: Texts, description: str, extra: str = "", passes: int | None = None) -> None:
         """Time one batch, after another to warm up, and report an estimate of the run's duration.
@@ -113,7 +114,7 @@ class ProbeRun:
             texts: An evaluation set.
             description: Description of the work.
             extra: Text to append.
-            passes: Total number of forward passes; default the number of batches.
+            passes: Total number of forward passes; default ``watch.total``.
         """
         first, passes = texts.first(self.batch), self.watch.total if passes is None else passes
         measure(self.model, first, self.batch)  # the first pass includes initialization
@@ -136,7 +137,8 @@ class ProbeRun:
         Args:
             inputs: For the run record.
             settings: The probe's own settings, for the run record.
-            measure_missing: Measures what is not yet in ``kept``, puts it there, and returns the skipped tensors.
+            measure_missing: Measures what is not yet in the given records of the run, puts it there, and returns the
+                records of skipped tensors.
             extendable: Settings that may be extended when the run is resumed, as in ``ResultsWriter``.
 
         Returns:
@@ -180,7 +182,7 @@ def check_files(models: Sequence[Path | str], evaluate: Sequence[Path | str], *o
 
 
 def describe_texts(texts: Texts, role: str | None = None) -> RunInput:
-    """Return the description of an evaluation set for the run record."""
+    """Return the description of a text for the run record; its role is by default that of an evaluation set."""
     return RunInput(
         role=role or ("shifted" if texts.shifted else "eval"),
         path=legible(texts.path),
@@ -192,7 +194,12 @@ def describe_texts(texts: Texts, role: str | None = None) -> RunInput:
 
 
 def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
-    """Return the records of tensors that could not be paired or that the model does not use."""
+    """Return the records of tensors that could not be paired, and of updates that the model has no weight for.
+
+    Args:
+        pairing: The pairing of BASE and TUNED.
+        absent: The updates without a weight in the model.
+    """
     detail = "the model that transformers builds of BASE has no such weight"
     return [
         *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
@@ -201,5 +208,5 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
 
 
 def pluralize(number: int, singular: str, plural: str) -> str:
-    """Return a number with its noun."""
+    """Return a number with its noun in the fitting form."""
     return f"{number} {singular if number == 1 else plural}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -90,9 +90,19 @@ class RunRecords(Generic[L]):
             watch.record(record)
 
     def has(self, sets: Iterable[str], **fields: Any) -> bool:
-        """Return whether every set has a record with these fields; ``record`` comes first if kinds are mixed."""
-        have = {r.set for r in self.records if all(getattr(r, name, ...) == value for name, value in fields.items())}
-        return set(sets) <= have
+        """Return whether every evaluation set has a record with these fields.
+
+        Args:
+            sets: Names of the evaluation sets.
+            **fields: Fields by name; ``record`` first if only one kind of record has the others.
+        """
+        return set(sets) <= {record.set for record in self.find(**fields)}
+
+    def find(self, **fields: Any) -> Iterator[Any]:
+        """Yield the records of the run as a whole that have these fields."""
+        for record in self.records:
+            if all(getattr(record, name, ...) == value for name, value in fields.items()):
+                yield record
 
     def put(self, *records: L | WholeRecord) -> None:
         """Write records of layers, and those of the whole run that are new, immediately, and pass them on."""

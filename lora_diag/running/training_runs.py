@@ -56,7 +56,7 @@ class Site:
         length: As in ``open_model``.
         tokenizer: As in ``open_model``.
         texts: The training text, and then the evaluation sets, all without their sequences.
-        most: Maximum number of sequences of an evaluation set.
+        max_sequences: Maximum number of sequences of an evaluation set; None for all.
         stored: BASE's files, by which the engine checks that a worker has the same.
     """
 
@@ -66,7 +66,7 @@ class Site:
     length: int | None
     tokenizer: str
     texts: tuple[Texts, ...]
-    most: int | None
+    max_sequences: int | None
     stored: Checkpoint = field(compare=False)
 
 
@@ -84,7 +84,8 @@ class RunTask:
     shape: tuple[int, ...] = UNBATCHED_SHAPE
 
 
-# Trains one run: the model, the descriptor of the run, settings, sets, a function to call after every step and batch.
+# Trains one run on a worker; returns its records. Arguments: the model, the descriptor of the run, settings, evaluation
+# sets, and a function to call after every step and batch.
 TrainTask = Callable[[Model, Any, Training, Sequence[Texts], Callable[[], None]], Sequence[Any]]
 
 
@@ -107,7 +108,7 @@ class Workers:
     def run(
         self, train: TrainTask, training: Training, runs: Sequence[tuple[str, Any]], poll: Callable[[], None]
     ) -> Iterator[Sequence[Any]]:
-        """Yield the records of every run, in the order of the runs.
+        """Return an iterator over the records of every run, in the order of the runs.
 
         Args:
             train: A function of a module, with its settings bound.
@@ -124,25 +125,8 @@ class Workers:
         return run_ray(measure, tasks, self.layout, lambda task: UNBATCHED_BYTES, self.on, poll, MEMORY_FIX)
 
 
-def workers_for(site: Site, engine: Ray, concurrent: int | None) -> Workers:
-    """Return the workers of a cluster that this process is connected to.
-
-    Args:
-        site: What each opens.
-        engine: The cluster.
-        concurrent: Concurrent runs of a node; None for one, or on GPUs as many as these allow.
-    """
-    layout = layout_of_runs(concurrent)
-    return Workers(site, engine, layout, capacity_of(engine, layout, UNBATCHED_BYTES)[0])
-
-
-def threads_of_run(engine: Ray, concurrent: int | None) -> int:
-    """Return the cores of one run on a cluster that this process is connected to."""
-    return capacity_of(engine, layout_of_runs(concurrent), UNBATCHED_BYTES)[1]
-
-
 def layout_of_runs(concurrent: int | None) -> Layout:
-    """Return the allocation of a node to concurrent runs."""
+    """Return the allocation of a node to concurrent runs; to one if their number is None."""
     return Layout(torch.get_num_threads(), (concurrent or 1) * UNBATCHED_BYTES)
 
 
@@ -178,13 +162,20 @@ def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     if _open is None or _open[0] != site:
         _open = None  # two models may not fit
         model = open_model(site.base, torch.device(site.device), site.dtype, site.length, site.tokenizer)
-        texts = [_read(described, model, site.most if index else None) for index, described in enumerate(site.texts)]
+        training_text, *sets = site.texts
+        texts = [_read_same_texts(training_text, model, None)]
+        texts += [_read_same_texts(described, model, site.max_sequences) for described in sets]
         _open = (site, model, texts)
     _, model, (text, *sets) = _open
     return model, text, sets
 
 
-def _read(described: Texts, model: Model, max_sequences: int | None) -> Texts:
+def _read_same_texts(described: Texts, model: Model, max_sequences: int | None) -> Texts:
+    """Return a text with its sequences, read on this worker.
+
+    Raises:
+        InputError: It cannot be read, or differs from that of the run.
+    """
     texts = read_texts(described.path, model, max_sequences, shifted=described.shifted)
     if texts.hash != described.hash:
         raise InputError(
@@ -194,6 +185,7 @@ def _read(described: Texts, model: Model, max_sequences: int | None) -> Texts:
     return texts
 
 
+# Trains one run; returns its records. Arguments: as the last three of ``TrainTask``.
 Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
 
 
@@ -317,20 +309,16 @@ class RunPlan:
         """
         first_seed = self.training.order
         rates = {size: self._iterate_rates(arm, size) for size in arm.sizes}
-        tried = {size: list(islice(queue, len(arm.rates))) for size, queue in rates.items()}
-        self._finish(
-            arm, [arm.trial(size, rate, first_seed) for size, rates_of_size in tried.items() for rate in rates_of_size]
-        )
+        tried = {size: list(islice(rates[size], len(arm.rates))) for size in arm.sizes}
+        self._finish(arm, [arm.trial(size, rate, first_seed) for size in arm.sizes for rate in tried[size]])
         while further := [(size, rate) for size, queue in rates.items() for rate in islice(queue, 1)]:
             trials = [arm.trial(size, rate, first_seed) for size, rate in further]
-            self.expect(sum(not self._has(trial) for trial in trials))
+            self.expect(sum(not self.has(**trial.fields) for trial in trials))
             self._finish(arm, trials)
             for size, rate in further:
                 tried[size].append(rate)
-        best = {
-            size: self._best_rate(arm, size, [*rates_of_size, *arm.earlier]) for size, rates_of_size in tried.items()
-        }
-        chosen = [(size, rate) for size, rate in best.items() if rate is not None]
+        best = [(size, self._best_rate(arm, size, [*tried[size], *arm.earlier])) for size in arm.sizes]
+        chosen = [(size, rate) for size, rate in best if rate is not None]
         seeds = range(first_seed + 1, first_seed + self.seeds)
         self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
 
@@ -342,20 +330,17 @@ class RunPlan:
             runs = [arm.trial(size, rate, first_seed) for rate in arm.rates]
             other_seeds = range(first_seed + 1, first_seed + self.seeds)
             runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in other_seeds]
-            count += sum(not self._has(run) for run in runs)
+            count += sum(not self.has(**run.fields) for run in runs)
         return count
 
     def describe_more_runs(self, arms: Sequence[Arm]) -> str:
         """Return as text how many runs the edges of the grids may add; empty if none."""
         limit = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
-        return (
-            f"; up to {pluralize(limit, 'run', 'runs')} more if the best rate is at the edge of the grid"
-            if limit
-            else ""
-        )
+        runs = pluralize(limit, "run", "runs")
+        return f"; up to {runs} more if the best rate is at the edge of the grid" if limit else ""
 
     def expect(self, runs: int) -> None:
-        """Add a number of runs to the expected total."""
+        """Add the steps and evaluation batches of a number of runs to the expected total."""
         self.watch.total += runs * (self.training.steps + self.batches)
 
     def time_step(self, arm: Arm) -> tuple[float, float]:
@@ -364,7 +349,7 @@ class RunPlan:
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
         """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
-        unfinished = [trial for trial in trials if not self._has(trial)]
+        unfinished = [trial for trial in trials if not self.has(**trial.fields)]
         if arm.workers is None or arm.train is None:
             for trial in unfinished:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
@@ -374,9 +359,6 @@ class RunPlan:
         for trial, records in zip(unfinished, arm.workers.run(arm.train, self.training, runs, poll), strict=True):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)
-
-    def _has(self, trial: Trial) -> bool:
-        return self.has(**trial.fields)
 
     def _iterate_rates(self, arm: Arm, size: int | None) -> Iterator[float]:
         """Yield the rates to try: the grid, then beyond its edge, each to be finished before the next is requested."""
@@ -393,16 +375,13 @@ class RunPlan:
 
     def _best_rate(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
         """Return the rate of a size with the lowest loss of the first seed on the first set; None without a loss."""
-        runs = ((size, self._loss_of(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
+        runs = ((size, self._find_loss(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
         return find_best_rates(runs).get(size)
 
-    def _loss_of(self, trial: Trial) -> float | None:
+    def _find_loss(self, trial: Trial) -> float | None:
         """Return the loss of a run on the first set; None if it diverged or is not finished."""
-        fields = {**trial.fields, "set": self.sets[0].name}
-        matching = (
-            r for r in self.kept.records if all(getattr(r, name, ...) == value for name, value in fields.items())
-        )
-        return next((record.loss for record in matching), None)
+        found = self.kept.find(**trial.fields, set=self.sets[0].name)
+        return next((record.loss for record in found), None)
 
 
 def step_seconds(train: Callable[..., Any], training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
@@ -471,7 +450,9 @@ class TrainRun(ProbeRun):
             InputError: A text cannot be read.
         """
         self.sets = self.read_sets(evaluate, shifted)
-        texts = read_training(data, self.model, self.sets)
+        texts = read_texts(data, self.model)
+        if existing := next((held_out for held_out in self.sets if held_out.hash == texts.hash), None):
+            raise UsageError(f"{existing.path}: is the training text; give an evaluation set that is held out")
         checkpointing = self.options.get("gradient_checkpointing", False)
         if checkpointing:
             check_checkpointing(self.model.module)
@@ -480,9 +461,9 @@ class TrainRun(ProbeRun):
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Stay connected to the cluster of the option ``engine``, if there is one; sets ``on`` and the device.
+        """Stay connected to the cluster of the option ``engine``, if there is one; set ``on`` and the device.
 
-        Its tasks get a GPU each where there are some, unless the device is the processor.
+        If the cluster has GPUs, each of its tasks gets one, unless the device is the CPU.
 
         Raises:
             UsageError: An option contradicts another, or the tasks have GPUs and this machine, where BASE is measured,
@@ -512,28 +493,32 @@ class TrainRun(ProbeRun):
                 )
             self.on, self.options["device"] = on, kind
             # Cores of a run, whose step is timed here; the same where a search calls a sweep.
-            torch.set_num_threads(min(cores, threads_of_run(on, concurrent)))
+            _, cores_of_run = capacity_of(on, layout_of_runs(concurrent), UNBATCHED_BYTES)
+            torch.set_num_threads(min(cores, cores_of_run))
             try:
                 yield
             finally:
                 torch.set_num_threads(cores)
 
     def workers(self, base: Path | str, stored: Checkpoint) -> Workers | None:
-        """Return the workers of the cluster, once the texts are read; None without a cluster."""
+        """Return the workers of the cluster, once the texts are read; None without a cluster.
+
+        Args:
+            base: BASE, as the workers open it.
+            stored: Its files.
+        """
         if self.on is None:
             return None
         options = self.options
         site = Site(
             base=str(base),
-            device=options["device"],
-            dtype=options["dtype"],
-            length=options["length"],
-            tokenizer=options["tokenizer"],
+            **{name: options[name] for name in ("device", "dtype", "length", "tokenizer", "max_sequences")},
             texts=tuple(map(drop_sequences, (self.training.texts, *self.sets))),
-            most=options["max_sequences"],
             stored=stored,
         )
-        return workers_for(site, self.on, self.options["concurrent"])
+        layout = layout_of_runs(options["concurrent"])
+        slots, _ = capacity_of(self.on, layout, UNBATCHED_BYTES)
+        return Workers(site, self.on, layout, slots)
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
         """Return the descriptions of BASE and the texts for the run record."""
@@ -552,7 +537,7 @@ class TrainRun(ProbeRun):
         }
 
     def plan_runs(self, kept: RunRecords[Any], seeds: int) -> RunPlan:
-        """Return the plan of the runs, each size with a number of seeds."""
+        """Return the plan of the runs, each size with this number of seeds at its best rate."""
         return RunPlan(self.training, self.sets, seeds, self.options["widen"], kept)
 
 
@@ -581,16 +566,3 @@ def check_training(
         raise UsageError(f"--widen {widen}: must be 0 or more")
     if not 0 <= seed < 2**31:
         raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
-
-
-def read_training(data: Path | str, model: Model, sets: Sequence[Texts]) -> Texts:
-    """Return the text to train on.
-
-    Raises:
-        UsageError: The text is one of the evaluation sets.
-        InputError: It cannot be read.
-    """
-    texts = read_texts(data, model)
-    if existing := next((held_out for held_out in sets if held_out.hash == texts.hash), None):
-        raise UsageError(f"{existing.path}: is the training text; give an evaluation set that is held out")
-    return texts

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag import deltas
-from lora_diag.diagnostics.spectrum import gradients as covariance
+from lora_diag.diagnostics.spectrum import gradients as module
 from lora_diag.diagnostics.verify_merge import measure as verify_merge
 from lora_diag.errors import UsageError
 from lora_diag.linalg import methods
@@ -103,7 +103,7 @@ def test_unstreamable_layer_is_left_out_and_rest_measured(small):
 
 
 def test_gradients_beyond_memory_limit_are_left_out(small, monkeypatch):
-    monkeypatch.setattr(covariance, "READING_BYTES", 0)
+    monkeypatch.setattr(module, "READING_BYTES", 0)
     options = {"gradients": ["sample_checkpoints/gradients"], "layers": r"layers\.0\.(mlp\.up|self_attn\.q)"}
     plain = {record.layer: record for record in lora_diag.spectrum(BASE, **options)}
     result = lora_diag.spectrum(BASE, **options, memory="2MB", workers=1)  # 128x128 take 0.9 MB, 384x128 4.1

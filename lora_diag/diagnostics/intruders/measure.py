@@ -56,7 +56,7 @@ def size(delta: Delta, settings: IntruderSettings) -> int:
 
 
 def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
-    """Return the largest memory of a layer in bytes: ΔW, both weights, and the vectors of both.
+    """Return an upper bound of the memory of a layer in bytes: ΔW, both weights, and the vectors of both.
 
     Example:
         >>> from lora_diag.deltas import FactoredDelta
@@ -68,9 +68,8 @@ def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
     update_bytes = math.prod(delta.shape) * (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else entry_bytes)
     base_bytes = whole_bytes(delta.shape, Allowance(0, vectors=True), entry_bytes)
     vector_bytes = 8 * min(delta.shape) * sum(delta.shape)
-    tuned_bytes = whole_bytes(
-        delta.shape, Allowance(0, settings.method, min(settings.k, *delta.shape), True), entry_bytes
-    )
+    top_values = Allowance(0, settings.method, min(settings.k, *delta.shape), vectors=True)
+    tuned_bytes = whole_bytes(delta.shape, top_values, entry_bytes)
     return update_bytes + math.prod(delta.shape) * entry_bytes + max(base_bytes, vector_bytes + tuned_bytes)
 
 
@@ -86,6 +85,7 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
 
     Raises:
         InputError: A file could not be read.
+        MemoryLimitError: The layer does not fit.
     """
     if delta.base is None:
         return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
@@ -93,6 +93,7 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
+    """Return the record of a layer with a weight in BASE, measured on this device; see ``measure_layer``."""
     if settings.memory is not None and device.type == "cpu":  # the limit applies to the machine's memory
         description = "both weights with all singular vectors of BASE take"
         require_memory(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
@@ -103,7 +104,7 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     before = _join_blocks(row_blocks(delta.base, delta.shape), device)
     after = _form_tuned(delta, change, before, device)
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
-    if not (after.isfinite().all() and torch.isfinite(torch.tensor(fro))):
+    if not (after.isfinite().all() and math.isfinite(fro)):
         return not_finite(delta, replace(change, non_finite="W_base + ΔW is not finite"))
     k = min(settings.k, *delta.shape)
     directions: tuple[Direction, ...] = ()
@@ -137,14 +138,14 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
 
 
 def _join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return a stored matrix on the device, in float32, or in float64 if it is stored so."""
+    """Return a matrix of its row blocks on the device, in float32, or in float64 if it is stored so."""
     tensors = [move(block, device) for block in blocks]
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.cat([tensor.to(dtype) for tensor in tensors])
 
 
 def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
-    """Return W_tuned, either stored or W_base + ΔW."""
+    """Return W_tuned: as stored, or W_base (``before``) + ΔW."""
     if isinstance(delta, StoredDelta):
         return _join_blocks(row_blocks(delta.tuned, delta.shape), device)
     after, row = before.clone(), 0
@@ -155,21 +156,22 @@ def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.devi
 
 
 def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
-    u, (top_u, _) = base.vectors[0], top.vectors
-    products = (u.T @ top_u).abs().cpu()
+    """Compare each of the largest left singular vectors of W_tuned (``top``) with all of W_base."""
+    (u, _), (top_u, _) = base.vectors, top.vectors
+    cosines = (u.T @ top_u).abs().cpu()
     directions = []
-    for j, sigma in enumerate(top.s.tolist()):
-        column = products[:, j]
+    for sigma, column in zip(top.s.tolist(), cosines.T, strict=True):
         near = (base.s - sigma).abs() <= settings.window * sigma
+        near_count = int(near.sum())
         similarity, nearest = column.max(0)
         projection = min(1.0, float(column[near].square().sum().sqrt()))
-        by_chance = (int(near.sum()) / len(top_u)) ** 0.5
+        by_chance = (near_count / len(top_u)) ** 0.5
         directions.append(
             Direction(
                 sigma=sigma,
                 similarity=min(1.0, float(similarity)),
                 nearest=int(nearest) + 1,
-                window=int(near.sum()),
+                window=near_count,
                 projection=projection,
                 projection_random=by_chance,
                 kind=classify_direction(float(similarity), projection, by_chance, settings.epsilon),

@@ -18,7 +18,7 @@ class Direction(Record):
         projection: Norm of the projection of u_j on the span of their singular vectors.
         projection_random: √(window / out), that norm for a random direction.
         kind: ``kept`` if ``similarity`` ≥ ε; else ``rotated`` if u_j lies in the window's span more than a random
-            direction does, else ``intruder`` (``metrics.intruders.classify_direction``).
+            direction does, else ``intruder`` (``metrics.subspaces.classify_direction``).
     """
 
     sigma: Norm
@@ -143,12 +143,10 @@ class Intruders(LayerRecord):
     @property
     def first_intruder(self) -> int | None:
         """Index of the first intruder, from 1 on; None without intruders."""
-        return next(
-            (position for position, direction in enumerate(self.directions, 1) if direction.kind == "intruder"), None
-        )
+        return next((index for index, each in enumerate(self.directions, 1) if each.kind == "intruder"), None)
 
     @property
     def intruder_size(self) -> Share | None:
         """σ of the first intruder over σ_1; None without intruders."""
-        position = self.first_intruder
-        return None if position is None else self.directions[position - 1].sigma / self.directions[0].sigma
+        index = self.first_intruder
+        return None if index is None else self.directions[index - 1].sigma / self.directions[0].sigma

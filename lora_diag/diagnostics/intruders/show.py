@@ -7,7 +7,7 @@ from statistics import median
 
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Statement, make_statement, summarize
+from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import number, quantity, short
 
@@ -23,31 +23,27 @@ def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid
 
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     """Return the statements of the summary."""
-    records = results.layers
-    found = any(record.intruders for record in records)
-    findings = [
-        make_statement("intruders", "Intruders", _describe_intruders(records), level="warning" if found else "note"),
-        make_statement("rotated", "Rotated", _describe_rotated(records)),
-        make_statement("chance", "Random baseline", _describe_chance(records)),
-    ]
+    findings = []
+    if records := results.layers:
+        level: Level = "warning" if any(record.intruders for record in records) else "note"
+        findings = [
+            make_statement("intruders", "Intruders", _describe_intruders(records), level=level),
+            make_statement("rotated", "Rotated", _describe_rotated(records)),
+            make_statement("chance", "Random baseline", _describe_chance(records)),
+        ]
     interpretation = (
         "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the fine-tune "
         "shows whether this model forgot"
     )
-    return summarize(
-        results,
-        *(findings if records else ()),
-        make_statement("interpretation", "Interpretation", interpretation),
-    )
+    return summarize(results, *findings, make_statement("interpretation", "Interpretation", interpretation))
 
 
 def _describe_intruders(records: Sequence[Intruders]) -> str:
+    """State the number of intruders, and the layers with the most."""
     tested = sum(record.k for record in records)
     total = sum(record.intruders for record in records)
-    first_record = records[0]
-    criterion = (
-        f"the {first_record.k} largest directions of each weight, similarity below {number(first_record.epsilon)}"
-    )
+    k, epsilon = records[0].k, records[0].epsilon
+    criterion = f"the {k} largest directions of each weight, similarity below {number(epsilon)}"
     unchanged = sum(record.fro == 0 for record in records)
     unchanged_text = f"; {quantity(unchanged, 'weight')} did not change" if unchanged else ""
     if not total:
@@ -59,7 +55,7 @@ def _describe_intruders(records: Sequence[Intruders]) -> str:
 
 
 def _describe_rotated(records: Sequence[Intruders]) -> str:
-    """State how many directions the published count has in addition."""
+    """State how many directions rotate, which the published count includes."""
     rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
     near = number(records[0].window * 100)
     if not rotated:
@@ -71,6 +67,7 @@ def _describe_rotated(records: Sequence[Intruders]) -> str:
 
 
 def _describe_chance(records: Sequence[Intruders]) -> str:
+    """State the similarity of random directions, and how many of them would count."""
     similarity = median(record.similarity_random for record in records)
     count, tested = sum(record.count_random for record in records), sum(record.k for record in records)
     return (

@@ -1,4 +1,4 @@
-"""`overlap`: fraction of the gradients in an update's subspaces, step by step, with random baseline."""
+"""Figure of ``overlap``: fraction of the gradients in an update's subspaces over the steps, with random baseline."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class StepCurve:
     Args:
         steps: Steps of the gradients.
         middle: Median over the layers.
-        low: Smallest.
-        high: Largest.
+        low: Smallest value of a layer.
+        high: Largest value of a layer.
         random: Median of the random baseline.
     """
 
@@ -91,15 +91,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     shown = [replace(item, records=tuple(r for r in item.records if r.rank == rank)) for item in series]
     records = [record for item in shown for record in item.records]
     types = Types(record.layer for record in records)
-    top = _choose_top(records)
-    steps = {record.step for record in records}
+    draw = partial(_draw, per=options.per, top=_choose_top(records), steps={record.step for record in records})
+    ylabel = "fraction of ‖G‖_F" if len(types.names) <= style.columns else "fraction"
     panels = []
     for name in types.names[:MAX_PANELS]:
         part = [replace(item, records=tuple(r for r in item.records if types.of(r.layer) == name)) for item in shown]
-        draw = partial(_draw, series=part, per=options.per, top=top, steps=steps)
-        panels.append(
-            Panel(name, draw, "training step", f"fraction{' of ‖G‖_F' * (len(types.names) <= style.columns)}")
-        )
+        panels.append(Panel(name, partial(draw, series=part), "training step", ylabel))
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
     others = ", ".join(map(str, sorted(ranks - {rank})))
     zero = sum(record.kappa is None for record in records)
@@ -140,22 +137,24 @@ def _draw(
     single, width = len(series) == 1, style.line
     for number, item in enumerate(series):
         layers = list(dict.fromkeys(record.layer for record in item.records))
+        as_range = per == "type" or len(layers) > SINGLE
         for name, field, baseline_field, measure_color, dashes in MEASURES:
             curve = curve_over_steps(item.records, field, baseline_field)
             if not len(curve.steps):
                 continue
             color = measure_color if single else category(number)
-            if single and (per == "type" or len(layers) > SINGLE):
+            if single and as_range:
                 ax.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.2, lw=0)
-            for layer in layers if single and per != "type" and len(layers) <= SINGLE else ():
+            for layer in layers if single and not as_range else ():
                 one = curve_over_steps([r for r in item.records if r.layer == layer], field, baseline_field)
                 thin: dict[str, Any] = {"color": color, "lw": 0.5 * width, "alpha": 0.45}
                 ax.plot(one.steps, one.middle, label=f"_{name} of {layer}", **thin)
             line: dict[str, Any] = {"lw": 1.5 * width, "ls": "-" if single else dashes}
             ax.plot(curve.steps, curve.middle, label=f"_{name}", color=color, marker="o", ms=2.6 * width, **line)
-            baseline: dict[str, Any] = {"lw": 0.9 * width, "ls": DOTTED}
-            if len(curve.steps) == 1:
-                baseline = {"marker": "_", "ms": 6 * width}
+            single_step = len(curve.steps) == 1
+            baseline: dict[str, Any] = (
+                {"marker": "_", "ms": 6 * width} if single_step else {"lw": 0.9 * width, "ls": DOTTED}
+            )
             ax.plot(curve.steps, curve.random, label=f"_random {name}", color=color, **baseline)
     records = [record for item in series for record in item.records]
     ax.set_ylim(0, _choose_top(records) if top is None else top)
@@ -167,11 +166,13 @@ def _draw(
 
 
 def _choose_top(records: Sequence[Overlap]) -> float:
+    """Return the upper limit of the y axis: above all values and baselines."""
     values = [value for record in records for value in (record.kappa, record.tangent) if value is not None]
     return min(1.02, 1.08 * max([*values, *(record.tangent_random for record in records)], default=1.0) or 1.0)
 
 
 def _make_keys(series: Sequence[Series[Overlap]], per: str, style: PageStyle, types: Types | None = None) -> list[Key]:
+    """Return the legend entries of a page with one panel per module type; without types, of a single panel."""
     width, single = style.line, len(series) == 1
     keys = run_keys(series, lw=2 * width)
     for name, _, _, color, dashes in MEASURES:

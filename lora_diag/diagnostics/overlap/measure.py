@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -113,18 +114,15 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
     Raises:
         InputError: A file could not be read.
     """
-    return measure_on_device(partial(_measure_overlap, task, settings), settings.device)
 
+    def measure(device: torch.device) -> tuple[Overlap | LeftOut, ...]:
+        spaces = layer_subspaces(task.delta, settings, device)
+        if isinstance(spaces, LeftOut):
+            return (spaces,)
+        records = (overlaps(spaces, snapshot.step, snapshot.blocks(task.shape)) for snapshot in task.snapshots)
+        return tuple(chain(*records))
 
-def _measure_overlap(
-    task: GradientTask, settings: OverlapSettings, device: torch.device
-) -> tuple[Overlap | LeftOut, ...]:
-    spaces = layer_subspaces(task.delta, settings, device)
-    if isinstance(spaces, LeftOut):
-        return (spaces,)
-    return tuple(
-        record for snapshot in task.snapshots for record in overlaps(spaces, snapshot.step, snapshot.blocks(task.shape))
-    )
+    return measure_on_device(measure, settings.device)
 
 
 def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> Subspaces | LeftOut:
@@ -164,6 +162,7 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
 
 
 def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:
+    """Return the record of a layer whose update has fewer directions than any requested rank."""
     detail = f"has fewer directions than {min(settings.ranks)}, the smallest of the ranks asked for"
     return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
 
@@ -191,23 +190,25 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     if isinstance(fractions, str):
         detail = f"step {step}: {fractions}"
         return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)
-    is_zero = fractions.fro == 0.0
     records = []
-    for index, rank in enumerate(spaces.ranks):
+    for rank, *by_field in zip(
+        spaces.ranks, fractions.both, fractions.tangent, fractions.left, fractions.right, strict=True
+    ):
         random = overlap_by_chance(spaces.shape, rank)
+        kappa, tangent, left, right = by_field if fractions.fro else (None,) * 4
         records.append(
             Overlap(
                 layer=spaces.layer,
                 shape=spaces.shape,
                 step=step,
                 rank=rank,
-                kappa=None if is_zero else fractions.both[index],
+                kappa=kappa,
                 kappa_random=random.kappa,
-                tangent=None if is_zero else fractions.tangent[index],
+                tangent=tangent,
                 tangent_random=random.tangent,
-                left=None if is_zero else fractions.left[index],
+                left=left,
                 left_random=random.left,
-                right=None if is_zero else fractions.right[index],
+                right=right,
                 right_random=random.right,
                 gradient_fro=fractions.fro,
                 method=spaces.method,
@@ -276,8 +277,10 @@ def overlap(
         [(0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (40, 4)]
     """
     run = LayerRun("overlap", options, OverlapOptions)
-    shown = [rank] if (rank := run.options["show_rank"]) is not None else []
-    settings = run.settings(OverlapSettings, ranks=check_ranks([*run.options["ranks"], *shown]))
+    ranks = [*run.options["ranks"]]
+    if run.options["show_rank"] is not None:
+        ranks.append(run.options["show_rank"])
+    settings = run.settings(OverlapSettings, ranks=check_ranks(ranks))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
         raise UsageError("overlap: no gradients are given; give a folder with one safetensors file per step")
@@ -304,7 +307,7 @@ def overlap(
 
 
 def _find_rest(task: GradientTask, records: Sequence[Overlap]) -> GradientTask | None:
-    """Return a task with the steps that are not in its records; None if all are."""
+    """Return a task with those of its gradients that have no record; None if all have one."""
     done = {record.step for record in records}
     snapshots = tuple(snapshot for snapshot in task.snapshots if snapshot.step not in done)
     return replace(task, snapshots=snapshots) if snapshots else None
@@ -366,15 +369,15 @@ def subspaces(
     assert compared.base is not None
     return Reference(
         base=compared.base,
-        layers={item.layer: item for item in found if not isinstance(item, LeftOut)},
+        layers={spaces.layer: spaces for spaces in found if isinstance(spaces, Subspaces)},
         inputs=compared.inputs,
         settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
-        left_out=tuple(item for item in found if isinstance(item, LeftOut)),
+        left_out=tuple(record for record in found if isinstance(record, LeftOut)),
     )
 
 
 def _refuse_gradient(tuned: Checkpoint | Adapter) -> None:
-    """Refuse gradients given as TUNED, which would be measured without an error.
+    """Refuse gradients that are given as TUNED; they would be measured like weights.
 
     Raises:
         UsageError: Its metadata mark it as gradients.
@@ -386,18 +389,26 @@ def _refuse_gradient(tuned: Checkpoint | Adapter) -> None:
 def _join_gradients(
     compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
 ) -> tuple[list[GradientTask], list[Unpaired]]:
-    """Join updates and gradients by layer; also return layers without a fitting gradient at some or all steps."""
+    """Return the updates joined with their gradients, and the layers without a fitting gradient at a step.
+
+    Args:
+        compared: BASE and TUNED.
+        gradient_histories: The gradients of each layer.
+        unmatched: Gradients of no layer of BASE, with the reason.
+        steps: The steps of the gradients.
+    """
     by_layer = {history.layer: history for history in gradient_histories}
-    detail_by_layer = {item.layer: item.detail for item in unmatched}
+    detail_by_layer = {tensor.layer: tensor.detail for tensor in unmatched}
     tasks: list[GradientTask] = []
     without_gradient: list[Unpaired] = []
     for delta in compared.matrices:
         history = by_layer.get(delta.layer)
         if history is None:
-            where = f"at any of the {len(steps)} steps" if len(steps) > 1 else f"at step {steps[0].step}"
-            detail = detail_by_layer.get(delta.layer, f"no gradient of it {where}")
+            where = f"any of the {len(steps)} steps" if len(steps) > 1 else f"step {steps[0].step}"
+            detail = detail_by_layer.get(delta.layer, f"no gradient of it at {where}")
             without_gradient.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
-        elif not _covers_all_rows(history, delta):
+        # Gradients may have more rows: those of an extended vocabulary were not compared.
+        elif history.shape[1] != delta.shape[1] or history.shape[0] < delta.shape[0]:
             detail = f"its gradients are {list(history.shape)}, its update is {list(delta.shape)}"
             without_gradient.append(Unpaired(delta.layer, delta.shape, "shape_differs", detail))
         else:
@@ -411,11 +422,6 @@ def _join_gradients(
     return tasks, without_gradient
 
 
-def _covers_all_rows(history: History, delta: Delta) -> bool:
-    """Return whether gradients cover all rows of an update; an extended vocabulary has rows that were not compared."""
-    return history.shape[1] == delta.shape[1] and history.shape[0] >= delta.shape[0]
-
-
 def _list_unmatched(
     pairing: Pairing,
     gradient_histories: Sequence[History],
@@ -423,21 +429,22 @@ def _list_unmatched(
     is_selected: Callable[[str], bool],
 ) -> Iterator[Unpaired]:
     """Yield the selected gradients that belong to no update."""
-    layers_of_pairing = {delta.layer for delta in pairing.deltas} | {item.layer for item in pairing.unpaired}
-    for history in gradient_histories:
-        if history.layer not in layers_of_pairing and is_selected(history.layer):
-            detail = "has gradients, and TUNED does not change it"
-            yield Unpaired(history.layer, history.shape, "no_reference", detail)
-    yield from (item for item in unmatched if item.layer not in layers_of_pairing and is_selected(item.layer))
+    layers_of_pairing = {each.layer for each in (*pairing.deltas, *pairing.unpaired)}
+    detail = "has gradients, and TUNED does not change it"
+    without_update = [Unpaired(history.layer, history.shape, "no_reference", detail) for history in gradient_histories]
+    for tensor in (*without_update, *unmatched):
+        if tensor.layer not in layers_of_pairing and is_selected(tensor.layer):
+            yield tensor
 
 
 def _explain_no_overlap(
     compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired]
 ) -> str:
+    """Return why no layer has both an update and a gradient, with names of both sides."""
     if not compared.matrices:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
-    example = gradient_histories[0].layer if gradient_histories else unmatched[0].layer if unmatched else None
-    gradient_names = f"gradients have names like {example}" if example else "the gradients hold no tensor"
+    names = [history.layer for history in gradient_histories] + [tensor.layer for tensor in unmatched]
+    gradient_names = f"gradients have names like {names[0]}" if names else "the gradients hold no tensor"
     return (
         f"no layer that changed has a gradient, so nothing was compared. Layers have names like "
         f"{compared.matrices[0].layer}; {gradient_names}"

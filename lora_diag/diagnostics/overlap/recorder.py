@@ -56,9 +56,8 @@ class LiveSubspaces:
             b, a = a.T, b.T
         factors = decompose_factored(b, a, vectors=True)
         if factors.fro == 0.0 or not bool(torch.isfinite(factors.s).all()):
-            detail = (
-                f"step {step}: the LoRA is {'zero' if factors.fro == 0.0 else 'not finite'}, so it spans no subspaces"
-            )
+            problem = "zero" if factors.fro == 0.0 else "not finite"
+            detail = f"step {step}: the LoRA is {problem}, so it spans no subspaces"
             return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
         own_rank, (u, vh) = len(factors.s), factors.vectors
         ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own_rank), own_rank}))
@@ -66,7 +65,7 @@ class LiveSubspaces:
 
 
 def _read_factors(module: Any) -> tuple[Tensor, Tensor]:
-    """Return B and A of all active adapters of a layer, concatenated, with their scaling."""
+    """Return B and A of all active adapters of a layer, float64, concatenated, with their scaling."""
     down, up = [], []
     for name in module.active_adapters:
         if name in module.lora_A:
@@ -80,6 +79,7 @@ def _read_factors(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _read_matrix(layer: Any) -> Tensor:
+    """Return the weight of a layer, or a parameter as it is, detached."""
     weight = layer.weight if isinstance(layer, nn.Module) else layer
     assert isinstance(weight, Tensor)
     return weight.detach()
@@ -222,7 +222,7 @@ class GradientRecorder(TrainerCallback):
     # --- in a Trainer ---------------------------------------------------------------------------------------------
 
     def log_to(self, trainer: Any) -> Self:
-        """Send medians over the layers to a Trainer's log, including TensorBoard and W&B."""
+        """Send medians over the layers to a Trainer's log, including TensorBoard and W&B; return the recorder."""
         self.log = trainer.log
         return self
 
@@ -251,14 +251,18 @@ class GradientRecorder(TrainerCallback):
         return self._step % self.every == 0
 
     def _begin(self, step: int) -> None:
-        """Begin update ``step``: hooks of frozen weights collect its gradients if a snapshot is due."""
+        """Begin the update after ``step`` updates; hooks of frozen weights collect its gradients if they are due."""
         self._step = step
         for weight in self._weights:
             if isinstance(weight, Frozen):
                 weight.start(self._due)
 
     def _prepare(self, reference: Reference | Literal["live"]) -> None:
-        """Match the weights to the layers of the reference, and open the results file."""
+        """Match the weights to the layers of the reference, and open the results file.
+
+        Raises:
+            UsageError: No weight is a layer of the reference, or frozen under a LoRA; or the output exists.
+        """
         if isinstance(reference, Reference):
             matched, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)
             for weight in self._weights:
@@ -296,11 +300,18 @@ class GradientRecorder(TrainerCallback):
         self._writer = ResultsWriter(self.output, run)
 
     def _record(self, scaler: Any) -> None:
-        """If a snapshot is due, save the gradients or compare them, on the main process; the others only average."""
+        """If a snapshot is due, save the gradients or compare them, on the main process; the others only average.
+
+        Raises:
+            UsageError: No selected weight has a gradient.
+            InputError: The output cannot be written.
+        """
         if not self._due:
             return
-        readers_or_none = {weight.name: self._make_gradient_reader(weight, scaler) for weight in self._weights}
-        readers = {name: reader for name, reader in readers_or_none.items() if reader is not None}
+        readers = {}
+        for weight in self._weights:
+            if (reader := self._make_gradient_reader(weight, scaler)) is not None:
+                readers[weight.name] = reader
         if not readers:
             raise UsageError(
                 f"step {self._step}: no selected weight has a gradient; call step() after backward() and before "
@@ -315,9 +326,7 @@ class GradientRecorder(TrainerCallback):
 
     def _make_gradient_reader(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
         """Return a function for the gradient, averaged over processes and without the loss scale; None without one."""
-        gradient = weight.gradient()
-        if isinstance(weight, Frozen):
-            gradient = average_over_processes(weight)
+        gradient = average_over_processes(weight) if isinstance(weight, Frozen) else weight.gradient()
         if gradient is None:
             return None
         scale = 1.0
@@ -354,17 +363,16 @@ class GradientRecorder(TrainerCallback):
             gradient = readers[weight.name]()
             targets = self._targets.get(weight.name, [])
             if self._live is not None and isinstance(weight, Frozen):
-                spaces_now = self._live.subspaces(weight, self._step)
-                self._left_out += [spaces_now] if isinstance(spaces_now, LeftOut) else []
-                targets = [] if isinstance(spaces_now, LeftOut) else [(spaces_now, 0)]
+                current = self._live.subspaces(weight, self._step)
+                if isinstance(current, LeftOut):
+                    self._left_out.append(current)
+                    continue
+                targets = [(current, 0)]
             for spaces, start in targets:
-                for record in overlaps(
-                    _move_to_device(spaces, gradient), self._step, _read_blocks(gradient, spaces.shape, start)
-                ):
-                    if isinstance(record, Overlap):
-                        records.append(record)
-                    else:
-                        self._left_out.append(record)
+                blocks = _read_blocks(gradient, spaces.shape, start)
+                measured = overlaps(_move_to_device(spaces, gradient), self._step, blocks)
+                records += [record for record in measured if isinstance(record, Overlap)]
+                self._left_out += [record for record in measured if isinstance(record, LeftOut)]
         if records and self._writer is not None:
             self._writer.append(*records)
         self.records += records
@@ -373,9 +381,9 @@ class GradientRecorder(TrainerCallback):
 
 
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
-    """Return medians over the layers of one step by rank, those of κ also by module type.
+    """Return the medians over the layers of one step by name, such as ``overlap/r8/kappa/mlp.up_proj``.
 
-    Their names, such as ``overlap/r8/kappa/mlp.up_proj``, sort well in a plot.
+    Those of κ, the tangent overlap and their baselines for each rank; those of κ also for each module type.
     """
     medians: dict[str, float] = {}
     for rank in sorted({record.rank for record in records}):
@@ -385,8 +393,8 @@ def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
         for name in ("kappa", "kappa_random", "tangent", "tangent_random"):
             medians[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in nonzero)
         for module_type in dict.fromkeys(module_type_of(record.layer) for record in nonzero):
-            kappas = [record.kappa for record in nonzero if module_type_of(record.layer) == module_type]
-            medians[f"overlap/r{rank}/kappa/{module_type}"] = median(kappa for kappa in kappas if kappa is not None)
+            kappas = [record.kappa or 0.0 for record in nonzero if module_type_of(record.layer) == module_type]
+            medians[f"overlap/r{rank}/kappa/{module_type}"] = median(kappas)
     return medians
 
 

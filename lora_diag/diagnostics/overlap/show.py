@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import mean, median
 
 from rich.text import Text
@@ -49,13 +50,9 @@ class Track:
 
     @property
     def near_since(self) -> int | None:
-        """First step from which κ stayed near its baseline to the end; None if it is not near it at the end."""
-        first_step = None
-        for record in reversed(self.known):
-            if not near(record):
-                break
-            first_step = record.step
-        return first_step
+        """First step from which κ stayed near its baseline to the last step; None if it ended above."""
+        near_at_end = list(takewhile(is_near_random, reversed(self.known)))
+        return near_at_end[-1].step if near_at_end else None
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -65,15 +62,18 @@ class Track:
         return (mean(kappas[:quarter]), mean(kappas[-quarter:])) if len(kappas) > 1 else None
 
 
-def near(record: Overlap) -> bool:
-    """Return whether κ is near its value for a random subspace."""
+def is_near_random(record: Overlap) -> bool:
+    """Return whether κ is near its value for a random subspace; False for a zero gradient."""
     return record.kappa is not None and is_near(record.kappa, record.kappa_random)
 
 
-def trend(ends: tuple[float, float] | None) -> str:
+def describe_trend(ends: tuple[float, float] | None) -> str:
     """Return the trend of κ as a word; empty for a single step.
 
-    >>> trend((0.4, 0.2)), trend((0.4, 0.39)), trend((0.2, 0.4)), trend(None)
+    Args:
+        ends: κ at the first steps and at the last, as ``Track.ends``.
+
+    >>> describe_trend((0.4, 0.2)), describe_trend((0.4, 0.39)), describe_trend((0.2, 0.4)), describe_trend(None)
     ('falls', 'steady', 'rises', '')
     """
     if ends is None:
@@ -83,39 +83,30 @@ def trend(ends: tuple[float, float] | None) -> str:
 
 
 def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
-    """Return every layer at the shown rank, in the order of the file.
+    """Return the track of every layer at the shown rank, in the order of the file.
 
     Args:
         results: The results.
         rank: The rank to show; default 16 if measured, else the middle one; for a reference adapter, its own. A
-            smaller layer is shown at its largest rank.
+            layer without this rank is shown at the next smaller one, or at its smallest.
     """
-    rank_shown = rank if rank is not None else None if reference_is_adapter(results) else _default_rank(results)
+    if rank is None and not reference_is_adapter(results):
+        measured = sorted({record.rank for record in results})
+        rank = USUAL_RANK if USUAL_RANK in measured or not measured else measured[len(measured) // 2]
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
     for record in results:
         by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
     layer_tracks = []
     for layer, by_rank in by_layer.items():
-        layer_rank = max((r for r in by_rank if rank_shown is None or r <= rank_shown), default=min(by_rank))
-        layer_tracks.append(
-            Track(layer, layer_rank, tuple(sorted(by_rank[layer_rank], key=lambda record: record.step)))
-        )
+        layer_rank = max((each for each in by_rank if rank is None or each <= rank), default=min(by_rank))
+        records = sorted(by_rank[layer_rank], key=lambda record: record.step)
+        layer_tracks.append(Track(layer, layer_rank, tuple(records)))
     return layer_tracks
 
 
 def reference_is_adapter(results: Results[Overlap]) -> bool:
     """Return whether the subspaces are those of an adapter."""
     return any(run_input.role == "adapter" for run_input in results.run.inputs)
-
-
-def _default_rank(results: Results[Overlap]) -> int:
-    ranks = sorted({record.rank for record in results})
-    return USUAL_RANK if USUAL_RANK in ranks else ranks[len(ranks) // 2] if ranks else USUAL_RANK
-
-
-def steps_of(some_tracks: Sequence[Track]) -> list[int]:
-    """Return all steps, ascending."""
-    return sorted({record.step for track in some_tracks for record in track.records})
 
 
 # Maximum number of steps with a column each, in the narrow and in the wide table. With more steps, this many have
@@ -154,11 +145,13 @@ def overlap_table(
     if tracked and show_rank is not None and all(track.rank != show_rank for track in tracked):
         problem = f"{show_rank} is larger than all layers and adapters; another rank is shown"
         statements.append(make_statement("show_rank", "Rank shown", problem, level="warning"))
-    grids = [_make_grid(rows_of(tracked, per), steps_of(tracked), width, per)] if tracked else []
+    grids = [_make_grid(rows_of(tracked, per), width, per)] if tracked else []
     return grids_table(grids, statements, width, color, next_command)
 
 
-def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
+def _make_grid(rows: Rows, width: int, per: str) -> Grid:
+    """Return the table of κ over the steps, one row per group of tracks."""
+    steps = sorted({record.step for _, group in rows for track in group for record in track.records})
     wide = width >= WIDE
     max_steps, sample_count = (_WIDE_MAX_STEPS, _WIDE_SAMPLED_STEPS) if wide else (_MAX_STEPS, _SAMPLED_STEPS)
     column_steps = select_evenly(steps, sample_count if len(steps) > max_steps else max_steps)
@@ -171,7 +164,8 @@ def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
             if len(steps) > len(column_steps):
                 columns.append(_make_strip_column(rows, steps, _WIDE_STRIP_WIDTH if wide else _STRIP_WIDTH))
             if steps[1:]:
-                columns.append(Column("trend", tuple(trend(_compute_median_ends(group)) for _, group in rows), "left"))
+                trends = tuple(describe_trend(_compute_median_ends(group)) for _, group in rows)
+                columns.append(Column("trend", trends, "left"))
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
@@ -179,7 +173,7 @@ def _make_grid(rows: Rows, steps: Sequence[int], width: int, per: str) -> Grid:
 
 
 def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
-    """Return the median κ of a step, shaded by its distance from random to 1, and marked if it is near random."""
+    """Return a column of the median κ at a step, shaded by its distance from random to 1, marked if near random."""
     cells: list[str | Text] = []
     for _, group in rows:
         nonzero = [record for record in _select_step(group, step) if record.kappa is not None]
@@ -188,13 +182,14 @@ def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
             continue
         kappa = median(record.kappa or 0.0 for record in nonzero)
         random = median(record.kappa_random for record in nonzero)
-        mark = NEAR_MARK if sum(map(near, nonzero)) > len(nonzero) / 2 else " "
+        mark = NEAR_MARK if sum(map(is_near_random, nonzero)) > len(nonzero) / 2 else " "
         style = shade(max(0.0, kappa - random) / max(1e-9, 1 - random))
         cells.append(Text(f"{small_fraction(kappa)}{mark}", style=style))
     return Column(f"{prefix}{step}", tuple(cells))
 
 
 def _select_step(group: Sequence[Track], step: int) -> list[Overlap]:
+    """Return the records of several tracks at one step."""
     return [record for track in group for record in track.records if record.step == step]
 
 
@@ -256,6 +251,7 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
 
 
 def _describe_measured(results: Results[Overlap]) -> list[str]:
+    """State the number of layers, steps and ranks; empty without records."""
     layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
     return [f"{quantity(layers)}, {quantity(steps, 'step')}, {quantity(ranks, 'rank')}"] if layers else []
 
@@ -266,16 +262,22 @@ def _select_relevant(shown: Sequence[Track]) -> list[Track]:
 
 
 def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statement:
-    """State how many layers end near the baseline, which, and since when."""
+    """State how many layers end near the baseline, which, and since when.
+
+    Args:
+        relevant: The layers to judge.
+        is_partial: Whether embeddings and head were measured, too, and are not among them.
+    """
     near_random = sorted(
         (t for t in relevant if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
     )
     verdict = "no" if len(near_random) > len(relevant) / 2 else "partly" if near_random else "yes"
-    kappa, random = middle([t.last.kappa for t in relevant]), middle([t.last.kappa_random for t in relevant])
+    kappa = median(track.last.kappa or 0 for track in relevant)
+    random = median(track.last.kappa_random for track in relevant)
     scope = " outside embeddings and head" if is_partial else ""
     head = (
-        f"{verdict}: at the last step the median κ of {quantity(len(relevant))}{scope} is {number(kappa or 0)}, "
-        f"that of random subspaces {number(random or 0)}"
+        f"{verdict}: at the last step the median κ of {quantity(len(relevant))}{scope} is {number(kappa)}, "
+        f"that of random subspaces {number(random)}"
     )
     if not near_random:
         return make_statement("inside", "Containment", f"{head}; none is near random ({_NEAR_CRITERION})")
@@ -297,7 +299,7 @@ def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statem
 
 
 def _name_layers(near_random: Sequence[Track]) -> str:
-    """Return the phrase for these layers: their number, or the name of a single one."""
+    """Return a phrase that names the layers near random by their number, or a single one by its name."""
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
@@ -305,6 +307,7 @@ def _describe_reach(relevant: Sequence[Track]) -> str:
     """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
 
     def describe(name: str) -> str:
+        """Return the median of a field at the first and the last step, with its baseline."""
         first, last = (middle([getattr(t.known[i], name) for t in relevant]) or 0.0 for i in (0, -1))
         random = middle([getattr(t.last, f"{name}_random") for t in relevant]) or 0.0
         values = number(last) if first == last else f"{number(first)} → {number(last)}"
@@ -329,7 +332,7 @@ def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str
 
 
 def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[str]:
-    """Suggest what to do about the layers near their baseline."""
+    """Return what to do about the layers near their baseline, one sentence for each case."""
     near_random = [track for track in relevant if track.near_since is not None]
     if not near_random:
         return ["nothing to change: in every layer these subspaces contain more of the gradient than random ones"]
@@ -337,10 +340,13 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
         track.layer: max((r for r in results if r.layer == track.layer), key=lambda r: (r.rank, r.step))
         for track in near_random
     }
-    tangent_only = [track for track in near_random if _has_reach(track.last)]
+    # There an adapter reaches clearly more of ‖G‖² than its baseline, though κ is near random.
+    tangent_only = [
+        track for track in near_random if (track.last.tangent or 0) ** 2 - track.last.tangent_random**2 >= MIN_REACH
+    ]
     others = [track for track in near_random if track not in tangent_only]
     # At full rank the subspaces are the whole space, which contains every gradient: κ and its baseline are both 1.
-    at_higher_rank = [t for t in others if (r := at_largest_rank[t.layer]).kappa_random < 1 and not near(r)]
+    at_higher_rank = [t for t in others if (r := at_largest_rank[t.layer]).kappa_random < 1 and not is_near_random(r)]
     outside = [track for track in others if track not in at_higher_rank]
     sentences = []
     if tangent_only:
@@ -367,21 +373,18 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
     return sentences
 
 
-def _has_reach(record: Overlap) -> bool:
-    """Return whether an adapter reaches clearly more of ‖G‖² than its baseline, for any κ."""
-    return (record.tangent or 0.0) ** 2 - record.tangent_random**2 >= MIN_REACH
-
-
 def _interpret(results: Results[Overlap]) -> str:
-    return (
+    """State what overlap does and does not show."""
+    text = (
         "overlap measures direction, not quality, and increases with rank for any subspace: compare with random, not "
         "with 1"
-        + reference_is_adapter(results)
-        * (
+    )
+    if reference_is_adapter(results):
+        text += (
             "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
             "directions"
         )
-    )
+    return text
 
 
 def _describe_skipped_ranks(results: Results[Overlap]) -> str:

@@ -1,4 +1,4 @@
-"""`residual`: distance of adapters from a full fine-tune by layer, and its parts."""
+"""Figure of ``residual``: distance of adapters from a full fine-tune by layer, and its parts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ from lora_diag.rendering.figures.style import CATEGORIES, DASHED, FLOOR, INK, Pa
 from lora_diag.rendering.text import number
 
 # Colors of the parts of ε², from the bottom of a bar.
-COLORS = dict(
-    zip(
-        ("rank", "direction", "scale", "not adapted"),
-        (CATEGORIES[0], CATEGORIES[5], CATEGORIES[1], FLOOR),
-        strict=True,
-    )
-)
+COLORS = {"rank": CATEGORIES[0], "direction": CATEGORIES[5], "scale": CATEGORIES[1], "not adapted": FLOOR}
 
 
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
@@ -93,10 +87,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _select_matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
+    """Return the records of matrices, without those of 1-D tensors."""
     return tuple(record for record in records if len(record.shape) > 1)
 
 
 def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Residual]]) -> None:
+    """Draw the parts of ε² of one adapter as stacked bars."""
     for slot in slots:
         sums = [sum_parts(bar) for bar in slot.bars]
         base = np.zeros(len(sums))
@@ -118,7 +114,7 @@ def _describe_run(item: Series[Any]) -> str:
     total = pooled(item.records)
     if total.epsilon is None:
         return f"{item.label}{rank}: ΔW = 0"
-    similarity = (
-        "" if total.cosine is None else f"; cosine {total.cosine:.2f}, norm ratio {number(total.norm_ratio or 0.0)}"
-    )
-    return f"{item.label}{rank}: {describe_parts(item.records)}{similarity}"
+    description = f"{item.label}{rank}: {describe_parts(item.records)}"
+    if total.cosine is None:
+        return description
+    return f"{description}; cosine {total.cosine:.2f}, norm ratio {number(total.norm_ratio or 0.0)}"

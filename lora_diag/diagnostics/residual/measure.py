@@ -51,7 +51,13 @@ class ComparedUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Layer(LayerTask):
-    """One layer of a full fine-tune, and the updates compared with it."""
+    """One layer of a full fine-tune, and the updates compared with it.
+
+    Args:
+        updates: The adapters and the reference, in order.
+        moments: C of the layer's input; None without the data metric.
+        recover: Whether to estimate the update before rounding.
+    """
 
     updates: tuple[ComparedUpdate, ...]
     moments: Moments | None = None
@@ -66,20 +72,18 @@ def size(layer: Layer, settings: LayerSettings) -> int:
     if settings.memory is not None:
         return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
     dense = max((footprint(update.delta) for update in layer.updates if update.delta), default=0)
-    return footprint(layer.delta) + dense + _estimate_weighting_bytes(layer) + _estimate_cell_bytes(layer)
-
-
-def _estimate_cell_bytes(layer: Layer) -> int:
-    return recovery_bytes(layer.shape) if layer.recover and isinstance(layer.delta, StoredDelta) else 0
+    cells = recovery_bytes(layer.shape) if layer.recover and isinstance(layer.delta, StoredDelta) else 0
+    return footprint(layer.delta) + dense + _estimate_weighting_bytes(layer) + cells
 
 
 def _estimate_weighting_bytes(layer: Layer) -> int:
+    """Estimate the memory of the data metric in bytes: a root and its eigenvectors, D and X times the root."""
     order = layer.moments.size if layer.moments else 0
     return 8 * order * (3 * order + 2 * max(layer.shape))
 
 
 def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
-    """Return the memory available for D; a dense X, in memory with it, takes as much."""
+    """Return the memory available for D, half of it if a dense X is in memory with it; None without a limit."""
     if settings.memory is None:
         return None
     two_dense = any(
@@ -107,8 +111,15 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
 
 
 def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
+    """Return the records of a layer as ``measure_layer`` does, measured on this device.
+
+    Raises:
+        MemoryLimitError: An update does not fit.
+    """
     # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
-    thin = {o.name: load_change(o.delta, device) for o in layer.updates if isinstance(o.delta, FactoredDelta)}
+    thin = {
+        each.name: load_change(each.delta, device) for each in layer.updates if isinstance(each.delta, FactoredDelta)
+    }
     top = min(max([SUBSPACE, *map(_count_columns, thin.values())]), *layer.shape)
     allowance = _make_allowance(layer, top, settings)
     full = load_change(layer.delta, device, allowance=allowance)
@@ -117,7 +128,11 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     weight_metric = Metric(full, _decompose(full, top, settings), layer.shape)
     if problem := why_not_comparable(weight_metric.factors.fro):
         return (not_finite(layer.delta, replace(full, non_finite=problem)),)
-    data_metric = _make_data_metric(layer, full, top, settings, device) if layer.moments is not None else None
+    data_metric = None
+    if layer.moments is not None:  # distances are those of D·L, with L·Lᵀ = C
+        root, on_rows = read_root(layer.moments, device).matrix, layer.moments.on_rows
+        weighted = times(full, root, on_rows)
+        data_metric = Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, root, on_rows)
     before_rounding = _estimate_before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
     for update in layer.updates:
@@ -140,14 +155,16 @@ def _make_record(
     change: Change | None,
     weight_metric: Metric,
     data_metric: Metric | None,
-    estimate: BeforeRounding | None,
+    before_rounding: BeforeRounding | None,
     settings: LayerSettings,
 ) -> Residual | str:
     """Return the record of one adapter; if its update is not finite or not comparable, why."""
     if change is not None and change.non_finite is not None:
         return change.non_finite
     is_matrix, factors = layer.delta.is_matrix, weight_metric.factors
-    rank = _get_rank(update.delta, change) if is_matrix else None
+    rank = None  # of a 1-D tensor, and of an X without factors
+    if is_matrix and (change is None or isinstance(update.delta, FactoredDelta)):
+        rank = 0 if change is None else _count_columns(change)
     distances, norm = weight_metric.distances(change, rank)
     if problem := why_not_comparable(norm):
         return problem
@@ -155,10 +172,11 @@ def _make_record(
     if is_matrix and change is not None and norm > 0 and factors.fro > 0:
         column_space, row_space = _measure_agreements(weight_metric, change, rank, settings)
     file_resolution = resolution(weight_metric.change.rounding, factors) if is_matrix else None
+    unresolved = file_resolution is not None and file_resolution.verdict == "unresolved"
     distance_fields = _add_energy_error(distances, factors)
-    unresolved = (
-        file_resolution is not None and file_resolution.verdict == "unresolved" and distances.epsilon is not None
-    )
+    data = None
+    if data_metric is not None:
+        data = Distance(**_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors))
     return Residual(
         layer=layer.layer,
         shape=layer.shape if is_matrix else layer.shape[1:],
@@ -172,11 +190,9 @@ def _make_record(
         blocks=weight_metric.change.row_blocks,
         column_space=column_space,
         row_space=row_space,
-        data=None
-        if data_metric is None
-        else Distance(**_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors)),
-        before_rounding=None if estimate is None else estimate.distance(change, layer.shape),
-        limited_by="noise" if unresolved else Distance(**distance_fields).limit,
+        data=data,
+        before_rounding=before_rounding.distance(change, layer.shape) if before_rounding is not None else None,
+        limited_by="noise" if unresolved and distances.epsilon is not None else Distance(**distance_fields).limit,
         resolution=file_resolution,
         **distance_fields,
     )
@@ -223,34 +239,27 @@ def _add_energy_error(distances: Distances, factors: Factors) -> dict[str, float
     return asdict(distances) | {"energy_error": None if distances.epsilon_min is None else factors.energy_error}
 
 
-def _make_data_metric(layer: Layer, full: Change, top: int, settings: LayerSettings, device: torch.device) -> Metric:
-    """Return the metric of the data: distances are those of D·L, with L·Lᵀ = C."""
-    assert layer.moments is not None
-    on_rows = layer.moments.on_rows
-    root_matrix = read_root(layer.moments, device).matrix
-    weighted = times(full, root_matrix, on_rows)
-    return Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, root_matrix, on_rows)
-
-
 def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool = True) -> Factors:
+    """Return the largest singular values of an update, by default with vectors."""
     return change.decompose(settings.method, top, vectors, settings.tol, settings.seed)
 
 
 def _count_columns(change: Change) -> int:
+    """Return the number of columns of B; 0 without factors."""
     return change.factors[0].shape[1] if change.factors is not None else 0
-
-
-def _get_rank(delta: Delta | None, change: Change | None) -> int | None:
-    """Return the number of columns of X's factors: 0 for X = 0, None without factors."""
-    if delta is None or change is None:
-        return 0
-    return _count_columns(change) if isinstance(delta, FactoredDelta) else None
 
 
 def _measure_agreements(
     weight_metric: Metric, change: Change, rank: int | None, settings: LayerSettings
 ) -> tuple[Agreement, Agreement]:
-    """Return the agreement of the column and of the row spaces."""
+    """Return the agreement of the column spaces of D and X, and that of their row spaces.
+
+    Args:
+        weight_metric: D, with singular vectors.
+        change: X.
+        rank: Columns of the factors of X; None without factors.
+        settings: Settings of the measurement.
+    """
     dimension = min(rank or SUBSPACE, *weight_metric.shape)
     adapter, full = _decompose(change, dimension, settings), weight_metric.factors
     k, j = min(dimension, numerical_rank(full)), numerical_rank(adapter)
@@ -300,7 +309,8 @@ def residual(
     reference, activations, recover = (run.options[name] for name in ("reference", "activations", "recover"))
     check_request(run.options["method"], 1, run.options["tol"])
     others: list[tuple[Path | str, Role]] = [(path, "adapter") for path in adapters]
-    others += [(reference, "reference")] if reference is not None else []
+    if reference is not None:
+        others.append((reference, "reference"))
     if not others:
         raise UsageError(
             "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
@@ -352,7 +362,7 @@ def _note_tuned(full: Comparison, comparisons: Sequence[Comparison]) -> tuple[Ru
 
 
 def _find_rest(task: Layer, records: Sequence[Residual]) -> Layer | None:
-    """Return a layer with the updates that are not in its records; None if all are."""
+    """Return a layer with those of its updates that have no record; None if all have one."""
     done = {record.adapter for record in records}
     updates = tuple(update for update in task.updates if update.name not in done)
     return replace(task, updates=updates) if updates else None
@@ -360,13 +370,13 @@ def _find_rest(task: Layer, records: Sequence[Residual]) -> Layer | None:
 
 def _list_unmatched(full: Pairing, comparisons: Sequence[Comparison]) -> Iterator[Unpaired]:
     """Yield tensors of the adapters and the reference that TUNED does not contain."""
-    full_layers = {delta.layer for delta in full.deltas} | {item.layer for item in full.unpaired}
+    full_layers = {each.layer for each in (*full.deltas, *full.unpaired)}
     for comparison in comparisons:
         path = comparison.inputs[-1].path
         for delta in comparison.pairing.deltas:
             if delta.layer not in full_layers:
                 detail = f"{path} changes it, but TUNED does not contain it"
                 yield Unpaired(delta.layer, delta.shape, "only_in_adapter", detail)
-        for item in comparison.pairing.unpaired:
-            if item.layer not in full_layers:
-                yield replace(item, detail=f"{path}: {item.detail}")
+        for tensor in comparison.pairing.unpaired:
+            if tensor.layer not in full_layers:
+                yield replace(tensor, detail=f"{path}: {tensor.detail}")

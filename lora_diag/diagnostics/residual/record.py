@@ -56,7 +56,7 @@ class Distance(Record):
 
     @property
     def least_epsilon(self) -> float | None:
-        """√(max(0, ε_min² − energy_error)): a lower bound on the ε of every update of the adapter's rank."""
+        """√(max(0, ε_min² − energy_error)), a lower bound on ε at the adapter's rank; None if it has no rank."""
         return None if self.epsilon_min is None else least_epsilon(self.epsilon_min, self.energy_error)
 
     @property
@@ -82,12 +82,9 @@ class Distance(Record):
         return limit(self._above_floor)
 
 
-def limits_of(records: Sequence[Residual]) -> str:
-    """Return what limits several layers: one word, or each word with its number of layers."""
-    return count_texts(record.limited_by or "-" for record in records)
-
-
 def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
+    """Return a function that pools a field of ``metrics.pooled`` over layers."""
+
     def pool(records: Sequence[Residual]) -> float | None:
         from lora_diag.metrics import pooled  # imports NumPy
 
@@ -111,16 +108,16 @@ def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
     total = math.fsum(record.fro**2 for record in records)
     sums = dict.fromkeys(("rank", "direction", "scale", "not adapted"), 0.0)
     for record in records:
-        if (layer_parts := record.parts) is not None:
-            for name, part in zip(sums, (layer_parts.rank, layer_parts.direction, layer_parts.scale), strict=False):
-                sums[name] += part * record.fro**2
+        if (parts := record.parts) is not None:
+            for name in ("rank", "direction", "scale"):
+                sums[name] += getattr(parts, name) * record.fro**2
         else:
             sums["direction" if record.epsilon is None else "not adapted"] += record.gap**2
     return {name: part / total for name, part in sums.items()} if total else {}
 
 
 def describe_parts(records: Sequence[Residual]) -> str:
-    """State ε² of several layers as the sum of its parts; those below 0.5% of it are omitted."""
+    """State ε² of several layers, not all zero, as the sum of its parts; those below 0.5% of it are omitted."""
     shares = sum_parts(records)
     total = math.fsum(shares.values())
     return f"ε² = {number(total)} = " + " + ".join(
@@ -129,6 +126,7 @@ def describe_parts(records: Sequence[Residual]) -> str:
 
 
 def _pool_part(name: str) -> Callable[[Sequence[Residual]], float | None]:
+    """Return a function that returns a part of ε² of several layers; None if every D is zero."""
     return lambda records: sum_parts(records).get(name)
 
 
@@ -282,7 +280,13 @@ class Residual(Distance, LayerRecord):
             drop=1,
             terminal=True,
         ),
-        Shown("limited_by", "limited by", "largest of rank, direction and scale", main=True, pool=limits_of),
+        Shown(
+            "limited_by",
+            "limited by",
+            "largest of rank, direction and scale",
+            main=True,
+            pool=lambda records: count_texts(record.limited_by or "-" for record in records),
+        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(

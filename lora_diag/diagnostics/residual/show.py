@@ -21,7 +21,7 @@ _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
 
 
 def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
-    """Return the tables, one for each adapter."""
+    """Return the tables, one for each adapter and reference."""
     return [_make_grid(name, records, per) for name, records in _group_by_adapter(results)]
 
 
@@ -34,6 +34,7 @@ def _group_by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residu
 
 
 def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
+    """Return the table of one adapter or reference."""
     rows = _make_rows(records, per)
     total = _pool_gap(records) or 1.0
     share = Shown(
@@ -70,11 +71,12 @@ def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequenc
 
 
 def _pool_gap(records: Sequence[Residual]) -> float:
+    """Return ‖D − X‖_F of several layers together."""
     return math.hypot(*(record.gap for record in records))
 
 
 def _find_main_limit(records: Sequence[Residual]) -> str | None:
-    """Return the limit with the largest sum of ‖D − X‖² over its layers."""
+    """Return the limiting factor with the largest sum of ‖D − X‖² over its layers; None for layers without one."""
     shares: Counter[str | None] = Counter()
     for record in records:
         shares[record.limited_by] += record.gap**2  # type: ignore[assignment]  # a Counter of floats
@@ -82,20 +84,22 @@ def _find_main_limit(records: Sequence[Residual]) -> str | None:
 
 
 def _describe_agreement(spaces: Sequence[Agreement | None]) -> str:
-    """Return the median overlap, with the random baseline in brackets."""
-    agreements = [space for space in spaces if space is not None]
-    if not agreements:
+    """Return the median overlap, with the random baseline in brackets; ``-`` without any."""
+    known = [space for space in spaces if space is not None]
+    if not known:
         return "-"
-    return f"{median(s.overlap for s in agreements):.2f} ({median(s.random for s in agreements):.2f})"
+    return f"{median(space.overlap for space in known):.2f} ({median(space.random for space in known):.2f})"
 
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
     """Return the statements of the summary."""
     findings = []
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
-        against = f"{safe(tuned.path)}, given as TUNED, is an adapter, not a full fine-tune"
-        text = f"{against}, so ε is relative to its update. The order is BASE TUNED ADAPTER..."
-        findings.append(make_statement("note", "Note", text))
+        note = (
+            f"{safe(tuned.path)}, given as TUNED, is an adapter, not a full fine-tune, so ε is relative to its update. "
+            "The order is BASE TUNED ADAPTER..."
+        )
+        findings.append(make_statement("note", "Note", note))
     groups = _group_by_adapter(results)
     adapters = [(name, records) for name, records in groups if records[0].role == "adapter"]
     findings += [
@@ -178,11 +182,12 @@ def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
     for name, records in groups:
         if records[0].role == "reference":
             total = pooled(records)
-            spaces = [record.column_space for record in records], [record.row_space for record in records]
+            columns = _describe_agreement([record.column_space for record in records])
+            rows = _describe_agreement([record.row_space for record in records])
             lines.append(
                 f"another full fine-tune, {name}, has ε = {format_shown(total.epsilon)} and cosine "
-                f"{format_shown(total.cosine)}; its top directions overlap {_describe_agreement(spaces[0])} in the "
-                f"column space and {_describe_agreement(spaces[1])} in the row space (in brackets: random)"
+                f"{format_shown(total.cosine)}; its top directions overlap {columns} in the column space and {rows} in "
+                "the row space (in brackets: random)"
             )
             lines += [
                 _compare_with_reference(other, pooled(others), total)
@@ -198,6 +203,7 @@ def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
 
 
 def _compare_with_reference(name: str, adapter: Distances, reference: Distances) -> str:
+    """State whether an adapter is nearer to TUNED than the reference, and better aligned."""
     if adapter.epsilon is None or reference.epsilon is None or adapter.cosine is None or reference.cosine is None:
         return f"{name} has no known distance"
     nearer = "no farther than the reference" if adapter.epsilon <= reference.epsilon else "farther than the reference"

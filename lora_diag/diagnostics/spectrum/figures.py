@@ -50,7 +50,7 @@ class Quantity:
     finish: Callable[[Axes, PageStyle, Sequence[Spectrum], Sequence[Spectrum]], None]
 
     def at(self, record: Spectrum, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return a layer's values at given ranks; past the last ``beyond``, or NaN for an incomplete spectrum."""
+        """Return a layer's values at given ranks; past its last value ``beyond``, or NaN if it is incomplete."""
         values = self.values(record)
         inside = values[np.minimum(ranks, len(values)) - 1]
         return np.where(ranks <= len(values), inside, self.beyond if record.complete else np.nan)
@@ -75,7 +75,7 @@ def resolved_rank(record: Spectrum) -> int:
 
 
 def largest_rank(records: Iterable[Spectrum]) -> int:
-    """Return the largest number of kept singular values of a nonzero update; 1 without any."""
+    """Return the largest number of kept singular values of the nonzero updates; 1 without any."""
     return max((len(record.s) for record in records if record.fro > 0), default=1)
 
 
@@ -119,7 +119,7 @@ def draw_series(
 def _stack(
     records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return ranks, and the values of each layer at these ranks, ``(layers, ranks)``."""
+    """Return the ranks of a grid up to the largest of a layer, and each layer's values there, ``(layers, ranks)``."""
     last = max(len(record.s) for record in records)
     ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
     return ranks, np.array([quantity.at(record, ranks) for record in records])
@@ -239,24 +239,23 @@ def _make_multiples(
     draw = partial(draw_series, quantity=quantity, per=per, page_records=records)
     gradients = any(record.source == "gradients" for record in records)
     prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
+    notes = []
     joined = max(len(group) for part in groups.values() for group in by_depth(part[0].records).values())
-    joined = 1 if bands else joined
-    cut = any(record.fro > 0 and not record.complete for record in records)
-    zero = sum(record.fro == 0 for record in records)
-    by_color = not bands and last_depth > 0
+    if joined > 1 and not bands:
+        notes.append(f"A line is the median of a block's matrices of its type (up to {joined}).")
+    if any(record.fro > 0 and not record.complete for record in records):
+        notes.append("Curves end where the values kept (--top) do.")
+    if zero := sum(record.fro == 0 for record in records):
+        notes.append(f"Δ = 0 in {zero} {'matrix, which has' if zero == 1 else 'matrices, which have'} no curve.")
     return Page(
         title,
         [Panel(name, partial(draw, series=part), xlabel, ylabel) for name, part in groups.items()],
         f"{prefix}{'gradients' if gradients else f'updates {changes_of(records)}'} of "
         f"{count_matrices(records)}{metric_suffix(records)}{formula}",
-        [
-            f"A line is the median of a block's matrices of its type (up to {joined})." if joined > 1 else "",
-            "Curves end where the values kept (--top) do." if cut else "",
-            f"Δ = 0 in {zero} {'matrix, which has' if zero == 1 else 'matrices, which have'} no curve." if zero else "",
-        ],
+        notes,
         [*_make_keys(series, records, bands, style), *keys],
         share=True,
-        scale=ScalarMappable(Normalize(0, last_depth), DEPTH) if by_color else None,
+        scale=ScalarMappable(Normalize(0, last_depth), DEPTH) if last_depth and not bands else None,
         scale_label="depth (block)",
     )
 
@@ -270,27 +269,27 @@ def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series
             energies[types.of(record.layer)] += record.fro**2
     changed = [name for name in types.names if energies[name] > 0]
     own = sorted(changed, key=lambda name: -energies[name])[: MAX_PANELS - 1] if len(changed) > MAX_PANELS else changed
-    others = f"{len(changed) - len(own)} other types"
-    names = {name: name if name in own else others for name in changed}
-    order = [*(name for name in changed if name in own), *([others] if len(own) < len(changed) else [])]
+    panels = {name: {name} for name in changed if name in own}
+    if others := set(changed) - set(own):
+        panels[f"{len(others)} other types"] = others
     return {
-        shown: tuple(
-            replace(item, records=tuple(r for r in item.records if names.get(types.of(r.layer)) == shown))
-            for item in series
+        title: tuple(
+            replace(item, records=tuple(r for r in item.records if types.of(r.layer) in names)) for item in series
         )
-        for shown in order
+        for title, names in panels.items()
     }
 
 
 def _make_keys(
     series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], bands: bool, style: PageStyle
 ) -> list[Key]:
-    """Return the legend entries."""
+    """Return the legend entries of lines by depth, or of the bands of each series."""
     keys = []
     if bands:
-        for number, item in enumerate(series):
-            patch = Patch(facecolor=category(number), alpha=0.7)
-            keys.append(Key(patch, f"{owner_of(item, series)}median layer, range"))
+        keys = [
+            Key(Patch(facecolor=category(number), alpha=0.7), f"{owner_of(item, series)}median layer, range")
+            for number, item in enumerate(series)
+        ]
     elif deepest(record.layer for record in records) == 0:
         keys.append(key("one line per layer", color=INK, lw=style.line))
     if inside := [str(rank) for rank in MARKED if rank <= largest_rank(records)]:
@@ -346,13 +345,14 @@ def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Opt
 
 
 def _finish_energy(ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]) -> None:
+    """Set the y axis of energy fractions."""
     ax.set_ylim(0, 1.03)
     set_fraction_ticks(ax.yaxis)
     ax.set_yticks([0.25, 0.75], minor=True)
 
 
 def _finish_sigma(ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]) -> None:
-    """Set the scale of all panels, and mark the edge of the files' rounding noise for the median layer."""
+    """Set the y axis of singular values, and mark the median edge of the files' rounding noise."""
     ax.set_yscale("log", nonpositive="mask")
     ax.yaxis.set_major_formatter(log_label)
     ax.yaxis.set_minor_formatter("")
@@ -366,7 +366,7 @@ DECADES = 7
 
 
 def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
-    """Return the range of the y axis: all resolved values, and the noise edge if it is near."""
+    """Return the limits of the y axis: around all resolved values, and the median noise edge if it is near."""
     resolved = [value for record in records for value in record.s[: resolved_rank(record)] if value > 0]
     values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
     low, high = min(values), max(values)
@@ -376,10 +376,12 @@ def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
 
 
 def _list_edges(records: Sequence[Spectrum]) -> list[float]:
+    """Return the noise edges of the nonzero updates that have one."""
     return [record.resolution.edge for record in records if record.fro > 0 and record.resolution.edge > 0]
 
 
 def _make_edge_style(style: PageStyle) -> dict[str, Any]:
+    """Return the properties of the line that marks the noise edge."""
     return {"color": INK, "lw": 0.8 * style.line, "ls": (0, (5, 2))}
 
 

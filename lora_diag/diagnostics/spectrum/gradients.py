@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lora_diag.linalg.exact import decompose_stack
 from lora_diag.linalg.methods import READING_BYTES
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
-from lora_diag.records import LeftOut, Resolution, Results
+from lora_diag.records import LeftOut, Results
 from lora_diag.running.inputs import describe, describe_steps
 from lora_diag.running.layers import LayerRun
 
@@ -40,7 +40,7 @@ class _NotFiniteError(Exception):
 def size(history: History, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: one gradient, and a Gram matrix with its copy.
 
-    With a memory limit, ``max_bytes``, but at most the limit.
+    With a memory limit, return the upper bound ``max_bytes``, but at most the limit.
     """
     if settings.memory is not None:
         return min(settings.memory, max_bytes(history))
@@ -49,7 +49,7 @@ def size(history: History, settings: SpectrumSettings) -> int:
 
 
 def max_bytes(history: History) -> int:
-    """Return the largest memory of a layer in bytes: one gradient, and the largest Gram matrix that is computed.
+    """Return an upper bound of the memory of a layer in bytes: one gradient, and the largest Gram matrix computed.
 
     Example:
         >>> round(max_bytes(History("w", (4096, 4096), ())) / 2**20)
@@ -61,10 +61,11 @@ def max_bytes(history: History) -> int:
 
 
 def _find_largest_order(shape: tuple[int, int]) -> int:
+    """Return the largest order of the Gram matrices that are computed."""
     return max(shape) if max(shape) <= OTHER_GRAM_UP_TO else min(shape)
 
 
-def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftOut:
+def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
     """Measure the spectrum of the gradients of one layer.
 
     ΣG_tG_tᵀ and ΣG_tᵀG_t are the Gram matrices of the gradients concatenated horizontally, [G_1 G_2 …], and vertically,
@@ -73,49 +74,47 @@ def covariance(history: History, settings: SpectrumSettings) -> Spectrum | LeftO
 
     Args:
         history: The layer's gradients.
-        settings: The request; ``method`` and ``tol`` are not used.
+        settings: Settings of the measurement; ``method`` and ``tol`` are not used.
 
     Returns:
         The spectrum of the smaller side, with the energy fractions of the other if that is small enough; or a
         ``left_out`` record if a gradient is not finite.
+
+    Raises:
+        InputError: A file could not be read.
+        MemoryLimitError: A gradient and its Gram matrix do not fit.
     """
     try:
-        spectra, fallback = compute_on_device(
-            lambda device: _compute(history, settings, device), resolve_device(settings.device)
+        (smaller, larger, spacing), fallback = compute_on_device(
+            partial(_compute, history, settings), resolve_device(settings.device)
         )
     except _NotFiniteError as error:
-        return LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error))
-    side: Literal["left", "right"] = "left" if history.shape[0] < history.shape[1] else "right"
-    file_resolution, dtypes = _measure_resolution(spectra, history), (None, "/".join(history.dtypes))
-    factors = replace(
-        spectra.smaller, method=f"{spectra.smaller.method} of {len(history.snapshots)} gradients{fallback}"
-    )
-    record = record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
-    other_record = None
-    if spectra.larger is not None:
-        other_record = record_of(
-            history.layer, history.shape, dtypes, None, spectra.larger, settings.ranks, file_resolution
-        )
+        return (LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error)),)
+    noise = noise_of(mix_profiles([(1 / 12, spacing.profile)], _stacked_shape(history)), 1)
+    edge = max(noise.edge, rounding_threshold(smaller))
+    rounding_fro = math.sqrt(spacing.squares) / 2
+    file_resolution = make_resolution(smaller.s.numpy(), smaller.fro, smaller.complete, rounding_fro, noise.fro, edge)
+
+    def make_record(factors: Factors) -> Spectrum:
+        dtypes = (None, "/".join(history.dtypes))
+        return record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
+
+    method = f"{smaller.method} of {len(history.snapshots)} gradients{fallback}"
+    other = make_record(larger) if larger is not None else None
     stack = Stack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
-        side=side,
-        other_energy=other_record.energy if other_record else None,
-        other_rank_at=other_record.rank_at if other_record else None,
+        side="left" if history.shape[0] < history.shape[1] else "right",
+        other_energy=other.energy if other else None,
+        other_rank_at=other.rank_at if other else None,
     )
-    return record.model_copy(update={"source": "gradients", "stack": stack})
+    record = make_record(replace(smaller, method=method))
+    return (record.model_copy(update={"source": "gradients", "stack": stack}),)
 
 
-@dataclass(frozen=True, slots=True)
-class _Spectra:
-    """The spectra of the smaller side and, if computed, of the larger; and the spacings of the stored gradients."""
-
-    smaller: Factors
-    larger: Factors | None
-    spacing: Spacing
-
-
-def _compute(history: History, settings: SpectrumSettings, device: torch.device) -> _Spectra:
-    """Return the spectra of the smaller side and, if it is small enough, of the larger one.
+def _compute(
+    history: History, settings: SpectrumSettings, device: torch.device
+) -> tuple[Factors, Factors | None, Spacing]:
+    """Return the spectra of the smaller side and, if it is small enough, of the larger, and the spacing of the files.
 
     The gradients are read once for each side: two concurrent Gram matrices would take twice the memory.
 
@@ -136,7 +135,7 @@ def _compute(history: History, settings: SpectrumSettings, device: torch.device)
         larger = smaller
     elif max(history.shape) <= OTHER_GRAM_UP_TO:
         larger = decompose_stack(_read_gradients(history, device, not left, None), settings.top)
-    return _Spectra(smaller, larger, spacing)
+    return smaller, larger, spacing
 
 
 def _read_gradients(
@@ -174,14 +173,6 @@ def _stacked_shape(history: History) -> tuple[int, int]:
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
-def _measure_resolution(spectra: _Spectra, history: History) -> Resolution:
-    """Return the resolution of the gradients under the rounding of their files, as one matrix of all steps."""
-    noise = noise_of(mix_profiles([(1 / 12, spectra.spacing.profile)], _stacked_shape(history)), 1)
-    edge = max(noise.edge, rounding_threshold(spectra.smaller))
-    s, fro, complete = spectra.smaller.s.numpy(), spectra.smaller.fro, spectra.smaller.complete
-    return make_resolution(s, fro, complete, math.sqrt(spectra.spacing.squares) / 2, noise.fro, edge)
-
-
 def gradient_spectrum(
     run: LayerRun, base: Path | str | None, gradients: Sequence[Path | str], settings: SpectrumSettings
 ) -> Results[Spectrum]:
@@ -201,26 +192,19 @@ def gradient_spectrum(
     tasks = [history for history in matrices if selected(history.layer)]
     if not tasks:
         raise NothingComparedError("no gradient of a matrix of BASE was found, or none is selected")
-    shapes = {item.layer: item.shape for item in matrices} | {item.layer: item.shape for item in unmatched}
-    unpaired = [
-        *(item for item in unmatched if selected(item.layer)),
-        *(Unpaired.by_selection(name, shape) for name, shape in shapes.items() if not selected(name)),
-    ]
+    unpaired = [tensor for tensor in unmatched if selected(tensor.layer)]
+    shapes: dict[str, tuple[int, ...]] = {history.layer: history.shape for history in matrices}
+    shapes |= {tensor.layer: tensor.shape for tensor in unmatched}
+    unpaired += [Unpaired.by_selection(name, shape) for name, shape in shapes.items() if not selected(name)]
     verify = run.options["verify"]
+    described = [describe("base", checkpoint, verify=verify)] if checkpoint is not None else []
     return run.over(
         tasks,
-        _measure_layer,
+        measure_gradients,
         size,
         settings,
         Pairing((), tuple(unpaired)),
-        (
-            *([describe("base", checkpoint, verify=verify)] if checkpoint is not None else []),
-            describe_steps(gradients, steps, verify),
-        ),
+        (*described, describe_steps(gradients, steps, verify)),
         {"ranks": list(settings.ranks), "source": "gradients", "top": settings.top},
         recorded=("layers", "exclude", "top", "device"),
     )
-
-
-def _measure_layer(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
-    return (covariance(history, settings),)

@@ -41,23 +41,25 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
         weighting: Second moments of the layer's input, and of the gradient by its output; None for the plain metric.
 
     Returns:
-        The spectrum, or, if ΔW is not finite, a ``left_out`` record with the position of the first such entry.
+        The spectrum, or, if ΔW is not finite, a ``left_out`` record with the reason.
+
+    Raises:
+        InputError: A file could not be read, or a second moment is invalid.
+        MemoryLimitError: The layer does not fit.
     """
     compute = partial(_compute, delta, settings, weighting)
     (change, factors, weighted), fallback = compute_on_device(compute, resolve_device(settings.device))
     if factors is None:
         return not_finite(delta, change)
     factors = replace(factors, method=factors.method + fallback)
-    gains = weighted.gains if weighted else None
-    file_resolution = resolution(change.rounding, factors, gains)
+    file_resolution = resolution(change.rounding, factors, weighted.gains if weighted else None)
     record = record_of(
         delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
     )
     if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
         hidden, note = _estimate_hidden(delta, record.fro, settings)
         record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else note)
-    if change.row_blocks is not None:
-        record = record.model_copy(update={"blocks": change.row_blocks})
+    record = record.model_copy(update={"blocks": change.row_blocks})
     if weighted is None or weighting is None:
         return record
     metric = "kfac" if weighting.gradients else "data"
@@ -65,7 +67,10 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
 
 
 def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple[Hidden, str]:
-    """Return the estimate of the update before rounding by its cells, and the note of ``compute_on_device``."""
+    """Return the estimate of the update before rounding by its cells, and the note of ``compute_on_device``.
+
+    If the cells do not fit into memory, the estimate is refused.
+    """
     try:
         refuse_cells(delta.shape, settings.memory)
     except MemoryLimitError as error:
@@ -78,7 +83,10 @@ def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings)
 def _compute(
     delta: Delta, settings: SpectrumSettings, weighting: Weighting | None, device: torch.device
 ) -> tuple[Change, Factors | None, Weighted | None]:
-    """Return ΔW in the metric, its singular values, None if it is not finite, and its weighting, None without one."""
+    """Return ΔW in the metric, its singular values, and its weighting, None without one.
+
+    If ΔW is not finite, the last two are None.
+    """
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
         allowance = replace(allowance, limit=allowance.limit - weighting_bytes(weighting, delta.shape))

@@ -12,12 +12,12 @@ from lora_diag.rendering.text import median_rank, shade
 
 
 def usual_ranks(ranks: Sequence[int]) -> list[int]:
-    """Return the ranks whose C(r) is shown first: any of 8, 16 and 64, or the smallest, a middle and the largest."""
+    """Return the ranks whose C(r) is shown first: any of 8, 16 and 64; without these, the first, middle and last."""
     return [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str]:
-    """Return a function that pools ranks; null, beyond the kept values, counts as larger than any rank."""
+    """Return a function that returns the median rank of several layers as text; null counts as larger than any."""
     return lambda records: median_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
 
@@ -226,7 +226,7 @@ class Spectrum(LayerRecord):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return how a run's records are shown, with C(r) at its ranks and names of its metric."""
+        """Return how a run's records are shown, with C(r) at the run's ranks and the norms of its metric."""
         metric = metric_of(records)
         update, weights = NORMS[metric]
         of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
@@ -271,24 +271,22 @@ class Spectrum(LayerRecord):
     @property
     def relative_estimate(self) -> float | None:
         """‖X‖ / ‖W_base‖ of the update before rounding; None where that was not estimated, or the base is zero."""
-        estimate = self.hidden.fro_estimate if self.hidden is not None else None
-        return estimate / self.base_fro if estimate is not None and self.base_fro else None
+        if self.hidden is None or self.hidden.fro_estimate is None or not self.base_fro:
+            return None
+        return self.hidden.fro_estimate / self.base_fro
 
     def before_rounding(self) -> Spectrum:
-        """Return the spectrum of the estimated update: values of its directions, and norm; without one, ΔW's."""
+        """Return the spectrum of the estimated update before rounding; without an estimate, this spectrum.
+
+        Its values are those of the directions that the cells resolve, so it is not complete.
+        """
         hidden = self.hidden
         if hidden is None or hidden.status != "recovered" or not hidden.values_estimate or not hidden.fro_estimate:
             return self
         values = hidden.values_estimate
         resolution = self.resolution.model_copy(update={"signal_rank": len(values)})
-        estimated_fields = {
-            "fro": hidden.fro_estimate,
-            "s": values,
-            "complete": False,
-            "energy_error": 0.0,
-            "resolution": resolution,
-        }
-        return self.model_copy(update=estimated_fields)
+        estimate = {"fro": hidden.fro_estimate, "s": values, "complete": False, "energy_error": 0.0}
+        return self.model_copy(update=estimate | {"resolution": resolution})
 
     @property
     def spike(self) -> Share | None:

@@ -118,7 +118,10 @@ _INPUTS = (
 
 
 def _check_inputs(values: Mapping[str, object]) -> None:
-    """Refuse a combination of inputs and options.
+    """Refuse a combination of inputs and options that ``_INPUTS`` excludes.
+
+    Args:
+        values: Inputs and options by name.
 
     Raises:
         UsageError: An input or option lacks what it needs, or is given with what it excludes.
@@ -139,21 +142,19 @@ def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: boo
         return pairing, [Layer(delta) for delta in matrices]
     layers = [Layer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
     needed = "second moment of its input" + (" and of its output's gradient" if kfac else "")
-    missing = [
-        Unpaired(layer.layer, layer.shape, "no_activations", f"the file has no {needed}")
+    missing = {
+        layer.layer: Unpaired(layer.layer, layer.shape, "no_activations", f"the file has no {needed}")
         for layer in layers
         if layer.weighting is None
-    ]
-    without_moment = {item.layer for item in missing}
-    remaining = Pairing(
-        tuple(delta for delta in pairing.deltas if delta.layer not in without_moment), (*pairing.unpaired, *missing)
-    )
+    }
+    deltas = tuple(delta for delta in pairing.deltas if delta.layer not in missing)
+    remaining = Pairing(deltas, (*pairing.unpaired, *missing.values()))
     return remaining, [layer for layer in layers if layer.weighting is not None]
 
 
 def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
-    record = thin_spectrum(layer, settings) if is_thin(layer, settings) else None
-    if record is not None:
+    """Return the record of a layer; torch is imported only if NumPy does not do."""
+    if is_thin(layer, settings) and (record := thin_spectrum(layer, settings)) is not None:
         return (record,)
     from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # deferred: imports torch
 

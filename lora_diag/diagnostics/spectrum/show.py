@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
-from lora_diag.diagnostics.spectrum.record import Spectrum, usual_ranks
+from lora_diag.diagnostics.spectrum.record import Spectrum, Stack, usual_ranks
 from lora_diag.metrics import verdict
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
@@ -41,14 +41,14 @@ from lora_diag.rendering.text import (
     strip,
 )
 
-# From this share of entries on that rounding left unchanged recover is named: at a third the recovered checkpoint has
-# the loss of the stored one, at 65% it keeps 3 points more of the gain, at 89% twice as much (see docs/reference).
+# Fraction of entries left unchanged by rounding from which recover is suggested: at a third the recovered checkpoint
+# has the loss of the stored one, at 65% it keeps 3 points more of the gain, at 89% twice as much (see docs/reference).
 HIDDEN_FRACTION = 0.5
 
 _STATUSES = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
 
 
-def suggested_fix(changed: Sequence[Spectrum]) -> str:
+def _suggest_recover(changed: Sequence[Spectrum]) -> str:
     """Return a clause that names ``recover`` if rounding left most entries unchanged and it was not run; else empty."""
     candidates = [
         record
@@ -64,7 +64,7 @@ def suggested_fix(changed: Sequence[Spectrum]) -> str:
     return f"; loradiag recover (or --recover here) can estimate the update before rounding{suffix}"
 
 
-def describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
+def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
     """State size, ranks and directions before rounding; empty where they were not requested."""
     tried = [(record, record.hidden) for record in changed if record.hidden is not None]
     if not tried:
@@ -72,43 +72,42 @@ def describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
     counts = list_counts((hidden.status for _, hidden in tried), _STATUSES)
     lines = describe_estimate([(hidden, record.fro) for record, hidden in tried])
     lines.append(f"of {len(tried)} matrices that the files do not resolve {', '.join(counts)}")
-    recovered = [(record, hidden) for record, hidden in tried if hidden.status == "recovered"]
-    if recovered:
+    if recovered := [(record, hidden) for record, hidden in tried if hidden.status == "recovered"]:
         estimates = [(hidden.rank_at_estimate or {}).get("0.9") for _, hidden in recovered]
         intervals = [(hidden.rank_at_interval or {}).get("0.9", (None, None)) for _, hidden in recovered]
-        lowest, highest = (_median_text(ranks) for ranks in zip(*intervals, strict=True))
+        lowest, highest = (_format_median(ranks) for ranks in zip(*intervals, strict=True))
+        in_files = _format_median([record.rank_at["0.9"] for record, _ in recovered])
+        directions = _format_median([hidden.directions for _, hidden in recovered])
+        signal = _format_median([record.resolution.signal_rank for record, _ in recovered])
         lines += [
-            f"rank at 90% {_median_text(estimates)} (interval {lowest} to {highest}) at the median, where the files "
-            f"read {_median_text([record.rank_at['0.9'] for record, _ in recovered])}",
-            f"signal rank {_median_text([hidden.directions for _, hidden in recovered])} by rounding cells at the "
-            f"median, {_median_text([record.resolution.signal_rank for record, _ in recovered])} by the files' noise "
-            "edge",
+            f"rank at 90% {_format_median(estimates)} (interval {lowest} to {highest}) at the median, where the files "
+            f"read {in_files}",
+            f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge",
         ]
-    refused = [(record, hidden) for record, hidden in tried if hidden.status == "refused"]
-    return [*lines, *(f"{short(record.layer)}: {hidden.reason}" for record, hidden in refused[:1])]
+    refused = [f"{short(record.layer)}: {hidden.reason}" for record, hidden in tried if hidden.status == "refused"]
+    return [*lines, *refused[:1]]
 
 
-def _median_text(ranks: Sequence[int | None]) -> str:
-    """Return the median of the known ranks; ``unknown`` if at most half are known."""
+def _format_median(ranks: Sequence[int | None]) -> str:
+    """Return the median of the known ranks as text; ``unknown`` if at most half are known."""
     known = [rank for rank in ranks if rank is not None]
     return str(int(median(known))) if 2 * len(known) > len(ranks) else "unknown"
 
 
-def gradient_lines(records: Sequence[Spectrum]) -> list[Statement]:
+def _describe_gradients(records: Sequence[tuple[Spectrum, Stack]]) -> list[Statement]:
     """State which gradients were stacked, and how far their spectrum predicts that of an update.
 
     Args:
         records: The records of the judged layers, each with its stack.
     """
-    steps = sorted({step for record in records if record.stack for step in record.stack.steps})
+    steps = sorted({step for _, stack in records for step in stack.steps})
     steps_text = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
-    total = math.hypot(*(record.fro for record in records))
+    total = math.hypot(*(record.fro for record, _ in records))
     text = f"{len(steps)} of {steps_text}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
     pairs = [
         (rank, other)
-        for record in records
-        if record.stack and record.stack.other_rank_at
-        if (rank := record.rank_at["0.9"]) is not None and (other := record.stack.other_rank_at["0.9"]) is not None
+        for record, stack in records
+        if (rank := record.rank_at["0.9"]) is not None and (other := (stack.other_rank_at or {}).get("0.9")) is not None
     ]
     if pairs:
         shown_rank, other_rank = (median(ranks) for ranks in zip(*pairs, strict=True))
@@ -153,13 +152,13 @@ def spectrum_table(
 
 
 def _draw_spark(records: Sequence[Spectrum]) -> str:
-    """Show the spectrum of the layer with the median stable rank, over all its values."""
+    """Return a drawing of the spectrum of the layer with the median stable rank, over all its values, as text."""
     record = sorted(records, key=lambda record: record.stable_rank or 0)[len(records) // 2]
     return spark(record.s, len(record.s) if record.complete else min(record.shape), 7)
 
 
 def _make_depth_column(rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int, width: int) -> Column:
-    """Show C(r) from the first to the last layer of each row."""
+    """Return the column that draws C(r) from the first to the last layer of each row."""
     title, bins = (f"C({rank}) by depth", 24) if width >= WIDE else ("by depth", 8)
     cells = tuple(strip([record.energy[str(rank)] for record in group], bins) for _, group in rows)
     return Column(title, cells, "left", drop=5)
@@ -189,8 +188,8 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     changed, ranks = _select_changed(results), results.run.settings["ranks"]
     metric = METRICS.get(next((record.metric for record in results), "weights"), "")
     findings = [make_statement("metric", "Metric", metric)]
-    if stacked := [record for record in changed if record.stack is not None]:
-        findings += gradient_lines(stacked)
+    if stacked := [(record, record.stack) for record in changed if record.stack is not None]:
+        findings += _describe_gradients(stacked)
         # Gradients are not differences of rounded weights, so they are always resolved.
         findings += [
             statement
@@ -215,6 +214,7 @@ def _select_changed(results: Results[Spectrum]) -> list[Spectrum]:
 
 
 def _describe_measured(results: Results[Spectrum]) -> str:
+    """State the number of measured matrices, of their entries, and their dtypes."""
     entries = sum(math.prod(record.shape) for record in results)
     vocabulary = sum(part_of(record.layer) == "vocabulary" for record in results)
     tables = f" ({vocabulary} of them embeddings or head)" if vocabulary else ""
@@ -225,11 +225,11 @@ def _describe_measured(results: Results[Spectrum]) -> str:
 def _describe_changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[str]:
     """State how far the weights changed, and which of them did."""
     inside = [record for record in results if part_of(record.layer) == "matrices"]
-    if not len(results):
-        why = ", ".join(list_counts((item.reason for item in results.left_out), REASONS))
+    if not results.layers:
+        why = ", ".join(list_counts((skipped.reason for skipped in results.left_out), REASONS))
         return [f"no matrix could be measured{f': {why}' if why else ''}"]
     if not changed:
-        if any(item.reason == "vector" and item.fro for item in results.left_out):
+        if any(skipped.reason == "vector" and skipped.fro for skipped in results.left_out):
             return ["only norms and biases: ΔW is zero in every matrix"]
         hint = f" Check that {safe(subject(results.run))} is the intended checkpoint." if results.run.inputs else ""
         return [f"nothing: ΔW is zero in every matrix.{hint}"]
@@ -245,6 +245,12 @@ def _describe_changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -
 
 
 def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[str]:
+    """State ‖ΔW‖/‖W‖ of several layers together, or ‖ΔW‖ without a base, and the layers with most and least.
+
+    Args:
+        records: The layers.
+        extent: A phrase that says over which layers.
+    """
     total = math.hypot(*(record.fro for record in records))
     ratios = {record.layer: ratio for record in records if (ratio := record.relative) is not None}
     update, weights = NORMS[records[0].metric]
@@ -260,41 +266,37 @@ def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[
 
 
 def _describe_ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
-    """State how much of an adapter's rank is used."""
+    """State that the factors resolve an adapter's update, and how much of its rank is used."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
     kept = [len(record.s) for record in records]
     middle_rank = median_rank(ranks, max(kept))
-    used = f"90% of the energy is in {middle_rank} of {span(kept, ' to ')} directions at the median"
-    if not all(record.complete for record in records):
+    if all(record.complete for record in records):
+        used = f"90% of the energy is in {middle_rank} of {span(kept, ' to ')} directions at the median"
+        used += f", from {min(known)} to {max(known)}" if known else ""
+    else:
         used = (
             f"90% of the energy in {middle_rank} directions at the median; {len(ranks) - len(known)} of {len(ranks)} "
             f"layers need more than the {max(kept)} that --top kept: measure without --top"
         )
-    elif known:
-        used += f", from {min(known)} to {max(known)}"
     resolved = "yes: the factors define the update, without rounding of merged weights"
     return [make_statement("resolved", "Resolution", resolved), make_statement("rank_used", "Rank used", used)]
 
 
 def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
-    """State which rank the update needs, as far as the files resolve it."""
+    """State whether the files resolve the update and, if they resolve half of its layers, which rank it needs."""
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
-    too_few = 2 * len(readable) < len(changed) or not readable
-    extent = f"only {len(readable)} of {quantity(len(changed))}" if readable else "no matrix"
-    low_rank = [f"not known: these files resolve {extent}"]
+    if readable and 2 * len(readable) >= len(changed):
+        low_rank, rank_at_90 = _describe_low_rank(readable, len(changed), ranks), _describe_rank_at_90(readable)
+    else:
+        extent = f"only {len(readable)} of {quantity(len(changed))}" if readable else "no matrix"
+        low_rank, rank_at_90 = [f"not known: these files resolve {extent}"], "not shown, for the same reason"
     return [
         _describe_resolution(changed),
         _describe_start(changed),
-        make_statement("before_rounding", "Before rounding", *describe_before_rounding(changed)),
-        make_statement(
-            "low_rank", "Low rank", *(low_rank if too_few else _describe_low_rank(readable, len(changed), ranks))
-        ),
-        make_statement(
-            "rank_at_90",
-            "Rank at 90%",
-            "not shown, for the same reason" if too_few else _describe_rank_at_90(readable),
-        ),
+        make_statement("before_rounding", "Before rounding", *_describe_before_rounding(changed)),
+        make_statement("low_rank", "Low rank", *low_rank),
+        make_statement("rank_at_90", "Rank at 90%", rank_at_90),
     ]
 
 
@@ -312,7 +314,7 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
         f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the worst layer",
         f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}{unchanged_note}; "
         "ranks beyond the signal rank count noise. "
-        f"Measure the adapter, not its merge, or save the fine-tune in float32{suggested_fix(changed)}",
+        f"Measure the adapter, not its merge, or save the fine-tune in float32{_suggest_recover(changed)}",
         marks=NOISE_MARKS,
     )
     if resolved == len(changed):
@@ -324,9 +326,9 @@ def _describe_start(changed: Sequence[Spectrum]) -> Statement:
     """State which start of training is assumed or was found where that matters, and how many updates are sparse."""
     resolutions = [record.resolution for record in changed]
     of_all = f"of {quantity(len(changed))}"
-    rounded = sum(item.start == "rounded" and item.base_rounding is not None for item in resolutions)
+    rounded = sum(each.start == "rounded" and each.base_rounding is not None for each in resolutions)
     unknown = [record for record in changed if record.resolution.start == "unknown"]
-    exact = sum(item.start == "exact" for item in resolutions)
+    exact = sum(each.start == "exact" for each in resolutions)
     pooled = _pool_base_rounding(changed)
     lines = []
     if exact and rounded:
@@ -354,7 +356,7 @@ def _describe_start(changed: Sequence[Spectrum]) -> Statement:
         lines.append(
             f"β = {pooled[0]:.2f} ± {pooled[1]:.2f} over all layers: 0 if BASE is the start, 1 if a rounded copy"
         )
-    if sparse := [item.untouched for item in resolutions if item.untouched is not None and item.untouched >= SPARSE]:
+    if sparse := [share for each in resolutions if (share := each.untouched) is not None and share >= SPARSE]:
         lines.append(
             f"{len(sparse)} {of_all} have sparse updates: training did not change about {percent(median(sparse))} of "
             "the entries, which have no noise"
@@ -382,7 +384,13 @@ def _judge_without_base_rounding(record: Spectrum) -> str:
 
 
 def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> list[str]:
-    """State what each common rank keeps at the median and in the worst layer, with a verdict."""
+    """State what each common rank keeps at the median and in the worst layer, with a verdict.
+
+    Args:
+        readable: The changed layers that the files resolve.
+        changed: Number of changed layers.
+        ranks: The measured ranks.
+    """
     shown_ranks = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
     by_rank = {rank: _describe_rank(rank, readable) for rank in shown_ranks}
     shares_by_rank = {rank: shares for rank, (shares, _) in by_rank.items() if shares}
@@ -390,10 +398,9 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequen
     if not shares_by_rank:
         return lines[:1]
     judged_rank = 16 if 16 in shares_by_rank else max(shares_by_rank)
-    middle = median(shares_by_rank[judged_rank])
-    word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
-    number_of = len(shares_by_rank[judged_rank])
-    basis = f"{number_of} of" if number_of < changed else "all"
+    shares = shares_by_rank[judged_rank]
+    word = "yes" if median(shares) >= LOW_RANK else "partly" if median(shares) >= PARTLY else "no"
+    basis = f"{len(shares)} of" if len(shares) < changed else "all"
     judged_by = f"the median of {basis} {quantity(changed)}" if changed > 1 else "the matrix"
     return [f"{word}, judged at r={judged_rank} by the energy (Σσ²) of {judged_by}", *lines]
 
@@ -412,39 +419,35 @@ def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[Sequence[flo
     kept, worst = [*shares.values()], min(shares, key=shares.__getitem__)
     suffix = ""
     if len(larger) < len(records):
-        suffix = (
-            f" at the median of the {len(larger)} layers larger than r"
-            if len(larger) > 1
-            else " of the one layer larger"
-        )
+        median_of = f" at the median of the {len(larger)} layers larger than r"
+        suffix = median_of if len(larger) > 1 else " of the one layer larger"
     return kept, f"r={rank} keeps {percent(median(kept))}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
 
 
 def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
+    """State the median and the range of the rank at 90% of the energy."""
     ranks = [record.rank_at["0.9"] for record in records]
     known = [rank for rank in ranks if rank is not None]
     kept_count, not_reached = max(len(record.s) for record in records), len(ranks) - len(known)
     beyond = f"beyond the {kept_count} values kept in {not_reached} of {len(ranks)} layers: measure without --top"
     if not known:
         return beyond
-    largest = f"> {kept_count}" if not_reached else max(known)
+    largest, suffix = (f"> {kept_count}", f"; {beyond}") if not_reached else (str(max(known)), "")
     possible = span((min(record.shape) for record in records), " to ")
-    suffix = f"; {beyond}" if not_reached else ""
     return f"median {median_rank(ranks, kept_count)}, from {min(known)} to {largest} of {possible} possible{suffix}"
 
 
 def _describe_coverage(results: Results[Spectrum]) -> str:
     """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases; empty if Δ = 0."""
-    norms = dict.fromkeys(("matrices", "vocabulary", "vectors"), 0.0)
-    for record in results:
-        norms[part_of(record.layer)] = math.hypot(norms[part_of(record.layer)], record.fro)
-    for item in results.left_out:
-        if item.fro is not None and item.reason == "vector":
-            norms["vectors"] = math.hypot(norms["vectors"], item.fro)
+    labels = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
+    norms = dict.fromkeys(labels, 0.0)
+    parts: list[tuple[str, float]] = [(part_of(record.layer), record.fro) for record in results]
+    parts += [("vectors", skipped.fro or 0.0) for skipped in results.left_out if skipped.reason == "vector"]
+    for part, fro in parts:
+        norms[part] = math.hypot(norms[part], fro)
     total = math.hypot(*norms.values())
     if total == 0:
         return ""
-    labels = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
     shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {labels[part]}" for part in labels if norms[part])
     whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
     return f"of {whole}{qualify_fractions(results.left_out)}, {shares}"

@@ -53,7 +53,7 @@ class SpectrumSettings(LayerSettings):
 
     @property
     def allowance(self) -> Allowance | None:
-        """Return the method's settings and memory limit for a layer; None without a limit."""
+        """The method, the number of values and the memory limit of a layer; None without a limit."""
         from lora_diag.linalg import Allowance  # deferred: imports torch
 
         return None if self.memory is None else Allowance(self.memory, self.method, self.top)
@@ -61,7 +61,11 @@ class SpectrumSettings(LayerSettings):
 
 @dataclass(frozen=True, slots=True)
 class Layer(LayerTask):
-    """One layer's update and its weighting; None for the plain metric."""
+    """One layer's update and its weighting.
+
+    Args:
+        weighting: Second moments of the data metric; None for the plain metric.
+    """
 
     weighting: Weighting | None = None
 
@@ -99,11 +103,14 @@ def record_of(
     """
     fro = values.fro
     exact: NDArray[np.float64] = np.asarray(values.s)
-    s = _round_to_nine_digits(exact)
+    # 9 significant digits: half the file size at an error of 1e-9 of the energy.
+    s = np.array([float(f"{value:.9g}") for value in exact.tolist()])
     zero = fro == 0.0
     rounding = 0.0 if zero else float((np.abs(s - exact) / fro * ((s + exact) / fro)).sum())
     error = min(1.0, values.energy_error + rounding)
     curve = np.zeros(len(s)) if zero else energy_curve(s, fro, values.complete)
+    beyond = 1.0 if values.complete and not zero else None
+    known = [None if zero else float(share) for share in curve]
     return Spectrum(
         layer=layer,
         shape=shape,
@@ -114,7 +121,7 @@ def record_of(
         complete=values.complete,
         method=values.method,
         energy_error=error,
-        energy={str(r): None if zero else _curve_at_rank(curve, r, values.complete) for r in ranks},
+        energy={str(r): known[r - 1] if r <= len(known) else beyond for r in ranks},
         rank_at={str(share): 0 if zero else rank_at(curve, share) for share in THRESHOLDS},
         tail={str(r): _compute_tail(s, fro, r, values.complete, error) for r in ranks},
         stable_rank=None if zero else stable_rank(s, fro),
@@ -123,18 +130,8 @@ def record_of(
     )
 
 
-def _round_to_nine_digits(s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round to 9 significant digits: half the file size at an error of 1e-9 of the energy."""
-    return np.array([float(f"{value:.9g}") for value in s.tolist()])
-
-
-def _curve_at_rank(curve: NDArray[np.float64], rank: int, complete: bool) -> float | None:
-    if rank <= len(curve):
-        return float(curve[rank - 1])
-    return 1.0 if complete else None
-
-
 def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float) -> Tail | None:
+    """Return the errors of the best approximation of a rank; None if too few values are known."""
     errors = truncation_error(s, fro, rank, complete)
     if errors is None:
         return None
@@ -144,9 +141,9 @@ def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool,
     return Tail(fro=errors[0], spectral=spectral, spectral_error=error)
 
 
-# Entries of a layer's factors from which layers are measured concurrently. Below, threads wait for each other between
-# calls of NumPy: on all layers of a 7B model, two threads took 0.60 s at rank 32 where one took 0.52; at rank 64, with
-# 0.7 million entries, 0.77 s where one took 0.99.
+# Mean entries of a layer's factors from which layers are measured concurrently. Below, threads wait for each other
+# between calls of NumPy: on all layers of a 7B model, two threads took 0.60 s at rank 32 where one took 0.52; at rank
+# 64, with 0.7 million entries, 0.77 s where one took 0.99.
 CONCURRENT = 2**19
 
 
@@ -168,7 +165,7 @@ def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
 
 
 def is_quick(layers: Sequence[Layer]) -> bool:
-    """Return whether one thread measures thin layers as fast as several would: their factors are small."""
+    """Return whether one thread measures thin layers as fast as several would, because their factors are small."""
     entries = [layer.delta.rank * sum(layer.delta.shape) for layer in layers if isinstance(layer.delta, FactoredDelta)]
     return sum(entries) < CONCURRENT * len(entries)
 

@@ -41,12 +41,9 @@ FEATURE = Feature(
     ),
     records=(".record:Fleet",),
     functions=(".measure:fleet",),
-    table=".show:fleet_table",
     statements=".show:fleet_lines",
     grids=".show:fleet_grids",
-    section=Section(
-        "A fleet",
-    ),
+    section=Section("A fleet"),
     figures=(
         Figure(
             "fleet",

@@ -30,18 +30,18 @@ _PLOT, _NAMES = 0.62, 12
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """One adapter.
+    """One adapter in the figure.
 
     Args:
         name: Label in the figure.
-        remark: Kinds of outlier that it is; empty for other adapters.
+        outlier_kinds: Kinds of outlier that the adapter is; empty if it is none.
         used: Position on the x axis.
         fro: Position on the y axis; 0 for a zero update.
         run: Index of its run.
     """
 
     name: str
-    remark: tuple[OutlierKind, ...]
+    outlier_kinds: tuple[OutlierKind, ...]
     used: float
     fro: float
     run: int
@@ -75,7 +75,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         keys.append(key("ΔW = 0", color=category(0) if single else INK, marker="v", **marker))
     dotted: dict[str, Any] = {"color": INK, "alpha": 0.6, "lw": 0.8 * style.line, "ls": (0, (1, 1.6))}
     keys.append(key(f"over-ranked: at most {OVER_RANKED_BELOW:g}", **dotted))
-    outliers = sum(bool(point.remark) for point in points)
+    outliers = sum(bool(point.outlier_kinds) for point in points)
     rankless = sum(len(item.records) for item in series) - len(points)
     adapter_count = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return Page(
@@ -83,7 +83,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         [
             Panel(
                 "",
-                partial(_draw, points=points),
+                partial(_draw_points, points=points),
                 "rank at 99% of the energy / r",
                 "‖ΔW‖_F",
                 after=partial(_write_names, points=points),
@@ -103,15 +103,16 @@ def _make_points(series: Sequence[Series[Any]]) -> list[_Point]:
     """Return a point for each adapter that has a rank."""
     records = [(record, run) for run, item in enumerate(series) for record in item.records]
     names = short_names(record.adapter for record, _ in records)
-    remarks = [remark for item in series for remark in find_outlier_kinds(item.records)]
+    outlier_kinds = [kinds for item in series for kinds in find_outlier_kinds(item.records)]
     return [
-        _Point(names[record.adapter], remark, record.used, record.fro, run)
-        for (record, run), remark in zip(records, remarks, strict=True)
+        _Point(names[record.adapter], kinds, record.used, record.fro, run)
+        for (record, run), kinds in zip(records, outlier_kinds, strict=True)
         if record.used is not None
     ]
 
 
-def _draw(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
+def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
+    """Draw a point for each adapter, and the limit of over-ranked ones."""
     norms = [point.fro for point in points if point.fro > 0] or [1.0]
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")
@@ -125,25 +126,16 @@ def _draw(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
         for run in {point.run for point in points}:
             subset = [(point.used, point.fro or low) for point in points if (point.run, point.fro == 0) == (run, dead)]
             if subset:  # a line without points would count in the layout, at the corner of the page
-                dots: dict[str, Any] = {
-                    "ls": "",
-                    "ms": 3.4 * style.line,
-                    "mew": 0,
-                    "color": category(run),
-                    "alpha": 0.8,
-                }
-                ax.plot(*zip(*subset, strict=True), marker=marker, clip_on=False, label=label, **dots)
+                dots: dict[str, Any] = {"ls": "", "ms": 3.4 * style.line, "mew": 0, "alpha": 0.8, "clip_on": False}
+                ax.plot(*zip(*subset, strict=True), marker=marker, color=category(run), label=label, **dots)
 
 
 def _write_names(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
-    """Write names at the right, ordered by norm and without overlap, each with a line to its point.
-
-    Named are the rarest outliers, as many as fit, at most ``_NAMES``.
-    """
+    """Write the names of the rarest outliers, at most ``_NAMES``, at the right, each with a line to its point."""
     box, size, (low, high) = ax.get_window_extent(), style.ticks, ax.get_ylim()
     step = 1.5 * size / 72 / (box.height / ax.figure.dpi)
     span = (high / low) ** step
-    outliers = [points[i] for i in order_by_rarity([point.remark for point in points])]
+    outliers = [points[i] for i in order_by_rarity([point.outlier_kinds for point in points])]
     named = sorted(outliers[: min(_NAMES, int(1 / step))], key=lambda point: (point.fro, point.used))
     # Move each name up from its norm until it is clear of the one below, then down from the top.
     heights: list[float] = []
@@ -157,10 +149,9 @@ def _write_names(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
     # Letters are drawn slightly wider than they are measured.
     max_width = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * box.width / ax.figure.dpi
     for point, y in zip(named, heights, strict=True):
-        name_and_remark = f"{point.name}: {', '.join(point.remark)}"
-        # Without space for both, show the name alone: the remark can be seen in the figure.
-        fits = width_of(name_and_remark, size) <= max_width
-        text = name_and_remark if fits else crop_name(point.name, max_width, size)
+        text = f"{point.name}: {', '.join(point.outlier_kinds)}"
+        if width_of(text, size) > max_width:  # the kinds of outlier can be seen in the figure
+            text = crop_name(point.name, max_width, size)
         thin: dict[str, Any] = {"color": QUIET, "lw": 0.5 * style.line, "alpha": 0.6, "zorder": 1, "clip_on": False}
         ax.plot([point.used, 1.03, 1.06], [point.fro or low, y, y], label="_to a name", **thin)
         ax.text(1.07, y, text, size=size, va="center", parse_math=False, in_layout=False)

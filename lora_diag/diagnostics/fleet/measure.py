@@ -70,50 +70,44 @@ ENERGY = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One layer of one adapter.
+    """The measurement of one layer of an adapter.
 
     Args:
-        layer: Its part of the record.
-        top: σ_1.
+        layer: The layer's part of the record.
+        sigma_1: The largest singular value; 0 for a zero update.
         update: The sketch of ΔW; None for a zero update.
-        space: The sketch of the projector on the left singular vectors up to 99% of the energy, likewise.
+        space: The sketch of the projector on the left singular vectors up to 99% of the energy; None likewise.
     """
 
     layer: FleetLayer
-    top: float = 0.0
+    sigma_1: float = 0.0
     update: NDArray[np.float64] | None = None
     space: NDArray[np.float64] | None = None
 
 
-def layer_of(s: NDArray[np.float64], fro: float, rank_99: int | None, rank: int | None) -> tuple[FleetLayer, float]:
-    """Return a layer's part of the record, and σ_1.
-
-    Args:
-        s: The largest singular values.
-        fro: ‖ΔW‖_F, not 0.
-        rank_99: Smallest r with C(r) ≥ ``ENERGY``; None if it is beyond ``s``.
-        rank: Columns of its factors; None if it has none.
-    """
-    sigma_1 = float(s[0])
-    spike = min(1.0, (sigma_1 / fro) ** 2)
-    return FleetLayer(fro=fro, rank=rank, rank_99=rank_99 or len(s), spike=spike), sigma_1
+def _make_layer(fro: float, sigma_1: float, rank_99: int, rank: int | None) -> FleetLayer:
+    """Return the part of the record of a layer whose update is not zero."""
+    return FleetLayer(fro=fro, rank=rank, rank_99=rank_99, spike=min(1.0, (sigma_1 / fro) ** 2))
 
 
-def zero_layer(rank: int | None) -> Measured:
+def _make_zero(rank: int | None) -> Measured:
     """Return the measurement of a layer whose update is zero."""
     return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
-    """Return whether a layer has stored factors of a small rank, and nothing else takes part."""
+    """Return whether a layer's update is the product of stored factors, of a rank of at most ``MAX_RANK``."""
     return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= MAX_RANK
 
 
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
-    """Measure layers that are thin and of one rank from their stored factors; None where a number is not finite.
+    """Measure layers of one rank from their stored factors; None where a number is not finite.
 
     Factors of one shape are read and reduced together, which saves calls; the remaining steps are computed for all
     layers together.
+
+    Args:
+        deltas: Layers that ``is_thin`` accepts, of one rank.
     """
     indices_by_kind: dict[Hashable, list[int]] = {}
     for i, delta in enumerate(deltas):
@@ -125,10 +119,10 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     reduced = [_reduce([deltas[i] for i in batch]) for batch in batches]
     order = [i for batch in batches for i in batch]
-    folded = [item for _, _, layers in reduced for item in layers]
+    folded = [layer for _, _, layers in reduced for layer in layers]
     left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
-    values = thin_energies(left, right, np.array([item.scale for item in folded]))
-    # The others are measured apart, among them every layer with an entry that is not finite.
+    values = thin_energies(left, right, np.array([layer.scale for layer in folded]))
+    # The others are measured in float64, among them every layer with an entry that is not finite.
     known = np.flatnonzero(values.energy_error <= MAX_GRAM_ERROR).tolist()
     measured: dict[int, Measured | None] = {}
     if known:
@@ -136,7 +130,7 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         chosen = ThinValues(values.s[known], values.energy_error[known], values.fro[known], values.mix[known])
         found = _make_measured([deltas[order[k]] for k in known], [folded[k] for k in known], chosen)
         measured = dict(zip((order[k] for k in known), found, strict=True))
-    return [measured[i] if i in measured else _measure_apart(delta) for i, delta in enumerate(deltas)]
+    return [measured[i] if i in measured else _measure_in_float64(delta) for i, delta in enumerate(deltas)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +138,8 @@ class _Folded:
     """The factors of a layer, folded, and their scale.
 
     Args:
-        rows: The rows of B in the buckets of both hashes, ``(2, LENGTH, r)``.
-        columns: The columns of A in the buckets of theirs, ``(LENGTH, r)``.
+        rows: B with its rows summed in the buckets of both hashes of rows, ``(2, LENGTH, r)``.
+        columns: Aᵀ with its rows summed in the buckets of the hash of columns, ``(LENGTH, r)``.
         scale: s.
     """
 
@@ -170,20 +164,16 @@ def _concatenate(grams: Sequence[Grams]) -> Grams:
     return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
 
 
-def _measure_apart(delta: FactoredDelta) -> Measured | None:
-    """Read a layer whose energies are not known well enough again, and measure it in float64.
-
-    Return None where a number is not finite.
-    """
+def _measure_in_float64(delta: FactoredDelta) -> Measured | None:
+    """Read and measure a layer in float64; return None where a number is not finite."""
     assert delta.thin is not None
     b, a = delta.thin.read_b().astype(np.float64), delta.thin.read_a().T.astype(np.float64)
     if not (b.any() and a.any()) and np.isfinite(b).all() and np.isfinite(a).all():
-        return zero_layer(delta.rank)
-    left, rows = triangle(b), fold(b, BOTH)
-    right, columns = triangle(a), fold(a, COLUMNS)
+        return _make_zero(delta.rank)
+    left, right = triangle(b), triangle(a)
     if left is None or right is None:
         return None
-    folded = _Folded(rows.reshape(2, LENGTH, -1), columns, delta.thin.read_scale())
+    folded = _Folded(fold(b, BOTH).reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
     return _make_measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
 
 
@@ -209,9 +199,10 @@ def _make_measured(
         if not math.isfinite(values.fro[i]):
             measured.append(None)
         elif values.fro[i] == 0.0:
-            measured.append(zero_layer(delta.rank))
+            measured.append(_make_zero(delta.rank))
         else:
-            layer, sigma_1 = layer_of(values.s[i], float(values.fro[i]), int(ranks_99[i]), delta.rank)
+            sigma_1 = float(values.s[i, 0])
+            layer = _make_layer(float(values.fro[i]), sigma_1, int(ranks_99[i]) or values.s.shape[1], delta.rank)
             measured.append(Measured(layer, sigma_1, update[i], space[i]))
     return measured
 
@@ -246,18 +237,19 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         raise InputError(f"{path}: {delta.layer}: the product of its factors overflows float64")
     rank = change.factors[0].shape[1] if change.factors is not None else None
     if factors.fro == 0.0:
-        return zero_layer(rank)
-    s, (u, _) = factors.s.numpy(), factors.vectors
-    rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY)
-    layer, sigma_1 = layer_of(s, factors.fro, rank_99, rank)
+        return _make_zero(rank)
+    s = factors.s.numpy()
+    rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY) or len(s)
     matrices = change.factors if change.factors is not None else (change.matrix,)
     arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
     update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
-    columns = u[:, : layer.rank_99].cpu().numpy()
+    columns = factors.vectors[0][:, :rank_99].cpu().numpy()
+    sigma_1 = float(s[0])
+    layer = _make_layer(factors.fro, sigma_1, rank_99, rank)
     return Measured(layer, sigma_1, update, sketch((columns, columns.T), delta.layer))
 
 
-# Layers that are computed together: of rank 16, what is left of them takes 6 MB.
+# Maximum number of layers that are computed together: of rank 16, their reduced factors take 6 MB.
 TOGETHER = 32
 
 # Significant digits of a stored sketch; their rounding is far below its own error.
@@ -270,8 +262,8 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
     Args:
         path: The adapter's path.
         kind: Type of adapter.
-        deltas: Its matrices.
-        device: Device of the computation; thin factors are measured with NumPy on ``cpu``.
+        deltas: The adapter's updates of matrices.
+        device: Device of the computation; on ``cpu``, thin factors are measured with NumPy.
 
     Raises:
         InputError: The adapter cannot be read, an entry is not finite, or the norm overflows float64.
@@ -280,13 +272,12 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
     update, space, sigma_1_norm = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # sigma_1_norm²: Σσ_1²
     for delta, measured in _measure_layers(path, deltas, device):
         layers[delta.layer] = measured.layer
-        sigma_1_norm = math.hypot(sigma_1_norm, measured.top)
+        sigma_1_norm = math.hypot(sigma_1_norm, measured.sigma_1)
         if measured.update is not None and measured.space is not None:
             update += measured.update
             space += measured.space
-    ranks = [layer.rank for layer in layers.values()]
-    known_ranks = [rank for rank in ranks if rank is not None]
-    total = sum(known_ranks) if len(known_ranks) == len(ranks) else None
+    known_ranks = [layer.rank for layer in layers.values() if layer.rank is not None]
+    total = sum(known_ranks) if len(known_ranks) == len(layers) else None
     fro = math.hypot(*(layer.fro for layer in layers.values()))
     if not math.isfinite(fro):
         raise InputError(f"{path}: its norm overflows float64; correct its alpha and factors")
@@ -309,7 +300,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
 
 
 def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple[Delta, Measured]]:
-    """Yield every layer with its measurement, in order; measure consecutive thin ones of one rank together."""
+    """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of a rank together."""
     for key, group in groupby(deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None):
         while batch := list(islice(group, TOGETHER if key is not None else 1)):
             thin = [delta for delta in batch if is_thin(delta)] if key is not None else []
@@ -325,8 +316,8 @@ def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
 
 COMMAND = "spectrum --adapters"
 
-# Memory of one adapter while it is measured: factors of a layer, their vectors, normals of the sketches.
-SIZE = 64 * 2**20
+# Memory in bytes of one adapter while it is measured: factors of a layer, their vectors, normals of the sketches.
+ADAPTER_BYTES = 64 * 2**20
 
 # Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
 PROCESS_BYTES = 2**29
@@ -350,26 +341,25 @@ class FleetPath:
     size: int = 0
 
     @classmethod
-    def now(cls, path: Path) -> FleetPath:
+    def read(cls, path: Path) -> FleetPath:
         """Return the path with its current files."""
-        try:
+        sizes: dict[str, int] = {}
+        with suppress(OSError):
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
             sizes = {
                 file.name: file.stat().st_size for file in files if file.suffix in READ_SUFFIXES and file.is_file()
             }
-        except OSError:
-            sizes = {}
         lines = "\n".join(f"{name} {size}" for name, size in sizes.items())
         digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         return cls(path, digest if lines else "", sum(sizes.values()))
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Check that the files are those at the start of the run: a cluster's worker has its own mounts.
 
         Raises:
             InputError: The files differ or are missing.
         """
-        if self.now(self.path).files != self.files:
+        if self.read(self.path).files != self.files:
             raise InputError(
                 f"{self.path}: the worker on {platform.node()} finds other files there, or none; put adapters and "
                 "base on storage shared by all nodes, under the same path, and do not change them during the run"
@@ -381,7 +371,7 @@ class Member:
     """One adapter that is not opened yet.
 
     Args:
-        layer: Its path, in place of a layer name.
+        layer: The adapter's path as text, in place of a layer name.
         seen: The path with its files at the start of the run.
         shape: Placeholder for the shape of a layer.
     """
@@ -443,16 +433,16 @@ def fleet(
     run = LayerRun(COMMAND, options, FleetOptions)
     run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
     base = run.options["base"]
-    members = [Member(legible(path), FleetPath.now(path)) for path in expand(adapters)]
-    base_path = FleetPath.now(as_path(base)) if base is not None else None
+    members = [Member(legible(path), FleetPath.read(path)) for path in expand_patterns(adapters)]
+    base_path = FleetPath.read(as_path(base)) if base is not None else None
     if not run.torch and base_path is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
         run.apart = sum(member.seen.size for member in members) >= PROCESS_BYTES
         run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
     device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
     return run.over(
         members,
-        _measure_here if run.options["engine"] is None else _measure_on_worker,
-        lambda _, settings: SIZE,
+        _measure_member if run.options["engine"] is None else _measure_on_worker,
+        lambda _, settings: ADAPTER_BYTES,
         FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
         Pairing((), ()),
         tuple(_describe(member, run.options["verify"]) for member in members),
@@ -465,11 +455,11 @@ def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet |
     """Check that a cluster's worker has the same files, then measure one adapter."""
     for seen in (member.seen, settings.base):
         if seen is not None:
-            seen.check()
-    return _measure_here(member, settings)
+            seen.check_unchanged()
+    return _measure_member(member, settings)
 
 
-def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
+def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     """Measure one adapter; return a ``left_out`` record if it cannot be measured."""
     path = member.seen.path
     base = settings.base.path if settings.base is not None else None
@@ -492,24 +482,24 @@ def _measure_here(member: Member, settings: FleetSettings) -> tuple[Fleet | Left
         return (LeftOut(layer=member.layer, shape=(), reason="unreadable", detail=detail),)
 
 
-def expand(patterns: Iterable[Path | str]) -> list[Path]:
+def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     """Return the distinct paths given directly or matched by patterns, in natural order.
 
-    Paths given directly are not checked. Matches of a pattern that are not adapters are ignored, and so are the
-    direct contents of a returned folder.
+    Paths given directly are not checked. Matches of a pattern that are not adapters are ignored, and so are paths
+    directly in a folder that is also found.
 
     Raises:
         NothingComparedError: No adapter was found.
     """
-    texts = [pattern if isinstance(pattern, str) else str(pattern) for pattern in patterns]
-    distinct: dict[Path, None] = {}
+    texts = list(map(str, patterns))
+    found: list[Path] = []
     for text in texts:
-        is_path = not glob.has_magic(text) or as_path(text).exists()
-        for path in [as_path(text)] if is_path else map(Path, glob.glob(text, recursive=True)):  # noqa: PTH207
-            if is_path or is_adapter(path):
-                distinct.setdefault(path)
-    folders = {path for path in distinct if path.is_dir()}
-    paths = [path for path in distinct if path.parent not in folders]
+        if not glob.has_magic(text) or as_path(text).exists():
+            found.append(as_path(text))
+        else:
+            found += filter(is_adapter, map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207
+    folders = {path for path in found if path.is_dir()}
+    paths = [path for path in dict.fromkeys(found) if path.parent not in folders]
     if not paths:
         raise NothingComparedError(
             f"{', '.join(texts) or 'standard input'}: no adapter found; give folders of adapters, or a quoted pattern"

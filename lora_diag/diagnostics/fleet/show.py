@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from statistics import median
 
 from lora_diag.diagnostics.fleet.record import Fleet
@@ -22,7 +23,7 @@ from lora_diag.metrics.statistics import (
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, make_statement, unfinished
-from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table
+from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import list_counts, number, percent, quantity, safe, span
 
 # Maximum number of rows of a table, and of items named in a sentence; the records have all.
@@ -35,57 +36,52 @@ _RELATION_TEXTS = {
 }
 
 
-def fleet_table(
-    results: Results[Fleet], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
-) -> str:
-    """Return the tables and the summary of a fleet.
-
-    Args:
-        results: The results.
-        width: Width of the terminal in columns; the layout adapts from 80 to 140.
-        color: Whether to use ANSI colours.
-        per: ``layer`` for one row per adapter, ``type`` for outliers only.
-        next_command: The suggested next command, printed last.
-
-    Returns:
-        Lines of text, without a trailing newline.
-    """
-    pairs = pairs_of(results)
-    return grids_table(fleet_grids(results, per, pairs), fleet_lines(results, pairs), width, color, next_command)
+_DUPLICATE_COLUMNS = (
+    Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
+    Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
+)
 
 
-def pairs_of(results: Results[Fleet]) -> list[NearDuplicate]:
+def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
+    """Return the tables: the outliers, with ``per`` = ``layer`` every adapter; and the near-duplicates."""
+    records = results.layers
+    names, remarks = _shorten_paths([record.adapter for record in records]), describe_outliers(records)
+    indices = order_by_rarity(find_outlier_kinds(records))
+    if per == "layer":
+        indices += [i for i in range(len(records)) if not remarks[i]]
+    else:
+        indices = indices[:_MAX_ROWS]
+    grids = []
+    if indices:
+        rows = [(names[i], [records[i]]) for i in indices]
+        column = Column("remark", tuple(", ".join(remarks[i]) or "-" for i in indices), "left")
+        caption = "all adapters" if per == "layer" else "outliers"
+        grids.append(grid_of(Fleet.shown, rows, "adapter", caption, extra=[column]))
+    if pairs := _find_pairs(records)[:_MAX_ROWS]:
+        pair_rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
+        column = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
+        grids.append(grid_of(_DUPLICATE_COLUMNS, pair_rows, "pair", "near-duplicates", extra=[column]))
+    return grids
+
+
+def _find_pairs(records: Sequence[Fleet]) -> list[NearDuplicate]:
     """Return the pairs of near-duplicate adapters."""
-    return find_near_duplicates([record.update for record in results], [record.space for record in results])
+    return find_near_duplicates([record.update for record in records], [record.space for record in records])
 
 
-def fleet_grids(results: Results[Fleet], per: str = "type", pairs: Sequence[NearDuplicate] | None = None) -> list[Grid]:
-    """Return the tables: outliers, or every adapter; and near-duplicates, found anew without ``pairs``."""
-    pairs = pairs_of(results) if pairs is None else pairs
-    records = list(results)
-    names, notes = short_names([record.adapter for record in records]), remarks(records)
-    outliers = order_by_rarity(find_outlier_kinds(records))
-    indices = [*outliers, *(i for i in range(len(records)) if not notes[i])] if per == "layer" else outliers
-    rows_shown = len(indices) if per == "layer" else _MAX_ROWS
-    caption = "all adapters" if per == "layer" else "outliers"
-    grids = [_make_adapters_grid(caption, records, names, notes, indices[:rows_shown])] if indices else []
-    return [*grids, _make_duplicates_grid(names, pairs[:_MAX_ROWS])] if pairs else grids
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
+def _shorten_paths(paths: Sequence[str]) -> list[str]:
     """Return the paths without their common leading folders, escaped for the terminal.
 
-    >>> short_names(["runs/a/lora", "runs/b/lora"]), short_names(["runs/a"])
+    >>> _shorten_paths(["runs/a/lora", "runs/b/lora"]), _shorten_paths(["runs/a"])
     (['a/lora', 'b/lora'], ['a'])
     """
     split = [path.split("/") for path in paths]
-    common = 0
-    while all(len(parts) > common + 1 for parts in split) and len({tuple(parts[: common + 1]) for parts in split}) == 1:
-        common += 1
+    folders = zip(*(parts[:-1] for parts in split), strict=False)
+    common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
     return [safe("/".join(parts[common:])) for parts in split]
 
 
-def remarks(records: Sequence[Fleet]) -> list[list[str]]:
+def describe_outliers(records: Sequence[Fleet]) -> list[list[str]]:
     """Return, for each adapter, a description of every kind of outlier that it is."""
     ratios = find_norm_outliers([record.fro for record in records])
     descriptions = []
@@ -98,33 +94,8 @@ def remarks(records: Sequence[Fleet]) -> list[list[str]]:
     return descriptions
 
 
-def _make_adapters_grid(
-    caption: str, records: Sequence[Fleet], names: Sequence[str], notes: Sequence[list[str]], indices: Sequence[int]
-) -> Grid:
-    rows = [(names[i], [records[i]]) for i in indices]
-    cells = tuple(", ".join(notes[i]) or "-" for i in indices)
-    return grid_of(Fleet.shown, rows, "adapter", caption, extra=[Column("remark", cells, "left")])
-
-
-_DUPLICATE_COLUMNS = (
-    Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
-    Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
-)
-
-
-def _make_duplicates_grid(names: Sequence[str], pairs: Sequence[NearDuplicate]) -> Grid:
-    rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
-    column = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
-    return grid_of(_DUPLICATE_COLUMNS, rows, "pair", "near-duplicates", extra=[column])
-
-
-def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate] | None = None) -> list[Statement]:
-    """Return the statements of the summary.
-
-    Args:
-        results: The results.
-        pairs: Its near-duplicates; found anew without them.
-    """
+def fleet_lines(results: Results[Fleet]) -> list[Statement]:
+    """Return the statements of the summary."""
     records = results.layers
     failed = [f"{safe(item.layer)}: {safe(item.detail)}" for item in results.left_out if item.reason == "unreadable"]
     remaining = f"and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
@@ -132,18 +103,19 @@ def fleet_lines(results: Results[Fleet], pairs: Sequence[NearDuplicate] | None =
     if records:
         families = Counter(record.family for record in records).most_common(_MAX_NAMED)
         text = ", ".join(f"{number_of} {safe(family)}" for family, number_of in families)
-        near_duplicates = pairs_of(results) if pairs is None else pairs
+        outliers = list_counts([kind for kinds in find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
         lines = [
             make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
             make_statement("rank", "Rank", _describe_rank(records)),
-            make_statement("stand_out", "Outliers", _describe_outliers(records)),
-            make_statement("alike", "Near-duplicates", _describe_pairs(near_duplicates)),
+            make_statement("stand_out", "Outliers", ", ".join(outliers) or "none"),
+            make_statement("alike", "Near-duplicates", _describe_pairs(_find_pairs(records))),
             *lines,
         ]
     return [*(line for line in lines if line.lead), *unfinished(results, "adapters measured so far")]
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
+    """State the ranks of nonzero adapters, and the rank that 99% of their energy needs."""
     ranked = [record for record in records if record.used is not None and record.fro]
     if not ranked:
         return "no adapter has a rank"
@@ -163,12 +135,8 @@ _OUTLIERS: dict[OutlierKind, str] = {
 }
 
 
-def _describe_outliers(records: Sequence[Fleet]) -> str:
-    kinds = [kind for kinds in find_outlier_kinds(records) for kind in kinds]
-    return ", ".join(list_counts(kinds, _OUTLIERS)) or "none"
-
-
 def _describe_pairs(pairs: Sequence[NearDuplicate]) -> str:
+    """State the number of near-duplicate pairs by their relation."""
     counts = Counter(pair.relation for pair in pairs)
     texts = [f"{quantity(counts[key], 'pair')}: {text}" for key, text in _RELATION_TEXTS.items() if counts[key]]
     return (

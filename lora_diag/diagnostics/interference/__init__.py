@@ -20,7 +20,7 @@ class InterferenceOptions(LayerOptions, total=False):
 
 
 class UnionOptions(TypedDict, total=False):
-    """A further output of the command."""
+    """Option of the command for a further output, the spectra of the sums."""
 
     spectrum: Annotated[
         Path | None, Option(None, "Also write the spectra of the sums, for allocate.", "FILE", panel=OUTPUT)
@@ -49,16 +49,11 @@ FEATURE = Feature(
             ),
         ),
     ),
-    records=(
-        ".record:Interference",
-        ".record:Union",
-    ),
+    records=(".record:Interference", ".record:Union"),
     functions=(".measure:interference",),
     statements=".show:interference_lines",
     grids=".show:interference_grids",
-    section=Section(
-        "Several updates",
-    ),
+    section=Section("Several updates"),
     figures=(
         Figure(
             "angles",

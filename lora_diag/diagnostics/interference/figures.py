@@ -23,8 +23,9 @@ from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, PageStyle, category
+from lora_diag.rendering.text import quantity
 
-SUM, APART, EVERY = CATEGORIES[0], CATEGORIES[1], CATEGORIES[2]
+SUM, SEPARATE, EVERY = CATEGORIES[:3]
 
 # Fraction of the energy at which ranks are shown.
 ENERGY = "0.9"
@@ -51,7 +52,6 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
 
 def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the ranks of the layers, with the additive fraction below, once per run."""
-    # Layers that at least two updates change.
     shared = [(item, [record for record in item.records if len(record.updates) > 1]) for item in series]
     shared = [(item, records) for item, records in shared if records]
     if not shared:
@@ -59,15 +59,15 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     runs = make_slots([records for _, records in shared], options.per)
     panels = []
     for (item, records), slots in zip(shared, runs, strict=True):
-        most = max(len(record.updates) for record in records)
-        draw_shares = partial(_draw_shares, slots=slots, update_count=most)
+        update_count = max(len(record.updates) for record in records)
+        draw_shares = partial(_draw_shares, slots=slots, update_count=update_count)
         panels += [
             Panel(_describe_run(item, records), partial(_draw_ranks, slots=slots), "", "rank", 1.25 * style.panel),
             Panel("", draw_shares, "", "fraction", 0.85 * style.panel),
         ]
     drawn = [record for _, records in shared for record in records]
     joined = max(slot.joined for slots in runs for slot in slots)
-    alone = sum(len(item.records) for item in series) - len(drawn)
+    omitted = sum(len(item.records) for item in series) - len(drawn)
     missing = any(record.rank_for_all.get(ENERGY) is None for record in drawn)
     return Page(
         "Rank of the sum of updates, compared with the sum of their ranks",
@@ -77,9 +77,7 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
         [
             "Blocks run from left to right in each module type. Weights alone do not show interference between tasks.",
             f"A bar is the median of up to {joined} layers." if joined > 1 else "",
-            f"Not drawn: {alone} {'layer' if alone == 1 else 'layers'} changed by fewer than two updates."
-            if alone
-            else "",
+            f"Not drawn: {quantity(omitted, 'layer')} changed by fewer than two updates." if omitted else "",
             "No green line: no rank of the sum keeps 90% of every update." if missing else "",
         ],
         columns=1,
@@ -87,28 +85,25 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     )
 
 
+_FILLED: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
+
+
 def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> None:
-    filled: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
-    draw_bars(ax, slots, median_of(lambda r: r.spectrum.rank_at[ENERGY]), label="rank of the sum", color=SUM, **filled)
+    """Draw the rank of the sum, the rank that keeps every update, and the sum of the ranks, of each layer."""
     line: dict[str, Any] = {"lw": 1.3 * style.line}
-    draw_bars(
-        ax,
-        slots,
-        median_of(lambda r: r.rank_for_all.get(ENERGY)),
-        label="rank that keeps 90% of every update",
-        color=EVERY,
-        **line,
-    )
-    draw_bars(
-        ax, slots, median_of(lambda r: r.parts_rank_at[ENERGY]), label="sum of the updates' ranks", color=APART, **line
-    )
+    for rank_of, label, color, look in (
+        (lambda record: record.spectrum.rank_at[ENERGY], "rank of the sum", SUM, _FILLED),
+        (lambda record: record.rank_for_all.get(ENERGY), "rank that keeps 90% of every update", EVERY, line),
+        (lambda record: record.parts_rank_at[ENERGY], "sum of the updates' ranks", SEPARATE, line),
+    ):
+        draw_bars(ax, slots, median_of(rank_of), label=label, color=color, **look)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
 def _draw_shares(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]], update_count: int) -> None:
-    filled: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
-    draw_bars(ax, slots, median_of(lambda r: r.additive[ENERGY]), label="_additive", color=SUM, **filled)
+    """Draw the additive fraction of each layer, with lines at 1 and 1/K for K updates."""
+    draw_bars(ax, slots, median_of(lambda record: record.additive[ENERGY]), label="_additive", color=SUM, **_FILLED)
     for share in (1.0, 1 / update_count):
         label = "fraction 1: every direction needed; 1/K: K equal updates"
         ax.axhline(share, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=3, label=label)
@@ -118,10 +113,12 @@ def _draw_shares(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]], updat
 
 def _describe_run(item: Series[Any], records: Sequence[Union]) -> str:
     """Return the label of a run with the total rank of its layers."""
-    with_rank = [record for record in records if record.spectrum.rank_at[ENERGY] is not None]
-    together = sum(record.spectrum.rank_at[ENERGY] or 0 for record in with_rank)
-    apart = sum(record.parts_rank_at[ENERGY] for record in with_rank)
-    text = f"Σr = {together} of {apart}" + (f", fraction {together / apart:.2f}" if apart else "")
+    ranked = [(rank, record) for record in records if (rank := record.spectrum.rank_at[ENERGY]) is not None]
+    sum_rank = sum(rank for rank, _ in ranked)
+    separate_rank = sum(record.parts_rank_at[ENERGY] for _, record in ranked)
+    text = f"Σr = {sum_rank} of {separate_rank}"
+    if separate_rank:
+        text += f", fraction {sum_rank / separate_rank:.2f}"
     return f"{item.label}: {text}" if item.label else text
 
 
@@ -137,7 +134,7 @@ def angles(
 ) -> Axes:
     """Draw the cumulative distribution of the cosines of principal angles between two updates, over all layers.
 
-    Dotted: the same for random spaces of these dimensions (``metrics.angles.random_angles``).
+    Dotted: the same for random spaces of these dimensions (``metrics.subspaces.random_angles``).
 
     Args:
         records: Records of ``interference``; one curve per pair.
@@ -162,15 +159,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     rank = choose_rank(ranks, options)
     measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
     shown = sorted(measured, key=lambda item: -_compute_mean_overlap(item.records, rank))[: len(CATEGORIES)]
+    height = 1.4 * style.panel
     panels = [
-        Panel(
-            title,
-            partial(_draw, series=shown, side=side, rank=rank),
-            "cosine",
-            "fraction",
-            1.4 * style.panel,
-            name=side,
-        )
+        Panel(title, partial(_draw_angles, series=shown, side=side, rank=rank), "cosine", "fraction", height, name=side)
         for side, title in SIDES
     ]
     records = [record for item in shown for record in item.records]
@@ -185,9 +176,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         [
             "The further a curve is to the right of its dotted line, the more two updates have in common.",
             f"Not drawn: {len(pairs) - len(shown)} pairs with less in common." if len(shown) < len(pairs) else "",
-            f"Not drawn: {without} {'layer' if without == 1 else 'layers'} without {rank} directions."
-            if without
-            else "",
+            f"Not drawn: {quantity(without, 'layer')} without {rank} directions." if without else "",
             f"Also measured: r = {others} (--show-rank)." if others else "",
         ],
         [
@@ -200,10 +189,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _compute_mean_overlap(records: Sequence[Interference], rank: int) -> float:
+    """Return the mean overlap of the column spaces at a rank, over the layers where it was measured."""
     return float(np.mean([record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]))
 
 
-def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Interference]], side: Side, rank: int) -> None:
+def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interference]], side: Side, rank: int) -> None:
+    """Draw the distribution of the cosines of each pair, and that of random spaces."""
     grid = np.linspace(0.0, 1.0, 201)
     for number, item in enumerate(series):
         spaces = [
@@ -211,16 +202,16 @@ def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Interference]], si
             for record in item.records
             if str(rank) in record.columns
         ]
-        cosines, shares = cumulative_distribution([cosine for space, _ in spaces for cosine in space.cosines])
+        steps = compute_distribution([cosine for space, _ in spaces for cosine in space.cosines])
         line: dict[str, Any] = {"color": category(number), "lw": 1.5 * style.line, "drawstyle": "steps-post"}
-        ax.plot(cosines, shares, label=f"_{item.label}", **line)
+        ax.plot(*steps, label=f"_{item.label}", **line)
         line = {"color": category(number), "lw": style.line, "ls": DOTTED}
-        ax.plot(grid, random_distribution(grid, spaces), label=f"_random {item.label}", **line)
+        ax.plot(grid, compute_random_distribution(grid, spaces), label=f"_random {item.label}", **line)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.03))
     set_fraction_ticks(ax.xaxis, ax.yaxis)
 
 
-def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def compute_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the cumulative distribution of values in [0, 1], from (0, 0) to (1, 1), in at most ``POINTS`` steps."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
@@ -228,14 +219,15 @@ def cumulative_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64
     return np.concatenate([[0.0], ordered[indices], [1.0]]), np.concatenate([[0.0], shares[indices], [1.0]])
 
 
-def random_distribution(grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]) -> NDArray[np.float64]:
+def compute_random_distribution(
+    grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]
+) -> NDArray[np.float64]:
     """Return the cumulative distribution, at ``grid``, of the cosines of random spaces of the measured dimensions."""
-    space_counts = Counter(
+    counts = Counter(
         (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
     )
-    angle_counts = {dimensions: space_count * dimensions[0] for dimensions, space_count in space_counts.items()}
-    total = sum(angle_counts.values())
+    total = sum(count * first for (first, _, _), count in counts.items())
     distribution = np.zeros_like(grid)
-    for (first, second, dimension), angle_count in angle_counts.items():
-        distribution += angle_count / total * random_angles(grid, first, second, dimension)
+    for (first, second, dimension), count in counts.items():
+        distribution += count * first / total * random_angles(grid, first, second, dimension)
     return distribution

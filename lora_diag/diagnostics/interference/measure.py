@@ -116,7 +116,16 @@ class LayerUpdates:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One decomposed update; ``s`` and ``fro`` include its weight."""
+    """One decomposed update of a layer; ``s`` and ``fro`` include its weight.
+
+    Args:
+        update: The update.
+        change: Its ΔW as read.
+        matrix: ΔW without the weight, dense or as factors.
+        factors: The decomposition of ΔW, with all singular vectors.
+        rank: Number of singular values above rounding.
+        resolution: Resolution of ΔW under the rounding of the files.
+    """
 
     update: Update
     change: Change
@@ -151,13 +160,13 @@ class Part:
         return energy_curve(self.factors.s.numpy(), self.factors.fro, self.factors.complete)
 
     @property
-    def effective(self) -> float:
-        """Effective rank."""
+    def effective_rank(self) -> float:
+        """Effective rank of ΔW."""
         return effective_rank(self.factors.s.numpy())
 
 
 def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
-    """Read and decompose one update; return only its change if that is not finite or its norm is out of range."""
+    """Read and decompose one update; return its change, with the problem, if an entry or the norm is out of range."""
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change
@@ -166,14 +175,12 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
-    file_resolution = resolution(change.rounding, factors)
-    return Part(update, change, matrix, factors, numerical_rank(factors), file_resolution)
+    return Part(update, change, matrix, factors, numerical_rank(factors), resolution(change.rounding, factors))
 
 
-def within(u: Tensor, part: Part, rows: bool = False) -> float:
-    """Return ‖UᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U‖²/‖ΔW‖², from the singular vectors of ΔW."""
-    vectors = part.v if rows else part.u
-    inside = (u.T @ vectors) * part.s.to(u.device)
+def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> float:
+    """Return ‖UᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U‖²/‖ΔW‖², for orthonormal columns U."""
+    inside = (space.T @ (part.v if rows else part.u)) * part.s.to(space.device)
     return min(1.0, float((inside**2).sum() / (part.s**2).sum()))
 
 
@@ -186,20 +193,14 @@ class AdapterFactors:
     scale: float
 
 
-def loss(total: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
-    """Return the loss of a merge in factored form relative to the sum.
-
-    Args:
-        total: S.
-        fro: ‖S‖_F > 0.
-        merge: B and A of the merge.
-    """
-    norm_squared, inner_product = inner(merge, merge), inner(total, merge)
-    return as_loss(fro, math.sqrt(max(0.0, norm_squared)), gap(total, merge), inner_product)
+def _measure_loss(summed: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
+    """Return the loss of a merge in factored form relative to S, given ‖S‖_F > 0."""
+    norm = math.sqrt(max(0.0, inner(merge, merge)))
+    return _make_loss(fro, norm, gap(summed, merge), inner(summed, merge))
 
 
-def as_loss(fro: float, norm: float, distance: float, inner_product: float) -> MergeLoss:
-    """Return a record from ‖S‖, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
+def _make_loss(fro: float, norm: float, distance: float, inner_product: float) -> MergeLoss:
+    """Return a record from ‖S‖ > 0, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
     merge_distances = distances(fro, norm, distance, inner_product, None)
     assert merge_distances.epsilon is not None
     assert merge_distances.norm_ratio is not None
@@ -212,8 +213,8 @@ def as_loss(fro: float, norm: float, distance: float, inner_product: float) -> M
     )
 
 
-def factor_merges(
-    total: Matrix, fro: float, adapters: Sequence[AdapterFactors] | None, weights: Sequence[float], density: float
+def measure_factor_merges(
+    summed: Matrix, fro: float, adapters: Sequence[AdapterFactors] | None, weights: Sequence[float], density: float
 ) -> dict[str, MergeLoss | None]:
     """Return the losses of merges made from the factors; None for a merge that does not exist.
 
@@ -222,51 +223,29 @@ def factor_merges(
     ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
 
     Args:
-        total: S.
+        summed: S.
         fro: ‖S‖_F > 0.
-        adapters: Their factors; None if an update has none.
+        adapters: The factors of all updates; None if an update has none.
         weights: The w_k > 0.
         density: Fraction of the entries that ``ties`` keeps.
     """
+    merges: dict[str, MergeLoss | None] = {"cat": None, "linear": None, "ties": None}
     if adapters is None:
-        return {"cat": None, "linear": None, "ties": None}
-    weighted = [
-        (weight * adapter.scale * adapter.b, adapter.a) for adapter, weight in zip(adapters, weights, strict=True)
-    ]
-    concatenated = stack_products(weighted, [1.0] * len(adapters))
-    merges: dict[str, MergeLoss | None] = {"cat": loss(total, fro, concatenated), "linear": None, "ties": None}
-    roots = [
-        math.sqrt(weight * adapter.scale)
-        for adapter, weight in zip(adapters, weights, strict=True)
-        if adapter.scale > 0
-    ]
-    if len({adapter.b.shape[1] for adapter in adapters}) == 1 and len(roots) == len(adapters):
-        b, a = [adapter.b for adapter in adapters], [adapter.a for adapter in adapters]
-        merges["linear"] = loss(total, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
-        merges["ties"] = loss(total, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
+        return merges
+    b, a = [adapter.b for adapter in adapters], [adapter.a for adapter in adapters]
+    scales = [weight * adapter.scale for adapter, weight in zip(adapters, weights, strict=True)]
+    merges["cat"] = _measure_loss(summed, fro, stack_products(list(zip(b, a, strict=True)), scales))
+    if len({factor.shape[1] for factor in b}) == 1 and min(scales) > 0:
+        roots = list(map(math.sqrt, scales))
+        merges["linear"] = _measure_loss(summed, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
+        merges["ties"] = _measure_loss(summed, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
     return merges
 
 
-def ties_merge(
-    matrices: Sequence[Matrix], fro: float, weights: Sequence[float], density: float
-) -> tuple[MergeLoss, Conflicts, Conflicts]:
-    """Return the loss of TIES on the updates themselves, and their sign conflicts before and after trimming.
-
-    Args:
-        matrices: The ΔW_k, without weights.
-        fro: ‖Σ w_kΔW_k‖_F > 0.
-        weights: The w_k.
-        density: Fraction of the entries of each update to keep.
-    """
-    before, after = Conflicts(), Conflicts()
-    distance, norm, inner_product = products(ties_blocks(matrices, weights, density, before, after))
-    return as_loss(fro, norm, distance, inner_product), before, after
-
-
 def _add_weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return Σ w_k F_k."""
     return sum(
-        (weight * factor.double() for factor, weight in zip(factors, weights, strict=True)),
-        start=factors[0].double() * 0,
+        (weight * factor for factor, weight in zip(factors, weights, strict=True)), start=torch.zeros_like(factors[0])
     )
 
 
@@ -274,13 +253,15 @@ def _add_weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 ALIGNMENT_ERROR = 0.05
 
 
-def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings) -> Union:
+def measure_union(
+    task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings
+) -> Union:
     """Return the record of all updates of a layer together.
 
     Args:
         task: The layer.
-        parts: Its updates.
-        changed: The nonzero updates.
+        parts: The decomposed updates of the layer.
+        changed: Those that are not zero.
         settings: Settings of the measurement.
     """
     weights = [part.update.weight for part in parts]
@@ -303,7 +284,7 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
         _bound_resolution(parts, factors),
     )
     parts_rank_at = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
-    parts_effective_rank = sum(part.effective for part in changed)
+    parts_effective_rank = sum(part.effective_rank for part in changed)
     has_sum = len(changed) > 1 and factors.fro > 0
     fields: dict[str, Any] = {}
     if has_sum:
@@ -335,11 +316,13 @@ def union(task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], se
 
 
 def _count_columns(part: Part) -> int | None:
+    """Return the number of columns of an update's factors; None if it has none."""
     return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
 
 
-def _divide(value: float | None, total: float) -> float | None:
-    return value / total if value is not None and total else None
+def _divide(value: float | None, divisor: float) -> float | None:
+    """Return the ratio; None if the value is None or the divisor is 0."""
+    return value / divisor if value is not None and divisor else None
 
 
 def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
@@ -361,15 +344,17 @@ def _measure_sum(
 ) -> dict[str, object]:
     """Return the fields of a nonzero sum: what its directions keep, STI, and alignment."""
     u, vh = factors.vectors
-    # C_k(r) = ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
+    # ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
     kept_by_part = []
     for part in changed:
         core = ((u.T @ part.u) * part.s.to(u.device)) @ (part.v.T @ vh.T)
         kept_by_part.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
-    alignment_rank = _find_alignment_rank(factors)
-    alignments = [math.sqrt(within(u[:, :alignment_rank], part)) for part in changed]
+    # The smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959).
+    curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
+    alignment_rank = rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
+    alignments = [math.sqrt(_compute_energy_within(u[:, :alignment_rank], part)) for part in changed]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
         "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()},
@@ -381,13 +366,8 @@ def _measure_sum(
     }
 
 
-def _find_alignment_rank(factors: Factors) -> int:
-    """Return the smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959)."""
-    curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
-    return rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
-
-
 def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], limit: int) -> dict[str, float]:
+    """Return the fields of STI, from at most ``limit`` directions of each update."""
     u = torch.cat([part.u[:, :limit] for part in changed], dim=1)
     v = torch.cat([part.v[:, :limit] for part in changed], dim=1)
     s = torch.cat([part.s[:limit] for part in changed]).numpy()
@@ -399,15 +379,17 @@ def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], 
 def _measure_merges(
     parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
 ) -> dict[str, object]:
-    """Return the fields of merges: their losses, and the sign conflicts; none of the latter with density 0."""
+    """Return the fields of merges: their losses, and, unless the density is 0, those of TIES and sign conflicts."""
     # A zero adapter is not an update, but its A enters PEFT's merges.
     density = settings.density or 0.2
-    merges = factor_merges(summed, factors.fro, _read_adapter_factors(parts), weights, density)
+    merges = measure_factor_merges(summed, factors.fro, _get_adapter_factors(parts), weights, density)
     if settings.density == 0:
         return {"merges": {**merges, "ties": None, "ties_dense": None}}
-    dense, before, after = ties_merge([part.matrix for part in parts], factors.fro, weights, density)
+    before, after = Conflicts(), Conflicts()  # of signs, before and after TIES trims the updates
+    blocks = ties_blocks([part.matrix for part in parts], weights, density, before, after)
+    distance, norm, inner_product = products(blocks)
     return {
-        "merges": {**merges, "ties_dense": dense},
+        "merges": {**merges, "ties_dense": _make_loss(factors.fro, norm, distance, inner_product)},
         "sign_conflicts": before.share,
         "sign_conflicts_random": before.random,
         "trimmed_conflicts": after.share,
@@ -415,8 +397,8 @@ def _measure_merges(
     }
 
 
-def _read_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
-    """Return the stored factors; None if an update has none or its scale is unknown or 0."""
+def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
+    """Return the stored factors in float64; None if an update has none or its scale is unknown or 0."""
     adapters = []
     for part in parts:
         delta = part.update.delta
@@ -434,20 +416,17 @@ RELATION_RANK = 8
 _SORTED, _COMPARED = 16, 96
 
 
-def size(task: LayerUpdates, settings: InterferenceSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: every update with its vectors, and the sum.
+def estimate_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
+    """Return the estimated memory of measuring a layer in bytes: every update with its vectors, and the sum.
 
-    With a memory limit, the result is at least the need and at most the limit.
+    With a memory limit, return the bound of ``max_bytes``, at most the limit.
     """
     if settings.memory is not None:
         return min(settings.memory, max_bytes(task, settings))
-    dense = [u for u in task.updates if not isinstance(u.delta, FactoredDelta)]
+    dense = sum(not isinstance(update.delta, FactoredDelta) for update in task.updates)
     vectors = 8 * min(task.shape) * sum(task.shape)
-    return (
-        sum(footprint(u.delta) for u in task.updates)
-        + (len(dense) + 1) * vectors * bool(dense)
-        + 4 * math.prod(task.shape)
-    )
+    stored_bytes = sum(footprint(update.delta) for update in task.updates)
+    return stored_bytes + (dense + 1) * vectors * bool(dense) + 4 * math.prod(task.shape)
 
 
 def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
@@ -476,11 +455,12 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
 
 
 def _entry_bytes(delta: Delta) -> int:
+    """Return the bytes of an entry of ΔW in memory."""
     return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
 
 
-def _check_room(task: LayerUpdates, settings: InterferenceSettings) -> None:
-    """Refuse a layer that does not fit into memory.
+def _check_memory(task: LayerUpdates, settings: InterferenceSettings) -> None:
+    """Refuse a layer that does not fit into the memory limit.
 
     Raises:
         MemoryLimitError: The layer does not fit; the message states whether it would without TIES.
@@ -502,13 +482,14 @@ def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[I
         settings: Settings of the measurement.
 
     Returns:
-        One record for each pair of nonzero updates, and one for all together; if an update is not finite, one
-        ``left_out`` record instead.
+        One record for each pair of nonzero updates, and one for all together; if an update is not finite or its norm
+        is out of range, one ``left_out`` record instead.
 
     Raises:
         InputError: A file could not be read.
+        MemoryLimitError: The layer does not fit into the memory limit.
     """
-    records, fallback = compute_on_device(partial(_measure, task, settings), resolve_device(settings.device))
+    records, fallback = compute_on_device(partial(_measure_on, task, settings), resolve_device(settings.device))
     return tuple(
         record.model_copy(update={"spectrum": append_note(record.spectrum, fallback)})
         if isinstance(record, Union)
@@ -517,11 +498,12 @@ def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[I
     )
 
 
-def _measure(
+def _measure_on(
     task: LayerUpdates, settings: InterferenceSettings, device: torch.device
 ) -> tuple[Interference | Union | LeftOut, ...]:
+    """Return the records of a layer as ``measure_layer``, computed on a device."""
     if device.type == "cpu":  # the limit applies to the machine's memory
-        _check_room(task, settings)
+        _check_memory(task, settings)
     parts: list[Part] = []
     for update in task.updates:
         part = read_part(update, settings, device)
@@ -531,22 +513,21 @@ def _measure(
         parts.append(part)
     changed = [part for part in parts if part.fro > 0]
     pairs = [_compare_pair(task, first, second, settings) for first, second in combinations(changed, 2)]
-    return (*pairs, union(task, parts, changed, settings))
+    return (*pairs, measure_union(task, parts, changed, settings))
 
 
 def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
+    """Return the record of two nonzero updates of a layer."""
     cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     cosine_random = 1 / math.sqrt(math.prod(task.shape))
     # Up to the number of directions of either; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
-    energy = {str(r): _measure_energy_overlap(task, first, second, r) for r in ranks}
     relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
-    near = _is_near_chance(first.u, second, relation_rank) and _is_near_chance(second.u, first, relation_rank)
-    near = (
-        near
-        and _is_near_chance(first.v, second, relation_rank, rows=True)
-        and _is_near_chance(second.v, first, relation_rank, rows=True)
+    near = all(
+        _is_near_chance((one.v if rows else one.u)[:, :relation_rank], other, rows)
+        for rows in (False, True)
+        for one, other in ((first, second), (second, first))
     )
     noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
     return Interference(
@@ -560,24 +541,26 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
         cosine_random=cosine_random,
         columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
         rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
-        energy=energy,
+        energy={str(r): _measure_energy_overlap(first, second, r) for r in ranks},
         relation="noise" if noise else classify_relation(near, cosine, cosine_random),
     )
 
 
-def _measure_energy_overlap(task: LayerUpdates, first: Part, second: Part, rank: int) -> EnergyOverlap:
+def _measure_energy_overlap(first: Part, second: Part, rank: int) -> EnergyOverlap:
+    """Return the overlap of the ``rank`` largest directions of each update with the other update."""
     u, w = first.u[:, :rank], second.u[:, :rank]
     return EnergyOverlap(
-        second_in_first=within(u, second),
-        first_in_second=within(w, first),
-        random_first=u.shape[1] / task.shape[0],
-        random_second=w.shape[1] / task.shape[0],
+        second_in_first=_compute_energy_within(u, second),
+        first_in_second=_compute_energy_within(w, first),
+        random_first=u.shape[1] / len(u),
+        random_second=w.shape[1] / len(w),
     )
 
 
-def _is_near_chance(vectors: Tensor, part: Part, rank: int, rows: bool = False) -> bool:
-    space = vectors[:, :rank]
-    return is_near_chance(within(space, part, rows), space.shape[1], len(space), part.effective)
+def _is_near_chance(space: Tensor, part: Part, rows: bool) -> bool:
+    """Return whether an update's energy in a column space, or with ``rows`` row space, is near that in a random one."""
+    share = _compute_energy_within(space, part, rows)
+    return is_near_chance(share, space.shape[1], len(space), part.effective_rank)
 
 
 @show_options
@@ -632,7 +615,7 @@ def interference(
     return run.over(
         tasks,
         measure_layer,
-        size,
+        estimate_bytes,
         settings,
         _list_unmeasured(comparisons, {task.layer for task in tasks}),
         (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),
@@ -646,34 +629,37 @@ def compare_updates(
     """Compare updates, of which the first may be BASE; with ``spectrum``, also write the spectra of their sums.
 
     Raises:
-        UsageError: An adapter comes first, but not all inputs are adapters; or ``spectrum`` may not be replaced.
+        UsageError: An adapter comes first, but not all inputs are adapters; ``spectrum`` may not be replaced; or as
+            ``interference``.
+        InputError: As ``interference``.
+        NothingComparedError: As ``interference``.
     """
     overwrite = options.get("overwrite", False)
     check_outputs([*inputs, options.get("output")], [(spectrum, RESULTS)], overwrite)
     base, updates = split_base(inputs)
     results = interference(updates, base=base, **options)
     if spectrum is not None:
-        union_spectra(results).write(spectrum, overwrite)
+        select_spectra(results).write(spectrum, overwrite)
     return results
 
 
-def split_base(inputs: Sequence[Path | str]) -> tuple[Path | str | None, list[Path | str]]:
+def split_base(inputs: Sequence[Path | str]) -> tuple[Path | None, list[Path]]:
     """Return BASE and the updates: adapters alone have no BASE, else it comes first.
 
     Raises:
         UsageError: An adapter comes first, but not all inputs are adapters.
     """
-    inputs = [as_path(path) for path in inputs]
-    adapters = [is_adapter(locate(path)) for path in inputs]
+    paths = list(map(as_path, inputs))
+    adapters = [is_adapter(locate(path)) for path in paths]
     if all(adapters):
-        return None, list(inputs)
+        return None, paths
     if adapters[0]:
-        raise UsageError(f"{inputs[0]}: is an adapter, not BASE; give BASE first, then the updates")
-    return inputs[0], list(inputs[1:])
+        raise UsageError(f"{paths[0]}: is an adapter, not BASE; give BASE first, then the updates")
+    return paths[0], paths[1:]
 
 
-def union_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
-    """Return the spectra of the sums in the form of ``spectrum``, for ``allocate``, ``plot`` and ``gate``.
+def select_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
+    """Return the spectra of the sums as results of ``spectrum``, for ``allocate``, ``plot`` and ``gate``.
 
     Args:
         results: Results of ``interference``.
@@ -717,11 +703,11 @@ def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -
             for item in comparisons
         )
         raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
-    for layer, updates in by_layer.items():
-        for other in updates[1:]:
-            if other.delta.shape != updates[0].delta.shape:
+    for layer, (first, *others) in by_layer.items():
+        for other in others:
+            if other.delta.shape != first.delta.shape:
                 raise InputError(
-                    f"{layer}: {list(updates[0].delta.shape)} in {updates[0].name} but {list(other.delta.shape)} in "
+                    f"{layer}: {list(first.delta.shape)} in {first.name} but {list(other.delta.shape)} in "
                     f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
                 )
     names = sorted(by_layer, key=natural_order)
@@ -729,11 +715,12 @@ def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -
 
 
 def _tuned_path(comparison: Comparison) -> str:
+    """Return the path of the compared update."""
     return comparison.inputs[-1].path
 
 
 def _list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:
-    """Return the 1-D tensors, and those that could not be compared, each once; without the given layers."""
+    """Return the 1-D tensors, and those without a comparison that are not in ``layers``, each once."""
     vectors: dict[str, Delta] = {}
     unpaired: dict[str, Unpaired] = {}
     for comparison in comparisons:

@@ -24,8 +24,8 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Any]], float | None]:
 
     def pool(records: Sequence[Any]) -> float | None:
         ranks = [value_at(record, path) for record in records]
-        known = sorted(rank for rank in ranks if rank is not None)
-        return known[len(ranks) // 2] if len(ranks) // 2 < len(known) else None
+        middle = sorted(math.inf if rank is None else rank for rank in ranks)[len(ranks) // 2]
+        return None if middle == math.inf else middle
 
     return pool
 
@@ -136,10 +136,10 @@ class Interference(LayerRecord):
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
         """Return how a run's records are shown; headings include the rank at which spaces are compared."""
-        spaces = {"column_space.overlap", "row_space.overlap"}
         rank = _choose_shown_rank({key for record in records for key in record.columns})
         return tuple(
-            replace(field, title=f"{field.title} {rank}") if field.path in spaces else field for field in cls.shown
+            replace(field, title=f"{field.title} {rank}") if field.path.endswith("_space.overlap") else field
+            for field in cls.shown
         )
 
     @property
@@ -159,13 +159,14 @@ class Interference(LayerRecord):
 
 
 def _choose_shown_rank(ranks: Iterable[str]) -> str:
-    """Return the rank whose overlaps are shown."""
+    """Return the measured rank that is nearest to 8, the smaller of two."""
     return min(ranks, key=lambda rank: (abs(int(rank) - _SHOWN_RANK), int(rank)))
 
 
 def pooled_cosine(records: Sequence[Interference]) -> float:
     """Return the cosine of two updates over several layers, as if they were one matrix."""
-    first, second = (math.hypot(*norms) for norms in zip(*((r.first_fro, r.second_fro) for r in records), strict=True))
+    first = math.hypot(*(record.first_fro for record in records))
+    second = math.hypot(*(record.second_fro for record in records))
     inner_product = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
     return inner_product / first / second
 

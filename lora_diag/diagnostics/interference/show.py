@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-from lora_diag.diagnostics.interference.record import Interference, MergeLoss, Relation, Union, pooled_cosine
+from lora_diag.diagnostics.interference.record import Interference, Relation, Union, pooled_cosine
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
@@ -30,7 +30,7 @@ MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
     """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of merges."""
-    grids = _make_pair_grids(pairs_of(results), per)
+    grids = _make_pair_grids(group_pairs(results), per)
     if unions := select_shared(results):
         rows = rows_of(unions, per)
         grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
@@ -38,20 +38,17 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
     return grids
 
 
-def pairs_of(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
-    """Return the records of each pair by the shortest names of its updates, in the order of the inputs."""
+def group_pairs(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
+    """Return the short names of each pair of updates and its records, in the order of the inputs."""
     paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
-    name_by_path = dict(zip(paths, short_paths(paths), strict=True))
+    names = dict(zip(paths, short_paths(paths), strict=True))
+    order = {path: i for i, path in enumerate(paths)}
     groups: dict[tuple[str, str], list[Interference]] = {}
     for record in results:
         if isinstance(record, Interference):
             groups.setdefault((record.first, record.second), []).append(record)
-    order = {path: i for i, path in enumerate(paths)}
-    ordered = sorted(groups.items(), key=lambda item: (order.get(item[0][0], 0), order.get(item[0][1], 0)))
-    return [
-        (name_by_path.get(first, first), name_by_path.get(second, second), records)
-        for (first, second), records in ordered
-    ]
+    ordered = sorted(groups.items(), key=lambda item: [order.get(path, 0) for path in item[0]])
+    return [(names.get(first, first), names.get(second, second), records) for (first, second), records in ordered]
 
 
 def select_shared(results: Results[Interference | Union]) -> list[Union]:
@@ -60,6 +57,7 @@ def select_shared(results: Results[Interference | Union]) -> list[Union]:
 
 
 def _make_pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: str) -> list[Grid]:
+    """Return a table for each pair; one table with a row for each if there are many."""
     if len(pairs) > _MAX_PAIR_TABLES:
         rows = [(f"{first} × {second}", records) for first, second, records in pairs]
         shown = Interference.shown_of({}, [record for _, _, records in pairs for record in records])
@@ -82,16 +80,15 @@ def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
     """Return ‖S − M‖/‖S‖ over several layers; None if a layer does not have the merge or every sum is 0."""
-    losses: list[MergeLoss | None] = [r.merges.get(merge) for r in records if r.fro > 0]
-    known = [loss for loss in losses if loss is not None]
-    if not known or len(known) < len(losses):
+    sums = [record for record in records if record.fro > 0]
+    gaps = [loss.residual * record.fro for record in sums if (loss := record.merges.get(merge)) is not None]
+    if not gaps or len(gaps) < len(sums):
         return None
-    fro = [r.fro for r in records if r.fro > 0]
-    return math.hypot(*(loss.residual * f for loss, f in zip(known, fro, strict=True))) / math.hypot(*fro)
+    return math.hypot(*gaps) / math.hypot(*(record.fro for record in sums))
 
 
 def recompressed_residual(records: Sequence[Union], rank: int) -> float:
-    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r lost nothing."""
+    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r loses nothing."""
     gaps = [(r.recompressed.get(str(rank)) or 0.0) * r.fro for r in records]
     return math.hypot(*gaps) / (math.hypot(*(r.fro for r in records)) or 1.0)
 
@@ -106,7 +103,7 @@ def _list_truncation_ranks(records: Sequence[Union]) -> list[int]:
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
     """Return the statements of the summary."""
     unions = select_shared(results)
-    strongest = sorted(pairs_of(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
+    strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
     findings = [make_statement("interfere", "Interference", *(_describe_interference(*pair) for pair in strongest))]
     if unions:
         findings += [
@@ -140,13 +137,13 @@ def _describe_interference(first: str, second: str, records: list[Interference])
     counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
     cosine = number(round(pooled_cosine(records), 4))
     sentence = f"{first} and {second}: {counts}, of {len(records)} layers; cosine {cosine}"
-    worst = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)[:_MAX_NAMED]
-    worst_text = f"; most in {', '.join(f'{short(r.layer)} ({number(round(r.cosine, 3))})' for r in worst)}"
-    return sentence + (worst_text if worst else "")
+    cancelling = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)
+    worst = [f"{short(r.layer)} ({number(round(r.cosine, 3))})" for r in cancelling[:_MAX_NAMED]]
+    return f"{sentence}; most in {', '.join(worst)}" if worst else sentence
 
 
 def _describe_rank_needed(unions: Sequence[Union]) -> str:
-    """State the rank of the sum against the parts, and the rank that keeps every part."""
+    """State the rank that the sum needs and those of the updates, and the rank that keeps every update."""
     separate_rank = sum(record.parts_rank_at["0.9"] for record in unions)
     sum_rank = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
     share = number(sum_rank / separate_rank) if separate_rank else "-"
@@ -154,29 +151,28 @@ def _describe_rank_needed(unions: Sequence[Union]) -> str:
         f"90% of the sum's energy needs Σr = {sum_rank}, {share} of the {separate_rank} that the updates need "
         "separately"
     )
-    weakest = [record.weakest_kept["0.9"] for record in unions if record.weakest_kept.get("0.9") is not None]
-    known_weakest = [value for value in weakest if value is not None]
-    if known_weakest:
-        sentence += f", but keeps a median of {percent(median(known_weakest))} of the most affected update"
-    ranks = [record.rank_for_all.get("0.9") for record in unions]
-    known_ranks = [rank for rank in ranks if rank is not None]
-    if len(known_ranks) == len(ranks) and known_ranks:
-        sentence += f"; 90% of every update needs Σr = {sum(known_ranks)}, at most r = {max(known_ranks)} in a layer"
-    elif known_ranks:
-        layers_without_rank = len(ranks) - len(known_ranks)
-        sentence += f"; in {layers_without_rank} of {len(ranks)} layers no rank of the sum keeps 90% of every update"
+    weakest = [kept for record in unions if (kept := record.weakest_kept.get("0.9")) is not None]
+    if weakest:
+        sentence += f", but keeps a median of {percent(median(weakest))} of the most affected update"
+    ranks = [rank for record in unions if (rank := record.rank_for_all.get("0.9")) is not None]
+    without_rank = len(unions) - len(ranks)
+    if ranks and without_rank:
+        sentence += f"; in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every update"
+    elif ranks:
+        sentence += f"; 90% of every update needs Σr = {sum(ranks)}, at most r = {max(ranks)} in a layer"
     return sentence
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
-    """State the loss of each merge."""
+    """Yield a sentence about the loss of each merge."""
     if merge_residual(unions, "cat") is not None:
         ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
         yield f"cat (concatenated factors) is exact, with r = {ranks}"
-    truncation_losses = [(rank, recompressed_residual(unions, rank)) for rank in _list_truncation_ranks(unions)]
+    truncation_losses = [
+        f"{percent(recompressed_residual(unions, rank) ** 2)} at r = {rank}" for rank in _list_truncation_ranks(unions)
+    ]
     if truncation_losses:
-        text = ", ".join(f"{percent(loss**2)} at r = {rank}" for rank, loss in truncation_losses)
-        yield f"svd (the sum truncated to rank r) loses this fraction of the energy: {text}"
+        yield f"svd (the sum truncated to rank r) loses this fraction of the energy: {', '.join(truncation_losses)}"
     linear, ties, dense = (merge_residual(unions, merge) for merge in MERGES)
     if linear is not None:
         yield f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"

@@ -12,7 +12,7 @@ from packaging.version import Version
 import lora_diag
 import lora_diag.diagnostics.interference.measure as diagnostic
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.diagnostics.interference.measure import union_spectra
+from lora_diag.diagnostics.interference.measure import select_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.distance import merged
@@ -419,7 +419,7 @@ def test_layer_of_one_update_has_no_pair_but_spectrum(tmp_path):
     assert [pair.layer for pair in pairs] == [LAYER]
     alone = unions[1]
     assert (alone.layer, alone.updates, alone.additive["0.9"], alone.merges) == (other, (str(paths[1]),), None, {})
-    spectra = union_spectra(result)
+    spectra = select_spectra(result)
     assert [record.layer for record in spectra] == [LAYER, other]
     assert spectra.run.command == "spectrum"
 

@@ -377,20 +377,20 @@ def test_worker_refuses_changed_inputs(tmp_path, monkeypatch):
 
 def test_worker_refuses_missing_adapters(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"12345")
-    seen = FleetPath.now(tmp_path)
+    seen = FleetPath.read(tmp_path)
     (tmp_path / "training.log").write_bytes(b"what is beside it may grow")
-    seen.check()
+    seen.check_unchanged()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
     for path in (tmp_path, tmp_path / "none"):
         with raises_naming(InputError, "worker", "other files"):
-            FleetPath(path, seen.files).check()
-    assert FleetPath.now(tmp_path / "none").files == ""
+            FleetPath(path, seen.files).check_unchanged()
+    assert FleetPath.read(tmp_path / "none").files == ""
 
 
 @pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
 def test_worker_checks_adapter_and_base(other):
     """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
-    seen = {name: FleetPath.now(SAMPLES / name) for name in ("lora_r4", "base")}
+    seen = {name: FleetPath.read(SAMPLES / name) for name in ("lora_r4", "base")}
     if other in seen:
         seen[other] = replace(seen[other], files="0123456789abcdef")
     member = Member("one", seen["lora_r4"])

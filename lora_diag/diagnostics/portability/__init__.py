@@ -12,12 +12,7 @@ class PortabilityOptions(RunOptions, total=False):
 
     consumers: Annotated[
         Sequence[str],
-        Option(
-            (),
-            "Programs, e.g. vllm or vllm==0.31; default: those for the format.",
-            "NAME,...",
-            panel=INPUTS,
-        ),
+        Option((), "Programs, e.g. vllm or vllm==0.31; default: those for the format.", "NAME,...", panel=INPUTS),
     ]
     require: Annotated[
         Sequence[str], Option((), "Exit with 1 unless these programs apply the intended ΔW; default: none.", "NAME,...")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -95,11 +95,11 @@ class Consumer:
         """The newest version that was read."""
         return self.rules[0].read[-1]
 
-    def rule(self, version: str) -> Rule:
-        """Return the rule for a version; for the newest if none is given.
+    def find_rule(self, version: str) -> Rule:
+        """Return the rule for a version; for the newest if the version is empty.
 
         Raises:
-            UsageError: It is not a version, or older than every rule.
+            UsageError: The text is not a version, or is older than every rule.
         """
         if not version:
             return self.rules[0]
@@ -107,9 +107,8 @@ class Consumer:
             return rule_read  # a commit is not a number
         if not _VERSION.fullmatch(version):
             raise UsageError(f"--consumers {self.name}=={version}: not a version; give one such as {self.newest}")
-        for rule in self.rules:
-            if not rule.since or not is_before(version, rule.since):
-                return rule
+        if rule := next((rule for rule in self.rules if not rule.since or not is_before(version, rule.since)), None):
+            return rule
         raise UsageError(
             f"--consumers {self.name}=={version}: no rule is known for it; the oldest is for {self.rules[-1].versions}"
         )
@@ -118,9 +117,9 @@ class Consumer:
         """Return whether a version is newer than all versions read; False for rules of commits, which have no order."""
         return bool(version) and bool(self.rules[0].since) and is_before(self.newest, version)
 
-    def rank_needed(self, contents: Contents) -> int | None:
+    def find_rank_to_set(self, contents: Contents) -> int | None:
         """Return the rank that the consumer must be configured to serve; None if its default suffices."""
-        rank = largest_rank(contents)
+        rank = find_largest_rank(contents)
         if self.default_rank is None or rank <= self.default_rank:
             return None
         return next((choice for choice in self.rank_choices if choice >= rank), rank)
@@ -133,40 +132,37 @@ def is_before(first: str, second: str) -> bool:
     (True, False, True)
     """
     parts = ([int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (first, second))  # type: ignore[index]
-    for left, right in zip_longest(*parts, fillvalue=0):
-        if left != right:
-            return bool(left < right)
-    return False
+    left, right = zip(*zip_longest(*parts, fillvalue=0), strict=True)
+    return bool(left < right)
 
 
-def largest_rank(contents: Contents) -> int:
+def find_largest_rank(contents: Contents) -> int:
     """Return the largest rank of an adapter, in its factors or in its config; 0 without any."""
     configured = [contents.config.get("r"), *(contents.config.get("rank_pattern") or {}).values()]
     stated = [int(value) for value in configured if isinstance(value, int | float)]
     return max([*stated, *(item.rank or 0 for item in contents.items)], default=0)
 
 
-def one_scale(config: Mapping[str, Any]) -> float:
-    """Return α/r or, with rsLoRA, α/√r, from the config's own α and r: the same for every module."""
-    rank = config["r"]
-    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+def _divide_by_rank(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    """Return α/r or, with rsLoRA, α/√r."""
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def tied_refusal(form: str, contents: Contents) -> str:
+def _explain_tie(form: str, contents: Contents) -> str:
     """Return why the program of a layout does not load an adapter of a BASE with a tied head; empty if it does."""
     return next((f"{reason} ({item.layer})" for item in contents.items if (reason := why_not_tied(form, item))), "")
 
 
-def unjudged_tie(form: str, contents: Contents) -> str:
-    """Return the problem that an adapter would have if its BASE, which is not given, had a tied head."""
-    if contents.tied is not None or not (reason := tied_refusal(form, contents)):
+def _explain_possible_tie(form: str, contents: Contents) -> str:
+    """Return the problem of an adapter if its BASE, which is not given, has a tied head; empty without one."""
+    if contents.tied is not None or not (reason := _explain_tie(form, contents)):
         return ""
     return f"the adapter is refused if {reason}"
 
 
 def join_reasons(*reasons: str) -> str:
     """Return the non-empty reasons as one sentence; empty if there are none."""
-    return "; ".join(reason for reason in reasons if reason)
+    return "; ".join(filter(None, reasons))
 
 
 # PEFT: s = α/r or α/√r, r and α of each module from ``rank_pattern`` and ``alpha_pattern``.
@@ -185,43 +181,43 @@ def join_reasons(*reasons: str) -> str:
 
 
 def _apply_peft(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by PEFT since 0.15."""
     return Outcome("intended", item.scale) if item.part in {*PAIRS, "other"} else Outcome("full")
 
 
 def _find_pattern_key(keys: Iterable[str], module: str) -> str:
-    """Return the key of a pattern that PEFT before 0.15 uses for a module."""
+    """Return the key of a pattern that PEFT before 0.15 uses for a module; the module's name without one."""
     return next((key for key in keys if re.match(rf".*\.{key}$", module)), module)
 
 
-def _read_settings(contents: Contents, item: Item, together: bool) -> tuple[int, float]:
-    """Return r and α of a module by the rule of old versions."""
+def _find_settings(contents: Contents, item: Item, together: bool) -> tuple[int, float]:
+    """Return r and α of a module by the rule of PEFT before 0.15; ``together`` for that before 0.14."""
     config = contents.config
     ranks, alphas = (dict[str, Any](config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
-    if together:
-        key = _find_pattern_key([*ranks, *alphas], item.module)
-        keys = key, key
-    else:
-        keys = _find_pattern_key(ranks, item.module), _find_pattern_key(alphas, item.module)
-    return ranks.get(keys[0], config["r"]), alphas.get(keys[1], config["lora_alpha"])
+    tables = [[*ranks, *alphas]] * 2 if together else [[*ranks], [*alphas]]
+    rank_key, alpha_key = (_find_pattern_key(keys, item.module) for keys in tables)
+    return ranks.get(rank_key, config["r"]), alphas.get(alpha_key, config["lora_alpha"])
 
 
 def _refuse_peft_old(contents: Contents, together: bool) -> str:
+    """Return why PEFT before 0.15, or with ``together`` before 0.14, does not load an adapter; empty if it does."""
     if contents.config.get("peft_type") != "LORA":
         return ""
     for item in contents.pairs:
-        rank, _ = _read_settings(contents, item, together)
+        rank, _ = _find_settings(contents, item, together)
         if item.part != "experts" and rank != item.rank:
             return f"{item.module} has rank {item.rank}, and its patterns give it {rank}: size mismatch"
     return ""
 
 
 def _apply_peft_old(contents: Contents, item: Item, together: bool) -> Outcome:
+    """Return the treatment of an item by PEFT before 0.15, or with ``together`` before 0.14."""
     if together and item.part == "bias" and contents.config.get("lora_bias"):
         return Outcome("dropped", why="lora_bias is not known to it")
     if item.part not in {"factors", "embedding", "convolution"}:
         return _apply_peft(contents, item)
-    rank, alpha = _read_settings(contents, item, together)
-    scale = alpha / (math.sqrt(rank) if contents.config.get("use_rslora") else rank)
+    rank, alpha = _find_settings(contents, item, together)
+    scale = _divide_by_rank(alpha, rank, contents.config)
     return Outcome("applied", scale, "a pattern's key is matched otherwise than today")
 
 
@@ -274,13 +270,11 @@ _UNSUPPORTED = {
 }
 
 
-def _explain_saved(contents: Contents, allowed: set[str]) -> str:
-    refused = [name for name in contents.config.get("modules_to_save") or () if name not in allowed]
-    return f"modules_to_save {', '.join(map(str, refused))}" if refused else ""
-
-
 def _refuse_vllm(contents: Contents, since: str) -> str:
+    """Return why the versions of vLLM from ``since`` do not load an adapter; empty if they do."""
     config = contents.config
+    allowed = {"classifier", "score"} if since != "0.10" else set()
+    saved = [str(name) for name in config.get("modules_to_save") or () if name not in allowed]
     start = config.get("init_lora_weights")
     unsupported = [word for key, word in _UNSUPPORTED.items() if config.get(key)]
     changed = isinstance(start, str) and start.lower() not in _PLAIN_STARTS
@@ -288,7 +282,7 @@ def _refuse_vllm(contents: Contents, since: str) -> str:
     value = contents.first("value", "norm")
     plain_value = value is not None and value.module.rpartition(".")[2] in {"classifier", "score"}
     return join_reasons(
-        _explain_saved(contents, {"classifier", "score"} if since != "0.10" else set()),
+        f"modules_to_save {', '.join(saved)}" if saved else "",
         "DoRA" if config.get("use_dora") or contents.first("dora") else "",
         f"bias={config['bias']!r}" if config.get("bias") not in (None, "none") else "",
         ", ".join(unsupported) if since == "0.32" else "",
@@ -299,17 +293,20 @@ def _refuse_vllm(contents: Contents, since: str) -> str:
 
 
 def _apply_vllm(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by vLLM since 0.32."""
     if item.part in {"value", "norm"}:
         return Outcome("full")
     return Outcome("applied", item.scale)
 
 
 def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by vLLM before 0.32."""
     if item.part in {"value", "norm"}:
         return Outcome("full")
     if item.part == "bias":
         return Outcome("dropped", why="lora_B.bias is overwritten by lora_B.weight")
-    return Outcome("applied", one_scale(contents.config), "one scale for all modules; patterns are not read")
+    scale = _divide_by_rank(contents.config["lora_alpha"], contents.config["r"], contents.config)
+    return Outcome("applied", scale, "one scale for all modules; patterns are not read")
 
 
 VLLM = Consumer(
@@ -352,6 +349,7 @@ _TABLES = ("embed_tokens", "lm_head")
 
 
 def _refuse_sglang(contents: Contents) -> str:
+    """Return why SGLang does not load an adapter; empty if it does."""
     config = contents.config
     kind = str(config.get("peft_type"))
     targets = config.get("target_modules")
@@ -368,12 +366,12 @@ def _refuse_sglang(contents: Contents) -> str:
         else "",
         f"{odd.key}: no target module of the server has such a name" if odd is not None else "",
         f"{unequal.module} has rank {unequal.rank}, and r is {rank}: an assertion fails" if unequal is not None else "",
-        next(_find_incomplete(contents), ""),
+        next(_list_incomplete(contents), ""),
     )
 
 
-def _find_incomplete(contents: Contents) -> Iterator[str]:
-    """Yield, for each layer without all of the factors that are joined into one, what it lacks."""
+def _list_incomplete(contents: Contents) -> Iterator[str]:
+    """Yield, for each attention with factors for some of q, k and v but not for q and v, those that are missing."""
     owners: dict[str, set[str]] = {}
     for item in contents.pairs:
         owner, _, leaf = item.module.rpartition(".")
@@ -385,16 +383,15 @@ def _find_incomplete(contents: Contents) -> Iterator[str]:
 
 
 def _apply_sglang(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by SGLang."""
     if item.part == "bias":
         return Outcome("dropped", why="lora_B.bias is overwritten by lora_B.weight, other biases are skipped")
     if item.part in {"value", "norm", "rows"}:
         return Outcome("dropped", why="what is no pair of factors is skipped")
-    table = next((name for name in _TABLES if name in item.module), None)
     if not _LAYER.search(item.module + "."):
-        target_modules = contents.config.get("target_modules") or ()
-        targets = (
-            {"all"} if isinstance(target_modules, str) else {str(name).rpartition(".")[2] for name in target_modules}
-        )
+        table = next((name for name in _TABLES if name in item.module), None)
+        names = contents.config.get("target_modules") or ()
+        targets = {"all"} if isinstance(names, str) else {str(name).rpartition(".")[2] for name in names}
         if table is None or not targets & {table, "all"}:
             return Outcome("dropped", why="outside the layers, and not named in target_modules")
     scale = float(contents.config["lora_alpha"] / contents.config["r"])
@@ -428,6 +425,7 @@ SGLANG = Consumer(
 
 
 def _refuse_llamacpp(contents: Contents) -> str:
+    """Return why llama.cpp's converter or runtime does not take an adapter; empty if it does."""
     odd = contents.first("dora", "bias", "value", "rows", "other")
     stack = contents.first("experts", "convolution")
     return join_reasons(
@@ -435,11 +433,12 @@ def _refuse_llamacpp(contents: Contents) -> str:
         "BD-LoRA" if contents.config.get("use_bdlora") else "",
         "KaSA" if contents.config.get("kasa_config") else "",
         f"the converter has no name for {stack.module}" if stack is not None else "",
-        tied_refusal(GGUF, contents) if contents.tied else "",
+        _explain_tie(GGUF, contents) if contents.tied else "",
     )
 
 
 def _apply_llamacpp(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by llama.cpp."""
     if item.part == "norm":
         return Outcome("dropped", why="the runtime skips norms")
     if contents.form == GGUF:
@@ -454,7 +453,7 @@ LLAMACPP = Consumer(
     "llamacpp",
     "llama.cpp",
     frozenset({"peft", GGUF}),
-    (Rule("", "", ("0b03adaa632b",), _apply_llamacpp, _refuse_llamacpp, partial(unjudged_tie, GGUF)),),
+    (Rule("", "", ("0b03adaa632b",), _apply_llamacpp, _refuse_llamacpp, partial(_explain_possible_tie, GGUF)),),
 )
 
 
@@ -475,30 +474,26 @@ LLAMACPP = Consumer(
 
 
 def _refuse_diffusers(contents: Contents) -> str:
+    """Return why diffusers does not load an adapter; empty if it does."""
     odd = contents.first("other")
     return f"{odd.key}: a part that is no LoRA" if odd is not None else ""
 
 
 def _apply_diffusers(contents: Contents, item: Item, alpha_is_rank: bool) -> Outcome:
+    """Return the treatment of an item by diffusers; ``alpha_is_rank``: without any α, α = r in every module."""
     if item.rank is None:
         return Outcome("full")
     if item.part == "dora" or (contents.has_metadata and item.alpha is None):
         return Outcome("intended", item.scale)
-    alpha, ranks_are_alphas = _choose_alpha(contents.components[component_of(item.module)], alpha_is_rank)
-    if ranks_are_alphas:
+    if item.alpha is not None:
+        return Outcome("applied", item.alpha / item.rank)
+    items = contents.components[component_of(item.module)]
+    alphas = [other.alpha for other in items if other.alpha is not None]
+    if not alphas and alpha_is_rank:
         return Outcome("applied", 1.0)
-    own_alpha = item.alpha if item.alpha is not None else alpha
-    why = "" if item.alpha is not None else f"gives no alpha, and gets {alpha:g}, that of other modules"
-    return Outcome("applied", own_alpha / item.rank, why)
-
-
-def _choose_alpha(items: Sequence[Item], alpha_is_rank: bool) -> tuple[float, bool]:
-    """Return the α of modules without one, and whether it is each module's own rank."""
-    alphas = [item.alpha for item in items if item.alpha is not None]
-    if alphas:
-        return Counter(alphas).most_common(1)[0][0], False
-    first = min(items, key=lambda item: item.key)
-    return float(first.rank or 1), alpha_is_rank
+    first = min(items, key=lambda other: other.key)
+    alpha = Counter(alphas).most_common(1)[0][0] if alphas else float(first.rank or 1)
+    return Outcome("applied", alpha / item.rank, f"gives no alpha, and gets {alpha:g}, that of other modules")
 
 
 DIFFUSERS = Consumer(
@@ -521,6 +516,7 @@ DIFFUSERS = Consumer(
 
 
 def _apply_kohya(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by sd-scripts."""
     if item.rank is None or item.part == "other":
         return Outcome("dropped", why="only pairs of factors are read; other parts need LyCORIS")
     return Outcome("applied", item.alpha / item.rank if item.alpha else 1.0)
@@ -539,6 +535,7 @@ KOHYA = Consumer("kohya", "sd-scripts", frozenset({"kohya"}), (Rule("", "", ("02
 
 
 def _refuse_mlx(contents: Contents) -> str:
+    """Return why mlx-lm does not load an adapter; empty if it does."""
     config = contents.config
     if config.get("fine_tune_type") == "full":
         return ""
@@ -553,11 +550,12 @@ def _refuse_mlx(contents: Contents) -> str:
         if unequal is not None and "rank" in settings
         else "",
         f"{odd.key}: no adapter parameter" if odd is not None else "",
-        tied_refusal("mlx", contents) if contents.tied else "",
+        _explain_tie("mlx", contents) if contents.tied else "",
     )
 
 
 def _apply_mlx(contents: Contents, item: Item) -> Outcome:
+    """Return the treatment of an item by mlx-lm."""
     return Outcome("intended", item.scale) if item.part in PAIRS else Outcome("full")
 
 
@@ -565,7 +563,7 @@ MLX = Consumer(
     "mlx",
     "mlx-lm",
     frozenset({"mlx"}),
-    (Rule("0.32", "", ("0.32.2",), _apply_mlx, _refuse_mlx, partial(unjudged_tie, "mlx")),),
+    (Rule("0.32", "", ("0.32.2",), _apply_mlx, _refuse_mlx, partial(_explain_possible_tie, "mlx")),),
 )
 
 # In the order of tables.

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from lora_diag.diagnostics.portability.record import AS_INTENDED, ORDER, Portability
-from lora_diag.diagnostics.portability.show import by_consumer, title_of
+from lora_diag.diagnostics.portability.show import group_by_consumer, title_of
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.fields import Types
 from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel
@@ -56,25 +56,25 @@ class Cells:
     records: Mapping[tuple[str, str, int | None], Portability]
 
 
-def cells(series: Sequence[Series[Any]]) -> Cells:
-    """Return the cells of some runs; several matrices of a type in a block (experts) give the worst."""
+def _make_cells(series: Sequence[Series[Any]]) -> Cells:
+    """Return the cells of some runs; of several matrices of a type in a block (experts), the worst is kept."""
     types = Types(record.layer for item in series for record in item.records)
     by_cell: dict[tuple[str, str, int | None], Portability] = {}
     programs: list[str] = []
     for item in series:
-        groups = by_consumer(item.records)
+        groups = group_by_consumer(item.records)
         for name, records in groups.items():
             program = f"{owner_of(item, series)}{title_of(name, [*groups])}"
             programs.append(program)
             for record in records:
                 cell = types.of(record.layer), program, depth_of(record.layer)
-                if cell not in by_cell or _severity_order(record) > _severity_order(by_cell[cell]):
-                    by_cell[cell] = record
+                by_cell[cell] = max(by_cell.get(cell, record), record, key=_get_severity)
     depths = sorted({depth for _, _, depth in by_cell}, key=lambda depth: -1 if depth is None else depth)
     return Cells(types.names, tuple(depths), tuple(programs), by_cell)
 
 
-def _severity_order(record: Portability) -> tuple[int, float]:
+def _get_severity(record: Portability) -> tuple[int, float]:
+    """Return a key by which a worse record is larger."""
     return -ORDER.index(record.status), record.epsilon or 0.0
 
 
@@ -117,7 +117,7 @@ def portability(records: Iterable[Portability], ax: Axes | None = None) -> Axes:
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return one block of columns for each program, of one or several runs."""
-    grid = cells(series)
+    grid = _make_cells(series)
     norm = _make_norm(grid)
     line = style.text / 72
     names = crop_names(grid.types, _NAMES * style.width, style.ticks)
@@ -140,7 +140,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     pooled = len({(name, depth) for name, _, depth in grid.records}) < layers
     return Page(
         "Weights of the adapter as each program applies them",
-        [Panel("", partial(_draw, grid=grid, norm=norm, names=[*names.values()]), height=height, width=width)],
+        [Panel("", partial(_draw_cells, grid=grid, norm=norm, names=[*names.values()]), height=height, width=width)],
         f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
         ["A cell shows the worst of a block's matrices of its type."] if pooled else (),
         [Key(Patch(color=color), label) for present, color, label in colors if present],
@@ -151,11 +151,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _names_fit(grid: Cells, inches: float, size: float) -> bool:
-    """Return whether the programs' names fit side by side."""
+    """Return whether the programs' names fit side by side in a width in inches, at a size in points."""
     return max(width_of(name, size) for name in grid.programs) < 0.92 * inches / len(grid.programs)
 
 
-def _draw(ax: Axes, style: PageStyle, grid: Cells, norm: Normalize | None, names: Sequence[str]) -> None:
+def _draw_cells(ax: Axes, style: PageStyle, grid: Cells, norm: Normalize | None, names: Sequence[str]) -> None:
+    """Draw an image for each program, with module types as rows and blocks as columns."""
     size = style.ticks
     step = len(grid.depths) * (1 + _GAP)
     for number, program in enumerate(grid.programs):

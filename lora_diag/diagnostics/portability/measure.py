@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,7 +22,14 @@ from lora_diag.adapters.updates import Site
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
-from lora_diag.diagnostics.portability.consumers import CONSUMERS, Consumer, Outcome, Rule, largest_rank
+from lora_diag.diagnostics.portability.consumers import (
+    CONSUMERS,
+    Consumer,
+    Outcome,
+    Rule,
+    find_largest_rank,
+    join_reasons,
+)
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
@@ -49,13 +57,13 @@ Name = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A weight that an adapter changes.
+    """A weight that an adapter changes, to be judged.
 
     Args:
-        item: Its contents in the file.
-        outcomes: Its treatment by each consumer, or the reason for refusing the adapter.
-        intended: The intended s.
-        delta: Its ΔW; None without weights, and if that needs a BASE and none is given.
+        item: The contents of the adapter's file for the weight.
+        outcomes: The treatment of the weight by each consumer, or the reason for refusing the adapter.
+        intended: The intended s; None without factors.
+        delta: ΔW; None without weights, and if ΔW needs a BASE and none is given.
     """
 
     item: Item
@@ -78,7 +86,7 @@ class Judged:
 
 
 def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut, ...]:
-    """Return the record of every consumer; one ``left_out`` record if ΔW is not finite.
+    """Return the record of every consumer; one ``left_out`` record if ΔW is not finite or its norm overflows.
 
     Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
     the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
@@ -103,6 +111,7 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
 def _make_record(
     task: Judged, name: Name, outcome: Outcome | str, fro: float | None, update: Matrix | None
 ) -> Portability:
+    """Return the record of one consumer, given ‖ΔW‖_F, and ΔW where it is not s·B·A."""
     status, epsilon, scale, why = _judge(task, outcome, fro, update)
     if isinstance(outcome, Outcome) and outcome.unjudged and status in AS_INTENDED:
         status, epsilon, why = "unknown", None, outcome.unjudged
@@ -132,38 +141,35 @@ def _judge(
         return "full", error, None, ""
     if outcome.does == "dropped":
         return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
-    stored, intended = task.item.scale, task.intended
-    as_intended = (
-        outcome.scale is not None and intended is not None and math.isclose(outcome.scale, intended, rel_tol=SAME)
-    )
+    scale, intended = outcome.scale, task.intended
     if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        return "wrong", _measure_distance(task, outcome, fro, update), outcome.scale, _explain_omission(task, outcome)
-    if as_intended or outcome.scale is None or intended is None or (fro == 0.0 and stored != 0):
-        return "exact", error, outcome.scale, ""
-    deviation = abs(outcome.scale / intended - 1) if intended else None
-    return "wrong", deviation, outcome.scale, outcome.why
+        omission = (
+            "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
+        )
+        why = join_reasons(f"B·A alone is added, without {omission}", outcome.why)
+        return "wrong", _measure_distance(task, scale, fro, update), scale, why
+    if scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME):
+        return "exact", error, scale, ""
+    if fro == 0.0 and task.item.scale != 0:
+        return "exact", error, scale, ""
+    return "wrong", abs(scale / intended - 1) if intended else None, scale, outcome.why
 
 
-def _explain_omission(task: Judged, outcome: Outcome) -> str:
-    omission = "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
-    return f"B·A alone is added, without {omission}" + (f"; {outcome.why}" if outcome.why else "")
-
-
-def _measure_distance(task: Judged, outcome: Outcome, fro: float | None, update: Matrix | None) -> float | None:
-    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F, with ΔW formed; None if ΔW is zero or not known, or a scale is not."""
+def _measure_distance(task: Judged, scale: float | None, fro: float | None, update: Matrix | None) -> float | None:
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is zero or unknown, or a scale is unknown or 0."""
     item, delta = task.item, task.delta
-    if delta is None or not fro or update is None or item.load is None or outcome.scale is None or not item.scale:
+    if delta is None or not fro or update is None or item.load is None or scale is None or not item.scale:
         return None
     loaded = item.load(Site(delta.shape))
     assert isinstance(loaded, tuple)
     b, a = loaded
     if (len(b), a.shape[1]) != delta.shape:
         b, a = a.T, b.T
-    return gap((b * (outcome.scale / item.scale), a), update) / fro
+    return gap((b * (scale / item.scale), a), update) / fro
 
 
-def size(task: Judged, settings: LayerSettings) -> int:
-    """Estimate the memory of judging a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
+def estimate_bytes(task: Judged, settings: LayerSettings) -> int:
+    """Return the estimated memory of judging a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
     if task.item.part in NONLINEAR_PARTS and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
@@ -207,7 +213,8 @@ def make_portable(
         the errors ε of truncated (also pooled) and of folded factors, and the skipped weights.
 
     Raises:
-        UsageError: ``adapter`` is not an adapter, ``output`` exists, or there is no rule for a program.
+        UsageError: ``adapter`` is not an adapter, ``base`` is one, an option is invalid, ``output`` exists, or there is
+            no rule for a program.
         InputError: An input cannot be read, a portable adapter cannot store a tensor, or the written one reads back
             differently.
 
@@ -217,12 +224,10 @@ def make_portable(
     """
     stated_alpha = alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank})
     opened, checkpoint = _open_inputs(adapter, base, stated_alpha, " --fix -o OUT")
-    for names in (consumers, require):
-        choose(names, form or opened.form)  # refuses an unknown program before anything is written
+    choose_rules([*consumers, *require], form or opened.form)  # refuses an unknown program before anything is written
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
-    errors = distances(opened, folder, checkpoint)
-    worst = max(errors.values(), default=0.0)
+    worst = max(measure_rounding(opened, folder, checkpoint).values(), default=0.0)
     if worst > ROUNDING and written.dtype == "float32":
         raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use the output, and report this")
     results = portability(folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank)
@@ -249,10 +254,13 @@ def judge_or_fix(
     rules: bool = False,
     **options: Unpack[PortabilityOptions],
 ) -> Results[Portability] | list[Grid]:
-    """Judge an adapter, write a portable one, or return the rules of all programs, as the command is asked to.
+    """Judge an adapter, write a portable one, or return the rules of all programs, as the options say.
 
     Raises:
-        UsageError: No adapter is given, options of ``fix`` are given without it, or it lacks or excludes one.
+        UsageError: No adapter is given, options of ``fix`` are given without it, an option that ``fix`` needs is
+            missing, one that it excludes is given; or as the called function.
+        InputError: As ``portability`` or ``make_portable``.
+        NothingComparedError: As ``portability``.
     """
     if rules:
         return rules_grids()
@@ -285,13 +293,13 @@ def judge_or_fix(
     return results
 
 
-def distances(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
-    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if ΔW is zero.
+def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if both are zero.
 
-    Both are read as adapters are, and compared in factored form.
+    Both adapters are opened and read, and their updates are compared in factored form.
 
     Raises:
-        InputError: A written weight is not one of the original adapter.
+        InputError: A file could not be read, or a written weight is not one of the original adapter.
     """
     originals = {item.layer: item for item in contents_of(before, base).items}
     errors = {}
@@ -357,7 +365,7 @@ def portability(
     intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
     opened, checkpoint = _open_inputs(adapter, base, run.stated_alpha)
     contents = contents_of(opened, checkpoint)
-    chosen = choose([*consumers, *require], contents.form)
+    chosen = choose_rules([*consumers, *require], contents.form)
     selected = selector(run.options["layers"], run.options["exclude"])
     pairing, notes = _pair(opened, checkpoint, run.options["allow_unmatched"])
     tasks = [task for task in make_tasks(contents, chosen, intended, max_lora_rank, pairing) if selected(task.layer)]
@@ -369,24 +377,24 @@ def portability(
     return run.over(
         tasks,
         judge,
-        size,
+        estimate_bytes,
         LayerSettings(),
         Pairing((), tuple(missing)),
         (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), adapter_input),
         {
-            "consumers": [f"{name}=={version}" for name, version in chosen],
-            "require": [f"{name}=={version}" for name, version in choose(require, contents.form)] if require else [],
+            "consumers": ["==".join(name) for name in chosen],
+            "require": ["==".join(name) for name in choose_rules(require, contents.form)] if require else [],
             "intended": intended,
             "max_lora_rank": max_lora_rank,
             "ranks_to_set": _find_required_options(chosen, contents, max_lora_rank),
-            "newer": [f"{name}=={version}" for name, version in chosen if chosen[name, version][0].is_newer(version)],
+            "newer": ["==".join(name) for name, (consumer, _) in chosen.items() if consumer.is_newer(name[1])],
         },
         recorded=("layers", "exclude"),
     )
 
 
-def choose(names: Sequence[str], form: str) -> Chosen:
-    """Return the named consumers, each with the rule of its version.
+def choose_rules(names: Sequence[str], form: str) -> Chosen:
+    """Return the named consumers, each with the rule of its version, by name and version.
 
     Args:
         names: Names, with or without a version; empty for those that read files of this layout.
@@ -398,13 +406,12 @@ def choose(names: Sequence[str], form: str) -> Chosen:
     requests = names or [name for name, consumer in CONSUMERS.items() if form in consumer.forms]
     chosen: Chosen = {}
     for request in requests:
-        name, _, version = request.partition("==")
-        name = name.strip().replace(".", "").replace("-", "").lower()
+        name, _, version = (part.strip() for part in request.partition("=="))
+        name = name.replace(".", "").replace("-", "").lower()
         consumer = CONSUMERS.get(name)
         if consumer is None:
             raise UsageError(f"--consumers {request}: unknown program; give one of {', '.join(CONSUMERS)}")
-        rule = consumer.rule(version.strip())
-        chosen[name, version.strip() or consumer.newest] = consumer, rule
+        chosen[name, version or consumer.newest] = consumer, consumer.find_rule(version)
     return chosen
 
 
@@ -417,15 +424,24 @@ def make_tasks(
 ) -> list[Judged]:
     """Return one task per weight, with its treatment by every consumer.
 
+    Args:
+        contents: The contents of the adapter's file.
+        chosen: The consumers and their rules.
+        intended: The consumer whose ΔW is intended; None for the scales as read by this package.
+        max_lora_rank: The maximum rank set in servers; None for as large as each takes.
+        pairing: The ΔW of the adapter; None without weights.
+
     Raises:
-        UsageError: The consumer that defines the intended ΔW refuses the adapter.
+        UsageError: The consumer that defines the intended ΔW is unknown or refuses the adapter.
     """
     reference: Rule | None = None
     if intended is not None:
-        ((name, (consumer, reference)),) = choose([intended], contents.form).items()
-        if reason := refusal(consumer, reference, contents, max_lora_rank):
+        ((name, (consumer, reference)),) = choose_rules([intended], contents.form).items()
+        if reason := find_refusal(consumer, reference, contents, max_lora_rank):
             raise UsageError(f"--intended {intended}: {name[0]} refuses this adapter: {reason}")
-    refusals = {name: refusal(consumer, rule, contents, max_lora_rank) for name, (consumer, rule) in chosen.items()}
+    refusals = {
+        name: find_refusal(consumer, rule, contents, max_lora_rank) for name, (consumer, rule) in chosen.items()
+    }
     unjudged = {name: rule.unjudged(contents) for name, (_, rule) in chosen.items()}
     deltas = {delta.layer: delta for delta in (pairing.deltas if pairing is not None else ())}
     tasks = []
@@ -439,13 +455,13 @@ def make_tasks(
     return tasks
 
 
-def refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None) -> str:
+def find_refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None) -> str:
     """Return the reason for which a consumer does not load an adapter; empty if it does."""
     if contents.form not in consumer.forms:
         return f"it reads files of {' and '.join(sorted(consumer.forms))}, and this one is of {contents.form}"
     if contents.form == "peft" and not contents.config:
         return "adapter_config.json is missing or gives no lora_alpha; --fix writes one"
-    rank = largest_rank(contents)
+    rank = find_largest_rank(contents)
     limit = max_lora_rank if max_lora_rank is not None and consumer.rank_option else consumer.largest_rank
     if limit is not None and rank > limit:
         return f"rank {rank} is above {consumer.rank_option} {limit}"
@@ -456,8 +472,12 @@ def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: in
     """Return the rank option that a server needs for this adapter, by consumer; empty if ``max_lora_rank`` is set."""
     if max_lora_rank is not None:
         return {}
-    ranks = {consumer: consumer.rank_needed(contents) for consumer, _ in chosen.values()}
-    return {consumer.name: f"{consumer.rank_option} {rank}" for consumer, rank in ranks.items() if rank is not None}
+    consumers = (consumer for consumer, _ in chosen.values())
+    return {
+        consumer.name: f"{consumer.rank_option} {rank}"
+        for consumer in consumers
+        if (rank := consumer.find_rank_to_set(contents)) is not None
+    }
 
 
 def _open_inputs(
@@ -466,7 +486,8 @@ def _open_inputs(
     """Open the adapter, and BASE if it is given.
 
     Raises:
-        UsageError: The first is not an adapter, or the second is one.
+        UsageError: ``adapter`` is not an adapter, or ``base`` is one.
+        InputError: An input cannot be read.
     """
     order = f"the order is: loradiag portability ADAPTER [BASE]{options}"
     opened = open_input(adapter, stated_alpha)
@@ -479,7 +500,7 @@ def _open_inputs(
 
 
 def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if it cannot be paired."""
+    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if one of them needs it."""
     try:
         return adapter.pair(base, allow_unmatched=allow_unmatched)
     except (InputError, NothingComparedError):
@@ -497,6 +518,7 @@ _CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_
 def _make_item(
     module: str, rank: int = 8, scale: float = 2.0, alpha: float | None = None, part: Part = "factors"
 ) -> Item:
+    """Return the item of a module with factors, without weights."""
     return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
 
 
@@ -508,12 +530,13 @@ def _make_peft_contents(
     tied: bool | None = None,
     **config: object,
 ) -> Contents:
-    """Return two layers, the first with a rank of its own, and further items."""
+    """Return the contents of a PEFT file of two layers, the first of the given rank, and further items."""
     items = _make_item(_Q, rank, scales[0], part=part), _make_item(_V, 8, scales[1], part=part), *extra
     return Contents("peft", items, {**_CONFIG, **config}, tied=tied)
 
 
 def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
+    """Return the contents of a kohya file with a layer for each rank, scale and α."""
     items = (_make_item(f"lora_unet_block_{n}", *pair) for n, pair in enumerate(pairs))
     return Contents("kohya", tuple(items))
 
@@ -550,17 +573,11 @@ FEATURES: dict[str, Contents] = {
 }
 
 
-def outcome(contents: Contents, consumer: Consumer, rule: Rule) -> list[Portability]:
-    """Return the records of one consumer, in the newest version of a rule, for an adapter without weights."""
-    name = consumer.name, rule.read[-1]
-    records: list[Portability] = []
-    for task in make_tasks(contents, {name: (consumer, rule)}):
-        records += [record for record in judge(task, LayerSettings()) if isinstance(record, Portability)]
-    return records
-
-
-def describe_treatment(records: list[Portability]) -> str:
-    """Return a short description of a consumer's treatment of an adapter: the worst, or the factors of wrong scales."""
+def describe_treatment(contents: Contents, consumer: Consumer, rule: Rule) -> str:
+    """Return a short description of a rule's treatment of an adapter: the worst, or the factors of wrong scales."""
+    tasks = make_tasks(contents, {(consumer.name, rule.read[-1]): (consumer, rule)})
+    judged = (record for task in tasks for record in judge(task, LayerSettings()))
+    records = [record for record in judged if isinstance(record, Portability)]
     statuses = {record.status for record in records}
     if "refused" in statuses:
         return "refuses"
@@ -578,8 +595,7 @@ def rules_grids() -> list[Grid]:
     """Return two tables per file layout, of the newest and of older rules, with one row per feature."""
     grids = []
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
-        features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
-        readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
+        features, readers = _select_form(form)
         newest = [_make_column(consumer, consumer.rules[0], features) for consumer in readers]
         older = [_make_column(consumer, rule, features) for consumer in readers for rule in consumer.rules[1:]]
         grids.append(Grid(f"Files of {form}", "feature", tuple(features), tuple(newest)))
@@ -587,33 +603,35 @@ def rules_grids() -> list[Grid]:
     return grids
 
 
+def _select_form(form: str) -> tuple[dict[str, Contents], list[Consumer]]:
+    """Return the features of a file layout, and the consumers that read it."""
+    features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
+    return features, [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
+
+
 def _make_column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) -> Column:
-    cells = tuple(describe_treatment(outcome(contents, consumer, rule)) for contents in features.values())
+    """Return the column of a rule: its treatment of each feature."""
+    cells = tuple(describe_treatment(contents, consumer, rule) for contents in features.values())
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), cells, "left")
 
 
-def history(contents: Contents, consumer: Consumer) -> str:
+def describe_history(contents: Contents, consumer: Consumer) -> str:
     """Return a consumer's treatment of an adapter by version, such as ``exact since 0.32, before ×0.5``.
 
     Rules that do the same are one range of versions.
     """
-    spans: list[tuple[str, str]] = []  # the first known version of each behaviour, newest first
-    for rule in consumer.rules:
-        treatment = describe_treatment(outcome(contents, consumer, rule))
-        if spans and spans[-1][1] == treatment:
-            spans[-1] = rule.since, treatment
-        else:
-            spans.append((rule.since, treatment))
-    if len(spans) == 1:
-        return spans[0][1]
-    *newer, (_, oldest) = spans
-    return f"{', '.join(f'{treatment} since {since}' for since, treatment in newer)}, before {oldest}"
+    spans = []  # the first known version of each treatment, newest first
+    treatments = groupby(consumer.rules, lambda rule: describe_treatment(contents, consumer, rule))
+    for treatment, rules in treatments:
+        *_, oldest_rule = rules
+        spans.append(f"{treatment} since {oldest_rule.since}")
+    return ", ".join([*spans[:-1], f"before {treatment}"]) if len(spans) > 1 else treatment
 
 
 def history_table(form: str) -> str:
     """Return a Markdown table of a file layout: one row per feature, one column per consumer that reads it."""
-    features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
-    readers = [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
+    features, readers = _select_form(form)
     rows = [["feature of the adapter", *(consumer.title for consumer in readers)], ["---"] * (len(readers) + 1)]
-    rows += [[name, *(history(contents, consumer) for consumer in readers)] for name, contents in features.items()]
+    for name, contents in features.items():
+        rows.append([name, *(describe_history(contents, consumer) for consumer in readers)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

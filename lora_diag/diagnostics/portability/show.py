@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
 
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability, Status
+from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability
 from lora_diag.errors import DONE, GATE_FAILED
 from lora_diag.feature import Hint
 from lora_diag.records import Results
@@ -33,26 +33,23 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
     if not len(results):
         return []
     rows = rows_of(results, per)
-    names = list(by_consumer(results))
-    columns = [Column("n", tuple(str(len({record.layer for record in group})) for _, group in rows), drop=1)]
-    columns += [Column("rank", tuple(_describe_ranks(group) for _, group in rows), drop=2)]
+    names = list(group_by_consumer(results))
+    columns = [Column("rank", tuple(_describe_ranks(group) for _, group in rows), drop=2)]
+    if per == "type":
+        counts = tuple(str(len({record.layer for record in group})) for _, group in rows)
+        columns.insert(0, Column("n", counts, drop=1))
     for name in names:
-        cells = tuple(_make_cell([record for record in group if _name_of(record) == name]) for _, group in rows)
+        cells = tuple(_make_cell(group_by_consumer(group).get(name, [])) for _, group in rows)
         columns.append(Column(title_of(name, names), cells))
-    shown_columns = tuple(column for column in columns if per == "type" or column.title != "n")
-    return [Grid("", row_title(per), tuple(row for row, _ in rows), shown_columns)]
+    return [Grid("", row_title(per), tuple(row for row, _ in rows), tuple(columns))]
 
 
-def by_consumer(records: Sequence[Portability] | Results[Portability]) -> dict[Name, list[Portability]]:
-    """Return the records of each consumer and version, in the requested order."""
+def group_by_consumer(records: Iterable[Portability]) -> dict[Name, list[Portability]]:
+    """Return the records of each consumer and version, in the order of the records."""
     groups: dict[Name, list[Portability]] = {}
     for record in records:
-        groups.setdefault(_name_of(record), []).append(record)
+        groups.setdefault((record.consumer, record.version), []).append(record)
     return groups
-
-
-def _name_of(record: Portability) -> Name:
-    return record.consumer, record.version
 
 
 def title_of(name: Name, names: Sequence[Name]) -> str:
@@ -63,6 +60,7 @@ def title_of(name: Name, names: Sequence[Name]) -> str:
 
 
 def _describe_ranks(group: Sequence[Portability]) -> str:
+    """Return the range of the ranks of some weights; ``-`` without any."""
     ranks = {record.rank for record in group if record.rank is not None}
     return span(ranks) if ranks else "-"
 
@@ -71,19 +69,20 @@ def _make_cell(group: Sequence[Portability]) -> str:
     """Return the worst treatment of some weights by a consumer; if it is wrong, the factors or the largest ε."""
     if not group:
         return "-"
-    status = _worst_status(group)
+    status = min((record.status for record in group), key=ORDER.index)
     if status != "wrong":
         return status
-    scales = sorted({record.scale / record.intended for record in group if record.scale and record.intended})
-    if not scales or any(record.part in NONLINEAR_PARTS for record in group):
-        return f"ε {format_shown(max((r.epsilon for r in group if r.epsilon is not None), default=None))}"
-    low, high = number(scales[0]), number(scales[-1])
+    largest = max((record.epsilon for record in group if record.epsilon is not None), default=None)
+    return _describe_factors(group) or f"ε {format_shown(largest)}"
+
+
+def _describe_factors(records: Sequence[Portability]) -> str:
+    """Return the range of the factors s'/s of some weights; empty if they have none or some errors are not of scale."""
+    factors = sorted({record.scale / record.intended for record in records if record.scale and record.intended})
+    if not factors or any(record.part in NONLINEAR_PARTS for record in records):
+        return ""
+    low, high = number(factors[0]), number(factors[-1])
     return f"×{low}" if low == high else f"×{low} to ×{high}"
-
-
-def _worst_status(group: Sequence[Portability]) -> Status:
-    statuses = {record.status for record in group}
-    return next(status for status in ORDER if status in statuses)
 
 
 def pooled_epsilon(records: Sequence[Portability]) -> float | None:
@@ -97,28 +96,28 @@ def pooled_epsilon(records: Sequence[Portability]) -> float | None:
 
 def exit_code(results: Results[Portability]) -> int:
     """Return the exit code of ``portability``."""
-    return GATE_FAILED if failed(results) else DONE
+    return GATE_FAILED if find_failed(results) else DONE
 
 
 def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: the same layer by layer, unless an adapter was written."""
+    """Return the next step, the same layer by layer; None if an adapter was written."""
     return None if values["fix"] else Hint("--per layer", "layer by layer")
 
 
-def failed(results: Results[Portability]) -> list[Name]:
+def find_failed(results: Results[Portability]) -> list[Name]:
     """Return the required consumers that do not, or not certainly, apply the intended ΔW in every weight."""
     required = set(results.run.settings.get("require") or ())
     return [
         name
-        for name, records in by_consumer(results).items()
+        for name, records in group_by_consumer(results).items()
         if "==".join(name) in required and any(record.status not in AS_INTENDED for record in records)
     ]
 
 
 def portability_lines(results: Results[Portability]) -> list[Statement]:
     """Return the statements: the treatment by each consumer, and remedies."""
-    groups = by_consumer(results)
-    titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in failed(results))
+    groups = group_by_consumer(results)
+    titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in find_failed(results))
     required = f"not as intended, or not known: {titles}" if titles else ""
     return summarize(
         results,
@@ -130,7 +129,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
 
 
 def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
-    """State the written files and their errors."""
+    """State the rank, α and dtype of the written adapter, its errors, and the weights left out."""
     if fixed is None:
         return []
     rank, rounding = fixed["rank"], number(fixed["rounding"] or 0)
@@ -187,19 +186,20 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
     """State the treatment by one consumer."""
     counts = Counter(record.status for record in records)
     details = []
+    level: Level = "warning"
     if counts["refused"]:
         lead, level = f"refuses the adapter: {safe(records[0].why)}", "failure"
-    elif counts["unknown"] and not set(counts) - {*AS_INTENDED, "unknown"}:
-        why = next(record.why for record in records if record.status == "unknown")
-        lead, level = f"not known without BASE: {safe(why)}", "warning"
-    elif not set(counts) - set(AS_INTENDED):
+    elif set(counts) <= set(AS_INTENDED):
         lead, level = f"exact in all {len(records)} weights", "ok"
+    elif set(counts) <= {*AS_INTENDED, "unknown"}:
+        why = next(record.why for record in records if record.status == "unknown")
+        lead = f"not known without BASE: {safe(why)}"
     else:
         clauses = [_describe_wrong(records)] if counts["wrong"] else []
         if counts["dropped"]:
             dropped = [record for record in records if record.status == "dropped"]
             clauses.append(f"drops {len(dropped)} of {len(records)} weights: {list_layers(dropped)}")
-        lead, level = "; ".join(clauses), "warning"
+        lead = "; ".join(clauses)
         if (epsilon := pooled_epsilon(records)) is not None:
             details.append(f"over all weights ε = {number(epsilon)}")
         details += list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
@@ -208,19 +208,16 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
     if "==".join(name) in (results.run.settings.get("newer") or ()):
         details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ")
     label = f"{title_of(name, [name])} {name[1]}"
-    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level)  # type: ignore[arg-type]
+    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level)
 
 
 def _describe_wrong(records: Sequence[Portability]) -> str:
-    """State how many weights get another ΔW, the largest ε, and the range of the scales."""
+    """State how many weights get another ΔW, the largest ε, and the range of the factors."""
     altered = [record for record in records if record.status == "wrong"]
     text = f"in {len(altered)} of {len(records)} weights"
     measured = [record for record in altered if record.epsilon is not None]
     if measured:
         worst = max(measured, key=lambda record: record.epsilon or 0.0)
         text += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
-    scales = sorted({record.scale / record.intended for record in altered if record.scale and record.intended})
-    if not scales or any(record.part in NONLINEAR_PARTS for record in altered):
-        return f"a different ΔW {text}"
-    low, high = number(scales[0]), number(scales[-1])
-    return f"scaled ×{low}{f' to ×{high}' if high != low else ''} {text}"
+    factors = _describe_factors(altered)
+    return f"scaled {factors} {text}" if factors else f"a different ΔW {text}"

@@ -102,7 +102,7 @@ def adapters(draw):
 def applied(name, contents):
     """Return the scale of each module, or the reason of a refusal."""
     consumer, _, version = name.partition("==")
-    rule = CONSUMERS[consumer].rule(version)
+    rule = CONSUMERS[consumer].find_rule(version)
     if reason := rule.refuses(contents):
         return reason
     return {item.module: rule.applies(contents, item).scale for item in contents.items}
@@ -276,13 +276,13 @@ def test_consumer_rules_cover_every_version():
         for newer, older in zip(consumer.rules, consumer.rules[1:], strict=False):
             assert older.until == newer.since
         for rule in consumer.rules:
-            assert all(consumer.rule(version) is rule for version in rule.read)
+            assert all(consumer.find_rule(version) is rule for version in rule.read)
 
 
 @pytest.mark.parametrize("version", ["0.9.9", "rubbish", "0.32; rm"])
 def test_version_without_rule_is_refused(version):
     with pytest.raises(UsageError):
-        CONSUMERS["vllm"].rule(version)
+        CONSUMERS["vllm"].find_rule(version)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.lists(st.integers(0, 40), min_size=1, max_size=3))
@@ -296,7 +296,7 @@ def test_largest_server_ranks_are_documented():
     needed = {}
     for rank in (8, 16, 17, 300, 512):
         contents = Contents("peft", (Item("q.weight", "q", "factors", "", rank, 1.0),), {"r": rank})
-        needed[rank] = vllm.rank_needed(contents)
+        needed[rank] = vllm.find_rank_to_set(contents)
     assert needed == {8: None, 16: None, 17: 32, 300: 320, 512: 512}
     assert math.isclose(vllm.largest_rank, 512)
 

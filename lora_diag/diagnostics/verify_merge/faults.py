@@ -85,7 +85,7 @@ class FailedLayer:
         recheck: The same check with a different D' or rounding.
         recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
         rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
-        observed: Returns the first rows of O = M − W.
+        load_change: Returns the first rows of O = M − W.
         scale: s of the adapter; None if unknown.
         rank: r of the adapter; None if unknown.
         others: Names of layers of the same kind and shape.
@@ -101,7 +101,7 @@ class FailedLayer:
     recheck: Callable[[Addend, Rounding], Check]
     recheck_on_top: Callable[[], Check]
     rounded: tuple[float, ...]
-    observed: Callable[[], Tensor]
+    load_change: Callable[[], Tensor]
     scale: float | None
     rank: int | None
     others: tuple[str, ...]
@@ -113,14 +113,16 @@ def find_fault(failed: FailedLayer) -> Fault:
     check = failed.check
     if check.moved == 0:
         return Fault("dropped", NOT_ADDED)
-    fault = _find_scale(failed) or find_precise_scale(failed) or _find_coarse_arithmetic(failed)
-    if fault is None and check.count:
-        fault = _find_partial(failed)
-    fault = fault or _choose_hypothesis(failed)
-    fault = fault or _find_uneven_scale(failed)
-    if fault is None and check.count:
-        fault = _find_few_entries(failed) or _find_rounded_base(failed) or _describe_norms(failed)
-    return fault or _find_drift(failed)
+    return (
+        _find_scale(failed)
+        or find_precise_scale(failed)
+        or _find_coarse_arithmetic(failed)
+        or (_find_partial(failed) if check.count else None)
+        or _choose_hypothesis(failed)
+        or _find_uneven_scale(failed)
+        or (_find_few_entries(failed) or _find_rounded_base(failed) or _describe_norms(failed) if check.count else None)
+        or _describe_drift(failed)
+    )
 
 
 def _find_scale(failed: FailedLayer) -> Fault | None:
@@ -130,7 +132,7 @@ def _find_scale(failed: FailedLayer) -> Fault | None:
         return None
     if fit.check.count > MAX_UNEXPLAINED * failed.check.entries or fit.check.residual > fit.check.allowed:
         return None
-    for factor, why in scales(failed.scale, failed.rank).items():
+    for factor, why in list_wrong_scales(failed.scale, failed.rank).items():
         if abs(fit.factor - factor) <= fit.limit + failed.rounding.roundoff * abs(factor):
             return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
     if failed.rounding.roundoff < BFLOAT16_ROUNDOFF and any(
@@ -151,7 +153,7 @@ def find_precise_scale(failed: FailedLayer) -> Fault | None:
     if precise_rounding == failed.rounding or not failed.check.expected:
         return None
     check = failed.recheck(failed.addend, precise_rounding)
-    if distinct_lines(check) < MIN_LINES or not is_coherent(check):
+    if count_distinct_lines(check) < MIN_LINES or not is_coherent(check):
         return None
     fit = fit_scale(replace(failed, rounding=precise_rounding, check=check))
     if fit is None or fit.check.count > (1 - MIN_COHERENCE) * check.count or fit.check.drifted:
@@ -170,8 +172,8 @@ def is_coherent(check: Check) -> bool:
     return abs(check.inner - check.ideal) > MIN_COHERENCE * check.apart
 
 
-def distinct_lines(check: Check) -> int:
-    """Return the number of unexplained entries of which no two share a row or column, approximately."""
+def count_distinct_lines(check: Check) -> int:
+    """Return the number of rows, or of columns if these are fewer, with an unexplained entry."""
     return min(int((counts > 0).sum()) for counts in check.beyond)
 
 
@@ -182,13 +184,13 @@ def make_precise(rounding: Rounding) -> Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The scale that was applied: M is W + factor·ΔW, rounded.
+    """A fitted scale: M is W + factor·ΔW, rounded.
 
     Args:
         factor: The scale.
         error: Its standard error.
         limit: Largest error by chance and by roundings common to all entries.
-        check: The check with it.
+        check: The check with factor·ΔW.
     """
 
     factor: float
@@ -205,7 +207,10 @@ class Fit:
 def fit_scale(failed: FailedLayer) -> Fit | None:
     """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ = 1.
 
-    Where rounding swallows part of ΔW, c is not the scale that was applied. None where nothing can be fitted.
+    Where rounding swallows part of ΔW, c is not the scale that was applied.
+
+    Returns:
+        The fit; None where ΔW is zero, or c does not determine γ.
     """
     expected, inner = failed.check.expected, failed.check.inner
     if not expected or not math.isfinite(failed.check.scale_error):
@@ -234,8 +239,9 @@ def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
     if failed.rounding.roundoff >= BFLOAT16_ROUNDOFF:
         return None
 
-    def check_coarse(share: float, addend: Addend) -> Check:
-        return failed.recheck(addend, replace(failed.rounding, roundoff=BFLOAT16_ROUNDOFF * share, cast=True))
+    def check_coarse(fraction: float, addend: Addend) -> Check:
+        """Return the check with a roundoff of this fraction of bfloat16's."""
+        return failed.recheck(addend, replace(failed.rounding, roundoff=BFLOAT16_ROUNDOFF * fraction, cast=True))
 
     addends = [failed.addend, *(failed.addend.times(factor) for factor in failed.rounded)]
     if isinstance(failed.addend, Product):
@@ -259,11 +265,12 @@ def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
 
 
 def _find_partial(failed: FailedLayer) -> Fault | None:
-    """Test rows (or columns) with the update next to others without."""
+    """Test whether some rows (or columns) have the update and all others have none."""
     for axis, word in enumerate(("rows", "columns")):
-        differs, is_base = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] == 0
-        if differs.any() and not (differs & ~is_base).any() and (~is_base).any():
-            return Fault("partial", f"{word} {ranges(differs)} of {len(differs)} have no update, the others have it")
+        differs, changed = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] > 0
+        if differs.any() and changed.any() and not (differs & changed).any():
+            text = f"{word} {format_ranges(differs)} of {len(differs)} have no update, the others have it"
+            return Fault("partial", text)
     return None
 
 
@@ -286,24 +293,22 @@ def _limit_residual(squares: float, allowed: float) -> float:
 
 
 def _list_hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
-    rounding = failed.rounding
+    """Yield every common fault that a layer may have, with the check of its hypothesis."""
+
+    def make_hypothesis(status: MergeStatus, cause: str, addend: Addend) -> tuple[Fault, Check]:
+        """Return a fault, with the check of its D'."""
+        return Fault(status, cause), failed.recheck(addend, failed.rounding)
+
     yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), failed.recheck_on_top()
-    for factor, why in scales(failed.scale, failed.rank).items():
-        check = failed.recheck(failed.addend.times(factor), rounding)
-        yield Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}"), check
+    for factor, why in list_wrong_scales(failed.scale, failed.rank).items():
+        yield make_hypothesis("wrong scale", f"ΔW was added times {factor:.4g}: {why}", failed.addend.times(factor))
     if failed.is_matrix and failed.shape[0] == failed.shape[1]:
-        yield (
-            Fault("transposed", "ΔWᵀ was added in the place of ΔW"),
-            failed.recheck(failed.addend.transpose(), rounding),
-        )
+        yield make_hypothesis("transposed", "ΔWᵀ was added in the place of ΔW", failed.addend.transpose())
     if has_halves(failed.layer, failed.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
-        yield Fault("wrong order", why), failed.recheck(failed.addend.swap_halves(), rounding)
+        yield make_hypothesis("wrong order", why, failed.addend.swap_halves())
     if name := _find_nearest_layer(failed):
-        yield (
-            Fault("wrong order", f"the ΔW of {name} was added here"),
-            failed.recheck(failed.load_other(name), rounding),
-        )
+        yield make_hypothesis("wrong order", f"the ΔW of {name} was added here", failed.load_other(name))
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
@@ -311,7 +316,7 @@ def has_halves(layer: str, shape: tuple[int, int]) -> bool:
     return shape[0] % 2 == 0 and any(word in layer for word in JOINED_WEIGHTS)
 
 
-def scales(s: float | None, rank: int | None) -> dict[float, str]:
+def list_wrong_scales(s: float | None, rank: int | None) -> dict[float, str]:
     """Return the factors c of common mistakes, with their descriptions.
 
     Args:
@@ -319,7 +324,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
         rank: r; None if unknown.
 
     Example:
-        >>> sorted(scales(2.0, 16))
+        >>> sorted(list_wrong_scales(2.0, 16))
         [-1.0, 0.25, 0.5, 2.0, 4.0]
     """
     causes: list[tuple[float, str]] = [(2.0, ADDED_TWICE), (-1.0, "it was subtracted, or BASE and MERGED are swapped")]
@@ -342,7 +347,7 @@ def scales(s: float | None, rank: int | None) -> dict[float, str]:
 
 def _find_nearest_layer(failed: FailedLayer) -> str | None:
     """Return the layer whose ΔW is nearest in direction to the change, by the first rows; None if none is near."""
-    observed = failed.observed()
+    observed = failed.load_change()
     best, nearest = MIN_COSINE * float(torch.linalg.vector_norm(observed)), None
     for name in failed.others:
         rows = failed.load_other(name).rows(0, len(observed))
@@ -353,6 +358,7 @@ def _find_nearest_layer(failed: FailedLayer) -> str | None:
 
 
 def _find_few_entries(failed: FailedLayer) -> Fault | None:
+    """Test whether few of the entries are wrong."""
     check = failed.check
     if check.count >= FEW_ENTRIES * check.entries:
         return None
@@ -372,7 +378,7 @@ def _find_rounded_base(failed: FailedLayer) -> Fault | None:
 
 
 def _find_uneven_scale(failed: FailedLayer) -> Fault | None:
-    """Test scales that differ between rows, or columns: fitted to each, they explain the entries."""
+    """Test whether scales fitted to each row, or column, explain the entries, where they differ between stretches."""
     stretches = failed.check.uneven
     if not stretches:
         return None
@@ -387,7 +393,7 @@ def _find_uneven_scale(failed: FailedLayer) -> Fault | None:
         mask[stretch.first : stretch.last] = True
     parts = " and ".join(
         f"{100 * abs(stretch.off):.2g}% ± {100 * stretch.error:.1g}% {'more' if stretch.off > 0 else 'less'} in "
-        f"{('rows', 'columns')[axis]} {ranges(mask)}"
+        f"{('rows', 'columns')[axis]} {format_ranges(mask)}"
         for mask, stretch in zip(masks, stretches, strict=True)
     )
     return Fault("wrong scale", f"the scale of ΔW is not the same everywhere: {parts} of {len(factors)}")
@@ -408,9 +414,8 @@ def _describe_norms(failed: FailedLayer) -> Fault:
     if wrong_scale or (distance <= check.allowed and check.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is not a known fault")
     residual = math.sqrt(check.residual)
-    ambiguity = (
-        4 * residual / math.sqrt(check.expected * check.entries)
-    )  # the standard error of c, if the rest is independent of ΔW
+    # Four standard errors of c, if the rest is independent of ΔW.
+    ambiguity = 4 * residual / math.sqrt(check.expected * check.entries)
     if abs(c - 1) <= 0.05 + ambiguity < 0.5:
         share = residual / math.sqrt(check.base) if check.base else math.inf
         return Fault(
@@ -425,7 +430,7 @@ def _describe_norms(failed: FailedLayer) -> Fault:
     )
 
 
-def _find_drift(failed: FailedLayer) -> Fault:
+def _describe_drift(failed: FailedLayer) -> Fault:
     """Return the fault of a scale where rounding explains every single entry but not all of them together."""
     c, error = failed.check.inner / failed.check.expected, failed.check.scale_error
     return Fault(
@@ -434,14 +439,15 @@ def _find_drift(failed: FailedLayer) -> Fault:
 
 
 def _describe_place(failed: FailedLayer) -> str:
+    """Return the rows with unexplained entries as text."""
     rows = failed.check.beyond[0] > 0
-    return f"in rows {ranges(rows)} of {len(rows)}" if failed.is_matrix and not rows.all() else "in all rows"
+    return f"in rows {format_ranges(rows)} of {len(rows)}" if failed.is_matrix and not rows.all() else "in all rows"
 
 
-def ranges(marked: Tensor) -> str:
+def format_ranges(marked: Tensor) -> str:
     """Return the marked indices as text: the first ranges, and the number of further ones.
 
-    >>> ranges(torch.tensor([True, True, False, True]))
+    >>> format_ranges(torch.tensor([True, True, False, True]))
     '0-1, 3'
     """
     edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()

@@ -38,14 +38,14 @@ from lora_diag.diagnostics.verify_merge.faults import (
     NOT_ADDED,
     FailedLayer,
     Fault,
-    distinct_lines,
+    count_distinct_lines,
     find_fault,
     find_precise_scale,
     has_halves,
     is_coherent,
     make_precise,
 )
-from lora_diag.diagnostics.verify_merge.record import Merge, MergeStatus
+from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, MergeStatus
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_addend
 from lora_diag.layers.task import LayerSettings
@@ -90,7 +90,7 @@ LOST_FRACTION = 0.1
 
 @dataclass(frozen=True, slots=True)
 class MergedLayer:
-    """One layer of a merge, as stored.
+    """One layer of a merge, as stored in BASE and MERGED.
 
     Args:
         layer: Its name in BASE.
@@ -103,7 +103,7 @@ class MergedLayer:
         others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
             layers: a list for each of 256 experts would be 65,000 entries a block.
         missing: Reason without M.
-        kept: The first blocks, once they were read: a layer that is not right is compared with many hypotheses.
+        kept: The first blocks, kept once they are read: an incorrect layer is compared with many hypotheses.
         max_kept: Maximum number of blocks to keep.
     """
 
@@ -120,7 +120,7 @@ class MergedLayer:
     max_kept: int = 1
 
     def blocks(self) -> Iterator[Block]:
-        """Yield W, M and the steps of M's format in row blocks."""
+        """Yield row blocks of W and M, with the spacings of M's format; None for those of a floating-point dtype."""
         assert self.merged is not None
         yield from self.kept
         skip = len(self.kept)
@@ -132,14 +132,19 @@ class MergedLayer:
                 self.kept.append(block)
             yield block
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor, of a 1-D tensor ``(n,)``."""
+        return self.shape if self.is_matrix else self.shape[1:]
+
     def first_change(self) -> Tensor:
-        """Return the first rows of M − W, float64."""
+        """Return the rows of M − W in the first block, float64."""
         w, m, _ = next(self.blocks())
         return m.double() - w.double()
 
     @property
     def footprint(self) -> int:
-        """Return an upper bound on the memory of the check in bytes: what it needs, and both sides as stored."""
+        """Upper bound on the memory of the check in bytes: ``needed``, and both sides as stored, to be kept."""
         if self.merged is None or not self.adapted:  # one pass, or none
             return self.needed
         entry: int = sum(getattr(torch, side.dtype).itemsize for side in (self.base, self.merged))
@@ -147,14 +152,14 @@ class MergedLayer:
 
     @property
     def needed(self) -> int:
-        """Return the memory in bytes without which it cannot be checked: blocks, and weights not available by rows."""
+        """Memory in bytes without which the layer cannot be checked: blocks, and updates that are held whole."""
         blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
         thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
         return blocks + thin + self.held
 
     @property
     def held(self) -> int:
-        """Return an upper bound on the memory of updates without thin factors that cannot be read by rows."""
+        """Upper bound on the memory in bytes of updates without thin factors, which cannot be read by rows."""
         whole_updates = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
         if not whole_updates:
             return 0
@@ -173,7 +178,7 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         memory: Memory limit in bytes; None without limit.
 
     Returns:
-        The record; if BASE or the adapter is not finite, a ``left_out`` record.
+        The record; if BASE or the adapter is not finite or the norm of ΔW overflows, a ``left_out`` record.
 
     Raises:
         InputError: A file could not be read.
@@ -184,10 +189,11 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     if memory is not None and task.held:
         require_memory(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
     keeps = task.adapted and (memory is None or task.footprint <= memory)
-    return _verify(replace(task, kept=[], max_kept=task.shape[0] if keeps else 1), task.merged)
+    return _verify_stored(replace(task, kept=[], max_kept=task.shape[0] if keeps else 1), task.merged)
 
 
-def _verify(task: MergedLayer, merged: Side) -> Merge | LeftOut:
+def _verify_stored(task: MergedLayer, merged: Side) -> Merge | LeftOut:
+    """Return the record of a layer as ``verify``, given M."""
     addend, problem = sum_addends(task.deltas, task.shape)
     if problem is not None:
         return _make_left_out(task, problem)
@@ -218,34 +224,33 @@ def _decide_by_entries(
 ) -> Fault | None:
     """Return the verdict of single entries where the error of the scale is large; None where they decide nothing.
 
-    They are tested for a ΔW that was computed in float32.
-
-    The verdict is ``wrong scale``, or ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor
-    1 + RESOLVED fits.
+    The entries are tested for a ΔW that was computed in float32. The verdict is ``wrong scale``, or ``ok`` where M is
+    W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
     """
-    assert task.merged is not None
-    if task.merged.is_quantized or not check.expected or (isinstance(addend, Whole) and addend.exact):
+    if not _has_testable_scale(task, addend, check):
         return None
     coherent = is_coherent(check) and not correct.check.resolves(RESOLVED_ENTRIES)
     unresolved = not correct.check.resolves(RESOLVED)
     if not (coherent or unresolved):
         return None
     precise_rounding = make_precise(rounding)
-    exact_merge = _find_correct_merge(
-        task, addend, precise_rounding, check_merge(task.blocks(), task.shape, addend, precise_rounding)
-    )
+    precise_check = check_merge(task.blocks(), task.shape, addend, precise_rounding)
+    exact_merge = _find_correct_merge(task, addend, precise_rounding, precise_check)
     if exact_merge is None:
         return find_precise_scale(_make_failed_layer(task, addend, rounding, check))
-    return Fault("ok", "") if unresolved and exact_merge.check.moved and _is_clear(task, exact_merge) else None
+    if not (unresolved and exact_merge.check.moved):
+        return None
+    for factor in (1 - RESOLVED, 1 + RESOLVED):
+        scaled = exact_merge.addend.times(factor)
+        if count_distinct_lines(check_merge(task.blocks(), task.shape, scaled, exact_merge.rounding)) < MIN_LINES:
+            return None
+    return Fault("ok", "")
 
 
-def _is_clear(task: MergedLayer, correct: _CorrectMerge) -> bool:
-    """Return whether single entries distinguish a correct merge from scales off by ``RESOLVED``."""
-    return all(
-        distinct_lines(check_merge(task.blocks(), task.shape, correct.addend.times(factor), correct.rounding))
-        >= MIN_LINES
-        for factor in (1 - RESOLVED, 1 + RESOLVED)
-    )
+def _has_testable_scale(task: MergedLayer, addend: Addend, check: Check) -> bool:
+    """Return whether the scale of ΔW is tested: where ΔW is not zero, neither exact nor added to a quantized MERGED."""
+    assert task.merged is not None
+    return not (task.merged.is_quantized or not check.expected or (isinstance(addend, Whole) and addend.exact))
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +274,9 @@ def _find_correct_merge(
         return _CorrectMerge(addend, rounding, first_check)
     if not task.deltas or first_check.moved == 0:
         return None
-    addends: list[Addend] = [addend, *(addend.times(factor) for factor in rounded_scales(task, rounding.dtype))]
+    addends: list[Addend] = [addend, *(addend.times(factor) for factor in list_rounded_scales(task, rounding.dtype))]
     for candidate in addends:
-        for order in orders(rounding):
+        for order in list_orders(rounding):
             if candidate is addend and order is rounding:
                 continue
             check = check_merge(task.blocks(), task.shape, candidate, order, whole=False)
@@ -280,18 +285,18 @@ def _find_correct_merge(
     return None
 
 
-def orders(rounding: Rounding) -> Iterator[Rounding]:
-    """Yield the possible orders of rounding of W, its sum with ΔW, and M."""
+def list_orders(rounding: Rounding) -> Iterator[Rounding]:
+    """Yield the possible orders of rounding of W, the sum W + ΔW, and M."""
     finer = [dtype for dtype in LAYOUT if LAYOUT[rounding.dtype][2] < LAYOUT[dtype][2] < LAYOUT[torch.float32][2]]
     for first in (None, *rounding.bases):
         for between in (None, *finer):
             yield rounding if first is between is None else replace(rounding, first=first, between=between)
 
 
-def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
-    """Return fl(s)/s for the scaling s rounded to each of the dtypes, without those equal to 1."""
+def list_rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
+    """Return fl(s)/s for the scaling s rounded to each of the dtypes, without 1; empty without one common s."""
     scales = {delta.scale if isinstance(delta, FactoredDelta) else None for delta in task.deltas}
-    scale = next(iter(scales)) if len(scales) == 1 else None
+    scale = scales.pop() if len(scales) == 1 else None
     if not scale:
         return []
     factors = {float(torch.tensor(scale, dtype=torch.float64).to(dtype)) / scale for dtype in dtypes}
@@ -299,11 +304,9 @@ def rounded_scales(task: MergedLayer, *dtypes: torch.dtype) -> list[float]:
 
 
 def _explain_ambiguity(task: MergedLayer, addend: Addend, correct: _CorrectMerge) -> str:
-    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or that is not tested."""
-    assert task.merged is not None
+    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or the scale is not tested."""
     check = correct.check
-    exact = isinstance(addend, Whole) and addend.exact
-    if not check.expected or exact or task.merged.is_quantized:
+    if not _has_testable_scale(task, addend, check):
         return ""
     is_lost = abs(check.ideal / check.expected - 1) > LOST_FRACTION
     if not is_lost and check.resolves(RESOLVED):
@@ -328,6 +331,7 @@ def _distinguish_from_zero(task: MergedLayer, addend: Addend, rounding: Rounding
 
 
 def _find_fault_of(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> Fault:
+    """Return the fault of a layer that is not W + ΔW."""
     if not task.adapted:
         return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
     if not task.deltas:
@@ -336,16 +340,10 @@ def _find_fault_of(task: MergedLayer, addend: Addend, rounding: Rounding, check:
 
 
 def _make_failed_layer(task: MergedLayer, addend: Addend, rounding: Rounding, check: Check) -> FailedLayer:
+    """Return a layer with functions to check hypotheses on it."""
     single = task.deltas[0] if len(task.deltas) == 1 else None
     scale = single.scale if isinstance(single, FactoredDelta) else None
     rank = addend.b.shape[1] if isinstance(addend, Product) and scale is not None else None
-
-    def recheck(other: Addend, other_rounding: Rounding) -> Check:
-        return check_merge(task.blocks(), task.shape, other, other_rounding)
-
-    def recheck_on_top() -> Check:
-        return check_merge(_merge_twice(task, addend, rounding), task.shape, addend, rounding)
-
     others = {d.layer: d for d in task.others if d.layer != task.layer and d.shape == task.shape}
     return FailedLayer(
         layer=task.layer,
@@ -354,12 +352,12 @@ def _make_failed_layer(task: MergedLayer, addend: Addend, rounding: Rounding, ch
         addend=addend,
         rounding=rounding,
         check=check,
-        recheck=recheck,
-        recheck_on_top=recheck_on_top,
-        observed=task.first_change,
+        recheck=lambda other, other_rounding: check_merge(task.blocks(), task.shape, other, other_rounding),
+        recheck_on_top=lambda: check_merge(_merge_twice(task, addend, rounding), task.shape, addend, rounding),
+        load_change=task.first_change,
         scale=scale,
         rank=rank,
-        rounded=tuple(rounded_scales(task, torch.bfloat16, torch.float16)),
+        rounded=tuple(list_rounded_scales(task, torch.bfloat16, torch.float16)),
         others=tuple(others),
         load_other=lambda name: sum_addends((others[name],), task.shape)[0],
     )
@@ -372,7 +370,7 @@ def _merge_twice(task: MergedLayer, addend: Addend, rounding: Rounding) -> Itera
 
 
 def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
-    """Return the sum of a layer's updates, and None; or the update that is not finite, and its first such entry.
+    """Return the sum of a layer's updates, and None; or an update that is not finite, and a description of its entry.
 
     Args:
         deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
@@ -381,8 +379,7 @@ def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
     """
     addends = [load_addend(delta) for delta in deltas]
     for addend in addends:
-        problem = _find_non_finite(addend)
-        if problem is not None:
+        if problem := _find_non_finite(addend):
             return addend, problem
     products = [addend for addend in addends if isinstance(addend, Product)]
     if len(products) == len(addends):
@@ -400,6 +397,7 @@ def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
 
 
 def _find_non_finite(addend: Addend) -> str | None:
+    """Return a description of the first entry that is not finite; None without one."""
     if isinstance(addend, Product):
         return first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a)
     for span in row_spans(addend.shape):
@@ -409,21 +407,21 @@ def _find_non_finite(addend: Addend) -> str | None:
 
 
 def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
-    """Return the possible rounding of the merge, and whether it is assumed because nothing changed."""
+    """Return the possible rounding of a correct merge, and whether its dtype is a guess because no entry changed."""
     assert task.merged is not None
     dtype, ambiguous = _find_dtype(task)
     mantissa = LAYOUT[dtype][2]
     update_dtypes = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
     update_dtypes = [other for other in update_dtypes if other in LAYOUT]
-    scales = [delta.scale for delta in task.deltas if isinstance(delta, FactoredDelta) and delta.scale]
+    factored = [delta for delta in task.deltas if isinstance(delta, FactoredDelta)]
     base = getattr(torch, task.base.dtype)
     return Rounding(
         dtype=dtype,
         roundoff=max(map(unit_roundoff, [dtype, *update_dtypes])),
         cast=any(LAYOUT[other][2] > mantissa for other in update_dtypes)
-        or any(isinstance(delta, FactoredDelta) and not _is_power_of_two(delta.scale) for delta in task.deltas),
-        scale=max(map(abs, scales), default=1.0),
-        diagonal=any(isinstance(delta, FactoredDelta) and delta.diagonal for delta in task.deltas),
+        or not all(_is_power_of_two(delta.scale) for delta in factored),
+        scale=max((abs(delta.scale) for delta in factored if delta.scale), default=1.0),
+        diagonal=any(delta.diagonal for delta in factored),
         # a quantized base is dequantized in a dtype of the merger's choice
         bases=tuple(other for other in SHORTER[base] if mantissa <= LAYOUT[other][2] or task.base.is_quantized),
         dequantized=task.base.is_quantized,
@@ -431,12 +429,12 @@ def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
 
 
 def _is_power_of_two(scale: float | None) -> bool:
-    """Return whether scaling a factor is exact."""
+    """Return whether a scale is known and a power of two or its negative, so that scaling by it is exact."""
     return bool(scale) and math.frexp(scale or 0.0)[0] in {0.5, -0.5}
 
 
 def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
-    """Return the dtype of MERGED's values, by changed entries, and whether it is a guess because none changed."""
+    """Return the dtype of MERGED's values, judged by changed entries, and whether it is a guess as none changed."""
     assert task.merged is not None
     stored = getattr(torch, task.merged.dtype)
     if task.merged.is_quantized or stored == torch.bfloat16:
@@ -454,22 +452,24 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
 
 
 def _make_left_out(task: MergedLayer, problem: str) -> LeftOut:
-    shape = task.shape if task.is_matrix else task.shape[1:]
-    return LeftOut(layer=task.layer, shape=shape, reason="non_finite", detail=_describe_problem(task, problem))
+    """Return the ``left_out`` record of a layer that is not finite."""
+    detail = _describe_problem(task, problem)
+    return LeftOut(layer=task.layer, shape=task.stored_shape, reason="non_finite", detail=detail)
 
 
 def _describe_problem(task: MergedLayer, problem: str) -> str:
-    return problem if task.is_matrix else problem.replace("[0, ", "[")  # a vector was read as one row
+    """Return a description of an entry with its index in the stored tensor: a vector is read as one row."""
+    return problem if task.is_matrix else problem.replace("[0, ", "[")
 
 
 def _make_record(
     task: MergedLayer, check: Check | None, rounding: Rounding | None, status: MergeStatus, cause: str
 ) -> Merge:
-    shape = task.shape if task.is_matrix else task.shape[1:]
+    """Return the record of a layer; its numbers are null without a check."""
     scale = check.inner / check.expected if check is not None and check.expected > 0 else None
     return Merge(
         layer=task.layer,
-        shape=shape,
+        shape=task.stored_shape,
         adapted=task.adapted,
         status=status,
         dtype=str(rounding.dtype).removeprefix("torch.") if rounding is not None else None,
@@ -479,8 +479,8 @@ def _make_record(
         scale=scale,
         scale_expected=check.ideal / check.expected if check is not None and scale is not None else None,
         scale_error=check.scale_error if check is not None and math.isfinite(check.scale_error) else None,
-        retained=scale if status in {"ok", "coarse"} else None,
-        residual=math.sqrt(check.residual / check.expected) if check is not None and check.expected > 0 else None,
+        retained=scale if status in CORRECT else None,
+        residual=math.sqrt(check.residual / check.expected) if check is not None and scale is not None else None,
         unchanged=check.unchanged / max(1, check.entries) if check else None,
         expected_fro=math.sqrt(check.expected) if check else None,
         observed_fro=math.sqrt(check.observed) if check else None,
@@ -559,10 +559,12 @@ def verify_merge(
 
 
 def _measure_layer(task: MergedLayer, settings: LayerSettings) -> Sequence[Merge | LeftOut]:
+    """Return the record of one layer."""
     return (verify(task, settings.memory),)
 
 
 def _estimate_bytes(task: MergedLayer, settings: LayerSettings) -> int:
+    """Return the memory of the check in bytes, at most the limit."""
     return task.footprint if settings.memory is None else min(settings.memory, task.footprint)
 
 
@@ -572,7 +574,12 @@ def _align_layers(
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Returns:
-        One task a layer, in natural order of their names; and tensors that neither side allows to check.
+        One task for each selected layer, in natural order of their names; and the tensors that cannot be checked or are
+        not selected.
+
+    Raises:
+        InputError: BASE or MERGED stores an adapted weight as other than plain numbers.
+        NothingComparedError: No adapted weight is selected.
     """
     updates, unplaced = _group_by_target(adapter_pairing, merged_pairing)
     siblings = _group_siblings(adapter_pairing)
@@ -596,7 +603,7 @@ def _group_by_target(
 ) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
     """Return the updates by layer of MERGED, and those without a layer there.
 
-    Tied weights are stored once: where MERGED has no separate head, its update is part of that of the embedding.
+    Tied weights are stored once: where MERGED has no separate head, the head's update is one of the embedding.
     """
     merged_deltas = {delta.layer: delta for delta in merged_pairing.deltas}
     layers_at = {
@@ -605,10 +612,9 @@ def _group_by_target(
     updates: dict[str, tuple[Delta, ...]] = {}
     unplaced: list[Delta] = []
     for delta in adapter_pairing.deltas:
-        location = (delta.base.name, delta.base.offset) if delta.base is not None else None
-        target = (
-            delta.layer if delta.layer in merged_deltas else layers_at.get(location) if location is not None else None
-        )
+        target: str | None = delta.layer
+        if delta.layer not in merged_deltas:
+            target = None if delta.base is None else layers_at.get((delta.base.name, delta.base.offset))
         if target is None or merged_deltas[target].shape[1] != delta.shape[1]:
             unplaced.append(delta)
         else:
@@ -637,9 +643,9 @@ def _make_missing_task(delta: Delta, missing_in_merged: Mapping[str, Unpaired], 
     Raises:
         InputError: BASE or MERGED stores it as other than plain numbers.
     """
-    item = missing_in_merged.get(delta.layer) or (
-        missing_in_merged.get(delta.base.name) if delta.base is not None else None
-    )
+    item = missing_in_merged.get(delta.layer)
+    if item is None and delta.base is not None:
+        item = missing_in_merged.get(delta.base.name)
     if delta.base is None or (item is not None and item.reason == "not_float"):
         detail = item.detail if item is not None else "BASE stores it as other than plain numbers"
         raise InputError(
@@ -652,7 +658,7 @@ def _make_missing_task(delta: Delta, missing_in_merged: Mapping[str, Unpaired], 
 
 
 def _group_siblings(adapter_pairing: Pairing) -> dict[str, tuple[FactoredDelta, ...]]:
-    """Group factored updates that could be confused: experts of a block, or the same layer of other blocks."""
+    """Return the factored updates that could be confused, by kind: experts of a block, or a layer of all blocks."""
     groups: dict[str, list[FactoredDelta]] = {}
     for delta in adapter_pairing.deltas:
         if isinstance(delta, FactoredDelta):
@@ -671,24 +677,21 @@ def _drop_number(layer: str) -> str:
 
 def _make_added_tasks(adapter_pairing: Pairing, merged_pairing: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
     """Return tasks for vocabulary rows that both MERGED and the adapter add, and the remaining unpaired tensors."""
-    added = {
-        item.layer: item for item in adapter_pairing.unpaired if item.reason == "added_rows" and item.rows is not None
+    rows_of = {
+        (item.layer, item.shape): item.rows
+        for item in adapter_pairing.unpaired
+        if item.reason == "added_rows" and item.rows is not None
     }
     tasks, unpaired = [], []
     for item in merged_pairing.unpaired:
-        adapter_item = added.get(item.layer)
-        if (
-            item.reason == "added_rows"
-            and item.rows is not None
-            and adapter_item is not None
-            and adapter_item.shape == item.shape
-        ):
-            assert adapter_item.rows is not None
+        adapter_rows = rows_of.get((item.layer, item.shape)) if item.reason == "added_rows" else None
+        if item.rows is not None and adapter_rows is not None:
             rows, columns = item.shape
-            name = f"{item.layer} (added rows)"
-            tasks.append(MergedLayer(name, (rows, columns), adapter_item.rows, item.rows))
-            added.pop(item.layer)
+            tasks.append(MergedLayer(f"{item.layer} (added rows)", (rows, columns), adapter_rows, item.rows))
+            del rows_of[item.layer, item.shape]
         else:
             unpaired.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
-    unpaired += [item for item in adapter_pairing.unpaired if item.reason != "added_rows" or item.layer in added]
+    unpaired += [
+        item for item in adapter_pairing.unpaired if item.reason != "added_rows" or (item.layer, item.shape) in rows_of
+    ]
     return tasks, unpaired

@@ -38,14 +38,15 @@ ORDER: tuple[MergeStatus, ...] = (
 
 
 def _style_status(status: MergeStatus) -> str:
+    """Return the style of a status in a table."""
     return "" if status == "ok" else "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
 
 
-def _differing_share(records: Sequence[Merge]) -> float | None:
-    """Return the fraction of entries that no rounding explains, over all layers; None if it is not known."""
-    known = [(record.differing, math.prod(record.shape)) for record in records if record.differing is not None]
-    total = sum(entries for _, entries in known)
-    return sum(differing for differing, _ in known) / total if total else None
+def _pool_differing(records: Sequence[Merge]) -> float | None:
+    """Return the fraction of entries that no rounding explains, over the checked layers; None without entries."""
+    checked = [record for record in records if record.differing is not None]
+    entries = sum(math.prod(record.shape) for record in checked)
+    return sum(record.differing or 0 for record in checked) / entries if entries else None
 
 
 class Merge(LayerRecord):
@@ -109,7 +110,7 @@ class Merge(LayerRecord):
             "fraction of the entries that no rounding of W + ΔW explains",
             share=True,
             main=True,
-            pool=_differing_share,
+            pool=_pool_differing,
             form="percent",
         ),
         Shown(
@@ -155,7 +156,7 @@ class Merge(LayerRecord):
 
     @property
     def failed(self) -> bool:
-        """Whether MERGED differs from W + ΔW."""
+        """Whether MERGED is certainly not W + ΔW."""
         return self.status not in CORRECT and self.status != "inconclusive"
 
 
@@ -167,8 +168,8 @@ def exit_code(records: Iterable[Merge]) -> int:
 def outcome(records: Iterable[Merge]) -> Outcome:
     """Return the outcome of the merge over its layers.
 
-    One failure fails it. A merge in which no adapted layer changed cannot be distinguished from a dropped adapter, even
-    if rounding explains it; nor can one with an inconclusive layer.
+    The merge fails if one layer does. It is inconclusive if a layer is, or if no adapted layer changed: even if
+    rounding explains that, it cannot be distinguished from a dropped adapter.
     """
     layers = list(records)
     if any(record.failed for record in layers):

@@ -64,7 +64,7 @@ _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 
 def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step after a merge that is not correct and not saved: the same layer by layer."""
+    """Return the next step, the same layer by layer; None after a correct merge, and if the results are saved."""
     is_correct = outcome(results) == "correct"
     return None if is_correct or values["output"] is not None else Hint("--per layer", "layer by layer")
 
@@ -92,6 +92,7 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
 
 
 def _describe_measured(results: Results[Merge]) -> list[str]:
+    """State the numbers of layers and entries, and the dtypes; empty without layers."""
     if not len(results):
         return []
     entries = sum(math.prod(record.shape) for record in results)
@@ -104,6 +105,7 @@ def _describe_measured(results: Results[Merge]) -> list[str]:
 
 
 def _describe_correctness(results: Results[Merge]) -> str:
+    """State whether the merge is correct, and why not."""
     adapted = [record for record in results if record.adapted]
     failed = [record for record in adapted if record.failed]
     changed = sum(record.failed for record in results if not record.adapted)
@@ -121,6 +123,7 @@ def _describe_correctness(results: Results[Merge]) -> str:
 
 
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
+    """State why adapted layers without a failure do not show whether the merge is correct."""
     if all(not record.expected_fro for record in adapted):
         return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
     is_base = all(record.unchanged == 1 for record in adapted if record.expected_fro)
@@ -138,15 +141,13 @@ def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
 
 
 def _describe_faults(results: Results[Merge]) -> list[Statement]:
-    """Return the layers, cause and fix of every failing status; further causes follow in a separate statement."""
+    """State the layers, cause and fix of every failing status; further causes follow in a separate statement."""
+    by_status: dict[MergeStatus, dict[str, list[Merge]]] = {}
+    for record in sorted(results, key=lambda record: ORDER.index(record.status)):
+        if record.failed:
+            by_status.setdefault(record.status, {}).setdefault(record.cause, []).append(record)
     lines = []
-    for status in ORDER:
-        records = [record for record in results if record.status == status and record.failed]
-        if not records:
-            continue
-        causes: dict[str, list[Merge]] = {}
-        for record in records:
-            causes.setdefault(record.cause, []).append(record)
+    for status, causes in by_status.items():
         first_cause, *further_causes = [
             f"{list_layers(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]
         ]
@@ -160,25 +161,21 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
     return lines
 
 
-def _select_correct(results: Results[Merge]) -> list[Merge]:
-    return [record for record in results if record.adapted and record.retained is not None]
-
-
 def _describe_rounding(results: Results[Merge]) -> str:
     """State how much of the update the dtype of MERGED kept where the merge is correct."""
-    correct = _select_correct(results)
+    correct = [record for record in results if record.adapted and record.retained is not None]
     if not correct:
         return "unknown: no adapted layer is correct"
     retained = {record.layer: record.retained for record in correct if record.retained is not None}
     worst = min(retained, key=retained.__getitem__)
     noise = median(record.residual for record in correct if record.residual is not None)
     unchanged = median(record.unchanged for record in correct if record.unchanged is not None)
-    text = (
-        f"a median of {_format_kept(median(retained.values()))} of ΔW was kept, the least, "
-        f"{_format_kept(retained[worst])}, in {short(worst)}"
-    )
+    least = _format_kept(retained[worst])
     if len(retained) == 1 or retained[worst] > 0.995:
-        text = f"{_format_kept(retained[worst])} of ΔW was kept{' in every layer' if len(retained) > 1 else ''}"
+        text = f"{least} of ΔW was kept{' in every layer' if len(retained) > 1 else ''}"
+    else:
+        middle = _format_kept(median(retained.values()))
+        text = f"a median of {middle} of ΔW was kept, the least, {least}, in {short(worst)}"
     if any(record.failed for record in results if record.adapted):
         text = f"where the merge is correct, {text}"
     errors = [record.scale_error for record in correct if record.scale_error is not None]
@@ -190,17 +187,21 @@ def _describe_rounding(results: Results[Merge]) -> str:
 
 
 def _format_kept(share: float) -> str:
+    """Return a fraction as a percentage, with two decimals near 100%."""
     return f"{share:.2%}" if 0.99 < share < 1.01 else percent(share)
 
 
 def _describe_weakened(results: Results[Merge]) -> str:
-    correct = [
-        record for record in _select_correct(results) if record.retained is not None and record.residual is not None
+    """State the layers in which rounding removed much of the update or added much noise; empty without any."""
+    weakened = [
+        (record.retained, record)
+        for record in results
+        if record.adapted and record.retained is not None and record.residual is not None
+        if record.retained < WEAK_RETENTION or record.residual > 1
     ]
-    weak = [record for record in correct if (record.retained or 0.0) < WEAK_RETENTION or (record.residual or 0.0) > 1]
-    if not weak:
+    if not weakened:
         return ""
-    weak.sort(key=lambda record: record.retained or 0.0)
+    weak = [record for _, record in sorted(weakened, key=lambda pair: pair[0])]
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
         f"{quantity(len(weak), 'layer')}: {list_layers(weak)}. The merge is correct, but its dtype is too coarse for "
@@ -209,6 +210,7 @@ def _describe_weakened(results: Results[Merge]) -> str:
 
 
 def _describe_untouched(records: Sequence[Merge]) -> str:
+    """State how many layers without an update changed; empty without layers."""
     changed = [record for record in records if record.failed]
     if not changed:
         return f"all {len(records)} equal BASE" if records else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diag.adapters import diffusion, gguf, lora, lycoris, mlx, peft
-from lora_diag.adapters.placing import place
+from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import (
     ADAPTER_WEIGHTS,
     CONFIG,
@@ -117,7 +117,7 @@ class Adapter:
         allow_unmatched: bool = False,
     ) -> tuple[Pairing, tuple[str, ...]]:
         """Return the named ΔW with the skipped tensors, and notes with the warnings; see ``placing.place``."""
-        pairing, notes = place(self.source, self.reading, base, layers, exclude, allow_unmatched)
+        pairing, notes = place_updates(self.source, self.reading, base, layers, exclude, allow_unmatched)
         return pairing, (*self.notes, *self.warnings(), *notes)
 
 

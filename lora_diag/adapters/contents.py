@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.diffusion import METADATA
-from lora_diag.adapters.gguf import TABLE, fields_of, reorder_rows
+from lora_diag.adapters.gguf import TABLE, get_fields, reorder_rows
 from lora_diag.adapters.names import match_names
-from lora_diag.adapters.patterns import Scale, find_targets, scale_of
-from lora_diag.adapters.source import Config, is_named, strip
+from lora_diag.adapters.patterns import Scale, compute_scale, find_targets
+from lora_diag.adapters.source import Config, drop_prefix, is_named
 from lora_diag.adapters.updates import NewValue, Site, Update
 from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
@@ -110,7 +110,7 @@ class Contents:
         """The items with factors, by component of a pipeline."""
         groups: dict[str, list[Item]] = {}
         for item in self.pairs:
-            groups.setdefault(component_of(item.module), []).append(item)
+            groups.setdefault(parse_component(item.module), []).append(item)
         return {name: tuple(group) for name, group in groups.items()}
 
     def first(self, *parts: Part) -> Item | None:
@@ -118,16 +118,16 @@ class Contents:
         return next((item for item in self.items if item.part in parts), None)
 
 
-def component_of(module: str) -> str:
+def parse_component(module: str) -> str:
     """Return the component of a pipeline for a module of a diffusers or kohya file.
 
-    >>> component_of("unet.mid_block.attn.to_q"), component_of("lora_te1_text_model_fc1")
+    >>> parse_component("unet.mid_block.attn.to_q"), parse_component("lora_te1_text_model_fc1")
     ('unet', 'lora_te1')
     """
     return module.partition(".")[0] if "." in module else "_".join(module.split("_")[:2])
 
 
-def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
+def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     """Return the contents of an adapter.
 
     Args:
@@ -143,7 +143,7 @@ def contents_of(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     return Contents(
         adapter.form,
         tuple(sorted(items, key=lambda item: natural_order(item.layer))),
-        fields_of(adapter.source) or values,
+        get_fields(adapter.source) or values,
         METADATA in adapter.source.metadata,
         has_tied_head(base) if base is not None else None,
     )
@@ -162,7 +162,7 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
             alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
         scale = update.scale
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
-            scale = scale_of(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
+            scale = compute_scale(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
         part = _find_part(update, adapter)
         for layer in [update.layer] if update.keeps_name or not layers else layers:
             yield Item(
@@ -217,7 +217,7 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
     if update.zero_if:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")
-    names = [name for name in adapter.checkpoint if strip(name).startswith(f"{owner}.")]
+    names = [name for name in adapter.checkpoint if drop_prefix(name).startswith(f"{owner}.")]
     suffixes = {"dora": ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m"), "bias": (".bias",)}.get(
         part, ""
     )
@@ -246,7 +246,7 @@ def _infer_value_kind(value: NewValue, adapter: Adapter) -> Part:
 _WORD = re.compile(r"\w+")
 
 
-def targets_of(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
+def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
     """Return the number of weights of BASE that an adapter's config targets, and the names of those without factors.
 
     Args:

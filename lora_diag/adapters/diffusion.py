@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters import lycoris
 from lora_diag.adapters.lora import add_magnitude
-from lora_diag.adapters.patterns import Scale, Scaling, scale_in, scale_of
+from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scale
 from lora_diag.adapters.source import Config, Source
-from lora_diag.adapters.thin import thin_factors
+from lora_diag.adapters.thin import find_thin_factors
 from lora_diag.adapters.updates import Family, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
@@ -120,7 +120,7 @@ def _read_kohya_module(source: Source, module: str, parts: dict[str, str]) -> li
 def _read_kohya_factors(source: Source, module: str, parts: dict[str, str]) -> Update:
     def find_scale(rank: int | None) -> Scale:
         # If both sides of LoKr are stored in full there is no rank, and LyCORIS does not scale.
-        return Scale() if rank is None else scale_in(source, parts.get("alpha", ""), rank)
+        return Scale() if rank is None else make_scale(source, parts.get("alpha", ""), rank)
 
     if "hada_w1_a" in parts:
         update = lycoris.hadamard(source, module, parts, find_scale)
@@ -167,7 +167,7 @@ def _make_update(source: Source, module: str, up_key: str, down_key: str, mid: s
         rank=down[0],
         scale=scale.known,
         alpha=scale.alpha,
-        thin=None if mid else thin_factors(source.checkpoint, up_key, down_key, scale),
+        thin=None if mid else find_thin_factors(source.checkpoint, up_key, down_key, scale),
     )
 
 
@@ -180,7 +180,7 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Sc
     if keys[2] is not None:
         core = read(checkpoint, keys[2])
         down = torch.einsum("ij...,jp->ip...", core, down.reshape(down.shape[0], -1))
-    return up * scale_of(checkpoint, scale), down.reshape(down.shape[0], -1)
+    return up * compute_scale(checkpoint, scale), down.reshape(down.shape[0], -1)
 
 
 def read_stored(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
@@ -219,7 +219,7 @@ def read_diffusers(source: Source) -> Reading:
     for module, parts in modules.items():
         if "up" not in parts or "down" not in parts:
             raise damaged(source.path, f"{module} has only one of its two factors, so the file is incomplete")
-        find_scale = partial(scale_in, source, parts.get("alpha", ""))
+        find_scale = partial(make_scale, source, parts.get("alpha", ""))
         if module in scalings:
             find_scale = partial(_find_scale, scalings[module], module)
         updates.append(_make_update(source, module, parts["up"], parts["down"], None, find_scale))

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.patterns import find_targets
-from lora_diag.adapters.source import Config, Modules, Source, is_named, pair_of
+from lora_diag.adapters.source import Config, Modules, Source, find_pair, is_named
 from lora_diag.adapters.updates import Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
@@ -145,7 +145,7 @@ def updates(
     Raises:
         InputError: The factors do not fit together or do not hold a whole number of experts.
     """
-    a_key, b_key = pair_of(source, stack.module, stack.parts)
+    a_key, b_key = find_pair(source, stack.module, stack.parts)
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     rank, scale = rank_of(stack.parameter), scale_of(stack.parameter)
     if a[0] != b[1] or a[0] % rank:

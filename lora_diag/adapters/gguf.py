@@ -31,7 +31,7 @@ TABLE = "token_embd.weight"
 CONVERT = "convert the adapter again"
 
 
-def fields_of(source: Source) -> Mapping[str, Value] | None:
+def get_fields(source: Source) -> Mapping[str, Value] | None:
     """Return the fields of a GGUF file's header; None for another file."""
     file = source.checkpoint.files[0]
     return file.fields if isinstance(file, GgufFile) else None
@@ -39,7 +39,7 @@ def fields_of(source: Source) -> Mapping[str, Value] | None:
 
 def is_gguf(source: Source) -> bool:
     """Return whether this family reads the adapter."""
-    return fields_of(source) is not None
+    return get_fields(source) is not None
 
 
 def read_gguf(source: Source) -> Reading:
@@ -48,7 +48,7 @@ def read_gguf(source: Source) -> Reading:
     Raises:
         InputError: It is no LoRA adapter, holds tensors that llama.cpp refuses, or its factors do not fit together.
     """
-    fields = fields_of(source) or {}
+    fields = get_fields(source) or {}
     kinds = fields.get("general.type"), fields.get("adapter.type")
     if kinds != ("adapter", "lora"):
         problem = f"is not a LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}"

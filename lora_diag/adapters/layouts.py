@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_diag.adapters.contents import Contents, Item, component_of
+from lora_diag.adapters.contents import Contents, Item, parse_component
 from lora_diag.adapters.gguf import ALPHA, TABLE
 from lora_diag.adapters.names import drop_leading_wrappers
 from lora_diag.adapters.source import PREFIX, is_named
@@ -140,7 +140,7 @@ def _make_path(item: Item, contents: Contents) -> str:
     """
     if contents.form != "kohya":
         return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
-    if component_of(item.layer) == component_of(item.module):
+    if parse_component(item.layer) == parse_component(item.module):
         raise InputError(f"{item.module}: its underscores and dots cannot be distinguished without BASE; give BASE")
     return item.layer.removesuffix(".weight")
 
@@ -152,9 +152,9 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
         InputError: The adapter does not name the part, and BASE is missing or is no U-Net or transformer.
     """
     if contents.form == "diffusers":
-        return component_of(item.module)
+        return parse_component(item.module)
     if contents.form == "kohya":
-        return _COMPONENT_BY_PREFIX.get(component_of(item.module), component_of(item.module))
+        return _COMPONENT_BY_PREFIX.get(parse_component(item.module), parse_component(item.module))
     name = str(base.config.get("_class_name", "")) if base is not None else ""
     if "UNet" in name:
         return "unet"

@@ -25,20 +25,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import experts
-from lora_diag.adapters.patterns import Scale, Scaling, scaling_words
+from lora_diag.adapters.patterns import Scale, Scaling, describe_scaling
 from lora_diag.adapters.peft import MERGE
-from lora_diag.adapters.source import Config, Modules, Source, by_module, check_rank, pair_of
-from lora_diag.adapters.thin import StoredFactors, thin_factors
+from lora_diag.adapters.source import Config, Modules, Source, check_ranks, find_pair, group_by_module
+from lora_diag.adapters.thin import StoredFactors, find_thin_factors
 from lora_diag.adapters.updates import (
     Family,
     Reading,
     Site,
     Update,
     add_stored_values,
-    flat,
+    flatten_shape,
     make_relative_to_base,
+    name_start,
     read,
-    start_of,
 )
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
@@ -105,7 +105,7 @@ def read_lora(source: Source) -> Reading:
         name for name in source.checkpoint if "lora_monteclora_sampler" in name
     )  # only used in training
     names = [name for name in source.checkpoint if name not in sampler_names]
-    modules, unclaimed = by_module(names, PARTS, source.path)
+    modules, unclaimed = group_by_module(names, PARTS, source.path)
     stacks, plain = experts.split(modules, config)
     paths = [*(module.removesuffix(OUT_PROJ) for module in plain), *(stack.parameter for stack in stacks)]
     scaling = Scaling.of(config, paths)
@@ -148,7 +148,7 @@ def _refuse_variants(source: Source) -> None:
 def _name_variant(config: Config) -> str:
     name_by_key = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
     name = next((variant for key, variant in name_by_key.items() if config.flag(key)), "LoRA")
-    name = start_of(config) or name
+    name = name_start(config) or name
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
 
 
@@ -197,8 +197,8 @@ def _find_thin_factors(
     a, b = keys
     known_scale = Scale(scale)
     if "lora_embedding_A" in parts:  # ΔW = (B·A)ᵀ
-        return thin_factors(source.checkpoint, a, b, known_scale, turned=True)
-    return thin_factors(source.checkpoint, b, a, known_scale)
+        return find_thin_factors(source.checkpoint, a, b, known_scale, turned=True)
+    return find_thin_factors(source.checkpoint, b, a, known_scale)
 
 
 # ``(out, in)``, the loader of the factors, and the names of A and B.
@@ -206,20 +206,20 @@ LocatedFactors = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, 
 
 
 def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
-    a_key, b_key = pair_of(source, module, parts, "lora_embedding_")
+    a_key, b_key = find_pair(source, module, parts, "lora_embedding_")
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
-    check_rank(source, module, a[0], rank, b[1])
+    check_ranks(source, module, a[0], rank, b[1])
     return (a[1], b[0]), partial(embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
 
 
 def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
-    a_key, b_key = pair_of(source, module, parts)
+    a_key, b_key = find_pair(source, module, parts)
     if blocks := _count_blocks(source.settings, module):
         shape, rank_of_a = _read_blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
-        check_rank(source, module, rank_of_a, rank, rank_of_a)
+        check_ranks(source, module, rank_of_a, rank, rank_of_a)
         return shape, partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks), (a_key, b_key)
-    a, b = flat(source.checkpoint[a_key].shape), flat(source.checkpoint[b_key].shape)
-    check_rank(source, module, a[0], rank, b[1])
+    a, b = flatten_shape(source.checkpoint[a_key].shape), flatten_shape(source.checkpoint[b_key].shape)
+    check_ranks(source, module, a[0], rank, b[1])
     diagonal = parts.get("lora_diag")
     if diagonal is not None and source.shape(diagonal, 1) != (rank,):
         raise damaged(source.checkpoint.path, f"{diagonal} must have {rank} entries")
@@ -235,7 +235,9 @@ def linear_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, diagonal: str | None, site: Site
 ) -> Factors:
     """Return s·B·diag(d) and A; for a convolution, A as the matrix ``(r, in·kh·kw)``."""
-    b, a = (value.reshape(flat(tuple(value.shape))) for value in (read(checkpoint, b_key), read(checkpoint, a_key)))
+    b, a = (
+        value.reshape(flatten_shape(tuple(value.shape))) for value in (read(checkpoint, b_key), read(checkpoint, a_key))
+    )
     if diagonal is not None:
         b = b * read(checkpoint, diagonal)
     return b * scale, a

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.patterns import Scale, Scaling, scale_of, scaling_words
-from lora_diag.adapters.source import Source, by_module, check_rank
+from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, describe_scaling
+from lora_diag.adapters.source import Source, check_ranks, group_by_module
 from lora_diag.adapters.updates import Family, Reading, Shape, Site, Update, add_stored_values, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
@@ -36,14 +36,14 @@ Read = Callable[[Source, str, dict[str, str], Callable[["int | None"], Scale]], 
 
 def _read_peft(source: Source, parts: tuple[str, ...], kind: str, read_update: Read) -> Reading:
     """Read a PEFT adapter whose modules are scaled by α/r of the config."""
-    modules, unclaimed = by_module(source.checkpoint, parts, source.path)
+    modules, unclaimed = group_by_module(source.checkpoint, parts, source.path)
     names = list(modules)
     scaling = Scaling.of(source.settings, names)
 
     def find_scale(module: str, stored_rank: int | None) -> Scale:
         rank = scaling.rank(module)
         stored = rank if stored_rank is None else stored_rank
-        check_rank(source, module, stored, rank, stored)
+        check_ranks(source, module, stored, rank, stored)
         return Scale(scaling.alpha(module, "alpha") / rank)
 
     updates = [read_update(source, name, found, partial(find_scale, name)) for name, found in modules.items()]
@@ -111,7 +111,7 @@ def hadamard(source: Source, module: str, parts: dict[str, str], find_scale: Cal
 def hadamard_delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
     """Return s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
     first, second = (_read_product(checkpoint, parts, f"hada_w{n}", f"hada_t{n}", "ij...,jr,ip->pr...") for n in "12")
-    return (first * second).reshape(site.shape) * scale_of(checkpoint, scale)
+    return (first * second).reshape(site.shape) * compute_scale(checkpoint, scale)
 
 
 def _read_product(checkpoint: Checkpoint, parts: dict[str, str], side: str, core: str, formula: str) -> torch.Tensor:
@@ -184,4 +184,4 @@ def kronecker_delta(
     # trained with this and its merge agrees, so it is the behaviour of the adapter.
     if not (as_peft and w2.ndim == 3):
         w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
-    return torch.kron(w1, w2.contiguous()).reshape(site.shape) * scale_of(checkpoint, scale)
+    return torch.kron(w1, w2.contiguous()).reshape(site.shape) * compute_scale(checkpoint, scale)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale
-from lora_diag.adapters.source import Config, Source, by_module
-from lora_diag.adapters.thin import thin_factors
+from lora_diag.adapters.source import Config, Source, group_by_module
+from lora_diag.adapters.thin import find_thin_factors
 from lora_diag.adapters.updates import Family, NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import is_table
@@ -47,7 +47,7 @@ def read_mlx(source: Source) -> Reading:
     if scale is None and source.stated_alpha is None:
         problem = "lora_parameters has no scale, so the scaling of this adapter is unknown"
         raise damaged(config.path, problem, "give it with --alpha")
-    modules, unclaimed = by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
+    modules, unclaimed = group_by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
     updates = [_read_update(source, module, parts, scale, settings) for module, parts in modules.items()]
     values = tuple(NewValue(key, key) for key in unclaimed)
     notes = source.note_missing_alpha(list(modules), "mlx-lm") if scale is None else []
@@ -83,7 +83,7 @@ def _read_update(
         zero_if=key,
         rank=a[1],
         scale=scale,
-        thin=thin_factors(source.checkpoint, *keys, Scale(scale), turned=not is_embedding),
+        thin=find_thin_factors(source.checkpoint, *keys, Scale(scale), turned=not is_embedding),
     )
     return add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
 

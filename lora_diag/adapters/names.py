@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_diag.adapters.updates import Shape, flat
+from lora_diag.adapters.updates import Shape, flatten_shape
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import HEAD, matrices
 from lora_diag.records.names import RESIZABLE
@@ -179,10 +179,10 @@ def flatten_name(name: str) -> str:
     return module.replace(".", "_") + dot + leaf
 
 
-def dialects(name: str) -> Iterator[str]:
+def list_dialects(name: str) -> Iterator[str]:
     """Yield a name unchanged, and in the forms of model types that store it differently.
 
-    >>> list(dialects("model.layers.0.mlp.gate.weight"))[:2]
+    >>> list(list_dialects("model.layers.0.mlp.gate.weight"))[:2]
     ['model.layers.0.mlp.gate.weight', 'model.layers.0.block_sparse_moe.gate.weight']
     """
     yield name
@@ -214,7 +214,7 @@ class _Index:
 
     def lookups(self, name: str) -> Iterator[list[str]]:
         """Yield lists of stored names that may match a name, the most certain first; a list may be empty."""
-        for candidate in dialects(name):
+        for candidate in list_dialects(name):
             yield [candidate] if candidate in self.base else []
             yield self.canonical.get(drop_leading_wrappers(candidate), [])
             yield self.bare.get(drop_all_wrappers(candidate), [])
@@ -267,7 +267,7 @@ def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], tran
     if _shapes_agree(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
-        return _shapes_agree(expected, flat(stored))
+        return _shapes_agree(expected, flatten_shape(stored))
     if (
         transposed
         and len(expected) == len(stored) > 1
@@ -286,7 +286,7 @@ def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: 
             for layers in [matrices(name, stored)]
             for index, (matrix, shape) in enumerate(layers)
         )
-    shape = flat(stored) if len(stored) > 1 else stored
+    shape = flatten_shape(stored) if len(stored) > 1 else stored
     rows = None
     if len(expected) == 2 and expected[0] is not None and expected[1] == shape[1] and expected[0] != shape[0]:
         common = min(expected[0], shape[0])  # an embedding with a resized vocabulary
@@ -299,7 +299,7 @@ def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[L
     owner, _, leaf = name.rpartition(".")
     if len(expected) != 3 or leaf not in FUSED:
         return ()
-    for candidate in dialects(f"{owner}."):
+    for candidate in list_dialects(f"{owner}."):
         leaves = index.experts.get(drop_all_wrappers(candidate.rstrip(".")), {})
         for pieces in FUSED[leaf]:
             locations = _find_pieces(pieces, leaves, expected, index.base)

@@ -187,12 +187,12 @@ class Scale:
         return None if self.alpha else self.factor
 
 
-def scale_in(source: Source, alpha: str, rank: int) -> Scale:
+def make_scale(source: Source, alpha: str, rank: int) -> Scale:
     """Return the scale of factors: from an α in the file, given the name of its tensor, else the known one."""
     return Scale(1.0, alpha, rank) if alpha else Scale(source.scale_without_alpha(rank), "", rank)
 
 
-def scale_of(checkpoint: Checkpoint, scale: Scale) -> float:
+def compute_scale(checkpoint: Checkpoint, scale: Scale) -> float:
     """Return s, reading α if it is stored in the file."""
     if not scale.alpha:
         return scale.factor
@@ -228,7 +228,7 @@ class Scaling:
 
     def rank(self, module: str) -> int:
         """Return r of a module."""
-        return rank_of(self.config, self.ranks, module)
+        return get_rank(self.config, self.ranks, module)
 
     def alpha(self, module: str, key: str = "lora_alpha") -> float:
         """Return α of a module."""
@@ -249,7 +249,7 @@ class Scaling:
         return self.ranks.notes(modules) + self.alphas.notes(modules)
 
 
-def rank_of(config: Config, ranks: Pattern, module: str) -> int:
+def get_rank(config: Config, ranks: Pattern, module: str) -> int:
     """Return r of a module, given ``rank_pattern``.
 
     Raises:
@@ -265,7 +265,7 @@ def rank_of(config: Config, ranks: Pattern, module: str) -> int:
     return int(value)
 
 
-def scaling_words(config: Config, alpha: str = "lora_alpha") -> str:
+def describe_scaling(config: Config, alpha: str = "lora_alpha") -> str:
     """Return r and α as text, with a remark if patterns change them."""
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.values.get(key)]
     words = f"r={config.values.get('r')}, alpha={config.values.get(alpha)}"

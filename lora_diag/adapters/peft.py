@@ -27,7 +27,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.source import Source, check_rank, is_named, pair_of, strip
+from lora_diag.adapters.source import Source, check_ranks, drop_prefix, find_pair, is_named
 from lora_diag.adapters.updates import (
     ROWS,
     Family,
@@ -37,9 +37,9 @@ from lora_diag.adapters.updates import (
     Site,
     Update,
     add_stored_values,
+    make_rows_update,
     read,
     read_modules,
-    rows_update,
 )
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError, damaged
@@ -80,7 +80,7 @@ def read_adalora(source: Source) -> Reading:
 
 
 def _read_adalora(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
-    a_key, b_key = pair_of(source, module, parts)
+    a_key, b_key = find_pair(source, module, parts)
     if "lora_E" not in parts:
         raise damaged(source.checkpoint.path, f"{module} has no lora_E, so the file is incomplete")
     a, b, e = (source.shape(key, 2) for key in (a_key, b_key, parts["lora_E"]))
@@ -88,7 +88,7 @@ def _read_adalora(source: Source, module: str, parts: dict[str, str]) -> list[Up
         raise damaged(source.checkpoint.path, f"{module}: lora_E {list(e)} does not fit lora_A {list(a)}")
     # After the last pruning the removed rows are absent from the file, and rank_pattern has their indices.
     expected_rank = e[0] if source.settings.values.get("rank_pattern") else source.settings.integer("init_r")
-    check_rank(source, module, a[0], expected_rank, b[1])
+    check_ranks(source, module, a[0], expected_rank, b[1])
     alpha = source.settings.number("lora_alpha")
     scale = (alpha if alpha > 0 else a[0]) / (a[0] + 1e-5)
     load = partial(adalora_factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)
@@ -182,7 +182,7 @@ def ia3_delta(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> tor
 def read_ln_tuning(source: Source) -> Reading:
     """Read a PEFT LN_TUNING adapter."""
     keys = [key for key in source.checkpoint if LN_TUNING.search(key)]
-    values = tuple(NewValue(LN_TUNING.sub("", strip(key)), key) for key in keys)
+    values = tuple(NewValue(LN_TUNING.sub("", drop_prefix(key)), key) for key in keys)
     unclaimed = [key for key in source.checkpoint if key not in set(keys)]
     return add_stored_values(Reading(f"PEFT LN tuning, {len(keys)} tensors", (), values), source, unclaimed)
 
@@ -309,7 +309,7 @@ def read_trainable_tokens(source: Source) -> Reading:
     return read_modules(
         source,
         (ROWS,),
-        lambda source, module, parts: [rows_update(source, module, parts[ROWS], indices)],
+        lambda source, module, parts: [make_rows_update(source, module, parts[ROWS], indices)],
         "PEFT trainable tokens",
         unit="tables",
     )

@@ -131,7 +131,7 @@ class Piece:
     base: Side | None = None
 
 
-def place(
+def place_updates(
     source: Source,
     reading: Reading,
     base: Checkpoint | None,

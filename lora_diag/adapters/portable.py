@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.contents import Contents, Item, contents_of
+from lora_diag.adapters.contents import Contents, Item, read_contents
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
 from lora_diag.adapters.placing import Orientation
 from lora_diag.adapters.source import CONFIG
@@ -164,7 +164,7 @@ def convert(
         InputError: A weight is unsupported, or the other layout needs names from a BASE.
     """
     _refuse_unresolved_gguf(adapter, base, form)
-    contents = contents_of(adapter, base)
+    contents = read_contents(adapter, base)
     deltas: dict[str, Delta] = {}
     if base is not None:
         deltas = {delta.layer: delta for delta in adapter.pair(base)[0].deltas}

@@ -247,16 +247,16 @@ def _find_weights(folder: Path) -> Path:
 Modules = dict[str, dict[str, str]]
 
 
-def strip(name: str) -> str:
+def drop_prefix(name: str) -> str:
     """Return a name without PEFT's wrapper.
 
-    >>> strip("base_model.model.model.norm.weight")
+    >>> drop_prefix("base_model.model.model.norm.weight")
     'model.norm.weight'
     """
     return name.removeprefix(PREFIX)
 
 
-def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple[Modules, list[str]]:
+def group_by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple[Modules, list[str]]:
     """Group tensor names by module.
 
     PEFT removes the adapter's name on saving (``lora_A.weight``); a manual dump still has it
@@ -274,7 +274,7 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
         InputError: The file holds several adapters.
 
     Example:
-        >>> by_module(["base_model.model.h.0.fc.lora_A.weight", "h.bias"], ("lora_A",), Path("x"))
+        >>> group_by_module(["base_model.model.h.0.fc.lora_A.weight", "h.bias"], ("lora_A",), Path("x"))
         ({'h.0.fc': {'lora_A': 'base_model.model.h.0.fc.lora_A.weight'}}, ['h.bias'])
     """
     alternatives = "|".join(map(re.escape, parts))
@@ -285,7 +285,7 @@ def by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple
     unclaimed: list[str] = []
     adapters: set[str | None] = set()
     for name in names:
-        match = pattern.fullmatch(strip(name))
+        match = pattern.fullmatch(drop_prefix(name))
         if match is None:
             unclaimed.append(name)
             continue
@@ -306,7 +306,7 @@ def is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
+def find_pair(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
     """Return the names of A and B of a module.
 
     Raises:
@@ -326,7 +326,7 @@ def pair_of(source: Source, module: str, parts: dict[str, str], prefix: str = "l
     return parts[prefix + "A"], parts[prefix + "B"]
 
 
-def check_rank(source: Source, module: str, rank_a: int, expected: int, rank_b: int) -> None:
+def check_ranks(source: Source, module: str, rank_a: int, expected: int, rank_b: int) -> None:
     """Check the ranks of a module's factors against each other and against the config.
 
     Raises:
@@ -344,7 +344,7 @@ def check_rank(source: Source, module: str, rank_a: int, expected: int, rank_b: 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
-def alpha_option(options: Mapping[str, Any]) -> StatedAlpha:
+def get_stated_alpha(options: Mapping[str, Any]) -> StatedAlpha:
     """Return the α of the options ``alpha`` and ``alpha_is_rank``; ``rank`` for α = r, None without either.
 
     Raises:
@@ -381,7 +381,7 @@ def add_config(source: Source) -> Source:
 
 def _make_settings(source: Source) -> dict[str, Any]:
     """Return the settings of a PEFT file without a config, from the shapes of its factors and the given α."""
-    modules, _ = by_module(source.checkpoint, _FACTORS, source.path)
+    modules, _ = group_by_module(source.checkpoint, _FACTORS, source.path)
     ranks = {
         module: source.checkpoint[parts[key]].shape[0]
         for module, parts in modules.items()

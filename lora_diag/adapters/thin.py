@@ -6,8 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.patterns import Scale, scale_of
-from lora_diag.adapters.updates import flat
+from lora_diag.adapters.patterns import Scale, compute_scale
+from lora_diag.adapters.updates import flatten_shape
 from lora_diag.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class StoredFactors:
 
     def read_scale(self) -> float:
         """Return s."""
-        return scale_of(self.checkpoint, self.scale)
+        return compute_scale(self.checkpoint, self.scale)
 
     @property
     def kind(self) -> Hashable:
@@ -62,11 +62,13 @@ class StoredFactors:
 
     def _read(self, keys: Sequence[str]) -> Numbers:
         stack = self.checkpoint.read_arrays(keys)
-        stack = stack.reshape(len(keys), *flat(stack.shape[1:]))
+        stack = stack.reshape(len(keys), *flatten_shape(stack.shape[1:]))
         return stack.transpose(0, 2, 1) if self.turned else stack
 
 
-def thin_factors(checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool = False) -> StoredFactors | None:
+def find_thin_factors(
+    checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool = False
+) -> StoredFactors | None:
     """Return two stored factors; None if their file or format needs torch. For the arguments see ``StoredFactors``."""
     keys = [b, a, scale.alpha] if scale.alpha else [b, a]
     return StoredFactors(checkpoint, b, a, scale, turned) if all(map(checkpoint.decodes, keys)) else None

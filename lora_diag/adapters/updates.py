@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_diag.adapters.source import Config, Source, by_module, is_named, strip
+from lora_diag.adapters.source import Config, Source, drop_prefix, group_by_module, is_named
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Side
 from lora_diag.errors import InputError, damaged
@@ -206,10 +206,10 @@ def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
 
 
-def flat(shape: tuple[int, ...]) -> tuple[int, int]:
+def flatten_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the shape of a weight as a matrix, ``(out, in·kh·kw)``.
 
-    >>> flat((64, 3, 7, 7))
+    >>> flatten_shape((64, 3, 7, 7))
     (64, 147)
     """
     return shape[0], math.prod(shape[1:])
@@ -239,7 +239,7 @@ def read_modules(
         InputError: The file holds several adapters, or the parts of a module do not fit together.
     """
     names = [name for name in source.checkpoint if name not in ignored]
-    modules, unclaimed = by_module(names, parts, source.path)
+    modules, unclaimed = group_by_module(names, parts, source.path)
     for module in [module for module, found in modules.items() if found.keys().isdisjoint(parts)]:  # a bias alone
         unclaimed += modules.pop(module).values()
     updates = [update for module, found in modules.items() for update in read_module(source, module, found)]
@@ -260,10 +260,10 @@ def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) ->
     """
     values, updates, ignored = [*reading.values], [*reading.updates], [*reading.ignored]
     for key in names:
-        name = SAVED.sub("", strip(key))
+        name = SAVED.sub("", drop_prefix(key))
         if name.endswith(TOKENS):
             indices = source.settings.values.get("trainable_token_indices")
-            updates.append(rows_update(source, strip(key).removesuffix(TOKENS), key, indices))
+            updates.append(make_rows_update(source, drop_prefix(key).removesuffix(TOKENS), key, indices))
         elif ORIGINAL.search(name):
             ignored.append(key)
         else:
@@ -272,7 +272,7 @@ def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) ->
     return replace(reading, updates=tuple(updates), values=tuple(values), ignored=tuple(ignored))
 
 
-def rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
+def make_rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
     """Return the update that replaces rows of a table.
 
     Despite its name, ``trainable_tokens_delta`` ``(n, dim)`` holds the new values: ΔW[i] = value − W[i] for the trained
@@ -329,7 +329,7 @@ def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Si
 STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
 
 
-def start_of(config: Config) -> str:
+def name_start(config: Config) -> str:
     """Return the name of the initialization if it subtracts a part of W; else empty."""
     if config.values.get("kasa_config") is not None:
         return "KaSA"
@@ -338,7 +338,7 @@ def start_of(config: Config) -> str:
 
 def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
     """Return the update relative to the original base; unchanged if the initialization did not change it."""
-    name = start_of(config)
+    name = name_start(config)
     if not name:
         return update
     factors = cast("Callable[[Site], Factors]", update.load)

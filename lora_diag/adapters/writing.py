@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import open_adapter
 from lora_diag.adapters.experts import REGISTERED
-from lora_diag.adapters.patterns import find_targets, rank_of, read_pattern
+from lora_diag.adapters.patterns import find_targets, get_rank, read_pattern
 from lora_diag.adapters.source import CONFIG, PREFIX, Config, is_named
 from lora_diag.adapters.updates import as_float64
 from lora_diag.adapters.writing_targets import Model, Target
@@ -50,7 +50,7 @@ PEFT_VERSION = "0.19.1"
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
-def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
+def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     """Return the rank of every layer that a PEFT config adapts, by PEFT's own rules.
 
     Args:
@@ -71,7 +71,7 @@ def ranks_of_config(path: Path, targets: Mapping[str, Target]) -> dict[str, int]
         if not (by_name if target.kind == "parameter" else target.module in adapted):
             continue
         # A fused parameter has one rank; its halves are factored separately and share it.
-        ranks[layer] = max(1, rank_of(config, pattern, target.module) // target.half[1])
+        ranks[layer] = max(1, get_rank(config, pattern, target.module) // target.half[1])
     if not ranks:
         raise InputError(
             f"{path}: its target_modules match no layer of this model, which has layers like "
@@ -97,7 +97,7 @@ def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
     return all("." not in other[len(module) + 1 :] for other in names_inside) and bool(model.in_memory(name))
 
 
-def full_values(
+def list_full_values(
     names: Collection[str],
     deltas: Mapping[str, Delta],
     base: Checkpoint,
@@ -305,7 +305,7 @@ def write_adapter(
     prefixes = _make_prefixes([group[0].target for group in groups.values()])
     tensors: dict[str, TensorInfo] = {}
     readers: dict[str, Callable[[], torch.Tensor]] = {}
-    common_rank = max(map(module_rank, groups.values()), default=1) if portable else None
+    common_rank = max(map(compute_module_rank, groups.values()), default=1) if portable else None
     for module, group in groups.items():
         for key, shape, read in _list_tensors(prefixes[module], group, common_rank):
             readers[key] = read
@@ -313,8 +313,8 @@ def write_adapter(
     for value in values:
         key = PREFIX + value.key
         tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
-    ranks = {module: common_rank or module_rank(group) for module, group in groups.items()}
-    config = adapter_config(ranks, parts, values, described)
+    ranks = {module: common_rank or compute_module_rank(group) for module, group in groups.items()}
+    config = make_config(ranks, parts, values, described)
     if portable:  # some programs do not support regular expressions
         names = config["target_modules"]
         config["target_modules"] = names if isinstance(names, list) else sorted(groups)
@@ -340,7 +340,7 @@ def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.T
     return stored.read("B").view(b.shape), stored.read("A").view(a.shape)
 
 
-def module_rank(group: Sequence[Part]) -> int:
+def compute_module_rank(group: Sequence[Part]) -> int:
     """Return the rank of a module in PEFT: for stacked experts the largest, for halves their sum."""
     ranks: Counter[int] = Counter()
     for part in group:
@@ -383,7 +383,7 @@ def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = 
             (f"{prefix}.lora_B.weight", shapes[1], lambda: b().reshape(shapes[1])),
         ]
     if target.kind == "parameter":
-        rank, count = module_rank(group), target.expert[1]
+        rank, count = compute_module_rank(group), target.expert[1]
         rows = out * target.half[1]
         return [
             (f"{prefix}.lora_A.weight", (rank * count, columns), partial(_stack_a, group, rank)),
@@ -431,7 +431,7 @@ def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
         used_columns[part.target.expert[0]] += part.rank
 
 
-def adapter_config(
+def make_config(
     ranks: Mapping[str, int], parts: Sequence[Part], values: Sequence[Value], described: Described
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``."""

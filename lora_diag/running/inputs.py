@@ -28,7 +28,7 @@ from lora_diag.adapters import (
     match_names,
     open_adapter,
 )
-from lora_diag.adapters.contents import targets_of
+from lora_diag.adapters.contents import find_missing_targets
 from lora_diag.adapters.placing import place
 from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
@@ -313,7 +313,7 @@ def describe_adapter(
 ) -> RunInput:
     """Return the description of an adapter for the run record."""
     config = adapter.source.config
-    targets = targets_of(adapter, base, pairing) if base is not None else None
+    targets = find_missing_targets(adapter, base, pairing) if base is not None else None
     base_name = config.text("base_model_name_or_path") if config is not None else ""
     return RunInput(
         role="adapter",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.source import alpha_option
+from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.decisions.allocate.run import _count_params
 from lora_diag.diagnostics.portability.measure import make_portable, portability
 from lora_diag.errors import InputError, UsageError
@@ -102,7 +102,7 @@ def test_mlx_without_scale(tmp_path, given, scale):
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}])
 def test_alpha_without_effect_is_refused(options):
     with pytest.raises(UsageError, match="--alpha"):
-        alpha_option(options)
+        get_stated_alpha(options)
 
 
 def test_commands_record_stated_alpha(tmp_path, loradiag):

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_diag
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.writing import Described, Part, check_written, ranks_of_config, store_factors, write_adapter
+from lora_diag.adapters.writing import Described, Part, check_written, read_config_ranks, store_factors, write_adapter
 from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
@@ -358,11 +358,11 @@ def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
     path = tmp_path / "adapter_config.json"
     for rank, each in ((6, 3), (1, 1)):
         path.write_text(json.dumps({"peft_type": "LORA", "r": rank, "target_parameters": ["gate_up_proj"]}))
-        assert ranks_of_config(path, {target.layer: target}) == {target.layer: each}
+        assert read_config_ranks(path, {target.layer: target}) == {target.layer: each}
     for names in (3, {"q_proj": 1}, ["q_proj", 1]):
         path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": names}))
         with raises_naming(InputError, "regular expression"):
-            ranks_of_config(path, {target.layer: target})
+            read_config_ranks(path, {target.layer: target})
 
 
 def test_square_experts_are_not_transposed_and_towers_keep_names(tmp_path):

@@ -23,7 +23,7 @@ from lora_diag.adapters.writing import (
     Value,
     can_be_saved,
     check_written,
-    full_values,
+    list_full_values,
     write_adapter,
 )
 from lora_diag.adapters.writing_targets import VERIFIED_MODELS, Model, Target, names_in_memory
@@ -298,7 +298,7 @@ class Plan:
         names = {self._find_base_name(record.layer) for record in results.left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
-        return full_values(sorted(names), deltas, self.base, self.model, adapted)
+        return list_full_values(sorted(names), deltas, self.base, self.model, adapted)
 
     def _read_architecture(self) -> str:
         """Return the first class in the config of BASE; empty without one."""

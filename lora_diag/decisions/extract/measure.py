@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.adapters.writing import ranks_of_config
+from lora_diag.adapters.writing import read_config_ranks
 from lora_diag.adapters.writing_targets import Target
 from lora_diag.catalog import read_results_of
 from lora_diag.decisions.allocate.measure import Budget, allocate
@@ -121,7 +121,7 @@ def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
         InputError: The file cannot be read, or gives ranks to unknown layers.
     """
     if not is_results_file(path):
-        return ranks_of_config(path / "adapter_config.json" if path.is_dir() else path, targets)
+        return read_config_ranks(path / "adapter_config.json" if path.is_dir() else path, targets)
     ranks = {record.layer: record.rank for record in read_results_of(Allocation, path)}
     unknown = sorted(layer for layer, rank in ranks.items() if rank and layer not in targets)
     if unknown:

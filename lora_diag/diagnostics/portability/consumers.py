@@ -15,7 +15,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
 
-from lora_diag.adapters.contents import PAIRS, Contents, Item, component_of
+from lora_diag.adapters.contents import PAIRS, Contents, Item, parse_component
 from lora_diag.adapters.layouts import GGUF, why_not_tied
 from lora_diag.errors import UsageError
 
@@ -487,7 +487,7 @@ def _apply_diffusers(contents: Contents, item: Item, alpha_is_rank: bool) -> Out
         return Outcome("intended", item.scale)
     if item.alpha is not None:
         return Outcome("applied", item.alpha / item.rank)
-    items = contents.components[component_of(item.module)]
+    items = contents.components[parse_component(item.module)]
     alphas = [other.alpha for other in items if other.alpha is not None]
     if not alphas and alpha_is_rank:
         return Outcome("applied", 1.0)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lora_diag.adapters import Adapter, open_adapter, open_input
-from lora_diag.adapters.contents import Contents, Item, Part, contents_of
+from lora_diag.adapters.contents import Contents, Item, Part, read_contents
 from lora_diag.adapters.portable import write_portable
-from lora_diag.adapters.source import StatedAlpha, alpha_option
+from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
 from lora_diag.adapters.updates import Site
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, selector
@@ -222,7 +222,7 @@ def make_portable(
         >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
         >>> [(record.consumer, record.status) for record in found]  # doctest: +SKIP
     """
-    stated_alpha = alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank})
+    stated_alpha = get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank})
     opened, checkpoint = _open_inputs(adapter, base, stated_alpha, " --fix -o OUT")
     choose_rules([*consumers, *require], form or opened.form)  # refuses an unknown program before anything is written
     folder = Path(output)
@@ -301,9 +301,9 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
     Raises:
         InputError: A file could not be read, or a written weight is not one of the original adapter.
     """
-    originals = {item.layer: item for item in contents_of(before, base).items}
+    originals = {item.layer: item for item in read_contents(before, base).items}
     errors = {}
-    for item in contents_of(open_adapter(after), base).items:
+    for item in read_contents(open_adapter(after), base).items:
         counterpart = originals.get(item.layer)
         if counterpart is None:
             if base is None and after.exists() and open_adapter(after).form != before.form:
@@ -364,7 +364,7 @@ def portability(
     consumers, require = run.options["consumers"], run.options["require"]
     intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
     opened, checkpoint = _open_inputs(adapter, base, run.stated_alpha)
-    contents = contents_of(opened, checkpoint)
+    contents = read_contents(opened, checkpoint)
     chosen = choose_rules([*consumers, *require], contents.form)
     selected = selector(run.options["layers"], run.options["exclude"])
     pairing, notes = _pair(opened, checkpoint, run.options["allow_unmatched"])

@@ -200,11 +200,11 @@ def contents_of_peft(model, config):
     import tempfile
 
     from lora_diag.adapters import open_adapter
-    from lora_diag.adapters.contents import contents_of
+    from lora_diag.adapters.contents import read_contents
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return contents_of(open_adapter(folder))
+        return read_contents(open_adapter(folder))
 
 
 @pytest.mark.skipif(not HAS_DIFFUSERS, reason="diffusers is not installed")

@@ -120,7 +120,7 @@ def read_lora(source: Source) -> Reading:
     ]
     notes = [*scaling.notes(paths), *_note_doubled_updates(plain)]
     updates, replication_notes = assign_to_base_layers(updates, config)
-    kind = f"PEFT {_name_variant(config)}, {scaling_words(config)}, {len(modules)} modules"
+    kind = f"PEFT {_name_variant(config)}, {describe_scaling(config)}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.words())
     return add_stored_values(reading, source, unclaimed)
 

@@ -47,7 +47,7 @@ def _read_peft(source: Source, parts: tuple[str, ...], kind: str, read_update: R
         return Scale(scaling.alpha(module, "alpha") / rank)
 
     updates = [read_update(source, name, found, partial(find_scale, name)) for name, found in modules.items()]
-    kind = f"PEFT {kind}, {scaling_words(source.settings, 'alpha')}, {len(modules)} modules"
+    kind = f"PEFT {kind}, {describe_scaling(source.settings, 'alpha')}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), notes=tuple(scaling.notes(names)), scaling=scaling.words("alpha"))
     return add_stored_values(reading, source, unclaimed)
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.adapters.source import alpha_option
+from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.deltas import natural_order, why_left_out
@@ -62,7 +62,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
             notes=tuple(map(legible, (*checkpoint.notes, *notes))),
             tensors=_list_tensors(checkpoint),
         )
-    adapter = open_adapter(locate(path), alpha_option({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+    adapter = open_adapter(locate(path), get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     return Inventory(
         path=legible(adapter.path),
         kind=legible(adapter.kind),

@@ -29,7 +29,7 @@ from lora_diag.adapters import (
     open_adapter,
 )
 from lora_diag.adapters.contents import find_missing_targets
-from lora_diag.adapters.placing import place
+from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.folder import WEIGHTS
@@ -133,7 +133,7 @@ def pair_update(
     """
     notes: Sequence[str]
     if isinstance(update, Adapter):
-        pairing, notes = place(update.source, update.reading, base, layers, exclude, allow_unmatched)
+        pairing, notes = place_updates(update.source, update.reading, base, layers, exclude, allow_unmatched)
     else:
         assert base is not None
         pairing, notes = _pair_renamed(pair(base, update, layers, exclude), base, update)

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_diag.adapters.source import alpha_option
+from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.errors import MemoryLimitError, UsageError
@@ -168,7 +168,7 @@ class LayerRun:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
         check_running(self.options["workers"], self.options.get("seed", 0))
-        self.stated_alpha = alpha_option(self.options)
+        self.stated_alpha = get_stated_alpha(self.options)
 
     @cached_property
     def where(self) -> DevicePlan:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.source import alpha_option
+from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
@@ -67,7 +67,7 @@ class ProbeRun:
             NothingComparedError: The sides have no weight in common.
             UsageError: BASE is an adapter, TUNED holds second moments, or the options on α contradict each other.
         """
-        return compare(base, tuned, verify=self.options["verify"], stated_alpha=alpha_option(self.options))
+        return compare(base, tuned, verify=self.options["verify"], stated_alpha=get_stated_alpha(self.options))
 
     def describe(self, stored: Checkpoint) -> RunInput:
         """Return the description of an opened BASE for the run record, where nothing is compared with it."""

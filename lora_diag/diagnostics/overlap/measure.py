@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
-from lora_diag.adapters.source import alpha_option
+from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, drop_base, footprint, selector
 from lora_diag.diagnostics.overlap import OverlapOptions
@@ -361,7 +361,7 @@ def subspaces(
         arguments["layers"],
         arguments["exclude"],
         arguments["allow_unmatched"],
-        stated_alpha=alpha_option(arguments),
+        stated_alpha=get_stated_alpha(arguments),
     )
     layout = layout_of(compared.matrices, arguments["workers"], device.type)
     measure = partial(layer_subspaces, settings=settings, device=device)

@@ -44,9 +44,9 @@ class Adapter:
     """An adapter.
 
     Args:
-        source: Its files.
-        reading: Their contents.
-        form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
+        source: The adapter's files.
+        reading: The contents of the files.
+        form: The layout of the files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
     """
 
     source: Source
@@ -74,7 +74,7 @@ class Adapter:
         return (*self.reading.notes, *self.checkpoint.notes)
 
     def weights(self) -> tuple[AdaptedWeight, ...]:
-        """Return the weights it changes, in natural order of their names, without optional biases and copies."""
+        """Return the changed weights, in natural order of their names, without optional biases and copies."""
         changed = [
             AdaptedWeight(
                 layer=update.layer,
@@ -102,12 +102,12 @@ class Adapter:
         """
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
-        rank_warnings = (f"rank {rank}: {SERVED_RANK_NOTE}",) if rank > SERVED_RANK else ()
-        zero_keys = [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]
-        if not zero_keys:
-            return rank_warnings
-        zero = f"{len(zero_keys)} of {len(keys)} updates are zero: a factor was never trained, such as {zero_keys[0]}"
-        return (*rank_warnings, zero)
+        warnings = [f"rank {rank}: {SERVED_RANK_NOTE}"] if rank > SERVED_RANK else []
+        if zero := [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]:
+            warnings.append(
+                f"{len(zero)} of {len(keys)} updates are zero: a factor was never trained, such as {zero[0]}"
+            )
+        return tuple(warnings)
 
     def pair(
         self,
@@ -116,7 +116,7 @@ class Adapter:
         exclude: str | None = None,
         allow_unmatched: bool = False,
     ) -> tuple[Pairing, tuple[str, ...]]:
-        """Return the named ΔW with the skipped tensors, and notes with the warnings; see ``placing.place``."""
+        """Return the named ΔW with the skipped tensors, and notes with the warnings; see ``place_updates``."""
         pairing, notes = place_updates(self.source, self.reading, base, layers, exclude, allow_unmatched)
         return pairing, (*self.notes, *self.warnings(), *notes)
 
@@ -159,7 +159,11 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
 
 
 def _add_notes(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
-    """Add notes on an activated LoRA, a given α and unused tensors; refuse an adapter that changes no weight."""
+    """Return a reading with notes on an activated LoRA, a given α and unused tensors.
+
+    Raises:
+        InputError: The adapter changes no weight.
+    """
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
     notes = list(reading.notes)
@@ -175,7 +179,7 @@ def _add_notes(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Return whether a path holds an adapter and no full checkpoint, by file and tensor names or a GGUF header."""
+    """Return whether a path holds an adapter and no full checkpoint, by names of files and tensors or a GGUF header."""
     path = as_path(path)
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
@@ -195,6 +199,7 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def _is_gguf_adapter(path: Path) -> bool:
+    """Return whether the header of a GGUF file is that of an adapter; False if it cannot be read."""
     try:
         return GgufFile(path).metadata.get("general.type") == "adapter"
     except InputError:

@@ -18,7 +18,7 @@ from lora_diag.adapters.gguf import TABLE, get_fields, reorder_rows
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.patterns import Scale, compute_scale, find_targets
 from lora_diag.adapters.source import Config, drop_prefix, is_named
-from lora_diag.adapters.updates import NewValue, Site, Update
+from lora_diag.adapters.updates import Site, Update
 from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, has_tied_head, is_head, is_table, natural_order
@@ -70,7 +70,7 @@ class Item:
 
     @property
     def is_table(self) -> bool:
-        """Whether it has factors of an embedding, for which programs have other layouts than for a linear layer."""
+        """Whether the factors are those of an embedding, for which programs have other layouts."""
         return self.part == "embedding" or (self.part in {"dora", "residual"} and is_table(self.layer))
 
     @property
@@ -87,8 +87,8 @@ class Contents:
     """The contents of an adapter's file.
 
     Args:
-        form: Its layout: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
-        items: Its changes, in natural order of the weights.
+        form: The layout of the file: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
+        items: The changes of weights, in natural order of the weights.
         config: ``adapter_config.json``, or the fields of a GGUF file; empty without one.
         has_metadata: Whether the file's own metadata give r and α.
         tied: Whether the head of BASE is tied to its embedding; None without a BASE.
@@ -218,10 +218,11 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")
     names = [name for name in adapter.checkpoint if drop_prefix(name).startswith(f"{owner}.")]
-    suffixes = {"dora": ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m"), "bias": (".bias",)}.get(
-        part, ""
-    )
-    return next((name for name in names if suffixes and name.endswith(suffixes)), names[0] if names else "")
+    suffixes: tuple[str, ...] = (".bias",) if part == "bias" else ()
+    if part == "dora":
+        suffixes = ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m")
+    matching = [name for name in names if name.endswith(suffixes)]
+    return next(iter([*matching, *names]), "")
 
 
 def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
@@ -230,17 +231,13 @@ def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     matched = match_names(dict(expected), base)[0] if base is not None else {}
     for value in values:
-        layers = [location.layer for location in matched.get(value.weight, ())] or [value.weight]
-        for layer in layers:
-            module = value.weight.removesuffix(".weight").removesuffix(".bias")
-            yield Item(layer, module, _infer_value_kind(value, adapter), value.key, shape=expected[value.weight])
-
-
-def _infer_value_kind(value: NewValue, adapter: Adapter) -> Part:
-    """Return the form of a weight stored in full."""
-    if value.weight.endswith(".bias"):
-        return "bias"
-    return "norm" if "norm" in value.key and len(adapter.checkpoint[value.key].shape) == 1 else "value"
+        module = value.weight.removesuffix(".weight").removesuffix(".bias")
+        shape = expected[value.weight]
+        part: Part = "norm" if "norm" in value.key and len(shape) == 1 else "value"
+        if value.weight.endswith(".bias"):
+            part = "bias"
+        for layer in [location.layer for location in matched.get(value.weight, ())] or [value.weight]:
+            yield Item(layer, module, part, value.key, shape=shape)
 
 
 _WORD = re.compile(r"\w+")
@@ -255,9 +252,9 @@ def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -
         pairing: The adapted weights of BASE, selected or not.
 
     Returns:
-        None if the config does not determine it: there is none or it has no ``target_modules``, it names parameters or
-        all linear layers, it replicates layers, or none of the modules that it targets has factors, since modules in
-        memory have other names than in BASE.
+        The number and the names in natural order; None if the config does not determine them: there is no config or it
+        has no ``target_modules``, it names parameters or all linear layers, it replicates layers, or none of the
+        targeted modules has factors, since modules in memory have other names than in BASE.
 
     Raises:
         InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.

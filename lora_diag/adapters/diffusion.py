@@ -79,9 +79,9 @@ def read_kohya(source: Source) -> Reading:
             _check_alpha(source, name)
         modules.setdefault(module, {})[part] = name
     updates = [update for module, parts in modules.items() for update in _read_kohya_module(source, module, parts)]
-    without_alpha = [module for module, parts in modules.items() if "alpha" not in parts and not set(FULL) & set(parts)]
-    found = set[str]().union(*modules.values())
-    kinds = " + ".join(kind for kind, parts in KINDS.items() if found.intersection(parts))
+    without_alpha = [module for module, parts in modules.items() if parts.keys().isdisjoint(("alpha", *FULL))]
+    all_parts = set[str]().union(*modules.values())
+    kinds = " + ".join(kind for kind, parts in KINDS.items() if not all_parts.isdisjoint(parts))
     dim, alpha = (source.metadata.get(f"ss_network_{key}") for key in ("dim", "alpha"))
     settings = f", dim={dim}, alpha={alpha}" if dim is not None else ""
     return Reading(
@@ -93,6 +93,7 @@ def read_kohya(source: Source) -> Reading:
 
 
 def _check_alpha(source: Source, key: str) -> None:
+    """Refuse an α that is not a single number."""
     if source.checkpoint[key].numel != 1:
         shape = list(source.checkpoint[key].shape)
         raise damaged(source.path, f"{key} must be a single number, not of shape {shape}")
@@ -109,7 +110,7 @@ def _read_kohya_module(source: Source, module: str, parts: dict[str, str]) -> li
                 raise damaged(source.path, f"{key} has the invalid shape {list(shape)}")
             name = "bias" if part in {"diff_b", "b_norm"} else "weight"
             expected = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
-            load = partial(read_stored, source.checkpoint, key)
+            load = partial(load_difference, source.checkpoint, key)
             updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_kohya_factors(source, module, parts))
@@ -118,14 +119,16 @@ def _read_kohya_module(source: Source, module: str, parts: dict[str, str]) -> li
 
 
 def _read_kohya_factors(source: Source, module: str, parts: dict[str, str]) -> Update:
+    """Return the update of a module by its factors: of LoRA, LoHa or LoKr, with or without DoRA."""
+
     def find_scale(rank: int | None) -> Scale:
         # If both sides of LoKr are stored in full there is no rank, and LyCORIS does not scale.
         return Scale() if rank is None else make_scale(source, parts.get("alpha", ""), rank)
 
     if "hada_w1_a" in parts:
-        update = lycoris.hadamard(source, module, parts, find_scale)
+        update = lycoris.read_hadamard(source, module, parts, find_scale)
     elif any(part in lycoris.LOKR for part in parts):
-        update = lycoris.kronecker(source, module, parts, find_scale)
+        update = lycoris.read_kronecker(source, module, parts, find_scale)
     else:
         for part in LORA[:2]:
             if part not in parts:
@@ -160,7 +163,7 @@ def _make_update(source: Source, module: str, up_key: str, down_key: str, mid: s
     return Update(
         f"{module}.weight",
         (up[0], down[1] * math.prod(core[2:] if mid else down[2:])),
-        partial(factors, source.checkpoint, (up_key, down_key, mid), scale),
+        partial(load_factors, source.checkpoint, (up_key, down_key, mid), scale),
         factored=True,
         dtype=source.checkpoint[up_key].dtype,
         zero_if=up_key,
@@ -171,8 +174,8 @@ def _make_update(source: Source, module: str, up_key: str, down_key: str, mid: s
     )
 
 
-def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site) -> Factors:
-    """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with it."""
+def load_factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site) -> Factors:
+    """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with the core."""
     import torch
 
     up, down = read(checkpoint, keys[0]), read(checkpoint, keys[1])
@@ -183,7 +186,7 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Sc
     return up * compute_scale(checkpoint, scale), down.reshape(down.shape[0], -1)
 
 
-def read_stored(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+def load_difference(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
     """Return a difference that is stored in full."""
     return read(checkpoint, key).reshape(site.shape)
 
@@ -251,7 +254,7 @@ def _read_scalings(source: Source, modules: list[str]) -> dict[str, Scaling]:
     for prefix in dict.fromkeys(f"{module.partition('.')[0]}." for module in modules):
         values = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         component_modules = [module for module in modules if module.startswith(prefix)] if values else []
-        scaling = Scaling.of(Config(path, values), [module.removeprefix(prefix) for module in component_modules])
+        scaling = Scaling.read(Config(path, values), [module.removeprefix(prefix) for module in component_modules])
         scalings |= dict.fromkeys(component_modules, scaling)
     return scalings
 

@@ -63,15 +63,15 @@ class Stack:
     parts: dict[str, str]
 
 
-def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
+def separate_stacks(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
     """Separate the factors of parameters from those of layers.
 
     Args:
         modules: All modules of the adapter.
-        config: Its config.
+        config: The adapter's config.
 
     Returns:
-        The parameters, and the other modules.
+        The factors of parameters, and the other modules.
 
     Raises:
         InputError: The parameter of the factors is ambiguous, or ``target_modules`` is invalid.
@@ -98,7 +98,7 @@ def split(modules: Modules, config: Config) -> tuple[list[Stack], Modules]:
 
 
 def _find_parameters(owner: str, targets: list[str]) -> list[str]:
-    """Return the names of a module's parameters whose paths equal a target of the config or end in ``.target``."""
+    """Return the names of a module's parameters whose paths equal a target of the config, or end in a dot and one."""
     leaves = dict.fromkeys(target.rpartition(".")[2] for target in targets)
     return [leaf for leaf in leaves if any(is_named(f"{owner}.{leaf}", target) for target in targets)]
 
@@ -131,7 +131,7 @@ def _find_stacks(owner: str, wrapped: list[str], targets: list[str], modules: Mo
     ]
 
 
-def updates(
+def read_stack(
     source: Source, stack: Stack, rank_of: Callable[[str], int], scale_of: Callable[[str], float]
 ) -> list[Update]:
     """Return one update per expert, or a single one for a parameter that is a matrix.
@@ -160,7 +160,7 @@ def updates(
         Update(
             weight=stack.parameter,
             shape=(b[0], a[1]),
-            load=partial(factors, source.checkpoint, b_key, a_key, scale, index, count),
+            load=partial(load_expert_factors, source.checkpoint, b_key, a_key, scale, index, count),
             factored=True,
             dtype=dtype,
             zero_if=b_key,
@@ -173,7 +173,7 @@ def updates(
     ]
 
 
-def factors(
+def load_expert_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, index: int, count: int, site: Site
 ) -> Factors:
     """Return s·B_e ``(out, r)`` and A_e ``(r, in)`` of one expert."""

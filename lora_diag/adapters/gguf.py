@@ -38,7 +38,7 @@ def get_fields(source: Source) -> Mapping[str, Value] | None:
 
 
 def is_gguf(source: Source) -> bool:
-    """Return whether this family reads the adapter."""
+    """Return whether a source is a GGUF file."""
     return get_fields(source) is not None
 
 
@@ -87,6 +87,7 @@ def _pair_factors(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]
 
 
 def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -> list[str]:
+    """Return notes on an unknown architecture, norms and an activated LoRA."""
     notes = []
     if names is None:
         architectures = ", ".join(ARCHITECTURES)
@@ -125,7 +126,7 @@ def _read_updates(
     update = Update(
         weight=weight,
         shape=shape,
-        load=partial(table_factors if is_table else factors, source.checkpoint, keys, scale, None),
+        load=partial(load_table_factors if is_table else load_factors, source.checkpoint, keys, scale),
         factored=True,
         dtype=source.checkpoint[keys[1]].dtype,
         zero_if=keys[1],
@@ -139,13 +140,15 @@ def _read_updates(
         replace(
             update,
             weight=weight.format(index) if "{}" in weight else f"{weight}[{index}]",
-            load=partial(factors, source.checkpoint, keys, scale, index),
+            load=partial(load_factors, source.checkpoint, keys, scale, expert=index),
         )
         for index in range(a[0])
     ]
 
 
-def factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert: int | None, site: Site) -> Factors:
+def load_factors(
+    checkpoint: Checkpoint, keys: tuple[str, str], scale: float, site: Site, expert: int | None = None
+) -> Factors:
     """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``; of one expert of a stack if its index is given."""
     a, b = (read(checkpoint, key) for key in keys)
     if expert is not None:
@@ -153,16 +156,14 @@ def factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert:
     return b * scale, a
 
 
-def table_factors(
-    checkpoint: Checkpoint, keys: tuple[str, str], scale: float, expert: int | None, site: Site
-) -> Factors:
-    """Return s·lora_a ``(vocab, r)`` and lora_bᵀ ``(r, dim)``; there are no experts."""
+def load_table_factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, site: Site) -> Factors:
+    """Return s·lora_a ``(vocab, r)`` and lora_bᵀ ``(r, dim)``."""
     a, b = (read(checkpoint, key) for key in keys)
     return a * scale, b.T
 
 
 def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
-    """Return an update with its rows in the order of BASE; unchanged if they are, or without a BASE.
+    """Return an update with its rows in the order of BASE; unchanged if they have that order, or without a BASE.
 
     Raises:
         InputError: BASE does not give the number of heads, or it does not divide the rows.
@@ -176,10 +177,10 @@ def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
         unknown = f"so the row order of {update.weight} is not known"
         fix = "give the folder of the model that the adapter was trained on"
         raise damaged(base.path, f"its config.json {problem}, {unknown}", fix)
-    return replace(update, load=partial(read_reordered, update.load, count), heads="")  # type: ignore[arg-type]
+    return replace(update, load=partial(load_reordered, update.load, count), heads="")  # type: ignore[arg-type]
 
 
-def read_reordered(load: partial[Factors], count: int, site: Site) -> Factors:
+def load_reordered(load: partial[Factors], count: int, site: Site) -> Factors:
     """Return the factors with the rows of B in transformers' order."""
     b, a = load(site)
     return to_halves(b, count), a

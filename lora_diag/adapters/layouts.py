@@ -48,11 +48,11 @@ _KEPT = (
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The factors of one weight.
+    """The factors of one weight, to be placed in a file.
 
     Args:
-        item: Its contents in the adapter's file.
-        rank: Their rank.
+        item: The weight's contents in the adapter's file.
+        rank: The rank of the factors.
         shape: ``(out, in)``.
     """
 
@@ -66,10 +66,10 @@ class Slot:
     """One tensor of a file.
 
     Args:
-        placed: The weight that it is a factor of; None for a number.
+        placed: The weight that the tensor is a factor of; None for a number.
         side: Which factor.
-        turned: Whether it is stored transposed.
-        shape: Its shape if it is no matrix; 0 for the common rank.
+        turned: Whether the factor is stored transposed.
+        shape: The shape if the tensor is no matrix, with 0 for the common rank; else empty.
         heads: Number of heads whose rows are reordered for llama.cpp; 0 for none.
         value: The number.
     """
@@ -124,7 +124,7 @@ def why_not_tied(form: str, item: Item) -> str:
 
 
 def _plan_pair(placed: Placed, a: str, b: str) -> Plan:
-    """Return the two factors of a linear layer or a convolution under their names."""
+    """Return the slots of the two factors of a linear layer or a convolution, by their names ``a`` and ``b``."""
     kernel = placed.item.kernel
     if not kernel:
         return {a: Slot(placed, "A"), b: Slot(placed, "B")}
@@ -136,7 +136,7 @@ def _make_path(item: Item, contents: Contents) -> str:
     """Return the dotted path of a module in its model.
 
     Raises:
-        InputError: It is known only with BASE, which is missing.
+        InputError: The path is known only with BASE, which is missing.
     """
     if contents.form != "kohya":
         return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
@@ -256,7 +256,7 @@ def _why_not_in_mlx(item: Item, contents: Contents) -> str:
 
 
 def _why_not_in_gguf(item: Item, contents: Contents) -> str:
-    """Return the reason why llama.cpp cannot load an item, or it cannot be written; empty if it can."""
+    """Return the reason why llama.cpp cannot load an item, or why it cannot be written; empty if both are possible."""
     if item.part == "convolution":
         return "llama.cpp has no LoRA for a convolution"
     if contents.form == GGUF and "_exps." in item.key:
@@ -325,9 +325,9 @@ def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents) -
     if contents.form == GGUF:
         return item.key.removesuffix(".lora_b").removesuffix(".lora_a")
     weight = f"{item.module}.weight"
-    converted = None
-    for candidate in (weight, f"model.{drop_leading_wrappers(weight)}", drop_leading_wrappers(weight)):
-        converted = converted or (names.in_gguf(candidate) if names is not None else None)
+    unwrapped = drop_leading_wrappers(weight)
+    candidates = (weight, f"model.{unwrapped}", unwrapped)
+    converted = next(filter(None, map(names.in_gguf, candidates)), None) if names is not None else None
     if converted is None:
         raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")
     return converted

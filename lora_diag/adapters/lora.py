@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters import experts
 from lora_diag.adapters.patterns import Scale, Scaling, describe_scaling
 from lora_diag.adapters.peft import MERGE
-from lora_diag.adapters.source import Config, Modules, Source, check_ranks, find_pair, group_by_module
+from lora_diag.adapters.source import Config, Source, check_ranks, find_pair, group_by_module
 from lora_diag.adapters.thin import StoredFactors, find_thin_factors
 from lora_diag.adapters.updates import (
     Family,
@@ -101,14 +101,13 @@ def read_lora(source: Source) -> Reading:
     """
     config = source.settings
     _refuse_variants(source)
-    sampler_names = tuple(
-        name for name in source.checkpoint if "lora_monteclora_sampler" in name
-    )  # only used in training
+    # Used only in training.
+    sampler_names = tuple(name for name in source.checkpoint if "lora_monteclora_sampler" in name)
     names = [name for name in source.checkpoint if name not in sampler_names]
     modules, unclaimed = group_by_module(names, PARTS, source.path)
-    stacks, plain = experts.split(modules, config)
+    stacks, plain = experts.separate_stacks(modules, config)
     paths = [*(module.removesuffix(OUT_PROJ) for module in plain), *(stack.parameter for stack in stacks)]
-    scaling = Scaling.of(config, paths)
+    scaling = Scaling.read(config, paths)
     attentions = {module.removesuffix(OUT_PROJ) for module in plain if module.endswith(OUT_PROJ)}
     updates = [
         update
@@ -116,12 +115,17 @@ def read_lora(source: Source) -> Reading:
         for update in _read_module(source, scaling, _find_owner(module, attentions), parts)
     ]
     updates += [
-        update for stack in stacks for update in experts.updates(source, stack, scaling.rank, scaling.of_module)
+        update for stack in stacks for update in experts.read_stack(source, stack, scaling.rank, scaling.of_module)
     ]
-    notes = [*scaling.notes(paths), *_note_doubled_updates(plain)]
+    notes = scaling.notes(paths)
+    if doubled := sum(module.endswith(OUT_PROJ) for module in plain):
+        notes.append(
+            "PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too "
+            f"({doubled} modules)"
+        )
     updates, replication_notes = assign_to_base_layers(updates, config)
     kind = f"PEFT {_name_variant(config)}, {describe_scaling(config)}, {len(modules)} modules"
-    reading = Reading(kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.words())
+    reading = Reading(kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.describe())
     return add_stored_values(reading, source, unclaimed)
 
 
@@ -146,20 +150,11 @@ def _refuse_variants(source: Source) -> None:
 
 
 def _name_variant(config: Config) -> str:
+    """Return the name of the variant of LoRA: that of its initialization, if that changes W, or of its parts."""
     name_by_key = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
     name = next((variant for key, variant in name_by_key.items() if config.flag(key)), "LoRA")
     name = name_start(config) or name
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
-
-
-def _note_doubled_updates(modules: Modules) -> list[str]:
-    doubled = [module for module in modules if module.endswith(OUT_PROJ)]
-    if not doubled:
-        return []
-    return [
-        "PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too "
-        f"({len(doubled)} modules)"
-    ]
 
 
 def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
@@ -184,14 +179,14 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]
-    bias = partial(read_scaled, source.checkpoint, key, scale)
+    bias = partial(load_scaled, source.checkpoint, key, scale)
     return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
 
 
 def _find_thin_factors(
     source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
 ) -> StoredFactors | None:
-    """Return the factors to be read with NumPy; None if that is impossible, or not all of the update."""
+    """Return the factors to be read with NumPy; None if their file needs torch, or the update has further parts."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
         return None
     a, b = keys
@@ -206,32 +201,34 @@ LocatedFactors = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, 
 
 
 def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
+    """Return the shape, loader and names of the factors of an embedding."""
     a_key, b_key = find_pair(source, module, parts, "lora_embedding_")
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     check_ranks(source, module, a[0], rank, b[1])
-    return (a[1], b[0]), partial(embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
+    return (a[1], b[0]), partial(load_embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
 
 
 def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
+    """Return the shape, loader and names of the factors of a linear layer or a convolution."""
     a_key, b_key = find_pair(source, module, parts)
     if blocks := _count_blocks(source.settings, module):
         shape, rank_of_a = _read_blocked_shape(source, module, source.shape(a_key, 2), source.shape(b_key, 2), blocks)
         check_ranks(source, module, rank_of_a, rank, rank_of_a)
-        return shape, partial(blocked_factors, source.checkpoint, b_key, a_key, scale, blocks), (a_key, b_key)
+        return shape, partial(load_blocked_factors, source.checkpoint, b_key, a_key, scale, blocks), (a_key, b_key)
     a, b = flatten_shape(source.checkpoint[a_key].shape), flatten_shape(source.checkpoint[b_key].shape)
     check_ranks(source, module, a[0], rank, b[1])
     diagonal = parts.get("lora_diag")
     if diagonal is not None and source.shape(diagonal, 1) != (rank,):
         raise damaged(source.checkpoint.path, f"{diagonal} must have {rank} entries")
-    return (b[0], a[1]), partial(linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
+    return (b[0], a[1]), partial(load_linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
 
 
 def _find_zero_factor(config: Config, a_key: str, b_key: str) -> str:
-    """Return the factor that is initialized to zero: B, or A for MiCA, which trains only A."""
+    """Return the name of the factor that is initialized to zero: B, or A for MiCA, which trains only A."""
     return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
 
 
-def linear_factors(
+def load_linear_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, diagonal: str | None, site: Site
 ) -> Factors:
     """Return s·B·diag(d) and A; for a convolution, A as the matrix ``(r, in·kh·kw)``."""
@@ -243,12 +240,12 @@ def linear_factors(
     return b * scale, a
 
 
-def embedding_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:
+def load_embedding_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:
     """Return s·Aᵀ ``(vocab, r)`` and Bᵀ ``(r, dim)``: ΔW = s·(B·A)ᵀ."""
     return read(checkpoint, a_key).T * scale, read(checkpoint, b_key).T
 
 
-def read_scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
+def load_scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
     """Return s times a stored vector."""
     return read(checkpoint, key) * scale
 
@@ -281,10 +278,10 @@ def _read_blocked_shape(
     return (b[0], a[1] * (count if in_a else 1)), rank
 
 
-def blocked_factors(
+def load_blocked_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, blocks: tuple[int, bool, bool], site: Site
 ) -> Factors:
-    """Return s·B and A, with blocks on the diagonal where they are stored as blocks."""
+    """Return s·B and A; one that is stored as blocks is block-diagonal."""
     import torch
 
     count, in_a, in_b = blocks
@@ -316,12 +313,12 @@ def add_magnitude(update: Update, source: Source, magnitude: str, by_column: boo
     if size != expected and not spans_kernels:
         problem = f"{magnitude} has shape {list(shape)} instead of {expected} entries"
         raise damaged(source.checkpoint.path, problem)
-    load = partial(dora_delta, update.load, source.checkpoint, magnitude, by_column)
+    load = partial(load_dora, update.load, source.checkpoint, magnitude, by_column)
     plain = update.load if update.factored else None
     return replace(update, load=load, factored=False, needs_weight="DoRA", zero_if="", plain=plain, thin=None)
 
 
-def dora_delta(
+def load_dora(
     load: Callable[[Site], Factors | torch.Tensor],
     checkpoint: Checkpoint,
     magnitude: str,
@@ -373,7 +370,11 @@ def assign_to_base_layers(updates: list[Update], config: Config) -> tuple[list[U
 
 
 def _read_order(config: Config) -> list[int]:
-    """Return for each layer of the replicated model its layer in BASE."""
+    """Return for each layer of the replicated model its layer in BASE.
+
+    Raises:
+        InputError: The ranges are invalid.
+    """
     ranges = config.values["layer_replication"]
     try:
         pairs = [(int(first), int(last)) for first, last in ranges]
@@ -389,9 +390,14 @@ def _read_order(config: Config) -> list[int]:
 
 
 def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
-    """Return the weight of BASE that a weight of the replicated model repeats."""
+    """Return the weight of BASE that a weight of the replicated model repeats.
+
+    Raises:
+        InputError: The weight is beyond the layers of the replicated model.
+    """
 
     def find_index(match: re.Match[str]) -> str:
+        """Return the index in BASE of a matched layer."""
         if int(match[0]) >= len(order):
             problem = f"{weight} is beyond the {len(order)} layers of layer_replication"
             raise damaged(config.path, problem, "correct the config")

@@ -38,9 +38,10 @@ def _read_peft(source: Source, parts: tuple[str, ...], kind: str, read_update: R
     """Read a PEFT adapter whose modules are scaled by α/r of the config."""
     modules, unclaimed = group_by_module(source.checkpoint, parts, source.path)
     names = list(modules)
-    scaling = Scaling.of(source.settings, names)
+    scaling = Scaling.read(source.settings, names)
 
     def find_scale(module: str, stored_rank: int | None) -> Scale:
+        """Return s of a module, after checking the rank of its factors, if it has any, against the config."""
         rank = scaling.rank(module)
         stored = rank if stored_rank is None else stored_rank
         check_ranks(source, module, stored, rank, stored)
@@ -48,7 +49,7 @@ def _read_peft(source: Source, parts: tuple[str, ...], kind: str, read_update: R
 
     updates = [read_update(source, name, found, partial(find_scale, name)) for name, found in modules.items()]
     kind = f"PEFT {kind}, {describe_scaling(source.settings, 'alpha')}, {len(modules)} modules"
-    reading = Reading(kind, tuple(updates), notes=tuple(scaling.notes(names)), scaling=scaling.words("alpha"))
+    reading = Reading(kind, tuple(updates), notes=tuple(scaling.notes(names)), scaling=scaling.describe("alpha"))
     return add_stored_values(reading, source, unclaimed)
 
 
@@ -58,7 +59,7 @@ def read_loha(source: Source) -> Reading:
     Raises:
         InputError: Its parts do not fit together.
     """
-    return _read_peft(source, LOHA, "LoHa", hadamard)
+    return _read_peft(source, LOHA, "LoHa", read_hadamard)
 
 
 def read_lokr(source: Source) -> Reading:
@@ -67,7 +68,7 @@ def read_lokr(source: Source) -> Reading:
     Raises:
         InputError: Its parts do not fit together.
     """
-    return _read_peft(source, LOKR, "LoKr", partial(kronecker, as_peft=True))
+    return _read_peft(source, LOKR, "LoKr", partial(read_kronecker, as_peft=True))
 
 
 FAMILIES = (
@@ -76,7 +77,9 @@ FAMILIES = (
 )
 
 
-def hadamard(source: Source, module: str, parts: dict[str, str], find_scale: Callable[[int | None], Scale]) -> Update:
+def read_hadamard(
+    source: Source, module: str, parts: dict[str, str], find_scale: Callable[[int | None], Scale]
+) -> Update:
     """Return the update of one weight by LoHa.
 
     Args:
@@ -104,11 +107,14 @@ def hadamard(source: Source, module: str, parts: dict[str, str], find_scale: Cal
         fits = (a1, b1) == (a2, b2) and core == cores["hada_t2"] and core[:2] == (a1[0], rank)
     if not fits:
         raise damaged(source.checkpoint.path, f"the factors of {module} do not fit together: {shapes | cores}")
-    load, dtype = partial(hadamard_delta, source.checkpoint, dict(parts), scale), parts["hada_w1_a"]
-    return Update(f"{module}.weight", shape, load, False, source.checkpoint[dtype].dtype, rank=rank, scale=scale.known)
+    load, dtype = (
+        partial(load_hadamard, source.checkpoint, dict(parts), scale),
+        source.checkpoint[parts["hada_w1_a"]].dtype,
+    )
+    return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known)
 
 
-def hadamard_delta(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
+def load_hadamard(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
     """Return s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
     first, second = (_read_product(checkpoint, parts, f"hada_w{n}", f"hada_t{n}", "ij...,jr,ip->pr...") for n in "12")
     return (first * second).reshape(site.shape) * compute_scale(checkpoint, scale)
@@ -122,7 +128,7 @@ def _read_product(checkpoint: Checkpoint, parts: dict[str, str], side: str, core
     return a @ b if core not in parts else torch.einsum(formula, read(checkpoint, parts[core]), b, a)
 
 
-def kronecker(
+def read_kronecker(
     source: Source,
     module: str,
     parts: dict[str, str],
@@ -147,11 +153,12 @@ def kronecker(
     left, right = (_read_side_shape(source, module, parts, side) for side in ("lokr_w1", "lokr_w2"))
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
     dtype = source.checkpoint[parts.get("lokr_w1") or parts["lokr_w1_a"]].dtype
-    load = partial(kronecker_delta, source.checkpoint, dict(parts), scale, as_peft)
+    load = partial(load_kronecker, source.checkpoint, dict(parts), scale, as_peft)
     return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known)
 
 
 def _read_side_shape(source: Source, module: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
+    """Return the shape of one side of LoKr, stored in full or as factors."""
     path = source.checkpoint.path
     if side in parts:
         shape = source.checkpoint[parts[side]].shape
@@ -168,7 +175,7 @@ def _read_side_shape(source: Source, module: str, parts: dict[str, str], side: s
     return (a[1], b[1], *core[2:]) if tucker else (a[0], b[1])
 
 
-def kronecker_delta(
+def load_kronecker(
     checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: bool, site: Site
 ) -> torch.Tensor:
     """Return s·(w1 ⊗ w2) in the layout of W."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def is_mlx(source: Source) -> bool:
-    """Return whether this family reads the adapter."""
+    """Return whether a source is an adapter of mlx-lm."""
     if source.peft_type:
         return False
     has_factors = any(name.endswith((".lora_a", ".lora_b")) for name in source.checkpoint)
@@ -60,6 +60,7 @@ def read_mlx(source: Source) -> Reading:
 def _read_update(
     source: Source, module: str, parts: dict[str, str], config_scale: float | None, settings: Config
 ) -> Update:
+    """Return the update of one module, given the scale of the config, if it has one."""
     if "lora_a" not in parts or "lora_b" not in parts:
         raise damaged(source.path, f"{module} has only {', '.join(sorted(parts))}, so the file is incomplete")
     a, b = (source.checkpoint[parts[part]].shape for part in ("lora_a", "lora_b"))
@@ -77,7 +78,7 @@ def _read_update(
     update = Update(
         weight,
         shape,
-        partial(factors, source.checkpoint, *keys, scale, not is_embedding),
+        partial(load_factors, source.checkpoint, *keys, scale, not is_embedding),
         factored=True,
         dtype=source.checkpoint[key].dtype,
         zero_if=key,
@@ -88,7 +89,7 @@ def _read_update(
     return add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
 
 
-def factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
+def load_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
     """Return scale·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
     b, a = read(checkpoint, b_key), read(checkpoint, a_key)
     return (b.T * scale, a.T) if turned else (b * scale, a)

@@ -9,7 +9,7 @@ matrices; and a tied head as the embedding. A match must be unique and fit by sh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_diag.adapters.updates import Shape, flatten_shape
@@ -81,14 +81,14 @@ class Location:
     """The location in BASE of one matrix, or of some of its rows.
 
     Args:
-        layer: Its name.
+        layer: The name of the matrix.
         name: The tensor.
-        shape: Its stored shape: ``(rows, columns)``, or ``(n,)``.
-        offset: Its first entry in the tensor.
-        index: Its index in the requested stack; 0 without a stack.
-        rows: Its rows in that matrix; None for all.
-        into: Its rows in the layer, if it is a part of one; None for all.
-        whole: The stored tensor's own shape.
+        shape: The stored shape of the matrix: ``(rows, columns)``, or ``(n,)``.
+        offset: The first entry of the matrix in the tensor.
+        index: The index of the matrix in the requested stack; 0 without a stack.
+        rows: The rows of the requested weight that are here; None for all.
+        into: The rows of the layer that the requested weight is, if it is a part of the layer; None for all.
+        whole: The shape of the tensor.
     """
 
     layer: str
@@ -104,7 +104,7 @@ class Location:
 def match_names(
     expected: Mapping[str, Shape], base: Checkpoint, transposed: bool = False, parts: bool = False
 ) -> tuple[dict[str, tuple[Location, ...]], dict[str, str]]:
-    """Find requested weights in BASE.
+    """Return the locations of requested weights in BASE.
 
     Args:
         expected: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for an unknown dimension.
@@ -113,7 +113,8 @@ def match_names(
         parts: Whether a weight may be a part of a stored one: one expert of a stack.
 
     Returns:
-        For each name found, its locations in the order of the stack and of the rows; for the others, the reason.
+        The locations of each name that was found, in the order of the stack and of the rows; and the reason for each
+        name that was not.
     """
     index = _Index(base)
     matched: dict[str, tuple[Location, ...]] = {}
@@ -154,7 +155,7 @@ def is_same_part(first: str, second: str, alone: bool) -> bool:
     Args:
         first: A name.
         second: The name on the other side.
-        alone: Whether no other name on that side is equal without wrappers.
+        alone: Whether no other name on the side of ``second`` is equal without wrappers.
 
     >>> is_same_part("text_model.fc.weight", "vision_model.fc.weight", alone=True)
     False
@@ -195,7 +196,11 @@ def list_dialects(name: str) -> Iterator[str]:
 
 
 class _Index:
-    """The names of BASE, in each form."""
+    """The names of BASE, by each form under which a name is looked up.
+
+    Args:
+        base: The base checkpoint.
+    """
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
@@ -212,7 +217,7 @@ class _Index:
                 leaves = self.experts.setdefault(drop_all_wrappers(match["owner"]), {})
                 leaves.setdefault(match["leaf"], {})[int(match["index"])] = name
 
-    def lookups(self, name: str) -> Iterator[list[str]]:
+    def list_candidates(self, name: str) -> Iterator[list[str]]:
         """Yield lists of stored names that may match a name, the most certain first; a list may be empty."""
         for candidate in list_dialects(name):
             yield [candidate] if candidate in self.base else []
@@ -221,37 +226,39 @@ class _Index:
         if "." not in name.rpartition(".")[0]:
             yield self.flattened.get(flatten_name(name), [])
 
+    def select_fitting(self, names: Iterable[str], shape: Shape, transposed: bool) -> list[str]:
+        """Return the stored names whose weights fit a requested shape."""
+        return [name for name in names if _is_possible_match(name, shape, self.base[name].shape, transposed)]
+
 
 def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Location, ...] | str:
     """Return the locations of one requested weight, or the reason why it has none."""
     problem = "BASE has no weight of this name"
-    for names in index.lookups(name):
-        fitting = [
-            stored for stored in names if _is_possible_match(stored, shape, index.base[stored].shape, transposed)
-        ]
+    for names in index.list_candidates(name):
+        fitting = index.select_fitting(names, shape, transposed)
         if len(fitting) == 1:
             return _find_locations(fitting[0], shape, index.base[fitting[0]].shape)
         if fitting:
             return f"several weights of BASE could be meant: {', '.join(sorted(fitting)[:3])}"
         if names:
-            problem = (
-                f"its shape {_describe_shape(shape)} does not fit {names[0]} {list(index.base[names[0]].shape)} in BASE"
-            )
+            stored = f"{names[0]} {list(index.base[names[0]].shape)}"
+            problem = f"its shape {_describe_shape(shape)} does not fit {stored} in BASE"
         if names == [name]:
             return problem
-    if locations := _find_expert_locations(name, shape, index) or (
-        _find_part_of_stack(name, shape, index) if parts else ()
-    ):
+    locations = _find_expert_locations(name, shape, index)
+    if parts and not locations:
+        locations = _find_part_of_stack(name, shape, index)
+    if locations:
         return locations
-    if HEAD.search(name) and not any(HEAD.search(stored) for stored in index.base):
-        tables = [stored for stored in index.base if EMBEDDINGS.search(stored)]
-        fitting = [stored for stored in tables if _is_possible_match(stored, shape, index.base[stored].shape, False)]
+    if HEAD.search(name) and not any(map(HEAD.search, index.base)):
+        fitting = index.select_fitting(filter(EMBEDDINGS.search, index.base), shape, False)
         if len(fitting) == 1:
             return _find_locations(fitting[0], shape, index.base[fitting[0]].shape, layer=name)
     return problem
 
 
 def _describe_shape(shape: Shape) -> str:
+    """Return a shape as text, with ``?`` for an unknown size."""
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
@@ -263,16 +270,12 @@ def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
 
 
 def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
-    """Return whether a stored weight may be the requested one."""
+    """Return whether a stored weight may be the requested one, by their shapes."""
     if _shapes_agree(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
         return _shapes_agree(expected, flatten_shape(stored))
-    if (
-        transposed
-        and len(expected) == len(stored) > 1
-        and _shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored)
-    ):
+    if transposed and len(expected) > 1 and _shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored):
         return True
     return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
 
@@ -282,9 +285,8 @@ def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: 
     if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
         return tuple(
-            Location(matrix, name, shape, index * step if len(layers) > 1 else 0, index, whole=stored)
-            for layers in [matrices(name, stored)]
-            for index, (matrix, shape) in enumerate(layers)
+            Location(matrix, name, shape, index * step, index, whole=stored)
+            for index, (matrix, shape) in enumerate(matrices(name, stored))
         )
     shape = flatten_shape(stored) if len(stored) > 1 else stored
     rows = None
@@ -339,7 +341,7 @@ def _find_part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Loca
     out, expert = expected[0], int(match["index"])
     for fused, namings in FUSED.items():
         for pieces in (pieces for pieces in namings if match["leaf"] in pieces):
-            for names in index.lookups(f"{match['owner']}.{fused}"):
+            for names in index.list_candidates(f"{match['owner']}.{fused}"):
                 shape = index.base[names[0]].shape if len(names) == 1 else ()
                 if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), expected[1]):
                     start = pieces.index(match["leaf"]) * out

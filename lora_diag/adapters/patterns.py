@@ -35,7 +35,7 @@ _BRANCHING = frozenset("*+?{}|()[]")
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern table of the config, matched with the adapter's modules.
+    """One table of patterns of the config, matched with the adapter's modules.
 
     Args:
         key: ``rank_pattern`` or ``alpha_pattern``.
@@ -71,7 +71,7 @@ class Pattern:
 
 
 def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
-    """Read one table of patterns and match it with modules.
+    """Return one table of patterns, matched with modules.
 
     Args:
         config: The adapter's config.
@@ -97,7 +97,7 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
 
 
 def find_targets(config: Config, modules: Iterable[str], key: str = "target_modules") -> frozenset[str]:
-    """Return the modules that PEFT adapts: equal to a name or ending in ``.`` and a name, or matched as a whole.
+    """Return the modules that PEFT targets: equal to a name or ending in ``.`` and a name, or matched as a whole.
 
     Args:
         config: The adapter's config.
@@ -134,16 +134,14 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
     for text in patterns.values():
         if len(text) > MAX_LENGTH:
             raise InputError(f"{where}: the pattern {text[:80]!r}… has {len(text):,} characters; simplify it")
-    hard = tuple(pattern for pattern, text in patterns.items() if not _BRANCHING.isdisjoint(text))
-    unmatched = [None] * len(hard)
-    row_by_pattern: dict[str, str | None] = (
-        dict(zip(hard, [*_match_in_process(method, hard, names), *unmatched], strict=False)) if hard else {}
+    branching = tuple(pattern for pattern, text in patterns.items() if not _BRANCHING.isdisjoint(text))
+    row_by_pattern = (
+        dict(zip(branching, _match_in_process(method, branching, names), strict=False)) if branching else {}
     )
     rows = []
     for pattern, text in patterns.items():
-        row = (
-            row_by_pattern[pattern] if pattern in row_by_pattern else matcher.match_names(method, pattern, list(names))
-        )
+        is_branching = pattern in branching
+        row = row_by_pattern.get(pattern) if is_branching else matcher.match_names(method, pattern, list(names))
         if row is None:
             raise InputError(
                 f"{where}: the pattern {text[:80]!r} could not be matched with {len(names)} names in {SECONDS:g} s "
@@ -188,7 +186,7 @@ class Scale:
 
 
 def make_scale(source: Source, alpha: str, rank: int) -> Scale:
-    """Return the scale of factors: from an α in the file, given the name of its tensor, else the known one."""
+    """Return the scale of factors: by the α in the file with this name, or by the stated α if the name is empty."""
     return Scale(1.0, alpha, rank) if alpha else Scale(source.scale_without_alpha(rank), "", rank)
 
 
@@ -216,11 +214,11 @@ class Scaling:
     alphas: Pattern
 
     @staticmethod
-    def of(config: Config, modules: list[str]) -> Scaling:
-        """Read the scaling from a config.
+    def read(config: Config, modules: list[str]) -> Scaling:
+        """Return the scaling of modules by a config.
 
         Raises:
-            InputError: A pattern is invalid.
+            InputError: A pattern is invalid or takes too long.
         """
         return Scaling(
             config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
@@ -240,7 +238,7 @@ class Scaling:
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
 
-    def words(self, alpha: str = "lora_alpha") -> str:
+    def describe(self, alpha: str = "lora_alpha") -> str:
         """Return the definition of s and its source as text."""
         return f"{alpha} / {'√r (use_rslora)' if self.config.flag('use_rslora') else 'r'}, from {self.config.path.name}"
 
@@ -253,7 +251,7 @@ def get_rank(config: Config, ranks: Pattern, module: str) -> int:
     """Return r of a module, given ``rank_pattern``.
 
     Raises:
-        InputError: It is not a whole number from 1 up.
+        InputError: The rank is not a whole number from 1 up.
     """
     matched = ranks.matches(module)
     if not matched:

@@ -80,6 +80,7 @@ def read_adalora(source: Source) -> Reading:
 
 
 def _read_adalora(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+    """Return the update of one module of AdaLoRA."""
     a_key, b_key = find_pair(source, module, parts)
     if "lora_E" not in parts:
         raise damaged(source.checkpoint.path, f"{module} has no lora_E, so the file is incomplete")
@@ -91,13 +92,15 @@ def _read_adalora(source: Source, module: str, parts: dict[str, str]) -> list[Up
     check_ranks(source, module, a[0], expected_rank, b[1])
     alpha = source.settings.number("lora_alpha")
     scale = (alpha if alpha > 0 else a[0]) / (a[0] + 1e-5)
-    load = partial(adalora_factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)
+    load = partial(load_adalora_factors, source.checkpoint, b_key, a_key, parts["lora_E"], scale)
     dtype, zero_if, shape = source.checkpoint[b_key].dtype, parts["lora_E"], (b[0], a[1])
     weight = f"{module}.weight"
     return [Update(weight, shape, load, True, dtype, zero_if=zero_if, rank=a[0], scale=scale, diagonal=True)]
 
 
-def adalora_factors(checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: Site) -> Factors:
+def load_adalora_factors(
+    checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: Site
+) -> Factors:
     """Return s·B and diag(E)·A."""
     return read(checkpoint, b_key) * scale, read(checkpoint, a_key) * read(checkpoint, e_key).reshape(-1, 1)
 
@@ -116,6 +119,7 @@ def read_vera(source: Source) -> Reading:
 
 
 def _read_vera(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+    """Return the update of one module of VeRA."""
     if set(parts) != set(VERA):
         raise damaged(
             source.checkpoint.path, f"{module} has only {', '.join(sorted(parts))}, so the file is incomplete"
@@ -126,11 +130,11 @@ def _read_vera(source: Source, module: str, parts: dict[str, str]) -> list[Updat
         shared = f"the shared A {list(a)} and B {list(b)}"
         raise damaged(source.checkpoint.path, f"{module}: lambdas of {out} and {rank} do not fit {shared}")
     key = parts[VERA[0]]
-    load, dtype = partial(vera_factors, source.checkpoint, parts), source.checkpoint[key].dtype
+    load, dtype = partial(load_vera_factors, source.checkpoint, parts), source.checkpoint[key].dtype
     return [Update(f"{module}.weight", (out, None), load, True, dtype, zero_if=key, rank=rank, diagonal=True)]
 
 
-def vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:
+def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:
     """Return diag(b)·B[:out] and diag(d)·A[:, :in].
 
     Raises:
@@ -165,13 +169,13 @@ def _read_ia3(source: Source, module: str, parts: dict[str, str]) -> list[Update
     is_feedforward = any(is_named(module, name) for name in source.settings.names("feedforward_modules"))
     by_row = info.shape[0] == size if len(info.shape) == 2 and size > 1 else not is_feedforward
     expected: Shape = (size, None) if by_row else (None, None if len(info.shape) > 2 else size)
-    load = partial(ia3_delta, source.checkpoint, key, by_row)
+    load = partial(load_ia3, source.checkpoint, key, by_row)
     update = Update(f"{module}.weight", expected, load, False, info.dtype, "IA3")
     bias = Update(f"{module}.bias", (size,), load, False, info.dtype, "IA3", optional=True)
     return [update, bias] if by_row else [update]
 
 
-def ia3_delta(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torch.Tensor:
+def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torch.Tensor:
     """Return (l − 1) ⊙ W, of a weight or a bias."""
     change, w = read(checkpoint, key).reshape(-1) - 1, site.weight()
     if by_row:
@@ -204,6 +208,7 @@ def read_oft(source: Source) -> Reading:
 
 
 def _read_oft(terms: int, source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+    """Return the update of one module of OFT, given the number of Neumann terms; 0 for the exact transform."""
     (part, key), *_ = parts.items()
     count, entries = source.shape(key, 2)
     size = (1 + math.isqrt(1 + 8 * entries)) // 2
@@ -214,12 +219,12 @@ def _read_oft(terms: int, source: Source, module: str, parts: dict[str, str]) ->
     if is_shared and count != 1:
         problem = f"{key} has {count} blocks, but block_share means a single one"
         raise damaged(source.checkpoint.path, problem, "check the config")
-    load = partial(oft_delta, source.checkpoint, key, size, terms, part == OFT_TABLE)
+    load = partial(load_oft, source.checkpoint, key, size, terms, part == OFT_TABLE)
     shape: Shape = (None, None if is_shared else count * size)
     return [Update(f"{module}.weight", shape, load, False, source.checkpoint[key].dtype, "OFT")]
 
 
-def oft_delta(checkpoint: Checkpoint, key: str, size: int, terms: int, is_table: bool, site: Site) -> torch.Tensor:
+def load_oft(checkpoint: Checkpoint, key: str, size: int, terms: int, is_table: bool, site: Site) -> torch.Tensor:
     """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns.
 
     Raises:
@@ -276,12 +281,13 @@ def read_fourierft(source: Source) -> Reading:
 
 
 def _read_fourierft(scaling: float, seed: int, source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+    """Return the update of one module of FourierFT."""
     (key,) = parts.values()
-    load = partial(fourierft_delta, source.checkpoint, key, scaling, seed)
+    load = partial(load_fourierft, source.checkpoint, key, scaling, seed)
     return [Update(f"{module}.weight", (None, None), load, False, source.checkpoint[key].dtype, scale=scaling)]
 
 
-def fourierft_delta(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:
+def load_fourierft(checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site) -> torch.Tensor:
     """Return Re ifft2(S)·scaling.
 
     Raises:
@@ -330,7 +336,7 @@ def refuse_unsupported(source: Source) -> None:
     """Refuse an adapter that no family reads.
 
     Raises:
-        InputError: Always, with the kind of adapter and a fix.
+        InputError: Always, with the kind of adapter or what is missing, and a fix.
     """
     name = source.peft_type
     if name in CHANGES_NO_WEIGHT:

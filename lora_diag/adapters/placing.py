@@ -63,14 +63,11 @@ class Orientation:
         self._votes: dict[str, dict[bool, int]] = {}
         for name in base:
             stored = base[name].shape
-            if (
-                len(stored) == 2
-                and stored[0] != stored[1]
-                and (vote := _infer_nonsquare_in_out(base, name, shapes)) is not None
-            ):
+            if len(stored) != 2 or stored[0] == stored[1]:
+                continue
+            if (vote := _infer_nonsquare_in_out(base, name, shapes)) is not None:
                 for group in _list_groups(name):
-                    counts = self._votes.setdefault(group, {True: 0, False: 0})
-                    counts[vote] += 1
+                    self._votes.setdefault(group, {True: 0, False: 0})[vote] += 1
 
     def in_out(self, name: str, expected: Shape, stored: tuple[int, ...]) -> bool:
         """Return whether a weight is stored as ``(in, out)``."""
@@ -92,7 +89,7 @@ def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
 
 
 def _list_groups(name: str) -> tuple[str, str]:
-    """Return the groups of a weight: its name elsewhere, and its block."""
+    """Return the groups of a weight: weights of the same last name, and weights of the same block."""
     parts = name.split(".")
     return f"leaf {'.'.join(parts[-2:])}", f"block {depth_of(name)}"
 
@@ -173,6 +170,7 @@ def place_updates(
 
 
 def _make_unmatched_message(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
+    """Return the message of an adapter with weights that match none of BASE."""
     examples = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return (
@@ -182,12 +180,13 @@ def _make_unmatched_message(source: Source, base: Checkpoint, missing: list[Unpa
 
 
 def _make_nothing_measured_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
-    first_needing = next((item for item in unpaired if item.reason == "needs_base"), None)
-    if first_needing is not None and all(item.reason == "needs_base" for item in unpaired):
+    """Return the error of an adapter of which no ΔW is measured."""
+    reasons = {item.reason for item in unpaired}
+    if reasons == {"needs_base"}:
         fix = f"run loradiag spectrum BASE {source.path}, or loradiag fleet {source.path} --base BASE"
-        return InputError(f"{source.path}: {first_needing.layer}: {first_needing.detail}; {fix}")
-    reasons = ", ".join(sorted({item.reason for item in unpaired})) or "it holds none"
-    return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({reasons})")
+        return InputError(f"{source.path}: {unpaired[0].layer}: {unpaired[0].detail}; {fix}")
+    listed = ", ".join(sorted(reasons)) or "it holds none"
+    return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({listed})")
 
 
 def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
@@ -227,10 +226,9 @@ def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[
     for layer, layer_pieces in pieces_by_layer.items():
         _refuse_overlap(source, layer, layer_pieces)
         copy = copies.pop(layer_pieces[0].location.name, None)
-        plus = partial(copy_less_base, source.checkpoint, copy.key) if copy is not None else None
+        plus = partial(subtract_base, source.checkpoint, copy.key) if copy is not None else None
         deltas.append(_make_delta(layer, layer_pieces, plus))
-    unpaired_values = [*values, *copies.values()]
-    value_deltas, skipped = _pair_new_values(source, unpaired_values, base)
+    value_deltas, skipped = _pair_new_values(source, [*values, *copies.values()], base)
     changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in value_deltas}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     tied = sorted(
@@ -245,7 +243,11 @@ def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[
 
 
 def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
-    """Refuse updates of different weights that share one weight in BASE."""
+    """Refuse updates of different weights that are the same rows of one layer in BASE.
+
+    Raises:
+        InputError: Two weights of the adapter are the same layer.
+    """
     owners: dict[tuple[int, int] | None, str] = {}
     for piece in pieces:
         key = piece.location.into
@@ -294,7 +296,11 @@ def _is_in_out(update: Update, location: Location, orientation: Orientation, mod
 
 
 def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
-    """Return an update with its location, after checking that it can be computed there."""
+    """Return an update with its location, after checking that it can be computed there.
+
+    Raises:
+        InputError: The update needs a float weight and BASE is quantized, or it needs all rows of a resized vocabulary.
+    """
     whole_side = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
     side = whole_side
     if whole_side is not None and location.into is not None:
@@ -332,16 +338,11 @@ def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Te
         scale = scales.pop() if len(scales) == 1 else None
         diagonal = any(piece.update.diagonal for piece in pieces)
         load = partial(load_factors, pieces)
-        is_whole = (
-            len(pieces) == 1
-            and first.location.rows is None
-            and first.location.into is None
-            and not first.site.transposed
-        )
-        thin = first.update.thin if is_whole else None
-        ranks = [piece.update.rank or 0 for piece in pieces]
+        is_part = first.location.rows is not None or first.location.into is not None
+        thin = None if len(pieces) > 1 or is_part or first.site.transposed else first.update.thin
+        rank = sum(piece.update.rank or 0 for piece in pieces)
         return FactoredDelta(
-            layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=sum(ranks), thin=thin
+            layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=rank, thin=thin
         )
     is_matrix = len(first.location.shape) == 2
     return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
@@ -427,7 +428,7 @@ def _equals_base(source: Source, key: str, base: Checkpoint, name: str) -> bool:
     return all(torch.equal(as_float64(a), as_float64(b)) for a, b in zip(*sides, strict=True))
 
 
-def copy_less_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+def subtract_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
     """Return the difference of the adapter's saved base from BASE, on common rows."""
     count = math.prod(site.shape)
     return as_float64(checkpoint.read(key, 0, count)).view(site.shape) - site.weight()

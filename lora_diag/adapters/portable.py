@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,7 @@ def write_portable(
     dora_to_lora: bool = False,
     leave_out: bool = False,
 ) -> Written:
-    """Write a portable copy of an adapter to a temporary folder, rename it, and return a description of it.
+    """Write a portable copy of an adapter to a temporary folder, rename that, and return a description of the files.
 
     Args:
         adapter: The adapter.
@@ -118,13 +118,15 @@ def write_portable(
         leave_out: Skip unsupported weights instead of raising an error.
 
     Raises:
-        UsageError: Something is at ``folder``, or there is no such layout.
+        UsageError: Something exists at ``folder``, or there is no such layout.
         InputError: A weight is unsupported, the other layout needs names from a BASE, or the folder cannot be written.
     """
     form = form or adapter.form
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
-    _refuse_existing(folder)
+    check_folder_of(folder)
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"{folder}: exists already; choose another folder for the adapter")
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         (work / "files").mkdir(parents=True)
@@ -192,7 +194,7 @@ def convert(
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
     rank = max(part.placed.rank for part in parts.values())
     plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
-    _write(folder / LAYOUTS[form].file, plan, config, _Reader(parts, plan, rank, dtype))
+    _write(folder / LAYOUTS[form].file, config, _Reader(parts, plan, rank, dtype))
     from_dora = {layer: part for layer, part in parts.items() if part.placed.item.part == "dora"}
     norm = math.hypot(*(part.fro for part in from_dora.values()))
     epsilon = math.hypot(*(part.epsilon * part.fro for part in from_dora.values())) / (norm or 1.0)
@@ -213,10 +215,10 @@ def _why_changed(item: Item, contents: Contents, form: str) -> str:
 
 
 def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
-    """Refuse to convert a GGUF adapter with unknown names or row orders to another layout.
+    """Refuse to convert a GGUF adapter whose names or order of rows are unknown to another layout.
 
     Raises:
-        InputError: Names or row orders are unknown.
+        InputError: A name or the order of rows of a weight is unknown.
     """
     if adapter.form != GGUF or form == GGUF:
         return
@@ -230,7 +232,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
 
 
 def _make_part(item: Item, delta: Delta | None, is_turned: bool, scratch: Path, number: int, dtype: str) -> _Part:
-    """Return the factors of one item; write those of a full-rank ΔW to a numbered file in ``scratch``."""
+    """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of ``scratch``."""
     import torch
 
     load: Callable[[], Factors] = partial(_load_factors, item)
@@ -251,7 +253,7 @@ def _make_part(item: Item, delta: Delta | None, is_turned: bool, scratch: Path, 
 
 
 def _load_factors(item: Item) -> Factors:
-    """Return B and A of an item with ΔW = s·B·A."""
+    """Return s·B and A of an item, whose ΔW is their product."""
     assert item.load is not None
     loaded = item.load(Site(item.shape))
     assert isinstance(loaded, tuple)
@@ -259,7 +261,7 @@ def _load_factors(item: Item) -> Factors:
 
 
 def _load_delta_factors(delta: FactoredDelta, is_turned: bool) -> Factors:
-    """Return B and A of ΔW against BASE, in the orientation of the item."""
+    """Return B and A of ΔW against BASE; transposed if BASE stores the weight as ``(in, out)``."""
     b, a = delta.load()
     return (a.T, b.T) if is_turned else (b, a)
 
@@ -316,12 +318,6 @@ def _list_by_reason(unsupported: Mapping[str, str]) -> str:
     )
 
 
-def _refuse_existing(folder: Path) -> None:
-    check_folder_of(folder)
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder}: exists already; choose another folder for the adapter")
-
-
 class _Reader:
     """Reader of the tensors of a plan, each when it is written; the factors of the last layer are cached."""
 
@@ -329,12 +325,15 @@ class _Reader:
         self._parts, self._plan, self._rank, self._dtype = parts, plan, rank, dtype
         self._last: tuple[str, Factors] | None = None
 
-    def infos(self) -> Iterator[TensorInfo]:
-        """Yield name, shape and dtype of every tensor."""
-        for name, slot in self._plan.items():
-            yield TensorInfo(name, slot.sizes(self._rank), self._dtype if slot.placed is not None else "float32")
+    def make_infos(self) -> dict[str, TensorInfo]:
+        """Return shape and dtype of every tensor, by name."""
+        return {
+            name: TensorInfo(name, slot.sizes(self._rank), self._dtype if slot.placed is not None else "float32")
+            for name, slot in self._plan.items()
+        }
 
     def __call__(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is written."""
         import torch
 
         slot = self._plan[name]
@@ -351,9 +350,9 @@ class _Reader:
         return whole.to(getattr(torch, self._dtype)).reshape(slot.sizes(self._rank)).contiguous()
 
 
-def _write(file: Path, plan: Mapping[str, Slot], config: Mapping[str, Any], reader: _Reader) -> None:
+def _write(file: Path, config: Mapping[str, Any], reader: _Reader) -> None:
     """Write the weights file, and the config if the layout has one."""
-    infos = {info.name: info for info in reader.infos()}
+    infos = reader.make_infos()
     if file.suffix == ".gguf":
         write_gguf(file, config, infos, reader)
         return

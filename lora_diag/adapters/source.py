@@ -101,7 +101,7 @@ class Config:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """Return whether a setting is on; absent ones are off."""
+        """Return whether a setting is on; False if it is absent."""
         return bool(self.values.get(key))
 
     def text(self, key: str) -> str:
@@ -226,7 +226,7 @@ def refuse_integers(source: Source) -> None:
 
 
 def find_single_file(folder: Path) -> Path | None:
-    """Return the only safetensors or GGUF file of a folder without a full checkpoint; None if there is none."""
+    """Return the only safetensors or GGUF file of a folder; None with none, several or a full checkpoint."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
     files = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
@@ -234,13 +234,16 @@ def find_single_file(folder: Path) -> Path | None:
 
 
 def _find_weights(folder: Path) -> Path:
-    for name in ADAPTER_WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    single = find_single_file(folder)
-    if single is None:
+    """Return the weights file of an adapter's folder.
+
+    Raises:
+        InputError: There is none.
+    """
+    named = (folder / name for name in ADAPTER_WEIGHTS)
+    file = next((path for path in named if path.is_file()), None) or find_single_file(folder)
+    if file is None:
         raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
-    return single
+    return file
 
 
 # module -> part -> the tensor's name in the file.
@@ -257,7 +260,7 @@ def drop_prefix(name: str) -> str:
 
 
 def group_by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple[Modules, list[str]]:
-    """Group tensor names by module.
+    """Return tensor names by module and part, and those without a part.
 
     PEFT removes the adapter's name on saving (``lora_A.weight``); a manual dump still has it
     (``lora_A.default.weight``), which is accepted if there is only one.
@@ -310,7 +313,7 @@ def find_pair(source: Source, module: str, parts: dict[str, str], prefix: str = 
     """Return the names of A and B of a module.
 
     Raises:
-        InputError: One is missing, is empty, or has fewer than two dimensions.
+        InputError: A factor is missing, is empty, or has fewer than two dimensions.
     """
     for part in ("A", "B"):
         if prefix + part not in parts:

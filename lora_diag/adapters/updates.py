@@ -248,12 +248,12 @@ def read_modules(
 
 
 def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:
-    """Add tensors that no family claimed: weights stored in full, updates of rows, and tensors without effect.
+    """Return a reading with the tensors that no family claimed: weights in full, updates of rows, and unused ones.
 
     Args:
-        reading: Result of the family.
+        reading: The contents as read by the family.
         source: The adapter.
-        names: The tensors outside of factors.
+        names: The tensors that the family did not claim.
 
     Raises:
         InputError: Token indices and rows do not fit together.
@@ -294,7 +294,11 @@ def make_rows_update(source: Source, module: str, key: str, indices: Any) -> Upd
 
 
 def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:
-    """Return the indices of one table, from a list for the only one or from a mapping by module."""
+    """Return the indices of one table, from a list for the only one or from a mapping by module.
+
+    Raises:
+        InputError: There is no list of indices for the module.
+    """
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if is_named(module, name)), None)
     if not isinstance(indices, list) or not all(type(row) is int and row >= 0 for row in indices):
@@ -330,7 +334,7 @@ STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
 
 
 def name_start(config: Config) -> str:
-    """Return the name of the initialization if it subtracts a part of W; else empty."""
+    """Return the name of the initialization if it subtracts a part of W from BASE; else an empty text."""
     if config.values.get("kasa_config") is not None:
         return "KaSA"
     return STARTS.get(config.text("init_lora_weights").lower(), "")
@@ -356,7 +360,7 @@ def subtract_part(factors: Callable[[Site], Factors], name: str, scale: float, r
 
 
 def _compute_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
-    """Return the factors of P."""
+    """Return the factors of P, the part of W that the initialization subtracted."""
     import torch
 
     if name == "OLoRA":

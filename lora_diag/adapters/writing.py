@@ -150,6 +150,7 @@ def _make_value(key: str, name: str, delta: Delta | None, base: Checkpoint, modu
 
 
 def _read_whole(side: Side) -> torch.Tensor:
+    """Return a tensor in its stored shape."""
     return side.checkpoint.read(side.name).view(side.info.shape)
 
 
@@ -210,6 +211,7 @@ def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
 
 
 def _read_deltas(folder: Path, base: Checkpoint) -> dict[str, Delta]:
+    """Return the ΔW of an adapter folder against BASE, by layer."""
     return {delta.layer: delta for delta in open_adapter(folder).pair(base)[0].deltas}
 
 
@@ -373,23 +375,19 @@ def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = 
     """Return name, shape and reader of the factors of one module, at its rank or padded to another."""
     target, rank = group[0].target, common_rank or group[0].rank
     out, columns = target.peft_shape
-    a, b = partial(_pad_factor, group[0], "A", rank), partial(_pad_factor, group[0], "B", rank)
+    names = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = (rank, columns), (out, rank)
+    a, b = (partial(_pad_factor, group[0], side, rank) for side in "AB")
     if target.kind == "embedding":
-        return [(f"{prefix}.lora_embedding_A", (rank, columns), a), (f"{prefix}.lora_embedding_B", (out, rank), b)]
-    if target.kind == "convolution":
+        names = f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B"
+    elif target.kind == "convolution":
         shapes = (rank, *target.kernel), (out, rank, *(1 for _ in target.kernel[1:]))
-        return [
-            (f"{prefix}.lora_A.weight", shapes[0], lambda: a().reshape(shapes[0])),
-            (f"{prefix}.lora_B.weight", shapes[1], lambda: b().reshape(shapes[1])),
-        ]
-    if target.kind == "parameter":
+    elif target.kind == "parameter":
         rank, count = compute_module_rank(group), target.expert[1]
-        rows = out * target.half[1]
-        return [
-            (f"{prefix}.lora_A.weight", (rank * count, columns), partial(_stack_a, group, rank)),
-            (f"{prefix}.lora_B.weight", (rows, rank * count), partial(_stack_b, group, rank)),
-        ]
-    return [(f"{prefix}.lora_A.weight", (rank, columns), a), (f"{prefix}.lora_B.weight", (out, rank), b)]
+        shapes = (rank * count, columns), (out * target.half[1], rank * count)
+        a, b = partial(_stack_a, group, rank), partial(_stack_b, group, rank)
+    readers = (lambda: a().reshape(shapes[0])), (lambda: b().reshape(shapes[1]))
+    return list(zip(names, shapes, readers, strict=True))
 
 
 def _pad_factor(part: Part, name: str, rank: int) -> torch.Tensor:
@@ -424,7 +422,7 @@ def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
 
 
 def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
-    """Yield every part with its first column among those of its expert: halves are adjacent."""
+    """Yield every part with its first column among those of its expert: columns of halves follow each other."""
     used_columns: Counter[int] = Counter()
     for part in sorted(group, key=lambda part: (part.target.expert[0], part.target.half[0])):
         yield part, used_columns[part.target.expert[0]]
@@ -434,11 +432,11 @@ def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
 def make_config(
     ranks: Mapping[str, int], parts: Sequence[Part], values: Sequence[Value], described: Described
 ) -> dict[str, Any]:
-    """Return ``adapter_config.json``."""
+    """Return the content of ``adapter_config.json``, given the rank of every module."""
     kinds = {part.target.module: part.target.kind for part in parts}
     adapted = [module for module in ranks if kinds[module] != "parameter"]
     parameters = [module for module in ranks if kinds[module] == "parameter"]
-    rank, pattern = rank_pattern(ranks)
+    rank, pattern = make_rank_pattern(ranks)
     saved = sorted({value.module for value in values if value.module})
     return {
         "base_model_name_or_path": described.base_name,
@@ -449,7 +447,7 @@ def make_config(
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": target_modules(adapted, described.modules) if adapted else None if parameters else [],
+        "target_modules": make_target_modules(adapted, described.modules) if adapted else None if parameters else [],
         "target_parameters": _find_shortest_names(parameters, described.parameters, 2) if parameters else None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": "conv1d" in kinds.values(),
@@ -462,16 +460,16 @@ def make_config(
     }
 
 
-def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+def make_rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     r"""Return the most common rank, and a pattern for every module with another one.
 
     PEFT takes the first key k for which ``re.match(rf"(.*\.)?({k})$", module)`` holds. A key is a module's whole name,
     anchored and escaped, so that ``layers.1.`` never matches ``layers.11.``; if all modules with one last name have the
     same rank, it is that name.
 
-    >>> rank_pattern({"h.1.up": 8, "h.11.up": 4, "h.1.down": 8, "h.2.down": 8})
+    >>> make_rank_pattern({"h.1.up": 8, "h.11.up": 4, "h.1.down": 8, "h.2.down": 8})
     (8, {'^h\\.11\\.up': 4})
-    >>> rank_pattern({"h.1.up": 8, "h.2.up": 8, "h.1.q": 4, "h.2.q": 4, "h.1.k": 8})
+    >>> make_rank_pattern({"h.1.up": 8, "h.2.up": 8, "h.1.q": 4, "h.2.q": 4, "h.1.k": 8})
     (8, {'q': 4})
     """
     default_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
@@ -486,14 +484,14 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     return default_rank, dict(sorted(pattern.items()))
 
 
-def target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str] | str:
+def make_target_modules(adapted: Collection[str], modules: Iterable[str]) -> list[str] | str:
     r"""Return ``target_modules`` that match these modules and no others in PEFT.
 
     PEFT targets a module if its name is in the list or ends in ``.`` and a listed name.
 
-    >>> target_modules(["h.1.up", "h.2.up", "h.1.q"], ["h.1.up", "h.2.up", "h.1.q", "h.2.q"])
+    >>> make_target_modules(["h.1.up", "h.2.up", "h.1.q"], ["h.1.up", "h.2.up", "h.1.q", "h.2.q"])
     ['h.1.q', 'up']
-    >>> target_modules(["h.1.up"], ["h.1.up", "vision.h.1.up"])
+    >>> make_target_modules(["h.1.up"], ["h.1.up", "vision.h.1.up"])
     'h\\.1\\.up'
     """
     all_modules = {*modules, *adapted}
@@ -507,6 +505,7 @@ def _find_shortest_names(adapted: Collection[str], modules: Collection[str], par
     adapted_names = set(adapted)
 
     def end(name: str) -> str:
+        """Return the last parts of a name."""
         return ".".join(name.split(".")[-parts:])
 
     other_endings = {end(name) for name in modules if name not in adapted_names}

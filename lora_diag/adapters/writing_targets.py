@@ -173,7 +173,7 @@ class Model:
         return bool(self._own_names)
 
     def in_memory(self, name: str) -> str:
-        """Return the name that a weight has in memory."""
+        """Return the name in memory of a weight, by its name in BASE."""
         if name in self._own_names:
             return self._own_names[name]
         for pattern, replacement in self._renames:
@@ -206,8 +206,8 @@ class Model:
             return False
         return bool(stored[2 if leaf == "gate_up_proj" else 1] != width)
 
-    def target(self, delta: Delta) -> Target | str:
-        """Return the target of a matrix's factors, or the reason why it has none."""
+    def find_target(self, delta: Delta) -> Target | str:
+        """Return the target of a matrix's factors, or the reason why the matrix has none."""
         name = delta.base.name if delta.base is not None else delta.layer
         if HEAD.search(delta.layer) and name != delta.layer:
             return "BASE ties it to the embedding: what PEFT adds to the one is added to both"

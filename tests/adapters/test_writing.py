@@ -368,7 +368,7 @@ def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
 def test_square_experts_are_not_transposed_and_towers_keep_names(tmp_path):
     experts = "model.language_model.layers.0.mlp.experts.down_proj"
     base = open_checkpoint(write_base(tmp_path, {experts: normal(2, 6, 6)}, {"model_type": "qwen3_vl_moe"}))
-    targets = [Model(base).target(delta) for delta in pair(base, base).deltas]
+    targets = [Model(base).find_target(delta) for delta in pair(base, base).deltas]
     assert [(target.expert, target.transposed) for target in targets] == [((0, 2), False), ((1, 2), False)]
     towers = ("audio_tower", "vision_tower", "multi_modal_projector")
     names = ["language_model.model.fc.weight", *(f"{tower}.fc.weight" for tower in towers)]

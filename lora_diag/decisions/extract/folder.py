@@ -348,7 +348,7 @@ def plan(compared: Comparison, save: bool, portable: bool = False) -> Plan:
     for delta in pairing.deltas:
         if not delta.is_matrix:
             continue
-        target = RESIZED if save and delta.layer in resized else model.target(delta)
+        target = RESIZED if save and delta.layer in resized else model.find_target(delta)
         if portable and isinstance(target, Target) and target.kind == "parameter":
             target = "stacked experts, which a portable adapter cannot hold"
         if isinstance(target, Target):

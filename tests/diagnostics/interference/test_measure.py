@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import lora_diag
-import lora_diag.diagnostics.interference.measure as diagnostic
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.interference.measure import select_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
@@ -477,15 +476,3 @@ def test_without_entries_there_are_no_signs(tmp_path):
     assert union.merges["ties_dense"] is None
     assert union.merges["ties"] is None
     assert union.merges["linear"] is not None
-
-
-def test_layer_moved_to_cpu_is_noted(tmp_path, monkeypatch):
-    def moved(compute, device):
-        return compute(device), " on the CPU: out of memory on cuda:0"
-
-    monkeypatch.setattr(diagnostic, "compute_on_device", moved)
-    rng = np.random.default_rng(0)
-    paths = adapters(tmp_path, [(rng.standard_normal((9, 2)), rng.standard_normal((2, 7))) for _ in range(2)])
-    ((pair,), (union,)) = records(lora_diag.interference(paths, workers=1))
-    assert union.spectrum.method.endswith(" on the CPU: out of memory on cuda:0")
-    assert pair.cosine is not None

@@ -1,12 +1,10 @@
 """The figure of ``portability``: a cell for each weight and program, its colour by status and ε."""
 
 import numpy as np
-import pytest
 from matplotlib.colors import to_rgb
 
 from lora_diag import plots
 from lora_diag.diagnostics.portability.figures import COLORS, EPSILON
-from tests.messages import assert_names
 from tests.plots import making
 
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -37,19 +35,3 @@ def test_portability_cell_of_experts_is_the_worst():
     assert np.allclose(one, to_rgb(COLORS["exact"]))
     assert len(two) == 1
     assert np.allclose(two, to_rgb(COLORS["dropped"]))
-    words = " ".join(text.get_text() for text in plots.figure("portability", making.results(records)).texts)
-    assert_names(words, "cell", "worst")
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_portability_compares_runs_side_by_side(number):
-    runs = [making.results(making.served(1, TYPES), name=name) for name in ("a", "b")[:number]]
-    ax = plots.figure("portability", runs, labels=["first", "second"][:number]).axes[0]
-    assert len(ax.images) == 3 * number
-    assert ax.get_xticklabels()[0].get_text() == ("first: PEFT" if number > 1 else "PEFT")
-
-
-def test_heat_map_of_portability_has_a_panel_for_each_program():
-    page = plots.figure("heatmap", making.results(making.served(2, TYPES)), field="epsilon")
-    titles = [ax.get_title(loc="left") for ax in page.axes if ax.get_title(loc="left")]
-    assert titles == ["peft 0.21.2", "vllm 0.33.0", "llamacpp 0b03adaa632b"]

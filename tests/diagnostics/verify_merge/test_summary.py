@@ -5,9 +5,8 @@ import pytest
 from lora_diag.catalog import read_results, table
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
 from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_lines
-from lora_diag.records import End, LeftOut, Results, Run, RunInput
+from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.rendering.statements import find
-from tests.messages import assert_names
 
 RIGHT = {
     "layer": "model.layers.0.self_attn.q_proj.weight", "shape": (12, 12), "adapted": True, "status": "ok",
@@ -29,10 +28,6 @@ def results(*records: Merge, left_out=(), finished=True) -> Results:
     run = Run(command="verify-merge", version="0", inputs=inputs, settings={})
     end = End(layers=len(records), left_out=len(left_out), fro=None, base_fro=None) if finished else None
     return Results(run, records, tuple(left_out), end)
-
-
-def words(found: Results, **options) -> str:
-    return " ".join(table(found, **options).split())
 
 
 @pytest.mark.parametrize(
@@ -63,36 +58,6 @@ def test_failing_statuses_come_first_with_remedy():
     assert set(REMEDIES) == set(failing)
     assert list(ORDER[: len(failing)]) == failing
     assert set(ORDER) >= CORRECT
-
-
-def test_failures_come_first():
-    result = results(
-        *(record(layer=f"model.layers.{i}.mlp.up_proj.weight") for i in range(3)), wrong("dropped", layer="z")
-    )
-    rows = [line.split() for line in table(result).splitlines()[3:5]]
-    assert [row[:3] for row in rows] == [["z", "1", "dropped"], ["mlp.up_proj", "3", "ok"]]
-
-
-def test_cause_is_stated_once_with_its_layers():
-    layers = [wrong("wrong scale", layer=f"l.{i}.w", cause="twice") for i in range(5)]
-    result = words(results(*layers), width=140)
-    assert "Wrong scale l.0.w, l.1.w, l.2.w and 2 more: twice" in result
-    assert result.count("twice") == 1
-    assert_names(result, "no", "5 of 5", "ΔW")
-
-
-def test_layers_changed_without_adapter():
-    changed = wrong("changed", adapted=False, layer="model.norm.weight", scale=None, residual=None, cause="not its own")
-    result = words(results(record(), record(adapted=False, layer="b"), changed))
-    assert_names(result, "Not adapted", "1 of 2", "50%", "model.norm")
-    assert_names(result, "1 layer", "without", "changed")
-
-
-def test_unreadable_or_unfinished_results_are_reported():
-    bad = LeftOut(layer="x", shape=(2,), reason="non_finite", detail="BASE holds nan at [0]")
-    result = words(results(record(), left_out=[bad], finished=False))
-    assert_names(result, "measured", "BASE", "[0]")
-    assert "the run did not finish" in result
 
 
 def test_names_and_causes_from_files_are_escaped():

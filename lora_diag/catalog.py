@@ -100,12 +100,8 @@ def commands() -> Iterator[tuple[str, Feature, Command]]:
 @cache
 def record_kinds() -> dict[str, type[Record]]:
     """Return every kind of record of all features, by its name in a results file."""
-    kinds: dict[str, type[Record]] = {}
-    for feature in features():
-        for path in feature.records:
-            kind: type[Record] = feature.load(path)
-            kinds[kind.model_fields["record"].default] = kind
-    return kinds
+    kinds: list[type[Record]] = [feature.load(path) for feature in features() for path in feature.records]
+    return {kind.model_fields["record"].default: kind for kind in kinds}
 
 
 def figures() -> Iterator[tuple[Feature, Figure]]:

@@ -116,28 +116,22 @@ class ThinFactors(Protocol):
 
     def read_b(self) -> Numbers:
         """Return B ``(out, r)``."""
-        ...
 
     def read_a(self) -> Numbers:
         """Return A ``(r, in)``."""
-        ...
 
     def read_scale(self) -> float:
         """Return s."""
-        ...
 
     @property
     def kind(self) -> Hashable:
         """Equal for factors that can be read as one stack: of one file, and of equal shapes and dtypes."""
-        ...
 
     def read_each_b(self, stack: Sequence[Any]) -> Numbers:
         """Return each B of several factors of this kind, ``(k, out, r)``."""
-        ...
 
     def read_each_a(self, stack: Sequence[Any]) -> Numbers:
         """Return each A of several factors of this kind, ``(k, r, in)``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,10 +439,10 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     """
     included, excluded = _compile_pattern(layers, "--layers"), _compile_pattern(exclude, "--exclude")
 
-    def selected(name: str) -> bool:
-        return not (included and not included.search(name)) and not (excluded and excluded.search(name))
+    def is_selected(name: str) -> bool:
+        return (included is None or bool(included.search(name))) and not (excluded and excluded.search(name))
 
-    return selected
+    return is_selected
 
 
 def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
@@ -464,6 +458,7 @@ def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None
 
 
 def _explain_nothing_paired(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:
+    """Return why no tensor of two checkpoints could be paired, and what to do."""
     common = [name for name in base if name in tuned]
     if not common:
         return (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.deltas import matrices, natural_order, pair, refuse_empty
+from lora_diag.deltas import natural_order, pair, refuse_empty
 from lora_diag.errors import NothingComparedError, UsageError
 from tests.conftest import save_model
 
@@ -95,10 +95,6 @@ def test_expert_stacks_split_and_convolutions_unroll(tmp_path):
     assert torch.equal(read, conv.reshape(2, 48))
 
 
-def test_stack_of_one_expert_keeps_its_index():
-    assert matrices("mlp.experts.up_proj", (1, 3, 4)) == [("mlp.experts.up_proj[0]", (3, 4))]
-
-
 def test_added_rows_exist_on_one_side_only(tmp_path):
     before, after = torch.zeros(10, 4), torch.arange(52.0).view(13, 4)
     result = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
@@ -127,11 +123,6 @@ def test_layer_selection(tmp_path):
         pairing(tmp_path, tensors, tensors, layers="(")
     with pytest.raises(NothingComparedError, match="--exclude"):
         pairing(tmp_path, tensors, tensors, layers="nope")
-
-
-def test_nothing_in_common_shows_names_of_both_sides(tmp_path):
-    with pytest.raises(NothingComparedError, match=r"a\.weight.*b\.weight"):
-        pairing(tmp_path, {"a.weight": ones(2, 2)}, {"b.weight": ones(2, 2)})
 
 
 def test_natural_order_counts_layers():

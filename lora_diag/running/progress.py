@@ -124,6 +124,7 @@ class RunRecords(Generic[L]):
         return Results(self.run, tuple(self.layers), tuple(self._left_out), last, tuple(self.records))
 
     def _write(self, *records: AnyRecord) -> tuple[Any, ...]:
+        """Append records to the file and pass them on; return them as written."""
         written = self._writer.append(*records) if records else ()
         for record in written:
             self.watch.record(record)

@@ -291,19 +291,6 @@ def test_invalid_options_are_refused(pair, tmp_path, loradiag):
         lora_diag.probe_activations(base, file, tmp_path / "new", labels="model")
 
 
-def test_command_states_metric(pair, tmp_path, loradiag):
-    base, tuned, *_ = pair
-    store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
-    ran = loradiag("spectrum", base, tuned, "--activations", "a.safetensors", "-o", "r.jsonl")
-    assert ran.code == 0
-    assert "E‖ΔW x‖²" in ran.out
-    assert "‖ΔW·C^½‖/‖W·C^½‖" in ran.out
-    assert "without activations: " in ran.out
-    repeated = loradiag("inspect", "r.jsonl")
-    assert "E‖ΔW x‖²" in repeated.out
-    assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"
-
-
 def test_update_outside_data_has_no_energy(tmp_path):
     before = weights(1)
     after = {name: value.clone() for name, value in before.items()}
@@ -331,3 +318,16 @@ def test_memory_of_layer_counts_second_moments(pair, tmp_path):
         == weighting_bytes(weighting, (16, 12))
         > 8 * 12 * 12
     )
+
+
+def test_command_states_metric(pair, tmp_path, loradiag):
+    base, tuned, *_ = pair
+    store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
+    ran = loradiag("spectrum", base, tuned, "--activations", "a.safetensors", "-o", "r.jsonl")
+    assert ran.code == 0
+    assert "E‖ΔW x‖²" in ran.out
+    assert "‖ΔW·C^½‖/‖W·C^½‖" in ran.out
+    assert "without activations: " in ran.out
+    repeated = loradiag("inspect", "r.jsonl")
+    assert "E‖ΔW x‖²" in repeated.out
+    assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"

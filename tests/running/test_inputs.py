@@ -191,18 +191,6 @@ def test_resume_detects_other_adapter_config(tmp_path):
     assert lora_diag.spectrum(adapter).run.inputs[0].fingerprint != before
 
 
-def test_inspect_is_function_like_command(tmp_path):
-    import lora_diag.inspection.run as module  # whose import must not take the function's name
-
-    model = save_model(tmp_path / "m", weights(1))
-    assert lora_diag.inspect is module.inspect
-    assert "inspect" in dir(lora_diag)
-    assert len(lora_diag.inspect(model).tensors) == len(weights(1))
-    lora_diag.spectrum(model, model, output=tmp_path / "r.jsonl")
-    with pytest.raises(InputError, match="read_results"):
-        lora_diag.inspect(tmp_path / "r.jsonl")
-
-
 def test_pipe_is_not_a_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "ff.safetensors")
     with pytest.raises(InputError, match="is not a file or folder"):

@@ -1,7 +1,5 @@
 """What commands say of layers that are read in row blocks is what they say of layers that memory holds."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +7,6 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag import deltas
 from lora_diag.diagnostics.spectrum import gradients as module
-from lora_diag.diagnostics.verify_merge import measure as verify_merge
 from lora_diag.errors import UsageError
 from lora_diag.linalg import methods
 from lora_diag.running import layers as measuring
@@ -118,12 +115,6 @@ def test_gradients_beyond_memory_limit_are_left_out(small, monkeypatch):
 def test_memory_is_of_this_machine():
     with raises_naming(UsageError, "--memory", "--engine"):
         lora_diag.spectrum(BASE, TUNED, memory="1GB", engine=lora_diag.Ray())
-
-
-@pytest.mark.parametrize(("footprint", "limit", "size"), [(100, None, 100), (100, 60, 60), (100, 200, 100)])
-def test_merge_layer_counts_its_memory_up_to_limit(footprint, limit, size):
-    """Counted as more, layers that fit beside each other would wait; counted as less, too many would run at once."""
-    assert verify_merge._estimate_bytes(SimpleNamespace(footprint=footprint), SimpleNamespace(memory=limit)) == size
 
 
 def test_fleet_uses_requested_workers(monkeypatch):

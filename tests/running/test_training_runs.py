@@ -154,17 +154,6 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
     assert case.ran == []
 
 
-def test_edge_uncertainty_is_stated_where_there_are_edges():
-    case = Case({2: 1e-3, 4: 1e-3}, 2)
-    one, several = case.arm((1e-3,)), case.arm((1e-3, 1e-2))
-    assert case.walk.describe_more_runs([one]) == ""
-    assert (
-        case.walk.describe_more_runs([one, several])
-        == "; up to 4 runs more if the best rate is at the edge of the grid"
-    )
-    assert replace(case.walk, widen=0).describe_more_runs([several]) == ""
-
-
 @pytest.mark.parametrize(
     ("words", "refused"),
     [

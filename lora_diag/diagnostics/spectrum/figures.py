@@ -191,10 +191,10 @@ def energy(
         [1.0, 1.0, 1.0, 1.0]
     """
     records = tuple(records)
+    change = changes_of(records)
     with panel_axes(ax) as (axes, style):
         draw_series(axes, style, (Series("", records),), ENERGY, per, ranks)
-        change = changes_of(records)
-        axes.set(xlabel="rank r", ylabel=f"energy fraction C(r){'' if change == 'ΔW' else f' of {change}'}")
+        axes.set(xlabel="rank r", ylabel="energy fraction C(r)" + (f" of {change}" if change != "ΔW" else ""))
     return axes
 
 

@@ -128,6 +128,7 @@ def _check_inputs(values: Mapping[str, object]) -> None:
     """
 
     def holds(condition: str) -> bool:
+        """Return whether a value is given, or is not, if its name has a minus sign."""
         return bool(values[condition.removeprefix("-")]) != condition.startswith("-")
 
     for given, needed, message in _INPUTS:

@@ -33,8 +33,8 @@ class Layout:
 
     The number of cores of a matrix is proportional to its fraction of the memory budget: many small matrices run
     concurrently on one core each, the most efficient use of an eigenvalue solver (docs/benchmarks.md), and a large one
-    alone on all cores. The fraction depends only on the matrix and the machine, so that a matrix gives the same bytes
-    independent of concurrent work.
+    alone on all cores. The fraction depends only on the matrix and the machine, so a matrix gives the same bytes
+    whatever runs concurrently.
 
     Args:
         cores: Number of cores.
@@ -87,7 +87,7 @@ def layout_for(
     Raises:
         UsageError: The memory limit is too small for the program itself.
     """
-    cores = _count_torch_threads() if torch else own_cores()
+    cores = _count_torch_threads() if torch else _count_own_cores()
     workers = workers or (2 if device == "cuda" else None)
     if memory is None:
         return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
@@ -99,7 +99,7 @@ def layout_for(
     return Layout(cores, budget, workers, limited=True, torch=torch)
 
 
-def own_cores() -> int:
+def _count_own_cores() -> int:
     """Return the number of cores that this program may use: ``OMP_NUM_THREADS``, else the cores of the process."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     if stated.isdecimal() and int(stated) > 0:
@@ -108,6 +108,7 @@ def own_cores() -> int:
 
 
 def _count_torch_threads() -> int:
+    """Return the number of threads that torch uses in this Python thread."""
     import torch
 
     return torch.get_num_threads()
@@ -141,9 +142,7 @@ def run_local(
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     threads_before = _count_torch_threads() if layout.torch else 0
-    pool = ThreadPoolExecutor(
-        max_workers=max_threads, thread_name_prefix="layer"
-    )  # a thread name that cli/app.py recognizes
+    pool = ThreadPoolExecutor(max_threads, thread_name_prefix="layer")  # a name that cli/app.py recognizes
     patient = True
     try:
         for task in tasks:
@@ -169,6 +168,7 @@ def run_local(
 
 
 def _run_on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:
+    """Return the record of a task, measured with this number of threads of torch."""
     _set_torch_threads(threads)
     return measure(task)
 

@@ -103,9 +103,15 @@ def import_ray() -> Any:
 
 @contextmanager
 def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
-    """Connect to the cluster or start a local one; an existing connection of the caller is kept.
+    """Stay connected to the cluster or to a local one that is started; keep an existing connection of the caller.
+
+    Args:
+        ray: The module ``ray``.
+        engine: The cluster.
+        cores: Cores of a local Ray.
 
     Raises:
+        UsageError: The address is malformed.
         InputError: The cluster cannot be reached.
     """
     if ray.is_initialized():
@@ -113,25 +119,20 @@ def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
         return
     origin, address = engine.find_address()
     own_token = ""
+    options: dict[str, Any] = {}
     if address in {None, "local"}:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             # Otherwise Ray leaves a file in the home folder.
             os.environ["RAY_AUTH_TOKEN"] = own_token = secrets.token_hex(32)
-        options = {
-            "address": "local",
-            "num_cpus": cores,
-            "object_store_memory": STORE_BYTES,
-            "include_dashboard": False,
-        }
+        options = {"num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     else:
-        options = {"address": address}
         _check_answers(origin, str(address))
     from ray._private import worker  # the only switch for what Ray prints to standard output when a worker dies
 
     worker._worker_logs_enabled = False
     try:
         with _suppress_stderr(), _allow_interrupts():
-            ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
+            ray.init(address or "local", **options, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # Ray raises many types
         problem = origin if address else "--engine ray: a local Ray could not be started"
         raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
@@ -172,19 +173,18 @@ def _suppress_stderr() -> Iterator[None]:
     except OSError:  # standard error has no file descriptor
         yield
         return
-    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(devnull, 2)
+        with open(os.devnull, "w") as devnull:  # noqa: PTH123
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
         os.dup2(saved_stderr, 2)
         os.close(saved_stderr)
-        os.close(devnull)
 
 
 @contextmanager
 def _allow_interrupts() -> Iterator[None]:
-    """Make Ctrl-C end the block reliably: an interrupt is lost while Ray's start calls Python from C."""
+    """Make Ctrl-C end the block; otherwise an interrupt is lost while Ray's start calls Python from C."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
@@ -218,7 +218,7 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
 
 
 def _check_answers(origin: str, address: str) -> None:
-    """Refuse an address where no server of Ray's protocol listens; Ray would retry for minutes.
+    """Refuse an address where no server of Ray's protocol answers; Ray would retry for minutes.
 
     Raises:
         UsageError: The address is malformed.
@@ -477,6 +477,11 @@ class _Run:
         self._cluster.poll(max((batch.threads for batch in self._under_way.values()), default=1))
 
     def _fetch_outcomes(self, ticket: Any) -> Sequence[Any] | None:
+        """Return the outcomes of a finished batch; None if its workers died.
+
+        Raises:
+            InputError: A worker cannot import loradiag.
+        """
         try:
             outcomes: Sequence[Any] = self._ray.get(ticket)
         except self._ray.exceptions.RayTaskError as error:

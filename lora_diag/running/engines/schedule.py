@@ -32,12 +32,10 @@ class Sized(Protocol):
     @property
     def layer(self) -> str:
         """The layer's name."""
-        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``(out, in)``."""
-        ...
 
 
 S = TypeVar("S", bound=Sized)

@@ -3,7 +3,7 @@
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.show import overlap_table, tracks
 from lora_diag.metrics.subspaces import overlap_by_chance
-from lora_diag.records import End, LeftOut, Results, Run, RunInput
+from lora_diag.records import End, Results, Run, RunInput
 from tests.building import build
 from tests.messages import assert_names
 
@@ -73,17 +73,3 @@ def test_many_steps_are_binned_and_table_still_fits():
         assert "995" in text
     assert "over steps" in overlap_table(result, 80)
     assert "rises" in overlap_table(result, 80)
-
-
-def test_unmeasured_parts_are_stated():
-    left_out = [LeftOut(layer=B, shape=(2, 2), reason="non_finite", detail="step 3: the gradient holds nan at [0, 0]")]
-    text = flat(results([record(A, 0, 0.5)], left_out=left_out, end=False, ranks=(16, 600)))
-    assert_names(text, "step 3", "gradient")
-    assert "the run did not finish" in text
-    assert "exceed min(out, in): r=600 in 1" in text
-
-
-def test_embeddings_are_listed_but_not_judged():
-    text = flat(results([record(A, 0, 0.5), record("model.embed_tokens.weight", 0, 0.03)]))
-    assert "Containment yes" in text
-    assert "embed_tokens" in text

@@ -115,12 +115,6 @@ def test_zero_and_non_finite_gradients(tmp_path):
     )
 
 
-def test_top_keeps_that_many_and_says_so(tmp_path):
-    save_step(tmp_path / "g" / "3.safetensors", {"a.weight": torch.randn(6, 5)})
-    (record,) = lora_diag.spectrum(gradients=[tmp_path / "g"], ranks=[1, 4], top=2)
-    assert (len(record.s), record.complete, record.energy["4"]) == (2, False, None)
-
-
 def test_invalid_requests_are_refused(tmp_path):
     base = save_model(tmp_path / "base", weights(1))
     path = save_step(tmp_path / "g" / "3.safetensors", weights(2))

@@ -344,6 +344,7 @@ FILES: dict[str, Write] = {
     ),
     "torch: expanded": lambda at: expanded(at / "m.bin"),
     "torch: nested lists, legacy": lambda at: legacy(at / "m.bin", {"w": nested(9)}),
+    "torch: bytes by number, legacy": lambda at: legacy(at / "m.bin", Code(b"\x8e" + (2**34).to_bytes(8, "little"))),
     "torch: sets, legacy": lambda at: legacy(at / "m.bin", {"w": PICKLES["sets"]}),
 }  # fmt: skip
 

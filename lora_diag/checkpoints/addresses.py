@@ -136,19 +136,12 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, file_info:
     if len(buffer) <= CHUNK_BYTES:
         _fill_chunk(store, address, offset, buffer, file_info)
         return
-    starts = range(0, len(buffer), CHUNK_BYTES)
-    futures = [
-        _pool("chunk").submit(
-            _fill_chunk, store, address, offset + start, buffer[start : start + CHUNK_BYTES], file_info
-        )
-        for start in starts
-    ]
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+
+    def fill_chunk(start: int) -> None:
+        _fill_chunk(store, address, offset + start, buffer[start : start + CHUNK_BYTES], file_info)
+
+    for _ in _pool("chunk").map(fill_chunk, range(0, len(buffer), CHUNK_BYTES)):
+        pass  # an error ends the loop, and cancels the chunks that have not begun
 
 
 def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, file_info: FileInfo) -> None:

@@ -107,6 +107,12 @@ class FileBytes:
         """Number of bytes of the file."""
         return self.path.stat().st_size
 
+    def make_notes(self) -> tuple[str, ...]:
+        """Return a note if changes of a remote file are not detected, since its server reports no version."""
+        if not isinstance(self.path, RemotePath) or self.path.file_info().version:
+            return ()
+        return (f"the server reports no version of {self.path.name}: changes during the run are not detected",)
+
     def read_bytes(self, count: int, offset: int, name: str) -> bytes:
         """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages."""
         content = bytearray(count)

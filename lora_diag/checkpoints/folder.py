@@ -103,12 +103,7 @@ OpenFile = SafetensorsFile | GgufModel | TorchFile
 
 # Folders of files that hold parts of tensors, in the order in which they are tried.
 OpenFolder = DistributedFolder | RanksFolder | ZeroFolder | PiecesFolder
-FOLDERS: tuple[type[OpenFolder], ...] = (
-    DistributedFolder,
-    RanksFolder,
-    ZeroFolder,
-    PiecesFolder,
-)
+FOLDERS: tuple[type[OpenFolder], ...] = (DistributedFolder, RanksFolder, ZeroFolder, PiecesFolder)
 
 # Of these, the first that exists in a folder is read; transformers uses the same order.
 WEIGHTS = (
@@ -308,8 +303,8 @@ def _open_file(path: Path) -> OpenFile:
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; copy or download it again")
     hint = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
-    problem = "unknown format"
-    raise damaged(path, problem, f"supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){hint}")
+    fix = f"supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){hint}"
+    raise damaged(path, "unknown format", fix)
 
 
 def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:

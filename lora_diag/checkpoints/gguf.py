@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.packing import e8m0, fp4_values, gaps, mxfp4_steps
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.safetensors import content
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError, damaged
@@ -144,15 +143,12 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.notes: tuple[str, ...] = ()
-        header = _read_header(path)
-        self.fields: Mapping[str, Value] = header.fields
-        self.metadata: Mapping[str, str] = {k: v for k, v in header.fields.items() if isinstance(v, str)}
-        self.tensors: Mapping[str, TensorInfo] = header.tensors
-        self._spans = header.spans
+        self.fields: Mapping[str, Value]
+        self.tensors: Mapping[str, TensorInfo]
+        self.fields, self.tensors, self._spans = _read_header(path)
+        self.metadata: Mapping[str, str] = {k: v for k, v in self.fields.items() if isinstance(v, str)}
         self._content = FileBytes(path)
-        if isinstance(path, RemotePath) and not path.file_info().version:
-            self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
+        self.notes = self._content.make_notes()
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -216,15 +212,6 @@ class GgufFile:
         return function(blocks.view(-1, kind.size)).reshape(-1)[start - offset : stop - offset].clone()
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """The content of a header: fields, tensors, and their locations in the file."""
-
-    fields: dict[str, Value]
-    tensors: dict[str, TensorInfo]
-    spans: dict[str, _Span]
-
-
 class _Cursor:
     """Reads a header from its beginning, never past the end of the file or the limit of a header."""
 
@@ -266,8 +253,8 @@ class _Cursor:
             raise InputError(f"{self.path}: {description} is not UTF-8 text; convert the model again") from error
 
 
-def _read_header(path: Path) -> _Header:
-    """Return the header, after checking that it describes the bytes of the file."""
+def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo], dict[str, _Span]]:
+    """Return fields, tensors and their spans, after checking that the header describes the bytes of the file."""
     try:
         size = path.stat().st_size
         with open_regular(path) as file:
@@ -287,7 +274,7 @@ def _read_header(path: Path) -> _Header:
     alignment = fields.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise InputError(f"{path}: general.alignment is {alignment!r}, not a power of two; convert the model again")
-    return _locate_tensors(fields, rows, path, _pad_size(cursor.position, alignment), size, alignment)
+    return fields, *_locate_tensors(rows, path, _pad_size(cursor.position, alignment), size, alignment)
 
 
 def _pad_size(size: int, alignment: int) -> int:
@@ -319,7 +306,11 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Value:
 def _read_array(cursor: _Cursor, key: str) -> Value:
     kind, count = cursor.read_number("I", key), cursor.read_number("Q", key)
     if kind == STRING:
-        return _read_strings(cursor, count, key)
+        if count <= MAX_ARRAY:
+            return [cursor.read_text(key) for _ in range(count)]
+        for _ in range(count):  # each takes at least 8 bytes of the file
+            cursor.skip(cursor.read_number("Q", key), key)
+        return None
     if kind not in SCALARS:  # arrays of arrays are in no file of llama.cpp, which refuses them
         raise InputError(f"{cursor.path}: the array {key!r} has the unknown type {kind}; convert the model again")
     code = SCALARS[kind]
@@ -328,14 +319,6 @@ def _read_array(cursor: _Cursor, key: str) -> Value:
         cursor.skip(size, key)
         return None
     return list(struct.unpack(f"<{count}{code}", cursor.take(size, key)))
-
-
-def _read_strings(cursor: _Cursor, count: int, key: str) -> Value:
-    if count <= MAX_ARRAY:
-        return [cursor.read_text(key) for _ in range(count)]
-    for _ in range(count):  # each takes at least 8 bytes of the file
-        cursor.skip(cursor.read_number("Q", key), key)
-    return None
 
 
 def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, int]]:
@@ -353,14 +336,17 @@ def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], 
 
 
 def _locate_tensors(
-    fields: dict[str, Value],
-    rows: list[tuple[str, tuple[int, ...], int, int]],
-    path: Path,
-    start: int,
-    size: int,
-    alignment: int,
-) -> _Header:
-    """Return the header with the location of every tensor, after checking that they follow each other in the file."""
+    rows: list[tuple[str, tuple[int, ...], int, int]], path: Path, start: int, size: int, alignment: int
+) -> tuple[dict[str, TensorInfo], dict[str, _Span]]:
+    """Return tensors, in the order of the rows, and their spans, after checking that these follow each other.
+
+    Args:
+        rows: Name, shape, code of the type and offset of every tensor.
+        path: The file, for messages.
+        start: First byte of the data.
+        size: Bytes of the file.
+        alignment: Alignment of the tensors in bytes.
+    """
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, _Span] = {}
     end = 0
@@ -383,8 +369,7 @@ def _locate_tensors(
         stored = None if kind.dtype is not None else kind.name.lower()
         tensors[name] = TensorInfo(name, shape, kind.dtype or "float32", stored)
         spans[name] = _Span(kind, start + offset)
-    in_order = [name for name, *_ in rows]
-    return _Header(fields, {name: tensors[name] for name in in_order}, spans)
+    return {name: tensors[name] for name, *_ in rows}, spans
 
 
 def write_gguf(
@@ -427,8 +412,7 @@ def _make_header(fields: Mapping[str, str | int | float], tensors: Mapping[str, 
         code = CODES[info.dtype]
         dimensions = info.shape[::-1]
         parts += [_encode_text(name), struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, code, begin)]
-        size = info.numel * TYPES[code].size
-        begin += size + -size % ALIGNMENT
+        begin += _pad_size(info.numel * TYPES[code].size, ALIGNMENT)
     return b"".join(parts)
 
 
@@ -470,7 +454,7 @@ def _decode(unpack_blocks: Unpack, blocks: torch.Tensor) -> torch.Tensor:
     """Return d · q − m of every code, ``(n, block)``."""
     codes, d, m = unpack_blocks(blocks)
     values = d * codes.float()
-    return (values if m is None else values - m).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+    return (values if m is None else values - m).flatten(1)
 
 
 def _compute_steps(unpack_blocks: Unpack, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
@@ -493,13 +477,13 @@ def _compute_steps(unpack_blocks: Unpack, largest: int | None, rounded: bool, bl
     if rounded:
         steps = steps + (d * codes.float()).abs() * 2**-10
         steps = steps if m is None else steps + m.abs() * 2**-10
-    return steps.reshape(len(blocks), codes.shape[1] * codes.shape[2])
+    return steps.flatten(1)
 
 
 def _compute_scales(unpack_blocks: Unpack, blocks: torch.Tensor) -> torch.Tensor:
     """Return |d|, by which codes are multiplied."""
     codes, d, _ = unpack_blocks(blocks)
-    return d.abs().expand(codes.shape).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+    return d.abs().expand(codes.shape).flatten(1)
 
 
 def _unpack_fields(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Tensor:
@@ -611,25 +595,18 @@ def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, (half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
 
 
-def _look_up_codes(
-    unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    of_table: Callable[[torch.Tensor], torch.Tensor],
-    blocks: torch.Tensor,
+def _decode_table(
+    unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], as_steps: bool, blocks: torch.Tensor
 ) -> torch.Tensor:
-    """Return a function of the IQ4 table at every code, times d; times |d| for the gaps."""
+    """Return d times the value of every code in the IQ4 table, or ``as_steps`` |d| times its gap there."""
     import torch
 
-    codes, d = unpack_blocks(blocks)
-    values = of_table(torch.tensor(IQ4))[codes]
-    return (d.abs() if of_table is gaps else d).mul(values).reshape(len(blocks), codes.shape[1] * codes.shape[2])
+    (codes, d), table = unpack_blocks(blocks), torch.tensor(IQ4)
+    return (d.abs() * gaps(table)[codes] if as_steps else d * table[codes]).flatten(1)
 
 
 def _make_table_codec(unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
-    return Codec(partial(_look_up_codes, unpack_blocks, _return_table), partial(_look_up_codes, unpack_blocks, gaps))
-
-
-def _return_table(table: torch.Tensor) -> torch.Tensor:
-    return table
+    return Codec(partial(_decode_table, unpack_blocks, False), partial(_decode_table, unpack_blocks, True))
 
 
 def _decode_mxfp4(of_codes: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:

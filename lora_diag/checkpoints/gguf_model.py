@@ -124,14 +124,10 @@ class Names:
         """
         stem, _, leaf = name.rpartition(".")
         if match := _LAYER.fullmatch(stem):
-            tensor = next(
-                (in_gguf for in_gguf, in_transformers in self.block.items() if in_transformers == match[2]), None
-            )
+            tensor = {module: tensor for tensor, module in self.block.items()}.get(match[2])
             return f"blk.{match[1]}.{tensor}.{leaf}" if tensor is not None else None
-        return next(
-            (f"{in_gguf}.{leaf}" for in_gguf, in_transformers in OUTSIDE_BLOCKS.items() if in_transformers == stem),
-            None,
-        )
+        tensor = {module: tensor for tensor, module in OUTSIDE_BLOCKS.items()}.get(stem)
+        return f"{tensor}.{leaf}" if tensor is not None else None
 
     def heads_key(self, name: str) -> str:
         """Return the setting of ``config.json`` with the number of heads whose rows are reordered; empty if none are.
@@ -312,17 +308,14 @@ class GgufModel:
         self, stored: str, info: TensorInfo, names: Names | None, architecture: str
     ) -> Iterator[View]:
         name = names.in_transformers(stored) if names is not None else None
-        if names is None or name is None:
+        if names is None or name is None or ("{}" in name and len(info.shape) != 3):
             yield View(stored, info)
             return
-        if "{}" in name and len(info.shape) == 3:
+        if "{}" in name:
             size = math.prod(info.shape[1:])
             for expert in range(info.shape[0]):
                 expert_info = TensorInfo(name.format(expert), info.shape[1:], info.dtype, info.stored)
                 yield View(stored, expert_info, expert * size)
-            return
-        if "{}" in name:
-            yield View(stored, info)
             return
         shifted = architecture in SHIFTED and stored.endswith("norm.weight") and info.stored is None
         key = names.heads_key(stored)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from lora_diag.checkpoints.addresses import call_with_retries, hide_secrets
+from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, QUANTIZE_CONFIG, read_object
 from lora_diag.checkpoints.stores import FileInfo, HttpStore, Store
 from lora_diag.errors import InputError, damaged, install_command
@@ -248,11 +248,7 @@ class HubStore(HttpStore):
         return sorted({f"{address}/{relative.partition('/')[0]}" for relative in relative_paths})
 
     def _find(self, address: str) -> FileInfo | None:
-        return (
-            call_with_retries(address, lambda: self._run(self._request_head, address))
-            if address in self._files
-            else None
-        )
+        return super()._find(address) if address in self._files else None
 
     def _suggest_access(self) -> str:
         return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 from lora_diag.checkpoints.documents import check_unicode
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import Persistent, Record, describe, load
+from lora_diag.checkpoints.remote import RangeStream
 from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
 from lora_diag.errors import InputError, damaged
 
@@ -87,8 +88,9 @@ class Archive:
     def __init__(self, file: FileBytes, span: tuple[int, int] | None = None, description: str = "") -> None:
         self.file, description = file, description or file.path.name
         self._offset, size = span or (0, file.size)
+        stream = RangeStream(lambda buffer, start: file.fill(buffer, self._offset + start, description), size)
         try:
-            with zipfile.ZipFile(io.BufferedReader(_Window(file, (self._offset, size), description))) as archive:
+            with zipfile.ZipFile(io.BufferedReader(stream)) as archive:
                 check_entries(archive.infolist(), size, file.path, description)
                 self._entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
                 order = self._entries.get("byteorder")
@@ -196,34 +198,6 @@ def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         expected *= size
     return True
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a separate stream."""
-
-    def __init__(self, file: FileBytes, span: tuple[int, int], description: str) -> None:
-        self._file, (self._offset, self._length), self._description = file, span, description
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        if position < 0:
-            raise ValueError(f"position {position} is before the start")
-        self._position = position
-        return position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._length - self._position))
-        if count:
-            self._file.fill(memoryview(buffer)[:count], self._offset + self._position, self._description)
-        self._position += count
-        return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,12 +142,9 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         InputError: Nothing readable was found, or a patch does not fit BASE.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    opened = None
-    if len(files) > 1 and not any((path / name).exists() for name in ("model.safetensors", "config.json")):
-        opened = [open_checkpoint(file) for file in files]
-        if not all(map(is_patch, opened)):
-            opened = None
-    if opened is None:
+    is_single = len(files) < 2 or any((path / name).exists() for name in ("model.safetensors", "config.json"))
+    opened = [] if is_single else [open_checkpoint(file) for file in files]
+    if not opened or not all(map(is_patch, opened)):
         opened = [open_checkpoint(path)]
         if not is_patch(opened[0]):
             return opened[0]

@@ -167,19 +167,13 @@ def _find_state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     if isinstance(loaded, dict):
         tensors = {str(name): value.detach() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
         if tensors:
-            larger = [
-                name
-                for name, value in tensors.items()
-                if value.layout == torch.strided
-                and value.numel() * value.element_size() > value.untyped_storage().nbytes()
-            ]
-            if larger:
-                raise InputError(f"{path}: {larger[0]} has more entries than its storage; save it contiguous")
-            dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
-            if len(dense) < len(tensors):
-                raise InputError(f"{path}: {min(tensors.keys() - dense.keys())} is a sparse tensor; save it dense")
-            check_unicode(dense, path)
-            return dense
+            for name, value in tensors.items():
+                if value.layout != torch.strided:
+                    raise InputError(f"{path}: {name} is a sparse tensor; save it dense")
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise InputError(f"{path}: {name} has more entries than its storage; save it contiguous")
+            check_unicode(tensors, path)
+            return tensors
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):
                 return _find_state_dict(loaded[key], path)

@@ -173,10 +173,8 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
         InputError: A tensor's name or the configuration belongs to such a method.
     """
     method = config.get("quant_method")
-    suffixes = tuple(suffix for suffix, _ in PACKED)
-    packed = [name for name in source if name.endswith(suffixes)]
     for suffix, label in PACKED:
-        for name in packed:
+        for name in source:
             if name.endswith(suffix) and (suffix not in AMBIGUOUS or source[name].dtype not in FLOAT_DTYPES):
                 label = str(method).upper() if method and str(method).upper() in label else label
                 raise damaged(source.file_of(name), f"is {label}-quantized ({name})", NOT_FLOATS_ADVICE)

@@ -194,30 +194,22 @@ def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) ->
 
 def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
     """Return the place of this rank in the device mesh."""
+    import numpy as np
+
     coordinates = attribute(mesh, "_coordinate_on_dim")
     if coordinates is None and dimensions == 1:
         coordinates = (rank,)
     if coordinates is None:
         ranks = archive.tensor(attribute(mesh, "mesh"), f"the mesh of {name}")
         if ranks is not None and ranks.numel <= MAX_RANKS and ranks.dtype in {"int32", "int64"}:
-            wanted, content = rank.to_bytes(WIDTH[ranks.dtype], "little"), ranks.read_bytes()
-            places = range(0, len(content), len(wanted))
-            index = next((i for i, start in enumerate(places) if content.startswith(wanted, start)), None)
-            coordinates = None if index is None else _unravel_index(index, ranks.shape)
+            found = np.flatnonzero(np.frombuffer(ranks.read_bytes(), f"<i{WIDTH[ranks.dtype]}") == rank).tolist()
+            coordinates = tuple(map(int, np.unravel_index(found[0], ranks.shape))) if found else None
     if (
         not are_sizes(coordinates)
         or len(coordinates) != dimensions
         or any(coordinate >= MAX_RANKS for coordinate in coordinates)
     ):
         raise damaged(archive.file.path, f"{name} does not give the position of rank {rank} in the device mesh")
-    return tuple(coordinates)
-
-
-def _unravel_index(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    coordinates: list[int] = []
-    for size in reversed(shape):
-        index, coordinate = divmod(index, size)
-        coordinates.insert(0, coordinate)
     return tuple(coordinates)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -138,7 +138,7 @@ class RemotePath(_Path):
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """Open the file for reading bytes."""
         assert mode == "rb"
-        return io.BufferedReader(_Raw(self), BUFFER_BYTES)
+        return io.BufferedReader(RangeStream(self.read_into, self.file_info().size), BUFFER_BYTES)
 
     @contextmanager
     def download_temporarily(self) -> Iterator[str]:
@@ -169,26 +169,42 @@ class RemotePath(_Path):
             yield copy.name
 
 
-class _Raw(io.RawIOBase):
-    """A remote file as a seekable stream."""
+class RangeStream(io.RawIOBase):
+    """Bytes that are read by ranges, as a seekable stream.
 
-    def __init__(self, path: RemotePath) -> None:
-        self._path, self._position, self._size = path, 0, path.file_info().size
+    Args:
+        read_into: Fills a buffer with the bytes from an offset on.
+        size: Number of bytes.
+    """
+
+    def __init__(self, read_into: Callable[[memoryview, int], None], size: int) -> None:
+        self._read_into, self._size, self._position = read_into, size, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence])
-        return self._position
+        """Move to a position, which may be beyond the end; return it.
+
+        Raises:
+            ValueError: The position is before the start.
+        """
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if position < 0:
+            raise ValueError(f"position {position} is before the start")
+        self._position = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer from the position on, as far as there are bytes; return their number."""
         count = max(0, min(len(buffer), self._size - self._position))
         if count:
-            self._path.read_into(memoryview(buffer)[:count], self._position)
+            self._read_into(memoryview(buffer)[:count], self._position)
         self._position += count
         return count
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.checkpoints.tensors import DECODED, WIDTH, TensorInfo
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import Kind, open_regular, replacing
@@ -81,16 +80,17 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.notes: tuple[str, ...] = ()
         header, data_start, data_bytes = _read_header(path)
-        self.metadata: Mapping[str, str] = _check_metadata(header.pop("__metadata__", {}), path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise damaged(path, "__metadata__ in the safetensors header must map strings to strings")
+        self.metadata: Mapping[str, str] = metadata
         self.tensors: Mapping[str, TensorInfo]
         self.tensors, spans = _check_tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._content = FileBytes(path)
-        if isinstance(path, RemotePath) and not path.file_info().version:
-            self.notes = (f"the server reports no version of {path.name}: changes during the run are not detected",)
+        self.notes = self._content.make_notes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Make a copy open the file separately, and close it when the copy is deleted."""
@@ -173,13 +173,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{repeated!r} appears twice")
     return entries
-
-
-def _check_metadata(value: Any, path: Path) -> dict[str, str]:
-    """Return the metadata of the header, after checking that it maps strings to strings."""
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise damaged(path, "__metadata__ in the safetensors header must map strings to strings")
-    return value
 
 
 def _check_tensors(

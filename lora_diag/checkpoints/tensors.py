@@ -267,9 +267,8 @@ class Checkpoint:
             InputError: The file ended early or could not be read.
         """
         file = self._file_by_name[name]
-        if not isinstance(file, SteppedFile):
-            return None
-        return file.read_steps(name, start, self[name].numel if stop is None else stop)
+        stop = self[name].numel if stop is None else stop
+        return file.read_steps(name, start, stop) if isinstance(file, SteppedFile) else None
 
     def read_scales(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
         """Read the scales that multiply the codes of a range of a tensor's entries: W = code · scale.
@@ -286,6 +285,5 @@ class Checkpoint:
             InputError: The file ended early or could not be read.
         """
         file = self._file_by_name[name]
-        if not isinstance(file, SteppedFile):
-            return None
-        return file.read_scales(name, start, self[name].numel if stop is None else stop)
+        stop = self[name].numel if stop is None else stop
+        return file.read_scales(name, start, stop) if isinstance(file, SteppedFile) else None

@@ -16,7 +16,7 @@ from lora_diag.adapters.names import drop_leading_wrappers
 from lora_diag.adapters.source import PREFIX, is_named
 from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, of_config
+from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, find_names, heads
 from lora_diag.deltas import has_tied_head
 from lora_diag.errors import InputError, UsageError, damaged
 
@@ -306,7 +306,7 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
         return ARCHITECTURES.get(str(contents.config.get("general.architecture")))
     if base is None:
         raise InputError("GGUF: llama.cpp's names and row order depend on the model; give BASE, too")
-    names = of_config(base.config)
+    names = find_names(base.config)
     if names is None:
         model_types = ", ".join(
             model_type for architecture in ARCHITECTURES.values() for model_type in architecture.model_types

@@ -321,7 +321,7 @@ def _read_path(key: str, planner_data: Any) -> tuple[str, ...]:
     return (key,)
 
 
-def folder_within(folder: Path) -> Path | None:
+def find_inner_folder(folder: Path) -> Path | None:
     """Return the only checkpoint that accelerate wrote inside the folder of a training step; None without one."""
     folders = [path for path in sorted(folder.glob("pytorch_model_fsdp_*")) if (path / INDEX).is_file()]
     return folders[0] if len(folders) == 1 else None

@@ -58,8 +58,8 @@ class Layout:
         kind: ``nvfp4`` or ``mxfp4``.
         codes: Name of the codes, ``(…, out, in / 2)``.
         scale: Name of the scales, ``(…, out, in / group)``.
-        out: Rows of a matrix.
-        columns: in.
+        out: Rows of a matrix, its outputs.
+        columns: Columns of a matrix, its inputs.
         divisor: Name of a number by which all is divided; empty without one.
         factor: Name of a number by which all is multiplied; empty without one.
     """

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.distributed import PIECES, DistributedFolder, PiecesFolder, folder_within
+from lora_diag.checkpoints.distributed import PIECES, DistributedFolder, PiecesFolder, find_inner_folder
 from lora_diag.checkpoints.documents import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -26,10 +26,10 @@ from lora_diag.checkpoints.documents import (
     read_config,
     read_object,
 )
-from lora_diag.checkpoints.gguf_model import GgufModel, config_of, notes_of, open_model, single_model
+from lora_diag.checkpoints.gguf_model import GgufModel, collect_notes, derive_config, find_single_model, open_model
 from lora_diag.checkpoints.integers import CODES
 from lora_diag.checkpoints.pickled import TorchFile
-from lora_diag.checkpoints.quantized import dequantize, quantization, refuse_integer_weights, refuse_packed
+from lora_diag.checkpoints.quantized import dequantize, find_quantization_config, refuse_integer_weights, refuse_packed
 from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder
 from lora_diag.checkpoints.remote import RemotePath, as_path
@@ -145,7 +145,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     files, kind, notes = _open(source)
     files, renaming_notes = drop_wrappers(files)
     models = [file for file in files if isinstance(file, GgufModel)]
-    config = config_of(models) if models else _read_config(source)
+    config = derive_config(models) if models else _read_config(source)
     stored = Checkpoint(path, kind, files, config=config)
     if len(stored) == 0:
         raise InputError(f"{source}: holds no tensors; save the model again")
@@ -211,7 +211,7 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
     """Return the ``quantization_config`` of a checkpoint, or AutoGPTQ's file with it; empty without either."""
-    settings = quantization(stored.config)
+    settings = find_quantization_config(stored.config)
     if settings or not any(name.endswith(CODES) for name in stored):
         return settings
     path = (source if source.is_dir() else source.parent) / QUANTIZE_CONFIG
@@ -235,7 +235,7 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
         kind = f"{files[0].label} file"
         if isinstance(files[0], GgufModel):
             files = models = open_model(source)
-            notes = notes_of(models)
+            notes = collect_notes(models)
             kind = "GGUF file" if len(files) == 1 else f"GGUF model, {len(files)} files"
             return tuple(files), kind, notes
     return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
@@ -259,13 +259,13 @@ def _find_weights(folder: Path) -> Path:
             return folder / name
     if any(kind.matches(folder) for kind in FOLDERS):
         return folder
-    if inner := folder_within(folder):
+    if inner := find_inner_folder(folder):
         return inner
     refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
     safetensors_files = sorted(folder.glob("*.safetensors"))
     if len(safetensors_files) == 1:
         return safetensors_files[0]
-    model, count = single_model(folder)
+    model, count = find_single_model(folder)
     if model is not None and not safetensors_files:
         return model
     if count > 1 and not safetensors_files:

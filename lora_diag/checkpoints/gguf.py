@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.packing import e8m0, fp4_values, gaps, mxfp4_steps
-from lora_diag.checkpoints.safetensors import content
+from lora_diag.checkpoints.safetensors import encode_tensor
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular, replacing
@@ -278,6 +278,7 @@ def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo], d
 
 
 def _pad_size(size: int, alignment: int) -> int:
+    """Return a size rounded up to a multiple of the alignment."""
     return -(-size // alignment) * alignment
 
 
@@ -394,7 +395,7 @@ def write_gguf(
         header = _make_header(fields, tensors)
         file.write(header + bytes(-len(header) % ALIGNMENT))
         for name, info in tensors.items():
-            data = content(name, info, read(name))
+            data = encode_tensor(name, info, read(name))
             file.write(data)
             file.write(bytes(-len(data) % ALIGNMENT))
 
@@ -443,7 +444,7 @@ IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0
 Unpack = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
 
 
-def half(blocks: torch.Tensor, start: int) -> torch.Tensor:
+def read_half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     """Return the float16 at a byte of every block, ``(n, 1)`` of float32."""
     import torch
 
@@ -507,28 +508,28 @@ def _unpack_high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
 def _unpack_q4(blocks: torch.Tensor, has_offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Unpack Q4_0 (d, 16 bytes, q − 8) or Q4_1 (d, m, 16 bytes, d · q + m), low halves first."""
     codes = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
-    d = half(blocks, 0)[:, None]
-    return (codes, d, -half(blocks, 2)[:, None]) if has_offset else (codes - 8, d, None)
+    d = read_half(blocks, 0)[:, None]
+    return (codes, d, -read_half(blocks, 2)[:, None]) if has_offset else (codes - 8, d, None)
 
 
 def _unpack_q5(blocks: torch.Tensor, has_offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Unpack Q5_0 or Q5_1: as Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
     low = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
     codes = (low | _unpack_high_bits(blocks, 4 if has_offset else 2) << 4)[:, None]
-    d = half(blocks, 0)[:, None]
-    return (codes, d, -half(blocks, 2)[:, None]) if has_offset else (codes - 16, d, None)
+    d = read_half(blocks, 0)[:, None]
+    return (codes, d, -read_half(blocks, 2)[:, None]) if has_offset else (codes - 16, d, None)
 
 
 def _unpack_q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Unpack Q8_0: d and 32 signed bytes."""
     import torch
 
-    return blocks[:, 2:].contiguous().view(torch.int8)[:, None], half(blocks, 0)[:, None], None
+    return blocks[:, 2:].contiguous().view(torch.int8)[:, None], read_half(blocks, 0)[:, None], None
 
 
 def _unpack_q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unpack Q2_K: 16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 of 2-bit codes, d and dmin."""
-    scales, d, dmin = blocks[:, :16], half(blocks, 80), half(blocks, 82)
+    scales, d, dmin = blocks[:, :16], read_half(blocks, 80), read_half(blocks, 82)
     codes = _unpack_fields(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
     return codes, (d * (scales & 15).float())[:, :, None], (dmin * (scales >> 4).float())[:, :, None]
 
@@ -544,7 +545,7 @@ def _unpack_q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None
     scales = ((packed[:, None, :8] >> shifts) & 15).reshape(-1, 16).int()
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
     scales |= ((packed[:, None, 8:] >> shifts) & 3).reshape(-1, 16).int() << 4
-    return low - (high << 2), (half(blocks, 108) * (scales - 32).float())[:, :, None], None
+    return low - (high << 2), (read_half(blocks, 108) * (scales - 32).float())[:, :, None], None
 
 
 def _unpack_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -560,7 +561,7 @@ def _unpack_q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     """Unpack Q4_K: d, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
     codes = _unpack_fields(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
-    return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
+    return codes, (read_half(blocks, 0) * scales)[:, :, None], (read_half(blocks, 2) * minima)[:, :, None]
 
 
 def _unpack_q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -568,7 +569,7 @@ def _unpack_q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
     high = _unpack_fields(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
     codes = _unpack_fields(blocks[:, 48:], 4, 2, 32).reshape(-1, 8, 32) | high << 4
-    return codes, (half(blocks, 0) * scales)[:, :, None], (half(blocks, 2) * minima)[:, :, None]
+    return codes, (read_half(blocks, 0) * scales)[:, :, None], (read_half(blocks, 2) * minima)[:, :, None]
 
 
 def _unpack_q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -579,12 +580,12 @@ def _unpack_q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None
     high = _unpack_fields(blocks[:, 128:192], 2, 4, 32).reshape(-1, 8, 32)
     scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
     codes = ((low | high << 4) - 32).reshape(-1, 16, 16)
-    return codes, (half(blocks, 208) * scales)[:, :, None], None
+    return codes, (read_half(blocks, 208) * scales)[:, :, None], None
 
 
 def _unpack_iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unpack IQ4_NL, d and 16 bytes of codes in a table, low halves first; return codes, and d of the block."""
-    return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), half(blocks, 0)[:, None]
+    return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), read_half(blocks, 0)[:, None]
 
 
 def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -592,7 +593,7 @@ def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
     low = _unpack_fields(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
     codes = _unpack_fields(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)
-    return codes, (half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
+    return codes, (read_half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
 
 
 def _decode_table(

@@ -163,7 +163,7 @@ ARCHITECTURES = {
 }
 
 
-def of_config(config: Mapping[str, Any]) -> Names | None:
+def find_names(config: Mapping[str, Any]) -> Names | None:
     """Return the names of the model that a ``config.json`` describes; None if they are not known."""
     text_config = config.get("text_config")
     model_types = [
@@ -365,7 +365,7 @@ def open_model(path: Path) -> list[GgufModel]:
     return models
 
 
-def notes_of(models: list[GgufModel]) -> tuple[str, ...]:
+def collect_notes(models: list[GgufModel]) -> tuple[str, ...]:
     """Return the notes on a model, and how many tensors of which quantized type it holds."""
     counts = Counter(info.stored for model in models for info in model.tensors.values() if info.stored)
     types = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
@@ -373,7 +373,7 @@ def notes_of(models: list[GgufModel]) -> tuple[str, ...]:
     return (*notes, f"quantized weights are dequantized while they are read: {types}") if counts else notes
 
 
-def config_of(models: list[GgufModel]) -> dict[str, Any]:
+def derive_config(models: list[GgufModel]) -> dict[str, Any]:
     """Return the ``config.json`` that corresponds to the model: heads, type, and whether the embeddings are tied."""
     fields = models[0].fields
     architecture = str(fields.get("general.architecture"))
@@ -388,7 +388,7 @@ def config_of(models: list[GgufModel]) -> dict[str, Any]:
     return config
 
 
-def single_model(folder: Path) -> tuple[Path | None, int]:
+def find_single_model(folder: Path) -> tuple[Path | None, int]:
     """Return the first file of the only GGUF model in a folder, None unless there is one, and the number of models."""
     files = sorted(folder.glob("*.gguf"))
     first = [file for file in files if (match := PART.fullmatch(file.name)) is None or int(match["number"]) == 1]

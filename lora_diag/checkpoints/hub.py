@@ -150,7 +150,7 @@ def _make_hub_finder(hub_id: HubId) -> Get:
     try:
         info = HfApi().model_info(hub_id.repo, revision=hub_id.revision)
     except Exception as error:  # many types, from two HTTP libraries
-        raise unreachable(hub_id, error) from error
+        raise make_hub_error(hub_id, error) from error
     files = {sibling.rfilename for sibling in info.siblings or ()}
 
     def get(name: str) -> Path | None:
@@ -160,7 +160,7 @@ def _make_hub_finder(hub_id: HubId) -> Get:
             # At the listed commit, so that all files belong together.
             return Path(hf_hub_download(hub_id.repo, _join_inside(hub_id, name), revision=info.sha or hub_id.revision))
         except Exception as error:
-            raise unreachable(hub_id, error) from error
+            raise make_hub_error(hub_id, error) from error
 
     return get
 
@@ -169,8 +169,8 @@ def _join_inside(hub_id: HubId, name: str) -> str:
     return f"{hub_id.subfolder}/{name}" if hub_id.subfolder else name
 
 
-def unreachable(hub_id: HubId, error: Exception, address: str = "") -> InputError:
-    """Return the error for a failure of the Hub; ``address`` is the ``hf://`` address, empty for a bare id."""
+def make_hub_error(hub_id: HubId, error: Exception, address: str = "") -> InputError:
+    """Return the error for a failed request to the Hub; ``address`` is its ``hf://`` address, empty for a bare id."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     match error:
@@ -287,7 +287,7 @@ def open_hub(location: str, root: str) -> HubStore:
     try:
         info = HfApi().model_info(match[1], revision=match[2])
     except Exception as error:  # many types, from two HTTP libraries
-        raise unreachable(HubId(match[1], "", match[2]), error, root) from error
+        raise make_hub_error(HubId(match[1], "", match[2]), error, root) from error
     commit = info.sha or match[2] or "main"
     repository = f"hf://{match[1]}" + (f"@{match[2]}" if match[2] else "")
     endpoint = f"{constants.ENDPOINT}/{match[1]}/resolve/{quote(commit, safe='')}"

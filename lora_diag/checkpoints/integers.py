@@ -78,7 +78,7 @@ class Layout:
     Args:
         source: The checkpoint as stored.
         module: The weight's name without ``.weight``.
-        columns: in.
+        columns: Columns of the weight, its inputs.
         bits: Bits per code.
         group: Columns that share a scale, where there is no ``order``.
         groups: Scales per row.
@@ -279,7 +279,7 @@ def _list_weight_schemes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [scheme for group in _list_config_groups(config) if isinstance(scheme := group.get("weights"), dict)]
 
 
-def refuse_other_zeros(source: Checkpoint, weights: Iterable[TensorInfo], config: Mapping[str, Any]) -> None:
+def refuse_contradicting_zeros(source: Checkpoint, weights: Iterable[TensorInfo], config: Mapping[str, Any]) -> None:
     """Refuse weights of integers whose zero points contradict the configuration of compressed-tensors.
 
     Without ``weight_zero_point``, the codes of an asymmetric weight would be read around the middle.
@@ -411,7 +411,9 @@ def _find_zero_point_offset(source: Checkpoint, is_awq: bool, config: Mapping[st
     return GPTQ_FORMATS[kind]
 
 
-def find_ambiguous_zeros(source: Checkpoint, weights: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+def describe_ambiguous_zeros(
+    source: Checkpoint, weights: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[str, ...]:
     """Return a note if zero points of 0 occur in a file of format ``gptq``, which libraries read differently.
 
     Args:

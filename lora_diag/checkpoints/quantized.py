@@ -137,8 +137,8 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
         InputError: A tensor of a quantized weight is missing, has the wrong size or contradicts the configuration.
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
-    refuse_unfound(source, config, {weight.info.stored for weight in weights.values()})
-    integers.refuse_other_zeros(source, (weight.info for weight in weights.values()), config)
+    refuse_missing_packed(source, config, {weight.info.stored for weight in weights.values()})
+    integers.refuse_contradicting_zeros(source, (weight.info for weight in weights.values()), config)
     if not weights:
         return source.files, ()
     hidden = frozenset(part for weight in weights.values() for part in weight.parts)
@@ -150,11 +150,11 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
     counts = Counter(weight.info.stored for weight in weights.values())
     formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
     note = f"quantized weights are dequantized while they are read: {formats}"
-    notes = (note, *integers.find_ambiguous_zeros(source, weights, config))
+    notes = (note, *integers.describe_ambiguous_zeros(source, weights, config))
     return tuple(Dequantized(file, by_place, hidden) for file in source.files), notes
 
 
-def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def find_quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``quantization_config`` under any of its historical names; empty if there is none."""
     for key in ("quantization_config", "compression_config", "quantization"):
         if isinstance(value := config.get(key), dict):
@@ -183,7 +183,7 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
         raise damaged(source.path, problem, f"{NOT_FLOATS_ADVICE}; {FLOATS_ADVICE}")
 
 
-def refuse_unfound(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
+def refuse_missing_packed(source: Checkpoint, config: Mapping[str, Any], stored: Collection[str | None]) -> None:
     """Refuse a checkpoint that is packed according to its configuration but has no packed tensor.
 
     Args:

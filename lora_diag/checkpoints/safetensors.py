@@ -86,7 +86,7 @@ class SafetensorsFile:
             raise damaged(path, "__metadata__ in the safetensors header must map strings to strings")
         self.metadata: Mapping[str, str] = metadata
         self.tensors: Mapping[str, TensorInfo]
-        self.tensors, spans = _check_tensors(header, data_bytes, path)
+        self.tensors, spans = _parse_tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._content = FileBytes(path)
@@ -175,14 +175,14 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _check_tensors(
+def _parse_tensors(
     header: dict[str, Any], data_bytes: int, path: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     """Return description and span of every tensor, after checking that the spans cover the data exactly once."""
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
-        tensors[name], spans[name] = _check_tensor(name, entry, path)
+        tensors[name], spans[name] = _parse_tensor(name, entry, path)
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != end:
@@ -194,7 +194,7 @@ def _check_tensors(
     return tensors, spans
 
 
-def _check_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+def _parse_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
     """Return description and span of a tensor, after checking its entry in the header."""
 
     def is_size(value: Any) -> bool:
@@ -243,7 +243,7 @@ def write_safetensors(
     with replacing(path, kind, overwrite) as file:
         file.write(_make_header([(name, tensors[name]) for name in order], metadata))
         for name in order:
-            file.write(content(name, tensors[name], read(name)))
+            file.write(encode_tensor(name, tensors[name], read(name)))
 
 
 def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> bytes:
@@ -259,7 +259,7 @@ def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, s
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def content(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
+def encode_tensor(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order.
 
     Raises:

@@ -138,7 +138,7 @@ def filesystem(scheme: str, **options: Any) -> Any:
     return _FILE_SYSTEMS[key]
 
 
-def first_line_of(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     """Return the first line of a library's error, at most 300 characters, without the secret parts of addresses."""
     lines = str(error).splitlines()
     return hide_secrets(lines[0])[:300] if lines else type(error).__name__
@@ -224,15 +224,15 @@ class BucketStore(Store):
             raise
         except PermissionError as error:
             raise InputError(
-                f"{address}: access is denied: {first_line_of(error)}{self._describe_requirements()}"
+                f"{address}: access is denied: {get_first_line(error)}{self._describe_requirements()}"
             ) from error
         except Exception as error:  # from fsspec, aiohttp and two cloud libraries
             if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
                 public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
-                raise InputError(f"{address}: no credentials: {first_line_of(error)}{public}") from error
+                raise InputError(f"{address}: no credentials: {get_first_line(error)}{public}") from error
             if isinstance(error, OSError) or any(kind.__name__ in BROKEN for kind in type(error).__mro__):
-                raise TransientError(first_line_of(error)) from error
-            raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
+                raise TransientError(get_first_line(error)) from error
+            raise InputError(f"{address}: cannot be read: {get_first_line(error)}") from error
 
     def _describe_requirements(self) -> str:
         return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
@@ -259,11 +259,11 @@ class BucketStore(Store):
                 raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
             if status in {401, 403}:
                 raise InputError(
-                    f"{address}: access is denied: {first_line_of(error)}{self._describe_requirements()}"
+                    f"{address}: access is denied: {get_first_line(error)}{self._describe_requirements()}"
                 ) from error
             if status in TRANSIENT:
                 raise TransientError(f"the store answers {status}") from error
-            raise InputError(f"{address}: cannot be read: {first_line_of(error)}") from error
+            raise InputError(f"{address}: cannot be read: {get_first_line(error)}") from error
         async with response["Body"] as body:
             if (
                 response.get("ContentLength") != stop - start
@@ -351,9 +351,9 @@ class HttpStore(Store):
         try:
             return sync(self._fs.loop, coroutine, *args)
         except (aiohttp.ClientSSLError, aiohttp.InvalidURL, ValueError) as error:
-            raise InputError(f"{args[0]}: cannot be read: {first_line_of(error)}") from error
+            raise InputError(f"{args[0]}: cannot be read: {get_first_line(error)}") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise TransientError(first_line_of(error)) from error
+            raise TransientError(get_first_line(error)) from error
 
     def _open(self) -> None:
         if self._fs is None:
@@ -441,7 +441,7 @@ class HttpStore(Store):
                     buffer[done : done + len(piece)] = piece
                     done += count(len(piece))
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise TransientError(first_line_of(error), done) from error
+                raise TransientError(get_first_line(error), done) from error
         if done < len(buffer):
             raise TransientError("the answer was cut short", done)
 

@@ -219,6 +219,7 @@ class ZeroFolder(PartsFolder):
         return groups
 
     def _check_shapes(self, shapes: Mapping[Any, Any]) -> Shapes:
+        """Return the shapes by name, after checking that names are text and shapes tuples of sizes."""
         for name, shape in shapes.items():
             if not isinstance(name, str) or not isinstance(shape, tuple) or not are_sizes(shape):
                 raise damaged(self.path, f"param_shapes gives {describe(name)} an invalid shape", self._fix)

@@ -52,9 +52,3 @@ def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
         assert low <= (READING.total()[0] - 8 * (300 + 50)) / (4 * 300 * 50) <= high
     assert result[0] == result[1]
     assert result[0].status == "other"
-
-
-def test_verbose_reports_reading(loradiag):
-    words = ("spectrum", SAMPLE / "base", SAMPLE / "full_ft")
-    assert loradiag(*words, "-v").err.endswith("from 4 local files, 1.00 times their size\n")
-    assert "Read" not in loradiag(*words, brief=True).err + loradiag(*words, "-v", "-q").err

@@ -86,22 +86,6 @@ def test_list_of_commands_has_one_line_each(loradiag):
     assert all(len(command.help.splitlines()[0]) <= 60 for command in COMMANDS.values())
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["spectrum", "--rnak", "4"],
-        ["spectrum", "a", "--ranks"],
-        ["nope"],
-        ["allocate", "r.jsonl", "--strategy", "best"],
-    ],
-)
-def test_usage_errors_have_style_of_all_errors(loradiag, words):
-    ran = loradiag(*words)
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("Error: ")
-    assert ran.err.count("\n") == 1
-
-
 def below_the_table(text):
     return text.rstrip("\n").split("\n\n")[-1].splitlines()
 

@@ -140,8 +140,9 @@ def test_gate_init_writes_passing_policy(loradiag, results, tmp_path):
     printed = loradiag("gate", "init", "r.jsonl").out
     assert printed.replace("policy.toml", "p.toml") == (tmp_path / "p.toml").read_text()
     content = (tmp_path / "p.toml").read_bytes()
-    assert loradiag("gate", "init", "r.jsonl", "-o", "p.toml").code == 2
-    assert (tmp_path / "p.toml").read_bytes() == content
+    refused = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
+    assert (refused.code, "--overwrite" in refused.err, (tmp_path / "p.toml").read_bytes()) == (2, True, content)
+    assert loradiag("gate", "init", "r.jsonl", "-o", "p.toml", "-q", "--overwrite").code == 0
 
 
 def test_gate_measures_like_existing_file(loradiag, tmp_path):

@@ -17,7 +17,6 @@ ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
 def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
     ran = loradiag("interference", R4, R16, "-o", "i.jsonl", "--spectrum", "u.jsonl")
     assert ran.code == 0, ran.err
-    assert max(map(len, ran.out.splitlines())) <= 80
     records = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
     pairs = [record for record in records if record["record"] == "interference"]
     unions = [record for record in records if record["record"] == "union"]
@@ -33,8 +32,6 @@ def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
     lost = sum((r["recompressed"]["8"] * r["fro"]) ** 2 for r in unions) / energy
     assert f"{lost:.0%} at r = 8" in text
     assert "loradiag allocate u.jsonl" in text
-    shown = loradiag("inspect", "i.jsonl").out
-    assert shown == ran.out[: ran.out.index("\nNext ")] + "\n"
 
 
 def test_allocate_accepts_spectrum_of_sum(loradiag, tmp_path):
@@ -58,57 +55,6 @@ def test_mixed_updates_require_base_first(loradiag):
     wrong = loradiag("interference", R4, BASE, TUNED)
     assert wrong.code == 2
     assert_names(wrong.err, "BASE", "first")
-
-
-def test_interrupted_run_is_resumed(loradiag, tmp_path):
-    words = "interference", BASE, R4, R16, TUNED, *ONE, "-o", "i.jsonl"
-    whole = loradiag(*words)
-    assert whole.code == 0
-    text = (tmp_path / "i.jsonl").read_text()
-    lines = text.splitlines(keepends=True)
-    for cut in (3, 6):
-        (tmp_path / "i.jsonl").write_text("".join(lines[:cut]))
-        repeated = loradiag(*words, "--resume")
-        assert repeated.code == 0, repeated.err
-        assert (tmp_path / "i.jsonl").read_text() == text
-
-
-def test_gate_judges_interference(loradiag, tmp_path):
-    assert loradiag("interference", R4, R16, "-q", "-o", "i.jsonl").code == 0
-    for rule, code in (
-        ("cosine >= 0", 0),
-        ("cosine >= 0.9", 1),
-        ("relation != cancel", 0),
-        ("merges.ties_dense.residual <= 0.9", 0),
-        ("recompressed.8 <= 0.1", 1),
-        ("union.spectrum.rank_at.0.9 <= 64", 0),
-        ("columns.8.overlap <= 0.9", 0),
-    ):
-        (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
-        ran = loradiag("gate", "p.toml", "i.jsonl")
-        assert ran.code == code, rule + ran.out + ran.err
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        ((R4,), 2, "at least two updates"),
-        ((R4, R4), 2, "given twice"),
-        ((BASE, TUNED), 2, "at least two updates"),
-        ((R4, R16, "--weights", "1"), 2, "1 weights for 2"),
-        ((R4, R16, "--weights", "1,x"), 2, "--weights"),
-        ((R4, R16, "--density", "2"), 2, "--density"),
-        ((R4, R16, "--resume"), 2, "-o"),
-        ((R4, R16, "--spectrum", "no/u.jsonl"), 3, "no folder"),
-        ((R4, "nowhere"), 3, "nowhere"),
-    ],
-)
-def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):
-    ran = loradiag("interference", *words)
-    assert ran.code == code, ran.err
-    assert message in ran.err
-    assert len(ran.err.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_spectrum_file_never_overwrites_something_else(loradiag, tmp_path):

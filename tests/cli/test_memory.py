@@ -118,12 +118,6 @@ def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
     assert left["fro"] == pytest.approx(np.linalg.norm(delta), rel=1e-6)
 
 
-def test_invalid_size_is_a_usage_error(loradiag):
-    ran = loradiag("spectrum", "sample_checkpoints/base", "sample_checkpoints/full_ft", "--memory", "8", cwd=ROOT)
-    assert ran.code == 2
-    assert_names(ran.err, "--memory 8", "2GB")
-
-
 @pytest.mark.parametrize(
     ("memory", "workers", "text"),
     [

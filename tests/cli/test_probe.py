@@ -1,12 +1,10 @@
 """``loradiag probe`` as a user runs it, on models of a few thousand weights."""
 
-import ast
 import hashlib
 
 import pytest
 
 from lora_diag.catalog import read_results
-from tests.conftest import ROOT
 from tests.messages import assert_names
 from tests.probes.making import gpt2, moved, some_text
 
@@ -37,15 +35,6 @@ def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_
         assert word in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
-
-
-def test_every_probe_passes_verify_to_fingerprint():
-    for file in (ROOT / "lora_diag" / "api").glob("probe_*.py"):
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-        opening = [call for call in calls if getattr(call.func, "id", "") in {"compare", "describe"}]
-        assert opening or file.stem == "probe_activations", file
-        for call in opening:
-            assert "verify" in {word.arg for word in call.keywords}, (file.name, call.lineno)
 
 
 @pytest.mark.parametrize(

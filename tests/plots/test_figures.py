@@ -257,11 +257,6 @@ def test_panel_draws_on_given_axes(name):
     assert {key: mpl.rcParams[key] for key in keys} == before
 
 
-def test_unknown_panel_names_the_known_ones():
-    with raises_naming(UsageError, "nowhere", "held_out", "other"):
-        plots.sweep(making.example("sweep"), name="nowhere")
-
-
 @pytest.mark.parametrize("kind", plots.FORMATS)
 def test_same_records_give_same_bytes(kind):
     made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]

@@ -19,20 +19,6 @@ def results(pair_of_models):
     return lora_diag.spectrum(base, tuned)
 
 
-@pytest.mark.parametrize("per", ["type", "layer"])
-@pytest.mark.parametrize("width", [60, 80, 140, 250])
-def test_tables_fit_terminal(results, width, per):
-    text = spectrum_table(results, width, per=per)
-    assert max(map(len, text.splitlines())) <= width
-    assert "…" not in text.splitlines()[1] or width < 80
-    assert "up_proj" in text
-
-
-def test_table_of_file_equals_live_table(results, tmp_path):
-    results.write(tmp_path / "r.jsonl")
-    assert spectrum_table(lora_diag.read_results(tmp_path / "r.jsonl")) == spectrum_table(results)
-
-
 def test_layer_row_equals_record(results):
     text = spectrum_table(results, 200, per="layer")
     for record in results:

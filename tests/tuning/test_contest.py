@@ -10,12 +10,10 @@ from lora_diag.tuning.trials import (
     Curves,
     Measured,
     Variant,
-    between,
     change_variant,
     choose_rank,
     contest,
     count_diverged,
-    escalation_reason,
     find_shortest_names,
     gap_of,
     stability_trials,
@@ -109,13 +107,6 @@ def test_diverged_runs_are_counted_at_one_rank(lr, expected):
     for rank, losses in ((2, (1.0, None)), (8, (None, None))):
         records += [Probe(**fields, rank=rank, lr=1e-2, seed=seed, loss=loss) for seed, loss in enumerate(losses)]
     assert count_diverged(records, 2, lr) == expected
-
-
-def test_larger_ranks_are_tried_after_largest_rank_wins():
-    assert escalation_reason(16, [1, 4, 16], 0.99)
-    assert escalation_reason(4, [1, 4, 16], 0.5)
-    assert not escalation_reason(4, [1, 4, 16], 0.95)
-    assert [between(chosen, [1, 4, 16, 64]) for chosen in (64, 16, 4, 1)] == [32, 8, 2, None]
 
 
 def test_frontier_has_undominated_sizes():

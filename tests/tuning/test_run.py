@@ -364,17 +364,6 @@ def test_challenger_wins_only_beyond_tolerance(monkeypatch, gap, goes_on):
     assert outcomes["marginal"] == "rejected"
 
 
-@pytest.mark.parametrize(("matrices", "verdict"), [(2, "no gain"), (1, "fast saturation")])
-def test_ranks_are_not_redistributed_without_reason(monkeypatch, matrices, verdict):
-    outcomes = []
-    tuner, incumbent = object.__new__(Tuner), Variant("uniform-r2", {}, 1e-3, 9)
-    tuner.plan, tuner.target = SimpleNamespace(redistribute=True), SimpleNamespace(shapes=range(matrices))
-    tuner.swept = SimpleNamespace(verdict=SimpleNamespace(outcome=verdict))
-    monkeypatch.setattr(Tuner, "decide", lambda self, stage, name, outcome, why: outcomes.append(outcome))
-    assert tuner._redistribute(incumbent) is incumbent
-    assert outcomes == ["not needed"]
-
-
 SEARCH = """
 import json, sys
 from pathlib import Path

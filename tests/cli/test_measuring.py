@@ -1,0 +1,92 @@
+"""What all commands that measure samples have in common: table, records, resume, a gate, and errors."""
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
+ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
+
+# Arguments of a command, and rules on its records with the exit code of a gate; layers left out are inconclusive.
+COMMANDS = {
+    "spectrum": ((BASE, TUNED, *ONE), {"relative <= 1": 5, "relative <= 1e-9": 1}),
+    "residual": ((BASE, TUNED, R4, *ONE), {"epsilon <= 9": 5, "epsilon <= 1e-9": 1}),
+    "intruders": ((BASE, R4), {"intruders <= 10": 0, "intruders <= 2": 1, "median intruders.share <= 0.9": 0}),
+    "fleet": ((R4, R16), {"dead <= 0": 0, "used <= 0.5": 1}),
+    "interference": (
+        (R4, R16),
+        {
+            "cosine >= 0": 0,
+            "cosine >= 0.9": 1,
+            "relation != cancel": 0,
+            "merges.ties_dense.residual <= 0.9": 0,
+            "recompressed.8 <= 0.1": 1,
+            "union.spectrum.rank_at.0.9 <= 64": 0,
+            "columns.8.overlap <= 0.9": 0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_table_records_and_gate_agree(loradiag, tmp_path, command):
+    words, rules = COMMANDS[command]
+    ran = loradiag(command, *words, "-o", "r.jsonl")
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert loradiag("inspect", "r.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
+    assert loradiag("inspect", "r.jsonl", "--per", "layer").code == 0
+    assert loradiag(command, *words, "--json").out == (tmp_path / "r.jsonl").read_text()
+    for rule, code in rules.items():
+        (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
+        judged = loradiag("gate", "p.toml", "r.jsonl")
+        assert judged.code == code, rule + judged.out + judged.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted_run_is_resumed(loradiag, tmp_path, command):
+    words = (command, *COMMANDS[command][0], "-o", "r.jsonl", "-q")
+    assert loradiag(*words).code == 0
+    text = (tmp_path / "r.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    for kept in {2, len(lines) - 2}:
+        (tmp_path / "r.jsonl").write_text("".join(lines[:kept]) + lines[kept][:9])
+        assert loradiag(*words, "--resume").code == 0
+        assert (tmp_path / "r.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("interference", R4), 2, "at least two updates"),
+        (("interference", R4, R4), 2, "given twice"),
+        (("interference", BASE, TUNED), 2, "at least two updates"),
+        (("interference", R4, R16, "--weights", "1"), 2, "1 weights for 2"),
+        (("interference", R4, R16, "--weights", "1,x"), 2, "--weights"),
+        (("interference", R4, R16, "--density", "2"), 2, "--density"),
+        (("interference", R4, R16, "--resume"), 2, "-o"),
+        (("interference", R4, R16, "--spectrum", "no/u.jsonl"), 3, "no folder"),
+        (("interference", R4, "nowhere"), 3, "nowhere"),
+        (("intruders", BASE, TUNED, "--epsilon", "1"), 2, "--epsilon"),
+        (("intruders", BASE, TUNED, "--window", "-1"), 2, "--window"),
+        (("intruders", BASE, TUNED, "--top", "0"), 2, "--top"),
+        (("intruders", BASE, TUNED, "--resume"), 2, "-o"),
+        (("intruders", R4, BASE), 2, "give BASE first"),
+        (("intruders", BASE, "nowhere"), 3, "nowhere"),
+        (("residual", BASE, TUNED), 2, "at least one ADAPTER"),
+        (("residual", BASE, TUNED, TUNED), 2, "TUNED itself"),
+        (("residual", BASE, TUNED, R4, "--layers", "("), 2, "not a valid regular expression"),
+        (("residual", BASE, TUNED, R4, "--layers", "lm_head"), 4, "no weight of the adapter can be measured"),
+        (("residual", BASE, TUNED, R4, "--resume"), 2, "-o"),
+        (("residual", BASE, TUNED, "nowhere"), 3, "nowhere"),
+        (("residual", R4, TUNED, R16), 2, "give BASE first"),
+    ],
+)
+def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):
+    ran = loradiag(*words)
+    assert ran.code == code, ran.err
+    assert message in ran.err
+    assert len(ran.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from lora_diag.feature import RESULTS_ARGUMENT, Command, Feature, Figure, Hint, 
 _EXPORTS = {
     "FIGURES": ".run:FIGURES",
     "FORMATS": "lora_diag.rendering.figures.style:FORMATS",
-    "drawn": "lora_diag.rendering.figures.series:drawn",
+    "drawn": "lora_diag.rendering.figures.series:drawable_records",
     "encoded": "lora_diag.rendering.figures.style:encode_figure",
     "figure": ".run:figure",
     "figure_named": ".run:figure_named",

@@ -28,7 +28,7 @@ from lora_diag.rendering.figures.fields import (
     value_of,
 )
 from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series
 from lora_diag.rendering.figures.style import INK, QUIET, SHARES, UNKNOWN, PageStyle, crop_names, width_of, wrap_text
 
 # Ratio of the largest to the smallest value from which the colour scale is logarithmic.
@@ -163,7 +163,7 @@ def _select_series(series: Sequence[Series[Any]], options: Options) -> tuple[Ser
         of_kind = [item for item in layered if type(item.records[0]) is kind]
         values = (value_of(record, options.field or "") for item in of_kind for record in item.records)
         if options.field is None or any(value is not None for value in values):
-            return split(of_kind, options)
+            return split_series(of_kind, options)
     if options.field is None or not series:
         raise UndrawableError("no records", "records")
     fields = dict.fromkeys(name for item in series for name in numbers_of(item.records[:20]))

@@ -19,7 +19,7 @@ from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_
 from lora_diag.plots.options import PlotOptions
 from lora_diag.records import Results
 from lora_diag.rendering.figures.pages import MAX_PANELS, Page, freeze_layout, make_figure
-from lora_diag.rendering.figures.series import Options, UndrawableError, drawn, kind_of, series_of
+from lora_diag.rendering.figures.series import Options, UndrawableError, drawable_records, kind_of, series_of
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
     FORMATS,
@@ -243,7 +243,7 @@ def plot(
     runs = [
         _select_layers(source if isinstance(source, Results) else read_results(source), layers) for source in results
     ]
-    if not any(map(drawn, runs)):
+    if not any(map(drawable_records, runs)):
         raise NothingComparedError(f"no layer left to draw: {_explain_no_layer(runs, layers)}")
     figure_options: FigureOptions = {
         "labels": labels,

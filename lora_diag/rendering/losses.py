@@ -31,7 +31,7 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
 
 
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:
-    """Return the findings on one evaluation set.
+    """Return the statement of the findings on one evaluation set.
 
     Args:
         name: Name of the set.
@@ -55,8 +55,8 @@ def describe_diverged(records: Iterable[Any]) -> list[str]:
     return [f"{diverged} losses are not finite: those runs diverged"] if diverged else []
 
 
-def gap(record: Probe) -> str:
-    """Return the gap to TUNED and its standard error; empty for TUNED itself."""
+def format_gap(record: Probe) -> str:
+    """Return the gap to TUNED and its standard error as text; empty if the record has no gap, as for TUNED itself."""
     if record.to_tuned is None:
         return ""
     return f"{record.to_tuned:+.4f}" + ("" if record.gap_error is None else plus_minus(record.gap_error))
@@ -67,7 +67,7 @@ def gap_half(record: Probe) -> float | None:
     return paired_half(record.gap_error, record.sequences or len(record.nll) or None)
 
 
-def share(record: Probe) -> str:
+def format_kept(record: Probe) -> str:
     """Return the fraction of TUNED's change of the loss, as text; a dash if it is not known."""
     if record.kept is None:
         return "-"
@@ -76,7 +76,7 @@ def share(record: Probe) -> str:
     return ("-" if record.kept < 0 else "") + percent(abs(record.kept))
 
 
-def both_ends(base: Probe, tuned: Probe) -> str:
+def describe_losses(base: Probe, tuned: Probe) -> str:
     """Return the losses of BASE and of TUNED, with a warning if their difference is within its error."""
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
     if base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half:
@@ -84,10 +84,10 @@ def both_ends(base: Probe, tuned: Probe) -> str:
     return f"{ends}: the difference is not significant (±{half:.3f}), so fractions of it are not meaningful"
 
 
-def beyond_grid(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
+def describe_added_rates(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
     """State which learning rates were tried beyond the grid because the best was at its edge; no line if none was.
 
-    >>> beyond_grid([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
+    >>> describe_added_rates([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
     ['0.033 was also tried, because a best rate was at the edge of --lr']
     """
     further = sorted({rate for rate in tried if rate is not None} - set(grid)) if grid else []

@@ -20,7 +20,7 @@ from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, 
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.verdict import confident, reasons
 from lora_diag.records.probe import main_sets
-from lora_diag.rendering.losses import gap
+from lora_diag.rendering.losses import format_gap
 from lora_diag.rendering.text import list_names, percent, span
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source, energy_at
 from lora_diag.running.options import list_options, list_typed_options
@@ -158,7 +158,7 @@ def _find_worse_finetune(evidence: Evidence) -> Facts | None:
     if not bases or not all(map(is_tuned_worse, bases)):
         return None
     worst = min(bases, key=lambda record: record.gap or 0.0)
-    return {"set": worst.set, "gap": gap(worst)}
+    return {"set": worst.set, "gap": format_gap(worst)}
 
 
 def _find_equal_adapter(evidence: Evidence) -> Facts | None:
@@ -172,7 +172,7 @@ def _find_equal_adapter(evidence: Evidence) -> Facts | None:
 
 def _facts_of(contest: Contest) -> Facts:
     record = contest.worst
-    return {"set": record.set, "gap": gap(record), "kept": "-" if record.kept is None else f"{record.kept:.0%}"}
+    return {"set": record.set, "gap": format_gap(record), "kept": "-" if record.kept is None else f"{record.kept:.0%}"}
 
 
 def _find_swept_rank(evidence: Evidence) -> Facts | None:
@@ -343,7 +343,7 @@ def _find_unknown_loss(evidence: Evidence) -> Facts | None:
     """Find distances without a loss, or adapters whose loss is not known well enough."""
     unknown = tuple(contest.name for contest in evidence.contests if contest.outcome == "not known")
     if unknown:
-        state = "; ".join(f"{c.name} is {gap(c.worst)} nats from the full fine-tune" for c in evidence.contests)
+        state = "; ".join(f"{c.name} is {format_gap(c.worst)} nats from the full fine-tune" for c in evidence.contests)
         return {"why": f"{state}: too little text to decide.", "adapters": unknown, "eval": "MORE_TEXT", "next": "-2"}
     if any(evidence.losses("outputs", "truncation", "sweep")) or not (evidence.changed or evidence.adapters):
         return None

@@ -4,7 +4,7 @@ import pytest
 
 from lora_diag import plots
 from lora_diag.records import Run, RunInput
-from lora_diag.rendering.figures.series import Options, names_of, run_name, series_of, split
+from lora_diag.rendering.figures.series import Options, names_of, run_name, series_of, split_series
 from tests.plots import making
 
 
@@ -63,7 +63,7 @@ def test_adapters_of_several_runs_keep_own_names():
         )
 
     def labels(*runs):
-        return [one.label for one in split(series_of(runs), Options())]
+        return [one.label for one in split_series(series_of(runs), Options())]
 
     assert labels(results(["runs/r4", "runs/r16"]), results(["runs/svd"])) == ["r4", "r16", "svd"]
     assert labels(results(["a/lora", "b/lora"])) == ["a/lora", "b/lora"]

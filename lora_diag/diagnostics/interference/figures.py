@@ -21,7 +21,7 @@ from lora_diag.records import Agreement
 from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split_series
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, PageStyle, category
 from lora_diag.rendering.text import quantity
 
@@ -154,7 +154,7 @@ def angles(
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the angles of the column spaces and of the row spaces, one panel each, of the pairs that overlap most."""
-    pairs = split(series, options)
+    pairs = split_series(series, options)
     ranks = {int(rank) for item in pairs for record in item.records for rank in record.columns}
     rank = choose_rank(ranks, options)
     measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]

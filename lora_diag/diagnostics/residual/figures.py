@@ -15,7 +15,7 @@ from lora_diag.errors import UsageError
 from lora_diag.metrics import pooled
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
 from lora_diag.rendering.figures.panels import Slot, make_slots, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, FLOOR, INK, PageStyle
 from lora_diag.rendering.text import number
 
@@ -55,7 +55,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
     With a common scale, a distant adapter would flatten the others.
     """
-    adapters = split(series, options)
+    adapters = split_series(series, options)
     matrices = [_select_matrices(item.records) for item in adapters]
     records = [record for item in adapters for record in item.records]
     if not any(matrices):

@@ -14,7 +14,7 @@ from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
 from lora_diag.records.base import Shown, value_at
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import beyond_grid, caption_of, describe_diverged, on_set, probe_summary
+from lora_diag.rendering.losses import caption_of, describe_added_rates, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, grid_of
 from lora_diag.rendering.text import count, number, percent
@@ -291,7 +291,7 @@ def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], sett
     lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
     for subject, grid, option in _GRIDS:
         tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
-        lines += beyond_grid(tried, settings.get(grid), option)
+        lines += describe_added_rates(tried, settings.get(grid), option)
     if at_edge := [_name(line) for line in all_rows if line.edge]:
         lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):

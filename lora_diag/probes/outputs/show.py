@@ -15,7 +15,15 @@ from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import MAX_RUNS, Estimate, freedom, paired_difference, paired_half, runs_needed
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
-from lora_diag.rendering.losses import both_ends, caption_of, gap, gap_half, on_set, probe_summary, share
+from lora_diag.rendering.losses import (
+    caption_of,
+    describe_losses,
+    format_gap,
+    format_kept,
+    gap_half,
+    on_set,
+    probe_summary,
+)
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import plus_minus, safe, select_evenly, short, with_limits
@@ -284,7 +292,7 @@ def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[st
         return ["not measured yet"]
     adapters = [record for record in of_set if record.subject == "adapter"]
     return [
-        both_ends(ends["base"], ends["tuned"]),
+        describe_losses(ends["base"], ends["tuned"]),
         *_describe_adapters(ends["base"], adapters, labels),
         *(_describe_choice(choice, labels) for choice in choices(of_set)),
     ]
@@ -332,7 +340,7 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     kept_share = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = short_paths([best.name])
-    return f"{answers[outcome]}: {name} is {gap(record)} nats from it on {safe(record.set)}{kept_share}{others}"
+    return f"{answers[outcome]}: {name} is {format_gap(record)} nats from it on {safe(record.set)}{kept_share}{others}"
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:
@@ -360,9 +368,9 @@ def _compare_with_tuned(record: Probe) -> str:
     if record.gap is None or (half := gap_half(record)) is None:
         return "one sequence has no error"
     if abs(record.gap) <= half:
-        return f"no significant difference from TUNED ({gap(record)})"
-    kept_share = "" if record.kept is None else f", {share(record)} of TUNED's change"
-    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {gap(record)}{kept_share}"
+        return f"no significant difference from TUNED ({format_gap(record)})"
+    kept_share = "" if record.kept is None else f", {format_kept(record)} of TUNED's change"
+    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {format_gap(record)}{kept_share}"
 
 
 def _describe_distances(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import beyond_grid, describe_diverged, on_set, probe_summary
+from lora_diag.rendering.losses import describe_added_rates, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, columns_of
 from lora_diag.rendering.text import list_counts, short
@@ -262,7 +262,7 @@ def _format_rho(rho: float | None) -> str:
 def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> list[str]:
     counts, tried = Counter(gain.lr for gain in gains), {record.lr for record in records}
     lines = ["lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))]
-    lines += beyond_grid(tried, settings.get("rates"), "--lr")
+    lines += describe_added_rates(tried, settings.get("rates"), "--lr")
     edges = list_counts(
         (str(gain.edge) for gain in gains), {"-1": "at the lowest rate tried", "1": "at the highest rate tried"}
     )

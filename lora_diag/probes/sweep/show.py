@@ -22,7 +22,7 @@ from lora_diag.probes.sweep.verdict import (
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject, set_names
-from lora_diag.rendering.losses import beyond_grid, caption_of, describe_diverged, on_set, probe_summary
+from lora_diag.rendering.losses import caption_of, describe_added_rates, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, Rows, grid_of
 from lora_diag.rendering.text import number, short, with_limits
@@ -242,7 +242,7 @@ def _describe_rates(
     text = [f"lowest loss of the first seed: {', '.join(rates)}"]
     for option, grid, of_full in (("--lr", "rates", False), ("--full-lr", "full_rates", True)):
         tried = {record.lr for record in records if (record.subject == "full") == of_full}
-        text += beyond_grid(tried, settings.get(grid), option)
+        text += describe_added_rates(tried, settings.get(grid), option)
     if at_edge := [str(row.rank) for row in rows if row.edge]:
         text.append(f"at the edge of the rates tried for r={', '.join(at_edge)}; extend --lr")
     for subject, row in lines:

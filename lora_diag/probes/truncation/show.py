@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_diag.records import Probe, Results, Run
 from lora_diag.records.probe import Subject, set_names
-from lora_diag.rendering.losses import both_ends, gap, gap_half, on_set, probe_summary, share
+from lora_diag.rendering.losses import describe_losses, format_gap, format_kept, gap_half, on_set, probe_summary
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import Column, Grid, columns_of
 from lora_diag.rendering.text import format_shown, fraction, short
@@ -70,7 +70,7 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
     lines = _describe_ranks(ranks, tuned.nats < base.nats) if ranks else []
     lines += [_describe_costliest(alone)] if alone else []
-    return on_set(name, both_ends(base, tuned), *lines, shifted=shifted, answer=lines[0] if lines else "")
+    return on_set(name, describe_losses(base, tuned), *lines, shifted=shifted, answer=lines[0] if lines else "")
 
 
 def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:
@@ -80,17 +80,17 @@ def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:
     sufficient = next((r for r in by_rank if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None)
     equal = next((r for r in by_rank if r.gap is not None and (half := gap_half(r)) and abs(r.gap) <= half), None)
     lines = [
-        f"r={sufficient.rank} keeps {share(sufficient)} of the {word}, and C({sufficient.rank}) = "
+        f"r={sufficient.rank} keeps {format_kept(sufficient)} of the {word}, and C({sufficient.rank}) = "
         f"{format_shown(sufficient.energy, fraction)}"
         if sufficient
-        else f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {share(last)}, C = "
+        else f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {format_kept(last)}, C = "
         f"{format_shown(last.energy, fraction)}",
         f"the gap to TUNED is first not significant at r={equal.rank}"
         if equal
         else f"the gap to TUNED is significant at every rank, up to r={last.rank}",
     ]
     if by_rank[0].rank == 0:
-        lines.append(f"r=0, only what is not truncated, {'gives' if is_gain else 'brings'} {share(by_rank[0])}")
+        lines.append(f"r=0, only what is not truncated, {'gives' if is_gain else 'brings'} {format_kept(by_rank[0])}")
     return lines
 
 
@@ -98,7 +98,7 @@ def _describe_costliest(alone: Sequence[Probe]) -> str:
     """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
     costliest = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
-    named = ", ".join(f"{short(r.layer or r.module_type or '')} {gap(r)}" for r in costliest)
+    named = ", ".join(f"{short(r.layer or r.module_type or '')} {format_gap(r)}" for r in costliest)
     return f"truncated alone to r={smallest}, the loss rises most for {named}"
 
 

@@ -157,7 +157,7 @@ class Options:
 def series_of(
     results: Sequence[Results[Any]], labels: Sequence[str] = (), files: Sequence[str] = ()
 ) -> tuple[Series[Any], ...]:
-    """Return one series per results file and kind of record.
+    """Return one series per results file and kind of record; one without records for a file that has none.
 
     Args:
         results: The results to compare.
@@ -170,11 +170,13 @@ def series_of(
     if len({*metrics} - {""}) > 1:
         metric = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
         names = [f"{name}{suffix}" for name, suffix in zip(names, metric, strict=True)]
-    return tuple(
-        Series(name, tuple(record for record in drawn(item) if kind_of(record) == kind), item.whole, item.run)
-        for name, item in zip(names, results, strict=True)
-        for kind in dict.fromkeys(map(kind_of, drawn(item))) or [None]
-    )
+    series = []
+    for name, item in zip(names, results, strict=True):
+        by_kind: dict[str, list[Any]] = {}
+        for record in drawable_records(item):
+            by_kind.setdefault(kind_of(record), []).append(record)
+        series += [Series(name, tuple(records), item.whole, item.run) for records in by_kind.values() or [()]]
+    return tuple(series)
 
 
 def single_series(results: Results[Any] | Iterable[Any], kind: str) -> Series[Any]:
@@ -184,12 +186,12 @@ def single_series(results: Results[Any] | Iterable[Any], kind: str) -> Series[An
         results: Results of a run, or its records.
         kind: The kind, as in ``kind_of``; empty for all.
     """
-    records = drawn(results) if isinstance(results, Results) else tuple(results)
+    records = drawable_records(results) if isinstance(results, Results) else tuple(results)
     of_kind = tuple(record for record in records if kind in {"", kind_of(record)})
     return Series("", of_kind, records, results.run if isinstance(results, Results) else None)
 
 
-def drawn(results: Results[Any]) -> tuple[Any, ...]:
+def drawable_records(results: Results[Any]) -> tuple[Any, ...]:
     """Return the records that figures may draw: of layers and of the whole run."""
     return (*results.layers, *results.whole)
 
@@ -199,7 +201,7 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
     return record.probe if isinstance(record, Probe) else record.record
 
 
-def split(series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
+def split_series(series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
     """Split series whose kind of records has several per layer, labelled as the kind declares (``part_label``).
 
     Of several ranks, one is drawn; of more than four other numbers, such as steps, the first, the middle and the last.

@@ -111,11 +111,11 @@ class Shown:
 
     def print(self, text: str) -> None:
         """Print a result to standard output."""
-        out.result(text)
+        out.print_result(text)
 
     def print_line(self, json: str) -> None:
         """Print a line of JSON to standard output."""
-        out.line(json)
+        out.print_json(json)
 
     def confirm(self, question: str) -> bool:
         """Ask on standard error; Enter means yes."""
@@ -202,7 +202,7 @@ def _measure_and_show(
     if shown.json and "on_record" not in option_names:
         models = result if isinstance(result, list) else [result]
         for text in lines_of(result.records()) if is_results else (model.model_dump_json() for model in models):
-            out.line(text)
+            out.print_json(text)
     if shown.table:
         per = shown.per if "per" in command.shows else values.get("per")
         values = {**values, "per": "layer" if per == "layer" else "type"}
@@ -212,7 +212,7 @@ def _measure_and_show(
         else:
             values["next_command"] = hint
             text = catalog.draw_table(feature.load(command.table), result, *out.terminal(), values)
-        out.result(text)
+        out.print_result(text)
     if not is_results:
         return DONE
     unmeasured = [item for item in result.left_out if item.reason in UNMEASURED]

@@ -35,7 +35,7 @@ class BrokenOutputError(Exception):
 
 
 def message(text: str) -> None:
-    """Print a message to standard error; ignore a closed one.
+    """Print a message to standard error; nothing if that is closed.
 
     A message is a single line in a log; on a terminal it is wrapped between words, so that paths can be copied.
     """
@@ -57,7 +57,7 @@ def _terminal_columns(stream: TextIO) -> int:
 
 
 def public(text: str) -> str:
-    """Return text that is safe to print: addresses without passwords and signatures.
+    """Return text in which addresses have no passwords and signatures.
 
     Messages only: a layout that cuts an address into lines hides it from this function. Texts for tables are made from
     ``Address``, whose text has no secrets.
@@ -85,8 +85,8 @@ def _public_word(word: str) -> str:
     return f"{option}{equals}{hide_secrets(value)}"
 
 
-def result(text: str) -> None:
-    """Print a result to standard output in any terminal encoding.
+def print_result(text: str) -> None:
+    """Print a result to standard output, in its encoding and without the secrets of addresses.
 
     Raises:
         BrokenOutputError: The reader closed the pipe.
@@ -104,18 +104,18 @@ def result(text: str) -> None:
         raise InputError(f"standard output: cannot be written: {error.strerror}") from error
 
 
-def line(json: str) -> None:
-    """Print a line of JSON; characters outside the encoding of standard output are escaped."""
+def print_json(line: str) -> None:
+    """Print a line of JSON, in ASCII unless the encoding of standard output is UTF-8."""
     if (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8":
-        json = re.sub(r"[^\x00-\x7f]", lambda match: dumps(match[0])[1:-1], json)
-    result(json)
+        line = re.sub(r"[^\x00-\x7f]", lambda match: dumps(match[0])[1:-1], line)
+    print_result(line)
 
 
 def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
     """Return a callback that prints each record as it is measured; None without ``--json``."""
     from lora_diag.records import to_line
 
-    return (lambda record: line(to_line(record))) if json else None
+    return (lambda record: print_json(to_line(record))) if json else None
 
 
 def report_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
@@ -158,7 +158,7 @@ def forget_output() -> None:
 
 
 def terminal() -> tuple[int, bool]:
-    """Return the width of standard output and whether it supports colours (https://no-color.org)."""
+    """Return the width for standard output in columns, and whether to use colours (https://no-color.org)."""
     tty = sys.stdout is not None and sys.stdout.isatty()
     color = (tty or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
     return max(MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lora_diag.cli.output import line, message, result
+from lora_diag.cli.output import message, print_json, print_result
 from lora_diag.errors import InputError
 
 PATH = "runs/a-folder-with-hyphens/and-a-name-that-is-longer-than-a-narrow-terminal-is-wide/model.safetensors"
@@ -34,9 +34,9 @@ def test_long_message_keeps_path_and_fix(capsys, name):
 def test_terminal_without_utf_8_gets_ascii_and_json_is_whole(monkeypatch, encoding):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, newline="\n"))
-    result("q_proj ‖ΔW‖ ≥ 2 ▁▅█ \udce9")
+    print_result("q_proj ‖ΔW‖ ≥ 2 ▁▅█ \udce9")
     record = {"layer": "café.文.\U0001f600", "unit": "‖ΔW‖²"}
-    line(json.dumps(record, ensure_ascii=False))
+    print_json(json.dumps(record, ensure_ascii=False))
     table, written = raw.getvalue().decode(encoding).splitlines()
     assert table == ("q_proj ‖ΔW‖ ≥ 2 ▁▅█ ?" if encoding == "utf-8" else "q_proj |dW| >= 2 .+@ ?")
     assert json.loads(written) == record

@@ -57,14 +57,8 @@ REASONS = {
 }
 
 
-def inputs(run: Run) -> list[str]:
-    """Return one line per input: role, path and kind."""
-    longest = max((len(side.role) for side in run.inputs), default=0)
-    return [f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in run.inputs]
-
-
 def subject(run: Run) -> str:
-    """Return the path of the measured input: the last one that is not a weighting; empty without one."""
+    """Return the path of the measured input: the last one that is not of activations; empty without one."""
     paths = [side.path for side in run.inputs if side.role != "activations"]
     return paths[-1] if paths else ""
 
@@ -90,31 +84,12 @@ def short_paths(paths: Sequence[str]) -> list[str]:
     return [safe(name if last.count(name) == 1 and name else path) for name, path in zip(last, paths, strict=True)]
 
 
-def left_out_line(left_out: Sequence[LeftOut]) -> str:
-    """Return the number of skipped tensors by reason, with the names of unexpected ones; ``nothing`` without any."""
-    if not left_out:
-        return "nothing"
-    counts = Counter(item.reason for item in left_out)
-    clauses = []
-    for reason, tensors in counts.items():
-        names = [item.layer for item in left_out if item.reason == reason]
-        suffix = "" if reason in EXPECTED else f": {list_names(names)}"
-        clauses.append(f"{tensors} {REASONS[reason]}{suffix}")
-    return "; ".join(clauses)
-
-
 def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
     """Return a qualification of fractions of the change if a part was not measured; else empty."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"
     unmeasured_reasons = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
     return " among the measured layers" if any(item.reason in unmeasured_reasons for item in left_out) else ""
-
-
-def not_measured(unmeasured: Sequence[LeftOut]) -> str:
-    """Return one line per unmeasured layer with its reason; of more than ``NAMED``, the number of the others."""
-    lines = [f"{short(item.layer)}: {item.detail}" for item in unmeasured[:NAMED]]
-    return "\n".join([*lines, *([f"and {len(unmeasured) - NAMED} more"] if len(unmeasured) > NAMED else [])])
 
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
@@ -200,33 +175,41 @@ def find(statements: Iterable[Statement], key: str) -> Statement | None:
     return next((statement for statement in statements if statement.key == key), None)
 
 
-def lines_of(statements: Iterable[Statement], key: str) -> tuple[str, ...]:
-    """Return the lines of the statement with a key; empty without one."""
-    statement = find(statements, key)
-    return statement.lines if statement else ()
-
-
-def compared(results: Results[Any], *extra: str) -> Statement:
-    """Return the statement of the inputs, with further remarks and their notes."""
-    return make_statement("compared", "Compared", *inputs(results.run), *extra, *notes(results.run), priority=2)
+def state_inputs(results: Results[Any], *extra: str) -> Statement:
+    """Return the statement of the inputs: role, path and kind of each, then further remarks, then notes on inputs."""
+    longest = max((len(side.role) for side in results.run.inputs), default=0)
+    inputs = (f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs)
+    return make_statement("compared", "Compared", *inputs, *extra, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any], *details: str) -> Statement:
-    """Return the statement of the skipped tensors; a warning, which a summary shows first, if any is unexpected."""
-    level = left_out_level(results)
-    return make_statement("left_out", "Left out", left_out_line(results.left_out), *details, level=level, priority=2)
+    """Return the statement of the skipped tensors: their number by reason, and the names of unexpected ones.
+
+    If there are unexpected ones, it is a warning, which a summary shows first.
+    """
+    layers: dict[Reason, list[str]] = {}
+    for item in results.left_out:
+        layers.setdefault(item.reason, []).append(item.layer)
+    counts = (
+        f"{len(names)} {REASONS[reason]}{'' if reason in EXPECTED else f': {list_names(names)}'}"
+        for reason, names in layers.items()
+    )
+    line, level = "; ".join(counts) or "nothing", left_out_level(results)
+    return make_statement("left_out", "Left out", line, *details, level=level, priority=2)
 
 
 def left_out_level(results: Results[Any], *expected: Reason) -> Level:
-    """Return ``warning`` if a tensor was skipped for another reason than the command and its options imply."""
+    """Return ``warning`` if a tensor was skipped for a reason that is neither usual nor ``expected``, else ``note``."""
     return "note" if {item.reason for item in results.left_out} <= {*EXPECTED, *expected} else "warning"
 
 
 def final_statements(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
     """Return the final statements: layers without a result or not on the GPU, and a run that did not finish."""
     final = []
-    if results.unmeasured:
-        final.append(make_statement("not_measured", "Not measured", not_measured(results.unmeasured), level="failure"))
+    if unmeasured := results.unmeasured:
+        lines = [f"{short(item.layer)}: {item.detail}" for item in unmeasured[:NAMED]]
+        rest = f"and {len(unmeasured) - NAMED} more" if len(unmeasured) > NAMED else ""
+        final.append(make_statement("not_measured", "Not measured", *lines, rest, level="failure"))
     if on_cpu := [record for record in results if ON_CPU in getattr(record, "method", "")]:
         text = f"the GPU was out of memory, and the CPU computed {list_layers(on_cpu)}; --workers 1 takes less"
         final.append(make_statement("device", "Device", text, level="warning"))
@@ -294,7 +277,7 @@ def summarize(
         so_far: Contents of an unfinished run.
     """
     found = [statement for statement in findings if statement.lead]
-    return [compared(results, *extra), *found, skipped or left_out(results), *final_statements(results, so_far)]
+    return [state_inputs(results, *extra), *found, skipped or left_out(results), *final_statements(results, so_far)]
 
 
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}

@@ -16,7 +16,7 @@ from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, co
 from lora_diag.decisions.plan_merge.show import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
-from lora_diag.rendering.statements import lines_of
+from lora_diag.rendering.statements import find
 from tests.adapters.making import lora
 from tests.building import build, results
 from tests.conftest import ROOT, save_model
@@ -286,14 +286,17 @@ def test_command_measures_the_samples(loradiag, tmp_path):
 def test_summary_states_scales_are_not_reused(noise, error, message):
     fields = {"fro": 1.0, "base_noise": noise, "base_error": error, "bf16": GOOD, "fp16": GOOD}
     result = results([build(PlannedMerge, to="int4", **fields)], command="plan-merge")
-    assert any(mentions(line, "reuse", "scales") for line in lines_of(plan_lines(result), "base")) == message
+    assert (
+        any(mentions(line, "reuse", "scales") for one in plan_lines(result) if one.key == "base" for line in one.lines)
+        == message
+    )
 
 
 @pytest.mark.parametrize(("bf16", "fp16", "kept"), [(BAD, GOOD, {"fp16"}), (GOOD, GOOD, {"bf16", "fp16"})])
 def test_conclusion_names_the_16_bits_that_keep_the_update(bf16, fp16, kept):
     fields = {"fro": 1.0, "arrived": 0.0, "error": 9.0, "base_error": 9.0, "bf16": bf16, "fp16": fp16}
     record = build(PlannedMerge, to="int4", conclusion="merge into 16 bit", **fields)
-    (line,) = lines_of(plan_lines(results([record], command="plan-merge")), "conclusion")
+    (line,) = find(plan_lines(results([record], command="plan-merge")), "conclusion").lines
     assert {name for name in ("bf16", "fp16") if name in line} == kept
 
 

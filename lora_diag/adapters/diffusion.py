@@ -27,7 +27,7 @@ from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scale
 from lora_diag.adapters.source import Config, Source
 from lora_diag.adapters.thin import find_thin_factors
-from lora_diag.adapters.updates import Family, Reading, Site, Update, read
+from lora_diag.adapters.updates import Family, Reading, Site, Update, format_ranks, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
 
@@ -227,8 +227,7 @@ def read_diffusers(source: Source) -> Reading:
             find_scale = partial(_find_scale, scalings[module], module)
         updates.append(_make_update(source, module, parts["up"], parts["down"], None, find_scale))
     notes = source.note_missing_alpha([module for module in without_alpha if module not in scalings], "diffusers")
-    ranks = sorted({update.rank or 0 for update in updates})
-    kind = f"diffusers LoRA, r={'-'.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}, {len(modules)} modules"
+    kind = f"diffusers LoRA, r={format_ranks(updates)}, {len(modules)} modules"
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.source import Source, is_number
-from lora_diag.adapters.updates import Family, Reading, Site, Update, read
+from lora_diag.adapters.updates import Family, Reading, Site, Update, format_ranks, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf import GgufFile, Value
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, to_halves
@@ -61,9 +61,7 @@ def read_gguf(source: Source) -> Reading:
     updates = [
         update for name, parts in pairs.items() for update in _read_updates(source, name, parts, float(alpha), names)
     ]
-    ranks = sorted({update.rank or 0 for update in updates})
-    rank_range = "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
-    kind = f"GGUF LoRA, r={rank_range}, alpha={alpha:g}, {len(pairs)} modules"
+    kind = f"GGUF LoRA, r={format_ranks(updates)}, alpha={alpha:g}, {len(pairs)} modules"
     notes = _make_notes(fields, names, norms)
     if not alpha:
         notes += source.note_missing_alpha([*pairs], "llama.cpp")

@@ -94,6 +94,9 @@ class Slot:
 
 Plan = dict[str, Slot]
 
+# Every tensor of a file, and the config.
+Planned = tuple[Plan, dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -106,7 +109,7 @@ class Layout:
     """
 
     file: str
-    plan: Callable[[Sequence[Placed], Contents, Checkpoint | None, int], tuple[Plan, dict[str, Any]]]
+    plan: Callable[[Sequence[Placed], Contents, Checkpoint | None, int], Planned]
     unsupported: Callable[[Item, Contents], str] = lambda item, contents: ""
 
 
@@ -165,9 +168,7 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
     raise damaged(item.module, problem, fix)
 
 
-def _to_peft(
-    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
+def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
     """Return the tensors of a PEFT adapter, and its config."""
     plan: Plan = {}
     modules = []
@@ -204,9 +205,7 @@ def _to_peft(
     return plan, config
 
 
-def _to_kohya(
-    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
+def _to_kohya(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
     """Return the tensors of a kohya file; it has no config."""
     plan: Plan = {}
     for weight in placed:
@@ -220,9 +219,7 @@ def _to_kohya(
     return plan, {}
 
 
-def _to_diffusers(
-    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
+def _to_diffusers(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
     """Return the tensors of a diffusers file; it has no config."""
     plan: Plan = {}
     for weight in placed:
@@ -231,9 +228,7 @@ def _to_diffusers(
     return plan, {}
 
 
-def _to_mlx(
-    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
+def _to_mlx(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
     """Return the tensors of an MLX adapter, and its config."""
     plan: Plan = {}
     keys = set()
@@ -264,9 +259,7 @@ def _why_not_in_gguf(item: Item, contents: Contents) -> str:
     return why_not_tied(GGUF, item) if contents.tied else ""
 
 
-def _to_gguf(
-    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
-) -> tuple[Plan, dict[str, Any]]:
+def _to_gguf(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
     """Return the tensors of a GGUF adapter, and the fields of its header."""
     names = _find_gguf_names(contents, base)
     plan: Plan = {}

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,34 +63,23 @@ OUT_PROJ_TIMES = 2.0
 OUT_PROJ = ".base_layer.out_proj"
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The target of one pair of factors.
+def _find_target(module: str, attentions: set[str]) -> tuple[str, str, str, float]:
+    """Return the target of a module's factors.
 
     Args:
-        module: Its module in the adapter's keys.
-        scaled_as: The module name for PEFT's patterns.
-        weight: The name of the weight.
-        bias: The name of the bias.
-        times: Number of times that PEFT adds the update.
+        module: The module in the adapter's keys.
+        attentions: The nn.MultiheadAttentions of the adapter.
+
+    Returns:
+        The module's name for PEFT's patterns, the names of the weight and the bias, and the number of times that PEFT
+        adds the update.
     """
-
-    module: str
-    scaled_as: str
-    weight: str
-    bias: str
-    times: float = 1.0
-
-
-def _find_owner(module: str, attentions: set[str]) -> Owner:
-    """Return the target of a module's factors; ``attentions`` are the nn.MultiheadAttentions of the adapter."""
     if module.endswith(OUT_PROJ):
         attention = module.removesuffix(OUT_PROJ)
-        projection = f"{attention}.out_proj"
-        return Owner(module, attention, f"{projection}.weight", f"{projection}.bias", OUT_PROJ_TIMES)
+        return attention, f"{attention}.out_proj.weight", f"{attention}.out_proj.bias", OUT_PROJ_TIMES
     if module in attentions:
-        return Owner(module, module, f"{module}.in_proj_weight", f"{module}.in_proj_bias")
-    return Owner(module, module, f"{module}.weight", f"{module}.bias")
+        return module, f"{module}.in_proj_weight", f"{module}.in_proj_bias", 1.0
+    return module, f"{module}.weight", f"{module}.bias", 1.0
 
 
 def read_lora(source: Source) -> Reading:
@@ -110,9 +99,7 @@ def read_lora(source: Source) -> Reading:
     scaling = Scaling.read(config, paths)
     attentions = {module.removesuffix(OUT_PROJ) for module in plain if module.endswith(OUT_PROJ)}
     updates = [
-        update
-        for module, parts in plain.items()
-        for update in _read_module(source, scaling, _find_owner(module, attentions), parts)
+        update for module, parts in plain.items() for update in _read_module(source, scaling, module, attentions, parts)
     ]
     updates += [
         update for stack in stacks for update in experts.read_stack(source, stack, scaling.rank, scaling.of_module)
@@ -157,13 +144,16 @@ def _name_variant(config: Config) -> str:
     return f"{name} (rsLoRA)" if config.flag("use_rslora") else name
 
 
-def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str, str]) -> list[Update]:
+def _read_module(
+    source: Source, scaling: Scaling, module: str, attentions: set[str], parts: dict[str, str]
+) -> list[Update]:
     """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained one."""
-    rank, scale = scaling.rank(owner.scaled_as), scaling.of_module(owner.scaled_as) * owner.times
+    scaled_as, weight, bias, times = _find_target(module, attentions)
+    rank, scale = scaling.rank(scaled_as), scaling.of_module(scaled_as) * times
     is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    shape, load, keys = (_read_embedding if is_embedding else _read_linear)(source, owner.module, parts, rank, scale)
+    shape, load, keys = (_read_embedding if is_embedding else _read_linear)(source, module, parts, rank, scale)
     update = Update(
-        weight=owner.weight,
+        weight=weight,
         shape=shape,
         load=load,
         factored=True,
@@ -171,7 +161,7 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
         zero_if=_find_zero_factor(scaling.config, *keys),
         rank=rank,
         scale=scale,
-        thin=_find_thin_factors(source, owner.module, parts, keys, scale),
+        thin=_find_thin_factors(source, module, parts, keys, scale),
     )
     update = make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
@@ -179,8 +169,8 @@ def _read_module(source: Source, scaling: Scaling, owner: Owner, parts: dict[str
     if "lora_B.bias" not in parts:
         return [update]
     key = parts["lora_B.bias"]
-    bias = partial(load_scaled, source.checkpoint, key, scale)
-    return [update, Update(owner.bias, source.shape(key, 1), bias, False, source.checkpoint[key].dtype)]
+    load_bias = partial(load_scaled, source.checkpoint, key, scale)
+    return [update, Update(bias, source.shape(key, 1), load_bias, False, source.checkpoint[key].dtype)]
 
 
 def _find_thin_factors(

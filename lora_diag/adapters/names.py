@@ -262,7 +262,7 @@ def _describe_shape(shape: Shape) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
-def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
+def shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
     """Return whether a stored shape is the expected one; None stands for any size."""
     return len(expected) == len(stored) and all(
         size in (None, actual) for size, actual in zip(expected, stored, strict=True)
@@ -271,11 +271,11 @@ def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
 
 def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
     """Return whether a stored weight may be the requested one, by their shapes."""
-    if _shapes_agree(expected, stored):
+    if shapes_agree(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
-        return _shapes_agree(expected, flatten_shape(stored))
-    if transposed and len(expected) > 1 and _shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored):
+        return shapes_agree(expected, flatten_shape(stored))
+    if transposed and len(expected) > 1 and shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored):
         return True
     return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
 

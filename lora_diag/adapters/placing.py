@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from lora_diag.adapters.gguf import reorder_rows
-from lora_diag.adapters.names import Location, match_names
+from lora_diag.adapters.names import Location, match_names, shapes_agree
 from lora_diag.adapters.source import Source
 from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
@@ -73,19 +73,14 @@ class Orientation:
         """Return whether a weight is stored as ``(in, out)``."""
         if len(expected) != 2 or len(stored) != 2:
             return False
-        fits_as_stored = _shapes_agree(expected, stored)
-        if fits_as_stored != _shapes_agree(expected[::-1], stored):
+        fits_as_stored = shapes_agree(expected, stored)
+        if fits_as_stored != shapes_agree(expected[::-1], stored):
             return not fits_as_stored
         for group in _list_groups(name):
             votes = self._votes.get(group)
             if votes is not None and votes[True] != votes[False]:
                 return votes[True] > votes[False]
         return self._flag
-
-
-def _shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
-    """Return whether a stored shape of two dimensions is the expected one; None stands for any size."""
-    return all(size in (None, actual) for size, actual in zip(expected, stored, strict=True))
 
 
 def _list_groups(name: str) -> tuple[str, str]:
@@ -98,12 +93,8 @@ def _infer_nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Sh
     """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
     expected = shapes.get(name)
-    if (
-        expected is not None
-        and len(expected) == 2
-        and _shapes_agree(expected, stored) != _shapes_agree(expected[::-1], stored)
-    ):
-        return not _shapes_agree(expected, stored)
+    if expected is not None and shapes_agree(expected, stored) != shapes_agree(expected[::-1], stored):
+        return not shapes_agree(expected, stored)
     bias = name.removesuffix("weight") + "bias"
     if not name.endswith(".weight") or bias not in base or len(base[bias].shape) != 1:
         return None

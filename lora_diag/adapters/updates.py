@@ -215,6 +215,12 @@ def flatten_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def format_ranks(updates: Iterable[Update]) -> str:
+    """Return the range of the ranks of updates as text."""
+    ranks = sorted({update.rank or 0 for update in updates})
+    return "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
+
+
 def read_modules(
     source: Source,
     parts: tuple[str, ...],

@@ -184,13 +184,8 @@ def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> flo
     return min(1.0, float((inside**2).sum() / (part.s**2).sum()))
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFactors:
-    """The stored factors of one adapter and their scale: ΔW = scale·B·A."""
-
-    b: Tensor
-    a: Tensor
-    scale: float
+# B, A and s of one adapter: ΔW = s·B·A.
+AdapterFactors = tuple[Tensor, Tensor, float]
 
 
 def _measure_loss(summed: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
@@ -232,8 +227,8 @@ def measure_factor_merges(
     merges: dict[str, MergeLoss | None] = {"cat": None, "linear": None, "ties": None}
     if adapters is None:
         return merges
-    b, a = [adapter.b for adapter in adapters], [adapter.a for adapter in adapters]
-    scales = [weight * adapter.scale for adapter, weight in zip(adapters, weights, strict=True)]
+    b, a = [b for b, _, _ in adapters], [a for _, a, _ in adapters]
+    scales = [weight * scale for (_, _, scale), weight in zip(adapters, weights, strict=True)]
     merges["cat"] = _measure_loss(summed, fro, stack_products(list(zip(b, a, strict=True)), scales))
     if len({factor.shape[1] for factor in b}) == 1 and min(scales) > 0:
         roots = list(map(math.sqrt, scales))
@@ -405,7 +400,7 @@ def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
         if not isinstance(part.matrix, tuple) or not isinstance(delta, FactoredDelta) or not delta.scale:
             return None
         b, a = (factor.to(torch.float64) for factor in part.matrix)
-        adapters.append(AdapterFactors(b / delta.scale, a, delta.scale))
+        adapters.append((b / delta.scale, a, delta.scale))
     return adapters
 
 

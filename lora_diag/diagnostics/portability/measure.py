@@ -279,11 +279,8 @@ def judge_or_fix(
             "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, --layers, --exclude "
             "and --intended"
         )
-    judging: dict[str, Any] = {
-        name: options[name]
-        for name in ("consumers", "require", "max_lora_rank", "alpha", "alpha_is_rank")
-        if name in options
-    }
+    kept = {"consumers", "require", "max_lora_rank", "alpha", "alpha_is_rank"}
+    judging: dict[str, Any] = {name: value for name, value in options.items() if name in kept}
     results = make_portable(
         adapter, output, base, form=format, dora_to_lora=dora_to_lora, leave_out=leave_out, **judging
     )

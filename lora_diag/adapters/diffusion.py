@@ -122,6 +122,7 @@ def _read_kohya_factors(source: Source, module: str, parts: dict[str, str]) -> U
     """Return the update of a module by its factors: of LoRA, LoHa or LoKr, with or without DoRA."""
 
     def find_scale(rank: int | None) -> Scale:
+        """Return s, given the rank of the factors."""
         # If both sides of LoKr are stored in full there is no rank, and LyCORIS does not scale.
         return Scale() if rank is None else make_scale(source, parts.get("alpha", ""), rank)
 

@@ -61,6 +61,7 @@ class StoredFactors:
         return self._read([factors.a for factors in stack])
 
     def _read(self, keys: Sequence[str]) -> Numbers:
+        """Return several factors of one shape, as matrices, in one array."""
         stack = self.checkpoint.read_arrays(keys)
         stack = stack.reshape(len(keys), *flatten_shape(stack.shape[1:]))
         return stack.transpose(0, 2, 1) if self.turned else stack

@@ -161,6 +161,7 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded
 
 
 def _concatenate(grams: Sequence[Grams]) -> Grams:
+    """Return the Gram matrices of several batches as one batch."""
     return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
 
 
@@ -311,6 +312,7 @@ def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator
 
 
 def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
+    """Return values rounded to ``DIGITS`` significant digits."""
     return tuple(float(f"{value:.{DIGITS}g}") for value in values.tolist())
 
 

@@ -23,6 +23,7 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Any]], float | None]:
     """Return a function for the upper median of the ranks at ``path``; null counts as larger than any rank."""
 
     def pool(records: Sequence[Any]) -> float | None:
+        """Return the upper median of the ranks; None if it is null."""
         ranks = [value_at(record, path) for record in records]
         middle = sorted(math.inf if rank is None else rank for rank in ranks)[len(ranks) // 2]
         return None if middle == math.inf else middle

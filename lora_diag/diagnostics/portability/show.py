@@ -152,6 +152,7 @@ def _describe_answer(groups: Mapping[Name, list[Portability]], fixed: Mapping[st
     """State which consumers apply the intended ΔW, or as much of DoRA's as the written factors keep."""
 
     def list_titles(chosen: Sequence[Name]) -> str:
+        """Return the titles of some consumers as text."""
         return ", ".join(title_of(name, [*groups]) for name in chosen)
 
     statuses = {name: {record.status for record in records} for name, records in groups.items()}

@@ -625,6 +625,7 @@ def _group_by_target(
 def _make_task(
     delta: StoredDelta, updates: tuple[Delta, ...], siblings: dict[str, tuple[FactoredDelta, ...]]
 ) -> MergedLayer:
+    """Return the task of a layer that both BASE and MERGED have, with the adapter's updates of it."""
     return MergedLayer(
         layer=delta.layer,
         shape=delta.shape,

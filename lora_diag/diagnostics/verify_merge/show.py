@@ -54,6 +54,7 @@ def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge
         groups.setdefault((name, record.status), []).append(record)
 
     def order(row: tuple[str, list[Merge]]) -> tuple[int, bool, tuple[bool, bool, int]]:
+        """Return the sort key of a row: status, adapted or not, and place in the model."""
         first = row[1][0]
         return ORDER.index(first.status), not first.adapted, place_of(first.layer)
 

@@ -23,7 +23,7 @@ MAX_MESSAGE = 2000
 
 
 def shorten(text: str) -> str:
-    """Leave out the middle of a text that is too long for a message: it begins with the path and ends with the fix."""
+    """Leave out the middle of a message that is too long: it begins with the path and ends with the fix."""
     half = MAX_MESSAGE // 2 - 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
@@ -31,7 +31,7 @@ def shorten(text: str) -> str:
 def install_command(extras: str = "", *packages: str) -> str:
     """Return the command that installs loradiag with extras and other packages.
 
-    It is on no package index, where its name is anyone's.
+    loradiag is on no package index; there, anyone may register its name.
 
     >>> install_command("hub,remote", "s3fs")
     "pip install '.[hub,remote]' s3fs, in a clone of loradiag"

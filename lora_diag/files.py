@@ -78,6 +78,7 @@ class Kind:
         return content + self._make_signature(content)
 
     def _make_signature(self, content: bytes) -> bytes:
+        """Return the signature line of the content before it."""
         digest = hashlib.sha256(self.name.encode() + b"\0" + content).hexdigest()
         return f"{self.comment.format('loradiag ' + digest)}\n".encode()
 
@@ -126,7 +127,7 @@ SECOND_MOMENTS = Kind("a file of second moments")
 SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind":"gradient"')
 
 
-def output_path(path: Path) -> Path:
+def resolve_output(path: Path) -> Path:
     """Return the path of an output; links in the system's folders, such as /dev/stdout, are resolved."""
     return Path(os.path.realpath(path)) if str(path.parent) in _SYSTEM_LINK_FOLDERS and path.is_file() else path
 
@@ -143,9 +144,9 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     Raises:
         UsageError: The path is a link or not a regular file, the existing file may not be replaced or is being written,
             or an ``adapter_config.json`` would be written into a folder with weights.
-        InputError: The file cannot be written.
+        InputError: The existing file cannot be read, or the output cannot be written.
     """
-    path = output_path(path)
+    path = resolve_output(path)
     # Path.is_symlink() would raise for names that no file can have.
     if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINK_FOLDERS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
@@ -185,7 +186,7 @@ def check_outputs(
 
     Raises:
         UsageError: An output is refused.
-        InputError: The folder does not exist or is not writable.
+        InputError: See ``check_output``.
     """
     used = {os.path.realpath(path) for path in inputs if path is not None}
     for path, kind in outputs:
@@ -198,6 +199,7 @@ def check_outputs(
 
 
 def _find_weights_near(path: Path) -> Path | None:
+    """Return the first file of weights in the folder of a path; None without one."""
     files = (file for file in path.parent.iterdir() if _WEIGHTS.fullmatch(file.name))
     return min(files, default=None)
 
@@ -259,7 +261,7 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
         UsageError: See ``check_output``.
         InputError: The file cannot be written.
     """
-    path = output_path(path)
+    path = resolve_output(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process with the same id, or planted
@@ -394,8 +396,8 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading; a pipe in its place would wait for a writer, and a device has no end.
 
     Raises:
-        InputError: It is not a regular file.
-        OSError: It cannot be opened.
+        InputError: The path is not a regular file.
+        OSError: The file cannot be opened.
     """
     is_remote = hasattr(path, "file_info")  # a RemotePath, which opens itself
     return path.open("rb") if is_remote else os.fdopen(open_descriptor(path), "rb")
@@ -405,8 +407,8 @@ def open_descriptor(path: Path) -> int:
     """Return a descriptor of a regular file.
 
     Raises:
-        InputError: It is not a regular file.
-        OSError: It cannot be opened.
+        InputError: The path is not a regular file.
+        OSError: The file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without it, opening a pipe waits
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -193,14 +193,14 @@ def _sum_squares(x: Array) -> Array:
     return np.asarray(np.square(x).reshape(len(x), -1).sum(axis=1), np.float64)
 
 
-def triangle(x: Numbers) -> Triangles | None:
+def compute_triangle(x: Numbers) -> Triangles | None:
     """Return R of one X ``(m, r)``, as a stack of one; None if an entry is not finite."""
     grams = compute_grams(x[None])
     squares = grams.products[0].diagonal()
     if not np.isfinite(squares).all() and not np.isfinite(x).all():
         return None
     if not _in_range(squares):
-        return _reduce_by_reflections(x, _scale_of(x))
+        return _reduce_by_reflections(x, _choose_scale(x))
     triangle, conditioned = reduce_grams(grams)
     return triangle if conditioned.all() else _reduce_by_reflections(x)
 
@@ -298,7 +298,7 @@ def _factor_cholesky(stack: Array) -> Array:
         return np.concatenate([_factor_cholesky(matrix[None]) for matrix in stack])
 
 
-def _scale_of(x: Numbers) -> float:
+def _choose_scale(x: Numbers) -> float:
     """Return a power of two near the largest entry, by which division is exact."""
     largest = float(np.abs(x).max())
     return 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
@@ -350,14 +350,14 @@ def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
     if isinstance(matrix, tuple):
         b, a = matrix
         left, right = transform(fold(b, ROWS)), transform(fold(a.T, COLUMNS))
-        return np.asarray(join(left[None], right[None], [name])[0])
+        return np.asarray(sketch_products(left[None], right[None], [name])[0])
     rows = fold(matrix, ROWS)
     both = fold(rows.T, COLUMNS)  # (buckets of columns, buckets of rows)
     buckets = np.arange(LENGTH)
-    return np.asarray(both[(buckets[:, None] - buckets) % LENGTH, buckets].sum(axis=1) * _signs(name))
+    return np.asarray(both[(buckets[:, None] - buckets) % LENGTH, buckets].sum(axis=1) * _draw_signs(name))
 
 
-def row_major(x: Numbers) -> Numbers:
+def to_row_major(x: Numbers) -> Numbers:
     """Return X in rows, in memory of this thread if it was not: products and sums of rows then take less time."""
     if x.flags.c_contiguous:
         return x
@@ -376,9 +376,9 @@ def fold(x: Numbers, by: str) -> Numbers:
     Returns:
         ``(…, LENGTH, k)``, of both hashes ``(…, 2·LENGTH, k)``.
     """
-    x = row_major(x)
+    x = to_row_major(x)
     *stack, rows, columns = x.shape
-    buckets = _buckets(rows, by, x.dtype, math.prod(stack))
+    buckets = _make_buckets(rows, by, x.dtype, math.prod(stack))
     folded: Numbers = np.asarray(buckets @ x.reshape(-1, columns)).reshape(*stack, -1, columns)
     if x.dtype != np.float64 and not np.isfinite(folded).all():  # sums beyond the range of float32
         return fold(x.astype(np.float64), by)
@@ -397,7 +397,7 @@ def transform(folded: Numbers) -> Transforms:
     return transforms
 
 
-def join(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
+def sketch_products(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
     """Return the sketches ``(k, LENGTH)`` of a stack of B·A.
 
     Args:
@@ -408,10 +408,10 @@ def join(left: Transforms, right: Transforms, names: Sequence[str]) -> Array:
     from scipy.fft import irfft
 
     sketches = irfft(np.einsum("kdr,kdr->kd", left, right), LENGTH)
-    return np.asarray(sketches * np.stack([_signs(name) for name in names]), np.float64)
+    return np.asarray(sketches * np.stack([_draw_signs(name) for name in names]), np.float64)
 
 
-def mixed(transforms: Transforms, mix: Array) -> Transforms:
+def mix_columns(transforms: Transforms, mix: Array) -> Transforms:
     """Return the transforms of the columns of each B·W of a stack from those of B, on one thread."""
     block, converted = max(1, (MAX_PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
     products: Transforms = np.empty_like(transforms, shape=(*transforms.shape[:2], mix.shape[2]))
@@ -421,13 +421,13 @@ def mixed(transforms: Transforms, mix: Array) -> Transforms:
 
 
 @lru_cache(maxsize=64)
-def _buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1) -> Any:
+def _make_buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1) -> Any:
     """Return hashes as a sparse matrix of a dtype with ``count`` equal blocks ``(LENGTH·len(by), dimension)``."""
     from scipy.sparse import block_diag, csr_array
 
     if count > 1:
-        return block_diag([_buckets(dimension, by, dtype)] * count, format="csr")
-    hashed = [_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
+        return block_diag([_make_buckets(dimension, by, dtype)] * count, format="csr")
+    hashed = [_hash_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
     buckets = np.concatenate([LENGTH * i + values[:dimension].astype(np.int32) for i, values in enumerate(hashed)])
     signs = np.concatenate([1.0 - 2.0 * (values[dimension:] & 1) for values in hashed])
     rows = np.tile(np.arange(dimension), len(by))
@@ -435,10 +435,10 @@ def _buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1) -> A
 
 
 @lru_cache(maxsize=4096)
-def _signs(name: str) -> Array:
-    return np.asarray(1.0 - 2.0 * (_bytes(name, LENGTH) & 1), np.float64)
+def _draw_signs(name: str) -> Array:
+    return np.asarray(1.0 - 2.0 * (_hash_bytes(name, LENGTH) & 1), np.float64)
 
 
-def _bytes(seed: str, count: int) -> NDArray[np.uint8]:
+def _hash_bytes(seed: str, count: int) -> NDArray[np.uint8]:
     """Return bytes that are equal in every run and with every version of NumPy."""
     return np.frombuffer(hashlib.shake_256(seed.encode("utf-8", "surrogateescape")).digest(count), np.uint8)

@@ -18,9 +18,17 @@ from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.layers.change import Change, why_not_comparable
 from lora_diag.layers.resolution import Gains
-from lora_diag.linalg import Factors, decompose_factored, first_non_finite, norm, principal_cosines, products, root
+from lora_diag.linalg import (
+    Factors,
+    compare_blocks,
+    decompose_factored,
+    factor_moments,
+    first_non_finite,
+    norm,
+    principal_cosines,
+)
 from lora_diag.linalg.devices import move
-from lora_diag.metrics import Distances, distances, truncation_error
+from lora_diag.metrics import Distances, compute_distances, truncation_error
 from lora_diag.records import Agreement
 
 # Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of many products.
@@ -145,10 +153,12 @@ class Metric:
         if other is not None:
             if self.root is not None:
                 other = times(other, self.root, self.on_rows)
-            gap, norm, inner = products(zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True))
+            gap, norm, inner = compare_blocks(
+                zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True)
+            )
         if why_not_comparable(norm):
             return Distances(), norm
-        return distances(fro, norm, gap, inner, self._lower_bound(rank)), norm
+        return compute_distances(fro, norm, gap, inner, self._lower_bound(rank)), norm
 
     def _lower_bound(self, rank: int | None) -> float | None:
         """Return √(1 − C(r)); None without a rank, for D = 0, or if too few values are known."""
@@ -258,7 +268,7 @@ def read_root(moments: Moments, device: torch.device) -> Root:
     fro = norm([c])
     if norm([c - c.T]) > MOMENT_ERROR * fro:
         raise InputError(f"{place}: not symmetric, so not a second moment E[xxᵀ]; record it again")
-    root_matrix, negative = root((c + c.T) / 2)
+    root_matrix, negative = factor_moments((c + c.T) / 2)
     if negative > MOMENT_ERROR:
         raise InputError(f"{place}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it again")
     error = norm([root_matrix @ root_matrix.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * fro

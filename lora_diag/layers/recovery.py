@@ -211,17 +211,17 @@ def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
 
 
 def _min_bytes(shape: tuple[int, int]) -> int:
-    """Return the memory of recovery in row blocks: held-out cells with their indices, and thin factors."""
+    """Estimate the memory of recovery in row blocks, in bytes: held-out cells with their indices, and thin factors."""
     held_out = min(MAX_HELD_OUT, int(HELD_OUT_FRACTION * math.prod(shape)))
     small = 4 * math.prod(shape) if min(shape) <= FULL_SVD_UP_TO else 0
     return BLOCK_BYTES + 64 * held_out + 6 * 4 * 128 * sum(shape) + 3 * small
 
 
-def refuse_cells(shape: tuple[int, int], memory: int | None) -> None:
-    """Refuse a memory limit that is too small for row blocks.
+def check_cell_memory(shape: tuple[int, int], memory: int | None) -> None:
+    """Refuse a memory limit that is too small to recover a layer in row blocks.
 
     Raises:
-        MemoryLimitError: It is.
+        MemoryLimitError: The limit is too small.
     """
     if memory is not None and _min_bytes(shape) > memory:
         size = "x".join(map(str, shape))
@@ -302,8 +302,16 @@ class _Stats(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """Both sides of a layer."""
+class _StoredPair:
+    """Both stored sides of a layer.
+
+    Args:
+        base: BASE.
+        tuned: TUNED.
+        delta: Their difference.
+        unit: A power of two, in which cells are given.
+        device: Device of the cells.
+    """
 
     base: _Stored
     tuned: _Stored
@@ -347,29 +355,29 @@ class _Read:
         return Cells(lo, hi, (low / unit).float(), (high / unit).float()), stats
 
 
-class _Stream(Source):
+class _StreamedCells(Source):
     """Cells that are computed from the files whenever they are read, best from the first row to the last."""
 
-    def __init__(self, read: _Read, rounded: bool) -> None:
-        self._read, self._rounded = read, rounded
-        self._step = next(iter(row_spans(read.delta.shape)))[1]
+    def __init__(self, pair: _StoredPair, rounded: bool) -> None:
+        self._pair, self._rounded = pair, rounded
+        self._step = next(iter(row_spans(pair.delta.shape)))[1]
         self._cached: dict[int, Cells] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._read.delta.shape
+        return self._pair.delta.shape
 
     @property
     def device(self) -> torch.device:
-        return self._read.device
+        return self._pair.device
 
     @property
     def rounded(self) -> bool:
         return self._rounded
 
-    def exact_start(self) -> _Stream:
+    def exact_start(self) -> _StreamedCells:
         """Return the same cells with the stored BASE as the start."""
-        return _Stream(self._read, False)
+        return _StreamedCells(self._pair, False)
 
     def rows(self, first: int, last: int) -> Cells:
         blocks = range(first // self._step, (last - 1) // self._step + 1)
@@ -385,8 +393,8 @@ class _Stream(Source):
             return self._cached[block]
         (rows, columns), first = self.shape, block * self._step
         last = min(rows, first + self._step)
-        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(self._read.delta))
-        return self._read.cells(first, w, t, self._rounded)[0]
+        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(self._pair.delta))
+        return self._pair.cells(first, w, t, self._rounded)[0]
 
 
 def recover_layer(
@@ -411,20 +419,20 @@ def recover_layer(
         InputError: A file could not be read.
         MemoryLimitError: The limit is too small for row blocks.
     """
-    refuse_cells(delta.shape, memory)
-    stored = [_Stored.of(side, _read_head(side, delta.shape)) for side in _sides_of(delta)]
+    check_cell_memory(delta.shape, memory)
+    stored = [_Stored.of(side, _read_sample(side, delta.shape)) for side in _sides_of(delta)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
         return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")
     if fro == 0.0:
         return _make_refusal(1.0, "no entry changed, so the size of the update has no lower bound")
     unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
-    read = _Read(stored[0], stored[1], delta, unit, device)
+    pair = _StoredPair(stored[0], stored[1], delta, unit, device)
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
-    keep = memory is None or _min_bytes(delta.shape) + 4 * read.entries <= memory
-    all_cells, stats = _read(read, whole_fits)
-    unchanged = stats.unchanged / read.entries
-    changed = read.entries - stats.unchanged
+    keep = memory is None or _min_bytes(delta.shape) + 4 * pair.entries <= memory
+    all_cells, stats = _read_cells(pair, whole_fits)
+    unchanged = stats.unchanged / pair.entries
+    changed = pair.entries - stats.unchanged
     if (stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED) or stats.reach < RESOLVED * stats.square:
         rounding = stats.width / stats.square
         reason = f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the entries are equal"
@@ -433,10 +441,10 @@ def recover_layer(
         return _make_refusal(
             unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
         )
-    rms = math.sqrt(stats.square / read.entries)
+    rms = math.sqrt(stats.square / pair.entries)
     cells, start, start_gain = _choose_start(all_cells, rms)
     size = fit_size(cells, rms)
-    model = _fit_model(read, cells, size, start, seed, keep)
+    model = _fit_model(pair, cells, size, start, seed, keep)
     fit, size, scales = model.fit, model.size, model.scales
     common: dict[str, Any] = {
         "unchanged": unchanged,
@@ -465,10 +473,10 @@ def recover_layer(
         )
     common |= {
         "kurtosis": kurtosis,
-        "fro_estimate": fro_estimate * read.unit,
+        "fro_estimate": fro_estimate * pair.unit,
         "fro_interval": (
-            fro_estimate * read.unit * math.exp(-Z95 * error),
-            fro_estimate * read.unit * math.exp(Z95 * error),
+            fro_estimate * pair.unit * math.exp(-Z95 * error),
+            fro_estimate * pair.unit * math.exp(Z95 * error),
         ),
     }
     if recovered.low_rank is None or fault is not None:
@@ -476,8 +484,8 @@ def recover_layer(
             "no direction is significant: none predicts held-out entries better than the size of the update alone"
         )
         hidden = Hidden(status="size_only", reason=fault or no_direction, gain_z=recovered.z, directions=0, **common)
-        return Estimate(hidden, model.cells, model.law, scales, read.unit)
-    curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, read.unit)
+        return Estimate(hidden, model.cells, model.law, scales, pair.unit)
+    curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, pair.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",
@@ -491,7 +499,7 @@ def recover_layer(
         **curve_fields,
     )
     law = Law(recovered.deviation, recovered.low_rank)
-    return Estimate(hidden, model.cells, law, scales, read.unit, curve)
+    return Estimate(hidden, model.cells, law, scales, pair.unit, curve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,17 +523,18 @@ class _Model:
     recovered: Recovered | None = None
 
 
-def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
-    """Return the first that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
+def _fit_model(pair: _StoredPair, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
+    """Return the first model that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
 
     Steps of Adam in one direction move all entries by about as much, and flat updates differ more than the listed
     shapes do: the density of the entries is fitted where none of these fits. An update of rank 1 or 2 has entries of
-    very different sizes, and L is what explains them. After a rejection only a fit that can be tested counts.
+    very different sizes, and L is what explains them. After a rejection only a fit that can be tested counts; without
+    one, the first model is returned, rejected.
     """
 
     def test_shape(shaped: Shaped) -> _Model:
         law = Law(shaped.deviation, shape=shaped.shape)
-        return _Model(cells, size, None, _compare_binades(read, cells, law, None, start), law)
+        return _Model(cells, size, None, _compare_binades(pair, cells, law, None, start), law)
 
     plain = test_shape(fit_shape(cells, size.deviation))
     if plain.fit.is_rejected(start):
@@ -538,7 +547,7 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
     if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
         scales, divided, fitted = scaled
         law = Law(fitted.deviation)
-        tried.append(_Model(divided, fitted, scales, _compare_binades(read, divided, law, scales, start), law))
+        tried.append(_Model(divided, fitted, scales, _compare_binades(pair, divided, law, scales, start), law))
     for model in tried:
         if not model.fit.is_rejected(start):
             return model
@@ -546,7 +555,7 @@ def _fit_model(read: _Read, cells: Source, size: Size, start: Start, seed: int, 
         recovered = recover(model.cells, model.size, seed, keep)
         if recovered.low_rank is not None:
             law = Law(recovered.deviation, recovered.low_rank)
-            fit = _compare_binades(read, model.cells, law, model.scales, start)
+            fit = _compare_binades(pair, model.cells, law, model.scales, start)
             if fit.chi is not None and not fit.is_rejected(start):
                 return replace(model, fit=fit, law=law, recovered=recovered)
     return plain
@@ -575,10 +584,10 @@ def _make_refusal(unchanged: float, reason: str) -> Estimate:
     return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged))
 
 
-def hidden_energy(delta: StoredDelta) -> float:
-    """Estimate E‖X − D‖² of a layer, what rounding hides of it, from a sample of its rows and without directions.
+def estimate_hidden_energy(delta: StoredDelta) -> float:
+    """Estimate E‖X − D‖² of a layer, the energy that rounding hides, from a sample of its rows and without directions.
 
-    0 where nothing can be estimated. It ranks layers, and is off by as much as the sample is.
+    It is 0 where nothing can be estimated. Layers are ranked by it; its error is that of the sample.
 
     Raises:
         InputError: A file could not be read.
@@ -599,41 +608,41 @@ def hidden_energy(delta: StoredDelta) -> float:
         return 0.0
     count = sum(block.numel() for block in blocks[0])
     rms = math.sqrt(square / count)
-    read = _Read(stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu"))
-    cells_of_blocks = [read.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
+    pair = _StoredPair(stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu"))
+    cells_of_blocks = [pair.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
     cells = join_cells([part for part, _ in cells_of_blocks])
-    deviation = fit_size(cells, rms / read.unit).deviation
+    deviation = fit_size(cells, rms / pair.unit).deviation
     posterior = moments(cells, 0.0, deviation, fast=True)
-    d = torch.cat([(t.double() - w.double()) / read.unit for w, t in zip(*blocks, strict=True)])
+    d = torch.cat([(t.double() - w.double()) / pair.unit for w, t in zip(*blocks, strict=True)])
     missing = float(((posterior.mean - d).square() + posterior.variance).sum(dtype=torch.float64))
-    return missing * read.unit**2 * math.prod(delta.shape) / count
+    return missing * pair.unit**2 * math.prod(delta.shape) / count
 
 
 def _sides_of(delta: StoredDelta) -> tuple[Side, Side]:
     return delta.base, delta.tuned
 
 
-def _read_head(side: Side, shape: tuple[int, int]) -> Tensor:
+def _read_sample(side: Side, shape: tuple[int, int]) -> Tensor:
     """Return the entries that determine the format of most values."""
     head = side.offset, side.offset + min(math.prod(shape), 2**16)
     return next(iter(side.checkpoint.read_each(side.name, [head])))
 
 
-def _read(read: _Read, whole: bool) -> tuple[Cells | _Stream, _Stats]:
-    """Read both sides, and return the cells, in memory if they fit, and their sums."""
-    rounded = read.base.mantissa <= read.tuned.mantissa
+def _read_cells(pair: _StoredPair, whole: bool) -> tuple[Cells | _StreamedCells, _Stats]:
+    """Read both sides, and return the cells, in memory if ``whole``, and their sums."""
+    rounded = pair.base.mantissa <= pair.tuned.mantissa
     count = (4 if rounded else 2) if whole else 0
-    ends, sums = [torch.empty(read.delta.shape, device=read.device) for _ in range(count)], []
-    for (first, _), (w, t) in zip(row_spans(read.delta.shape), read.delta.blocks(), strict=True):
-        cells, stats = read.cells(first, w, t, rounded)
+    ends, sums = [torch.empty(pair.delta.shape, device=pair.device) for _ in range(count)], []
+    for (first, _), (w, t) in zip(row_spans(pair.delta.shape), pair.delta.blocks(), strict=True):
+        cells, stats = pair.cells(first, w, t, rounded)
         sums.append(stats)
         for end, part in zip(ends, (cells.lo, cells.hi, cells.below, cells.above), strict=False):
             assert part is not None
             end[first : first + len(part)] = part
-    return Cells(*ends) if whole else _Stream(read, rounded), _Stats(*map(sum, zip(*sums, strict=True)))
+    return Cells(*ends) if whole else _StreamedCells(pair, rounded), _Stats(*map(sum, zip(*sums, strict=True)))
 
 
-def _choose_start(all_cells: Cells | _Stream, rms: float) -> tuple[Source, Start, float | None]:
+def _choose_start(all_cells: Cells | _StreamedCells, rms: float) -> tuple[Source, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
 
     The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
@@ -641,24 +650,24 @@ def _choose_start(all_cells: Cells | _Stream, rms: float) -> tuple[Source, Start
     if not all_cells.rounded:
         return all_cells, "stored", None
     cells = all_cells.sample(SAMPLE)
-    assert isinstance(cells, Cells | _Stream)
+    assert isinstance(cells, Cells | _StreamedCells)
     exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (cells.exact_start(), cells))
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
 
 
-def _compare_binades(read: _Read, fitted_cells: Source, law: Law, scales: Scales | None, start: Start) -> Binades:
+def _compare_binades(pair: _StoredPair, fitted_cells: Source, law: Law, scales: Scales | None, start: Start) -> Binades:
     """Compare which entries changed, and how far, with what a distribution expects, by binade of |W|.
 
     ``fitted_cells`` are those that the model was fitted to, divided by ``scales``.
     """
     # Scales are fitted roughly, and where L is most of X few binades show the size of the remainder.
     limit = math.inf if law.low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
-    counts, shape = Binades(most_uneven=limit), read.delta.shape
-    for (first, last), (w, t) in zip(row_spans(shape), read.delta.blocks(), strict=True):
-        w, t = move(w, read.device).to(read.dtype), move(t, read.device).to(read.dtype)
-        unmoved = read.tuned.round(w, read.tuned.scales(first, last, shape, t))
-        cells = read.cells(first, w, unmoved, start == "rounded")[0]
+    counts, shape = Binades(most_uneven=limit), pair.delta.shape
+    for (first, last), (w, t) in zip(row_spans(shape), pair.delta.blocks(), strict=True):
+        w, t = move(w, pair.device).to(pair.dtype), move(t, pair.device).to(pair.dtype)
+        unmoved = pair.tuned.round(w, pair.tuned.scales(first, last, shape, t))
+        cells = pair.cells(first, w, unmoved, start == "rounded")[0]
         if scales is not None:
             cells = scales.divide_rows(cells, first)
         still = law.moments(cells, first, fast=True)
@@ -683,7 +692,7 @@ def _measure_values(recovered: Recovered, scales: Scales | None, fro: float) -> 
 
 
 def _find_fault(recovered: Recovered, scales: Scales | None, fro: float) -> str | None:
-    """Return why directions that were found are no result; None if they are one."""
+    """Return why the directions that were found are not valid; None if they are, or if there are none."""
     if recovered.low_rank is None:
         return None
     if not recovered.low_rank.converged:

@@ -5,7 +5,7 @@ Independent of names, files and LoRA. ``METHODS`` lists the methods of ``decompo
 
 from lora_diag.linalg.devices import resolve_device, use_own_stream
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
-from lora_diag.linalg.distance import principal_cosines, products, root
+from lora_diag.linalg.distance import compare_blocks, factor_moments, principal_cosines
 from lora_diag.linalg.exact import Factors, decompose_factored, numerical_rank, rounding_threshold
 from lora_diag.linalg.methods import (
     METHODS,
@@ -25,18 +25,18 @@ __all__ = [
     "Factors",
     "Streamed",
     "check_request",
+    "compare_blocks",
     "decompose",
     "decompose_factored",
     "decompose_streamed",
     "difference",
+    "factor_moments",
     "first_non_finite",
     "norm",
     "numerical_rank",
     "principal_cosines",
-    "products",
     "require_memory",
     "resolve_device",
-    "root",
     "rounding_threshold",
     "use_own_stream",
     "whole_bytes",

@@ -28,9 +28,9 @@ from lora_diag.linalg.rounding import (
     working_dtype,
 )
 
-# β of ``Energies.base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0) if it is
-# within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start is
-# unknown.
+# β of ``Energies.estimate_base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0)
+# if it is within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start
+# is unknown.
 START_ERRORS = 5.0
 
 # ‖ΔW‖/‖W‖ from which the rounding of the subtraction matters. T − W is exact if T is within [W/2, 2W] (Sterbenz 1974);
@@ -58,7 +58,7 @@ class Rounding:
         start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start,
             ``unknown`` if it may have been; its rounding counts unless the start is ``exact``.
         base_fro: √Σu²/12 of BASE over the changed entries: the contribution of its rounding, if it is not the start.
-        base_rounding: β of ``lora_diag.linalg.rounding.Energies`` and its standard error; None if it was not
+        base_rounding: β of ``Energies.estimate_base_rounding`` and its standard error; None if it was not
             estimated.
         untouched: Estimated fraction of entries that training did not change.
     """
@@ -168,7 +168,7 @@ def difference(
         fro=fro,
         base_fro=base_fro,
         unchanged=same / max(1, math.prod(shape)),
-        rounding=roundings.rounding(),
+        rounding=roundings.summarize(),
         mantissa=(roundings.base.mantissa, roundings.tuned.mantissa),
     )
 
@@ -192,8 +192,11 @@ class _Roundings:
         unchanged: Unchanged | None,
         subtracted: bool | Tensor,
     ) -> None:
-        """Add a block of both sides and of their difference."""
-        sample = self.sample.of(row)
+        """Add a block of both sides and of their difference.
+
+        ``subtracted`` says whether the rounding of the subtraction counts.
+        """
+        sample = self.sample.select(row)
         spacing = (
             self.base.add(base, steps[0], unchanged, row, sample=sample),
             self.tuned.add(tuned, steps[1], unchanged, row, sample=sample),
@@ -215,20 +218,20 @@ class _Roundings:
     def fetch(self, others: list[Tensor]) -> list[float]:
         """Read all sums and samples, and return other numbers that are read with them: from a GPU in one transfer."""
         sides = (self.base, self.tuned, self.subtracted)
-        values = fetch_sums(sides, *self.sample(), self.energies.sums, *others)
+        values = fetch_sums(sides, *self.sample.join(), self.energies.sums, *others)
         self.sampled, self.energies.sums = values[:3], values[3]
         return [float(value) for value in values[4:]]
 
-    def rounding(self) -> Rounding:
-        """Return the effect of rounding over all blocks, which have been fetched."""
+    def summarize(self) -> Rounding:
+        """Return the effect of rounding over all blocks, whose sums have been fetched."""
         changes, base_spacing, tuned_spacing = self.sampled
-        start, beta = self.start()
+        start, beta = self.decide_start()
         exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]
         spacing = tuned_spacing if exact else torch.maximum(base_spacing, tuned_spacing)
         moves = Moves.of(changes, spacing)
-        untouched = moves.untouched()
-        weight = moves.noise_per_change(untouched, len(sides))
+        untouched = moves.estimate_untouched()
+        weight = moves.estimate_noise_per_change(untouched, len(sides))
         still = float((changes == 0).double().mean() if len(changes) else torch.zeros(()))
         absorbed = 1 - min(1.0, untouched / still) if still else 1.0
         parts = [(weight, side.profile) for side in sides] + [(absorbed / 12, side.still) for side in sides]
@@ -243,11 +246,11 @@ class _Roundings:
             untouched=untouched,
         )
 
-    def start(self) -> tuple[Start, tuple[float, float] | None]:
+    def decide_start(self) -> tuple[Start, tuple[float, float] | None]:
         """Return whether the stored BASE is the start of training, with β and its error if estimated."""
         if not is_finer(self.base, self.tuned):
             return "rounded", None
-        estimate = self.energies.base_rounding(self.base.mantissa)
+        estimate = self.energies.estimate_base_rounding(self.base.mantissa)
         if estimate is None:
             return "unknown", None
         beta, error = estimate

@@ -1,11 +1,11 @@
 """Sums, distances, inner products and angles of matrices and subspaces, dense or factored, and their TIES merge.
 
-Two matrices are compared block by block (``products``), and the fractions of a matrix in given subspaces (``shares``)
-follow from products with thin matrices only. With orthonormal U (m × r) and V (n × r), the projection of G on the
-tangent space of the rank-r matrices at U·Σ·Vᵀ is P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical
-low-rank approximation*, SIAM J. Matrix Anal. Appl. 29, lemma 4.1; Vandereycken 2013, *Low-rank matrix completion by
-Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ are
-orthogonal to each other, so
+Two matrices are compared block by block (``compare_blocks``), and the fractions of a matrix in given subspaces
+(``measure_shares``) follow from products with thin matrices only. With orthonormal U (m × r) and V (n × r), the
+projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ is P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich
+2007, *Dynamical low-rank approximation*, SIAM J. Matrix Anal. Appl. 29, lemma 4.1; Vandereycken 2013, *Low-rank matrix
+completion by Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and
+UUᵀGVVᵀ are orthogonal to each other, so
 
     ‖P(G)‖² = ‖UᵀG‖² + ‖GV‖² − ‖UᵀGV‖²,
 
@@ -36,14 +36,14 @@ from lora_diag.linalg.exact import decompose_factored
 
 
 class Products(NamedTuple):
-    """Result of one pass over D and X: ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ = tr(DᵀX), accumulated in float64."""
+    """Numbers from one pass over D and X: ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ = tr(DᵀX), accumulated in float64."""
 
     gap: float
     other: float
     inner: float
 
 
-def products(blocks: Iterable[tuple[Tensor, Tensor]]) -> Products:
+def compare_blocks(blocks: Iterable[tuple[Tensor, Tensor]]) -> Products:
     """Return ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ of two matrices given in blocks.
 
     Args:
@@ -51,7 +51,7 @@ def products(blocks: Iterable[tuple[Tensor, Tensor]]) -> Products:
 
     Example:
         >>> d, x = torch.eye(2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
-        >>> products([(d, x)])
+        >>> compare_blocks([(d, x)])
         Products(gap=1.4142135623730951, other=2.0, inner=2.0)
     """
     gap = other_norm = inner = 0.0
@@ -81,7 +81,7 @@ def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
     return cosines.clamp(max=1.0).cpu()
 
 
-def root(moments: Tensor) -> tuple[Tensor, float]:
+def factor_moments(moments: Tensor) -> tuple[Tensor, float]:
     """Return L with L·Lᵀ = C, and the distance of C from positive semidefinite.
 
     ‖D·L‖_F² = tr(D·C·Dᵀ), and D·L has the singular values of D·C^½: L is C^½ times an orthogonal matrix.
@@ -93,7 +93,7 @@ def root(moments: Tensor) -> tuple[Tensor, float]:
         L ``(n, n)`` float64, from the eigenvalues that are positive; and |Σ of the negative ones| / Σ|λ|, 0 for C = 0.
 
     Example:
-        >>> l, negative = root(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+        >>> l, negative = factor_moments(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
         >>> (l @ l.T).tolist(), negative
         ([[4.0, 0.0], [0.0, 0.0]], 0.0)
     """
@@ -132,7 +132,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     return columns
 
 
-def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]) -> Shares | str:
+def measure_shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]) -> Shares | str:
     """Measure the fractions of G in the subspaces of the first r columns of U and V.
 
     Args:
@@ -147,7 +147,7 @@ def shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int])
 
     Example:
         >>> e = torch.eye(3, dtype=torch.float64)
-        >>> found = shares([torch.ones(3, 3)], e[:, :1], e[:, :1], [1])
+        >>> found = measure_shares([torch.ones(3, 3)], e[:, :1], e[:, :1], [1])
         >>> [round(share[0] ** 2 * 9) for share in (found.both, found.left, found.tangent)]
         [1, 3, 5]
     """
@@ -200,7 +200,7 @@ def stack_products(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[flo
     return b, torch.cat([pair[1].to(torch.float64) for pair in pairs], dim=0)
 
 
-def total(parts: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+def sum_matrices(parts: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
     """Return Σ w_k X_k: in factored form if all parts are, else dense, float64.
 
     Args:
@@ -241,13 +241,13 @@ def device_of(matrix: Matrix) -> torch.device:
     return matrix[0].device if isinstance(matrix, tuple) else matrix.device
 
 
-def inner(x: Matrix, y: Matrix) -> float:
+def frobenius_inner(x: Matrix, y: Matrix) -> float:
     """Return ⟨X, Y⟩ = tr(XᵀY) in float64; for two products from thin matrices only: Σ (B_1ᵀB_2)∘(A_1A_2ᵀ).
 
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))
-        >>> inner(x, x), inner(x, torch.ones(2, 3)), inner(torch.ones(2, 3), torch.ones(2, 3))
-        (6.0, 6.0, 6.0)
+        >>> [frobenius_inner(x, y) for y in (x, torch.ones(2, 3))]
+        [6.0, 6.0]
     """
     if isinstance(y, tuple) and not isinstance(x, tuple):
         x, y = y, x
@@ -257,13 +257,13 @@ def inner(x: Matrix, y: Matrix) -> float:
     return sum(float((left * right).sum()) for left, right in zip(rows_of(x), rows_of(y), strict=True))
 
 
-def gap(x: Matrix, y: Matrix) -> float:
+def frobenius_distance(x: Matrix, y: Matrix) -> float:
     """Return ‖X − Y‖_F; for two products by QR of their stacked factors, so that small distances lose no digits.
 
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))
-        >>> round(gap(x, (torch.ones(2, 1), torch.zeros(1, 3))), 6), gap(x, torch.ones(2, 3))
-        (2.44949, 0.0)
+        >>> [round(frobenius_distance(x, y), 6) for y in ((torch.ones(2, 1), torch.zeros(1, 3)), torch.ones(2, 3))]
+        [2.44949, 0.0]
     """
     if isinstance(x, tuple) and isinstance(y, tuple):
         return decompose_factored(*stack_products([x, y], [1.0, -1.0])).fro
@@ -323,15 +323,15 @@ def magnitude_threshold(matrix: Matrix, density: float) -> float:
     return float(magnitudes.kthvalue(m * n - keep + 1).values)
 
 
-def merged(trimmed: Tensor, weights: Tensor) -> Tensor:
-    """Return the elected, averaged entries of a block.
+def merge_entries(trimmed: Tensor, weights: Tensor) -> Tensor:
+    """Return the TIES merge of a block: the entries of the elected sign, averaged.
 
     Args:
         trimmed: ``(K, rows, n)``, with discarded entries set to zero.
         weights: ``(K,)``.
 
     Example:
-        >>> merged(torch.tensor([[[3.0, 1.0]], [[-1.0, 2.0]]]), torch.ones(2)).tolist()
+        >>> merge_entries(torch.tensor([[[3.0, 1.0]], [[-1.0, 2.0]]]), torch.ones(2)).tolist()
         [[3.0, 1.5]]
     """
     elected = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
@@ -351,8 +351,8 @@ def ties_blocks(
         parts: The X_k, ``(m, n)``.
         weights: The w_k.
         density: Fraction of the entries of each X_k to keep; 1 keeps all.
-        before: Counts all entries.
-        after: Counts the kept ones.
+        before: Gets the counts of all entries.
+        after: Gets those of the kept entries.
     """
     limits = [magnitude_threshold(part, density) if density < 1 else 0.0 for part in parts]
     for blocks in zip(*map(rows_of, parts), strict=True):
@@ -362,7 +362,7 @@ def ties_blocks(
         trimmed = entries * (entries.abs().to(torch.float32) >= limit.view(-1, 1, 1))
         before.count(entries)
         after.count(trimmed)
-        yield (entries * scale.view(-1, 1, 1)).sum(0), merged(trimmed, scale)
+        yield (entries * scale.view(-1, 1, 1)).sum(0), merge_entries(trimmed, scale)
 
 
 def ties_factor(factors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:

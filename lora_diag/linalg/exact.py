@@ -198,7 +198,7 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
     matrix = move_if_small(matrix)
     for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
         try:
-            u, s, vh = _run(matrix, driver, vectors)
+            u, s, vh = _run_driver(matrix, driver, vectors)
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]
             continue
         if u is None or vh is None:
@@ -208,7 +208,7 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
     raise InputError(f"the singular value decomposition of a {tuple(matrix.shape)} matrix did not converge")
 
 
-def _run(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+def _run_driver(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Run one driver: torch offers only gesdd on the CPU, so gesvd is run by SciPy."""
     if driver == "gesvd" and not matrix.is_cuda:
         import scipy.linalg  # 0.1 s, and rarely needed

@@ -193,7 +193,7 @@ class HeldOut:
     cells: Cells
     entries: Tensor
 
-    def mean(self, low_rank: LowRank) -> Tensor:
+    def low_rank_at(self, low_rank: LowRank) -> Tensor:
         """Return L at the entries, as one row."""
         rows, columns = self.entries // low_rank.vh.shape[1], self.entries % low_rank.vh.shape[1]
         left = low_rank.u * low_rank.values.eta.to(low_rank.u)
@@ -202,17 +202,17 @@ class HeldOut:
 
     def log_likelihood(self, low_rank: LowRank, deviation: float) -> Tensor:
         """Return the log-likelihood of every cell under N(L, s²)."""
-        return moments(self.cells, self.mean(low_rank), deviation).log_mass
+        return moments(self.cells, self.low_rank_at(low_rank), deviation).log_mass
 
-    def part(self) -> HeldOut:
-        """Return the entries that s is fitted to."""
+    def subsample(self) -> HeldOut:
+        """Return at most ``MAX_FITTED`` of the cells, to which s is fitted."""
         count = len(self.entries)
         if count <= MAX_FITTED:
             return self
         sample = torch.arange(0, count, count // MAX_FITTED + 1, device=self.entries.device)
         return HeldOut(self.cells.at(sample), self.entries[sample])
 
-    def step(self, mean: Tensor, deviation: float, center: float) -> float:
+    def scoring_step(self, mean: Tensor, deviation: float, center: float) -> float:
         """Return a scoring step of log s for the likelihood of the cells, with a normal prior around log ``center``."""
         posterior = moments(self.cells, mean, deviation, fast=True)
         square = (posterior.mean - mean) ** 2 + posterior.variance
@@ -221,12 +221,12 @@ class HeldOut:
         pull = math.log(center / deviation) / PRIOR_DEVIATION**2
         return max(-MAX_STEP, min(MAX_STEP, (excess + pull) / (2 * known + 1 / PRIOR_DEVIATION**2)))
 
-    def deviation(self, low_rank: LowRank) -> float:
+    def fit_deviation(self, low_rank: LowRank) -> float:
         """Return the likeliest s given L, with a normal prior around its own s."""
-        part, deviation = self.part(), low_rank.deviation
-        mean = part.mean(low_rank)
+        part, deviation = self.subsample(), low_rank.deviation
+        mean = part.low_rank_at(low_rank)
         for _ in range(40):
-            step = part.step(mean, deviation, low_rank.deviation)
+            step = part.scoring_step(mean, deviation, low_rank.deviation)
             deviation *= math.exp(step)
             if abs(step) < TOLERANCE:
                 break
@@ -235,10 +235,10 @@ class HeldOut:
 
 def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[Tensor, float]:
     """Return the likeliest length of X in each direction of L by cells that L does not know, and its standard error."""
-    part = held_out.part()
+    part = held_out.subsample()
     rows, columns = part.entries // low_rank.vh.shape[1], part.entries % low_rank.vh.shape[1]
     lengths = low_rank.values.eta.to(low_rank.u).clone()
-    mean, known = part.mean(low_rank), 0.0
+    mean, known = part.low_rank_at(low_rank), 0.0
     for _ in range(3):  # directions are orthogonal, and so nearly are their entries
         posterior = moments(part.cells, mean, deviation, fast=True)
         known = float((1 - posterior.variance / deviation**2).sum(dtype=torch.float64))
@@ -247,7 +247,7 @@ def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
             information = float((unit.square() * (1 - posterior.variance[0] / deviation**2)).sum(dtype=torch.float64))
             step = float((unit * (posterior.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
             lengths[i] += step
-        mean = part.mean(low_rank.with_lengths(lengths))
+        mean = part.low_rank_at(low_rank.with_lengths(lengths))
     count = low_rank.u.shape[0] * low_rank.vh.shape[1]
     return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
 
@@ -282,7 +282,7 @@ def fit_low_rank(
     held_out: HeldOut | None = None,
     keep: bool = True,
 ) -> LowRank:
-    """Estimate L.
+    """Estimate L by alternating between posterior means and shrunk singular values.
 
     Args:
         cells: Cells of the entries.
@@ -292,19 +292,22 @@ def fit_low_rank(
         seed: Seed of the first vectors.
         held_out: Cells that are open in ``cells``, for the rule ``held_out``; None to keep the s of ``start``.
         keep: Whether posterior means are kept in memory.
+
+    Returns:
+        L, not converged after ``MAX_ITERATIONS``; of rank 0 if no value is above the noise edge.
     """
     shape, s0 = cells.shape, size.deviation
     norm = s0 * math.sqrt(cells.count)
     buffer = torch.empty(shape, device=cells.device) if keep else None
     deviation = s0 if start is None else start.deviation
-    part = None if held_out is None else held_out.part()
+    part = None if held_out is None else held_out.subsample()
     mean: Callable[[int, int], Tensor | float] = (lambda *_: 0.0) if start is None else start.rows
     momentum, previous, basis = 1.0, start, None if start is None else start.vh.T
     for iteration in range(1, MAX_ITERATIONS + 1):
         posterior = _Posterior(cells, mean, deviation, buffer)
         estimate, basis = _compute_shrunk_svd(posterior, basis, seed)
         if rule == "held_out":
-            step = 0.0 if part is None else part.step(part.mean(estimate), deviation, deviation)
+            step = 0.0 if part is None else part.scoring_step(part.low_rank_at(estimate), deviation, deviation)
         else:
             lengths = estimate.values.eta if rule == "norm" else estimate.values.debiased
             remaining = max(MIN_DEVIATION**2, 1 - float((lengths**2).sum()) / norm**2)
@@ -456,6 +459,9 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         size: Size of X.
         seed: Seed of the held-out cells.
         keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed in every pass.
+
+    Returns:
+        L with the rule that held-out cells prefer; without L if they do not support it.
     """
     entries = _draw_held_out(cells.shape, seed, cells.device)
     held_out = HeldOut(cells.at(entries), entries)
@@ -465,7 +471,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     rule: Rule = "norm"
     if not low_rank.rank:
         return Recovered(0.0, None)
-    deviation = held_out.deviation(low_rank)
+    deviation = held_out.fit_deviation(low_rank)
     gains = held_out.log_likelihood(low_rank, deviation) - baseline
     z = _in_standard_errors(gains)
     if z <= MIN_GAIN:
@@ -478,7 +484,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
         fit = fit_low_rank(known, size, other_rule, first, seed, held_out if other_rule == "held_out" else None, keep)
         if not fit.rank:
             continue
-        likeliest = held_out.deviation(fit)
+        likeliest = held_out.fit_deviation(fit)
         other_gains = held_out.log_likelihood(fit, likeliest) - baseline
         if _in_standard_errors(other_gains - gains) > MIN_IMPROVEMENT:
             low_rank, rule, deviation, gains = fit, other_rule, likeliest, other_gains
@@ -486,7 +492,7 @@ def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Reco
     stretch, upper = _estimate_stretch(held_out, low_rank, deviation)
     longer = whole.with_lengths(whole.values.eta * stretch)
     if stretch > 1:
-        deviation = held_out.deviation(low_rank.with_lengths(low_rank.values.eta * stretch))
+        deviation = held_out.fit_deviation(low_rank.with_lengths(low_rank.values.eta * stretch))
     return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper, held_out, low_rank)
 
 

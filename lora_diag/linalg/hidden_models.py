@@ -138,7 +138,7 @@ def fit_deviation(cells: Source, shape: Shape, guess: float) -> Shaped:
     Args:
         cells: Cells of the entries.
         shape: The shape.
-        guess: A deviation to start from.
+        guess: Initial deviation.
     """
     deviation, sums = guess, _sum_scores(cells, shape, guess)
     for _ in range(STEPS):
@@ -368,7 +368,7 @@ def measure_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float, scal
         deviation: s of the divided X − L.
         scales: The scales.
     """
-    part, (u, s, vh) = held_out.part(), unscale(low_rank, scales)
+    part, (u, s, vh) = held_out.subsample(), unscale(low_rank, scales)
     rows, columns = part.entries // vh.shape[1], part.entries % vh.shape[1]
     unit = u[rows] * vh.T[columns] / (scales.rows[rows] * scales.columns[columns])[:, None]
     lengths, information = s.clone(), torch.zeros(len(s), len(s)).to(unit)
@@ -385,7 +385,7 @@ def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
     """Fit the scales of rows and columns.
 
     Args:
-        cells: Intervals of the entries.
+        cells: Cells of the entries.
         size: Size of X, with one variance for all entries.
 
     Returns:

@@ -109,11 +109,11 @@ def inertia_bound(squares: Tensor, residual_gram: Tensor, top: int, fro: float, 
             above = torch.linalg.eigvalsh(torch.diag(squares) + bounded / (x - mu)).flip(0)[:top]
             upper = torch.minimum(upper, above.clamp(min=x))
     energy = float((upper - squares[:top]).clamp(min=0).sum())
-    return min(1.0, energy / fro**2 + rounding(a))
+    return min(1.0, energy / fro**2 + rounding_allowance(a))
 
 
-def rounding(a: Matrix) -> float:
-    """Return the allowance of bound (2) for rounding: once for its products, once for the values returned instead."""
+def rounding_allowance(a: Matrix) -> float:
+    """Return the allowance of bound (2) for rounding: of its products, and of the returned values, taken from Y."""
     return 2 * 4 * math.sqrt(a.shape[1]) * torch.finfo(a.dtype).eps / 2
 
 
@@ -377,11 +377,11 @@ def may_be_cheaper(shape: tuple[int, ...], top: int, vectors: bool = False) -> b
     return krylov_cost(shape, checks) <= LOSS * full and success <= WORTH * full
 
 
-def first_order(top: int) -> int:
+def smallest_order(top: int) -> int:
     """Return the order of the smallest square matrix of which K values may be cheaper than all of them, within 32.
 
     Example:
-        >>> first_order(8), first_order(64)
+        >>> smallest_order(8), smallest_order(64)
         (896, 1504)
     """
     order = BLOCK

@@ -243,7 +243,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
 
 
-def require_memory(needed: int, limit: int, shape: tuple[int, int], description: str, way: str) -> None:
+def require_memory(needed: int, limit: int, shape: tuple[int, int], description: str, alternative: str) -> None:
     """Refuse a computation that needs the whole matrix and does not fit.
 
     Args:
@@ -251,17 +251,17 @@ def require_memory(needed: int, limit: int, shape: tuple[int, int], description:
         limit: Available memory in bytes.
         shape: ``(m, n)``.
         description: The computation, with its verb.
-        way: An alternative to more memory.
+        alternative: An alternative to more memory, in words.
 
     Raises:
-        MemoryLimitError: It does not fit.
+        MemoryLimitError: The computation does not fit.
 
     Example:
         >>> require_memory(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
     """
     if needed > limit:
         problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(limit)} for a layer"
-        fix = f"{_suggest_memory(needed, Allowance(limit))}, or {way}"
+        fix = f"{_suggest_memory(needed, Allowance(limit))}, or {alternative}"
         raise MemoryLimitError(f"{problem}, and {description} {_format_size(needed)}; {fix}")
 
 
@@ -274,7 +274,7 @@ def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
 
 
 def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
-    """Return a message with the required memory and a fix."""
+    """Return the message of a layer that fits no method: the required memory and a fix."""
     small = min(shape)
     problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
@@ -315,7 +315,7 @@ DECAY = 0.7
 
 
 def time_full(order: int) -> tuple[float, float]:
-    """Return the seconds of a Gram product ``(n, n)`` × ``(n, n)`` and of its eigenvalues.
+    """Measure the seconds of a Gram product ``(n, n)`` × ``(n, n)`` and of its eigenvalues.
 
     Args:
         order: n.
@@ -329,7 +329,7 @@ def time_full(order: int) -> tuple[float, float]:
 
 
 def time_leading(order: int, top: int) -> float:
-    """Return the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying spectrum.
+    """Measure the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying spectrum.
 
     Args:
         order: n.
@@ -342,7 +342,7 @@ def time_leading(order: int, top: int) -> float:
 
 
 def time_pass(order: int) -> float:
-    """Return the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, compute norms.
+    """Measure the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, compute norms.
 
     Args:
         order: n.

@@ -396,7 +396,7 @@ class Sample:
         while math.gcd(self.stride, n) > 1:  # otherwise some columns are never sampled
             self.stride += 1
 
-    def of(self, row: int) -> slice:
+    def select(self, row: int) -> slice:
         """Return the slice of the sampled entries of the flattened block that begins with this row."""
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
@@ -404,7 +404,7 @@ class Sample:
         """Add the entries of a block: ΔW, and the spacing of both sides."""
         self.parts.append(tuple(values.to(torch.float64).abs() for values in matrices))
 
-    def __call__(self) -> tuple[Tensor, ...]:
+    def join(self) -> tuple[Tensor, ...]:
         """Return the samples of each matrix."""
         if not self.parts:
             return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(3))
@@ -440,7 +440,7 @@ class Moves:
         values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
         return cls(2.0 ** values[present], *(counts[present].double() for counts in (entries, changed, far)))
 
-    def untouched(self) -> float:
+    def estimate_untouched(self) -> float:
         """Estimate the fraction of entries that training did not change, excluding those that rounding left unchanged.
 
         An entry is unchanged by rounding while its move is less than u/2, so the fraction of unchanged entries falls to
@@ -459,7 +459,7 @@ class Moves:
         error = 2 * (share * (1 - share) / count[informative]).sqrt()
         return max(0.0, float((share - error)[(share + error).argmin()]))
 
-    def noise_per_change(self, untouched: float, sides: int) -> float:
+    def estimate_noise_per_change(self, untouched: float, sides: int) -> float:
         """Return w: the noise of ΔW is w·Σu² over the changed entries, summed over the rounded sides.
 
         Where an entry moves by many u its error has the variance u²/12 a side. Where less than half of the trained
@@ -522,7 +522,7 @@ class Energies:
             counts = torch.zeros(_BINS, dtype=torch.int64, device=bins.device).scatter_add_(0, bins, whole)
             sums += counts.to(torch.float64) * 2.0**-36 * unit
 
-    def base_rounding(self, mantissa: int) -> tuple[float, float] | None:
+    def estimate_base_rounding(self, mantissa: int) -> tuple[float, float] | None:
         """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the changed entries.
 
         u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training began, 0 where the

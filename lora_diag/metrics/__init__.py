@@ -15,7 +15,7 @@ from lora_diag.metrics.energy import (
     truncation_error,
 )
 from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighted_edge
-from lora_diag.metrics.subspaces import Distances, Parts, distances, limit, parts, pooled
+from lora_diag.metrics.subspaces import Distances, Parts, compute_distances, find_limit, pool_distances, split_epsilon
 
 __all__ = [
     "RANKS",
@@ -24,16 +24,16 @@ __all__ = [
     "Gain",
     "Noise",
     "Parts",
-    "distances",
+    "compute_distances",
     "effective_rank",
     "energy_curve",
-    "limit",
-    "parts",
-    "pooled",
+    "find_limit",
+    "pool_distances",
     "rank_at",
     "ranks_at",
     "signal_rank",
     "spectral_error",
+    "split_epsilon",
     "stable_rank",
     "truncation_error",
     "verdict",

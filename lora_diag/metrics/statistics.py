@@ -87,7 +87,7 @@ def p_value(
     return (as_far + 1) / (PERMUTATIONS + 1)
 
 
-def interval(rho: float, n: int) -> tuple[float, float] | None:
+def spearman_interval(rho: float, n: int) -> tuple[float, float] | None:
     """Return the 95% interval of Spearman's ρ: tanh(artanh ρ ± 1.96·√((1 + ρ²/2)/(n − 3))).
 
     Args:
@@ -101,7 +101,7 @@ def interval(rho: float, n: int) -> tuple[float, float] | None:
     correlations", equation 3.
 
     Example:
-        >>> [round(end, 2) for end in interval(0.5, 28)]
+        >>> [round(end, 2) for end in spearman_interval(0.5, 28)]
         [0.13, 0.75]
     """
     if n < 5 or abs(rho) >= 1:
@@ -154,11 +154,11 @@ class Estimate:
         """Return t(level; ν)·error: each of the limits ``value ± half`` holds with confidence ``level``."""
         return float(stdtrit(self.freedom, level)) * self.error
 
-    def below(self, limit: float) -> float:
+    def confidence_below(self, limit: float) -> float:
         """Return the one-sided confidence in [0, 1] that the true value is below a limit: 1 − p of the t test.
 
         Example:
-            >>> round(Estimate(1.0, 0.5, 2).below(1.0 + 2.92 * 0.5), 3)
+            >>> round(Estimate(1.0, 0.5, 2).confidence_below(1.0 + 2.92 * 0.5), 3)
             0.95
         """
         if self.error == 0:
@@ -189,7 +189,7 @@ def paired_half(error: float | None, sequences: int | None) -> float | None:
         >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
         (1.4, 0.2)
     """
-    return None if error is None else error * (errors_needed(freedom(sequences)) if sequences else 2.0)
+    return None if error is None else error * (errors_needed(degrees_of_freedom(sequences)) if sequences else 2.0)
 
 
 def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
@@ -232,11 +232,13 @@ def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     return (spread / freedom if freedom else 0.0), freedom
 
 
-def welch(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """Return √(v + w) and its degrees of freedom, (v + w)²/(v²/ν + w²/ω), for variances of means (v, ν) and (w, ω).
+def welch_error(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Return the standard error of a difference of two means and its degrees of freedom.
+
+    √(v + w) and (v + w)²/(v²/ν + w²/ω), for variances of the means (v, ν) and (w, ω).
 
     Example:
-        >>> error, freedom = welch((0.02, 3), (0.02, 3))
+        >>> error, freedom = welch_error((0.02, 3), (0.02, 3))
         >>> round(error, 3), round(freedom, 6)
         (0.2, 6.0)
     """
@@ -314,13 +316,13 @@ def paired_difference(
     return gap, math.sqrt(variance) / float(n.sum())
 
 
-def freedom(count: int) -> float:
+def degrees_of_freedom(count: int) -> float:
     """Return the degrees of freedom of the standard error of ``paired_difference`` over so many sequences.
 
     1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984).
 
     Example:
-        >>> freedom(3), freedom(100)
+        >>> degrees_of_freedom(3), degrees_of_freedom(100)
         (2, 13.5)
     """
     size = math.isqrt(count)

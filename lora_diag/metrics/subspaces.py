@@ -2,7 +2,7 @@
 
 The baselines are those of the principal angles between two subspaces, of a gradient's overlap with a subspace, of the
 relation of two updates, and of singular task interference. Distances of an update X from another, D, follow from their
-norms, their inner product and D's spectrum (``distances``, ``parts``).
+norms, their inner product and D's spectrum (``compute_distances``, ``split_epsilon``).
 
 New directions of a fine-tuned weight are defined by ``classify_direction``.
 """
@@ -235,7 +235,7 @@ class Distances:
     epsilon_best_scale: float | None = None
 
 
-def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: float | None) -> Distances:
+def compute_distances(fro: float, other: float, gap: float, inner: float, epsilon_min: float | None) -> Distances:
     """Return the distances of X from D.
 
     ε is computed from ‖D − X‖ directly: ‖D‖² − 2⟨D, X⟩ + ‖X‖² would lose an ε below 1e-8 to cancellation. Likewise ‖D −
@@ -252,7 +252,7 @@ def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: f
         The distances; all None for D = 0, and those of direction None for X = 0.
 
     Example:
-        >>> found = distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0)  # X = D/2
+        >>> found = compute_distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0)  # X = D/2
         >>> found.epsilon, found.cosine, found.best_scale, found.epsilon_best_scale
         (0.5, 1.0, 2.0, 0.0)
     """
@@ -269,7 +269,7 @@ def distances(fro: float, other: float, gap: float, inner: float, epsilon_min: f
     return Distances(epsilon, epsilon_min, excess, ratio, cosine, scale, at_best)
 
 
-def pooled(layers: Sequence[Any]) -> Distances:
+def pool_distances(layers: Sequence[Any]) -> Distances:
     """Return the distances of several layers, as one block-diagonal matrix.
 
     ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all given tensors, including 1-D ones and those with D_ℓ = 0, to which only X_ℓ
@@ -281,7 +281,7 @@ def pooled(layers: Sequence[Any]) -> Distances:
     """
     fro, floor = (math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers]))
     other, gap = (math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers]))
-    return distances(fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None)
+    return compute_distances(fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +300,7 @@ class Parts:
     scale: float
 
 
-def parts(distances: Distances) -> Parts | None:
+def split_epsilon(distances: Distances) -> Parts | None:
     """Split ε² into rank, direction and scale; None where D or X is zero.
 
     With ρ = ‖X‖/‖D‖ and cos₊ = max(0, cosine), min over c ≥ 0 of ‖D − cX‖²/‖D‖² is 1 − cos₊². X's component along D
@@ -312,7 +312,7 @@ def parts(distances: Distances) -> Parts | None:
         scale     = top − (1 − cos₊²)
 
     Example:
-        >>> parts(distances(fro=1.0, other=3.0, gap=2.0, inner=3.0, epsilon_min=0.0))  # X = 3D
+        >>> split_epsilon(compute_distances(fro=1.0, other=3.0, gap=2.0, inner=3.0, epsilon_min=0.0))  # X = 3D
         Parts(rank=0.0, direction=0.0, scale=4.0)
     """
     epsilon, cosine, at_best = distances.epsilon, distances.cosine, distances.epsilon_best_scale
@@ -324,12 +324,12 @@ def parts(distances: Distances) -> Parts | None:
     return Parts(rank, best - rank + epsilon**2 - top, top - best)
 
 
-def limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
+def find_limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
     """Return the factor that limits ε.
 
     * ``not adapted``: X is zero.
     * ``exact``: ε ≤ 1e-3.
-    * else the largest of ``rank``, ``direction`` and ``scale`` (``parts``).
+    * else the largest of ``rank``, ``direction`` and ``scale`` (``split_epsilon``).
 
     Args:
         distances: The distances of one layer.
@@ -338,12 +338,12 @@ def limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale"
         The factor; None if D is zero.
 
     Example:
-        >>> limit(distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0))
+        >>> find_limit(compute_distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0))
         'scale'
     """
     if distances.epsilon is None:
         return None
-    split = parts(distances)
+    split = split_epsilon(distances)
     if split is None:
         return "not adapted"
     if distances.epsilon <= EXACT:

@@ -31,7 +31,7 @@ from lora_diag.files import (
     check_output,
     is_unfinished,
     lock,
-    output_path,
+    resolve_output,
     sync,
     sync_descriptor,
     write_whole,
@@ -51,7 +51,7 @@ _HEAD = b'{"record":"run"'
 MAX_LINE_BYTES = 16 * 2**20
 
 
-class _Other(WholeRecord):
+class _UndefinedRecord(WholeRecord):
     """A record of a feature whose kinds are not defined."""
 
     record: str
@@ -159,7 +159,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: {problem}; give a results file, written with -o") from error
 
 
-def bytes_of(path: Path, records: int) -> int:
+def count_bytes(path: Path, records: int) -> int:
     """Return the number of bytes of the first records of a file, without the newline of the last."""
     return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(iterate_lines(path), records)) - 1
 
@@ -192,7 +192,7 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
             )
         if not isinstance(content, dict) or not isinstance(name := content.get("record"), str):
             raise InputError(f'{path}: line {number} is not a record: it has no kind ("record": ...)')
-        kind = KINDS.get(name, None if strict else _Other)
+        kind = KINDS.get(name, None if strict else _UndefinedRecord)
         if kind is None or not issubclass(kind, _IN_FILES):
             raise InputError(
                 f"{path}: line {number} is not a record: unknown kind {name!r}; install the package that defines it"
@@ -265,19 +265,22 @@ class ResultsWriter(Generic[L]):
         self._lock: int | None = None
         if path is None:
             return
-        self._final = output_path(Path(path))
+        self._final = resolve_output(Path(path))
         self._overwrite = overwrite
         check_output(self._final, RESULTS, overwrite, appending=True)
         self._lock = _lock(self._final)
         try:
-            self._begin(resume)
-            self._add_kept(self.path)
+            self.path = self._choose_file(resume)
+            if self.earlier.end is None:  # nothing follows a finished run
+                for line in islice(iterate_lines(self.path), self._kept):
+                    self._seal.add(line)
+                self._begun = self._kept > 0
         except BaseException:
             self._release()
             raise
 
-    def _begin(self, resume: bool) -> None:
-        """Inspect the existing files, read the run to resume, and decide where records go.
+    def _choose_file(self, resume: bool) -> Path:
+        """Inspect the existing files, read the run to resume, and return the file that records go to.
 
         A run whose settings are extended is copied to ``NAME.part``; a finished run in ``NAME.part`` takes its place.
         """
@@ -286,19 +289,20 @@ class ResultsWriter(Generic[L]):
         if state == "foreign":
             _refuse_inputs(self._final, self.run)
         in_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
-        self.path = part if in_part else self._final
+        path = part if in_part else self._final
         if resume and (part_state if in_part else state) in {"unfinished", "finished"}:
-            earlier: Results[L] = read_results(self.path)
+            earlier: Results[L] = read_results(path)
             extended = self._extend_settings(earlier)
-            self.earlier = _drop_partial_layer(_check_same_run(extended, self.run, self.path))
+            self.earlier = _drop_partial_layer(_check_same_run(extended, self.run, path))
             self.run = self.earlier.run
             if extended.run != earlier.run or len(extended.left_out) < len(earlier.left_out):
-                self.path, in_part = part, True
+                path, in_part = part, True
                 write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
             self._kept = sum(1 for _ in self.earlier.records())
-        check_folder_of(self.path, in_place=True)
+        check_folder_of(path, in_place=True)
         if self.earlier.end is not None and in_part:
-            self._replace()
+            self._replace(path)
+        return path
 
     def _extend_settings(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs, which ``run`` gets, too.
@@ -322,14 +326,6 @@ class ResultsWriter(Generic[L]):
             earlier, run=earlier.run.model_copy(update={"settings": {**earlier_settings, **extended}}), end=None
         )
 
-    def _add_kept(self, path: Path | None) -> None:
-        """Add the kept lines to the hash, as in the file; nothing follows a finished run."""
-        if path is None or self.earlier.end is not None:
-            return
-        for line in islice(iterate_lines(path), self._kept):
-            self._seal.add(line)
-        self._begun = self._kept > 0
-
     def append(self, *records: AnyRecord) -> tuple[Any, ...]:
         """Write records as lines, all records of a layer at once.
 
@@ -347,12 +343,12 @@ class ResultsWriter(Generic[L]):
             written.append(seal.add_hash(record))
             encoded.append(to_line(written[-1]).encode() + b"\n")
             seal.add(encoded[-1])
-        if self.path is not None and max(map(len, encoded)) > MAX_LINE_BYTES:
-            raise InputError(
-                f"{self.path}: cannot be written: a record is longer than the limit of {MAX_LINE_BYTES:,} bytes; "
-                "give fewer inputs"
-            )
         if self.path is not None:
+            if max(map(len, encoded)) > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{self.path}: cannot be written: a record is longer than the limit of {MAX_LINE_BYTES:,} bytes; "
+                    "give fewer inputs"
+                )
             self._write(self.path, b"".join(encoded), isinstance(records[-1], End))
         self._seal, self._begun = seal, True
         return tuple(written[len(first) :])
@@ -376,32 +372,29 @@ class ResultsWriter(Generic[L]):
             raise InputError(f"{path}: cannot be written: {error.strerror}{hint}") from error
         if ends and path != self._final:
             self._file.close()
-            self._replace()
+            self._replace(path)
 
     def _open(self, path: Path) -> FileIO:
         """Open the file for writing after the kept records; drop what follows them."""
         if not self._kept:
             return FileIO(path, "w", opener=_open_without_links)
         file = FileIO(path, "r+", opener=_open_without_links)
-        file.truncate(bytes_of(path, self._kept))
+        file.truncate(count_bytes(path, self._kept))
         file.seek(0, os.SEEK_END)
         _write(file, b"\n")
         return file
 
-    def _replace(self) -> None:
-        """Replace the old run by the finished new one.
+    def _replace(self, path: Path) -> None:
+        """Replace the old run by the finished one at ``path``.
 
         Raises:
             InputError: The file cannot be replaced.
         """
-        assert self.path is not None
         try:
-            self.path.replace(self._final)
+            path.replace(self._final)
             sync(self._final.parent)
         except OSError as error:
-            raise InputError(
-                f"{self._final}: cannot be written: {error.strerror}; the run is in {self.path}"
-            ) from error
+            raise InputError(f"{self._final}: cannot be written: {error.strerror}; the run is in {path}") from error
 
     def _release(self) -> None:
         """Close and unlock the file, and remove it if it is empty."""
@@ -474,12 +467,12 @@ def check_results_file(
         UsageError: As ``ResultsWriter``.
         InputError: The file cannot be read or written.
     """
-    path = output_path(path)
+    path = resolve_output(path)
     check_output(path, RESULTS, overwrite, appending=True)
     part = _part_path(path)
     if os.path.lexists(part):
         check_output(part, RESULTS, appending=True)
-    state, part_state = _state(path, overwrite), _state(part)
+    state, part_state = _find_state(path, overwrite), _find_state(part)
     for file, file_state in ((path, state), (part, part_state)):
         if not resume and file_state == "unfinished":
             if not locked and os.path.lexists(path):
@@ -502,7 +495,7 @@ def _refuse_inputs(path: Path, run: Run) -> None:
             raise UsageError(f"{path}: belongs to the input {run_input.path}; choose another name")
 
 
-def _state(path: Path, overwrite: bool = False) -> State:
+def _find_state(path: Path, overwrite: bool = False) -> State:
     """Return the state of an output path; ``empty`` also if a crash truncated its first line.
 
     With ``overwrite``, a file that is not a complete results file is ``foreign``.

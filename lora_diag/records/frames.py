@@ -185,7 +185,7 @@ def _classify(annotation: Any) -> str:
     >>> [_classify(kind) for kind in (float | None, tuple[int, int] | None, tuple[float, ...], dict[str, float | None])]
     ['scalar', 'fixed', 'list', 'scalar']
     """
-    for option in _list_types(annotation):
+    for option in _iterate_types(annotation):
         origin, inner = get_origin(option), get_args(option)
         if origin is dict:
             return _classify(inner[1])
@@ -198,12 +198,12 @@ def _classify(annotation: Any) -> str:
     return "scalar"
 
 
-def _list_types(annotation: Any) -> Iterator[Any]:
+def _iterate_types(annotation: Any) -> Iterator[Any]:
     """Yield the types of a value, except None."""
     if get_origin(annotation) is Annotated:
-        yield from _list_types(get_args(annotation)[0])
+        yield from _iterate_types(get_args(annotation)[0])
     elif get_origin(annotation) in {Union, UnionType}:
         for option in get_args(annotation):
-            yield from _list_types(option)
+            yield from _iterate_types(option)
     elif annotation is not NoneType:
         yield annotation

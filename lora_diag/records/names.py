@@ -66,11 +66,11 @@ def part_of(layer: str) -> Part:
     return "vocabulary" if RESIZABLE.search(layer) or _TABLES.search(layer) else "matrices"
 
 
-def place_of(layer: str) -> tuple[bool, bool, int]:
+def type_order(layer: str) -> tuple[bool, bool, int]:
     """Return a sort key of module types: attention before MLP before vocabulary tables.
 
     >>> names = ["lm_head.weight", "h.0.mlp.up_proj.weight", "h.0.attn.v_proj.weight", "h.0.attn.q_proj.weight"]
-    >>> [module_type_of(name) for name in sorted(names, key=place_of)]
+    >>> [module_type_of(name) for name in sorted(names, key=type_order)]
     ['attn.q_proj', 'attn.v_proj', 'mlp.up_proj', 'lm_head']
     """
     name = module_type_of(layer)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
-from lora_diag.records.names import module_type_of, place_of
+from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.statements import Statement, summary_of
 from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, short, to_text, written
 
@@ -106,7 +106,7 @@ def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
     for record in records:
         groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
     rows = [(short(name), tuple(group)) for name, group in groups.items()]
-    return sorted(rows, key=lambda row: place_of(row[1][0].layer)) if per == "type" else rows
+    return sorted(rows, key=lambda row: type_order(row[1][0].layer)) if per == "type" else rows
 
 
 def title_of(per: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lora_diag.records.names import module_type_of, place_of
+from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
@@ -79,7 +79,7 @@ def _write_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Se
 
 def _make_table(evidence: Evidence) -> list[str]:
     """Return the main columns by module type, pooled as declared, with notes; empty without columns."""
-    layers = sorted(layers_of(evidence), key=place_of)
+    layers = sorted(layers_of(evidence), key=type_order)
     groups: dict[str, list[int]] = {}
     for position, layer in enumerate(layers):
         groups.setdefault(module_type_of(layer), []).append(position)

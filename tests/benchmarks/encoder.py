@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, set_seed
 
 import lora_diag
-from lora_diag.metrics import pooled
+from lora_diag.metrics import pool_distances
 
 MODULES = ("argparse", "asyncio", "ctypes", "decimal", "email", "logging", "tarfile", "turtle", "unittest", "zipfile")
 LENGTH, BATCH, HELD_OUT = 48, 16, 500
@@ -134,7 +134,7 @@ def main(folder: Path, steps: int = 400) -> None:
     print(f"| full | {losses['full']:.3f} | 0 | | | | |")
     for name in ("full_seed2", *(path.name for path in adapters)):
         mine = [r for r in results if r.adapter.endswith(f"/{name}")]
-        whole, there = pooled(mine), pooled([r for r in mine if r.adapter_fro > 0])
+        whole, there = pool_distances(mine), pool_distances([r for r in mine if r.adapter_fro > 0])
         floor = "" if name == "full_seed2" else f"{there.epsilon_min:.2f}"
         print(
             f"| {name} | {losses[name]:.3f} | {whole.epsilon:.2f} | {there.epsilon:.2f} | {floor} "

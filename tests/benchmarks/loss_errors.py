@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
-from lora_diag.metrics.statistics import freedom, paired_difference
+from lora_diag.metrics.statistics import degrees_of_freedom, paired_difference
 
 SAMPLES, LENGTH, TRIALS = Path("sample_checkpoints"), 256, 1000
 
@@ -64,7 +64,7 @@ def coverage(difference: np.ndarray, count: int, spread: bool) -> tuple[float, f
         gap, error = paired_difference(chosen, np.zeros(count), np.ones(count))
         independent = chosen.std(ddof=1) / count**0.5 * stdtrit(count - 1, 0.975)
         assert error is not None
-        hits += abs(gap - truth) <= np.array([independent, error * stdtrit(freedom(count), 0.975)])
+        hits += abs(gap - truth) <= np.array([independent, error * stdtrit(degrees_of_freedom(count), 0.975)])
     return hits[0] / TRIALS, hits[1] / TRIALS
 
 

@@ -184,11 +184,11 @@ def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
     """Σ_{i>r}σ_i² of ΔW·C^½ is min E‖(ΔW − X)x‖² over rank r, C singular or not; U_rU_rᵀΔW reaches it."""
     from lora_diag.layers.change import Change
     from lora_diag.layers.metric import fro_of, times
-    from lora_diag.linalg import root
+    from lora_diag.linalg import factor_moments
 
     rng = np.random.default_rng(seed)
     d, x = rng.standard_normal((m, n)), rng.standard_normal((seen, n))
-    lower, negative = root(torch.tensor(x.T @ x / seen))
+    lower, negative = factor_moments(torch.tensor(x.T @ x / seen))
     assert negative < 1e-12
     weighted = times(Change(None, None, matrix=torch.tensor(d)), lower, on_rows=False)
     factors = weighted.decompose("exact", vectors=True)

@@ -5,7 +5,6 @@ import sys
 import threading
 import weakref
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,16 +107,6 @@ def test_libraries_out_of_memory_fall_back_after_freeing_theirs(log, words):
 
     in_a_thread(lambda: log.append(compute_on_device(compute, GPU)[0]))
     assert log[-1] == [True, False]
-
-
-def test_copies_to_gpu_are_pinned_and_asynchronous():
-    block = torch.arange(3.0)
-    assert devices.move(block, CPU) is block
-    seen = []
-    block = SimpleNamespace(is_cuda=False, contiguous=lambda: block, pin_memory=lambda: block)
-    block.to = lambda device, non_blocking: seen.append((device, non_blocking))
-    devices.move(block, GPU)
-    assert seen == [(GPU, True)]
 
 
 def test_krylov_waits_once_a_check_and_repeats_a_block():

@@ -344,18 +344,8 @@ def test_shapes_have_variance_1_and_moments_of_their_density(shape):
 @pytest.mark.parametrize(("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)])
 def test_hidden_entry_shape_is_estimated(kind, low, high):
     """The likelihood is that of the definition, and no smaller than the normal one."""
-    rng = np.random.default_rng(4)
-    draw = {
-        "uniform": rng.uniform(-math.sqrt(3), math.sqrt(3), (200, 200)),
-        "normal": rng.normal(size=(200, 200)),
-        "laplace": rng.laplace(size=(200, 200)) / math.sqrt(2),
-    }
-    w = torch.tensor(rng.normal(size=(200, 200)) * 0.02).bfloat16().double()
-    x = torch.tensor(draw[kind] * 2e-5)
-    t = (w + x).bfloat16().double()
-    below, above = cell_halves(t, GRIDS["bfloat16"])
-    cells = Cells(t - w - below, t - w + above)
-    normal = fit_size(cells, 2e-5)
+    cells = hidden(kind, 2e-5)[0].map(torch.Tensor.double)
+    normal = fit_size(cells, 1.0)
     result = fit_shape(cells, normal.deviation)
     assert low <= result.shape.kurtosis <= high
     assert result.log_likelihood >= normal.log_likelihood - 1e-4 * abs(normal.log_likelihood)

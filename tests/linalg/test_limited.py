@@ -64,16 +64,6 @@ def test_products_of_rows_longer_than_part_of_columns():
     assert np.allclose(np.tril(gram), np.tril(a @ a.T), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(2048, 2048), (4096, 14336), (14336, 4096)], ids=str)
-@pytest.mark.parametrize("basis", [96, 512])
-def test_krylov_plans_for_basis_and_products(shape, basis):
-    """Q, Y = A·Q and Z = Aᵀ·Y are there in float32 all the time, and Q and Y in float64 for the Ritz values."""
-    small, large = sorted(shape)
-    q, y, z = basis * small, basis * large, basis * small
-    least = 4 * (q + y + z) + 8 * (q + z)
-    assert least <= limits.krylov_bytes(shape, 32, basis) <= 3 * least
-
-
 @pytest.mark.parametrize("shape", [(2048, 2048), (512, 14336)], ids=str)
 def test_exact_plan_counts_float64_copies_and_lapack(shape):
     """A in float64 and the copy that Lapack destroys; of vectors U, Vᵀ and what fixing their signs copies."""

@@ -197,6 +197,7 @@ def test_numbers_of_shorter_dtype_are_recognised():
     assert stored_dtype(values.bfloat16().float()) == torch.bfloat16
     assert stored_dtype(values.half().float()) == torch.float16
     assert stored_dtype(values.half()) == torch.float16
+    assert stored_dtype((values * 1e-7).half()) == torch.float16  # subnormal numbers have few bits
 
 
 @pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])
@@ -225,8 +226,3 @@ def test_scale_within_entry_rounding_is_detected(factor):
 def test_correct_merges_do_not_drift(problem, path, s):
     dtype, w, b, a = problem
     assert not counted(dtype, w, merged(path, dtype, w, b, a, s), b, a, s).drifted
-
-
-def test_subnormal_entries_do_not_reveal_merge_dtype():
-    small = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-7).half()
-    assert stored_dtype(small) == torch.float16

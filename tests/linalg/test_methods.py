@@ -303,14 +303,6 @@ def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
     assert len(calls) == 0 or spectrum == "flat"  # of 600 equal values bisection may find fewer than asked for
 
 
-def test_all_vectors_are_computed_with_concurrent_work(monkeypatch):
-    monkeypatch.setattr(gram, "SUBSET_FROM", 1)
-    monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads() + 1)
-    monkeypatch.setattr(gram, "_compute_largest", lambda *args: pytest.fail("takes every core"))
-    matrix = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
-    check_vectors(decompose(torch.from_numpy(matrix), "gram", 5, vectors=True), matrix)
-
-
 @pytest.mark.parametrize("failure", ["raises", "finds fewer"])
 def test_all_vectors_where_largest_cannot_be_had(monkeypatch, failure):
     monkeypatch.setattr(gram, "SUBSET_FROM", 1)

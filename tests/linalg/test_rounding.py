@@ -33,10 +33,6 @@ def of(values: torch.Tensor) -> torch.Tensor:
     return out.double() * 2.0**-mantissa
 
 
-def a_side(shape) -> Spacing:
-    return Spacing.of(shape)
-
-
 @pytest.mark.parametrize("dtype", LAYOUT, ids=str)
 @settings(max_examples=80, deadline=None)
 @given(value=st.floats(-60000, 60000))
@@ -85,7 +81,7 @@ STORED = [
 @pytest.mark.parametrize(("short", "long"), STORED, ids=str)
 def test_short_numbers_in_long_file_are_recognised(short, long):
     values = torch.randn(40, 50, dtype=torch.float64).to(short)
-    one, two, three = (a_side((40, 50)) for _ in range(3))
+    one, two, three = (Spacing.of((40, 50)) for _ in range(3))
     one.add(values)
     two.add(values.to(long))
     assert two.squares == pytest.approx(one.squares, rel=1e-6)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.distance import orthonormalize, shares
+from lora_diag.linalg.distance import measure_shares, orthonormalize
 from lora_diag.metrics.subspaces import is_near, overlap_by_chance
 
 
@@ -31,7 +31,7 @@ def test_shares_equal_dense_projections_for_any_blocks(m, n, seed, rows, scale):
     ranks = tuple(range(1, min(m, n) + 1))
     u, _, vh = np.linalg.svd(delta)
     u, v = torch.from_numpy(u[:, : ranks[-1]].copy()), torch.from_numpy(vh[: ranks[-1]].T.copy())
-    result = shares(torch.from_numpy(gradient).split(rows), u, v, ranks)
+    result = measure_shares(torch.from_numpy(gradient).split(rows), u, v, ranks)
     assert result.fro == pytest.approx(np.linalg.norm(gradient), rel=1e-12)
     for at, rank in enumerate(ranks):
         expected = dense_overlaps(delta, gradient, rank)
@@ -48,9 +48,9 @@ def test_gradient_overlap_is_one_inside_and_zero_outside():
     u, v = np.linalg.qr(rng.standard_normal((40, 40)))[0], np.linalg.qr(rng.standard_normal((30, 30)))[0]
     inside, outside = u[:, :4] @ rng.standard_normal((4, 4)) @ v[:, :4].T, u[:, 4:] @ v[:, 4:20].T.repeat(3, 0)[:36]
     left, right = torch.from_numpy(u[:, :4].copy()), torch.from_numpy(v[:, :4].copy())
-    result = shares([torch.from_numpy(inside)], left, right, [4])
+    result = measure_shares([torch.from_numpy(inside)], left, right, [4])
     assert (result.both[0], result.tangent[0]) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-12))
-    result = shares([torch.from_numpy(outside)], left, right, [4])
+    result = measure_shares([torch.from_numpy(outside)], left, right, [4])
     assert result.tangent[0] == pytest.approx(0, abs=1e-12)
 
 
@@ -60,7 +60,7 @@ def test_gradient_at_optimum_is_outside_reach():
     u, s, vh = np.linalg.svd(rng.standard_normal((30, 20)), full_matrices=False)
     gradient = -(u[:, 5:] * s[5:]) @ vh[5:]
     left, right = torch.from_numpy(u[:, :5].copy()), torch.from_numpy(vh[:5].T.copy())
-    assert shares([torch.from_numpy(gradient)], left, right, [5]).tangent[0] == pytest.approx(0, abs=1e-12)
+    assert measure_shares([torch.from_numpy(gradient)], left, right, [5]).tangent[0] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (24, 80)])
@@ -74,7 +74,7 @@ def test_random_subspaces_meet_baselines_within_sampling_error(shape, gradient_r
     draws = []
     for _ in range(400):
         u, v = torch.from_numpy(random_basis(rng, m, rank)), torch.from_numpy(random_basis(rng, n, rank))
-        result = shares(blocks, u, v, [rank])
+        result = measure_shares(blocks, u, v, [rank])
         draws.append([result.both[0] ** 2, result.tangent[0] ** 2, result.left[0] ** 2, result.right[0] ** 2])
     mean, error = np.mean(draws, 0), np.std(draws, 0) / 20
     expected = np.array(overlap_by_chance(shape, rank)) ** 2
@@ -85,8 +85,8 @@ def test_non_finite_entry_is_named_zero_gradient_has_no_share():
     e = torch.eye(4, dtype=torch.float64)[:, :2]
     g = torch.ones(4, 4)
     g[3, 1] = torch.nan
-    assert shares(g.split(2), e, e, [1, 2]) == "the gradient holds nan at [3, 1]"
-    assert shares([torch.zeros(4, 4)], e, e, [1, 2]).both == (0.0, 0.0)
+    assert measure_shares(g.split(2), e, e, [1, 2]) == "the gradient holds nan at [3, 1]"
+    assert measure_shares([torch.zeros(4, 4)], e, e, [1, 2]).both == (0.0, 0.0)
 
 
 def test_bases_are_orthonormal_without_mixing_later_columns():

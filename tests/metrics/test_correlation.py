@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from lora_diag.metrics.statistics import interval, p_value, spearman
+from lora_diag.metrics.statistics import p_value, spearman, spearman_interval
 
 SCORES = st.lists(st.integers(0, 6), min_size=3, max_size=12)
 
@@ -47,11 +47,11 @@ def test_interval_has_stated_coverage():
     for _ in range(2000):
         x = rng.normal(size=30)
         y = 0.6 * x + 0.8 * rng.normal(size=30)
-        low, high = interval(spearman(x, y), 30)
+        low, high = spearman_interval(spearman(x, y), 30)
         hits += low <= truth <= high
     assert 0.93 < hits / 2000 < 0.97
 
 
 def test_rank_correlation_of_few_items_has_no_interval():
-    assert interval(0.5, 4) is None
-    assert interval(1.0, 30) is None
+    assert spearman_interval(0.5, 4) is None
+    assert spearman_interval(1.0, 30) is None

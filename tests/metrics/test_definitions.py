@@ -10,10 +10,10 @@ from scipy.optimize import minimize_scalar
 from lora_diag.metrics.energy import curve_at, gavish_donoho, hard_threshold, knee, spectral_error, thinned_ranks
 from lora_diag.metrics.statistics import (
     Estimate,
+    degrees_of_freedom,
     find_near_duplicates,
     find_norm_outliers,
     find_outlier_kinds,
-    freedom,
     order_by_rarity,
     paired_difference,
 )
@@ -21,12 +21,12 @@ from lora_diag.metrics.subspaces import (
     below_at_random,
     classify_direction,
     classify_relation,
-    distances,
+    compute_distances,
+    find_limit,
     is_near_chance,
-    limit,
-    parts,
-    pooled,
+    pool_distances,
     similarity_at_random,
+    split_epsilon,
     task_interference,
     task_interference_at_random,
 )
@@ -57,7 +57,7 @@ def layer(d, x):
 
 
 def found(one):
-    return distances(one.fro, one.adapter_fro, one.gap, one.inner, one.floor / one.fro if one.fro else None)
+    return compute_distances(one.fro, one.adapter_fro, one.gap, one.inner, one.floor / one.fro if one.fro else None)
 
 
 def test_distances_equal_dense_matrices():
@@ -75,28 +75,28 @@ def test_pooled_distances_equal_block_diagonal():
     layers = [layer(RNG.normal(size=(4, 3)), RNG.normal(size=(4, 3))) for _ in range(3)]
     layers.append(layer(np.zeros((4, 3)), np.ones((4, 3))))
     whole = layer(np.hstack([each.d for each in layers]), np.hstack([each.x for each in layers]))
-    got, expected = pooled(layers), found(whole)
+    got, expected = pool_distances(layers), found(whole)
     for name in ("epsilon", "norm_ratio", "cosine", "best_scale", "epsilon_best_scale"):
         assert getattr(got, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
     floor = math.sqrt(sum(each.floor**2 for each in layers)) / whole.fro
     assert got.epsilon_min == pytest.approx(floor)
-    assert pooled([layer(np.zeros((2, 2)), np.ones((2, 2)))]).epsilon is None
+    assert pool_distances([layer(np.zeros((2, 2)), np.ones((2, 2)))]).epsilon is None
 
 
 def test_limit_names_what_was_changed():
     d = np.diag([3.0, 2.0, 0.1, 0.1])
     best = oracles.best_approximation(d, 2)
     turned = np.roll(best, 1, axis=1)
-    assert limit(found(layer(d, 0 * d))) == "not adapted"
-    assert limit(found(layer(best, best * (1 + 1e-4)))) == "exact"
-    assert limit(found(layer(d, best))) == "rank"
-    assert limit(found(layer(d, best / 2))) == "scale"
-    assert limit(found(layer(d, -best))) == "direction"
-    assert limit(found(layer(d, turned))) == "direction"
-    assert limit(found(layer(d, best + 0.3 * turned))) == "direction"
-    assert limit(found(layer(d, 5 * (best + 1.5 * turned)))) == "direction"  # of which no scale makes much
-    assert limit(found(layer(d, 3 * best))) == "scale"
-    assert limit(found(layer(0 * d, d))) is None
+    assert find_limit(found(layer(d, 0 * d))) == "not adapted"
+    assert find_limit(found(layer(best, best * (1 + 1e-4)))) == "exact"
+    assert find_limit(found(layer(d, best))) == "rank"
+    assert find_limit(found(layer(d, best / 2))) == "scale"
+    assert find_limit(found(layer(d, -best))) == "direction"
+    assert find_limit(found(layer(d, turned))) == "direction"
+    assert find_limit(found(layer(d, best + 0.3 * turned))) == "direction"
+    assert find_limit(found(layer(d, 5 * (best + 1.5 * turned)))) == "direction"  # of which no scale makes much
+    assert find_limit(found(layer(d, 3 * best))) == "scale"
+    assert find_limit(found(layer(0 * d, d))) is None
 
 
 @pytest.mark.parametrize("length", [0.05, 0.5, 1.0, 2.5, 8.0])
@@ -113,7 +113,7 @@ def test_parts_sum_to_epsilon_squared(length, aligned):
     along = (x * d).sum() / (d * d).sum() * d
     whole, overshoot = (((d - other) ** 2).sum() / (d * d).sum() for other in (x, along if aligned > 0 else 0 * d))
     floor = ((d - best) ** 2).sum() / (d * d).sum()
-    got = parts(found(layer(d, x)))
+    got = split_epsilon(found(layer(d, x)))
     assert got.rank == pytest.approx(floor)
     assert got.rank + got.direction + got.scale == pytest.approx(whole)
     assert min(got.rank, got.direction, got.scale) >= 0
@@ -259,7 +259,7 @@ def test_paired_error_is_spread_of_ratio_over_samples():
 def test_paired_interval_holds_for_dependent_sequences(memory, least):
     """Values of which each keeps a share of the one before; the error of independent values covers 68% at 0.6."""
     rng, held = np.random.default_rng(3), 0
-    half = Estimate(0.0, 1.0, freedom(100)).half(0.975)
+    half = Estimate(0.0, 1.0, degrees_of_freedom(100)).half(0.975)
     for _ in range(1000):
         values = np.zeros(200)
         for i in range(1, 200):

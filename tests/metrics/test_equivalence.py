@@ -15,7 +15,7 @@ from lora_diag.metrics.statistics import (
     blocked_variance,
     runs_needed,
     variance_within,
-    welch,
+    welch_error,
 )
 
 LOSS = st.floats(0.5, 5.0)
@@ -46,13 +46,13 @@ def test_blocks_equal_two_way_analysis_of_variance():
 def test_interval_and_confidence_equal_scipy():
     rng = np.random.default_rng(1)
     one, two = rng.normal(size=5), rng.normal(0.3, 2.0, size=4)
-    error, freedom = welch((one.var(ddof=1) / 5, 4), (two.var(ddof=1) / 4, 3))
+    error, freedom = welch_error((one.var(ddof=1) / 5, 4), (two.var(ddof=1) / 4, 3))
     result = Estimate(one.mean() - two.mean(), error, freedom)
     truth = stats.ttest_ind(one, two, equal_var=False)
     low, high = truth.confidence_interval(2 * LEVEL - 1)
     np.testing.assert_allclose([result.value - result.half(), result.value + result.half()], [low, high])
     less = stats.ttest_ind(one, two, equal_var=False, alternative="less").pvalue
-    np.testing.assert_allclose(result.below(0.0), 1 - less)
+    np.testing.assert_allclose(result.confidence_below(0.0), 1 - less)
     spread, freedom = variance_within([one, two])
     assert freedom == 7
     np.testing.assert_allclose(spread, (one.var(ddof=1) * 4 + two.var(ddof=1) * 3) / 7)
@@ -88,4 +88,4 @@ def test_planned_runs_have_power_80_percent():
 
 
 def test_estimate_without_error_is_sure():
-    assert [Estimate(1.0, 0.0, 3).below(limit) for limit in (0.5, 1.0, 2.0)] == [0.0, 0.5, 1.0]
+    assert [Estimate(1.0, 0.0, 3).confidence_below(limit) for limit in (0.5, 1.0, 2.0)] == [0.0, 0.5, 1.0]

@@ -29,29 +29,35 @@ def pair_of_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(pair_of_models, tmp_path_factory):
-    base, tuned, *_ = pair_of_models
+def models(pair_of_models):
+    return pair_of_models[:2]
+
+
+@pytest.fixture(scope="module")
+def measured(models, tmp_path_factory):
     path = tmp_path_factory.mktemp("measured") / "r.jsonl"
-    return lora_diag.spectrum(base, tuned, output=path), path
+    return lora_diag.spectrum(*models, output=path), path
 
 
 @pytest.fixture
-def written(measured, tmp_path):
-    """Return results and a file of them, which a test may change."""
-    results, path = measured
-    return results, Path(shutil.copy(path, tmp_path))
+def results(measured):
+    return measured[0]
 
 
-def test_written_results_equal_read(written, tmp_path):
-    results, path = written
+@pytest.fixture
+def path(measured, tmp_path):
+    """Return a file of the results, which a test may change."""
+    return Path(shutil.copy(measured[1], tmp_path))
+
+
+def test_written_results_equal_read(results, path, tmp_path):
     assert read_results(path) == results
     results.write(tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_lines_equal_documentation(written):
-    _, path = written
+def test_lines_equal_documentation(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["record"] for line in lines] == ["run"] + ["spectrum"] * 10 + ["left_out"] * 2 + ["end"]
     assert lines[0]["schema"] == 1
@@ -62,80 +68,67 @@ def test_lines_equal_documentation(written):
     assert set(lines[1]["rank_at"]) == {"0.9", "0.95", "0.99"}
 
 
-def test_last_line_is_synced_to_disk(pair_of_models, tmp_path, monkeypatch):
-    base, tuned, *_ = pair_of_models
+def test_last_line_is_synced_to_disk(models, tmp_path, monkeypatch):
     path, kept = tmp_path / "r.jsonl", []
     monkeypatch.setattr(file, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
-    lora_diag.spectrum(base, tuned, output=path)
+    lora_diag.spectrum(*models, output=path)
     assert kept[-1] == path.read_bytes()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 12, 13])
 @pytest.mark.parametrize("torn", [b"", b'{"record":"spec', b'{"record": "left_out"'])
-def test_resume_ends_in_same_file(written, pair_of_models, cut, torn):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_resume_ends_in_same_file(path, models, cut, torn):
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]) + torn)
     assert read_results(path).end is None
     with pytest.raises(UsageError, match="--resume"):
-        lora_diag.spectrum(base, tuned, output=path)
+        lora_diag.spectrum(*models, output=path)
     message = []
-    lora_diag.spectrum(base, tuned, output=path, resume=True, on_record=message.append)
+    lora_diag.spectrum(*models, output=path, resume=True, on_record=message.append)
     assert path.read_bytes() == whole
     assert tuple(message) == tuple(read_results(path).records())
 
 
-def test_resume_measures_only_what_is_missing(written, pair_of_models, monkeypatch):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_resume_measures_only_what_is_missing(path, models, monkeypatch):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:9]))
     events = []
-    lora_diag.spectrum(base, tuned, output=path, resume=True, on_progress=events.append)
+    lora_diag.spectrum(*models, output=path, resume=True, on_progress=events.append)
     assert events[0].total == 2
 
 
-def test_resume_of_finished_or_absent_run(written, pair_of_models, tmp_path):
-    results, path = written
-    base, tuned, *_ = pair_of_models
-    assert lora_diag.spectrum(base, tuned, output=path, resume=True) == results
-    assert lora_diag.spectrum(base, tuned, output=tmp_path / "new.jsonl", resume=True) == results
+def test_resume_of_finished_or_absent_run(results, path, models, tmp_path):
+    assert lora_diag.spectrum(*models, output=path, resume=True) == results
+    assert lora_diag.spectrum(*models, output=tmp_path / "new.jsonl", resume=True) == results
 
 
-def test_resume_refuses_other_settings_and_inputs(written, pair_of_models):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_resume_refuses_other_settings_and_inputs(path, models):
     with pytest.raises(UsageError, match=r"settings \(top\)"):
-        lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
+        lora_diag.spectrum(*models, output=path, resume=True, top=3)
     with pytest.raises(UsageError, match="inputs"):
-        lora_diag.spectrum(base, base, output=path, resume=True)
+        lora_diag.spectrum(models[0], models[0], output=path, resume=True)
 
 
-def test_layer_left_out_for_time_is_measured_by_resume(written, pair_of_models):
-    whole, path = written
-    base, tuned, *_ = pair_of_models
-    *layers, late = whole.layers
+def test_layer_left_out_for_time_is_measured_by_resume(results, path, models):
+    *layers, late = results.layers
     skipped = LeftOut(layer=late.layer, shape=late.shape, reason="time", detail="", fro=None, base_fro=None)
-    left_out = [item for item in whole.left_out if item.reason != "time"]
-    replace(whole, layers=tuple(layers), left_out=(*left_out, skipped)).write(path)
-    lora_diag.spectrum(base, tuned, output=path, resume=True)
+    left_out = [item for item in results.left_out if item.reason != "time"]
+    replace(results, layers=tuple(layers), left_out=(*left_out, skipped)).write(path)
+    lora_diag.spectrum(*models, output=path, resume=True)
     resumed = lora_diag.read_results(path)
     assert resumed[late.layer] == late
-    assert resumed.left_out == whole.left_out
+    assert resumed.left_out == results.left_out
     assert resumed.end is not None
 
 
-def test_resume_names_older_version(written, pair_of_models):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_resume_names_older_version(path, models):
     begun, *rest = path.read_text().splitlines(keepends=True)
     run = json.loads(begun)
     del run["settings"]["seed"]
     path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
     with raises_naming(UsageError, "settings.seed"):
-        lora_diag.spectrum(base, tuned, output=path, resume=True)
+        lora_diag.spectrum(*models, output=path, resume=True)
     with pytest.raises(UsageError, match=r"with other settings \(top, seed\); "):
-        lora_diag.spectrum(base, tuned, output=path, resume=True, top=3)
+        lora_diag.spectrum(*models, output=path, resume=True, top=3)
 
 
 @pytest.mark.parametrize(
@@ -145,51 +138,45 @@ def test_resume_names_older_version(written, pair_of_models):
         (lambda settings: settings.update(later=1), r"with other settings \(later\); "),
     ],
 )
-def test_setting_of_one_run_is_named(written, pair_of_models, change, message):
+def test_setting_of_one_run_is_named(path, models, change, message):
     """A field that was not requested is null, which differs from a run that does not have the field."""
-    _, path = written
-    base, tuned, *_ = pair_of_models
     begun, *rest = path.read_text().splitlines(keepends=True)
     run = json.loads(begun)
     assert run["settings"]["top"] is None
     change(run["settings"])
     path.write_text("".join([json.dumps(run) + "\n", *rest[:3]]))
     with pytest.raises(UsageError, match=message):
-        lora_diag.spectrum(base, tuned, output=path, resume=True)
+        lora_diag.spectrum(*models, output=path, resume=True)
 
 
-def test_run_resumes_in_writable_file_of_read_only_folder(written, pair_of_models, monkeypatch):
-    results, path = written
-    base, tuned, *_ = pair_of_models
+def test_run_resumes_in_writable_file_of_read_only_folder(results, path, models, monkeypatch):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     monkeypatch.setattr("os.access", lambda place, mode: str(place) == str(path))  # root may write anywhere
     with pytest.raises(InputError, match="permission denied"):
-        lora_diag.spectrum(base, tuned, output=path.with_name("new.jsonl"))
-    assert lora_diag.spectrum(base, tuned, output=path, resume=True) == results
+        lora_diag.spectrum(*models, output=path.with_name("new.jsonl"))
+    assert lora_diag.spectrum(*models, output=path, resume=True) == results
 
 
-def test_text_after_torn_line_is_kept(written, tmp_path):
+def test_text_after_torn_line_is_kept(path, tmp_path):
     """A record that lacked its newline, then the newline: it was called a line that is not JSON."""
-    lines = written[1].read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     (tmp_path / "growing").write_bytes(b"".join(lines[:3])[:-1])
     reading = iterate_records(tmp_path / "growing")
     result = [next(reading) for _ in range(3)]
     with (tmp_path / "growing").open("ab") as file:
         file.write(b"\n" + lines[3])
-    assert [*result, *reading] == list(read_results(written[1]).records())[:3]
+    assert [*result, *reading] == list(read_results(path).records())[:3]
 
 
-def test_overwrite_replaces_only_finished_runs(written, pair_of_models, tmp_path):
-    _, path = written
-    base, tuned, *_ = pair_of_models
-    lora_diag.spectrum(base, tuned, output=path, top=2)
+def test_overwrite_replaces_only_finished_runs(path, models, tmp_path):
+    lora_diag.spectrum(*models, output=path, top=2)
     assert len(read_results(path).layers[0].s) == 2
     other = tmp_path / "thesis.txt"
     other.write_text("precious")
     with pytest.raises(UsageError, match="not a results file"):
-        lora_diag.spectrum(base, tuned, output=other)
+        lora_diag.spectrum(*models, output=other)
     with pytest.raises(UsageError, match="is a folder"):
-        lora_diag.spectrum(base, tuned, output=tmp_path)
+        lora_diag.spectrum(*models, output=tmp_path)
     assert other.read_text() == "precious"
 
 
@@ -219,30 +206,26 @@ def test_invalid_inputs_create_no_output(pair_of_models, tmp_path):
         (lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":NaN,"was":'), *lines[4:]], "line 4"),
     ],
 )
-def test_damaged_results_files(written, change, words):
-    _, path = written
+def test_damaged_results_files(path, change, words):
     path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
     with pytest.raises(InputError, match=words):
         read_results(path)
 
 
-def test_fields_of_later_version_are_ignored(written):
-    results, path = written
+def test_fields_of_later_version_are_ignored(results, path):
     edit_results(path, lambda text: text.replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
     result = read_results(path)
     assert (result.run, result.layers, result.left_out) == (results.run, results.layers, results.left_out)
 
 
-def test_last_line_hashes_lines_before_it(written):
-    results, path = written
+def test_last_line_hashes_lines_before_it(results, path):
     *lines, _ = path.read_bytes().splitlines(keepends=True)
     assert results.end.sha256 == hashlib.sha256(b"".join(lines)).hexdigest()
     assert read_results(path).end == results.end
 
 
 @pytest.mark.parametrize("line", range(-1, 13))
-def test_edited_line_is_refused(written, line):
-    _, path = written
+def test_edited_line_is_refused(path, line):
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 14
     if line >= 0:
@@ -254,36 +237,34 @@ def test_edited_line_is_refused(written, line):
         read_results(path)
 
 
-def test_line_endings_do_not_matter(written):
-    results, path = written
+def test_line_endings_do_not_matter(results, path):
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert read_results(path) == results
 
 
-def test_file_without_hash_is_read(written):
-    results, path = written
+def test_file_without_hash_is_read(results, path):
     path.write_text(path.read_text().replace(f',"sha256":"{results.end.sha256}"', ""))
     assert read_results(path).end == results.end.model_copy(update={"sha256": ""})
 
 
-def test_run_time_is_now_and_kept_by_resume(pair_of_models, tmp_path, monkeypatch):
+def test_run_time_is_now_and_kept_by_resume(models, tmp_path, monkeypatch):
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     begun = datetime.now(UTC).replace(microsecond=0)
-    made = lora_diag.spectrum(*pair_of_models[:2], output=tmp_path / "r.jsonl").run.made
+    made = lora_diag.spectrum(*models, output=tmp_path / "r.jsonl").run.made
     assert begun <= datetime.fromisoformat(made) <= datetime.now(UTC)
     whole = (tmp_path / "r.jsonl").read_bytes()
     (tmp_path / "r.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    resumed = lora_diag.spectrum(*pair_of_models[:2], output=tmp_path / "r.jsonl", resume=True)
+    resumed = lora_diag.spectrum(*models, output=tmp_path / "r.jsonl", resume=True)
     assert (resumed.run.made, (tmp_path / "r.jsonl").read_bytes()) == (made, whole)
-    assert lora_diag.spectrum(*pair_of_models[:2]).run.made == "1970-01-01T00:00:00Z"
+    assert lora_diag.spectrum(*models).run.made == "1970-01-01T00:00:00Z"
 
 
 @pytest.mark.parametrize("epoch", ["soon", "1.5", "9" * 30])
-def test_source_date_epoch_must_be_number(pair_of_models, monkeypatch, epoch):
+def test_source_date_epoch_must_be_number(models, monkeypatch, epoch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
     with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH"):
-        lora_diag.spectrum(*pair_of_models[:2])
+        lora_diag.spectrum(*models)
 
 
 class StoppedError(Exception):
@@ -303,65 +284,55 @@ def interrupted(base, tuned, path, records=4, **options):
         lora_diag.spectrum(base, tuned, output=path, on_record=tell, **options)
 
 
-def test_interrupted_rerun_keeps_finished_run(written, pair_of_models, tmp_path):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_interrupted_rerun_keeps_finished_run(path, models, tmp_path):
     before, part = path.read_bytes(), tmp_path / "r.jsonl.part"
-    interrupted(base, tuned, path, top=2)
+    interrupted(*models, path, top=2)
     assert path.read_bytes() == before
     assert len(part.read_bytes().splitlines()) == 4
     for words in ({}, {"top": 2}):
         with raises_naming(UsageError, "r.jsonl.part", "unfinished"):
-            lora_diag.spectrum(base, tuned, output=path, **words)
+            lora_diag.spectrum(*models, output=path, **words)
     with pytest.raises(UsageError, match=r"settings \(top\)"):
-        lora_diag.spectrum(base, tuned, output=path, resume=True)
-    results = lora_diag.spectrum(base, tuned, output=path, resume=True, top=2)
+        lora_diag.spectrum(*models, output=path, resume=True)
+    results = lora_diag.spectrum(*models, output=path, resume=True, top=2)
     assert read_results(path) == results
     assert results.run.settings["top"] == 2
     assert not part.exists()
 
 
-def test_finished_part_replaces_file(written, pair_of_models, tmp_path):
+def test_finished_part_replaces_file(path, models, tmp_path):
     """The machine stopped between the last line and the renaming."""
-    _, path = written
-    base, tuned, *_ = pair_of_models
     part = tmp_path / "r.jsonl.part"
     whole = path.read_bytes()
     path.rename(part)
     path.write_bytes(whole.replace(b'"seed":0', b'"seed":1'))
     with pytest.raises(UsageError, match=r"r\.jsonl\.part"):
-        lora_diag.spectrum(base, tuned, output=path)
-    lora_diag.spectrum(base, tuned, output=path, resume=True)
+        lora_diag.spectrum(*models, output=path)
+    lora_diag.spectrum(*models, output=path, resume=True)
     assert path.read_bytes() == whole
     assert not part.exists()
 
 
-def test_part_with_torn_first_line_restarts(written, pair_of_models, tmp_path):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_part_with_torn_first_line_restarts(path, models, tmp_path):
     (tmp_path / "r.jsonl.part").write_bytes(path.read_bytes()[:100])
-    lora_diag.spectrum(base, tuned, output=path, resume=True, top=2)
+    lora_diag.spectrum(*models, output=path, resume=True, top=2)
     assert len(read_results(path).layers[0].s) == 2
     assert not (tmp_path / "r.jsonl.part").exists()
 
 
 @pytest.mark.parametrize("name", ["link.jsonl", "link.jsonl.part"])
-def test_runs_are_not_written_through_links(written, pair_of_models, tmp_path, name):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_runs_are_not_written_through_links(path, models, tmp_path, name):
     before = path.read_bytes()
     (tmp_path / name).symlink_to(path)
     for overwrite in (False, True):
         with raises_naming(UsageError, name, "symbolic link"):
-            lora_diag.spectrum(base, tuned, output=tmp_path / "link.jsonl", top=2, overwrite=overwrite)
+            lora_diag.spectrum(*models, output=tmp_path / "link.jsonl", top=2, overwrite=overwrite)
     assert path.read_bytes() == before
     assert not (tmp_path / "link.jsonl").exists() or name == "link.jsonl"
 
 
-def test_overwrite_replaces_foreign_file_by_finished_run(written, pair_of_models, tmp_path):
+def test_overwrite_replaces_foreign_file_by_finished_run(path, models, tmp_path):
     """Until the new run ends, what was there stays; a damaged results file is one of them, an unfinished one is not."""
-    _, path = written
-    base, tuned, *_ = pair_of_models
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     for content in (b"mine", b"mine\n", b'{"a": 1}\n' * 3, b"".join([lines[0], b"?\n", *lines[1:]])):
@@ -369,55 +340,49 @@ def test_overwrite_replaces_foreign_file_by_finished_run(written, pair_of_models
         os.link(path, tmp_path / "second")
         for resume in (False, True):
             with pytest.raises(LoradiagError):
-                lora_diag.spectrum(base, tmp_path / "gone", output=path, resume=resume, overwrite=True)
+                lora_diag.spectrum(models[0], tmp_path / "gone", output=path, resume=resume, overwrite=True)
             assert path.read_bytes() == content
             with pytest.raises(UsageError):
-                lora_diag.spectrum(base, tuned, output=path, resume=resume)
-            lora_diag.spectrum(base, tuned, output=path, resume=resume, overwrite=True)
+                lora_diag.spectrum(*models, output=path, resume=resume)
+            lora_diag.spectrum(*models, output=path, resume=resume, overwrite=True)
             assert path.read_bytes() == whole
             path.write_bytes(content)
         assert (tmp_path / "second").read_bytes() == content
         (tmp_path / "second").unlink()
     path.write_bytes(b"".join(lines[:3]))
     with pytest.raises(UsageError, match="unfinished"):
-        lora_diag.spectrum(base, tuned, output=path, overwrite=True)
+        lora_diag.spectrum(*models, output=path, overwrite=True)
     assert path.read_bytes() == b"".join(lines[:3])
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_torn_first_line_is_empty_file(written, pair_of_models, resume):
-    _, path = written
-    base, tuned, *_ = pair_of_models
+def test_torn_first_line_is_empty_file(path, models, resume):
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    lora_diag.spectrum(base, tuned, output=path, resume=resume)
+    lora_diag.spectrum(*models, output=path, resume=resume)
     assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("lines", [1, 5, 14])
-def test_last_line_without_newline_is_kept(written, pair_of_models, lines):
-    results, path = written
-    base, tuned, *_ = pair_of_models
+def test_last_line_without_newline_is_kept(results, path, models, lines):
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines])[:-1])
     assert len(list(read_results(path).records())) == lines
     if lines == 14:
         assert read_results(path) == results
         return
-    lora_diag.spectrum(base, tuned, output=path, resume=True)
+    lora_diag.spectrum(*models, output=path, resume=True)
     assert path.read_bytes() == whole
 
 
-def test_line_torn_inside_character_is_dropped(written):
-    _, path = written
+def test_line_torn_inside_character_is_dropped(path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + '{"record":"spectrum","layer":"é'.encode()[:-1])
     assert len(read_results(path)) == 2
 
 
-def test_resume_refuses_changed_input(written, pair_of_models, tmp_path):
+def test_resume_refuses_changed_input(path, pair_of_models, tmp_path):
     """Same names, same shapes, same sizes: a later step of the same training."""
-    _, path = written
     base, tuned, _, after = pair_of_models
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
     save_model(tuned, {name: value + 1e-3 for name, value in after.items()})
@@ -441,8 +406,7 @@ def test_fingerprint_is_independent_of_path_and_time(pair_of_models, tmp_path):
     assert lora_diag.spectrum(half, half).run.inputs[0].fingerprint != prints[0]
 
 
-def test_filter_keeps_totals_and_left_out_together(written):
-    results, _ = written
+def test_filter_keeps_totals_and_left_out_together(results):
     result = results.filter("layers.0")
     assert {record.layer for record in result.left_out} == {"model.layers.0.input_layernorm.weight"}
     assert (result.end.layers, result.end.left_out) == (len(result), 1)
@@ -452,15 +416,14 @@ def test_filter_keeps_totals_and_left_out_together(written):
     assert len(results.filter("nothing")) == results.filter("nothing").end.fro == 0
 
 
-def test_unwritable_output_is_refused_before_measuring(pair_of_models, tmp_path):
-    base, tuned, *_ = pair_of_models
+def test_unwritable_output_is_refused_before_measuring(models, tmp_path):
     events = []
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     targets = [tmp_path / "no" / "r.jsonl", tmp_path / ("n" * 300), *([] if os.getuid() == 0 else [locked / "r.jsonl"])]
     for output in targets:
         with pytest.raises(InputError, match="cannot be written"):
-            lora_diag.spectrum(base, tuned, output=output, on_progress=events.append, on_record=events.append)
+            lora_diag.spectrum(*models, output=output, on_progress=events.append, on_record=events.append)
     assert events == []
     assert {path.name for path in tmp_path.iterdir()} == {"locked"}
 
@@ -474,8 +437,7 @@ def test_pipe_is_refused_and_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("size", [file.MAX_LINE_BYTES, 3 * file.MAX_LINE_BYTES])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_overlong_line_is_not_kept_in_memory(written, size, end):
-    _, path = written
+def test_overlong_line_is_not_kept_in_memory(path, size, end):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"record":"end","s":[' + b"1," * (size // 2) + b"1]}" + end)
     tracemalloc.start()
@@ -486,14 +448,12 @@ def test_overlong_line_is_not_kept_in_memory(written, size, end):
     assert peak < 3 * file.MAX_LINE_BYTES
 
 
-def test_zeros_after_power_loss_are_recognised(written):
-    results, path = written
+def test_zeros_after_power_loss_are_recognised(results, path):
     path.write_bytes(path.read_bytes() + bytes(2 * file.MAX_LINE_BYTES))
     assert read_results(path) == results
 
 
-def test_written_lines_are_readable(written, tmp_path, monkeypatch):
-    results, _ = written
+def test_written_lines_are_readable(results, tmp_path, monkeypatch):
     monkeypatch.setattr(file, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl"
     with pytest.raises(InputError, match="limit of 1,000 bytes"), file.ResultsWriter(path, results.run) as writer:

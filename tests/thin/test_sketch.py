@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_diag.thin import LENGTH, ROWS, fold, mixed, sketch, transform
+from lora_diag.thin import LENGTH, ROWS, fold, mix_columns, sketch, transform
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
@@ -88,4 +88,4 @@ def test_sketches_of_orthogonal_spaces_are_orthogonal():
 def test_mixing_commutes_with_transform():
     rng = np.random.default_rng(8)
     folded, mix = rng.standard_normal((3, LENGTH, 64)), rng.standard_normal((3, 64, 60))
-    assert mixed(transform(folded), mix) == pytest.approx(transform(folded @ mix), abs=1e-10)
+    assert mix_columns(transform(folded), mix) == pytest.approx(transform(folded @ mix), abs=1e-10)

@@ -17,7 +17,7 @@ from tests.served import ROOT
 
 def thin_values(b: np.ndarray, a: np.ndarray, factor: float = 1.0, vectors: bool = False):
     """Return the values of one product; None if a number is not finite."""
-    left, right = thin.triangle(b), thin.triangle(a.T)
+    left, right = thin.compute_triangle(b), thin.compute_triangle(a.T)
     if left is None or right is None:
         return None
     result = thin.thin_values(left, right, factor, vectors)
@@ -73,7 +73,7 @@ def test_both_ways_to_triangle_agree_within_bounds():
         assert (np.abs(s - due) <= slack).all()
     repeated = np.hstack([x, x[:, :1] * (1 + 1e-9)])
     assert not by_cholesky(repeated)[1]
-    assert thin.triangle(repeated).relative == 0
+    assert thin.compute_triangle(repeated).relative == 0
 
 
 def test_energies_are_within_their_bound_or_refused():
@@ -170,12 +170,12 @@ def test_update_of_zero_has_zeros():
 
 BYTES = """
 import hashlib, numpy
-from lora_diag.thin import compute_grams, thin_energies, thin_values, triangle
+from lora_diag.thin import compute_grams, thin_energies, thin_values, compute_triangle
 rng, found = numpy.random.default_rng(0), hashlib.sha256()
 for rank, m, n in ((16, 50000, 129), (64, 11008, 1111), (33, 700, 64)):
     b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
     for factor in (b, b[:, :1] + 1e-9 * b):
-        values = thin_values(triangle(factor), triangle(a.T))
+        values = thin_values(compute_triangle(factor), compute_triangle(a.T))
         found.update(values.s.tobytes())
     values = thin_energies(compute_grams(b[None]), compute_grams(a.T[None]), numpy.ones(1))
     found.update(values.s.tobytes() + values.mix.tobytes())

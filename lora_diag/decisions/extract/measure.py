@@ -31,7 +31,7 @@ from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_byt
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
 from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
-from lora_diag.linalg.distance import gap
+from lora_diag.linalg.distance import frobenius_distance
 from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden
@@ -407,7 +407,7 @@ def split_factors(factors: Factors, rank: int, transposed: bool, split: str) -> 
 def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -> float:
     """Return ‖ΔW − B·A‖_F."""
     if change.factors is not None:
-        return gap(change.factors, (b, a))
+        return frobenius_distance(change.factors, (b, a))
     b, a = b.to(torch.float64), a.to(torch.float64)
     distance, row = 0.0, 0
     for block in change.blocks(shape):

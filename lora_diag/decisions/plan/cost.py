@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from lora_diag.decisions.plan.architectures import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
-from lora_diag.linalg.krylov import first_order
+from lora_diag.linalg.krylov import smallest_order
 from lora_diag.linalg.methods import time_full, time_leading, time_pass
 from lora_diag.running.engines import Layout, layout_for, run_local
 
@@ -110,7 +110,7 @@ def _time_kernels(matrices: Sequence[Matrix], top: int) -> PlanRates:
         threads, times = _time_side_by_side(partial(time_full, order), order, layout)
         eigen[order] = threads * _median_time([values for _, values in times])
         product = threads * _median_time([products for products, _ in times]) / order**3
-    few_from, few = first_order(top), {}
+    few_from, few = smallest_order(top), {}
     for order in (order for order in orders if order >= few_from):
         threads, seconds = _time_side_by_side(partial(time_leading, order, top), order, layout)
         few[order] = threads * _median_time(seconds) / order**2

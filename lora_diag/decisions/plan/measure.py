@@ -41,7 +41,7 @@ from lora_diag.decisions.plan.record import (
 from lora_diag.decisions.targets import BYTES, STATE, Training, compile_pattern, read_memory, why_no_target
 from lora_diag.deltas import EXPERTS, natural_order
 from lora_diag.errors import UsageError
-from lora_diag.records.names import depth_of, module_type_of, part_of, place_of
+from lora_diag.records.names import depth_of, module_type_of, part_of, type_order
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import fill_options, show_options
@@ -96,7 +96,7 @@ def group_types(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[P
         targeted: Names of the matrices with LoRA.
     """
     groups: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = {}
-    for matrix in sorted(matrices, key=lambda matrix: place_of(matrix.name)):
+    for matrix in sorted(matrices, key=lambda matrix: type_order(matrix.name)):
         groups.setdefault((module_type_of(matrix.name), matrix.shape, matrix.name in targeted), []).append(matrix)
     return tuple(
         PlanType(

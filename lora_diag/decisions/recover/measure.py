@@ -39,10 +39,10 @@ from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_de
 from lora_diag.layers.recovery import (
     DEFAULT_RANKS,
     Estimate,
-    hidden_energy,
+    check_cell_memory,
+    estimate_hidden_energy,
     recover_layer,
     recovery_bytes,
-    refuse_cells,
 )
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
 from lora_diag.linalg import Allowance, check_request, require_memory
@@ -281,7 +281,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
     if layer.earlier is not None:
         return truncate_stored(layer.earlier, layer.request, file)
     if settings.memory is not None:
-        refuse_cells(layer.shape, settings.memory)
+        check_cell_memory(layer.shape, settings.memory)
         if layer.request.full:
             weight = 4 * math.prod(layer.shape)
             require_memory(
@@ -506,7 +506,7 @@ def recover(
     settings = LayerSettings(method, tol, seed, run.where.tasks)
     deadline = None
     if limit is not None:
-        energies = {task.layer: hidden_energy(task.delta) for task in tasks}
+        energies = {task.layer: estimate_hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
         deadline = Deadline(start + limit, resolved["time"], energies)
     if params is not None and tasks:

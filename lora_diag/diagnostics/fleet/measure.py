@@ -44,15 +44,15 @@ from lora_diag.thin import (
     Grams,
     ThinValues,
     compute_grams,
+    compute_triangle,
     fold,
-    join,
-    mixed,
-    row_major,
+    mix_columns,
     sketch,
+    sketch_products,
     thin_energies,
     thin_values,
+    to_row_major,
     transform,
-    triangle,
 )
 
 if TYPE_CHECKING:
@@ -151,10 +151,10 @@ class _Folded:
 def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded]]:
     """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
     thin = [delta.thin for delta in deltas if delta.thin is not None]
-    b = row_major(thin[0].read_each_b(thin))
+    b = to_row_major(thin[0].read_each_b(thin))
     left, rows = compute_grams(b), fold(b, BOTH).reshape(len(thin), 2, LENGTH, -1)
     del b
-    a = row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
+    a = to_row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
     columns = fold(a, COLUMNS)
     folded = [_Folded(rows[i], columns[i], item.read_scale()) for i, item in enumerate(thin)]
     return left, compute_grams(a), folded
@@ -171,7 +171,7 @@ def _measure_in_float64(delta: FactoredDelta) -> Measured | None:
     b, a = delta.thin.read_b().astype(np.float64), delta.thin.read_a().T.astype(np.float64)
     if not (b.any() and a.any()) and np.isfinite(b).all() and np.isfinite(a).all():
         return _make_zero(delta.rank)
-    left, right = triangle(b), triangle(a)
+    left, right = compute_triangle(b), compute_triangle(a)
     if left is None or right is None:
         return None
     folded = _Folded(fold(b, BOTH).reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
@@ -191,10 +191,10 @@ def _make_measured(
     rows, row_size = _normalize([each.rows for each in folded])
     columns, column_size = _normalize([each.columns for each in folded])
     left_rows, right_rows = transform(rows).swapaxes(0, 1)
-    update = (scale * row_size * column_size)[:, None] * join(left_rows, transform(columns), names)
+    update = (scale * row_size * column_size)[:, None] * sketch_products(left_rows, transform(columns), names)
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
     directions *= row_size[:, None, None]
-    space = join(mixed(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
+    space = sketch_products(mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
     measured: list[Measured | None] = []
     for i, delta in enumerate(deltas):
         if not math.isfinite(values.fro[i]):

@@ -52,16 +52,16 @@ from lora_diag.linalg import (
 from lora_diag.linalg.distance import (
     Conflicts,
     Matrix,
-    gap,
-    inner,
-    products,
+    compare_blocks,
+    frobenius_distance,
+    frobenius_inner,
     stack_products,
+    sum_matrices,
     ties_blocks,
     ties_factor,
-    total,
 )
 from lora_diag.linalg.exact import ZERO_DENSE, ZERO_FACTORED
-from lora_diag.metrics import RANKS, THRESHOLDS, distances, effective_rank, energy_curve, rank_at
+from lora_diag.metrics import RANKS, THRESHOLDS, compute_distances, effective_rank, energy_curve, rank_at
 from lora_diag.metrics.subspaces import (
     classify_relation,
     is_near_chance,
@@ -190,13 +190,13 @@ AdapterFactors = tuple[Tensor, Tensor, float]
 
 def _measure_loss(summed: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> MergeLoss:
     """Return the loss of a merge in factored form relative to S, given ‖S‖_F > 0."""
-    norm = math.sqrt(max(0.0, inner(merge, merge)))
-    return _make_loss(fro, norm, gap(summed, merge), inner(summed, merge))
+    norm = math.sqrt(max(0.0, frobenius_inner(merge, merge)))
+    return _make_loss(fro, norm, frobenius_distance(summed, merge), frobenius_inner(summed, merge))
 
 
 def _make_loss(fro: float, norm: float, distance: float, inner_product: float) -> MergeLoss:
     """Return a record from ‖S‖ > 0, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
-    merge_distances = distances(fro, norm, distance, inner_product, None)
+    merge_distances = compute_distances(fro, norm, distance, inner_product, None)
     assert merge_distances.epsilon is not None
     assert merge_distances.norm_ratio is not None
     return MergeLoss(
@@ -260,7 +260,7 @@ def measure_union(
         settings: Settings of the measurement.
     """
     weights = [part.update.weight for part in parts]
-    summed = total([part.matrix for part in parts], weights)
+    summed = sum_matrices([part.matrix for part in parts], weights)
     if isinstance(summed, tuple):
         factors = decompose_factored(*summed, vectors=True)
     else:
@@ -382,7 +382,7 @@ def _measure_merges(
         return {"merges": {**merges, "ties": None, "ties_dense": None}}
     before, after = Conflicts(), Conflicts()  # of signs, before and after TIES trims the updates
     blocks = ties_blocks([part.matrix for part in parts], weights, density, before, after)
-    distance, norm, inner_product = products(blocks)
+    distance, norm, inner_product = compare_blocks(blocks)
     return {
         "merges": {**merges, "ties_dense": _make_loss(factors.fro, norm, distance, inner_product)},
         "sign_conflicts": before.share,
@@ -513,7 +513,7 @@ def _measure_on(
 
 def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
     """Return the record of two nonzero updates of a layer."""
-    cosine = inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
+    cosine = frobenius_inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     cosine_random = 1 / math.sqrt(math.prod(task.shape))
     # Up to the number of directions of either; larger ranks give the same.

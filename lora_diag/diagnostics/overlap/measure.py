@@ -25,7 +25,7 @@ from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_cha
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
 from lora_diag.linalg import Allowance, check_request, numerical_rank, resolve_device
-from lora_diag.linalg.distance import orthonormalize, shares
+from lora_diag.linalg.distance import measure_shares, orthonormalize
 from lora_diag.metrics import RANKS
 from lora_diag.metrics.resolution import Verdict
 from lora_diag.metrics.subspaces import overlap_by_chance
@@ -186,7 +186,7 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     Returns:
         One record for each rank, with null fractions if G_t is zero; if G_t is not finite, one ``left_out`` record.
     """
-    fractions = shares(blocks, spaces.u, spaces.v, spaces.ranks)
+    fractions = measure_shares(blocks, spaces.u, spaces.v, spaces.ranks)
     if isinstance(fractions, str):
         detail = f"step {step}: {fractions}"
         return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)

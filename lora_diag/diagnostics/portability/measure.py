@@ -36,7 +36,7 @@ from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.metric import fro_of
 from lora_diag.layers.task import LayerSettings, not_finite
 from lora_diag.linalg import resolve_device
-from lora_diag.linalg.distance import gap
+from lora_diag.linalg.distance import frobenius_distance
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import number
@@ -165,7 +165,7 @@ def _measure_distance(task: Judged, scale: float | None, fro: float | None, upda
     b, a = loaded
     if (len(b), a.shape[1]) != delta.shape:
         b, a = a.T, b.T
-    return gap((b * (scale / item.scale), a), update) / fro
+    return frobenius_distance((b * (scale / item.scale), a), update) / fro
 
 
 def estimate_bytes(task: Judged, settings: LayerSettings) -> int:
@@ -313,8 +313,8 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
         written, original = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
         assert isinstance(written, tuple)
         assert isinstance(original, tuple)
-        norm = gap(original, (original[0] * 0, original[1]))
-        errors[item.layer] = gap(written, original) / norm if norm else 0.0
+        norm = frobenius_distance(original, (original[0] * 0, original[1]))
+        errors[item.layer] = frobenius_distance(written, original) / norm if norm else 0.0
     return errors
 
 

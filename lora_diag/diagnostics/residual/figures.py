@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.diagnostics.residual.record import Residual, describe_parts, sum_parts
 from lora_diag.errors import UsageError
-from lora_diag.metrics import pooled
+from lora_diag.metrics import pool_distances
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
 from lora_diag.rendering.figures.panels import Slot, make_slots, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series
@@ -111,7 +111,7 @@ def _describe_run(item: Series[Any]) -> str:
     records = _select_matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
-    total = pooled(item.records)
+    total = pool_distances(item.records)
     if total.epsilon is None:
         return f"{item.label}{rank}: ΔW = 0"
     description = f"{item.label}{rank}: {describe_parts(item.records)}"

@@ -21,8 +21,8 @@ from lora_diag.layers.metric import Metric, Moments, agreement, read_root, times
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
-from lora_diag.linalg import Allowance, Factors, check_request, numerical_rank, products
-from lora_diag.metrics import Distances, distances
+from lora_diag.linalg import Allowance, Factors, check_request, compare_blocks, numerical_rank
+from lora_diag.metrics import Distances, compute_distances
 from lora_diag.records import Agreement, LeftOut, Results, RunInput
 from lora_diag.running.inputs import Comparison, refuse_repeated, second_moments
 from lora_diag.running.layers import LayerRun
@@ -214,10 +214,10 @@ class BeforeRounding:
         """Return the expected distance of an adapter: E‖X − B·A‖² = ‖E[X] − B·A‖² + E‖X‖² − ‖E[X]‖²."""
         gap, norm, inner = self.fro, 0.0, 0.0
         if change is not None:
-            near, norm, inner = products(zip(self.mean.blocks(shape), change.blocks(shape), strict=True))
+            near, norm, inner = compare_blocks(zip(self.mean.blocks(shape), change.blocks(shape), strict=True))
             hidden = max(0.0, self.fro**2 - (self.mean.fro or 0.0) ** 2)
             gap = math.hypot(near, math.sqrt(hidden))
-        return Expected(**asdict(distances(self.fro, norm, gap, inner, None)), fro=self.fro)
+        return Expected(**asdict(compute_distances(self.fro, norm, gap, inner, None)), fro=self.fro)
 
 
 def _estimate_before_rounding(

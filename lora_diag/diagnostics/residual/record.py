@@ -70,25 +70,25 @@ class Distance(Record):
     @property
     def parts(self) -> Parts | None:
         """The parts of ε² (``metrics.parts``); None where D or X is zero."""
-        from lora_diag.metrics import parts
+        from lora_diag.metrics import split_epsilon
 
-        return parts(self._above_floor)
+        return split_epsilon(self._above_floor)
 
     @property
     def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
         """The largest of rank, direction and scale (``metrics.limit``); None if D is zero."""
-        from lora_diag.metrics import limit
+        from lora_diag.metrics import find_limit
 
-        return limit(self._above_floor)
+        return find_limit(self._above_floor)
 
 
 def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
     """Return a function that pools a field of ``metrics.pooled`` over layers."""
 
     def pool(records: Sequence[Residual]) -> float | None:
-        from lora_diag.metrics import pooled  # imports NumPy
+        from lora_diag.metrics import pool_distances  # imports NumPy
 
-        value: float | None = getattr(pooled(records), name)
+        value: float | None = getattr(pool_distances(records), name)
         return value
 
     return pool

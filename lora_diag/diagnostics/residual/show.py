@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 
 from lora_diag.diagnostics.residual.record import SEEDS, Residual, describe_parts
-from lora_diag.metrics import Distances, pooled
+from lora_diag.metrics import Distances, pool_distances
 from lora_diag.records import Agreement, Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
@@ -125,12 +125,12 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
 
 def _describe_distance(records: Sequence[Residual]) -> str:
     """State the distance from the whole update, and from the part that the adapter changes."""
-    whole, acting = pooled(records), [record for record in records if record.adapter_fro > 0]
+    whole, acting = pool_distances(records), [record for record in records if record.adapter_fro > 0]
     if whole.epsilon is None:
         return "TUNED changes nothing, so there is no ε"
     if not acting:
         return "changes nothing that TUNED changes: ε = 1"
-    where_acting = pooled(acting)
+    where_acting = pool_distances(acting)
     clauses = [f"ε = {format_shown(whole.epsilon)} for the whole model"]
     if len(acting) < len(records) and where_acting.epsilon is not None:
         clauses.append(f"{format_shown(where_acting.epsilon)} where it acts")
@@ -156,7 +156,7 @@ def _describe_limits(records: Sequence[Residual]) -> str:
     if scaled := [record for record in acting if record.limited_by == "scale"]:
         clauses.append(
             f"the best α of the {quantity(len(scaled), 'tensor')} limited by scale is "
-            f"{format_shown(pooled(scaled).best_scale)} times theirs"
+            f"{format_shown(pool_distances(scaled).best_scale)} times theirs"
         )
     return "; ".join([*clauses, *([describe_parts(records)] if any(record.fro for record in records) else [])])
 
@@ -181,7 +181,7 @@ def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
     lines = []
     for name, records in groups:
         if records[0].role == "reference":
-            total = pooled(records)
+            total = pool_distances(records)
             columns = _describe_agreement([record.column_space for record in records])
             rows = _describe_agreement([record.row_space for record in records])
             lines.append(
@@ -190,7 +190,7 @@ def _interpret(groups: Sequence[tuple[str, list[Residual]]]) -> list[str]:
                 "the row space (in brackets: random)"
             )
             lines += [
-                _compare_with_reference(other, pooled(others), total)
+                _compare_with_reference(other, pool_distances(others), total)
                 for other, others in groups
                 if others[0].role == "adapter"
             ]

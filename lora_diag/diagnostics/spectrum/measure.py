@@ -13,7 +13,7 @@ from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, recor
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
 from lora_diag.layers.metric import Weighted, Weighting, weigh, weighting_bytes
-from lora_diag.layers.recovery import recover_layer, recovery_bytes, refuse_cells
+from lora_diag.layers.recovery import check_cell_memory, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import not_finite
 from lora_diag.linalg import Factors, resolve_device
@@ -72,7 +72,7 @@ def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings)
     If the cells do not fit into memory, the estimate is refused.
     """
     try:
-        refuse_cells(delta.shape, settings.memory)
+        check_cell_memory(delta.shape, settings.memory)
     except MemoryLimitError as error:
         return Hidden(status="refused", reason=str(error), unchanged=0.0), ""
     compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)

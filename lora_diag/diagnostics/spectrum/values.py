@@ -28,7 +28,7 @@ from lora_diag.metrics import (
     truncation_error,
 )
 from lora_diag.records import Resolution, Tail
-from lora_diag.thin import MAX_RANK, thin_values, triangle
+from lora_diag.thin import MAX_RANK, compute_triangle, thin_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -179,7 +179,7 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     delta = layer.delta
     assert isinstance(delta, FactoredDelta)
     assert delta.thin is not None
-    left, right = triangle(delta.thin.read_b()), triangle(delta.thin.read_a().T)
+    left, right = compute_triangle(delta.thin.read_b()), compute_triangle(delta.thin.read_a().T)
     if left is None or right is None:
         return None
     computed = thin_values(left, right, delta.thin.read_scale())

@@ -11,7 +11,7 @@ from typing import Any
 from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus, outcome
 from lora_diag.feature import Hint
 from lora_diag.records import Results
-from lora_diag.records.names import module_type_of, place_of
+from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.statements import Level, Statement, left_out, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import count, list_layers, number, percent, quantity, safe, short
@@ -56,7 +56,7 @@ def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge
     def order(row: tuple[str, list[Merge]]) -> tuple[int, bool, tuple[bool, bool, int]]:
         """Return the sort key of a row: status, adapted or not, and place in the model."""
         first = row[1][0]
-        return ORDER.index(first.status), not first.adapted, place_of(first.layer)
+        return ORDER.index(first.status), not first.adapted, type_order(first.layer)
 
     return sorted(((name, records) for (name, _), records in groups.items()), key=order)
 

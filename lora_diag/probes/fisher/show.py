@@ -10,7 +10,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-from lora_diag.metrics.statistics import interval, spearman
+from lora_diag.metrics.statistics import spearman, spearman_interval
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
@@ -208,7 +208,7 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
         if not rhos:
             continue
         best = max(rhos, key=rhos.__getitem__)
-        ends = interval(rhos[best], n) if index == 0 else None
+        ends = spearman_interval(rhos[best], n) if index == 0 else None
         bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in rhos.items() if name != best)
         lines.append(f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}{bounds}; {others}")

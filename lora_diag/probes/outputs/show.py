@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_diag.feature import Hint
-from lora_diag.metrics.statistics import MAX_RUNS, Estimate, freedom, paired_difference, paired_half, runs_needed
+from lora_diag.metrics.statistics import (
+    MAX_RUNS,
+    Estimate,
+    degrees_of_freedom,
+    paired_difference,
+    paired_half,
+    runs_needed,
+)
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
 from lora_diag.rendering.losses import (
@@ -96,7 +103,7 @@ def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: floa
     gap, error = paired_difference(other.nll, best.nll, counts)
     if error is None:
         return Rival(other.name, gap, None, None)
-    half = Estimate(gap, error, freedom(len(counts))).half(level)
+    half = Estimate(gap, error, degrees_of_freedom(len(counts))).half(level)
     needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
     return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
 

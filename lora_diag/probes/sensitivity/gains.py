@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import ClassVar
 
-from lora_diag.metrics.statistics import interval, p_value, paired_difference, paired_half, spearman
+from lora_diag.metrics.statistics import p_value, paired_difference, paired_half, spearman, spearman_interval
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.base import Shown
 from lora_diag.records.names import module_type_of
@@ -201,7 +201,7 @@ def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[C
             Correlation(
                 name,
                 rho,
-                None if rho is None else interval(rho, len(gains)),
+                None if rho is None else spearman_interval(rho, len(gains)),
                 p_value(measured, values),
                 within,
                 None if within is None else p_value(measured, values, kinds),

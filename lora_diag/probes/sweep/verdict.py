@@ -30,7 +30,7 @@ from lora_diag.metrics.statistics import (
     blocked_variance,
     runs_needed,
     variance_within,
-    welch,
+    welch_error,
 )
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
@@ -275,7 +275,7 @@ def compare_with_reference(
         """Return the estimate of a·μ_best − b·μ_line + constant from its value, with either sign."""
         if fixed:  # one variance for both
             return Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
-        return Estimate(value, *welch((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
+        return Estimate(value, *welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
 
     plain, kept_fraction = estimate(gap, 1, 1), 1 - share
     theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
@@ -484,7 +484,7 @@ def _rank_standing(
             thetas.append((estimate, share * math.sqrt(noise.plain)))
         else:
             thetas.append((noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error))
-    confidences = [estimate.below(0.0) for estimate, _ in thetas]
+    confidences = [estimate.confidence_below(0.0) for estimate, _ in thetas]
     confidence, against = min(confidences), max(0.0, 1 - (len(thetas) - 1) * min(confidences))
     answer: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
     difference = Estimate(behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom)

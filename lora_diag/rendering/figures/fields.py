@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lora_diag.records import LayerRecord
 from lora_diag.records.base import Record, value_at
-from lora_diag.records.names import depth_of, module_type_of, place_of, tower_of
+from lora_diag.records.names import depth_of, module_type_of, tower_of, type_order
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metrics_of
 from lora_diag.rendering.figures.style import name_of
 
@@ -150,7 +150,7 @@ class Types:
             {tower for of_type in towers_by_type.values() if len(of_type) > 1 for tower in of_type}
         )
         ordered = sorted(
-            layers, key=lambda layer: (tower_order.get(tower_of(layer), len(tower_order)), place_of(layer))
+            layers, key=lambda layer: (tower_order.get(tower_of(layer), len(tower_order)), type_order(layer))
         )
         self._type_names: dict[str, str] = {}
         for layer in ordered:

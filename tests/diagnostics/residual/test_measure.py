@@ -15,7 +15,7 @@ from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.residual import measure as module
 from lora_diag.errors import UsageError
-from lora_diag.metrics import distances, limit, pooled
+from lora_diag.metrics import compute_distances, find_limit, pool_distances
 from tests import oracles
 from tests.adapters import making
 from tests.adapters.dense import dense
@@ -80,7 +80,7 @@ def test_whole_model_is_all_layers_as_one_vector():
     for name in stored[0]:
         d.append(stored[1].read(name).double().numpy() - stored[0].read(name).double().numpy())
         x.append(known[name].ravel() if name in known else np.zeros_like(d[-1]))
-    result = pooled(results.layers)
+    result = pool_distances(results.layers)
     truth = oracles.distance(np.concatenate(d), np.concatenate(x), None)
     for field, value in truth.items():
         assert getattr(result, field) == pytest.approx(value, rel=1e-6)
@@ -132,8 +132,8 @@ def test_floor_is_lower_bound_for_every_method(power_law, method):
         assert record.epsilon_min > truth + 1e-5  # by itself it is no lower bound
     assert record.least_epsilon <= truth + 1e-9
     assert record.epsilon_min**2 - truth**2 <= record.energy_error + 1e-9
-    assert pooled([record]).epsilon_min == pytest.approx(record.least_epsilon, rel=1e-14)
-    assert pooled([record]).excess >= 0
+    assert pool_distances([record]).epsilon_min == pytest.approx(record.least_epsilon, rel=1e-14)
+    assert pool_distances([record]).excess >= 0
 
 
 def test_copy_and_half_sized_copy_of_update(model, tmp_path):
@@ -237,7 +237,7 @@ def test_adapter_update_of_unchanged_layer_counts_fully(model, tmp_path):
     after = save_model(tmp_path / "after", before | {other: before[other] + 1})
     b = np.ones((16, 2), dtype=np.float32)
     adapter = lora(tmp_path / "a", {layer: (b, np.ones((2, 12), dtype=np.float32))})
-    whole = pooled(lora_diag.residual(base, after, [adapter]).layers)
+    whole = pool_distances(lora_diag.residual(base, after, [adapter]).layers)
     d, x = np.ones(16 * 12), 2 * np.ones(16 * 12)  # in different layers
     assert whole.epsilon == pytest.approx(np.sqrt((d**2).sum() + (x**2).sum()) / np.linalg.norm(d), rel=1e-9)
     assert whole.cosine == 0
@@ -352,7 +352,7 @@ def test_residual_identities(seed, m, n, rank, scale):
     d, x = rng.standard_normal((m, n)), scale * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
     s = np.linalg.svd(d, compute_uv=False)
     floor = float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
-    result = distances(
+    result = compute_distances(
         float(np.linalg.norm(d)), float(np.linalg.norm(x)), float(np.linalg.norm(d - x)), float((d * x).sum()), floor
     )
     assert result.epsilon >= floor - 1e-12  # Eckart–Young
@@ -361,7 +361,7 @@ def test_residual_identities(seed, m, n, rank, scale):
         assert result.epsilon**2 == pytest.approx(1 - 2 * result.norm_ratio * result.cosine + result.norm_ratio**2)
         assert result.epsilon_best_scale <= min(1.0, result.epsilon) + 1e-9
         assert result.epsilon_best_scale**2 == pytest.approx(1 - result.cosine**2, abs=1e-9)
-    assert limit(result) is not None
+    assert find_limit(result) is not None
 
 
 @pytest.mark.parametrize("case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"])

@@ -8,6 +8,7 @@ written last and marks a complete adapter. Files that this command did not write
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from lora_diag.adapters.writing import (
     CAUSAL,
     Described,
     Part,
-    Value,
     can_be_saved,
     check_written,
     list_full_values,
@@ -28,7 +28,7 @@ from lora_diag.adapters.writing import (
 )
 from lora_diag.adapters.writing_targets import VERIFIED_MODELS, Model, Target, names_in_memory
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.decisions.extract.measure import left_out_matrix
+from lora_diag.decisions.extract.measure import measure_left_out
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, write_whole
@@ -45,18 +45,18 @@ OWN_FILES = frozenset({WEIGHTS, CONFIG, CARD, RECORDS, *(layout.file for layout 
 class OutputFolder:
     """The folder of one extraction; a subclass names the files of another command.
 
+    A folder that still has its factors is not complete: a time limit left layers out. Resuming turns it back into
+    ``NAME.part``.
+
     Args:
         final: Path of the adapter.
         inputs: Input paths.
         overwrite: Whether an existing adapter may be replaced.
         resume: Whether to resume an interrupted extraction.
 
-    A folder that still has its factors is not complete: a time limit left layers out. Resuming turns it back into
-    ``NAME.part``.
-
     Attributes:
-        finished: The adapter is complete at its final path: only its records remain to be reported.
-        whole: All files are written, possibly not yet at their final path.
+        finished: Whether the adapter is complete at its final path, so that only its records remain to be reported.
+        whole: Whether all files are written, possibly not yet at their final path.
 
     Raises:
         UsageError: The path exists and may not be replaced.
@@ -75,11 +75,10 @@ class OutputFolder:
             if path.is_symlink():
                 raise UsageError(f"{path}: is a symbolic link, which is not followed; give the folder itself")
         self._overwrite, self._resume = overwrite, resume
-        self.finished = (
-            resume and not overwrite and not self.work.exists() and (self.final / self.records_name).is_file()
-        )
-        self._reopened = self.finished and (self.final / FACTORS).is_dir()
-        self.finished = self.finished and not self._reopened
+        has_records = (self.final / self.records_name).is_file()
+        continues_final = resume and not overwrite and not self.work.exists() and has_records
+        self._reopened = continues_final and (self.final / FACTORS).is_dir()
+        self.finished = continues_final and not self._reopened
         if self.finished:
             self.work = self.final
         self.whole = resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
@@ -87,13 +86,13 @@ class OutputFolder:
             raise UsageError(f"{final}: is an input; choose another folder for -o")
         self._check_final()
         if self.work.exists() and not resume:
-            if not overwrite:
-                self._refuse_running()
-                raise UsageError(
-                    f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete "
-                    "it"
-                )
-            self._check_ours(self.work)
+            if overwrite:
+                self._check_ours(self.work)
+                return
+            self._refuse_running()
+            raise UsageError(
+                f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete it"
+            )
 
     def _refuse_running(self) -> None:
         """Refuse a folder that another process is writing, which must not be deleted.
@@ -216,15 +215,15 @@ RESIZED = "its vocabulary was resized"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """The treatment of all tensors.
 
     Args:
         base: Base checkpoint.
-        model: Its names in memory.
+        model: Names of its tensors in memory.
         pairing: Compared layers, and skipped tensors.
         targets: PEFT's view of each layer with factors.
-        refused: Reasons for matrices without factors.
+        refused: Why a matrix gets no factors, by layer.
         save: Whether to store tensors without factors in full.
         portable: Whether the adapter has one rank for all layers, and only parts that all programs scale alike.
     """
@@ -237,33 +236,31 @@ class Plan:
     save: bool
     portable: bool = False
 
-    def notes(self) -> tuple[str, ...]:
-        """Return notes for users of the adapter."""
-        is_untested = self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory
-        note = (
-            f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
-            "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the adapter"
-        )
-        return ((note,) if is_untested else ()) + self._describe_tied()
-
-    def _describe_tied(self) -> tuple[str, ...]:
-        """Return a note if factors of an embedding that is tied to the head are in the adapter; else nothing."""
+    def list_notes(self) -> tuple[str, ...]:
+        """Return notes for users of the adapter: on untested names, and on factors of an embedding tied to the head."""
+        notes = []
+        if self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory:
+            notes.append(
+                f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
+                "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
+                "adapter"
+            )
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
-        if target is None or target.kind != "embedding" or not CAUSAL.search(self._read_architecture()):
-            return ()
-        return (f"{table} is tied to the head: its update reaches the head only after merging",)
+        if target is not None and target.kind == "embedding" and CAUSAL.search(self._read_architecture()):
+            notes.append(f"{table} is tied to the head: its update reaches the head only after merging")
+        return tuple(notes)
 
-    def left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
+    def measure_left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
         """Yield the records of tensors without factors, with the norm of their change if it has one."""
         for record in leave_out(self.pairing, layout, device):
             yield self._mark_saved(record)
         for delta in self.pairing.deltas:
             if delta.layer in self.refused:
-                yield self._mark_saved(left_out_matrix(delta, self.refused[delta.layer], device))
+                yield self._mark_saved(measure_left_out(delta, self.refused[delta.layer], device))
 
     def _mark_saved(self, record: LeftOut) -> LeftOut:
-        """Return a record unchanged, or as that of a tensor stored in full."""
+        """Return a record with the reason ``saved`` if its tensor is to be stored in full; else unchanged."""
         if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
             return record
         if not can_be_saved(self._find_base_name(record.layer), self.base, self.model):
@@ -271,7 +268,7 @@ class Plan:
         return record.model_copy(update={"reason": "saved", "detail": f"{record.detail}; stored in full"})
 
     def _find_base_name(self, layer: str) -> str:
-        """Return the name of the tensor of BASE for a layer."""
+        """Return the name of the tensor of BASE that holds a layer; the layer's name without one."""
         return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
 
     def write(self, folder: Path, results: Results[Any], files: Mapping[str, Path], base_name: str) -> None:
@@ -279,26 +276,20 @@ class Plan:
 
         Args:
             folder: An existing folder.
-            results: The rank of each layer, 0 for none, and the tensors saved in full.
-            files: The factors of every layer.
-            base_name: For the config.
+            results: The rank of each layer, 0 for none, and the tensors to store in full.
+            files: File with the factors of each layer.
+            base_name: Name of the base model for the config.
 
         Raises:
             InputError: The files cannot be written, or differ when read back.
         """
-        parts = [
-            Part(self.targets[record.layer], record.rank, files[record.layer]) for record in results if record.rank
-        ]
-        write_adapter(
-            folder, parts, self._collect_values(results, parts), self._describe_base(base_name), self.portable
-        )
-        check_written(folder, self.base, parts)
-
-    def _collect_values(self, results: Results[Any], parts: list[Part]) -> list[Value]:
+        parts = [Part(self.targets[r.layer], r.rank, files[r.layer]) for r in results if r.rank]
         names = {self._find_base_name(record.layer) for record in results.left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
-        return list_full_values(sorted(names), deltas, self.base, self.model, adapted)
+        values = list_full_values(sorted(names), deltas, self.base, self.model, adapted)
+        write_adapter(folder, parts, values, self._describe_base(base_name), self.portable)
+        check_written(folder, self.base, parts)
 
     def _read_architecture(self) -> str:
         """Return the first class in the config of BASE; empty without one."""
@@ -307,27 +298,18 @@ class Plan:
         return first if isinstance(first, str) else ""
 
     def _describe_base(self, base_name: str) -> Described:
-        modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base}
+        modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base} - {""}
+        # With the parents of every module: a target ``0`` also matches ``blocks.0``.
+        modules |= {module[: dot.start()] for module in modules for dot in re.finditer(r"\.", module)}
         return Described(
             base_name=base_name,
             architecture=self._read_architecture(),
-            modules=frozenset(owner for module in modules for owner in _iterate_owners(module)),
+            modules=frozenset(modules),
             parameters=frozenset(self.model.parameter(name) for name in self.base),
         )
 
 
-def _iterate_owners(module: str) -> Iterator[str]:
-    """Yield a module and its parents: a target ``0`` also matches ``blocks.0``.
-
-    >>> list(_iterate_owners("visual.blocks.0"))
-    ['visual.blocks.0', 'visual.blocks', 'visual']
-    """
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
-
-
-def plan(compared: Comparison, save: bool, portable: bool = False) -> Plan:
+def plan_tensors(compared: Comparison, save: bool, portable: bool = False) -> TensorPlan:
     """Decide on the treatment of all tensors.
 
     Args:
@@ -340,8 +322,7 @@ def plan(compared: Comparison, save: bool, portable: bool = False) -> Plan:
     """
     base, tuned, pairing = compared.base, compared.update, compared.pairing
     assert base is not None
-    names = names_in_memory(tuned, base) if isinstance(tuned, Adapter) else {}
-    model = Model(base, names)
+    model = Model(base, names_in_memory(tuned, base) if isinstance(tuned, Adapter) else {})
     resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
     targets: dict[str, Target] = {}
     refused: dict[str, str] = {}
@@ -356,7 +337,7 @@ def plan(compared: Comparison, save: bool, portable: bool = False) -> Plan:
         else:
             refused[delta.layer] = target
     _refuse_repeated(tuned.path, targets)
-    return Plan(base, model, pairing, targets, refused, save, portable)
+    return TensorPlan(base, model, pairing, targets, refused, save, portable)
 
 
 def _refuse_repeated(tuned: Path, targets: Mapping[str, Target]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diag.adapters.writing import read_config_ranks
@@ -35,10 +36,7 @@ from lora_diag.linalg.distance import frobenius_distance
 from lora_diag.metrics import energy_curve, rank_at
 from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+from lora_diag.running.amounts import read_share
 
 RANK_OPTIONS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
 
@@ -48,7 +46,7 @@ class RankRule:
     """The requested rule for ranks; exactly one field is set.
 
     Args:
-        rank: The same for every layer.
+        rank: The same rank for every layer.
         energy: Fraction of each layer's energy to keep.
         params: Number of parameters of the whole adapter.
         allocation: File with the rank of every layer.
@@ -61,49 +59,45 @@ class RankRule:
     allocation: Path | str | None = None
     signal: bool = False
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
             UsageError: Not exactly one is given, or a number is out of range.
         """
-        chosen = [value for value in (self.rank, self.energy, self.params, self.allocation) if value is not None]
-        if len(chosen) + self.signal != 1:
+        if len(self._list_given()) != 1:
             raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"--energy {self.energy}: must be a fraction above 0 and up to 1")
+        if self.energy is not None:
+            read_share(self.energy, "--energy")
 
-    def words(self) -> str:
+    def _list_given(self) -> list[tuple[str, Any]]:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return [(name, value) for name, value in values if value is not None and value is not False]
+
+    def format_option(self) -> str:
         """Return the option as typed."""
-        if self.signal:
-            return "--signal"
-        name, value = next(
-            (name, value)
-            for name in ("rank", "energy", "params", "allocation")
-            if (value := getattr(self, name)) is not None
-        )
-        return f"--{name} {value}"
+        ((name, value),) = self._list_given()
+        return f"--{name}" if value is True else f"--{name} {value}"
 
 
-def ranks_for(
-    requested: RankRule, targets: Mapping[str, Target], spectra: Callable[[], Results[Spectrum]]
+def choose_rank_rules(
+    requested: RankRule, targets: Mapping[str, Target], measure_spectra: Callable[[], Results[Spectrum]]
 ) -> dict[str, Rank]:
     """Return the rule for the rank of every layer.
 
     Args:
         requested: The requested rule.
         targets: PEFT's view of each layer.
-        spectra: Measures the spectra of all layers; used for a budget.
+        measure_spectra: Measures the spectra of all layers; called for a budget.
 
     Raises:
         InputError: The file of ranks cannot be read, or does not belong to these layers.
         UsageError: The budget is too small.
     """
     if requested.params is not None:
-        measured = spectra()
-        reachable = tuple(record.before_rounding() for record in measured if record.layer in targets)
+        reachable = tuple(record.before_rounding() for record in measure_spectra() if record.layer in targets)
         budget = Budget("params", requested.params, f"--params {requested.params}")
         # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
         ranks = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
@@ -123,8 +117,7 @@ def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     if not is_results_file(path):
         return read_config_ranks(path / "adapter_config.json" if path.is_dir() else path, targets)
     ranks = {record.layer: record.rank for record in read_results_of(Allocation, path)}
-    unknown = sorted(layer for layer, rank in ranks.items() if rank and layer not in targets)
-    if unknown:
+    if unknown := sorted(layer for layer, rank in ranks.items() if rank and layer not in targets):
         raise InputError(
             f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but layers have names "
             f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same --layers and --exclude"
@@ -179,12 +172,13 @@ class Layer(LayerTask):
     """One matrix, and its place in PEFT.
 
     Args:
-        module: PEFT's name.
+        delta: Its ΔW.
+        module: PEFT's name of the module.
         kind: Kind of the module.
         transposed: Whether PEFT's B·A is the transpose of the stored ΔW.
         rank: The rule for its rank.
-        weighting: Second moment of its inputs, for factors that are best in the metric of the data; None for the
-            Frobenius norm.
+        weighting: Second moments of its inputs, or of its inputs and output gradients, for factors that are best in
+            this metric; None for the Frobenius norm.
     """
 
     module: str
@@ -194,15 +188,15 @@ class Layer(LayerTask):
     weighting: Weighting | None = None
 
 
-def size(layer: Layer, settings: ExtractionSettings) -> int:
-    """Estimate the memory of factoring a layer in bytes: ΔW, the data metric, and recovery."""
-    for_recovery = (
-        recovery_bytes(layer.shape, settings.memory) if settings.recover and isinstance(layer.delta, StoredDelta) else 0
-    )
-    return bytes_of(layer.delta, _make_allowance(layer, settings)) + _weighting_bytes(layer) + for_recovery
+def estimate_bytes(layer: Layer, settings: ExtractionSettings) -> int:
+    """Estimate the memory of factoring a layer in bytes: ΔW, its metric, and recovery."""
+    needed = bytes_of(layer.delta, _make_allowance(layer, settings)) + _estimate_weighting_bytes(layer)
+    if settings.recover and isinstance(layer.delta, StoredDelta):
+        needed += recovery_bytes(layer.shape, settings.memory)
+    return needed
 
 
-def _weighting_bytes(layer: Layer) -> int:
+def _estimate_weighting_bytes(layer: Layer) -> int:
     return weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
 
 
@@ -210,9 +204,8 @@ def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | N
     """Return the memory available for ΔW and vectors, all if the rank depends on all values; None if unlimited."""
     if settings.memory is None:
         return None
-    return Allowance(
-        settings.memory - _weighting_bytes(layer), settings.method, layer.rank.at_most or None, vectors=True
-    )
+    memory = settings.memory - _estimate_weighting_bytes(layer)
+    return Allowance(memory, settings.method, layer.rank.at_most or None, vectors=True)
 
 
 def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
@@ -245,7 +238,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
     as_stored, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
-        change, hidden = _before_rounding(change, layer.delta, settings, device)
+        change, hidden = _estimate_before_rounding(change, layer.delta, settings, device)
     best, spectrum = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
     if not math.isfinite(best.fro):
         return not_finite(layer.delta, replace(change, non_finite=PRODUCT_OVERFLOW))
@@ -259,12 +252,8 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         factors = _project(change, best, rank, weighted)
         plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
     curve = _compute_curve(plain, rank)
-    b, a = store(
-        *(
-            part.to(dtype=getattr(torch, settings.dtype)).cpu()
-            for part in split_factors(factors, rank, layer.transposed, settings.split)
-        )
-    )
+    parts = split_factors(factors, rank, layer.transposed, settings.split)
+    b, a = store(*(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in parts))
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
         fix = "exclude it with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
         raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {fix}")
@@ -292,26 +281,25 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     )
 
 
-def _before_rounding(
+def _estimate_before_rounding(
     change: Change, delta: StoredDelta, settings: ExtractionSettings, device: torch.device
 ) -> tuple[Change, Hidden]:
-    """Return E[X | cells] instead of ΔW where directions are significant, and the estimate.
+    """Return E[X | cells] if directions are significant, else ``change``; and the record of the estimate.
 
     Raises:
-        MemoryLimitError: Its cells do not fit.
+        MemoryLimitError: The layer's cells do not fit.
     """
     assert change.fro is not None
     estimate = recover_layer(delta, change.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
     if estimate.hidden.status != "recovered":
         return change, estimate.hidden
-    recovered = estimate.change(settings.memory)
-    new = replace(
-        change, fro=recovered.fro, matrix=recovered.matrix, streamed=recovered.streamed, limit=recovered.limit
-    )
+    mean = estimate.change(settings.memory)
+    new = replace(change, fro=mean.fro, matrix=mean.matrix, streamed=mean.streamed, limit=mean.limit)
     return new, estimate.hidden
 
 
 def _compute_curve(factors: Factors, rank: int) -> NDArray[np.float64]:
+    """Return C(1), …, C(rank)."""
     return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
 
 
@@ -361,20 +349,18 @@ def _decompose(
     change: Change, layer: Layer, settings: ExtractionSettings, weighted: Weighted | None, hidden: Hidden | None
 ) -> tuple[Factors, Factors]:
     """Return the kept singular values and vectors, and all values that determine their number."""
-    limit = min(layer.shape)
     if layer.rank.at_most is not None:
-        factors = _compute_vectors(change, min(layer.rank.at_most, limit), settings)
+        factors = _compute_vectors(change, min(layer.rank.at_most, *layer.shape), settings)
         return factors, factors
     spectrum = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
     rank = 0
     if hidden is not None and hidden.status == "recovered":
-        values, size = np.array(hidden.values_estimate or ()), hidden.fro_estimate or math.inf
-        share = np.cumsum((values / size) ** 2)
-        rank = len(values) if layer.rank.energy is None else rank_at(share, layer.rank.energy) or len(values)
+        values = np.array(hidden.values_estimate or ())
+        curve = np.cumsum((values / (hidden.fro_estimate or math.inf)) ** 2)
+        rank = len(values) if layer.rank.energy is None else rank_at(curve, layer.rank.energy) or len(values)
     elif spectrum.fro > 0 and layer.rank.energy is not None:
-        rank = rank_at(energy_curve(spectrum.s.numpy(), spectrum.fro, spectrum.complete), layer.rank.energy) or len(
-            spectrum.s
-        )
+        curve = energy_curve(spectrum.s.numpy(), spectrum.fro, spectrum.complete)
+        rank = rank_at(curve, layer.rank.energy) or len(spectrum.s)
     elif spectrum.fro > 0:
         gains = weighted.gains if weighted is not None else None
         signal = resolution(change.rounding, spectrum, gains).signal_rank
@@ -394,7 +380,7 @@ def _compute_vectors(
 
 
 def split_factors(factors: Factors, rank: int, transposed: bool, split: str) -> tuple[Tensor, Tensor]:
-    """Return B and A in PEFT's orientation, float64."""
+    """Return B ``(out, rank)`` and A ``(rank, in)`` in PEFT's orientation, float64; ``split`` as in the settings."""
     left, right = factors.vectors[0][:, :rank], factors.vectors[1][:rank]
     if transposed:
         left, right = right.T, left.T
@@ -416,8 +402,8 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
     return distance
 
 
-def left_out_matrix(delta: Delta, detail: str, device: str) -> LeftOut:
-    """Return the record of a matrix without factors, with the norm of its change; or that it is not finite."""
+def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
+    """Return the record of a matrix without factors: with the norm of its change, or an entry that is not finite."""
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change)

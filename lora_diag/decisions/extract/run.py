@@ -18,8 +18,8 @@ from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
-from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, Plan, plan
-from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, RankRule, ranks_for, size
+from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, TensorPlan, plan_tensors
+from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, RankRule, choose_rank_rules, estimate_bytes
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.show import extraction_card
@@ -97,19 +97,13 @@ def extract(
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
     """
     arguments = fill_options(ExtractOptions, options)
-    rank, energy, params, allocation, signal = (
-        arguments[n] for n in ("rank", "energy", "params", "allocation", "signal")
-    )
     activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
     split, dtype, unfactored, portable = (arguments[name] for name in ("split", "dtype", "rest", "portable"))
-    overwrite, form = arguments["overwrite"], arguments["format"]
+    form, recover, params = arguments["format"], arguments["recover"], arguments["params"]
     base, tuned = as_path(base), as_path(tuned)
-    folder = OutputFolder(Path(output), (base, tuned), overwrite, arguments["resume"])
-    requested = RankRule(
-        rank, energy, read_count(str(params), "--params") if params is not None else None, allocation, signal
-    )
-    requested.check()
-    recover = arguments["recover"]
+    folder = OutputFolder(Path(output), (base, tuned), arguments["overwrite"], arguments["resume"])
+    params = None if params is None else read_count(str(params), "--params")
+    requested = RankRule(arguments["rank"], arguments["energy"], params, arguments["allocation"], arguments["signal"])
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
     if kfac and activations is None:
@@ -125,7 +119,7 @@ def extract(
     compared = run.compare(base, tuned)
     if recover:
         refuse_without_rounding(compared)
-    planned = plan(compared, unfactored == "save", portable)
+    planned = plan_tensors(compared, unfactored == "save", portable)
     check_layout(form, [_place_target(target) for target in planned.targets.values()], planned.base)
     moments = None
     if activations is not None:
@@ -133,16 +127,12 @@ def extract(
 
     def measure_spectra() -> Results[Spectrum]:
         folder.open()
-        spectrum_options: dict[str, Any] = {"output": folder.spectra, "resume": folder.spectra.exists()}
-        spectrum_options |= {
-            name: arguments[name]
-            for name in list_options(FolderOptions)
-            if name not in {"method", "tol", "resume", "on_record"}
-        }
-        return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **spectrum_options)
+        shared: dict[str, Any] = {name: common[name] for name in common if name not in {"method", "tol", "on_record"}}
+        shared |= {"output": folder.spectra, "resume": folder.spectra.exists()}
+        return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **shared)
 
     try:
-        rules = {} if folder.whole else ranks_for(requested, planned.targets, measure_spectra)
+        rules = {} if folder.whole else choose_rank_rules(requested, planned.targets, measure_spectra)
     except UsageError as error:
         if not folder.spectra.exists():
             raise
@@ -171,7 +161,7 @@ def extract(
         if not folder.whole:
             _write(planned, folder, results, files, name, form)
         words = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*words, *requested.words().split(" ", 1), *_list_options(results.run)]
+        command = [*words, *requested.format_option().split(" ", 1), *_list_flags(results.run)]
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
@@ -181,16 +171,16 @@ def extract(
     return run.over(
         tasks,
         partial(_extract_layer, files=files),
-        size,
+        estimate_bytes,
         run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover),
-        planned.left_out,
+        planned.measure_left_out,
         (
             *other_inputs,
-            tuned_input.model_copy(update={"notes": (*tuned_input.notes, *planned.notes())}),
+            tuned_input.model_copy(update={"notes": (*tuned_input.notes, *planned.list_notes())}),
             *((moments.described,) if moments is not None else ()),
         ),
         {
-            "ranks": requested.words(),
+            "ranks": requested.format_option(),
             "split": split,
             "dtype": dtype,
             "rest": unfactored,
@@ -212,38 +202,32 @@ def _place_target(target: Target) -> Placed:
 
 
 def _write(
-    planned: Plan, folder: OutputFolder, results: Results[Extraction], files: Mapping[str, Path], name: str, form: str
+    planned: TensorPlan,
+    folder: OutputFolder,
+    results: Results[Extraction],
+    files: Mapping[str, Path],
+    base_name: str,
+    form: str,
 ) -> None:
-    """Write the adapter: as PEFT reads it, and from there in another layout."""
+    """Write the adapter in PEFT's layout, and convert it if ``form`` is another."""
     if form == PEFT:
-        planned.write(folder.work, results, files, name)
+        planned.write(folder.work, results, files, base_name)
         return
     scratch = folder.work / FACTORS / PEFT
     scratch.mkdir(exist_ok=True)
-    planned.write(scratch, results, files, name)
+    planned.write(scratch, results, files, base_name)
     convert(open_adapter(scratch), folder.work, scratch, planned.base, form, for_tied_head=True)
     check_converted(folder.work / LAYOUTS[form].file, scratch, planned.base)
 
 
-def _list_options(run: Run) -> list[str]:
-    """Return the settings other than the defaults, as typed."""
-    arguments = {
-        **list_typed_options(ExtractOptions, run.settings),
-        "allocation": None,
-        "params": None,
-        "energy": None,
-        "rank": None,
-    }
-    return [
-        word
-        for name, value in arguments.items()
-        if value is not None
-        for word in ([_flag(name)] if value is True else [_flag(name), str(value)])
-    ]
-
-
-def _flag(name: str) -> str:
-    return list_options(ExtractOptions)[name][1].flag(name)
+def _list_flags(run: Run) -> list[str]:
+    """Return the words of the options other than the defaults and those that choose ranks, as typed."""
+    words = []
+    for name, value in list_typed_options(ExtractOptions, run.settings).items():
+        if value is not None and name not in {"allocation", "params", "energy", "rank"}:
+            words.append(list_options(ExtractOptions)[name][1].flag(name))
+            words += [] if value is True else [str(value)]
+    return words
 
 
 def _drop_base(delta: Delta) -> Delta:

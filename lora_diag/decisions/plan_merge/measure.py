@@ -2,9 +2,9 @@
 
 W + ΔW of each layer is rounded to the format, entry by entry in row blocks.
 
-In the formats below x is a float32 matrix ``(out, in)``; groups are consecutive inputs of one output, the last group of
-a row may be shorter. ``rne`` rounds to the nearest value of a type, ties to even. All scales of a zero maximum give
-zeros.
+In the formats below x is a float32 matrix ``(out, in)``. A group is consecutive inputs of one output; the last group of
+a row may be shorter. ``rne`` rounds to the nearest value of a type, ties to even. Where the maximum is zero, all
+values are zero.
 
     bf16, fp16  rne(x); fp16 overflows to infinity from 65520 on
     fp8         e4m3: rne(x/s)·s, saturating at ±448; s = fl32(max|x| / 448) of an output, or of the matrix
@@ -42,7 +42,9 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
-E4M3, E2M1, INT4 = 448.0, 6.0, 7.0  # largest values
+# Largest values.
+E4M3, E2M1, INT4 = 448.0, 6.0, 7.0
+# Number of inputs that share a scale.
 GROUPS = {"mxfp4": 32, "nvfp4": 16, "int4": 128}
 SIXTEEN_BIT = ("bf16", "fp16")
 # Largest exponent of e2m1, and the exponents that E8M0 has.
@@ -70,8 +72,8 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     Args:
         x: ``(out, in)``, float32.
         target: The format.
-        peaks: max|x| of every output over all inputs of the matrix, ``(out, 1)``; of a format with one scale for all,
-            the same number in every row. Not needed where scales follow from groups alone.
+        peaks: max|x| of every output over all inputs of the matrix, ``(out, 1)``; for nvfp4 and fp8 with one scale per
+            tensor, the maximum of the matrix in every row. None for other formats than these and fp8.
 
     Returns:
         Codes, and the numbers that they encode, float64; both ``(out, in)``.
@@ -103,12 +105,8 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     else:
         scales = _replace_zeros(top / INT4).double()
         codes = (groups.double() / scales).round().clamp(-INT4, INT4)
-    return _drop_padding(codes, x), _drop_padding(codes * scales, x)
-
-
-def _drop_padding(groups: Tensor, x: Tensor) -> Tensor:
-    """Return groups of inputs as a matrix of the shape of ``x``."""
-    return groups.reshape(len(x), -1)[:, : x.shape[1]]
+    codes, values = (part.reshape(len(x), -1)[:, : x.shape[1]] for part in (codes, codes * scales))
+    return codes, values
 
 
 def _replace_zeros(scale: Tensor) -> Tensor:
@@ -161,8 +159,8 @@ class PlanSettings:
     memory: int | None = None
 
 
-def size(task: MergeTask, settings: PlanSettings) -> int:
-    """Return the approximate memory of measuring a layer in bytes."""
+def estimate_bytes(task: MergeTask, settings: PlanSettings) -> int:
+    """Estimate the memory of measuring a layer in bytes."""
     rows, columns = task.shape
     needed = BLOCK * min(max(BLOCK_ENTRIES, _rows_per_group(task, settings.target) * columns), rows * columns)
     needed += COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0
@@ -170,10 +168,10 @@ def size(task: MergeTask, settings: PlanSettings) -> int:
 
 
 def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | LeftOut]:
-    """Round W and W + ΔW of one layer.
+    """Measure one layer by rounding W and W + ΔW.
 
     Returns:
-        One record; a ``left_out`` record where an entry is not finite or BASE does not hold the weight.
+        One record; that of a left-out layer if an entry is not finite or BASE does not hold the weight.
 
     Raises:
         InputError: A file could not be read.
@@ -192,19 +190,26 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
 
 
 def _rows_per_group(task: MergeTask, target: Target) -> int:
-    """Return the number of rows of which a block is a multiple: complete groups if they are along the columns."""
+    """Return the number that the rows of a block are a multiple of: a group if groups are along columns, else 1."""
     return target.group or 1 if task.in_out else 1
 
 
 @dataclass(slots=True)
 class _Sum:
-    """Sums over the entries of a format."""
+    """Sums over the entries of a layer in a format.
+
+    Args:
+        inner: ⟨Q(W + ΔW) − W, ΔW⟩.
+        squares: ‖Q(W + ΔW) − W − ΔW‖_F²; of BASE alone ‖Q(W) − W‖_F².
+        overflow: Number of infinite entries.
+    """
 
     inner: float = 0.0
     squares: float = 0.0
     overflow: int = 0
 
-    def effect(self, energy: float) -> FormatEffect:
+    def make_effect(self, energy: float) -> FormatEffect:
+        """Return c and error of an update with ‖ΔW‖_F² = ``energy``; null if it is 0 or an entry overflows."""
         if not energy or self.overflow:
             return FormatEffect(arrived=None, error=None)
         return FormatEffect(arrived=self.inner / energy, error=math.sqrt(self.squares / energy))
@@ -224,7 +229,7 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
-        """Read the layer once for norms and the maxima of scales; return what is not finite, None if all is."""
+        """Read the layer once for norms and the maxima of scales; return what is not finite, or None."""
         delta = self.task.delta
         assert delta.base is not None
         addend = load_addend(delta)
@@ -236,14 +241,12 @@ class _Layer:
         outputs = self.task.shape[1 if self.task.in_out else 0]
         merged_peaks, base_peaks = torch.zeros(outputs, 1), torch.zeros(outputs, 1)
         for (first, last), w, u in self._read_blocks():
-            problem = first_non_finite("BASE holds", w, first) or first_non_finite("the update holds", u, first)
-            if problem:
+            if problem := first_non_finite("BASE holds", w, first) or first_non_finite("the update holds", u, first):
                 return problem
             self.energy += float(u.square().sum())
             self.base_energy += float(w.square().sum())
             if delta.base.is_quantized:
-                span = first * self.task.shape[1], last * self.task.shape[1]
-                steps = delta.base.read_steps(*span)
+                steps = delta.base.read_steps(first * self.task.shape[1], last * self.task.shape[1])
                 self.step_energy += 0.0 if steps is None else float(steps.double().square().sum())
             rows = slice(None) if self.task.in_out else slice(first, last)
             for peak, x in ((merged_peaks, w + u), (base_peaks, w)):
@@ -286,10 +289,8 @@ class _Layer:
                     changed += int((codes != base_codes).sum())
         inside = float(within.square().sum()) if isinstance(within, Tensor) else within
         has_base_error = bool(self.energy) and not base.overflow
-        effect, sixteen = (
-            sums[target.name].effect(self.energy),
-            [sums[name].effect(self.energy) for name in SIXTEEN_BIT],
-        )
+        effects = {name: total.make_effect(self.energy) for name, total in sums.items()}
+        effect, sixteen = effects[target.name], [effects[name] for name in SIXTEEN_BIT]
         base_error = math.sqrt(base.squares / self.energy) if has_base_error else None
         quantized = delta.base.is_quantized and self.energy
         return PlannedMerge(
@@ -379,7 +380,7 @@ def plan_merge(
     return run.over(
         [MergeTask(delta, _is_in_out(delta, orientation)) for delta in compared.matrices],
         measure,
-        size,
+        estimate_bytes,
         PlanSettings(target),
         compared.pairing,
         compared.inputs,
@@ -389,7 +390,7 @@ def plan_merge(
 
 
 def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
-    """Return the format.
+    """Return the format of ``--to`` with its options.
 
     Raises:
         UsageError: An option does not apply to the format, or a group has no inputs.

@@ -21,7 +21,7 @@ _STYLES = {"merge": "", "merge into 16 bit": "bold yellow", "serve unmerged": "b
 
 
 class FormatEffect(Record):
-    """Fraction and error of ΔW in a format.
+    """How much of ΔW a format keeps, and the error.
 
     Args:
         arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²; null if ΔW = 0 or an entry overflows.
@@ -84,7 +84,7 @@ class PlannedMerge(LayerRecord):
             "conclusion",
             "merge, merge into 16 bit, or serve unmerged",
             main=True,
-            pool=lambda records: conclusion(records),
+            pool=lambda records: conclude_together(records),
             style=lambda word: _STYLES.get(word, ""),
         ),
         SHAPE,
@@ -93,7 +93,7 @@ class PlannedMerge(LayerRecord):
             "scale c",
             "fraction of ΔW that is kept: ⟨Q(W + ΔW) − W, ΔW⟩/‖ΔW‖²",
             main=True,
-            pool=lambda records: total(records).arrived,
+            pool=lambda records: pool_effects(records).arrived,
             form="factor",
         ),
         Shown(
@@ -101,7 +101,7 @@ class PlannedMerge(LayerRecord):
             "relative error",
             "‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F",
             main=True,
-            pool=lambda records: total(records).error,
+            pool=lambda records: pool_effects(records).error,
             head="error",
         ),
         Shown(
@@ -120,7 +120,7 @@ class PlannedMerge(LayerRecord):
             "‖Q(W) − W‖_F / ‖ΔW‖_F, the error of the format without an adapter",
             drop=3,
             terminal=True,
-            pool=lambda records: rms(records, lambda record: record.base_error),
+            pool=lambda records: pool_ratios(records, lambda record: record.base_error),
         ),
         Shown(
             "base_error_inside",
@@ -129,7 +129,7 @@ class PlannedMerge(LayerRecord):
             drop=4,
             head="inside",
             terminal=True,
-            pool=lambda records: rms(records, lambda record: record.base_error_inside),
+            pool=lambda records: pool_ratios(records, lambda record: record.base_error_inside),
         ),
         Shown(
             "base_noise",
@@ -137,7 +137,7 @@ class PlannedMerge(LayerRecord):
             "rounding noise of BASE's own quantized format / ‖ΔW‖_F",
             drop=5,
             terminal=True,
-            pool=lambda records: rms(records, lambda record: record.base_noise),
+            pool=lambda records: pool_ratios(records, lambda record: record.base_noise),
         ),
     )
     record: Literal["plan_merge"] = "plan_merge"
@@ -158,21 +158,29 @@ class PlannedMerge(LayerRecord):
     conclusion: Conclusion | None
 
 
-def total(
+def pool_effects(
     records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], PlannedMerge | FormatEffect] = lambda record: record
 ) -> FormatEffect:
-    """Return c and error of several layers together in the format of ``of``; null without an update, or on overflow."""
-    changed = [record for record in records if record.fro]
-    energy = sum(record.fro**2 for record in changed)
-    coefficients = [(of(record).arrived, record.fro) for record in changed]
+    """Return c and error of several layers together; null without an update, or on overflow.
+
+    Args:
+        records: The layers.
+        of: Returns c and error of a layer in one format; default those in its target format.
+    """
+    changed = [(of(record).arrived, record.fro) for record in records if record.fro]
     arrived = None
-    if changed and all(c is not None for c, _ in coefficients):
-        arrived = sum(c * fro**2 for c, fro in coefficients if c is not None) / energy
-    return FormatEffect(arrived=arrived, error=rms(records, lambda record: of(record).error))
+    if changed and all(c is not None for c, _ in changed):
+        arrived = sum((c or 0.0) * fro**2 for c, fro in changed) / sum(fro**2 for _, fro in changed)
+    return FormatEffect(arrived=arrived, error=pool_ratios(records, lambda record: of(record).error))
 
 
-def rms(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:
-    """Return a norm relative to ‖ΔW‖ over the layers with an update; None if there is none, or one has no norm."""
+def pool_ratios(records: Sequence[PlannedMerge], of: Callable[[PlannedMerge], float | None]) -> float | None:
+    """Return a norm over ‖ΔW‖, pooled over the layers with an update; None if there is none, or one has no value.
+
+    Args:
+        records: The layers.
+        of: Returns the norm of a layer over its ‖ΔW‖_F.
+    """
     pairs = [(of(record), record.fro) for record in records if record.fro]
     if not pairs or any(value is None for value, _ in pairs):
         return None
@@ -184,10 +192,10 @@ def _pool_moved(records: Sequence[PlannedMerge]) -> float:
     return sum(record.moved * size for record, size in zip(records, entries, strict=True)) / sum(entries)
 
 
-def conclusion(records: Sequence[PlannedMerge]) -> Conclusion | None:
-    """Return the conclusion for several layers together, by their sums; None if no layer has an update."""
+def conclude_together(records: Sequence[PlannedMerge]) -> Conclusion | None:
+    """Return the conclusion for several layers together, by their pooled effects; None if no layer has an update."""
     if not any(record.fro for record in records):
         return None
-    sixteen = [total(records, lambda record: record.bf16), total(records, lambda record: record.fp16)]
-    base_error = rms(records, lambda record: record.base_error)
-    return conclude(records[0].to, total(records), sixteen, base_error)
+    sixteen = [pool_effects(records, lambda record: record.bf16), pool_effects(records, lambda record: record.fp16)]
+    base_error = pool_ratios(records, lambda record: record.base_error)
+    return conclude(records[0].to, pool_effects(records), sixteen, base_error)

@@ -9,9 +9,9 @@ from lora_diag.decisions.plan_merge.record import (
     MAX_ERROR,
     FormatEffect,
     PlannedMerge,
-    conclusion,
-    rms,
-    total,
+    conclude_together,
+    pool_effects,
+    pool_ratios,
 )
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, make_statement, summarize
@@ -47,14 +47,14 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
 
 
 def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
-    outcome, to = conclusion(records), records[0].to
+    outcome, to = conclude_together(records), records[0].to
     if outcome is None:
         text = "nothing to merge: every update is zero"
         return make_statement("conclusion", "Conclusion", text, level="warning", priority=0)
     keeping = [name for name, effect in _effects_of_16_bits(records).items() if effect.survives]
     verb = "does" if len(keeping) == 1 else "do"
     why = _WHY.get(outcome, f"the format does not keep the update, {' and '.join(keeping)} {verb}")
-    base_error = rms(records, lambda record: record.base_error)
+    base_error = pool_ratios(records, lambda record: record.base_error)
     keeps_base = to not in {"bf16", "fp16"} and base_error is not None and base_error <= MAX_ERROR
     if outcome == "serve unmerged" and keeps_base:
         why = _BASE_ONLY
@@ -82,27 +82,27 @@ def _describe_effect(effect: FormatEffect) -> str:
 def _describe_kept_update(records: Sequence[PlannedMerge]) -> list[str]:
     to = records[0].to
     others = [f"in {name}: {_describe_effect(e)}" for name, e in _effects_of_16_bits(records).items() if name != to]
-    return [f"in {to}: {_describe_effect(total(records))} over all layers", "; ".join(others)]
+    return [f"in {to}: {_describe_effect(pool_effects(records))} over all layers", "; ".join(others)]
 
 
 def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffect]:
     return {
-        "bf16": total(records, lambda record: record.bf16),
-        "fp16": total(records, lambda record: record.fp16),
+        "bf16": pool_effects(records, lambda record: record.bf16),
+        "fp16": pool_effects(records, lambda record: record.fp16),
     }
 
 
 def _describe_base(records: Sequence[PlannedMerge]) -> list[str]:
     """State the error of the format on BASE alone, and of BASE's own format."""
     lines = []
-    error = rms(records, lambda record: record.base_error)
+    error = pool_ratios(records, lambda record: record.base_error)
     if error is not None:
         factored = [record for record in records if record.base_error_inside is not None]
-        inside = rms(factored, lambda record: record.base_error_inside)
+        inside = pool_ratios(factored, lambda record: record.base_error_inside)
         inner = f", {number(inside)} ‖ΔW‖ of it in the adapter's input space" if inside is not None else ""
         lines.append(f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{inner}")
     noisy = [record for record in records if record.base_noise is not None]
-    noise = rms(noisy, lambda record: record.base_noise)
+    noise = pool_ratios(noisy, lambda record: record.base_noise)
     if noise is not None:
         share = percent(len(noisy) / len(records))
         lines.append(f"BASE is quantized in {share} of the layers: its own rounding noise is {number(noise)} ‖ΔW‖")

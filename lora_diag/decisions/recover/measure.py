@@ -1,7 +1,7 @@
 """``recover``: estimate the update that 16-bit storage rounded away, and write an adapter or a checkpoint from it.
 
-One layer → its update in the files, the estimate of the update before rounding, and the requested output. A budget of
-parameters is allocated by the estimated singular values of all layers, as in ``allocate``.
+Of each layer: its update in the files, the estimate of the update before rounding, and the requested output. A budget
+of parameters is allocated by the estimated singular values of all layers, as in ``allocate``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
@@ -26,7 +27,7 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.decisions.allocate.measure import Budget, allocate
-from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, Plan, plan
+from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, TensorPlan, plan_tensors
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.recover import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
@@ -49,19 +50,18 @@ from lora_diag.linalg import Allowance, check_request, require_memory
 from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results
 from lora_diag.records.file import check_results_file
-from lora_diag.running.amounts import read_count, read_time
+from lora_diag.running.amounts import read_count, read_share, read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
 
-if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
+# Source of what is written for a layer.
+Written = Literal["posterior", "file", "nothing"]
 
 
-def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
-    """Return the rank that a budget gives to every layer with estimated singular values; the others are missing.
+def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
+    """Return the rank that a budget gives to each usual target with estimated singular values; no other layer.
 
     Args:
         records: The estimates.
@@ -70,15 +70,14 @@ def ranks_within(records: Iterable[Recovery], params: int) -> dict[str, int]:
     Raises:
         UsageError: The budget is too small for rank 1, or adapters usually target none of the layers.
     """
-    spectra = [spectrum_of(record) for record in records if record.values_estimate]
+    spectra = [make_spectrum(record) for record in records if record.values_estimate]
     allocation = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
     return {record.layer: record.rank for record in allocation.layers}
 
 
-def spectrum_of(record: Recovery) -> Spectrum:
-    """Return the estimated singular values of a layer as a spectrum, one for each direction, for ``allocate``."""
-    assert record.values_estimate is not None
-    values = record.values_estimate
+def make_spectrum(record: Recovery) -> Spectrum:
+    """Return the estimated singular values of a layer, one per direction, as a spectrum for ``allocate``."""
+    values = record.values_estimate or ()
     return Spectrum(
         layer=record.layer,
         shape=record.shape,
@@ -125,28 +124,18 @@ class CheckpointFolder(OutputFolder):
     description: ClassVar[str] = "a checkpoint written by recover"
 
 
-def store(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write the tensors of one layer.
 
     Args:
-        file: The file; replaced if it is there.
+        file: The file; replaced if it exists.
         tensors: Float32, contiguous.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     infos = {name: TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items()}
     write_safetensors(file, infos, lambda name: tensors[name], {})
-
-
-def load(file: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of one layer.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    checkpoint = open_checkpoint(file)
-    return {name: checkpoint.read(name).view(checkpoint[name].shape) for name in checkpoint}
 
 
 def write_checkpoint(
@@ -155,58 +144,49 @@ def write_checkpoint(
     """Write ``model.safetensors`` in float32, one tensor in memory at a time, and ``config.json``.
 
     Args:
-        folder: The folder, which exists.
+        folder: An existing folder.
         tuned: TUNED, whose values are used where nothing was recovered.
         recovered: The layers whose estimated weights replace those of TUNED.
-        files: The file with the estimated weight of each of them.
+        files: File with the estimated weight, by layer.
 
     Raises:
         InputError: A file cannot be read or written.
     """
-    deltas_by_tensor: dict[str, list[tuple[int, StoredDelta]]] = {}
+    deltas_by_tensor: dict[str, list[StoredDelta]] = {}
     for delta in recovered:
-        deltas_by_tensor.setdefault(delta.tuned.name, []).append((delta.tuned.offset, delta))
+        deltas_by_tensor.setdefault(delta.tuned.name, []).append(delta)
     infos = {
         name: TensorInfo(name, tuned[name].shape, "float32" if tuned[name].dtype in FLOAT_DTYPES else tuned[name].dtype)
         for name in tuned
     }
-    write_safetensors(
-        folder / MODEL,
-        infos,
-        partial(_read_weight, tuned=tuned, deltas_by_tensor=deltas_by_tensor, files=files),
-        {"format": "pt"},
-    )
+
+    def read_weight(name: str) -> Tensor:
+        values = tuned.read(name)
+        if tuned[name].dtype in FLOAT_DTYPES:
+            values = values.float()
+        for delta in deltas_by_tensor.get(name, ()):
+            first = delta.tuned.offset
+            values[first : first + math.prod(delta.shape)] = open_checkpoint(files[delta.layer]).read("W")
+        return values.view(tuned[name].shape)
+
+    write_safetensors(folder / MODEL, infos, read_weight, {"format": "pt"})
     if tuned.config:
         config = {key: value for key, value in tuned.config.items() if key != "quantization_config"}
         config |= {key: "float32" for key in ("torch_dtype", "dtype") if key in config}
         write_whole(folder / MODEL_CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _read_weight(
-    name: str,
-    tuned: Checkpoint,
-    deltas_by_tensor: Mapping[str, list[tuple[int, StoredDelta]]],
-    files: Mapping[str, Path],
-) -> torch.Tensor:
-    """Return one tensor of the checkpoint: TUNED's, with the matrices that were recovered in their places."""
-    values = tuned.read(name)
-    if tuned[name].dtype in FLOAT_DTYPES:
-        values = values.float()
-    for offset, delta in deltas_by_tensor.get(name, ()):
-        values[offset : offset + math.prod(delta.shape)] = open_checkpoint(files[delta.layer]).read("W")
-    return values.view(tuned[name].shape)
-
-
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """The output for a layer; none if all fields are unset.
+    """The output for a layer; none if ``rank``, ``energy``, ``full`` and ``all_directions`` are unset.
 
     Args:
-        rank: Factors of this rank.
-        energy: Factors of the smallest rank that carries this share of the estimated energy; all directions that were
-            found where they carry less.
-        full: The weight itself, W_base + E[X | cells], in float32.
-        all_directions: Factors of all directions that were found, of which ``truncate_stored`` keeps some.
+        rank: Rank of the factors.
+        energy: Fraction of the estimated energy: factors of the smallest rank that carries it, or of all directions
+            that were found if they carry less.
+        full: Whether to write the weight itself, W_base + E[X | cells], in float32.
+        all_directions: Whether to write factors of all directions that were found, of which ``truncate_stored`` keeps
+            some.
         leave_out_refused: Whether a refused layer has no factors; else it gets the truncated SVD of D.
         transposed: Whether PEFT's B·A is the update's transpose.
         keep_length: Whether E[X | cells] is scaled to the estimated ‖X‖_F.
@@ -249,22 +229,26 @@ def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
 
 
 def truncate_stored(earlier: Recovery, request: OutputRequest, file: Path) -> Recovery:
-    """Keep the first directions of the factors in a file, and return the record; a repetition changes nothing.
+    """Keep the first ``request.rank`` directions of the factors in a file; a repetition changes nothing.
+
+    Returns:
+        The earlier record with the new rank.
 
     Raises:
         InputError: The file could not be read or written.
     """
     assert request.rank is not None
     rank = min(request.rank, earlier.rank)
-    written: Literal["posterior", "file", "nothing"] = earlier.written if rank else "nothing"
+    written: Written = earlier.written if rank else "nothing"
     if 0 < rank < earlier.rank:
-        factors = load(file)
-        store(file, {"B": factors["B"][:, :rank].contiguous(), "A": factors["A"][:rank].contiguous()})
+        stored = open_checkpoint(file)
+        b, a = (stored.read(name).view(stored[name].shape) for name in "BA")
+        write_tensors(file, {"B": b[:, :rank].contiguous(), "A": a[:rank].contiguous()})
     return earlier.model_copy(update={"rank": rank, "params": rank * sum(earlier.shape), "written": written})
 
 
 def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recovery | LeftOut:
-    """Measure one layer and store the requested output.
+    """Measure one layer and write the requested output.
 
     Args:
         layer: The layer.
@@ -283,10 +267,8 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
     if settings.memory is not None:
         check_cell_memory(layer.shape, settings.memory)
         if layer.request.full:
-            weight = 4 * math.prod(layer.shape)
-            require_memory(
-                weight, settings.memory, layer.shape, "its float32 weight takes", "write an adapter with --rank"
-            )
+            needed, fix = 4 * math.prod(layer.shape), "write an adapter with --rank"
+            require_memory(needed, settings.memory, layer.shape, "its float32 weight takes", fix)
     return measure_on_device(partial(_measure, layer, settings, file), settings.device)
 
 
@@ -337,25 +319,25 @@ def _write(
     curve: NDArray[np.float64],
     settings: LayerSettings,
     file: Path,
-) -> tuple[Literal["posterior", "file", "nothing"], int, Tensor | None]:
-    """Store the requested output.
+) -> tuple[Written, int, Tensor | None]:
+    """Write the requested output.
 
     Returns:
         Its source, the rank of factors, and for a budget their singular values, without the scaling to ‖X‖: the energy
         that a direction of E[X | cells] is expected to have in X.
     """
-    status = estimate.hidden.status
-    if request.full:
-        if estimate.cells is None:
-            return "file", 0, None  # TUNED's own weights
-        _store_weight(delta, estimate, _estimate_length_factor(estimate) if request.keep_length else 1.0, file)
-        return "posterior", 0, None
-    if not request.factors or not change.fro or (status == "refused" and request.leave_out_refused):
+    is_estimated = estimate.cells is not None
+    is_refused = estimate.hidden.status == "refused" and request.leave_out_refused
+    if not request.full and (not request.factors or not change.fro or is_refused):
         return "nothing", 0, None
-    rank = min(request.rank or _choose_rank(request, delta.shape, estimate, curve), min(delta.shape))
-    factor = 1.0
-    if estimate.cells is not None:
-        factor = _estimate_length_factor(estimate) if request.keep_length else 1.0
+    factor = _compute_length_factor(estimate) if is_estimated and request.keep_length else 1.0
+    if request.full:
+        if not is_estimated:
+            return "file", 0, None  # TUNED's own weights
+        _write_weight(delta, estimate, factor, file)
+        return "posterior", 0, None
+    rank = min(request.rank or _choose_rank(request, delta.shape, estimate, curve), *delta.shape)
+    if is_estimated:
         change = estimate.change(settings.memory, factor)
     elif settings.memory is not None:
         allowance = Allowance(settings.memory, settings.method, rank, vectors=True)
@@ -363,29 +345,31 @@ def _write(
     best = change.decompose(settings.method, rank, True, settings.tol, settings.seed)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     b, a = (part.float().cpu() for part in split_factors(best, rank, request.transposed, "both"))
-    store(file, {"B": b.contiguous(), "A": a.contiguous()})
+    write_tensors(file, {"B": b.contiguous(), "A": a.contiguous()})
     values = best.s[:rank] / factor if request.all_directions else None
-    return ("posterior" if estimate.cells is not None else "file"), rank, values
+    return "posterior" if is_estimated else "file", rank, values
 
 
 def _choose_rank(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
-    """Return the smallest rank with the requested fraction of the energy, or the largest useful rank."""
+    """Return the smallest rank with the requested fraction of the energy, or the largest useful rank.
+
+    The curve is that of the estimate if directions were recovered, else ``curve`` of D.
+    """
+    if estimate.hidden.status == "recovered":
+        curve = np.array(estimate.curve)
     if request.energy is None:
-        largest = len(curve) if estimate.hidden.status != "recovered" else len(estimate.curve)
-        return max(1, min(largest, math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix
-    if estimate.hidden.status != "recovered":
-        return rank_at(curve, request.energy) or len(curve)
-    return rank_at(np.array(estimate.curve), request.energy) or len(estimate.curve)
+        return max(1, min(len(curve), math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix
+    return rank_at(curve, request.energy) or len(curve)
 
 
-def _estimate_length_factor(estimate: Estimate) -> float:
+def _compute_length_factor(estimate: Estimate) -> float:
     """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
     length = math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean()))
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
 
 
-def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: Path) -> None:
-    """Store W_base + factor·E[X | cells] in float32."""
+def _write_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: Path) -> None:
+    """Write W_base + factor·E[X | cells] in float32."""
     weight, row = torch.empty(delta.shape), 0
     for part in row_blocks(delta.base, delta.shape):
         weight[row : row + len(part)] = part
@@ -394,7 +378,7 @@ def _store_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: P
     for block in estimate.mean():
         weight[row : row + len(block)] += factor * block.cpu()
         row += len(block)
-    store(file, {"W": weight})
+    write_tensors(file, {"W": weight})
 
 
 OUTPUT_OPTIONS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
@@ -417,8 +401,8 @@ def recover(
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after; not an adapter, whose factors are the update.
-        output: Without ``rank``, ``energy`` and ``full`` the results file to write. Else the folder of the adapter or
-            of the checkpoint; it grows as ``NAME.part`` and takes its place when it is whole.
+        output: Without ``rank``, ``energy``, ``params`` and ``full`` the results file to write. Else the folder of the
+            adapter or of the checkpoint; it is written as ``NAME.part`` and renamed when complete.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
         energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
         params: Write an adapter with at most this number of parameters, such as ``"10M"``, allocated as by ``allocate``
@@ -430,7 +414,7 @@ def recover(
         leave_out_refused: Write no factors for refused layers; by default they get the truncated SVD of D.
         nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate of each layer is
             scaled to its estimated norm, which has a larger distance to X and, where it was measured, the lower loss.
-        base_name: The base model's name for config and model card; by default ``base`` as it was given.
+        base_name: The base model's name for config and model card; default ``base`` as given.
         overwrite: Replace the output of an earlier run.
         **options: ``RecoverOptions``.
 
@@ -438,7 +422,7 @@ def recover(
         One record for each matrix; also in ``recovery.jsonl`` of the folder.
 
     Raises:
-        UsageError: An option is invalid, or ``output`` holds something that would be lost.
+        UsageError: An option is invalid, ``tuned`` is an adapter, or ``output`` exists and may not be replaced.
         InputError: An input cannot be read, or the output cannot be written.
         NothingComparedError: The sides have no weight in common.
         InconclusiveError: There is nothing to write.
@@ -460,44 +444,34 @@ def recover(
     nearest, overwrite = resolved["nearest"], resolved["overwrite"]
     _check_options(rank, energy, params, full, leave_out_refused, output)
     writes_factors = rank is not None or energy is not None or params is not None
-    writes = writes_factors or full
     if resolved["resume"] and output is None:
         raise UsageError("--resume: give the output of the interrupted run with -o")
-    if output is not None and not writes:
-        check_results_file(Path(output), resolved["resume"], overwrite)
     base, tuned = as_path(base), as_path(tuned)
-    if nearest and not writes:
-        raise UsageError(f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}")
     folder: OutputFolder | None = None
-    if writes:
+    run_options: dict[str, Any] = {name: resolved[name] for name in list_options(FolderOptions)}
+    if writes_factors or full:
         assert output is not None
         folder_class = CheckpointFolder if full else AdapterFolder
         folder = folder_class(Path(output), (base, tuned), overwrite, resolved["resume"])
-    destination: dict[str, Any] = {"output": output, "overwrite": overwrite}
-    if folder is not None:
-        destination = {"output": folder.records}
-    folder_options = {name: resolved[name] for name in list_options(FolderOptions)}
-    run = LayerRun("recover", {**folder_options, **destination})
+        run_options["output"] = folder.records
+    else:
+        if nearest:
+            raise UsageError(f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}")
+        if output is not None:
+            check_results_file(Path(output), resolved["resume"], overwrite)
+        run_options |= {"output": output, "overwrite": overwrite}
+    run = LayerRun("recover", run_options)
     method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
     check_request(method, None if method != "krylov" else 1, tol)
     refused = (Adapter, "is an adapter, whose factors are the update; nothing is rounded away")
     compared = run.compare(base, tuned, refuse=refused)
     stored = compared.update
     assert isinstance(stored, Checkpoint)
-    planned = plan(compared, save=False) if writes_factors else None
-    tasks = [
-        RecoveryTask(
-            delta,
-            OutputRequest(
-                rank, energy, full, params is not None, leave_out_refused, _is_transposed(delta, planned), not nearest
-            ),
-        )
-        for delta in compared.pairing.deltas
-        if isinstance(delta, StoredDelta)
-        and delta.is_matrix
-        and (planned is None or delta.layer in planned.targets)
-        and not (folder is not None and folder.whole)
-    ]
+    planned = plan_tensors(compared, save=False) if writes_factors else None
+    request = OutputRequest(rank, energy, full, params is not None, leave_out_refused, keep_length=not nearest)
+    tasks = []
+    if folder is None or not folder.whole:
+        tasks = _make_tasks(compared, planned, request)
     files: dict[str, Path] = {}
     if folder is not None:
         files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
@@ -528,9 +502,9 @@ def recover(
         elif not folder.whole:
             replaced = {record.layer for record in results if record.written == "posterior"}
             write_checkpoint(folder.work, stored, [task.delta for task in tasks if task.layer in replaced], files)
-        size_options = {"--rank": rank, "--energy": energy, "--params": params}
         flags = ["--checkpoint"] if full else []
-        flags += [str(part) for pair in size_options.items() if pair[1] is not None for part in pair]
+        for flag, value in (("--rank", rank), ("--energy", energy), ("--params", params)):
+            flags += [] if value is None else [flag, str(value)]
         flags += ["--leave-out-refused"] if leave_out_refused else []
         flags += ["--nearest"] if nearest else []
         command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
@@ -550,7 +524,7 @@ def recover(
         partial(_measure_layer, files=files, deadline=deadline),
         estimate_bytes,
         settings,
-        compared.pairing if planned is None else planned.left_out,
+        compared.pairing if planned is None else planned.measure_left_out,
         compared.inputs,
         requested,
         recorded=RECORDED,
@@ -567,13 +541,14 @@ def _spend_budget(
     settings: LayerSettings,
     compared: Comparison,
 ) -> list[RecoveryTask]:
-    """Estimate every layer, store the factors of all its directions, and allocate a budget to them.
+    """Estimate every layer, write the factors of all its directions, and allocate a budget to them.
 
     Returns:
-        The tasks, each with its rank and its estimate.
+        The tasks, each with its rank and, if it could be measured, its estimate.
 
     Raises:
-        UsageError: The budget is too small for rank 1.
+        UsageError: The budget is too small for rank 1, or adapters usually target none of the layers.
+        InputError: A file could not be read or written.
     """
     options = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
     records = LayerRun("recover", options).over(
@@ -585,17 +560,13 @@ def _spend_budget(
         compared.inputs,
         {"curve": list(DEFAULT_RANKS)},
     )
-    record_by_layer = {record.layer: record for record in records}
+    earlier = {record.layer: record for record in records}
     try:
-        ranks = ranks_within(records, params) if any(record.values_estimate for record in records) else {}
+        ranks = allocate_ranks(records, params) if any(record.values_estimate for record in records) else {}
     except UsageError as error:
         raise UsageError(f"{error}; estimates are kept in {folder.work}: --resume with another budget") from error
-    return [
-        replace(
-            task, request=replace(task.request, rank=ranks.get(task.layer, 0)), earlier=record_by_layer.get(task.layer)
-        )
-        for task in tasks
-    ]
+    requests = {task.layer: replace(task.request, rank=ranks.get(task.layer, 0)) for task in tasks}
+    return [replace(task, request=requests[task.layer], earlier=earlier.get(task.layer)) for task in tasks]
 
 
 def _check_options(
@@ -604,7 +575,7 @@ def _check_options(
     """Refuse invalid options.
 
     Raises:
-        UsageError: Several ways to write are given, a number is out of range, there is nowhere to write to, or
+        UsageError: Several outputs are requested, a number is out of range, there is no path to write to, or
             ``--leave-out-refused`` is given without an adapter.
     """
     count = sum(value is not None for value in (rank, energy, params)) + full
@@ -614,16 +585,22 @@ def _check_options(
         raise UsageError("recover: no output folder; give it with -o")
     if rank is not None and rank < 1:
         raise UsageError(f"--rank {rank}: must be a positive integer")
-    if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"--energy {energy}: must be a fraction above 0 and up to 1")
+    if energy is not None:
+        read_share(energy, "--energy")
     if leave_out_refused and (full or not count):
         raise UsageError("--leave-out-refused: applies to adapters; give --rank, --energy or --params with it")
 
 
-def _is_transposed(delta: StoredDelta, planned: Plan | None) -> bool:
-    """Return whether PEFT's B·A is the transpose of the update."""
-    target = planned.targets.get(delta.layer) if planned is not None else None
-    return target is not None and target.transposed
+def _make_tasks(compared: Comparison, planned: TensorPlan | None, request: OutputRequest) -> list[RecoveryTask]:
+    """Return the tasks of all matrices; with a plan, of those that PEFT can adapt."""
+    tasks = []
+    for delta in compared.pairing.deltas:
+        if isinstance(delta, StoredDelta) and delta.is_matrix:
+            if planned is None:
+                tasks.append(RecoveryTask(delta, request))
+            elif target := planned.targets.get(delta.layer):
+                tasks.append(RecoveryTask(delta, replace(request, transposed=target.transposed)))
+    return tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,7 +608,7 @@ class Deadline:
     """The time limit of a run.
 
     Args:
-        end: Seconds since the epoch, which all machines of a cluster share.
+        end: Time of the last start in seconds since the epoch, which all machines of a cluster share.
         limit_text: The limit as the user gave it.
         energy_by_layer: Hidden energy of every layer, estimated from a sample.
     """
@@ -643,9 +620,7 @@ class Deadline:
     def make_left_out(self, task: RecoveryTask) -> LeftOut:
         """Return the record of a layer that was not reached."""
         share = self.energy_by_layer[task.layer] / (sum(self.energy_by_layer.values()) or 1.0)
-        detail = (
-            f"not started within --time {self.limit_text}; by a sample {share:.1%} of the hidden energy of all layers"
-        )
+        detail = f"not started within --time {self.limit_text}; by a sample {share:.1%} of all layers' hidden energy"
         return LeftOut(layer=task.layer, shape=task.shape, reason="time", detail=detail)
 
 
@@ -664,8 +639,7 @@ def _make_nothing_to_write_error(
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
         return InputError(f"{tuned}: {bad.layer}: {bad.detail}; nothing else is left, so nothing was written")
-    late = sum(item.reason == "time" for item in results.left_out)
-    if late:
+    if late := sum(item.reason == "time" for item in results.left_out):
         return InconclusiveError(
             f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no other has an update "
             "that can be recovered; nothing was written; continue with --resume"

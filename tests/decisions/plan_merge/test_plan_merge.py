@@ -12,7 +12,7 @@ import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
 from lora_diag.decisions.plan_merge.measure import GROUPS, MergeTask, PlanSettings, Target, quantize
-from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude, conclusion
+from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude, conclude_together
 from lora_diag.decisions.plan_merge.show import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
@@ -20,7 +20,6 @@ from lora_diag.rendering.statements import find
 from tests.adapters.making import lora
 from tests.building import build, results
 from tests.conftest import ROOT, save_model
-from tests.messages import mentions
 
 SAMPLES = ROOT / "sample_checkpoints"
 BASE, R4 = SAMPLES / "base", SAMPLES / "lora_r4"
@@ -256,10 +255,10 @@ def test_conclusion_of_several_layers_weighs_them_by_energy():
         fields = {"arrived": found.arrived, "error": found.error, "bf16": found, "fp16": found, "base_error": 9.0}
         return build(PlannedMerge, to="int4", fro=fro, **fields)
 
-    assert conclusion([layer(1.0, GOOD), layer(0.1, BAD), layer(0.0, NONE)]) == "merge"
-    assert conclusion([layer(0.1, GOOD), layer(1.0, BAD)]) == "serve unmerged"
-    assert conclusion([layer(1.0, GOOD), layer(1e-3, NONE)]) == "serve unmerged"  # one overflows
-    assert conclusion([layer(0.0, NONE)]) is None
+    assert conclude_together([layer(1.0, GOOD), layer(0.1, BAD), layer(0.0, NONE)]) == "merge"
+    assert conclude_together([layer(0.1, GOOD), layer(1.0, BAD)]) == "serve unmerged"
+    assert conclude_together([layer(1.0, GOOD), layer(1e-3, NONE)]) == "serve unmerged"  # one overflows
+    assert conclude_together([layer(0.0, NONE)]) is None
 
 
 @pytest.mark.slow
@@ -280,16 +279,6 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     assert loradiag("gate", "p.toml", "mxfp4.jsonl").code == 1
     assert loradiag("report", "bf16.jsonl", "-o", "r.md").code == 0
     assert "Merge plan" in (tmp_path / "r.md").read_text()
-
-
-@pytest.mark.parametrize(("noise", "error", "message"), [(2.0, 9.0, True), (2.0, 0.0, False), (None, 9.0, False)])
-def test_summary_states_scales_are_not_reused(noise, error, message):
-    fields = {"fro": 1.0, "base_noise": noise, "base_error": error, "bf16": GOOD, "fp16": GOOD}
-    result = results([build(PlannedMerge, to="int4", **fields)], command="plan-merge")
-    assert (
-        any(mentions(line, "reuse", "scales") for one in plan_lines(result) if one.key == "base" for line in one.lines)
-        == message
-    )
 
 
 @pytest.mark.parametrize(("bf16", "fp16", "kept"), [(BAD, GOOD, {"fp16"}), (GOOD, GOOD, {"bf16", "fp16"})])

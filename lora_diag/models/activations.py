@@ -7,7 +7,8 @@ Sums are float64. Layers with the same input tensor, such as query, key and valu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -28,7 +29,7 @@ class Moment:
     """Σ xxᵀ over the inputs of one or several layers, or Σ ggᵀ over the output gradients of one.
 
     Args:
-        layers: Their names in the model.
+        layers: Names of these layers in the model.
         total: The sum, ``(in, in)``, or ``(out, out)`` of gradients; float64.
         rows: Number of inputs or gradients.
     """
@@ -50,7 +51,7 @@ class Moment:
 
     @property
     def mean(self) -> Tensor:
-        """C, or G of gradients."""
+        """The second moments: C of inputs, G of output gradients."""
         return self.total / self.rows
 
 
@@ -72,7 +73,7 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the input of a layer from the arguments of its hook."""
+    """Return the input of a layer, the first argument of its call, from the arguments that its hook gets."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
@@ -85,63 +86,56 @@ class Listener:
         gradients: Whether to also accumulate ggᵀ of the output gradients.
 
     Attributes:
-        moments: The sums, by the name of the first layer that shares it.
+        moments: Σ xxᵀ, by the name of the first of the layers that share it.
         outputs: Σ ggᵀ, by the name of the layer.
     """
 
     def __init__(self, layers: dict[str, nn.Module], gradients: bool = False) -> None:
         self.moments: dict[str, Moment] = {}
         self.outputs: dict[str, Moment] = {}
-        self._leader: dict[str, str] = {}
-        self._input: dict[str, Any] = {}
-        self._hooks = [
-            layer.register_forward_pre_hook(self._make_hook(name), with_kwargs=True) for name, layer in layers.items()
-        ]
-
-        if gradients:
-            self._hooks += [layer.register_forward_hook(self._make_output_hook(name)) for name, layer in layers.items()]
+        # The first layer with the input of each layer, and the inputs of the current batch, by these first layers.
+        self._leaders: dict[str, str] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._hooks = []
+        for name, layer in layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._add_input, name), with_kwargs=True))
+            if gradients:
+                self._hooks.append(layer.register_forward_hook(partial(self._hook_gradient, name)))
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and discard the inputs of the last batch."""
+        self.discard_inputs()
         for hook in self._hooks:
             hook.remove()
 
-    def next_batch(self) -> None:
+    def discard_inputs(self) -> None:
         """Discard the inputs of the last batch."""
-        self._input = {}
+        self._inputs = {}
 
-    def _make_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._take(name, input_of(args, kwargs))
-
-        return hook
-
-    def _make_output_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda gradient: self._take_gradient(name, gradient))  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def _take_gradient(self, name: str, gradient: Tensor) -> None:
-        if name not in self.outputs:
-            self.outputs[name] = Moment.zero(gradient, [name])
-        self.outputs[name].add(gradient)
-
-    def _take(self, name: str, x: Tensor) -> None:
-        if name not in self._leader:
-            first_name = next((first for first, tensor in self._input.items() if tensor is x), name)
-            self._leader[name] = first_name
+    def _add_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        if name not in self._leaders:
+            first_name = next((first for first, tensor in self._inputs.items() if tensor is x), name)
+            self._leaders[name] = first_name
             if first_name == name:
                 self.moments[name] = Moment.zero(x, [])
             self.moments[first_name].layers.append(name)
-        leader = self._leader[name]
-        if leader != name:
-            if self._input.get(leader) is not x:
-                raise InputError(f"{name}: had the input of {leader} in an earlier batch, but not in this one")
-            return
-        self._input[name] = x  # kept, so that no other tensor of this batch gets its identity
-        self.moments[name].add(x)
+        leader = self._leaders[name]
+        if leader == name:
+            self._inputs[name] = x  # kept, so that no other tensor of this batch gets its identity
+            self.moments[name].add(x)
+        elif self._inputs.get(leader) is not x:
+            raise InputError(f"{name}: had the input of {leader} in an earlier batch, but not in this one")
+
+    def _hook_gradient(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Register a hook that adds the gradient of an output, if it gets one."""
+        if output.requires_grad:
+            output.register_hook(partial(self._add_gradient, name))  # type: ignore[no-untyped-call]
+
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        if name not in self.outputs:
+            self.outputs[name] = Moment.zero(gradient, [name])
+        self.outputs[name].add(gradient)
 
 
 def record(
@@ -168,7 +162,7 @@ def record(
     listener = Listener(layers, draw is not None)
     try:
         for sequences in iterate_equal_batches(texts, size):
-            listener.next_batch()
+            listener.discard_inputs()
             if draw is None:
                 with torch.no_grad():
                     logits_of(model, sequences)
@@ -177,13 +171,10 @@ def record(
             after()
     finally:
         listener.close()
-        listener.next_batch()
     return listener
 
 
 def iterate_equal_batches(texts: Texts, size: int) -> Iterator[list[Sequence]]:
-    """Yield batches of sequences of one length, in the order of the set."""
+    """Yield batches of consecutive sequences of one length, at most ``size`` each, in the order of the set."""
     for _, group in groupby(texts.sequences, key=lambda sequence: len(sequence.ids)):
-        alike = list(group)
-        for first in range(0, len(alike), size):
-            yield alike[first : first + size]
+        yield from replace(texts, sequences=tuple(group)).batches(size)

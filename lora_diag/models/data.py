@@ -28,7 +28,7 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The contents of a source.
+    """The contents of a text file, JSON lines or a data set.
 
     Args:
         name: Name of the set: the file's name without its suffix, or the folder's.
@@ -73,8 +73,8 @@ def read_source(path: Path | str) -> Source:
     """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``.
 
     Raises:
-        UsageError: It is a data set, and datasets is not installed.
-        InputError: It cannot be read.
+        UsageError: The path is a data set, and datasets is not installed.
+        InputError: The path cannot be read, or holds no such contents.
     """
     check_texts(path)
     path = Path(path)
@@ -111,7 +111,12 @@ def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_data_set(path: Path) -> Source:
-    """Return a data set with the columns in use; rows with a class label have its number and its name."""
+    """Return the rows of a data set with the columns in use; a row with a class label also has the label's name.
+
+    Raises:
+        UsageError: datasets is not installed.
+        InputError: datasets cannot open the folder, or it has none of the columns.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -143,7 +148,7 @@ def _read_data_set(path: Path) -> Source:
 
 
 def _refuse_outside_paths(path: Path) -> None:
-    """Refuse a data set that names files elsewhere.
+    """Refuse a data set whose state names files outside its folder.
 
     Raises:
         InputError: A file is outside the folder.
@@ -187,15 +192,15 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """The sequences of one file.
+    """The sequences of one text: a file or a data set.
 
     Args:
-        name: The file's name without its ending, or the folder's.
+        name: The file's name without its suffix, or the folder's.
         path: The path as given.
         sequences: In the order of the file.
         hash: 16 hex digits of the SHA-256 of the file, or of a data set's rows.
-        about: Description.
-        notes: Notes on the reading.
+        about: Number and form of the sequences.
+        notes: How many rows or sequences were truncated or left out.
         shifted: Whether the user declared it as shifted.
     """
 
@@ -241,14 +246,15 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
     if source.text is not None:
         cut = list(_split_into_windows(source.text, model))
     else:
-        cut = [_tokenize_row(item, where, model) for where, item in source.rows]
+        tokenize = _tokenize_classification if model.kind == "classifier" else _tokenize_continuation
+        cut = [tokenize(row, where, model) for where, row in source.rows]
     if model.kind == "masked":
         cut = [(_mask_sequence(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(cut)]
     notes = []
     truncated = sum(is_truncated for _, is_truncated in cut)
     if source.text is None and truncated:
         notes.append(f"{truncated} of {len(cut)} {source.unit} were cut to {model.length} tokens")
-    sequences = [sequence for sequence, _ in cut if _has_predictions(sequence, model)]
+    sequences = [sequence for sequence, _ in cut if sequence.ids and _count_predicted(sequence, model)]
     if len(sequences) < len(cut):
         empty = len(cut) - len(sequences)
         notes.append(f"{empty} of {len(cut)} {source.unit} have nothing to predict and are left out")
@@ -277,21 +283,18 @@ def check_names(texts: list[Texts]) -> None:
 
 
 def count_predictions(texts: Texts, model: Model) -> int:
-    """Return how many predictions a loss on a text is the mean of: completion tokens, hidden tokens or labels.
+    """Return the number of predictions of which a loss on a text is the mean: next tokens, hidden tokens or classes.
 
     Args:
-        texts: A text.
-        model: Whose kind counts: a causal model predicts no token at the first place of a sequence.
+        texts: The text.
+        model: A causal model predicts no token at the first position of a sequence.
     """
+    return sum(_count_predicted(sequence, model) for sequence in texts.sequences)
+
+
+def _count_predicted(sequence: Sequence, model: Model) -> int:
     first = 1 if model.kind == "causal" else 0
-    return sum(label != IGNORED for sequence in texts.sequences for label in sequence.labels[first:])
-
-
-def _has_predictions(sequence: Sequence, model: Model) -> bool:
-    if model.kind == "classifier":
-        return bool(sequence.ids)
-    first = 0 if model.kind == "masked" else 1
-    return any(label != IGNORED for label in sequence.labels[first:])
+    return sum(label != IGNORED for label in sequence.labels[first:])
 
 
 def _mask_sequence(sequence: Sequence, number: int, model: Model) -> Sequence:
@@ -320,23 +323,18 @@ def _split_into_windows(text: str, model: Model) -> Iterator[tuple[Sequence, boo
     for start in range(0, max(1, len(ids) - room + 1), room):
         window = ids[start : start + room]
         whole = (*tokens.first, *window, *tokens.last)
-        if model.kind == "masked":
-            masked_first, masked_last = ([IGNORED] * len(special) for special in (tokens.first, tokens.last))
-            yield Sequence(whole, (*masked_first, *window, *masked_last)), False
-        else:
-            yield Sequence(whole, whole), False
-
-
-def _tokenize_row(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    return (
-        _tokenize_classification(row, where, model)
-        if model.kind == "classifier"
-        else _tokenize_continuation(row, where, model)
-    )
+        labels = whole
+        if model.kind == "masked":  # special tokens are not predicted
+            labels = (*([IGNORED] * len(tokens.first)), *window, *([IGNORED] * len(tokens.last)))
+        yield Sequence(whole, labels), False
 
 
 def _tokenize_continuation(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    """Return the sequence of ``text``, or of ``prompt`` and ``completion``, and whether it was truncated."""
+    """Return the sequence of ``text``, or of ``prompt`` and ``completion``, and whether it was truncated.
+
+    Raises:
+        InputError: The row has neither.
+    """
     tokens = model.tokens
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         prompt = [*tokens.first, *tokens.ids(row["prompt"])]
@@ -355,6 +353,9 @@ def _tokenize_classification(row: dict[str, Any], where: str, model: Model) -> t
     """Return the sequence of ``text`` with its ``label``, a class name or index, and whether it was truncated.
 
     A data set's class name takes precedence over its number if the model has a class of that name.
+
+    Raises:
+        InputError: The row has no text or label, or the model has no such class.
     """
     text, label = row.get("text"), row.get("label")
     if not isinstance(text, str) or not isinstance(label, int | str):

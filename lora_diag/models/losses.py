@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -67,12 +68,12 @@ class Losses:
 
     def fields_of_run(self, texts: Texts, train_loss: float | None) -> dict[str, Any]:
         """Return the common fields of records of a training run or of BASE; losses that are not finite are None."""
-        is_trained = train_loss is not None and math.isfinite(train_loss)
-        loss = self.mean if self.is_finite else None
-        return {**self.on(texts), "loss": loss, "train_loss": train_loss if is_trained else None}
+        if train_loss is not None and not math.isfinite(train_loss):
+            train_loss = None
+        return {**self.on(texts), "loss": self.mean if self.is_finite else None, "train_loss": train_loss}
 
     def by_sequence(self, is_base: bool) -> dict[str, Any]:
-        """Return the fields of records with a value for each sequence; the numbers of predictions for BASE only."""
+        """Return the fields of records with a value for each sequence; numbers of predictions only for BASE."""
         counts = tuple(map(int, self.counts)) if is_base else ()
         return {"nll": self.rounded if self.is_finite else (), "predictions": counts}
 
@@ -93,13 +94,13 @@ class Losses:
 
 
 def predict(model: Model, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the logits of predictions ``(n_i, classes)`` of every sequence, and their targets.
+    """Return the logits of predictions ``(n_i, classes)`` of every sequence, and their targets ``(n_i,)``.
 
     Gradients are as set by the caller. Padding and tokens without a label are no predictions.
     """
     logits = logits_of(model, sequences)
-    pairs = [select_predictions(model, sequence, logits[i]) for i, sequence in enumerate(sequences)]
-    return [outputs for outputs, _ in pairs], [labels for _, labels in pairs]
+    outputs, targets = zip(*map(partial(select_predictions, model), sequences, logits), strict=True)
+    return list(outputs), list(targets)
 
 
 def logits_of(model: Model, sequences: list[Sequence]) -> Tensor:
@@ -127,7 +128,7 @@ def select_predictions(model: Model, sequence: Sequence, logits: Tensor) -> tupl
     if model.kind == "masked":
         hidden = (labels != IGNORED).nonzero().squeeze(1)
         return logits[hidden], labels[hidden]
-    places = (labels[1:] != IGNORED).nonzero().squeeze(1)
+    places = (labels[1:] != IGNORED).nonzero().squeeze(1)  # the logits at a place predict the next token
     return logits[places], labels[1:][places]
 
 
@@ -175,10 +176,10 @@ LABELS = ("data", "model")
 
 @dataclass
 class Draw:
-    """The labels of the loss.
+    """The choice of the labels of a loss.
 
     Args:
-        labels: ``data`` for the text's own (the empirical Fisher); ``model`` for labels sampled from the model's
+        labels: ``data`` for those of the text (the empirical Fisher); ``model`` for labels sampled from the model's
             probabilities (the Fisher itself).
         seed: Seed of the sampled labels.
     """
@@ -191,20 +192,20 @@ class Draw:
         self._random = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the labels for these logits."""
+        """Return the labels of the predictions, given their logits ``(n, classes)`` and those of the text ``(n,)``."""
         if self.labels == "data":
             return labels
-        shares = logits.detach().double().softmax(-1).cpu()
-        return torch.multinomial(shares, 1, generator=self._random).squeeze(1).to(logits.device)
+        probabilities = logits.detach().double().softmax(-1).cpu()
+        return torch.multinomial(probabilities, 1, generator=self._random).squeeze(1).to(logits.device)
 
 
 def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
     """Run one batch forward and backward; hooks on the layers receive the gradients.
 
     Args:
-        model: Its weights are frozen; gradients start at the embedding of the tokens.
+        model: A model with frozen weights; gradients start at the embedding of the tokens.
         sequences: The batch; padding gets no gradient.
-        draw: Which labels.
+        draw: Returns the labels of the loss.
 
     Returns:
         The number of predictions of each sequence. The loss of a sequence is the sum over them, so that its gradients

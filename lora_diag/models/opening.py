@@ -44,8 +44,8 @@ class Tokens:
         first: Ids at the start of every sequence, such as that of ``<s>``.
         last: Ids at the end of sequences of a classifier or a masked model.
         pad: Padding of shorter sequences in a batch; always masked.
-        about: Description.
-        mask: For a masked model, the mask token.
+        about: Description of the tokenizer.
+        mask: Id of the mask token; None for a tokenizer without one.
     """
 
     ids: Callable[[str], list[int]]
@@ -63,9 +63,9 @@ class Model:
     Args:
         module: The model.
         kind: Kind of prediction.
-        tokens: Its tokenizer.
-        length: Tokens of a sequence.
-        device: Its device.
+        tokens: The tokenizer.
+        length: Number of tokens of a sequence.
+        device: Device of the weights.
         labels: For a classifier, the index of each class by name.
     """
 
@@ -84,9 +84,9 @@ def open_model(
 
     Args:
         base: A folder that transformers can open, or a Hub id.
-        device: Its device.
-        dtype: Dtype of its weights.
-        length: Tokens of a sequence; default 512, or the number of positions if smaller.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
+        length: Number of tokens of a sequence; default 512, or the number of positions if smaller.
         tokenizer: ``auto`` for the one in ``base``, ``bytes`` for UTF-8 bytes as token ids, or a folder.
 
     Raises:
@@ -150,11 +150,11 @@ def _load_model(base: Path | str, device: torch.device, dtype: str, length: int 
 
 
 def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "auto") -> Model:
-    """Open what texts are read with: tokenizer, length and kind of a model, without its weights.
+    """Open what is needed to read texts: tokenizer, length and kind of a model, without its weights.
 
     Args:
         base: As for ``open_model``; weights need not be there.
-        length: Tokens of a sequence.
+        length: Number of tokens of a sequence; default as for ``open_model``.
         tokenizer: As for ``open_model``.
 
     Returns:
@@ -177,7 +177,7 @@ def _read_config(transformers: Any, base: Path | str, where: str, options: dict[
     """Return the model's config.
 
     Raises:
-        UsageError: It is an adapter.
+        UsageError: BASE is an adapter.
         InputError: transformers cannot open it.
     """
     try:
@@ -189,10 +189,10 @@ def _read_config(transformers: Any, base: Path | str, where: str, options: dict[
 
 
 def _choose_length(config: Any, length: int | None) -> int:
-    """Return the tokens of a sequence.
+    """Return the number of tokens of a sequence: the requested one, or the default for the model.
 
     Raises:
-        UsageError: The model has fewer positions.
+        UsageError: The requested number is below 2, or the model has fewer positions.
     """
     positions = getattr(config, "max_position_embeddings", None) or LENGTH
     if length is not None and not 2 <= length <= positions:
@@ -216,7 +216,7 @@ def _import_transformers() -> Any:
 
 @contextlib.contextmanager
 def _suppress_messages(transformers: Any) -> Any:
-    """Suppress transformers' messages; relevant ones are reported in one message."""
+    """Suppress the messages and progress bars of transformers within the block."""
     verbosity = transformers.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -232,7 +232,7 @@ def _suppress_messages(transformers: Any) -> Any:
 
 
 def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
-    """Return the name or path and the options of transformers for a path or a Hub id.
+    """Return the first argument and the options of transformers' ``from_pretrained`` for a path or a Hub id.
 
     Raises:
         InputError: The model is remote, or a file.
@@ -315,7 +315,7 @@ def _make_byte_tokens(reason: str) -> Tokens:
 
 
 def _suggest_bytes(vocabulary: int, kind: Kind) -> str:
-    """Return advice on bytes as an alternative to a tokenizer; empty for a masked model."""
+    """Return advice on bytes as token ids instead of a tokenizer; empty for a masked model."""
     if kind == "masked":
         return ""
     if vocabulary < 256:
@@ -347,7 +347,7 @@ class Weights:
         self._prefix = f"{getattr(module, 'base_model_prefix', '')}."
 
     def name(self, stored: str) -> str | None:
-        """Return the model's name of a tensor in the checkpoint; None if it has none."""
+        """Return the name in the model of a tensor in the checkpoint; None if the model has no such weight."""
         candidates = (stored, f"{self._prefix}{stored}", stored.removeprefix(self._prefix))
         return next((candidate for candidate in candidates if candidate in self._named), None)
 
@@ -356,26 +356,26 @@ class Weights:
         return {name: stored_name for stored_name in stored if (name := self.name(stored_name)) is not None}
 
     def locate(self, layer: str) -> tuple[nn.Parameter, int | None] | None:
-        """Return the parameter of a layer, and its index in a stack of experts; None if the model has none."""
+        """Return the parameter of a layer, and its index in a stack of experts, if it is one; None if not found."""
         stored, _, index = layer.partition("[")
         name = self.name(stored)
         return None if name is None else (self._named[name], int(index.rstrip("]")) if index else None)
 
     def find(self, layer: str) -> Tensor | None:
-        """Return the tensor of a layer, or the part of it for the layer; None if the model has none."""
+        """Return the tensor of a layer, of an expert its part of the stack; None if the model has none."""
         if (located := self.locate(layer)) is None:
             return None
         parameter, index = located
         return parameter.data if index is None else parameter.data[index]
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-        """Return the tensors of the layers in the model, viewed as ``(out, in)``.
+        """Return the tensors of those layers that the model has, viewed in the shapes of BASE.
 
         Args:
-            layers: Shapes by names.
+            layers: Shapes ``(out, in)`` by the names in BASE.
 
         Raises:
-            InputError: A layer has another shape in the model, or two layers share one weight.
+            InputError: A layer has another number of entries in the model, or two layers share one weight.
         """
         tensors: dict[str, Tensor] = {}
         owners: dict[int, str] = {}

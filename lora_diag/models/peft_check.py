@@ -14,7 +14,7 @@ from lora_diag.errors import InputError, UsageError, install_command
 
 
 def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:
-    """Build a model on the meta device, apply an adapter, and return the rank and scaling of each module.
+    """Return the rank and scaling of each module that PEFT adapts, in a model built on the meta device.
 
     Args:
         config: Content of ``adapter_config.json``.
@@ -24,8 +24,8 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         Rank and scaling by module, or by parameter other than ``weight``.
 
     Raises:
-        UsageError: transformers or peft is not installed.
-        InputError: transformers cannot build the model, or PEFT rejects the config.
+        UsageError: torch, transformers or peft is not installed.
+        InputError: ``base`` is remote, transformers cannot build the model, or PEFT rejects the config.
     """
     try:
         import peft
@@ -43,32 +43,29 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
                 folder, local_files_only=True, trust_remote_code=False
             )
             model_class: Any = getattr(transformers, (model_config.architectures or [""])[0], None)
-            auto_class: Any = transformers.AutoModelForCausalLM
             # A name from the file: only model classes of transformers are accepted.
-            is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-            model = model_class(model_config) if is_model else auto_class.from_config(model_config)
+            auto_class: Any = transformers.AutoModelForCausalLM
+            if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+                model: Any = model_class(model_config)
+            else:
+                model = auto_class.from_config(model_config)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise InputError(f"{base}: transformers cannot build this model: {error}") from error
         try:
             options = {key: deepcopy(value) for key, value in config.items() if key != "peft_type"}
             wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{base}: PEFT does not accept these ranks for this model: {_shorten_error(error)}"
-            ) from error
+            reason = re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).strip()  # without its dump of the module
+            raise InputError(f"{base}: PEFT does not accept these ranks for this model: {reason}") from error
     return {
-        _module_path(name, module): (module.r["default"], module.scaling["default"])
+        _name_adapted(name, module): (module.r["default"], module.scaling["default"])
         for name, module in wrapped.named_modules()
         if hasattr(module, "lora_A") and "default" in module.r
     }
 
 
-def _shorten_error(error: Exception) -> str:
-    """Return PEFT's reason without its dump of the module."""
-    return re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).strip()
-
-
-def _module_path(name: str, module: Any) -> str:
+def _name_adapted(name: str, module: Any) -> str:
+    """Return the path of a module in the unwrapped model, with the parameter that is adapted if it is no ``weight``."""
     path = name.removeprefix("base_model.model.").replace(".base_layer", "")
     parameter = getattr(module, "parameter_name", None)
     return path if parameter in {None, "weight"} else f"{path}.{parameter}"

@@ -55,7 +55,7 @@ class _Leading:
 
 
 class Swapped:
-    """A model with the weights of BASE plus a selectable part of an update.
+    """A model with the weights of BASE plus a truncated update: nothing, all of it, or its best rank-r approximation.
 
     Args:
         model: BASE opened by transformers; changed in place.
@@ -63,7 +63,7 @@ class Swapped:
         max_rank: Largest rank that will be used.
 
     Attributes:
-        absent: ΔW of tensors that the model does not have, without matrices.
+        absent: ΔW of tensors that the model does not have; never a matrix.
 
     Raises:
         InputError: A matrix is not in the model, or the model's values differ from BASE's file.
@@ -105,7 +105,11 @@ class Swapped:
         return list(self._deltas)
 
     def factors(self, layer: str) -> Factors:
-        """Return all singular values and vectors of one layer's ΔW."""
+        """Return all singular values and vectors of one layer's ΔW.
+
+        Raises:
+            InputError: ΔW is not finite.
+        """
         return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
@@ -118,29 +122,30 @@ class Swapped:
         return min(1.0, kept / total) if total else None
 
     def _put(self, layer: str, rank: int) -> None:
+        """Write W_0 + ΔW_r of one layer."""
         delta, weight = self._deltas[layer], self._tensors[layer]
         if rank == FULL and isinstance(delta, StoredDelta):
             for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):
                 weight[first:last].copy_(block)
             return
-        base_blocks, update = row_blocks(_side_of_base(delta), delta.shape), self._update(layer, rank)
+        base_blocks, update = row_blocks(_side_of_base(delta), delta.shape), self._iterate_update(layer, rank)
         for (first, last), block, change in zip(row_spans(delta.shape), base_blocks, update, strict=True):
             weight[first:last].copy_(block.double() + change)
 
-    def _update(self, layer: str, rank: int) -> Iterator[Tensor]:
+    def _iterate_update(self, layer: str, rank: int) -> Iterator[Tensor]:
         """Yield ΔW_r in row blocks, float64; scalar zeros for rank 0."""
-        delta = self._deltas[layer]
+        shape = self._deltas[layer].shape
         if rank == FULL:
-            yield from _load_finite(delta).blocks(delta.shape)
-            return
-        leading = self._decompose_layer(layer) if rank else None
-        for first, last in row_spans(delta.shape):
-            if leading is None:
-                yield torch.zeros((), dtype=torch.float64)
-            else:
+            yield from _load_finite(self._deltas[layer]).blocks(shape)
+        elif rank == 0:
+            yield from (torch.zeros((), dtype=torch.float64) for _ in row_spans(shape))
+        else:
+            leading = self._decompose_layer(layer)
+            for first, last in row_spans(shape):
                 yield leading.us[first:last, :rank].double() @ leading.vh[:rank].double()
 
     def _decompose_layer(self, layer: str) -> _Leading:
+        """Return the leading singular triplets of a layer, computed once."""
         if layer not in self._leading:
             factors = self.factors(layer)
             u, vh = factors.vectors
@@ -149,10 +154,14 @@ class Swapped:
         return self._leading[layer]
 
     def _check(self, layer: str) -> None:
+        """Check that the model has the values of BASE's file.
+
+        Raises:
+            InputError: The model has other values.
+        """
         delta, weight = self._deltas[layer], self._tensors[layer]
-        for (first, last), block in zip(
-            row_spans(delta.shape), row_blocks(_side_of_base(delta), delta.shape), strict=True
-        ):
+        base_blocks = row_blocks(_side_of_base(delta), delta.shape)
+        for (first, last), block in zip(row_spans(delta.shape), base_blocks, strict=True):
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
                     f"{layer}: the model that transformers builds from BASE has other values than BASE's file, so "
@@ -166,6 +175,11 @@ def _side_of_base(delta: Delta) -> Side:
 
 
 def _load_finite(delta: Delta) -> Change:
+    """Return ΔW of a layer.
+
+    Raises:
+        InputError: ΔW is not finite.
+    """
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
         raise InputError(f"{delta.layer}: {change.non_finite}; exclude it with --exclude")

@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class Lora:
             except the head.
         dora: Whether to also train a magnitude per output (Liu et al. 2024).
         rslora: Whether B A is scaled by alpha/√r and not alpha/r (Kalajdzievski 2023).
-        config: Content of an ``adapter_config.json`` with all of this and the ranks, instead of the other fields.
+        config: Content of an ``adapter_config.json``, which replaces ``targets``, ``dora``, ``rslora`` and the rank.
         vectors: Whether BASE's biases and norms are trained, too.
     """
 
@@ -52,7 +52,7 @@ class Lora:
 
     @property
     def description(self) -> str:
-        """Description of the kind."""
+        """Name of the method, and its alpha."""
         names = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
         alpha = f"{RSLORA_ALPHA}" if self.rslora else f"{ALPHA_OVER_RANK}r"
         return f"{names[self.dora, self.rslora]}, alpha = {alpha}"
@@ -70,9 +70,9 @@ def layers_without_head(module: Any) -> dict[str, nn.Module]:
 
 @contextmanager
 def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
-    """Add fresh factors to BASE within the block, and remove them afterwards.
+    """Yield BASE with fresh factors; remove them at the end of the block.
 
-    With ``kind.vectors`` BASE's biases and norms are trained, too, and restored.
+    With ``kind.vectors`` BASE's biases and norms are also trainable, and restored at the end.
 
     Raises:
         UsageError: peft is not installed.
@@ -82,7 +82,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         import peft
     except ImportError as error:
         raise UsageError(f"probe: training needs {error.name}; {install_command('train')}") from error
-    options = _make_options(model, rank, kind) if kind.config is None else _drop_wrapping_options(kind.config)
+    options = _make_options(model, rank, kind)
     with train_in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
         with warnings.catch_warnings():
@@ -101,7 +101,10 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
 
 
 def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
-    """Return the arguments of PEFT's config for one rank everywhere."""
+    """Return the arguments of PEFT's config: one rank everywhere, or ``kind.config`` without how to wrap and save."""
+    if kind.config is not None:
+        dropped = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
+        return {key: value for key, value in kind.config.items() if key not in dropped}
     targets = kind.targets
     if targets is None:
         targets = tuple(name.removesuffix(".weight") for name in layers_without_head(model.module))
@@ -119,15 +122,6 @@ def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
 def is_transposed(module: nn.Module) -> bool:
     """Return whether a model stores its matrices as ``(in, out)``, as GPT-2 does: PEFT's ``fan_in_fan_out``."""
     return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
-
-
-def _drop_wrapping_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of PEFT's config, except those on how the model is wrapped or saved."""
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
-    }
 
 
 def check_checkpointing(module: Any) -> None:
@@ -161,11 +155,11 @@ def checkpoint_activations(module: Any) -> Iterator[None]:
 
 @contextmanager
 def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
-    """Train BASE itself within the block, and restore its weights bit for bit from a copy in main memory.
+    """Yield BASE with trainable weights; at the end of the block restore them bit for bit from a copy in main memory.
 
     Args:
         model: BASE.
-        only_vectors: Train only 1-D parameters: biases and norms (BitFit: Ben Zaken et al. 2022).
+        only_vectors: Make only 1-D parameters trainable: biases and norms (BitFit: Ben Zaken et al. 2022).
 
     Raises:
         InputError: There is nothing to train.
@@ -231,7 +225,7 @@ class Training:
         texts: The training text.
         steps: Number of updates of a run.
         batch: Sequences per update.
-        order: Seed of the order of sequences; each is used once before any is repeated.
+        order: Seed of the order of sequences; every sequence is used once before any is repeated.
         kind: Kind of LoRA.
         decay: Weight decay of AdamW.
         checkpointing: Whether activations are recomputed in the backward pass.
@@ -262,6 +256,7 @@ class Training:
         return replace(self.texts, sequences=tuple(used))
 
     def _locate_batches(self) -> Iterator[list[int]]:
+        """Yield the positions in the text of every step's sequences."""
         generator = torch.Generator().manual_seed(self.order)
         pool: list[int] = []
         for _ in range(self.steps):
@@ -318,7 +313,12 @@ def losses_after(
         keep: Called with the trained model.
     """
     torch.manual_seed(cell.seed)
-    with _make_trainable(model, cell, training.kind) as tuned:
+    trainable = (
+        train_in_place(model, only_vectors=cell.subject == "bitfit")
+        if cell.rank is None
+        else add_lora(model, cell.rank, training.kind)
+    )
+    with trainable as tuned:
         with checkpoint_activations(model.module) if training.checkpointing else nullcontext():
             train_loss = train(tuned, cell, training, after)
         tuned.module.eval()
@@ -327,21 +327,15 @@ def losses_after(
     return losses, train_loss
 
 
-def _make_trainable(model: Model, cell: Cell, kind: Lora) -> AbstractContextManager[Model]:
-    if cell.rank is None:
-        return train_in_place(model, only_vectors=cell.subject == "bitfit")
-    return add_lora(model, cell.rank, kind)
-
-
 def count_trained(model: Model) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.module.parameters() if parameter.requires_grad)
 
 
 def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> float:
-    """Train the trainable parameters, and return the mean loss of the last tenth of the steps.
+    """Train the trainable parameters, and return the mean loss of the last tenth of the steps, at least one.
 
-    A loss that is not finite changes nothing.
+    A step whose loss is not finite changes nothing.
     """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)

@@ -37,7 +37,7 @@ class Trained:
     """A weight with its own gradient.
 
     Args:
-        name: Its name without wrappers and adapters.
+        name: Name of the weight without wrappers and adapters.
         parameter: The weight.
     """
 
@@ -46,7 +46,7 @@ class Trained:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its stored shape."""
+        """Shape of the weight as stored."""
         return tuple(self.parameter.shape)
 
     def gradient(self) -> Tensor | None:
@@ -59,7 +59,7 @@ class Frozen:
     """A frozen weight under a LoRA; its gradient is accumulated from the inputs and output gradients of its layer.
 
     Args:
-        name: Its name without wrappers and adapters.
+        name: Name of the weight without wrappers and adapters.
         module: The LoRA layer around it.
         active: Whether to record the current step; else nothing is computed or kept.
     """
@@ -71,7 +71,7 @@ class Frozen:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its stored shape; for a quantized weight, that before quantization."""
+        """Shape of the weight as stored; of a quantized one, that before quantization."""
         base = self.module.get_base_layer()
         if isinstance(base, nn.Linear):
             return base.out_features, base.in_features
@@ -86,7 +86,7 @@ class Frozen:
         self.active, self._sum = active, None
 
     def hook(self) -> Callable[[], None]:
-        """Register hooks on the layer; return a function that removes them."""
+        """Register a hook on the layer; return a function that removes it."""
         stop: Callable[[], None] = self.module.register_forward_hook(self._forward, with_kwargs=True).remove
         return stop
 
@@ -178,10 +178,10 @@ def _explain_unavailable(module: Any) -> str | None:
 
 
 def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
-    """Refuse weights that are sharded over processes.
+    """Refuse a weight that is sharded over processes.
 
     Raises:
-        UsageError: FSDP or DeepSpeed ZeRO-3 has sharded them.
+        UsageError: FSDP or DeepSpeed ZeRO-3 has sharded the weight.
     """
     if hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh") or "_flat_param" in name:
         raise UsageError(
@@ -191,13 +191,13 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
 
 
 def is_unscaled(scaler: Any) -> bool:
-    """Return whether ``unscale_`` was already called for this update, as needed for clipping."""
+    """Return whether ``unscale_`` of a gradient scaler was already called for this update, as needed for clipping."""
     states = getattr(scaler, "_per_optimizer_states", {})
     return any(getattr(state.get("stage"), "name", "") == "UNSCALED" for state in states.values())
 
 
 def is_main() -> bool:
-    """Return whether this process writes the output."""
+    """Return whether this process is the only one or that of rank 0, which writes the output."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
@@ -205,7 +205,7 @@ def is_main() -> bool:
 def average_over_processes(weight: Frozen) -> Tensor | None:
     """Return the gradient of a weight, averaged in place over processes; all of them must call this.
 
-    Each has summed over its part of the batch. None for a single process without a backward pass.
+    Each process has summed over its part of the batch. None for a single process without a backward pass.
     """
     distributed, gradient = torch.distributed, weight.gradient()
     if not (distributed.is_available() and distributed.is_initialized()):

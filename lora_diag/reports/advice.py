@@ -18,7 +18,7 @@ from typing import Any
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
-from lora_diag.probes.sweep.verdict import confident, reasons
+from lora_diag.probes.sweep.verdict import format_confidence, list_reasons
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import format_gap
 from lora_diag.rendering.text import list_names, percent, span
@@ -200,12 +200,12 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     confidence = chosen.confidence if shown else verdict.confidence
     claim = "the smallest rank shown to keep" if shown else "the best candidate, not confirmed, to keep"
     claim = f"r={chosen.rank} is {claim} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
-    claim += "" if confidence is None else f", {confident(confidence)} confidence"
+    claim += "" if confidence is None else f", {format_confidence(confidence)} confidence"
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
     action += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
     action += f"; {verdict.more_seeds} seeds would confirm it" if verdict.more_seeds is not None else ""
     facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher, "action": action}
-    facts["why"] = "; ".join([claim, *reasons(verdict, swept.tolerance)])
+    facts["why"] = "; ".join([claim, *list_reasons(verdict, swept.tolerance)])
     if higher or verdict.more_seeds is not None:
         typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.more_seeds or verdict.seeds}
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.gating.record import Verdict
-from lora_diag.probes.outputs.show import Contest, choices, contests_of, deciding_sets
+from lora_diag.probes.outputs.show import Contest, choose_adapters, contests_of, deciding_sets
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import part_of
@@ -212,7 +212,7 @@ class Evidence:
         pairs = (
             (choice.best, rival.name)
             for _, records in self.losses("outputs")
-            for choice in choices([record for record in records if record.set in deciding_sets(records)])
+            for choice in choose_adapters([record for record in records if record.set in deciding_sets(records)])
             for rival in choice.rivals
             if rival.worse
         )

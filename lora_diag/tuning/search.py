@@ -22,7 +22,7 @@ from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
 from lora_diag.metrics.statistics import errors_needed
 from lora_diag.models.training import Training, layers_without_head
-from lora_diag.probes.sensitivity.measure import gradients
+from lora_diag.probes.sensitivity.measure import compute_gradients
 from lora_diag.probes.sweep.measure import probe_sweep
 from lora_diag.probes.sweep.verdict import AtRank, Swept, best_rates, by_rank, swept_of
 from lora_diag.records import Probe, Results
@@ -455,7 +455,7 @@ class Tuner:
         if not path.is_file():
             texts = replace(self.training, steps=short_steps(self.plan.steps)).used_texts
             layers = {f"{module_path}.weight": layer for module_path, layer in self.target.layers.items()}
-            gradients_by_layer = gradients(
+            gradients_by_layer = compute_gradients(
                 self.run_.model, layers, texts, self.training.batch, lambda: self._report_batches("gradient")
             )
             weights = {}

@@ -2,7 +2,6 @@
 
 import json
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.data import Sequence, _has_predictions, read_texts
+from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from tests import oracles
 from tests.messages import assert_names, raises_naming
@@ -106,12 +105,6 @@ def test_mask_is_fixed_by_seed_and_line(case, tmp_path):
         draws = [order.random() for _ in range(count)]
         hidden = [place for place, label in enumerate(result.labels, -1) if label != -100]
         assert hidden == sorted(np.argsort(draws)[: max(1, round(0.15 * count))].tolist())
-
-
-def test_text_with_only_first_token_masked_is_kept():
-    sequence = Sequence((MASK,), (7,))
-    assert _has_predictions(sequence, SimpleNamespace(kind="masked"))
-    assert not _has_predictions(sequence, SimpleNamespace(kind="causal"))
 
 
 def test_only_completions_are_masked(case, tmp_path):

@@ -83,20 +83,18 @@ def window_losses(folder: Path, weights: dict[str, np.ndarray], text: Path, leng
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     model.eval()
-    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
-    windows = ids[: len(ids) // length * length].view(-1, length)
     with torch.no_grad():
-        return np.array([model(input_ids=one[None], labels=one[None]).loss.item() for one in windows])
+        return np.array([model(input_ids=one[None], labels=one[None]).loss.item() for one in ids_of(text, length)])
 
 
 def ids_of(text, length=32):
+    """The bytes of a text in whole windows."""
     ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     return ids[: len(ids) // length * length].view(-1, length)
 
 
 def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambda model: None, **options):
     """The loss after training, by a plain loop; of all that ``rank`` names where that is no number."""
-    windows = ids_of(train)
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     change(model)
     torch.manual_seed(seed)
@@ -107,7 +105,12 @@ def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambd
     for name, parameter in model.named_parameters() if not isinstance(rank, int) else ():
         parameter.requires_grad_(rank == "full" or name.endswith(".bias") or ".ln_" in name)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    return loss_after(model, weights, lambda ids: model(ids, labels=ids).loss, train, held, lr, steps, batch, order)
+
+
+def loss_after(model, weights, loss_of, train, held, lr, steps, batch, order):
+    """The held-out loss after training weights by a plain loop, where ``loss_of`` gives the loss of some windows."""
+    windows, optimizer = ids_of(train), torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     generator, pool = torch.Generator().manual_seed(order), []
     warmup = max(1, round(0.05 * steps))
     model.train()
@@ -118,9 +121,16 @@ def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambd
         rise, fall = (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (steps - warmup)))
         optimizer.param_groups[0]["lr"] = lr * (rise if step < warmup else fall)
         optimizer.zero_grad()
-        model(input_ids=windows[chosen], labels=windows[chosen]).loss.backward()
+        loss_of(windows[chosen]).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        return model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
+        return loss_of(ids_of(held)).item()
+
+
+def lettered(folder, name, count, shift=0):
+    """JSON lines of a classifier: one letter of three, repeated, and its class."""
+    rows = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(count))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / f"{name}.jsonl"

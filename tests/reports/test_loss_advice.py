@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_diag.probes.outputs.show import choices, outputs_lines
+from lora_diag.probes.outputs.show import choose_adapters, outputs_lines
 from lora_diag.probes.sweep.verdict import verdicts
 from lora_diag.records import End, Probe, Results, Run, RunInput
 from lora_diag.rendering.losses import gap_half
@@ -179,7 +179,7 @@ def rivals(seed=0, apart=0.1, sequences=20, sets=("own",)):
 
 def test_adapters_are_compared_with_each_other_on_same_sequences():
     records, counts, nll = rivals()
-    (choice,) = choices(records)
+    (choice,) = choose_adapters(records)
     best, near, far = sorted(nll, key=lambda path: nll[path].sum())
     assert (choice.best, [rival.name for rival in choice.rivals]) == (best, [near, far])
     assert far == "c"
@@ -193,10 +193,12 @@ def test_adapters_are_compared_with_each_other_on_same_sequences():
         assert rival.half == pytest.approx(stats.t(1.5 * (20 / 4 - 1)).ppf(1 - 0.05 / 4) * error)
     assert choice.rivals[0].sequences is None or choice.rivals[0].sequences > 20
     assert choice.rivals[1].sequences is None
-    assert choices([r for r in records if r.name not in {"a", "b"}]) == []
-    assert choices(outputs({"a": 0.1, "b": 0.2}).whole) == []  # of older results, which have no losses of sequences
+    assert choose_adapters([r for r in records if r.name not in {"a", "b"}]) == []
+    assert (
+        choose_adapters(outputs({"a": 0.1, "b": 0.2}).whole) == []
+    )  # of older results, which have no losses of sequences
     one, *_ = rivals(sequences=1)
-    assert [rival.half for rival in choices(one)[0].rivals] == [None, None]
+    assert [rival.half for rival in choose_adapters(one)[0].rivals] == [None, None]
 
 
 def test_equal_adapters_false_positive_rate_below_5_percent():
@@ -204,7 +206,7 @@ def test_equal_adapters_false_positive_rate_below_5_percent():
     for seed in range(400):
         records, *_ = rivals(seed, apart=0.0)
         records = [r for r in records if r.name != "a"]
-        told += not choices(records)[0].equals
+        told += not choose_adapters(records)[0].equals
     assert told / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 

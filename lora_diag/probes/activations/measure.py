@@ -13,14 +13,7 @@ from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
-from lora_diag.models.activations import (
-    Listener,
-    Moment,
-    iterate_equal_batches,
-    linear_layers,
-    record,
-    shape_of,
-)
+from lora_diag.models.activations import Listener, iterate_equal_batches, linear_layers, record, shape_of
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Draw
 from lora_diag.models.opening import Model, Weights
@@ -35,10 +28,7 @@ from lora_diag.version import __version__
 
 @show_options
 def probe_activations(
-    base: Path | str,
-    data: Path | str,
-    output: Path | str,
-    **options: Unpack[ActivationsOptions],
+    base: Path | str, data: Path | str, output: Path | str, **options: Unpack[ActivationsOptions]
 ) -> Activations:
     r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
 
@@ -84,8 +74,7 @@ def probe_activations(
     texts = run.read(data)
     base_names, left_out = _choose_layers(model, stored, selected)
     run.watch.total = sum(1 for _ in iterate_equal_batches(texts, run.batch))
-    linear = linear_layers(model.module)
-    layers = {name: linear[name] for name in base_names}
+    layers = {name: layer for name, layer in linear_layers(model.module).items() if name in base_names}
     shapes = map(shape_of, layers.values())
     gib = 8 * sum(inputs**2 + gradients * outputs**2 for outputs, inputs in shapes) / 2**30
     cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
@@ -98,9 +87,10 @@ def probe_activations(
     moments |= {GRADIENTS + base_names[layer]: moment for layer, moment in listener.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
     metadata = _make_metadata(stored, model, texts, tokens)
-    _write(
-        output, moments, {**metadata, "gradients": f"of labels of the {labels}"} if gradients else metadata, overwrite
-    )
+    if gradients:
+        metadata["gradients"] = f"of labels of the {labels}"
+    infos = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
+    write_safetensors(output, infos, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
     return Activations(
         path=legible(output),
         model=legible(base),
@@ -120,6 +110,8 @@ def _choose_layers(
     model: Model, stored: Checkpoint, selected: Callable[[str], bool]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the names in BASE of the selected linear layers, by their names in the model; and why others are skipped.
+
+    The reasons are by names in BASE, or in the model for a layer that is not stored.
 
     Raises:
         NothingComparedError: No linear layer is selected.
@@ -154,12 +146,8 @@ def _make_metadata(stored: Checkpoint, model: Model, texts: Texts, tokens: int) 
     }
 
 
-def _write(output: Path, moments: dict[str, Moment], metadata: dict[str, str], overwrite: bool) -> None:
-    infos = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
-    write_safetensors(output, infos, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
-
-
 def _list_layer_inputs(listener: Listener, base_names: dict[str, str]) -> list[LayerInput]:
+    """Return the statistics of every layer's inputs, in the natural order of the names in BASE."""
     inputs: list[LayerInput] = []
     for moment in listener.moments.values():
         c, first = moment.mean, moment.layers[0]
@@ -175,4 +163,4 @@ def _list_layer_inputs(listener: Listener, base_names: dict[str, str]) -> list[L
             )
             for layer in moment.layers
         ]
-    return sorted(inputs, key=lambda item: natural_order(item.layer))
+    return sorted(inputs, key=lambda layer_input: natural_order(layer_input.layer))

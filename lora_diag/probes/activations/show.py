@@ -29,41 +29,40 @@ def suggest_next(recorded: Activations, values: Mapping[str, Any]) -> str:
 def activations_lines(recorded: Activations) -> list[Statement]:
     """Return the statements: model, text, recorded layers, gradients, warning, interpretation, skipped layers."""
     distinct = sum(layer_input.shares is None for layer_input in recorded.layers)
-    underdetermined = [layer_input for layer_input in recorded.layers if layer_input.rows < layer_input.size]
-    statements = [
-        make_statement("model", "Model", safe(recorded.model)),
-        make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
-        make_statement(
-            "recorded",
-            "Recorded",
-            f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} "
-            f"tokens; {distinct} of them have inputs of their own, the others share inputs",
-        ),
-    ]
-    if recorded.gradients:
-        labels = {"data": "the text's own labels", "model": "labels drawn from the model"}[recorded.gradients]
-        gradients = (
-            f"the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs; {labels}"
-        )
-        statements.append(make_statement("gradients", "Gradients", gradients))
-    if underdetermined:
-        statements.append(
-            make_statement("few_inputs", "Warning", _describe_too_few_inputs(underdetermined), level="warning")
-        )
-    reading = (
-        "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier "
-        "dimension has most of ‖x‖²"
+    contents = (
+        f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} tokens; "
+        f"{distinct} of them have inputs of their own, the others share inputs"
     )
-    statements.append(make_statement("interpretation", "Interpretation", reading))
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
     skipped = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
-    return [*statements, make_statement("left_out", "Left out", "; ".join(skipped) or "nothing")]
+    statements = [
+        make_statement("model", "Model", safe(recorded.model)),
+        make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
+        make_statement("recorded", "Recorded", contents),
+        make_statement("gradients", "Gradients", _GRADIENTS[recorded.gradients]),
+        make_statement("few_inputs", "Warning", _describe_too_few_inputs(recorded.layers), level="warning"),
+        make_statement("interpretation", "Interpretation", _READING),
+        make_statement("left_out", "Left out", "; ".join(skipped) or "nothing"),
+    ]
+    return [statement for statement in statements if statement.lead]
 
 
-def _describe_too_few_inputs(layers: Sequence[LayerInput]) -> str:
-    worst = min(layers, key=lambda item: item.rows / item.size)
+_G = "the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs"
+# What is said of G, by the labels of the loss.
+_GRADIENTS = {None: "", "data": f"{_G}; the text's own labels", "model": f"{_G}; labels drawn from the model"}
+_READING = (
+    "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier dimension "
+    "has most of ‖x‖²"
+)
+
+
+def _describe_too_few_inputs(recorded: Sequence[LayerInput]) -> str:
+    layers = [layer_input for layer_input in recorded if layer_input.rows < layer_input.size]
+    if not layers:
+        return ""
+    worst = min(layers, key=lambda layer_input: layer_input.rows / layer_input.size)
     return (
         f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
         f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more text"

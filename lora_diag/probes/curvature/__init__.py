@@ -53,10 +53,7 @@ FEATURE = Feature(
             ),
         ),
     ),
-    records=(
-        ".record:Curvature",
-        ".record:LossBound",
-    ),
+    records=(".record:Curvature", ".record:LossBound"),
     functions=(".measure:probe_curvature",),
     statements=".show:curvature_lines",
     grids=".show:curvature_grids",

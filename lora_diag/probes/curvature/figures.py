@@ -62,17 +62,19 @@ def curvature(
 
     Returns:
         The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers, or
-            their traces if no eigenvalue of a layer was computed.
+        their traces if no eigenvalue of a layer was computed.
     """
     return draw_panel(make_page, results, "curvature", ax, name=name)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the gaps, one panel per set, and largest eigenvalues of layers if computed; without gaps, else traces."""
+    """Return a panel of gaps for each set, and one of the layers' largest eigenvalues, or without both, of traces."""
     runs = [[record for record in item.whole if isinstance(record, Curvature | LossBound)] for item in series]
     records = [record for run in runs for record in run]
-    sets, bounded = _list_sets(records), _is_bound(records)
-    eigen = any(isinstance(r, Curvature) and r.layer is not None and r.eigenvalues for r in records)
+    curvatures = [record for record in records if isinstance(record, Curvature)]
+    sets = list(dict.fromkeys(record.set for record in records if isinstance(record, LossBound)))
+    bounded = all(record.matrix == "hessian" for record in curvatures)
+    eigen = any(record.layer is not None and record.eigenvalues for record in curvatures)
     columns = choose_columns(min(len(sets) + (eigen or not sets), 2), style)
     panels = []
     for name in sets:
@@ -89,16 +91,13 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         if len(panels) >= columns:  # panels above are aligned after the longest name
             panels = [replace(panel, width=last.width) for panel in panels]
         panels.append(replace(last, height=max(last.height, 1.9 * style.panel)))
-    first = next(record for record in records if isinstance(record, Curvature))
-    matrix = "Hessian" if first.matrix == "hessian" else "Gauss–Newton matrix"
-    about, at = subject_of(series), first.at.upper()
+    matrix = "Hessian" if curvatures[0].matrix == "hessian" else "Gauss–Newton matrix"
+    about, at = subject_of(series), curvatures[0].at.upper()
     if not sets:
-        title, about = (
-            f"Curvature of the loss at {at}: the {matrix} of each layer",
-            f"{about}mean negative log-likelihood",
-        )
+        title = f"Curvature of the loss at {at}: the {matrix} of each layer"
+        about += "mean negative log-likelihood of the evaluation set"
         keys = run_keys(series, ls="", marker="o", ms=4 * style.line)
-        return Page(title, panels, f"{about} of the evaluation set", keys=keys, columns=columns)
+        return Page(title, panels, about, keys=keys, columns=columns)
     width = style.line
     colors = (MEASURED, MODEL, BOUND) if len(series) == 1 else (QUIET,) * 3
     keys = [
@@ -125,14 +124,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     )
 
 
-def _list_sets(records: Iterable[Curvature | LossBound]) -> list[str]:
-    return list(dict.fromkeys(record.set for record in records if isinstance(record, LossBound)))
-
-
-def _is_bound(records: Iterable[Curvature | LossBound]) -> bool:
-    return not any(isinstance(record, Curvature) and record.matrix == "ggn" for record in records)
-
-
 def _select_bounds(records: Iterable[Curvature | LossBound], name: str) -> list[LossBound]:
     """Return the truncations of a set at the farthest measured point, by rank."""
     of_set = [record for record in records if isinstance(record, LossBound) and record.set == name]
@@ -140,19 +131,20 @@ def _select_bounds(records: Iterable[Curvature | LossBound], name: str) -> list[
     return sorted((record for record in of_set if record.along == along), key=lambda record: record.rank)
 
 
-def _quantity_values(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _read_quantity(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return a quantity of each truncation; NaN where it is not positive, so that the logarithmic axis omits it."""
     values = [r.linear + r.upper if quantity == "bound" else float(getattr(r, quantity)) for r in records]
     return np.array([value if value > 0 else np.nan for value in values])
 
 
 def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) -> None:
+    """Draw the measured, modelled and bounding gaps of each run over the rank."""
     ax.set_yscale("log")
     drawn_values = []
     for number, records in enumerate(runs):
         ranks = [record.rank for record in records]
         for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
-            values = _quantity_values(records, quantity)
+            values = _read_quantity(records, quantity)
             drawn_values += values[np.isfinite(values)].tolist()
             line: dict[str, Any] = {"color": color if len(runs) == 1 else category(number), "ms": 3 * style.line}
             line |= {"label": f"_{quantity}", **line_style}
@@ -184,26 +176,21 @@ def _make_title(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -
 
 def _format_range(ratios: Sequence[float]) -> str:
     """Return the range of the ratios, to two digits."""
-    low, high = (_format_ratio(ratio) for ratio in (min(ratios), max(ratios)))
+    low, high = (format_value(float(f"{ratio:.2g}")) for ratio in (min(ratios), max(ratios)))
     return low if low == high else f"{low} to {high}"
 
 
-def _format_ratio(ratio: float) -> str:
-    return format_value(float(f"{ratio:.2g}"))
-
-
 def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[Row]:
-    """Return a row of the largest eigenvalue of each layer, or of its trace."""
+    """Return the rows of all layers and of each: the largest eigenvalue if ``eigen``, else the trace."""
     rows = []
     for number, records in enumerate(runs):
         for record in records:
             if not isinstance(record, Curvature) or (eigen and not record.eigenvalues):
                 continue
-            value, error = (
-                (record.eigenvalues[0], record.residual) if eigen else (record.trace, record.trace_half or 0.0)
-            )
-            if record.layer is None:
-                rows.append(Row("all layers", value, error, INK if len(runs) == 1 else category(number)))
+            name = "all layers" if record.layer is None else name_of(record.layer)
+            color = INK if record.layer is None and len(runs) == 1 else category(number)
+            if eigen:
+                rows.append(Row(name, record.eigenvalues[0], record.residual, color))
             else:
-                rows.append(Row(name_of(record.layer), value, error, category(number)))
+                rows.append(Row(name, record.trace, record.trace_half or 0.0, color))
     return rows

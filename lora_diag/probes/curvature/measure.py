@@ -53,7 +53,7 @@ ROUNDING = 1e-6
 
 
 class LossFunction:
-    """The loss as a function of selected layers: its gradient, and products with its Hessian or GGN.
+    """The loss as a function of selected layers: its gradient, and products with its Hessian or Gauss–Newton matrix.
 
     The loss is the mean negative log-likelihood over the predictions of the set. All other weights are constant.
 
@@ -61,7 +61,7 @@ class LossFunction:
         model: The model in evaluation mode, float32.
         texts: The set.
         size: Sequences in a batch; products are summed over batches.
-        layers: Their shapes, by their names in BASE.
+        layers: Shapes of the selected layers, by their names in BASE.
         matrix: ``hessian`` or ``ggn``.
         after: Called after every batch.
     """
@@ -83,7 +83,7 @@ class LossFunction:
     @property
     def params(self) -> int:
         """Number of parameters n."""
-        return sum(out * into for out, into in self.layers.values())
+        return sum(map(math.prod, self.layers.values()))
 
     def only(self, layer: str) -> LossFunction:
         """Return the same loss as a function of one layer."""
@@ -91,22 +91,22 @@ class LossFunction:
         return LossFunction(self.model, self.texts, self.size, shapes, self.matrix, self._after)
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return one vector ``(n,)`` of all layers' tensors."""
+        """Return the tensors of all layers as one vector ``(n,)``."""
         return torch.cat([tensors[layer].reshape(-1) for layer in self.layers])
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return the layers' matrices ``(out, in)`` of one vector."""
-        sizes = [out * into for out, into in self.layers.values()]
-        pieces = torch.split(vector, sizes)
+        """Return a vector ``(n,)`` as one matrix ``(out, in)`` for each layer."""
+        pieces = torch.split(vector, [math.prod(shape) for shape in self.layers.values()])
         return {layer: piece.view(shape) for (layer, shape), piece in zip(self.layers.items(), pieces, strict=True)}
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
-        parameters = {layer: parameter for layer, (parameter, _) in self._locations.items()}
-        return self.flat({layer: self._part(layer, parameter.data) for layer, parameter in parameters.items()})
+        return self.flat(
+            {layer: self._part(layer, parameter.data) for layer, (parameter, _) in self._locations.items()}
+        )
 
     def put(self, weights: Tensor) -> None:
-        """Write the layers' weights."""
+        """Write the layers' weights, given as one vector ``(n,)``."""
         for layer, part in self.split(weights).items():
             target = self._part(layer, self._locations[layer][0].data)
             target.copy_(part.view(target.shape))
@@ -165,7 +165,7 @@ class LossFunction:
 
 
 def _locate_layers(module: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Parameter, int | None]]:
-    """Return the parameter of each layer of BASE, and the index of an expert in a stack.
+    """Return the parameter of each layer, and for an expert the index in its stack, else None.
 
     Raises:
         InputError: The model has no such weight.
@@ -229,7 +229,7 @@ class Trace:
 
     Args:
         mean: Mean of xᵀHx over random signs x.
-        error: Its standard error; None for one x.
+        error: Standard error of ``mean``; None for one x.
         vectors: Number of x.
     """
 
@@ -238,7 +238,7 @@ class Trace:
     vectors: int
 
 
-def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
+def estimate_traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
     """Estimate the trace of the joint Hessian, and of every layer's block, from the same products.
 
     With random signs x, E[xᵀHx] = tr(H) (Hutchinson 1990); and E[x_ℓᵀ(Hx)_ℓ] = tr(H_ℓℓ), because the other blocks'
@@ -267,6 +267,7 @@ def traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, 
 
 
 def _estimate_trace(samples: Sequence[float]) -> Trace:
+    """Return the mean of samples xᵀHx, with its standard error."""
     n = len(samples)
     mean = sum(samples) / n
     if n < 2:
@@ -274,21 +275,15 @@ def _estimate_trace(samples: Sequence[float]) -> Trace:
     return Trace(mean, math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (n - 1) / n), n)
 
 
-def project(gradient: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coefficients ⟨v_j, g⟩ ``(k,)`` of a gradient, and Σ_j ⟨v_j, g⟩ v_j ``(n,)``."""
-    coefficients = vectors.T @ gradient
-    return coefficients, vectors @ coefficients
-
-
-def surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squared: float) -> Surrogate:
+def make_surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squared: float) -> Surrogate:
     """Return the fraction of a gradient in the span of eigenpairs, and the number and rank that hold most of that part.
 
     Args:
-        coefficients: Coefficients of all eigenpairs in order, ``(k,)``.
-        matrix: The projected gradient of this layer, ``(out, in)``.
+        coefficients: ⟨v_j, g⟩ of all eigenvectors, by descending eigenvalue, ``(k,)``.
+        matrix: The part of Σ_j ⟨v_j, g⟩ v_j that belongs to the layer, ``(out, in)``.
         joint: Whether the eigenpairs are those of all layers together.
         size: Number of parameters of the eigenvectors.
-        squared: ‖g‖² of the gradient before projection.
+        squared: ‖g‖².
     """
     energy_held = coefficients.double().square().cumsum(0)
     s = torch.linalg.svdvals(matrix.double())
@@ -322,7 +317,7 @@ class Effort:
     seed: int
 
 
-def curvatures(
+def iterate_curvatures(
     loss_function: LossFunction,
     at: Where,
     effort: Effort,
@@ -332,14 +327,14 @@ def curvatures(
     joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the requested records; surrogates only at BASE. Records of one list come from the same eigenpairs.
+    """Yield the requested records, those from the same eigenpairs in one list; they have surrogates only at BASE.
 
     Args:
         loss_function: The loss.
         at: Name of the point.
         effort: Extent of the computation.
         per: With ``all``, layers have the gradient, the trace and the surrogate of the joint eigenpairs; with
-            ``layer``, their own eigenvalues and surrogate.
+            ``layer``, their own eigenvalues, trace and surrogate.
         gradient: ∇L, ``(n,)``.
         losses: Losses of the set.
         joint: Whether the joint record is requested.
@@ -349,7 +344,7 @@ def curvatures(
         return
     record = partial(_record, loss_function, at, losses)
     layer_gradients = loss_function.split(gradient)
-    joint_trace, layer_traces = traces(loss_function, effort.probes, effort.seed)
+    joint_trace, layer_traces = estimate_traces(loss_function, effort.probes, effort.seed)
     if joint or per == "all":
         ends = loss_function.ends(effort.top, effort.seed)
         records = [record(None, gradient, joint_trace, ends)]
@@ -371,11 +366,10 @@ def _make_surrogates(
     loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool
 ) -> dict[str, Surrogate]:
     """Return the surrogate of every layer from the part of the gradient in the span of the eigenpairs."""
-    coefficients, projection = project(gradient, largest.vectors)
-    squared = inner(gradient, gradient)
+    coefficients, squared = largest.vectors.T @ gradient, inner(gradient, gradient)
     return {
-        layer: surrogate(coefficients, part, joint, loss_function.params, squared)
-        for layer, part in loss_function.split(projection).items()
+        layer: make_surrogate(coefficients, part, joint, loss_function.params, squared)
+        for layer, part in loss_function.split(largest.vectors @ coefficients).items()
     }
 
 
@@ -439,7 +433,7 @@ def inner(x: Tensor, y: Tensor) -> float:
     return float(x.double() @ y.double())
 
 
-def loss_bounds(
+def measure_bounds(
     loss_function: LossFunction,
     swapped: Swapped,
     tuned: TunedPoint,
@@ -451,7 +445,7 @@ def loss_bounds(
 
     Args:
         loss_function: The loss as a function of the truncated layers.
-        swapped: The weights of its model; on return, truncated to ``rank``.
+        swapped: The weights of its model; truncated to ``rank`` afterwards.
         tuned: Quantities at TUNED.
         rank: r.
         along: Fractions t of the distance.
@@ -498,9 +492,7 @@ def loss_bounds(
 
 @show_options
 def probe_curvature(
-    base: Path | str,
-    tuned: Path | str | None = None,
-    **options: Unpack[CurvatureOptions],
+    base: Path | str, tuned: Path | str | None = None, **options: Unpack[CurvatureOptions]
 ) -> Results[Any]:
     r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and compare the loss bound with the measured gap.
 
@@ -524,7 +516,7 @@ def probe_curvature(
 
     Returns:
         The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank
-            and fraction, if there is a TUNED.
+        and fraction, if there is a TUNED.
 
     Raises:
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
@@ -554,14 +546,12 @@ def probe_curvature(
     check_files([base, *([tuned] if tuned is not None else [])], evaluate)
     if len(evaluate) > 1:
         raise UsageError("--eval: curvature is computed for one evaluation set; give one file")
-    compared = run.compare(base, tuned) if tuned is not None else None
-    deltas = compared.pairing.deltas if compared is not None else ()
-    chosen = truncated_layers(deltas, **run.selection) if compared is not None else {}
+    compared = None if tuned is None else run.compare(base, tuned)
+    chosen = truncated_layers(compared.pairing.deltas, **run.selection) if compared else {}
     model = run.open(base)
     (texts,) = run.read_sets(evaluate)
-    swapped = Swapped(model, deltas, ranks[-1]) if compared is not None else None
-    if compared is None:
-        chosen = _select_matrices(base, model, run.selection)
+    swapped = Swapped(model, compared.pairing.deltas, ranks[-1]) if compared else None
+    chosen = chosen or _select_matrices(base, model, run.selection)
     matrix: Matrix = "ggn" if ggn else "hessian"
     settings = {
         "ranks": ranks if swapped else [],
@@ -573,15 +563,11 @@ def probe_curvature(
         **run.selection,
         "seed": seed,
     }
-    watch = run.watch
-    loss_function = LossFunction(model, texts, run.batch, chosen, matrix, partial(watch.batch, "products"))
+    loss_function = LossFunction(model, texts, run.batch, chosen, matrix, partial(run.watch.batch, "products"))
     effort = Effort(top, probes, seed)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        if swapped is not None:
-            swapped.arrange({}, FULL)
-        todo = _list_todo(run_records, ranks, chosen) if swapped is not None else []
-        _measure(loss_function, swapped, effort, per, todo, fractions, run_records)
+        _measure(loss_function, swapped, effort, per, settings["ranks"], fractions, run_records)
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
@@ -589,7 +575,7 @@ def probe_curvature(
 
 
 def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:
-    """Check numeric options; return the points between TUNED and the truncation, including the end.
+    """Check numeric options; return the fractions of the way from TUNED to the truncation, 1 included, ascending.
 
     Raises:
         UsageError: An option is invalid.
@@ -627,19 +613,13 @@ def _select_matrices(base: Path | str, model: Model, selection: Mapping[str, str
 
 
 def _list_skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftOut]:
+    """Return the records of the tensors of BASE that are not measured."""
     stored = open_checkpoint(base)
     shapes = {name: stored[name].shape for name in stored if name not in chosen}
     return [
         LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
         for name, shape in shapes.items()
     ]
-
-
-def _list_todo(run_records: RunRecords[Any], ranks: Sequence[int], chosen: dict[str, tuple[int, int]]) -> list[int]:
-    """Return the ranks that truncate a layer and are not measured yet."""
-    done = {record.rank for record in run_records.records if isinstance(record, LossBound)}
-    largest = max(min(shape) for shape in chosen.values())
-    return [rank for rank in ranks if rank < largest and rank not in done]
 
 
 def _measure(
@@ -651,19 +631,24 @@ def _measure(
     fractions: list[float],
     run_records: RunRecords[Any],
 ) -> None:
-    """Estimate the cost, then measure records that are not in the file: joint curvature, layers, ranks."""
+    """Report the estimated cost, then measure the records that the file lacks: joint curvature, layers, ranks."""
     done = {record.layer for record in run_records.records if isinstance(record, Curvature)}
+    done_ranks = {record.rank for record in run_records.records if isinstance(record, LossBound)}
+    largest_rank = max(map(min, loss_function.layers.values()))
+    ranks = [rank for rank in ranks if rank < largest_rank and rank not in done_ranks]
+    if swapped is not None:
+        swapped.arrange({}, FULL)
     watch = run_records.watch
     missing = [layer for layer in loss_function.layers if layer not in done]
     blocks = missing if per == "layer" else []
     bounds = len(ranks) * (1 + len(fractions))
-    products, note = _estimate_cost(loss_function, effort, len(blocks), (None not in done) + len(blocks), bounds)
+    products, note = _estimate_cost(loss_function, effort, len(blocks), None not in done, bounds)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
     watch.note(note)
     gradient = loss_function.gradient()
     losses = measure(loss_function.model, loss_function.texts, loss_function.size, partial(watch.batch, "loss"))
     at: Where = "base" if swapped is None else "tuned"
-    for records in curvatures(loss_function, at, effort, per, gradient, losses, None not in done, missing):
+    for records in iterate_curvatures(loss_function, at, effort, per, gradient, losses, None not in done, missing):
         run_records.put(*records)
     if swapped is None:
         return
@@ -671,11 +656,13 @@ def _measure(
     smallest = joint.smallest if joint.strongly_convex else None
     tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
     for rank in ranks:
-        run_records.put(*loss_bounds(loss_function, swapped, tuned, rank, fractions, partial(watch.batch, f"r={rank}")))
+        run_records.put(
+            *measure_bounds(loss_function, swapped, tuned, rank, fractions, partial(watch.batch, f"r={rank}"))
+        )
 
 
 def _estimate_cost(
-    loss_function: LossFunction, effort: Effort, blocks: int, spectra: int, bounds: int
+    loss_function: LossFunction, effort: Effort, blocks: int, joint: bool, bounds: int
 ) -> tuple[int, str]:
     """Time one product; return the estimated number of products, and a note on duration and memory.
 
@@ -683,13 +670,15 @@ def _estimate_cost(
         loss_function: The loss.
         effort: Extent of the computation.
         blocks: Number of layers whose own eigenpairs are requested.
-        spectra: Number of matrices whose eigenpairs are requested.
+        joint: Whether the joint eigenpairs are requested.
         bounds: Number of products of the bounds.
     """
     start = time.perf_counter()
     loss_function.product(loss_function.weights())
     seconds = time.perf_counter() - start
-    products = spectra * (_estimate_products(effort.top) + _estimate_products(1)) + effort.probes + bounds
+    # Lanczos takes about 25 products and 5 for each eigenpair, once for the largest and once for the smallest.
+    lanczos = 2 * 25 + 5 * (effort.top + 1)
+    products = (joint + blocks) * lanczos + effort.probes + bounds
     memory = 4 * loss_function.params * basis_size(loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
     of_blocks = f" and {pluralize(blocks, 'block', 'blocks')}" if blocks else ""
@@ -697,8 +686,3 @@ def _estimate_cost(
         f"about {duration(products * seconds)}: some {products} Hessian-vector products of {seconds:.2g} s each, all "
         f"layers jointly{of_blocks}{basis}"
     )
-
-
-def _estimate_products(count: int) -> int:
-    """Estimate the number of products that Lanczos needs for a number of eigenpairs."""
-    return 25 + 5 * count

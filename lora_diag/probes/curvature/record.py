@@ -66,7 +66,7 @@ class Curvature(WholeRecord):
         residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ.
         smallest: The smallest eigenvalue μ; null if not computed.
         trace: Hutchinson's estimate of tr(H).
-        trace_error: Its standard error; null with one random vector.
+        trace_error: Standard error of ``trace``; null with one random vector.
         trace_vectors: Number of random vectors.
         products: Number of Hessian-vector products for the eigenvalues.
         surrogate: Surrogate from the gradient; null except for a layer at BASE.
@@ -140,8 +140,8 @@ class LossBound(WholeRecord):
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian or GGN at W_tuned + E; 0 if E is 0.
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.
-        gap_error: Its standard error over other text of the distribution; on this set the gap is exact. Null for one
-            sequence.
+        gap_error: Standard error of ``gap`` over other text of the distribution; on this set the gap is exact. Null for
+            one sequence.
         sequences: Number of sequences.
         holds: Whether ``gap`` ≤ ``linear`` + ``upper``, up to rounding.
     """

@@ -61,7 +61,7 @@ def _split_records(results: Results[Any]) -> tuple[Curvature | None, list[Curvat
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Any]], str | None]:
-    """Return a function that pools the known ranks at a path."""
+    """Return a function that gives the median of the known ranks at a path, as text; None if none is known."""
 
     def pool(records: Sequence[Any]) -> str | None:
         known = [rank for record in records if (rank := value_at(record, path)) is not None]
@@ -81,6 +81,10 @@ _SURROGATE = (
 def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> Grid:
     rows: Rows = [("all layers", [joint]), *rows_of(layers, per)]
     columns = []
+    about = (
+        "λ max is the largest curvature of the loss in any direction; the trace is the sum over all directions, "
+        "with its standard error. A step of a given length costs most where λ is large."
+    )
     if joint.at == "base":
         first = next((record for record in layers if record.surrogate is not None), None)
         # Joint eigenpairs have one fraction of the whole gradient, which belongs in the row of all layers.
@@ -89,30 +93,20 @@ def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> 
         *held, rank = _SURROGATE
         columns = [*columns_of(held, whole if is_joint else rows), *columns_of([rank], rows)]
         columns = [column for column in columns if set(column.cells) != {"-"}]
-    about = (
-        "λ max is the largest curvature of the loss in any direction; the trace is the sum over all directions, "
-        "with its standard error. A step of a given length costs most where λ is large."
-    )
-    if joint.at == "base":
         about += (
             " Held is the fraction of the gradient in the span of the top eigenpairs, rank 90% the rank of that part."
         )
-    caption = f"Curvature of the loss at {joint.at.upper()} ({_name_matrix(joint)})"
+    matrix = "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
+    caption = f"Curvature of the loss at {joint.at.upper()} ({matrix})"
     return grid_of(Curvature.shown, rows, title_of(per), caption, about, columns)
 
 
-def _name_matrix(joint: Curvature) -> str:
-    return "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
-
-
 def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
-    truncated = [record for record in bounds if record.along == 1]
-    nearest_by_rank = {record.rank: record for record in bounds if record.along == min(bound.along for bound in bounds)}
-    rows = [(f"r={record.rank}", [record]) for record in truncated]
+    rows = [(f"r={record.rank}", [record]) for record in bounds if record.along == 1]
     columns = columns_of(LossBound.shown, rows)
-    if any(record.along < 1 for record in nearest_by_rank.values()):
-        along = min(record.along for record in bounds)
-        nearer = [(name, [nearest_by_rank[r.rank]] if r.rank in nearest_by_rank else []) for name, (r,) in rows]
+    along = min(record.along for record in bounds)
+    if along < 1:
+        nearer = [(name, [r for r in bounds if r.rank == end.rank and r.along == along]) for name, (end,) in rows]
         ratio_field = next(field for field in LossBound.shown if field.path == "predicted_ratio")
         columns[-2:-2] = columns_of([replace(ratio_field, head=f"at {along:g}")], nearer)
     return Grid(

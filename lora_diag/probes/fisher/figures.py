@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lora_diag.probes.fisher.record import Fisher
-from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlations
+from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlate_predictors
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
@@ -45,7 +45,10 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
     if not any(max(record.fisher, default=0.0) > 0 for item in series for record in item.records):
         raise UndrawableError("no truncation changes the loss")
-    by_run = [_correlate(item.records) if options.per == "layer" else [] for item in series]
+    by_run: list[list[Correlations]] = []
+    for item in series:
+        ranks = sorted({int(rank) for record in item.records for rank in record.effect or {}})
+        by_run.append(correlate_predictors(item.records, ranks) if options.per == "layer" else [])
     colors = _color_types(
         [r for item, by_rank in zip(series, by_run, strict=True) if not by_rank for r in item.records]
     )
@@ -76,33 +79,19 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(title, panels, f"{subject_of(series)}{quantity}", notes)
 
 
-def _correlate(records: Sequence[Fisher]) -> list[Correlations]:
-    ranks = sorted({int(rank) for record in records for rank in record.effect or {}})
-    return correlations(records, ranks)
-
-
 def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index: int) -> None:
     """Draw ρ of each predictor over the ranks: over all layers (``index`` 0), or within module types (1)."""
     ax.axhline(0, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
     lowest = min(0.0, *(rho for at_rank in by_rank for pair in at_rank.kl.values() for rho in pair if rho is not None))
-    for number, (name, _) in enumerate(PREDICTORS):
+    for (name, _), color, marker in zip(PREDICTORS, CATEGORIES, MARKS, strict=False):
         points = [(at_rank.rank, rho) for at_rank in by_rank if (rho := at_rank.kl[name][index]) is not None]
         if points:
-            ax.plot(*zip(*points, strict=True), label=name, **_make_line_style(number, style.line))
+            line: dict[str, Any] = {"color": color, "marker": marker, "ms": 3.4 * style.line}
+            width, order = (2.0, 3) if name == PREDICTORS[-1][0] else (1.2, 2)
+            ax.plot(*zip(*points, strict=True), label=name, lw=width * style.line, zorder=order, **line)
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
     set_measured_rank_axis(ax, [at_rank.rank for at_rank in by_rank], style)
     set_loss_axis(ax)
-
-
-def _make_line_style(number: int, width: float) -> dict[str, Any]:
-    last = number == len(PREDICTORS) - 1
-    return {
-        "color": CATEGORIES[number],
-        "marker": MARKS[number],
-        "ms": 3.4 * width,
-        "lw": (2.0 if last else 1.2) * width,
-        "zorder": 3 if last else 2,
-    }
 
 
 def _make_title(by_rank: Sequence[Correlations], index: int) -> str:
@@ -118,7 +107,7 @@ def _make_title(by_rank: Sequence[Correlations], index: int) -> str:
 
 
 def _color_types(records: Sequence[Fisher]) -> dict[str, str]:
-    """Return the colours of module types: one for each with the largest F(0); the others are grey."""
+    """Return the colours of module types: one for each of those with the largest ΣF(0), grey for the others."""
     sums: dict[str, float] = {}
     for record in records:
         kind = module_type_of(record.layer)
@@ -129,7 +118,7 @@ def _color_types(records: Sequence[Fisher]) -> dict[str, str]:
 
 
 def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], colors: dict[str, str]) -> None:
-    """Draw ½F(r) summed over the layers of each type, and of all grey types together."""
+    """Draw ½F(r) summed over the layers of each coloured type, and over all grey types together."""
     ranks = range(1, max(len(record.fisher) for record in records) + 1)
     tails = {
         kind: np.array([sum(r.at(rank) for r in records if module_type_of(r.layer) == kind) / 2 for rank in ranks])

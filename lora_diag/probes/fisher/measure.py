@@ -15,6 +15,7 @@ in the bases of the singular vectors, and with them the energy of the tail in th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -29,9 +30,9 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg import Factors
 from lora_diag.models.activations import input_of, linear_layers
-from lora_diag.models.data import Sequence, Texts
+from lora_diag.models.data import Texts
 from lora_diag.models.losses import Draw, Losses, backward, divergence, measure
-from lora_diag.models.opening import Model, Weights
+from lora_diag.models.opening import Model, Weights, pad_sequences
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.fisher import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
@@ -45,19 +46,11 @@ from lora_diag.running.progress import RunRecords
 LOGIT_BYTES = 2 * 2**30
 
 
-@dataclass(frozen=True)
-class UnchangedOutputs:
-    """The unchanged model on a text: its losses, and its logits of every sequence."""
-
-    losses: Losses
-    logits: tuple[Tensor, ...]
-
-
-def read_unchanged(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> UnchangedOutputs:
-    """Return the losses and the logits of the unchanged model on a text.
+def measure_unchanged(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> tuple[Losses, list[Tensor]]:
+    """Return the losses of the unchanged model on a text, and its logits of every sequence.
 
     Raises:
-        InputError: Its logits take too much memory.
+        InputError: The logits take too much memory.
     """
     all_logits = list[Tensor]()
 
@@ -69,15 +62,25 @@ def read_unchanged(model: Model, texts: Texts, size: int, after: Callable[[], No
             )
         after()
 
-    losses = measure(model, texts, size, check_memory, lambda outputs: all_logits.append(outputs.float()))
-    return UnchangedOutputs(losses, tuple(all_logits))
+    return measure(model, texts, size, check_memory, lambda logits: all_logits.append(logits.float())), all_logits
 
 
-def effect(model: Model, texts: Texts, before: UnchangedOutputs, size: int, after: Callable[[], None]) -> Effect:
-    """Run the changed model on the same text, and return the effect of the change."""
-    unchanged, kl = iter(before.logits), list[float]()
-    losses = measure(model, texts, size, after, lambda outputs: kl.append(divergence(next(unchanged), outputs)))
-    gap, error = losses.minus(before.losses)
+def measure_effect(
+    model: Model, texts: Texts, unchanged: tuple[Losses, list[Tensor]], size: int, after: Callable[[], None]
+) -> Effect:
+    """Run the changed model on a text, and return the effect of the change.
+
+    Args:
+        model: The changed model.
+        texts: The text.
+        unchanged: Result of ``measure_unchanged`` on the text.
+        size: Sequences in a batch.
+        after: Called after every batch.
+    """
+    before, all_logits = unchanged
+    remaining, kl = iter(all_logits), list[float]()
+    losses = measure(model, texts, size, after, lambda logits: kl.append(divergence(next(remaining), logits)))
+    gap, error = losses.minus(before)
     return Effect(loss=losses.mean, gap=gap, gap_error=error, kl=sum(kl) / losses.tokens)
 
 
@@ -120,7 +123,7 @@ class Tail:
     _terms: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Initialize the sums."""
+        """Set the sums to zero."""
         k, outer = len(self.s), self.outer
         self.squares, self.total = outer.new_zeros(k + 1), outer.new_zeros(k + 1)
         self.xx, self.gg = outer.new_zeros(k, k), outer.new_zeros(k, k)
@@ -152,9 +155,9 @@ class Tail:
         self._terms = terms if self._terms is None else self._terms + terms  # a layer may be used several times
 
     def end_batch(self) -> None:
-        """Add the products ⟨∇ℓ_s, T_r⟩ of the batch and their squares."""
+        """Add the products ⟨∇ℓ_s, T_r⟩ of the batch and their squares to the sums."""
         if self._terms is not None:
-            tails = torch.cat([self._terms.flip(1).cumsum(1).flip(1), self._terms.new_zeros(len(self._terms), 1)], 1)
+            tails = _tail_sums(self._terms)
             self.squares += (tails**2).sum(0)
             self.total += tails.sum(0)
         self._terms = None
@@ -164,17 +167,17 @@ class Tail:
         """‖T_r‖², ‖T_r·C^½‖² and ‖G^½·T_r·C^½‖² for r = 0, …, k."""
         c, g = self.xx / max(1, self.tokens), self.gg / max(1, self.tokens)
         weighted = self.s[:, None] * self.s * c * g
-        corners = weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
-        return _tail_sums(self.s**2), _tail_sums(self.s**2 * c.diagonal()), torch.cat([corners, corners.new_zeros(1)])
+        corners = nn.functional.pad(weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal(), (0, 1))
+        return _tail_sums(self.s**2), _tail_sums(self.s**2 * c.diagonal()), corners
 
 
 def _tail_sums(values: Tensor) -> Tensor:
-    """Return Σ_{i>r} of the values for r = 0, …, k."""
-    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+    """Return Σ_{i>r} of the values ``(…, k)`` for r = 0, …, k."""
+    return nn.functional.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
 def tail_of(module: nn.Module, factors: Factors) -> Tail:
-    """Return a layer with the singular vectors of its update, on their sides of the layer."""
+    """Return the tail of a layer, with the singular vectors of its update on the sides of its input and output."""
     device, (u, vh) = next(module.parameters()).device, factors.vectors
     left, right = u.to(device, torch.float64), vh.T.to(device, torch.float64)
     outer, inner = (left, right) if isinstance(module, nn.Linear) else (right, left)  # Conv1D stores (in, out)
@@ -182,13 +185,13 @@ def tail_of(module: nn.Module, factors: Factors) -> Tail:
 
 
 def bytes_of(shape: tuple[int, int]) -> int:
-    """Return the memory of one layer's singular vectors and sums during a pass."""
+    """Return the memory in bytes of a layer's singular vectors and sums during a pass, from its shape."""
     k = min(shape)
     return 8 * k * (sum(shape) + 2 * k)
 
 
 def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) -> Iterator[list[str]]:
-    """Yield the layers of each pass over the text, grouped by memory.
+    """Yield the layers of each pass over the text, as many as fit into ``limit`` bytes, at least one.
 
     >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, limit=2 * 8 * 8 * 32)]
     [2, 1]
@@ -205,12 +208,12 @@ def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) ->
         yield group
 
 
-def add_up(
+def accumulate(
     model: Model, texts: Texts, tails: Mapping[str, Tail], size: int, draw: Draw, after: Callable[[], None]
 ) -> int:
-    """Run a text forward and backward, and accumulate each layer's products with the gradients of its sequences.
+    """Run a text forward and backward, and add its inputs and gradients to the sums of each tail.
 
-    A layer that no gradient reaches gets a ``problem``.
+    The tail of a layer that no gradient reaches gets a ``problem``.
 
     Args:
         model: TUNED.
@@ -221,7 +224,7 @@ def add_up(
         after: Called after every batch.
 
     Returns:
-        The number of predictions.
+        The number of predictions of the text.
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
 
@@ -239,9 +242,9 @@ def add_up(
     with ExitStack() as hooks:
         for tail in tails.values():
             hooks.callback(tail.module.register_forward_hook(listen(tail), with_kwargs=True).remove)
-        for chosen in ordered.batches(size):
-            mask = _mask(chosen).to(model.device)
-            predictions += sum(backward(model, chosen, draw))
+        for batch in ordered.batches(size):
+            mask = pad_sequences([[True] * len(sequence.ids) for sequence in batch], False).to(model.device)
+            predictions += sum(backward(model, batch, draw))
             for tail in tails.values():
                 tail.end_batch()
             after()
@@ -251,22 +254,12 @@ def add_up(
     return predictions
 
 
-def _mask(chosen: list[Sequence]) -> Tensor:
-    """Return True for tokens other than padding, ``(sequences, tokens)``."""
-    lengths = torch.tensor([len(sequence.ids) for sequence in chosen])
-    return torch.arange(int(lengths.max()))[None] < lengths[:, None]
-
-
 # Cost of a pass forward and back, in forward passes.
 _BACKWARD = 3
 
 
 @show_options
-def probe_fisher(
-    base: Path | str,
-    tuned: Path | str,
-    **options: Unpack[FisherOptions],
-) -> Results[Any]:
+def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOptions]) -> Results[Any]:
     r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with gradients of the loss at TUNED.
 
     ∇ℓ_s is the gradient of the summed loss of sequence s with respect to the layer's weight, N the number of
@@ -327,7 +320,7 @@ def probe_fisher(
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
         probe.report_cost(todo)
         problems = list[LeftOut]()
-        for outcome in probe.run(todo):
+        for outcome in probe.measure(todo):
             if isinstance(outcome, Fisher):
                 run_records.put(outcome)
             else:
@@ -342,23 +335,30 @@ def probe_fisher(
 def _find_modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
     """Return the linear layer of each matrix, and the matrices that belong to none."""
     weights, linear = Weights(model.module), linear_layers(model.module)
-    modules: dict[str, Any] = {}
-    unmeasured = []
-    for layer, shape in chosen.items():
-        name = weights.name(layer)
-        if name is not None and name in linear:
-            modules[layer] = linear[name]
-        else:
-            detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
-            unmeasured.append(LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail))
-    return modules, unmeasured
+    modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
+    detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
+    return modules, [
+        LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail)
+        for layer, shape in chosen.items()
+        if layer not in modules
+    ]
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """State of a run."""
+    """What the measurements of a run share.
 
-    probe_run: ProbeRun
+    Args:
+        run: The run; its model has the weights of ``swapped``.
+        swapped: The weights.
+        modules: The linear layer of each matrix.
+        texts: Text of the gradients.
+        effect_texts: Text on which truncations are measured; None without measurements.
+        ranks: Ranks of measurements and of estimates other than F.
+        draw: Labels of the loss.
+    """
+
+    run: ProbeRun
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts
@@ -368,55 +368,59 @@ class _Probe:
 
     def report_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
         """Report the estimated cost: passes forward and back, and forward passes for TUNED and each truncation."""
-        passes = sum(1 for _ in groups_of(todo))
-        truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
-        batches, measuring_batches = passes * self.probe_run.batches([self.texts]), 0
-        if self.effect_texts is not None:
-            measuring_batches = (truncations + 1) * self.probe_run.batches([self.effect_texts])
-        self.probe_run.watch.total = batches + measuring_batches
+        passes, measuring_batches = sum(1 for _ in groups_of(todo)), 0
+        batches = passes * self.run.batches([self.texts])
         description = (
             f"{pluralize(len(todo), 'layer', 'layers')}, {pluralize(passes, 'pass', 'passes')} forward and back"
         )
         if self.effect_texts is not None:
+            truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
+            measuring_batches = (truncations + 1) * self.run.batches([self.effect_texts])
             description += f" and {truncations} truncations measured"
-        self.probe_run.estimate(
+        self.run.watch.total = batches + measuring_batches
+        self.run.estimate(
             self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measuring_batches
         )
 
-    def run(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
+    def measure(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the record of each layer, or why it cannot be measured, in the order of BASE."""
+        run = self.run
         self.swapped.arrange({}, FULL)
-        before: UnchangedOutputs | None = None
+        unchanged = None
         if self.effect_texts is not None and todo:
-            before = read_unchanged(
-                self.probe_run.model,
-                self.effect_texts,
-                self.probe_run.batch,
-                partial(self.probe_run.watch.batch, "TUNED"),
-            )
+            after = partial(run.watch.batch, "TUNED")
+            unchanged = measure_unchanged(run.model, self.effect_texts, run.batch, after)
         for group in groups_of(todo):
             tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
             draw = Draw(self.draw.labels, self.draw.seed)  # every pass uses the same labels
-            after = partial(self.probe_run.watch.batch, "gradients")
-            predictions = add_up(self.probe_run.model, self.texts, tails, self.probe_run.batch, draw, after)
+            after = partial(run.watch.batch, "gradients")
+            predictions = accumulate(run.model, self.texts, tails, run.batch, draw, after)
             for layer, tail in tails.items():
                 if tail.problem:
                     yield LeftOut(layer=layer, shape=todo[layer], reason="no_gradient", detail=tail.problem)
                 else:
-                    yield self._record(layer, todo[layer], tail, predictions, before)
+                    yield self._record(layer, todo[layer], tail, predictions, unchanged)
 
     def _record(
-        self, layer: str, shape: tuple[int, int], tail: Tail, predictions: int, before: UnchangedOutputs | None
+        self,
+        layer: str,
+        shape: tuple[int, int],
+        tail: Tail,
+        predictions: int,
+        unchanged: tuple[Losses, list[Tensor]] | None,
     ) -> Fisher:
-        curve = (tail.squares / predictions).tolist()
-        if not all(value < float("inf") for value in curve):
-            raise InputError(f"{layer}: the gradients are not finite; use --dtype float32")
-        last = len(curve) - 1
-        weight, data, kfac = (energy.clamp(min=0) for energy in tail.energies)
-        scale = tail.tokens / predictions
+        """Return the record of a layer, with measured effects if the outputs of the unchanged model are given.
 
-        def at(values: Any, factor: float = 1.0) -> dict[str, float]:
-            return {str(rank): float(values[min(rank, last)]) * factor + 0.0 for rank in self.ranks}
+        Raises:
+            InputError: The gradients are not finite.
+        """
+        curve = (tail.squares / predictions).tolist()
+        if not all(map(math.isfinite, curve)):
+            raise InputError(f"{layer}: the gradients are not finite; use --dtype float32")
+        weight, data, kfac = (energy.clamp(min=0) for energy in tail.energies)
+
+        def by_rank(values: Any, factor: float = 1.0) -> dict[str, float]:
+            return {str(rank): float(values[min(rank, len(curve) - 1)]) * factor + 0.0 for rank in self.ranks}
 
         return Fisher(
             layer=layer,
@@ -428,27 +432,24 @@ class _Probe:
             tokens=tail.tokens,
             fro=tail.fro,
             fisher=tuple(float(f"{value:.9g}") for value in curve),
-            linear=at(tail.total, -1 / predictions),
-            weight=at(weight),
-            data=at(data),
-            kfac=at(kfac, scale),
-            on=self.effect_texts.name if self.effect_texts is not None else None,
-            effect=self._measure_effects(layer, shape, before),
+            linear=by_rank(tail.total, -1 / predictions),
+            weight=by_rank(weight),
+            data=by_rank(data),
+            kfac=by_rank(kfac, tail.tokens / predictions),
+            on=None if self.effect_texts is None else self.effect_texts.name,
+            effect=None if unchanged is None else self._measure_effects(layer, shape, unchanged),
         )
 
     def _measure_effects(
-        self, layer: str, shape: tuple[int, int], before: UnchangedOutputs | None
-    ) -> dict[str, Effect] | None:
-        """Return the effect of truncating one layer alone, by rank below its full one; None if it is not requested."""
-        if before is None or self.effect_texts is None:
-            return None
+        self, layer: str, shape: tuple[int, int], unchanged: tuple[Losses, list[Tensor]]
+    ) -> dict[str, Effect]:
+        """Return the effect of truncating one layer alone, by rank below its full rank."""
+        assert self.effect_texts is not None
         effects = {}
         for rank in self.ranks:
             if rank < min(shape):
                 self.swapped.arrange({layer: rank}, FULL)
-                after = partial(self.probe_run.watch.batch, f"{layer} r={rank}")
-                effects[str(rank)] = effect(
-                    self.probe_run.model, self.effect_texts, before, self.probe_run.batch, after
-                )
+                after = partial(self.run.watch.batch, f"{layer} r={rank}")
+                effects[str(rank)] = measure_effect(self.run.model, self.effect_texts, unchanged, self.run.batch, after)
         self.swapped.arrange({}, FULL)
         return effects

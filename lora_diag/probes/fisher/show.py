@@ -49,11 +49,11 @@ class Correlations:
 
     Attributes:
         n: Number of layers.
-        grouped: Number of these in a module type with more than one.
+        grouped: Number of layers in a module type with more than one.
         kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types.
-        gap: The same with the measured change of the loss, also for its second-order estimate.
+        gap: Spearman's ρ likewise with the measured change of the loss, also for its second-order estimate.
         ratio: Median of F(r)/2 over the measured KL; None if no KL is positive.
-        ratios: The smallest and the largest of these; None likewise.
+        ratios: The smallest and the largest of these ratios; None if no KL is positive.
     """
 
     def __init__(self, rank: int, records: Sequence[Fisher]) -> None:
@@ -78,14 +78,10 @@ class Correlations:
         self.ratios = (min(ratios), max(ratios)) if ratios else None
 
 
-def correlations(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
+def correlate_predictors(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
     """Return the rank correlations of the predictors at every rank with enough measured layers."""
-    by_rank = []
-    for rank in ranks:
-        measured = [record for record in records if effect_at(record, rank) is not None]
-        if len(measured) >= MIN_COUNT:
-            by_rank.append(Correlations(rank, measured))
-    return by_rank
+    measured = {rank: [record for record in records if effect_at(record, rank) is not None] for rank in ranks}
+    return [Correlations(rank, layers) for rank, layers in measured.items() if len(layers) >= MIN_COUNT]
 
 
 # Ratio of ½F to the KL above which it is too high; on the sample model 2.0 with the text's labels, 1.0 with drawn ones.
@@ -104,7 +100,7 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
         results,
         make_statement("gradients", "Gradients", _describe_gradients(records)),
         make_statement("at_rank", f"At r={rank}", *_describe_costliest(records, rank), scoped=True),
-        *_describe_predictors(correlations(records, results.run.settings["ranks"]), records),
+        *_describe_predictors(correlate_predictors(records, results.run.settings["ranks"]), records),
         reading=_interpret(records),
     )
 
@@ -112,7 +108,7 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table of tails, one row per module ``type`` or ``layer``, and of rank correlations, if measured."""
     records = results.whole_of(Fisher)
-    by_rank = correlations(records, results.run.settings["ranks"])
+    by_rank = correlate_predictors(records, results.run.settings["ranks"])
     return [
         *([_make_layers_grid(records, _choose_rank(results), per)] if records else []),
         *([_make_predictors_grid(by_rank)] if by_rank else []),
@@ -147,7 +143,7 @@ def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
 
 
 def _make_share_column(records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int) -> Shown:
-    """Return the column of the fraction of a row's tails in all tails."""
+    """Return the column of the fraction that a row's layers have of the predicted cost of all layers."""
     total = sum(predictor(record, rank) for record in records)
 
     def share(row: Sequence[Fisher]) -> float | None:
@@ -228,7 +224,7 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
 
 
 def _explain_high_ratio(record: Fisher, ratio: float) -> str:
-    """Return why ½F is above the KL with the labels of the text, and the remedy; empty if that is not the cause."""
+    """Return why ½F is far above the KL with the labels of the text, and the remedy; else an empty text."""
     if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH_RATIO:
         return (
             "; with the text's own labels the gradients of a sequence's predictions are correlated; --labels model "

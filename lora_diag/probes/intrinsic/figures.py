@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.intrinsic.show import Line, find_reached, lines
+from lora_diag.probes.intrinsic.show import Line, find_reached, select_lines
 from lora_diag.records import Results
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key, run_keys
 from lora_diag.rendering.figures.panels import (
@@ -86,12 +86,13 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
-    """Return the runs of every size, at the rate chosen on the first set; none where full fine-tuning has no gain."""
+    """Return the runs of every size at its best rate on a set; none where full fine-tuning has no gain."""
     seed = min((record.seed for record in records if record.subject != "base"), default=0)
-    return [line for line in lines(records, name, records[0].set, seed) if line.shares] if records else []
+    return [line for line in select_lines(records, name, records[0].set, seed) if line.shares] if records else []
 
 
 def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: float) -> None:
+    """Draw the fraction of the gain of each size over its parameters, and the fraction to reach."""
     size = style.ticks
     drawn_values = [0.0, 1.0]
     for number, rows in enumerate(runs):
@@ -150,5 +151,5 @@ def _make_title(label: str, runs: Sequence[Sequence[Line]], share: float) -> str
 
 
 def _format_below(fraction: float, share: float) -> str:
-    """Return a fraction in percent, with one more digit if it would round to the missed threshold."""
+    """Return a fraction below ``share`` in percent, with one more digit if it would be rounded to ``share``."""
     return f"{fraction:.0%}" if f"{fraction:.0%}" != f"{share:.0%}" else f"{fraction:.1%}"

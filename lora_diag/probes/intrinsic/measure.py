@@ -33,7 +33,7 @@ from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
+from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
 Method = Literal["plain", "said"]
 
@@ -61,14 +61,14 @@ def hadamard(x: Tensor) -> Tensor:
     done = 1
     while done < size:
         width = min(FACTOR, size // done)
-        small = _make_sylvester(width).to(x)
+        small = _make_hadamard(width).to(x)
         x = x.reshape(-1, width) @ small if done == 1 else torch.matmul(small, x.reshape(-1, width, done))
         done *= width
     return x.reshape(rows, size)
 
 
-def _make_sylvester(size: int) -> Tensor:
-    """Return the Hadamard matrix of a power of two: H_1 = [1], H_2k = [[H_k, H_k], [H_k, −H_k]]."""
+def _make_hadamard(size: int) -> Tensor:
+    """Return the Hadamard matrix ``(size, size)`` of a power of two: H_1 = [1], H_2k = [[H_k, H_k], [H_k, −H_k]]."""
     h = torch.ones(1, 1)
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -117,7 +117,7 @@ class Subspace(nn.Module):
         dim: d, the total number of trained parameters, including scales.
         seed: Seed of P.
         method: ``plain`` or ``said``.
-        lr: Peak learning rate, which determines the step of the scales.
+        lr: Peak learning rate of z, from which the step of the scales follows.
 
     Raises:
         UsageError: ``said`` has at least as many scales as dimensions, or there are more dimensions than parameters.
@@ -128,7 +128,7 @@ class Subspace(nn.Module):
         self.inner = inner
         parameters = dict(inner.named_parameters())
         total = sum(parameter.numel() for parameter in parameters.values())
-        layers = list(dict.fromkeys(map(_find_scale_key, parameters))) if method == "said" else []
+        layers = list(dict.fromkeys(map(_make_scale_key, parameters))) if method == "said" else []
         check_dim(dim, total, len(layers))
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
@@ -136,7 +136,7 @@ class Subspace(nn.Module):
         self._projections = {
             name: Fastfood(parameter.numel(), z_dim, total, generator, device) for name, parameter in parameters.items()
         }
-        self._scale_of = {name: layers.index(_find_scale_key(name)) for name in parameters} if layers else {}
+        self._scale_of = {name: layers.index(_make_scale_key(name)) for name in parameters} if layers else {}
         self.z = nn.Parameter(torch.zeros(z_dim, device=device))
         self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
@@ -153,7 +153,7 @@ class Subspace(nn.Module):
         return tensors
 
     def fix(self) -> None:
-        """Compute the weights once for all following calls."""
+        """Compute the weights once, for all later calls of the model."""
         with torch.no_grad():
             self._fixed = self.weights()
 
@@ -163,7 +163,7 @@ class Subspace(nn.Module):
 
 
 def check_dim(dim: int, total: int, layers: int) -> None:
-    """Check a dimension against the ``total`` number of parameters and ``layers`` scales.
+    """Check that a dimension is at most the number ``total`` of parameters and above the number ``layers`` of scales.
 
     Raises:
         UsageError: The dimension is too large or too small.
@@ -174,13 +174,13 @@ def check_dim(dim: int, total: int, layers: int) -> None:
         raise UsageError(f"--dims {dim}: --projection said trains {layers} scales, one per layer; d must be larger")
 
 
-def scales_of(module: nn.Module) -> int:
+def count_scales(module: nn.Module) -> int:
     """Return the number of scales of SAID: one per block, and one for every weight outside the blocks."""
-    return len({_find_scale_key(name) for name, _ in module.named_parameters()})
+    return len({_make_scale_key(name) for name, _ in module.named_parameters()})
 
 
-def _find_scale_key(name: str) -> tuple[object, ...]:
-    """Return the key of the weights that share a scale with this one: its block, or itself outside the blocks."""
+def _make_scale_key(name: str) -> tuple[object, ...]:
+    """Return the key that a weight has in common with those of its scale: its block, or its name outside the blocks."""
     depth = depth_of(name)
     return (*tower_of(name), depth) if depth is not None else (name,)
 
@@ -198,7 +198,7 @@ def rate_of(pace: float, dim: int, total: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class IntrinsicRun:
-    """One run.
+    """One training run.
 
     Args:
         subject: The trained parameters: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
@@ -228,29 +228,29 @@ class IntrinsicRun:
 
     @property
     def lr(self) -> float:
-        """The learning rate of Adam."""
+        """Peak learning rate of Adam."""
         return self.rate if self.dim is None else rate_of(self.rate, self.dim, self.total)
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields that identify its records."""
+        """Fields that identify the records of the run."""
         return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
 
     @property
     def label(self) -> str:
-        """Label of the run."""
+        """Label of the run: size, learning rate and seed."""
         size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
         return f"{size} lr={self.lr:.3g} seed {self.seed}"
 
 
-def subspace_losses(
+def train_in_subspace(
     model: Model, run: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> tuple[list[Losses], float]:
     """Train in a subspace; return the losses on every set, and the mean loss of the last tenth of the steps.
 
     Args:
         model: BASE; unchanged afterwards.
-        run: The run, in a subspace.
+        run: The run; its subject is ``subspace``.
         training: Settings shared by all runs.
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
@@ -270,10 +270,7 @@ def subspace_losses(
 
 
 @show_options
-def probe_intrinsic(
-    base: Path | str,
-    **options: Unpack[IntrinsicOptions],
-) -> Results[Any]:
+def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Results[Any]:
     r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
 
     θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never materialized); ``said``
@@ -318,7 +315,6 @@ def probe_intrinsic(
     run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "seeds"))
     data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
     dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "seeds"))
-    paces, full_rates, lora_rates = (run.options[name] for name in grids)
     method: Method = "said" if run.options["method"] == "said" else "plain"
     lora_ranks = list(check_ranks(ranks)) if ranks else []
     if not dims or min(dims) < 1:
@@ -334,16 +330,14 @@ def probe_intrinsic(
     model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:
-        check_dim(dim, total, scales_of(model.module) if method == "said" else 0)
+        check_dim(dim, total, count_scales(model.module) if method == "said" else 0)
     run.read_all(data, evaluate, shifted, steps)
     settings = {
         "dims": sorted(set(dims)),
         "method": method,
         "share": share,
         "ranks": lora_ranks,
-        "paces": sorted(set(paces)),
-        "full_rates": sorted(set(full_rates)),
-        "lora_rates": sorted(set(lora_rates)),
+        **{name: sorted(set(run.options[name])) for name in grids},
         **run.training_settings(seeds),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
@@ -351,56 +345,44 @@ def probe_intrinsic(
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        probe = _Probe(model, method, total, run.plan_runs(run_records, seeds))
+        plan = run.plan_runs(run_records, seeds)
+
+        def make_arm(subject: Subject, sizes: Sequence[int | None], rates: str) -> Arm:
+            def make_trial(size: int | None, rate: float, seed: int) -> Trial:
+                cell = IntrinsicRun(subject, size, rate, seed, method, total)
+                return Trial(cell.fields, cell.label, partial(_train_cell, model, cell))
+
+            return Arm(tuple(sizes), tuple(settings[rates]), make_trial)
+
         arms = {
-            "of full fine-tuning": probe.arm("full", [None], full_rates),
-            "in subspaces": probe.arm("subspace", sorted(set(dims)), paces),
-            **({"of LoRA": probe.arm("lora", lora_ranks, lora_rates)} if ranks else {}),
+            "of full fine-tuning": make_arm("full", [None], "full_rates"),
+            "in subspaces": make_arm("subspace", settings["dims"], "paces"),
+            **({"of LoRA": make_arm("lora", lora_ranks, "lora_rates")} if lora_ranks else {}),
         }
         # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use and their gradients.
-        probe.plan.report_cost(arms, bases=not probe.plan.has(subject="base"), extra_bytes=16 * total)
-        probe.plan.measure_base(model, partial(_record, cell=None, params=0, train_loss=None))
+        plan.report_cost(arms, bases=not plan.has(subject="base"), extra_bytes=16 * total)
+        plan.measure_base(model, partial(_record, cell=None, params=0, train_loss=None))
         for arm in arms.values():
-            probe.plan.run(arm)
+            plan.run(arm)
         return []
 
     return run.over(run.inputs(open_checkpoint(base)), settings, measure_missing)
 
 
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    """State of a run."""
-
-    model: Model
-    method: Method
-    total: int
-    plan: RunPlan
-
-    def arm(self, subject: Subject, sizes: Sequence[int | None], rates: Sequence[float]) -> Arm:
-        """Return a trained method with its grid of sizes and rates."""
-        return Arm(tuple(sizes), tuple(sorted(set(rates))), partial(self._make_trial, subject))
-
-    def _make_trial(self, subject: Subject, size: int | None, rate: float, seed: int) -> Trial:
-        cell = IntrinsicRun(subject, size, rate, seed, self.method, self.total)
-        return Trial(cell.fields, cell.label, partial(self._train_cell, cell))
-
-    def _train_cell(
-        self, cell: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
-    ) -> list[Intrinsic]:
-        if cell.dim is not None:
-            by_set, train_loss = subspace_losses(self.model, cell, training, sets, after)
-        else:
-            training_cell = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
-            by_set, train_loss = losses_after(self.model, training_cell, training, sets, after)
-        params = self._count_params(cell)
-        return [_record(texts, losses, cell, params, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
-
-    def _count_params(self, cell: IntrinsicRun) -> int:
-        """Count the trained parameters of a run."""
-        if cell.rank is not None:
-            with add_lora(self.model, cell.rank, self.plan.training.kind) as tuned:
-                return count_trained(tuned)
-        return cell.dim or self.total
+def _train_cell(
+    model: Model, cell: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+) -> list[Intrinsic]:
+    """Train one run, and return one record per set."""
+    params = cell.dim or cell.total
+    if cell.subject == "subspace":
+        by_set, train_loss = train_in_subspace(model, cell, training, sets, after)
+    else:
+        as_cell = Cell(cell.rank, cell.lr, cell.seed, cell.subject)
+        by_set, train_loss = losses_after(model, as_cell, training, sets, after)
+    if cell.rank is not None:
+        with add_lora(model, cell.rank, training.kind) as tuned:
+            params = count_trained(tuned)
+    return [_record(texts, losses, cell, params, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
 
 
 def _record(

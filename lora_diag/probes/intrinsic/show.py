@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
@@ -24,7 +24,7 @@ Subject = Literal["full", "subspace", "lora"]
 
 
 def _average_share(group: Sequence[Any]) -> float | None:
-    """Return the mean share of the runs of one size; None if it has none."""
+    """Return the mean of a line's ``shares``; None without any."""
     shares = value_at(group[0], "shares")
     return fmean(shares) if shares else None
 
@@ -39,7 +39,7 @@ class Line:
         params: Number of trained parameters.
         lr: Peak learning rate of Adam.
         pace: Equivalent learning rate of full fine-tuning; None for LoRA.
-        losses: Losses of all seeds at that rate.
+        losses: Losses of the seeds at that rate, without those that are not finite.
         edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
         shares: (L_base − L) / (L_base − L_full) of every seed; empty if full fine-tuning has no gain.
     """
@@ -66,12 +66,12 @@ class Line:
 
     @property
     def seeds(self) -> int:
-        """Number of runs."""
+        """Number of seeds with a finite loss."""
         return len(self.losses)
 
     @property
     def loss(self) -> float:
-        """Mean over seeds."""
+        """Mean loss over seeds."""
         return fmean(self.losses)
 
     @property
@@ -86,9 +86,9 @@ class Reached:
 
     Args:
         line: The runs of this size; None if no size reaches it.
-        below: The next smaller size, which does not; the largest size if no size reaches it; None if there is none.
+        below: The next smaller size, which does not reach it; the largest size if none does; None without such a size.
         certain: Whether every seed reaches it.
-        missed: Larger sizes that do not; the size is then not a threshold.
+        missed: Larger sizes that do not reach it; ``line`` is then not a threshold.
     """
 
     line: Line | None
@@ -98,61 +98,54 @@ class Reached:
 
 
 def best_rates(records: Iterable[Intrinsic], deciding_set: str, seed: int, subject: Subject) -> dict[int | None, float]:
-    """Return, for every size, the learning rate with the lowest loss of the first seed on one set.
+    """Return the learning rate of every size with its lowest loss of the first seed on the deciding set.
 
     Args:
-        records: Records of a run.
+        records: Records of a probe.
         deciding_set: The set that decides.
         seed: The first seed.
-        subject: Kind of the runs.
+        subject: What was trained.
     """
     key = (subject, deciding_set, seed)
     return find_best_rates((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
 
 
 def size_of(record: Intrinsic) -> int | None:
-    """Return d or r."""
+    """Return d of a subspace or r of a LoRA; None for other runs."""
     return record.dim if record.subject == "subspace" else record.rank
 
 
-def lines(records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int) -> list[Line]:
+def select_lines(records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int) -> list[Line]:
     """Return the runs of every size at its best rate on one set: full, subspaces, LoRAs, ascending.
 
     Args:
-        records: Records of a run.
+        records: Records of a probe.
         name: The set.
         deciding_set: The set by which rates were chosen.
         seed: The first seed.
     """
-    base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
-    all_rows = [
-        line
-        for subject in ("full", "subspace", "lora")
-        for line in _select_lines(records, name, deciding_set, seed, subject)
-    ]
-    full = next((line for line in all_rows if line.subject == "full"), None)
-    gain = base - fmean(full.losses) if base is not None and full is not None else 0.0
-    if base is None or gain <= 0:
-        return all_rows
-    return [replace(line, shares=tuple((base - loss) / gain for loss in line.losses)) for line in all_rows]
-
-
-def _select_lines(
-    records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int, subject: Subject
-) -> list[Line]:
-    of_subject = [r for r in records if r.subject == subject and r.set == name]
-    rows = []
-    for size, lr in sorted(best_rates(records, deciding_set, seed, subject).items(), key=lambda item: item[0] or 0):
-        tried = {r.lr for r in of_subject if size_of(r) == size and r.lr is not None}
-        runs = sorted((r for r in of_subject if size_of(r) == size and r.lr == lr), key=lambda r: r.seed)
-        losses = tuple(r.loss for r in runs if r.loss is not None)
-        if losses:
-            rows.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))
-    return rows
+    found = []
+    for subject in get_args(Subject):
+        rates = best_rates(records, deciding_set, seed, subject)
+        for size, lr in sorted(rates.items(), key=lambda item: item[0] or 0):
+            of_size = [r for r in records if (r.subject, r.set, size_of(r)) == (subject, name, size)]
+            runs = sorted((r for r in of_size if r.lr == lr), key=lambda r: r.seed)
+            tried = {r.lr for r in of_size if r.lr is not None}
+            if losses := tuple(r.loss for r in runs if r.loss is not None):
+                found.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))
+    base, full = _find_base(records, name), next((line for line in found if line.subject == "full"), None)
+    if base is None or base.loss is None or full is None or full.loss >= base.loss:
+        return found
+    return [replace(x, shares=tuple((base.loss - loss) / (base.loss - full.loss) for loss in x.losses)) for x in found]
 
 
 def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
     """Return the smallest subspace or LoRA whose mean fraction of full fine-tuning's gain is at least ``share``.
+
+    Args:
+        all_rows: Lines of one set, those of a subject ascending.
+        subject: ``subspace`` or ``lora``.
+        share: The fraction to reach.
 
     Example:
         >>> rows = [
@@ -190,7 +183,7 @@ def _read_lines(results: Results[Any]) -> dict[str, list[Line]]:
     """Return the lines of each set; the first set decides on the rates."""
     records = results.whole_of(Intrinsic)
     sets = set_names(records)
-    return {name: lines(records, name, sets[0], results.run.settings["seed"]) for name in sets}
+    return {name: select_lines(records, name, sets[0], results.run.settings["seed"]) for name in sets}
 
 
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -213,7 +206,7 @@ _READING = (
 )
 
 
-def _name(line: Line) -> str:
+def _name_line(line: Line) -> str:
     return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
 
 
@@ -223,7 +216,7 @@ def _make_grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], s
         f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the smallest such r. "
         "If min to max includes that fraction, the result depends on the seed."
     )
-    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name(line), [line]) for line in all_rows)]
+    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name_line(line), [line]) for line in all_rows)]
     return grid_of(Line.shown, rows, "trained", caption, about)
 
 
@@ -292,7 +285,7 @@ def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], sett
     for subject, grid, option in _GRIDS:
         tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
         lines += describe_added_rates(tried, settings.get(grid), option)
-    if at_edge := [_name(line) for line in all_rows if line.edge]:
+    if at_edge := [_name_line(line) for line in all_rows if line.edge]:
         lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
         lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")

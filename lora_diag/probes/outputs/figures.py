@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -48,7 +49,7 @@ def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the gaps, one panel per set."""
+    """Return the gaps of models to TUNED, one panel per set."""
     records = [record for item in series for record in item.records]
     if not _select_compared(records):
         raise UndrawableError("no model was compared with a full fine-tune")
@@ -78,26 +79,21 @@ def make_depth_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     """Return the distances by depth, one panel per set, of as many models as there are colours."""
     models = _label_models(record for item in series for record in item.records)
     labels = sets_of(record for item in series for record in item.records)
-    by_set: dict[str, dict[str, Sequence[float | None]]] = {}
+    by_set: dict[str, dict[str, Sequence[float | None]]] = {name: {} for name in labels}
     for item in series:
         for record in _select_compared(item.records):
-            if any(value is not None for value in record.hidden or ()):
+            if record.hidden and any(value is not None for value in record.hidden):
                 model = f"{owner_of(item, series)}{models[record.subject, record.name]}"
-                by_set.setdefault(record.set, {})[model] = record.hidden or ()
+                by_set[record.set][model] = record.hidden
+    by_set = {name: lines for name, lines in by_set.items() if lines}
     if not by_set:
         raise UndrawableError("no hidden states were compared")
     found = dict.fromkeys(model for lines in by_set.values() for model in lines)
     colors = {model: category(number) for number, model in enumerate([*found][: len(CATEGORIES)])}
+    xlabel, ylabel = "block (0: embeddings)", "distance of hidden states"
     panels = [
-        Panel(
-            labels[name],
-            partial(_draw_depth, lines=by_set[name], colors=colors),
-            xlabel="block (0: embeddings)",
-            ylabel="distance of hidden states",
-            name=name,
-        )
-        for name in labels
-        if name in by_set
+        Panel(labels[name], partial(_draw_depth, lines=lines, colors=colors), xlabel, ylabel, name=name)
+        for name, lines in by_set.items()
     ]
     return Page(
         "Distance of the hidden states from those of the full fine-tune",
@@ -116,19 +112,13 @@ def _select_compared(records: Iterable[Probe]) -> list[Probe]:
 
 
 def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None) -> list[Row]:
-    compared = [record for record in of_set if record.subject != "tuned" and record.gap is not None]
+    """Return the rows of one run on a set, in a common colour if given, else by subject."""
     # A distant BASE would compress the axis of all others; its gap is in the table.
-    others = _select_compared(compared)
-    furthest = max((abs(record.gap or 0.0) for record in others), default=0.0)
+    limit = 4 * max((abs(record.gap or 0.0) for record in _select_compared(of_set)), default=math.inf)
     return [
-        Row(
-            labels[record.subject, record.name],
-            record.gap or 0.0,
-            gap_half(record),
-            color or _COLORS.get(record.subject, INK),
-        )
-        for record in compared
-        if record.subject != "base" or not others or abs(record.gap or 0.0) <= 4 * furthest
+        Row(labels[r.subject, r.name], r.gap, gap_half(r), color or _COLORS.get(r.subject, INK))
+        for r in of_set
+        if r.subject != "tuned" and r.gap is not None and (r.subject != "base" or abs(r.gap) <= limit)
     ]
 
 
@@ -147,6 +137,7 @@ def _label_models(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
 def _draw_depth(
     ax: Axes, style: PageStyle, lines: Mapping[str, Sequence[float | None]], colors: Mapping[str, str]
 ) -> None:
+    """Draw the distance of each coloured model at each depth; depths without a distance are skipped."""
     values = [0.0, 1.0]
     for model, color in colors.items():
         points = [(block, value) for block, value in enumerate(lines.get(model, ())) if value is not None]

@@ -44,7 +44,7 @@ class Contender:
     Args:
         subject: Kind of model.
         name: Path of an adapter or a reference; empty for BASE and TUNED.
-        swapped: Its update; None for BASE.
+        swapped: The model with BASE's weights and the update; None for BASE itself.
     """
 
     subject: Subject
@@ -54,7 +54,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class _Answer:
-    """Outputs of a model for one sequence.
+    """The outputs of a model for one sequence.
 
     Args:
         logits: Logits of predictions, ``(n, classes)`` float32.
@@ -93,7 +93,7 @@ class _Sums:
         return Losses.of(self.nll, self.counts)
 
     def add(self, answer: _Answer, tuned: _Answer | None) -> None:
-        """Add one sequence, compared with TUNED if there is one."""
+        """Add the outputs for one sequence; ``tuned`` are those of TUNED, None if there is none to compare with."""
         self.nll.append(float(nll(answer.logits, answer.labels)))
         self.counts.append(len(answer.labels))
         if tuned is None:
@@ -111,12 +111,8 @@ def _sum_squared_differences(first: Tensor, second: Tensor) -> float:
 
 
 @torch.no_grad()
-def outputs(
-    model: Model,
-    contenders: Sequence[Contender],
-    texts: Texts,
-    size: int,
-    after_batch: Callable[[str], None],
+def measure_outputs(
+    model: Model, contenders: Sequence[Contender], texts: Texts, size: int, after_batch: Callable[[str], None]
 ) -> Iterator[Probe]:
     """Yield one record for each contender on one set.
 
@@ -129,17 +125,17 @@ def outputs(
     """
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"
-    for chunk in chunks(model, texts, size):
+    for chunk in iterate_chunks(model, texts, size):
         ends = [_compute_answers(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
             answers = ends[i] if i < 2 else _compute_answers(model, contender, chunk, size, after_batch)
             for answer, second in zip(answers, ends[1], strict=True):
                 sums[i].add(answer, second if has_tuned else None)
-    for contender, sums_of_one in zip(contenders, sums, strict=True):
-        yield _record(contender, sums_of_one, sums[0], sums[1] if has_tuned else None, texts)
+    for contender, own_sums in zip(contenders, sums, strict=True):
+        yield _record(contender, own_sums, sums[0], sums[1] if has_tuned else None, texts)
 
 
-def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
+def iterate_chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
     """Yield parts of a set, in whole batches, whose outputs from two models fit into ``OUTPUT_BYTES``."""
     config = model.module.config
     classes = len(model.labels) if model.kind == "classifier" else getattr(config, "vocab_size", 1)
@@ -153,7 +149,7 @@ def chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
 def _compute_answers(
     model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
 ) -> list[_Answer]:
-    """Return the outputs of a model for every sequence, with the contender's weights, then restore BASE's."""
+    """Return a contender's outputs for every sequence; the model has BASE's weights before and afterwards."""
     if contender.swapped is not None:
         contender.swapped.arrange({}, FULL)
     answers = []
@@ -170,6 +166,7 @@ def _compute_answers(
 
 
 def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | None, texts: Texts) -> Probe:
+    """Return the record of a contender on a set, compared with TUNED if there is one."""
     record = Probe(
         probe="outputs",
         **own_sums.losses.on(texts),
@@ -199,10 +196,7 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
 
 @show_options
 def probe_outputs(
-    base: Path | str,
-    tuned: Path | str | None,
-    adapters: Sequence[Path | str] = (),
-    **options: Unpack[OutputsOptions],
+    base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str] = (), **options: Unpack[OutputsOptions]
 ) -> Results[Any]:
     r"""Measure the held-out loss of every model, and the distance of its outputs from those of a full fine-tune.
 
@@ -259,15 +253,12 @@ def probe_outputs(
         todo = [
             text_set
             for text_set in texts
-            if not all(
-                run_records.has([text_set.name], subject=contender.subject, name=contender.name)
-                for contender in contenders
-            )
+            if not all(run_records.has([text_set.name], subject=c.subject, name=c.name) for c in contenders)
         ]
         run.watch.total = len(contenders) * run.batches(todo)
         run.estimate(texts[0], f"{len(contenders)} models on {pluralize(len(todo), 'set', 'sets')}")
         for text_set in todo:
-            for record in outputs(model, contenders, text_set, run.batch, run.watch.batch):
+            for record in measure_outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 run_records.put(record)
         return _list_left_out(compared, contenders[1:])
 
@@ -281,23 +272,23 @@ def compare_models(
 
     The others are sorted by step within each run: a shell sorts 100 before 20.
     """
-    run, step = _run_and_step(models[0])
-    is_step = step >= 0 and any(_run_and_step(path)[0] == run for path in models[1:])
+    (run, step), *following = map(_split_step, models)
+    is_step = step >= 0 and any(other_run == run for other_run, _ in following)
     if tuned is not None:
         others = [path for path in models if path.rstrip("/") != tuned.rstrip("/")]
     elif not is_step and not is_adapter(locate(models[0])):
         tuned, *others = models
     else:
         others = list(models)
-    runs = list(dict.fromkeys(_run_and_step(path)[0] for path in others))
-    others.sort(key=lambda path: (runs.index(_run_and_step(path)[0]), _run_and_step(path)[1]))
+    runs = [_split_step(path)[0] for path in others]
+    others.sort(key=lambda path: (runs.index(_split_step(path)[0]), _split_step(path)[1]))
     return probe_outputs(base, tuned, others, **options)
 
 
-def _run_and_step(path: str) -> tuple[str, int]:
+def _split_step(path: str) -> tuple[str, int]:
     """Return a path without the number at its end, and that number; -1 without one.
 
-    >>> _run_and_step("out/checkpoint-100/"), _run_and_step("out/full")
+    >>> _split_step("out/checkpoint-100/"), _split_step("out/full")
     (('out/checkpoint-', 100), ('out/full', -1))
     """
     match = re.fullmatch(r"(.*?)(\d{1,18})?", path.rstrip("/"), re.DOTALL)
@@ -324,7 +315,7 @@ def _check_models(tuned: Path | str | None, others: Sequence[Path | str]) -> Non
 
 
 def _list_left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
-    """Return tensors that could not be put into the model, each once for each reason."""
+    """Return the records of tensors that could not be put into the model, each once for each reason."""
     by_layer_and_reason: dict[tuple[str, str], LeftOut] = {}
     for comparison, contender in zip(compared, contenders, strict=True):
         assert contender.swapped is not None

@@ -41,12 +41,12 @@ class Rival:
     """An adapter compared with the best one on the same sequences.
 
     Args:
-        name: Its path.
-        behind: Its loss minus that of the best.
+        name: Path of the adapter.
+        behind: Loss of the adapter minus that of the best.
         half: Half the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
             (Bonferroni); None for one sequence.
-        sequences: Estimated number of sequences that would separate them; None if already separated, above 1000, or
-            not known from one sequence.
+        sequences: Estimated number of sequences that would separate the two; None if it is significantly worse, if more
+            than 1000 would be needed, or for one sequence.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Rival:
 
     @property
     def worse(self) -> bool:
-        """Whether it is significantly worse than the best."""
+        """Whether the adapter is significantly worse than the best."""
         return self.half is not None and self.behind > self.half
 
 
@@ -65,9 +65,9 @@ class Choice:
     """The best of several adapters by their losses on one set.
 
     Args:
-        set: Its name.
-        best: The path of the adapter with the lowest loss.
-        rivals: The others, by their losses.
+        set: Name of the set.
+        best: Path of the adapter with the lowest loss.
+        rivals: The other adapters, by their losses.
     """
 
     set: str
@@ -80,26 +80,25 @@ class Choice:
         return tuple(rival for rival in self.rivals if not rival.worse)
 
 
-def choices(records: Sequence[Probe]) -> list[Choice]:
+def choose_adapters(records: Sequence[Probe]) -> list[Choice]:
     """Return for each set the adapter with the lowest loss, and the comparison with the others.
 
     Sets with fewer than two adapters are skipped, and results without losses of sequences.
     """
     by_set = []
-    for name in dict.fromkeys(record.set for record in records):
+    for name in set_names(records):
         of_set = [record for record in records if record.set == name]
         counts = next((record.predictions for record in of_set if record.subject == "base"), ())
         adapters = sorted((r for r in of_set if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
         if len(adapters) > 1 and counts:
             best, *others = adapters
-            level = 1 - 0.05 / 2 / len(others)
-            by_set.append(
-                Choice(name, best.name, tuple(_compare_rival(other, best, counts, level) for other in others))
-            )
+            rivals = [_compare_rival(other, best, counts, 1 - 0.05 / 2 / len(others)) for other in others]
+            by_set.append(Choice(name, best.name, tuple(rivals)))
     return by_set
 
 
 def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
+    """Return the comparison of an adapter with the best one, at a one-sided confidence level."""
     gap, error = paired_difference(other.nll, best.nll, counts)
     if error is None:
         return Rival(other.name, gap, None, None)
@@ -118,7 +117,7 @@ class Contest:
 
     Args:
         name: The adapter's path.
-        records: Its records on ``deciding_sets``, one per set.
+        records: The adapter's records on ``deciding_sets``, one per set.
         outcome: ``as good`` if it significantly keeps at least 90% of TUNED's gain on every set; else ``worse`` if it
             is significantly worse on any set; else ``not known``.
     """
@@ -129,19 +128,19 @@ class Contest:
 
     @property
     def worst(self) -> Probe:
-        """Its record on the set with the largest gap to TUNED."""
+        """Record on the set with the largest gap to TUNED."""
         return max(self.records, key=lambda record: record.gap or 0.0)
 
 
 def find_gain(base: Probe | None) -> float | None:
-    """Return the gain of TUNED over BASE; None if it is not significant."""
+    """Return the gain of TUNED over BASE from the record of BASE on a set; None if it is not significant."""
     if base is None or base.gap is None or (half := gap_half(base)) is None or base.gap <= half:
         return None
     return base.gap
 
 
 def is_tuned_worse(base: Probe | None) -> bool:
-    """Return whether TUNED is significantly worse than BASE on a set, so that an adapter has no gain to keep."""
+    """Return whether TUNED is significantly worse than BASE, from the record of BASE on a set; False without one."""
     return base is not None and base.gap is not None and (half := gap_half(base)) is not None and base.gap < -half
 
 
@@ -172,33 +171,24 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
         return []
     sets, bases = deciding_sets(records), _find_bases(records)
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
-    contests = []
-    for name in names:
-        own_records = tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets)
-        if own_records:
-            contests.append(
-                Contest(
-                    name,
-                    own_records,
-                    _judge(own_records, {set_name: find_gain(bases.get(set_name)) for set_name in sets}),
-                )
-            )
-    return contests
+    gains = {name: find_gain(bases.get(name)) for name in sets}
+    own_records = {
+        name: tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets) for name in names
+    }
+    return [Contest(name, group, _judge(group, gains)) for name, group in own_records.items() if group]
 
 
 def _judge(
     own_records: tuple[Probe, ...], gain_by_set: dict[str, float | None]
 ) -> Literal["as good", "worse", "not known"]:
-    if any(record.gap is None or gap_half(record) is None for record in own_records):
+    """Return the outcome for an adapter from its records and the significant gains of TUNED, as in ``Contest``."""
+    gaps = [(record.gap, gap_half(record), gain_by_set[record.set]) for record in own_records]
+    known = [(gap, half, gain) for gap, half, gain in gaps if gap is not None and half is not None]
+    if len(known) < len(gaps):
         return "not known"
-    if all(
-        (gain := gain_by_set[record.set]) is not None
-        and (record.gap or 0.0) + (gap_half(record) or 0.0) <= (1 - SUFFICIENT_SHARE) * gain
-        for record in own_records
-    ):
+    if all(gain is not None and gap + half <= (1 - SUFFICIENT_SHARE) * gain for gap, half, gain in known):
         return "as good"
-    worse = any((record.gap or 0.0) > (gap_half(record) or 0.0) for record in own_records)
-    return "worse" if worse else "not known"
+    return "worse" if any(gap > half for gap, half, _ in known) else "not known"
 
 
 # For runs without a reference: measured values for comparison (docs/reference/probe-outputs.md).
@@ -214,7 +204,7 @@ DEPTHS = 7
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: the weights in which the models differ."""
+    """Return the next step: a comparison of the models' weights."""
     paths: dict[str, list[str]] = {}
     for run_input in results.run.inputs:
         paths.setdefault(run_input.role, []).append(run_input.path)
@@ -228,11 +218,12 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     records = results.whole_of(Probe)
     labels, verdict = _label_models(records), _describe_best(contests_of(records))
     subjects = {record.subject for record in records}
+    has_tuned = "tuned" in subjects
     on_sets, distances, sets = [], [], set_names(records)
     for name in sets:
         of_set = [record for record in records if record.set == name]
-        lines = _describe_losses(of_set, labels) if "tuned" in subjects else _describe_equals(of_set, labels)
-        answer = verdict or "".join(lines[1:2]) if "tuned" in subjects else f"not compared with one: {lines[0]}"
+        lines = _describe_losses(of_set, labels) if has_tuned else _describe_equals(of_set, labels)
+        answer = verdict or "".join(lines[1:2]) if has_tuned else f"not compared with one: {lines[0]}"
         on_sets.append(on_set(name, *lines, answer=answer))
         scope = f"{short(name)}: " if len(sets) > 1 else ""
         distances += [f"{scope}{line}" for line in _describe_distances(of_set, labels)]
@@ -240,11 +231,9 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
         results,
         *on_sets,
         make_statement("distances", "Distances", *distances),
-        make_statement("tuned", "TUNED", "" if "tuned" in subjects else _EQUALS),
-        make_statement(
-            "yardstick", "Reference", "" if subjects & {"reference"} or "tuned" not in subjects else _NO_REFERENCE
-        ),
-        reading=_READING if "tuned" in subjects else "",
+        make_statement("tuned", "TUNED", "" if has_tuned else _EQUALS),
+        make_statement("yardstick", "Reference", _NO_REFERENCE if has_tuned and "reference" not in subjects else ""),
+        reading=_READING if has_tuned else "",
     )
 
 
@@ -255,7 +244,7 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     grids = []
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
-        rows = [(_name(record, labels), [record]) for record in of_set]
+        rows = [(_name_model(record, labels), [record]) for record in of_set]
         grids.append(grid_of(Probe.shown, rows, "model", caption_of(name, of_set)))
         if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
             caption = f"On {short(name)}: distance of the hidden states after block"
@@ -276,24 +265,25 @@ def _label_models(records: Sequence[Probe]) -> dict[str, str]:
     return dict(zip(paths, short_paths(paths), strict=True))
 
 
-def _name(record: Probe, labels: dict[str, str]) -> str:
+def _name_model(record: Probe, labels: dict[str, str]) -> str:
     if not record.name:
         return record.subject.upper()
     return f"{labels[record.name]} (reference)" if record.subject == "reference" else labels[record.name]
 
 
 def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
-    """Return ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at some depths, evenly spaced if there are many."""
+    """Return the table of ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at up to ``DEPTHS`` depths, evenly spaced."""
     depths = select_evenly(range(max(len(record.hidden or ()) for record in of_set)), DEPTHS)
     columns = []
     for depth in depths:
         values = [(record.hidden or ())[depth] for record in of_set]
         cells = tuple("same" if value is None else f"{value:.2f}" for value in values)
         columns.append(Column(str(depth) if depth else "0 (input)", cells))
-    return Grid(caption, "model", tuple(_name(record, labels) for record in of_set), tuple(columns))
+    return Grid(caption, "model", tuple(_name_model(record, labels) for record in of_set), tuple(columns))
 
 
 def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
+    """State the losses of BASE and TUNED, of each adapter compared with TUNED, and which adapter to use."""
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     if len(ends) < 2:
         return ["not measured yet"]
@@ -301,7 +291,7 @@ def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[st
     return [
         describe_losses(ends["base"], ends["tuned"]),
         *_describe_adapters(ends["base"], adapters, labels),
-        *(_describe_choice(choice, labels) for choice in choices(of_set)),
+        *(_describe_choice(choice, labels) for choice in choose_adapters(of_set)),
     ]
 
 
@@ -313,13 +303,13 @@ def _describe_equals(of_set: Sequence[Probe], labels: dict[str, str]) -> list[st
         return ["not measured yet"]
     best = min(adapters, key=lambda record: record.nats)
     to_base = _describe_relative_to_base(best, base, labels)
-    return [*(_describe_choice(choice, labels) for choice in choices(of_set)), to_base]
+    return [*(_describe_choice(choice, labels) for choice in choose_adapters(of_set)), to_base]
 
 
 def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str, str]) -> list[str]:
     """Compare adapters with TUNED; where TUNED is worse than BASE, with BASE."""
     if not is_tuned_worse(base):
-        return [f"{_name(record, labels)}: {_compare_with_tuned(record)}" for record in adapters]
+        return [f"{_name_model(record, labels)}: {_compare_with_tuned(record)}" for record in adapters]
     difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
     lines = [f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are compared with BASE"]
     return [*lines, *(_describe_relative_to_base(record, base, labels) for record in adapters)]
@@ -331,11 +321,11 @@ def _describe_relative_to_base(record: Probe, base: Probe, labels: dict[str, str
     word = "no significant difference from"
     if half is not None and abs(value) > half:
         word = "better than" if value < 0 else "worse than"
-    return f"{_name(record, labels)}: {word} BASE ({with_limits(value, half)})"
+    return f"{_name_model(record, labels)}: {word} BASE ({with_limits(value, half)})"
 
 
 def _describe_best(contests: Sequence[Contest]) -> str:
-    """State whether the best adapter does as well as the full fine-tune; nothing without contests."""
+    """State whether the best adapter is as good as the full fine-tune; empty without contests."""
     if not contests:
         return ""
     answers = {"as good": "yes", "worse": "no", "not known": "not known"}
@@ -351,7 +341,7 @@ def _describe_best(contests: Sequence[Contest]) -> str:
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:
-    """State which adapter to use: the significantly best one, or that some are not distinguishable."""
+    """State which adapter to use: the best one, or the cheapest of those that are not distinguishable from it."""
     best = labels[choice.best]
     text = "; ".join(f"{labels[rival.name]} {_format_gap(rival)}" for rival in choice.rivals)
     if not choice.equals:
@@ -381,8 +371,9 @@ def _compare_with_tuned(record: Probe) -> str:
 
 
 def _describe_distances(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
+    """State which adapter is nearest to TUNED in its logits, and how many are as near as the reference."""
     distances = {
-        _name(record, labels): record.distance
+        _name_model(record, labels): record.distance
         for record in sorted(of_set, key=lambda record: record.nats)
         if record.subject == "adapter" and record.distance is not None
     }

@@ -5,17 +5,7 @@ from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import (
-    DATA,
-    GRANULARITY,
-    RANK,
-    RATES,
-    SEEDS,
-    STEPS,
-    LayerTrainOptions,
-    Option,
-    Shifted,
-)
+from lora_diag.running.options import DATA, GRANULARITY, RANK, RATES, SEEDS, STEPS, LayerTrainOptions, Option, Shifted
 
 
 class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
@@ -46,10 +36,7 @@ FEATURE = Feature(
             ),
         ),
     ),
-    records=(
-        ".record:Sensitivity",
-        ".record:FirstOrder",
-    ),
+    records=(".record:Sensitivity", ".record:FirstOrder"),
     functions=(".measure:probe_sensitivity",),
     statements=".show:sensitivity_lines",
     grids=".show:sensitivity_grids",

@@ -27,14 +27,14 @@ def sensitivity(
         name: Name of the evaluation set; default the first.
 
     Returns:
-        The Axes drawn on: at the smallest trained rank, the highest gain first.
+        The Axes drawn on: gains at the smallest trained rank, the highest first.
     """
     return draw_panel(make_page, results, "sensitivity", ax, name=name)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the gains, one panel per set, the highest first."""
-    ranks = sorted({_smallest_rank(item.records) for item in series})
+    ranks = sorted({_find_smallest_rank(item.records) for item in series})
     page = make_rows_page(
         series,
         _make_rows,
@@ -53,14 +53,15 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return page
 
 
-def _smallest_rank(records: Sequence[Sensitivity]) -> int:
+def _find_smallest_rank(records: Sequence[Sensitivity]) -> int:
     return min((record.rank for record in records if record.rank is not None), default=0)
 
 
 def _make_rows(item: Series[Sensitivity], name: str, color: str) -> list[Row]:
+    """Return the gains of one run on a set, in a colour."""
     records = item.records
     seed = min((record.seed for record in records if record.unit), default=0)
     return [
         Row(name_of(gain.unit), gain.gain, gain.half, color)
-        for gain in gains_of(records, name, records[0].set, _smallest_rank(records), seed)
+        for gain in gains_of(records, name, records[0].set, _find_smallest_rank(records), seed)
     ]

@@ -20,7 +20,7 @@ from lora_diag.running.amounts import edge, find_best_rates
 
 
 def _describe_gain(group: Sequence[Gain | Marginal]) -> str | None:
-    """Return the gain of one unit and its standard error; None where there is none."""
+    """Return the first gain of a group with its standard error, as text; None for an empty group."""
     return next((f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}") for gain in group), None)
 
 
@@ -29,11 +29,11 @@ class Gain:
     """Gain of one unit alone at one rank, mean over seeds.
 
     Args:
-        unit: Its name.
-        layers: Its weights.
+        unit: Name of the unit.
+        layers: Weights of the unit.
         params: Number of parameters of its factors.
         lr: The rate with the lowest loss of the first seed.
-        gain: Loss of BASE minus its loss.
+        gain: Loss of BASE minus the loss with the unit adapted.
         error: Standard error of ``gain`` over sequences; None for one sequence.
         seeds: The gain of each seed.
         nll: Negative log-likelihood of each sequence, mean over seeds.
@@ -58,24 +58,24 @@ class Gain:
 
     @property
     def half(self) -> float | None:
-        """Half the interval outside which it is significant (``paired_half``)."""
+        """Half the interval outside which ``gain`` is significant (``paired_half``)."""
         return paired_half(self.error, len(self.nll))
 
     @property
     def is_clear(self) -> bool:
-        """Whether it differs significantly from zero."""
+        """Whether ``gain`` differs significantly from zero."""
         return self.half is not None and abs(self.gain) > self.half
 
 
 @dataclass(frozen=True, slots=True)
 class Marginal:
-    """g(r → r + δ) = L(r) − L(r + δ) of one unit, each at its own best rate.
+    """g(r → r + δ) = L(r) − L(r + δ) of one unit, each rank at its own best rate.
 
     Args:
-        unit: Its name.
+        unit: Name of the unit.
         gain: g.
-        error: Its standard error, paired over sequences.
-        sequences: Their number.
+        error: Standard error of ``gain``, paired over sequences; None for one sequence.
+        sequences: Number of sequences.
     """
 
     unit: str
@@ -85,7 +85,7 @@ class Marginal:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it differs significantly from zero."""
+        """Whether ``gain`` differs significantly from zero."""
         half = paired_half(self.error, self.sequences)
         return half is not None and abs(self.gain) > half
 
@@ -95,10 +95,10 @@ class Correlation:
     """Rank correlation of a score with the measured gains.
 
     Args:
-        score: Its name.
-        rho: Spearman's ρ over all units.
-        ends: Its 95% interval; None with too few units.
-        p: p-value of a permutation test.
+        score: Name of the score.
+        rho: Spearman's ρ over all units; None if it is not defined.
+        ends: 95% interval of ``rho``; None with too few units.
+        p: p-value of ``rho`` by a permutation test.
         within: ρ within module types; None if no type has three layers, or units are not layers.
         within_p: p-value of ``within``.
         n: Number of units.
@@ -113,12 +113,6 @@ class Correlation:
     n: int
 
 
-def best_rate(records: Sequence[Sensitivity], unit: str, rank: int, deciding_set: str, seed: int) -> float | None:
-    """Return the rate of a unit's lowest loss of the first seed on the deciding set; None if all runs diverged."""
-    key = (unit, rank, deciding_set, seed)
-    return find_best_rates((unit, r.loss, r.lr) for r in records if (r.unit, r.rank, r.set, r.seed) == key).get(unit)
-
-
 def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank: int, seed: int) -> list[Gain]:
     """Return the gain of each unit on one set, in the order of the run; units whose runs all diverged are skipped.
 
@@ -130,15 +124,17 @@ def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank:
         seed: The first seed.
     """
     base = next((r for r in records if not r.unit and r.set == name), None)
+    at_rank = [r for r in records if r.unit and r.rank == rank]
+    rates = find_best_rates((r.unit, r.loss, r.lr) for r in at_rank if (r.set, r.seed) == (deciding_set, seed))
     gains = []
-    for unit in dict.fromkeys(r.unit for r in records if r.unit and r.rank == rank):
-        lr = best_rate(records, unit, rank, deciding_set, seed)
-        runs = [r for r in records if (r.unit, r.rank, r.lr, r.set) == (unit, rank, lr, name) and r.gain is not None]
-        if base is None or lr is None or not runs:
+    for unit in dict.fromkeys(r.unit for r in at_rank if r.unit in rates):
+        lr = rates[unit]
+        runs = [r for r in at_rank if (r.unit, r.lr, r.set) == (unit, lr, name) and r.gain is not None]
+        if base is None or not runs:
             continue
         nll = tuple(fmean(values) for values in zip(*(r.nll for r in runs), strict=True))
         gain, error = paired_difference(base.nll, nll, base.predictions)
-        tried = {r.lr for r in records if (r.unit, r.rank) == (unit, rank) and r.lr is not None}
+        tried = {r.lr for r in at_rank if r.unit == unit and r.lr is not None}
         seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
         gains.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
     return gains
@@ -147,7 +143,7 @@ def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank:
 def marginals_of(
     records: Sequence[Sensitivity], name: str, lower: Sequence[Gain], higher: Sequence[Gain]
 ) -> list[Marginal]:
-    """Return the gain of the higher rank over the lower one, for units with both; none without BASE."""
+    """Return the gain of the higher rank over the lower one, for units with both; empty without BASE's record."""
     base = next((r for r in records if not r.unit and r.set == name), None)
     at_higher_rank = {gain.unit: gain for gain in higher}
     if base is None:
@@ -168,7 +164,7 @@ SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
-    """Return the first-order scores of a unit, summed over its layers, as far as the gradient provides them."""
+    """Return the scores of a unit, summed over its layers; only ``size`` if a layer has no first-order record."""
     first_orders = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
     if len(first_orders) == len(gain.layers):
@@ -179,7 +175,7 @@ def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     return scores
 
 
-def correlations(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
+def correlate_scores(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
     """Return the rank correlation of each score that all units have with the gains; none for fewer than three units.
 
     Args:

@@ -24,7 +24,7 @@ from lora_diag.models.activations import linear_layers, shape_of
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model, Weights
-from lora_diag.models.training import ALPHA_OVER_RANK, RECIPE, Cell, Lora, Training, layers_without_head, losses_after
+from lora_diag.models.training import ALPHA_OVER_RANK, RECIPE, Cell, Training, layers_without_head, losses_after
 from lora_diag.probes.sensitivity import SensitivityOptions
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
@@ -41,9 +41,9 @@ class Unit:
     """The layers that are adapted together, without others.
 
     Args:
-        name: Its name.
-        layers: Its weights, by their names in BASE.
-        modules: Its modules, by their paths in the model.
+        name: Name of the unit.
+        layers: Names of its weights in BASE.
+        modules: Paths of its modules in the model.
         sizes: out + in of each module.
     """
 
@@ -53,9 +53,9 @@ class Unit:
     sizes: tuple[int, ...]
 
     @property
-    def kind(self) -> Lora:
-        """LoRA on these modules only."""
-        return Lora("|".join(map(re.escape, self.modules)))
+    def targets(self) -> str:
+        """Regular expression for the modules, as PEFT takes it."""
+        return "|".join(map(re.escape, self.modules))
 
 
 def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str) -> list[Unit]:
@@ -68,7 +68,7 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
     """
     groups: dict[str, list[str]] = {}
     for weight in layers:
-        groups.setdefault(_unit_name(base_names[weight], per), []).append(weight)
+        groups.setdefault(_name_unit(base_names[weight], per), []).append(weight)
     return [
         Unit(
             name,
@@ -80,7 +80,8 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
     ]
 
 
-def _unit_name(layer: str, per: str) -> str:
+def _name_unit(layer: str, per: str) -> str:
+    """Return the name of a layer's unit; a layer outside the blocks belongs to its module type, not to a ``block``."""
     if per == "layer":
         return layer
     depth = depth_of(layer)
@@ -109,7 +110,7 @@ def train_alone(
         bases: BASE's losses, by set.
         after: Called after every step and every batch.
     """
-    alone = replace(training, kind=replace(training.kind, targets=unit.kind.targets))
+    alone = replace(training, kind=replace(training.kind, targets=unit.targets))
     by_set, train_loss = losses_after(model, cell, alone, sets, after)
     return [
         record_of(texts, losses, unit, cell, bases[texts.name], train_loss)
@@ -125,7 +126,11 @@ def record_of(
     base: Losses | None = None,
     train_loss: float | None = None,
 ) -> Sensitivity:
-    """Return the record of a run on one set; without a run, of BASE."""
+    """Return the record of a run on one set; without a run, of BASE.
+
+    Raises:
+        InputError: The loss of BASE is not finite.
+    """
     fields = losses.fields_of_run(texts, train_loss) | losses.by_sequence(is_base=unit is None)
     if unit is None or cell is None or base is None:
         return Sensitivity(**fields | {"loss": losses.mean}, seed=0)
@@ -143,7 +148,7 @@ def record_of(
     )
 
 
-def gradients(
+def compute_gradients(
     model: Model, layers: Mapping[str, nn.Module], texts: Texts, size: int, after: Callable[[], None]
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss on a set for every weight, ``(out, in)``, summed in float32 or better.
@@ -187,7 +192,7 @@ def gradients(
     return by_layer
 
 
-def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstOrder:
+def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstOrder:
     r"""Return first-order predictions for a LoRA of a given rank from the gradient of one layer.
 
     ‖P_T G‖², the mean over A, with P_T the projection on the reach of a fresh adapter; Σ_{i≤r}σ_i², the reach of any
@@ -195,7 +200,7 @@ def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstO
     so of variance 1/(3·in), with sums of ``in`` terms approximated as normal.
 
     Args:
-        layer: Its name.
+        layer: Name of the layer in BASE.
         gradient: G, ``(out, in)``.
         rank: r, capped at min(out, in).
         texts: Text of the gradient.
@@ -217,10 +222,7 @@ def first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstO
 
 
 @show_options
-def probe_sensitivity(
-    base: Path | str,
-    **options: Unpack[SensitivityOptions],
-) -> Results[Any]:
+def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -> Results[Any]:
     r"""Train a LoRA on each layer alone, on the same batches in the same order, and measure ΔL_ℓ = L(BASE) − L.
 
     First the gradient of every layer at BASE is computed in one pass, which gives cheap first-order scores. Then each
@@ -280,10 +282,12 @@ def probe_sensitivity(
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
         plan = run.plan_runs(run_records, seeds)
-        probe = _Probe(model, units_of(linear, base_names, per), ranks, tuple(sorted(set(rates))), plan)
+        probe = _Probe(model, units_of(linear, base_names, per), ranks, tuple(settings["rates"]), plan)
         probe.report_cost()
-        probe.score(linear, base_names)
-        probe.run(probe.measure_base())
+        probe.put_scores(linear, base_names)
+        bases = probe.measure_base()
+        for arm in probe.list_arms(bases):
+            plan.run(arm)
         return left_out
 
     return run.over(run.inputs(stored), settings, measure_missing)
@@ -319,7 +323,15 @@ def _choose_layers(
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """State of a run."""
+    """What the measurements of a run share.
+
+    Args:
+        model: BASE.
+        units: The units, in the order of the model.
+        ranks: The trained ranks, ascending.
+        rates: The peak learning rates, ascending.
+        plan: The sequence of runs, and the records.
+    """
 
     model: Model
     units: Sequence[Unit]
@@ -327,9 +339,10 @@ class _Probe:
     rates: tuple[float, ...]
     plan: RunPlan
 
-    def arm(self, unit: Unit, rank: int, bases: Mapping[str, Losses]) -> Arm:
-        """Return one unit at one rank, at every rate; its gains are over the losses of BASE, by set."""
-        return Arm((rank,), self.rates, partial(self._make_trial, unit, bases))
+    def list_arms(self, bases: Mapping[str, Losses]) -> list[Arm]:
+        """Return each unit at each rank, at every rate; gains are over ``bases``, the losses of BASE by set."""
+        trials = [partial(self._make_trial, unit, bases) for unit in self.units]
+        return [Arm((rank,), self.rates, make_trial) for make_trial in trials for rank in self.ranks]
 
     def _make_trial(self, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
         cell = Cell(rank, lr, seed)
@@ -340,19 +353,16 @@ class _Probe:
 
         return Trial(fields, f"{unit.name} {cell.label}", train)
 
-    def score(self, layers: Mapping[str, Any], base_names: Mapping[str, str]) -> None:
+    def put_scores(self, layers: Mapping[str, Any], base_names: Mapping[str, str]) -> None:
         """Record first-order scores of every layer from its gradient at BASE, unless the file has them."""
         if self._has_scores():
             return
         texts, plan = self.plan.training.used_texts, self.plan
-        layer_gradients = gradients(
-            self.model, layers, texts, plan.training.batch, partial(plan.watch.batch, "gradient")
-        )
+        after = partial(plan.watch.batch, "gradient")
+        by_layer = compute_gradients(self.model, layers, texts, plan.training.batch, after)
+        rank = self.ranks[0]
         plan.kept.put(
-            *(
-                first_order(base_names[name], gradient, self.ranks[0], texts)
-                for name, gradient in layer_gradients.items()
-            )
+            *(predict_first_order(base_names[name], gradient, rank, texts) for name, gradient in by_layer.items())
         )
 
     def measure_base(self) -> dict[str, Losses]:
@@ -366,12 +376,6 @@ class _Probe:
         plan.kept.put(*(record_of(texts, bases[texts.name]) for texts in plan.sets))
         return bases
 
-    def run(self, bases: Mapping[str, Losses]) -> None:
-        """Adapt every unit at every rank."""
-        for unit in self.units:
-            for rank in self.ranks:
-                self.plan.run(self.arm(unit, rank, bases))
-
     def _has_scores(self) -> bool:
         return any(isinstance(record, FirstOrder) for record in self.plan.kept.records)
 
@@ -379,9 +383,8 @@ class _Probe:
         """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
         plan, steps = self.plan, self.plan.training.steps
         first = plan.sets[0].first(plan.training.batch)
-        bases = {first.name: measure(self.model, first, plan.training.batch)}
-        step, evaluation = plan.time_step(self.arm(self.units[0], self.ranks[-1], bases))
-        arms = [self.arm(unit, rank, bases) for unit in self.units for rank in self.ranks]
+        arms = self.list_arms({first.name: measure(self.model, first, plan.training.batch)})
+        step, evaluation = plan.time_step(arms[len(self.ranks) - 1])  # the first unit at the highest rank
         runs = sum(map(plan.count_unfinished, arms))
         passes = 0 if self._has_scores() else plan.training.used_texts.count_batches(plan.training.batch)
         plan.watch.total = plan.batches + passes

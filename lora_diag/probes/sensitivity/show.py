@@ -12,7 +12,7 @@ from lora_diag.probes.sensitivity.gains import (
     Correlation,
     Gain,
     Marginal,
-    correlations,
+    correlate_scores,
     gains_of,
     marginals_of,
     scores_of,
@@ -58,17 +58,17 @@ _SIGNIFICANT_P = 0.05
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: training; gains by set; more rank; seeds; other sets; first-order predictions; rates."""
+    """Return the statements: training; gains by set; higher rank; seeds; other sets; first-order scores; rates."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains, marginals = _read_gains(results)
     first = next(iter(gains.values()), [])
     findings = []
     if first:
-        proxies = correlations(first, _read_scores(results))
+        proxies = correlate_scores(first, _read_scores(results))
         findings = [
-            make_statement("more_rank", "More rank", _describe_marginal(next(iter(marginals.values())), settings)),
-            make_statement("repeats", "Seed agreement", _describe_repeats(first)),
-            make_statement("same_order", "Set agreement", *_describe_other_sets(gains)),
+            make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values())), settings)),
+            make_statement("repeats", "Seed agreement", _describe_seed_agreement(first)),
+            make_statement("same_order", "Set agreement", *_describe_set_agreement(gains)),
             make_statement("cheaper", "Proxies", *_describe_proxies(proxies, first)),
             make_statement("rates", "Rates", *_describe_rates(first, records, settings)),
         ]
@@ -82,11 +82,12 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
 
 
 def _read_scores(results: Results[Any]) -> dict[str, FirstOrder]:
+    """Return the first-order records by layer."""
     return {record.layer: record for record in results.whole_of(FirstOrder)}
 
 
 def _read_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], dict[str, list[Marginal]]]:
-    """Return by set, the deciding set first, the gains and those of the higher rank over the lower, if trained."""
+    """Return by set, the deciding set first: the gains, and those of the higher rank over the lower, if trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     sets, rank, seed = set_names(records), settings["rank"], settings["seed"]
     gains = {name: gains_of(records, name, sets[0], rank, seed) for name in sets}
@@ -112,25 +113,22 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     rank, delta = settings["rank"], settings["delta"]
     names = [short(row.unit) for row in rows]
 
-    def align(items: Sequence[Gain] | Sequence[Marginal]) -> Rows:
-        by_unit = {item.unit: [item] for item in items}
+    def align(gains_of_units: Sequence[Gain] | Sequence[Marginal]) -> Rows:
+        by_unit = {gain.unit: [gain] for gain in gains_of_units}
         return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
 
-    gain, seeds, *others = Gain.shown
-    columns = columns_of((gain, seeds), align(rows))
-    for position, name in enumerate(gains):
-        if position:
-            columns += columns_of([replace(gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
-        elif delta:
-            columns += columns_of([replace(gain, title=f"g({rank}→{rank + delta})")], align(marginals[name]))
+    shown_gain, shown_seeds, *others = Gain.shown
+    first_set, *other_sets = gains
+    columns = columns_of((shown_gain, shown_seeds), align(rows))
+    if delta:
+        columns += columns_of([replace(shown_gain, title=f"g({rank}→{rank + delta})")], align(marginals[first_set]))
+    for name in other_sets:
+        columns += columns_of([replace(shown_gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
     columns += columns_of(others, align(rows))
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{_UNITS[settings['per']][0]} alone"
-    return [
-        Grid(
-            "", title, tuple(names), (*columns, *columns_of(_PROXIES, score_rows)), _make_table_note(settings), MAX_ROWS
-        )
-    ]
+    columns += columns_of(_PROXIES, score_rows)
+    return [Grid("", title, tuple(names), tuple(columns), _make_table_note(settings), MAX_ROWS)]
 
 
 def _make_table_note(settings: dict[str, Any]) -> str:
@@ -177,7 +175,7 @@ def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
     return ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in gains)
 
 
-def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) -> str:
+def _describe_marginals(marginals: Sequence[Marginal], settings: dict[str, Any]) -> str:
     if not marginals:
         return ""
     clear = [marginal for marginal in marginals if marginal.is_clear]
@@ -190,8 +188,8 @@ def _describe_marginal(marginals: Sequence[Marginal], settings: dict[str, Any]) 
     )
 
 
-def _describe_repeats(gains: Sequence[Gain]) -> str:
-    """State the rank correlation of the gains with the first two seeds, if three units have both."""
+def _describe_seed_agreement(gains: Sequence[Gain]) -> str:
+    """State the rank correlation of the gains with the first two seeds; empty if fewer than three units have both."""
     repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
     if len(repeated) < 3:
         return ""
@@ -199,8 +197,8 @@ def _describe_repeats(gains: Sequence[Gain]) -> str:
     return f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared"
 
 
-def _describe_other_sets(gains: dict[str, list[Gain]]) -> list[str]:
-    """State the rank correlation of the gains on each other set and on the first, if three units have both."""
+def _describe_set_agreement(gains: dict[str, list[Gain]]) -> list[str]:
+    """State the rank correlation of the gains on the first set with those on each other, if three units have both."""
     (first_set, first), *others = gains.items()
     lines = []
     for name, of_set in others:
@@ -227,18 +225,18 @@ def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> 
         lines.append("within module types, no score is significantly better than chance")
     within = "; within a type" if within_p_values else ""
     lines.append(f"Spearman's ρ with the gains, 95% interval, p by permutation{within}")
-    for item in ordered:
-        text = _format_rho(item.rho)
-        text += f" [{item.ends[0]:+.2f}, {item.ends[1]:+.2f}]" if item.ends else ""
-        text += "" if item.p is None else f" p {_format_p(item.p)}"
-        if item.within is not None and item.within_p is not None:
-            text += f"; {item.within:+.2f} p {_format_p(item.within_p)}"
-        lines.append(f"{text}: {_SCORES[item.score]}")
+    for proxy in ordered:
+        text = _format_rho(proxy.rho)
+        text += f" [{proxy.ends[0]:+.2f}, {proxy.ends[1]:+.2f}]" if proxy.ends else ""
+        text += "" if proxy.p is None else f" p {_format_p(proxy.p)}"
+        if proxy.within is not None and proxy.within_p is not None:
+            text += f"; {proxy.within:+.2f} p {_format_p(proxy.within_p)}"
+        lines.append(f"{text}: {_SCORES[proxy.score]}")
     return lines
 
 
 def _judge_proxy(best: Correlation, size: Correlation) -> str:
-    """State whether the best score of the gradient is useful."""
+    """State whether the best score of the gradient ranks the units better than chance and the number of parameters."""
     name = _SCORES[best.score]
     if best.p is None or best.rho is None or best.p > _SIGNIFICANT_P or best.rho <= 0:
         return f"no: no score from one gradient ranks the {best.n} significantly better than chance"

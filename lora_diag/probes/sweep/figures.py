@@ -10,7 +10,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from lora_diag.probes.sweep.verdict import TOLERANCE, AtRank, SweepVerdict, best_rates, by_rank, confident, judge
+from lora_diag.probes.sweep.verdict import (
+    TOLERANCE,
+    AtRank,
+    SweepVerdict,
+    best_rates,
+    by_rank,
+    format_confidence,
+    judge,
+)
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel, key, run_keys
@@ -36,7 +44,7 @@ class SweepCurve:
     """The result of one sweep on one set.
 
     Args:
-        rows: One per rank, at its own learning rate.
+        rows: The runs of each rank at its own learning rate.
         base: BASE's loss; None if not measured.
         verdict: The verdict; None without BASE's loss or a run.
         lines: Mean losses of the reference lines by name.
@@ -58,7 +66,7 @@ class SweepCurve:
         return [loss for row in self.rows for loss in row.losses]
 
 
-def sweep_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
+def make_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
     """Return the curve of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
     first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
     rows = tuple(by_rank(records, name, best_rates(records, first, seed)))
@@ -91,19 +99,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     if not any(record.subject == "lora" and record.loss is not None for record in records):
         raise UndrawableError("no run of the sweep is finished with a loss")
     single, width = len(series) == 1, style.line
-    sets = sets_of(records)
+    sets, xlabel = sets_of(records), "rank r, with its learning rate" if single else "rank r"
     panels = []
     for name, label in sets.items():
-        curves = [sweep_curve(item.records, name, _get_tolerance(item)) for item in series]
-        panels.append(
-            Panel(
-                _make_title(label, curves[0]) if single else label,
-                partial(_draw, curves=curves),
-                xlabel="rank r, with its learning rate" if single else "rank r",
-                ylabel="loss (nats)",
-                name=name,
-            )
-        )
+        curves = [make_curve(item.records, name, _read_tolerance(item)) for item in series]
+        title = _make_title(label, curves[0]) if single else label
+        panels.append(Panel(title, partial(_draw, curves=curves), xlabel, "loss (nats)", name=name))
     color = category(0) if single else QUIET
     ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
     keys = [
@@ -129,11 +130,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     )
 
 
-def _get_tolerance(item: Series[Any]) -> float:
+def _read_tolerance(item: Series[Any]) -> float:
     return float(item.run.settings.get("tolerance", TOLERANCE)) if item.run else TOLERANCE
 
 
 def _draw(ax: Axes, style: PageStyle, curves: Sequence[SweepCurve]) -> None:
+    """Draw the curve of each sweep, with seeds, sufficient rank, and reference lines; of one, also the tolerance."""
     width = style.line
     losses = [loss for curve in curves for loss in curve.losses]
     if not losses:
@@ -193,7 +195,7 @@ def _make_title(label: str, curve: SweepCurve) -> str:
         return label
     if verdict.rank is not None:
         return f"{label}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"
-    confidence = "" if verdict.confidence is None else f", {confident(verdict.confidence)} confidence"
+    confidence = "" if verdict.confidence is None else f", {format_confidence(verdict.confidence)} confidence"
     endings = {
         "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{confidence}",
         "no gain": "every rank is worse than BASE",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -29,13 +28,7 @@ from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_runs import (
-    Arm,
-    RunPlan,
-    TrainRun,
-    Trial,
-    Workers,
-)
+from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
 # Quantiles of N(0, 1) with an exact zero: Dettmers et al. 2023, QLoRA, appendix E.
 NF4 = (
@@ -56,7 +49,7 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-# Entries of a block of NF4, which have one scale.
+# Number of entries of a block of NF4; a block has one scale.
 BLOCK = 64
 GRIDS = ("nf4", "int8")
 
@@ -132,10 +125,7 @@ EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @show_options
-def probe_sweep(
-    base: Path | str,
-    **options: Unpack[SweepOptions],
-) -> Results[Any]:
+def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[Any]:
     r"""Train a LoRA at every rank, with the same batches in the same order and number of steps, and compare losses.
 
     At every rank all learning rates are tried with the first seed; the rate with the lowest loss on the first
@@ -191,44 +181,62 @@ def probe_sweep(
             "stay float32; use --dtype float32"
         )
     check_files([base], evaluate, *shifted, data)
-    kind = Lora(tuple(targets) or None, dora, rslora)
     with run.joined():
-        return _run_sweep(run, base, kind, ranks)
+        return _run_sweep(run, base, Lora(tuple(targets) or None, dora, rslora), ranks)
 
 
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
-    """Open the model and the texts, train, and return the results."""
+    """Open the model and the texts, train what the results file lacks, and return the results."""
     options = run.options
-    option_names = ("rates", "full", "full_rates", "bitfit", "quantized", "steps", "seeds", "tolerance")
-    rates, full, full_rates, bitfit, quantized, steps, seeds, tolerance = (options[name] for name in option_names)
-    data, evaluate, shifted, targets = (options[name] for name in ("data", "evaluate", "shifted", "targets"))
+    full, bitfit, quantized, seeds = (options[name] for name in ("full", "bitfit", "quantized", "seeds"))
     model, stored = run.open(base), open_checkpoint(base)
-    run.read_all(data, evaluate, shifted, steps, kind)
+    run.read_all(options["data"], options["evaluate"], options["shifted"], options["steps"], kind)
     settings = {
         "ranks": list(ranks),
-        "rates": sorted(set(rates)),
-        "full_rates": sorted(set(full_rates)) if full else None,
+        "rates": sorted(set(options["rates"])),
+        "full_rates": sorted(set(options["full_rates"])) if full else None,
         "bitfit": bitfit,
         "kind": kind.description,
         "quantized": quantized,
         **run.training_settings(seeds),
-        "tolerance": tolerance,
-        "targets": list(targets) or "all-linear",
+        "tolerance": options["tolerance"],
+        "targets": list(options["targets"]) or "all-linear",
         "optimizer": RECIPE,
     }
-
     workers = run.workers(base, stored)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         joined_settings = run_records.run.settings  # with the values of the sweep before it was resumed
-        sweep = _Sweep(model, run.plan_runs(run_records, joined_settings["seeds"]), workers)
-        arms = [sweep.arm("lora", joined_settings["ranks"], joined_settings["rates"], quantized)]
-        arms += [sweep.arm("full", [None], joined_settings["full_rates"], None)] if full else []
-        arms += [sweep.arm("bitfit", [None], joined_settings["rates"], None)] if bitfit else []
-        sweep.report_cost(arms)
-        sweep.measure_base("")
-        for arm in arms:
-            sweep.run(arm)
+        plan = run.plan_runs(run_records, joined_settings["seeds"])
+
+        def make_arm(subject: Subject, ranks: Sequence[int | None], rates: str, grid: str | None = None) -> Arm:
+            def make_trial(rank: int | None, lr: float, seed: int) -> Trial:
+                cell = Cell(rank, lr, seed, subject)
+                return Trial(cell.fields, cell.label, partial(run_cell, model, cell), cell)
+
+            tried = {r.lr for r in run_records.records if r.subject == subject and r.lr is not None}
+            train = partial(train_rounded, grid)
+            return Arm(tuple(ranks), tuple(joined_settings[rates]), make_trial, tuple(sorted(tried)), workers, train)
+
+        def measure_base(grid: str = "") -> None:
+            plan.measure_base(model, partial(record_of, name=grid), grid)
+
+        reference_lines = {
+            **({"of full fine-tuning": make_arm("full", [None], "full_rates")} if full else {}),
+            **({"of BitFit": make_arm("bitfit", [None], "rates")} if bitfit else {}),
+        }
+        lora = make_arm("lora", joined_settings["ranks"], "rates", quantized)
+        bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
+        # A full fine-tune keeps a copy, gradients and AdamW's two moments.
+        weights = sum(weight.numel() * weight.element_size() for weight in model.module.parameters())
+        plan.report_cost({"of LoRA": lora, **reference_lines}, bases, 4 * weights if full else 0)
+        measure_base()
+        with round_weights(layers_without_head(model.module).values(), quantized):
+            if quantized:
+                measure_base(quantized)
+            plan.run(lora)
+        for arm in reference_lines.values():
+            plan.run(arm)
         return []
 
     return run.over(run.inputs(stored), settings, measure_missing, EXTENDABLE_SETTINGS)
@@ -237,67 +245,6 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 def train_rounded(
     grid: str | None, model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> list[Probe]:
-    """Train one cell on BASE rounded to a grid, and return its records; arguments as in ``run_cell``."""
+    """Train one cell on BASE rounded to a grid, and return its records; other arguments as in ``run_cell``."""
     with round_weights(layers_without_head(model.module).values(), grid):
         return run_cell(model, cell, training, sets, after)
-
-
-@dataclass(frozen=True, slots=True)
-class _Arm:
-    """A trained method, and its BASE.
-
-    Args:
-        subject: LoRA, or a reference line.
-        runs: Its ranks and rates.
-        grid: Grid of BASE's linear layers; None without rounding.
-    """
-
-    subject: Subject
-    runs: Arm
-    grid: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Sweep:
-    """State of a sweep."""
-
-    model: Model
-    plan: RunPlan
-    workers: Workers | None
-
-    def arm(self, subject: Subject, ranks: Sequence[int | None], rates: Sequence[float], grid: str | None) -> _Arm:
-        """Return a method with its grid of ranks and rates."""
-        tried = {r.lr for r in self.plan.kept.records if r.subject == subject and r.lr is not None}
-        runs = Arm(
-            tuple(ranks),
-            tuple(sorted(set(rates))),
-            partial(self._make_trial, subject),
-            tuple(sorted(tried)),
-            self.workers,
-            partial(train_rounded, grid),
-        )
-        return _Arm(subject, runs, grid)
-
-    def _make_trial(self, subject: Subject, rank: int | None, lr: float, seed: int) -> Trial:
-        cell = Cell(rank, lr, seed, subject)
-        return Trial(cell.fields, cell.label, partial(run_cell, self.model, cell), cell)
-
-    def measure_base(self, grid: str) -> None:
-        """Measure BASE as it is, under the name of the grid to which it is rounded; empty if it is not."""
-        self.plan.measure_base(self.model, partial(record_of, name=grid), grid)
-
-    def run(self, arm: _Arm) -> None:
-        """Train all runs of an arm; with a grid, on BASE rounded to it, which is measured first."""
-        layers = layers_without_head(self.model.module).values()
-        with round_weights(layers, arm.grid):
-            if arm.grid:
-                self.measure_base(arm.grid)
-            self.plan.run(arm.runs)
-
-    def report_cost(self, arms: Sequence[_Arm]) -> None:
-        """Report the estimated cost; a full fine-tune keeps a copy, gradients and AdamW's two moments."""
-        names = {"lora": "of LoRA", "full": "of full fine-tuning", "bitfit": "of BitFit"}
-        bases = sum(not self.plan.has(subject="base", name=grid) for grid in {"", *(arm.grid or "" for arm in arms)})
-        is_full = any(arm.subject == "full" for arm in arms)
-        weights = sum(weight.numel() * weight.element_size() for weight in self.model.module.parameters())
-        self.plan.report_cost({names[arm.subject]: arm.runs for arm in arms}, bases, 4 * weights if is_full else 0)

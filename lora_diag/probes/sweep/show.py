@@ -13,10 +13,10 @@ from lora_diag.probes.sweep.verdict import (
     best_rates,
     by_rank,
     compare_with_reference,
-    confident,
+    describe_needed,
     find_diverged,
-    needs,
-    reasons,
+    format_confidence,
+    list_reasons,
     swept_of,
 )
 from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
@@ -26,12 +26,6 @@ from lora_diag.rendering.losses import caption_of, describe_added_rates, describ
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, Rows, grid_of
 from lora_diag.rendering.text import number, short, with_limits
-
-
-def main_verdict(results: Results[Any]) -> SweepVerdict | None:
-    """Return the verdict on the first set that is not shifted, or the first of all; None without BASE's loss there."""
-    swept = swept_of(results)
-    return None if swept is None else swept.verdict
 
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -54,9 +48,9 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     sets, share = set_names(records), settings["tolerance"]
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     references = _list_references(records, sets, settings["seed"])
-    all_verdicts = verdicts_of(records, settings["seed"], share)
-    verdicts = {name: verdict for name, (verdict, _) in all_verdicts.items()}
-    bases = {name: base for name, (_, base) in all_verdicts.items()}
+    verdicts, bases = {}, {}
+    for name, (verdict, base) in verdicts_of(records, settings["seed"], share).items():
+        verdicts[name], bases[name] = verdict, base
     rows = by_rank(records, sets[0], rates) if sets else []
     on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]]
     return probe_summary(
@@ -81,7 +75,7 @@ _READING = (
 
 
 def _interpret(settings: dict[str, Any]) -> str:
-    """Return notes on the interpretation of the table."""
+    """Return notes on the interpretation of the results, as one text."""
     extra = []
     if settings.get("full_rates"):
         extra.append(
@@ -115,18 +109,17 @@ def _compare_references(
     """Compare the best rank with each reference line, on every set with a measured BASE."""
     sentences: dict[Subject, list[str]] = {}
     for subject, name, row in references:
-        base = bases.get(name)
-        comparison = (
-            None if base is None else compare_with_reference(by_rank(records, name, rates), row, base.nats, share)
-        )
-        if comparison is not None:
+        if name not in bases:
+            continue
+        ranks = by_rank(records, name, rates)
+        if (comparison := compare_with_reference(ranks, row, bases[name].nats, share)) is not None:
             where = f"on {short(name)}: " if len(bases) > 1 else ""
             sentences.setdefault(subject, []).append(f"{where}{_describe_comparison(comparison, _LINES[subject])}")
     return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
 
 
 def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
-    """Compare the best rank with a line, with the interval of the difference."""
+    """State how the best rank compares with a reference line, with the interval of the difference."""
     means = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
     if comparison.half is None:
         return f"no verdict: {means} ({comparison.gap:+.4f}); one seed has no spread"
@@ -135,7 +128,7 @@ def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
         "better": "LoRA is better",
         "worse": "LoRA is worse",
         "not known": "not known: "
-        + ("no number of seeds would decide" if comparison.seeds is None else needs(comparison.seeds)),
+        + ("no number of seeds would decide" if comparison.seeds is None else describe_needed(comparison.seeds)),
     }
     span = with_limits(comparison.gap, comparison.half)
     one_run = f"; {line} is one run" if comparison.fixed else ""
@@ -152,21 +145,15 @@ def _make_table(
     bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
     runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
     rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
-    rates = [
-        Column(
-            f"lr {lr:g}",
-            (
-                *["-"] * len(bases),
-                *(_format_loss(by_setting.get((row_subject, r.rank, lr))) for row_subject, r in runs),
-            ),
-            drop=drop,
-        )
-        for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True)
-    ]
-    return grid_of(AtRank.shown, rows, "rank", caption, extra=rates)
+    columns = []
+    for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True):
+        losses = [_format_loss(by_setting.get((subject, row.rank, lr))) for subject, row in runs]
+        columns.append(Column(f"lr {lr:g}", (*["-"] * len(bases), *losses), drop=drop))
+    return grid_of(AtRank.shown, rows, "rank", caption, extra=columns)
 
 
 def _format_loss(record: Probe | None) -> str:
+    """Return the loss of a record as a table shows it; a dash without a record."""
     if record is None:
         return "-"
     return "diverged" if record.loss is None else f"{record.loss:.4f}"
@@ -181,7 +168,7 @@ def _describe_training(settings: dict[str, Any]) -> str:
 
 
 def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
-    """State the rank to train at, its confidence, and the reasons against smaller ranks."""
+    """State the rank to train at, its confidence, and the findings on smaller ranks; or why there is no verdict."""
     if verdict.best is None:
         return ["no verdict: no run is finished with a finite loss"]
     if verdict.outcome == "no gain":
@@ -195,15 +182,15 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
     place = f"r={chosen.rank} at learning rate {chosen.lr:g}"
     target = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
     if verdict.rank is not None:
-        lead = f"{verdict.outcome}: {place} {target}, with {confident(chosen.confidence)} confidence"
+        lead = f"{verdict.outcome}: {place} {target}, with {format_confidence(chosen.confidence)} confidence"
     else:
-        confidence = "" if verdict.confidence is None else f", with {confident(verdict.confidence)} confidence"
+        confidence = "" if verdict.confidence is None else f", with {format_confidence(verdict.confidence)} confidence"
         lead = f"{verdict.outcome}: the best answer is {place}{confidence} that it {target} and no smaller rank does"
-    return [lead, *reasons(verdict, share)]
+    return [lead, *list_reasons(verdict, share)]
 
 
 def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[str]:
-    """State whether shifted sets need another rank."""
+    """State for each shifted set whether it needs another rank; empty if all sets are shifted."""
     own_set = next((name for name in verdicts if not bases[name].shifted), None)
     if own_set is None:
         return []
@@ -226,10 +213,7 @@ def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Prob
 
 
 def _describe_rates(
-    rows: Sequence[AtRank],
-    lines: Sequence[tuple[Subject, AtRank]],
-    records: Sequence[Probe],
-    settings: dict[str, Any],
+    rows: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]], records: Sequence[Probe], settings: dict[str, Any]
 ) -> list[str]:
     notes = describe_diverged(records)
     with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
@@ -255,8 +239,9 @@ def _describe_rates(
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: more seeds where they would decide, else the cost of the rank."""
-    verdict = main_verdict(results)
+    """Return the next step: more seeds if they would decide, else the cost of the rank, or of all without one."""
+    swept = swept_of(results)
+    verdict = None if swept is None else swept.verdict
     if verdict is not None and verdict.more_seeds is not None:
         return Hint(f"--repeats {verdict.more_seeds} --resume", "adds seeds to these", saved=True)
     if verdict is None or verdict.chosen is None:

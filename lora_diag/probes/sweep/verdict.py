@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -96,13 +97,14 @@ class RankStanding:
 
     Args:
         rank: r.
-        lr: Its best learning rate.
-        behind: Its mean loss minus the lowest of any rank, in nats, on common seeds.
+        lr: Best learning rate of the rank.
+        behind: Mean loss of the rank minus the lowest of any rank, in nats, on common seeds.
         share: ``behind`` as a fraction of the gain of the best rank.
         half: Half the interval of ``behind``; each limit holds with 95% confidence. None without a spread over seeds.
         enough: ``yes`` if the upper limits of all θ are at or below 0, ``no`` if the lower limit of any is above 0.
-        confidence: Confidence that it is sufficient: the smallest of all θ; None without a spread.
-        against: Confidence that it is not, with Bonferroni correction over the compared ranks; None without a spread.
+        confidence: Confidence that the rank is sufficient, the smallest over all θ; None without a spread.
+        against: Confidence that the rank is not sufficient, with Bonferroni correction over the compared ranks; None
+            without a spread.
         seeds: Estimated number of seeds to decide, for these means and spread; None if decided, without a spread, or
             above 1000.
     """
@@ -132,7 +134,7 @@ class SweepVerdict:
         confidence: Lower bound on the confidence that ``answer`` is sufficient and every smaller rank is not; None
             without a spread.
         best: The rank with the lowest mean loss.
-        tolerance: Tolerance in nats; independent of seeds.
+        tolerance: Tolerance in nats: the fraction δ of ``gain``.
         spread: Highest mean loss of a rank minus lowest.
         gain: Loss of BASE minus the lowest mean loss.
         standings: Standing of every rank, ascending.
@@ -152,13 +154,13 @@ class SweepVerdict:
 
     @property
     def chosen(self) -> RankStanding | None:
-        """The rank to train at: the smallest shown to be sufficient, else the best answer."""
+        """Standing of the rank to train at: the smallest shown to be sufficient, else ``answer``; None without both."""
         rank = self.rank if self.rank is not None else self.answer
         return next((standing for standing in self.standings if standing.rank == rank), None)
 
     @property
     def open(self) -> tuple[RankStanding, ...]:
-        """Ranks below ``rank``, or all without one, that the seeds do not decide."""
+        """Standings of the ranks below ``rank``, or of all without it, that the seeds do not decide."""
         return tuple(
             standing
             for standing in self.standings
@@ -167,21 +169,21 @@ class SweepVerdict:
 
     @property
     def more_seeds(self) -> int | None:
-        """Estimated number of seeds that decide an open rank; None without open ranks, or if too many are needed."""
+        """Estimated number of seeds that decide one open rank; None without open ranks, or if too many are needed."""
         return min((standing.seeds for standing in self.open if standing.seeds is not None), default=None)
 
 
-def confident(confidence: float) -> str:
-    """Return a confidence in whole percent, rounded down, so that it is never shown as the required level.
+def format_confidence(confidence: float) -> str:
+    """Return a confidence in whole percent, rounded down, so that one below the required level is never shown as it.
 
-    >>> confident(0.9472), confident(0.998)
+    >>> format_confidence(0.9472), format_confidence(0.998)
     ('94%', '>99%')
     """
     return ">99%" if confidence > 0.99 else f"{math.floor(100 * confidence)}%"
 
 
-def reasons(verdict: SweepVerdict, share: float) -> list[str]:
-    """Return a line for every rank up to the chosen one that is not shown to be sufficient.
+def list_reasons(verdict: SweepVerdict, share: float) -> list[str]:
+    """Return a line for every rank up to the chosen one that is not shown to be sufficient; none without a spread.
 
     Args:
         verdict: Verdict on a set.
@@ -192,18 +194,19 @@ def reasons(verdict: SweepVerdict, share: float) -> list[str]:
         if chosen is None or standing.rank > chosen.rank or standing.confidence is None or standing.enough == "yes":
             continue
         rank, behind, half = standing.rank, standing.behind, standing.half or 0
+        confidence = format_confidence(standing.confidence)
         finding = (
             f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} ({behind:+.4f} nats "
             f"[{behind - half:.4f}, {behind + half:.4f}]; tolerance {100 * share:.3g}%, {verdict.tolerance:.4f})"
             if rank != verdict.best
-            else f"r={rank} has the lowest mean loss, {confident(standing.confidence)} confidence that it is enough"
+            else f"r={rank} has the lowest mean loss, {confidence} confidence that it is enough"
         )
-        lines.append(f"{finding}: {'not enough' if standing.enough == 'no' else needs(standing.seeds)}")
+        lines.append(f"{finding}: {'not enough' if standing.enough == 'no' else describe_needed(standing.seeds)}")
     return lines
 
 
-def needs(seeds: int | None) -> str:
-    """State that a rank is undecided, and how many seeds are needed."""
+def describe_needed(seeds: int | None) -> str:
+    """State that a comparison is undecided, and the number of seeds needed; None for more than ``MAX_RUNS``."""
     count = f"more than {MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
     return f"undecided with these seeds, needs {count}"
 
@@ -218,7 +221,7 @@ class ReferenceComparison:
         gap: Mean loss of the best rank minus that of the line.
         half: Half the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni); None
             without a spread over seeds.
-        tolerance: Fraction of a gain that may be lost.
+        tolerance: δ, the fraction of a gain that may be lost.
         outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
             is on one side of 0; else ``not known``; ``no verdict`` without a spread.
         fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
@@ -263,7 +266,7 @@ def compare_with_reference(
     best = min(rows, key=lambda row: row.mean)
     gap = best.mean - other.mean
     variance, freedom = variance_within([row.losses for row in rows])
-    if not variance or not other.runs:
+    if not variance:
         return ReferenceComparison(best, other, gap, None, share, "no verdict")
     line_variance, line_freedom = variance_within([other.losses])
     fixed = line_variance < FIXED_RATIO**2 * variance
@@ -277,18 +280,18 @@ def compare_with_reference(
             return Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
         return Estimate(value, *welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
 
-    plain, kept_fraction = estimate(gap, 1, 1), 1 - share
+    half, kept_fraction = estimate(gap, 1, 1).half(level), 1 - share
     theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
     theta_line = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
-    half = plain.half(level)
-    if max(theta_best.value + theta_best.half(level), theta_line.value + theta_line.half(level)) <= 0:
-        return ReferenceComparison(best, other, gap, half, share, "as good", fixed)
+    result = partial(ReferenceComparison, best, other, gap, half, share, fixed=fixed)
+    if all(theta.value + theta.half(level) <= 0 for theta in (theta_best, theta_line)):
+        return result("as good")
     if abs(gap) > half:
-        return ReferenceComparison(best, other, gap, half, share, "better" if gap < 0 else "worse", fixed)
+        return result("better" if gap < 0 else "worse")
     distance = max(abs(gap), -max(theta_best.value, theta_line.value))
     spread_of_run = math.sqrt(variance) if fixed else math.sqrt(variance + line_variance)
     needed = runs_needed(distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
-    return ReferenceComparison(best, other, gap, half, share, "not known", fixed, needed)
+    return result("not known", seeds=needed)
 
 
 def find_diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
@@ -297,8 +300,6 @@ def find_diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, fl
     A run has diverged if its loss is not finite, or if it ends more than 10% above BASE while another seed at the same
     rank and rate ends below BASE. Such a run shows the stability of the rate, not the spread over seeds.
     """
-    if not records:
-        return set()
     on_first = [record for record in records if record.set == records[0].set]
     base = next((r.loss for r in on_first if r.subject == "base" and not r.name and r.loss is not None), math.inf)
     stable = {(r.subject, r.rank, r.lr) for r in on_first if r.loss is not None and r.loss < base}
@@ -437,7 +438,10 @@ class _Noise:
         return max(self.paired, blocked_variance([first.runs, second.runs])[0])
 
     def theta(self, value: float, variance: float, share: float, n: int, m: int) -> Estimate:
-        """Return θ of n and m runs. Common seeds cancel, except for the fraction δ from the margin, which is a gain."""
+        """Return the estimate of θ for means of n and m runs.
+
+        The loss that common seeds share cancels, except for its fraction δ, from the margin.
+        """
         common = max(0.0, self.plain - self.paired)
         error = math.sqrt(variance * (1 / n + (1 - share) ** 2 / m) + share**2 * common / min(n, m))
         return Estimate(value, error, self.freedom)
@@ -452,21 +456,15 @@ def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
 
 
 def _compute_theta(row: AtRank, other: AtRank, base: float, share: float) -> float:
-    """Return θ of two ranks, on common seeds if there are any."""
+    """Return θ of a rank and another, on common seeds if there are any."""
     ours, theirs, _, _ = _pair(row, other)
     return ours - (1 - share) * theirs - share * base
 
 
 def _rank_standing(
-    rank: int,
-    row: AtRank,
-    ranked: Sequence[tuple[int, AtRank]],
-    base: float,
-    gain: float,
-    share: float,
-    noise: _Noise,
+    rank: int, row: AtRank, ranked: Sequence[tuple[int, AtRank]], base: float, gain: float, share: float, noise: _Noise
 ) -> RankStanding:
-    """Return the standing of one rank among all."""
+    """Return the standing of one rank among all ``ranked`` ones."""
     best = min((other for _, other in ranked), key=lambda other: other.mean)
     ours, theirs, n, m = _pair(row, best)
     behind = ours - theirs
@@ -499,6 +497,7 @@ def _rank_standing(
 
 
 def _choose_outcome(standings: Sequence[RankStanding], sufficient: RankStanding | None, noise: _Noise) -> Outcome:
+    """Return the outcome, as in ``SweepVerdict``, of a sweep with a gain at several ranks."""
     if not noise.known:
         return "no verdict"
     lower = [standing for position, standing in enumerate(standings) if 2 * position < len(standings)]
@@ -555,13 +554,13 @@ def swept_of(results: Results[Any]) -> Swept | None:
 
 
 def swept_rate(path: Path | str) -> str:
-    """Return the best learning rate of a sweep's chosen rank, with its origin as text.
+    """Return as text the best learning rate of a sweep's chosen rank, and its origin.
 
     Args:
         path: Results of ``probe sweep``.
 
     Raises:
-        UsageError: No rank has a gain, or there is no verdict.
+        UsageError: No rank is chosen: none has a gain, or there is no verdict.
         InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)

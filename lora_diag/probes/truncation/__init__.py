@@ -14,12 +14,7 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
     per: Annotated[str, GRANULARITY]
     rest: Annotated[
         str,
-        Option(
-            "tuned",
-            "Norms, biases, embeddings and head: as in TUNED, or BASE.",
-            "tuned|base",
-            ("--untruncated",),
-        ),
+        Option("tuned", "Norms, biases, embeddings and head: as in TUNED, or BASE.", "tuned|base", ("--untruncated",)),
     ]
 
 

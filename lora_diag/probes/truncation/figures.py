@@ -11,16 +11,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from lora_diag.probes.truncation.show import SUFFICIENT_SHARE
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.figures.pages import (
-    Page,
-    Panel,
-    Row,
-    draw_panel,
-    key,
-    make_rows_page,
-    run_keys,
-)
+from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, key, make_rows_page, run_keys
 from lora_diag.rendering.figures.panels import axis_limits, draw_levels, set_loss_axis, set_measured_rank_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, QUIET, PageStyle, category, name_of
@@ -28,8 +21,6 @@ from lora_diag.rendering.losses import gap_half
 
 # Colours of the lines.
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
-# Fraction of TUNED's change of the loss that is enough, as in the summary of ``probe truncation``.
-SUFFICIENT_SHARE = 0.9
 
 
 def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
@@ -47,8 +38,8 @@ def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, na
 
 
 def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the layers or types with the largest cost at the requested or the smallest rank, one panel per set."""
-    records = [record for item in series for record in item.records if _find_part(record)]
+    """Return the cost of truncating each layer or type alone to the requested or smallest rank, one panel per set."""
+    records = [record for item in series for record in item.records if _name_part(record)]
     ranks = sorted({record.rank for record in records if record.rank is not None})
     if not ranks:
         raise UndrawableError("no layer or module type was truncated alone (--granularity layer or type)")
@@ -56,9 +47,9 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
 
     def rows_of(item: Series[Probe], name: str, color: str) -> list[Row]:
         return [
-            Row(name_of(_find_part(record)), record.gap, gap_half(record), color)
+            Row(name_of(_name_part(record)), record.gap, gap_half(record), color)
             for record in item.records
-            if record.set == name and _find_part(record) and record.rank == rank and record.gap is not None
+            if record.set == name and _name_part(record) and record.rank == rank and record.gap is not None
         ]
 
     others = ", ".join(str(other) for other in ranks if other != rank)
@@ -77,7 +68,8 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     )
 
 
-def _find_part(record: Probe) -> str:
+def _name_part(record: Probe) -> str:
+    """Return the layer or module type that was truncated alone; empty for other records."""
     return record.layer or record.module_type or ""
 
 
@@ -105,18 +97,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     if not any(record.subject == "truncated" for records in runs for record in records):
         raise UndrawableError("no rank was measured with all layers truncated (--granularity all)")
     single, width = len(series) == 1, style.line
+    xlabel, ylabel = "rank r of the update", "loss minus TUNED's (nats)" if single else "fraction of the change"
     panels = []
     for name, label in sets_of(record for records in runs for record in records).items():
         of_set = [[record for record in records if record.set == name] for records in runs]
-        panels.append(
-            Panel(
-                _make_title(label, of_set[0]) if single else label,
-                partial(_draw, runs=of_set),
-                xlabel="rank r of the update",
-                ylabel="loss minus TUNED's (nats)" if single else "fraction of the change",
-                name=name,
-            )
-        )
+        title = _make_title(label, of_set[0]) if single else label
+        panels.append(Panel(title, partial(_draw, runs=of_set), xlabel, ylabel, name=name))
     dots: dict[str, Any] = {"lw": 1.3 * width, "ls": DOTTED}
     line: dict[str, Any] = {"lw": 1.6 * width}
     if single:
@@ -150,7 +136,8 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Probe]]) -> None:
     values: list[float] = []
     ranks: list[int] = []
     for number, of_set in enumerate(runs):
-        base, tuned = _find_end(of_set, "base"), _find_end(of_set, "tuned")
+        ends = {record.subject: record for record in of_set}
+        base, tuned = ends.get("base"), ends.get("tuned")
         change = base.gap if base is not None else None
         if single:
             named = [("TUNED" if tuned is None else f"TUNED {tuned.nats:.3f}", 0.0, INK)]
@@ -181,22 +168,16 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Probe]]) -> None:
 
 
 def _select_truncated(records: Sequence[Probe]) -> list[Probe]:
+    """Return the records of truncations, by rank."""
     return sorted((record for record in records if record.rank is not None), key=lambda record: record.rank or 0)
-
-
-def _find_end(records: Sequence[Probe], subject: str) -> Probe | None:
-    return next((record for record in records if record.subject == subject), None)
 
 
 def _make_title(label: str, of_set: Sequence[Probe]) -> str:
     """Return the label of a set with the smallest rank that keeps enough of TUNED's change, else the highest rank."""
     truncated = _select_truncated(of_set)
-    sufficient = next(
-        (record for record in truncated if record.kept is not None and record.kept >= SUFFICIENT_SHARE), None
-    )
-    if sufficient is not None and sufficient.kept is not None:
-        energy = "" if sufficient.energy is None else f", C({sufficient.rank})\xa0=\xa0{sufficient.energy:.2f}"
-        return f"{label}: r\xa0=\xa0{sufficient.rank} keeps {sufficient.kept:.0%} of the change{energy}"
-    if truncated and truncated[-1].kept is not None:
-        return f"{label}: r\xa0=\xa0{truncated[-1].rank} keeps {truncated[-1].kept:.0%} of the change"
-    return label
+    sufficient = [record for record in truncated if record.kept is not None and record.kept >= SUFFICIENT_SHARE]
+    named = next(iter(sufficient), truncated[-1] if truncated else None)
+    if named is None or named.kept is None:
+        return label
+    energy = f", C({named.rank})\xa0=\xa0{named.energy:.2f}" if sufficient and named.energy is not None else ""
+    return f"{label}: r\xa0=\xa0{named.rank} keeps {named.kept:.0%} of the change{energy}"

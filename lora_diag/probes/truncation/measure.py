@@ -45,12 +45,12 @@ class Cell:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields that identify its records."""
+        """Fields that identify the records of the configuration."""
         return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type")}
 
     @property
     def label(self) -> str:
-        """Label of the progress bar."""
+        """Label for the progress bar: the part and rank, or the subject."""
         part = self.layer or self.module_type or ""
         return f"{part} r={self.rank}".strip() if self.rank is not None else self.subject
 
@@ -77,7 +77,7 @@ def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: s
     return cells
 
 
-def truncation(
+def measure_truncations(
     model: Model,
     swapped: Swapped,
     texts: Sequence[Texts],
@@ -91,10 +91,10 @@ def truncation(
 
     Args:
         model: BASE.
-        swapped: Its weights, which are changed.
+        swapped: The weights of ``model``, which are changed.
         texts: The evaluation sets.
         cells: Configurations; BASE and TUNED are measured first.
-        matrices: All layers that are truncated in any of them.
+        matrices: All layers that are truncated in any configuration.
         rest: ``tuned`` or ``base``: source of all other tensors.
         size: Sequences in a batch.
         after_batch: Called after every batch with a label.
@@ -148,11 +148,7 @@ def record_of(
 
 
 @show_options
-def probe_truncation(
-    base: Path | str,
-    tuned: Path | str,
-    **options: Unpack[TruncationOptions],
-) -> Results[Any]:
+def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[TruncationOptions]) -> Results[Any]:
     r"""Measure the loss of W_0 + ΔW_r for each rank r, ΔW_r the best rank-r approximation of ΔW (Eckart–Young).
 
     Weights are swapped in place; nothing is trained. Norms, biases, embeddings and head are not truncated.
@@ -203,7 +199,7 @@ def probe_truncation(
         run.watch.total = (len(todo) + 2) * run.batches(texts)
         svds = f", and the SVD of {pluralize(len(chosen), 'matrix', 'matrices')}"
         run.estimate(texts[0], f"{len(todo) + 2} losses on {pluralize(len(texts), 'set', 'sets')}", svds)
-        for record in truncation(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
+        for record in measure_truncations(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
             run_records.put(record)
         return left_out(compared.pairing, swapped.absent)
 

@@ -17,12 +17,12 @@ from lora_diag.rendering.text import format_shown, fraction, short
 SUFFICIENT_SHARE = 0.9
 
 
-# The same weights on every set, by name: their energy, and their records by set.
+# One configuration of the weights: its name, the energy kept, and its records by set.
 _Row = tuple[str, float | None, dict[str, Probe]]
 
 
 def _make_rows(records: Sequence[Probe]) -> list[_Row]:
-    """Return BASE, the truncations, and TUNED."""
+    """Return the rows of the table: BASE, the truncations, and TUNED."""
     groups: dict[tuple[str | None, int | None, Subject], list[Probe]] = {}
     for record in records:
         key = (record.layer or record.module_type, record.rank, record.subject)
@@ -60,11 +60,12 @@ def truncation_lines(results: Results[Any]) -> list[Statement]:
 
 
 def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
+    """State the losses of BASE and TUNED, the sufficient rank, and the costliest parts truncated alone."""
     together = [record for record in records if record.layer is None and record.module_type is None]
-    alone = [record for record in records if record not in together]
-    ends = {record.subject: record for record in together if record.subject in {"base", "tuned"}}
-    shifted = bool(together) and together[0].shifted
-    if len(ends) < 2:
+    alone = [record for record in records if record.layer or record.module_type]
+    ends = {record.subject: record for record in together}
+    shifted = any(record.shifted for record in together)
+    if not {"base", "tuned"} <= set(ends):
         return on_set(name, "not measured yet", shifted=shifted)
     base, tuned = ends["base"], ends["tuned"]
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)

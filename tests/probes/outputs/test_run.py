@@ -12,14 +12,13 @@ import transformers
 from safetensors.torch import save_file
 
 import lora_diag
-import lora_diag.probes.outputs.measure
 import lora_diag.probes.outputs.measure as measuring
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Sequence, Texts
 from tests import oracles
 from tests.messages import assert_names, raises_naming
-from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
+from tests.probes.making import SAMPLES, bert, gpt2, ids_of, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -32,8 +31,7 @@ def logits(folder, text, length, adapter=None):
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
     model.eval()
-    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
-    windows = ids[: len(ids) // length * length].view(-1, length)
+    windows = ids_of(text, length)
     with torch.no_grad():
         result = torch.cat([model(input_ids=one[None]).logits[0, :-1] for one in windows])
     return result.double().numpy(), windows[:, 1:].reshape(-1).numpy(), len(windows)
@@ -45,11 +43,17 @@ def states(folder, text, length, adapter=None):
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
     model.eval()
-    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
-    windows = ids[: len(ids) // length * length].view(-1, length)
     with torch.no_grad():
-        result = [torch.stack(model(input_ids=one[None], output_hidden_states=True).hidden_states) for one in windows]
+        outputs = [model(input_ids=one[None], output_hidden_states=True) for one in ids_of(text, length)]
+        result = [torch.stack(output.hidden_states) for output in outputs]
     return torch.cat(result, 2).squeeze(1).double().numpy()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """BASE, TUNED, another update, a text."""
+    base = gpt2(tmp_path / "base")
+    return base, moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3), some_text(tmp_path)
 
 
 def log_softmax(z):
@@ -67,7 +71,7 @@ def case(tmp_path):
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_probe_equals_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
-    monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
+    monkeypatch.setattr(measuring, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     result = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
     z = {
         "base": logits(base, text, 64),
@@ -105,8 +109,8 @@ def test_outputs_chunks_stay_within_memory(monkeypatch):
     model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
     texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
     each = 2 * 4 * 7 * (100 + 4 * 5)  # float32 numbers of every token: logits, embeddings and three blocks; two models
-    monkeypatch.setattr(lora_diag.probes.outputs.measure, "OUTPUT_BYTES", 6 * each)
-    assert [len(chunk.sequences) for chunk in lora_diag.probes.outputs.measure.chunks(model, texts, 2)] == [6, 4]
+    monkeypatch.setattr(measuring, "OUTPUT_BYTES", 6 * each)
+    assert [len(chunk.sequences) for chunk in measuring.iterate_chunks(model, texts, 2)] == [6, 4]
 
 
 def test_hidden_states_are_compared_depth_by_depth(case):
@@ -122,12 +126,10 @@ def test_hidden_states_are_compared_depth_by_depth(case):
     assert (result[0].hidden, result[1].hidden) == ((1.0,) * 5, (0.0,) * 5)
 
 
-def test_unchanged_depth_has_no_distance(tmp_path):
-    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
-    tuned = moved(base, tmp_path / "tuned")
+def test_unchanged_depth_has_no_distance(small):
+    base, tuned, other, text = small
     weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
     save_file({name: torch.from_numpy(value).float() for name, value in weights.items()}, tuned / "model.safetensors")
-    other = moved(base, tmp_path / "other", seed=3)
     result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
     assert result[2].hidden[:2] == (None, None)
     assert result[2].hidden[2] > 0
@@ -155,10 +157,10 @@ def test_hidden_states_exclude_padding(tmp_path):
 
 def test_sample_adapter_losses_match_readme():
     message = json.loads((SAMPLES / "losses.json").read_text())["losses"]
-    result = lora_diag.probe_outputs(
-        SAMPLES / "base", SAMPLES / "lora_r4", [SAMPLES / "lora_r16"], evaluate=[SAMPLES / "eval" / "shifted.txt"]
-    )
-    for record, name in zip(result.whole, ("base", "lora_r4", "lora_r16"), strict=True):
+    names, evaluate = ("base", "full_ft", "lora_r4", "lora_r16"), [SAMPLES / "eval" / "shifted.txt"]
+    base, tuned, *adapters = (SAMPLES / name for name in names)
+    result = lora_diag.probe_outputs(base, tuned, adapters, evaluate=evaluate)
+    for record, name in zip(result.whole, names, strict=True):
         assert record.loss == pytest.approx(message[name]["shifted"], abs=1e-4)
 
 
@@ -173,10 +175,9 @@ def test_results_are_independent_of_adapter_order(tmp_path):
     assert losses(one, two) == losses(two, one)
 
 
-def test_finished_set_is_not_measured_again(tmp_path):
-    base = gpt2(tmp_path / "base")
-    tuned, other = moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3)
-    sets = [some_text(tmp_path), some_text(tmp_path, "second", source="shifted")]
+def test_finished_set_is_not_measured_again(small, tmp_path):
+    base, tuned, other, text = small
+    sets = [text, some_text(tmp_path, "second", source="shifted")]
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
 
     def run(output, **more):
@@ -191,13 +192,12 @@ def test_finished_set_is_not_measured_again(tmp_path):
     assert read_results(cut).end is not None
 
 
-def test_run_begun_with_other_sequences_is_not_resumed(tmp_path):
+def test_run_begun_with_other_sequences_is_not_resumed(small, tmp_path):
     """Earlier versions used the first N sequences for --max-sequences N; the text is the same."""
-    base = gpt2(tmp_path / "base")
-    tuned, text = moved(base, tmp_path / "tuned"), some_text(tmp_path)
+    base, tuned, other, text = small
     output = tmp_path / "cut.jsonl"
     options = {"evaluate": [text], "output": output, "max_sequences": 2}
-    lora_diag.probe_outputs(base, tuned, [moved(base, tmp_path / "other", seed=3)], **options)
+    lora_diag.probe_outputs(base, tuned, [other], **options)
     first, *records = output.read_text().splitlines(keepends=True)
     earlier = json.loads(first)
     assert earlier["inputs"][-1]["notes"]
@@ -205,7 +205,7 @@ def test_run_begun_with_other_sequences_is_not_resumed(tmp_path):
     output.write_text(json.dumps(earlier) + "\n" + records[0])
     before = output.read_bytes()
     with pytest.raises(UsageError) as error:
-        lora_diag.probe_outputs(base, tuned, [tmp_path / "other"], **options, resume=True)
+        lora_diag.probe_outputs(base, tuned, [other], **options, resume=True)
     assert_names(str(error.value), "cut.jsonl", "held_out.txt", "first 2 of 3")
     assert output.read_bytes() == before
 
@@ -261,9 +261,8 @@ def test_first_model_is_tuned_unless_it_is_an_equal(tmp_path, monkeypatch, given
     assert measuring.compare_models("base", models, given) == (tuned, others)
 
 
-def test_missing_or_repeated_input_is_refused(tmp_path):
-    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
-    tuned = moved(base, tmp_path / "tuned")
+def test_missing_or_repeated_input_is_refused(small):
+    base, tuned, _, text = small
     with raises_naming(UsageError, "least", "ADAPTER"):
         lora_diag.probe_outputs(base, tuned, evaluate=[text])
     with raises_naming(UsageError, "--reference", "--tuned"):

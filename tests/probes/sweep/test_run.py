@@ -19,7 +19,7 @@ from lora_diag.models.opening import keep_open
 from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.messages import assert_names, raises_naming
-from tests.probes.making import bert, gpt2, ids_of, some_text, trained
+from tests.probes.making import bert, gpt2, ids_of, lettered, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -166,13 +166,10 @@ def test_diverged_run_is_reported_and_others_continue(case, monkeypatch):
 
 def test_classifier_can_be_swept(tmp_path):
     base = bert(tmp_path / "base")
-    for name, shift in (("train", 0), ("held", 1)):
-        lines = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(6))
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = lora_diag.probe_sweep(
         base,
-        data=tmp_path / "train.jsonl",
-        evaluate=[tmp_path / "held.jsonl"],
+        data=lettered(tmp_path, "train", 6),
+        evaluate=[lettered(tmp_path, "held", 6, 1)],
         ranks=(1, 2),
         rates=(1e-2,),
         steps=20,
@@ -190,6 +187,7 @@ def test_classifier_can_be_swept(tmp_path):
         ({"rates": (math.nan,)}, UsageError, "--lr nan"),
         ({"steps": 0}, UsageError, "--steps 0"),
         ({"seeds": 0}, UsageError, "--repeats 0"),
+        ({"seed": -1}, UsageError, "--seed -1"),
         ({"widen": -1}, UsageError, "--widen -1"),
         ({"tolerance": 1.0}, UsageError, "--gain-tolerance 1"),
         ({"full_rates": ()}, UsageError, "--full-lr"),

@@ -17,7 +17,7 @@ from lora_diag.probes.sweep.verdict import (
     compare_with_reference,
     find_diverged,
     judge,
-    reasons,
+    list_reasons,
     verdicts,
 )
 from lora_diag.records import Probe
@@ -129,7 +129,7 @@ def test_documented_example_distinguishes_5_from_2_percent():
     assert result.tolerance == pytest.approx(0.02 * result.gain)
     assert four.seeds > 3
     assert result.confidence < four.against < result.standings[0].against
-    assert len(reasons(result, 0.02)) == 3
+    assert len(list_reasons(result, 0.02)) == 3
     assert shifted.outcome == "no gain"
 
 

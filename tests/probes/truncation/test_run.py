@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.catalog import read_results
@@ -13,7 +14,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.opening import Weights
 from tests import oracles
 from tests.messages import mentions, raises_naming
-from tests.probes.making import EVAL, SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
+from tests.probes.making import SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
 
 TABLES = ("embed", "lm_head", "wte", "wpe")
 
@@ -24,6 +25,13 @@ def pair(request, tmp_path):
     if request.param == "llama":
         return SAMPLES / "base", SAMPLES / "full_ft", 64
     return gpt2(tmp_path / "base"), moved(tmp_path / "base", tmp_path / "tuned"), 32
+
+
+@pytest.fixture
+def case(tmp_path):
+    """Return BASE, TUNED and a text."""
+    base = gpt2(tmp_path / "base")
+    return base, moved(base, tmp_path / "tuned"), some_text(tmp_path)
 
 
 def is_truncated(name: str, value: np.ndarray) -> bool:
@@ -52,10 +60,7 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
         base, tuned, evaluate=[text], ranks=(0, 3, 11), rest=rest, length=length, batch=2
     )
     before, after = tensors(base), tensors(tuned)
-    ends = {
-        "base": window_losses(base, before, text, length),
-        "tuned": window_losses(base, after, text, length),
-    }
+    ends = {"base": window_losses(base, before, text, length), "tuned": window_losses(base, after, text, length)}
     assert [record.rank for record in result.whole] == [None, None, 0, 3, 11]
     for record in result.whole:
         truth = ends.get(record.subject)
@@ -79,10 +84,8 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
 
 
 @pytest.mark.parametrize("per", ["layer", "type"])
-def test_sensitivity_by_layer_or_type(tmp_path, per):
-    base = gpt2(tmp_path / "base")
-    tuned = moved(base, tmp_path / "tuned")
-    text = some_text(tmp_path)
+def test_sensitivity_by_layer_or_type(case, per):
+    base, tuned, text = case
     result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn")
     before, after = tensors(base), tensors(tuned)
     alone = [record for record in result.whole if record.subject == "truncated"]
@@ -91,20 +94,6 @@ def test_sensitivity_by_layer_or_type(tmp_path, per):
         mine = {name for name in before if name == record.layer or (record.module_type or "\0") in name}
         truth = window_losses(base, weights_at(before, after, 2, "tuned", mine), text, 32)
         assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
-
-
-def test_sample_losses_match_readme():
-    message = json.loads((SAMPLES / "losses.json").read_text())["losses"]
-    result = lora_diag.probe_truncation(
-        SAMPLES / "base",
-        SAMPLES / "full_ft",
-        evaluate=[EVAL / "in_domain.txt"],
-        ranks=(999,),
-        batch=16,
-    )
-    assert [record.subject for record in result.whole] == ["base", "tuned"]
-    for record, name in zip(result.whole, ("base", "full_ft"), strict=True):
-        assert record.loss == pytest.approx(message[name]["in_domain"], abs=1e-4)
 
 
 def test_adapter_truncated_at_own_rank_is_complete(tmp_path):
@@ -123,14 +112,11 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     file = tmp_path / "mail.jsonl"
     file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in lines))
     result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
-    import transformers
-
     for record, folder in zip(result.whole, (base, tuned), strict=False):
         model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
         losses = [
             model(
-                input_ids=torch.tensor([list(text.encode()[:32])]),
-                labels=torch.tensor([{"spam": 1}.get(label, label)]),
+                input_ids=torch.tensor([list(text.encode()[:32])]), labels=torch.tensor([{"spam": 1}.get(label, label)])
             ).loss.item()
             for text, label in lines
         ]
@@ -139,14 +125,11 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     assert any(mentions(note, 1, "3 lines") for given in result.run.inputs for note in given.notes)
 
 
-def test_only_completion_is_predicted(tmp_path):
-    base = gpt2(tmp_path / "base")
-    tuned = moved(base, tmp_path / "tuned")
+def test_only_completion_is_predicted(case, tmp_path):
+    base, tuned, _ = case
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"prompt": "one two ", "completion": "three"}) + "\n\n" + json.dumps({"text": "ab"}))
     result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
-    import transformers
-
     model = transformers.GPT2LMHeadModel.from_pretrained(base).eval()
     ids = torch.tensor([list(b"one two three")])
     labels = ids.clone()
@@ -157,23 +140,14 @@ def test_only_completion_is_predicted(tmp_path):
     assert result.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
 
 
-def test_resumed_run_measures_each_cell_once(tmp_path):
-    base = gpt2(tmp_path / "base")
-    tuned = moved(base, tmp_path / "tuned")
-    text = some_text(tmp_path)
+def test_resumed_run_measures_each_cell_once(case, tmp_path):
+    base, tuned, text = case
     whole = tmp_path / "whole.jsonl"
 
     def run(output, **more):
         seen = []
-        lora_diag.probe_truncation(
-            base,
-            tuned,
-            evaluate=[text],
-            ranks=(0, 1, 2),
-            output=output,
-            on_progress=lambda event: seen.append(event.label),
-            **more,
-        )
+        more |= {"evaluate": [text], "ranks": (0, 1, 2), "on_progress": lambda event: seen.append(event.label)}
+        lora_diag.probe_truncation(base, tuned, output=output, **more)
         return seen
 
     assert set(run(whole)) == {"base", "tuned", "r=0", "r=1", "r=2"}
@@ -189,8 +163,6 @@ def test_resumed_run_measures_each_cell_once(tmp_path):
 
 
 def test_names_with_and_without_prefix_of_inner_model(tmp_path):
-    import transformers
-
     model = transformers.GPT2LMHeadModel.from_pretrained(gpt2(tmp_path / "base"))
     weights = Weights(model)
     inner = weights.find("h.0.attn.c_attn.weight")
@@ -208,11 +180,7 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
         ({"batch": 0}, UsageError, "--batch 0"),
         ({"length": 1000}, UsageError, "--length 1000.*32 positions"),
         ({"dtype": "int8"}, UsageError, "--dtype int8"),
-        (
-            {"tokenizer": "nowhere"},
-            InputError,
-            "nowhere: transformers cannot open a tokenizer.*--tokenizer bytes",
-        ),
+        ({"tokenizer": "nowhere"}, InputError, "nowhere: transformers cannot open a tokenizer.*--tokenizer bytes"),
         ({"evaluate": []}, UsageError, "--eval"),
         ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
         ({"layers": "nothing"}, NothingComparedError, "no matrix outside embeddings and head is selected"),
@@ -220,11 +188,11 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
     ],
     ids=str,
 )
-def test_invalid_options_are_refused_in_one_message(tmp_path, change, error, message):
-    base = gpt2(tmp_path / "base")
-    options = {"evaluate": [some_text(tmp_path)], "ranks": (1,), **change}
+def test_invalid_options_are_refused_in_one_message(case, tmp_path, change, error, message):
+    base, tuned, text = case
+    options = {"evaluate": [text], "ranks": (1,), **change}
     with pytest.raises(error, match=message):
-        lora_diag.probe_truncation(base, moved(base, tmp_path / "tuned"), output=tmp_path / "r.jsonl", **options)
+        lora_diag.probe_truncation(base, tuned, output=tmp_path / "r.jsonl", **options)
     assert not (tmp_path / "r.jsonl").exists()
 
 
@@ -246,16 +214,14 @@ def test_lines_without_text_are_named(tmp_path, content, message):
         lora_diag.probe_truncation(base, base, evaluate=[file])
 
 
-def test_two_sets_of_one_name_are_refused(tmp_path):
-    base, text = gpt2(tmp_path / "base"), some_text(tmp_path)
+def test_two_sets_of_one_name_are_refused(case):
+    base, _, text = case
     with raises_naming(UsageError, "evaluation", "held_out"):
         lora_diag.probe_truncation(base, base, evaluate=[text], shifted=[text])
 
 
 def test_model_without_head_is_refused(tmp_path):
     base = bert(tmp_path / "base")
-    from safetensors.torch import load_file, save_file
-
     stored = load_file(base / "model.safetensors")
     del stored["classifier.weight"]
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
@@ -286,20 +252,3 @@ def test_adapter_in_place_of_model_is_reported(tmp_path):
     adapter = SAMPLES / "lora_r4"
     with raises_naming(UsageError, "lora_r4", "adapter"):
         lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "way_out"),
-    [
-        (40, r"\(--tokenizer bytes needs a vocabulary of at least 256; this model has 40\)"),
-        (300, ", or use UTF-8 bytes as token ids"),
-    ],
-)
-def test_model_without_tokenizer_message_states_fix(tmp_path, vocabulary, way_out):
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    why = "it has no tokenizer files; give another folder with --tokenizer DIR"
-    with pytest.raises(InputError, match=f"{why} ?{way_out}"):
-        lora_diag.probe_truncation(tmp_path / "base", tmp_path / "base", evaluate=[some_text(tmp_path)])

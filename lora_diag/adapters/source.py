@@ -77,10 +77,10 @@ class Config:
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a positive whole number.
+        """Return a setting that is a positive whole number; ``default`` if it is absent.
 
         Raises:
-            InputError: The value is missing, not whole, below 1, or above 2^31.
+            InputError: The value is missing without a default, not whole, below 1, or above 2^31.
         """
         value = self.values.get(key, default)
         if type(value) is float and value.is_integer():
@@ -90,10 +90,10 @@ class Config:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number.
+        """Return a setting that is a finite number; ``default`` if it is absent.
 
         Raises:
-            InputError: The value is missing, not a number, or beyond float32.
+            InputError: The value is missing without a default, not a number, or beyond float32.
         """
         value = self.values.get(key, default)
         if not is_number(value):

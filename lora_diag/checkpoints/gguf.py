@@ -589,7 +589,7 @@ def _unpack_iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unpack IQ4_XS: as IQ4_NL, with 6-bit scales less 32 per 32: two high bits each in 2 bytes, four low ones in 4."""
+    """Unpack IQ4_XS: d, 6-bit scales less 32 per group of 32 (2 bytes of high bits, 4 of low ones), codes as IQ4_NL."""
     high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
     low = _unpack_fields(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
     codes = _unpack_fields(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)

@@ -114,7 +114,7 @@ class PatchedFile:
             raise damaged(self._file, problem, "patches are read over plain floating-point weights")
 
     def _describe_tensor(self, name: str) -> TensorInfo:
-        """Return a tensor as presented: in the dtype of BASE, or in a wider one where the new values have another."""
+        """Return the description of a tensor; its dtype holds the values of BASE and those of the patch exactly."""
         info = self._base[name]
         if name not in self._changed:
             return info

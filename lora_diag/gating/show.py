@@ -241,7 +241,7 @@ def _weights_of(results: Results[Any]) -> list[RunInput]:
 
 
 def junit(results: Results[Any]) -> str:
-    """Return a JUnit report of a run of ``gate``: one case for each rule and module type."""
+    """Return a JUnit report of a run of ``gate``: one case for each rule, module type and group of records."""
     metric = results.run.settings.get("metric")
     root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
     if weights := _weights_of(results):

@@ -37,8 +37,8 @@ def noise_of(profile: Profile, terms: int) -> Noise:
     """Return the noise of a profile of variances, in NumPy.
 
     Args:
-        profile: The variances of the rounding errors by row and column.
-        terms: Number of rounding errors in each entry.
+        profile: Sums of the variances of the rounding errors over each row and each column; on the CPU.
+        terms: Maximum number of rounding errors in an entry.
     """
     return Noise(
         rows=profile.rows.numpy(),

@@ -96,7 +96,7 @@ def _make_row(record: Record, label_by_path: Mapping[str, str]) -> dict[str, Any
         paths = value if isinstance(value, tuple) else (value,)
         row[name] = _SEPARATOR.join(value) if isinstance(value, tuple) else value
         if name == "layer":
-            row |= _make_place_cells(value)
+            row |= _make_layer_cells(value)
         elif name in {"fro", "base_fro"} and {"fro", "base_fro"} <= row.keys():
             row["relative"] = row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
         elif paths and all(isinstance(path, str) and path in label_by_path for path in paths):
@@ -106,7 +106,8 @@ def _make_row(record: Record, label_by_path: Mapping[str, str]) -> dict[str, Any
     return row
 
 
-def _make_place_cells(layer: str | None) -> dict[str, Any]:
+def _make_layer_cells(layer: str | None) -> dict[str, Any]:
+    """Return the module type and the block of a layer; both None for a record of no layer."""
     if layer is None:
         return {"module_type": None, "block": None}
     return {"module_type": module_type_of(layer), "block": depth_of(layer)}
@@ -147,7 +148,7 @@ def _make_value_rows(
     identifying = _IDENTIFYING_COLUMNS | set(record.key) | {f"{name}_name" for name in record.key}
     row = {**first, **{name: value for name, value in _make_row(record, label_by_path).items() if name in identifying}}
     for name, layer, entries in _iterate_lists(record):
-        layer_values = {} if layer is None else {"layer": layer, **_make_place_cells(layer)}
+        layer_values = {} if layer is None else {"layer": layer, **_make_layer_cells(layer)}
         index = [None] if layer is not None else list(range(1, len(entries) + 1))
         is_text = all(isinstance(entry, str) for entry in entries)
         yield {**row, **layer_values, "field": name}, {"index": index, "text" if is_text else "value": entries}

@@ -40,7 +40,7 @@ def markdown_report(evidence: Evidence) -> str:
         *_make_sections(evidence),
         *_make_table(evidence),
         *_make_gate(evidence),
-        _describe_measured(evidence),
+        _list_runs(evidence),
     ]
     return _join_fitting([part for part in parts if part])
 
@@ -156,7 +156,8 @@ def _make_gate(evidence: Evidence) -> list[str]:
     return ["## Gate", f"{_escape_text(outcome)}.", *table]
 
 
-def _describe_measured(evidence: Evidence) -> str:
+def _list_runs(evidence: Evidence) -> str:
+    """Return the section on the measured runs: command, version, inputs and number of records of each."""
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run

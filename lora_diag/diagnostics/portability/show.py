@@ -25,6 +25,7 @@ def rules_table(grids: Sequence[Grid], width: int = 80, color: bool = False) -> 
     return to_text(Group(*(part for grid in grids for part in grid.shown(width))), width, color)
 
 
+# A consumer and its version.
 Name = tuple[str, str]
 
 
@@ -53,7 +54,7 @@ def group_by_consumer(records: Iterable[Portability]) -> dict[Name, list[Portabi
 
 
 def title_of(name: Name, names: Sequence[Name]) -> str:
-    """Return the name of a consumer, with the version if several versions of it are named."""
+    """Return the name of a consumer, with the version if ``names`` has several versions of it."""
     title = CONSUMERS[name[0]].title if name[0] in CONSUMERS else name[0]
     alone = sum(other == name[0] for other, _ in names) == 1
     return title if alone else f"{title} {name[1]}"

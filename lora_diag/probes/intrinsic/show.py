@@ -168,7 +168,7 @@ def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Re
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: training; for each set, the smallest sufficient subspace and LoRA; learning rates."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
-    rows_by_set = _read_lines(results)
+    rows_by_set = _compute_lines(results)
     first = next(iter(rows_by_set.values()), [])
     return probe_summary(
         results,
@@ -179,8 +179,8 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     )
 
 
-def _read_lines(results: Results[Any]) -> dict[str, list[Line]]:
-    """Return the lines of each set; the first set decides on the rates."""
+def _compute_lines(results: Results[Any]) -> dict[str, list[Line]]:
+    """Return, for each set, the runs of every size at the learning rate that is best on the first set."""
     records = results.whole_of(Intrinsic)
     sets = set_names(records)
     return {name: select_lines(records, name, sets[0], results.run.settings["seed"]) for name in sets}
@@ -191,7 +191,7 @@ def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     records, share = results.whole_of(Intrinsic), results.run.settings["share"]
     return [
         _make_grid(caption_of(name, records), _find_base(records, name), rows, share)
-        for name, rows in _read_lines(results).items()
+        for name, rows in _compute_lines(results).items()
     ]
 
 

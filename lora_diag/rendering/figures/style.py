@@ -264,10 +264,18 @@ def _first_fitting(texts: Sequence[str], inches: float, size: float) -> str:
 
 
 def crop_names(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
-    """Shorten names to fit: names of one family at the same dot, others where each remains unambiguous.
+    """Shorten names to a width, and keep them unambiguous where possible.
+
+    Names of one family, which share the part before the first dot, are cut at the same dot. If that makes any name
+    ambiguous, all are truncated at the beginning instead, or else at the end.
+
+    Args:
+        names: The full names.
+        inches: Maximum width.
+        size: Font size in points.
 
     Returns:
-        Short names by their names, in the order of ``names``.
+        The short name of each full name, in the order of ``names``.
     """
     families: dict[str, list[str]] = {}
     for name in names:

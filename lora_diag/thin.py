@@ -166,8 +166,8 @@ def thin_energies(left: Grams, right: Grams, factor: Array) -> ThinValues:
         factor: s, ``(k,)``.
 
     Returns:
-        The values, with ``mix``; ``energy_error`` is 1 where a ‖b_i‖ or ‖a_i‖ is near the ends of the range, or a
-        decomposition does not exist.
+        The values, with ``mix``; ``energy_error`` is 1 where a ‖b_i‖ or ‖a_i‖ is near the ends of the range, a
+        decomposition does not exist, or the bound on the error of the energy is half of it or more.
     """
     rank = left.products.shape[1]
     squares = [side.products.diagonal(axis1=1, axis2=2) for side in (left, right)]

@@ -144,6 +144,7 @@ def _choose_rows(bad: Sequence[Verdict]) -> list[Verdict]:
 
 
 def _make_table(shown: Sequence[Verdict], width: int) -> Table:
+    """Return the table of the chosen verdicts, within ``width`` columns of the terminal."""
     groups = {verdict.group for verdict in shown if verdict.layer is not None}
     names = [_name_layer(verdict, len(groups) > 1) for verdict in shown]
     values = ["measured", *map(format_measured, shown)]

@@ -417,7 +417,9 @@ class _Progress:
         return self.refuted + krylov_cost(self.shape, [*(p for p, _ in self.checks if p < columns), columns], top)
 
     def next_check(self, columns: int, bound: float, flat: bool, max_columns: int) -> int:
-        """Return the number of columns at the next check; more than ``max_columns`` if a full method is cheaper.
+        """Record a check that missed ``tol``; return the number of columns at the next one.
+
+        More than ``max_columns`` if a full method is expected to be cheaper.
 
         Args:
             columns: Columns of the basis.

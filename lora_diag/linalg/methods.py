@@ -250,7 +250,7 @@ def require_memory(needed: int, limit: int, shape: tuple[int, int], description:
         needed: Required memory in bytes.
         limit: Available memory in bytes.
         shape: ``(m, n)``.
-        description: The computation, with its verb.
+        description: What takes the memory, with its verb: ``both weights take``.
         alternative: An alternative to more memory, in words.
 
     Raises:

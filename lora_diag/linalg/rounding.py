@@ -328,6 +328,7 @@ def write_spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
 
 
 def _fits_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of the values that a shorter dtype represents exactly."""
     return values.to(dtype).to(values.dtype) == values
 
 

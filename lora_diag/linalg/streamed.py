@@ -139,7 +139,7 @@ def times_wide(a: Matrix, x: Tensor) -> Tensor:
 
 
 def rows_at_once(a: Tensor) -> int:
-    """Return the rows to convert to float64 at a time.
+    """Return the number of rows to convert to float64 at a time.
 
     >>> rows_at_once(torch.empty(1, 8))
     256

@@ -249,7 +249,7 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
         tokenize = _tokenize_classification if model.kind == "classifier" else _tokenize_continuation
         cut = [tokenize(row, where, model) for where, row in source.rows]
     if model.kind == "masked":
-        cut = [(_mask_sequence(sequence, number, model), truncated) for number, (sequence, truncated) in enumerate(cut)]
+        cut = [(_mask_sequence(sequence, index, model), truncated) for index, (sequence, truncated) in enumerate(cut)]
     notes = []
     truncated = sum(is_truncated for _, is_truncated in cut)
     if source.text is None and truncated:
@@ -297,21 +297,21 @@ def _count_predicted(sequence: Sequence, model: Model) -> int:
     return sum(label != IGNORED for label in sequence.labels[first:])
 
 
-def _mask_sequence(sequence: Sequence, number: int, model: Model) -> Sequence:
-    """Mask some of the predictable tokens; the choice depends only on the position of the sequence in the file.
+def _mask_sequence(sequence: Sequence, index: int, model: Model) -> Sequence:
+    """Mask some of the predictable tokens, chosen at random with a seed from the index of the sequence in the file.
 
     All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10 rule (Devlin et al.
     2019) are easier to predict, and add noise to comparisons.
     """
-    places = [place for place, label in enumerate(sequence.labels) if label != IGNORED]
+    positions = [position for position, label in enumerate(sequence.labels) if label != IGNORED]
     # Only ``random()`` is guaranteed to be stable across versions of Python.
-    generator = random.Random(f"{MASK_SEED}:{number}")
-    shuffled = sorted(places, key={place: generator.random() for place in places}.__getitem__)
-    hidden = set(shuffled[: max(1, round(MASKED * len(places)))])
+    generator = random.Random(f"{MASK_SEED}:{index}")
+    shuffled = sorted(positions, key={position: generator.random() for position in positions}.__getitem__)
+    hidden = set(shuffled[: max(1, round(MASKED * len(positions)))])
     assert model.tokens.mask is not None
     return Sequence(
-        tuple(model.tokens.mask if place in hidden else token for place, token in enumerate(sequence.ids)),
-        tuple(label if place in hidden else IGNORED for place, label in enumerate(sequence.labels)),
+        tuple(model.tokens.mask if position in hidden else token for position, token in enumerate(sequence.ids)),
+        tuple(label if position in hidden else IGNORED for position, label in enumerate(sequence.labels)),
     )
 
 

@@ -138,23 +138,23 @@ def measure(
     texts: Texts,
     size: int,
     after: Callable[[], None] = lambda: None,
-    look: Callable[[Tensor], None] = lambda outputs: None,
+    on_logits: Callable[[Tensor], None] = lambda logits: None,
 ) -> Losses:
-    """Return the losses of a model on a set.
+    """Return the losses of a model on the sequences of a set.
 
     Args:
         model: The model.
         texts: The set.
         size: Sequences in a batch.
         after: Called after every batch.
-        look: Called with the logits of the predictions of every sequence, ``(n, classes)``.
+        on_logits: Called with the logits of the predictions of every sequence, ``(n, classes)``.
     """
     sums, counts = list[float](), list[int]()
     for sequences in texts.batches(size):
         for outputs, target in zip(*predict(model, sequences), strict=True):
             sums.append(float(nll(outputs, target)))
             counts.append(len(target))
-            look(outputs)
+            on_logits(outputs)
         after()
     return Losses.of(sums, counts)
 

@@ -355,7 +355,7 @@ class LayerTrainOptions(Selection, TrainOptions, total=False):
 def list_options(group: type) -> dict[str, tuple[Any, Option]]:
     """Return every option of a group by name, with its type: first the command's own, then the common ones.
 
-    A type that is not imported stays a string.
+    A quoted type, whose names need not be imported, is returned as a ``ForwardRef``.
 
     >>> kind, option = list_options(Selection)["layers"]
     >>> kind, option.default, option.metavar

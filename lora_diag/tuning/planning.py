@@ -245,12 +245,12 @@ class Target:
 
     @property
     def per_rank(self) -> int:
-        """Parameters of one rank on all of them."""
+        """Number of parameters of one rank on all layers."""
         return sum(sum(shape) for shape in self.shapes.values())
 
     @property
     def magnitudes(self) -> int:
-        """Parameters of DoRA's magnitudes, one per output; 0 for LoRA."""
+        """Number of parameters of DoRA's magnitudes, one per output; 0 for LoRA."""
         return sum(outputs for outputs, _ in self.shapes.values()) if self.kind.dora else 0
 
     def config(self, rank: int) -> dict[str, object]:

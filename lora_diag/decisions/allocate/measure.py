@@ -775,6 +775,9 @@ def allocate(
         method: ``optimal``, or ``heuristic`` for r ∝ s·√(d_in + d_out).
         scores: s by layer for the heuristic; None for the weights, or ‖ΔW‖/‖W‖ without weights.
 
+    Returns:
+        The ranks of the candidates in the order of ``records``, their distance from the optimum, and the other tensors.
+
     Raises:
         UsageError: The budget is too small for the heads, the constraints or any rank; no layer is a candidate or can
             get a rank; a pattern is not a valid regular expression.

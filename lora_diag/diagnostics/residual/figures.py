@@ -26,7 +26,7 @@ COLORS = {"rank": CATEGORIES[0], "direction": CATEGORIES[5], "scale": CATEGORIES
 def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
     """Draw ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F² of one adapter's update X, layer by layer, as a stack of its parts.
 
-    ε² = rank + direction + scale (``metrics.parts``). Layers of one bar are added up.
+    ε² = rank + direction + scale (``metrics.split_epsilon``). Layers of one bar are added up.
 
     Args:
         records: Records of ``residual``, for one adapter.

@@ -69,21 +69,21 @@ class Distance(Record):
 
     @property
     def parts(self) -> Parts | None:
-        """The parts of ε² (``metrics.parts``); None where D or X is zero."""
+        """The parts of ε² (``metrics.split_epsilon``); None where D or X is zero."""
         from lora_diag.metrics import split_epsilon
 
         return split_epsilon(self._above_floor)
 
     @property
     def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
-        """The largest of rank, direction and scale (``metrics.limit``); None if D is zero."""
+        """The largest of rank, direction and scale (``metrics.find_limit``); None if D is zero."""
         from lora_diag.metrics import find_limit
 
         return find_limit(self._above_floor)
 
 
 def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
-    """Return a function that pools a field of ``metrics.pooled`` over layers."""
+    """Return a function that pools a field of ``metrics.Distances`` over layers."""
 
     def pool(records: Sequence[Residual]) -> float | None:
         from lora_diag.metrics import pool_distances  # imports NumPy
@@ -95,7 +95,7 @@ def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
 
 
 def _pool_floor(records: Sequence[Residual]) -> float | None:
-    """Return the pooled lower bound; None if no layer has one."""
+    """Return the lower bound on ε at the adapter's rank, pooled over layers; None if no layer has one."""
     return _make_pool("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
 
 

@@ -35,7 +35,7 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
 
 
 def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of the hidden states h at each depth; BASE is 1, TUNED 0.
+    """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of a model's hidden states h at each depth; BASE is 1, TUNED 0.
 
     Args:
         results: Results of ``probe outputs``, or their records.

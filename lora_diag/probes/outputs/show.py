@@ -154,7 +154,10 @@ def deciding_sets(records: Sequence[Probe]) -> list[str]:
 
 
 def compare_with_base(record: Probe, base: Probe) -> tuple[float, float | None]:
-    """Return a model's loss minus that of BASE, and half its interval; None without losses of several sequences."""
+    """Return a model's loss minus that of BASE, and the half-width of its interval (``paired_half``).
+
+    The half-width is None without losses of several sequences.
+    """
     if not record.nll or not base.predictions:
         return record.nats - base.nats, None
     gap, error = paired_difference(record.nll, base.nll, base.predictions)

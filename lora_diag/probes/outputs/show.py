@@ -217,7 +217,7 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, losses and the better model; distances; a missing TUNED or reference."""
+    """Return the statements: whether the best adapter is as good as TUNED; for each set the choice; distances."""
     records = results.whole_of(Probe)
     labels, verdict = _label_models(records), _describe_best(contests_of(records))
     subjects = {record.subject for record in records}
@@ -226,12 +226,13 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     for name in sets:
         of_set = [record for record in records if record.set == name]
         lines = _describe_losses(of_set, labels) if has_tuned else _describe_equals(of_set, labels)
-        answer = verdict or "".join(lines[1:2]) if has_tuned else f"not compared with one: {lines[0]}"
+        answer = verdict or lines[0] if has_tuned else f"not compared with one: {lines[0]}"
         on_sets.append(on_set(name, *lines, answer=answer))
         scope = f"{short(name)}: " if len(sets) > 1 else ""
         distances += [f"{scope}{line}" for line in _describe_distances(of_set, labels)]
     return probe_summary(
         results,
+        make_statement("as_good", "As good as TUNED", verdict),
         *on_sets,
         make_statement("distances", "Distances", *distances),
         make_statement("tuned", "TUNED", "" if has_tuned else _EQUALS),
@@ -286,16 +287,15 @@ def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, s
 
 
 def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    """State the losses of BASE and TUNED, of each adapter compared with TUNED, and which adapter to use."""
+    """State which adapter to use, how each compares with TUNED, and the losses of BASE and TUNED."""
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     if len(ends) < 2:
         return ["not measured yet"]
     adapters = [record for record in of_set if record.subject == "adapter"]
-    return [
-        describe_losses(ends["base"], ends["tuned"]),
-        *_describe_adapters(ends["base"], adapters, labels),
-        *(_describe_choice(choice, labels) for choice in choose_adapters(of_set)),
-    ]
+    choices = [_describe_choice(choice, labels) for choice in choose_adapters(of_set)]
+    compared = _describe_adapters(ends["base"], adapters, labels)
+    first, second = (compared, choices) if is_tuned_worse(ends["base"]) else (choices, compared)
+    return [*first, *second, describe_losses(ends["base"], ends["tuned"])]
 
 
 def _describe_equals(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
@@ -340,7 +340,8 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     kept_share = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = short_paths([best.name])
-    return f"{answers[outcome]}: {name} is {format_gap(record)} nats from it on {safe(record.set)}{kept_share}{others}"
+    distance = f"{format_gap(record)} nats from TUNED on {safe(record.set)}"
+    return f"{answers[outcome]}: {name} is {distance}{kept_share}{others}"
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:

@@ -91,6 +91,7 @@ class FourBitWeight:
         return start // self.block, -(-stop // self.block)
 
     def _read_codes(self, start: int, stop: int) -> torch.Tensor:
+        """Return the 4-bit codes of the entries ``start:stop``, int32."""
         import torch
 
         name = self.info.name
@@ -108,6 +109,7 @@ class FourBitWeight:
         return values.mul_(self._read_nested_absmax(first, last)).add_(self.nested.offset)
 
     def _read_nested_codes(self, first: int, last: int) -> torch.Tensor:
+        """Return the 8-bit codes of the absolute maxima of the blocks ``first:last``, int32."""
         return self.source.read(f"{self.info.name}.absmax", first, last).int()
 
     def _read_nested_absmax(self, first: int, last: int) -> torch.Tensor:
@@ -118,6 +120,7 @@ class FourBitWeight:
         return spread(values.float(), block, first, last)
 
     def _read_whole(self, part: str) -> torch.Tensor:
+        """Return a whole auxiliary tensor of the weight, float32."""
         return self.source.read(f"{self.info.name}.{part}").float()
 
 
@@ -134,7 +137,8 @@ def find_four_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Fou
         config: Its ``quantization_config``; unused, since every weight has its own settings.
 
     Raises:
-        InputError: The settings of a weight are invalid, or one of its tensors is missing or has the wrong size.
+        InputError: The settings of a weight are missing or invalid, or one of its tensors is missing or has the wrong
+            size or dtype.
     """
     kind_by_weight = {}
     for name in source:

@@ -6,7 +6,8 @@ runs, no process group is needed, and the reader does not depend on the version 
 entries are read.
 
 A training state holds the model next to an optimizer, under keys such as ``app.model.``. The weights are those below
-the outermost key with the name of a model (``WRAPPERS``); without one, everything that is not an optimizer's.
+the outermost key with the name of a model (``WRAPPERS``); without one, everything that is not the
+state of an optimizer, scheduler, moving average, data loader or random generator (``NOT_WEIGHTS``, ``MOMENTS``).
 
 In safetensors, the files are named ``shard-…-model-…``. The header of each gives, under ``DCP_SHARDING_INFO``, the
 index of the whole tensor at which its piece begins. The headers do not state the shape of the whole tensor: if the last
@@ -189,6 +190,7 @@ class _StoredBox:
         return loaded
 
     def fill(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer with the bytes of the entries from ``start`` on; open the torch file if it is not."""
         self.tensor.fill(buffer, start)
 
 
@@ -322,6 +324,6 @@ def _read_path(key: str, planner_data: Any) -> tuple[str, ...]:
 
 
 def find_inner_folder(folder: Path) -> Path | None:
-    """Return the only checkpoint that accelerate wrote inside the folder of a training step; None without one."""
+    """Return the checkpoint that accelerate wrote in the folder of a training step; None unless there is just one."""
     folders = [path for path in sorted(folder.glob("pytorch_model_fsdp_*")) if (path / INDEX).is_file()]
     return folders[0] if len(folders) == 1 else None

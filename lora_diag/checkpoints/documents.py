@@ -29,7 +29,8 @@ def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] |
         build_object: Builds an object from its pairs; None for a dictionary.
 
     Raises:
-        ValueError: The content is not JSON, or a string is not valid Unicode.
+        ValueError: The content is not JSON, a string is not valid Unicode, or ``build_object`` refuses an object.
+        RecursionError: The content is nested too deeply.
     """
     value = json.loads(content, object_pairs_hook=build_object)
     if b"\\ud" in content.lower():
@@ -67,7 +68,11 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's ``config.json``; empty if there is none."""
+    """Return the content of a folder's ``config.json``; empty if there is none.
+
+    Raises:
+        InputError: The file is too large, cannot be read, is not JSON, or does not hold an object.
+    """
     path = folder / "config.json"
     return read_object(path, "model configuration", MAX_CONFIG_BYTES) if path.is_file() else {}
 

@@ -32,7 +32,8 @@ _NUMPY_DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 class Reading:
     """Bytes that this process has read from local files, counted where they arrive.
 
-    Not counted: headers, mapped files, and what workers in other processes or on other machines read.
+    Not counted: headers of safetensors and GGUF, JSON, pickled indices, mapped files, and what workers in other
+    processes or on other machines read.
     """
 
     def __init__(self) -> None:

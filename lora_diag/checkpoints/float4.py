@@ -56,7 +56,7 @@ class Layout:
     Args:
         source: The checkpoint as stored.
         kind: ``nvfp4`` or ``mxfp4``.
-        codes: Name of the codes, ``(…, out, in / 2)``.
+        codes: Name of the codes, ``(…, out, in / 2)``; of gpt-oss ``(E, out, in / 32, 16)``.
         scale: Name of the scales, ``(…, out, in / group)``.
         out: Rows of a matrix, its outputs.
         columns: Columns of a matrix, its inputs.
@@ -88,7 +88,7 @@ def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 def decode_transposed(
     layout: Layout, of_codes: Callable[[torch.Tensor], torch.Tensor], first: int, last: int
 ) -> torch.Tensor:
-    """Return a function of the inputs ``first:last``, counted over all experts, ``(last − first, out)``.
+    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``.
 
     Args:
         layout: The stack of experts.
@@ -113,7 +113,7 @@ def decode_transposed(
 def _decode(
     layout: Layout, of_codes: Callable[[torch.Tensor], torch.Tensor], first: int, last: int, low: int, high: int
 ) -> torch.Tensor:
-    """Return a function of the codes of the rows ``first:last`` and columns ``low:high``, times their scales."""
+    """Return values or steps of the rows ``first:last`` and columns ``low:high``: ``of_codes`` times the scales."""
     import torch
 
     group = GROUP[layout.kind]

@@ -126,11 +126,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a checkpoint by its headers; read no weight.
+    """Open a checkpoint by its headers; only files in torch's legacy format are loaded whole.
+
+    A Hub id that is not in the cache, and a torch file at an address, are downloaded.
 
     Args:
         path: A file, a ``*.index.json``, a folder that contains either, a Hugging Face Hub id, or an address
-            (``s3://``, ``gs://``, ``hf://``, ``https://``) of one of the first three.
+            (``s3://``, ``gs://``, ``hf://``, ``https://``, ``http://``) of one of the first three.
 
     Returns:
         The checkpoint, with at least one tensor.
@@ -210,7 +212,7 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
-    """Return the ``quantization_config`` of a checkpoint, or AutoGPTQ's file with it; empty without either."""
+    """Return ``quantization_config`` of a checkpoint, or for GPTQ ``quantize_config.json``; empty without either."""
     settings = find_quantization_config(stored.config)
     if settings or not any(name.endswith(CODES) for name in stored):
         return settings
@@ -291,6 +293,7 @@ def _suggest_subfolders(folder: Path) -> str:
 
 
 def _open_file(path: Path) -> OpenFile:
+    """Open one file in the first format that claims it; refuse files of unsupported forms and pieces of tensors."""
     refuse_foreign(path.parent, [path.name])
     if path.match(PIECES) or path.match(RANKS):
         raise InputError(f"{path}: holds pieces of tensors, and other files the rest; give the folder {path.parent}")

@@ -185,7 +185,7 @@ class GgufFile:
         return self._decode_range(name, start, stop, self._find_codec(name).steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
         if self.type_of(name).dtype is not None or (scales := self._find_codec(name).scales) is None:
             return None
         return self._decode_range(name, start, stop, scales)
@@ -383,8 +383,9 @@ def write_gguf(
 
     Args:
         path: The file, in a folder that loradiag creates.
-        fields: The header's fields, ``general.architecture`` among them.
-        tensors: Shape and dtype of every tensor by its name, in the order of the file.
+        fields: The header's fields, ``general.architecture`` among them; integers are written as uint32, floats as
+            float32.
+        tensors: Shape and dtype (one of ``CODES``) of every tensor by its name, in the order of the file.
         read: Returns a tensor by its name; called once per tensor, in the order of the file.
 
     Raises:
@@ -429,7 +430,7 @@ class Codec:
     Args:
         decode: Blocks ``(n, size)`` of uint8 to values ``(n, block)`` of float32.
         steps: The same blocks to steps whose half bounds the error of each value, ``(n, block)`` of float32.
-        scales: The same blocks to what each code is multiplied by; None for a type whose values have an offset.
+        scales: The same blocks to what each code is multiplied by; None for all types but Q8_0.
     """
 
     decode: Callable[[torch.Tensor], torch.Tensor]

@@ -105,7 +105,7 @@ class Names:
     halves_to_pairs: bool = False
 
     def in_transformers(self, name: str) -> str | None:
-        """Return transformers' name of a tensor; None if it is not known.
+        """Return transformers' name of a tensor, with ``{}`` for the number of a stacked expert; None if unknown.
 
         >>> ARCHITECTURES["llama"].in_transformers("blk.3.attn_q.weight")
         'model.layers.3.self_attn.q_proj.weight'
@@ -261,13 +261,13 @@ class GgufModel:
         return GgufFile.matches(path)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 if decoded or shifted."""
         values = self._read_range(name, start, stop, self._file.read)
         assert values is not None
         return values.float() - 1 if self._views[name].shifted else values
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the stored bytes of a small tensor, without torch."""
+        """Return the bytes of the stored tensor that holds a small one, as in the file and with all experts."""
         return self._file.read_bytes(self._views[name].stored)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
@@ -275,7 +275,7 @@ class GgufModel:
         return self._read_range(name, start, stop, self._file.read_steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
         return self._read_range(name, start, stop, self._file.read_scales)
 
     def _read_range(
@@ -295,6 +295,7 @@ class GgufModel:
         return ordered.reshape(-1)[start - first * size : stop - first * size].clone()
 
     def _make_views(self, names: Names | None, architecture: str) -> Iterator[View]:
+        """Yield the views of all tensors of the file; refuse two with one name."""
         seen: set[str] = set()
         for stored, info in self._file.tensors.items():
             for view in self._make_tensor_views(stored, info, names, architecture):
@@ -307,6 +308,7 @@ class GgufModel:
     def _make_tensor_views(
         self, stored: str, info: TensorInfo, names: Names | None, architecture: str
     ) -> Iterator[View]:
+        """Yield the views of a stored tensor: one, or one per expert of a stack."""
         name = names.in_transformers(stored) if names is not None else None
         if names is None or name is None or ("{}" in name and len(info.shape) != 3):
             yield View(stored, info)
@@ -389,7 +391,7 @@ def derive_config(models: list[GgufModel]) -> dict[str, Any]:
 
 
 def find_single_model(folder: Path) -> tuple[Path | None, int]:
-    """Return the first file of the only GGUF model in a folder, None unless there is one, and the number of models."""
+    """Return the first file of a folder's GGUF model, None unless there is exactly one, and the number of models."""
     files = sorted(folder.glob("*.gguf"))
     first = [file for file in files if (match := PART.fullmatch(file.name)) is None or int(match["number"]) == 1]
     return (first[0] if len(first) == 1 else None), len(first)

@@ -46,7 +46,7 @@ Get = Callable[[str], Path | None]
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A model repository, or a folder in one, at a revision."""
+    """A model repository, or a folder in one, at a revision; the subfolder may be empty, None is the main revision."""
 
     repo: str
     subfolder: str

@@ -48,10 +48,12 @@ _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, R
 
 
 def _make_dict(pairs: Any = ()) -> dict[Any, Any]:
+    """Return the dictionary of these pairs, after checking the keys."""
     return {_check_key(key): value for key, value in pairs}
 
 
 def _make_bytes(content: Any = b"", *_: Any) -> Any:
+    """Return the first argument of a bytearray, its content; refuse a number of bytes."""
     if isinstance(content, int):
         raise ValueError("it asks for bytes by their number")  # the only way to allocate by a number in torch's reader
     return content
@@ -133,7 +135,8 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
         description: Description for messages, such as ``the index``.
 
     Returns:
-        The data: None, booleans, numbers, text, bytes, tuples, lists, dictionaries, ``Record`` and ``Persistent``.
+        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for sets that a call
+        builds), lists, dictionaries, ``Record`` and ``Persistent``.
 
     Raises:
         InputError: It is no pickle, or damaged.
@@ -146,7 +149,7 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
 
 
 class _Interpreter(pickle._Unpickler):
-    """The standard library's interpreter, without classes, calls and hashing.
+    """The standard library's interpreter, without imports and calls, and with limited hashing.
 
     Args:
         file: The pickle, and what may follow it.
@@ -185,7 +188,7 @@ class _Interpreter(pickle._Unpickler):
         self.append(plain(*args) if plain else Record(target.module, target.name, args))
 
     def _spend(self, entries: int) -> None:
-        """Count entries that a call may copy or a dictionary hashes."""
+        """Count entries that a call may copy or a dictionary hashes; refuse more than the bytes read so far explain."""
         self._copied += entries
         if self._copied > FREE_ENTRIES + ENTRIES_PER_BYTE * (self._file.tell() - self._begin):
             raise ValueError("it copies the same entries again and again")
@@ -217,6 +220,7 @@ class _Interpreter(pickle._Unpickler):
         self._call(target, args)
 
     def _reduce_with_keywords(self) -> None:
+        """Push a call with keyword arguments; their dictionary, unless empty, becomes the last argument."""
         keywords = self.stack.pop()
         if keywords:
             self.stack[-1] = (*self.stack[-1], keywords)

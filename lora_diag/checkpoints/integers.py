@@ -13,8 +13,8 @@ without them z = 0.
 GPTQ stores the weight transposed and packs q along the inputs j, ``qweight (in · bits / 32, out)``, the lowest bits
 first; ``qzeros`` are packed along the outputs. Files of format ``gptq`` store z − 1, modulo 2^bits; those of
 ``gptq_v2`` store z. A stored 2^bits − 1 is read as z = 0; the kernels of auto-gptq and gptqmodel decode it differently,
-so a note names the tensors with it. AWQ (``gemm``) has 4 bits, packs q along the outputs, ``qweight (in, out / 8)``, in
-the order 0, 2, 4, 6, 1, 3, 5, 7, and stores z.
+so a note names the first tensor with it. AWQ (``gemm``) has 4 bits, packs q along the outputs,
+``qweight (in, out / 8)``, in the order 0, 2, 4, 6, 1, 3, 5, 7, and stores z.
 
 MLX: the codes of a row are a stream of bits in ``weight`` (uint32). Bits and group size are in ``config.json`` under
 ``quantization``, with exceptions under the names of modules.
@@ -143,8 +143,8 @@ def compressed_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 def _read_compressed_zeros(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return the zero points of rows, ``(rows, groups)``, with 2^(bits − 1) added like the codes.
 
-    They are a stream along the rows, so one that begins at any row begins in the middle of a word, and one whose codes
-    cross words is read from the start.
+    They are packed along the rows, so ``first`` may be in the middle of a word. Words are read from that one on, or
+    from the start of the tensor if a code crosses the beginning of that word.
     """
     bits, low = layout.bits, first * layout.bits // 32
     begin, cut = divmod(low * 32, bits)
@@ -177,6 +177,7 @@ def gptq_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def _read_gptq_scales(layout: Layout, first: int, last: int) -> torch.Tensor:
+    """Return the scales of the outputs ``first:last``, ``(groups, outputs)``, float32."""
     return read_columns(layout.source, f"{layout.module}.scales", (0, layout.groups), (first, last)).float()
 
 
@@ -202,7 +203,7 @@ def mlx_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 
     That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest absolute value is stored
     exactly, which leaves others up to one step beyond the last code. Codes are chosen before scale and offset are
-    rounded to their dtype, which adds up to its half spacing of ``s · q`` and of the offset.
+    rounded to their dtype, which changes ``s · q`` and the offset by up to half the spacing of that dtype.
     """
     codes = layout.read_codes("weight", first, last)
     scales, biases = (_spread(layout, part, first, last).abs() for part in ("scales", "biases"))
@@ -244,7 +245,8 @@ def find_gptq(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeig
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape, or the layout is another one.
+        InputError: A tensor of a weight is missing or has the wrong shape, the layout is another one, or the
+            configuration is missing for GPTQ or contradicts the tensors.
     """
     for name in source:
         if name.endswith(CODES):
@@ -304,6 +306,7 @@ def refuse_contradicting_zeros(source: Checkpoint, weights: Iterable[TensorInfo]
 
 
 def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+    """Return a weight of compressed-tensors, after checking its tensors and the configuration."""
     name, weight = f"{module}{PACKED}", f"{module}.weight"
     scale, zero, order, shape = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "g_idx", "shape"))
     require(source, shape, (2,), INTEGERS, weight)
@@ -346,6 +349,7 @@ def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str
 
 
 def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+    """Return a weight of GPTQ or AWQ, after checking its tensors and the configuration."""
     codes, scales, zeros, order = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros", ".g_idx"))
     weight, shape = f"{module}.weight", source[codes].shape
     if len(shape) != 2 or source[codes].dtype != "int32":
@@ -436,6 +440,7 @@ def describe_ambiguous_zeros(
 
 
 def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
+    """Return a weight of MLX, after checking its tensors and the configuration."""
     weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
     module_config = config.get(module)
     settings = {**config, **module_config} if isinstance(module_config, dict) else config

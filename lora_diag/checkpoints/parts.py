@@ -230,7 +230,7 @@ class Boxes:
         shape: The shape that the boxes refer to; default that of the tensor.
 
     Raises:
-        InputError: The boxes overlap, or do not cover the tensor.
+        InputError: The boxes overlap, lie outside the tensor, or do not cover it.
     """
 
     def __init__(

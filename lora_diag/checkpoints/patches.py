@@ -76,7 +76,7 @@ class PatchedFile:
         return self._base.read_steps(name, start, stop)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
         return self._base.read_scales(name, start, stop)
 
     def _locate_changes(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +124,7 @@ class PatchedFile:
 
 
 def is_patch(checkpoint: Checkpoint) -> bool:
-    """Return whether an opened file is a sparse patch: by its metadata, or by pairs of indices and values alone."""
+    """Return whether an opened file is a sparse patch: by its metadata, or if it has only indices and values."""
     names = list(checkpoint)
     if any(file.metadata.get("sparse", "").lower() == "true" for file in checkpoint.files):
         return True

@@ -82,6 +82,7 @@ class TorchFile:
         return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
 
     def _load(self) -> None:
+        """Load or map the file after checking it, and set tensors, metadata and notes."""
         import torch  # imported here, so that safetensors headers can be read without torch
 
         try:
@@ -136,8 +137,8 @@ def _check_archive(file: Path, path: Path) -> None:
         path: The path as given by the user.
 
     Raises:
-        InputError: An entry is compressed, the entries together are larger than the file, or the pickle copies entries
-            again and again.
+        InputError: An entry is compressed, the entries together are larger than the file, or the pickle is damaged or
+            copies entries again and again.
         zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:

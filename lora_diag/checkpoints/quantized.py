@@ -109,7 +109,7 @@ class Dequantized:
         return weight.read(start, stop) if weight else self._file.read(name, start, stop)
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
+        """Return the bytes of a small tensor that is not quantized."""
         return self._file.read_bytes(name)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
@@ -118,7 +118,7 @@ class Dequantized:
         return weight.read_steps(start, stop) if weight else None
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
         weight = self._weights.get(name)
         return weight.read_scales(start, stop) if isinstance(weight, scaled.ScaledWeight) else None
 
@@ -201,7 +201,7 @@ def refuse_missing_packed(source: Checkpoint, config: Mapping[str, Any], stored:
 
 
 def refuse_integer_weights(presented: Checkpoint) -> None:
-    """Refuse integer matrices of no known format, which would otherwise be silently skipped.
+    """Refuse integer, 4-bit and 6-bit matrices of no known format, which would otherwise be silently skipped.
 
     Args:
         presented: The checkpoint after dequantization.

@@ -56,8 +56,8 @@ class _Part:
         tensor: Location of its entries.
         shape: Shape of the whole tensor; None if the rank's file does not state it.
         sharded_dims: For each dimension of the mesh, the tensor dimension that it splits; None where it repeats. None
-            altogether for a plain tensor.
-        coordinates: The rank's place in the mesh.
+            altogether for a plain tensor and a ``ShardedTensor``.
+        coordinates: The rank's place in the mesh; empty without one.
         offsets: Offset of the part in the tensor, if the file has it (``ShardedTensor``).
     """
 

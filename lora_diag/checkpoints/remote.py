@@ -216,7 +216,8 @@ def as_path(address: Path | str) -> Path:
     each of its arguments once.
 
     Raises:
-        InputError: The address is incomplete, or the package that reads it is not installed.
+        InputError: The address is invalid or has a part that its scheme does not accept; for ``hf://``, also if
+            ``huggingface_hub`` is not installed or the repository cannot be reached.
     """
     if isinstance(address, RemotePath):
         return cast(Path, address)
@@ -239,7 +240,8 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
         root: The printable address.
 
     Raises:
-        InputError: The address is incomplete, or the package that reads it is not installed.
+        InputError: The address is invalid or has a part that its scheme does not accept; for ``hf://``, also if
+            ``huggingface_hub`` is not installed or the repository cannot be reached.
     """
     try:
         parts = urlsplit(f"{scheme}://{location}")

@@ -126,7 +126,8 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: The scales of a weight are missing or have the wrong shape, or it has zero points.
+        InputError: The scales of a weight are missing, or have an unsupported dtype or the wrong shape, the weight has
+            zero points, or ``weight_block_size`` of the configuration is invalid.
     """
     configured_block = _read_configured_block(source, config)
     bare = []
@@ -163,10 +164,10 @@ def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[i
         source: The checkpoint as stored.
         name: Name of the weight.
         scale: Name of its scales.
-        configured_block: Rows and columns of a block, if the configuration gives them.
+        configured_block: Rows and columns of a block in the configuration; None to infer them from the shapes.
 
     Raises:
-        InputError: The scales are not floats, or their shape does not match the weight's.
+        InputError: The scales are neither floats nor exponents of MXFP8, or their shape does not match the weight's.
     """
     weight, scales = source[name], source[scale]
     exponents = {"float8_e8m0fnu", *(("uint8",) if weight.dtype in FLOAT8 else ())}
@@ -217,6 +218,7 @@ def _find_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _read_configured_block(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return ``weight_block_size`` of the configuration after checking it; None if there is none."""
     value = config.get("weight_block_size")
     if value is None:
         return None

@@ -121,6 +121,12 @@ class Store:
 def filesystem(scheme: str, **options: Any) -> Any:
     """Return the fsspec file system shared by all stores of a scheme, since creating an S3 client takes a second.
 
+    Other processes and other settings in the environment get their own.
+
+    Args:
+        scheme: A scheme of fsspec.
+        options: Options of a new file system; an existing one is returned as it is.
+
     Raises:
         InputError: The package is not installed; the message gives the command that installs it.
     """
@@ -284,6 +290,7 @@ def _make_key(address: str) -> str:
 
 
 def _make_file_info(entry: Any) -> FileInfo:
+    """Return size and version from an entry of an fsspec listing."""
     version_keys = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
     return FileInfo(int(entry["size"]), next((str(entry[key]) for key in version_keys if entry.get(key)), ""))
 
@@ -446,6 +453,7 @@ class HttpStore(Store):
             raise TransientError("the answer was cut short", done)
 
     def _check_status(self, address: str, response: Any) -> None:
+        """Raise the error that a status stands for; accept 200 and 206 if the content is not encoded."""
         status = response.status
         if status in TRANSIENT:
             raise TransientError(f"the server answers {status}")

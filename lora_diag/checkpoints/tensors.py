@@ -48,7 +48,8 @@ DECODED = FLOAT_DTYPES | FLOAT8.keys()
 # Longest name of a tensor; those of known models have up to 150 characters. Names are matched, sorted and printed.
 MAX_NAME = 1000
 
-# The bytes of 0.0 and -0.0 in every dtype, and the number of bytes that are checked first.
+# The bytes of 0.0 and -0.0 in every floating-point dtype (and of a few tiny numbers, such as 2^-126 in bfloat16),
+# and the number of bytes that are checked first.
 ZERO, FIRST_BYTES = b"\0\x80", 4096
 
 
@@ -84,7 +85,7 @@ class TensorFile(Protocol):
     metadata: Mapping[str, str]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major, 1-D, stored dtype)."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, 1-D, dtype of ``tensors``)."""
         ...
 
     def read_bytes(self, name: str) -> bytes:
@@ -101,7 +102,7 @@ class SteppedFile(Protocol):
         ...
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None without such codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
         ...
 
 
@@ -177,7 +178,14 @@ class Checkpoint:
         return self._file_by_name[name].read_bytes(name)
 
     def are_zero(self, names: Iterable[str]) -> Iterator[bool]:
-        """Yield for each tensor whether all its entries are zero; remote files are requested concurrently."""
+        """Yield for each tensor whether all its entries are zero; remote files are requested concurrently.
+
+        Entries with no other bytes than 0.0 and -0.0 count as zero: also some of at most 8e-6 in float16 and 2e-38 in
+        the other floating-point dtypes of 16 to 64 bits.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
         if isinstance(self.files[0].path, RemotePath):
             from lora_diag.checkpoints.addresses import map_concurrently  # imported only for remote files
 
@@ -186,6 +194,7 @@ class Checkpoint:
         yield from map(self._is_zero, names)
 
     def _is_zero(self, name: str) -> bool:
+        """Return whether a tensor has only bytes of 0.0 and -0.0; the first ones are read alone where possible."""
         file = self._file_by_name[name]
         if is_array_file(file) and file.read_bytes(name, FIRST_BYTES).strip(ZERO):
             return False
@@ -224,7 +233,7 @@ class Checkpoint:
             stop: One past the last entry; default all.
 
         Returns:
-            A 1-D copy of ``stop - start`` entries in the stored dtype.
+            A 1-D copy of ``stop - start`` entries in the dtype of its ``TensorInfo``.
 
         Raises:
             InputError: The file ended early or could not be read.
@@ -279,7 +288,7 @@ class Checkpoint:
             stop: One past the last entry; default all.
 
         Returns:
-            1-D float32 tensor; None where the weight is not stored as numbers of ``stored`` times a scale.
+            1-D float32 tensor; None unless the weight is stored as 8-bit codes times a scale (FP8, int8, GGUF's Q8_0).
 
         Raises:
             InputError: The file ended early or could not be read.

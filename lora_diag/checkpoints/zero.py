@@ -249,7 +249,7 @@ def _find_step_folder(folder: Path) -> Path:
 
 
 def _find_rank_files(folder: Path) -> list[Path]:
-    """Return the optimizer file of every rank."""
+    """Return the optimizer files in the order of the ranks; empty if there are none."""
     by_rank = {}
     for path in folder.glob(STATES):
         match = OPTIMIZER.fullmatch(path.name)

@@ -28,7 +28,7 @@ def read_count(text: str, option: str) -> int:
     (10000000, 1500000000, 8388608)
 
     Raises:
-        UsageError: The value is invalid or not positive.
+        UsageError: The value is invalid or below 1.
     """
     return _read_amount(text, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
 
@@ -40,7 +40,7 @@ def read_bytes(text: str, option: str) -> int:
     (2000000000, 1073741824)
 
     Raises:
-        UsageError: The value is invalid or not positive.
+        UsageError: The value is invalid or below 1.
     """
     return _read_amount(text, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
 
@@ -109,6 +109,7 @@ def find_best_rates(runs: Iterable[tuple[Key, float | None, float | None]]) -> d
 
     Args:
         runs: Key (such as the rank), loss and learning rate of each run; of one seed, on the deciding evaluation set.
+            A run without a loss (it diverged) or a rate is ignored.
 
     >>> find_best_rates([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}

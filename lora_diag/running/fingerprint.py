@@ -47,7 +47,7 @@ def legible(text: Path | str) -> str:
 
 
 def fingerprint_of_adapter(source: Source) -> str:
-    """Return the fingerprint of an adapter, from its config and every byte of its weights.
+    """Return the fingerprint of an adapter, from its config and every byte of its weights, if they are local.
 
     Raises:
         InputError: A file cannot be read.
@@ -61,13 +61,14 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = Non
 
     The hash covers name, shape, dtype and storage format of every tensor, the sizes of the files, their bytes (for
     files of more than 64 MiB one page of 4 KiB per MiB), and the settings. Paths and times are not included, so a copy
-    has the same fingerprint. A change between the sampled pages of a large file that keeps its size is not detected;
-    use ``content_hash`` to detect every change.
+    has the same fingerprint. The bytes of a remote file are replaced by its ETag or, without one, by sampled pages,
+    so that the fingerprint differs from that of a local copy. A change between the sampled pages of a large file that
+    keeps its size is not detected; use ``content_hash`` to detect every change.
 
     Args:
         checkpoint: The opened checkpoint.
         settings: Other data that determine how tensors are read: an adapter's config.
-        whole: Whether to hash every byte of large files.
+        whole: Whether to hash every byte of large local files.
 
     Raises:
         InputError: A file cannot be read.

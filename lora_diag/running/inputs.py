@@ -82,7 +82,7 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
     """Open BASE by its headers; return an opened one unchanged.
 
     Raises:
-        UsageError: It is an adapter.
+        UsageError: It is an adapter, without a checkpoint in the same folder.
         InputError: It cannot be read.
     """
     if isinstance(path, Checkpoint):
@@ -103,7 +103,7 @@ def open_update(path: Path | str, base: Checkpoint | None, stated_alpha: StatedA
         stated_alpha: α of an adapter whose files give none.
 
     Raises:
-        UsageError: It is no adapter and there is no BASE, or it holds second moments.
+        UsageError: It is no adapter and there is no BASE, or a side holds second moments.
         InputError: It cannot be read.
     """
     path = as_path(path)
@@ -169,8 +169,9 @@ def compare(
 
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
-        NothingComparedError: The sides have no weight in common.
-        UsageError: The only side is not an adapter, the adapter comes first, or TUNED is refused.
+        NothingComparedError: The sides have no weight in common, or none is selected.
+        UsageError: The only side is not an adapter, the adapter comes first, a side holds second moments, or TUNED is
+            refused.
     """
     if tuned is None:
         assert not isinstance(base, Checkpoint)
@@ -233,7 +234,7 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
 def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
     """Return the pairing with tensors that TUNED stores under other names, and a note on them if there are any.
 
-    Such are fused experts that BASE stores one by one.
+    An example is a stack of fused experts that BASE stores one by one.
 
     Two sides without a common name may be one model, saved with and without its head or inside a wrapper. They are
     paired if half of either side has a matching name, unless their configs name different models.

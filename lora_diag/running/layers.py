@@ -190,7 +190,8 @@ class LayerRun:
 
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
-            NothingComparedError: The sides have no weight in common.
+            NothingComparedError: The sides have no weight in common, or none is selected.
+            UsageError: An input is in the wrong place or is refused.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
         arguments = {name: self.options[name] for name in names} | options
@@ -254,12 +255,14 @@ class LayerRun:
             recorded: Names of settings that come last in the run record, in this order.
             finish: Called with the records while the results file is still locked.
             rest: Returns the part of a task that an interrupted run left out, given its records of the task; None if
-                there is none. It is measured again for the reason.
+                there is none. That part is measured again, and only its ``left_out`` records are kept.
 
         Returns:
             All records of the run, including those of an interrupted run.
 
         Raises:
+            UsageError: The memory limit is too small for the program itself, or the output can be neither
+                replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options

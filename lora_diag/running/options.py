@@ -422,7 +422,7 @@ def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def list_typed_options(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in the settings of a run record that differ from their defaults, by name.
 
-    Values of None and False are omitted, too.
+    Values of None, False and 0 are omitted, too.
 
     Args:
         group: A ``TypedDict`` of options.

@@ -77,18 +77,19 @@ class ProbeRun:
         """Open the model, keep it as ``model``, and return it.
 
         Raises:
-            UsageError: The device does not exist, or the extra ``train`` is not installed.
-            InputError: Transformers cannot open it.
+            UsageError: An option is invalid, the device does not exist, or the extra ``train`` is not installed.
+            InputError: Transformers cannot open it, it is quantized, or its kind is not supported.
         """
         dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
         self.model = open_model(base, resolve_device(self.options["device"]), dtype, length, tokenizer)
         return self.model
 
     def read(self, path: Path | str, shifted: bool = False) -> Texts:
-        """Return one text, read for the model.
+        """Return one text, read for the model; ``shifted`` marks one of another distribution.
 
         Raises:
-            InputError: It cannot be read.
+            UsageError: It is a data set, and the library ``datasets`` is not installed.
+            InputError: It cannot be read, or has nothing to predict.
         """
         return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
 
@@ -96,7 +97,7 @@ class ProbeRun:
         """Return all evaluation sets.
 
         Raises:
-            UsageError: Two have one name.
+            UsageError: Two have one name, or as ``read``.
             InputError: One cannot be read.
         """
         texts = [*map(self.read, evaluate), *(self.read(path, shifted=True) for path in shifted)]
@@ -145,6 +146,7 @@ class ProbeRun:
             All records of the run, including those of an interrupted run.
 
         Raises:
+            UsageError: The output can be neither replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
         options, model = self.options, self.model

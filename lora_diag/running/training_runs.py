@@ -77,6 +77,7 @@ class RunTask:
     Args:
         layer: Its label.
         work: Descriptor of the run.
+        shape: That of a layer which the engine would send alone.
     """
 
     layer: str
@@ -153,7 +154,7 @@ _open: tuple[Site, Model, list[Texts]] | None = None
 
 
 def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
-    """Return the model, the training text and the evaluation sets; opened once per process.
+    """Return the model, the training text and the evaluation sets; what this process opened last is kept.
 
     Raises:
         InputError: An input cannot be read on this worker, or differs from that of the run.
@@ -217,7 +218,7 @@ class Arm:
         trial: The run of a size, a rate and a seed.
         earlier: Rates that an earlier run may have tried beyond the edge of a smaller grid; they are used, but not run.
         workers: The workers of a cluster; None to train its runs here, one after the other.
-        train: Trains one of its runs on a worker.
+        train: Trains one of its runs on a worker; None to train its runs here.
     """
 
     sizes: tuple[int | None, ...]
@@ -277,7 +278,7 @@ class RunPlan:
                 )
 
     def report_cost(self, arms: Mapping[str, Arm], bases: int, extra_bytes: int) -> None:
-        """Time one step of each method and one evaluation batch, and report the estimated cost.
+        """Time one step of each method and one evaluation batch, report the estimated cost, and set the expected total.
 
         Args:
             arms: The methods, by what they train, such as ``of LoRA``.
@@ -305,7 +306,8 @@ class RunPlan:
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others.
 
-        In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and so on, the seeds.
+        In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and so on, and last the
+        other seeds.
         """
         first_seed = self.training.order
         rates = {size: self._iterate_rates(arm, size) for size in arm.sizes}
@@ -444,6 +446,8 @@ class TrainRun(ProbeRun):
     ) -> None:
         """Read the text to train on and the evaluation sets; set ``sets`` and ``training``.
 
+        ``kind`` is the form of the trained LoRA; None for ``Lora()``.
+
         Raises:
             UsageError: Two evaluation sets have one name, the training text is also an evaluation set, or the model has
                 no gradient checkpointing.
@@ -463,7 +467,8 @@ class TrainRun(ProbeRun):
     def joined(self) -> Iterator[None]:
         """Stay connected to the cluster of the option ``engine``, if there is one; set ``on`` and the device.
 
-        If the cluster has GPUs, each of its tasks gets one, unless the device is the CPU.
+        If the cluster has GPUs, each of its tasks gets one, unless ``gpus_per_task`` is set or the device is the CPU.
+        In the block, torch uses at most as many threads as a run has cores there.
 
         Raises:
             UsageError: An option contradicts another, or the tasks have GPUs and this machine, where BASE is measured,

@@ -51,7 +51,11 @@ def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer
 
 
 def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the ranks of the layers, with the additive fraction below, once per run."""
+    """Return the ranks of the layers, with the additive fraction below, once per run.
+
+    Raises:
+        UndrawableError: No layer is changed by two updates.
+    """
     shared = [(item, [record for record in item.records if len(record.updates) > 1]) for item in series]
     shared = [(item, records) for item, records in shared if records]
     if not shared:
@@ -212,7 +216,7 @@ def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interferenc
 
 
 def compute_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the cumulative distribution of values in [0, 1], from (0, 0) to (1, 1), in at most ``POINTS`` steps."""
+    """Return the cumulative distribution of values in [0, 1]: (0, 0), at most ``POINTS`` points, and (1, 1)."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
     indices = np.unique(np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().astype(np.int64))

@@ -166,7 +166,7 @@ class Part:
 
 
 def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
-    """Read and decompose one update; return its change, with the problem, if an entry or the norm is out of range."""
+    """Read and decompose one update; if an entry is not finite or the norm out of range, return its change."""
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change
@@ -220,7 +220,7 @@ def measure_factor_merges(
     Args:
         summed: S.
         fro: ‖S‖_F > 0.
-        adapters: The factors of all updates; None if an update has none.
+        adapters: The factors of all updates; None if an update has none, or its scale is unknown or 0.
         weights: The w_k > 0.
         density: Fraction of the entries that ``ties`` keeps.
     """
@@ -321,7 +321,7 @@ def _divide(value: float | None, divisor: float) -> float | None:
 
 
 def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
-    """Bound the rounding of the sum by the sum of the roundings: the rounding of a common BASE is equal in all."""
+    """Return the resolution of the sum; roundings are added, because that of a common BASE is equal in all."""
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update
@@ -578,10 +578,11 @@ def interference(
 
     Returns:
         One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each
-        layer that any changes.
+        layer that any of them has.
 
     Raises:
-        UsageError: An option is invalid, or there are fewer than two updates.
+        UsageError: An option is invalid, there are fewer than two updates, one is given twice, one is a checkpoint and
+            no ``base`` is given, or ``base`` is an adapter.
         InputError: An input cannot be read, or two of them are not of one model.
         NothingComparedError: No weight is changed by two of them.
 

@@ -63,7 +63,7 @@ class Interference(LayerRecord):
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
         relation: ``apart`` if the spaces overlap no more than random ones; else ``reinforce`` or ``cancel`` by the sign
-            of the cosine, ``share`` if that is small (``metrics.interference.classify_relation``); ``noise`` if an
+            of the cosine, ``share`` if that is small (``metrics.subspaces.classify_relation``); ``noise`` if an
             update is not resolved.
     """
 
@@ -194,7 +194,8 @@ class Union(LayerRecord):
     """All updates of one layer together: S = Σ w_k ΔW_k, and the loss of merging them.
 
     Tables are by energy fraction (``0.9``), by merge (``linear``) or by rank (``16``). The norms and spectra of the
-    parts include the weights w_k. Fields that need two updates are null if only one changes the layer.
+    parts include the weights w_k. Fields that need two updates are null if only one changes the layer or, except
+    ``energy_ratio``, if S = 0; tables are then empty or have null values.
 
     Args:
         layer: The weight's name in BASE, or in the adapters without a BASE.
@@ -222,14 +223,15 @@ class Union(LayerRecord):
             at most 5% of ‖S‖_F.
         alignment_rank: Number of these vectors.
         alignment_random: √(alignment_rank / out), for random directions.
-        sign_conflicts: Fraction of the entries changed by several updates in which they differ in sign.
+        sign_conflicts: Fraction of the entries changed by several updates in which they differ in sign; null with a
+            density of 0, as the three below.
         sign_conflicts_random: The same for random signs: ½ for two updates.
         trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null if no two updates
             share such an entry.
         trimmed_conflicts_random: The same for random signs.
         merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``: results of PEFT's
             add_weighted_adapter, which merges A and B separately. ``ties_dense``: TIES on ΔW itself. Null if a merge
-            does not exist (factors of different ranks, or none).
+            does not exist (factors of different ranks or of unknown scale, or none), and for TIES with a density of 0.
         recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
     """
 

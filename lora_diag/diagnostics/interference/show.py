@@ -88,7 +88,7 @@ def merge_residual(records: Sequence[Union], merge: str) -> float | None:
 
 
 def recompressed_residual(records: Sequence[Union], rank: int) -> float:
-    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r loses nothing."""
+    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r counts as lossless."""
     gaps = [(r.recompressed.get(str(rank)) or 0.0) * r.fro for r in records]
     return math.hypot(*gaps) / (math.hypot(*(r.fro for r in records)) or 1.0)
 

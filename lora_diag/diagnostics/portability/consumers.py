@@ -371,7 +371,7 @@ def _refuse_sglang(contents: Contents) -> str:
 
 
 def _list_incomplete(contents: Contents) -> Iterator[str]:
-    """Yield, for each attention with factors for some of q, k and v but not for q and v, those that are missing."""
+    """Yield a sentence for each attention with factors for some of q, k and v but not for both q and v."""
     owners: dict[str, set[str]] = {}
     for item in contents.pairs:
         owner, _, leaf = item.module.rpartition(".")

@@ -63,7 +63,7 @@ class Judged:
         item: The contents of the adapter's file for the weight.
         outcomes: The treatment of the weight by each consumer, or the reason for refusing the adapter.
         intended: The intended s; None without factors.
-        delta: ΔW; None without weights, and if ΔW needs a BASE and none is given.
+        delta: ΔW; None without weights, and if a ΔW of the adapter needs a BASE and none is given.
     """
 
     item: Item
@@ -202,10 +202,10 @@ def make_portable(
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
         leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
-        consumers: Programs for which the written adapter is judged.
-        require: Programs that must apply the written adapter.
-        max_lora_rank: Largest rank that servers are configured to serve.
-        alpha: α if the adapter's files have none.
+        consumers: Programs for which the written adapter is judged; by default those that read files of its layout.
+        require: Programs that must apply the written adapter; they are also judged. By default none.
+        max_lora_rank: Largest rank that servers are configured to serve; by default as large as each takes.
+        alpha: α if the adapter's files have none; by default, the scale is then 1 (PEFT: an error).
         alpha_is_rank: State that α = r if they have none.
 
     Returns:
@@ -337,9 +337,10 @@ def portability(
         base: The checkpoint it was trained on: for names of weights, and for DoRA.
         consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default those that read
             files of this layout.
-        require: Programs that must apply the intended ΔW, in the same form; they are also judged.
+        require: Programs that must apply the intended ΔW, in the same form; they are also judged. By default
+            none.
         intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.
-        max_lora_rank: The maximum rank set in servers (``--max-lora-rank``); by default as large as it
+        max_lora_rank: The maximum rank set in servers (``--max-lora-rank``); by default as large as each
             takes.
         **options: ``PortabilityOptions``.
 
@@ -347,7 +348,8 @@ def portability(
         One record for each weight and program.
 
     Raises:
-        UsageError: An option is invalid, or there is no rule for a program or its version.
+        UsageError: An option is invalid, ``adapter`` is not an adapter, ``base`` is one, there is no rule for a program
+            or its version, or the ``intended`` program refuses the adapter.
         InputError: An input cannot be read, or the adapter does not fit ``base``.
         NothingComparedError: No weight is selected.
 

@@ -30,7 +30,7 @@ class Portability(LayerRecord):
             error, which holds for the whole adapter; ``unknown`` if that depends on a BASE which is not given.
         part: Its contents in the file: ``factors``, ``dora``, ``bias``, ``value`` and so on.
         rank: r of its factors; null without factors.
-        scale: s' by which the consumer multiplies B·A; null without factors.
+        scale: s' by which the consumer multiplies B·A; null without factors, and if dropped or refused.
         intended: The intended s; null without factors.
         epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where only the scale
             differs, 1 if dropped; null if refused or unknown, if ΔW = 0, and where a BASE is needed and missing.

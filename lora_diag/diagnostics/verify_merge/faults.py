@@ -83,9 +83,9 @@ class FailedLayer:
         rounding: Possible rounding of a correct merge.
         check: Result of the check with ΔW.
         recheck: The same check with a different D' or rounding.
-        recheck_on_top: The check with ΔW of a MERGED that had W + ΔW, rounded, before.
+        recheck_on_top: The check of MERGED as a merge of ΔW into W + ΔW, rounded, instead of W.
         rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
-        load_change: Returns the first rows of O = M − W.
+        load_change: Returns the first rows of M − W.
         scale: s of the adapter; None if unknown.
         rank: r of the adapter; None if unknown.
         others: Names of layers of the same kind and shape.
@@ -178,7 +178,7 @@ def count_distinct_lines(check: Check) -> int:
 
 
 def make_precise(rounding: Rounding) -> Rounding:
-    """Return the same rounding of a ΔW computed at least in float32."""
+    """Return the same rounding of a ΔW computed at least in float32, from factors that were not cast."""
     return replace(rounding, roundoff=min(rounding.roundoff, FLOAT32_ROUNDOFF), cast=False)
 
 
@@ -235,7 +235,7 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
 
 
 def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
-    """Test a float32 merge whose ΔW was computed less precisely (bfloat16, TF32): correct, but not exact."""
+    """Test a merge in float32 or float16 whose ΔW was computed less precisely (bfloat16, TF32): correct, not exact."""
     if failed.rounding.roundoff >= BFLOAT16_ROUNDOFF:
         return None
 

@@ -102,7 +102,7 @@ class MergedLayer:
         adapted: Whether the adapter changes it.
         others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
             layers: a list for each of 256 experts would be 65,000 entries a block.
-        missing: Reason without M.
+        missing: Why MERGED does not have the layer; empty if it does.
         kept: The first blocks, kept once they are read: an incorrect layer is compared with many hypotheses.
         max_kept: Maximum number of blocks to keep.
     """
@@ -152,7 +152,7 @@ class MergedLayer:
 
     @property
     def needed(self) -> int:
-        """Memory in bytes without which the layer cannot be checked: blocks, and updates that are held whole."""
+        """Memory in bytes without which the layer cannot be checked: blocks, thin factors, and whole updates."""
         blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
         thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
         return blocks + thin + self.held
@@ -407,7 +407,7 @@ def _find_non_finite(addend: Addend) -> str | None:
 
 
 def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
-    """Return the possible rounding of a correct merge, and whether its dtype is a guess because no entry changed."""
+    """Return the possible rounding of a correct merge, and whether its dtype is a guess (see ``_find_dtype``)."""
     assert task.merged is not None
     dtype, ambiguous = _find_dtype(task)
     mantissa = LAYOUT[dtype][2]
@@ -434,7 +434,10 @@ def _is_power_of_two(scale: float | None) -> bool:
 
 
 def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
-    """Return the dtype of MERGED's values, judged by changed entries, and whether it is a guess as none changed."""
+    """Return the dtype of MERGED's values, judged by changed entries, and whether it is a guess.
+
+    It is one if no entry changed and the unchanged ones fit into a shorter dtype than the stored one.
+    """
     assert task.merged is not None
     stored = getattr(torch, task.merged.dtype)
     if task.merged.is_quantized or stored == torch.bfloat16:
@@ -452,7 +455,7 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
 
 
 def _make_left_out(task: MergedLayer, problem: str) -> LeftOut:
-    """Return the ``left_out`` record of a layer that is not finite."""
+    """Return the ``left_out`` record of a layer with entries that are not finite, or whose squares overflow."""
     detail = _describe_problem(task, problem)
     return LeftOut(layer=task.layer, shape=task.stored_shape, reason="non_finite", detail=detail)
 
@@ -511,7 +514,7 @@ def verify_merge(
 
     A layer is correct if every entry of M is a rounding of W + ΔW that a merge in M's dtype can give:
     |M − (W + ΔW)| ≤ ulp(M)/2 + δ, with δ the rounding inside ΔW. A layer that is not is tried for the usual faults.
-    Files are compared on processors: the tasks of a cluster need no GPUs.
+    The comparison runs on CPUs only; the tasks of a cluster need no GPUs.
 
     Args:
         base: The checkpoint that the adapter was trained on.
@@ -520,8 +523,9 @@ def verify_merge(
         **options: ``RunOptions``.
 
     Returns:
-        One record for every weight of ``base`` that is in ``merged``, adapted or not, and for every adapted one that
-        is not. ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
+        One record for every weight of ``base`` that is in ``merged``, adapted or not, for every adapted one that is
+        not, and for vocabulary rows that both the adapter and ``merged`` add.
+        ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
 
     Raises:
         UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
@@ -601,7 +605,7 @@ def _align_layers(
 def _group_by_target(
     adapter_pairing: Pairing, merged_pairing: Pairing
 ) -> tuple[dict[str, tuple[Delta, ...]], list[Delta]]:
-    """Return the updates by layer of MERGED, and those without a layer there.
+    """Return the updates by layer of MERGED, and those without a layer of their width there.
 
     Tied weights are stored once: where MERGED has no separate head, the head's update is one of the embedding.
     """

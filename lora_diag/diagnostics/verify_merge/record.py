@@ -52,8 +52,11 @@ def _pool_differing(records: Sequence[Merge]) -> float | None:
 class Merge(LayerRecord):
     """One layer of BASE, and whether MERGED is W + ΔW there, entry by entry.
 
+    Numbers are null if MERGED does not have the layer or an entry of it is not finite.
+
     Args:
-        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``, rows that the
+            adapter adds to a vocabulary are ``name (added rows)``.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapted: Whether the adapter changes the layer; else MERGED must be W.
         status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though

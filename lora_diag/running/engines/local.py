@@ -33,8 +33,8 @@ class Layout:
 
     The number of cores of a matrix is proportional to its fraction of the memory budget: many small matrices run
     concurrently on one core each, the most efficient use of an eigenvalue solver (docs/benchmarks.md), and a large one
-    alone on all cores. The fraction depends only on the matrix and the machine, so a matrix gives the same bytes
-    whatever runs concurrently.
+    alone on all cores. With ``workers``, each layer has an equal part of the cores. The number depends only on the
+    matrix and the layout, so a matrix gives the same bytes whatever runs concurrently.
 
     Args:
         cores: Number of cores.

@@ -89,7 +89,7 @@ class Processes(Generic[Task, Record]):
 
 
 def serve() -> None:
-    """Measure the tasks that come over standard input, until it ends."""
+    """Read a diagnostic, then tasks from standard input until it ends; write each outcome to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all; the program that started this one ends it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # other output is not an answer

@@ -79,7 +79,7 @@ class Ray:
         import_ray()
 
     def find_address(self) -> tuple[str, str | None]:
-        """Return the origin of the address, for messages, and the address."""
+        """Return the origin of the address, for messages, and the address; None for a local Ray."""
         if self.address is not None:
             return f"--ray-address {self.address}", self.address
         address = os.environ.get("RAY_ADDRESS") or None
@@ -154,10 +154,10 @@ def keep_connection(engine: Ray, cores: int) -> Iterator[bool]:
         cores: Cores of a local Ray.
 
     Yields:
-        Whether a node has a GPU.
+        Whether the cluster has a GPU.
 
     Raises:
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed, or the address is malformed.
         InputError: The cluster cannot be reached.
     """
     ray = import_ray()
@@ -222,7 +222,7 @@ def _check_answers(origin: str, address: str) -> None:
 
     Raises:
         UsageError: The address is malformed.
-        InputError: No server listens at the address, or another one.
+        InputError: No server answers at the address, or one that is not a Ray cluster.
     """
     if address == "auto":
         return
@@ -392,7 +392,7 @@ class _Cluster:
         )
 
     def poll(self, cores: int) -> None:
-        """Look up the living nodes; called repeatedly while no task finishes.
+        """Look up the living nodes, at most every ``QUERY_SECONDS``; called after every wait for tasks.
 
         Raises:
             InputError: No node could run the waiting tasks for the whole waiting time, or the head or this machine's

@@ -68,7 +68,7 @@ class Batch:
 
 
 def cost(shape: tuple[int, ...], footprint: int) -> int:
-    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition.
+    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition, and ``LAYER_COST``.
 
     Args:
         shape: ``(m, n)``.
@@ -118,7 +118,7 @@ class Waiting:
 
     Args:
         plan: All batches, in the order of the file.
-        reach: Largest distance from the first unwritten batch to a batch of at most the mean cost that may start.
+        reach: Number of batches, from the first unwritten one on, among which those of at most the mean cost may start.
     """
 
     def __init__(self, plan: Sequence[Batch], reach: int) -> None:
@@ -145,11 +145,12 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Capacity for submitted batches: twice the concurrent number, so that an idle core finds its next batch waiting.
+    """Capacity for submitted batches: for twice the cores, so that an idle core finds its next batch waiting.
 
     Args:
         cores: Cores of all machines.
-        max_batches: Submitted batches, if set by the user or limited by another resource than cores; else None.
+        max_batches: Maximum number of submitted batches, if set by the user or by another resource than cores; else
+            None.
     """
 
     cores: int

@@ -43,7 +43,7 @@ _current_job: tuple[str, Work] | None = None
 
 
 def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, threads: int) -> list[Any | LoradiagError]:
-    """Return the outcomes of the tasks ``start:stop``, up to the first that fails.
+    """Return the outcomes of the tasks ``start:stop``, up to the error of the first that fails, which comes last.
 
     Args:
         name: Name of the job.

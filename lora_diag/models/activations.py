@@ -113,6 +113,11 @@ class Listener:
         self._inputs = {}
 
     def _add_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the input of a layer to its sum, only once for layers that share the input.
+
+        Raises:
+            InputError: Layers that shared an input do not share it in this batch.
+        """
         x = input_of(args, kwargs)
         if name not in self._leaders:
             first_name = next((first for first, tensor in self._inputs.items() if tensor is x), name)
@@ -154,10 +159,10 @@ def record(
         layers: The requested ones of ``linear_layers``.
         size: Sequences in a batch.
         after: Called after every batch.
-        draw: Also accumulate the output gradients of the loss for these labels.
+        draw: Also accumulate the output gradients of the loss for these labels; None for inputs only.
 
     Raises:
-        InputError: Layers that shared an input do not share it in every batch, or the loss is not finite.
+        InputError: Layers that shared an input do not share it in every batch, or with ``draw`` the loss is not finite.
     """
     listener = Listener(layers, draw is not None)
     try:

@@ -82,6 +82,11 @@ def read_source(path: Path | str) -> Source:
 
 
 def _read_file(path: Path) -> Source:
+    """Return the contents of a text file, or the rows of JSON lines.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8, or a line is not a JSON object.
+    """
     try:
         content = path.read_bytes()
         text = content.decode("utf-8")
@@ -96,6 +101,7 @@ def _read_file(path: Path) -> Source:
 
 
 def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the position, for messages, and the object of each line of JSON lines; blank lines are skipped."""
     # Not splitlines(): JSON strings may contain U+2028 and U+0085 literally, as in web texts.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -163,6 +169,7 @@ def _refuse_outside_paths(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if it holds another value."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -182,8 +189,9 @@ class Sequence:
 
     Args:
         ids: Token ids.
-        labels: As many as ``ids``, shifted by the loss as transformers does, but not for a masked model, of which they
-            are the hidden tokens; for a classifier the one class.
+        labels: For a causal model the token ids, one for each of ``ids``; the loss shifts them. For a masked model the
+            original ids of the masked tokens, not shifted. Positions without a prediction have ``IGNORED``. For a
+            classifier the class alone.
     """
 
     ids: tuple[int, ...]
@@ -233,12 +241,13 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
         path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
             saved with ``save_to_disk``.
         model: Gives tokenizer, length and kind.
-        max_sequences: Maximum number of sequences to keep, evenly spaced in the file: neighbours are alike.
+        max_sequences: Maximum number of sequences to keep, evenly spaced in the file, because neighbours are alike;
+            None for all.
         shifted: Whether the user declared it as shifted.
 
     Raises:
         UsageError: The path is a data set, and datasets is not installed.
-        InputError: The file cannot be read, or has nothing to predict.
+        InputError: The file cannot be read, its contents do not fit the kind of model, or it has nothing to predict.
     """
     source = read_source(path)
     if model.kind == "classifier" and source.text is not None:
@@ -298,7 +307,7 @@ def _count_predicted(sequence: Sequence, model: Model) -> int:
 
 
 def _mask_sequence(sequence: Sequence, index: int, model: Model) -> Sequence:
-    """Mask some of the predictable tokens, chosen at random with a seed from the index of the sequence in the file.
+    """Mask some of the predictable tokens, at least one, chosen at random with a seed from the index of the sequence.
 
     All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10 rule (Devlin et al.
     2019) are easier to predict, and add noise to comparisons.

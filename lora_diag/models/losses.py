@@ -37,7 +37,7 @@ class Losses:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every sequence has a loss."""
+        """Whether the loss of every sequence is finite."""
         return bool(torch.isfinite(self.sums).all())
 
     @property
@@ -73,7 +73,10 @@ class Losses:
         return {**self.on(texts), "loss": self.mean if self.is_finite else None, "train_loss": train_loss}
 
     def by_sequence(self, is_base: bool) -> dict[str, Any]:
-        """Return the fields of records with a value for each sequence; numbers of predictions only for BASE."""
+        """Return the fields of records with a value for each sequence; numbers of predictions only for BASE.
+
+        The losses are empty unless all are finite.
+        """
         counts = tuple(map(int, self.counts)) if is_base else ()
         return {"nll": self.rounded if self.is_finite else (), "predictions": counts}
 
@@ -121,7 +124,13 @@ def forward(model: Model, sequences: list[Sequence], hidden: bool = False) -> An
 
 
 def select_predictions(model: Model, sequence: Sequence, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits of predictions ``(n, classes)`` and their targets ``(n,)``."""
+    """Return the logits of predictions ``(n, classes)`` and their targets ``(n,)``.
+
+    Args:
+        model: Gives the kind of prediction.
+        sequence: The sequence.
+        logits: The model's logits of the padded sequence, ``(tokens, classes)``; of a classifier ``(classes,)``.
+    """
     labels = torch.tensor(sequence.labels, device=logits.device)
     if model.kind == "classifier":
         return logits[None], labels

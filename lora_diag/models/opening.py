@@ -85,13 +85,15 @@ def open_model(
     Args:
         base: A folder that transformers can open, or a Hub id.
         device: Device of the weights.
-        dtype: Dtype of the weights.
+        dtype: Dtype of the weights: ``float32``, ``bfloat16`` or ``float16``.
         length: Number of tokens of a sequence; default 512, or the number of positions if smaller.
-        tokenizer: ``auto`` for the one in ``base``, ``bytes`` for UTF-8 bytes as token ids, or a folder.
+        tokenizer: ``auto`` for the one in ``base``, or, unless it is a masked model, as ``bytes`` if it has none and a
+            vocabulary of 256; ``bytes`` for UTF-8 bytes as token ids; or a folder.
 
     Raises:
-        UsageError: An option is invalid, or transformers is not installed.
-        InputError: transformers cannot open the model, it is quantized, or its kind is not supported.
+        UsageError: An option is invalid, ``base`` is an adapter, or transformers is not installed.
+        InputError: ``base`` is remote or a file, transformers cannot open the model or the tokenizer, the model is
+            quantized or lacks weights, or its kind is not supported.
     """
     open_models, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
     if open_models is not None and key in open_models:
@@ -113,6 +115,7 @@ def keep_open() -> Iterator[None]:
 
 
 def _load_model(base: Path | str, device: torch.device, dtype: str, length: int | None, tokenizer: str) -> Model:
+    """Return a newly opened model, with frozen weights; arguments and errors as in ``open_model``."""
     transformers = _import_transformers()
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
@@ -161,8 +164,9 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
         A model whose ``module`` is None.
 
     Raises:
-        UsageError: An option is invalid, or transformers is not installed.
-        InputError: transformers cannot open the config or the tokenizer, or the kind of model is not supported.
+        UsageError: An option is invalid, ``base`` is an adapter, or transformers is not installed.
+        InputError: ``base`` is remote or a file, transformers cannot open the config or the tokenizer, or the kind of
+            model is not supported.
     """
     transformers = _import_transformers()
     where, options = _locate_base(base)
@@ -190,6 +194,8 @@ def _read_config(transformers: Any, base: Path | str, where: str, options: dict[
 
 def _choose_length(config: Any, length: int | None) -> int:
     """Return the number of tokens of a sequence: the requested one, or the default for the model.
+
+    A config without a number of positions counts as one with 512.
 
     Raises:
         UsageError: The requested number is below 2, or the model has fewer positions.
@@ -250,6 +256,11 @@ def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
 
 
 def _infer_kind(base: Path | str, config: Any) -> Kind:
+    """Return the kind of prediction by the name of the architecture.
+
+    Raises:
+        InputError: The architecture is of no supported kind.
+    """
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith("ForSequenceClassification"):
         return "classifier"
@@ -266,6 +277,12 @@ def _infer_kind(base: Path | str, config: Any) -> Kind:
 def _open_tokenizer(
     transformers: Any, base: Path | str, where: str, options: dict[str, Any], config: Any, requested: str, kind: Kind
 ) -> Tokens:
+    """Return the requested tokenizer: ``auto``, ``bytes`` or a folder, as in ``open_model``.
+
+    Raises:
+        UsageError: Bytes are requested for a masked model, or for a vocabulary below 256.
+        InputError: transformers cannot open the tokenizer, or that of a masked model has no mask token.
+    """
     vocabulary = getattr(config, "vocab_size", 0)
     if requested == "bytes" and kind == "masked":
         raise UsageError(

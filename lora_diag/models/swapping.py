@@ -66,7 +66,8 @@ class Swapped:
         absent: ΔW of tensors that the model does not have; never a matrix.
 
     Raises:
-        InputError: A matrix is not in the model, or the model's values differ from BASE's file.
+        InputError: A matrix is not in the model, has another number of entries there or shares its weight with another
+            layer, or the model's values differ from BASE's file.
     """
 
     def __init__(self, model: Model, deltas: Iterable[Delta], max_rank: int) -> None:
@@ -88,8 +89,11 @@ class Swapped:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0.
 
         Args:
-            ranks: r by layer.
+            ranks: r by layer: ``FULL``, 0 to ``max_rank``, or at least min(out, in), which is the same as ``FULL``.
             others: r of layers that are not named.
+
+        Raises:
+            InputError: ΔW of a layer is not finite.
         """
         for layer, current in self._ranks.items():
             rank = ranks.get(layer, others)
@@ -113,7 +117,11 @@ class Swapped:
         return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
-        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers; None if none of them changed."""
+        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none of them changed.
+
+        Raises:
+            InputError: ΔW of a layer is not finite.
+        """
         kept = total = 0.0
         for layer in layers:
             leading = self._decompose_layer(layer)
@@ -122,7 +130,7 @@ class Swapped:
         return min(1.0, kept / total) if total else None
 
     def _put(self, layer: str, rank: int) -> None:
-        """Write W_0 + ΔW_r of one layer."""
+        """Write W_0 + ΔW_r of one layer; for ``FULL``, TUNED's values if they are stored."""
         delta, weight = self._deltas[layer], self._tensors[layer]
         if rank == FULL and isinstance(delta, StoredDelta):
             for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):

@@ -40,7 +40,8 @@ class Lora:
             except the head.
         dora: Whether to also train a magnitude per output (Liu et al. 2024).
         rslora: Whether B A is scaled by alpha/√r and not alpha/r (Kalajdzievski 2023).
-        config: Content of an ``adapter_config.json``, which replaces ``targets``, ``dora``, ``rslora`` and the rank.
+        config: Content of an ``adapter_config.json``, which replaces ``targets``, ``dora``, ``rslora`` and the rank;
+            None to use these.
         vectors: Whether BASE's biases and norms are trained, too.
     """
 
@@ -52,7 +53,7 @@ class Lora:
 
     @property
     def description(self) -> str:
-        """Name of the method, and its alpha."""
+        """Name of the method, and its alpha, without a ``config``."""
         names = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
         alpha = f"{RSLORA_ALPHA}" if self.rslora else f"{ALPHA_OVER_RANK}r"
         return f"{names[self.dora, self.rslora]}, alpha = {alpha}"
@@ -155,7 +156,7 @@ def checkpoint_activations(module: Any) -> Iterator[None]:
 
 @contextmanager
 def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
-    """Yield BASE with trainable weights; at the end of the block restore them bit for bit from a copy in main memory.
+    """Yield BASE with trainable weights; at the end restore them and all buffers bit for bit from copies on the CPU.
 
     Args:
         model: BASE.
@@ -241,7 +242,7 @@ class Training:
 
     @property
     def order_hash(self) -> str:
-        """16 hex digits of the SHA-256 of the order: positions in the file of every step's sequences."""
+        """16 hex digits of the SHA-256 of the order: positions in ``texts`` of every step's sequences."""
         return hashlib.sha256(repr(list(self._locate_batches())).encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[list[TokenSequence]]:

@@ -118,11 +118,14 @@ Weight = Trained | Frozen
 
 
 def weights_of(model: nn.Module, is_selected: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
-    """Return the matrices with an available gradient by name, and why frozen ones under an adapter have none, by name.
+    """Return the weights of two or more dimensions with an available gradient, and why adapted frozen ones have none.
 
     Args:
         model: A model, possibly wrapped for data parallelism or with PEFT adapters.
         is_selected: Returns whether a name is selected.
+
+    Returns:
+        The weights, sorted by name; and for frozen weights under an adapter without one, the reason by name.
 
     Raises:
         UsageError: The weights are sharded over processes, so that no process has a whole gradient.
@@ -144,7 +147,10 @@ def weights_of(model: nn.Module, is_selected: Callable[[str], bool]) -> tuple[li
 
 
 def _iterate_named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
-    """Yield every weight by its plain name: with its parameter, or with the adapter's layer if it is frozen in one."""
+    """Yield plain name, module and parameter of every parameter outside adapters, and of the weight that each adapts.
+
+    The parameter is None for an adapted weight that is frozen; its module is the adapter's layer.
+    """
     prefixes: tuple[str, ...] = ()
     entries: list[tuple[str, Any, nn.Parameter | None]] = []
     for path, module in model.named_modules():

@@ -50,7 +50,7 @@ def probe_activations(
         The output file, the text, the recorded layers, and the skipped ones with the reason.
 
     Raises:
-        UsageError: An option is invalid, ``output`` exists, or the extra ``train`` is not installed.
+        UsageError: An option is invalid, ``output`` exists without ``overwrite``, or the extra ``train`` is missing.
         InputError: An input cannot be read, transformers cannot open BASE, or the output cannot be written.
         NothingComparedError: No linear layer is selected.
 

@@ -181,7 +181,7 @@ def _format_range(ratios: Sequence[float]) -> str:
 
 
 def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[Row]:
-    """Return the rows of all layers and of each: the largest eigenvalue if ``eigen``, else the trace."""
+    """Return a row for all layers jointly and one for each: the largest eigenvalue if ``eigen``, else the trace."""
     rows = []
     for number, records in enumerate(runs):
         for record in records:

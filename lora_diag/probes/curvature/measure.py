@@ -64,6 +64,9 @@ class LossFunction:
         layers: Shapes of the selected layers, by their names in BASE.
         matrix: ``hessian`` or ``ggn``.
         after: Called after every batch.
+
+    Raises:
+        InputError: The model has no weight of a layer.
     """
 
     def __init__(

@@ -39,10 +39,12 @@ class Surrogate(Record):
 
 
 def _pool_norm(records: Sequence[Curvature]) -> float:
+    """Return the norm of the gradient of several layers together."""
     return math.hypot(*(record.gradient for record in records))
 
 
 def _pool_trace_error(records: Sequence[Curvature]) -> float | None:
+    """Return the standard error of the sum of traces with independent errors; None if one has none."""
     errors = [record.trace_error for record in records if record.trace_error is not None]
     return math.hypot(*errors) if len(errors) == len(records) else None
 
@@ -103,7 +105,7 @@ class Curvature(WholeRecord):
 
     @property
     def trace_half(self) -> float | None:
-        """Half the interval outside which ``trace`` is significant (``errors_needed``); None for one random vector."""
+        """Half-width of the interval of ``trace`` (``errors_needed``); None for one random vector."""
         from lora_diag.metrics.statistics import errors_needed  # imports NumPy
 
         if self.trace_error is None:
@@ -179,7 +181,7 @@ class LossBound(WholeRecord):
 
     @property
     def gap_half(self) -> float | None:
-        """Half the interval outside which ``gap`` is significant for other text (``paired_half``)."""
+        """Half-width of the interval of ``gap`` for other text (``paired_half``); None for one sequence."""
         from lora_diag.metrics.statistics import paired_half  # imports NumPy
 
         return paired_half(self.gap_error, self.sequences)

@@ -50,7 +50,8 @@ class Correlations:
     Attributes:
         n: Number of layers.
         grouped: Number of layers in a module type with more than one.
-        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types.
+        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types; the latter is None
+            if ``grouped`` is below ``MIN_COUNT``.
         gap: Spearman's ρ likewise with the measured change of the loss, also for its second-order estimate.
         ratio: Median of F(r)/2 over the measured KL; None if no KL is positive.
         ratios: The smallest and the largest of these ratios; None if no KL is positive.

@@ -35,7 +35,7 @@ def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, 
 
 
 def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of a model's hidden states h at each depth; BASE is 1, TUNED 0.
+    """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of each model's hidden states h at each depth; BASE is 1, TUNED 0.
 
     Args:
         results: Results of ``probe outputs``, or their records.
@@ -112,7 +112,7 @@ def _select_compared(records: Iterable[Probe]) -> list[Probe]:
 
 
 def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None) -> list[Row]:
-    """Return the rows of one run on a set, in a common colour if given, else by subject."""
+    """Return the rows of one run on a set, without a distant BASE; in a common colour if given, else by subject."""
     # A distant BASE would compress the axis of all others; its gap is in the table.
     limit = 4 * max((abs(record.gap or 0.0) for record in _select_compared(of_set)), default=math.inf)
     return [

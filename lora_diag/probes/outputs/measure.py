@@ -136,7 +136,7 @@ def measure_outputs(
 
 
 def iterate_chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
-    """Yield parts of a set, in whole batches, whose outputs from two models fit into ``OUTPUT_BYTES``."""
+    """Yield parts of a set, of at least one batch, whose outputs from two models fit into ``OUTPUT_BYTES``."""
     config = model.module.config
     classes = len(model.labels) if model.kind == "classifier" else getattr(config, "vocab_size", 1)
     states = (getattr(config, "num_hidden_layers", 0) + 1) * getattr(config, "hidden_size", 0)

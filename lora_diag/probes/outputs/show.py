@@ -43,7 +43,7 @@ class Rival:
     Args:
         name: Path of the adapter.
         behind: Loss of the adapter minus that of the best.
-        half: Half the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
+        half: Half-width of the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
             (Bonferroni); None for one sequence.
         sequences: Estimated number of sequences that would separate the two; None if it is significantly worse, if more
             than 1000 would be needed, or for one sequence.
@@ -119,7 +119,7 @@ class Contest:
         name: The adapter's path.
         records: The adapter's records on ``deciding_sets``, one per set.
         outcome: ``as good`` if it significantly keeps at least 90% of TUNED's gain on every set; else ``worse`` if it
-            is significantly worse on any set; else ``not known``.
+            is significantly worse on any set; else, or if a gap has no interval, ``not known``.
     """
 
     name: str

@@ -58,7 +58,7 @@ class Gain:
 
     @property
     def half(self) -> float | None:
-        """Half the interval outside which ``gain`` is significant (``paired_half``)."""
+        """Half-width of the interval of ``gain`` (``paired_half``); None for one sequence."""
         return paired_half(self.error, len(self.nll))
 
     @property
@@ -114,7 +114,9 @@ class Correlation:
 
 
 def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank: int, seed: int) -> list[Gain]:
-    """Return the gain of each unit on one set, in the order of the run; units whose runs all diverged are skipped.
+    """Return the gain of each unit on one set, in the order of the run; empty without BASE's record on it.
+
+    Units without a finite loss of the first seed on the deciding set, or without a gain on this one, are skipped.
 
     Args:
         records: Records of one run.
@@ -215,9 +217,9 @@ class Weights:
         factors: w_ℓ by layer.
         scores: w_ℓ times the energy at rank r: the gain of a unit, divided among its layers by energy.
         negative: Units whose gain was not positive: weight 0.
-        unclear: Units whose gain is not significant; it is used unchanged.
+        unclear: Units whose gain is positive but not significant; it is used unchanged.
         not_adapted: Layers of the spectra that were not adapted: weight 0.
-        short: Layers with fewer kept values than the trained rank.
+        short: Layers whose spectrum is incomplete and has fewer values than the trained rank.
     """
 
     factors: dict[str, float]
@@ -231,7 +233,8 @@ class Weights:
 def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[SingularValues]) -> Weights:
     """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gain per energy at rank r.
 
-    The weighted energy of a unit at the trained rank equals its measured gain. The layers of a unit share one factor.
+    The weighted energy of a unit at the trained rank equals its measured gain, if positive. The layers of a unit share
+    one factor.
 
     Args:
         gains: Gains on the deciding set.

@@ -202,7 +202,7 @@ def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -
     Args:
         layer: Name of the layer in BASE.
         gradient: G, ``(out, in)``.
-        rank: r, capped at min(out, in).
+        rank: r. ``top`` has at most min(out, in) terms, ``fresh`` is at most ‖G‖²; ``adam`` grows with any r.
         texts: Text of the gradient.
     """
     (out, inputs), fro = gradient.shape, norm([gradient])

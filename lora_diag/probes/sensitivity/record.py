@@ -66,7 +66,7 @@ class FirstOrder(WholeRecord):
         gradient_fro: ‖G‖_F, G = ∂L/∂W ``(out, in)`` over the sequences below.
         top: Σ_{i≤r}σ_i(G)², the square of the steepest descent per ‖ΔW‖_F that a matrix of rank r allows.
         fresh: (r/in)·‖G‖_F², the mean of ‖P_T G‖_F² over fresh adapters: at B = 0 only the row space of A can be
-            reached.
+            reached; at most ‖G‖_F².
         adam: r·s·√(2/(3π·in))·Σ_i‖g_i‖, g_i the rows of G and s the scaling: the decrease of the loss per unit of
             learning rate in Adam's first step, mean over A as initialized by PEFT.
         sequences: Number of sequences in the mean gradient.

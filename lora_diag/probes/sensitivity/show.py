@@ -60,11 +60,11 @@ _SIGNIFICANT_P = 0.05
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: training; gains by set; higher rank; seeds; other sets; first-order scores; rates."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
-    gains, marginals = _read_gains(results)
+    gains, marginals = _compute_gains(results)
     first = next(iter(gains.values()), [])
     findings = []
     if first:
-        proxies = correlate_scores(first, _read_scores(results))
+        proxies = correlate_scores(first, _index_first_order(results))
         findings = [
             make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values())), settings)),
             make_statement("repeats", "Seed agreement", _describe_seed_agreement(first)),
@@ -81,12 +81,12 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     )
 
 
-def _read_scores(results: Results[Any]) -> dict[str, FirstOrder]:
+def _index_first_order(results: Results[Any]) -> dict[str, FirstOrder]:
     """Return the first-order records by layer."""
     return {record.layer: record for record in results.whole_of(FirstOrder)}
 
 
-def _read_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], dict[str, list[Marginal]]]:
+def _compute_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], dict[str, list[Marginal]]]:
     """Return by set, the deciding set first: the gains, and those of the higher rank over the lower, if trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     sets, rank, seed = set_names(records), settings["rank"], settings["seed"]
@@ -106,7 +106,7 @@ _READING = (
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table, one row per unit, the highest gain first; no table before a run is finished."""
-    (gains, marginals), scores, settings = _read_gains(results), _read_scores(results), results.run.settings
+    (gains, marginals), scores, settings = _compute_gains(results), _index_first_order(results), results.run.settings
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []

@@ -245,6 +245,6 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 def train_rounded(
     grid: str | None, model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> list[Probe]:
-    """Train one cell on BASE rounded to a grid, and return its records; other arguments as in ``run_cell``."""
+    """Train one cell on BASE, rounded to ``grid`` unless that is None; return its records as ``run_cell`` does."""
     with round_weights(layers_without_head(model.module).values(), grid):
         return run_cell(model, cell, training, sets, after)

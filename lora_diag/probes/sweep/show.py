@@ -29,7 +29,7 @@ from lora_diag.rendering.text import number, short, with_limits
 
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return a table per set, one row per rank."""
+    """Return a table per set, one row for BASE, each rank and each reference line."""
     records, seed = results.whole_of(Probe), results.run.settings["seed"]
     sets = set_names(records)
     rates = best_rates(records, sets[0], seed) if sets else {}
@@ -190,7 +190,7 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
 
 
 def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[str]:
-    """State for each shifted set whether it needs another rank; empty if all sets are shifted."""
+    """State for each shifted set whether it needs the rank of the first other set; empty if there is no other."""
     own_set = next((name for name in verdicts if not bases[name].shifted), None)
     if own_set is None:
         return []

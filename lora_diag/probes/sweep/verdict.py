@@ -100,7 +100,8 @@ class RankStanding:
         lr: Best learning rate of the rank.
         behind: Mean loss of the rank minus the lowest of any rank, in nats, on common seeds.
         share: ``behind`` as a fraction of the gain of the best rank.
-        half: Half the interval of ``behind``; each limit holds with 95% confidence. None without a spread over seeds.
+        half: Half-width of the interval of ``behind``, each of whose limits holds with 95% confidence; 0 for the best
+            rank, None without a spread over seeds.
         enough: ``yes`` if the upper limits of all θ are at or below 0, ``no`` if the lower limit of any is above 0.
         confidence: Confidence that the rank is sufficient, the smallest over all θ; None without a spread.
         against: Confidence that the rank is not sufficient, with Bonferroni correction over the compared ranks; None
@@ -127,17 +128,18 @@ class SweepVerdict:
     Args:
         outcome: ``fast saturation`` if a rank in the lower half is shown to be sufficient; ``gradual decline`` if a
             higher one is, and all of the lower half are shown not to be; ``not resolved`` if seeds are too few or too
-            noisy to show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with one rank or one seed.
+            noisy to show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with fewer than two ranks,
+            or without a spread over seeds.
         rank: The smallest rank shown to be sufficient; None without one.
-        answer: The smallest rank whose mean loss is within tolerance of every other's, shown or not; None if no rank
-            has a gain.
+        answer: The smallest rank whose mean loss is within tolerance of every other's, shown or not, else ``best``;
+            None without a gain or with fewer than two ranks.
         confidence: Lower bound on the confidence that ``answer`` is sufficient and every smaller rank is not; None
             without a spread.
-        best: The rank with the lowest mean loss.
+        best: The rank with the lowest mean loss; None without a loss.
         tolerance: Tolerance in nats: the fraction δ of ``gain``.
         spread: Highest mean loss of a rank minus lowest.
         gain: Loss of BASE minus the lowest mean loss.
-        standings: Standing of every rank, ascending.
+        standings: Standing of every rank, ascending; empty without a gain or with fewer than two ranks.
         seeds: The fewest runs of a rank.
     """
 
@@ -219,13 +221,13 @@ class ReferenceComparison:
         best: The rank with the lowest mean loss.
         other: The reference line.
         gap: Mean loss of the best rank minus that of the line.
-        half: Half the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni); None
-            without a spread over seeds.
+        half: Half-width of the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni);
+            None without a spread over seeds.
         tolerance: δ, the fraction of a gain that may be lost.
         outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
             is on one side of 0; else ``not known``; ``no verdict`` without a spread.
         fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
-        seeds: Estimated number of seeds to decide; None if decided, or if no number suffices.
+        seeds: Estimated number of seeds to decide; None if decided, without a spread, or if no number suffices.
     """
 
     best: AtRank
@@ -295,10 +297,11 @@ def compare_with_reference(
 
 
 def find_diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
-    """Return the runs that diverged, by subject, rank, rate and seed: judged on the first set, excluded on all.
+    """Return the runs that diverged, by subject, rank, rate and seed, which are excluded on all sets.
 
-    A run has diverged if its loss is not finite, or if it ends more than 10% above BASE while another seed at the same
-    rank and rate ends below BASE. Such a run shows the stability of the rate, not the spread over seeds.
+    A run has diverged if its loss on any set is not finite, or if on the first set it ends more than 10% above BASE
+    while another seed at the same rank and rate ends below BASE. Such a run shows the stability of the rate, not the
+    spread over seeds.
     """
     on_first = [record for record in records if record.set == records[0].set]
     base = next((r.loss for r in on_first if r.subject == "base" and not r.name and r.loss is not None), math.inf)
@@ -332,8 +335,10 @@ def by_rank(
 ) -> list[AtRank]:
     """Return the runs of each rank, or of a reference line, at its rate, on one set, with the number that diverged.
 
+    Ranks whose runs all diverged are left out.
+
     Args:
-        records: All of a sweep: which runs diverged is judged on its first set.
+        records: All of a sweep, for ``find_diverged``.
         name: The set.
         rates: The rate of each rank.
         subject: The trained parameters.
@@ -560,7 +565,7 @@ def swept_rate(path: Path | str) -> str:
         path: Results of ``probe sweep``.
 
     Raises:
-        UsageError: No rank is chosen: none has a gain, or there is no verdict.
+        UsageError: No rank is chosen: none has a gain, fewer than two have a loss, or BASE has none.
         InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)

@@ -77,7 +77,7 @@ def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, 
     """Draw the loss of W_0 + ΔW_r minus TUNED's over r, with the intervals of paired differences; lines: BASE, TUNED.
 
     Dotted: the loss if it were proportional to energy, (1 − C(r)) of the change from BASE to TUNED. A loss nearer to
-    TUNED means that energy underestimates the rank.
+    TUNED means that a rank chosen by energy is higher than needed.
 
     Args:
         results: Results of ``probe truncation``, or their records.

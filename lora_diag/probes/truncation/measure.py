@@ -59,7 +59,7 @@ BASE, TUNED = Cell("base"), Cell("tuned")
 
 
 def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str) -> list[Cell]:
-    """Return the configurations to measure, in order.
+    """Return the truncations to measure, in order, without BASE and TUNED.
 
     Args:
         chosen: Shapes of the layers that are truncated.
@@ -100,7 +100,7 @@ def measure_truncations(
         after_batch: Called after every batch with a label.
 
     Raises:
-        InputError: A layer is not finite.
+        InputError: ΔW of a layer is not finite, or a loss is not.
     """
 
     def losses_of(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
@@ -127,7 +127,11 @@ def record_of(
     ends: Mapping[str, Mapping[str, Losses]],
     energy: float | None = None,
 ) -> Probe:
-    """Return the record of a configuration on one set, compared with BASE and TUNED."""
+    """Return the record of a configuration on one set, compared with BASE and TUNED.
+
+    Raises:
+        InputError: A loss is not finite.
+    """
     losses, base, tuned = losses_by_set[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
     gap, error = losses.minus(tuned)
     change = base.mean - tuned.mean
@@ -170,7 +174,7 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
     Raises:
         UsageError: An option is invalid, or the extra ``train`` is not installed.
         InputError: An input cannot be read, or transformers cannot open BASE.
-        NothingComparedError: The checkpoints have no weight in common.
+        NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".

@@ -75,7 +75,7 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
 
 
 def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:
-    """State which rank is sufficient for a fraction of the change, and which is not distinguishable from TUNED."""
+    """State which rank is sufficient, the first not distinguishable from TUNED, and the fraction kept at r=0."""
     word = "gain" if is_gain else "rise of the loss"
     last = by_rank[-1]
     sufficient = next((r for r in by_rank if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None)

@@ -62,7 +62,10 @@ _FEATURES = (
 
 @cache
 def features() -> tuple[Feature, ...]:
-    """Return all features: loradiag's own, then those of installed packages. One that fails to load is skipped."""
+    """Return all features: loradiag's own, then those of installed packages.
+
+    A package's feature is skipped if it fails to load, or if its name exists already.
+    """
     loaded_features: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
     names = {feature.name for feature in loaded_features}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
@@ -212,9 +215,10 @@ _WIDTH = 100
 
 
 def html_of(results: Results[Any]) -> str:
-    """Return tables and summary of results as HTML for a notebook; preformatted text if the command has no section.
+    """Return tables and summary of results as HTML for a notebook.
 
-    Names are escaped, and nothing is loaded from elsewhere.
+    It is preformatted text for a command without a summary, or with a terminal table of its own and no section. Names
+    are escaped, and nothing is loaded from elsewhere.
     """
     feature = feature_of(results.run.command)
     if feature is None or not feature.statements or (feature.table and not feature.section):

@@ -148,7 +148,7 @@ class FactoredDelta:
         is_matrix: Always True: only matrices have factors.
         scale: s, already applied to B; None if it is unknown or not uniform.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
-        rank: r.
+        rank: r; 0 if it is not known.
         thin: B, A and s, to be read without torch; None where B and A are not stored as they are, or in another format
             than safetensors.
     """
@@ -257,7 +257,7 @@ class Unpaired:
             rows: The first row, and the one after the last.
             columns: Number of columns.
             added: Whether TUNED has them, and not BASE.
-            side: Their entries.
+            side: Their entries, for their norm; None to leave it out.
         """
         owner = "TUNED" if added else "BASE"
         detail = f"vocabulary rows {rows[0]}-{rows[1] - 1} are only in {owner}; the others are compared"
@@ -267,7 +267,7 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """All tensors of two checkpoints: compared pairs in the order of BASE, and unpaired tensors."""
+    """The compared tensors of two checkpoints or of an adapter, each as a ΔW, and the unpaired tensors."""
 
     deltas: tuple[Delta, ...]
     unpaired: tuple[Unpaired, ...]
@@ -283,7 +283,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
         exclude: Regular expression; names with a match are not compared. Default none.
 
     Returns:
-        The pairs and the rest. Every tensor of either side is in one of the two; a resized embedding is in both.
+        The pairs and the rest, both in natural order of names. Every tensor of either side is in one of the two; a
+        resized embedding is in both.
 
     Raises:
         UsageError: A regular expression is invalid.

@@ -10,7 +10,7 @@ DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
 
 
 def safe(text: str) -> str:
-    r"""Escape the control characters of a text, so that a tensor's name cannot move the terminal's cursor.
+    r"""Escape the unprintable characters of a text, so that a tensor's name cannot move the terminal's cursor.
 
     >>> safe("q_proj\x1b[2J")
     'q_proj\\x1b[2J'
@@ -62,7 +62,7 @@ class InputError(LoradiagError):
 
 
 def damaged(path: object, problem: str, fix: str = "save it again") -> InputError:
-    """Return the error of an input that contradicts itself; ``fix`` says what to do with the file."""
+    """Return the error of an invalid or unsupported input; ``fix`` says what the user can do."""
     return InputError(f"{path}: {problem}; {fix}")
 
 

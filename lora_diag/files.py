@@ -99,6 +99,7 @@ class Kind:
 
 
 def _read_tail(file: BinaryIO, size: int) -> bytes:
+    """Return the last ``size`` bytes of a file, or all if it has fewer."""
     file.seek(max(0, os.fstat(file.fileno()).st_size - size))
     return file.read()
 
@@ -128,7 +129,7 @@ SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind
 
 
 def resolve_output(path: Path) -> Path:
-    """Return the path of an output; links in the system's folders, such as /dev/stdout, are resolved."""
+    """Return the path of an output; a link to a file in a system folder, such as /dev/stdout, is resolved."""
     return Path(os.path.realpath(path)) if str(path.parent) in _SYSTEM_LINK_FOLDERS and path.is_file() else path
 
 
@@ -177,7 +178,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
 def check_outputs(
     inputs: Iterable[Path | str | None], outputs: Iterable[tuple[Path | None, Kind]], overwrite: bool
 ) -> None:
-    """Refuse, before any work, to overwrite an input, two outputs in one file, or an unwritable output.
+    """Refuse outputs that would overwrite an input or each other, or that cannot be written, before any work.
 
     Args:
         inputs: Files that are read, or written by other means.
@@ -340,7 +341,8 @@ def lock(path: Path, tries: int = 5) -> int:
     """Open a file and lock it against other processes, until it is closed or this process ends.
 
     A missing file is created, empty. The lock is the system's (``flock``), so it ends with the process and leaves
-    nothing to clean up. On a file system without locks, a warning is logged and the file is not locked.
+    nothing to clean up. On a file system without locks, a warning is logged and the file is not locked; on a system
+    without ``flock`` (Windows), it is not locked either.
 
     Args:
         path: The file.
@@ -376,6 +378,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _lock_file(descriptor: int, path: Path) -> None:
+    """Lock an open file as described in ``lock``.
+
+    Raises:
+        UsageError: Another process holds the lock.
+        OSError: The lock fails for another reason than a file system without locks.
+    """
     try:
         import fcntl  # not available on every system
 

@@ -126,7 +126,7 @@ def thin_values(left: Triangles, right: Triangles, factor: float | Array = 1.0, 
         The values; not finite where the norm is not. With relative errors η_b, η_a and backward errors β_b, β_a of the
         two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of at most
         δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its decomposition. Hence
-        Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(kΣσ_i²) + kδ², by Cauchy–Schwarz.
+        Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(pΣσ_i²) + pδ² for p values, by Cauchy–Schwarz.
     """
     rank = left.r.shape[2]
     core = left.r @ right.r.transpose(0, 2, 1)
@@ -386,7 +386,7 @@ def fold(x: Numbers, by: str) -> Numbers:
 
 
 def transform(folded: Numbers) -> Transforms:
-    """Return the Fourier transforms of folded columns, ``(…, LENGTH, k)``, in their precision.
+    """Return the Fourier transforms ``(…, LENGTH/2 + 1, k)`` of folded columns ``(…, LENGTH, k)``, in their precision.
 
     Those of B·W are those of B, times W. SciPy transforms several columns at once, in float32 five times as fast as
     NumPy in float64.
@@ -436,6 +436,7 @@ def _make_buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1)
 
 @lru_cache(maxsize=4096)
 def _draw_signs(name: str) -> Array:
+    """Return the random signs of a layer, ``(LENGTH,)``, each 1 or −1."""
     return np.asarray(1.0 - 2.0 * (_hash_bytes(name, LENGTH) & 1), np.float64)
 
 

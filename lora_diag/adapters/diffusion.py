@@ -204,8 +204,8 @@ def read_diffusers(source: Source) -> Reading:
     """Read a diffusers LoRA file.
 
     Raises:
-        InputError: A tensor is unknown, a factor is missing, the factors do not fit together or to the metadata, or the
-            metadata are invalid.
+        InputError: A tensor is unknown, a factor is missing, the factors do not fit together or contradict the
+            metadata, or the metadata are invalid.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
@@ -233,7 +233,7 @@ def read_diffusers(source: Source) -> Reading:
 
 
 def _parse_module(module: str, old_style: bool) -> str:
-    """Return the module of a key; ``attn1.processor.to_q_lora`` is ``attn1.to_q``; ``to_out`` is ``to_out.0``."""
+    """Return the module of a key; in an old one ``attn1.processor.to_q`` is ``attn1.to_q``; ``to_out`` ``to_out.0``."""
     if not old_style:
         return module
     name = module.replace(".processor", "")

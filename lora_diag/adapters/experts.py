@@ -179,7 +179,8 @@ def load_expert_factors(
     """Return s·B_e ``(out, r)`` and A_e ``(r, in)`` of one expert."""
     rows, columns = checkpoint[a_key].shape
     rank = rows // count
-    # Only the entries of the expert are read; those of B are spread over the rows and are converted separately.
+    # Of A only the entries of the expert are read. Those of B are spread over its rows: B is read whole, but only the
+    # entries of the expert are converted.
     a_e = checkpoint.read(a_key, index * rank * columns, (index + 1) * rank * columns).view(rank, columns)
     b_e = checkpoint.read(b_key).view(-1, rank, count)[:, :, index]
     return as_float64(b_e) * scale, as_float64(a_e)

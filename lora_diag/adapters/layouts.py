@@ -345,7 +345,7 @@ def check_layout(form: str, placed: Sequence[Placed], base: Checkpoint) -> None:
 
     Raises:
         UsageError: There is no such layout.
-        InputError: The layout cannot represent a weight.
+        InputError: The layout cannot represent a weight, or BASE does not determine its name or row order there.
     """
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")

@@ -2,8 +2,9 @@
 
 transformers 5 names modules differently from the files on the Hub, wrappers add prefixes, and a mixture's experts are
 one tensor in memory and three per expert on disk. A name is tried, in this order: unchanged; without leading wrappers;
-without any wrapper; under an alternative name of the module; with ``_`` for its dots, as in kohya; as an expert's own
-matrices; and a tied head as the embedding. A match must be unique and fit by shape.
+without any wrapper; under an alternative name of the module; with ``_`` for its dots, as in kohya; a stack of experts
+as their own matrices, or one expert as a part of a stack; and a tied head as the embedding. A match must be unique and
+fit by shape.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class Scale:
 
 
 def make_scale(source: Source, alpha: str, rank: int) -> Scale:
-    """Return the scale of factors: by the α in the file with this name, or by the stated α if the name is empty."""
+    """Return the scale of factors: by the α in the file with this name; if the name is empty, by the stated α, or 1."""
     return Scale(1.0, alpha, rank) if alpha else Scale(source.scale_without_alpha(rank), "", rank)
 
 
@@ -229,7 +229,7 @@ class Scaling:
         return get_rank(self.config, self.ranks, module)
 
     def alpha(self, module: str, key: str = "lora_alpha") -> float:
-        """Return α of a module."""
+        """Return α of a module: from ``alpha_pattern``, else the setting ``key``."""
         matched = self.alphas.matches(module)
         return matched[0][1] if matched else self.config.number(key)
 

@@ -184,7 +184,11 @@ def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torc
 
 
 def read_ln_tuning(source: Source) -> Reading:
-    """Read a PEFT LN_TUNING adapter."""
+    """Read a PEFT LN_TUNING adapter.
+
+    Raises:
+        InputError: It also trained tokens, and their indices and rows do not fit together.
+    """
     keys = [key for key in source.checkpoint if LN_TUNING.search(key)]
     values = tuple(NewValue(LN_TUNING.sub("", drop_prefix(key)), key) for key in keys)
     unclaimed = [key for key in source.checkpoint if key not in set(keys)]
@@ -269,7 +273,7 @@ def read_fourierft(source: Source) -> Reading:
     """Read a PEFT FourierFT adapter.
 
     Raises:
-        InputError: ``scaling`` or ``random_loc_seed`` is missing or invalid.
+        InputError: ``scaling`` is missing or invalid, or ``random_loc_seed`` is invalid.
     """
     config = source.settings
     scaling, seed = config.number("scaling"), int(config.number("random_loc_seed", 777))

@@ -141,8 +141,9 @@ def place_updates(
         The ΔW, the skipped tensors, and notes.
 
     Raises:
-        InputError: BASE has no weight for an update, or an update needs BASE and there is none.
-        NothingComparedError: Nothing is selected.
+        InputError: BASE has no weight for an update (without ``allow_unmatched``), two weights are the same layer of
+            BASE, an update cannot be computed from the stored weight, or there is no BASE and all updates need it.
+        NothingComparedError: No ΔW is selected, or none can be measured.
         UsageError: A regular expression is not valid.
     """
     selected = selector(layers, exclude)
@@ -360,7 +361,7 @@ def _read_factors(piece: Piece) -> Factors:
 
 
 def _embed_in_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
-    """Return a part of a layer's rows as a full matrix with zeros elsewhere."""
+    """Return a part of a layer's rows as a full matrix with zeros elsewhere; unchanged if it is the whole layer."""
     if location.into is None:
         return part
     whole = part.new_zeros(location.shape[0], part.shape[1])

@@ -3,8 +3,8 @@
 Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every program that divides α by
 this common rank. Updates that are not a pair of factors cannot be represented.
 
-Layers are read one at a time: once for ranks and dtype, once for each factor that is written. Results of decompositions
-are cached in files.
+Layers are read one at a time: once for ranks and dtype, and again when their factors are written. Results of
+decompositions are cached in files.
 """
 
 from __future__ import annotations
@@ -156,14 +156,14 @@ def convert(
         adapter: The adapter.
         folder: The existing folder.
         scratch: A folder for factors that are computed by a decomposition.
-        base: Its BASE.
+        base: Its BASE, if names or updates depend on it; else None.
         form: One of ``LAYOUTS``.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
         for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
 
     Raises:
-        InputError: A weight is unsupported, or the other layout needs names from a BASE.
+        InputError: A weight is unsupported (with ``leave_out``: all are), or the other layout needs names from a BASE.
     """
     _refuse_unresolved_gguf(adapter, base, form)
     contents = read_contents(adapter, base)

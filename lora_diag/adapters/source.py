@@ -310,7 +310,7 @@ def is_named(module: str, name: str) -> bool:
 
 
 def find_pair(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
-    """Return the names of A and B of a module.
+    """Return the names of A and B of a module, which are its parts ``prefix`` + ``A`` and ``prefix`` + ``B``.
 
     Raises:
         InputError: A factor is missing, is empty, or has fewer than two dimensions.
@@ -364,10 +364,10 @@ def get_stated_alpha(options: Mapping[str, Any]) -> StatedAlpha:
 def add_config(source: Source) -> Source:
     """Return a source with the settings that are missing in a PEFT file, from the ranks of its factors and the given α.
 
-    Without a given α, or with α in the config, it is unchanged.
+    Without a given α, with α in the config, or if it is no PEFT LoRA, it is unchanged.
 
     Raises:
-        InputError: The file holds several adapters.
+        InputError: The file holds several adapters, or α = r is given and the config has no valid r.
     """
     if source.stated_alpha is None:
         return source

@@ -286,7 +286,7 @@ def make_rows_update(source: Source, module: str, key: str, indices: Any) -> Upd
     in factored form.
 
     Raises:
-        InputError: The number of indices differs from the number of rows.
+        InputError: The indices are missing, invalid or repeated, or their number differs from that of the rows.
     """
     rows = _read_row_indices(source.settings, module, indices)
     shape = source.checkpoint[key].shape

@@ -51,7 +51,9 @@ CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
-    """Return the rank of every layer that a PEFT config adapts, by PEFT's own rules.
+    """Return the rank of every layer that ``target_modules`` or ``target_parameters`` of a PEFT config match.
+
+    A half of a fused parameter gets half the rank, but at least 1.
 
     Args:
         path: ``adapter_config.json``.
@@ -226,7 +228,7 @@ def _are_equal(delta: Delta | None, shape: tuple[int, int], factors: Factors) ->
 
 
 def _select_used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of B and rows of A of which neither is zero, as padding is."""
+    """Return the columns of B and the rows of A without the pairs in which one is zero, such as padding."""
     used = (b != 0).any(0) & (a != 0).any(1)
     return b[:, used], a[used]
 

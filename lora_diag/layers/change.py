@@ -123,9 +123,9 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     Args:
         delta: The layer.
         device: Device of the computation.
-        keep: False to measure only the norms.
-        allowance: The computation and its memory limit; None without limit. If a stored ΔW does not fit, its norms are
-            measured, and later computations read it again in row blocks.
+        keep: False to drop a matrix once its norms are measured.
+        allowance: The computation and its memory limit, which applies on the CPU only; None without limit. If a stored
+            ΔW does not fit, its norms are measured, and later computations read it again in row blocks.
 
     Returns:
         ΔW; without matrix, factors and row blocks if an entry is not finite.
@@ -185,7 +185,7 @@ def _subtract_rows(delta: StoredDelta, first: int, last: int) -> Tensor:
 
 
 def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
-    """Estimate the memory of measuring a layer in bytes; with an allowance, return an upper bound of at most it."""
+    """Estimate the bytes needed to measure a layer; at most that of an allowance, unless ΔW is in factored form."""
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
     entry = COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4

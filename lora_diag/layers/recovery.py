@@ -81,7 +81,7 @@ MIN_COUNT = 30
 # ‖X‖ of X = ±c (kurtosis 1) came out 3% too small at χ²/df = 377.
 MIN_KURTOSIS = 1.25
 
-# Standard errors of log ‖X‖_F because no model is the true one, beside that of sampling: of one density, of scales, of
+# Standard errors of log ‖X‖_F because no model is the true one, besides that of sampling: of one density, of scales, of
 # L where it was needed to fit, per misplaced fraction of the changed entries, and per unevenness over |W| (up to the
 # largest of an accepted fit): a planted update that varies by 6% with |W| is 4% too small. χ²/df is no measure, as
 # it grows with the number of entries. Set on 347 layers of 8,000 to 900,000 entries, planted ones and two real updates.
@@ -114,11 +114,11 @@ class Law:
     shape: Shape = NORMAL
 
     def mean(self, first: int, last: int) -> Tensor | float:
-        """Return some rows of L."""
+        """Return some rows of L; 0 without it."""
         return 0.0 if self.low_rank is None else self.low_rank.rows(first, last)
 
     def moments(self, block: Cells, first: int, fast: bool = False) -> Moments:
-        """Return the moments given the cells of rows from ``first`` on."""
+        """Return the moments given the cells of rows from ``first`` on; ``fast`` uses fewer nodes."""
         if self.low_rank is None:
             return self.shape.moments(block, self.deviation, fast)
         return moments(block, self.mean(first, first + len(block.lo)), self.deviation, fast)
@@ -258,7 +258,7 @@ class _Stored:
         return GRIDS[self.format].mantissa
 
     def scales(self, first: int, last: int, shape: tuple[int, int], like: Tensor) -> Tensor | None:
-        """Return the scales of some rows."""
+        """Return the scales of the entries of some rows, ``(rows, in)``; None if the format has none."""
         scales_of_rows = self.side.read_scales(first * shape[1], last * shape[1])
         return None if scales_of_rows is None else scales_of_rows.view(-1, shape[1]).to(like)
 
@@ -524,12 +524,12 @@ class _Model:
 
 
 def _fit_model(pair: _StoredPair, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
-    """Return the first model that fits: one distribution, scales of rows and columns, L and one variance, L and scales.
+    """Return the first model that fits: a listed shape, a flat density, scales, L and one variance, L and scales.
 
-    Steps of Adam in one direction move all entries by about as much, and flat updates differ more than the listed
-    shapes do: the density of the entries is fitted where none of these fits. An update of rank 1 or 2 has entries of
-    very different sizes, and L is what explains them. After a rejection only a fit that can be tested counts; without
-    one, the first model is returned, rejected.
+    Scales are those of rows and columns. Steps of Adam in one direction move all entries by about as much, and flat
+    updates differ more than the listed shapes do: the density of the entries is fitted where no listed shape fits. An
+    update of rank 1 or 2 has entries of very different sizes, and L is what explains them; a fit with L counts only if
+    it can be tested. If no model fits, the first is returned, rejected.
     """
 
     def test_shape(shaped: Shaped) -> _Model:
@@ -562,7 +562,10 @@ def _fit_model(pair: _StoredPair, cells: Source, size: Size, start: Start, seed:
 
 
 def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
-    """Return ‖X‖_F in units, the standard error of its logarithm, and the kurtosis of a density of all entries."""
+    """Return ‖X‖_F in units, the standard error of its logarithm, and the kurtosis of the density that was fitted.
+
+    The kurtosis is None with scales or L.
+    """
     cells, size, recovered = model.cells, model.size, model.recovered
     error, misfit, kurtosis = size.error, MISFIT, None
     # With L a single variance does not fit, so there is no single size.
@@ -581,6 +584,7 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
 
 
 def _make_refusal(unchanged: float, reason: str) -> Estimate:
+    """Return the estimate of a layer that is refused for a reason; it holds no size and no directions."""
     return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged))
 
 
@@ -619,6 +623,7 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
 
 
 def _sides_of(delta: StoredDelta) -> tuple[Side, Side]:
+    """Return both stored sides, BASE first."""
     return delta.base, delta.tuned
 
 
@@ -712,7 +717,7 @@ def _compute_energy_curves(
     ranks: Sequence[int],
     unit: float,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Return C(r) at all ranks, and the fields on C(r) and ranks of the detected directions.
+    """Return C(r) up to the number of detected directions, and the record's fields on values, C(r) and ranks.
 
     x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i − 1.96τ for the
     values only; with scales, the lengths that held-out cells show less 1.96 standard errors. Upper ends use x_i + 1.96τ

@@ -53,7 +53,7 @@ class LayerTask:
 
 
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
-    """Return the record of a 1-D tensor, which no adapter has: the norm of its change, or why it is not finite."""
+    """Return the record of a 1-D tensor, which has no rank: the norm of its change, or why it is not finite."""
     from lora_diag.layers.change import load_change  # deferred: imports torch
     from lora_diag.linalg import resolve_device
 

@@ -140,7 +140,7 @@ class _Folded:
     Args:
         rows: B with its rows summed in the buckets of both hashes of rows, ``(2, LENGTH, r)``.
         columns: Aᵀ with its rows summed in the buckets of the hash of columns, ``(LENGTH, r)``.
-        scale: s.
+        scale: s in ΔW = s·B·A.
     """
 
     rows: Numbers
@@ -388,9 +388,9 @@ class FleetSettings:
     """Settings of the measurement of an adapter.
 
     Args:
-        base: Base checkpoint of all adapters.
-        layers: Only weights whose name contains a match.
-        exclude: Skip weights whose name contains a match.
+        base: Base checkpoint of all adapters; None without one.
+        layers: Regular expression: only weights whose name contains a match; None for all.
+        exclude: Regular expression: no weights whose name contains a match; None to exclude none.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         memory: Unused; adapters have no memory limit.
         stated_alpha: α of adapters whose files give none.
@@ -411,12 +411,14 @@ def fleet(
 ) -> Results[Fleet]:
     r"""Measure many adapters: used rank, zero updates, spikes, outliers and near-duplicates.
 
-    Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. From 512 MiB
-    of adapters on, these are processes, by default one per core. An adapter that cannot be read is skipped.
+    Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. For local
+    adapters measured on the CPU without BASE, these are by default one worker, and from 512 MiB of adapters on
+    processes, one per core. An adapter that cannot be read is skipped.
 
     Args:
-        adapters: Folders, files, or patterns such as ``runs/**``.
-        base: Base checkpoint, for adapters that need it (DoRA, PiSSA).
+        adapters: Folders, files, or patterns such as ``runs/**``; with ``base`` also fine-tuned checkpoints, given
+            directly.
+        base: Base checkpoint, for adapters that need it (DoRA, PiSSA, IA³) and for checkpoints; None without one.
         **options: ``FleetOptions``.
 
     Returns:
@@ -510,11 +512,11 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
 
 
 def _describe(member: Member, verify: bool) -> RunInput:
-    """Return the description of an adapter that is not opened to be measured yet.
+    """Return the description of an adapter in the run record, before it is measured.
 
     Its fingerprint lets ``--resume`` detect a changed adapter by file sizes, without opening it. One on object storage
-    is opened, since its server may not list folders and sizes cost as many requests. Hashes of an adapter that cannot
-    be read are empty: measuring reports the error.
+    is opened, since its server may not list folders and sizes cost as many requests; with ``verify``, every
+    adapter is. If it cannot be opened, the hashes of its contents are empty: measuring reports the error.
     """
     digest, sha256 = member.seen.files, ""
     is_remote = isinstance(member.seen.path, RemotePath)

@@ -35,8 +35,9 @@ class Fleet(LayerRecord):
         fro: ‖ΔW‖_F over all matrices.
         total_rank: Σ of the ranks; null if one has no factors.
         total_rank_99: Σ of the ranks at 99% of each layer's energy.
-        used: ``total_rank_99`` over ``total_rank``.
-        spike: Σσ_1² over Σ‖ΔW‖_F²: the energy in the largest direction of every layer.
+        used: ``total_rank_99`` over ``total_rank``; null if that is null or 0.
+        spike: Σσ_1² over Σ‖ΔW‖_F²: the fraction of the energy in the largest direction of every layer; null for a zero
+            update.
         layers: Each layer, by its name.
         update: A sketch of the update: inner products of sketches estimate those of updates.
         space: A sketch of the column spaces of its directions up to 99% of the energy, likewise.

@@ -34,7 +34,7 @@ class IntruderSettings(LayerSettings):
 
     Args:
         k: Number of largest directions of W_tuned to compare.
-        epsilon: ε in (0, 1), the similarity below which a direction is an intruder.
+        epsilon: ε in (0, 1), the similarity below which a direction is an intruder or rotated.
         window: Singular values σ_i of W_base with |σ_i − σ_j| ≤ window·σ_j count as nearly σ_j.
     """
 
@@ -138,7 +138,7 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
 
 
 def _join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return a matrix of its row blocks on the device, in float32, or in float64 if it is stored so."""
+    """Return the matrix that consists of row blocks, on the device, in float32, or in float64 if it is stored so."""
     tensors = [move(block, device) for block in blocks]
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.cat([tensor.to(dtype) for tensor in tensors])
@@ -192,8 +192,9 @@ def intruders(
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or adapter.
         top: k, the number of largest directions of each weight to compare.
-        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε is no direction of W_base.
-        window: Width of the window of nearly equal singular values, as a fraction of σ_j.
+        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε has no counterpart in W_base;
+            it is an intruder unless it lies in the span of the directions in the window.
+        window: Half-width of the window of nearly equal singular values around σ_j, as a fraction of σ_j.
         **options: ``IntruderOptions``.
 
     Returns:

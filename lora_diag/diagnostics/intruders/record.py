@@ -37,8 +37,8 @@ class Intruders(LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
         k: Number of compared directions; at most min(out, in).
-        epsilon: ε, the similarity below which a direction is an intruder.
-        window: Width of the window.
+        epsilon: ε, the similarity below which a direction is an intruder or rotated.
+        window: Half-width of the window around σ_j, as a fraction of σ_j.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F.
         count: Number of directions with a similarity below ε, the definition in the literature.
@@ -50,7 +50,7 @@ class Intruders(LayerRecord):
         similarity_random: Estimate of the median similarity of a random direction.
         count_random: Estimate of how many of k random directions have a similarity below ε.
         directions: Each direction, the largest first; empty if ΔW = 0.
-        method: Methods of the singular vectors of W_base and of W_tuned.
+        method: Methods of the singular vectors of W_base and of W_tuned; ``none: …`` if ΔW = 0.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

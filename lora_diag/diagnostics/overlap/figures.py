@@ -26,7 +26,7 @@ MEASURES = (
     ("tangent", "tangent", "tangent_random", CATEGORIES[1], (0, (3, 1.2))),
 )
 
-# Maximum number of lines of a panel; more are drawn as their range.
+# Maximum number of layers with a line each in a panel; more are drawn as their range.
 SINGLE = 16
 
 
@@ -69,10 +69,14 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
         records: Records of ``overlap``.
         ax: Axes to draw on; default those of a new figure.
         rank: Rank of the subspaces; default 8 if measured, else the smallest.
-        per: ``layer`` for a thin line per layer (up to 16), ``type`` for their range; the thick line is their median.
+        per: ``layer`` for a thin line per layer, or their range if there are more than 16; ``type`` for their range.
+            The thick line is their median.
 
     Returns:
         The Axes drawn on.
+
+    Raises:
+        UndrawableError: The rank was not measured.
     """
     records = tuple(records)
     rank = choose_rank({record.rank for record in records}, Options(rank=rank))
@@ -85,7 +89,7 @@ def overlap(records: Iterable[Overlap], ax: Axes | None = None, *, rank: int | N
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return κ and tangent by module type, one panel each, up to ``MAX_PANELS``."""
+    """Return the page of κ and tangent, one panel per module type, up to ``MAX_PANELS``."""
     ranks = {record.rank for item in series for record in item.records}
     rank = choose_rank(ranks, options)
     shown = [replace(item, records=tuple(r for r in item.records if r.rank == rank)) for item in series]
@@ -130,7 +134,7 @@ def _draw(
         ax: Axes to draw on.
         style: The page, of the panel's width.
         series: The records of each run, at one rank.
-        per: ``layer`` for single layers, ``type`` for their range.
+        per: ``layer`` for up to ``SINGLE`` single layers, ``type`` for their range; of several runs only the median.
         top: Upper limit of the fractions; default by these records.
         steps: Steps of all panels; default by these records.
     """

@@ -69,7 +69,7 @@ class Subspaces:
         layer: The weight's name in BASE.
         u: U, ``(out, R)`` float64, orthonormal columns, the most important direction first.
         v: V, ``(in, R)``, likewise.
-        ranks: Ranks of the measured overlaps, ascending; the last is R.
+        ranks: Ranks of the measured overlaps, ascending; at most R.
         method: Method of the computation.
         verdict: Whether the files resolve the update.
         blocks: Number of row blocks in which ΔW was read, because memory did not hold it; None if it did.
@@ -108,11 +108,12 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
         settings: Settings of the measurement.
 
     Returns:
-        One record for each step and rank. If ΔW is zero or not finite, one ``left_out`` record instead; if a gradient
-        is not finite, one instead of the records of its step.
+        One record for each step and rank. If ΔW is zero, not finite, or has fewer directions than every requested rank,
+        one ``left_out`` record instead; if a gradient is not finite, one instead of the records of its step.
 
     Raises:
         InputError: A file could not be read.
+        MemoryLimitError: The layer does not fit.
     """
 
     def measure(device: torch.device) -> tuple[Overlap | LeftOut, ...]:
@@ -134,7 +135,8 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
         device: Device of the computation and of the result.
 
     Returns:
-        The subspaces; for an adapter, those spanned by its factors. A ``left_out`` record if there are none.
+        The subspaces; for an adapter, those spanned by its factors. A ``left_out`` record if ΔW is not finite, is
+        zero, or has fewer directions than every requested rank.
     """
     delta = drop_base(delta)
     change = load_change(delta, device, allowance=_make_allowance(delta, settings))
@@ -257,7 +259,7 @@ def overlap(
             files.
         ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; an adapter's own rank is always
             measured.
-        show_rank: A further rank to measure, which the command shows.
+        show_rank: A further rank to measure, which the command shows; None for no further rank.
         **options: ``OverlapOptions``.
 
     Returns:
@@ -265,9 +267,9 @@ def overlap(
         that are not finite are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid.
+        UsageError: An option is invalid, no gradients are given, or ``tuned`` contains gradients.
         InputError: An input cannot be read, or two snapshots are of one step.
-        NothingComparedError: No layer that changed has a gradient.
+        NothingComparedError: The checkpoints have no weight in common, or no compared layer has a gradient.
 
     Example:
         >>> samples = "sample_checkpoints"

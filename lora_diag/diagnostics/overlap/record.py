@@ -10,8 +10,8 @@ from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Share
 class Overlap(LayerRecord):
     """Fraction of one layer's gradient G in the top-r singular subspaces (U, V) of an update.
 
-    All fractions are of ‖G‖_F, lie in [0, 1] and are null for a zero gradient; 0 ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V
-    refer to the stored matrix: if it is ``(in, out)`` (GPT-2's Conv1D), A and B below swap roles.
+    All fractions are of ‖G‖_F and lie in [0, 1]; the measured ones are null for a zero gradient. 0 ≤ κ ≤ one-sided ≤
+    tangent ≤ 1. U and V refer to the stored matrix: if it is ``(in, out)`` (GPT-2's Conv1D), A and B below swap roles.
 
     Args:
         layer: The weight's name in BASE.

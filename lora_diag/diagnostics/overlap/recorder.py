@@ -92,7 +92,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class GradientRecorder(TrainerCallback):
-    r"""Record the gradient of every matrix at every n-th update.
+    r"""Record the gradient of every selected matrix that is trained or frozen under a LoRA, at every n-th update.
 
     Pass it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in your own loop::
 
@@ -111,15 +111,16 @@ class GradientRecorder(TrainerCallback):
             ``gradient-spectrum``. With one: a new results file for the overlap records.
         every: Record the steps 0, ``every``, 2·``every``, ….
         reference: Subspaces to compare gradients with, from ``lora_diag.subspaces``; or ``live`` for the current
-            subspaces of the LoRA at each step.
-        layers: Regular expression; only weights whose name contains a match.
-        exclude: Regular expression; no weights whose name contains a match.
+            subspaces of the LoRA at each step; None to save the gradients.
+        layers: Regular expression; only weights whose name contains a match. None for all.
+        exclude: Regular expression; no weights whose name contains a match. None to exclude none.
         dtype: Dtype of the saved gradients, ``float32`` or ``bfloat16``.
         ranks: With ``live``: ranks besides the LoRA's own.
-        log: Called with a dictionary of numbers after every recorded step; ``log_to`` connects it to a Trainer's log.
+        log: With a reference: called with ``summary_of`` the records after every recorded step; ``log_to`` connects it
+            to a Trainer's log.
 
     Attributes:
-        records: The overlap records so far.
+        records: The overlap records so far, on the main process; empty without a reference.
 
     Raises:
         UsageError: An argument is invalid.
@@ -160,12 +161,15 @@ class GradientRecorder(TrainerCallback):
     def attach(self, model: nn.Module, step: int = 0) -> Self:
         """Find the weights of a model, hook those frozen under a LoRA, and open the results file of a reference.
 
+        Return the recorder.
+
         Args:
             model: The model, possibly with adapters and data-parallel wrappers.
             step: Number of updates so far.
 
         Raises:
-            UsageError: The recorder is attached already, the model has nothing to record, or the output exists.
+            UsageError: The recorder is attached already, the model has nothing to record or compare, or the
+                output exists.
         """
         if self._hook_removers or self._weights:
             raise UsageError("the recorder is already attached; close it first")
@@ -235,7 +239,7 @@ class GradientRecorder(TrainerCallback):
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Record. The Trainer has already removed the loss scale and clipped."""
+        """Record if due. For trained weights, the Trainer has already removed the loss scale and clipped gradients."""
         self._clipped = args.max_grad_norm > 0
         self._record(getattr(optimizer, "scaler", None))
 
@@ -258,7 +262,7 @@ class GradientRecorder(TrainerCallback):
                 weight.start(self._due)
 
     def _prepare(self, reference: Reference | Literal["live"]) -> None:
-        """Match the weights to the layers of the reference, and open the results file.
+        """Match the weights to the layers of the reference; on the main process, open the results file.
 
         Raises:
             UsageError: No weight is a layer of the reference, or frozen under a LoRA; or the output exists.
@@ -336,7 +340,11 @@ class GradientRecorder(TrainerCallback):
         return lambda: unscaled if scale == 1.0 else unscaled.float() / scale
 
     def _save(self, readers: dict[str, Callable[[], Tensor]]) -> None:
-        """Write the snapshot of this step, one gradient at a time; create the folder if needed."""
+        """Write the snapshot of this step, one gradient at a time; create the folder if needed.
+
+        Raises:
+            InputError: The output cannot be written.
+        """
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -369,7 +377,7 @@ class GradientRecorder(TrainerCallback):
                     continue
                 targets = [(current, 0)]
             for spaces, start in targets:
-                blocks = _read_blocks(gradient, spaces.shape, start)
+                blocks = _slice_blocks(gradient, spaces.shape, start)
                 measured = overlaps(_move_to_device(spaces, gradient), self._step, blocks)
                 records += [record for record in measured if isinstance(record, Overlap)]
                 self._left_out += [record for record in measured if isinstance(record, LeftOut)]
@@ -383,7 +391,8 @@ class GradientRecorder(TrainerCallback):
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
     """Return the medians over the layers of one step by name, such as ``overlap/r8/kappa/mlp.up_proj``.
 
-    Those of κ, the tangent overlap and their baselines for each rank; those of κ also for each module type.
+    Those of κ, the tangent overlap and their baselines for each rank; those of κ also for each module type. Zero
+    gradients are not counted.
     """
     medians: dict[str, float] = {}
     for rank in sorted({record.rank for record in records}):
@@ -405,7 +414,7 @@ def _move_to_device(spaces: Subspaces, gradient: Tensor) -> Subspaces:
     return replace(spaces, u=spaces.u.to(gradient.device), v=spaces.v.to(gradient.device))
 
 
-def _read_blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
-    """Return row blocks of a layer's part of a gradient: the rows from ``start`` on, of stacked matrices if any."""
+def _slice_blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
+    """Return row blocks of a layer's part of a gradient: its rows from ``start`` on, counted over stacked matrices."""
     rows = gradient.reshape(math.prod(gradient.shape) // shape[1], shape[1])[start : start + shape[0]]
     return [rows[first:last] for first, last in row_spans(shape)]

@@ -135,7 +135,7 @@ def overlap_table(
         color: Whether to shade κ with ANSI colours.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
         next_command: The suggested next command, printed last.
-        show_rank: The rank to show; default 16, or the adapter's own.
+        show_rank: The rank to show; default as in ``tracks``.
 
     Returns:
         Lines of text, without a trailing newline.
@@ -194,7 +194,7 @@ def _select_step(group: Sequence[Track], step: int) -> list[Overlap]:
 
 
 def _compute_median_ends(group: Sequence[Track]) -> tuple[float, float] | None:
-    """Return the medians of ``Track.ends`` over several layers; None if no layer has two steps."""
+    """Return the medians of ``Track.ends`` over several layers; None if no layer has two nonzero gradients."""
     ends = [track.ends for track in group]
     first, last = (middle([end[i] if end else None for end in ends]) for i in (0, 1))
     return None if first is None or last is None else (first, last)

@@ -51,9 +51,12 @@ def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = 
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return one panel per adapter, each with its own scale of ε².
+    """Return the page with one panel per adapter, each with its own scale of ε².
 
     With a common scale, a distant adapter would flatten the others.
+
+    Raises:
+        UndrawableError: There are no records of matrices.
     """
     adapters = split_series(series, options)
     matrices = [_select_matrices(item.records) for item in adapters]

@@ -101,11 +101,12 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
         settings: Settings of the measurement.
 
     Returns:
-        One record for each adapter and reference; if the fine-tune is not finite, a single ``left_out`` record, and if
-        an adapter is not, one in place of its record.
+        One record for each adapter and reference; if the fine-tune is not finite or its norm out of range, a
+        single ``left_out`` record, and if an adapter is, one in place of its record.
 
     Raises:
         InputError: A file could not be read, or a second moment is invalid.
+        MemoryLimitError: An update does not fit.
     """
     return measure_on_device(partial(_measure_residual, layer, settings), settings.device)
 
@@ -276,22 +277,23 @@ def residual(
 ) -> Results[Residual]:
     r"""Measure the distance of adapters from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, by layer.
 
-    Both checkpoints are read once, independent of the number of adapters.
+    Without a memory limit, ΔW_FT is computed once per layer, independent of the number of adapters.
 
     Args:
         base: Base checkpoint.
         tuned: Full fine-tune that gives D; may be an adapter.
         adapters: Adapters, or checkpoints with a merged adapter.
-        reference: Another full fine-tune, such as another seed, to show the distance between equally good solutions.
+        reference: Another full fine-tune, such as another seed, to show the distance between equally good solutions;
+            None for none.
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
             under each weight's name and, in its metadata, ``tokens``. Distances are then also given in the norm
-            ‖·C^½‖_F.
+            ‖·C^½‖_F. None for the Frobenius norm only.
         recover: Estimate the update before rounding, as ``recover`` does, and give the expected distance to it, too.
         **options: ``ResidualOptions``.
 
     Returns:
-        One record for each layer and adapter, including layers that an adapter does not change, with ε = 1, and norms
-        and biases, which have no rank.
+        One record for each layer and each adapter or reference, including layers that it does not change, with ε = 1,
+        and norms and biases, which have no rank. Layers that are not finite are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid, or there is nothing to compare with ``tuned``.

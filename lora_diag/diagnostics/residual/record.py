@@ -30,7 +30,7 @@ EPSILON = (
 class Distance(Record):
     """Distance of an adapter's update X from the full update D, in one norm ‖·‖.
 
-    Undefined values are null: all if D is zero, cosine and scale if X is zero.
+    Undefined values are null: all if D is zero; the cosine and those of the best scale if X is zero.
 
     Args:
         epsilon: ε = ‖D − X‖ / ‖D‖. Not a fraction: it exceeds 1 whenever the norm ratio exceeds twice the cosine.
@@ -42,7 +42,7 @@ class Distance(Record):
         cosine: ⟨D, X⟩ / (‖D‖‖X‖).
         best_scale: c = ⟨D, X⟩ / ‖X‖², the factor that minimizes ‖D − cX‖.
         epsilon_best_scale: ‖D − cX‖ / ‖D‖.
-        energy_error: Bound on the error of ε_min² and ``excess``.
+        energy_error: Bound on the error of ε_min² and ``excess``; null without ε_min.
     """
 
     epsilon: Ratio | None
@@ -76,7 +76,7 @@ class Distance(Record):
 
     @property
     def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
-        """The largest of rank, direction and scale (``metrics.find_limit``); None if D is zero."""
+        """``exact``, ``not adapted``, or the largest part of ε² (``metrics.find_limit``); None if D is zero."""
         from lora_diag.metrics import find_limit
 
         return find_limit(self._above_floor)
@@ -155,7 +155,8 @@ class Residual(Distance, LayerRecord):
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapter: Path of the input with X.
         role: ``adapter``; or ``reference``, another full fine-tune, for scale.
-        rank: Columns of the adapter's factors; 0 if it does not change the layer; null if X has no factors.
+        rank: Columns of the adapter's factors; 0 if it does not change the layer; null for a 1-D tensor and if
+            X has no factors.
         fro: ‖D‖_F.
         base_fro: ‖W_base‖_F.
         adapter_fro: ‖X‖_F.
@@ -169,7 +170,8 @@ class Residual(Distance, LayerRecord):
             output; null without activations for the layer.
         before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
             cells of the files; null where it was not requested, is not hidden, or could not be estimated.
-        limited_by: The largest of rank, direction and scale (``limit``); ``noise`` if the files do not resolve D.
+        limited_by: The largest of rank, direction and scale, ``exact`` or ``not adapted`` (``limit``); ``noise`` if the
+            files do not resolve D; null if D is zero.
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """
 
@@ -332,6 +334,6 @@ class Residual(Distance, LayerRecord):
 
     @property
     def floor(self) -> float:
-        """Lower bound on ‖D − X‖_F for X's rank; 0 if X has no rank, ‖D‖_F if it is zero."""
+        """Lower bound on ‖D − X‖_F for X's rank; without a rank 0, or ‖D‖_F if X is zero."""
         smallest = self.least_epsilon
         return (float(self.adapter_fro == 0.0) if smallest is None else smallest) * self.fro

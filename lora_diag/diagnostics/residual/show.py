@@ -142,7 +142,7 @@ def _describe_distance(records: Sequence[Residual]) -> str:
 
 
 def _describe_limits(records: Sequence[Residual]) -> str:
-    """State in how many layers each factor limits the adapter, and which layers it does not change."""
+    """State in how many tensors each factor limits the adapter, how many it does not change, and the parts of ε²."""
     total = math.hypot(*(record.fro for record in records)) or 1.0
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)

@@ -67,7 +67,7 @@ def ranks_drawn(largest: int, marked: Sequence[int] = MARKED) -> NDArray[np.int6
 
 
 def resolved_rank(record: Spectrum) -> int:
-    """Return the largest r that the files resolve; 0 if the update as a whole is not resolved."""
+    """Return the largest r that the files resolve: 0 if they do not resolve the update, all if no rank is known."""
     signal = record.resolution.signal_rank
     if record.resolution.verdict == "unresolved":
         return 0
@@ -88,7 +88,7 @@ def draw_series(
     marked: Sequence[int] = MARKED,
     page_records: Sequence[Spectrum] | None = None,
 ) -> None:
-    """Draw one panel: lines by depth; or bands, of each of several series or with ``per="type"``.
+    """Draw one panel: a line per block, coloured by depth; with several series or ``per="type"``, a band per series.
 
     Args:
         ax: Axes to draw on.
@@ -133,7 +133,7 @@ def _draw_curve(
     grid: NDArray[np.int64],
     color: Any,
 ) -> None:
-    """Draw the pointwise median of a block's layers of one type: the resolved part in colour, the rest in grey."""
+    """Draw the pointwise median of the given layers of a block: the resolved part in colour, the rest in grey."""
     ranks, stacked = _stack(group, quantity, grid)
     values = np.median(stacked, axis=0)
     ranks, values = ranks[np.isfinite(values)], values[np.isfinite(values)]
@@ -168,17 +168,18 @@ def _draw_band(
 def energy(
     records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
 ) -> Axes:
-    """Draw C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² over r, one line per layer, all in one panel.
+    """Draw C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² over r, one line per block, all in one panel.
 
     Curves are coloured by depth, and grey beyond the signal rank, where they include rounding noise of the files. A
-    zero update has no curve. Blocks with several such matrices (experts) have one curve, their pointwise median: pass
-    the records of one module type (``results.filter("q_proj")``) for one curve per layer.
+    zero update has no curve. The curve of a block is the pointwise median of all its given matrices, and so is that of
+    matrices outside the blocks: pass the records of one module type (``results.filter("q_proj")``) for one curve per
+    layer; experts of a block still share one.
 
     Args:
         records: Records of ``spectrum``.
         ax: Axes to draw on; default those of a new figure (``ax.figure`` is then the figure).
         ranks: Ranks to mark.
-        per: ``layer``; or ``type`` for the median and the range of all records.
+        per: ``layer`` for one line per block; ``type`` for the median and the range of all records.
 
     Returns:
         The Axes drawn on.
@@ -303,16 +304,17 @@ def _make_keys(
 def spectrum(
     records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
 ) -> Axes:
-    """Draw the singular values σ_i of ΔW over i, log–log, one line per layer, all in one panel.
+    """Draw the singular values σ_i of ΔW over i, log–log, one line per block, all in one panel.
 
-    Values above the layer's noise edge are coloured by depth; values below it, which rounding of the files can explain,
-    are grey. The dashed line is the median edge. Zeros are not drawn. Experts are joined as in ``energy``.
+    Values up to the signal rank are coloured by depth; those beyond it, which rounding of the files can explain, are
+    grey. The dashed line is the median noise edge. Zeros are not drawn. Matrices of a block are joined as in
+    ``energy``.
 
     Args:
         records: Records of ``spectrum``.
         ax: Axes to draw on; default those of a new figure.
         ranks: Ranks to mark.
-        per: ``layer``; or ``type`` for the median and the range of all records.
+        per: ``layer`` for one line per block; ``type`` for the median and the range of all records.
 
     Returns:
         The Axes drawn on.
@@ -325,7 +327,11 @@ def spectrum(
 
 
 def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Page:
-    """Return the page of σ_i, one panel per module type, with common axes."""
+    """Return the page of σ_i, one panel per module type, with common axes.
+
+    Raises:
+        UndrawableError: The records are in several metrics, or every update is zero.
+    """
     records = tuple(record for item in series for record in item.records)
     if len(metrics := dict.fromkeys(record.metric for record in records)) > 1:
         names = " and ".join(METRIC_NAMES[metric] for metric in metrics)
@@ -366,7 +372,7 @@ DECADES = 7
 
 
 def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
-    """Return the limits of the y axis: around all resolved values, and the median noise edge if it is near."""
+    """Return the limits of the y axis: around all resolved values and near noise edges, ``DECADES`` at most."""
     resolved = [value for record in records for value in record.s[: resolved_rank(record)] if value > 0]
     values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
     low, high = min(values), max(values)

@@ -34,7 +34,7 @@ OTHER_GRAM_UP_TO = 4096
 
 
 class _NotFiniteError(Exception):
-    """A gradient has an entry that is not finite; the message has the step and the position."""
+    """A gradient has an entry that is not finite, or a norm overflows; the message says which and, if known, where."""
 
 
 def size(history: History, settings: SpectrumSettings) -> int:
@@ -74,11 +74,11 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
 
     Args:
         history: The layer's gradients.
-        settings: Settings of the measurement; ``method`` and ``tol`` are not used.
+        settings: Settings of the measurement; ``method``, ``tol`` and ``seed`` are not used.
 
     Returns:
-        The spectrum of the smaller side, with the energy fractions of the other if that is small enough; or a
-        ``left_out`` record if a gradient is not finite.
+        The spectrum of the smaller side, with the energy fractions and ranks of the other if that is small enough or
+        there is a single step; or a ``left_out`` record if a gradient is not finite or its norm overflows.
 
     Raises:
         InputError: A file could not be read.
@@ -116,11 +116,12 @@ def _compute(
 ) -> tuple[Factors, Factors | None, Spacing]:
     """Return the spectra of the smaller side and, if it is small enough, of the larger, and the spacing of the files.
 
-    The gradients are read once for each side: two concurrent Gram matrices would take twice the memory.
+    The gradients are read once for each side: two concurrent Gram matrices would take twice the memory. A single
+    gradient has the same spectrum on both sides, and is read once.
 
     Raises:
         MemoryLimitError: A gradient and its Gram matrix do not fit.
-        _NotFiniteError: An entry is not finite.
+        _NotFiniteError: An entry is not finite, or a norm or the spacing overflows.
     """
     if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
@@ -141,10 +142,10 @@ def _compute(
 def _read_gradients(
     history: History, device: torch.device, transposed: bool, spacing: Spacing | None
 ) -> Iterator[Tensor]:
-    """Yield G_t, or its transpose, step by step; accumulate the spacing of the stored values.
+    """Yield G_t, or its transpose, step by step; add the spacing of the stored values to ``spacing``, if given.
 
     Raises:
-        _NotFiniteError: An entry is not finite.
+        _NotFiniteError: An entry is not finite, or the norm overflows.
     """
     rows, columns = history.shape
     stacks_columns = rows < columns  # as in the smaller of both Gram matrices

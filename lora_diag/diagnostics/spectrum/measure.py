@@ -38,7 +38,8 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     Args:
         delta: The layer.
         settings: Settings of the measurement.
-        weighting: Second moments of the layer's input, and of the gradient by its output; None for the plain metric.
+        weighting: Second moments of the layer's input and, for K-FAC, of the gradient by its output; None for the plain
+            metric.
 
     Returns:
         The spectrum, or, if ΔW is not finite, a ``left_out`` record with the reason.

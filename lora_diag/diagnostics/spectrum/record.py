@@ -29,7 +29,7 @@ class Stack(Record):
         side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` if of ΣG_tG_tᵀ
             (out × out): the smaller of the two.
         other_energy: Energy fractions of the other side; null if not computed. With one step both sides are equal.
-        other_rank_at: Ranks at the thresholds of the other side.
+        other_rank_at: Ranks at the thresholds of the other side; null likewise.
     """
 
     steps: tuple[int, ...]
@@ -54,7 +54,7 @@ class Spectrum(LayerRecord):
             ``s``, for ΔW as subtracted: in float32, unless a file is float64, which adds at most 2.4e-7.
         energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the kept values.
         rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the kept values, 0 for a zero update.
-        tail: Errors of the best rank-r approximation, by r.
+        tail: Errors of the best rank-r approximation, by r; null if too few values are kept.
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
         effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
         resolution: Resolution under the rounding of the files.
@@ -66,8 +66,8 @@ class Spectrum(LayerRecord):
             layer's input, the mean square of what the update changes in the layer's output. ``kfac``: ‖G^½·ΔW·C^½‖_F²
             with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s, fro, base_fro
             (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
-        hidden: The update before rounding, estimated from rounding cells; null where it was not requested, and where
-            the files resolve ΔW.
+        hidden: The update before rounding, estimated from rounding cells; null where it was not requested, where
+            the files resolve ΔW, for a zero update, and for an adapter.
         weights_fro: ‖ΔW‖_F if ``metric`` is not ``weights``; else null.
     """
 
@@ -217,7 +217,7 @@ class Spectrum(LayerRecord):
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the first missing value at a rank or threshold; None if there is none."""
+        """Return the path of the first missing value at a rank or threshold; None if there is none."""
         requested = [str(rank) for rank in settings.get("ranks", [])]
         missing = [f"energy.{r}" for r in requested if r not in self.energy]
         missing += [f"tail.{r}" for r in requested if r not in self.tail]

@@ -24,31 +24,34 @@ def spectrum(
     tuned: Path | str | None = None,
     **options: Unpack[SpectrumOptions],
 ) -> Results[Spectrum]:
-    r"""Measure the spectrum of ΔW = W_tuned − W_base for every weight that both checkpoints have.
+    r"""Measure the spectrum of ΔW = W_tuned − W_base for every matrix that both checkpoints have.
 
-    Layers are measured concurrently, as far as cores and memory permit.
+    Layers are measured concurrently, as far as cores and memory permit; an adapter with small factors by one thread.
 
     Args:
         base: Base checkpoint: a file, a folder, or a shard index; None only with ``gradients``.
-        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter to be measured alone.
+        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter to be measured alone, and with
+            ``gradients``.
         gradients: Snapshots as in ``overlap``. The spectrum is then that of the stacked gradients of all steps, a
             first-order estimate before any update exists. ``base`` only gives the names.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Singular
-            values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without C are skipped.
+            values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without C are skipped. None for the norm of
+            the weights.
         kfac: Also weigh the output side: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
         recover: Estimate size, energy curve and ranks of the update before rounding, as ``recover`` does, in layers
             whose files do not resolve it; in the field ``hidden``.
         ranks: Ranks r of C(r) and the truncation errors.
-        top: Number of largest singular values to keep.
+        top: Number of largest singular values to keep; None for all.
         **options: ``SpectrumOptions``.
 
     Returns:
-        All records of the run. Layers with entries that are not finite are in ``left_out``.
+        All records of the run. Tensors that are not measured are in ``left_out``, with the reason.
 
     Raises:
-        UsageError: An option is invalid, or ``output`` exists and may not be replaced.
+        UsageError: An option is invalid, inputs and options cannot be combined, or ``output`` exists and may not be
+            replaced.
         InputError: An input cannot be read.
-        NothingComparedError: The checkpoints have no weight in common.
+        NothingComparedError: The checkpoints have no weight in common, or no gradient of a matrix was found.
 
     Example:
         >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
@@ -137,7 +140,10 @@ def _check_inputs(values: Mapping[str, object]) -> None:
 
 
 def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
-    """Return the pairing with layers without second moments unpaired, and the matrices with their weighting."""
+    """Return the pairing with matrices without second moments unpaired, and the others with their weighting.
+
+    Without ``moments``, the pairing is unchanged, and all matrices are returned without weighting.
+    """
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
     if moments is None:
         return pairing, [Layer(delta) for delta in matrices]
@@ -154,7 +160,7 @@ def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: boo
 
 
 def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
-    """Return the record of a layer; torch is imported only if NumPy does not do."""
+    """Return the record of a layer; torch is imported only if NumPy alone cannot measure it."""
     if is_thin(layer, settings) and (record := thin_spectrum(layer, settings)) is not None:
         return (record,)
     from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # deferred: imports torch

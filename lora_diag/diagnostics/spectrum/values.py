@@ -72,7 +72,7 @@ class Layer(LayerTask):
 
 @dataclass(frozen=True, slots=True)
 class KeptValues:
-    """The largest singular values of two thin factors, with their errors; fields as in ``linalg.Factors``."""
+    """The largest singular values of the product of two thin factors; fields as in ``linalg.Factors``."""
 
     s: NDArray[np.float64]
     complete: bool
@@ -151,7 +151,7 @@ def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
     """Return whether ``thin_spectrum`` can measure a layer; this depends only on the input and the options.
 
     Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``; nothing of BASE is
-    measured; and no GPU is requested.
+    measured; the metric is that of the weights; and no GPU is requested.
     """
     delta = layer.delta
     return (

@@ -164,9 +164,9 @@ class Source(ABC):
         return join_cells(parts, 1)
 
     def sample(self, entries: int) -> Source:
-        """Return about this many entries, as one row; all if there are at most twice as many.
+        """Return about this many entries, as one row; these cells themselves if there are at most twice as many.
 
-        The step is odd, so that they are not from a few columns only.
+        The step is odd, so that of 2^k columns they are not from a few only.
         """
         if self.count <= 2 * entries:
             return self
@@ -437,6 +437,7 @@ def shrink(s: Tensor, shape: tuple[int, int], deviation: float, information: flo
 
 
 def _eta(y: Tensor, m: int, n: int, noise: float) -> Tensor:
+    """Return η(y) for noise of deviation τ = ``noise``; 0 at the noise edge."""
     square = (y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4
     return square.clamp(min=0.0).sqrt() / y
 
@@ -470,6 +471,7 @@ MIN_COUNT, MIN_INFORMATION = 50, 0.01
 
 
 def _make_zeros() -> Tensor:
+    """Return a zero for every binade, float64."""
     return torch.zeros(_BINADES, dtype=torch.float64)
 
 
@@ -533,7 +535,7 @@ class Binades:
 
     @property
     def misplaced(self) -> float:
-        """Σ|changed − expected| over the binades, over the number of changed or unchanged entries, the smaller one."""
+        """Σ|changed − expected| over the binades, over the smaller number of changed or unchanged ones; 0 if none."""
         fewer = min(float(self.changed.sum()), float((self.entries - self.changed).sum()))
         off = float((self.changed - self.expected).abs().sum())
         return off / fewer if fewer > 0 else 0.0

@@ -16,7 +16,7 @@ def resolve_device(word: str) -> torch.device:
     """Return the device for a value of ``--device``.
 
     Args:
-        word: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        word: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``; ``mps`` is refused.
 
     Returns:
         The device, which supports float64 arithmetic, as required by the error bounds.
@@ -97,7 +97,7 @@ _full_float32 = _FullFloat32()
 
 
 def move(block: Tensor, device: torch.device) -> Tensor:
-    """Copy a block to a device; to a GPU through pinned memory, so that the CPU does not wait for the copy.
+    """Return a block on a device; it is copied to a GPU through pinned memory, so that the CPU does not wait.
 
     PyTorch keeps the pinned memory until the copy is complete, then reuses it.
     """
@@ -112,7 +112,7 @@ def move_if_small(matrix: Tensor) -> Tensor:
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
-    """Copy tensors of one dtype to the CPU in one transfer, so that it waits for a GPU once."""
+    """Return tensors of one dtype on the CPU, copied in one transfer, so that it waits for a GPU once."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
     whole = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()

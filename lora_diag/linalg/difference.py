@@ -120,8 +120,8 @@ def difference(
         steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none.
 
     Returns:
-        ΔW and its norms. After a non-finite entry nothing more is read and the norms are NaN. A GPU is awaited once,
-        after the last block, and the position of that entry is not given.
+        ΔW and its norms; of a ΔW that is not finite, no matrix, and NaN as norms. On the CPU nothing is read after a
+        non-finite entry. A GPU is awaited once, after the last block, and the position of that entry is not given.
     """
     matrix: Tensor | None = None
     fro = base_fro = 0.0
@@ -286,6 +286,7 @@ def _measure_sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Te
 
 
 def _norm(block: Tensor) -> float:
+    """Return ‖block‖_F, without overflow or underflow of the squares of float64 numbers."""
     plain = float(torch.linalg.vector_norm(block, dtype=torch.float64))
     if block.dtype != torch.float64 or 1e-140 < plain < 1e140:
         return plain
@@ -338,7 +339,7 @@ def _join_blocks(
 
 
 def _allocate(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for ΔW in the layout in which the rows of its taller side are contiguous.
+    """Return memory for ΔW: on the CPU, a wide ΔW is stored as the rows of ΔWᵀ; otherwise by its own rows.
 
     ``linalg.streamed.normal`` then reads it once for two products. At 2048×8192 writing takes 17 ms longer, and ten
     pairs of products 110 ms less.
@@ -378,10 +379,12 @@ def first_non_finite(beginning: str, values: Tensor, first_row: int = 0) -> str 
 
 
 def _make_not_finite(why: str) -> Difference:
+    """Return the result for a ΔW that is not finite."""
     return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
 
 
 def _explain_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:
+    """Return a sentence on the first non-finite entry of a block, or on the overflow of its norm."""
     return (
         first_non_finite("BASE holds", base, row)
         or first_non_finite("TUNED holds", tuned, row)

@@ -154,7 +154,7 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
     Args:
         matrix: A, ``(m, n)``, finite.
         fro: ‖A‖_F.
-        top: Number of largest values to keep.
+        top: Number of largest values to keep; None for all.
         vectors: Whether to compute singular vectors.
 
     Returns:
@@ -189,7 +189,8 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
         vectors: Whether to compute singular vectors.
 
     Returns:
-        Values on the CPU, vectors of fixed signs on the device of the matrix, and the driver's name.
+        Values on the CPU, vectors of fixed signs on the device of the matrix (None if not requested), and the driver's
+        name.
 
     Raises:
         InputError: No driver converged.
@@ -295,10 +296,11 @@ def decompose_gram(
     Args:
         matrix: A, ``(m, n)``, finite.
         fro: ‖A‖_F.
-        top: Number of largest values to keep.
+        top: Number of largest values to keep; None for all.
         vectors: Whether to compute singular vectors.
         cached_blocks: Number of row blocks in memory, if A is streamed and has fewer rows than columns.
-        in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is slower.
+        in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is slower; without
+            vectors, on the CPU. Always from the order ``IN_PLACE_FROM`` on.
 
     Returns:
         The values. Rounding of the product: |Ĝ − G| ≤ γ_k|A|ᵀ|A| entrywise with γ_k = kε/(1 − kε) and k terms per sum
@@ -336,7 +338,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
 
     Args:
         matrices: The A_t, ``(k_t, n)`` each, finite; at least one.
-        top: Number of largest values to keep.
+        top: Number of largest values to keep; None for all.
 
     Returns:
         The values, at most min(Σk_t, n). Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
@@ -369,7 +371,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
 
 
 def _bound_energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
-    """Return the bound of ``decompose_gram`` for the ``kept`` largest of all σ², with ``terms`` terms per sum."""
+    """Return the bound of ``decompose_gram`` for the ``kept`` largest of the given σ², with ``terms`` terms per sum."""
     if not fro:
         return 0.0
     epsilon = torch.finfo(torch.float64).eps
@@ -394,7 +396,7 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
 
     Args:
         matrix: A, ``(k, n)``, any floating dtype.
-        gram: Result of an earlier call, to which AᵀA is added in place.
+        gram: Result of an earlier call, to which AᵀA is added in place; None for zeros.
 
     Returns:
         ``(n, n)`` float64; entries above the diagonal panels are zero.
@@ -426,7 +428,7 @@ def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
 
 
 def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, the ``top`` largest or all, and the eigenvectors of the ``top`` largest."""
+    """Return the ``top`` largest eigenvalues, or all, ascending; and the vectors of the ``top`` largest (None: all)."""
     n = len(gram)
     has_all_cores = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
     if top is not None and has_all_cores and n >= SUBSET_FROM and top <= SUBSET_SHARE * n:

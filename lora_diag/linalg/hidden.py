@@ -155,6 +155,7 @@ class _Sums:
 
     @property
     def information(self) -> float:
+        """Mean of 1 − Var[x]/s², at least 1e-9."""
         return max(1e-9, self.known / self.entries)
 
     @property
@@ -164,6 +165,7 @@ class _Sums:
 
 
 def _sum_moments(cells: Source, deviation: float, fast: bool = False) -> _Sums:
+    """Return the sums for x ~ N(0, s²) given its cell, s = ``deviation``."""
     sums = _Sums()
     for first, last in cells.spans():
         posterior = moments(cells.rows(first, last), 0.0, deviation, fast)
@@ -361,7 +363,7 @@ class _Posterior:
 
 
 def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> tuple[LowRank, Tensor | None]:
-    """Return L from the singular values above the noise edge, and an initial basis for the next decomposition."""
+    """Return L from the values above the noise edge, and a first basis for the next call; None for small matrices."""
     shape = posterior.cells.shape
     smaller = min(shape)
     if smaller <= FULL_SVD_UP_TO:
@@ -402,7 +404,7 @@ def _inner(first: LowRank, second: LowRank) -> float:
 
 
 def _distance(first: LowRank, second: LowRank | None) -> float:
-    """Return ‖L − L'‖_F."""
+    """Return ‖L − L'‖_F; without L', ‖L‖_F."""
     if second is None:
         return math.sqrt(first.energy)
     return math.sqrt(max(0.0, first.energy + second.energy - 2 * _inner(first, second)))

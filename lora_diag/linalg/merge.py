@@ -372,11 +372,11 @@ class Check:
 
     Args:
         entries: Number of entries.
-        beyond: Entries of M that no rounding of W + ΔW explains, by row and by column.
+        beyond: Number of entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
         lines: Sums over the rows, and over the columns, with M* = W + ΔW rounded once.
         worst: max |M − (W + ΔW)| in ulp of the largest of the numbers added, P included.
-        unchanged: Entries with M = W, or W rounded.
+        unchanged: Number of entries with M = W, or W rounded.
         inner: ⟨O, ΔW⟩.
         expected: ‖ΔW‖².
         observed: ‖O‖².
@@ -393,8 +393,8 @@ class Check:
         coarsest: Σ step²/12 of a quantized M.
         gridded: Whether both sides are quantized, so that M* is not known.
         uneven: Blocks of rows or columns with more or less of ΔW than rounding explains.
-        base_non_finite: Position of an entry of W that is not finite; None if all are.
-        non_finite: Position of an entry of M that is not finite; None if all are.
+        base_non_finite: Sentence on the first entry of W that is not finite; None if all are.
+        non_finite: The same for M.
     """
 
     beyond: tuple[Tensor, Tensor]

@@ -47,11 +47,11 @@ def decompose(
     Args:
         matrix: A, ``(m, n)`` with m, n ≥ 1, float32 or float64, finite.
         method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and falls back to ``gram`` if the spectrum is too
-            flat; or ``auto`` for the cheapest whose bound meets ``tol``.
+            flat, its basis too large or a solver fails; or ``auto`` for the cheapest whose bound meets ``tol``.
         top: Number of largest values to keep; None for all.
         fro: ‖A‖_F in float64 accuracy if known; else computed.
         vectors: Whether to compute singular vectors.
-        tol: Required bound on the error of every energy fraction.
+        tol: Required bound on the error of every energy fraction; ignored by ``exact`` and ``gram``.
         seed: Seed of random starting vectors.
 
     Returns:
@@ -155,7 +155,12 @@ class Allowance:
 
 
 def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -> int:
-    """Return the memory of a matrix with its decomposition in bytes, for any limit.
+    """Return the memory of a matrix with its decomposition in bytes.
+
+    Args:
+        shape: ``(m, n)``.
+        allowance: The computation; its limit is ignored.
+        entry: Bytes of an entry in memory.
 
     Example:
         >>> round(whole_bytes((4096, 4096), Allowance(0)) / 2**20)
@@ -206,7 +211,7 @@ def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
 def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = TOL, seed: int = 0) -> Factors:
     """Compute the singular values of a matrix in row blocks.
 
-    The methods are the same as for a matrix in memory, and so are their bounds.
+    ``gram`` and ``krylov`` have the bounds that they have in memory; ``exact`` needs the whole matrix and is refused.
 
     Args:
         matrix: A, ``(m, n)``, finite.
@@ -219,7 +224,7 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
         The values, their method, and their bound.
 
     Raises:
-        MemoryLimitError: No suitable method fits.
+        MemoryLimitError: No suitable method fits, or the method is ``exact``.
         UsageError: The method is unknown, or ``top`` or ``tol`` is invalid.
     """
     check_request(allowance.method, allowance.top, tol)
@@ -266,7 +271,7 @@ def require_memory(needed: int, limit: int, shape: tuple[int, int], description:
 
 
 def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
-    """Return the largest number of basis columns that fits."""
+    """Return the largest number of basis columns that fits, within 2%, at most ``LARGEST_BASIS``; 0 if none fits."""
     basis = int(LARGEST_BASIS * min(shape))
     while basis > 0 and krylov_bytes(shape, top, basis) > left:
         basis -= max(1, basis // 50)

@@ -158,12 +158,12 @@ class Spacing:
 
         Args:
             block: Stored values, or dequantized ones; ``(rows, columns)``.
-            step: The spacing of a quantized format at every entry, in place of that of the dtype.
+            step: The spacing of a quantized format at every entry, in place of that of the dtype; None for that.
             unchanged: The entries equal on both sides; None if none is.
             row: Row number of the first row.
             column: Column number of the first column.
             sample: Slice of the flattened block: the entries whose spacing is returned.
-            weight: 1, or 0 if the block does not count; a decision on a GPU.
+            weight: 1, or 0 if the block does not count, a decision on a GPU; None for 1.
 
         Returns:
             The spacing of those entries, float64.
@@ -402,7 +402,7 @@ class Sample:
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
     def add(self, *matrices: Tensor) -> None:
-        """Add the entries of a block: ΔW, and the spacing of both sides."""
+        """Add the absolute values of the sampled entries of a block: of ΔW, and of the spacing of both sides."""
         self.parts.append(tuple(values.to(torch.float64).abs() for values in matrices))
 
     def join(self) -> tuple[Tensor, ...]:
@@ -449,7 +449,7 @@ class Moves:
         the entries of smallest u, from as many as give the smallest upper limit, less two standard errors: entries not
         known to be untouched count as trained. A spacing at which most changes are by one u is uninformative, and so
         are larger ones: there moves are no larger than u, and rounding may have left any of the others. Changes of more
-        than one u must outnumber the others by two standard errors.
+        than one u must outnumber the others by two standard errors. The result is 0 if no spacing is informative.
         """
         count, changed, far = (counts.cumsum(0) for counts in (self.entries, self.changed, self.far))
         small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= MIN_COUNT)
@@ -482,7 +482,7 @@ class Moves:
 
 @dataclass(slots=True)
 class Energies:
-    """n, Σ ΔW² and Σ ΔW⁴ of the changed entries by the first 7 bits of |w|, which determine BASE's spacing."""
+    """n, Σ ΔW², Σ ΔW⁴ of the changed entries by exponent and 7 mantissa bits of |w|, which determine BASE's spacing."""
 
     sums: Tensor
 
@@ -535,7 +535,7 @@ class Energies:
             mantissa: Bits of BASE.
 
         Returns:
-            β and its standard error; None if too few entries changed, or all have one spacing.
+            β and its standard error; None if too few entries changed, all have one spacing, or Σ ΔW⁴ is 0 or infinite.
         """
         tiny = max(torch.finfo(dtype).tiny for dtype, layout in LAYOUT.items() if layout[2] == mantissa)
         values = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
@@ -567,5 +567,5 @@ class Energies:
 
 
 def _compute_bins(base: Tensor) -> Tensor:
-    """Return the first 7 bits of |w| and its exponent, for every entry."""
+    """Return the exponent and the first 7 mantissa bits of |w| as one integer, for every entry."""
     return (base.to(torch.float32).view(torch.int32) >> 16).bitwise_and_(_BINS - 1).reshape(-1)

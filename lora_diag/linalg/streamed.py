@@ -1,4 +1,4 @@
-"""Products with a matrix that is in memory or read in row blocks; every product reads it once."""
+"""Products with a matrix in memory or read in row blocks; A·X reads it once, a wide A·Aᵀ several times."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Streamed:
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     def __truediv__(self, scale: float) -> Streamed:
-        """Divide it by a number."""
+        """Return it divided by a number."""
         return replace(self, read=lambda: (block / scale for block in self.read()))
 
     def times(self, x: Tensor) -> Tensor:
-        """Return A·X for a thin X, in the dtype of X, from one pass.
+        """Return M·X for the represented M, A or Aᵀ, and a thin X, in the dtype of X, from one pass.
 
         Args:
             x: X, ``(n, k)``, no shorter a dtype than that of the blocks.
@@ -103,7 +103,7 @@ def times(a: Matrix, x: Tensor) -> Tensor:
 
 
 def normal(a: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A·X and AᵀA·X; from one pass over A if it is in the CPU's memory by rows."""
+    """Return A·X and AᵀA·X; from one pass over A if it is in the CPU's memory by rows, or streamed by its own rows."""
     if isinstance(a, Streamed):
         return a.normal(x)
     if a.device.type == "cpu" and a.is_contiguous():
@@ -125,7 +125,7 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def times_wide(a: Matrix, x: Tensor) -> Tensor:
-    """Return A·X in float64, without a float64 copy of A."""
+    """Return A·X for a thin float64 X, in float64, without a float64 copy of A."""
     if isinstance(a, Streamed):
         return a.times(x)
     if a.device.type != "cpu" or not a.is_contiguous():

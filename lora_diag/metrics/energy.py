@@ -105,7 +105,8 @@ def truncation_error(
             free of cancellation; else it is √(‖A‖_F² − Σ_{i≤r}σ_i²).
 
     Returns:
-        Both errors; the spectral one is None if σ_{r+1} was not computed; None if r > K, where both are unknown.
+        Both errors; the spectral one is None if σ_{r+1} was not computed; None for both if ``s`` is incomplete and r >
+        K. Both are 0 if ``s`` is complete and r ≥ K.
 
     Reference: Eckart and Young 1936; Mirsky 1960, theorem 2 (any unitarily invariant norm).
 

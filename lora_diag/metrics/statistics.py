@@ -37,7 +37,7 @@ def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] 
     Args:
         x: Scores.
         y: Other scores of the same items.
-        groups: Compare items only within a group: ranks are within the group, minus their mean.
+        groups: Compare items only within a group: ranks are within the group, minus their mean; None for one group.
 
     Returns:
         ρ in [−1, 1]; None if all ranks of one side are equal.
@@ -59,7 +59,7 @@ def p_value(
     Args:
         x: Scores.
         y: Other scores of the same items.
-        groups: Permute only within a group.
+        groups: Rank and permute only within a group; None for one group.
         seed: Seed of the permutations.
 
     Returns:
@@ -179,7 +179,7 @@ def errors_needed(freedom: float) -> float:
 
 
 def paired_half(error: float | None, sequences: int | None) -> float | None:
-    """Return half the interval outside which a paired difference is significant; None without an error.
+    """Return the absolute value beyond which a paired difference is significant; None without an error.
 
     Args:
         error: Standard error of the difference by ``paired_difference``.
@@ -197,7 +197,8 @@ def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
 
     The model is loss = group + seed + error with one variance of the errors (randomised blocks); effects of a seed
     common to all groups are removed. With every seed in every one of K groups the degrees of freedom are (K − 1)(n −
-    1); for two groups the variance is half that of the paired differences, as in the paired t test.
+    1); for two groups the variance is half that of the paired differences, as in the paired t test. Without degrees of
+    freedom the variance is 0.
 
     Args:
         cells: One mapping of seed to loss for each group; seeds may be missing.
@@ -221,7 +222,7 @@ def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
 
 
 def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1).
+    """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1); (0, 0) without any.
 
     Example:
         >>> variance_within([(1.0, 2.0), (3.0,), (5.0, 5.0, 5.0)])
@@ -319,7 +320,8 @@ def paired_difference(
 def degrees_of_freedom(count: int) -> float:
     """Return the degrees of freedom of the standard error of ``paired_difference`` over so many sequences.
 
-    1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984).
+    1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984); N − 1 below four sequences, whose blocks
+    have one each.
 
     Example:
         >>> degrees_of_freedom(3), degrees_of_freedom(100)
@@ -367,8 +369,8 @@ def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Se
     """Return the pairs of near-duplicates, the most similar first.
 
     Args:
-        updates: Sketches of the updates.
-        spaces: Sketches of the column spaces.
+        updates: Sketches of the updates, one per adapter.
+        spaces: Sketches of the column spaces, likewise.
 
     Example:
         >>> pairs = find_near_duplicates([[1, 0], [2, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]])
@@ -419,7 +421,7 @@ def find_outlier_kinds(adapters: Sequence[Any]) -> list[tuple[OutlierKind, ...]]
 
     Args:
         adapters: Records ``Fleet``: ``dead``, the number of zero updates; ``rank``, ``fro``; ``used``, the fraction of
-            the rank that 99% of the energy needs; and ``spike``, the fraction in the largest directions.
+            the rank that 99% of the energy needs; and ``spike``, the fraction in the largest direction of every layer.
     """
     ratios = find_norm_outliers([adapter.fro for adapter in adapters])
     kinds_by_adapter = []

@@ -120,8 +120,8 @@ def is_near_chance(share: float, columns: int, dimension: int, effective_rank: f
     """Return whether the fraction of an update's energy in a k-dimensional space is near that in a random space.
 
     For a random space it is on average k/m. An update of effective rank e is like e independent directions, each with a
-    fraction of variance ≈ 2k/m², so the standard deviation is about √(2k/e)/m. Near is below three of them, or twice
-    the mean if that is more, or halfway from the mean to 1 if that is less.
+    fraction of variance ≈ 2k/m², so the standard deviation is about √(2k/e)/m. Near is less than three of them above
+    the mean, or below twice the mean if that is more, or below halfway from the mean to 1 if that is less.
 
     Args:
         share: ‖UᵀΔW‖² / ‖ΔW‖².
@@ -366,7 +366,7 @@ def classify_direction(
         similarity: max_i |⟨u_i(W_base), u_j⟩|.
         projection: p.
         projection_random: √c.
-        epsilon: ε.
+        epsilon: ε, the similarity from which a direction is ``kept``.
 
     Reference: Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228, for
     the similarity; the projection is an addition.

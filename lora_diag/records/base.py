@@ -66,7 +66,7 @@ class Shown:
     mark: Callable[[Sequence[Any]], str] | None = None
 
     def value(self, record: Any) -> Value:
-        """Return the value in a record, a shape as text; None if it is null or does not exist."""
+        """Return the value in a record, a shape as text; None if it is null, not a scalar, or does not exist."""
         value = value_at(record, self.path)
         if isinstance(value, tuple) and value and all(isinstance(size, int) for size in value):
             return "×".join(map(str, value))

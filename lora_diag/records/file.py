@@ -79,8 +79,8 @@ def read_results(path: Path | str) -> Results[Any]:
         by a loss of power; ``end`` is then None.
 
     Raises:
-        InputError: The file is not a results file, is damaged, holds several runs, or has a schema newer than this
-            version of loradiag.
+        InputError: The file cannot be read, is not a results file, is damaged or edited, holds several runs, or has a
+            schema newer than this version of loradiag.
     """
     path = Path(path)
     seal = Seal()
@@ -107,7 +107,7 @@ def iterate_records(path: Path, strict: bool = True, seal: Seal | None = None) -
     Args:
         path: The file.
         strict: Whether an undefined kind of record is an error; else its fields are not read.
-        seal: The hash to which the lines before the ``end`` record are added.
+        seal: The hash to which the lines before the ``end`` record are added; None for no hash.
 
     Raises:
         InputError: The file cannot be read, or a line is not a record or is in the wrong place.
@@ -184,6 +184,11 @@ def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | N
 
 
 def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
+    """Return the record of a line.
+
+    Raises:
+        InputError: The line is not a record, or of a newer schema; with ``strict``, also of an undefined kind.
+    """
     try:
         content = json.loads(line.decode("utf-8"))
         if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
@@ -282,7 +287,8 @@ class ResultsWriter(Generic[L]):
     def _choose_file(self, resume: bool) -> Path:
         """Inspect the existing files, read the run to resume, and return the file that records go to.
 
-        A run whose settings are extended is copied to ``NAME.part``; a finished run in ``NAME.part`` takes its place.
+        A run whose settings are extended, or that a time limit shortened, is copied to ``NAME.part``; a finished run in
+        ``NAME.part`` takes its place. ``run``, ``earlier`` and the number of kept records are set.
         """
         part = _part_path(self._final)
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
@@ -434,6 +440,12 @@ def _write(file: FileIO, content: bytes) -> None:
 
 
 def _lock(path: Path) -> int:
+    """Lock a file against other processes, and return its descriptor.
+
+    Raises:
+        UsageError: Another process writes it.
+        InputError: It cannot be opened.
+    """
     try:
         return lock(path)
     except OSError as error:
@@ -498,10 +510,10 @@ def _refuse_inputs(path: Path, run: Run) -> None:
 def _find_state(path: Path, overwrite: bool = False) -> State:
     """Return the state of an output path; ``empty`` also if a crash truncated its first line.
 
-    With ``overwrite``, a file that is not a complete results file is ``foreign``.
+    With ``overwrite``, a file that is not a results file, or a damaged one of a finished run, is ``foreign``.
 
     Raises:
-        UsageError: A results file that is damaged.
+        UsageError: The file is not a results file, or a damaged one, and not ``foreign``.
     """
     if not os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
         return "absent"

@@ -37,7 +37,7 @@ def record_columns(
 
     Args:
         records: Records, each with leading cells.
-        label_by_path: Labels of the paths of inputs.
+        label_by_path: Labels of the paths of inputs; None for no columns of labels.
     """
     return _join_blocks(({**first, **_make_row(record, label_by_path or {})}, {}) for record, first in records)
 
@@ -51,7 +51,7 @@ def value_columns(
 
     Args:
         records: Records, each with leading cells.
-        label_by_path: Labels of the paths of inputs.
+        label_by_path: Labels of the paths of inputs; None for no columns of labels.
     """
     return _join_blocks(
         block for record, first in records for block in _make_value_rows(record, first, label_by_path or {})
@@ -89,6 +89,7 @@ def _join_blocks(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any
 
 
 def _make_row(record: Record, label_by_path: Mapping[str, str]) -> dict[str, Any]:
+    """Return the cells of a record and the cells derived from them."""
     row: dict[str, Any] = {}
     for name, value in _iterate_cells(record):
         if value is None and name in row:  # a probe of one layer has no separate module type
@@ -121,6 +122,7 @@ def _walk(record: Record, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def _walk_value(name: str, value: Any, form: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield a value, or those in a record, a table or a list of fixed length, as ``_walk``."""
     if isinstance(value, Record):
         yield from _walk(value, f"{name}.")
     elif isinstance(value, Mapping):
@@ -133,7 +135,7 @@ def _walk_value(name: str, value: Any, form: str) -> Iterator[tuple[str, Any, st
 
 
 def _iterate_cells(record: Record) -> Iterator[tuple[str, Any]]:
-    """Yield the cells of a record; several words as a tuple."""
+    """Yield the cells of a record, several words as a tuple; other lists are omitted."""
     for name, value, form in _walk(record):
         if isinstance(value, tuple | list):
             if value and all(isinstance(entry, str) for entry in value):
@@ -145,6 +147,7 @@ def _iterate_cells(record: Record) -> Iterator[tuple[str, Any]]:
 def _make_value_rows(
     record: Record, first: Mapping[str, Any], label_by_path: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
+    """Yield a block of rows for each list of a record: the cells common to its rows, and the columns of entries."""
     identifying = _IDENTIFYING_COLUMNS | set(record.key) | {f"{name}_name" for name in record.key}
     row = {**first, **{name: value for name, value in _make_row(record, label_by_path).items() if name in identifying}}
     for name, layer, entries in _iterate_lists(record):

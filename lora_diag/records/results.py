@@ -120,6 +120,7 @@ class Results(Generic[L]):
         return item in self.layers
 
     def _describe_unknown(self, name: str) -> str:
+        """Return the message for a layer without records, with similar names."""
         names = list(dict.fromkeys(record.layer for record in self.layers))
         layer_by_name = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
         stem = name.removesuffix(".weight")
@@ -154,6 +155,7 @@ class Results(Generic[L]):
         return self._keep_only(kept, left_out)
 
     def _keep_only(self, layers: tuple[L, ...], left_out: tuple[LeftOut, ...]) -> Results[L]:
+        """Return the results with only these layers and skipped tensors, and their totals if the run is finished."""
         end = totals(layers, left_out) if self.end is not None else None
         return replace(self, layers=layers, left_out=left_out, end=end)
 
@@ -339,6 +341,7 @@ def _describe_main_value(settings: Mapping[str, Any], records: Sequence[Any]) ->
 
 
 def _describe_range(shown: Shown, records: Sequence[Any]) -> str | None:
+    """Return the range and the pooled value, or the most frequent words; None without values."""
     values = [value for record in records if (value := shown.value(record)) is not None]
     whole = pooled_value(shown, records)
     if not values or whole is None:

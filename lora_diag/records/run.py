@@ -159,7 +159,7 @@ AnyRecord = Run | LayerRecord | WholeRecord | LeftOut | End
 
 
 def _common_shape(rows: Sequence[Any]) -> str:
-    """Return the shape that all records have."""
+    """Return the common shape of the records as text, ``?`` for an unknown size."""
     return "×".join("?" if size is None else str(size) for size in rows[0].shape) or "scalar"
 
 

@@ -59,9 +59,9 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
     for key, name in names.items():
         value = config.get(key)
         if trainer != "unsloth" and key == "lora_alpha":
-            value = _read_integer_alpha(config[key], trainer)
+            value = _to_integer_alpha(config[key], trainer)
         elif trainer != "unsloth" and key == "alpha_pattern":
-            value = {layer: _read_integer_alpha(alpha, trainer) for layer, alpha in config[key].items()}
+            value = {layer: _to_integer_alpha(alpha, trainer) for layer, alpha in config[key].items()}
         elif trainer == "llamafactory" and isinstance(value, list):
             value = ",".join(value)
         if name and (value or key in _REQUIRED):
@@ -97,7 +97,7 @@ def format_yaml(settings: Mapping[str, Any]) -> str:
     return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
 
 
-def _read_integer_alpha(alpha: float, trainer: str) -> int:
+def _to_integer_alpha(alpha: float, trainer: str) -> int:
     """Return lora_alpha as an integer.
 
     Raises:

@@ -99,8 +99,8 @@ def list_saved_tensors(
 ) -> list[LeftOut]:
     """Return a record of each of TUNED's tensors in the heads to train in full.
 
-    These are the heads that TUNED changed or that only it has, except those with a tensor that matches a pattern:
-    a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
+    These are the heads that TUNED changed or resized or that only it has, except those with a tensor that matches a
+    pattern: a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
 
     Args:
         records: Spectra.
@@ -314,7 +314,14 @@ def make_units(
     constraints: Constraints,
     losses: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Unit]:
-    """Return the units of an allocation, in the order of their first layers; a layer without losses gets F = 0."""
+    """Return the units of an allocation, in the order of their first layers.
+
+    Args:
+        records: Spectra of the candidates.
+        weights: Factor of the energy of each of these layers.
+        constraints: Constraints on the ranks.
+        losses: F(0), F(1), … by layer, where missing layers get F = 0; None to use energy.
+    """
     groups: dict[str, list[Spectrum]] = {}
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
@@ -329,7 +336,7 @@ def _make_unit(
     constraints: Constraints,
     losses: Mapping[str, Sequence[float]] | None,
 ) -> Unit:
-    """Return the unit of these layers, capped at their largest cap, or at the minimum rank if higher."""
+    """Return the unit of these layers; its cap is the largest of theirs, or the minimum rank if that is higher."""
     soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
     largest = compute_break_even(members[0].shape)
     hard = min(constraints.max_rank or largest, largest)
@@ -471,7 +478,7 @@ class Steps:
     """All steps of all units, unit by unit, in order of rank.
 
     Args:
-        gain: Gain of each step, ``(n,)``; decreasing in ``gain / cost`` within a unit.
+        gain: Gain of each step, ``(n,)``; ``spend`` requires that ``gain / cost`` does not increase within a unit.
         cost: Cost of each step, ``(n,)``, positive.
         unit: Index of its unit, ``(n,)``, ascending.
         rank: The unit's rank after it, ``(n,)``.
@@ -736,7 +743,7 @@ class Allocated:
     Args:
         layers: Candidates with their ranks.
         certificate: Distance of the ranks from the optimum.
-        left_out: Layers that are not candidates.
+        left_out: Heads that are trained in full, layers that are not candidates, and tensors without a spectrum.
     """
 
     layers: tuple[Allocation, ...]
@@ -760,6 +767,8 @@ def allocate(
 ) -> Allocated:
     """Choose the ranks that keep the most energy within a budget, or the ranks of the heuristic prior.
 
+    If the budget is an energy fraction, choose the smallest rank of each layer that keeps it.
+
     Args:
         records: Spectra, one per layer.
         budget: The budget.
@@ -767,9 +776,10 @@ def allocate(
         weights: Factor of each layer's energy, by name; None for 1.
         relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximized instead of Σ‖ΔW‖²C_ℓ.
         target: Only layers whose name contains a match; None for the matrices that adapters usually target.
-        exclude: No layers whose name contains a match.
+        exclude: No layers whose name contains a match; None to exclude none.
         losses: F(0), F(1), … by layer, from ``probe fisher``; ranks then minimize ΣF_ℓ(r_ℓ). F need not be convex, so
-            ranks are chosen from the corners of its convex envelope, and the bound holds for all ranks.
+            ranks are chosen from the corners of its convex envelope, and the bound holds for all ranks. None to use
+            energy.
         left_out: Tensors without a spectrum, including heads that only TUNED has.
         save_heads: Whether heads are trained in full and paid for first; else they are layers.
         method: ``optimal``, or ``heuristic`` for r ∝ s·√(d_in + d_out).
@@ -878,7 +888,7 @@ def _choose_ranks(
         reserved: Cost of the heads.
 
     Raises:
-        UsageError: The budget is too small for the starting ranks or for any rank.
+        UsageError: The budget is too small for the starting ranks or for any rank, or no allowed rank lowers the loss.
     """
     if budget.unit == "energy":
         ranks = all_steps.ranks_after(_compute_share_before(units, all_steps) < budget.amount)

@@ -36,7 +36,7 @@ class Scaling:
 
     Args:
         factor: lora_alpha / r of every layer; or, with rsLoRA, lora_alpha / √r of the layers with the usual rank.
-        rslora: lora_alpha is one number for all, and the scaling lora_alpha / √r.
+        rslora: Whether lora_alpha is one number for all layers, and the scaling lora_alpha / √r.
     """
 
     factor: float = 2.0
@@ -276,7 +276,7 @@ def _drop_wrappers(path: str, paths: Iterable[str]) -> str:
 
 
 def _escape_name(name: str) -> str:
-    """Return a name as a regular expression; dots are not escaped, by convention, and ``check`` verifies the match."""
+    """Return a name as a regular expression; by convention dots stay, and ``check_config`` verifies the match."""
     return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
 
 

@@ -43,7 +43,7 @@ class Allocation(LayerRecord):
         weight: Factor of the layer's energy in the objective; 1 unless weights were given.
         cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out + in), beyond which
             factors have more parameters than the matrix, its signal rank, its nonzero singular values and the kept
-            values.
+            values. With ``--allowed-ranks`` the first of them that reaches this limit, else the largest.
         capped_by: Reason for the cap; ``shape``, min(out, in), in results of older versions.
         verdict: Resolution verdict of ``spectrum``.
         uniform_rank: Rank by the uniform rule with the same budget.
@@ -52,7 +52,7 @@ class Allocation(LayerRecord):
             experts); the layer's own name without its index, null for a layer on its own.
         source: ``gradients`` if the spectra are of gradients instead of an update.
         fisher: F(rank) if ranks were chosen by ``probe fisher``: half of it estimates the mean KL per prediction of
-            truncating this layer alone to its rank.
+            truncating this layer alone to its rank. Null otherwise.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -150,7 +150,7 @@ class Certificate(WholeRecord):
         unit: Unit of the budget.
         budget: The requested budget; null if ranks follow from an energy fraction.
         spent: Cost of the allocation; at most the budget.
-        params: Number of parameters of the allocation in any unit, including heads.
+        params: Number of parameters of the allocation, including heads, whatever the unit of the budget.
         saved: Number of parameters of the heads that are trained in full. A budget of parameters or bytes pays for them
             first; a budget of ranks does not.
         kept: Fraction of the (weighted) energy that it keeps.

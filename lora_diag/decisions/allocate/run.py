@@ -220,8 +220,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         energy: Instead of a budget: the smallest rank of each layer with C(r) ≥ this fraction.
         match: Budget: the number of parameters of this adapter.
         min_rank: Smallest rank of a layer with any signal.
-        max_rank: Largest rank of a layer.
-        ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``.
+        max_rank: Largest rank of a layer; None for no limit.
+        ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
         layers: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
         exclude: No layers whose name contains a match.
         weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
@@ -341,8 +341,11 @@ def allocate_and_write(
         scaling: As for ``write_allocation``.
         rslora: As for ``write_allocation``.
         check: As for ``write_allocation``.
-        sweep: Results of ``probe sweep``, from which the summary takes a learning rate.
+        sweep: Results of ``probe sweep``, from which the summary takes a learning rate; None without one.
         **options: ``AllocateOptions``.
+
+    Returns:
+        The allocation, as ``allocate`` returns it.
 
     Raises:
         UsageError: As ``allocate`` and ``write_allocation``; or ``format`` or ``check`` is given without ``output``.
@@ -365,7 +368,7 @@ def allocate_and_write(
 
 
 def rank_by_rules(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> list[Policies]:
-    """Return the ranks of each layer by several rules: energy, knee, effective rank, thresholds.
+    """Return the ranks of each layer by several rules: energy, knee, effective rank, Gavish–Donoho, signal rank.
 
     Args:
         results: Results of ``spectrum``, or their file.
@@ -395,14 +398,14 @@ def write_allocation(
         scaling: lora_alpha / r of every layer in the config; with ``rslora`` that of the layers with the usual rank is
             scaling · √r, and every layer has this lora_alpha.
         rslora: Whether the config makes PEFT scale by lora_alpha / √r.
-        check: A model, or its ``config.json``: it is built without weights and the config put in by PEFT, and every
-            rank and scaling compared before anything is written. Needs the extra ``train``.
+        check: A model, or its ``config.json``: it is built without weights, PEFT adapts it by the config, and every
+            rank and scaling is compared before anything is written. Requires the extra ``train``. None for no check.
         overwrite: Replace a file there that loradiag did not write; never a config next to weights.
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
-        UsageError: The suffix is unknown, the path exists, there is no config to check, portable ranks are to be
-            scaled by rsLoRA, or the trainer cannot express these ranks.
+        UsageError: The suffix is unknown, the file may not be replaced, there is no config to check, portable ranks are
+            to be scaled by rsLoRA, or the trainer cannot express these ranks.
         InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference.
     """
     path = Path(path)

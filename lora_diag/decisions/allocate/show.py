@@ -131,8 +131,8 @@ def allocation_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
-        next_command: The suggested next command, printed last.
-        sweep: Results of ``probe sweep``, source of a learning rate.
+        next_command: The suggested next command, printed last; None without one.
+        sweep: Results of ``probe sweep``, source of a learning rate; None without one.
 
     Returns:
         Lines of text, without a trailing newline.
@@ -340,6 +340,7 @@ def _describe_marginal_gain(certificate: Certificate) -> str:
 
 
 def _describe_limits(results: Results[Allocation]) -> list[str]:
+    """State how many layers end at a cap, by its reason, and how many do not reach a requested energy fraction."""
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
     lines = [f"{n} layers end at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
     share = results.run.settings.get("energy")

@@ -55,8 +55,9 @@ class OutputFolder:
         resume: Whether to resume an interrupted extraction.
 
     Attributes:
-        finished: Whether the adapter is complete at its final path, so that only its records remain to be reported.
-        whole: Whether all files are written, possibly not yet at their final path.
+        finished: Whether the adapter to resume is complete at its final path, so that only its records remain to be
+            reported.
+        whole: Whether all files of the adapter to resume are written, possibly not yet at their final path.
 
     Raises:
         UsageError: The path exists and may not be replaced.
@@ -178,7 +179,7 @@ class OutputFolder:
     def finish(self, card: str, complete: bool = True) -> None:
         """Write the model card, remove the files needed only for resuming, and move the folder to its target.
 
-        An adapter at the target is replaced.
+        An adapter at the target is replaced. Nothing is done if the folder is ``finished``.
 
         Args:
             card: Text of the model card.
@@ -298,6 +299,7 @@ class TensorPlan:
         return first if isinstance(first, str) else ""
 
     def _describe_base(self, base_name: str) -> Described:
+        """Return what the config of an adapter depends on: name, class, modules and parameters of BASE."""
         modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base} - {""}
         # With the parents of every module: a target ``0`` also matches ``blocks.0``.
         modules |= {module[: dot.start()] for module in modules for dot in re.finditer(r"\.", module)}
@@ -314,7 +316,7 @@ def plan_tensors(compared: Comparison, save: bool, portable: bool = False) -> Te
 
     Args:
         compared: BASE, and a fine-tuned checkpoint or an adapter, whose own names of modules are kept.
-        save: Whether to store tensors without factors in full.
+        save: Whether to store tensors without factors in full; a resized vocabulary then gets no factors.
         portable: Whether only matrices that all programs scale equally get factors.
 
     Raises:

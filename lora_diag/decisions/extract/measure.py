@@ -50,7 +50,7 @@ class RankRule:
         energy: Fraction of each layer's energy to keep.
         params: Number of parameters of the whole adapter.
         allocation: File with the rank of every layer.
-        signal: Number of singular values above the files' rounding noise.
+        signal: Whether r is the number of singular values above the files' rounding noise.
     """
 
     rank: int | None = None
@@ -201,7 +201,10 @@ def _estimate_weighting_bytes(layer: Layer) -> int:
 
 
 def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
-    """Return the memory available for ΔW and vectors, all if the rank depends on all values; None if unlimited."""
+    """Return the memory and the number of values for decomposing ΔW; None without a limit.
+
+    All values are needed where the rank depends on them.
+    """
     if settings.memory is None:
         return None
     memory = settings.memory - _estimate_weighting_bytes(layer)
@@ -227,6 +230,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
+        MemoryLimitError: The layer does not fit.
     """
     return measure_on_device(partial(_extract, layer, settings, store), settings.device)
 
@@ -328,7 +332,7 @@ def _project(change: Change, best: Factors, rank: int, weighted: Weighted) -> Fa
 def _error_on_data(
     weighted: Weighted, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer
 ) -> OnData:
-    """Return the error of the stored factors in the data metric."""
+    """Return the error of the stored factors in the data metric or the K-FAC metric."""
     kept = float(_compute_curve(best, rank)[-1])
     written = Change(None, None, factors=factors)
     for root in weighted.roots:
@@ -348,7 +352,7 @@ def _error_on_data(
 def _decompose(
     change: Change, layer: Layer, settings: ExtractionSettings, weighted: Weighted | None, hidden: Hidden | None
 ) -> tuple[Factors, Factors]:
-    """Return the kept singular values and vectors, and all values that determine their number."""
+    """Return the kept singular values and vectors, and the values that decide their number, the same for a given r."""
     if layer.rank.at_most is not None:
         factors = _compute_vectors(change, min(layer.rank.at_most, *layer.shape), settings)
         return factors, factors

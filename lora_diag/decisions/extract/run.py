@@ -47,16 +47,17 @@ def extract(
     r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
 
     In every layer B·A = U_r Σ_r V_rᵀ, the nearest matrix of rank r to ΔW in the Frobenius and the spectral norm (Eckart
-    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the stored factors in their dtype.
+    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the stored factors in their dtype. Exactly one of
+    ``rank``, ``energy``, ``params``, ``allocation`` and ``signal`` is given.
 
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint; or an adapter, which is compressed again without forming B·A.
         output: Adapter folder to write. It is written as ``NAME.part`` and renamed when complete.
-        rank: r of every layer; less if a matrix is smaller.
+        rank: r of every layer; less if a matrix is smaller, or the rank of its update is.
         energy: The smallest r of each layer with C(r) ≥ this fraction.
         params: Number of parameters of the adapter, such as ``"10M"``, allocated as by ``allocate``.
-        allocation: Results file of ``allocate``, or an ``adapter_config.json``.
+        allocation: Results file of ``allocate``, or an ``adapter_config.json`` or its folder.
         signal: r is the number of singular values above the files' rounding noise.
         recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding hides it and its
             directions are significant, see ``recover``; the other layers as without this option.
@@ -64,7 +65,7 @@ def extract(
             then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
             ``params`` and ``signal`` refer to that metric. Layers without C are factored as without this option.
         kfac: Minimize ‖G^½(ΔW − B·A)C^½‖ instead, with G = E[ggᵀ] of the output gradients in the same file: the K-FAC
-            estimate of the loss that the factors miss.
+            estimate of the loss that the factors miss. Requires ``activations``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
         rest: ``save`` to store tensors without factors in full (norms, biases, resized tables), ``list`` to list
@@ -73,7 +74,7 @@ def extract(
             scales alike, see ``portability``. Stacked experts are skipped.
         format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
         base_name: The base model's name for config and model card; default ``base`` as given.
-        sweep: Results of ``probe sweep``, source of the learning rate in the model card.
+        sweep: Results of ``probe sweep``, source of the learning rate in the model card; None for a card without one.
         overwrite: Replace an existing adapter in ``output``.
         **options: ``ExtractOptions``.
 

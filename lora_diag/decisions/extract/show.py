@@ -59,8 +59,8 @@ def extraction_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
-        next_command: The suggested next command, printed last.
-        output: Folder of the adapter.
+        next_command: The suggested next command, printed last; None without one.
+        output: Folder of the adapter; None to omit its name.
 
     Returns:
         Lines of text, without a trailing newline.
@@ -79,7 +79,7 @@ def extraction_card(results: Results[Extraction], base_name: str, command: str, 
         results: Records of the written adapter.
         base_name: The base model.
         command: The command that wrote it.
-        rate: The learning rate for further training, and its source.
+        rate: The learning rate for further training, and its source; None to omit it.
     """
     table = [
         "| modules | layers | rank | energy kept | ε | lower bound on ε |",
@@ -174,7 +174,7 @@ def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
 
 
 def _describe_errors(results: Results[Extraction]) -> list[str]:
-    """State the error of truncation, that of the dtype, and the layers with the largest and the smallest error."""
+    """State ε, its excess over the lower bound or the error on data, and the layers with the largest and smallest ε."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
     truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
     lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
@@ -282,7 +282,10 @@ def _describe_energy_split(results: Results[Extraction]) -> str:
 
 
 def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:
-    """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖²."""
+    """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖².
+
+    Entries that are not finite are reported elsewhere. ``hint`` is added to changed vectors that could be stored.
+    """
     is_listed = results.run.settings.get("rest") == "list"
     total = math.hypot(*(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)) or 1.0
     groups: dict[tuple[str, str], list[LeftOut]] = {}

@@ -76,7 +76,7 @@ class Reader:
     where: str
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """Return the value of the first of these keys that exists.
+        """Return the value of the first of these keys that exists and is not null.
 
         Raises:
             InputError: No key exists and there is no default, or the value is not a positive whole number.
@@ -117,7 +117,7 @@ class Llama:
     Args:
         tied: Whether the head is the embedding by default.
         qkv_bias: Whether the query, key and value projections have biases by default.
-        qk_norm: Norms on queries and keys: of one head, of all, or none.
+        qk_norm: Norms on queries and keys: ``head`` for each head, ``all`` for all heads together, empty for none.
         norms: Norms of a block.
         fused: Whether query, key, value are one matrix, and gate and up another.
         head_dim: Default width of a head; None for hidden_size / heads.
@@ -153,7 +153,7 @@ LLAMAS = {
 
 
 def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]:
-    """Return the name and shape of every weight, in the order of the model.
+    """Return the name and shape of every weight and bias, block by block.
 
     Args:
         config: Content of ``config.json``; for a vision-language model, its ``text_config`` is used.
@@ -181,7 +181,7 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
 
 
 def _list_layer(name: str, shape: Shape, biased: bool = True) -> Weights:
-    """Yield the weight of a layer or norm, and its bias of one value per row."""
+    """Yield the weight of a layer or norm and, if it is ``biased``, its bias of one value per row."""
     yield f"{name}.weight", shape
     if biased:
         yield f"{name}.bias", shape[:1]
@@ -235,6 +235,7 @@ def _list_attention(reader: Reader, kind: Llama, hidden: int, prefix: str) -> We
 
 
 def _list_mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int) -> Weights:
+    """Yield the weights of a block's dense MLP or mixture of experts."""
     model_type = reader.values["model_type"]
     if model_type not in {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"} or _is_dense(reader, index):
         yield from _list_dense(reader, kind, hidden, prefix, reader.size("intermediate_size"))
@@ -249,6 +250,7 @@ def _list_mlp(reader: Reader, kind: Llama, hidden: int, prefix: str, index: int)
 
 
 def _list_experts(hidden: int, prefix: str, experts: int, inner: int) -> Weights:
+    """Yield the weights of a router, and of its experts fused into stacks."""
     yield prefix + "gate.weight", (experts, hidden)
     yield prefix + "experts.gate_up_proj", (experts, 2 * inner, hidden)
     yield prefix + "experts.down_proj", (experts, hidden, inner)
@@ -268,7 +270,7 @@ def _list_dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: in
 
 
 def _list_gpt2(reader: Reader) -> Weights:
-    """Yield the weights of GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding."""
+    """Yield the weights of GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding by default."""
     hidden, vocabulary = reader.size("n_embd", "hidden_size"), reader.size("vocab_size")
     inner = reader.size("n_inner", default=4 * hidden)
     yield "transformer.wte.weight", (vocabulary, hidden)

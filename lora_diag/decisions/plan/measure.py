@@ -224,7 +224,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         ranks: Ranks r.
         layers: LoRA on matrices whose name contains a match; None for all except embeddings, head and routers.
         exclude: No matrices whose name contains a match.
-        params: Budget of trainable parameters, such as ``"10M"``.
+        params: Budget of trainable parameters, such as ``"10M"``; not with ``memory_budget``.
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
         dtype: Dtype of the trainable parameters and their gradients.
@@ -232,12 +232,12 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         top: Number of largest values in the second of two estimates.
         data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
         tokens: Number of predicted tokens, such as ``"2M"``, instead of ``data``.
-        tokenizer: As for the probes.
-        length: Tokens of a sequence; longer rows are truncated before counting.
+        tokenizer: ``auto`` for that of the model, ``bytes`` for UTF-8 bytes, or a folder with one; for ``data``.
+        length: Tokens of a sequence; longer rows are truncated before counting. None for 512 or the model's limit.
         **options: ``PlanOptions``.
 
     Returns:
-        One record: parameters, bytes and FLOPs of every matrix and rank, and the ranks within the budget.
+        One record: parameters of every module type, cost of every rank, and the ranks within the budget.
 
     Raises:
         UsageError: An option is invalid, or no matrix is targeted.

@@ -40,7 +40,7 @@ class PlanRank(Record):
         params: Σ r(d_in + d_out).
         rho: params / entries of the targeted matrices; of one matrix r(d_in + d_out)/(d_in·d_out).
         of_model: params / parameters of the model.
-        bytes: By optimizer: memory of the trainable parameters, gradients and state.
+        bytes: By optimizer: memory of the trainable parameters, gradients and state in bytes.
         flops: Multiply-adds per token that the unmerged adapter adds / those of the model's matrices.
     """
 
@@ -75,7 +75,7 @@ class PlanFit(Record):
         listed: Largest requested rank that fits; null if none does.
         listed_left: Parameters remaining at ``listed``; null if none fits.
         doubled: Number of blocks that can have twice ``listed`` with the rest; 0 if none fits.
-        blocks: Number of blocks with targeted matrices.
+        blocks: Number of blocks with targeted matrices; matrices outside of blocks count as one.
     """
 
     asked: str
@@ -118,7 +118,7 @@ class PlanCost(Record):
         core_seconds: Total core-seconds.
         longest: Seconds of the largest matrix alone, a lower bound for any number of machines.
         seconds: Seconds by number of machines like this one.
-        bytes: Bytes read from both sides; null if the dtype is unknown.
+        bytes: Bytes read from both sides; null if ``Plan.base_bytes`` is.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -133,7 +133,7 @@ class PlanCost(Record):
 
     @property
     def speed(self) -> float | None:
-        """Bytes that one machine reads in a second; None if the dtype is unknown."""
+        """Bytes that one machine reads in a second; None if ``bytes`` is."""
         return None if self.bytes is None else self.bytes / self.seconds[1]
 
 
@@ -180,9 +180,9 @@ class Plan(Record):
         notes: Notes on limitations.
         params: Parameters of the model.
         targeted: Number of entries of the matrices with LoRA.
-        base_bytes: Stored size of the model; null if its dtype is unknown.
+        base_bytes: Stored size of the model; null if a weight is quantized or its dtype is unknown.
         dtype: Dtype of the trainable parameters and their gradients.
-        full_bytes: By optimizer: memory of training every parameter, with gradients and state.
+        full_bytes: By optimizer: memory of training every parameter, with gradients and state, in bytes.
         types: The module types.
         ranks: LoRA by rank.
         fit: Ranks that the budget allows; null without one.

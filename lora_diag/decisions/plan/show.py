@@ -24,7 +24,10 @@ from lora_diag.rendering.text import byte_count, percent, quantity, safe, short
 
 
 def suggest_next(plan: Plan, values: Mapping[str, Any]) -> str:
-    """Return the next commands: the spectrum of a pilot run, and the allocation of ranks within the same budget."""
+    """Return the next commands: the spectrum of a pilot run, and the allocation of ranks.
+
+    Its budget is that of the plan, 10M parameters without one, or that of rank 1 if the plan's allows no rank.
+    """
     params, memory = values["params"], values["memory_budget"]
     budget = ["--memory-budget", str(memory)] if memory and not params else ["--params", str(params or "10M")]
     if plan.fit is not None and not plan.fit.rank:  # the budget allows no rank: name the smallest that does
@@ -41,7 +44,7 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: s
         plan: The plan.
         width: Columns of the terminal; 80 are enough.
         color: Whether to use ANSI colours.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
 
     Returns:
         Lines of text, without a trailing newline.

@@ -72,8 +72,8 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     Args:
         x: ``(out, in)``, float32.
         target: The format.
-        peaks: max|x| of every output over all inputs of the matrix, ``(out, 1)``; for nvfp4 and fp8 with one scale per
-            tensor, the maximum of the matrix in every row. None for other formats than these and fp8.
+        peaks: Required by fp8 and nvfp4, unused by the others: max|x| of every output over all inputs of the matrix,
+            ``(out, 1)``; for nvfp4, and for fp8 with one scale per tensor, the maximum of the matrix in every row.
 
     Returns:
         Codes, and the numbers that they encode, float64; both ``(out, in)``.
@@ -115,7 +115,7 @@ def _replace_zeros(scale: Tensor) -> Tensor:
 
 
 def _round_e4m3(x: Tensor) -> Tensor:
-    """Round float32 numbers to e4m3, saturating, float64."""
+    """Return float32 numbers rounded to e4m3, saturating, in float64."""
     return x.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn).double()
 
 
@@ -160,7 +160,7 @@ class PlanSettings:
 
 
 def estimate_bytes(task: MergeTask, settings: PlanSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes."""
+    """Estimate the memory of measuring a layer in bytes; at most the memory limit."""
     rows, columns = task.shape
     needed = BLOCK * min(max(BLOCK_ENTRIES, _rows_per_group(task, settings.target) * columns), rows * columns)
     needed += COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0
@@ -229,7 +229,7 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
-        """Read the layer once for norms and the maxima of scales; return what is not finite, or None."""
+        """Read the layer once for norms and ``peaks``; return the problem if a number is not finite, else None."""
         delta = self.task.delta
         assert delta.base is not None
         addend = load_addend(delta)
@@ -328,7 +328,7 @@ class _Layer:
 
 
 def _row_space_basis(a: Tensor) -> Tensor:
-    """Return an orthonormal basis of the row space of A, ``(in, r)``."""
+    """Return an orthonormal basis of the row space of A, ``(in, rank of A)``."""
     _, s, vh = torch.linalg.svd(a, full_matrices=False)
     threshold = max(a.shape) * torch.finfo(a.dtype).eps * (float(s[0]) if len(s) else 0.0)
     basis: Tensor = vh[s > threshold].T
@@ -405,7 +405,10 @@ def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
 
 
 def _is_in_out(delta: Delta, orientation: Orientation) -> bool:
-    """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models."""
+    """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models.
+
+    False if BASE does not hold it.
+    """
     if delta.base is None:
         return False
     stored = delta.base.info.shape

@@ -33,7 +33,7 @@ class FormatEffect(Record):
 
     @property
     def survives(self) -> bool:
-        """Whether a merge keeps the update, by ``COEFFICIENT_TOLERANCE`` and ``MAX_ERROR``."""
+        """Whether a merge keeps the update, by ``COEFFICIENT_TOLERANCE`` and ``MAX_ERROR``; False if one is null."""
         if self.arrived is None or self.error is None:
             return False
         return abs(self.arrived - 1) <= COEFFICIENT_TOLERANCE and self.error <= MAX_ERROR

@@ -1,4 +1,4 @@
-"""`recovery`: C(r) of the files and of the update before rounding, layer by layer."""
+"""`recovery`: C(r) of the files and of the update before rounding, the median over the layers of each module type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
     """Draw C(r) of D and of the estimated X with its interval, the median over layers.
 
     Args:
-        records: Records of ``recover``; those without an estimate are not drawn.
+        records: Records of ``recover``, at least one with estimated directions; the others are not drawn.
         ax: Where to draw; a new figure's if not given.
 
     Returns:
@@ -36,7 +36,11 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return one panel per module type."""
+    """Return one panel per module type, those with most layers if there are too many.
+
+    Raises:
+        UndrawableError: No layer was recovered.
+    """
     records = [record for item in series for record in item.records]
     by_type: dict[str, list[Recovery]] = {}
     for record in records:

@@ -141,7 +141,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 def write_checkpoint(
     folder: Path, tuned: Checkpoint, recovered: Iterable[StoredDelta], files: Mapping[str, Path]
 ) -> None:
-    """Write ``model.safetensors`` in float32, one tensor in memory at a time, and ``config.json``.
+    """Write ``model.safetensors``, floats in float32, one tensor in memory at a time; ``config.json`` if TUNED has one.
 
     Args:
         folder: An existing folder.
@@ -223,7 +223,7 @@ class RecoveryTask(LayerTask):
 
 
 def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
-    """Estimate the memory of a layer in bytes: D with its decomposition, then the cells."""
+    """Estimate the memory of a layer in bytes: D with its decomposition, then the cells; at most the memory limit."""
     needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
     return needed if settings.memory is None else min(needed, settings.memory)
 
@@ -323,8 +323,8 @@ def _write(
     """Write the requested output.
 
     Returns:
-        Its source, the rank of factors, and for a budget their singular values, without the scaling to ‖X‖: the energy
-        that a direction of E[X | cells] is expected to have in X.
+        Its source, the rank of factors, and for a budget their singular values, else None. They are without the scaling
+        to ‖X‖: their squares are the energies that the directions of E[X | cells] are expected to have in X.
     """
     is_estimated = estimate.cells is not None
     is_refused = estimate.hidden.status == "refused" and request.leave_out_refused
@@ -351,7 +351,7 @@ def _write(
 
 
 def _choose_rank(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
-    """Return the smallest rank with the requested fraction of the energy, or the largest useful rank.
+    """Return the smallest rank with the requested fraction of the energy; without one, the largest useful rank.
 
     The curve is that of the estimate if directions were recovered, else ``curve`` of D.
     """
@@ -401,8 +401,9 @@ def recover(
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after; not an adapter, whose factors are the update.
-        output: Without ``rank``, ``energy``, ``params`` and ``full`` the results file to write. Else the folder of the
-            adapter or of the checkpoint; it is written as ``NAME.part`` and renamed when complete.
+        output: Without ``rank``, ``energy``, ``params`` and ``full``, of which at most one is given, the results file
+            to write; None for none. Else the folder of the adapter or of the checkpoint; it is written as ``NAME.part``
+            and renamed when complete.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
         energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
         params: Write an adapter with at most this number of parameters, such as ``"10M"``, allocated as by ``allocate``
@@ -419,7 +420,7 @@ def recover(
         **options: ``RecoverOptions``.
 
     Returns:
-        One record for each matrix; also in ``recovery.jsonl`` of the folder.
+        One record for each matrix, for an adapter each that PEFT can adapt; also in ``recovery.jsonl`` of the folder.
 
     Raises:
         UsageError: An option is invalid, ``tuned`` is an adapter, or ``output`` exists and may not be replaced.

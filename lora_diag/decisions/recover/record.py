@@ -40,13 +40,13 @@ def _describe_verdicts(records: Sequence[Any]) -> str:
 
 
 def _pool_file_ranks(records: Sequence[Any]) -> Value:
-    """Return the median rank; none where a layer needs more than the values that were kept."""
+    """Return the median rank at 90% of ‖D‖²; None where a layer needs more than the values that were kept."""
     ranks = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
     return int(median(ranks)) if ranks and len(ranks) == len(records) else None
 
 
 def _pool_estimated_ranks(records: Sequence[Any]) -> Value:
-    """Return the median rank; where the directions that were found carry less, more than their number."""
+    """Return the median estimated rank at 90% of ‖X‖², ``> n`` if above n, the median number of directions; or None."""
     estimated = [record for record in records if record.rank_at_estimate is not None]
     if not estimated:
         return None
@@ -69,7 +69,7 @@ class Recovery(Hidden, LayerRecord):
         fro: ‖D‖_F of the files.
         base_fro: ‖W_base‖_F.
         energy: C(r) of D, by r; null where D = 0.
-        rank_at: Smallest r at which C(r) of D reaches the threshold; 0 where D = 0.
+        rank_at: Smallest r at which C(r) of D reaches the threshold; 0 where D = 0, null beyond the kept values.
         energy_error: Bound on the error of every energy fraction of D.
         method: Method of the singular values of D.
         written: Source of the layer's output: ``posterior``, from the estimate E[X | cells]; ``file``, from D;
@@ -181,5 +181,5 @@ class Recovery(Hidden, LayerRecord):
 
     @property
     def kept(self) -> float | None:
-        """‖D‖ / ‖X‖; None without an estimate."""
+        """‖D‖ / ‖X‖; None without an estimate, or where it is zero."""
         return self.fro / self.fro_estimate if self.fro_estimate else None

@@ -45,8 +45,8 @@ def recovery_table(
         width: Columns of the terminal; 80 are enough, 140 are used.
         color: Whether to use ANSI colours.
         per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        next_command: The command that a user would run next.
-        output: Folder of the adapter or the checkpoint, if the run wrote one.
+        next_command: The suggested next command, printed last; None without one.
+        output: The output of the run, named if it is the folder of an adapter or checkpoint.
     """
     folder = str(output) if writes_folder(results) and output is not None else None
     statements = [*recovery_lines(results), *_describe_written(results, folder)]
@@ -82,13 +82,19 @@ def writes_folder(results: Results[Recovery]) -> bool:
 
 
 def exit_code(results: Results[Recovery]) -> int:
-    """Return the exit code of ``recover``: inconclusive if nothing was measured or the model does not fit."""
+    """Return the exit code of ``recover``: inconclusive if all layers are refused or most do not fit the model.
+
+    ``DONE`` if a layer could not be measured, for which the caller has its own code.
+    """
     is_measured = any(record.status != "refused" for record in results)
     return DONE if results.unmeasured or (is_measured and not is_lost(results)) else INCONCLUSIVE
 
 
 def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: the adapter or the checkpoint of what was estimated."""
+    """Return the next step; None without one.
+
+    After an adapter: its residual. Else a checkpoint of the estimate, or ``extract`` if there is none.
+    """
     is_measured = any(record.status != "refused" for record in results)
     is_estimated = any(record.status in ("recovered", "size_only") for record in results)
     if writes_folder(results):

@@ -63,9 +63,9 @@ Check = Callable[[Policy, Sources, Sources], Iterator[Alarm]]
 
 
 def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Verdict]:
-    """Yield the verdicts of all enabled built-in checks: one if there is no alarm, else one per alarm.
+    """Yield the verdicts of all enabled built-in checks but ``inputs``: one if there is no alarm, else one per alarm.
 
-    That of layers missing from the results needs a baseline.
+    The check ``missing`` yields none without a baseline.
     """
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
@@ -122,6 +122,7 @@ def _check_finite(policy: Policy, sources: Sources, baseline: Sources) -> Iterat
 
 
 def _check_mismatch(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each tensor of an adapter that does not fit BASE."""
     for source in sources:
         for item in source.results.left_out:
             if _is_of_adapter(source) and item.reason in _NOT_OF_THIS_BASE:
@@ -129,6 +130,7 @@ def _check_mismatch(policy: Policy, sources: Sources, baseline: Sources) -> Iter
 
 
 def _check_complete(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each module that the config of an adapter targets and its file does not contain."""
     for source in sources:
         for item in source.results.run.inputs:
             text = (
@@ -161,7 +163,9 @@ def _pair_names(source: ResultsSource) -> list[tuple[RunInput, tuple[str, ...]]]
 
 
 def is_same_name(first: str, second: str) -> bool:
-    """Return whether two names of a model may be the same: Hub ids are compared as a whole, paths by their last part.
+    """Return whether two names of a model may be the same, ignoring case.
+
+    Two Hub ids are compared as a whole; a path is compared by its last part.
 
     >>> is_same_name("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B"), is_same_name("a/llama", "b/llama")
     (True, False)
@@ -195,6 +199,7 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
 
 
 def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each adapted layer with directions below ``UNUSED`` · σ_1."""
     for record in _select_records(sources, Spectrum):
         if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
@@ -204,6 +209,7 @@ def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> I
 
 
 def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each update that one direction dominates, or that is larger than the base weight."""
     limit = policy.checks.spike_above
     for record in _select_records(sources, Spectrum):
         if record.metric != "weights" or record.spike is None or len(record.s) < 2:
@@ -217,6 +223,7 @@ def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterat
 
 
 def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each update that rounding hides, and one more, without a verdict, if it hides all."""
     records: list[Spectrum | Residual] = [*_select_records(sources, Spectrum), *_select_records(sources, Residual)]
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
@@ -229,6 +236,7 @@ def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> It
 
 
 def _check_missing(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each layer of the baseline that the results do not have."""
     measured = {record.layer for source in sources for record in source.results.layers}
     for layer in dict.fromkeys(record.layer for source in baseline for record in source.results.layers):
         if layer not in measured:

@@ -114,7 +114,8 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
     """Return the results of ``--base``; none without it.
 
     Raises:
-        UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure without ``--base``.
+        UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure without ``--base``, or
+            ``--base`` alone.
     """
     if base is None:
         if tuned is not None or adapters:

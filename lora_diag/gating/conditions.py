@@ -258,7 +258,7 @@ class Condition:
         return not self.aggregate and self.share is None
 
     def measure(self, values: Sequence[Value]) -> float:
-        """Return the aggregate of the layers' values, at least one.
+        """Return the aggregate of the layers' values, or the fraction that meets ``test``; needs at least one value.
 
         >>> parse("p95 epsilon <= 1").measure([float(i) for i in range(1, 101)])
         95.0
@@ -305,7 +305,7 @@ def parse(text: str) -> Condition:
     """Parse a condition.
 
     Raises:
-        ConditionError: It cannot be parsed, names an unknown field, or compares incompatible values.
+        ConditionError: It cannot be parsed, names an unknown field, compares incompatible values, or has no effect.
 
     Example:
         >>> parse("max rank_at.0.9 <= 64").aggregate, str(parse("epsilon <= 0.35").test)
@@ -397,6 +397,7 @@ def _describe_bad_limit(test: Comparison, name: str, is_share: bool) -> str | No
 
 
 def _describe_unknown(name: str) -> str:
+    """Return the error about a name that is no field: a similar name, or that it is not a single value."""
     first = name.partition(".")[0]
     if guess := similar(name):
         if guess != name:

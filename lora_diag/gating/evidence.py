@@ -36,7 +36,7 @@ class InputState:
         input: The input as it was measured.
         state: ``same``, ``changed`` (also if it can no longer be read), or ``unknown`` if it was not found or has no
             fingerprint.
-        reason: Reason for another state than ``same``; for equal inputs, their path if different.
+        reason: Reason for another state than ``same``; for ``same``, the path of ``--for`` that is equal, if any.
         now: Its current fingerprint; empty if unknown.
     """
 
@@ -54,7 +54,7 @@ class ResultsSource:
         path: Its path; for results in memory, a description.
         results: Its contents.
         inputs: The state of the checkpoints and adapters among its inputs.
-        sealed: Whether the hash in its last line was checked, or there is no file.
+        sealed: Whether the hash in its last line was checked; also true without a last line, and without a file.
     """
 
     path: str
@@ -134,7 +134,7 @@ def list_subjects(
     Args:
         kind: The kind of record.
         source: The file.
-        left_out: Reasons for which a tensor may have no record.
+        left_out: Reasons for which a tensor may have no record, in addition to ``NO_CANDIDATES``.
         name_file: Whether groups include the file, because there are several.
     """
     results, cls = source.results, KINDS[kind]
@@ -204,7 +204,7 @@ def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Earlier records, by metric, layer and the position of their adapter, step or rank in the file."""
+    """Earlier records, by metric, layer, and the position of their adapter in the file or their step and rank."""
 
     sources: Sources
     subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
@@ -245,7 +245,8 @@ class Baseline:
         """Return the baseline, of one file, with improved records in place of the stored ones; None without any.
 
         A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is
-        better. Whole records are replaced, never single values, so that each was measured.
+        better. Whole records are replaced, never single values, so that each was measured. Kinds of which several of
+        ``sources`` may have records are not compared.
         """
         replacements: dict[int, Any] = {}
         for kind in sorted(LAYER_KINDS):
@@ -265,7 +266,7 @@ class Baseline:
 
 
 def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
-    """Return the metric of a subject's record; ``default`` if the record is missing."""
+    """Return the metric of a subject's record, ``weights`` if it has none; ``default`` if the record is missing."""
     metric: Metric = getattr(subject.record, "metric", "weights" if subject.record else default)
     return metric
 

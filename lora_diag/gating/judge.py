@@ -58,7 +58,8 @@ def judge(
 
     Returns:
         The verdicts on the subject and the inputs, of the built-in checks, of the rules, and of the comparisons with
-        the baseline, at least one of each; then a warning for each obsolete waiver.
+        the baseline: at least one for the inputs and for each enabled check, rule and comparison; then a warning for
+        each waiver that has expired or was not applied.
 
     Raises:
         UsageError: A rule selects nothing in the results, or its field or condition does not fit their records.
@@ -153,6 +154,7 @@ def _judge_demand(
 
 
 def _judge_subject_by(demand: Demand, field: RecordField, subject: Subject, baseline: Baseline) -> Finding:
+    """Judge one subject by a rule or a comparison; for an aggregate, take its value only."""
     value, reason = value_of(field, subject, demand.floor)
     if value is None:
         return Finding(subject, value, demand.allowed, reason=reason)
@@ -223,7 +225,7 @@ def _judge_each(policy: Policy, demand: Demand, findings: list[Finding], waivers
 
 
 def _judge_aggregate(policy: Policy, rule: Rule, group: str, findings: list[Finding], waivers: Waivers) -> Verdict:
-    """Return the verdict on one aggregate of all records; if it does not pass, waived layers are excluded."""
+    """Return the verdict on one aggregate of all records; it is waived if it passes only without the waived layers."""
     verdict = _judge_number(policy, rule, group, findings)
     if verdict.status == "passed":
         return verdict

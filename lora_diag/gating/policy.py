@@ -205,10 +205,10 @@ def read_age(text: object) -> timedelta:
 
 
 class Criterion(PolicyTable):
-    """Common fields of rules and comparisons with a baseline.
+    """Common fields of rules and comparisons with a baseline. A condition on names that is None selects all names.
 
     Args:
-        layers: The name contains a match; None for all names.
+        layers: The name contains a match.
         exclude: The name contains none.
         type: The whole module type matches, such as ``self_attn.q_proj``.
         depth: First and last block.
@@ -381,7 +381,7 @@ class Coverage(PolicyTable):
 
 
 class Inputs(PolicyTable):
-    """Required inputs of results.
+    """Required inputs of results; None for any.
 
     Args:
         base: Fingerprint of BASE.

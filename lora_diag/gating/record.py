@@ -45,13 +45,14 @@ class Verdict(WholeRecord):
     """The verdict of one rule on one layer, or on the whole.
 
     Args:
-        rule: Its name in the policy.
+        rule: Its name in the policy, or that of a built-in check.
         layer: The layer judged; null for an aggregate or a whole-model value.
         group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``.
         measured: The measured value; null without one.
-        allowed: The condition as written in the policy, such as ``epsilon <= 0.35``.
+        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``; else what is required.
         status: ``warned`` is a failure with the severity warning; ``inconclusive`` never passes; ``not judged`` is a
-            layer without a value, permitted by the policy's coverage.
+            layer without a value, permitted by the policy's coverage, a check that does not apply, or an input that
+            was not compared.
         severity: Severity of the rule.
         message: Problem and fix, in one sentence.
         line: Line of the rule in the policy; null for a built-in check.
@@ -99,7 +100,7 @@ class Verdict(WholeRecord):
 
 
 def outcome(records: Iterable[Record]) -> Outcome:
-    """Return the outcome of verdicts: one failure fails, one unknown is inconclusive, and no verdicts never pass.
+    """Return the outcome of verdicts: a blocking failure fails, any other blocking one or none judged is inconclusive.
 
     Example:
         >>> outcome([])

@@ -60,8 +60,8 @@ def gate(
         The verdicts, in ``whole``; ``lora_diag.gating.record.outcome`` returns the outcome.
 
     Raises:
-        UsageError: The policy is invalid, or does not fit the results.
-        InputError: A file cannot be read, or was truncated or edited.
+        UsageError: The policy is invalid, or does not fit the results or the options.
+        InputError: A file cannot be read, or was truncated or edited, or the run of a baseline did not finish.
         NothingComparedError: There is no record to judge.
 
     Example:

@@ -40,19 +40,19 @@ def verdicts_of(results: Results[Any]) -> list[Verdict]:
     places = {rule: i for i, rule in enumerate(dict.fromkeys(verdict.rule for verdict in verdicts))}
     return sorted(
         verdicts,
-        key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, places[v.rule], _distance_from_limit(v)),
+        key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, places[v.rule], _order_by_value(v)),
     )
 
 
-def _distance_from_limit(verdict: Verdict) -> float:
-    """Return a sort key of the verdicts of one rule: the largest value first for an upper limit."""
+def _order_by_value(verdict: Verdict) -> float:
+    """Return a sort key of the verdicts of one rule: the largest value first for an upper limit, else the smallest."""
     if not isinstance(verdict.measured, float):
         return 0.0
     return -verdict.measured if "<" in verdict.allowed else verdict.measured
 
 
 def format_measured(verdict: Verdict) -> str:
-    """Return the measured value as text, never rounded across the limit."""
+    """Return the measured value as text, never rounded across the limit; a dash without one."""
     if verdict.measured is None:
         return "-"
     if isinstance(verdict.measured, str):
@@ -206,6 +206,7 @@ def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Seque
 
 
 def _name_rule(rule: str, of_rule: Sequence[Verdict]) -> str:
+    """Return the name of a rule, with its line in the policy and the number of layers of its verdicts."""
     layers = len({verdict.layer for verdict in of_rule if verdict.layer is not None})
     line = f" (line {of_rule[0].line})" if of_rule[0].line else ""
     return f"{safe(rule)}{line}" + (f", {quantity(layers, 'layer')}" if layers else "")
@@ -233,6 +234,7 @@ def _describe(verdicts: Sequence[Verdict]) -> str:
 
 
 def _name_value(verdict: Verdict) -> str:
+    """Return the subject, the status and the measured value of a verdict."""
     return f"{subject_name(verdict)}: {verdict.status}, measured {format_measured(verdict)}"
 
 
@@ -284,7 +286,7 @@ def _set_counts(element: Element) -> None:
 
 
 def workflow_commands(results: Results[Any]) -> list[str]:
-    """Return workflow commands: one annotation for each of the first rules, on its line, and one for all others."""
+    """Return annotations: at each level, one for each of the first rules, on its line, and one for all others."""
     policy = next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
     lines = []
     for level in ("error", "warning"):
@@ -363,7 +365,7 @@ def _row(*cells: str) -> str:
 
 
 def cell(text: str) -> str:
-    r"""Return text with all Markdown and HTML escaped.
+    r"""Return text with Markdown and HTML escaped, except underscores.
 
     >>> cell("a|b<i>"), cell("model.layers.0.mlp.up_proj")
     ('a&#124;b&#60;i&#62;', 'model.layers.0.mlp.up_proj')

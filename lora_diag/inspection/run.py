@@ -89,7 +89,7 @@ def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = 
 
 
 def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) -> str:
-    """Return the table of a checkpoint or an adapter: one row per module type, shape and dtype.
+    """Return the table of a checkpoint or of the weights that an adapter changes, by module type and equal values.
 
     Args:
         inventory: The contents of the checkpoint or adapter.

@@ -63,12 +63,12 @@ def format_gap(record: Probe) -> str:
 
 
 def gap_half(record: Probe) -> float | None:
-    """Return half the interval outside which the gap is significant (``paired_half``); None without an error."""
+    """Return the half-width of the interval outside which the gap is significant; None without an error."""
     return paired_half(record.gap_error, record.sequences or len(record.nll) or None)
 
 
 def format_kept(record: Probe) -> str:
-    """Return the fraction of TUNED's change of the loss, as text; a dash if it is not known."""
+    """Return the kept fraction of TUNED's change of the loss, as text; a dash if it is not known."""
     if record.kept is None:
         return "-"
     if abs(record.kept) > 1:

@@ -75,7 +75,7 @@ def notes(run: Run) -> list[str]:
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Return the last part of each path, or the whole paths if these are equal.
+    """Return the last part of each path, or the whole path where several have that part.
 
     >>> short_paths(["runs/a/lora_r4", "runs/b/lora_r8"]), short_paths(["runs/a/lora", "runs/b/lora"])
     (['lora_r4', 'lora_r8'], ['runs/a/lora', 'runs/b/lora'])
@@ -238,7 +238,7 @@ def describe_resolution(
         otherwise: What it means for those that are not.
         noun: What was judged.
         owner: Addition to the noun, such as `` of TUNED``.
-        marks: Marks of the verdicts in the command's table.
+        marks: Marks of the verdicts in the command's table; None without marks.
     """
     judged = list(verdicts)
     texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
@@ -289,7 +289,7 @@ _MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 
 @contextmanager
 def limit_lines(lines: int | None) -> Iterator[None]:
-    """Limit summaries created within the block to this number of lines; warnings and failures are always shown."""
+    """Limit summaries created within the block to this number of lines besides warnings and failures; None for none."""
     token = _MAX_LINES.set(lines)
     try:
         yield

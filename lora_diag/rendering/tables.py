@@ -66,7 +66,7 @@ class Grid:
         names: One per row.
         columns: The others.
         about: Explanation for pages; a terminal has a summary instead.
-        most: How many rows, the first, a terminal shows, with whole names; None for all, with names as there is room.
+        most: Number of first rows that a terminal shows, with whole names; None for all, with names shortened to fit.
     """
 
     caption: str

@@ -231,7 +231,7 @@ def ends(values: Sequence[float], form: str) -> str:
 
 
 def median_rank(ranks: Sequence[int | None], kept: int) -> str:
-    """Return the median of ranks, where None is a rank beyond the kept values.
+    """Return the upper median of ranks, where None is a rank beyond the kept values.
 
     >>> median_rank([3, None, 5], kept=8), median_rank([3, None, None], kept=8)
     ('5', '> 8')
@@ -285,12 +285,12 @@ def byte_count(size: int) -> str:
 
 
 def _scale(value: int, units: Mapping[int, str], least: int = 0) -> str:
-    """Return a number with three digits in the first unit that it reaches; empty if it reaches none."""
+    """Return a number with three digits in the first unit that it reaches; empty if none, or below ``least``."""
     return next((f"{value / size:.3g} {unit}" for size, unit in units.items() if value >= max(size, least)), "")
 
 
 def small_fraction(share: float) -> str:
-    """Return a fraction in four or five characters; small ones keep two significant digits.
+    """Return a fraction with two decimals, or below 0.1 with two significant digits.
 
     >>> small_fraction(0.4123), small_fraction(0.0312), small_fraction(0.00391)
     ('0.41', '0.031', '0.0039')

@@ -95,7 +95,7 @@ class Step:
 
 
 def advice(evidence: Evidence) -> list[Step]:
-    """Return the steps supported by the records, in the order of ``RULES``.
+    """Return the steps supported by the records, for each full fine-tune in the order of ``RULES``.
 
     Unfinished runs support no step. A step that applies to several full fine-tunes is listed once and names them all.
     """
@@ -114,6 +114,7 @@ _PLACEHOLDERS = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAI
 
 
 def _apply_rules(evidence: Evidence) -> Iterator[Step]:
+    """Yield the steps of the rules that apply to one full fine-tune."""
     applied: set[str] = set()
     paths = {role: evidence.path_of(role, placeholder) for role, placeholder in _PLACEHOLDERS.items()}
     for rule in RULES:
@@ -128,6 +129,7 @@ def _apply_rules(evidence: Evidence) -> Iterator[Step]:
 
 
 def _fill_command(template: str, facts: Facts) -> Iterator[str]:
+    """Yield the words of a command: several for a tuple of text, one with commas for a tuple of numbers."""
     for word in template.split():
         value = facts.get(word[1:-1])
         if not (word.startswith("{") and isinstance(value, tuple)):
@@ -171,6 +173,7 @@ def _find_equal_adapter(evidence: Evidence) -> Facts | None:
 
 
 def _facts_of(contest: Contest) -> Facts:
+    """Return set, gap and kept fraction of the gain of an adapter on its worst set."""
     record = contest.worst
     return {"set": record.set, "gap": format_gap(record), "kept": "-" if record.kept is None else f"{record.kept:.0%}"}
 
@@ -245,7 +248,7 @@ def _find_gap(evidence: Evidence) -> Facts | None:
 
 
 def _find_small_rank(evidence: Evidence) -> Facts | None:
-    """Find matrices in which the largest rank of any adapter holds less than half of the energy."""
+    """Find matrices in which the largest adapter's rank, or ``DEFAULT_RANK``, holds less than half of the energy."""
     capacities = evidence.capacities
     too_small = sorted((item for item in capacities if item.kept < MIN_ENERGY), key=lambda item: item.kept)
     if not too_small or evidence.higher_rank_is_worse:
@@ -315,7 +318,7 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
 
 
 def _find_scale(evidence: Evidence) -> Facts | None:
-    """Find adapters with the right direction and the wrong scale in most layers."""
+    """Find adapters with the right direction and the wrong scale in at least half of their layers."""
     factor_by_path: dict[str, float] = {}
     layers: list[str] = []
     hint = ""
@@ -336,6 +339,7 @@ def _find_scale(evidence: Evidence) -> Facts | None:
 
 
 def _scale(record: Residual) -> float:
+    """Return the best scale of an adapter, at least 1e-9, so that it has a logarithm."""
     return max(record.best_scale or 0.0, 1e-9)
 
 

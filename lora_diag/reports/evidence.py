@@ -28,7 +28,7 @@ Matrix = TypeVar("Matrix", Spectrum, Residual)
 
 
 def format_minute(made: str) -> str:
-    """Return a time in the form of ``Run.made`` for a reader."""
+    """Return a time in the form of ``Run.made`` for a reader, without seconds; empty if it is."""
     return f"{made[:16].replace('T', ' ')} UTC" if made else ""
 
 
@@ -89,14 +89,14 @@ class Evidence:
                 yield source
 
     def losses(self, *probes: str) -> Iterator[tuple[Source, list[Probe]]]:
-        """Yield the runs of some probes, with their losses."""
+        """Yield the runs with records of some probes, with these records."""
         for source in self.sources:
             records = [r for r in source.results.whole if isinstance(r, Probe) and r.probe in probes]
             if records:
                 yield source, records
 
     def path_of(self, role: str, placeholder: str = "") -> str:
-        """Return the path of the first input of a role in any run; a placeholder in capitals without one."""
+        """Return the path of the first input of a role in any run, else the placeholder, else the role in capitals."""
         paths = (path for source in self.sources for path in source.paths(role))
         return next(paths, placeholder or role.upper())
 
@@ -243,7 +243,7 @@ def _identify_tuned(source: Source) -> set[str]:
 
 
 def energy_at(record: Spectrum, rank: int) -> float | None:
-    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖²; None for a zero update and beyond the kept values.
+    """Return C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖²; None for a zero update and beyond incomplete values.
 
     Example:
         >>> from types import SimpleNamespace

@@ -143,5 +143,6 @@ def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
 
 
 def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
+    """Return the pooled value of a column over the layers at these positions; None without records."""
     group = [records[layers[position]] for position in positions if layers[position] in records]
     return pooled_value(shown, group) if group else None

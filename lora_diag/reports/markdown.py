@@ -46,7 +46,7 @@ def markdown_report(evidence: Evidence) -> str:
 
 
 def _join_fitting(parts: Sequence[str]) -> str:
-    """Join the parts that fit, and state that some do not."""
+    """Join the first parts that fit, and state if some do not."""
     kept: list[str] = []
     room = MAX_BYTES - 200
     for part in parts:
@@ -69,7 +69,7 @@ def _write_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Se
         titles: Headings, escaped.
         rows: Rows of as many cells, escaped.
         right: Whether each column is aligned to the right.
-        noun: What a row is, in the note on further rows.
+        noun: What a row is, after a blank, in the note on further rows; may be empty.
     """
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = f"\n\n*and {len(lines) - ROWS} more{noun}*" if len(lines) > ROWS else ""

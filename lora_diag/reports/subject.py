@@ -134,6 +134,7 @@ def answers(evidence: Evidence) -> list[Answer]:
 
 
 def _answer_questions(feature: Feature, source: Source, with_source: bool) -> list[Answer]:
+    """Return the answers of one run to the questions of its feature; ``with_source`` adds the name of the run."""
     statements: list[Statement] = feature.load(feature.statements)(source.results)
     metric = metric_of(source.results.layers)
     suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
@@ -226,7 +227,7 @@ def _describe_unfinished(source: Source) -> str:
 
 
 def other_metric_sentences(evidence: Evidence) -> list[str]:
-    """Return a sentence for each other metric of columns and curves."""
+    """Return a sentence for each metric of the spectra other than that of the weights."""
     metrics = dict.fromkeys(metric_of(source.results) for source in evidence.weighted)
     return [f"The metric is {METRICS[metric]}." for metric in metrics]
 

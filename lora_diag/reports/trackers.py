@@ -28,7 +28,7 @@ def run_report(
     """Write or print a report, or send it to a tracker; HTML goes to ``report.html`` by default.
 
     Raises:
-        UsageError: Options contradict each other, or those of ``report``.
+        UsageError: Options contradict each other, or ``report`` or ``track`` refuses them.
     """
     if project is not None and to is None:
         raise UsageError("--project: names a project of a tracker; add --to")

@@ -44,7 +44,7 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean loss over seeds."""
         return fmean(self.losses)
 
 
@@ -92,7 +92,7 @@ def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a panel for each set of the first run."""
+    """Return the page: a panel for each set of the first run."""
     trials = [record for record in series[0].whole if isinstance(record, TuneTrial)]
     choice = next((record for record in series[0].whole if isinstance(record, Tune)), None)
     if not any(trial.params and trial.loss is not None for trial in trials):

@@ -327,7 +327,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
             f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
             "give a budget of at least that, or choose fewer layers with --target-modules"
         )
-    settings = _read_settings(run, largest)
+    settings = _make_settings(run, largest)
     if too_large := [rank for rank in settings["ranks"] if rank > largest]:
         raise UsageError(f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
@@ -356,7 +356,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
     return fit_plan(whole, limit)
 
 
-def _read_settings(run: TrainRun, largest: int) -> dict[str, Any]:
+def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
     """Return the fields of a plan that follow from the options: those of a search without omissions."""
     options = run.options
     return {
@@ -389,7 +389,7 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
             "remove --time"
         )
     whole = {
-        **_read_settings(run, plan.largest),
+        **_make_settings(run, plan.largest),
         "slots": slots,
         "full": plan.full_step_seconds > 0,
         "left_out": tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}),

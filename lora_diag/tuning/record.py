@@ -146,7 +146,7 @@ class TuneDecision(WholeRecord):
         lr: Peak learning rate; null without training.
         params: Trainable parameters; null if not applicable.
         gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; null where not trained.
-        error: Standard error of ``gap``; null for one seed.
+        error: Standard error of ``gap``; for one seed null, except in the stage ``escalation``: over paired sequences.
         gap_shifted: Mean of the same over the shifted sets; null without any.
         error_shifted: Standard error of ``gap_shifted``.
         seeds: Number of seeds of ``gap``.

@@ -65,7 +65,8 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
         time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With ``resume``, a larger
             limit than before extends the search: all runs are kept, and the omitted ones are trained.
-        ranks: Shared ranks to try; by default up to four powers of 4 below the largest rank within the budget.
+        ranks: Shared ranks to try; by default up to four, each a fourth of the next: up to the largest power of two
+            within the budget; only 1 and 2 if it is 2 or 3.
         dry_run: Stop after the plan.
         on_plan: Called with the plan before any training; if it returns False, nothing is trained or written.
         **options: ``TuneOptions``.

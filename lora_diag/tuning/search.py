@@ -134,7 +134,7 @@ class Tuner:
 
     @property
     def left(self) -> float:
-        """Seconds left for the search, without the time to train the chosen adapter."""
+        """Seconds left for the search, without the time to train the chosen adapter; infinite without a limit."""
         if self.plan.limit is None:
             return math.inf
         return self.plan.limit - self.one_run - (time.monotonic() - self._began)
@@ -180,7 +180,7 @@ class Tuner:
         return next((decision for decision in decisions if (decision.stage, decision.name) == (stage, name)), None)
 
     def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> None:
-        """Record a decision, and report it as a note."""
+        """Record a decision and report it as a note, unless it is recorded already."""
         if self.find_decision(stage, name) is None:
             self.kept.put(TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields))
             self.kept.watch.note(f"{stage}: {name} {outcome}: {reason}")
@@ -311,7 +311,7 @@ class Tuner:
         """Run the sweep over shared ranks or resume it, record its losses, and return its verdict and the choice.
 
         Raises:
-            InconclusiveError: No run is finished.
+            InconclusiveError: No run is finished with a finite loss.
         """
         plan = self.plan
         settings: dict[str, Any] = {"ranks": ranks, "rates": rates, "seeds": repeats}
@@ -471,8 +471,8 @@ class Tuner:
     def _choose_best(self, incumbent: Variant, candidates: Sequence[Variant]) -> Variant:
         """Return the incumbent, or the candidate of non-uniform ranks that beats it.
 
-        The candidate with the lowest loss of the first seed is trained with the other seeds. If it was chosen among
-        several, its first seed is not used.
+        The candidate with the lowest loss of the first seed is trained with the other seeds, if it is ahead by
+        the tolerance. If it was chosen among several, its first seed is not used.
         """
         decision = "redistribution", "non-uniform ranks"
         if not candidates:
@@ -497,7 +497,7 @@ class Tuner:
         return best if kept else incumbent
 
     def _describe_cost(self, candidates: Sequence[Variant]) -> str:
-        """Describe the share of the runs so far that the comparison took: pilot and candidates."""
+        """State how many of the runs so far the comparison took: pilot and candidates."""
         names = {variant.name for variant in candidates}
         runs = {(trial.variant, trial.lr, trial.seed) for trial in self.trials.records if trial.variant != "base"}
         comparison_runs = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
@@ -662,7 +662,7 @@ class Tuner:
         return variant, tuple(record.layer for record in grown[:MAX_NAMED])
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
-        """Return the incumbent with further linear layers, else an untied head, and their names; None without any."""
+        """Return the incumbent with further linear layers, else an untied head, and the first names; or None."""
         module = self.run_.model.module
         layers = {name.removesuffix(".weight") for name in layers_without_head(module)}
         missing = sorted(layers - set(self.target.layers))
@@ -756,5 +756,5 @@ class Tuner:
 
 
 def _compute_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of a mean; None for one value."""
+    """Return the standard error of a mean; None for fewer than two values."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

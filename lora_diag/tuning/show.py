@@ -1,4 +1,4 @@
-"""Terminal output of ``tune``: the plan before it, the decisions, and the choice in at most twelve lines."""
+"""Terminal output of ``tune``: the plan before the search, the decisions, and the choice in at most twelve lines."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _select_named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> list[str]:
-    """Return the shortest names by which PEFT finds these modules and no other.
+    """Return names by which PEFT finds these modules and no other: the last part of a path, or the path if needed.
 
     Args:
         chosen: Paths of the modules to adapt.
@@ -206,10 +206,11 @@ class Gap:
 
     Args:
         value: Mean over seeds, in nats.
-        error: The larger of two standard errors: over paired seeds, and over paired sequences; None for one seed.
+        error: The larger of two standard errors: over paired seeds, and over paired sequences; of one seed, over
+            sequences, or None if these were not compared.
         seeds: Number of these seeds.
-        half: Half the interval outside which it is significant, the larger of those of the two errors: two standard
-            errors, more with few seeds or sequences (``errors_needed``).
+        half: Half-width of the interval around 0 outside which it is significant, the larger of those by the two
+            errors: two standard errors, more with few seeds or sequences (``errors_needed``). None if not known.
     """
 
     value: float
@@ -511,7 +512,7 @@ class Trials:
             self.kept.put(*records)
 
     def _collect_results(self, runs: Sequence[TrialRun]) -> Iterator[Sequence[TuneTrial]]:
-        """Yield the records of every run."""
+        """Train runs, here or on the cluster, and yield the records of each."""
         train = partial(train_variant, self.grid)
         if self.workers is None:
             for run in runs:
@@ -525,7 +526,7 @@ class Trials:
             yield records
 
     def measure_base(self) -> None:
-        """Measure BASE on every set and on as much of the training data, unless recorded."""
+        """Measure BASE on every set and on as many training sequences as the largest set has, unless recorded."""
         if self._has(variant="base"):
             return
         train_texts = self.training.texts.first(max(len(texts.sequences) for texts in self.sets))

@@ -17,7 +17,7 @@ _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
-    """Return the symbol of what records measure: ``ΔW``, or ``ΔW·C^½`` in another metric; all of several metrics."""
+    """Return the symbol of what records measure: ``ΔW``, or ``ΔW·C^½`` in another metric; of several, all joined."""
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
@@ -97,6 +97,7 @@ def numbers_of(records: Iterable[Record]) -> list[str]:
 
 
 def _iterate_numbers(content: Any, prefix: str) -> Iterable[str]:
+    """Yield the dotted names of the numbers in a record, a table or a value."""
     if isinstance(content, Record):
         content = {key: getattr(content, key) for key in type(content).model_fields}
     if isinstance(content, dict):

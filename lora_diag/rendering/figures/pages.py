@@ -55,7 +55,7 @@ class Panel:
         draw: Draws it.
         xlabel: Label of its x axis; of small multiples, drawn at the bottom.
         ylabel: Label of its y axis; of small multiples, drawn at the left.
-        height: Its height in inches, with its labels; 0 for that of small multiples, or 1.9 times as much.
+        height: Its height in inches, with its labels; 0 for ``PageStyle.panel``, or 1.9 times that without ``share``.
         width: Its width in inches; 0 for an estimate from the number of columns.
         name: What selects it for a user's own axes, such as an evaluation set.
         after: Draws what depends on the height of the panel, after the layout.
@@ -305,7 +305,7 @@ def draw_panel(
     Args:
         make_page: Makes the page of some series.
         results: Results of a run, or its records.
-        kind: Kind of the records drawn.
+        kind: Kind of the records drawn; empty for all.
         ax: Axes to draw on; None for those of a new figure.
         name: Name of the panel; default the first.
         options: Options of the figure.

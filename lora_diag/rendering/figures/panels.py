@@ -199,7 +199,7 @@ def set_measured_rank_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, lab
 
 
 def set_params_axis(ax: Axes, params: Sequence[int], above: float = 1.8) -> None:
-    """Set up the x axis for numbers of trained parameters, logarithmic."""
+    """Set up the x axis for numbers of trained parameters, logarithmic, up to ``above`` times the largest."""
     ax.set_xscale("log")
     ax.set_xlim(min(params) / 1.8, max(params) * above)
     ax.xaxis.set_major_locator(LogLocator(numticks=8))

@@ -70,6 +70,7 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
 
 
 def _disambiguate(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+    """Return distinct labels of the runs of one command, in the order of ``names_of``."""
     longer = short_names(side.path for run in runs for side in run.inputs).__getitem__
     for short in (None, longer):
         for with_base in (False, True):

@@ -234,13 +234,13 @@ def category(number: int) -> str:
 
 
 def width_of(text: str, size: float) -> float:
-    """Return the width of a line of text in inches."""
+    """Return the width of the longest line of text in inches, at a font size in points."""
     return max((_measure_line(line) for line in text.split("\n")), default=0.0) * size / 72
 
 
 @lru_cache(4096)
 def _measure_line(line: str) -> float:
-    """Return the width of a line at one point."""
+    """Return the width of a line in points at a font size of one point."""
     font = get_font(_find_font())
     font.set_size(100, 72)
     font.set_text(line, 0.0)

@@ -324,7 +324,7 @@ def decompose_gram(
         eigenvalues = _compute_eigenvalues(move_if_small(_compute_gram(tall, cached_blocks)), in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
-    error = _bound_energy_error(k, squares, len(kept), fro)
+    error = _bound_energy_error(k, n, squares, len(kept), fro)
     if u is not None and v is not None:
         u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
         return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
@@ -366,17 +366,17 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     squares = torch.linalg.eigvalsh(move_if_small(gram), UPLO="L").clamp_(min=0).flip(0).cpu()
     possible = min(len(gram), rows)
     kept = squares[:possible][:top].sqrt()
-    error = _bound_energy_error(rows, squares, len(kept), fro / scale)
+    error = _bound_energy_error(rows, len(gram), squares, len(kept), fro / scale)
     return Factors(kept * scale, len(kept) == possible, "gram", error, fro)
 
 
-def _bound_energy_error(terms: int, squares: Tensor, kept: int, fro: float) -> float:
-    """Return the bound of ``decompose_gram`` for the ``kept`` largest of the given σ², with ``terms`` terms per sum."""
+def _bound_energy_error(terms: int, order: int, squares: Tensor, kept: int, fro: float) -> float:
+    """Return the bound of ``decompose_gram`` for the ``kept`` largest σ² of a Gram matrix, with ``terms`` per sum."""
     if not fro:
         return 0.0
     epsilon = torch.finfo(torch.float64).eps
     gamma = terms * epsilon / (1 - terms * epsilon)
-    return math.sqrt(kept) * gamma + kept * len(squares) * epsilon * float(squares[0]) / fro**2
+    return math.sqrt(kept) * gamma + kept * order * epsilon * float(squares[0]) / fro**2
 
 
 def _compute_gram(tall: Matrix, cached_blocks: int) -> Tensor:

@@ -243,7 +243,10 @@ def describe_resolution(
     judged = list(verdicts)
     texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
     unclear = list_counts(judged, texts)
-    text = f"of {quantity(len(judged), noun)}{owner} {' and '.join(unclear)}: {otherwise}" if unclear else yes
+    state = f"of {quantity(len(judged), noun)}{owner} {' and '.join(unclear)}"
+    if len(judged) > 1 and len(set(judged)) == 1 and unclear:
+        state = f"all {quantity(len(judged), noun)}{owner} are {texts[judged[0]]}"
+    text = f"{state}: {otherwise}" if unclear else yes
     return make_statement("resolved", "Resolution", text, level="warning" if unclear else "note")
 
 

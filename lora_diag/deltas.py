@@ -125,7 +125,7 @@ class ThinFactors(Protocol):
 
     @property
     def kind(self) -> Hashable:
-        """Equal for factors that can be read as one stack: of one file, and of equal shapes and dtypes."""
+        """Key, equal for factors that can be read as one stack: same files, orientation, shapes and dtypes."""
 
     def read_each_b(self, stack: Sequence[Any]) -> Numbers:
         """Return each B of several factors of this kind, ``(k, out, r)``."""
@@ -318,7 +318,8 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return the name under which a checkpoint stores a weight; None if it does not store it.
 
-    A model with tied embeddings stores its output layer as the input embedding; None if it has several.
+    A model with tied embeddings stores its output layer as the input embedding; None if several tensors
+    may be that embedding.
     """
     if name in checkpoint:
         return name

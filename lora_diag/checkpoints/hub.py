@@ -218,9 +218,12 @@ class HubStore(HttpStore):
         return self._headers
 
     async def check_redirect(self, address: str, url: Any) -> None:
-        """Refuse what is not encrypted, and the private network: the Hub must not choose what is read there.
+        """Refuse redirects that are unencrypted or lead to a private network, where the Hub must not choose the target.
 
-        A Hub on the private network may redirect anywhere.
+        A Hub on a private network may redirect anywhere.
+
+        Raises:
+            InputError: The redirect is refused.
         """
         if not await _is_public(urlsplit(self._endpoint).hostname or ""):
             return

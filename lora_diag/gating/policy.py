@@ -296,7 +296,7 @@ class Regression(Criterion):
 
     @property
     def allowed(self) -> str:
-        """The condition, as reports show it."""
+        """The condition, as reports show it where no value could be compared; else see ``compare``."""
         return f"{self.field} not {self.worse} than in the baseline"
 
     def problem_with(self, field: RecordField) -> str | None:

@@ -109,7 +109,7 @@ class LowRank:
         return replace(self, values=replace(self.values, eta=eta))
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Return some rows of L."""
+        """Return the rows ``first:last`` of L."""
         return (self.u[first:last] * self.values.eta.to(self.u)) @ self.vh
 
 

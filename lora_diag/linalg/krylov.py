@@ -293,8 +293,9 @@ def decompose_krylov(
         budget: Maximum cost of the basis, in the unit of ``full_cost``; None for ``WORTH`` of a full method.
 
     Returns:
-        The values, lower bounds of the true ones up to rounding; None if a full method is expected to be
-        cheaper, as for flat spectra, if A is zero, if the basis would exceed its maximum, or if a solver fails.
+        The values, lower bounds of the true ones up to rounding, with vectors if requested; None if a full method is
+        expected to be cheaper, as for flat spectra, if A is zero, if the basis would exceed its maximum, or if a solver
+        fails.
     """
     max_columns = int(LARGEST_BASIS * min(matrix.shape))
     if largest is not None:

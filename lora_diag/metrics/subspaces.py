@@ -364,7 +364,7 @@ def classify_direction(
 
     Args:
         similarity: max_i |⟨u_i(W_base), u_j⟩|.
-        projection: p.
+        projection: p, the norm of its projection on that span.
         projection_random: √c.
         epsilon: ε, the similarity from which a direction is ``kept``.
 

@@ -403,7 +403,7 @@ class ResultsWriter(Generic[L]):
             raise InputError(f"{self._final}: cannot be written: {error.strerror}; the run is in {path}") from error
 
     def _release(self) -> None:
-        """Close and unlock the file, and remove it if it is empty."""
+        """Close the file being written, and unlock the output; remove the output if it is empty."""
         if self._file is not None:
             self._file.close()
         if self._lock is not None:

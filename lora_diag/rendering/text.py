@@ -397,7 +397,7 @@ def spark(s: Sequence[float], total: int, width: int = 8) -> str:
 
 
 def strip(shares: Sequence[float | None], width: int) -> str:
-    """Draw fractions in sequence, averaged into bins if there are more than columns.
+    """Draw fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are more; None is a dot.
 
     >>> strip([0.0, 0.5, 1.0], 10), strip([0.0, 0.0, 1.0, 1.0], 2), strip([None, 1.0], 2)
     ('▁▅█', '▁█', '·█')

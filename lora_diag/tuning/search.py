@@ -398,7 +398,7 @@ class Tuner:
     # -- non-uniform ranks -------------------------------------------------------------------------------------------
 
     def _redistribute(self, incumbent: Variant) -> Variant:
-        """Return the better of uniform and non-uniform ranks; uniform wins ties."""
+        """Return the better of uniform and non-uniform ranks; uniform wins ties, and where nothing is compared."""
         decision = "redistribution", "non-uniform ranks"
         if not self.plan.redistribute:
             return incumbent
@@ -646,7 +646,10 @@ class Tuner:
         return None if gap is None else Gap(gap.value, gap.error or None, 1, gap.half or None)
 
     def _raise_rank(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
-        """Return ranks for a larger budget, and the layers that gain most; None without a pilot or such layers."""
+        """Return the incumbent with ranks for a larger budget, and the layers that gain most; None if there are none.
+
+        There are none without a pilot, or if the ranks cannot be allocated or expressed by PEFT.
+        """
         shared = self.choice.rank
         if not (self.folder / "pilot.jsonl").is_file():
             return None, ()

@@ -23,7 +23,7 @@ def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
 
     Args:
         records: Records of ``recover``, at least one with estimated directions; the others are not drawn.
-        ax: Where to draw; a new figure's if not given.
+        ax: Axes to draw on; default those of a new figure.
 
     Returns:
         The Axes drawn on.

@@ -141,7 +141,8 @@ def angles(
     Dotted: the same for random spaces of these dimensions (``metrics.subspaces.random_angles``).
 
     Args:
-        records: Records of ``interference``; one curve per pair.
+        records: Records of ``interference``; one curve per pair. Of more than ``CATEGORIES`` pairs, those whose column
+            spaces overlap most are drawn.
         ax: Axes to draw on; default those of a new figure.
         side: ``columns`` for the spaces of the left singular vectors, ``rows`` for those of the right ones.
         rank: Number of singular vectors that span each space; default 8 if measured, else the smallest.

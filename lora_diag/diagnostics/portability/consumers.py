@@ -161,7 +161,7 @@ def _explain_possible_tie(form: str, contents: Contents) -> str:
 
 
 def join_reasons(*reasons: str) -> str:
-    """Return the non-empty reasons as one sentence; empty if there are none."""
+    """Return the non-empty reasons, separated by semicolons; empty if there are none."""
     return "; ".join(filter(None, reasons))
 
 

@@ -578,8 +578,8 @@ def _align_layers(
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Returns:
-        One task for each selected layer, in natural order of their names; and the tensors that cannot be checked or are
-        not selected.
+        One task for each selected layer, in natural order of their names; and the selected tensors that cannot be
+        checked, with the layers of MERGED that are not selected.
 
     Raises:
         InputError: BASE or MERGED stores an adapted weight as other than plain numbers.

@@ -175,7 +175,7 @@ def check_dim(dim: int, total: int, layers: int) -> None:
 
 
 def count_scales(module: nn.Module) -> int:
-    """Return the number of scales of SAID: one per block, and one for every weight outside the blocks."""
+    """Return the number of scales of SAID: one per block, and one for every parameter tensor outside the blocks."""
     return len({_make_scale_key(name) for name, _ in module.named_parameters()})
 
 

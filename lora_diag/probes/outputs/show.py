@@ -321,7 +321,7 @@ def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str,
 def _describe_relative_to_base(record: Probe, base: Probe, labels: dict[str, str]) -> str:
     """State whether a model is better or worse than BASE, or not distinguishable."""
     value, half = compare_with_base(record, base)
-    word = "no significant difference from"
+    word = "no significant difference from" if half is not None else "not tested for significance against"
     if half is not None and abs(value) > half:
         word = "better than" if value < 0 else "worse than"
     return f"{_name_model(record, labels)}: {word} BASE ({with_limits(value, half)})"

@@ -195,9 +195,10 @@ def compute_gradients(
 def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstOrder:
     r"""Return first-order predictions for a LoRA of a given rank from the gradient of one layer.
 
-    ‖P_T G‖², the mean over A, with P_T the projection on the reach of a fresh adapter; Σ_{i≤r}σ_i², the reach of any
-    adapter of this rank; and the mean decrease of the loss in Adam's first step, ‖s·G Aᵀ‖_1 with A uniform on ±1/√in,
-    so of variance 1/(3·in), with sums of ``in`` terms approximated as normal.
+    The mean over A of ‖P_T G‖², with P_T the projection on the updates that a fresh adapter can reach; Σ_{i≤r}σ_i², the
+    maximum of that for any matrix of this rank; and the mean over A of the decrease of the loss per unit of learning
+    rate in Adam's first step, ‖s·G Aᵀ‖_1, with the entries of A uniform on [−1/√in, 1/√in], so of variance 1/(3·in),
+    and sums of ``in`` terms approximated as normal.
 
     Args:
         layer: Name of the layer in BASE.

@@ -453,7 +453,7 @@ class _Noise:
 
 
 def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
-    """Return the means of two ranks and their numbers of runs, on common seeds if there are any."""
+    """Return the mean losses at two ranks and their numbers of runs, on common seeds if there are any."""
     shared: Collection[int] = first.runs.keys() & second.runs.keys()
     ours = [loss for seed, loss in first.runs.items() if not shared or seed in shared]
     theirs = [loss for seed, loss in second.runs.items() if not shared or seed in shared]

@@ -151,6 +151,8 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     groups: list[type] = [feature.load(group) if isinstance(group, str) else group for group in command.options]
 
     def run(**values: Any) -> None:
+        if re.match(r"\w{2,}:/", str(values.get("output"))):
+            raise UsageError("-o: cannot write to an address; name a local path")
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
         values |= {each.name: _list_words(each, values[each.name]) for each in command.arguments if each.many}

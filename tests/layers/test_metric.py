@@ -307,11 +307,12 @@ def test_update_outside_data_has_no_energy(tmp_path):
 
 def test_memory_of_layer_counts_second_moments(pair, tmp_path):
     base, tuned, *_ = pair
-    pairing = compare(base, tuned).pairing
-    result = second_moments(store(tmp_path / "a.safetensors", **{UP: moments(12, 3)}), base, pairing)
+    compared = compare(base, tuned)
+    moments_file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
+    result = second_moments(moments_file, compared.base, compared.pairing)
     assert result.weighting(UP, True) is None
     weighting = result.weighting(UP, False)
-    delta = next(delta for delta in pairing.deltas if delta.layer == UP)
+    delta = next(delta for delta in compared.pairing.deltas if delta.layer == UP)
     plain = SpectrumSettings()
     assert (
         size(Layer(delta, weighting), plain) - size(Layer(delta), plain)

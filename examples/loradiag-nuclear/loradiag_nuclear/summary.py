@@ -1,7 +1,7 @@
 """Summary of the records."""
 
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Statement, compared, final_statements, left_out, make_statement
+from lora_diag.rendering.statements import Statement, final_statements, left_out, make_statement, state_inputs
 from lora_diag.rendering.text import number, percent, short
 from loradiag_nuclear.record import Nuclear
 
@@ -14,4 +14,4 @@ def statements(results: Results[Nuclear]) -> list[Statement]:
     if most is not None and total:
         text = f"{number(total)} in all, {percent(most.nuclear / total)} of it in {short(most.layer)}"
         found.append(make_statement("where", "Nuclear norm", text))
-    return [compared(results), *found, left_out(results), *final_statements(results)]
+    return [state_inputs(results), *found, left_out(results), *final_statements(results)]

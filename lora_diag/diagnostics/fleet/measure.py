@@ -495,19 +495,18 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     Raises:
         NothingComparedError: No adapter was found.
     """
-    texts = list(map(str, patterns))
+    patterns = list(patterns)
     found: list[Path] = []
-    for text in texts:
-        if not glob.has_magic(text) or as_path(text).exists():
-            found.append(as_path(text))
+    for pattern in patterns:  # the text of an address lacks its secrets
+        if not glob.has_magic(str(pattern)) or as_path(pattern).exists():
+            found.append(as_path(pattern))
         else:
-            found += filter(is_adapter, map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207
+            found += filter(is_adapter, map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
     folders = {path for path in found if path.is_dir()}
     paths = [path for path in dict.fromkeys(found) if path.parent not in folders]
     if not paths:
-        raise NothingComparedError(
-            f"{', '.join(texts) or 'standard input'}: no adapter found; give folders of adapters, or a quoted pattern"
-        )
+        given = ", ".join(map(str, patterns)) or "standard input"
+        raise NothingComparedError(f"{given}: no adapter found; give folders of adapters, or a quoted pattern")
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 

@@ -14,7 +14,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.interference.measure import select_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg.distance import merged
+from lora_diag.linalg.distance import merge_entries
 from lora_diag.metrics.subspaces import is_near_chance, task_interference_at_random
 from tests import oracles
 from tests.adapters.dense import dense
@@ -353,7 +353,7 @@ def test_tie_of_signs_is_positive_as_in_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     x, y = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[-1.0, 2.0, -1.0]])
     truth = merge_utils.ties([x, y], torch.ones(2), density=0.99999)  # 2 of 3 entries: -2, 3 and 2, one of ±1
-    full = merged(torch.stack([x, y]).double(), torch.ones(2))
+    full = merge_entries(torch.stack([x, y]).double(), torch.ones(2))
     assert full.tolist() == [[1.0, 2.0, 3.0]]
     assert truth[0, 1:].tolist() == [2.0, 3.0]
 

@@ -184,7 +184,8 @@ def table(
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
         next_command: The suggested next command, printed last.
-        values: Arguments and options of the command; the feature's table gets those that its parameters name.
+        values: Arguments and options of the command; the feature's table or statements get those that their
+            parameters name.
 
     Raises:
         InputError: The results come from a command that is unknown to this version.
@@ -194,8 +195,10 @@ def table(
         values = {**(values or {}), "per": per, "next_command": next_command}
         return draw_table(feature.load(feature.table), results, width, color, values)
     if feature is not None and feature.statements:
+        statements = feature.load(feature.statements)
+        chosen = _select_values(statements, 1, values or {})
         text: str = load("lora_diag.rendering.tables:grids_table")(
-            feature.tables(results, per), feature.load(feature.statements)(results), width, color, next_command
+            feature.tables(results, per), statements(results, **chosen), width, color, next_command
         )
         return text
     raise InputError(
@@ -206,8 +209,13 @@ def table(
 
 def draw_table(function: Callable[..., str], result: Any, width: int, color: bool, values: Mapping[str, Any]) -> str:
     """Return the table that a function makes of a result; of the values it gets those that its parameters name."""
-    names = list(signature(function).parameters)[3:]
-    return function(result, width, color, **{name: values[name] for name in names if name in values})
+    return function(result, width, color, **_select_values(function, 3, values))
+
+
+def _select_values(function: Callable[..., Any], first: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the values that a function's parameters name, from the given position on."""
+    names = list(signature(function).parameters)[first:]
+    return {name: values[name] for name in names if name in values}
 
 
 # Columns of the preformatted text in a notebook, of a command without a section of a report.

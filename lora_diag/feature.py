@@ -188,7 +188,8 @@ class Feature:
         commands: The command, and further ones, such as ``gate init``.
         records: ``module:name`` of each kind of record.
         functions: ``module:name`` of each public function, ``lora_diag.NAME``.
-        statements: ``module:name`` of ``statements(results) -> list[Statement]``, the summary.
+        statements: ``module:name`` of ``statements(results, ...) -> list[Statement]``, the summary; further parameters,
+            with defaults, get the options of their name in a terminal.
         grids: ``module:name`` of ``grids(results, per) -> list[Grid]``, the tables; if empty, they show the columns
             declared by the records.
         table: ``module:name`` of ``table(results, width, color, per=..., next_command=...)``, for a terminal; if empty,

@@ -609,7 +609,7 @@ class Tuner:
             if self.find_decision("escalation", name) is not None:
                 continue
             if variant is None:
-                why_not = "the model has no further layers of this kind"
+                why_not = "no configuration of this kind could be made for this model"
                 self.decide("escalation", name, "not needed", why_not, layers=layers)
             elif not self._allows_trial(1):
                 self.decide("escalation", name, "proposed", why, seconds=self.one_run, layers=layers)

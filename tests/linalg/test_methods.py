@@ -296,6 +296,7 @@ def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
         factors = decompose(torch.from_numpy(matrix), "gram", top, vectors=True)
         check(factors, matrix)
         check_vectors(factors, matrix)
+        assert factors.energy_error == pytest.approx(decompose(torch.from_numpy(matrix), "gram", top).energy_error)
         u, vh = factors.u.numpy(), factors.vh.numpy()
         assert max(np.abs(q.T @ q - np.eye(top)).max() for q in (u, vh.T)) < 1e-10
         core = u.T @ matrix @ vh.T

@@ -81,5 +81,5 @@ FEATURE = Feature(
     ),
     records=(".record:Extraction",),
     functions=(".run:extract",),
-    table=".show:extraction_table",
+    statements=".show:extraction_lines",
 )

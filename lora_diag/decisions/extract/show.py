@@ -19,7 +19,7 @@ from lora_diag.rendering.statements import (
     subject,
     summarize,
 )
-from lora_diag.rendering.tables import grid_of, grids_table, rows_of
+from lora_diag.rendering.tables import rows_of
 from lora_diag.rendering.text import count, format_shown, list_layers, list_names, number, percent, safe, short, span
 
 # Reason of a layer without factors if ΔW = 0, as recorded.
@@ -42,34 +42,6 @@ _USAGE = {
 
 # Fraction of the lower bound by which ε must exceed it to be attributed to the dtype.
 _VISIBLE = 1e-3
-
-
-def extraction_table(
-    results: Results[Extraction],
-    width: int = 80,
-    color: bool = False,
-    per: str = "type",
-    next_command: str | None = None,
-    output: Path | str | None = None,
-) -> str:
-    """Return the table and the summary of an extraction.
-
-    Args:
-        results: Records of the written adapter.
-        width: Width of the terminal in columns; the layout adapts from 80 to 140.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row per module type, ``layer`` for one row per layer.
-        next_command: The suggested next command, printed last; None without one.
-        output: Folder of the adapter; None to omit its name.
-
-    Returns:
-        Lines of text, without a trailing newline.
-    """
-    rows = rows_of(results, per)
-    grids = [grid_of(Extraction.shown, rows, per)] if rows else []
-    return grids_table(
-        grids, _make_statements(results, None if output is None else str(output)), width, color, next_command
-    )
 
 
 def extraction_card(results: Results[Extraction], base_name: str, command: str, rate: str | None = None) -> str:
@@ -125,8 +97,14 @@ def _count_params(results: Results[Extraction]) -> str:
     return count(sum(record.params for record in results))
 
 
-def _make_statements(results: Results[Extraction], folder: str | None) -> list[Statement]:
-    """Return the statements of the summary."""
+def extraction_lines(results: Results[Extraction], output: Path | str | None = None) -> list[Statement]:
+    """Return the summary of an extraction as statements.
+
+    Args:
+        results: Records of the written adapter.
+        output: Folder of the adapter; None to omit its name.
+    """
+    folder = None if output is None else str(output)
     findings = []
     if len(results):
         findings = [

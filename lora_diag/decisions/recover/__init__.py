@@ -69,7 +69,6 @@ FEATURE = Feature(
     ),
     records=(".record:Recovery",),
     functions=(".measure:recover",),
-    table=".show:recovery_table",
     statements=".show:recovery_lines",
     section=Section(
         "Update below the rounding of the files",

@@ -15,7 +15,6 @@ from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.statements import Level, Statement, describe_estimate, make_statement, subject, summarize
-from lora_diag.rendering.tables import grids_table, record_grids
 from lora_diag.rendering.text import (
     count,
     list_counts,
@@ -30,31 +29,13 @@ from lora_diag.rendering.text import (
 )
 
 
-def recovery_table(
-    results: Results[Recovery],
-    width: int = 80,
-    color: bool = False,
-    per: str = "type",
-    next_command: str | None = None,
-    output: Path | str | None = None,
-) -> str:
-    """Return the table and the summary of a run of ``recover``.
+def recovery_lines(results: Results[Recovery], output: Path | str | None = None) -> list[Statement]:
+    """Return the summary of a run of ``recover`` as statements.
 
     Args:
         results: The records.
-        width: Columns of the terminal; 80 are enough, 140 are used.
-        color: Whether to use ANSI colours.
-        per: ``type`` for one row a module type, ``layer`` for one row a layer.
-        next_command: The suggested next command, printed last; None without one.
         output: The output of the run, named if it is the folder of an adapter or checkpoint.
     """
-    folder = str(output) if writes_folder(results) and output is not None else None
-    statements = [*recovery_lines(results), *_describe_written(results, folder)]
-    return grids_table(record_grids(results, per), statements, width, color, next_command)
-
-
-def recovery_lines(results: Results[Recovery]) -> list[Statement]:
-    """Return the summary of a run of ``recover`` as statements."""
     records, findings = results.layers, []
     if records:
         hidden = [(record, record.fro) for record in records if record.status != "not_hidden"]
@@ -73,7 +54,8 @@ def recovery_lines(results: Results[Recovery]) -> list[Statement]:
     out_of_time = len(_list_out_of_time(results))
     reached = f"{out_of_time} of {quantity(out_of_time + len(results))} within --time; --resume measures them"
     not_reached = make_statement("not_reached", "Not reached", reached if out_of_time else "", level="warning")
-    return summarize(results, *findings, not_reached)
+    folder = str(output) if writes_folder(results) and output is not None else None
+    return [*summarize(results, *findings, not_reached), *_describe_written(results, folder)]
 
 
 def writes_folder(results: Results[Recovery]) -> bool:

@@ -173,7 +173,7 @@ def _describe_rounding(results: Results[Merge]) -> str:
     unchanged = median(record.unchanged for record in correct if record.unchanged is not None)
     least = _format_kept(retained[worst])
     if len(retained) == 1 or retained[worst] > 0.995:
-        text = f"{least} of ΔW was kept{' in every layer' if len(retained) > 1 else ''}"
+        text = f"at least {least} of ΔW was kept in every layer" if len(retained) > 1 else f"{least} of ΔW was kept"
     else:
         middle = _format_kept(median(retained.values()))
         text = f"a median of {middle} of ΔW was kept, the least, {least}, in {short(worst)}"
@@ -182,8 +182,10 @@ def _describe_rounding(results: Results[Merge]) -> str:
     errors = [record.scale_error for record in correct if record.scale_error is not None]
     if errors and max(errors) >= INVISIBLE_ERROR:
         text += f" (standard error at most {number(100 * max(errors))}%)"
+    medians = " (medians)" if len(correct) > 1 else ""
     return (
-        f"{text}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(unchanged)} of the entries unchanged"
+        f"{text}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(unchanged)} of the entries "
+        f"unchanged{medians}"
     )
 
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import lora_diag
+from lora_diag import catalog
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.recover.show import recovery_lines, recovery_table
+from lora_diag.decisions.recover.show import recovery_lines
 from lora_diag.deltas import pair
 from lora_diag.layers.recovery import estimate_hidden_energy
 from tests.adapters.making import lora
@@ -145,7 +146,7 @@ def test_refused_layer_is_written_from_stored_difference(lost, tmp_path):
         best = low_rank_of(d, record.rank)
         assert np.linalg.norm(product_of(tmp_path / str(ways), LOST) - best) < 1e-4 * np.linalg.norm(best)
         assert sum(r.params for r in result) <= 2000
-        assert "1 refused" in recovery_table(result, output="a")
+        assert "1 refused" in catalog.table(result, values={"output": "a"})
     result = lora_diag.recover(base, tuned, tmp_path / "out", rank=3, leave_out_refused=True)
     assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", LOST: "nothing"}
 

@@ -151,7 +151,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     groups: list[type] = [feature.load(group) if isinstance(group, str) else group for group in command.options]
 
     def run(**values: Any) -> None:
-        if re.match(r"\w{2,}:/", str(values.get("output"))):
+        if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
             raise UsageError("-o: cannot write to an address; name a local path")
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()

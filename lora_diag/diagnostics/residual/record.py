@@ -117,12 +117,11 @@ def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
 
 
 def describe_parts(records: Sequence[Residual]) -> str:
-    """State ε² of several layers, not all zero, as the sum of its parts; those below 0.5% of it are omitted."""
-    shares = sum_parts(records)
+    """State ε² of several layers, not all zero, as the sum of its parts; without those below 0.5% of it, about so."""
+    shares = {name: part for name, part in sum_parts(records).items() if part}
     total = math.fsum(shares.values())
-    return f"ε² = {number(total)} = " + " + ".join(
-        f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * total and part
-    )
+    shown = [f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * total]
+    return f"ε² = {number(total)} {'=' if len(shown) == len(shares) else '≈'} {' + '.join(shown)}"
 
 
 def _pool_part(name: str) -> Callable[[Sequence[Residual]], float | None]:

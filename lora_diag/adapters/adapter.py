@@ -12,7 +12,7 @@ from lora_diag.adapters.source import (
     ADAPTER_WEIGHTS,
     CONFIG,
     GGUF,
-    Source,
+    AdapterFiles,
     StatedAlpha,
     add_config,
     find_single_file,
@@ -49,7 +49,7 @@ class Adapter:
         form: The layout of the files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
     """
 
-    source: Source
+    source: AdapterFiles
     reading: Reading
     form: str
 
@@ -158,7 +158,7 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
 
 
-def _add_notes(source: Source, reading: Reading, note_on_alpha: str) -> Reading:
+def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Reading:
     """Return a reading with notes on an activated LoRA, a given α and unused tensors.
 
     Raises:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.adapters import lycoris
 from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scale
-from lora_diag.adapters.source import Config, Source
+from lora_diag.adapters.source import AdapterFiles, Config
 from lora_diag.adapters.thin import find_thin_factors
 from lora_diag.adapters.updates import Family, Reading, Site, Update, format_ranks, read
 from lora_diag.checkpoints import Checkpoint
@@ -56,14 +56,14 @@ PART = re.compile(
 DOWN = {"lora_A", "lora_down", "down"}
 
 
-def is_kohya(source: Source) -> bool:
+def is_kohya(source: AdapterFiles) -> bool:
     """Return whether a source is a kohya or LyCORIS file."""
     if source.config is not None:
         return False
     return any(PREFIX.match(name) and name.partition(".")[2] in PARTS for name in source.checkpoint)
 
 
-def read_kohya(source: Source) -> Reading:
+def read_kohya(source: AdapterFiles) -> Reading:
     """Read a kohya or LyCORIS file.
 
     Raises:
@@ -92,14 +92,14 @@ def read_kohya(source: Source) -> Reading:
     )
 
 
-def _check_alpha(source: Source, key: str) -> None:
+def _check_alpha(source: AdapterFiles, key: str) -> None:
     """Refuse an α that is not a single number."""
     if source.checkpoint[key].numel != 1:
         shape = list(source.checkpoint[key].shape)
         raise damaged(source.path, f"{key} must be a single number, not of shape {shape}")
 
 
-def _read_kohya_module(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one module: of its weight, and of its bias if there is one."""
     updates = []
     for part in FULL:
@@ -118,7 +118,7 @@ def _read_kohya_module(source: Source, module: str, parts: dict[str, str]) -> li
     return [replace(update, base_weight=update.weight.replace(module, path, 1)) for update in updates]
 
 
-def _read_kohya_factors(source: Source, module: str, parts: dict[str, str]) -> Update:
+def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]) -> Update:
     """Return the update of a module by its factors: of LoRA, LoHa or LoKr, with or without DoRA."""
 
     def find_scale(rank: int | None) -> Scale:
@@ -146,7 +146,9 @@ def _read_kohya_factors(source: Source, module: str, parts: dict[str, str]) -> U
     return add_magnitude(update, source, parts["dora_scale"], by_column)
 
 
-def _make_update(source: Source, module: str, up_key: str, down_key: str, mid: str | None, find_scale: Any) -> Update:
+def _make_update(
+    source: AdapterFiles, module: str, up_key: str, down_key: str, mid: str | None, find_scale: Any
+) -> Update:
     """Return the update by two factors, ``(out, r, 1, …)`` and ``(r, in, …)``, and the core of a convolution if any.
 
     ``find_scale`` returns s, given r.
@@ -192,7 +194,7 @@ def load_difference(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tenso
     return read(checkpoint, key).reshape(site.shape)
 
 
-def is_diffusers(source: Source) -> bool:
+def is_diffusers(source: AdapterFiles) -> bool:
     """Return whether a source is a file of diffusers."""
     if source.config is not None or not any(PIPELINE.match(name) for name in source.checkpoint):
         return False
@@ -200,7 +202,7 @@ def is_diffusers(source: Source) -> bool:
     return has_mark or any("transformer_blocks." in name or ".processor." in name for name in source.checkpoint)
 
 
-def read_diffusers(source: Source) -> Reading:
+def read_diffusers(source: AdapterFiles) -> Reading:
     """Read a diffusers LoRA file.
 
     Raises:
@@ -240,7 +242,7 @@ def _parse_module(module: str, old_style: bool) -> str:
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
-def _read_scalings(source: Source, modules: list[str]) -> dict[str, Scaling]:
+def _read_scalings(source: AdapterFiles, modules: list[str]) -> dict[str, Scaling]:
     """Return the scaling of each module for whose component of the pipeline the file's metadata has settings."""
     where = f"{METADATA} in the file's metadata"
     try:

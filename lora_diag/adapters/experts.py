@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.patterns import find_targets
-from lora_diag.adapters.source import Config, Modules, Source, find_pair, is_named
+from lora_diag.adapters.source import AdapterFiles, Config, Modules, find_pair, is_named
 from lora_diag.adapters.updates import Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
@@ -132,7 +132,7 @@ def _find_stacks(owner: str, wrapped: list[str], targets: list[str], modules: Mo
 
 
 def read_stack(
-    source: Source, stack: Stack, rank_of: Callable[[str], int], scale_of: Callable[[str], float]
+    source: AdapterFiles, stack: Stack, rank_of: Callable[[str], int], scale_of: Callable[[str], float]
 ) -> list[Update]:
     """Return one update per expert, or a single one for a parameter that is a matrix.
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.source import Source, is_number
+from lora_diag.adapters.source import AdapterFiles, is_number
 from lora_diag.adapters.updates import Family, Reading, Site, Update, format_ranks, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf import GgufFile, Value
@@ -31,18 +31,18 @@ TABLE = "token_embd.weight"
 CONVERT = "convert the adapter again"
 
 
-def get_fields(source: Source) -> Mapping[str, Value] | None:
+def get_fields(source: AdapterFiles) -> Mapping[str, Value] | None:
     """Return the fields of a GGUF file's header; None for another file."""
     file = source.checkpoint.files[0]
     return file.fields if isinstance(file, GgufFile) else None
 
 
-def is_gguf(source: Source) -> bool:
+def is_gguf(source: AdapterFiles) -> bool:
     """Return whether a source is a GGUF file."""
     return get_fields(source) is not None
 
 
-def read_gguf(source: Source) -> Reading:
+def read_gguf(source: AdapterFiles) -> Reading:
     """Read a GGUF adapter.
 
     Raises:
@@ -68,7 +68,7 @@ def read_gguf(source: Source) -> Reading:
     return Reading(kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor")
 
 
-def _pair_factors(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _pair_factors(source: AdapterFiles) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return the two factors of each tensor by its name, and the norms, which llama.cpp skips."""
     pairs: dict[str, dict[str, str]] = {}
     norms = []
@@ -103,7 +103,7 @@ def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[st
 
 
 def _read_updates(
-    source: Source, name: str, parts: Mapping[str, str], alpha: float, names: Names | None
+    source: AdapterFiles, name: str, parts: Mapping[str, str], alpha: float, names: Names | None
 ) -> list[Update]:
     """Return the update of one tensor; of stacked experts, one for each."""
     for part in FACTORS:

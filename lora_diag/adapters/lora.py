@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters import experts
 from lora_diag.adapters.patterns import Scale, Scaling, describe_scaling
 from lora_diag.adapters.peft import MERGE
-from lora_diag.adapters.source import Config, Source, check_ranks, find_pair, group_by_module
+from lora_diag.adapters.source import AdapterFiles, Config, check_ranks, find_pair, group_by_module
 from lora_diag.adapters.thin import StoredFactors, find_thin_factors
 from lora_diag.adapters.updates import (
     Family,
@@ -82,7 +82,7 @@ def _find_target(module: str, attentions: set[str]) -> tuple[str, str, str, floa
     return module, f"{module}.weight", f"{module}.bias", 1.0
 
 
-def read_lora(source: Source) -> Reading:
+def read_lora(source: AdapterFiles) -> Reading:
     """Read a PEFT LoRA adapter.
 
     Raises:
@@ -116,7 +116,7 @@ def read_lora(source: Source) -> Reading:
     return add_stored_values(reading, source, unclaimed)
 
 
-def _refuse_variants(source: Source) -> None:
+def _refuse_variants(source: AdapterFiles) -> None:
     """Refuse variants of PEFT LoRA without a ΔW, or with one that the files do not determine.
 
     Raises:
@@ -145,7 +145,7 @@ def _name_variant(config: Config) -> str:
 
 
 def _read_module(
-    source: Source, scaling: Scaling, module: str, attentions: set[str], parts: dict[str, str]
+    source: AdapterFiles, scaling: Scaling, module: str, attentions: set[str], parts: dict[str, str]
 ) -> list[Update]:
     """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained one."""
     scaled_as, weight, bias, times = _find_target(module, attentions)
@@ -174,7 +174,7 @@ def _read_module(
 
 
 def _find_thin_factors(
-    source: Source, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
+    source: AdapterFiles, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
 ) -> StoredFactors | None:
     """Return the factors to be read with NumPy; None if their file needs torch, or the update has further parts."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
@@ -190,7 +190,9 @@ def _find_thin_factors(
 LocatedFactors = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
 
 
-def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
+def _read_embedding(
+    source: AdapterFiles, module: str, parts: dict[str, str], rank: int, scale: float
+) -> LocatedFactors:
     """Return the shape, loader and names of the factors of an embedding."""
     a_key, b_key = find_pair(source, module, parts, "lora_embedding_")
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
@@ -198,7 +200,7 @@ def _read_embedding(source: Source, module: str, parts: dict[str, str], rank: in
     return (a[1], b[0]), partial(load_embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
 
 
-def _read_linear(source: Source, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
+def _read_linear(source: AdapterFiles, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
     """Return the shape, loader and names of the factors of a linear layer or a convolution."""
     a_key, b_key = find_pair(source, module, parts)
     if blocks := _count_blocks(source.settings, module):
@@ -257,7 +259,7 @@ def _count_blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:
 
 
 def _read_blocked_shape(
-    source: Source, module: str, a: tuple[int, ...], b: tuple[int, ...], blocks: tuple[int, bool, bool]
+    source: AdapterFiles, module: str, a: tuple[int, ...], b: tuple[int, ...], blocks: tuple[int, bool, bool]
 ) -> tuple[tuple[int, int], int]:
     """Return ``(out, in)`` and the rank of a BD-LoRA module."""
     count, in_a, in_b = blocks
@@ -283,7 +285,7 @@ def load_blocked_factors(
     return b * scale, a
 
 
-def add_magnitude(update: Update, source: Source, magnitude: str, by_column: bool) -> Update:
+def add_magnitude(update: Update, source: AdapterFiles, magnitude: str, by_column: bool) -> Update:
     """Return the DoRA update for an update with a magnitude vector.
 
     Args:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, describe_scaling
-from lora_diag.adapters.source import Source, check_ranks, group_by_module
+from lora_diag.adapters.source import AdapterFiles, check_ranks, group_by_module
 from lora_diag.adapters.updates import Family, Reading, Shape, Site, Update, add_stored_values, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
@@ -30,11 +30,11 @@ LOHA_CORES = ("hada_t1", "hada_t2")
 LOHA = LOHA_FACTORS + LOHA_CORES
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
-# Source, module, its tensors and its scale, given the rank of the factors -> its update.
-Read = Callable[[Source, str, dict[str, str], Callable[["int | None"], Scale]], Update]
+# AdapterFiles, module, its tensors and its scale, given the rank of the factors -> its update.
+Read = Callable[[AdapterFiles, str, dict[str, str], Callable[["int | None"], Scale]], Update]
 
 
-def _read_peft(source: Source, parts: tuple[str, ...], kind: str, read_update: Read) -> Reading:
+def _read_peft(source: AdapterFiles, parts: tuple[str, ...], kind: str, read_update: Read) -> Reading:
     """Read a PEFT adapter whose modules are scaled by α/r of the config."""
     modules, unclaimed = group_by_module(source.checkpoint, parts, source.path)
     names = list(modules)
@@ -53,7 +53,7 @@ def _read_peft(source: Source, parts: tuple[str, ...], kind: str, read_update: R
     return add_stored_values(reading, source, unclaimed)
 
 
-def read_loha(source: Source) -> Reading:
+def read_loha(source: AdapterFiles) -> Reading:
     """Read a PEFT LoHa adapter.
 
     Raises:
@@ -62,7 +62,7 @@ def read_loha(source: Source) -> Reading:
     return _read_peft(source, LOHA, "LoHa", read_hadamard)
 
 
-def read_lokr(source: Source) -> Reading:
+def read_lokr(source: AdapterFiles) -> Reading:
     """Read a PEFT LoKr adapter.
 
     Raises:
@@ -78,7 +78,7 @@ FAMILIES = (
 
 
 def read_hadamard(
-    source: Source, module: str, parts: dict[str, str], find_scale: Callable[[int | None], Scale]
+    source: AdapterFiles, module: str, parts: dict[str, str], find_scale: Callable[[int | None], Scale]
 ) -> Update:
     """Return the update of one weight by LoHa.
 
@@ -129,7 +129,7 @@ def _read_product(checkpoint: Checkpoint, parts: dict[str, str], side: str, core
 
 
 def read_kronecker(
-    source: Source,
+    source: AdapterFiles,
     module: str,
     parts: dict[str, str],
     find_scale: Callable[[int | None], Scale],
@@ -157,7 +157,7 @@ def read_kronecker(
     return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known)
 
 
-def _read_side_shape(source: Source, module: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
+def _read_side_shape(source: AdapterFiles, module: str, parts: dict[str, str], side: str) -> tuple[int, ...]:
     """Return the shape of one side of LoKr, stored in full or as factors."""
     path = source.checkpoint.path
     if side in parts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale
-from lora_diag.adapters.source import Config, Source, group_by_module
+from lora_diag.adapters.source import AdapterFiles, Config, group_by_module
 from lora_diag.adapters.thin import find_thin_factors
 from lora_diag.adapters.updates import Family, NewValue, Reading, Site, Update, read
 from lora_diag.checkpoints import Checkpoint
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
 
-def is_mlx(source: Source) -> bool:
+def is_mlx(source: AdapterFiles) -> bool:
     """Return whether a source is an adapter of mlx-lm."""
     if source.peft_type:
         return False
@@ -33,7 +33,7 @@ def is_mlx(source: Source) -> bool:
     return has_factors or (source.config is not None and "fine_tune_type" in source.config)
 
 
-def read_mlx(source: Source) -> Reading:
+def read_mlx(source: AdapterFiles) -> Reading:
     """Read an MLX adapter.
 
     Raises:
@@ -58,7 +58,7 @@ def read_mlx(source: Source) -> Reading:
 
 
 def _read_update(
-    source: Source, module: str, parts: dict[str, str], config_scale: float | None, settings: Config
+    source: AdapterFiles, module: str, parts: dict[str, str], config_scale: float | None, settings: Config
 ) -> Update:
     """Return the update of one module, given the scale of the config, if it has one."""
     if "lora_a" not in parts or "lora_b" not in parts:

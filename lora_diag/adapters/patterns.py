@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from lora_diag.adapters import matcher
-from lora_diag.adapters.source import Config, Source, is_named, is_number
+from lora_diag.adapters.source import AdapterFiles, Config, is_named, is_number
 from lora_diag.adapters.updates import read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError, damaged
@@ -185,7 +185,7 @@ class Scale:
         return None if self.alpha else self.factor
 
 
-def make_scale(source: Source, alpha: str, rank: int) -> Scale:
+def make_scale(source: AdapterFiles, alpha: str, rank: int) -> Scale:
     """Return the scale of factors: by the α in the file with this name; if the name is empty, by the stated α, or 1."""
     return Scale(1.0, alpha, rank) if alpha else Scale(source.scale_without_alpha(rank), "", rank)
 

@@ -27,7 +27,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters.source import Source, check_ranks, drop_prefix, find_pair, is_named
+from lora_diag.adapters.source import AdapterFiles, check_ranks, drop_prefix, find_pair, is_named
 from lora_diag.adapters.updates import (
     ROWS,
     Family,
@@ -67,7 +67,7 @@ MAX_TERMS = 1000
 LN_TUNING = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bias)$)")
 
 
-def read_adalora(source: Source) -> Reading:
+def read_adalora(source: AdapterFiles) -> Reading:
     """Read an AdaLoRA adapter.
 
     Raises:
@@ -79,7 +79,7 @@ def read_adalora(source: Source) -> Reading:
     return read_modules(source, parts, _read_adalora, kind, f"lora_alpha / (r + 1e-5), from {config.path.name}")
 
 
-def _read_adalora(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_adalora(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the update of one module of AdaLoRA."""
     a_key, b_key = find_pair(source, module, parts)
     if "lora_E" not in parts:
@@ -105,7 +105,7 @@ def load_adalora_factors(
     return read(checkpoint, b_key) * scale, read(checkpoint, a_key) * read(checkpoint, e_key).reshape(-1, 1)
 
 
-def read_vera(source: Source) -> Reading:
+def read_vera(source: AdapterFiles) -> Reading:
     """Read a PEFT VeRA adapter.
 
     Raises:
@@ -118,7 +118,7 @@ def read_vera(source: Source) -> Reading:
     return read_modules(source, VERA, _read_vera, kind, ignored=VERA_SHARED)
 
 
-def _read_vera(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_vera(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the update of one module of VeRA."""
     if set(parts) != set(VERA):
         raise damaged(
@@ -148,7 +148,7 @@ def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site)
     return b_column * b[: site.shape[0]], d_column * a[:, : site.shape[1]]
 
 
-def read_ia3(source: Source) -> Reading:
+def read_ia3(source: AdapterFiles) -> Reading:
     """Read a PEFT IA³ adapter.
 
     Raises:
@@ -157,7 +157,7 @@ def read_ia3(source: Source) -> Reading:
     return read_modules(source, ("ia3_l",), _read_ia3, "PEFT IA3")
 
 
-def _read_ia3(source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_ia3(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the update of a module's weight and, if it is along the rows, an optional one of its bias."""
     key = parts["ia3_l"]
     info = source.checkpoint[key]
@@ -183,7 +183,7 @@ def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torc
     return (w.reshape(w.shape[0], len(change), -1) * change[None, :, None]).reshape(w.shape)
 
 
-def read_ln_tuning(source: Source) -> Reading:
+def read_ln_tuning(source: AdapterFiles) -> Reading:
     """Read a PEFT LN_TUNING adapter.
 
     Raises:
@@ -195,7 +195,7 @@ def read_ln_tuning(source: Source) -> Reading:
     return add_stored_values(Reading(f"PEFT LN tuning, {len(keys)} tensors", (), values), source, unclaimed)
 
 
-def read_oft(source: Source) -> Reading:
+def read_oft(source: AdapterFiles) -> Reading:
     """Read a PEFT OFT adapter.
 
     Raises:
@@ -211,7 +211,7 @@ def read_oft(source: Source) -> Reading:
     return read_modules(source, (OFT_LAYER, OFT_TABLE), partial(_read_oft, terms), "PEFT OFT")
 
 
-def _read_oft(terms: int, source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_oft(terms: int, source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the update of one module of OFT, given the number of Neumann terms; 0 for the exact transform."""
     (part, key), *_ = parts.items()
     count, entries = source.shape(key, 2)
@@ -269,7 +269,7 @@ def _cayley_transform(q: torch.Tensor, terms: int) -> torch.Tensor:
     return result
 
 
-def read_fourierft(source: Source) -> Reading:
+def read_fourierft(source: AdapterFiles) -> Reading:
     """Read a PEFT FourierFT adapter.
 
     Raises:
@@ -284,7 +284,9 @@ def read_fourierft(source: Source) -> Reading:
     return read_modules(source, ("fourierft_spectrum",), read_update, kind, f"scaling, from {config.path.name}")
 
 
-def _read_fourierft(scaling: float, seed: int, source: Source, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_fourierft(
+    scaling: float, seed: int, source: AdapterFiles, module: str, parts: dict[str, str]
+) -> list[Update]:
     """Return the update of one module of FourierFT."""
     (key,) = parts.values()
     load = partial(load_fourierft, source.checkpoint, key, scaling, seed)
@@ -309,7 +311,7 @@ def load_fourierft(checkpoint: Checkpoint, key: str, scaling: float, seed: int, 
     return change
 
 
-def read_trainable_tokens(source: Source) -> Reading:
+def read_trainable_tokens(source: AdapterFiles) -> Reading:
     """Read a TRAINABLE_TOKENS adapter.
 
     Raises:
@@ -336,7 +338,7 @@ FAMILIES = (
 )
 
 
-def refuse_unsupported(source: Source) -> None:
+def refuse_unsupported(source: AdapterFiles) -> None:
     """Refuse an adapter that no family reads.
 
     Raises:

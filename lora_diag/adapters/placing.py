@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from lora_diag.adapters.gguf import reorder_rows
 from lora_diag.adapters.names import Location, match_names, shapes_agree
-from lora_diag.adapters.source import Source
+from lora_diag.adapters.source import AdapterFiles
 from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -120,7 +120,7 @@ class Piece:
 
 
 def place_updates(
-    source: Source,
+    source: AdapterFiles,
     reading: Reading,
     base: Checkpoint | None,
     layers: str | None = None,
@@ -161,7 +161,7 @@ def place_updates(
     return Pairing(tuple(ordered), tuple(unpaired)), notes
 
 
-def _make_unmatched_message(source: Source, base: Checkpoint, missing: list[Unpaired]) -> str:
+def _make_unmatched_message(source: AdapterFiles, base: Checkpoint, missing: list[Unpaired]) -> str:
     """Return the message of an adapter with weights that match none of BASE."""
     examples = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
@@ -171,7 +171,7 @@ def _make_unmatched_message(source: Source, base: Checkpoint, missing: list[Unpa
     )
 
 
-def _make_nothing_measured_error(source: Source, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
+def _make_nothing_measured_error(source: AdapterFiles, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
     """Return the error of an adapter of which no ΔW is measured."""
     reasons = {item.reason for item in unpaired}
     if reasons == {"needs_base"}:
@@ -181,7 +181,7 @@ def _make_nothing_measured_error(source: Source, unpaired: list[Unpaired]) -> In
     return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({listed})")
 
 
-def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
+def _place_without_base(source: AdapterFiles, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
     deltas: list[Delta] = []
     unpaired: list[Unpaired] = []
@@ -202,7 +202,9 @@ def _place_without_base(source: Source, reading: Reading) -> tuple[list[Delta], 
     return deltas, unpaired, [LLAMA_ROWS] if in_llama_order else []
 
 
-def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[list[Delta], list[Unpaired], list[str]]:
+def _place_on_base(
+    source: AdapterFiles, reading: Reading, base: Checkpoint
+) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter relative to its BASE, the skipped weights and rows, and notes."""
     copies, values = _sort_values(source, reading, base)
     pieces, missing = _match_pieces(source, reading, base)
@@ -234,7 +236,7 @@ def _place_on_base(source: Source, reading: Reading, base: Checkpoint) -> tuple[
     return [*deltas, *value_deltas], [*unpaired, *skipped], notes
 
 
-def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
+def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> None:
     """Refuse updates of different weights that are the same rows of one layer in BASE.
 
     Raises:
@@ -249,7 +251,7 @@ def _refuse_overlap(source: Source, layer: str, pieces: list[Piece]) -> None:
 
 
 def _match_pieces(
-    source: Source, reading: Reading, base: Checkpoint
+    source: AdapterFiles, reading: Reading, base: Checkpoint
 ) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
     """Return every update with its location and orientation in BASE, and the others with shape and reason.
 
@@ -312,7 +314,7 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
     return Piece(update, location, Site(shape, side, in_out), whole_side)
 
 
-def _read_model_type(base: Checkpoint, source: Source) -> str:
+def _read_model_type(base: Checkpoint, source: AdapterFiles) -> str:
     """Return transformers' model type from BASE's config or from the adapter's; empty if unknown."""
     if isinstance(name := base.config.get("model_type"), str):
         return name
@@ -396,7 +398,9 @@ def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
     yield Unpaired.by_rows(location.layer, rows, location.shape[1], expected > stored)
 
 
-def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[dict[str, NewValue], list[NewValue]]:
+def _sort_values(
+    source: AdapterFiles, reading: Reading, base: Checkpoint
+) -> tuple[dict[str, NewValue], list[NewValue]]:
     """Split stored values into copies that differ from BASE, by their names in it, and others; drop equal copies."""
     copies: dict[str, NewValue] = {}
     for value in reading.values:
@@ -408,7 +412,7 @@ def _sort_values(source: Source, reading: Reading, base: Checkpoint) -> tuple[di
     return copies, [value for value in reading.values if not value.is_copy]
 
 
-def _equals_base(source: Source, key: str, base: Checkpoint, name: str) -> bool:
+def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) -> bool:
     """Return whether a tensor of the adapter equals BASE's."""
     import torch
 
@@ -427,7 +431,7 @@ def subtract_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
 
 
 def _pair_new_values(
-    source: Source, values: list[NewValue], base: Checkpoint
+    source: AdapterFiles, values: list[NewValue], base: Checkpoint
 ) -> tuple[list[StoredDelta], list[Unpaired]]:
     """Return the changes of the weights stored in full, and the skipped weights and rows."""
     expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}

@@ -129,7 +129,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterFiles:
     """An adapter, opened by its headers.
 
     Args:
@@ -146,7 +146,7 @@ class Source:
     config: Config | None
     metadata: Mapping[str, str]
     stated_alpha: StatedAlpha = None
-    stored: Source | None = None
+    stored: AdapterFiles | None = None
 
     @property
     def peft_type(self) -> str:
@@ -190,7 +190,7 @@ class Source:
         return self.config
 
 
-def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
+def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFiles:
     """Open an adapter folder or file by its headers.
 
     Args:
@@ -205,14 +205,16 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> Source:
     file = _find_weights(located) if located.is_dir() else located
     if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
-        return Source(path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, stated_alpha)
+        return AdapterFiles(
+            path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, stated_alpha
+        )
     config_path = file.parent / CONFIG
     config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
-    return Source(path, checkpoint, config, checkpoint.files[0].metadata, stated_alpha)
+    return AdapterFiles(path, checkpoint, config, checkpoint.files[0].metadata, stated_alpha)
 
 
-def refuse_integers(source: Source) -> None:
+def refuse_integers(source: AdapterFiles) -> None:
     """Refuse tensors other than floats, which no supported family has, except single numbers.
 
     Raises:
@@ -309,7 +311,7 @@ def is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def find_pair(source: Source, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
+def find_pair(source: AdapterFiles, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
     """Return the names of A and B of a module, which are its parts ``prefix`` + ``A`` and ``prefix`` + ``B``.
 
     Raises:
@@ -329,7 +331,7 @@ def find_pair(source: Source, module: str, parts: dict[str, str], prefix: str = 
     return parts[prefix + "A"], parts[prefix + "B"]
 
 
-def check_ranks(source: Source, module: str, rank_a: int, expected: int, rank_b: int) -> None:
+def check_ranks(source: AdapterFiles, module: str, rank_a: int, expected: int, rank_b: int) -> None:
     """Check the ranks of a module's factors against each other and against the config.
 
     Raises:
@@ -361,7 +363,7 @@ def get_stated_alpha(options: Mapping[str, Any]) -> StatedAlpha:
     return "rank" if is_rank else alpha
 
 
-def add_config(source: Source) -> Source:
+def add_config(source: AdapterFiles) -> AdapterFiles:
     """Return a source with the settings that are missing in a PEFT file, from the ranks of its factors and the given α.
 
     Without a given α, with α in the config, or if it is no PEFT LoRA, it is unchanged.
@@ -382,7 +384,7 @@ def add_config(source: Source) -> Source:
     return source
 
 
-def _make_settings(source: Source) -> dict[str, Any]:
+def _make_settings(source: AdapterFiles) -> dict[str, Any]:
     """Return the settings of a PEFT file without a config, from the shapes of its factors and the given α."""
     modules, _ = group_by_module(source.checkpoint, _FACTORS, source.path)
     ranks = {

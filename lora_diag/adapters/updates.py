@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_diag.adapters.source import Config, Source, drop_prefix, group_by_module, is_named
+from lora_diag.adapters.source import AdapterFiles, Config, drop_prefix, group_by_module, is_named
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Side
 from lora_diag.errors import InputError, damaged
@@ -182,14 +182,14 @@ class Family:
     """
 
     name: str
-    claims: Callable[[Source], bool]
-    read: Callable[[Source], Reading]
+    claims: Callable[[AdapterFiles], bool]
+    read: Callable[[AdapterFiles], Reading]
     form: str = "peft"
     marks: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
 
     @staticmethod
-    def of_peft(name: str, peft_type: str, read: Callable[[Source], Reading], marks: tuple[str, ...]) -> Family:
+    def of_peft(name: str, peft_type: str, read: Callable[[AdapterFiles], Reading], marks: tuple[str, ...]) -> Family:
         """Return the family of a type of PEFT, which the config names."""
         return Family(f"PEFT {name}", lambda source: source.peft_type == peft_type, read, marks=marks)
 
@@ -222,9 +222,9 @@ def format_ranks(updates: Iterable[Update]) -> str:
 
 
 def read_modules(
-    source: Source,
+    source: AdapterFiles,
     parts: tuple[str, ...],
-    read_module: Callable[[Source, str, dict[str, str]], list[Update]],
+    read_module: Callable[[AdapterFiles, str, dict[str, str]], list[Update]],
     kind: str,
     scaling: str = "",
     ignored: tuple[str, ...] = (),
@@ -253,7 +253,7 @@ def read_modules(
     return add_stored_values(reading, source, unclaimed)
 
 
-def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) -> Reading:
+def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[str]) -> Reading:
     """Return a reading with the tensors that no family claimed: weights in full, updates of rows, and unused ones.
 
     Args:
@@ -278,7 +278,7 @@ def add_stored_values(reading: Reading, source: Source, names: Iterable[str]) ->
     return replace(reading, updates=tuple(updates), values=tuple(values), ignored=tuple(ignored))
 
 
-def make_rows_update(source: Source, module: str, key: str, indices: Any) -> Update:
+def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) -> Update:
     """Return the update that replaces rows of a table.
 
     Despite its name, ``trainable_tokens_delta`` ``(n, dim)`` holds the new values: ΔW[i] = value − W[i] for the trained

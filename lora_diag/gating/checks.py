@@ -17,9 +17,9 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
-from lora_diag.gating.evidence import InputState, ResultsSource, Sources
 from lora_diag.gating.policy import Checks, Policy
 from lora_diag.gating.record import Status, Verdict
+from lora_diag.gating.sources import InputState, ResultsSource, Sources
 from lora_diag.records import RunInput
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible

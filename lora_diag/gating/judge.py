@@ -14,9 +14,9 @@ from itertools import groupby
 from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
-from lora_diag.gating.evidence import Baseline, Sources, Subject, commands_of, list_subjects, value_of
 from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
 from lora_diag.gating.record import Status, Verdict
+from lora_diag.gating.sources import Baseline, Sources, Subject, commands_of, list_subjects, value_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,10 @@ from lora_diag.files import RESULTS, check_output
 from lora_diag.gating import GateOptions
 from lora_diag.gating.checks import compare_inputs
 from lora_diag.gating.conditions import KINDS, RecordField, find
-from lora_diag.gating.evidence import (
+from lora_diag.gating.judge import judge
+from lora_diag.gating.policy import READY, SPIKE, Policy, read_age, read_policy, read_text
+from lora_diag.gating.record import Verdict, outcome
+from lora_diag.gating.sources import (
     Baseline,
     InputState,
     ResultsSource,
@@ -26,9 +29,6 @@ from lora_diag.gating.evidence import (
     open_results,
     value_of,
 )
-from lora_diag.gating.judge import judge
-from lora_diag.gating.policy import READY, SPIKE, Policy, read_age, read_policy, read_text
-from lora_diag.gating.record import Verdict, outcome
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.base import Guard
 from lora_diag.records.run import timestamp

@@ -14,23 +14,12 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta, footprint, row_blocks, row_spans
 from lora_diag.errors import MemoryLimitError
-from lora_diag.linalg import (
-    Allowance,
-    Difference,
-    Factors,
-    Streamed,
-    decompose,
-    decompose_factored,
-    decompose_streamed,
-    difference,
-    first_non_finite,
-    norm,
-    resolve_device,
-    use_own_stream,
-    whole_bytes,
-)
-from lora_diag.linalg.devices import move
+from lora_diag.linalg.devices import move, resolve_device, use_own_stream
+from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
+from lora_diag.linalg.exact import Factors, decompose_factored
 from lora_diag.linalg.merge import Addend, Product, Whole
+from lora_diag.linalg.methods import Allowance, decompose, decompose_streamed, whole_bytes
+from lora_diag.linalg.streamed import Streamed
 from lora_diag.records.vocabulary import ON_CPU
 
 T = TypeVar("T")

@@ -18,17 +18,12 @@ from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.errors import InputError, MemoryLimitError
 from lora_diag.layers.change import Change, why_not_comparable
 from lora_diag.layers.resolution import Gains
-from lora_diag.linalg import (
-    Factors,
-    compare_blocks,
-    decompose_factored,
-    factor_moments,
-    first_non_finite,
-    norm,
-    principal_cosines,
-)
 from lora_diag.linalg.devices import move
-from lora_diag.metrics import Distances, compute_distances, truncation_error
+from lora_diag.linalg.difference import first_non_finite, norm
+from lora_diag.linalg.distance import compare_blocks, factor_moments, principal_cosines
+from lora_diag.linalg.exact import Factors, decompose_factored
+from lora_diag.metrics.energy import truncation_error
+from lora_diag.metrics.subspaces import Distances, compute_distances
 from lora_diag.records import Agreement
 
 # Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of many products.

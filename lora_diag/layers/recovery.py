@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,14 +18,14 @@ from torch import Tensor
 from lora_diag.deltas import Side, StoredDelta, row_spans
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change
-from lora_diag.linalg import Streamed, norm
 from lora_diag.linalg.cells import (
     GRIDS,
     MAX_UNEVENNESS,
     Binades,
+    CellMatrix,
     Cells,
+    ComputedCells,
     Moments,
-    Source,
     add_noise,
     cell_halves,
     join_cells,
@@ -32,6 +33,7 @@ from lora_diag.linalg.cells import (
     round_to_nearest,
 )
 from lora_diag.linalg.devices import move
+from lora_diag.linalg.difference import norm
 from lora_diag.linalg.hidden import (
     FULL_SVD_UP_TO,
     HELD_OUT_FRACTION,
@@ -58,6 +60,7 @@ from lora_diag.linalg.hidden_models import (
     unscale,
 )
 from lora_diag.linalg.rounding import SHORTER
+from lora_diag.linalg.streamed import Streamed
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
 
@@ -123,7 +126,7 @@ class Law:
             return self.shape.moments(block, self.deviation, fast)
         return moments(block, self.mean(first, first + len(block.lo)), self.deviation, fast)
 
-    def norm(self, cells: Source, scales: Scales | None) -> float:
+    def norm(self, cells: CellMatrix, scales: Scales | None) -> float:
         """Return √ΣE[x² | cells] before division by the scales."""
         total = 0.0
         for first, last in cells.spans():
@@ -149,7 +152,7 @@ class Estimate:
     """
 
     hidden: Hidden
-    cells: Source | None = None
+    cells: CellMatrix | None = None
     law: Law = Law(0.0)
     scales: Scales | None = None
     unit: float = 1.0
@@ -355,46 +358,22 @@ class _StoredPair:
         return Cells(lo, hi, (low / unit).float(), (high / unit).float()), stats
 
 
-class _StreamedCells(Source):
-    """Cells that are computed from the files whenever they are read, best from the first row to the last."""
+def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
+    """Return cells that are computed from the files whenever they are read, best from the first row to the last."""
+    rows, columns = pair.delta.shape
+    step = next(iter(row_spans(pair.delta.shape)))[1]
 
-    def __init__(self, pair: _StoredPair, rounded: bool) -> None:
-        self._pair, self._rounded = pair, rounded
-        self._step = next(iter(row_spans(pair.delta.shape)))[1]
-        self._cached: dict[int, Cells] = {}
+    @lru_cache(maxsize=2)  # the rows that are read at once lie in two blocks at most
+    def read_block(block: int) -> Cells:
+        first, last = block * step, min(rows, (block + 1) * step)
+        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(pair.delta))
+        return pair.cells(first, w, t, rounded)[0]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._pair.delta.shape
+    def read(first: int, last: int) -> Cells:
+        blocks = range(first // step, (last - 1) // step + 1)
+        return join_cells([read_block(i).rows(max(0, first - i * step), min(last - i * step, step)) for i in blocks])
 
-    @property
-    def device(self) -> torch.device:
-        return self._pair.device
-
-    @property
-    def rounded(self) -> bool:
-        return self._rounded
-
-    def exact_start(self) -> _StreamedCells:
-        """Return the same cells with the stored BASE as the start."""
-        return _StreamedCells(self._pair, False)
-
-    def rows(self, first: int, last: int) -> Cells:
-        blocks = range(first // self._step, (last - 1) // self._step + 1)
-        self._cached = {block: self._read_block(block) for block in blocks}
-        parts = []
-        for block, cells in self._cached.items():
-            start = block * self._step
-            parts.append(cells.rows(max(0, first - start), min(last - start, self._step)))
-        return parts[0] if len(parts) == 1 else join_cells(parts)
-
-    def _read_block(self, block: int) -> Cells:
-        if block in self._cached:
-            return self._cached[block]
-        (rows, columns), first = self.shape, block * self._step
-        last = min(rows, first + self._step)
-        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(self._pair.delta))
-        return self._pair.cells(first, w, t, self._rounded)[0]
+    return ComputedCells(pair.delta.shape, pair.device, rounded, read)
 
 
 def recover_layer(
@@ -515,7 +494,7 @@ class _Model:
         recovered: L, if the fit needs it; else not known yet.
     """
 
-    cells: Source
+    cells: CellMatrix
     size: Size
     scales: Scales | None
     fit: Binades
@@ -523,7 +502,7 @@ class _Model:
     recovered: Recovered | None = None
 
 
-def _fit_model(pair: _StoredPair, cells: Source, size: Size, start: Start, seed: int, keep: bool) -> _Model:
+def _fit_model(pair: _StoredPair, cells: CellMatrix, size: Size, start: Start, seed: int, keep: bool) -> _Model:
     """Return the first model that fits: a listed shape, a flat density, scales, L and one variance, L and scales.
 
     Scales are those of rows and columns. Steps of Adam in one direction move all entries by about as much, and flat
@@ -633,7 +612,7 @@ def _read_sample(side: Side, shape: tuple[int, int]) -> Tensor:
     return next(iter(side.checkpoint.read_each(side.name, [head])))
 
 
-def _read_cells(pair: _StoredPair, whole: bool) -> tuple[Cells | _StreamedCells, _Stats]:
+def _read_cells(pair: _StoredPair, whole: bool) -> tuple[CellMatrix, _Stats]:
     """Read both sides, and return the cells, in memory if ``whole``, and their sums."""
     rounded = pair.base.mantissa <= pair.tuned.mantissa
     count = (4 if rounded else 2) if whole else 0
@@ -644,10 +623,10 @@ def _read_cells(pair: _StoredPair, whole: bool) -> tuple[Cells | _StreamedCells,
         for end, part in zip(ends, (cells.lo, cells.hi, cells.below, cells.above), strict=False):
             assert part is not None
             end[first : first + len(part)] = part
-    return Cells(*ends) if whole else _StreamedCells(pair, rounded), _Stats(*map(sum, zip(*sums, strict=True)))
+    return Cells(*ends) if whole else _stream_cells(pair, rounded), _Stats(*map(sum, zip(*sums, strict=True)))
 
 
-def _choose_start(all_cells: Cells | _StreamedCells, rms: float) -> tuple[Source, Start, float | None]:
+def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
 
     The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
@@ -655,13 +634,14 @@ def _choose_start(all_cells: Cells | _StreamedCells, rms: float) -> tuple[Source
     if not all_cells.rounded:
         return all_cells, "stored", None
     cells = all_cells.sample(SAMPLE)
-    assert isinstance(cells, Cells | _StreamedCells)
     exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (cells.exact_start(), cells))
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
 
 
-def _compare_binades(pair: _StoredPair, fitted_cells: Source, law: Law, scales: Scales | None, start: Start) -> Binades:
+def _compare_binades(
+    pair: _StoredPair, fitted_cells: CellMatrix, law: Law, scales: Scales | None, start: Start
+) -> Binades:
     """Compare which entries changed, and how far, with what a distribution expects, by binade of |W|.
 
     ``fitted_cells`` are those that the model was fitted to, divided by ``scales``.

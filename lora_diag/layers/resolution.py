@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diag.metrics import Gain, Noise, signal_rank, verdict, weighted_edge
+from lora_diag.metrics.resolution import Gain, Noise, signal_rank, verdict, weighted_edge
 from lora_diag.records import Resolution
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lora_diag.linalg import Difference, Factors
+    from lora_diag.linalg.difference import Difference
+    from lora_diag.linalg.exact import Factors
     from lora_diag.linalg.rounding import Profile
 
 
@@ -58,7 +59,7 @@ def resolution(difference: Difference | None, factors: Factors, gains: Gains | N
         factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
         gains: Effect of the data metric on the errors; None in the plain metric.
     """
-    from lora_diag.linalg import rounding_threshold
+    from lora_diag.linalg.exact import rounding_threshold
 
     s, fro, complete = factors.s.numpy(), factors.fro, factors.complete
     rounding = difference.rounding if difference else None

@@ -55,7 +55,7 @@ class LayerTask:
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
     """Return the record of a 1-D tensor, which has no rank: the norm of its change, or why it is not finite."""
     from lora_diag.layers.change import load_change  # deferred: imports torch
-    from lora_diag.linalg import resolve_device
+    from lora_diag.linalg.devices import resolve_device
 
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
@@ -77,7 +77,8 @@ def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
     """
     reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:
-        from lora_diag.linalg import first_non_finite, norm, resolve_device
+        from lora_diag.linalg.devices import resolve_device
+        from lora_diag.linalg.difference import first_non_finite, norm
 
         rows = unpaired.rows.read(0, unpaired.shape[0] * unpaired.shape[1]).view(unpaired.shape)
         rows = rows.to(resolve_device(device))

@@ -35,12 +35,11 @@ on |W|; errors of stochastic rounding grow with the spacing of the numbers, henc
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -118,30 +117,28 @@ def round_to_nearest(values: Tensor, dtype: str) -> Tensor:
     return values.to(getattr(torch, dtype)).to(values.dtype)
 
 
-class Source(ABC):
+class CellMatrix:
     """Cells of the entries of a matrix, in memory or computed when they are read.
 
     Every way to read gives the same numbers, block by block, so that estimates do not depend on memory.
     """
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """``(m, n)``."""
+    if TYPE_CHECKING:
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Device of the ends."""
+        @property
+        def shape(self) -> tuple[int, int]:
+            """``(m, n)``."""
 
-    @property
-    @abstractmethod
-    def rounded(self) -> bool:
-        """Whether the start of training lies anywhere in BASE's cells."""
+        @property
+        def device(self) -> torch.device:
+            """Device of the ends."""
 
-    @abstractmethod
-    def rows(self, first: int, last: int) -> Cells:
-        """Return the rows from ``first`` to before ``last``."""
+        @property
+        def rounded(self) -> bool:
+            """Whether the start of training lies anywhere in BASE's cells."""
+
+        def rows(self, first: int, last: int) -> Cells:
+            """Return the rows from ``first`` to before ``last``."""
 
     @property
     def count(self) -> int:
@@ -163,7 +160,7 @@ class Source(ABC):
                 parts.append(self.rows(first, last).at(inside - first * columns))
         return join_cells(parts, 1)
 
-    def sample(self, entries: int) -> Source:
+    def sample(self, entries: int) -> CellMatrix:
         """Return about this many entries, as one row; these cells themselves if there are at most twice as many.
 
         The step is odd, so that of 2^k columns they are not from a few only.
@@ -172,7 +169,18 @@ class Source(ABC):
             return self
         return self.at(torch.arange(0, self.count, self.count // entries | 1, device=self.device))
 
-    def open_entries(self, entries: Tensor) -> Mapped:
+    def change_rows(self, function: Callable[[Cells, int], Cells]) -> ComputedCells:
+        """Return the cells that a function makes of a block of rows and the number of its first row."""
+        return ComputedCells(
+            self.shape, self.device, self.rounded, lambda first, last: function(self.rows(first, last), first)
+        )
+
+    def exact_start(self) -> CellMatrix:
+        """Return the same cells with the stored BASE as the start."""
+        exact = self.change_rows(lambda block, first: replace(block, below=None, above=None))
+        return replace(exact, rounded=False)
+
+    def open_entries(self, entries: Tensor) -> CellMatrix:
         """Return the same cells with some entries unknown: from −∞ to ∞.
 
         Args:
@@ -186,7 +194,7 @@ class Source(ABC):
             low.view(-1)[inside], high.view(-1)[inside] = -math.inf, math.inf
             return replace(block, lo=low, hi=high)
 
-        return Mapped(self, open_rows)
+        return self.change_rows(open_rows)
 
 
 def _select_between(entries: Tensor, first: int, last: int) -> Tensor:
@@ -197,7 +205,7 @@ def _select_between(entries: Tensor, first: int, last: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Cells(Source):
+class Cells(CellMatrix):
     """Cells of the entries of X = (trained weight) − (start of training), given both stored matrices.
 
     The trained weight is in the cell of the stored T, so with an exact start W the entry is in ``[lo, hi]``. If BASE
@@ -244,10 +252,6 @@ class Cells(Source):
         parts = (self.lo, self.hi, self.below, self.above)
         return Cells(*(None if part is None else function(part) for part in parts))  # type: ignore[arg-type]
 
-    def exact_start(self) -> Cells:
-        """Return the same cells with the stored BASE as the start."""
-        return replace(self, below=None, above=None)
-
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
     """Return the cells of all blocks, joined along a dimension."""
@@ -255,36 +259,25 @@ def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
     return Cells(*(None if tensors[0] is None else torch.cat(tensors, dim) for tensors in fields))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped(Source):
-    """Cells computed from other cells of the same matrix.
+@dataclass(frozen=True)
+class ComputedCells(CellMatrix):
+    """Cells that are computed whenever they are read.
 
     Args:
-        cells: The other cells.
-        function: Takes a block of rows of them and its first row number.
+        shape: ``(m, n)``.
+        device: Device of the ends.
+        rounded: Whether the start of training lies anywhere in BASE's cells.
+        read: Returns the rows from the first to before the last.
     """
 
-    cells: Source
-    function: Callable[[Cells, int], Cells]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(m, n)``."""
-        return self.cells.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the ends."""
-        return self.cells.device
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the start of training lies anywhere in BASE's cells."""
-        return self.cells.rounded
+    shape: tuple[int, int]
+    device: torch.device
+    rounded: bool
+    read: Callable[[int, int], Cells]
 
     def rows(self, first: int, last: int) -> Cells:
         """Return the rows from ``first`` to before ``last``."""
-        return self.function(self.cells.rows(first, last), first)
+        return self.read(first, last)
 
 
 # Nodes and K, by dtype; the fast ones are accurate to 1e-3 of the variance.
@@ -470,33 +463,18 @@ _LOWEST, _BINADES = -1100, 2200
 MIN_COUNT, MIN_INFORMATION = 50, 0.01
 
 
-def _make_zeros() -> Tensor:
-    """Return a zero for every binade, float64."""
-    return torch.zeros(_BINADES, dtype=torch.float64)
-
-
 @dataclass(slots=True)
 class Binades:
     """Counts of entries and sums over them, by ⌊log2|W|⌋.
 
     Args:
-        entries: Number of entries.
-        changed: Number of changed entries.
-        expected: Σ of the probabilities of a change.
-        variance: Σ p(1 − p).
-        square: Σ E[(x − L)²]/s².
-        scatter: Σ of its squares.
-        known: Σ of the fractions of the variance that cells remove.
+        sums: For every binade, float64: the number of entries, the number of changed ones, Σ of the probabilities p of
+            a change, Σ p(1 − p), Σ E[(x − L)²]/s², Σ of its squares, and Σ of the fractions of the variance that cells
+            remove.
         most_uneven: Largest ``uneven`` of an accepted fit.
     """
 
-    entries: Tensor = field(default_factory=_make_zeros)
-    changed: Tensor = field(default_factory=_make_zeros)
-    expected: Tensor = field(default_factory=_make_zeros)
-    variance: Tensor = field(default_factory=_make_zeros)
-    square: Tensor = field(default_factory=_make_zeros)
-    scatter: Tensor = field(default_factory=_make_zeros)
-    known: Tensor = field(default_factory=_make_zeros)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(7, _BINADES, dtype=torch.float64))
     most_uneven: float = MAX_UNEVENNESS
 
     def add(self, base: Tensor, changed: Tensor, probability: Tensor, square: Tensor, known: Tensor) -> None:
@@ -513,31 +491,27 @@ class Binades:
         indices = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
         p = probability.double().clamp(0.0, 1.0).reshape(-1).cpu()
         second = square.double().reshape(-1).cpu()
-        for sums, values in (
-            (self.entries, torch.ones_like(p)),
-            (self.changed, changed.reshape(-1).double().cpu()),
-            (self.expected, p),
-            (self.variance, p * (1 - p)),
-            (self.square, second),
-            (self.scatter, second**2),
-            (self.known, known.double().reshape(-1).cpu()),
-        ):
+        removed = known.double().reshape(-1).cpu()
+        counted = (torch.ones_like(p), changed.reshape(-1).double().cpu())
+        for sums, values in zip(self.sums, (*counted, p, p * (1 - p), second, second**2, removed), strict=True):
             sums.index_add_(0, indices, values)
 
     @property
     def chi(self) -> float | None:
         """χ² per degree of freedom; None with fewer than two usable binades."""
-        judged = torch.minimum(self.expected, self.entries - self.expected) >= MIN_EXPECTED
+        entries, changed, expected, variance = self.sums[:4]
+        judged = torch.minimum(expected, entries - expected) >= MIN_EXPECTED
         if int(judged.sum()) < 2:
             return None
-        terms = (self.changed - self.expected)[judged] ** 2 / self.variance[judged]
+        terms = (changed - expected)[judged] ** 2 / variance[judged]
         return float(terms.sum()) / (int(judged.sum()) - 1)  # one size was fitted
 
     @property
     def misplaced(self) -> float:
         """Σ|changed − expected| over the binades, over the smaller number of changed or unchanged ones; 0 if none."""
-        fewer = min(float(self.changed.sum()), float((self.entries - self.changed).sum()))
-        off = float((self.changed - self.expected).abs().sum())
+        entries, changed, expected = self.sums[:3]
+        fewer = min(float(changed.sum()), float((entries - changed).sum()))
+        off = float((changed - expected).abs().sum())
         return off / fewer if fewer > 0 else 0.0
 
     @property
@@ -546,13 +520,14 @@ class Binades:
 
         Both are 0 with fewer than two usable binades.
         """
-        used = (self.entries >= MIN_COUNT) & (self.known >= MIN_INFORMATION * self.entries)
-        count = self.entries[used]
-        if len(count) < 2:
+        entries, known = self.sums[0], self.sums[6]
+        used = (entries >= MIN_COUNT) & (known >= MIN_INFORMATION * entries)
+        if int(used.sum()) < 2:
             return 0.0, 0.0
-        mean, q = self.square[used] / count, self.known[used] / count
+        count, _, _, _, square, scatter, removed = self.sums[:, used]
+        mean, q = square / count, removed / count
         log_size = mean.log() / 2 / q
-        error = ((self.scatter[used] / count - mean**2).clamp(min=0.0) / count).sqrt() / 2 / q
+        error = ((scatter / count - mean**2).clamp(min=0.0) / count).sqrt() / 2 / q
         weight = count * q / (count * q).sum()
         variance = float((weight * (log_size - (weight * log_size).sum()) ** 2).sum())
         return math.sqrt(variance), math.sqrt(float((weight * error**2).sum()))

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Shrunk, Source, moments, shrink
+from lora_diag.linalg.cells import CellMatrix, Cells, Shrunk, moments, shrink
 from lora_diag.linalg.streamed import Streamed
 
 # Number of entries of the sample to which the size is first fitted, in layers of more than twice as many.
@@ -113,7 +113,7 @@ class LowRank:
         return (self.u[first:last] * self.values.eta.to(self.u)) @ self.vh
 
 
-def fit_size(cells: Source, guess: float) -> Size:
+def fit_size(cells: CellMatrix, guess: float) -> Size:
     """Estimate the variance of X by maximum likelihood, with L = 0.
 
     log s += ½·log g/q with g = mean E[x²|cell]/s², a scoring step.
@@ -164,7 +164,7 @@ class _Sums:
         return 1 / math.sqrt(self.scores) if self.scores > 0 else math.inf
 
 
-def _sum_moments(cells: Source, deviation: float, fast: bool = False) -> _Sums:
+def _sum_moments(cells: CellMatrix, deviation: float, fast: bool = False) -> _Sums:
     """Return the sums for x ~ N(0, s²) given its cell, s = ``deviation``."""
     sums = _Sums()
     for first, last in cells.spans():
@@ -276,7 +276,7 @@ def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
 
 
 def fit_low_rank(
-    cells: Source,
+    cells: CellMatrix,
     size: Size,
     rule: Rule = "norm",
     start: LowRank | None = None,
@@ -335,7 +335,7 @@ class _Posterior:
         buffer: Where the blocks of the first pass are kept; None to compute them in every pass.
     """
 
-    cells: Source
+    cells: CellMatrix
     mean: Callable[[int, int], Tensor | float]
     deviation: float
     buffer: Tensor | None
@@ -453,7 +453,7 @@ class Recovered:
     unseen: LowRank | None = None
 
 
-def recover(cells: Source, size: Size, seed: int = 0, keep: bool = True) -> Recovered:
+def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> Recovered:
     """Estimate L if held-out cells support it.
 
     Args:

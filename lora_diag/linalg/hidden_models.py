@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import Cells, Mapped, Moments, Source, moments
+from lora_diag.linalg.cells import CellMatrix, Cells, Moments, moments
 from lora_diag.linalg.hidden import HeldOut, LowRank, Size, fit_size
 
 # Entries on which shapes are compared, and how many steps their scales take at most.
@@ -115,7 +115,7 @@ class _Sums:
     log_likelihood: float = 0.0
 
 
-def _sum_scores(cells: Source, shape: Shape, deviation: float) -> _Sums:
+def _sum_scores(cells: CellMatrix, shape: Shape, deviation: float) -> _Sums:
     """Return the sums for a shape of this deviation."""
     sums = _Sums()
     for first, last in cells.spans():
@@ -132,7 +132,7 @@ def _sum_scores(cells: Source, shape: Shape, deviation: float) -> _Sums:
     return sums
 
 
-def fit_deviation(cells: Source, shape: Shape, guess: float) -> Shaped:
+def fit_deviation(cells: CellMatrix, shape: Shape, guess: float) -> Shaped:
     """Return a shape with its likeliest deviation, by steps of the score over its own variance.
 
     Args:
@@ -150,7 +150,7 @@ def fit_deviation(cells: Source, shape: Shape, guess: float) -> Shaped:
     return Shaped(shape, deviation, sums.log_likelihood)
 
 
-def fit_shape(cells: Source, guess: float) -> Shaped:
+def fit_shape(cells: CellMatrix, guess: float) -> Shaped:
     """Choose the shape of the entries by likelihood: flatter and heavier ones are tried until the likelihood falls.
 
     Args:
@@ -204,7 +204,7 @@ class Density:
     shape: Shape
 
 
-def fit_density(cells: Source, deviation: float) -> Density:
+def fit_density(cells: CellMatrix, deviation: float) -> Density:
     """Fit the density of the entries, and estimate their root mean square.
 
     Args:
@@ -241,7 +241,7 @@ def _make_shape(weights: Tensor, grid: Tensor) -> Shape:
     )
 
 
-def _compute_likelihood(cells: Source, points: Tensor, kernel: float) -> Tensor:
+def _compute_likelihood(cells: CellMatrix, points: Tensor, kernel: float) -> Tensor:
     """Return the likelihood of every cell at every |x|, up to a factor per cell."""
     columns = []
     for point in points.tolist():
@@ -312,9 +312,9 @@ class Scales:
     row_variances: Tensor
     column_variances: Tensor
 
-    def divide(self, cells: Source) -> Source:
+    def divide(self, cells: CellMatrix) -> CellMatrix:
         """Return cells of x_ij / √(a_i·b_j)."""
-        return Mapped(cells, self.divide_rows)
+        return cells.change_rows(self.divide_rows)
 
     def divide_rows(self, block: Cells, first: int) -> Cells:
         """Return a block of rows, of which the first has the number ``first``, divided likewise."""
@@ -326,7 +326,7 @@ class Scales:
         return self.rows[first:last, None] * self.columns
 
 
-def measure_norm(cells: Source, deviation: float, scales: Scales) -> tuple[float, float]:
+def measure_norm(cells: CellMatrix, deviation: float, scales: Scales) -> tuple[float, float]:
     """Return √E[‖X‖²] before the division, and the standard error of its logarithm from that of the scales.
 
     Args:
@@ -381,7 +381,7 @@ def measure_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float, scal
     return lengths.cpu(), deviation * torch.linalg.inv(information).diagonal().sqrt().cpu()
 
 
-def fit_scales(cells: Source, size: Size) -> tuple[Scales, Source, Size] | None:
+def fit_scales(cells: CellMatrix, size: Size) -> tuple[Scales, CellMatrix, Size] | None:
     """Fit the scales of rows and columns.
 
     Args:
@@ -433,7 +433,7 @@ class _Scores:
     level: float
 
 
-def _sum_scale_scores(cells: Source, deviation: float) -> _Scores:
+def _sum_scale_scores(cells: CellMatrix, deviation: float) -> _Scores:
     """Return the sums for x_ij ~ N(0, s²) given its cell."""
     score = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)
     known = tuple(torch.zeros(count, dtype=torch.float64) for count in cells.shape)

@@ -27,7 +27,7 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TextSource:
     """The contents of a text file, JSON lines or a data set.
 
     Args:
@@ -69,7 +69,7 @@ def check_texts(path: Path | str) -> None:
         )
 
 
-def read_source(path: Path | str) -> Source:
+def read_source(path: Path | str) -> TextSource:
     """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``.
 
     Raises:
@@ -81,7 +81,7 @@ def read_source(path: Path | str) -> Source:
     return _read_data_set(path) if path.is_dir() else _read_file(path)
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path) -> TextSource:
     """Return the contents of a text file, or the rows of JSON lines.
 
     Raises:
@@ -96,8 +96,8 @@ def _read_file(path: Path) -> Source:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it") from error
     digest = hashlib.sha256(content).hexdigest()[:16]
     if path.suffix in {".jsonl", ".json"}:
-        return Source(path.stem, digest, rows=tuple(_read_lines(path, text)))
-    return Source(path.stem, digest, text)
+        return TextSource(path.stem, digest, rows=tuple(_read_lines(path, text)))
+    return TextSource(path.stem, digest, text)
 
 
 def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,7 +116,7 @@ def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _read_data_set(path: Path) -> Source:
+def _read_data_set(path: Path) -> TextSource:
     """Return the rows of a data set with the columns in use; a row with a class label also has the label's name.
 
     Raises:
@@ -150,7 +150,7 @@ def _read_data_set(path: Path) -> Source:
         if names and isinstance(label, int) and 0 <= label < len(names):
             row = {**row, "label_name": names[label]}
         rows.append((f"{path}: row {number}", row))
-    return Source(path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows")
+    return TextSource(path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows")
 
 
 def _refuse_outside_paths(path: Path) -> None:

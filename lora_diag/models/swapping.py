@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_diag.deltas import Delta, Side, StoredDelta, row_blocks, row_spans, selector
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.layers.change import Change, load_change
-from lora_diag.linalg import Factors
+from lora_diag.linalg.exact import Factors
 from lora_diag.models.opening import Model, Weights
 from lora_diag.records.names import part_of
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.source import Source
+from lora_diag.adapters.source import AdapterFiles
 from lora_diag.checkpoints import Checkpoint, hide_secrets
 from lora_diag.checkpoints.distributed import INDEX
 from lora_diag.checkpoints.remote import RemotePath
@@ -46,7 +46,7 @@ def legible(text: Path | str) -> str:
     return hide_secrets(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def fingerprint_of_adapter(source: Source) -> str:
+def fingerprint_of_adapter(source: AdapterFiles) -> str:
     """Return the fingerprint of an adapter, from its config and every byte of its weights, if they are local.
 
     Raises:

@@ -56,7 +56,7 @@ def plan_device(engine: Ray | None, device: str) -> DevicePlan:
             invalid.
     """
     if engine is None:
-        from lora_diag.linalg import resolve_device  # deferred: imports torch
+        from lora_diag.linalg.devices import resolve_device  # deferred: imports torch
 
         return DevicePlan(device, resolve_device(device).type, device)
     engine.check()

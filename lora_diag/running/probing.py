@@ -11,7 +11,7 @@ from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
-from lora_diag.linalg import resolve_device
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, check_names, check_texts, read_texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model, open_model

@@ -25,7 +25,7 @@ import torch
 
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError, UsageError
-from lora_diag.linalg import resolve_device
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model

@@ -55,8 +55,8 @@ def kernels(peers: bool) -> None:
     import numpy as np
     import torch
 
-    from lora_diag.linalg import decompose
     from lora_diag.linalg.exact import gram_matrix
+    from lora_diag.linalg.methods import decompose
     from tests.benchmarks.pairs import update, weight
 
     print("| matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified |")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, set_seed
 
 import lora_diag
-from lora_diag.metrics import pool_distances
+from lora_diag.metrics.subspaces import pool_distances
 
 MODULES = ("argparse", "asyncio", "ctypes", "decimal", "email", "logging", "tarfile", "turtle", "unittest", "zipfile")
 LENGTH, BATCH, HELD_OUT = 48, 16, 500

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from lora_diag.layers.resolution import noise_of
-from lora_diag.linalg import difference
+from lora_diag.linalg.difference import difference
 
 SHAPES = ((128, 128), (512, 128), (384, 384))
 Weights = NDArray[np.float64]

@@ -27,9 +27,10 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diag import residual, spectrum
-from lora_diag.linalg import Difference, Factors, decompose, difference, use_own_stream
-from lora_diag.linalg.devices import move
-from lora_diag.linalg.exact import gram_matrix
+from lora_diag.linalg.devices import move, use_own_stream
+from lora_diag.linalg.difference import Difference, difference
+from lora_diag.linalg.exact import Factors, gram_matrix
+from lora_diag.linalg.methods import decompose
 from tests.benchmarks.measure import machine
 from tests.benchmarks.pairs import make_adapter, make_pair, weight
 from tests.benchmarks.scripts import read_pairs

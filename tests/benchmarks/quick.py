@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 
 from lora_diag import spectrum
-from lora_diag.linalg import decompose, decompose_factored, difference
+from lora_diag.linalg.difference import difference
+from lora_diag.linalg.exact import decompose_factored
+from lora_diag.linalg.methods import decompose
 from tests.benchmarks.measure import processor
 from tests.benchmarks.pairs import make_adapter, make_pair, update, weight
 from tests.benchmarks.scripts import svdvals

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from lora_diag.layers.resolution import noise_of
-from lora_diag.linalg import difference
-from lora_diag.metrics import signal_rank, verdict
+from lora_diag.linalg.difference import difference
+from lora_diag.metrics.resolution import signal_rank, verdict
 from tests.benchmarks.recovery import update
 
 N = 768

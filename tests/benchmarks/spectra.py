@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.linalg import decompose, norm
+from lora_diag.linalg.difference import norm
+from lora_diag.linalg.methods import decompose
 from tests.benchmarks.pairs import update
 
 TOP, TOLERANCES = 64, (5e-4, 1e-2)

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from lora_diag.linalg import difference
+from lora_diag.linalg.difference import difference
 from tests.benchmarks.false_positives import WEIGHTS
 
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)

@@ -13,8 +13,8 @@ import torch
 import lora_diag
 from lora_diag.cli.output import report_unmeasured
 from lora_diag.errors import UsageError
-from lora_diag.linalg import Allowance
 from lora_diag.linalg import methods as limits
+from lora_diag.linalg.methods import Allowance
 from lora_diag.records import LeftOut
 from tests.conftest import PATIENCE, ROOT, Ran, as_numpy, save_model
 from tests.messages import assert_names

@@ -11,7 +11,7 @@ import lora_diag
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
 from lora_diag.errors import InputError, UsageError
 from lora_diag.layers.metric import Root, weighting_bytes
-from lora_diag.metrics import weighted_edge
+from lora_diag.metrics.resolution import weighted_edge
 from lora_diag.running.inputs import compare, second_moments
 from tests import oracles
 from tests.conftest import ROOT, as_numpy, save_model, weights
@@ -184,7 +184,7 @@ def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
     """Σ_{i>r}σ_i² of ΔW·C^½ is min E‖(ΔW − X)x‖² over rank r, C singular or not; U_rU_rᵀΔW reaches it."""
     from lora_diag.layers.change import Change
     from lora_diag.layers.metric import fro_of, times
-    from lora_diag.linalg import factor_moments
+    from lora_diag.linalg.distance import factor_moments
 
     rng = np.random.default_rng(seed)
     d, x = rng.standard_normal((m, n)), rng.standard_normal((seen, n))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import UsageError
-from lora_diag.linalg import difference, resolve_device
+from lora_diag.linalg.devices import resolve_device
+from lora_diag.linalg.difference import difference
 from tests.conftest import as_numpy
 
 CPU = torch.device("cpu")

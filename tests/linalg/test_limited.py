@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import MemoryLimitError, UsageError
-from lora_diag.linalg import Allowance, Streamed, decompose, decompose_streamed
 from lora_diag.linalg import methods as limits
-from lora_diag.linalg.streamed import COLUMNS, gram_of_rows, merge_small_blocks, normal, times_wide
+from lora_diag.linalg.methods import Allowance, decompose, decompose_streamed
+from lora_diag.linalg.streamed import COLUMNS, Streamed, gram_of_rows, merge_small_blocks, normal, times_wide
 from tests import oracles
 
 pytestmark = pytest.mark.slow
@@ -173,7 +173,8 @@ def test_oversized_layer_is_reported_before_reading():
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from lora_diag.linalg import Allowance, Streamed, decompose_streamed
+from lora_diag.linalg.methods import Allowance, decompose_streamed
+from lora_diag.linalg.streamed import Streamed
 from lora_diag.linalg import methods
 
 def resident():  # not getrusage, which begins with what the parent took

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.layers.resolution import noise_of
-from lora_diag.linalg import difference
+from lora_diag.linalg.difference import difference
 from lora_diag.linalg.rounding import LAYOUT, Spacing, write_spacings
-from lora_diag.metrics import signal_rank, verdict
+from lora_diag.metrics.resolution import signal_rank, verdict
 from tests.conftest import as_numpy
 
 CPU = torch.device("cpu")

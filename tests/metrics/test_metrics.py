@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.metrics import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
+from lora_diag.metrics.energy import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
 from lora_diag.metrics.subspaces import random_angles
 from tests import oracles
 

@@ -8,9 +8,9 @@ import torch
 from scipy import optimize
 
 from lora_diag.layers.resolution import noise_of, resolution
-from lora_diag.linalg import decompose, difference
-from lora_diag.metrics import Noise, signal_rank
-from lora_diag.metrics.resolution import _minimize_edge
+from lora_diag.linalg.difference import difference
+from lora_diag.linalg.methods import decompose
+from lora_diag.metrics.resolution import Noise, _minimize_edge, signal_rank
 from tests.benchmarks import starts
 
 CPU = torch.device("cpu")

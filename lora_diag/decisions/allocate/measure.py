@@ -52,7 +52,7 @@ from lora_diag.decisions.allocate.record import Unit as BudgetUnit
 from lora_diag.decisions.targets import compile_pattern, why_no_target
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import UsageError
-from lora_diag.metrics import energy_curve
+from lora_diag.metrics.energy import energy_curve
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of
 

@@ -31,8 +31,7 @@ from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, check_outputs, write_whole
-from lora_diag.metrics import energy_curve
-from lora_diag.metrics.energy import gavish_donoho, knee
+from lora_diag.metrics.energy import energy_curve, gavish_donoho, knee
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.sensitivity.gains import Weights, gains_of, weights_of
 from lora_diag.probes.sensitivity.record import Sensitivity

@@ -31,9 +31,12 @@ from lora_diag.layers.metric import Weighted, Weighting, fro_of, times, weigh, w
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
-from lora_diag.linalg import Allowance, Factors, decompose_factored, norm, resolve_device
+from lora_diag.linalg.devices import resolve_device
+from lora_diag.linalg.difference import norm
 from lora_diag.linalg.distance import frobenius_distance
-from lora_diag.metrics import energy_curve, rank_at
+from lora_diag.linalg.exact import Factors, decompose_factored
+from lora_diag.linalg.methods import Allowance
+from lora_diag.metrics.energy import energy_curve, rank_at
 from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.running.amounts import read_share

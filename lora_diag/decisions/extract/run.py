@@ -27,7 +27,7 @@ from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
-from lora_diag.linalg import check_request
+from lora_diag.linalg.methods import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.running.amounts import read_count

@@ -36,8 +36,9 @@ from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta
 from lora_diag.errors import UsageError
 from lora_diag.layers.change import load_addend
 from lora_diag.layers.task import LayerTask
-from lora_diag.linalg import first_non_finite, require_memory
+from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import Product
+from lora_diag.linalg.methods import require_memory
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options

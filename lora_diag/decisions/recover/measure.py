@@ -46,8 +46,8 @@ from lora_diag.layers.recovery import (
     recovery_bytes,
 )
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
-from lora_diag.linalg import Allowance, check_request, require_memory
-from lora_diag.metrics import THRESHOLDS, energy_curve, rank_at
+from lora_diag.linalg.methods import Allowance, check_request, require_memory
+from lora_diag.metrics.energy import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results
 from lora_diag.records.file import check_results_file
 from lora_diag.running.amounts import read_count, read_share, read_time

@@ -28,8 +28,8 @@ from lora_diag.diagnostics.fleet import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
 from lora_diag.layers.change import load_change
-from lora_diag.linalg import resolve_device
-from lora_diag.metrics import energy_curve, rank_at, ranks_at
+from lora_diag.linalg.devices import resolve_device
+from lora_diag.metrics.energy import energy_curve, rank_at, ranks_at
 from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, legible
 from lora_diag.running.inputs import open_base, open_update, pair_update

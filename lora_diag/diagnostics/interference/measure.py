@@ -37,18 +37,7 @@ from lora_diag.layers.change import (
 from lora_diag.layers.metric import agreement
 from lora_diag.layers.resolution import make_resolution, resolution
 from lora_diag.layers.task import LayerSettings, not_finite
-from lora_diag.linalg import (
-    Allowance,
-    Factors,
-    check_request,
-    decompose,
-    decompose_factored,
-    numerical_rank,
-    require_memory,
-    resolve_device,
-    rounding_threshold,
-    whole_bytes,
-)
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.distance import (
     Conflicts,
     Matrix,
@@ -60,10 +49,19 @@ from lora_diag.linalg.distance import (
     ties_blocks,
     ties_factor,
 )
-from lora_diag.linalg.exact import ZERO_DENSE, ZERO_FACTORED
-from lora_diag.metrics import RANKS, THRESHOLDS, compute_distances, effective_rank, energy_curve, rank_at
+from lora_diag.linalg.exact import (
+    ZERO_DENSE,
+    ZERO_FACTORED,
+    Factors,
+    decompose_factored,
+    numerical_rank,
+    rounding_threshold,
+)
+from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
 from lora_diag.metrics.subspaces import (
     classify_relation,
+    compute_distances,
     is_near_chance,
     task_interference,
     task_interference_at_random,

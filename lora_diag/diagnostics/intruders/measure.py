@@ -18,8 +18,10 @@ from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.errors import UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, load_change, measure_on_device
 from lora_diag.layers.task import LayerSettings, not_finite
-from lora_diag.linalg import Allowance, Factors, check_request, decompose, norm, require_memory, whole_bytes
 from lora_diag.linalg.devices import move
+from lora_diag.linalg.difference import norm
+from lora_diag.linalg.exact import Factors
+from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
 from lora_diag.metrics.subspaces import below_at_random, classify_direction, similarity_at_random
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun

@@ -24,9 +24,11 @@ from lora_diag.gradients import History, Snapshot, Step, histories, open_steps
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
-from lora_diag.linalg import Allowance, check_request, numerical_rank, resolve_device
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.distance import measure_shares, orthonormalize
-from lora_diag.metrics import RANKS
+from lora_diag.linalg.exact import numerical_rank
+from lora_diag.linalg.methods import Allowance, check_request
+from lora_diag.metrics.energy import RANKS
 from lora_diag.metrics.resolution import Verdict
 from lora_diag.metrics.subspaces import overlap_by_chance
 from lora_diag.records import LeftOut, Results, RunInput

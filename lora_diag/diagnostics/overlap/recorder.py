@@ -23,8 +23,8 @@ from lora_diag.diagnostics.overlap.measure import Reference, Subspaces, overlaps
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import SNAPSHOT, check_output
-from lora_diag.linalg import decompose_factored
 from lora_diag.linalg.distance import orthonormalize
+from lora_diag.linalg.exact import decompose_factored
 from lora_diag.models.weights import (
     Frozen,
     Weight,

@@ -35,7 +35,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.metric import fro_of
 from lora_diag.layers.task import LayerSettings, not_finite
-from lora_diag.linalg import resolve_device
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.distance import frobenius_distance
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.tables import Column, Grid

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_diag.diagnostics.residual.record import Residual, describe_parts, sum_parts
 from lora_diag.errors import UsageError
-from lora_diag.metrics import pool_distances
+from lora_diag.metrics.subspaces import pool_distances
 from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
 from lora_diag.rendering.figures.panels import Slot, make_slots, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series

@@ -21,8 +21,10 @@ from lora_diag.layers.metric import Metric, Moments, agreement, read_root, times
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
-from lora_diag.linalg import Allowance, Factors, check_request, compare_blocks, numerical_rank
-from lora_diag.metrics import Distances, compute_distances
+from lora_diag.linalg.distance import compare_blocks
+from lora_diag.linalg.exact import Factors, numerical_rank
+from lora_diag.linalg.methods import Allowance, check_request
+from lora_diag.metrics.subspaces import Distances, compute_distances
 from lora_diag.records import Agreement, LeftOut, Results, RunInput
 from lora_diag.running.inputs import Comparison, refuse_repeated, second_moments
 from lora_diag.running.layers import LayerRun

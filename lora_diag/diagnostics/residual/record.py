@@ -12,7 +12,7 @@ from lora_diag.records.vocabulary import Agreement, Resolution
 from lora_diag.rendering.text import number
 
 if TYPE_CHECKING:
-    from lora_diag.metrics import Distances, Parts
+    from lora_diag.metrics.subspaces import Distances, Parts
 
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
 
@@ -62,7 +62,7 @@ class Distance(Record):
     @property
     def _above_floor(self) -> Distances:
         """These distances, with ``least_epsilon`` as the floor."""
-        from lora_diag.metrics import Distances  # imports NumPy
+        from lora_diag.metrics.subspaces import Distances  # imports NumPy
 
         values = {field.name: getattr(self, field.name) for field in fields(Distances)}
         return Distances(**values | {"epsilon_min": self.least_epsilon})
@@ -70,14 +70,14 @@ class Distance(Record):
     @property
     def parts(self) -> Parts | None:
         """The parts of ε² (``metrics.split_epsilon``); None where D or X is zero."""
-        from lora_diag.metrics import split_epsilon
+        from lora_diag.metrics.subspaces import split_epsilon
 
         return split_epsilon(self._above_floor)
 
     @property
     def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
         """``exact``, ``not adapted``, or the largest part of ε² (``metrics.find_limit``); None if D is zero."""
-        from lora_diag.metrics import find_limit
+        from lora_diag.metrics.subspaces import find_limit
 
         return find_limit(self._above_floor)
 
@@ -86,7 +86,7 @@ def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
     """Return a function that pools a field of ``metrics.Distances`` over layers."""
 
     def pool(records: Sequence[Residual]) -> float | None:
-        from lora_diag.metrics import pool_distances  # imports NumPy
+        from lora_diag.metrics.subspaces import pool_distances  # imports NumPy
 
         value: float | None = getattr(pool_distances(records), name)
         return value

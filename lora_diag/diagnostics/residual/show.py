@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 
 from lora_diag.diagnostics.residual.record import SEEDS, Residual, describe_parts
-from lora_diag.metrics import Distances, pool_distances
+from lora_diag.metrics.subspaces import Distances, pool_distances
 from lora_diag.records import Agreement, Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.metrics import energy_curve
+from lora_diag.metrics.energy import energy_curve
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.fields import Types, by_depth, changes_of, count_matrices, deepest, metric_suffix
 from lora_diag.rendering.figures.pages import MAX_PANELS, Key, Page, Panel, key, panel_axes

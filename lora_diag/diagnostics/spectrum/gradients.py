@@ -19,10 +19,10 @@ from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
 from lora_diag.layers.change import SPACING_OVERFLOW, compute_on_device
 from lora_diag.layers.resolution import make_resolution, noise_of
-from lora_diag.linalg import Factors, first_non_finite, norm, require_memory, resolve_device, rounding_threshold
-from lora_diag.linalg.devices import move
-from lora_diag.linalg.exact import decompose_stack
-from lora_diag.linalg.methods import READING_BYTES
+from lora_diag.linalg.devices import move, resolve_device
+from lora_diag.linalg.difference import first_non_finite, norm
+from lora_diag.linalg.exact import Factors, decompose_stack, rounding_threshold
+from lora_diag.linalg.methods import READING_BYTES, require_memory
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.records import LeftOut, Results

@@ -16,7 +16,8 @@ from lora_diag.layers.metric import Weighted, Weighting, weigh, weighting_bytes
 from lora_diag.layers.recovery import check_cell_memory, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import not_finite
-from lora_diag.linalg import Factors, resolve_device
+from lora_diag.linalg.devices import resolve_device
+from lora_diag.linalg.exact import Factors
 from lora_diag.records import LeftOut
 from lora_diag.records.vocabulary import Hidden
 

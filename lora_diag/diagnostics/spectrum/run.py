@@ -66,7 +66,7 @@ def spectrum(
     settings = run.settings(SpectrumSettings, ranks=check_ranks(run.options["ranks"]), top=top, recover=recover)
     defaults = SpectrumSettings()
     if (settings.method, top, settings.tol) != (defaults.method, defaults.top, defaults.tol):
-        from lora_diag.linalg import check_request  # deferred: imports torch
+        from lora_diag.linalg.methods import check_request  # deferred: imports torch
 
         check_request(settings.method, top, settings.tol)
     _check_inputs({**run.options, "base": base, "tuned": tuned})

@@ -12,7 +12,7 @@ from dataclasses import replace
 from statistics import median
 
 from lora_diag.diagnostics.spectrum.record import Spectrum, Stack, usual_ranks
-from lora_diag.metrics import verdict
+from lora_diag.metrics.resolution import verdict
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NOISE_MARKS, NORMS

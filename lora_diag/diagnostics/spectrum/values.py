@@ -17,7 +17,7 @@ from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.layers.resolution import make_resolution
 from lora_diag.layers.task import LayerSettings, LayerTask
-from lora_diag.metrics import (
+from lora_diag.metrics.energy import (
     RANKS,
     THRESHOLDS,
     effective_rank,
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_diag.layers.metric import Weighting
-    from lora_diag.linalg import Allowance, Factors
+    from lora_diag.linalg.exact import Factors
+    from lora_diag.linalg.methods import Allowance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class SpectrumSettings(LayerSettings):
     @property
     def allowance(self) -> Allowance | None:
         """The method, the number of values and the memory limit of a layer; None without a limit."""
-        from lora_diag.linalg import Allowance  # deferred: imports torch
+        from lora_diag.linalg.methods import Allowance  # deferred: imports torch
 
         return None if self.memory is None else Allowance(self.memory, self.method, self.top)
 

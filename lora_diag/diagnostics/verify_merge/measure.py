@@ -49,7 +49,6 @@ from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, MergeStatu
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_addend
 from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg import require_memory
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import (
     Addend,
@@ -62,6 +61,7 @@ from lora_diag.linalg.merge import (
     stored_dtype,
     unit_roundoff,
 )
+from lora_diag.linalg.methods import require_memory
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg import Factors
+from lora_diag.linalg.exact import Factors
 from lora_diag.models.activations import input_of, linear_layers
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Draw, Losses, backward, divergence, measure

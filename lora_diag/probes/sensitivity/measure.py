@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import selector
 from lora_diag.errors import InputError, NothingComparedError
-from lora_diag.linalg import decompose, norm
+from lora_diag.linalg.difference import norm
+from lora_diag.linalg.methods import decompose
 from lora_diag.models.activations import linear_layers, shape_of
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, nll, predict

@@ -15,7 +15,7 @@ from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.residual import measure as module
 from lora_diag.errors import UsageError
-from lora_diag.metrics import compute_distances, find_limit, pool_distances
+from lora_diag.metrics.subspaces import compute_distances, find_limit, pool_distances
 from tests import oracles
 from tests.adapters import making
 from tests.adapters.dense import dense

@@ -21,9 +21,11 @@ from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.verdict import format_confidence, list_reasons
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import format_gap
-from lora_diag.rendering.text import list_names, percent, span
+from lora_diag.rendering.text import list_names, percent, plus_minus, span
 from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source, energy_at
 from lora_diag.running.options import list_options, list_typed_options
+from lora_diag.tuning.record import Tune
+from lora_diag.tuning.show import describe_choice
 
 # A rank that keeps less than half of a layer's energy is too small there; one that keeps 90% in all is sufficient.
 MIN_ENERGY, SUFFICIENT_ENERGY = 0.5, 0.9
@@ -176,6 +178,21 @@ def _facts_of(contest: Contest) -> Facts:
     """Return set, gap and kept fraction of the gain of an adapter on its worst set."""
     record = contest.worst
     return {"set": record.set, "gap": format_gap(record), "kept": "-" if record.kept is None else f"{record.kept:.0%}"}
+
+
+def _find_tuned_configuration(evidence: Evidence) -> Facts | None:
+    """Return the configuration that a search chose within its budget; None without one that gains."""
+    choices = ((item, one) for item in evidence.sources for one in item.results.whole_of(Tune) if one.gain > 0)
+    source, choice = next(choices, (None, None))
+    if source is None or choice is None:
+        return None
+    error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
+    doubt = "" if choice.significant else " That it is enough is not shown: the rank is the smallest by mean losses."
+    return {
+        "action": f"Train with this configuration: {describe_choice(choice)}",
+        "why": f"On {choice.set}, it gains {choice.gain:.4f}{error} nats with {choice.steps} steps.{doubt}",
+        "eval": source.paths("eval")[0],
+    }
 
 
 def _find_swept_rank(evidence: Evidence) -> Facts | None:
@@ -376,13 +393,22 @@ RULES = (
         "gate --policy adapter-basic --base {base} --adapter {adapter}",
     ),
     Rule(
+        "tuned",
+        "a search of tune chose a configuration with a gain",
+        _find_tuned_configuration,
+        "{action}",
+        "{why} config.trl.py and the other configurations beside the report train it and write the adapter to out.",
+        "probe outputs {base} out --eval {eval} -o outputs.jsonl",
+        _LOSS_RULES,
+    ),
+    Rule(
         "sweep",
         "a sweep has a verdict: equivalence test over seeds, each rank at its best learning rate",
         _find_swept_rank,
         "{action}",
         "On {set}, {why}.",
         "{then}",
-        ("keep the adapter",),
+        ("keep the adapter", "tuned"),
     ),
     Rule(
         "close the gap",
@@ -391,7 +417,7 @@ RULES = (
         "Do not ship {adapter} yet: train at r={ranks} and compare the held-out loss",
         "It is the best of {count}, {gap} nats from the full fine-tune on {set}, and keeps {kept} of its gain.",
         "probe sweep {base} --data {data} --eval {eval} --ranks {ranks} -o sweep.jsonl",
-        (*_LOSS_RULES, "sweep"),
+        (*_LOSS_RULES, "tuned", "sweep"),
     ),
     Rule(
         "scale",
@@ -421,7 +447,7 @@ RULES = (
         "Rank {rank} can hold less than half of the energy in {short} of {count} matrices, at worst {worst}: {named}. "
         f"{{limits}} {ENERGY}",
         "{then}",
-        (*_LOSS_RULES, "sweep", "sufficient rank"),
+        (*_LOSS_RULES, "tuned", "sweep", "sufficient rank"),
     ),
     Rule(
         "measure the loss",

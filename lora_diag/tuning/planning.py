@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from torch import nn
@@ -42,8 +43,10 @@ SHORT_ROUND_DIVISOR = 4
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
 MIN_STEPS = 10
-# Factor for opening models, writing files and a busy machine.
+# Factor for opening models and writing files.
 MARGIN = 1.1
+# Fraction of a time limit that is kept for the report and the other files.
+WRITING = 0.04
 # A search without omissions; at most 6 runs of stability and escalation, in addition to the seeds of confirmed ones.
 WHOLE_SEARCH = {"halving": False, "more_seeds": True, "finer": True, "redistribute": True, "trials": 6}
 
@@ -96,8 +99,13 @@ DECIDES = {
 }
 
 
-def list_stages(plan: TunePlan) -> tuple[TuneStage, ...]:
-    """Return the stages of a search; runs and seconds are upper estimates."""
+def list_stages(plan: TunePlan, is_grid_done: bool = False) -> tuple[TuneStage, ...]:
+    """Return the stages of a search; runs and seconds are upper estimates.
+
+    Args:
+        plan: The search.
+        is_grid_done: Whether to count only what follows the runs of every rank and rate with the first seed.
+    """
     evaluation, seeds, rounds = plan.evaluation_seconds, plan.repeats - 1, 2 + plan.widen  # rounds: grid, widen, seeds
     run, short = plan.steps * plan.step_seconds + evaluation, short_steps(plan.steps) * plan.step_seconds
     full_run = plan.steps * plan.full_step_seconds + evaluation
@@ -107,8 +115,8 @@ def list_stages(plan: TunePlan) -> tuple[TuneStage, ...]:
     # Runs, 0 where the plan omits the stage; seconds of one; rounds; further seconds.
     costs = {
         "budget": (0, 0.0, 1, evaluation),
-        "rates": (plan.halving * min(ranks, 2) * len(plan.rates), short + evaluation, 1, 0.0),
-        "ranks": (ranks * (rates + seeds), run, rounds, 0.0),
+        "rates": (not is_grid_done and plan.halving * min(ranks, 2) * len(plan.rates), short + evaluation, 1, 0.0),
+        "ranks": (ranks * (seeds if is_grid_done else rates + seeds), run, rounds, 0.0),
         "full": (plan.full * (min(rates, len(plan.rates)) + plan.widen + seeds), full_run, rounds, 0.0),
         "seeds": ((plan.more_seeds and has_ranks) * ranks * plan.repeats, run, 1, 0.0),
         "finer": ((plan.finer and has_ranks) * (rates + seeds), run, rounds, 0.0),
@@ -124,20 +132,20 @@ def list_stages(plan: TunePlan) -> tuple[TuneStage, ...]:
     return tuple(stages)
 
 
-def seconds_of(plan: TunePlan) -> float:
-    """Return the estimated duration of a search."""
-    return MARGIN * sum(stage.seconds for stage in list_stages(plan))
+def seconds_of(plan: TunePlan, is_grid_done: bool = False) -> float:
+    """Return the estimated duration of a search, or of what is left of it, as in ``list_stages``."""
+    return MARGIN * sum(stage.seconds for stage in list_stages(plan, is_grid_done))
 
 
 class Omission(StrEnum):
     """Omitted part of a search, with its description in the records."""
 
-    HALVING = "learning rates: all but two after a quarter of the steps (successive halving)"
-    MORE_SEEDS = "more seeds where these would decide"
-    WIDER_RATES = "learning rates beyond the grid"
-    TRIALS = "stability and escalation trials, which are proposed only"
-    FULL = "full fine-tuning as a baseline"
-    FULL_NEEDS_FLOAT32 = "full fine-tuning as a baseline, which needs float32 weights as they are"
+    HALVING = "learning rates: all but two, after short runs"
+    MORE_SEEDS = "more seeds"
+    WIDER_RATES = "rates beyond the grid"
+    TRIALS = "stability and escalation trials"
+    FULL = "full fine-tuning"
+    FULL_NEEDS_FLOAT32 = "full fine-tuning, which needs float32 weights as they are"
     RANKS = "every second rank"
     INTERMEDIATE_RANK = "the rank in between"
     SEEDS = "all seeds but two"
@@ -166,6 +174,11 @@ _REDUCTIONS: dict[Omission, Callable[[TunePlan], dict[str, Any]]] = {
 }
 
 
+# Omissions that are still possible when the learning rates are chosen, and when all ranks are trained with one seed.
+AFTER_RATES = frozenset(Omission) - {Omission.HALVING, Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}
+AFTER_GRID = AFTER_RATES - {Omission.RANKS, Omission.WIDER_RATES}
+
+
 def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     """Return the plan of a search that fits a time limit, with its stages, duration and omissions.
 
@@ -176,14 +189,9 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     Raises:
         UsageError: Not even the smallest search fits.
     """
-    omissions: list[Omission] = []
-    for omission, reduce in _REDUCTIONS.items():
-        if limit is None or seconds_of(plan) <= limit:
-            break
-        smaller = plan.model_copy(update=reduce(plan))
-        if seconds_of(smaller) < seconds_of(plan):
-            plan = smaller
-            omissions.append(omission)
+    saved: dict[Omission, float] = {}
+    if limit is not None:
+        plan, saved = omit(plan, limit, tuple(Omission))
     seconds = seconds_of(plan)
     if limit is not None and seconds > limit:
         raise UsageError(
@@ -191,10 +199,86 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
             "time, fewer --steps or a smaller --eval set"
         )
     # Of several omissions of steps the last one includes the others.
-    included = [omission for omission in omissions if omission in STEP_OMISSIONS][:-1]
-    left_out = (*(omission for omission in omissions if omission not in included), *plan.left_out)
-    fields = {"seconds": seconds, "limit": limit, "left_out": left_out, "stages": list_stages(plan)}
+    of_steps = [omission for omission in saved if omission in STEP_OMISSIONS]
+    if of_steps:
+        saved[of_steps[-1]] = math.fsum(saved.pop(omission) for omission in of_steps)
+    left_out = (*saved, *plan.left_out)
+    fields = {"seconds": seconds, "limit": limit, "left_out": left_out, "saved": saved, "stages": list_stages(plan)}
     return plan.model_copy(update=fields)
+
+
+def omit(
+    plan: TunePlan, limit: float, possible: Collection[Omission], is_grid_done: bool = False
+) -> tuple[TunePlan, dict[Omission, float]]:
+    """Apply omissions in their order until a search fits a limit, or none is left; return it, and the seconds saved.
+
+    Args:
+        plan: The search.
+        limit: Seconds.
+        possible: Omissions that may be applied.
+        is_grid_done: As in ``list_stages``.
+    """
+    saved: dict[Omission, float] = {}
+    for omission, reduce in _REDUCTIONS.items():
+        if (seconds := seconds_of(plan, is_grid_done)) <= limit:
+            break
+        smaller = plan.model_copy(update=reduce(plan))
+        if omission in possible and (difference := seconds - seconds_of(smaller, is_grid_done)) > 0:
+            plan, saved[omission] = smaller, difference
+    return plan, saved
+
+
+def repeat_omissions(plan: TunePlan, names: Collection[str]) -> TunePlan:
+    """Return the plan with omissions that an interrupted run recorded."""
+    for omission in names:
+        if omission in _REDUCTIONS and omission not in plan.left_out:
+            plan = plan.model_copy(update=_REDUCTIONS[Omission(omission)](plan))
+    return plan
+
+
+@dataclass
+class Deadline:
+    """The time limit of a search, and the pace of its runs.
+
+    Args:
+        limit: Seconds; None for none.
+
+    Attributes:
+        began: Start of the search on the clock.
+        pace: Measured duration of the last runs divided by the planned one; at least 1, since runs of smaller ranks
+            are faster than the largest, which is timed for the plan.
+    """
+
+    limit: float | None
+    began: float = field(default_factory=lambda: monotonic())
+    pace: float = 1.0
+    _since: float | None = None
+    _planned: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds left, without the time to write the results; infinite without a limit."""
+        return math.inf if self.limit is None else self.limit * (1 - WRITING) - (monotonic() - self.began)
+
+    def stop_timing(self) -> None:
+        """Do not count the time until the next step in the pace."""
+        self._since = None
+
+    def count(self, planned: float, window: float) -> None:
+        """Count finished work, and measure the pace.
+
+        Args:
+            planned: Its duration by the plan.
+            window: Planned duration of the work from which the pace is measured, such as one run.
+        """
+        now = monotonic()
+        if self._since is None:
+            self._since, self._planned = now, 0.0
+            return
+        self._planned += planned
+        if self._planned >= window > 0:
+            self.pace = max(1.0, (now - self._since) / self._planned)
+            self._since, self._planned = now, 0.0
 
 
 def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:

@@ -54,6 +54,7 @@ class TunePlan(WholeRecord):
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
         left_out: What is omitted: to stay within ``limit``, or full fine-tuning of weights that are not float32.
+        saved: Estimated seconds that each omission saves; without those that are not for ``limit``.
         stages: The stages of the search.
     """
 
@@ -85,6 +86,7 @@ class TunePlan(WholeRecord):
     magnitudes: Count = 0
     kind: str = ""
     slots: Count = 1
+    saved: dict[str, Seconds] = Field(default_factory=dict)
 
     def params(self, rank: int) -> int:
         """Return the trainable parameters of one rank on all targeted layers."""
@@ -150,7 +152,7 @@ class TuneDecision(WholeRecord):
         gap_shifted: Mean of the same over the shifted sets; null without any.
         error_shifted: Standard error of ``gap_shifted``.
         seeds: Number of seeds of ``gap``.
-        seconds: Predicted cost of trials that were not trained; else null.
+        seconds: Predicted cost of what was not trained; else null.
         layers: Layers that it is about, where these are named.
         files: Files in the run's folder that it is based on.
     """

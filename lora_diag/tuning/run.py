@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
@@ -30,7 +31,7 @@ from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
-from lora_diag.tuning.planning import Target, extend_plan, plan_of, target_of
+from lora_diag.tuning.planning import Deadline, Target, extend_plan, plan_of, target_of
 from lora_diag.tuning.record import Tune, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.trials import ADAPTER, Variant, replace_folder
@@ -90,6 +91,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     arguments, folder = run.options, Path(output)
     _check_output(folder, arguments)
     limit = None if arguments["time"] is None else read_time(arguments["time"])
+    deadline = Deadline(limit)  # counts from here
     if not 0 < arguments["tolerance"] < 1:
         raise UsageError(f"--gain-tolerance {arguments['tolerance']}: must lie between 0 and 1")
     if (arguments["params"] is None) == (arguments["memory_budget"] is None):
@@ -107,10 +109,14 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         elif limit is not None and limit != earlier.limit:
             plan = extend_plan(earlier, run, limit, slots)
         assert plan is not None
+        deadline.limit = plan.limit
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
-        if arguments["dry_run"] or (
-            plan is not earlier and arguments["on_plan"] is not None and not arguments["on_plan"](plan)
-        ):
+        is_confirmed = not arguments["dry_run"]
+        if is_confirmed and plan is not earlier and arguments["on_plan"] is not None:
+            asked = monotonic()
+            is_confirmed = arguments["on_plan"](plan)
+            deadline.began += monotonic() - asked
+        if not is_confirmed:
             return Results(record, (), (), None, (plan,))
         folder.mkdir(exist_ok=True)
         if earlier is None and arguments["overwrite"]:
@@ -121,7 +127,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
 
         def run_search(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
-            tuner = Tuner(base, folder, run, target, plan, kept, workers)
+            tuner = Tuner(base, folder, run, target, plan, kept, deadline, workers)
             variant, choice = tuner.run()
             write_outputs(base, folder, run, variant, target.config(choice.rank), choice, tuner.adapter_folder(variant))
             return []

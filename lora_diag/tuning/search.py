@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,17 @@ from lora_diag.probes.sweep.verdict import AtRank, Swept, best_rates, by_rank, s
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
-from lora_diag.tuning.planning import Target, halve_rates, short_steps
+from lora_diag.tuning.planning import (
+    AFTER_GRID,
+    AFTER_RATES,
+    Deadline,
+    Omission,
+    Target,
+    halve_rates,
+    omit,
+    repeat_omissions,
+    short_steps,
+)
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan
 from lora_diag.tuning.trials import (
     ADAPTER,
@@ -58,6 +67,8 @@ FULL_OVER_LORA = 0.1
 RAISED_FACTOR = 1.5
 # All layers of a pilot's spectrum: a pooler that has an adapter gets a rank, and is no head that is trained in full.
 ALL_LAYERS = "."
+# The reason of what a plan omits, or what a search omits of its plan.
+OMITTED = "omitted to keep --time"
 # Most layers that a decision lists.
 MAX_NAMED = 4
 
@@ -93,6 +104,7 @@ class Tuner:
         target: The layers that get an adapter.
         plan: The plan.
         kept: The records.
+        deadline: The time limit.
         workers: The workers of a cluster; None to train here.
 
     Attributes:
@@ -106,13 +118,17 @@ class Tuner:
     target: Target
     plan: TunePlan
     kept: RunRecords[Any]
+    deadline: Deadline
     workers: Workers | None = None
     swept: Swept = field(init=False)
     choice: RankChoice = field(init=False)
     _seen: int = 0
     _trained: int = 0
     _is_limited: bool = False
-    _began: float = field(default_factory=time.monotonic)
+    _has_adapter: bool = False
+    _label: str = ""
+    _events: int = 0
+    _steps: int = 0
 
     def __post_init__(self) -> None:
         self.first_seed: int = self.run_.options["seed"]
@@ -122,48 +138,75 @@ class Tuner:
         self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]
         grid = self.run_.options["quantized"]
         self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._report_batches, self.workers)
+        self._steps, self._batches = self.plan.steps, self.run_.batches(sets)
         watch = self.kept.watch
         watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     @property
-    def one_run(self) -> float:
+    def planned_run(self) -> float:
         """Seconds of a run, by the plan."""
         return self.plan.steps * self.plan.step_seconds + self.plan.evaluation_seconds
 
     @property
+    def one_run(self) -> float:
+        """Seconds of a run, at the pace of the last one."""
+        return self.deadline.pace * self.planned_run
+
+    @property
     def left(self) -> float:
         """Seconds left for the search, without the time to train the chosen adapter; infinite without a limit."""
-        if self.plan.limit is None:
-            return math.inf
-        return self.plan.limit - self.one_run - (time.monotonic() - self._began)
+        return self.deadline.left - (0.0 if self._has_adapter else self.one_run)
+
+    @property
+    def slots(self) -> int:
+        """Concurrent runs."""
+        return 1 if self.workers is None else self.workers.slots
 
     def allows(self, runs: float) -> bool:
         """Return whether there is time for this number of runs."""
-        slots = 1 if self.workers is None else self.workers.slots
-        return math.ceil(runs / slots) * self.one_run <= self.left
+        return math.ceil(runs / self.slots) * self.one_run <= self.left
 
     def _allows_trial(self, runs: int) -> bool:
         """Return whether the plan and the time allow another trial of this number of runs."""
         return self._trained < self.plan.trials and self.allows(runs)
 
     @contextmanager
-    def _limit_time(self) -> Iterator[None]:
-        """Stop training in the block at the time limit; the chosen adapter is trained in any case."""
+    def _limit_time(self, *decision: str, **fields: Any) -> Iterator[None]:
+        """Stop training in the block at the time limit, and record this decision then, if one is given."""
         self._is_limited = True
         try:
             yield
+        except TimeIsUpError:
+            if decision:
+                self.decide(*decision, **fields)
         finally:
             self._is_limited = False
 
+    def _adapt_plan(self, possible: Collection[Omission], is_grid_done: bool = False) -> None:
+        """Omit some of these if the search, at the pace of its runs, no longer fits into the time left."""
+        pace, times = self.deadline.pace, ("step_seconds", "full_step_seconds", "evaluation_seconds")
+        measured = {name: pace * getattr(self.plan, name) for name in times}
+        smaller, saved = omit(self.plan.model_copy(update=measured), self.left, possible, is_grid_done)
+        self.plan = smaller.model_copy(update={name: getattr(self.plan, name) for name in times})
+        why = f"{OMITTED}, as a run takes {pace:.2g} times the planned time"
+        for omission, seconds in saved.items():
+            self.decide("budget", omission, "not tried", why, seconds=seconds)
+
     def _report_batches(self, label: str, count: int = 1) -> None:
-        """Report steps or batches as progress.
+        """Report steps or batches as progress, and measure the pace.
 
         Raises:
             TimeIsUpError: The time limit is over, in a block that it applies to.
         """
         self.kept.watch.batch(label, count)
+        before = self._events if label == self._label else 0
+        self._label, self._events = label, before + count
+        steps = max(0, min(self._events, self._steps) - before)  # a run has its steps first, then its evaluation
+        step_seconds = self.plan.full_step_seconds if label.startswith("full ") else self.plan.step_seconds
+        planned = steps * step_seconds + (count - steps) * self.plan.evaluation_seconds / self._batches
+        self.deadline.count(planned / self.slots, self.planned_run)
         if self._is_limited and self.left < 0:
             raise TimeIsUpError
 
@@ -174,10 +217,13 @@ class Tuner:
 
     # -- records -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _decisions(self) -> list[TuneDecision]:
+        return [record for record in self.kept.records if isinstance(record, TuneDecision)]
+
     def find_decision(self, stage: str, name: str) -> TuneDecision | None:
         """Return a recorded decision, also of an interrupted run; None if it was not made."""
-        decisions = (decision for decision in self.kept.records if isinstance(decision, TuneDecision))
-        return next((decision for decision in decisions if (decision.stage, decision.name) == (stage, name)), None)
+        return next((one for one in self._decisions if (one.stage, one.name) == (stage, name)), None)
 
     def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> None:
         """Record a decision and report it as a note, unless it is recorded already."""
@@ -242,12 +288,17 @@ class Tuner:
             rank=plan.largest,
             params=plan.params(plan.largest),
         )
-        for omission in plan.left_out:
-            self.decide("budget", omission, "not tried", "omitted to keep --time")
+        for omission in plan.left_out:  # without a note: the plan was printed
+            why = OMITTED if omission != Omission.FULL_NEEDS_FLOAT32 else "--dtype or --quantized is given"
+            seconds = plan.saved.get(omission)
+            self.kept.put(TuneDecision(stage="budget", name=omission, outcome="not tried", why=why, seconds=seconds))
+        omitted = (d.name for d in self._decisions if (d.stage, d.outcome) == ("budget", "not tried"))
+        self.plan = repeat_omissions(plan, [*omitted])
         self.trials.measure_base()
         self._choose_rank(self._choose_rates())
         incumbent = self._make_uniform(self.choice.rank)
         self._train_with_adapters(incumbent)
+        self._has_adapter = True
         incumbent = self._redistribute(incumbent)
         incumbent = self._stabilize(incumbent)
         self._escalate(incumbent)
@@ -279,11 +330,13 @@ class Tuner:
         path, self._seen = self.folder / file, 0
         shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
-        try:
-            with self._limit_time():
-                return probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
-        except TimeIsUpError:
+        self.deadline.stop_timing()
+        self._steps = options["steps"]
+        if path.is_file() and self.left < 0:
             return read_results(path)
+        with self._limit_time():
+            probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
+        return read_results(path)
 
     def _choose_rates(self) -> tuple[float, ...]:
         """Return the learning rates to try with all steps, after a short round if the plan has one."""
@@ -305,7 +358,23 @@ class Tuner:
             f"{', '.join(f'{rate:g}' for rate in rates)} of {len(plan.rates)}: lowest losses after {steps} steps",
             files=("rates.jsonl",),
         )
+        self._adapt_plan(AFTER_RATES)
         return rates
+
+    def _make_settings(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> dict[str, Any]:
+        plan = self.plan
+        return {"ranks": ranks, "rates": rates, "seeds": repeats, "steps": plan.steps, "widen": plan.widen}
+
+    def _train_first_seed(self, rates: Sequence[float]) -> None:
+        """Train all ranks and rates with one seed, and adapt the plan to their pace, unless seeds are trained already.
+
+        Without a time limit nothing is done: the sweep has the same runs.
+        """
+        path = self.folder / "sweep.jsonl"
+        if self.plan.limit is None or (path.is_file() and self._read_swept_setting("seeds") > 1):
+            return
+        self._run_sweep(path.name, **self._make_settings(rates, self.plan.ranks, 1))
+        self._adapt_plan(AFTER_GRID, is_grid_done=True)
 
     def _sweep_ranks(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> tuple[Swept, RankChoice]:
         """Run the sweep over shared ranks or resume it, record its losses, and return its verdict and the choice.
@@ -314,8 +383,7 @@ class Tuner:
             InconclusiveError: No run is finished with a finite loss.
         """
         plan = self.plan
-        settings: dict[str, Any] = {"ranks": ranks, "rates": rates, "seeds": repeats}
-        settings |= {"steps": plan.steps, "widen": plan.widen}
+        settings = self._make_settings(rates, ranks, repeats)
         settings |= {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}
         results = self._run_sweep("sweep.jsonl", **settings)
         if results.end is None:
@@ -337,6 +405,7 @@ class Tuner:
 
     def _choose_rank(self, rates: Sequence[float]) -> None:
         """Choose the shared rank, with more seeds and an intermediate rank where these may decide more."""
+        self._train_first_seed(rates)
         plan, repeats = self.plan, self.plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
         rates = self.swept.results.run.settings["rates"]
@@ -363,7 +432,7 @@ class Tuner:
         """Return why this number of seeds is not trained; empty if it is."""
         repeats = self.plan.repeats
         if needed > 2 * repeats:
-            return f"about {needed} seeds would decide, more than twice those of the plan"
+            return f"about {needed} would decide, more than twice those of the plan"
         runs = len(self.swept.ranks) * (needed - repeats)
         if self._read_swept_setting("seeds") < needed and not self.allows(runs):
             return f"no time was left; about {needed} would decide"
@@ -409,11 +478,8 @@ class Tuner:
         elif not self.find_decision(*decision) and not self.allows(3 + self.plan.repeats):
             self.decide(*decision, "not tried", "no time was left")
         else:
-            try:
-                with self._limit_time():
-                    return self._choose_best(incumbent, self._make_candidates())
-            except TimeIsUpError:
-                self.decide(*decision, "not tried", "--time was reached during the comparison")
+            with self._limit_time(*decision, "not tried", "--time was reached during the comparison"):
+                return self._choose_best(incumbent, self._make_candidates())
         return incumbent
 
     def _make_candidates(self) -> list[Variant]:
@@ -489,19 +555,12 @@ class Tuner:
         if not self._is_ahead(gaps[best.name]):
             why = f"{self._describe_lag()} of {incumbent.name} at the first seed"
             self._decide_on("redistribution", best, "rejected", why, gaps[best.name])
-            kept, result = False, f"{incumbent.name} is as good at the same budget"
+            kept = False
         else:
             kept = self._confirm("redistribution", incumbent, best, fresh=len(candidates) > 1)
-            result = f"{best.name} is better" if kept else f"{incumbent.name} is kept: it wins ties"
-        self.decide(*decision, "kept" if kept else "rejected", f"{result}{self._describe_cost(candidates)}")
+        result = f"{best.name} is better" if kept else f"{incumbent.name} is as good"
+        self.decide(*decision, "kept" if kept else "rejected", f"{result} at the same budget")
         return best if kept else incumbent
-
-    def _describe_cost(self, candidates: Sequence[Variant]) -> str:
-        """State how many of the runs so far the comparison took: pilot and candidates."""
-        names = {variant.name for variant in candidates}
-        runs = {(trial.variant, trial.lr, trial.seed) for trial in self.trials.records if trial.variant != "base"}
-        comparison_runs = [name for name, _, _ in runs if name in names or name.startswith("pilot-")]
-        return f", found with {len(comparison_runs)} of {len(runs)} runs"
 
     def _is_ahead(self, gap: Gap) -> bool:
         """Return whether a challenger is trained further: only a gain beyond the tolerance justifies it."""
@@ -546,11 +605,8 @@ class Tuner:
                 seconds = self.plan.repeats * self.one_run
                 self.decide("stability", trial.name, "proposed", reasons[name], seconds=seconds)
                 continue
-            try:
-                with self._limit_time():
-                    incumbent = self._judge_trial(incumbent, trial, reasons[name])
-            except TimeIsUpError:
-                self.decide("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached")
+            with self._limit_time("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached"):
+                incumbent = self._judge_trial(incumbent, trial, reasons[name])
         return incumbent
 
     def _judge_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
@@ -621,13 +677,13 @@ class Tuner:
         """Train a step beyond the budget with one seed, and record whether it is proposed."""
         self._trained += 1
         try:
-            with self._limit_time():
+            with self._limit_time(
+                "escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers
+            ):
                 self.trials.train(TrialRun(variant, self.first_seed))
-        except TimeIsUpError:
-            self.decide("escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers)
-            return
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
+        if self.find_decision("escalation", name) is not None:
             return
         gap = self._compare_first_seed(incumbent, variant, self.own)
         shifted_gap = self._compare_first_seed(incumbent, variant, self.shifted[0]) if self.shifted else None

@@ -1,7 +1,8 @@
-"""Terminal output of ``tune``: the plan before the search, the decisions, and the choice in at most twelve lines."""
+"""Terminal output of ``tune``: the plan before the search, the decisions, and the choice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,8 @@ from rich.console import Group
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, final_statements, make_statement, summary_of
 from lora_diag.rendering.tables import Column, Grid, grids_table
-from lora_diag.rendering.text import count, duration, percent, plus_minus, safe, short, span, to_text
+from lora_diag.rendering.text import count, duration, percent, plus_minus, quantity, safe, short, span, to_text
+from lora_diag.running.amounts import edge
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneStage, TuneTrial
 
 T = TypeVar("T")
@@ -52,7 +54,7 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
             f"{'' if plan.slots == 1 else f' and {plan.slots} concurrent runs'}"
             f"{'' if plan.limit is None else f'; limit {duration(plan.limit)}'}",
         ),
-        *([make_statement("left_out", "Left out", *plan.left_out, level="warning")] if plan.left_out else []),
+        *_describe_omitted(plan),
     ]
     return grids_table([grid], lines, width, color)
 
@@ -89,6 +91,25 @@ def _list_values(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
+def _describe_omitted(plan: TunePlan) -> list[Statement]:
+    """Return what the plan omits, with the time that each omission saves; empty if nothing."""
+    if not plan.left_out:
+        return []
+    omitted = "; ".join(_name_omission(name, plan.saved.get(name)) for name in plan.left_out)
+    enough = "" if not plan.saved else f"; --time {_whole_time(plan, plan.saved)} would be enough for all"
+    return [make_statement("left_out", "Left out", f"{omitted}{enough}")]
+
+
+def _name_omission(name: str, seconds: float | None) -> str:
+    return safe(name) if seconds is None else f"{safe(name)} ({duration(seconds)})"
+
+
+def _whole_time(plan: TunePlan, saved: Mapping[str, float]) -> str:
+    """Return a time limit that allows the plan and what was omitted, rounded up, as the option takes it."""
+    minutes = math.ceil((plan.seconds + math.fsum(saved.values())) / 60)
+    return f"{minutes}min" if minutes < 120 else f"{math.ceil(minutes / 60)}h"
+
+
 def tune_lines(results: Results[Any]) -> list[Statement]:
     """Return the choice and its evidence; without a choice, the last decision."""
     choice, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
@@ -99,75 +120,92 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
             make_statement("choice", "Choice", state, level="warning"),
             *final_statements(results, "records so far"),
         ]
-    return [
+    plan, trials = next(iter(results.whole_of(TunePlan)), None), results.whole_of(TuneTrial)
+    statements = [
         make_statement(
-            "choice", "Choice", _describe_choice(choice), level="ok" if choice.significant else "warning", priority=0
+            "choice", "Choice", describe_choice(choice), _describe_confidence(choice, decisions), priority=0
         ),
-        make_statement("settings", "Training", _describe_settings(choice)),
-        make_statement(
-            "budget",
-            "Budget",
-            f"{choice.params:,} of {choice.budget:,} parameters, {percent(choice.params / choice.budget)}",
-        ),
-        make_statement("gain", "Gain", _describe_gain(choice), priority=0),
-        make_statement("next", "Next rank up", _describe_next_rank(choice)),
+        make_statement("gain", "Gain", _describe_gain(choice, trials), priority=0),
+        make_statement("edge", "Rate", _describe_edge(choice, trials, plan), level="warning"),
+        make_statement("shifted", "Shifted", _describe_shifted(choice)),
+        make_statement("next", "Next rank", _describe_next_rank(choice)),
+        make_statement("left_out", "Not tried", *_describe_left_out(decisions, plan)),
         make_statement("non_uniform", "Non-uniform", _describe_non_uniform(choice, decisions)),
-        *([make_statement("shifted", "Shifted", _describe_shifted(choice))] if choice.gain_shifted is not None else []),
         *_describe_trials(decisions),
-        *_describe_left_out(decisions),
-        *final_statements(results, "records so far"),
     ]
+    return [*filter(lambda one: one.lead, statements), *final_statements(results, "records so far")]
 
 
-def _describe_choice(choice: Tune) -> str:
+def describe_choice(choice: Tune) -> str:
+    """Return the configuration in one line: ranks, learning rate, scale and parameters."""
     ranks = span(choice.ranks.values()) if choice.ranks else ""
-    description = f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
-    if choice.significant:
-        return description
-    return f"{description}: NOT significant, chosen by the mean losses"
-
-
-def _describe_settings(choice: Tune) -> str:
+    where = f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
     extra = f", dropout {choice.dropout:g}" if choice.dropout else ""
     extra += f", weight decay {choice.weight_decay:g}" if choice.weight_decay else ""
     alpha = f"{choice.alpha_over_rank:g}r" if choice.alpha is None else f"{choice.alpha:g} (rsLoRA)"
     dora = "DoRA, " if choice.dora else ""
-    return f"{dora}learning rate {choice.lr:g}, {choice.steps} steps, alpha = {alpha}{extra}"
+    share = percent(choice.params / choice.budget)
+    return f"{dora}{where}, learning rate {choice.lr:g}, alpha = {alpha}{extra}; {share} of budget"
 
 
-def _describe_gain(choice: Tune) -> str:
-    losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {choice.seeds} seeds"
+def _describe_confidence(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
+    """State whether the rank is shown to be enough, and what would show it."""
+    if choice.significant:
+        return ""
+    needed = max((one.seeds for one in decisions if one.name == "more seeds" and one.outcome == "not tried"), default=0)
+    seeds = f"about {needed} seeds" if needed else "more seeds or steps"
+    return f"NOT shown to be enough: the smallest by mean losses; {seeds} would decide"
+
+
+def _describe_gain(choice: Tune, trials: Sequence[TuneTrial]) -> str:
+    losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {quantity(choice.seeds, 'seed')}"
     line = f"{choice.gain:.4f}{_format_error(choice.gain_error)} nats on {short(choice.set)} ({losses})"
-    if choice.share_of_full is None:
-        return f"{line}; full fine-tuning was not trained or gains nothing"
-    return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
+    if choice.share_of_full is not None:
+        return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
+    full = [trial.loss for trial in trials if (trial.variant, trial.set) == ("full", choice.set)]
+    reason = "gains nothing" if any(loss is not None for loss in full) else "diverged" if full else "was not trained"
+    return f"{line}; full fine-tuning {reason}"
 
 
 def _format_error(error: float | None) -> str:
     return "" if error is None else plus_minus(error)
 
 
+def _describe_edge(choice: Tune, trials: Sequence[TuneTrial], plan: TunePlan | None) -> str:
+    """State that the learning rate is at the edge of all that were tried at the shared rank; else empty."""
+    own = {trial.lr for trial in trials if trial.variant == f"uniform-r{choice.rank}" and trial.lr is not None}
+    tried = own | set(plan.rates if plan is not None else ())
+    if len(tried) < 2:
+        return f"{choice.lr:g} is the only one tried; give several with --lr"
+    place = {-1: "lowest", 0: "", 1: "highest"}[edge(tried, choice.lr)]
+    return f"{choice.lr:g} is the {place} tried, so a better one may lie beyond; extend --lr" if place else ""
+
+
 def _describe_next_rank(choice: Tune) -> str:
     if choice.next_rank is None or choice.next_gain is None:
         return "none within the budget was tried"
     verb = "gains" if choice.next_gain > 0 else "loses"
-    return f"r={choice.next_rank} {verb} {abs(choice.next_gain):.4f} nats on average"
+    return f"r={choice.next_rank} {verb} {abs(choice.next_gain):.4f} nats, by mean losses"
 
 
 def _describe_non_uniform(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
+    """State whether non-uniform ranks are better than uniform ones, by the candidate that was trained most."""
     of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
-    why = next((decision.why for decision in of_stage if decision.name == "non-uniform ranks"), "not in the plan")
-    gaps = [
-        f"{decision.name} {decision.gap:+.4f}{_format_error(decision.error)}"
-        for decision in of_stage
-        if decision.gap is not None and decision.seeds > 1
-    ]
-    return f"{choice.non_uniform}: {safe(why)}{' (' + ', '.join(gaps) + ' nats)' if gaps else ''}"
+    if not (
+        compared := [(-decision.seeds, decision.gap, decision) for decision in of_stage if decision.gap is not None]
+    ):
+        why = (decision.why for decision in of_stage if decision.name == "non-uniform ranks")
+        return f"{choice.non_uniform}: {safe(next(why, 'not in the plan'))}"
+    _, gap, best = min(compared, key=lambda item: item[:2])
+    against = f"uniform ranks, {quantity(best.seeds, 'seed')}"
+    return f"{choice.non_uniform}: {best.name} is {gap:+.4f}{_format_error(best.error)} nats from {against}"
 
 
 def _describe_shifted(choice: Tune) -> str:
-    gain, error = choice.gain_shifted or 0.0, _format_error(choice.gain_shifted_error)
-    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.4f}{error} nats on {short(choice.set_shifted)}"
+    if choice.gain_shifted is None:
+        return ""
+    verb, error = "gains" if choice.gain_shifted >= 0 else "loses", _format_error(choice.gain_shifted_error)
+    return f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
 
 
 def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
@@ -175,15 +213,13 @@ def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
     statements = []
     for stage, label in (("stability", "Stability"), ("escalation", "More")):
         of_stage = [decision for decision in decisions if decision.stage == stage]
-        if not of_stage:
-            continue
         trials: dict[str, list[str]] = {}
         for decision in of_stage:
             if decision.outcome != "not needed":
                 trials.setdefault(decision.outcome, []).append(_name_trial(decision))
         lead = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in trials.items())
-        reasons = (f"{safe(decision.name)}: {safe(decision.why)}" for decision in of_stage)
-        statements.append(make_statement(stage, label, lead or "the curves give no reason for a trial", *reasons))
+        if of_stage:
+            statements.append(make_statement(stage, label, lead or f"not needed: {safe(of_stage[0].why)}", priority=2))
     return statements
 
 
@@ -195,12 +231,17 @@ def _name_trial(decision: TuneDecision) -> str:
     return name if decision.seconds is None else f"{name} (about {duration(decision.seconds)})"
 
 
-def _describe_left_out(decisions: Sequence[TuneDecision]) -> list[Statement]:
-    """Return what was not tried, with the reasons; empty if all was."""
-    omitted = [decision for decision in decisions if decision.outcome == "not tried"]
-    names = "; ".join(safe(decision.name) for decision in omitted) if len(omitted) > 1 else ""
-    lines = (f"{safe(decision.name)}: {safe(decision.why)}" for decision in omitted)
-    return [make_statement("left_out", "Not tried", names, *lines)] if omitted else []
+def _describe_left_out(decisions: Sequence[TuneDecision], plan: TunePlan | None) -> list[str]:
+    """State what was omitted to keep the time limit, with its cost, and what was not tried for other reasons."""
+    of_stage = {"stability", "escalation"}  # their statements name them
+    omitted = [decision for decision in decisions if decision.outcome == "not tried" and decision.stage not in of_stage]
+    for_time = {one.name: one.seconds for one in omitted if one.stage == "budget" and one.seconds is not None}
+    lines = [f"{safe(one.name)}: {safe(one.why)}" for one in omitted if one.name not in for_time]
+    if not for_time or plan is None:
+        return lines
+    names = "; ".join(_name_omission(name, seconds) for name, seconds in for_time.items())
+    cost = f"{quantity(len(for_time), 'part')} of the search, {duration(math.fsum(for_time.values()))}, to keep --time"
+    return [f"{cost}; --time {_whole_time(plan, for_time)} allows all", names, *lines]
 
 
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:

@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import peft
@@ -19,9 +21,14 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.errors import InconclusiveError, UsageError
+from lora_diag.reports.advice import advice
+from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.tuning import planning
+from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
+from lora_diag.tuning.show import tune_lines
 from lora_diag.tuning.trials import Variant, uniform
 from tests.conftest import ROOT
 from tests.messages import raises_naming
@@ -133,11 +140,6 @@ def _lora_of(script):
 
 def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
     _, _, result, _, _ = case
-    every = [*result.whole]
-    end = next(i for i, one in enumerate(every) if getattr(one, "name", "") == "non-uniform ranks")
-    ran = {(o.variant, o.lr, o.seed) for o in every[:end] if isinstance(o, TuneTrial) and o.variant != "base"}
-    mine = [name for name, _, _ in ran if name in {"prior", "marginal"} or name.startswith("pilot")]
-    assert every[end].why.endswith(f"found with {len(mine)} of {len(ran)} runs")
     (choice,) = result.whole_of(Tune)
     trials = result.whole_of(TuneTrial)
     uniform = next(one.params for one in trials if one.variant == f"uniform-r{choice.rank}")
@@ -278,6 +280,78 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
     assert (factory["use_rslora"], factory["use_dora"]) == (True, True)
 
 
+@pytest.mark.parametrize("slowness", [2.0, 4.0])
+def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
+    """On a fake clock: every step takes ``slowness`` times as long as the one that was timed for the plan."""
+    base, texts, *_ = case
+    clock, seen = [1000.0], [0]
+    for module in (planning, run_module):
+        monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(planning, "step_seconds", lambda *_: (1.0, 1.0))
+
+    def advance(event):
+        clock[0] += slowness * (event.done - seen[0])
+        seen[0] = event.done
+
+    def wait(plan):
+        clock[0] += 9999.0  # the user thinks about the plan
+        return True
+
+    options = OPTIONS | {"rates": (3e-3, 1e-2, 3e-2)}
+    (whole,) = lora_diag.tune(base, tmp_path / "run", dry_run=True, **texts, **options).whole
+    limit = math.ceil(whole.seconds)
+    began = clock[0]
+    result = lora_diag.tune(
+        base, tmp_path / "run", time=f"{limit}s", on_plan=wait, on_progress=advance, **texts, **options
+    )
+    assert result.whole_of(TunePlan)[0].left_out == ()  # the plan would keep the limit
+    assert clock[0] - began - 9999 <= limit
+    assert result.whole_of(Tune)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    omitted = [one for one in result.whole_of(TuneDecision) if (one.stage, one.outcome) == ("budget", "not tried")]
+    assert omitted
+    assert all(f"{slowness:g} times" in one.why and one.seconds > 0 for one in omitted)
+    lines = {one.key: one for one in tune_lines(result)}
+    assert all(lines["left_out"].text.count(f"{one.name} (") == 1 for one in omitted)
+    again = lora_diag.tune(base, tmp_path / "run", resume=True, **texts, **options)
+    assert again == result
+
+
+def test_tune_lines_name_reason_of_missing_baseline(case):
+    """The record of the choice has no gain of full fine-tuning in three cases, which the trials distinguish."""
+    *_, result, _, _ = case
+    (choice,) = result.whole_of(Tune)
+    choice = choice.model_copy(update={"gain_of_full": None, "share_of_full": None, "seeds": 1})
+    others = tuple(one for one in result.whole if not isinstance(one, Tune | TuneTrial))
+    trials = [one for one in result.whole_of(TuneTrial) if one.set == choice.set]
+    own = next(one for one in trials if one.variant == f"uniform-r{choice.rank}")
+    full = next(one for one in trials if one.variant == "full")
+
+    def lines(*trials, rate=choice.lr):
+        chosen = choice.model_copy(update={"lr": rate})
+        return {one.key: one.text for one in tune_lines(replace(result, whole=(*others, *trials, chosen)))}
+
+    assert "1 seed)" in lines()["gain"]
+    for trials, word in (((), "not trained"), ((full,), "gains nothing")):
+        assert word in lines(*trials)["gain"]
+    assert "diverged" in lines(full.model_copy(update={"loss": None}))["gain"]
+    rates = [own.model_copy(update={"lr": rate}) for rate in (1e-3, 1e-2, 1e-1)]
+    assert "edge" not in lines(*rates, rate=1e-2)
+    assert "lowest" in lines(*rates, rate=1e-3)["edge"]
+    assert "highest" in lines(*rates, rate=1e-1)["edge"]
+
+
+def test_tune_report_stays_within_its_budget(case):
+    """Its first step is to train with the chosen configuration; none asks for another sweep."""
+    *_, result, folder, _ = case
+    (choice,) = result.whole_of(Tune)
+    sources = [Source(name, read_results(folder / name)) for name in ("tune.jsonl", "sweep.jsonl", "spectrum.jsonl")]
+    first, *others = advice(Evidence(tuple(sources)))
+    assert first.do.startswith(f"Train with this configuration: r={choice.rank}")
+    assert first.argv[1:3] == ("probe", "outputs")
+    assert not [step for step in others if "sweep" in step.argv]
+
+
 def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     """Time is up when the pilot of non-uniform ranks begins; with a larger limit, all comes out as without one."""
     base, texts, whole, *_ = case
@@ -350,7 +424,6 @@ def test_challenger_wins_only_beyond_tolerance(monkeypatch, gap, goes_on):
     for name, stub in {
         "_train_with_adapters": lambda self, *variants: None,
         "_get_first_loss": lambda self, variant: losses[variant.name],
-        "_describe_cost": lambda self, candidates: "",
         "_decide_on": lambda self, stage, variant, outcome, *_: outcomes.update({variant.name: outcome}),
         "decide": lambda self, stage, name, outcome, why: outcomes.update({name: outcome}),
         "_confirm": lambda self, stage, incumbent, one, fresh: not confirmed.append(one.name),

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
+from lora_diag.explanations.terms import document_fields, find_models
 from lora_diag.feature import Feature
 from lora_diag.records import run
 from lora_diag.records.base import Record, Unit
@@ -37,6 +38,8 @@ MAX_UNBROKEN = 36
 # Pages of the site that stand elsewhere in the repository; and where links to the README lead.
 MOVED = {
     "CHANGELOG.md": "changelog.md",
+    "lora_diag/explanations/symptoms.md": "guides/symptoms.md",
+    "lora_diag/explanations/words.md": "reference/words.md",
     "CONTRIBUTING.md": "contributing.md",
     "sample_checkpoints/README.md": "get-started/samples.md",
 }
@@ -122,22 +125,6 @@ def option_tables(command: Any) -> Iterator[str]:
         yield f"**{group}**\n\n" + table(("name", "value", "default", "description"), rows)
 
 
-def documented(kind: type[BaseModel]) -> dict[str, str]:
-    """Return what a class of records says of each field: its ``Field(description=)``, or the entry of its docstring.
-
-    >>> documented(run.Run)["schema"]
-    'Version of the fields, 1.'
-    """
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        doc = (getdoc(base) or "") if "__doc__" in vars(base) else ""
-        _, _, args = doc.partition("Args:\n")
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE):
-            found[name] = " ".join(text.split())
-    described = {name: field.description for name, field in kind.model_fields.items() if field.description}
-    return {**found, **described}
-
-
 def type_name(annotation: Any) -> str:
     """Return a type in the words of JSON.
 
@@ -203,7 +190,7 @@ def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:
         kind: The class.
         linked: Where other classes are described, by their names.
     """
-    told, rows = documented(kind), []
+    told, rows = document_fields(kind), []
     for attribute, field in kind.model_fields.items():
         name = field.alias or attribute
         annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
@@ -218,22 +205,6 @@ def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:
     return table(("field", "column", "type", "unit", "description", "null"), rows)
 
 
-def nested(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """Yield a class and those that its fields are made of, each once."""
-    seen: list[type[BaseModel]] = []
-
-    def visit(annotation: Any) -> None:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
-            seen.append(annotation)
-            for field in annotation.model_fields.values():
-                visit(field.annotation)
-        for part in get_args(annotation):
-            visit(part)
-
-    visit(kind)
-    return iter(seen)
-
-
 def kinds(feature: Feature) -> list[type[Record]]:
     """Return the kinds of records of a feature."""
     return [feature.load(path) for path in feature.records]
@@ -242,9 +213,9 @@ def kinds(feature: Feature) -> list[type[Record]]:
 def shared() -> list[type[BaseModel]]:
     """Return the classes of records that belong to no feature, or to several: those of every file first."""
     catalog.record_kinds()
-    used = [one for feature in catalog.features() for kind in kinds(feature) for one in nested(kind)]
+    used = [one for feature in catalog.features() for kind in kinds(feature) for one in find_models(kind)]
     loose = [one for one in used if one.__module__.startswith("lora_diag.records.")]
-    every = [one for kind in (run.Run, run.LeftOut, run.End) for one in nested(kind)]
+    every = [one for kind in (run.Run, run.LeftOut, run.End) for one in find_models(kind)]
     return list(dict.fromkeys([*every, *loose]))
 
 
@@ -263,7 +234,7 @@ def generated(feature: Feature) -> str:
         parts += [f"## Options of `{name}`", f"    loradiag {' '.join([name, *words, '[OPTIONS]'])}"]
         parts += option_tables(command)
     elsewhere = {kind.__name__: f"{PurePosixPath(RESULTS).name}#{kind.__name__.lower()}" for kind in shared()}
-    classes = list(dict.fromkeys(one for kind in kinds(feature) for one in nested(kind)))
+    classes = list(dict.fromkeys(one for kind in kinds(feature) for one in find_models(kind)))
     own = [one for one in classes if one.__name__ not in elsewhere]
     links = {**elsewhere, **{one.__name__: f"#{one.__name__.lower()}" for one in own}}
     if classes:

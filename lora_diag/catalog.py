@@ -47,6 +47,7 @@ _FEATURES = (
     "gating",
     "inspection",
     "environment",
+    "explanations",
     "plots",
     "reports",
     "probes.truncation",

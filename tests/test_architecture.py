@@ -51,8 +51,8 @@ OPEN = {"errors", "files", "scratch", "version"}
 
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}
-# Features that use any others: to judge or show their records, to train with them, or to describe the machine.
-READERS = {"gating", "reports", "plots", "inspection", "environment", "tuning"}
+# Features that use any others: to judge, show or explain their records, to train with them, or to describe the machine.
+READERS = {"gating", "reports", "plots", "inspection", "environment", "explanations", "tuning"}
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
@@ -94,7 +94,7 @@ LIBRARIES = {
     "huggingface_hub": {"checkpoints", "trackers.py"},
     "safetensors": {"adapters"},
     "pickle": {"checkpoints", "processes.py"},
-    "pydantic": {"records", "record.py", "policy.py"},
+    "pydantic": {"records", "explanations", "record.py", "policy.py"},
 }
 
 

@@ -256,7 +256,7 @@ class Rule(Criterion):
         describe_valid("text of letters, digits, '.', '_' and '-'"),
         AfterValidator(_check_rule_name),
     ]
-    require: Annotated[Condition, BeforeValidator(parse), QUOTED]
+    require: Annotated[Condition, BeforeValidator(parse, json_schema_input_type=str), QUOTED]
 
     @property
     def field(self) -> str:
@@ -335,9 +335,24 @@ class Waiver(PolicyTable):
 
 
 class Checks(PolicyTable):
-    """Built-in checks with their severity.
+    """Built-in checks: what each requires, and what to do otherwise. Values are severities.
 
     Args:
+        inputs: The results are those of the files as they are now. If not: measure again.
+        finished: Every run finished. If not: continue it with ``--resume``.
+        non_finite: No entry is NaN or Inf. If one is: training diverged or the file is damaged; do not ship it.
+        mismatch: Every tensor of the adapter fits BASE. If not: give the base it was trained on, or correct its target
+            modules.
+        complete: The file has factors for every module that the config targets. If not: save the adapter again.
+        base: BASE is the model that the adapter names. If not: measure it on its own base, or pin this one by its
+            fingerprint.
+        dead: The update is not zero. If it is: the layer was not trained, or not saved; compare target names and the
+            optimizer.
+        missing: Every layer of the baseline has a result. If not: measure all layers.
+        unused_rank: Every direction of the rank is used. If not: a smaller rank is the same adapter at less cost.
+        spike: No direction dominates an update, and none is larger than its base weight. If one does: training diverged
+            or has just begun; lower the learning rate.
+        unresolved: The files can show the update. If not: save the checkpoint in float32, or judge the adapter itself.
         spike_above: Fraction of ‖ΔW‖² in one direction that the check ``spike`` allows.
     """
 

@@ -16,7 +16,7 @@ class Probe(WholeRecord):
     A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a classifier), in nats.
 
     Args:
-        probe: The probe that measured it.
+        probe: The probe that measured it: ``truncation``, ``outputs`` or ``sweep``.
         set: The evaluation set, by its file's name.
         shifted: Whether the user declared it as shifted.
         subject: Model of the loss: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; for a sweep's run

@@ -119,7 +119,22 @@ class LeftOut(Record):
     Args:
         layer: Its name.
         shape: Its shape; for rows that only one side has, the shape of the rows.
-        reason: Machine-readable reason.
+        reason: Machine-readable reason. ``vector``: one dimension, such as norms and biases: it has no rank.
+            ``only_in_base``: TUNED does not have it; check that TUNED was saved completely. ``only_in_tuned``: BASE
+            does not have it; check that BASE is the model that training started from. ``not_float``: its numbers are no
+            floating-point numbers. ``shape_differs``: BASE and TUNED store it in different shapes; give two checkpoints
+            of one model. ``added_rows``: rows of a vocabulary that TUNED added. ``removed_rows``: rows of a vocabulary
+            that TUNED removed. ``empty``: it has no entries. ``not_selected``: left out by ``--layers``, ``--exclude``
+            or another option. ``non_finite``: it has NaN or Inf: training diverged, or the file is damaged; do not ship
+            it. ``not_in_base``: BASE has no such weight, or not of this shape; give the BASE of the adapter.
+            ``needs_base``: its update depends on BASE; give BASE. ``only_in_adapter``: the adapter changes it, and the
+            compared checkpoint does not have it. ``no_gradient``: it has no gradient; check that it is trained.
+            ``no_reference``: no update whose subspaces could be compared. ``rank_0``: no rank was given to it.
+            ``no_factors``: its update cannot be stored as factors. ``saved``: it is trained and saved in full
+            (``modules_to_save``). ``unreadable``: the file cannot be read; the detail says why. ``not_in_model``: the
+            model has no such weight, or does not use it. ``memory``: it needs more than ``--memory``; raise the limit.
+            ``time``: ``--time`` was over; resume with more. ``no_activations``: the file of activations does not cover
+            its input; collect it with ``probe activations``.
         detail: Reason as text.
         fro: ‖Δ‖_F if both sides have it (1-D tensors), the norm of rows that only one side has, else null.
         base_fro: ‖W_base‖_F if both sides have it, else null.

@@ -46,7 +46,11 @@ class Resolution(Record):
             rounding left unchanged; null for an adapter.
         signal_rank: Number of singular values above the edge; null if all kept values are and there are more. A lower
             count: weights of unequal rows or columns raise the edge, so that it misses weaker directions.
-        verdict: Whether the files resolve this update.
+        verdict: Whether the files resolve the update. ``resolved``: rounding is expected to have at most 1% of ‖ΔW‖²,
+            and a singular value is above the noise edge. ``floor-limited``: neither resolved nor unresolved: its weak
+            directions may be rounding; trust the signal rank, not r@99%. ``unresolved``: rounding is expected to have
+            at least half of ‖ΔW‖², or no singular value is above the edge, or ΔW = 0: ranks and spectra describe the
+            file format; measure float32 files or the adapter itself, or run ``recover``.
     """
 
     unchanged: Share | None

@@ -141,8 +141,10 @@ class TuneDecision(WholeRecord):
     Args:
         stage: The stage.
         name: Subject of the decision.
-        outcome: ``chosen``; of a candidate ``kept`` or ``rejected``; ``not needed``; ``proposed`` where it was not
-            trained; ``not tried``.
+        outcome: ``chosen``: of all candidates of the stage. ``kept``: a candidate that replaced the incumbent.
+            ``rejected``: a candidate that did not. ``not needed``: nothing depends on it. ``proposed``: to try next: it
+            lowers the loss but is outside the budget, or was not trained for time, with its predicted ``seconds``.
+            ``not tried``: not trained, for the reason in ``why``.
         why: The reason, with its numbers.
         rank: A shared rank; null without one.
         lr: Peak learning rate; null without training.

@@ -44,7 +44,11 @@ class Allocation(LayerRecord):
         cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out + in), beyond which
             factors have more parameters than the matrix, its signal rank, its nonzero singular values and the kept
             values. With ``--allowed-ranks`` the first of them that reaches this limit, else the largest.
-        capped_by: Reason for the cap; ``shape``, min(out, in), in results of older versions.
+        capped_by: Reason for the cap. ``max_rank``: the option ``--max-rank``. ``break_even``: at a larger rank the
+            factors have more parameters than the matrix; train it in full. ``signal_rank``: further directions are
+            rounding noise. ``values_kept``: the spectrum was measured with ``--top``; measure more values.
+            ``update_rank``: the update has no further nonzero singular value. ``ranks_from``: the ranks of
+            ``--allowed-ranks`` reach no further. ``shape``: min(out, in), in results of older versions.
         verdict: Resolution verdict of ``spectrum``.
         uniform_rank: Rank by the uniform rule with the same budget.
         uniform_kept: C(uniform_rank); null for a zero update.
@@ -147,7 +151,8 @@ class Certificate(WholeRecord):
     Fractions are of the (weighted) energy of the candidate layers, as measured by their spectra.
 
     Args:
-        unit: Unit of the budget.
+        unit: Unit of the budget: ``params``, trainable parameters; ``total_rank``, the sum of all ranks; ``bytes`` of
+            the adapter's file; or ``energy``, a fraction to keep in every layer.
         budget: The requested budget; null if ranks follow from an energy fraction.
         spent: Cost of the allocation; at most the budget.
         params: Number of parameters of the allocation, including heads, whatever the unit of the budget.

@@ -62,7 +62,8 @@ class Extraction(LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)`` as stored in BASE.
         module: PEFT's name of the adapted module; for ``parameter``, the parameter's own path.
-        kind: Kind of the layer in PEFT.
+        kind: Kind of the layer in PEFT: ``linear``, ``conv1d`` (transposed, as in GPT-2), ``embedding``,
+            ``convolution``, or ``parameter``, a matrix of a stack of experts.
         rank: r.
         params: r·(out + in).
         kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy fraction that the best update of this rank keeps.

@@ -75,7 +75,9 @@ class PlannedMerge(LayerRecord):
             BASE. Null where BASE is not quantized or ΔW = 0.
         bf16: Fraction of ΔW that survives in bf16, and the error.
         fp16: Fraction of ΔW that survives in fp16, and the error.
-        conclusion: Conclusion by the rules of ``conclude``; null if ΔW = 0.
+        conclusion: ``merge``: the format keeps the update: c within 10% of 1, relative error at most 0.5. ``merge into
+            16 bit``: it does not, and bf16 or fp16 does; merge into one of these. ``serve unmerged``: the merge would
+            lose the update; serve BASE in that format and the adapter beside it. Null if ΔW = 0. See ``conclude``.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

@@ -62,9 +62,11 @@ class Interference(LayerRecord):
         columns: Principal angles between the spaces of the r largest left singular vectors.
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
-        relation: ``apart`` if the spaces overlap no more than random ones; else ``reinforce`` or ``cancel`` by the sign
-            of the cosine, ``share`` if that is small (``metrics.subspaces.classify_relation``); ``noise`` if an
-            update is not resolved.
+        relation: ``apart``: the spaces overlap no more than random ones; the updates can be added. ``share``: they
+            overlap, and the cosine is small; compare a merge with ``--eval``. ``reinforce``: they overlap and point the
+            same way: the sum is longer than either; scale it down. ``cancel``: they overlap and oppose: the sum loses
+            part of both; do not merge this layer with equal weights. ``noise``: an update is not resolved. See
+            ``metrics.subspaces.classify_relation``.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")

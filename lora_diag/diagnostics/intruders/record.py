@@ -17,8 +17,10 @@ class Direction(Record):
         window: Number of singular values of W_base within the window, |σ_i − σ_j| ≤ window·σ_j.
         projection: Norm of the projection of u_j on the span of their singular vectors.
         projection_random: √(window / out), that norm for a random direction.
-        kind: ``kept`` if ``similarity`` ≥ ε; else ``rotated`` if u_j lies in the window's span more than a random
-            direction does, else ``intruder`` (``metrics.subspaces.classify_direction``).
+        kind: ``kept``: ``similarity`` ≥ ε: a direction of BASE. ``rotated``: no single direction of BASE, and u_j lies
+            in the window's span more than a random direction does. ``intruder``: neither: a large direction that BASE
+            does not have, which papers relate to forgetting; compare the loss on other text. See
+            ``metrics.subspaces.classify_direction``.
     """
 
     sigma: Norm

@@ -25,9 +25,11 @@ class Portability(LayerRecord):
         layer: The weight's name in BASE; without a BASE, in the adapter.
         consumer: The program that loads the adapter, such as ``vllm``.
         version: Version of the program: the requested one, or the newest in which the rule was read.
-        status: ``exact`` if it applies the intended ΔW; ``wrong`` if another one; ``dropped`` if it silently leaves the
-            weight as it is; ``full`` if it takes a weight that the file holds in full; ``refused`` if it stops with an
-            error, which holds for the whole adapter; ``unknown`` if that depends on a BASE which is not given.
+        status: ``exact``: it applies the intended ΔW. ``wrong``: it applies another one, mostly by another scale; write
+            the adapter with ``--fix``. ``dropped``: it silently leaves the weight as it is; merge the adapter, or serve
+            it elsewhere. ``full``: it takes a weight that the file holds in full. ``refused``: it stops with an error,
+            which holds for the whole adapter; write the adapter with ``--fix``. ``unknown``: that depends on a BASE
+            which is not given; give it.
         part: Its contents in the file: ``factors``, ``dora``, ``bias``, ``value`` and so on.
         rank: r of its factors; null without factors.
         scale: s' by which the consumer multiplies B·A; null without factors, and if dropped or refused.

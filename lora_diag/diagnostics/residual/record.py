@@ -169,8 +169,11 @@ class Residual(Distance, LayerRecord):
             output; null without activations for the layer.
         before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
             cells of the files; null where it was not requested, is not hidden, or could not be estimated.
-        limited_by: The largest of rank, direction and scale, ``exact`` or ``not adapted`` (``limit``); ``noise`` if the
-            files do not resolve D; null if D is zero.
+        limited_by: The largest part of ε². ``rank``: D has energy beyond the adapter's rank; a larger rank can reduce
+            it. ``direction``: the adapter's directions are not the best of its rank; rank does not help, compare losses
+            with ``probe outputs``. ``scale``: another α would bring the adapter closer. ``not adapted``: the adapter
+            does not change this layer; add it to the target modules. ``exact``: X equals D within its rounding.
+            ``noise``: the files do not resolve D, so that ε has no cause; measure float32 files. Null if D is zero.
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """
 

@@ -60,12 +60,16 @@ class Merge(LayerRecord):
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapted: Whether the adapter changes the layer; else MERGED must be W.
         status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though
-            MERGED is finer. ``inconclusive``: a rounding of W + ΔW and of W alone, or of W + c·ΔW with c 5% off, so
-            that this file cannot distinguish them. ``dropped``: M = W. ``partial``: some rows or columns have ΔW, the
-            others have W. ``wrong scale``: W + c·ΔW, c further from 1 than rounding allows. ``transposed``: W + ΔWᵀ.
-            ``wrong order``: the ΔW of another expert or layer, or with its halves swapped. ``other base``: ΔW is there,
-            on top of other weights than BASE's. ``changed``: the adapter never touched it, MERGED differs. ``missing``:
-            MERGED has no such weight. ``other``: none of these.
+            MERGED is finer; merge in float32 to keep all of it. ``inconclusive``: a rounding of W + ΔW and of W alone,
+            or of W + c·ΔW with c 5% off, so that this file cannot distinguish them; merge into a finer format.
+            ``dropped``: M = W: the update is missing; check that the merge loaded this adapter and saved after it.
+            ``partial``: some rows or columns have ΔW, the others have W; check sharding and fused weights. ``wrong
+            scale``: W + c·ΔW, c further from 1 than rounding allows; check α, rsLoRA and whether it was added twice.
+            ``transposed``: W + ΔWᵀ; check fan_in_fan_out. ``wrong order``: the ΔW of another expert or layer, or with
+            its halves swapped; check how names map to stacked weights. ``other base``: ΔW is there, on top of other
+            weights than BASE's; give the BASE of the merge. ``changed``: the adapter never touched it, MERGED differs;
+            check what else was trained or converted. ``missing``: MERGED has no such weight; save it again. ``other``:
+            none of these; merge again from the original files.
         dtype: The dtype that represents MERGED's values, which can be shorter than the stored one; null if missing.
         differing: Entries that no rounding of W + ΔW explains.
         differing_share: The same as a fraction of the entries.

@@ -1,0 +1,216 @@
+"""Index of the words in loradiag's output.
+
+A word is a command, a column (``Shown.title``), a field of a record, a value of such a field (an entry ``word: text``
+in the field's documentation), a built-in check of ``gate``, or a heading of ``symptoms.md`` or ``words.md``. The
+texts are those of the declarations and of the site.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from inspect import getdoc
+from typing import Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from lora_diag import catalog
+from lora_diag.gating.policy import Checks
+from lora_diag.records import run
+from lora_diag.records.base import Record
+
+# Records of every command.
+SHARED: tuple[type[Record], ...] = (run.Run, run.LeftOut, run.End)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A word and its meaning.
+
+    Args:
+        word: The word as printed.
+        role: What it is, such as ``column of spectrum``.
+        text: Its meaning, and for a fault what to do.
+        others: Further spellings, such as the heading of its column in a terminal.
+    """
+
+    word: str
+    role: str
+    text: str
+    others: tuple[str, ...] = ()
+
+
+def document_fields(kind: type[BaseModel]) -> dict[str, str]:
+    """Return the documentation of each field of a class: its ``Field(description=)``, or its entry in the docstring.
+
+    >>> document_fields(run.Run)["schema"]
+    'Version of the fields, 1.'
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = (getdoc(base) or "") if "__doc__" in vars(base) else ""
+        _, _, args = doc.partition("Args:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE):
+            found[name] = " ".join(text.split())
+    described = {name: field.description for name, field in kind.model_fields.items() if field.description}
+    return {**found, **described}
+
+
+def find_models(kind: type[BaseModel]) -> list[type[BaseModel]]:
+    """Return a class of records and the classes of its fields, each once."""
+    seen: dict[type[BaseModel], None] = {}
+
+    def visit(annotation: object) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+            seen[annotation] = None
+            for field in annotation.model_fields.values():
+                visit(field.annotation)
+        for part in get_args(annotation):
+            visit(part)
+
+    visit(kind)
+    return list(seen)
+
+
+def list_values(annotation: object) -> Iterator[str]:
+    """Yield the words that a field can have, of a ``Literal`` in its type.
+
+    >>> list(list_values(Literal["left", "right"] | None))
+    ['left', 'right']
+    """
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        yield from map(str, parts)
+    else:
+        yield from (word for part in parts for word in list_values(part))
+
+
+def describe_value(word: str, text: str) -> str:
+    """Return what the documentation of a field says about one of its values: its entry, or all of it.
+
+    >>> describe_value("b", "Status. ``a``: first. ``b``: second; see ``c``. ``d``: last.")
+    'Second; see c.'
+    >>> describe_value("b", "Either ``a`` or ``b``.")
+    'Either a or b.'
+    """
+    entry = re.search(rf"``{re.escape(word)}``: (.*?)(?=\s``[^`]+``: |$)", text)
+    return _capitalize((entry[1] if entry else text).replace("``", ""))
+
+
+@cache
+def all_terms() -> tuple[Term, ...]:
+    """Return all words: symptoms and general terms, commands, values, checks, columns and fields."""
+    sources = (_find_sections, _find_commands, _find_values, _find_checks, _find_columns, _find_fields)
+    return tuple(dict.fromkeys(term for source in sources for term in source()))
+
+
+def _find_sections() -> Iterator[Term]:
+    """Yield the sections of ``symptoms.md`` and ``words.md``; commas in a heading separate spellings."""
+    for role in ("symptom", "word"):
+        for section in (files(__package__) / f"{role}s.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+            title, _, body = section.partition("\n")
+            word, *others = title.split(", ")
+            yield Term(word, role, body.strip(), tuple(others))
+
+
+def _find_commands() -> Iterator[Term]:
+    for name, _, command in catalog.commands():
+        yield Term(name, "command", f"{command.help}\n\n    loradiag {name} --help")
+
+
+def _find_models() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield every class of records with the command of its records; ``every command`` for shared ones."""
+    for command, kinds in [
+        ("every command", SHARED),
+        *((f.commands[0].name or f.name, map(f.load, f.records)) for f in catalog.features() if f.records),
+    ]:
+        yield from ((command, model) for kind in kinds for model in find_models(kind))
+
+
+def _find_values() -> Iterator[Term]:
+    for command, model in _find_models():
+        documented = document_fields(model)
+        for name, field in model.model_fields.items():
+            for word in list_values(field.annotation):
+                if f"``{word}``" in documented.get(name, ""):
+                    yield Term(word, f"{name} of {command}", describe_value(word, documented[name]))
+
+
+def _find_checks() -> Iterator[Term]:
+    documented = document_fields(Checks)
+    yield from (Term(name, "built-in check of gate", documented[name].replace("``", "")) for name in Checks.names())
+
+
+def _find_columns() -> Iterator[Term]:
+    for command, model in _find_models():
+        for shown in getattr(model, "shown", ()):
+            yield Term(
+                shown.title,
+                f"column of {command}",
+                f"{_capitalize(shown.about.rstrip('.'))}.",
+                (shown.head, shown.path),
+            )
+
+
+def _find_fields() -> Iterator[Term]:
+    for command, model in _find_models():
+        for name, text in document_fields(model).items():
+            yield Term(name, f"field of {command}", text.replace("``", ""))
+
+
+def _capitalize(text: str) -> str:
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+
+
+def find_terms(words: str) -> list[Term]:
+    """Return the terms with a spelling, ignoring case; C(16) counts as C(r).
+
+    Without any: the symptoms whose titles contain all words.
+    """
+    wanted = _normalize(words)
+    found = [term for term in all_terms() if wanted in map(_normalize, (term.word, *term.others))]
+    if found or not wanted:
+        return _merge_roles(found)
+    return [term for term in all_terms() if term.role == "symptom" and set(wanted.split()) <= _words_of(term.word)]
+
+
+def find_nearest(words: str) -> list[str]:
+    """Return up to five words with a similar spelling; without any, words whose meaning mentions it."""
+    spellings = {_normalize(word): term.word for term in all_terms() for word in (term.word, *term.others) if word}
+    close = [spellings[word] for word in get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)]
+    mentioned = [term.word for term in all_terms() if words.casefold() in term.text.casefold()]
+    return list(dict.fromkeys([*close, *mentioned]))[:5]
+
+
+def _normalize(word: str) -> str:
+    word = re.sub(r"^C\(\d+\)$", "C(r)", word.strip(" .:!?\"'"), flags=re.IGNORECASE)
+    return " ".join(word.replace("_", " ").replace("-", " ").casefold().split())
+
+
+def _words_of(title: str) -> set[str]:
+    return set(re.findall(r"\w+", title.casefold()))
+
+
+def _merge_roles(terms: Iterable[Term]) -> list[Term]:
+    """Return the terms with distinct texts; the roles of equal texts are joined."""
+    roles: dict[tuple[str, str], list[str]] = {}
+    for term in terms:
+        roles.setdefault((term.word, term.text), []).append(term.role)
+    return [Term(word, _join_roles(named), text) for (word, text), named in roles.items()]
+
+
+def _join_roles(roles: list[str]) -> str:
+    """Return roles that may differ in their command only.
+
+    >>> _join_roles(["verdict of spectrum", "verdict of overlap", "field of gate"])
+    'verdict of spectrum, overlap; field of gate'
+    """
+    commands: dict[str, list[str]] = {}
+    for role in roles:
+        name, _, command = role.partition(" of ")
+        commands.setdefault(name, []).append(command)
+    return "; ".join(f"{name} of {', '.join(dict.fromkeys(of))}" if of[0] else name for name, of in commands.items())

@@ -139,20 +139,6 @@ def test_lock_of_container_satisfies_requirements():
             assert requirement.specifier.contains(pin.version)
 
 
-@pytest.mark.parametrize("form", ["bug.yml", "format.yml"])
-def test_issue_form_asks_for_inspect(form):
-    fields = yaml.safe_load(text(".github", "ISSUE_TEMPLATE", form))["body"]
-    options = {field["id"]: field for field in fields}
-    assert "loradiag inspect" in options["inspect"]["attributes"]["description"]
-    assert options["inspect"]["validations"]["required"]
-
-
-def test_citation_has_the_fields_of_its_format():
-    citation = yaml.safe_load(text("CITATION.cff"))
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert citation["license"] == tomllib.loads(text("pyproject.toml"))["project"]["license"]
-
-
 def test_man_pages_have_every_option(tmp_path):
     man = script("docs", "man.py")
     man.main(tmp_path)

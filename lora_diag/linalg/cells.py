@@ -450,7 +450,7 @@ MAX_CHI, MAX_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
 
 # It is rejected, too, if the size varies so much with |W|, and by so many times its error. In 190 scaled updates of the
 # sample model's layers it varied by up to 0.07, and by 2 times its error; in training without master weights and with
-# stochastic rounding by 0.10 to 0.51, and by 6 to 28 times (256², tests/benchmarks/recovery.py).
+# stochastic rounding by 0.10 to 0.51, and by 6 to 28 times (256², simulated).
 MAX_UNEVENNESS, MAX_UNEVENNESS_ERRORS = 0.08, 3.0
 
 # Binades with fewer expected changes or expected unchanged entries are excluded from χ².

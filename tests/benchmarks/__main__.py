@@ -2,27 +2,47 @@
 
     python -m tests.benchmarks                    everything but the peers
     python -m tests.benchmarks matrix --peers     one part; with other tools, installed in environments of their own
+    python -m tests.benchmarks matrix --small     on small inputs, to test the scripts
 
 Files are made in ``.bench/`` and kept for the next run. Timings mean something on an otherwise idle machine only.
 """
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import in_turn, llama_layer, machine, run, table
+from tests.benchmarks.measure import (
+    Used,
+    call,
+    commands_in_turn,
+    in_turn,
+    llama_layer,
+    machine,
+    multiple,
+    print_figures,
+    print_table,
+    run,
+)
 
 FOLDER = Path(".bench")
-LORADIAG = [sys.executable, "-m", "lora_diag", "spectrum"]
+LORADIAG = [sys.executable, "-m", "lora_diag"]
+SPECTRUM = [*LORADIAG, "spectrum", "-q"]
 SCRIPT = [sys.executable, "-m", "tests.benchmarks.scripts"]
+BARE = Path(__file__).with_name("grams.py")
+
+# Hidden and inner width, width of keys and values, and layers: of a layer, a 1 B-parameter model, a fourth of it, a 7B
+# model; with --small, others. Of the adapters of the 7B model, the rank.
+WIDTHS = {"layer": (2048, 5632, 256, 1), "1B": (2048, 8192, 512, 16), "1B/4": (2048, 8192, 512, 4)}
+SEVEN, RANK, FLEET = (4096, 11008, 4096, 32), 16, 40
+SMALL = (128, 192, 64, 2)
 
 
 def compile_as_installed() -> None:
@@ -41,17 +61,28 @@ def made(what: str, *arguments: Any) -> Any:
     return (folder / "base", folder / "tuned") if what == "make_pair" else folder
 
 
-def best(work: Callable[[], object], runs: int = 3) -> float:
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+def pair(small: bool, name: str) -> tuple[Path, Path]:
+    """Make a pair of checkpoints of a size."""
+    sizes = SMALL if small else WIDTHS[name]
+    base, tuned = made("make_pair", FOLDER / "-".join(map(str, sizes)), *sizes)
+    return base, tuned
 
 
-def kernels(peers: bool) -> None:
+def adapter(small: bool, name: str, sizes: Sequence[int], seed: int, rank: int = RANK, bits: int = 16) -> Path:
+    """Make an adapter on all matrices of a model."""
+    sizes = SMALL if small else sizes
+    path: Path = made("make_adapter", FOLDER / "adapters" / f"{sizes[0]}-{name}", *sizes, rank, seed, bits)
+    return path
+
+
+def kernels(small: bool, peers: bool) -> None:
     """Methods on one matrix in memory, beside torch.linalg.svdvals."""
+    head = "matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified"
+    print_table(head, kernel_rows(((256, 256),) if small else ((4096, 4096), (4096, 11008))))
+
+
+def kernel_rows(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each way to the values of a matrix."""
     import numpy as np
     import torch
 
@@ -59,172 +90,179 @@ def kernels(peers: bool) -> None:
     from lora_diag.linalg.methods import decompose
     from tests.benchmarks.pairs import update, weight
 
-    print("| matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified |")
-    print("|---|---|---:|---:|---:|---:|")
-    for rows, columns in ((4096, 4096), (4096, 11008)):
+    def seconds(work: Any, runs: int = 3) -> float:
+        return in_turn({"": partial(call, work)}, runs)[""].median("wall")
+
+    for rows, columns in shapes:
         base, tuned = weight(rows, columns, torch.Generator().manual_seed(0))
         matrix = tuned.float() - base.float()
-        fro = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-        truth = np.cumsum(torch.linalg.svdvals(matrix.double()).numpy() ** 2) / fro**2
-        plain = best(lambda m=matrix: torch.linalg.svdvals(m), 1)
-        gram = gram_matrix(matrix if rows >= columns else matrix.T)
-        own = best(lambda m=matrix: gram_matrix(m if len(m) >= m.shape[1] else m.T)) + best(
-            lambda g=gram: torch.linalg.eigvalsh(g)
-        )
+        tall = matrix if rows >= columns else matrix.T
+        plain = seconds(partial(torch.linalg.svdvals, matrix), 1)
+        gram = gram_matrix(tall)
+        own = seconds(partial(gram_matrix, tall)) + seconds(partial(torch.linalg.eigvalsh, gram))
         clean = update(rows, columns, torch.Generator().manual_seed(0))
-        clean_fro = float(torch.linalg.vector_norm(clean, dtype=torch.float64))
-        clean_truth = np.cumsum(torch.linalg.svdvals(clean.double()).numpy() ** 2) / clean_fro**2
-        cases = {
-            "full spectrum": (matrix, fro, truth, {}),
-            "top 64, bf16 pair": (matrix, fro, truth, {"top": 64}),
-            "top 64, the update before rounding": (clean, clean_fro, clean_truth, {"top": 64}),
-        }
-        print(f"| {rows}×{columns} | torch.linalg.svdvals, float32 | {plain:.2f} | 1.0 | | |")
-        print(f"| {rows}×{columns} | product and eigenvalues alone | {own:.2f} | {plain / own:.1f} | | |")
-        for name, (a, norm, true, options) in cases.items():
-            result = decompose(a, fro=norm, **options)
-            seconds = best(lambda a=a, norm=norm, options=options: decompose(a, fro=norm, **options))
-            curve = np.cumsum(result.s.numpy() ** 2) / norm**2
-            error = np.abs(curve - true[: len(curve)]).max()
-            print(
-                f"| {rows}×{columns} | {name} ({result.method}) | {seconds:.2f} | {plain / seconds:.1f} | "
-                f"{error:.1e} | {result.energy_error:.1e} |"
-            )
+        size = f"{rows}×{columns}"
+        yield size, "torch.linalg.svdvals, float32", f"{plain:.2f}", "1.0", "", ""
+        yield size, "product and eigenvalues alone", f"{own:.2f}", f"{plain / own:.1f}", "", ""
+        cases = (("full spectrum", matrix, None), ("top 64, bf16 pair", matrix, 64), ("top 64, not rounded", clean, 64))
+        for name, a, top in cases:
+            fro = float(torch.linalg.vector_norm(a, dtype=torch.float64))
+            work = partial(decompose, a, fro=fro, top=top)
+            result, spent = work(), seconds(work)
+            true = np.cumsum(torch.linalg.svdvals(a.double()).numpy()[: len(result.s)] ** 2) / fro**2
+            error = np.abs(np.cumsum(result.s.numpy() ** 2) / fro**2 - true).max()
+            ratio = f"{plain / spent:.1f}"
+            yield size, f"{name} ({result.method})", f"{spent:.2f}", ratio, f"{error:.1e}", f"{result.energy_error:.1e}"
 
 
-def spectra(peers: bool) -> None:
+def spectra(small: bool, peers: bool) -> None:
     """The 64 largest values against all of them, over spectra: time, method and certified bound."""
     from tests.benchmarks.spectra import spectra_table
 
-    spectra_table(((2048, 2048), (5632, 2048), (4096, 4096)))
+    spectra_table(((256, 256),) if small else ((2048, 2048), (5632, 2048), (4096, 4096)))
 
 
-def matrix(peers: bool) -> None:
-    """One bf16 layer, whole processes, beside other tools."""
-    base, tuned = made("make_pair", FOLDER / "layer", 2048, 5632, 256, 1)
-    commands: dict[str, Sequence[str]] = {
+def spectrum_commands(base: Path, tuned: Path) -> dict[str, Sequence[object]]:
+    """Return the commands that every pair is measured with."""
+    return {
         "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
-        "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
-        "loradiag spectrum --top 64": [*LORADIAG, base, tuned, "-q", "--top", "64"],
-        "torch.linalg.svdvals loop": [*SCRIPT, "svdvals", base, tuned],
+        "loradiag spectrum": [*SPECTRUM, base, tuned],
+        "loradiag spectrum --top 64": [*SPECTRUM, base, tuned, "--top", "64"],
     }
+
+
+def matrix(small: bool, peers: bool) -> None:
+    """One bf16 layer, whole processes, beside other tools."""
+    sides = pair(small, "layer")
+    commands = spectrum_commands(*sides) | {"torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]}
     if peers:
-        commands |= peer_commands(base, tuned)
-    print(table(in_turn(commands, 5), "loradiag spectrum"))
+        commands |= peer_commands(*sides)
+    print_figures(commands_in_turn(commands, 1 if small else 5), "loradiag spectrum")
 
 
-def model(peers: bool) -> None:
+def model(small: bool, peers: bool) -> None:
     """A 1 B-parameter sharded bf16 pair, whole processes; other tools on a quarter of its layers."""
-    for layers in (16, 4) if peers else (16,):
-        base, tuned = made("make_pair", FOLDER / f"model{layers}", 2048, 8192, 512, layers)
-        commands: dict[str, Sequence[str]] = {
-            "floor: read both, subtract, norm": [*SCRIPT, "floor", base, tuned],
-            "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
-            "loradiag spectrum --top 64": [*LORADIAG, base, tuned, "-q", "--top", "64"],
-        }
-        if layers == 4:
-            commands["modeldelta"] = peer_commands(base, tuned)["modeldelta"]
-        print(f"\n{layers} layers\n\n{table(in_turn(commands, 1), 'loradiag spectrum')}", flush=True)
+    for name in ("1B", "1B/4") if peers else ("1B",):
+        sides = pair(small, name)
+        commands = spectrum_commands(*sides)
+        if name == "1B/4":
+            commands["modeldelta"] = peer_commands(*sides)["modeldelta"]
+        print_figures(commands_in_turn(commands, 1), "loradiag spectrum")
 
 
-def residual(peers: bool) -> None:
+def residual(small: bool, peers: bool) -> None:
     """Three adapters compared with a 1 B-parameter full fine-tune, beside its spectrum alone; whole processes."""
-    base, tuned = made("make_pair", FOLDER / "model16", 2048, 8192, 512, 16)
-    three = [made("make_adapter", FOLDER / f"adapter16_r{r}", 2048, 8192, 512, 16, r, r) for r in (8, 16, 64)]
-    commands: dict[str, Sequence[str]] = {
-        "loradiag spectrum": [*LORADIAG, base, tuned, "-q"],
-        "loradiag residual, 3 adapters": [*LORADIAG[:-1], "residual", base, tuned, *three, "-q"],
+    sides = pair(small, "1B")
+    three = [adapter(small, f"r{r}", WIDTHS["1B"], r, r, 32) for r in (8, 16, 64)]
+    commands: dict[str, Sequence[object]] = {
+        "loradiag spectrum": [*SPECTRUM, *sides],
+        "loradiag residual, 3 adapters": [*LORADIAG, "residual", *sides, *three, "-q"],
     }
-    print(table(in_turn(commands, 1), "loradiag spectrum"))
+    print_figures(commands_in_turn(commands, 1), "loradiag spectrum")
 
 
-# A 7B model: hidden, inner, width of keys and values, layers; and the rank.
-SEVEN = (4096, 11008, 4096, 32, 16)
-
-
-def adapters(peers: bool) -> None:
+def adapters(small: bool, peers: bool) -> None:
     """A rank-16 adapter on all 224 matrices of a 7B model, whole processes."""
     for bits, dtype in ((16, "bf16"), (32, "float32")):
-        path = made("make_adapter", FOLDER / f"adapter_{dtype}", *SEVEN, 0, bits)
-        commands: dict[str, Sequence[str]] = {
-            "loradiag --version (start-up)": [sys.executable, "-m", "lora_diag", "--version"],
+        path = adapter(small, dtype, SEVEN, 0, RANK, bits)
+        commands: dict[str, Sequence[object]] = {
+            "loradiag --version (start-up)": [*LORADIAG, "--version"],
             "import torch": [sys.executable, "-c", "import torch"],
-            "loradiag spectrum ADAPTER": [*LORADIAG, path, "-q"],
+            "loradiag spectrum ADAPTER": [*SPECTRUM, path],
         }
-        if bits == 32:
-            commands = {name: words for name, words in commands.items() if "ADAPTER" in name}
         if peers:
             audit = ["audit", "--peft-dir", path, "--json", "--layers"]
             commands["gradience audit"] = [peer("gradience") / "gradience", *audit]
-        print(f"\n{dtype}\n\n{table(in_turn(commands, 5), 'loradiag spectrum ADAPTER')}", flush=True)
+        print(f"\n{dtype}")
+        print_figures(commands_in_turn(commands, 1 if small else 5), "loradiag spectrum ADAPTER")
 
 
-BARE = Path(__file__).with_name("grams.py")
-
-
-def fleet(peers: bool) -> None:
+def fleet(small: bool, peers: bool) -> None:
     """40 different rank-16 adapters of a 7B model in bf16 (3.2 GB, in the page cache), one process a tool."""
-    paths = [made("make_adapter", FOLDER / "fleet7" / str(seed), *SEVEN, seed, 16) for seed in range(40)]
-    some = [sys.executable, "-m", "lora_diag", "fleet", *paths[:2], "-q"]
-    commands: dict[str, Sequence[str]] = {
-        "loradiag fleet, 2 adapters": some,
-        "loradiag fleet, 40 adapters": [*some[:-3], *paths, "-q"],
-        "bare NumPy loop: read, decode, Gram matrices, 40 adapters": [sys.executable, BARE, *paths],
-        "lora_diag.spectrum in a loop, 40 adapters": [*SCRIPT, "loradiag_each", *paths],
+    count = 4 if small else FLEET
+    paths = [adapter(small, f"fleet{seed}", SEVEN, seed) for seed in range(count)]
+    commands: dict[str, Sequence[object]] = {
+        "2": [*LORADIAG, "fleet", *paths[:2], "-q"],
+        f"loradiag fleet, {count} adapters": [*LORADIAG, "fleet", *paths, "-q"],
+        "bare NumPy loop: read, decode, Gram matrices": [sys.executable, BARE, *paths],
+        "lora_diag.spectrum in a loop": [*SCRIPT, "loradiag_each", *paths],
     }
     if peers:
         script = Path(__file__).with_name("scripts.py")
-        commands["gradience, audit_lora_peft_dir, 40 adapters"] = [
-            peer("gradience") / "python",
-            script,
-            "gradience_each",
-            *paths,
-        ]
-    figures = in_turn(commands, 3)
-    print(table(figures, "loradiag fleet, 40 adapters"), flush=True)
-    few, many = (figures[f"loradiag fleet, {count} adapters"] for count in (2, 40))
+        commands["gradience, audit_lora_peft_dir"] = [peer("gradience") / "python", script, "gradience_each", *paths]
+    figures = commands_in_turn(commands, 1 if small else 3)
+    few, many = figures.pop("2"), figures[f"loradiag fleet, {count} adapters"]
+    print_figures(figures, f"loradiag fleet, {count} adapters")
     for name in ("wall", "cpu"):
-        low, high = (statistics.median(getattr(figure, name)) for figure in (few, many))
-        print(f"\n{name}: {(high - low) / 38:.3f} s an adapter")
+        print(f"\n{name}: {(many.median(name) - few.median(name)) / (count - 2):.3f} s an adapter")
     thousand = FOLDER / "fleet1000"
     thousand.mkdir(exist_ok=True)
-    for number in range(1000):
-        if not (thousand / str(number)).exists():
-            (thousand / str(number)).symlink_to(paths[number % len(paths)].resolve())
-    wall, cpu, peak = run([*some[:-3], str(thousand / "*"), "-q"])
-    print(f"\n1,000 adapters, each file 25 times: wall {wall:.0f} s, processor {cpu:.0f} s, peak {peak:.0f} MiB")
+    for number in range(10 if small else 1000):
+        (thousand / str(number)).unlink(missing_ok=True)
+        (thousand / str(number)).symlink_to(paths[number % count].resolve())
+    used = run([*LORADIAG, "fleet", thousand / "*", "-q"])
+    print(f"\n1,000 adapters, each file 25 times: wall {used.wall:.0f} s, processor {used.cpu:.0f} s", end="")
+    print(f", peak {used.peak_mib:.0f} MiB")
+    sizes = SMALL if small else SEVEN
     start = time.perf_counter()
-    singular_values_by_definition()
-    plain = (time.perf_counter() - start) * SEVEN[3]
-    print(f"\ntorch.linalg.svdvals(B @ A), from one of 32 layers: {plain:.0f} s for one adapter")
+    singular_values_by_definition(sizes)
+    seconds = (time.perf_counter() - start) * sizes[3]
+    print(f"\ntorch.linalg.svdvals(B @ A), from one of {sizes[3]} layers: {seconds:.0f} s for one adapter")
 
 
-def singular_values_by_definition() -> None:
+def singular_values_by_definition(sizes: Sequence[int]) -> None:
     """Form B·A of every matrix of one layer of the 7B model and compute its singular values."""
     import torch
 
-    for _, rows, columns in llama_layer(*SEVEN[:3]):
-        torch.linalg.svdvals(torch.randn(rows, SEVEN[4]) @ torch.randn(SEVEN[4], columns))
+    for _, rows, columns in llama_layer(*sizes[:3]):
+        torch.linalg.svdvals(torch.randn(rows, RANK) @ torch.randn(RANK, columns))
 
 
-def reading(peers: bool) -> None:
-    """A 1 B-parameter pair that is not in the page cache."""
-    from tests.benchmarks.reading import reading_table
+def evict(files: Sequence[Path]) -> None:
+    """Drop files from the page cache."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
-    print(reading_table(*made("make_pair", FOLDER / "model16", 2048, 8192, 512, 16)))
+
+def reading(small: bool, peers: bool) -> None:
+    """A 1 B-parameter pair that is not in the page cache, compared with `cat` and with the same run when it is."""
+    base, tuned = pair(small, "1B")
+    files = sorted([*base.glob("*.safetensors"), *tuned.glob("*.safetensors")])
+    size = sum(file.stat().st_size for file in files)
+    cat, spectrum = ["cat", *files], [*SPECTRUM, base, tuned, "--top", "64"]
+
+    def cold(words: Sequence[object]) -> Used:
+        evict(files)
+        return run(words)
+
+    def warm(words: Sequence[object]) -> Used:
+        run(cat)
+        return run(words)
+
+    works = {
+        "cat, not in the cache": partial(cold, cat),
+        "spectrum --top 64, not in the cache": partial(cold, spectrum),
+        "spectrum --top 64, in the cache": partial(warm, spectrum),
+    }
+    figures = in_turn(works, 1 if small else 5)
+    rows = (
+        (name, f"{one.median('wall'):.2f}", f"{min(one.of('wall')):.2f} to {max(one.of('wall')):.2f}",
+         f"{one.median('read') / size:.2f}") for name, one in figures.items()
+    )  # fmt: skip
+    print_table("command | s | smallest to largest | read from storage, as a multiple of the files", rows)
+    plain, first, again = (one.of("wall") for one in figures.values())
+    both = [one + other for one, other in zip(plain, again, strict=True)]
+    print(f"\nNot in the cache ÷ (cat + in the cache): {multiple(first, both)}.")
 
 
-def rounding(peers: bool) -> None:
+def rounding(small: bool, peers: bool) -> None:
     """The rounding floor on planted updates."""
-    from tests.benchmarks.rounding import rounding_table
+    from tests.benchmarks.noise import floor
 
-    print(rounding_table())
-
-
-def recovery(peers: bool) -> None:
-    """Time and memory of `recover` on one matrix of which bfloat16 storage hides an update, whole and in row blocks."""
-    for limit in ((), ("512",)):
-        subprocess.run([sys.executable, "-m", "tests.benchmarks.recovery", "speed", "4096", *limit], check=True)
+    floor()
 
 
 def peer(name: str) -> Path:
@@ -238,34 +276,29 @@ def peer(name: str) -> Path:
     return home / "bin"
 
 
-def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[str]]:
+def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[object]]:
     """Say how the tools are run that compare checkpoints."""
     extract = ["--model", tuned, "--base-model", base, "--out-path", FOLDER.resolve() / "extracted", "--max-rank", "8"]
+    script = Path(__file__).with_name("scripts.py")
     return {
         "modeldelta": [peer("modeldelta") / "python", "-m", "modeldelta", base, tuned, "-q", "-o", FOLDER / "m.json"],
         "mergekit-extract-lora, r=8": [peer("mergekit") / "mergekit-extract-lora", *extract],
-        "WeightWatcher, deltas": [
-            peer("weightwatcher") / "python",
-            "tests/benchmarks/scripts.py",
-            "weightwatcher",
-            base,
-            tuned,
-        ],
+        "WeightWatcher, deltas": [peer("weightwatcher") / "python", script, "weightwatcher", base, tuned],
     }
 
 
 PARTS = {
-    part.__name__: part
-    for part in (kernels, spectra, matrix, model, residual, adapters, fleet, reading, rounding, recovery)
+    part.__name__: part for part in (kernels, spectra, matrix, model, residual, adapters, fleet, reading, rounding)
 }
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--peers", action="store_true", help="measure beside other tools, too")
+    parser.add_argument("--small", action="store_true", help="small inputs, to test the scripts")
     chosen = parser.parse_args()
     compile_as_installed()
     print(f"{machine()}; torch {version('torch')}\n")
     for part in chosen.parts:
-        print(f"\n### {PARTS[part].__doc__}\n", flush=True)
-        PARTS[part](chosen.peers)
+        print(f"\n### {PARTS[part].__doc__}", flush=True)
+        PARTS[part](chosen.small, chosen.peers)

@@ -19,6 +19,7 @@ import lora_diag
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Weights, open_model
+from tests.benchmarks.measure import print_table
 
 RANKS, BUDGET = (4, 8, 16), 8
 PREFIX = "output_gradients."
@@ -79,13 +80,8 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
         layer: Truncations(after[layer] - before[layer], moments[layer], moments[PREFIX + layer]) for layer in layers
     }
     budget = BUDGET * sum(sum(before[layer].shape) for layer in layers)
-    ask = {"params": budget, "target": "."}
-    allocated = {
-        "plain": lora_diag.allocate(plain, **ask),
-        "data": lora_diag.allocate(metrics["data"], **ask),
-        "kfac": lora_diag.allocate(metrics["kfac"], **ask),
-    }
-    allocated |= {kind: lora_diag.allocate(plain, weights=path, **ask) for kind, path in tails.items()}
+    allocated = {kind: lora_diag.allocate(one, params=budget) for kind, one in ({"plain": plain} | metrics).items()}
+    allocated |= {kind: lora_diag.allocate(plain, weights=path, params=budget) for kind, path in tails.items()}
     ranks = {kind: {record.layer: record.rank for record in result} for kind, result in allocated.items()}
     variants = {f"r={rank} {kind}": (kind, dict.fromkeys(layers, rank)) for rank in RANKS for kind in KINDS}
     variants |= {f"allocated by {kind}": ("plain", ranks[kind]) for kind in ranks}
@@ -111,12 +107,15 @@ KINDS = ("plain", "data", "kfac")
 def main(base: Path, tuned: Path, work: Path, *files: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     result = [split(base, tuned, work, *pair) for pair in zip(files[::2], files[1::2], strict=True)]
-    print("| truncated | loss − TUNED's, by split | minus the plain one of its rank, ± standard error, by split |")
-    print("|---|---|---|")
-    for variant in result[0]:
-        gaps = ", ".join(f"{each[variant][0]:.4f}" for each in result)
-        more = ", ".join(f"{each[variant][1]:+.4f} ± {each[variant][2]:.4f}" for each in result)
-        print(f"| {variant} | {gaps} | {more} |")
+    rows = (
+        (
+            variant,
+            ", ".join(f"{each[variant][0]:.4f}" for each in result),
+            ", ".join(f"{each[variant][1]:+.4f} ± {each[variant][2]:.4f}" for each in result),
+        )
+        for variant in result[0]
+    )
+    print_table("truncated | loss − TUNED's, by split | minus the plain one of its rank, ± its error, by split", rows)
 
 
 if __name__ == "__main__":

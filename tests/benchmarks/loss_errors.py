@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import sys
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from scipy.special import stdtrit
 
 from lora_diag.metrics.statistics import degrees_of_freedom, paired_difference
+from tests.benchmarks.measure import print_table
 
 SAMPLES, LENGTH, TRIALS = Path("sample_checkpoints"), 256, 1000
 
@@ -71,12 +73,14 @@ def coverage(difference: np.ndarray, count: int, spread: bool) -> tuple[float, f
 def main(count: int = 3000) -> None:
     ids = windows(count)
     nll = {name: losses(name, ids) for name in ("base", "full_ft", "lora_r4", "lora_r16")}
-    print("| difference | windows | in a row: independent | in a row: blocks | spread: independent | spread: blocks |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for one, two in (("lora_r16", "full_ft"), ("lora_r4", "lora_r16"), ("full_ft", "base")):
-        for n in (20, 60, 200):
-            cells = [f"{x:.0%}" for spread in (False, True) for x in coverage(nll[one] - nll[two], n, spread)]
-            print(f"| {one} − {two} | {n} | {' | '.join(cells)} |")
+    pairs = (("lora_r16", "full_ft"), ("lora_r4", "lora_r16"), ("full_ft", "base"))
+    print_table(
+        "difference | windows | in a row: independent | in a row: blocks | spread: independent | spread: blocks",
+        (
+            (f"{a} − {b}", n, *(f"{x:.0%}" for s in (False, True) for x in coverage(nll[a] - nll[b], n, s)))
+            for (a, b), n in product(pairs, (20, 60, 200))
+        ),
+    )
 
 
 if __name__ == "__main__":

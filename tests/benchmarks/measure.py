@@ -1,50 +1,109 @@
-"""Whole processes: wall time, processor time and peak memory as the system accounts them; shapes to measure on."""
+"""Time and memory of functions in turn and of whole processes, tables in Markdown, and shapes to measure on."""
 
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Used(NamedTuple):
+    """What one run of a process took.
+
+    Args:
+        wall: Seconds.
+        cpu: Processor seconds.
+        peak_mib: Resident MiB, at most, of its largest process.
+        read: Bytes that the system read from storage.
+    """
+
+    wall: float
+    cpu: float
+    peak_mib: float = 0.0
+    read: float = 0.0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The runs of one command, in the order in which they were made.
+    """The runs of one command or function, in the order in which they were made."""
 
-    Args:
-        wall: Seconds of every run.
-        cpu: Processor seconds of every run.
-        peak_mib: Peak resident MiB of every run.
-    """
+    runs: tuple[Used, ...]
 
-    wall: tuple[float, ...]
-    cpu: tuple[float, ...]
-    peak_mib: tuple[float, ...]
+    def of(self, name: str) -> tuple[float, ...]:
+        """Return one number of every run."""
+        return tuple(getattr(run, name) for run in self.runs)
+
+    def median(self, name: str) -> float:
+        """Return the median of one number."""
+        return statistics.median(self.of(name))
 
 
-def run(words: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[float, float, float]:
-    """Run a command once: wall seconds, processor seconds, peak resident MiB of its largest process."""
+def run(words: Sequence[object]) -> Used:
+    """Run a command once."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}
-    )
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     errors = process.stderr.read() if process.stderr else b""
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     if status:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{errors.decode()[-2000:]}")
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return Used(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock * 512)
 
 
-def in_turn(commands: Mapping[str, Sequence[str]], runs: int = 3) -> dict[str, Figure]:
-    """Run the commands A B C A B C …, so that a machine that drifts drifts for all of them."""
-    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
-    for _ in range(runs):
-        for name, words in commands.items():
-            seen[name].append(run(words))
-    return {name: Figure(*zip(*rows, strict=True)) for name, rows in seen.items()}
+def call(work: Callable[[], object]) -> Used:
+    """Call a function once, in this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Used(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def in_turn(works: Mapping[str, Callable[[], Used]], runs: int = 3) -> dict[str, Figure]:
+    """Run works A B C A B C …, so that a machine that drifts drifts for all of them."""
+    rounds = [{name: work() for name, work in works.items()} for _ in range(runs)]
+    return {name: Figure(tuple(each[name] for each in rounds)) for name in works}
+
+
+def commands_in_turn(commands: Mapping[str, Sequence[object]], runs: int = 3) -> dict[str, Figure]:
+    """Run commands in turn."""
+    return in_turn({name: lambda words=words: run(words) for name, words in commands.items()}, runs)
+
+
+def print_table(head: str, rows: Iterable[Iterable[object]]) -> None:
+    """Print a Markdown table, every row as soon as it is there. ``head`` has its titles."""
+    print(f"\n| {head} |\n|{'---|' * len(head.split(' | '))}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def print_figures(figures: Mapping[str, Figure], reference: str) -> None:
+    """Print medians, and paired ratios of wall and processor time to those of a reference, with their spread."""
+    ratios = {
+        name: [multiple(figure.of(what), figures[reference].of(what)) for what in ("wall", "cpu")]
+        for name, figure in figures.items()
+    }
+    print_table(
+        "command | wall s | processor s | peak MiB | wall, as a multiple | processor, as a multiple",
+        (
+            (
+                name,
+                f"{one.median('wall'):.2f}",
+                f"{one.median('cpu'):.2f}",
+                f"{one.median('peak_mib'):.0f}",
+                *ratios[name],
+            )
+            for name, one in figures.items()
+        ),
+    )
+
+
+def multiple(own: Sequence[float], its: Sequence[float]) -> str:
+    """Return the median of paired ratios, with the smallest and the largest unless all are one."""
+    ratios = sorted(mine / other for mine, other in zip(own, its, strict=True))
+    spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios[0] != ratios[-1] else ""
+    return f"{statistics.median(ratios):.2f}{spread}"
 
 
 def processor() -> str:
@@ -57,26 +116,6 @@ def machine() -> str:
     """Return the machine in words, without its name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
-
-
-def table(figures: Mapping[str, Figure], reference: str) -> str:
-    """Return figures as a Markdown table: medians, and paired ratios of wall and processor time with their spread."""
-    lines = [
-        "| command | wall s | processor s | peak MiB | wall, as a multiple | processor, as a multiple |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, figure in figures.items():
-        wall, cpu, peak = (statistics.median(values) for values in (figure.wall, figure.cpu, figure.peak_mib))
-        ratios = [multiple(getattr(figure, of), getattr(figures[reference], of)) for of in ("wall", "cpu")]
-        lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {' | '.join(ratios)} |")
-    return "\n".join(lines)
-
-
-def multiple(own: Sequence[float], its: Sequence[float]) -> str:
-    """Return the median of paired ratios, with the smallest and the largest unless all are one."""
-    ratios = sorted(mine / other for mine, other in zip(own, its, strict=True))
-    spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios[0] != ratios[-1] else ""
-    return f"{statistics.median(ratios):.2f}{spread}"
 
 
 def llama_layer(hidden: int, inner: int, kv: int) -> Iterator[tuple[str, int, int]]:

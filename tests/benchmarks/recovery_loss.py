@@ -187,52 +187,71 @@ def steps_of_adam(
         optimizer.step()
 
 
-def sample_model() -> tuple[Any, Weights]:
-    from transformers import AutoModelForCausalLM
+class SampleModel:
+    """The sample model, and windows of a text that ``sample_checkpoints/make.py`` trains it on.
 
-    model = AutoModelForCausalLM.from_pretrained(SAMPLES / "base", dtype=torch.float32)
-    base = bf16({name: tensor.clone() for name, tensor in model.state_dict().items()})
-    return model, base
+    Args:
+        corpus: Name of the function of that module that returns the text.
+        window: Bytes of a held-out window.
+    """
+
+    def __init__(self, corpus: str, window: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        sys.path.insert(0, str(SAMPLES))
+        import make
+
+        text = getattr(make, corpus)()
+        self.train, held = make.token_ids(text.train), make.token_ids(text.held_out)
+        self.windows = held[: len(held) // window * window].view(-1, window)[:200]
+        self.model = AutoModelForCausalLM.from_pretrained(SAMPLES / "base", dtype=torch.float32)
+        self.base = bf16({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+
+    def sample(self, count: int, length: int, order: torch.Generator) -> Tensor:
+        """Return random pieces of the training text."""
+        at = torch.randint(len(self.train) - max(length, 64), (count,), generator=order)
+        return torch.stack([self.train[i : i + length] for i in at.tolist()])
+
+    def case(
+        self,
+        name: str,
+        label: str,
+        steps: int,
+        judge: Callable[[Tensor], Tensor],
+        loss: Callable[[torch.Generator], Tensor],
+        first: int = 0,
+    ) -> Case:
+        """Return the case of a loss to train with; seeds of the order count from ``first``."""
+
+        @torch.no_grad()
+        def judge_all(weights: Weights) -> np.ndarray:
+            self.model.load_state_dict(weights)
+            self.model.eval()
+            return torch.cat([judge(part) for part in self.windows.split(50)]).double().numpy()
+
+        def fine_tune(rate: float, seed: int) -> None:
+            order = torch.Generator().manual_seed(first + seed)
+            self.model.load_state_dict(self.base)
+            self.model.train()
+            steps_of_adam(self.model, rate, steps, lambda _: loss(order))
+
+        return Case(name, label, self.model, self.base, SAMPLES / "base" / "config.json", fine_tune, judge_all)
 
 
 def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """The sample model on Python source: other files are held out."""
-    sys.path.insert(0, str(SAMPLES))
-    from make import python_corpus, token_ids  # type: ignore[import-not-found]
+    sample = SampleModel("python_corpus", 256)
 
-    corpus = python_corpus()
-    train, held = token_ids(corpus.train), token_ids(corpus.held_out)
-    windows = held[: len(held) // 256 * 256].view(-1, 256)[:200]
-    model, base = sample_model()
+    def judge(part: Tensor) -> Tensor:
+        logits = sample.model(input_ids=part).logits[:, :-1]
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        return each.view(len(part), -1).mean(1)
 
-    @torch.no_grad()
-    def judge(weights: Weights) -> np.ndarray:
-        model.load_state_dict(weights)
-        model.eval()
-        result = []
-        for part in windows.split(50):
-            logits = model(input_ids=part).logits[:, :-1]
-            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
-            result.append(each.view(len(part), -1).mean(1))
-        return torch.cat(result).double().numpy()
+    def loss(order: torch.Generator) -> Tensor:
+        ids = sample.sample(8, 256, order)
+        return sample.model(input_ids=ids, labels=ids, use_cache=False).loss
 
-    def fine_tune(rate: float, seed: int) -> None:
-        order = torch.Generator().manual_seed(seed)
-
-        def loss(step: int) -> Tensor:
-            at = torch.randint(len(train) - 256, (8,), generator=order)
-            ids = torch.stack([train[i : i + 256] for i in at.tolist()])
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-        model.load_state_dict(base)
-        model.train()
-        steps_of_adam(model, rate, 80, loss)
-
-    case = Case("llama", "llama", model, base, SAMPLES / "base" / "config.json", fine_tune, judge)
-    case.compare(folder, seeds, rates)
-
-
-LETTERS = frozenset(b"aeiou")
+    sample.case("llama", "llama", 80, judge, loss).compare(folder, seeds, rates)
 
 
 def rl(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
@@ -240,43 +259,25 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) ->
 
     Judged by the exact expected reward of the next byte after held-out prefixes, so that no sampling noise is in it.
     """
-    sys.path.insert(0, str(SAMPLES))
-    from make import token_ids, topics_corpus
+    sample = SampleModel("topics_corpus", 128)
+    vowels = torch.tensor([float(byte in b"aeiou") for byte in range(256)])
 
-    corpus = topics_corpus()
-    train, held = token_ids(corpus.train), token_ids(corpus.held_out)
-    windows = held[: len(held) // 128 * 128].view(-1, 128)[:200]
-    model, base = sample_model()
-    vowels = torch.tensor([float(byte in LETTERS) for byte in range(256)])
+    def judge(part: Tensor) -> Tensor:
+        return -(sample.model(input_ids=part).logits.softmax(-1) @ vowels).mean(1)
 
-    @torch.no_grad()
-    def judge(weights: Weights) -> np.ndarray:
-        model.load_state_dict(weights)
-        model.eval()
-        parts = [-(model(input_ids=part).logits.softmax(-1) @ vowels).mean(1) for part in windows.split(50)]
-        return torch.cat(parts).double().numpy()
+    def loss(order: torch.Generator) -> Tensor:
+        ids = sample.sample(32, 48, order)
+        with torch.no_grad():
+            for _ in range(16):
+                chances = sample.model(input_ids=ids).logits[:, -1].softmax(-1)
+                ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
+        reward = vowels[ids[:, 48:]].mean(1)
+        advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+        log_p = sample.model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
+        taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
+        return -(advantage * taken).mean() / 16
 
-    def fine_tune(rate: float, seed: int) -> None:
-        order = torch.Generator().manual_seed(100 + seed)
-
-        def loss(step: int) -> Tensor:
-            at = torch.randint(len(train) - 64, (32,), generator=order)
-            ids = torch.stack([train[i : i + 48] for i in at.tolist()])
-            with torch.no_grad():
-                for _ in range(16):
-                    chances = model(input_ids=ids).logits[:, -1].softmax(-1)
-                    ids = torch.cat([ids, torch.multinomial(chances, 1, generator=order)], 1)
-            reward = vowels[ids[:, 48:]].mean(1)
-            advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
-            log_p = model(input_ids=ids).logits[:, 47:-1].log_softmax(-1)
-            taken = log_p.gather(2, ids[:, 48:, None])[..., 0].sum(1)
-            return -(advantage * taken).mean() / 16
-
-        model.load_state_dict(base)
-        steps_of_adam(model, rate, 60, loss)
-
-    case = Case("rl", "policy gradient", model, base, SAMPLES / "base" / "config.json", fine_tune, judge)
-    case.compare(folder, seeds, rates)
+    sample.case("rl", "policy gradient", 60, judge, loss, 100).compare(folder, seeds, rates)
 
 
 def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:

@@ -1,23 +1,18 @@
 """Where ``spectrum`` on a cluster stops scaling: the real scheduler on simulated nodes, with costs measured here.
 
-    python -m tests.benchmarks.scaling              the tables of docs/explanation/scale.md
-    python -m tests.benchmarks.scaling --validate   whole runs on one and on two cores, and their simulation
+    python -m tests.benchmarks.scaling    the tables of docs/explanation/scale.md
 
 The scheduler (``running.engines.schedule``) decides as in a run; only time is simulated. A node runs a task when it has
 the cores for it. Costs: ``linalg.methods`` on one core, and the fraction of the eigenvalue solver that a second core
 speeds up (Amdahl). Not simulated: storage, memory bandwidth shared by cores, nodes that fail.
 """
 
-import argparse
 import heapq
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import prod
-from pathlib import Path
 
 import torch
 
@@ -27,11 +22,11 @@ from lora_diag.decisions.plan.record import PlanRates
 from lora_diag.linalg.methods import time_full, time_leading, time_pass
 from lora_diag.running.engines.local import Layout, layout_for
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, batches, in_order
-from tests.benchmarks.measure import llama_layer, machine
-from tests.benchmarks.pairs import make_pair
+from tests.benchmarks.measure import machine, print_table
 
 ORDERS = (256, 1024, 2048, 4096)
 TOP = 64
+VALUES = {None: "all values", TOP: f"`--top {TOP}`"}
 # Seconds of the submitting program per Ray task, measured: see ``running.engines.schedule.BATCH``.
 SUBMIT = 4e-4
 
@@ -181,70 +176,40 @@ def tasks_of(config: dict[str, object]) -> list[Task]:
 
 def tables(costs: Costs) -> None:
     """Print the table of models and nodes."""
-    print(f"| model | `spectrum` | {' | '.join(f'{n} × {CORES} cores' for n in NODES)} |")
-    print(f"|---|---|{'---:|' * len(NODES)}")
-    for name, config in MODELS.items():
-        tasks = tasks_of(config)
-        layout = Layout(CORES, layout_for(max(prod(task.shape) for task in tasks)).budget)
-        for top in (None, TOP):
-            alone = sum(costs.seconds(task, 1, top) for task in tasks)
-            cells = []
-            for nodes in NODES:
-                seconds = simulate(tasks, nodes, CORES, costs, top, layout)
-                cells.append(f"{seconds:.0f} s, {alone / (seconds * nodes * CORES):.0%}")
-            print(f"| {name} | {'all values' if top is None else f'`--top {top}`'} | {' | '.join(cells)} |", flush=True)
+
+    def rows() -> Iterator[list[str]]:
+        for name, config in MODELS.items():
+            tasks = tasks_of(config)
+            layout = Layout(CORES, layout_for(max(prod(task.shape) for task in tasks)).budget)
+            for top, what in VALUES.items():
+                alone = sum(costs.seconds(task, 1, top) for task in tasks)
+                seconds = {nodes: simulate(tasks, nodes, CORES, costs, top, layout) for nodes in NODES}
+                yield [name, what, *(f"{s:.0f} s, {alone / (s * nodes * CORES):.0%}" for nodes, s in seconds.items())]
+
+    print_table(" | ".join(["model", "`spectrum`", *(f"{n} × {CORES} cores" for n in NODES)]), rows())
 
 
 def plan(costs: Costs) -> None:
     """Print the table of models and single machines."""
-    print("\n| model | `spectrum` | machine | memory | time | core hours | reads |\n|---|---|---|---:|---:|---:|---:|")
-    for name, config in MODELS.items():
-        tasks = tasks_of(config)
-        default = layout_for(max(prod(task.shape) for task in tasks)).budget
-        size = sum(4 * prod(task.shape) for task in tasks)  # both sides in bf16
-        for top in (None, TOP):
-            for cores, memory in MACHINES:
-                seconds = simulate(tasks, 1, cores, costs, top, Layout(cores, int(memory * 1e9) if memory else default))
-                words = f"`--memory {memory}GB`" if memory else f"default, {default / 1e9:.0f} GB"
-                print(
-                    f"| {name} | {'all values' if top is None else f'`--top {top}`'} | {cores} cores | {words} "
-                    f"| {seconds / 60:.0f} min | {seconds * cores / 3600:.2g} | {size / seconds / 1e9:.2g} GB/s |",
-                    flush=True,
-                )
 
+    def rows() -> Iterator[list[str]]:
+        for name, config in MODELS.items():
+            tasks = tasks_of(config)
+            default = layout_for(max(prod(task.shape) for task in tasks)).budget
+            size = sum(4 * prod(task.shape) for task in tasks)  # both sides in bf16
+            for (top, what), (cores, memory) in product(VALUES.items(), MACHINES):
+                layout = Layout(cores, int(memory * 1e9) if memory else default)
+                seconds = simulate(tasks, 1, cores, costs, top, layout)
+                limit = f"`--memory {memory}GB`" if memory else f"default, {default / 1e9:.0f} GB"
+                spent = [f"{seconds / 60:.0f} min", f"{seconds * cores / 3600:.2g}", f"{size / seconds / 1e9:.2g} GB/s"]
+                yield [name, what, f"{cores} cores", limit, *spent]
 
-def validate(costs: Costs, folder: Path) -> None:
-    """Print the seconds of real runs on one and on two cores beside the simulated ones."""
-    hidden, inner, kv, layers = 2048, 8192, 512, 4
-    base, tuned = make_pair(folder / "model4", hidden, inner, kv, layers)
-    tasks = [Task(f"{at}.{n}", (r, c)) for at in range(layers) for n, r, c in llama_layer(hidden, inner, kv)]
-    tasks += [Task(n, (256, hidden)) for n in ("embed", "head")]
-    print("| `spectrum` | cores | real s | simulated s | simulated ÷ real |\n|---|---:|---:|---:|---:|")
-    code = "import sys, lora_diag, time; s = time.perf_counter(); lora_diag.spectrum(*sys.argv[1:3], top={top}); " \
-        "print(time.perf_counter() - s)"  # fmt: skip
-    threads = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    for top in (None, TOP):
-        for cores in (1, 2):
-            layout = Layout(cores, layout_for(hidden * inner).budget)
-            predicted = simulate(tasks, 1, cores, costs, top, layout)
-            words = ["taskset", "-c", ",".join(map(str, range(cores))), sys.executable, "-c", code.format(top=top)]
-            real = min(
-                float(subprocess.run([*words, base, tuned], check=True, capture_output=True, env=threads).stdout)
-                for _ in range(2)
-            )
-            what = "all values" if top is None else f"`--top {top}`"
-            print(f"| {what} | {cores} | {real:.2f} | {predicted:.2f} | {predicted / real:.2f} |", flush=True)
+    print_table("model | `spectrum` | machine | memory | time | core hours | reads", rows())
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--validate", action="store_true")
-    chosen = parser.parse_args()
     start = time.perf_counter()
     costs = measured()
     print(f"{machine()}; measured in {time.perf_counter() - start:.0f} s: {costs}\n")
-    if chosen.validate:
-        validate(costs, Path(".bench"))
-    else:
-        tables(costs)
-        plan(costs)
+    tables(costs)
+    plan(costs)

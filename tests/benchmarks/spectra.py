@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.methods import decompose
+from tests.benchmarks.measure import call, in_turn, print_table
 from tests.benchmarks.pairs import update
 
 TOP, TOLERANCES = 64, (5e-4, 1e-2)
@@ -45,45 +44,29 @@ def spectra(rows: int, columns: int) -> dict[str, Callable[[], Tensor]]:
     return made
 
 
-def in_turn(works: Sequence[Callable[[], object]], runs: int) -> list[tuple[float, float]]:
-    """Run works in turn; return the medians of wall time and processor time of each."""
-    times: list[list[tuple[float, float]]] = [[] for _ in works]
-    for _ in range(runs):
-        for work, own in zip(works, times, strict=True):
-            wall, processor = time.perf_counter(), time.process_time()
-            work()
-            own.append((time.perf_counter() - wall, time.process_time() - processor))
-    return [(statistics.median(w for w, _ in own), statistics.median(p for _, p in own)) for own in times]
-
-
 def spectra_table(shapes: Sequence[tuple[int, int]], runs: int = 3) -> None:
     """Print a table for every shape, line by line: medians, with ratios of processor time."""
     for rows, columns in shapes:
-        print(f"\n{rows}×{columns}, {torch.get_num_threads()} threads; svdvals is torch's, float32\n")
-        print(
-            "| spectrum | all, s | svdvals ÷ all |"
-            + "".join(f" top {TOP}, {tol:g} | ÷ all | bound |" for tol in TOLERANCES)
-        )
-        print("|---|---:|---:|" + "---|---:|---:|" * len(TOLERANCES))
-        for name, make in spectra(rows, columns).items():
-            print(_row(name, make(), runs), flush=True)
+        print(f"\n{rows}×{columns}, {torch.get_num_threads()} threads; svdvals is torch's, float32")
+        head = "spectrum | all, s | svdvals ÷ all" + "".join(f" | top {TOP}, {t:g} | ÷ all | bound" for t in TOLERANCES)
+        print_table(head, (_row(name, make(), runs) for name, make in spectra(rows, columns).items()))
 
 
-def _row(name: str, matrix: Tensor, runs: int) -> str:
+def _row(name: str, matrix: Tensor, runs: int) -> list[str]:
     fro = norm([matrix])
-    works: list[Callable[[], object]] = [partial(decompose, matrix, fro=fro)]
-    works += [partial(decompose, matrix, top=TOP, fro=fro, tol=tol) for tol in TOLERANCES]
+    works = {"all": partial(decompose, matrix, fro=fro)}
+    works |= {f"{tol:g}": partial(decompose, matrix, top=TOP, fro=fro, tol=tol) for tol in TOLERANCES}
     truth = np.cumsum(decompose(matrix, "gram", fro=fro).s.numpy()[:TOP] ** 2) / fro**2
-    ((wall, processor), *others), ((_, plain),) = (
-        in_turn(works, runs),
-        in_turn([partial(torch.linalg.svdvals, matrix)], 1),
-    )
-    row = f"| {name} | {wall:.2f} | {plain / processor:.1f} |"
-    for tol, (own, own_processor) in zip(TOLERANCES, others, strict=True):
+    figures = in_turn({name: partial(call, work) for name, work in works.items()}, runs)
+    plain, whole = call(partial(torch.linalg.svdvals, matrix)).cpu, figures["all"].median("cpu")
+    row = [name, f"{figures['all'].median('wall'):.2f}", f"{plain / whole:.1f}"]
+    for tol in TOLERANCES:
+        own = figures[f"{tol:g}"]
         result = decompose(matrix, top=TOP, fro=fro, tol=tol)
         error = np.abs(np.cumsum(result.s.numpy() ** 2) / fro**2 - truth).max()
         assert error <= result.energy_error
-        row += f" {own:.2f} s, `{result.method}` | {own_processor / processor:.2f} | {result.energy_error:.1e} |"
+        row += [f"{own.median('wall'):.2f} s, `{result.method}`", f"{own.median('cpu') / whole:.2f}"]
+        row.append(f"{result.energy_error:.1e}")
     return row
 
 

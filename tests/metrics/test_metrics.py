@@ -79,13 +79,6 @@ def test_scalar_ranks_equal_definition(s):
     assert 1 - 1e-12 <= effective_rank(s) <= len(s) * (1 + 1e-12)
 
 
-def test_equal_singular_values_have_full_ranks():
-    s = np.full(6, 0.3)
-    assert effective_rank(s) == pytest.approx(6)
-    assert stable_rank(s, math.sqrt(6) * 0.3) == pytest.approx(6)
-    assert rank_at(energy_curve(s, math.sqrt(6) * 0.3, complete=True), 0.5) == 3
-
-
 @pytest.mark.parametrize(
     ("first", "second", "dimension"),
     [(8, 8, 128), (4, 16, 128), (64, 64, 384), (60, 50, 100), (8, 8, 16), (8, 1, 128), (9, 9, 9)],

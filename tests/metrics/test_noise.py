@@ -11,7 +11,7 @@ from lora_diag.layers.resolution import noise_of, resolution
 from lora_diag.linalg.difference import difference
 from lora_diag.linalg.methods import decompose
 from lora_diag.metrics.resolution import Noise, _minimize_edge, signal_rank
-from tests.benchmarks import starts
+from tests.benchmarks import noise as simulated
 
 CPU = torch.device("cpu")
 
@@ -130,9 +130,9 @@ def test_rounded_base_is_detected_despite_outlier(share):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["larger where w is small", "in proportion to w", "rank 4"])
 def test_changes_proportional_to_weight_are_not_rounding(kind):
-    shares = [share for share in starts.SHARES if share >= 0.03]
-    for weights in starts.WEIGHTS:
-        text = starts.starts(weights, kind, (256, 256), 0)
+    shares = [share for share in simulated.SHARES if share >= 0.03]
+    for weights in simulated.WEIGHTS:
+        text = simulated.judge_starts(weights, kind, (256, 256), 0)
         assert {"rounded", "unknown"} >= {text[share, "rounded"] for share in shares}
         assert {"exact", "unknown"} >= {text[share, "exact"] for share in shares}
         assert (text[0.3, "rounded"], text[0.3, "exact"]) == ("rounded", "exact")

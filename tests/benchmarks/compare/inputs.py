@@ -57,19 +57,9 @@ def singular(matrix: torch.Tensor) -> np.ndarray:
     return np.linalg.svd(matrix.double().numpy(), compute_uv=False)
 
 
-def energy(s: np.ndarray, rank: int) -> float:
-    """Return C(rank)."""
-    return float((s[:rank] ** 2).sum() / (s**2).sum())
-
-
 def best(s: np.ndarray, rank: int) -> float:
     """Return the smallest relative Frobenius error of any matrix of this rank (Eckart-Young)."""
     return float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
-
-
-def rank_at(s: np.ndarray, share: float) -> int:
-    """Return the smallest rank whose C reaches a share."""
-    return int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), share) + 1)
 
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -191,13 +181,6 @@ def fresh(name: str) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
-
-
-def table(head: str, rows: Iterable[Iterable[object]]) -> None:
-    print(f"| {head} |\n|{'---|' * len(head.split(' | '))}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
-    print(flush=True)
 
 
 def spread(values: Iterable[float | None]) -> str:

@@ -142,6 +142,26 @@ def loradiag(tmp_path, server):
     return run
 
 
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command in this process, which has imported everything already, in the folder of the test."""
+    from lora_diag.checkpoints import addresses
+    from lora_diag.cli.app import main
+
+    monkeypatch.setattr(addresses, "FIRST_WAIT", 0.001)
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words, width=200) -> Ran:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), printed.out, printed.err)
+
+    return command
+
+
 def weights(seed: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A two-block model in Hugging Face names, with every kind of tensor a reader meets."""
     import torch

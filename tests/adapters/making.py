@@ -1,6 +1,7 @@
 """Adapters written by hand, as the formats lay them out; no PEFT involved."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
-from tests.adapters.dense import dense
+from lora_diag.deltas import DenseDelta, FactoredDelta, StoredDelta
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -58,6 +59,22 @@ def lora(
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "target_modules": ["q_proj"]} | config
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def dense(delta) -> np.ndarray:
+    """Return ΔW in float64; the delta makes the trip to another process first."""
+    delta = pickle.loads(pickle.dumps(delta))
+    if isinstance(delta, StoredDelta):
+        rows = [(after.double() - before.double()).numpy() for before, after in delta.blocks()]
+        return np.concatenate(rows)
+    if isinstance(delta, FactoredDelta):
+        b, a = delta.load()
+        assert (b.shape[0], a.shape[1]) == delta.shape
+        return b.double().numpy() @ a.double().numpy()
+    assert isinstance(delta, DenseDelta)
+    matrix = delta.load()
+    assert tuple(matrix.shape) == delta.shape
+    return matrix.double().numpy()
 
 
 def changes(path: Path, on: Path | None, **options) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

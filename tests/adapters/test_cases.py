@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
-from tests.adapters.dense import dense
+from tests.adapters.making import dense
 from tests.conftest import SHARED
 from tests.messages import raises_naming
 

@@ -52,25 +52,6 @@ def test_unmatched_weights_are_refused_or_listed(tmp_path, loradiag, model):
     ]
 
 
-def test_left_out_without_base_has_reason(tmp_path, loradiag):
-    ran = loradiag("spectrum", adapter(tmp_path, PAIR | {"norm.weight": normal(8)}), "--json")
-    assert [(r["layer"], r["reason"]) for r in ran.records if r["record"] == "left_out"] == [
-        ("norm.weight", "needs_base")
-    ]
-
-
-def test_checkpoint_alone_is_usage_error(loradiag, model):
-    ran = loradiag("spectrum", model)
-    assert ran.code == 2
-    assert "is not an adapter" in ran.err
-
-
-def test_adapter_as_base_is_reported(tmp_path, loradiag, model):
-    ran = loradiag("spectrum", adapter(tmp_path, PAIR), model)
-    assert ran.code == 2
-    assert "is an adapter" in ran.err
-
-
 def test_inspect_describes_adapter_and_scaling(tmp_path, loradiag):
     ran = loradiag("inspect", adapter(tmp_path, PAIR, rank_pattern={"nothing": 4}))
     assert ran.code == 0

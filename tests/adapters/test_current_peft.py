@@ -12,7 +12,8 @@ from torch import nn
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta
-from tests.adapters.dense import dense
+from tests.adapters.making import dense
+from tests.merges import gpt2, llama
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,21 +36,6 @@ class Toy(nn.Module):
 
     def forward(self, x):
         return self.lm_head(self.norm(self.up_proj(self.q_proj(x))))
-
-
-def gpt2():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=24, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
 
 
 def trained(model, config, tmp_path, seed=0):
@@ -98,6 +84,15 @@ def check(model, config, tmp_path, tolerance=1e-5, factored=None):
 
 ALL = ["embed_tokens", "conv", "line", "q_proj", "up_proj", "lm_head"]
 LINEAR = ["q_proj", "up_proj"]
+BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["up_proj"], "nblocks": 2}
+
+
+def newer(name):
+    """Return a class that older versions of PEFT lack."""
+    from peft.tuners.lora import config
+
+    return getattr(config, name, None) or pytest.skip(f"this PEFT has no {name}")
+
 
 TOY = {
     "lora": (lambda: peft.LoraConfig(target_modules=ALL, **LORA), True),
@@ -114,6 +109,10 @@ TOY = {
     "tokens": (
         lambda: peft.LoraConfig(target_modules=LINEAR, trainable_token_indices={"embed_tokens": [3, 1, 20]}, **LORA),
         True,
+    ),
+    "kasa": (lambda: peft.LoraConfig(target_modules=LINEAR, kasa_config=newer("KasaConfig")(), **LORA), True),
+    "bd-lora": (
+        lambda: peft.LoraConfig(target_modules=LINEAR, use_bdlora=newer("BdLoraConfig")(**BLOCKS), **LORA), True
     ),
     "pattern": (
         lambda: peft.LoraConfig(target_modules=LINEAR, rank_pattern={"up_proj": 2}, alpha_pattern={"q_.*": 3}, **LORA),
@@ -157,22 +156,6 @@ def test_current_peft_types_equal_merge(kind, tmp_path):
         pytest.skip("PEFT before 0.21 trains these biases and does not save them")
     config, factored = TOY[kind]
     check(Toy(), config(), tmp_path, factored=factored)
-
-
-def test_kasa_equals_current_peft(tmp_path):
-    kasa = pytest.importorskip("peft.tuners.lora.config")
-    if not hasattr(kasa, "KasaConfig"):
-        pytest.skip("this PEFT has no KaSA")
-    config = peft.LoraConfig(target_modules=LINEAR, kasa_config=kasa.KasaConfig(), **LORA)
-    check(Toy(), config, tmp_path, factored=True)
-
-
-def test_bdlora_equals_current_peft(tmp_path):
-    module = pytest.importorskip("peft.tuners.lora.config")
-    if not hasattr(module, "BdLoraConfig"):
-        pytest.skip("this PEFT has no BD-LoRA")
-    blocks = module.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["up_proj"], nblocks=2)
-    check(Toy(), peft.LoraConfig(target_modules=LINEAR, use_bdlora=blocks, **LORA), tmp_path, factored=True)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera", "fourierft", "mixed"])
@@ -235,7 +218,7 @@ def test_target_parameters_equal_current_peft(tmp_path):
     assert np.linalg.norm(layers[gate] - change) <= 1e-5 * np.linalg.norm(change)
 
 
-def test_tied_embeddings_and_head(tmp_path):
+def test_embedding_and_head_equal_merge(tmp_path):
     model = llama()
     changes, _ = check(model, peft.LoraConfig(target_modules=["embed_tokens", "lm_head", "q_proj"], **LORA), tmp_path)
     assert "lm_head.weight" in changes

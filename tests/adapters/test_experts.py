@@ -49,14 +49,6 @@ def test_parameter_follows_wrapper_depth(tmp_path):
             close(result[f"{OWNER}.down_proj[{e}]"], oracle(*down, 1.5)[e])
 
 
-def test_single_parameter_is_not_nested(tmp_path):
-    down = factors(5, 8)
-    result, _ = changes(
-        folder_of(tmp_path, ["experts.down_proj"], [down]), base(tmp_path, {f"{OWNER}.down_proj": normal(E, 8, 5)})
-    )
-    close(result[f"{OWNER}.down_proj[2]"], oracle(*down, 1.5)[2])
-
-
 @pytest.mark.parametrize("by_name", [["q_proj"], r".*\.q_proj"])
 def test_bare_parameter_names_mean_module_of_same_nesting(tmp_path, by_name):
     """What PEFT 0.21 writes for ``all-linear`` on a mixture: the router by its path, the experts by their leaves."""
@@ -145,16 +137,6 @@ def test_square_expert_layout_follows_model_and_version(tmp_path, model_type, ve
     path = folder_of(tmp_path, ["experts.down_proj"], [square], peft_version=version)
     expected = oracle(*square, 1.5)[1]
     close(changes(path, folder)[0][f"{OWNER}.down_proj[1]"], expected.T if in_out else expected)
-
-
-def test_router_is_plain_matrix(tmp_path):
-    a, b = normal(2, 8), normal(3, 2)
-    path = adapter(
-        tmp_path,
-        {"model.layers.0.mlp.gate.lora_A.weight": a, "model.layers.0.mlp.gate.lora_B.weight": b},
-        target_parameters=["mlp.gate.weight"],
-    )
-    close(changes(path, None)[0]["model.layers.0.mlp.gate.weight"], 1.5 * b @ a)
 
 
 def test_fraction_of_expert_is_refused(tmp_path):

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
-from tests.adapters.dense import dense
-from tests.adapters.making import base, normal, write
+from tests.adapters.making import base, dense, normal, write
 
 pytestmark = pytest.mark.slow
 

@@ -131,7 +131,7 @@ def test_gguf_without_alpha_uses_stated_alpha(llama):
     base, tensors, expected, ranks, path = llama
     write(path, tensors, None)
     from lora_diag.checkpoints import open_checkpoint
-    from tests.adapters.dense import dense
+    from tests.adapters.making import dense
 
     pairing, notes = open_adapter(path, 6.0).pair(open_checkpoint(base))
     for delta in pairing.deltas:

@@ -15,8 +15,7 @@ from lora_diag.probes.fisher import FisherOptions
 from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.probes.truncation import TruncationOptions
 from lora_diag.running.probing import ProbeRun
-from tests.adapters.dense import dense
-from tests.adapters.making import adapter, base, close, normal, write
+from tests.adapters.making import adapter, base, close, dense, normal, write
 
 A, B, C, D = normal(2, 5), normal(6, 2), normal(3, 5, seed=1), normal(6, 3, seed=1)
 

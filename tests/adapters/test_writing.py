@@ -17,8 +17,8 @@ from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import InputError
-from tests.adapters.dense import dense
-from tests.adapters.making import adapter, normal
+from tests import oracles
+from tests.adapters.making import adapter, dense, normal
 from tests.adapters.making import base as write_base
 from tests.messages import mentions, raises_naming
 
@@ -32,12 +32,10 @@ SMALL = {
 
 
 def best(change, rank, stack=False):
-    """The best approximation of a rank, from the definition, float64; of a stack, of each matrix."""
-    change = np.asarray(change, dtype=np.float64)
+    """The best approximation of a rank; of a stack, of each matrix."""
     if stack:
         return np.stack([best(matrix, rank) for matrix in change])
-    u, s, vh = np.linalg.svd(change.reshape(len(change), -1), full_matrices=False)
-    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).reshape(change.shape)
+    return oracles.best_approximation(change.reshape(len(change), -1), rank).reshape(change.shape)
 
 
 def perturbed(model, seed=1, only=None):

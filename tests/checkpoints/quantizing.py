@@ -114,3 +114,13 @@ def step_of(value: float, storable: list[float]) -> float:
     ordered = sorted({float(number) for number in storable})
     around = [(low, high) for low, high in pairwise(ordered) if value in (low, high)]
     return max(high - low for low, high in around)
+
+
+def without(part):
+    """Return a change of stored tensors: one is missing."""
+    return lambda tensors: tensors.pop(part)
+
+
+def replaced(part, value):
+    """Return a change of stored tensors: one is another."""
+    return lambda tensors: tensors.update({part: value})

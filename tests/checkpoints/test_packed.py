@@ -14,6 +14,7 @@ from lora_diag.checkpoints.quantized import FORMATS
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, normal, write
 from tests.checkpoints.packed import awq, compressed, experts, float4, gptq, mlx, words
+from tests.checkpoints.quantizing import replaced, without
 from tests.checkpoints.test_fuzz import assert_mutants_are_read_or_refused
 from tests.conftest import as_numpy, save_model, save_sharded
 from tests.messages import mentions, raises_naming
@@ -170,14 +171,6 @@ def test_zero_points_of_0_in_gptq_v1_are_noted(tmp_path, sym, noted):
     settings = V1["quantization_config"] | {"sym": sym}
     (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
     assert any(mentions(note, "auto-gptq", "gptqmodel") for note in open_checkpoint(folder).notes) == noted
-
-
-def without(part):
-    return lambda tensors: tensors.pop(part)
-
-
-def replaced(part, value):
-    return lambda tensors: tensors.update({part: value})
 
 
 def ints(*shape):

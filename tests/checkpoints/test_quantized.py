@@ -13,10 +13,20 @@ from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.quantized import FORMATS
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.scaled import Grid, grid_of
-from lora_diag.deltas import pair
 from lora_diag.errors import InputError
-from tests.checkpoints.quantizing import FLOAT8, TABLES, as_bytes, eight_bit, float8_value, four_bit, scaled, step_of
-from tests.conftest import SHARED, as_numpy, save_model, save_sharded
+from tests.checkpoints.quantizing import (
+    FLOAT8,
+    TABLES,
+    as_bytes,
+    eight_bit,
+    float8_value,
+    four_bit,
+    replaced,
+    scaled,
+    step_of,
+    without,
+)
+from tests.conftest import as_numpy, save_model, save_sharded
 from tests.messages import raises_naming
 
 W = "model.layers.0.mlp.up_proj.weight"
@@ -214,14 +224,6 @@ def state_with(**changes):
     return change
 
 
-def without(part):
-    return lambda tensors: tensors.pop(part)
-
-
-def replaced(part, value):
-    return lambda tensors: tensors.update({part: value})
-
-
 BAD_FOUR_BIT = {
     "unknown type": (
         lambda tensors: tensors.update({STATE[:-3] + "af4": tensors.pop(STATE)}),
@@ -356,23 +358,6 @@ def test_blocks_of_128_are_inferred(tmp_path, shape, scales, block):
     folder = save_model(tmp_path, {"a": torch.zeros(shape, dtype=torch.int8), "s": torch.ones(scales)})
     stored = Checkpoint(folder, "", (SafetensorsFile(folder / "model.safetensors"),))
     assert grid_of(stored, "a", "s") == Grid(*scales, block)
-
-
-@pytest.mark.parametrize("case", ["bnb-nf4-double", "fp8-block-scaled"])
-def test_shared_cases_have_true_change(case):
-    folder = SHARED / "cases" / case
-    if not folder.is_dir():
-        pytest.skip("the shared cases are not here")
-    truth = json.loads((folder / "truth.json").read_text())
-    result = pair(open_checkpoint(folder / "base"), open_checkpoint(folder / "merged"))
-    assert {delta.layer for delta in result.deltas} == set(truth) - {"_meta"}
-    for delta in result.deltas:
-        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
-        expected = truth[delta.layer]
-        np.testing.assert_allclose(np.linalg.norm(change), expected["fro"], rtol=1e-6)
-        if expected["s"]:
-            s = np.linalg.svd(change, compute_uv=False)
-            np.testing.assert_allclose(s[: len(expected["s"])], expected["s"], rtol=1e-6)
 
 
 def test_opening_quantized_checkpoint_imports_no_torch(tmp_path):

@@ -8,30 +8,24 @@ import pytest
 from lora_diag.running.inputs import compare
 from tests.conftest import SHARED, as_numpy
 
-FOLDERS = SHARED / "formats"
-CASES = sorted(
-    path.parent.name
-    for path in FOLDERS.glob("*/truth.json")
-    if (path.parent / "base").exists() and (path.parent / "tuned").exists()
-)
+FOLDERS = [*SHARED.glob("formats/*"), *(SHARED / "cases" / name for name in ("bnb-nf4-double", "fp8-block-scaled"))]
+# The folder of a case, and of its TUNED.
+CASES = [
+    (folder, folder / side) for folder in sorted(FOLDERS) for side in ("tuned", "merged") if (folder / side).exists()
+]
+CASES = [(folder, tuned) for folder, tuned in CASES if (folder / "base").exists() and (folder / "truth.json").exists()]
 
 
-def test_policy_lines_are_found():
-    if not FOLDERS.is_dir():
-        pytest.skip("the shared cases are not here")
-    assert len(CASES) > 15
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_shared_case_has_true_change(case):
-    folder = FOLDERS / case
+@pytest.mark.parametrize(("folder", "tuned"), CASES, ids=lambda path: path.name)
+def test_shared_case_has_true_change(folder, tuned):
+    assert len(CASES) > 17
     truth = json.loads((folder / "truth.json").read_text())
-    result = compare(folder / "base", folder / "tuned").pairing
-    assert not result.unpaired
+    result = compare(folder / "base", tuned).pairing
     changes: dict[str, list[np.ndarray]] = {}  # of a stack of experts, one per expert
     for delta in result.deltas:
         change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
         changes.setdefault(delta.layer.partition("[")[0], []).append(change)
+    assert not result.unpaired
     assert set(changes) == set(truth) - {"_meta"}
     for name, parts in changes.items():
         change = np.stack(parts) if len(parts) > 1 else parts[0]
@@ -39,3 +33,6 @@ def test_shared_case_has_true_change(case):
         np.testing.assert_allclose(np.linalg.norm(change), truth[name]["fro"], rtol=1e-6)
         for *at, value in truth[name].get("entries", []):
             assert change[tuple(at)] == pytest.approx(value, abs=1e-6)
+        if change.ndim == 2 and (expected := truth[name].get("s")):
+            s = np.linalg.svd(change, compute_uv=False)
+            np.testing.assert_allclose(s[: len(expected)], expected, rtol=1e-6, atol=1e-6 * s[0])

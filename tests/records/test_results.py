@@ -1,7 +1,6 @@
 """Results at a prompt and in a notebook."""
 
 import html.parser
-import re
 from dataclasses import replace
 
 import pytest
@@ -69,17 +68,11 @@ def test_repr_is_five_lines(path):
     lines = repr(results).splitlines()
     assert len(lines) <= 5
     assert max(map(len, lines)) < 200
-    assert f"loradiag {results.run.command}, finished" in lines[0]
+    assert results.run.command in lines[0]
     assert results.run.inputs[0].path in lines[1]
-    assert sum(map(int, re.findall(r"(\d+) [a-z]", lines[2].partition(" of ")[0]))) == len(
-        results.layers + results.whole
-    )
 
 
-def test_repr_states_measurement(results):
-    record = results.layers[0]
-    assert f"{record.fro / record.base_fro:.4g}" in repr(results)
-    assert "1 vector" in repr(results)
+def test_repr_of_hostile_names_is_short(results):
     assert ", unfinished" in repr(replace(results, end=None))
     assert len(repr(replace(results, run=run("spectrum", ("base", HOSTILE)))).splitlines()) == 5
     assert len(repr(Results(run("spectrum", *[("adapter", str(i)) for i in range(99)]), ()))) < 200

@@ -15,8 +15,7 @@ from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.metrics.statistics import find_near_duplicates
 from lora_diag.running.inputs import compare
 from tests import oracles
-from tests.adapters.dense import dense
-from tests.adapters.making import lora
+from tests.adapters.making import dense, lora
 from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
 

@@ -17,8 +17,7 @@ from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.distance import merge_entries
 from lora_diag.metrics.subspaces import is_near_chance, task_interference_at_random
 from tests import oracles
-from tests.adapters.dense import dense
-from tests.adapters.making import lora
+from tests.adapters.making import dense, lora
 from tests.conftest import ROOT, save_model, weights
 
 SAMPLES = ROOT / "sample_checkpoints"

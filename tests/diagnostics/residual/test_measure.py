@@ -18,7 +18,7 @@ from lora_diag.errors import UsageError
 from lora_diag.metrics.subspaces import compute_distances, find_limit, pool_distances
 from tests import oracles
 from tests.adapters import making
-from tests.adapters.dense import dense
+from tests.adapters.making import dense
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.messages import assert_names, raises_naming
 

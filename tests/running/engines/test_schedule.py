@@ -1,6 +1,5 @@
 """Costs, batches, order and back-pressure, without a cluster."""
 
-import math
 import random
 from collections import namedtuple
 
@@ -47,22 +46,6 @@ def test_next_batch_is_largest_within_reach():
     taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 0, 0, 1, 2, 2)]
     assert [batch.start if batch else None for batch in taken] == [2, 4, 0, 1, 3, None, None]
     assert Waiting(plan, 3).pop(0, lambda batch: False) is None
-
-
-@pytest.mark.parametrize("reach", [2, 8])
-def test_large_batch_waits_by_its_size(reach):
-    sizes = [1] * 40
-    sizes[30] = 11  # the mean is 1.25, so it may start 8.8 times further away
-    plan = [Batch(at, at + 1, 1, size) for at, size in enumerate(sizes)]
-    furthest = next(written for written in range(40) if plan[30] in _within_reach(plan, reach, written))
-    assert furthest == max(0, 30 - math.ceil(8.8 * reach) + 1)
-    ahead = {batch.start - 5 for batch in _within_reach(plan, reach, 5) if batch.cost == 1}
-    assert max(ahead) == reach - 1
-
-
-def _within_reach(plan, reach, written):
-    waiting = Waiting(plan, reach)
-    return list(iter(lambda: waiting.pop(written, lambda batch: True), None))
 
 
 class Machines:
@@ -133,12 +116,6 @@ def test_no_layers_need_no_batches():
     assert list(Machines(0).run([], Capacity(1))) == []
     assert batches([], dense, lambda size: 1, 4) == []
     assert cost((0, 5), 0) == LAYER_COST
-
-
-def test_tasks_with_different_cores_are_separate_batches():
-    plan = batches(layers([(64, 64), (65, 65)] * 400), dense, lambda size: 1 + (size > dense(Layer("", (64, 64)))), 1)
-    assert [(batch.start, len(batch), batch.threads) for batch in plan[:3]] == [(0, 1, 1), (1, 1, 2), (2, 1, 1)]
-    assert len(plan) == 800
 
 
 class InTurn(Machines):

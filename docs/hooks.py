@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.explanations.terms import document_fields, find_models
-from lora_diag.feature import Feature
+from lora_diag.feature import GROUPS, Feature
 from lora_diag.records import run
 from lora_diag.records.base import Record, Unit
 
@@ -266,12 +266,14 @@ def api() -> str:
 
 
 def on_config(config: Any) -> Any:
-    """Put the features into the navigation, in the order of the catalog."""
-    pages = [{next(iter(commands(feature))): page_of(feature)} for feature in catalog.features()]
+    """Put the features into the navigation, grouped as in ``loradiag --help``."""
+    pages: dict[str, list[dict[str, str]]] = {group: [] for group in GROUPS}
+    for feature in catalog.features():
+        pages.setdefault(feature.group, []).append({next(iter(commands(feature))): page_of(feature)})
     for section in config.nav:
         for entry in section.get("Reference", []) if isinstance(section, dict) else []:
             if isinstance(entry, dict) and "Commands" in entry:
-                entry["Commands"] = pages
+                entry["Commands"] = [{group: listed} for group, listed in pages.items()]
     return config
 
 

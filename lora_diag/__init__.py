@@ -66,10 +66,11 @@ def __getattr__(name: str) -> Any:
     if name in _OTHER_EXPORTS:
         return getattr(import_module(_OTHER_EXPORTS[name]), name)
     if not name.startswith("_"):
+        from lora_diag.calls import for_python
         from lora_diag.catalog import functions
 
         if name in functions():
-            return functions()[name]()
+            return for_python(functions()[name]())
     raise AttributeError(f"module 'lora_diag' has no attribute {name!r}")
 
 

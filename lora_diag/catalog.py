@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 GROUP = "loradiag.features"
 
-# Packages with a ``FEATURE``, in the order of ``loradiag --help``.
+# Packages with a ``FEATURE``, in the order of each group of ``loradiag --help``.
 _FEATURES = (
     "diagnostics.spectrum",
     "diagnostics.fleet",
@@ -38,9 +38,9 @@ _FEATURES = (
     "diagnostics.intruders",
     "diagnostics.verify_merge",
     "diagnostics.portability",
+    "tuning",
     "decisions.allocate",
     "decisions.plan",
-    "tuning",
     "decisions.plan_merge",
     "decisions.extract",
     "decisions.recover",

@@ -6,6 +6,9 @@ command. Any other exception is a bug: ``__main__`` reports it in one message, w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
 
 
@@ -59,6 +62,33 @@ class UsageError(LoradiagError):
 
 class InputError(LoradiagError):
     """An input cannot be read or measured: it is missing, malformed, hostile or unsupported."""
+
+
+@contextmanager
+def require(purpose: str, extras: str, *packages: str, kind: type[LoradiagError] = UsageError) -> Iterator[None]:
+    """Turn a failed import in the block into one message with the command that installs the package.
+
+    Args:
+        purpose: What needs the package.
+        extras: The extras that contain it.
+        packages: Further packages to install.
+        kind: Type of the error.
+
+    Raises:
+        LoradiagError: A package is missing; the traceback of the import is not shown.
+
+    Example:
+        >>> with require("a frame", "magic"):
+        ...     import magic_frames
+        Traceback (most recent call last):
+        lora_diag.errors.UsageError: a frame needs magic_frames; pip install '.[magic]', in a clone of loradiag
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise kind(
+            f"{purpose} needs {error.name or (extras, *packages)[-1]}; {install_command(extras, *packages)}"
+        ) from None
 
 
 def damaged(path: object, problem: str, fix: str = "save it again") -> InputError:

@@ -85,7 +85,7 @@ class Command:
         help: Its line in the list of commands, of up to 80 characters.
         notes: Further sentences of the help.
         examples: Words after ``loradiag`` of examples.
-        name: Full name, such as ``gradient-spectrum``; default that of the feature.
+        name: Full name, such as ``gate init``; default that of the feature.
         run: ``module:name`` of the function; default the feature's first. It returns ``Results``, or what ``table``
             shows. Callbacks are passed if ``options`` have them.
         arguments: Positional arguments, in order.
@@ -176,6 +176,10 @@ class Section:
     losses: bool = False
 
 
+# What commands are for: the groups of ``loradiag --help``, in its order.
+GROUPS = ("Understand", "Train", "Ship", "Show", "Research")
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     """One command and everything that belongs to it.
@@ -185,6 +189,7 @@ class Feature:
     Args:
         package: The feature's package, ``__name__``.
         name: The command as typed, such as ``spectrum`` or ``probe sweep``; also ``Run.command``.
+        group: What it is for, one of ``GROUPS``.
         commands: The command, and further ones, such as ``gate init``.
         records: ``module:name`` of each kind of record.
         functions: ``module:name`` of each public function, ``lora_diag.NAME``.
@@ -203,6 +208,7 @@ class Feature:
 
     package: str
     name: str
+    group: str = "Understand"
     commands: tuple[Command, ...] = ()
     records: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()

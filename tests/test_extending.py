@@ -77,6 +77,7 @@ def measured(plugins, tmp_path_factory) -> tuple[Path, list]:
         (folder / f"{name}.toml").write_text(f'[[rule]]\nname = "flat"\nrequire = "flatness <= {limit}"\n')
     commands = [
         ["nuclear", SAMPLES / "base", SAMPLES / "lora_r4", "-o", "nuclear.jsonl"],
+        ["nuclear", SAMPLES / "base", SAMPLES / "full_ft", "--layers", "q_proj", "-o", "pair.jsonl"],
         ["inspect", "nuclear.jsonl"],
         ["plot", "nuclear.jsonl", "--figure", "nuclear", "-o", "n.png"],
         ["report", "nuclear.jsonl", "-o", "n.html"],
@@ -95,18 +96,38 @@ def test_example_is_small():
     assert sum(len(file.read_text().splitlines()) for file in files) <= 150
 
 
-def test_example_measures_what_numpy_does(measured):
+def layers_of(path: Path) -> list[dict]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in records if record["record"] == "nuclear"]
+
+
+def test_example_measures_adapter_as_numpy_does(measured):
+    """ΔW of an adapter has factors and no matrix."""
     folder, _ = measured
-    records = [json.loads(line) for line in (folder / "nuclear.jsonl").read_text().splitlines()]
-    layers = [record for record in records if record["record"] == "nuclear"]
+    layers = layers_of(folder / "nuclear.jsonl")
     adapter = load_file(SAMPLES / "lora_r4" / "adapter_model.safetensors")
     config = json.loads((SAMPLES / "lora_r4" / "adapter_config.json").read_text())
     for record in layers:
         name = f"base_model.model.{record['layer'].removesuffix('.weight')}"
         product = adapter[f"{name}.lora_B.weight"].astype(float) @ adapter[f"{name}.lora_A.weight"].astype(float)
-        expected = np.linalg.svd(product * config["lora_alpha"] / config["r"], compute_uv=False).sum()
-        assert record["nuclear"] == pytest.approx(expected, rel=1e-6)
+        product *= config["lora_alpha"] / config["r"]
+        assert record["nuclear"] == pytest.approx(np.linalg.svd(product, compute_uv=False).sum(), rel=1e-6)
+        assert record["peak"] == pytest.approx(np.abs(product).max(), rel=1e-6)
     assert len(layers) == 28
+
+
+def test_example_measures_pair_as_numpy_does(measured):
+    folder, _ = measured
+    before, after = (
+        {name: value for file in (SAMPLES / side).glob("*.safetensors") for name, value in load_file(file).items()}
+        for side in ("base", "full_ft")
+    )
+    layers = layers_of(folder / "pair.jsonl")
+    for record in layers:
+        change = after[record["layer"]].astype(float) - before[record["layer"]].astype(float)
+        assert record["nuclear"] == pytest.approx(np.linalg.svd(change, compute_uv=False).sum(), rel=1e-4)
+        assert record["peak"] == pytest.approx(np.abs(change).max(), rel=1e-6)
+    assert len(layers) == 4
 
 
 def test_example_is_documented(plugins):
@@ -117,7 +138,7 @@ def test_example_is_documented(plugins):
 
 
 def test_example_plugin_has_function_command_and_pages(measured):
-    folder, (function, nuclear, inspect, plot, report, csv, passes, fails) = measured
+    folder, (function, nuclear, _, inspect, plot, report, csv, passes, fails) = measured
     assert function == [True, "loradiag_nuclear.run"]
     assert [code for code, _ in (nuclear, inspect, plot, report, csv, passes, fails)] == [0, 0, 0, 0, 0, 0, 1]
     assert "flatness" in inspect[1]

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, QUANTIZE_CONFIG, read_object
 from lora_diag.checkpoints.stores import FileInfo, HttpStore, Store
-from lora_diag.errors import InputError, damaged, install_command
+from lora_diag.errors import InputError, damaged, install_command, require
 
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 # The Hub's own limit.
@@ -95,9 +95,9 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
     """
     try:
         from huggingface_hub import constants
-    except ImportError as error:
+    except ImportError:
         problem = "no such file or folder"
-        raise damaged(hub_id, problem, f"to read it as a Hugging Face Hub id: {install_command('hub')}") from error
+        raise damaged(hub_id, problem, f"to read it as a Hugging Face Hub id: {install_command('hub')}") from None
     folder = _find_complete_folder(_make_cache_finder(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
         return folder
@@ -280,11 +280,9 @@ def open_hub(location: str, root: str) -> HubStore:
     match = ADDRESS.fullmatch(location)
     if match is None or ".." in location:
         raise InputError(f"{root}: invalid address; give hf://org/name[@revision], or a folder or file in it")
-    try:
+    with require(f"{root}: hf://", "hub,remote", kind=InputError):
         from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise InputError(f"{root}: hf:// needs huggingface_hub: {install_command('hub,remote')}") from error
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{root}: HF_HUB_OFFLINE is set; unset it, or give {match[1]} to read the local cache")
     try:

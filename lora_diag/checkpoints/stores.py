@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, urljoin
 
 from lora_diag.checkpoints.addresses import LEAST_BYTES, TransientError, call_with_retries, hide_secrets
-from lora_diag.errors import InputError, damaged, install_command
+from lora_diag.errors import InputError, damaged, require
 
 # Variables of the environment with credentials and settings; a notebook may change them.
 SETTINGS = ("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_")
@@ -134,13 +134,10 @@ def filesystem(scheme: str, **options: Any) -> Any:
     key = (scheme, os.getpid(), settings)
     if key not in _FILE_SYSTEMS:
         package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
-        command = install_command("remote", *([package] if package else []))
-        try:
+        with require(f"the scheme {scheme}://", "remote", *([package] if package else []), kind=InputError):
             import fsspec
 
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
-        except ImportError as error:
-            raise InputError(f"{scheme}:// addresses need {package or 'fsspec'}: {command}") from error
     return _FILE_SYSTEMS[key]
 
 

@@ -21,6 +21,7 @@ from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.cli.output import BrokenOutputError, forget_output, message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
+from lora_diag.feature import GROUPS
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
 from lora_diag.version import __version__
 
@@ -54,6 +55,22 @@ class _Command(TyperCommand):
 
 class _Commands(TyperGroup):
     """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` without it takes files."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands in their groups, those of a group of commands by their full names."""
+        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        named = {
+            f"{name} {word}".strip(): each
+            for name, command in self.commands.items()
+            for word, each in getattr(command, "commands", {"": command}).items()
+        }
+        width = max(map(len, named))
+        for name, command in named.items():
+            rows.setdefault(command.rich_help_panel, []).append((name.ljust(width), command.get_short_help_str()))
+        for group, lines in rows.items():
+            if lines:
+                with formatter.section(group):
+                    formatter.write_dl(lines)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = " ".join(args[:2])
@@ -99,11 +116,11 @@ def application(only: str = "") -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_configure)
-    probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
+    probe = typer.Typer(name="probe", cls=_Commands, help="Diagnostics that run the model.", no_args_is_help=True)
     for full, feature, command in catalog.commands():
         if full == only or not only:
-            group = probe if full.startswith("probe ") else app
-            add = group.command(full.removeprefix("probe "), cls=_Command, no_args_is_help=command.needs_input)
+            parent, name = (probe if full.startswith("probe ") else app), full.removeprefix("probe ")
+            add = parent.command(name, cls=_Command, no_args_is_help=command.needs_input, rich_help_panel=feature.group)
             add(make_function(feature, command))
     if probe.registered_commands:
         app.add_typer(probe)

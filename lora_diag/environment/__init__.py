@@ -5,6 +5,7 @@ from lora_diag.feature import Argument, Command, Feature
 FEATURE = Feature(
     __name__,
     "doctor",
+    "Show",
     commands=(
         Command(
             help="Versions, extras, devices and memory, with a fix per gap.",

@@ -51,6 +51,7 @@ class InitOptions(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "gate",
+    "Ship",
     commands=(
         Command(
             help="Judge results by a policy before a release.",

@@ -6,6 +6,7 @@ from lora_diag.running.options import MissingAlpha
 FEATURE = Feature(
     __name__,
     "inspect",
+    "Show",
     commands=(
         Command(
             help="Show a results file, or list a checkpoint.",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, UsageError, install_command
+from lora_diag.errors import InputError, UsageError, require
 
 Kind = Literal["causal", "masked", "classifier"]
 
@@ -211,12 +211,8 @@ def _read_labels(config: Any) -> dict[str, int]:
 
 
 def _import_transformers() -> Any:
-    try:
+    with require("running a model, or its tokenizer,", "train"):
         import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"running a model, or its tokenizer, needs {error.name}: {install_command('train')}"
-        ) from error
     return transformers
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, UsageError, install_command
+from lora_diag.errors import InputError, require
 
 
 def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:
@@ -27,12 +27,10 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         UsageError: torch, transformers or peft is not installed.
         InputError: ``base`` is remote, transformers cannot build the model, or PEFT rejects the config.
     """
-    try:
+    with require("--check:", "train"):
         import peft
         import torch
         import transformers
-    except ImportError as error:
-        raise UsageError(f"--check: needs {error.name}; {install_command('train')}") from error
     if isinstance(base, RemotePath):
         raise InputError(f"{base}: --check builds the model from its config.json, which must be on this machine")
     folder = base if base.is_dir() else base.parent

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diag.errors import InputError, UsageError, install_command
+from lora_diag.errors import InputError, UsageError, require
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
 from lora_diag.models.data import Texts
@@ -79,10 +79,8 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         UsageError: peft is not installed.
         InputError: PEFT cannot adapt this model, or there are no biases and norms to train.
     """
-    try:
+    with require("training an adapter", "train"):
         import peft
-    except ImportError as error:
-        raise UsageError(f"probe: training needs {error.name}; {install_command('train')}") from error
     options = _make_options(model, rank, kind)
     with train_in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]

@@ -46,6 +46,7 @@ def __dir__() -> list[str]:
 FEATURE = Feature(
     __name__,
     "plot",
+    "Show",
     commands=(
         Command(
             help="Draw figures of results for a paper or a slide.",

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
-from lora_diag.errors import safe
+from lora_diag.errors import require, safe
 from lora_diag.feature import load
 from lora_diag.files import RESULTS, write_whole
 from lora_diag.records.base import LayerRecord, Record, Shown, WholeRecord, pooled_value
@@ -213,9 +213,10 @@ class Results(Generic[L]):
         """Return ``columns`` as a ``pandas.DataFrame``; integer columns with missing values are ``Int64``.
 
         Raises:
-            ImportError: pandas is not installed (extra ``pandas``).
+            UsageError: pandas is not installed (extra ``pandas``).
         """
-        import pandas as pd
+        with require("Results.to_pandas()", "pandas"):
+            import pandas as pd
 
         table = self.columns(values, kind)
         return pd.DataFrame(
@@ -229,9 +230,10 @@ class Results(Generic[L]):
         """Return ``columns`` as a ``pyarrow.Table``, which other libraries read without a copy.
 
         Raises:
-            ImportError: pyarrow is not installed (extra ``arrow``).
+            UsageError: pyarrow is not installed (extra ``arrow``).
         """
-        import pyarrow as pa
+        with require("Results.to_arrow()", "arrow"):
+            import pyarrow as pa
 
         return pa.table(unify_types(self.columns(values, kind)))
 
@@ -239,9 +241,10 @@ class Results(Generic[L]):
         """Return ``columns`` as a ``polars.DataFrame``.
 
         Raises:
-            ImportError: polars or pyarrow is not installed (extra ``polars``).
+            UsageError: polars or pyarrow (extra ``arrow``) is not installed.
         """
-        import polars as pl
+        with require("Results.to_polars()", "arrow", "polars"):
+            import polars as pl
 
         return pl.from_arrow(self.to_arrow(values, kind))
 

@@ -38,6 +38,7 @@ class TrackerOptions(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "report",
+    "Show",
     commands=(
         Command(
             help="Combine any results in one page.",

@@ -23,7 +23,7 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.show import tracks
 from lora_diag.diagnostics.residual.record import EPSILON
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import InputError, install_command
+from lora_diag.errors import InputError, require
 from lora_diag.metrics.energy import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
 from lora_diag.records.run import timestamp
@@ -106,11 +106,9 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     Raises:
         InputError: Jinja2 or plotly is not installed.
     """
-    try:
+    with require("an HTML report", "report", kind=InputError):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError(f"an HTML report needs {error.name}; {install_command('report')}") from error
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

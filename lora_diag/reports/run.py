@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import InputError, UsageError, safe
+from lora_diag.errors import InputError, UsageError, require, safe
 from lora_diag.feature import load
 from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
@@ -134,11 +134,9 @@ def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
     Raises:
         InputError: pyarrow is not installed.
     """
-    try:
+    with require("--format parquet:", "arrow", kind=InputError):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise InputError("--format parquet: needs pyarrow; install it with pip install pyarrow, or use csv") from error
     buffer = io.BytesIO()
     table = pa.table(unify_types(_make_columns(evidence, values)))
     # The key by which lora_diag.files recognizes the table.

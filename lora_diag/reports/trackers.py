@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.errors import DONE, InputError, UsageError, install_command
+from lora_diag.errors import DONE, InputError, UsageError, require
 from lora_diag.reports import ReportOptions
 from lora_diag.reports.run import format_of, report
 from lora_diag.running.options import fill_options
@@ -71,10 +71,8 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
     """
     if to not in TRACKERS:
         raise UsageError(f"--to {to}: choose {', '.join(TRACKERS)}")
-    try:
+    with require(f"--to {to}:", to, kind=InputError):
         return TRACKERS[to](payload_of(results), project)
-    except ModuleNotFoundError as error:
-        raise InputError(f"--to {to}: needs {error.name}; {install_command(to)}") from error
 
 
 @dataclass(frozen=True)

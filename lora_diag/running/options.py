@@ -463,7 +463,7 @@ def show_options(function: F) -> F:
     for name, (kind, option) in options.items():
         annotation = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation))
-    function.__signature__ = own_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    vars(function).update(__signature__=own_signature.replace(parameters=parameters), options=options)
 
     def describe_missing(match: re.Match[str]) -> str:
         missing = {name: option for name, (_, option) in options.items() if f"\n{match[1]}{name}: " not in docstring}

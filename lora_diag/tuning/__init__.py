@@ -76,6 +76,7 @@ class CommandOptions(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "tune",
+    "Train",
     commands=(
         Command(
             help="Choose an adapter by training within a budget.",

@@ -39,7 +39,7 @@ def far(words, url):
     [
         ["spectrum", "@base", "@full_ft", *QPROJ],
         ["spectrum", "@lora_r4", *QPROJ],
-        ["gradient-spectrum", "@gradients/grad_step000000.safetensors", "--base", "@base", *QPROJ],
+        ["spectrum", "@base", "--gradients", "@gradients/grad_step000000.safetensors", *QPROJ],
         ["fleet", "@lora_r4", "@lora_r16", *QPROJ],
         ["residual", "@base", "@full_ft", "@lora_r4", "@lora_r16", *QPROJ],
         ["overlap", "@base", "@full_ft", "@gradients/grad_step000000.safetensors", *QPROJ],

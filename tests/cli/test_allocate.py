@@ -1,6 +1,7 @@
 """``loradiag allocate`` as a user runs it."""
 
 import json
+import shlex
 
 import pytest
 
@@ -79,7 +80,8 @@ def test_config_check_builds_model(loradiag, measured, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give exactly one of"),
+        (["--max-rank", "4"], "give exactly one of"),
+        (["-o", "ranks.jsonl"], "give exactly one of"),
         (["--params", "1M", "--total-rank", "3"], "give exactly one of"),
         (["--params", "ten"], "--params ten"),
         (["--params", "100"], "at least 192 parameters"),
@@ -99,6 +101,21 @@ def test_usage_errors_exit_2_and_write_nothing(loradiag, measured, tmp_path, wor
     assert (ran.code, ran.out) == (2, "")
     assert message in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_budget_ranks_of_rules_are_shown(loradiag, measured):
+    """The suggested next command divides a budget, and runs."""
+    ran = loradiag("allocate", measured, env={"COLUMNS": "200"})
+    assert ran.code == 0
+    assert_names(ran.out, "energy 90%", "knee", "effective")
+    records = loradiag("allocate", measured, "--json").records
+    spectra = lora_diag.read_results(measured)
+    assert [(each["layer"], each["ranks"]["energy 90%"]) for each in records] == [
+        (record.layer, record.rank_at["0.9"]) for record in spectra
+    ]
+    suggested = next(line for line in ran.out.splitlines() if line.startswith("Next"))
+    words = shlex.split(suggested.removeprefix("Next").partition("(")[0])
+    assert loradiag(*words[1:]).code == 0
 
 
 def test_file_without_spectrum_exits_3(loradiag, tmp_path):

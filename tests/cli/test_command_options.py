@@ -6,8 +6,10 @@ import pytest
 import typer.main
 
 import lora_diag
+from lora_diag import catalog
 from lora_diag.cli import options
 from lora_diag.cli.app import application
+from lora_diag.feature import GROUPS
 from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.running.options import PANELS, Option, fill_options
 from tests.conftest import ROOT, save_model, save_pair
@@ -76,13 +78,17 @@ def test_help_wraps_at_whole_entries(loradiag, name):
             assert any(word in each.help for word in text) or each.metavar == "FILE", each.name
 
 
-def test_list_of_commands_has_one_line_each(loradiag):
+def test_help_lists_every_command_once_in_its_group(loradiag):
     for words in ((), ("probe",)):
-        out = loradiag(*words, "--help").out
-        listed = out[out.index("Commands:") :].split("\n\n")[0].splitlines()[1:]
-        names = [name.removeprefix("probe ") for name in COMMANDS if name.startswith("probe ") == bool(words)]
-        assert len(listed) == len(names) + (not words)  # the group of probes is a line, too
-        assert all(len(line) <= 80 and not line.endswith("...") for line in listed)
+        out = loradiag(*words, "--help", env={"COLUMNS": "80"}).out
+        groups = {block[0].removesuffix(":"): block[1:] for block in map(str.splitlines, out.split("\n\n"))}
+        listed = {group: [line[2:].split("  ")[0] for line in groups.get(group, ())] for group in GROUPS}
+        expected = {group: [] for group in GROUPS}
+        for name, feature, _ in catalog.commands():
+            if not words or name.startswith("probe "):
+                expected[feature.group].append(name.removeprefix("probe ") if words else name)
+        assert listed == expected
+        assert all(len(line) <= 80 and not line.endswith("...") for line in out.splitlines())
     assert all(len(command.help.splitlines()[0]) <= 60 for command in COMMANDS.values())
 
 

@@ -1,4 +1,4 @@
-"""``loradiag overlap`` and ``gradient-spectrum`` as a user runs them."""
+"""``loradiag overlap`` and ``spectrum --gradients`` as a user runs them."""
 
 import json
 
@@ -99,9 +99,9 @@ def test_control_characters_from_files_are_escaped(loradiag, inputs, tmp_path):
     assert "\x1b" not in ran.out + ran.err
 
 
-@pytest.mark.parametrize("named", [["g"], ["g", "--base", "base"]])
+@pytest.mark.parametrize("named", [[], ["base"]])
 def test_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path, named):
-    ran = loradiag("gradient-spectrum", *named, "-o", "s.jsonl")
+    ran = loradiag("spectrum", *named, "--gradients", "g", "-o", "s.jsonl")
     assert (ran.code, ran.err) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert {record["source"] for record in records if record["record"] == "spectrum"} == {"gradients"}
@@ -110,9 +110,24 @@ def test_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path,
 
 
 def test_ranks_are_allocated_from_gradients(loradiag, inputs):
-    assert loradiag("gradient-spectrum", "g", "-q", "-o", "s.jsonl").code == 0
+    assert loradiag("spectrum", "--gradients", "g", "-q", "-o", "s.jsonl").code == 0
     ran = loradiag("allocate", "s.jsonl", "--total-rank", "12", "--json")
     assert ran.code == 0, ran.err
     allocated = [record for record in ran.records if record["record"] == "allocation"]
     assert sum(record["rank"] for record in allocated) <= 12
     assert {record["source"] for record in allocated} == {"gradients"}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--gradients", "g/0.safetensors", "g/10.safetensors"], "repeat --gradients"),
+        (["base", "tuned", "--gradients", "g"], "BASE alone"),
+        (["--gradients", "g", "--alpha-is-rank"], "--alpha-is-rank"),
+        (["--gradients", "g", "--recover"], "--recover"),
+    ],
+)
+def test_what_gradients_exclude_is_refused(loradiag, inputs, words, text):
+    ran = loradiag("spectrum", *words)
+    assert ran.code == 2
+    assert text in ran.err

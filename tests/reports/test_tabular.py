@@ -74,7 +74,7 @@ def test_page_has_no_rows_for_values(loradiag, tmp_path, format):
 
 def test_parquet_without_pyarrow_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="pip install pyarrow"):
+    with pytest.raises(InputError, match=r"needs pyarrow; pip install '\.\[arrow\]'"):
         to_parquet(evidence(*small()))
 
 

@@ -147,7 +147,7 @@ def gradients(rng: random.Random, whole: Path, at: Path) -> list[str]:
     _damage(next(folder.iterdir()), damaged_safetensors, rng)
     base, tuned = str(whole / "base"), str(whole / "tuned")
     return rng.choice(
-        [["overlap", base, tuned, "g", "-q", "-o", "out.jsonl"], ["gradient-spectrum", "g", "--base", base, "-q"]]
+        [["overlap", base, tuned, "g", "-q", "-o", "out.jsonl"], ["spectrum", base, "--gradients", "g", "-q"]]
     )
 
 

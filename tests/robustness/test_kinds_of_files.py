@@ -42,7 +42,7 @@ def place(path: Path, what: str) -> None:
 def test_no_command_waits_for_what_is_no_file(loradiag, tmp_path: Path, name: str, what: str) -> None:
     place(tmp_path / "in" / name, what)
     for words in (["inspect", "in"], ["spectrum", SAMPLES / "base", "in"], ["inspect", f"in/{name}"],
-                  ["gradient-spectrum", "in"]):  # fmt: skip
+                  ["spectrum", "--gradients", "in"]):  # fmt: skip
         ran = loradiag(*words)
         assert ran.code == 3, ran.out + ran.err
         assert ran.err.count("\n") == 1

@@ -27,8 +27,8 @@ MEASURING = {
     "spectrum": [
         *([BASE, TUNED, *QPROJ, *more] for more in ((), ("--json",), ("-o", "s.jsonl"))),
         [ADAPTER, *QPROJ, "-v"],
+        ["--gradients", GRADIENTS, *QPROJ],
     ],
-    "gradient-spectrum": [[GRADIENTS, *QPROJ]],
     "fleet": [[ADAPTER, ADAPTER.replace("r4", "r16")]],
     "residual": [[BASE, TUNED, ADAPTER, *QPROJ]],
     "overlap": [[BASE, TUNED, GRADIENTS, *QPROJ]],

@@ -6,6 +6,7 @@ from lora_diag.running.options import LayerOptions
 FEATURE = Feature(
     __name__,
     "nuclear",
+    "Understand",
     commands=(
         Command(
             help="Nuclear norm of every update, and its share by depth.",
@@ -16,9 +17,7 @@ FEATURE = Feature(
     records=(".record:Nuclear",),
     functions=(".run:nuclear",),
     statements=".summary:statements",
-    section=Section(
-        "Nuclear norms",
-    ),
+    section=Section("Nuclear norms"),
     questions=(("where", "Where is the nuclear norm of the update?"),),
     figures=(Figure("nuclear", "share of the nuclear norm by depth"),),
 )

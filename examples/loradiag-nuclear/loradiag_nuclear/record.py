@@ -13,6 +13,7 @@ class Nuclear(LayerRecord):
         shape: ``(out, in)``.
         fro: ‖ΔW‖_F.
         nuclear: Σσ_i.
+        peak: Largest |entry| of ΔW.
         flatness: Σσ_i / (‖ΔW‖_F √min(out, in)): 1 where all σ are equal; null for a zero update.
     """
 
@@ -26,10 +27,12 @@ class Nuclear(LayerRecord):
             pool=lambda rs: sum(r.nuclear for r in rs),
         ),
         Shown("flatness", "flatness", "Σσ over its largest value for this ‖ΔW‖_F", share=True, main=True),
+        Shown("peak", "peak", "largest entry of the update"),
     )
     record: Literal["nuclear"] = "nuclear"
     layer: str
     shape: tuple[int, int]
     fro: float
     nuclear: float
+    peak: float
     flatness: float | None

@@ -20,8 +20,13 @@ def measure(delta: Delta, settings: LayerSettings) -> tuple[Nuclear | LeftOut]:
         return (not_finite(delta, change),)
     found = change.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     nuclear, largest = float(found.s.sum()), found.fro * min(delta.shape) ** 0.5
-    flatness = nuclear / largest if largest else None
-    return (Nuclear(layer=delta.layer, shape=delta.shape, fro=found.fro, nuclear=nuclear, flatness=flatness),)
+    values = {
+        "fro": found.fro,
+        "nuclear": nuclear,
+        "flatness": nuclear / largest if largest else None,
+        "peak": max(float(block.abs().max()) for block in change.blocks(delta.shape)),
+    }
+    return (Nuclear(layer=delta.layer, shape=delta.shape, **values),)
 
 
 @show_options

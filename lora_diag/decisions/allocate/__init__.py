@@ -89,31 +89,19 @@ class ConfigOptions(TypedDict, total=False):
     sweep: Annotated[Path | None, SWEEP]
 
 
-class RuleOptions(TypedDict, total=False):
-    """Options of ``rank-rules``."""
-
-    allow_unfinished: Annotated[bool, UNFINISHED]
-
-
 FEATURE = Feature(
     __name__,
     "allocate",
+    "Train",
     commands=(
         Command(
             help="Ranks that keep the most energy within a budget.",
+            notes="Without a budget: the ranks of each layer by several rules.",
             run=".run:allocate_and_write",
             examples=("allocate results.jsonl --params 10M -o adapter_config.json",),
             arguments=(SPECTRA_ARGUMENT,),
             options=(AllocateOptions, ConfigOptions),
             suggest=".show:suggest_next",
-        ),
-        Command(
-            help="Ranks of each layer by several rules, without a budget.",
-            name="rank-rules",
-            run=".run:rank_by_rules",
-            examples=("rank-rules results.jsonl",),
-            arguments=(SPECTRA_ARGUMENT,),
-            options=(RuleOptions,),
             table=".show:policies_table",
         ),
     ),

@@ -1,8 +1,8 @@
-"""``allocate``: distribute ranks over layers, with a bound on the distance from the optimum; ``rank-rules``.
+"""``allocate``: distribute ranks over layers, with a bound on the distance from the optimum.
 
 ``--layer-weights`` takes results of ``probe sensitivity``, whose gains become factors of energies, or of ``probe
-fisher``, whose tails replace energies. ``rank-rules`` gives the ranks of each layer by rules that use one spectrum;
-rules that need every singular value are undefined for a truncated one.
+fisher``, whose tails replace energies. Without a budget, the command gives the ranks of each layer by rules that use
+one spectrum; rules that need every singular value are undefined for a truncated one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lora_diag.records.names import part_of
 from lora_diag.records.run import timestamp
 from lora_diag.running.amounts import read_count, read_share
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.options import fill_options, show_options
+from lora_diag.running.options import fill_options, list_typed_options, show_options
 from lora_diag.version import __version__
 
 # Maximum number of layers named in a note.
@@ -329,8 +329,11 @@ def allocate_and_write(
     check: Path | None = None,
     sweep: Path | None = None,
     **options: Unpack[AllocateOptions],
-) -> Results[Allocation]:
+) -> Results[Allocation] | list[Policies]:
     """Allocate ranks, and write them by ``write_allocation`` if there is an ``output``, which is checked first.
+
+    With no option of ``AllocateOptions`` but ``allow_unfinished``, and neither ``output`` nor ``sweep``, the ranks are
+    those of ``rank_by_rules``.
 
     Args:
         results: Results of ``spectrum``, as a file.
@@ -344,7 +347,7 @@ def allocate_and_write(
         **options: ``AllocateOptions``.
 
     Returns:
-        The allocation, as ``allocate`` returns it.
+        The allocation, as ``allocate`` returns it; or the ranks by several rules.
 
     Raises:
         UsageError: As ``allocate`` and ``write_allocation``; or ``format`` or ``check`` is given without ``output``.
@@ -358,6 +361,8 @@ def allocate_and_write(
         weights = options.get("weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
         check_outputs(inputs, [(output, _find_kind(output, check, format))], overwrite)
+    if output is None and sweep is None and set(list_typed_options(AllocateOptions, options)) <= {"allow_unfinished"}:
+        return rank_by_rules(results, options.get("allow_unfinished", False))
     if sweep is not None:
         swept_rate(sweep)  # refuses unsuitable results
     allocation = allocate(results, **options)

@@ -1,7 +1,6 @@
-"""Terminal output of ``allocate`` and ``rank-rules``.
+"""Terminal output of ``allocate``: ranks by layer, energy kept, and distance from the optimum.
 
-``allocate``: ranks by layer, energy kept, and distance from the optimum. ``rank-rules``: ranks of several rules side by
-side.
+Without a budget: ranks of several rules side by side.
 """
 
 from __future__ import annotations
@@ -30,7 +29,13 @@ from lora_diag.rendering.text import list_layers, list_names, number, percent, s
 _NAMED = 3
 
 
-def policies_table(records: Sequence[Policies], width: int = 80, color: bool = False, per: str = "type") -> str:
+def policies_table(
+    records: Sequence[Policies],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
+) -> str:
     """Return the ranks of several rules side by side, and their disagreements.
 
     Args:
@@ -38,6 +43,7 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: ``type`` for medians over a module type, ``layer`` for one row per layer.
+        next_command: The suggested next command, printed last; None without one.
     """
     shown = [
         Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
@@ -46,7 +52,8 @@ def policies_table(records: Sequence[Policies], width: int = 80, color: bool = F
             for rule in records[0].ranks
         ),
     ]
-    return grids_table([grid_of(shown, rows_of(records, per), per)], _describe_disagreements(records), width, color)
+    grid = grid_of(shown, rows_of(records, per), per)
+    return grids_table([grid], _describe_disagreements(records), width, color, next_command)
 
 
 def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
@@ -148,9 +155,12 @@ def allocation_table(
     return grids_table([grid], [*allocation_lines(results), *rate], width, color, next_command)
 
 
-def suggest_next(results: Results[Allocation], values: Mapping[str, Any]) -> Hint | str:
+def suggest_next(results: Results[Allocation] | list[Policies], values: Mapping[str, Any]) -> Hint | str:
     """Return the next step: a command, or advice on the written file."""
     output = values["output"]
+    if isinstance(results, list):
+        params = 8 * sum(sum(record.shape) for record in results if part_of(record.layer) == "matrices")
+        return Hint(f"--params {params} -o adapter_config.json", "divides a budget, here that of r=8 in every layer")
     if output is None:
         return Hint("-o adapter_config.json", "for training with PEFT; .jsonl for loradiag extract")
     paths: dict[str, list[str]] = {}

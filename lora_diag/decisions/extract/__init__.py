@@ -69,6 +69,7 @@ class FolderOutput(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "extract",
+    "Ship",
     commands=(
         Command(
             help="Write the best adapter of given ranks for an update.",

@@ -44,6 +44,7 @@ class PlanOptions(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "plan",
+    "Train",
     commands=(
         Command(
             help="Parameters, memory and FLOPs of LoRA at each rank.",

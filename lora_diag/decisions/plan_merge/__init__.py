@@ -20,6 +20,7 @@ class PlanMergeOptions(RunOptions, total=False):
 FEATURE = Feature(
     __name__,
     "plan-merge",
+    "Ship",
     commands=(
         Command(
             help="How much of ΔW survives a merge into a storage format.",

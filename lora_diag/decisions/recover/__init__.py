@@ -52,6 +52,7 @@ class RecoverOutput(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "recover",
+    "Understand",
     commands=(
         Command(
             help="Estimate the update that 16-bit storage rounded away.",

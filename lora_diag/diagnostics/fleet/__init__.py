@@ -16,6 +16,7 @@ class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, 
 FEATURE = Feature(
     __name__,
     "spectrum --adapters",
+    "Understand",
     commands=(
         Command(
             help="Ranks, outliers and near-duplicates of many adapters.",

@@ -30,6 +30,7 @@ class UnionOptions(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "interference",
+    "Understand",
     commands=(
         Command(
             run=".measure:compare_updates",

@@ -17,6 +17,7 @@ class IntruderOptions(LayerOptions, total=False):
 FEATURE = Feature(
     __name__,
     "intruders",
+    "Research",
     commands=(
         Command(
             help="Intruder dimensions: large directions unlike any of BASE.",

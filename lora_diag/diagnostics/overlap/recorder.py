@@ -108,7 +108,7 @@ class GradientRecorder(TrainerCallback):
 
     Args:
         output: Without a reference: a folder for one safetensors file per step, as read by ``overlap`` and
-            ``gradient-spectrum``. With one: a new results file for the overlap records.
+            ``spectrum --gradients``. With one: a new results file for the overlap records.
         every: Record the steps 0, ``every``, 2·``every``, ….
         reference: Subspaces to compare gradients with, from ``lora_diag.subspaces``; or ``live`` for the current
             subspaces of the LoRA at each step; None to save the gradients.

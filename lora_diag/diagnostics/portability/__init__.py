@@ -41,6 +41,7 @@ class FixOptions(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "portability",
+    "Ship",
     commands=(
         Command(
             run=".measure:judge_or_fix",

@@ -18,6 +18,7 @@ class ResidualOptions(LayerOptions, total=False):
 FEATURE = Feature(
     __name__,
     "residual",
+    "Understand",
     commands=(
         Command(
             help="Distance of adapters to a full fine-tune, layer by layer.",

@@ -1,34 +1,11 @@
-"""Declaration and options of ``spectrum`` and ``gradient-spectrum``: singular values, energy, and rounding noise."""
+"""Declaration and options of ``spectrum``: singular values, energy, and rounding noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.feature import GRADIENTS_ARGUMENT, Argument, Command, Feature, Figure, Hint
-from lora_diag.running.options import (
-    ACTIVATIONS,
-    BASE,
-    KFAC,
-    RANKS,
-    RECOVER,
-    TOP,
-    Accuracy,
-    Callbacks,
-    LayerOptions,
-    Option,
-    Output,
-    Resources,
-    Resuming,
-    Selection,
-)
-
-
-class GradientSpectrumOptions(Selection, Accuracy, Resources, Output, Resuming, Callbacks, total=False):
-    """Options of ``gradient-spectrum``: no adapter takes part."""
-
-    base: Annotated[str | None, BASE]
-    ranks: Annotated[Sequence[int], RANKS]
-    top: Annotated[int | None, TOP]
+from lora_diag.feature import Argument, Command, Feature, Figure, Hint
+from lora_diag.running.options import ACTIVATIONS, INPUTS, KFAC, RANKS, RECOVER, TOP, LayerOptions, Option
 
 
 class SpectrumOptions(LayerOptions, total=False):
@@ -36,44 +13,37 @@ class SpectrumOptions(LayerOptions, total=False):
 
     ranks: Annotated[Sequence[int], RANKS]
     top: Annotated[int | None, TOP]
-    gradients: Annotated[Sequence[Path | str], Option((), "Gradient snapshots to measure instead.", cli=False)]
+    gradients: Annotated[
+        Sequence[str | Path],
+        Option((), "Folder or file of gradients to measure instead of an update; repeatable.", "PATH", panel=INPUTS),
+    ]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
     recover: Annotated[bool, RECOVER]
 
 
-_HINTS = (
-    Hint("inspect {output} --per layer", "this table layer by layer, without measuring again"),
-    Hint("-o results.jsonl", "saves these results"),
-)
-
-
 FEATURE = Feature(
     __name__,
     "spectrum",
+    "Understand",
     commands=(
         Command(
             help="Singular values of an update ΔW, layer by layer.",
-            notes="Of gradients: loradiag gradient-spectrum. Of many adapters: loradiag fleet.",
+            notes="Of many adapters: loradiag fleet. With --gradients, BASE only provides the names of the weights.",
             examples=(
                 "spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl",
                 "spectrum base/ full_ft/ --activations activations.safetensors",
+                "spectrum base/ --gradients gradients/ -o results.jsonl",
             ),
             arguments=(
                 Argument("base", "Base checkpoint, or an adapter alone.", optional=True),
                 Argument("tuned", "Fine-tuned checkpoint, or an adapter.", optional=True),
             ),
             options=(SpectrumOptions,),
-            hints=_HINTS,
-        ),
-        Command(
-            help="Spectrum of all gradients, before any update.",
-            notes="--base only provides the names of the weights.",
-            examples=("gradient-spectrum gradients/ --base base/ -o results.jsonl",),
-            name="gradient-spectrum",
-            arguments=(GRADIENTS_ARGUMENT,),
-            options=(GradientSpectrumOptions,),
-            hints=_HINTS,
+            hints=(
+                Hint("inspect {output} --per layer", "this table layer by layer, without measuring again"),
+                Hint("-o results.jsonl", "saves these results"),
+            ),
         ),
     ),
     records=(".record:Spectrum",),

@@ -1,4 +1,4 @@
-"""Measurement of ``gradient-spectrum``: the spectrum of a layer's gradients of all steps, before any update exists."""
+"""``spectrum --gradients``: the spectrum of a layer's gradients of all steps, before any update exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
@@ -26,7 +25,7 @@ from lora_diag.linalg.methods import READING_BYTES, require_memory
 from lora_diag.linalg.rounding import Spacing, mix_profiles
 from lora_diag.linalg.streamed import ROWS
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.inputs import describe, describe_steps
+from lora_diag.running.inputs import describe, describe_steps, open_base
 from lora_diag.running.layers import LayerRun
 
 # Largest order of the larger side's Gram matrix: it takes 128 MiB, and its eigenvalues take 2 s.
@@ -188,7 +187,10 @@ def gradient_spectrum(
         raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
-    checkpoint = open_checkpoint(base) if base is not None else None
+    checkpoint = open_base(base) if base is not None else None
+    folders = {file.path.parent for step in steps for file in step.checkpoint.files}
+    if checkpoint is not None and any(file.path.parent in folders for file in checkpoint.files):
+        raise UsageError(f"{base}: is among the gradients; repeat --gradients for each file, or give their folder")
     matrices, unmatched = histories(steps, checkpoint)
     tasks = [history for history in matrices if selected(history.layer)]
     if not tasks:

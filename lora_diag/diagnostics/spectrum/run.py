@@ -112,9 +112,15 @@ def spectrum(
 _INPUTS = (
     ("kfac", "activations", NEEDS_ACTIVATIONS),
     ("recover", "-activations", "--recover: estimates an update in the weights' metric; remove --activations"),
-    ("recover", "-gradients", "--recover: estimates an update in the weights' metric; remove --gradients"),
-    ("gradients", "-activations", "--activations: applies to an update, not to --gradients; remove one of the two"),
-    ("gradients", "-tuned", "--gradients: cannot be combined with TUNED; give BASE alone, or nothing"),
+    *(
+        ("gradients", f"-{name}", f"--{name.replace('_', '-')}: applies to an update, not to --gradients; remove one")
+        for name in ("recover", "activations", "alpha", "alpha_is_rank", "allow_unmatched")
+    ),
+    (
+        "gradients",
+        "-tuned",
+        "--gradients: cannot be combined with TUNED; give BASE alone, and of files their folder",
+    ),
     ("-gradients", "base", "spectrum: nothing to measure; give BASE and TUNED, or an adapter alone"),
     ("activations", "tuned", "--activations: needs BASE to identify the layers; give it before the adapter"),
 )

@@ -1,4 +1,4 @@
-"""Terminal output of ``spectrum`` and ``gradient-spectrum``: a table by module type or layer, and a summary.
+"""Terminal output of ``spectrum``: a table by module type or layer, and a summary.
 
 The summary states the size of the change, its resolution by the files, the rank needed, the update before rounding, and
 when ``recover`` is worth running; of gradients, how far their spectrum predicts that of an update.

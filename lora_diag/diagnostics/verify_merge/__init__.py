@@ -6,6 +6,7 @@ from lora_diag.running.options import RunOptions
 FEATURE = Feature(
     __name__,
     "verify-merge",
+    "Ship",
     commands=(
         Command(
             help="Compare a merged checkpoint with BASE plus the adapter.",

@@ -26,6 +26,7 @@ class ActivationsInputs(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "probe activations",
+    "Research",
     functions=(".measure:probe_activations",),
     commands=(
         Command(

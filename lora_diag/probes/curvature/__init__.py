@@ -35,6 +35,7 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
 FEATURE = Feature(
     __name__,
     "probe curvature",
+    "Research",
     commands=(
         Command(
             help="Curvature of the loss (Hessian, GGN), and a loss bound.",

@@ -21,6 +21,7 @@ class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
 FEATURE = Feature(
     __name__,
     "probe fisher",
+    "Research",
     commands=(
         Command(
             help="Loss change from truncation, by Fisher information.",

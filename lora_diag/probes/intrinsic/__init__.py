@@ -36,6 +36,7 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
 FEATURE = Feature(
     __name__,
     "probe intrinsic",
+    "Research",
     commands=(
         Command(
             help="Intrinsic dimension: loss in random subspaces.",

@@ -27,6 +27,7 @@ class FullFineTune(TypedDict, total=False):
 FEATURE = Feature(
     __name__,
     "probe outputs",
+    "Understand",
     commands=(
         Command(
             help="Losses and outputs of adapters and a full fine-tune.",

@@ -23,6 +23,7 @@ class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
 FEATURE = Feature(
     __name__,
     "probe sensitivity",
+    "Train",
     commands=(
         Command(
             help="Loss gain of a LoRA on each layer alone.",

@@ -48,6 +48,7 @@ class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
 FEATURE = Feature(
     __name__,
     "probe sweep",
+    "Train",
     commands=(
         Command(
             help="Loss of LoRA at each rank, learning rates tuned.",

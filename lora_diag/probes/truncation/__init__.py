@@ -21,6 +21,7 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
 FEATURE = Feature(
     __name__,
     "probe truncation",
+    "Understand",
     commands=(
         Command(
             help="Loss of the model at each rank of the update.",

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
-from lora_diag.errors import InputError, LoradiagError, UsageError, install_command
+from lora_diag.errors import InputError, LoradiagError, UsageError, install_command, require
 from lora_diag.running.engines.local import Layout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
@@ -94,10 +94,8 @@ def import_ray() -> Any:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
+    with require("--engine ray:", "ray"):
         import ray
-    except ImportError as error:
-        raise UsageError(f"--engine ray: Ray is not installed; {install_command('ray')}") from error
     return ray
 
 

@@ -90,7 +90,7 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
     path = as_path(path)
     located = locate(path)
     if is_adapter(located) and not any((located / name).is_file() for name in WEIGHTS):
-        raise UsageError(f"{path}: is an adapter; give BASE first, then the adapter")
+        raise UsageError(f"{path}: is an adapter, not BASE; give the model that it adapts first")
     return open_checkpoint(path)
 
 

@@ -248,7 +248,7 @@ def test_usage_line_and_exit_codes_are_valid(loradiag):
         (["spectrum", "a", "--ranks"], "--ranks"),
         (["allocate", "r.jsonl", "--strategy", "best"], "--strategy"),
         (["spectrum", "base", "tuned", "--top", "4", "--method", "krylov", "--seed", "9" * 23], "--seed"),
-        (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "give BASE first"),
+        (["spectrum", ROOT / "sample_checkpoints" / "lora_r4", "base"], "not BASE"),
     ],
 )
 def test_usage_errors_are_reported(loradiag, pair_of_models, words, message):

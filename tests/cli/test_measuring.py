@@ -73,7 +73,7 @@ def test_interrupted_run_is_resumed(loradiag, tmp_path, command):
         (("intruders", BASE, TUNED, "--window", "-1"), 2, "--window"),
         (("intruders", BASE, TUNED, "--top", "0"), 2, "--top"),
         (("intruders", BASE, TUNED, "--resume"), 2, "-o"),
-        (("intruders", R4, BASE), 2, "give BASE first"),
+        (("intruders", R4, BASE), 2, "not BASE"),
         (("intruders", BASE, "nowhere"), 3, "nowhere"),
         (("residual", BASE, TUNED), 2, "at least one ADAPTER"),
         (("residual", BASE, TUNED, TUNED), 2, "TUNED itself"),
@@ -81,7 +81,7 @@ def test_interrupted_run_is_resumed(loradiag, tmp_path, command):
         (("residual", BASE, TUNED, R4, "--layers", "lm_head"), 4, "no weight of the adapter can be measured"),
         (("residual", BASE, TUNED, R4, "--resume"), 2, "-o"),
         (("residual", BASE, TUNED, "nowhere"), 3, "nowhere"),
-        (("residual", R4, TUNED, R16), 2, "give BASE first"),
+        (("residual", R4, TUNED, R16), 2, "not BASE"),
     ],
 )
 def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):

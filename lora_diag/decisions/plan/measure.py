@@ -22,8 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.plan import PlanOptions
@@ -44,6 +43,7 @@ from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of, part_of, type_order
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import open_base
 from lora_diag.running.options import fill_options, show_options
 
 # Capacity of a parameter in bits after long training (Allen-Zhu and Li 2024, arXiv 2404.05405).
@@ -361,9 +361,7 @@ def _open_model(base: Path | str) -> _Model:
         if isinstance(dtype, str) and dtype in BYTES:
             size = BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
         return _Model("config.json, shapes derived", shapes, size, config, notes, is_derived=True)
-    if is_adapter(path):
-        raise UsageError(f"{base}: is an adapter; give its base model")
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_base(base)
     names = sorted(checkpoint, key=natural_order)
     return _Model(
         kind=checkpoint.kind,

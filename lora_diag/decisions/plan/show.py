@@ -17,24 +17,25 @@ from lora_diag.decisions.plan.record import (
     PlanRates,
     PlanType,
 )
+from lora_diag.feature import Hint
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, grid_of, grids_table
 from lora_diag.rendering.text import byte_count, percent, quantity, safe, short
 
 
-def suggest_next(plan: Plan, values: Mapping[str, Any]) -> str:
-    """Return the next commands: the spectrum of a pilot run, and the allocation of ranks.
+def suggest_next(plan: Plan, values: Mapping[str, Any]) -> Hint:
+    """Return the next command: ``tune``, which trains within the budget and needs no fine-tune.
 
-    Its budget is that of the plan, 10M parameters without one, or that of rank 1 if the plan's allows no rank.
+    The budget is that of the plan, 10M parameters without one, or that of rank 1 if the plan's allows no rank.
     """
     params, memory = values["params"], values["memory_budget"]
     budget = ["--memory-budget", str(memory)] if memory and not params else ["--params", str(params or "10M")]
     if plan.fit is not None and not plan.fit.rank:  # the budget allows no rank: name the smallest that does
         budget = ["--params", str(plan.per_rank)]
-    pilot = shlex.join(["loradiag", "spectrum", str(values["base"]), "TUNED", "-o", "results.jsonl"])
-    selection = [word for name in ("layers", "exclude") if values[name] for word in (f"--{name}", values[name])]
-    return f"{pilot}, then {shlex.join(['loradiag', 'allocate', 'results.jsonl', *budget, *selection])}"
+    data = shlex.quote(str(values["data"] or "train.jsonl"))
+    command = f"tune {{base}} --data {data} --eval held_out.jsonl {shlex.join(budget)} -o run"
+    return Hint(command, "chooses by training; for a fine-tune that exists: spectrum, then allocate")
 
 
 def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: str | None = None) -> str:
@@ -116,33 +117,37 @@ def _make_statements(plan: Plan) -> list[Statement]:
     frozen = "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
     lines = [
         make_statement(
-            "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)
+            "budget", "Budget", *(_describe_fit(plan, plan.fit) if plan.fit is not None else ()), priority=0
         ),
+        make_statement(
+            "note",
+            "Note",
+            f"r={too_large} has more parameters than the matrices themselves: LoRA saves nothing" if too_large else "",
+        ),
+        *_describe_capacity(plan.capacity),
         make_statement(
             "targets",
             "LoRA on",
             f"{matrices} matrices with {plan.targeted:,} entries; each rank trains {plan.per_rank:,} parameters",
         ),
-        *_describe_capacity(plan.capacity),
+        make_statement(
+            "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)
+        ),
         make_statement(
             "memory",
             "Memory",
             f"right columns: trainable weights and gradients in {plan.dtype}, and the optimizer's state; LoRA also "
             f"needs the frozen model{frozen}; activations are not included",
+            priority=2,
         ),
         make_statement(
             "flops",
             "FLOPs",
             "multiply-adds of an unmerged adapter relative to those of the model's matrices; a merged adapter adds "
             "none",
+            priority=2,
         ),
         make_statement("time", "Time", *(_describe_time(plan, plan.rates) if plan.rates is not None else ())),
-        make_statement("budget", "Budget", *(_describe_fit(plan, plan.fit) if plan.fit is not None else ())),
-        make_statement(
-            "note",
-            "Note",
-            f"r={too_large} has more parameters than the matrices themselves: LoRA saves nothing" if too_large else "",
-        ),
     ]
     return [line for line in lines if line.lead]
 
@@ -196,4 +201,4 @@ def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
         lines.append(f"of the requested ranks, r={fit.listed} fits with {fit.listed_left:,} remaining")
     if fit.listed is not None and fit.doubled:
         lines.append(f"the rest doubles it to r={2 * fit.listed} in {fit.doubled} of {fit.blocks} blocks")
-    return [*lines, "loradiag allocate computes where the rest keeps the most energy, from the spectrum of a pilot run"]
+    return lines

@@ -12,7 +12,7 @@ from lora_diag.errors import UsageError
 from lora_diag.records import Results
 from tests.conftest import ROOT
 from tests.messages import assert_names
-from tests.records.made import run
+from tests.reports.making import run
 
 SAMPLES = ROOT / "sample_checkpoints"
 PAIR = (SAMPLES / "base", SAMPLES / "full_ft")
@@ -30,15 +30,13 @@ LISTS = [
 @pytest.mark.parametrize(("name", "parameter"), LISTS)
 def test_one_word_is_no_list(name, parameter):
     function = getattr(lora_diag, name)
-    required = {
-        each.name: "x"
+    arguments = {
+        each.name: ["x"] if (name, each.name) in LISTS else "x"
         for each in inspect.signature(function).parameters.values()
         if each.default is each.empty and each.kind is not each.VAR_POSITIONAL
     }
     with pytest.raises(UsageError, match=rf"^{parameter}='x': must be a list"):
-        function(
-            **{key: ["x"] if (name, key) in LISTS else value for key, value in required.items()}, **{parameter: "x"}
-        ) if parameter not in required else function(**required | {parameter: "x"})
+        function(**arguments | {parameter: "x"})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,6 @@ def test_one_word_is_no_list(name, parameter):
         ({"tol": "small"}, ["tol='small'", "number"]),
         ({"kfac": True}, ["kfac", "needs activations"]),
         ({"device": "tpu"}, ["device=tpu"]),
-        ({"resume": True}, ["resume", "output"]),
     ],
 )
 def test_errors_name_parameters(options, facts):

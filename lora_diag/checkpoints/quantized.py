@@ -67,11 +67,11 @@ PACKED = (
 # Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
 AMBIGUOUS = frozenset({"._data", ".bitmask"})
 
-# Methods of ``quantization_config`` that are dequantized, as far as the tensors allow it.
-READ_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
-
-# Formats in which every quantized weight is packed into tensors of other names.
+# Methods of ``quantization_config`` in which every quantized weight is packed into tensors of other names.
 PACKING_METHODS = ("gptq", "awq", "mxfp4")
+
+# Methods that are dequantized, as far as the tensors allow it.
+READ_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", *PACKING_METHODS)
 
 METHOD_KEY = "quant_method in config.json"
 FLOATS_ADVICE = "if these weights are plain floats, remove quantization_config from config.json"

@@ -74,8 +74,7 @@ def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
         _check_command(),
         *_check_devices(),
         _check_memory(),
-        *_check_disk(),
-        _check_cache(),
+        *_check_folders(),
         *_check_ray(),
         *map(_check_address, addresses),
     ]
@@ -204,41 +203,24 @@ def _check_memory() -> Statement:
     return make_statement("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
 
 
-def _check_disk() -> Iterator[Statement]:
-    for key, label, folder in (
-        ("folder", "This folder", Path.cwd()),
-        ("temporary", "Temporary", Path(tempfile.gettempdir())),
+def _check_folders() -> Iterator[Statement]:
+    """Check that this folder, the temporary one and the Hub's cache are writable, and state their free space."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
+    for key, label, folder, fix in (
+        ("folder", "This folder", Path.cwd(), "make room, or work in another one"),
+        ("temporary", "Temporary", Path(tempfile.gettempdir()), "make room, or set TMPDIR to another one"),
+        ("cache", "Hub cache", Path(cache).expanduser(), "export HF_HOME=FOLDER with a folder of yours"),
     ):
-        free = shutil.disk_usage(folder).free
-        if not os.access(folder, os.W_OK):
-            yield make_statement(key, label, f"{_shorten_home(str(folder))} is not writable", level="warning")
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        name, free = _shorten_home(str(folder)), shutil.disk_usage(existing).free
+        if not os.access(existing, os.W_OK):
+            yield make_statement(key, label, f"{name} is not writable; {fix}", level="warning")
         elif free < LITTLE_SPACE:
-            fix = "make room" if key == "folder" else "free some space, or set TMPDIR to a larger disk"
-            yield make_statement(
-                key, label, f"only {byte_count(free)} free in {_shorten_home(str(folder))}; {fix}", level="warning"
-            )
+            yield make_statement(key, label, f"only {byte_count(free)} free in {name}; {fix}", level="warning")
         else:
-            yield make_statement(key, label, f"{byte_count(free)} free", level="ok")
-
-
-def _check_cache() -> Statement:
-    """Check that the folder into which the Hub's library downloads models is writable, and state its free space."""
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    folder = Path(
-        cache or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
-    ).expanduser()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        fix = "export HF_HOME=FOLDER with a folder of yours"
-        return make_statement(
-            "cache", "Hub cache", f"{_shorten_home(str(folder))} is not writable; {fix}", level="warning"
-        )
-    return make_statement(
-        "cache",
-        "Hub cache",
-        f"{_shorten_home(str(folder))}, {byte_count(shutil.disk_usage(existing).free)} free",
-        level="ok",
-    )
+            shown = f"{name}, " if key == "cache" else ""  # an issue needs no name of a user's folder
+            yield make_statement(key, label, f"{shown}{byte_count(free)} free", level="ok")
 
 
 def _check_ray() -> Iterator[Statement]:

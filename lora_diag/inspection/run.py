@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters import Adapter
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.catalog import read_results
-from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
 from lora_diag.records import Results, is_results_file
@@ -24,7 +24,7 @@ from lora_diag.records.run import AdaptedWeight, Inventory, StoredTensor
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import count, safe, to_text
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import MOMENTS
+from lora_diag.running.inputs import MOMENTS, open_input
 
 
 def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory:
@@ -52,24 +52,20 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
     path = as_path(path)
     if is_results_file(path):
         raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
-    if not is_adapter(locate(path)):
-        checkpoint = open_checkpoint(path)
-        has_moments = any(file.metadata.get("kind") == MOMENTS for file in checkpoint.files)
+    opened = open_input(path, get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+    if isinstance(opened, Adapter):
+        notes, checkpoint = opened.warnings(), opened.checkpoint
+        adapted: dict[str, Any] = {"adapts": opened.weights(), "scaling": legible(opened.reading.scaling)}
+    else:
+        has_moments = any(file.metadata.get("kind") == MOMENTS for file in opened.files)
         notes = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if has_moments else ()
-        return Inventory(
-            path=legible(checkpoint.path),
-            kind=legible(checkpoint.kind),
-            notes=tuple(map(legible, (*checkpoint.notes, *notes))),
-            tensors=_list_tensors(checkpoint),
-        )
-    adapter = open_adapter(locate(path), get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+        checkpoint, adapted = opened, {}
     return Inventory(
-        path=legible(adapter.path),
-        kind=legible(adapter.kind),
-        notes=tuple(map(legible, (*adapter.notes, *adapter.warnings()))),
-        tensors=_list_tensors(adapter.checkpoint),
-        adapts=adapter.weights(),
-        scaling=legible(adapter.reading.scaling),
+        path=legible(opened.path),
+        kind=legible(opened.kind),
+        notes=tuple(map(legible, (*opened.notes, *notes))),
+        tensors=_list_tensors(checkpoint),
+        **adapted,
     )
 
 

@@ -18,33 +18,6 @@ from tests.messages import assert_names
 from tests.served import PATIENCE, PROGRAM, ROOT
 
 
-def test_spectrum_prints_table_and_summary(loradiag, pair_of_models):
-    base, tuned, *_ = pair_of_models
-    ran = loradiag("spectrum", base, tuned)
-    assert (ran.code, ran.err) == (0, "")
-    for word in ("q_proj", "‖ΔW‖/‖W‖", "Low rank", "Rank at 90%", "Distribution", "Left out", "Next"):
-        assert word in ran.out
-    assert max(map(len, ran.out.splitlines())) <= 80
-
-
-def test_json_has_only_records_and_equals_file(loradiag, pair_of_models, tmp_path):
-    base, tuned, *_ = pair_of_models
-    ran = loradiag("spectrum", base, tuned, "--json", "-o", "r.jsonl", "--ranks", "1,3")
-    assert ran.code == 0
-    assert ran.out == (tmp_path / "r.jsonl").read_text()
-    assert ran.records[0]["settings"]["ranks"] == [1, 3]
-    assert ran.records[-1]["record"] == "end"
-
-
-def test_inspect_shows_results_file(loradiag, pair_of_models):
-    base, tuned, *_ = pair_of_models
-    live = loradiag("spectrum", base, tuned, "-o", "r.jsonl").out
-    repeated = loradiag("inspect", "r.jsonl").out
-    assert repeated.strip() == live[: live.index("Next")].strip()
-    assert "model.layers.1.mlp.up_proj" in loradiag("inspect", "r.jsonl", "--per", "layer").out
-    assert loradiag("inspect", "r.jsonl", "--json").records[0]["record"] == "run"
-
-
 def test_inspect_describes_checkpoint(loradiag, pair_of_models):
     base, *_ = pair_of_models
     ran = loradiag("inspect", base)
@@ -123,16 +96,6 @@ def test_layer_with_nan_exits_3_after_measuring_others(loradiag, pair_of_models,
     assert len(ran.err.splitlines()) == 1
     assert_names(ran.err, "Error:", "lm_head.weight", "TUNED", "nan at [1, 2]")
     assert lora_diag.read_results(tmp_path / "r.jsonl").end.layers == 9
-
-
-def test_resume_through_command(loradiag, pair_of_models, tmp_path):
-    base, tuned, *_ = pair_of_models
-    assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 0
-    whole = (tmp_path / "r.jsonl").read_bytes()
-    (tmp_path / "r.jsonl").write_bytes(whole[: len(whole) // 2])
-    assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 2
-    assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q", "--resume").code == 0
-    assert (tmp_path / "r.jsonl").read_bytes() == whole
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals are driven the Linux way")

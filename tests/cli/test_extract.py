@@ -1,37 +1,18 @@
 """``loradiag extract`` as a user runs it."""
 
-import importlib
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT, SHARED, Ran, save_model
+from tests.conftest import ROOT, SHARED, save_model
 from tests.messages import assert_names, mentions
 from tests.oracles import best_approximation
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def loradiag(monkeypatch, tmp_path, capsys):
-    """Run the command in this process: a new one takes two seconds to import torch."""
-    main = importlib.import_module("lora_diag.cli.app")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
-        capsys.readouterr()
-        code = main._run()
-        shown = capsys.readouterr()
-        return Ran(code, shown.out, shown.err)
-
-    return run
 
 
 def change_of(before, after, name):
@@ -290,13 +271,12 @@ def test_extract_recovers_shared_cases(loradiag, case, tmp_path):
             assert record["fro"] == pytest.approx(truth[record["layer"]]["fro"], rel=1e-4)
 
 
-def test_docs_show_what_is_printed(loradiag, tmp_path, monkeypatch):
+def test_docs_show_what_is_printed(loradiag, tmp_path):
     """docs/refresh.py runs commands in the repository; this one writes, so it runs here."""
     page = (ROOT / "docs" / "reference" / "extract.md").read_text(encoding="utf-8")
     words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
-    monkeypatch.setattr("lora_diag.cli.options.LINES", 12)  # the default, which `whole_summaries` disables
-    printed = loradiag(*words.split()).out.strip("\n")
+    printed = loradiag(*words.split(), env={"COLUMNS": "80"}, brief=True).out.strip("\n")
     assert shown == f"```console\n$ loradiag {words}\n{printed}\n```\n"
 
 

@@ -1,7 +1,6 @@
 """``loradiag interference`` as a user runs it."""
 
 import json
-import math
 
 import pytest
 
@@ -12,26 +11,6 @@ pytestmark = pytest.mark.slow
 
 BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
 ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
-
-
-def test_adapters_alone_tables_and_summary_of_records(loradiag, tmp_path):
-    ran = loradiag("interference", R4, R16, "-o", "i.jsonl", "--spectrum", "u.jsonl")
-    assert ran.code == 0, ran.err
-    records = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
-    pairs = [record for record in records if record["record"] == "interference"]
-    unions = [record for record in records if record["record"] == "union"]
-    assert len(pairs) == len(unions) == 28
-    text = " ".join(ran.out.split())
-    along = sum(r["cosine"] * r["first_fro"] * r["second_fro"] for r in pairs)
-    norms = [math.sqrt(sum(r[key] ** 2 for r in pairs)) for key in ("first_fro", "second_fro")]
-    assert f"cosine {along / norms[0] / norms[1]:.3g}" in text
-    together = sum(r["spectrum"]["rank_at"]["0.9"] for r in unions)
-    apart = sum(r["parts_rank_at"]["0.9"] for r in unions)
-    assert_names(text, f"Σr = {together}", f"{together / apart:.3g}", apart)
-    energy = sum(r["fro"] ** 2 for r in unions)
-    lost = sum((r["recompressed"]["8"] * r["fro"]) ** 2 for r in unions) / energy
-    assert f"{lost:.0%} at r = 8" in text
-    assert "loradiag allocate u.jsonl" in text
 
 
 def test_allocate_accepts_spectrum_of_sum(loradiag, tmp_path):

@@ -9,11 +9,15 @@ pytestmark = pytest.mark.slow
 BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
 ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
 
-# Arguments of a command, and rules on its records with the exit code of a gate; layers left out are inconclusive.
+GRADIENTS = ROOT / "sample_checkpoints" / "gradients"
+
+# Command -> its arguments, and rules on its records with the exit code of a gate; layers left out are inconclusive.
 COMMANDS = {
     "spectrum": ((BASE, TUNED, *ONE), {"relative <= 1": 5, "relative <= 1e-9": 1}),
     "residual": ((BASE, TUNED, R4, *ONE), {"epsilon <= 9": 5, "epsilon <= 1e-9": 1}),
     "intruders": ((BASE, R4), {"intruders <= 10": 0, "intruders <= 2": 1, "median intruders.share <= 0.9": 0}),
+    "overlap": ((BASE, TUNED, GRADIENTS, *ONE), {"kappa <= 1": 5, "kappa <= 1e-9": 1}),
+    "spectrum --gradients": ((GRADIENTS, *ONE), {"energy.64 >= 0.5": 5, "energy.4 >= 1": 1}),
     "fleet": ((R4, R16), {"dead <= 0": 0, "used <= 0.5": 1}),
     "interference": (
         (R4, R16),
@@ -33,12 +37,12 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_table_records_and_gate_agree(loradiag, tmp_path, command):
     words, rules = COMMANDS[command]
-    ran = loradiag(command, *words, "-o", "r.jsonl")
+    ran = loradiag(*command.split(), *words, "-o", "r.jsonl")
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
     assert loradiag("inspect", "r.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
     assert loradiag("inspect", "r.jsonl", "--per", "layer").code == 0
-    assert loradiag(command, *words, "--json").out == (tmp_path / "r.jsonl").read_text()
+    assert loradiag(*command.split(), *words, "--json").out == (tmp_path / "r.jsonl").read_text()
     for rule, code in rules.items():
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
         judged = loradiag("gate", "p.toml", "r.jsonl")
@@ -47,12 +51,13 @@ def test_table_records_and_gate_agree(loradiag, tmp_path, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_interrupted_run_is_resumed(loradiag, tmp_path, command):
-    words = (command, *COMMANDS[command][0], "-o", "r.jsonl", "-q")
+    words = (*command.split(), *COMMANDS[command][0], "-o", "r.jsonl", "-q")
     assert loradiag(*words).code == 0
     text = (tmp_path / "r.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     for kept in {2, len(lines) - 2}:
         (tmp_path / "r.jsonl").write_text("".join(lines[:kept]) + lines[kept][:9])
+        assert loradiag(*words).code == 2
         assert loradiag(*words, "--resume").code == 0
         assert (tmp_path / "r.jsonl").read_text() == text
 

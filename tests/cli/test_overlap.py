@@ -7,8 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.catalog import read_results
-from lora_diag.diagnostics.overlap.show import overlap_table
 from tests.conftest import save_model, weights
 from tests.messages import assert_names
 from tests.test_gradients import save_step
@@ -24,15 +22,6 @@ def inputs(tmp_path):
     for step in (0, 10, 20):
         save_step(tmp_path / "g" / f"{step}.safetensors", weights(step + 3), step)
     return "base", "tuned", "g"
-
-
-def test_json_equals_file_and_inspect_output(loradiag, inputs, tmp_path):
-    ran = loradiag("overlap", *inputs, "--ranks", "2", "--json", "-o", "o.jsonl")
-    assert ran.code == 0
-    assert ran.out == (tmp_path / "o.jsonl").read_text()
-    assert {record["record"] for record in ran.records} == {"run", "overlap", "left_out", "end"}
-    repeated = loradiag("inspect", "o.jsonl", env={"COLUMNS": "140"}).out
-    assert repeated.strip() == overlap_table(read_results(tmp_path / "o.jsonl"), 140).strip()
 
 
 def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):

@@ -53,13 +53,6 @@ def test_missing_folder_is_reported_and_not_created(told, tmp_path, words):
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
-@pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
-def test_invalid_file_names_are_refused(told, tmp_path, words):
-    code, err = told(*words[:-1], words[-1].format("n" * 300))
-    assert code == 3
-    assert err.endswith(": cannot be written: File name too long; choose another name\n")
-
-
 @pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])
 def test_output_does_not_replace_device(told, tmp_path, words):
     """As root, renaming onto /dev/null would take it from the whole machine; here a pipe replaces it.

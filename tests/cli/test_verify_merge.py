@@ -1,7 +1,5 @@
 """``loradiag verify-merge`` as a user runs it: exit codes, table, records, resume."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -189,11 +187,3 @@ def test_control_characters_in_names_are_escaped(files, loradiag):
     assert ran.code == 0
     assert "\x1b" not in ran.out
     assert_names(ran.out, "only in MERGED")
-
-
-def test_verify_merge_python_api(files):
-    import lora_diag
-
-    results = lora_diag.verify_merge(files / "base", files / "adapter", files / "merged", workers=1)
-    assert results[NAMES[0]].status == "ok"
-    assert json.loads(results[NAMES[0]].model_dump_json())["record"] == "merge"

@@ -75,6 +75,6 @@ def test_doctor_shortens_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    statement = check._check_cache()
+    *_, statement = check._check_folders()
     assert str(tmp_path) not in statement.text
     assert "~" in statement.text

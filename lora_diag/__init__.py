@@ -63,12 +63,12 @@ def __getattr__(name: str) -> Any:
     """Return a public name, imported when it is first used: ``import lora_diag`` is fast."""
     from importlib import import_module
 
-    if name in _OTHER_EXPORTS:
-        return getattr(import_module(_OTHER_EXPORTS[name]), name)
     if not name.startswith("_"):
         from lora_diag.calls import for_python
         from lora_diag.catalog import functions
 
+        if name in _OTHER_EXPORTS:
+            return for_python(getattr(import_module(_OTHER_EXPORTS[name]), name))
         if name in functions():
             return for_python(functions()[name]())
     raise AttributeError(f"module 'lora_diag' has no attribute {name!r}")

@@ -23,6 +23,7 @@ GROUND = {
     "files": set(),
     "scratch": set(),
     "version": set(),
+    "calls": {"running"},
     "feature": set(),
     "checkpoints": set(),
     "records": {"feature"},

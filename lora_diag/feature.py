@@ -96,7 +96,6 @@ class Command:
             these results.
         table: ``module:name`` of ``table(result, width, color, ...)`` for what is no ``Results``; it gets the values
             that its parameters name, and ``next_command``.
-        unmeasured: What happens to a layer that could not be measured; printed after the reason.
         exit_code: ``module:name`` of ``exit_code(results) -> int``, if the code depends on the results.
         call: Whether ``run`` is ``run(shown, **values) -> int`` instead, which prints by ``shown``
             (``lora_diag.cli.options.Shown``) and returns the exit code.
@@ -114,7 +113,6 @@ class Command:
     hints: tuple[Hint, ...] = ()
     suggest: str = ""
     table: str = ""
-    unmeasured: str = "the layer was left out"
     exit_code: str = ""
     call: bool = False
     needs_input: bool = True

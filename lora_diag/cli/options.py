@@ -218,7 +218,7 @@ def _measure_and_show(
     if not is_results:
         return DONE
     unmeasured = [item for item in result.left_out if item.reason in UNMEASURED]
-    out.report_unmeasured(unmeasured, command.unmeasured)
+    out.report_unmeasured(unmeasured)
     code: int = feature.load(command.exit_code)(result) if command.exit_code else DONE
     return code or (UNREADABLE if unmeasured else DONE)
 

@@ -118,10 +118,10 @@ def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
     return (lambda record: print_json(to_line(record))) if json else None
 
 
-def report_unmeasured(items: Sequence[LeftOut], hint: str) -> None:
+def report_unmeasured(items: Sequence[LeftOut]) -> None:
     """Print a message on each layer that could not be measured; beyond ``MAX_NAMED``, the number of the others."""
     for item in items[:MAX_NAMED]:
-        message(f"Error: {item.layer}: {item.detail}; {hint}")
+        message(f"Error: {item.layer}: {item.detail}; it was left out")
     if len(items) > MAX_NAMED:
         message(
             f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list all (--json, or "

@@ -121,10 +121,10 @@ def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
 @pytest.mark.parametrize(
     ("memory", "workers", "text"),
     [
-        ("lots", None, "--memory lots: give a size with its unit"),
-        ("-1GB", None, "--memory -1GB: give a size with its unit"),
-        ("400MB", None, "--memory 400MB: the program itself takes 369 MB; give 504MB or more"),
-        (400 * 10**6, None, "--memory 400MB: the program itself takes"),
+        ("lots", None, "memory=lots: give a size with its unit"),
+        ("-1GB", None, "memory=-1GB: give a size with its unit"),
+        ("400MB", None, "memory=400MB: the program itself takes 369 MB; give 504MB or more"),
+        (400 * 10**6, None, "memory=400MB: the program itself takes"),
         ("1GB", 9, "give 1578MB or more"),
     ],
 )
@@ -135,7 +135,7 @@ def test_invalid_sizes_are_refused(memory, workers, text):
 
 def test_too_large_model_message_is_short(capsys):
     left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
-    report_unmeasured(left, "the layer was left out")
+    report_unmeasured(left)
     *named, rest = capsys.readouterr().err.splitlines()
-    assert named == [f"Error: layer{n}: too large; the layer was left out" for n in range(20)]
+    assert named == [f"Error: layer{n}: too large; it was left out" for n in range(20)]
     assert rest == "Error: 69980 more layers could not be measured; the records list all (--json, or -o FILE)"

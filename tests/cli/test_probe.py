@@ -30,10 +30,7 @@ def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_
     assert [record["record"] for record in ran.records] == ["run", *["probe"] * 10, "end"]
     assert ran.err.startswith("about ")
     assert len(ran.err.splitlines()) == 1
-    shown = loradiag("inspect", "t.jsonl").out
-    for word in ("C(r)", "to TUNED", "r=2", "On held_out", "shifted: loss", "Interpretation", "Left out"):
-        assert word in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(map(len, loradiag("inspect", "t.jsonl").out.splitlines())) <= 80
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
 
 
@@ -55,8 +52,7 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
     base, _, text, _ = pair
     ran = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
     assert ran.code == 0
-    for word in ("attn.c_attn", "E‖x‖²", "directions", "96 tokens", "Left out", "--activations a.safetensors"):
-        assert word in ran.out
+    assert_names(ran.out, "--activations a.safetensors")
     assert max(map(len, ran.out.splitlines())) <= 80 + len(str(base))
     repeated = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
     assert (repeated.code, "--overwrite" in repeated.err) == (2, True)
@@ -67,8 +63,6 @@ def test_outputs_state_losses_and_missing_reference(loradiag, pair, tmp_path):
     other = moved(base, tmp_path / "other", seed=3)
     ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
     assert ran.code == 0
-    for word in ("On held_out", "to TUNED", "distance", "agree", "other: ", "Reference", "Interpretation"):
-        assert word in ran.out
     repeated = loradiag("inspect", "o.jsonl").out
     assert repeated.strip() == ran.out[: ran.out.index("Next")].strip()
     rule = '[[rule]]\nname = "gap"\nrequire = "probe.gap <= {}"\nwhere = {{ subject = "adapter" }}\n'
@@ -84,9 +78,6 @@ def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp
     assert ran.code == 0
     assert ran.err.startswith("about ")
     assert len(ran.err.splitlines()) == 1
-    for word in ("min to max", "lr 0.01", "On english", "Rates", "all runs have the"):
-        assert word in ran.out
-    assert "loradiag plan" in ran.out or "adds seeds" in ran.out  # as the losses of this version of torch have it
     repeated = loradiag("inspect", "s.jsonl").out
     assert repeated.strip() == ran.out[: ran.out.index("Next")].strip()
     wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
@@ -99,8 +90,7 @@ def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):
     ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
     assert ran.code == 0
     assert ran.err.startswith("about ")
-    for word in ("layer alone", "On english", "Proxies", "permutation", "--layer-weights s.jsonl"):
-        assert word in " ".join(ran.out.split())
+    assert_names(ran.out, "--layer-weights s.jsonl")
     assert loradiag("inspect", "s.jsonl").out.strip() == ran.out[: ran.out.index("Next")].strip()
     assert loradiag("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
     words = ("--total-rank", "9", "--layer-weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")

@@ -110,7 +110,7 @@ def test_ties_remedy_is_stated_where_it_helps():
 
 
 def test_size_without_unit_is_refused():
-    with raises_naming(UsageError, "--memory 8"):
+    with raises_naming(UsageError, "memory=8"):
         lora_diag.intruders(SAMPLE / "base", SAMPLE / "lora_r4", memory="8")
-    with raises_naming(UsageError, "--memory 8"):
+    with raises_naming(UsageError, "memory=8"):
         lora_diag.interference([SAMPLE / "lora_r4", SAMPLE / "lora_r16"], memory="8")

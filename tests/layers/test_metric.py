@@ -112,7 +112,7 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
         g = outputs[name]
         assert np.abs(stored[PREFIX + name] - g.T @ g / len(g)).max() <= 1e-4 * np.abs(g.T @ g / len(g)).max()
     assert any("not a checkpoint" in note for note in lora_diag.inspect(file).notes)
-    with raises_naming(UsageError, "--activations"):
+    with raises_naming(UsageError, "activations"):
         lora_diag.spectrum(base, file)
     result = lora_diag.spectrum(base, tuned, activations=file, layers=chosen)
     both = lora_diag.spectrum(base, tuned, activations=file, kfac=True, layers=chosen)
@@ -280,7 +280,7 @@ def test_invalid_options_are_refused(pair_of_models, tmp_path, loradiag):
     ):
         with pytest.raises(UsageError, match=words):
             lora_diag.spectrum(**options)
-    with pytest.raises(UsageError, match="needs --output-gradients"):
+    with pytest.raises(UsageError, match="needs output_gradients"):
         lora_diag.probe_activations(base, file, tmp_path / "new", labels="model")
 
 

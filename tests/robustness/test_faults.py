@@ -336,7 +336,7 @@ def test_hash_equals_file_hash(large: Path) -> None:
 def test_resume_uses_original_settings(large: Path) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", output=large / "out")
     cut(large / "out")
-    with pytest.raises(UsageError, match="without --verify"):
+    with pytest.raises(UsageError, match="without verify"):
         lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", resume=True, verify=True)
 
 

@@ -113,7 +113,7 @@ def test_gradients_beyond_memory_limit_are_left_out(small, monkeypatch):
 
 
 def test_memory_is_of_this_machine():
-    with raises_naming(UsageError, "--memory", "--engine"):
+    with raises_naming(UsageError, "memory", "engine"):
         lora_diag.spectrum(BASE, TUNED, memory="1GB", engine=lora_diag.Ray())
 
 

@@ -157,7 +157,7 @@ def test_tune_resumed_search_gives_same_result(case, tmp_path):
     lines = (run / "tune.jsonl").read_text().splitlines(keepends=True)
     decided = next(i for i, line in enumerate(lines) if '"stage":"redistribution"' in line.replace(" ", ""))
     (run / "tune.jsonl").write_text("".join(lines[:decided]))
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="resume"):
         lora_diag.tune(base, run, **texts, **OPTIONS)
     labels = []
     repeated = lora_diag.tune(
@@ -234,7 +234,7 @@ def test_tune_replaces_run_only_after_confirmation(case, tmp_path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "seeds": 1, "no_full": True}
     options |= {"dora": True, "rslora": True, "gradient_checkpointing": True}
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="overwrite"):
         lora_diag.tune(base, run, **texts, **options)
     plans = []
     lora_diag.tune(base, run, overwrite=True, on_plan=lambda plan: bool(plans.append(plan)), **texts, **options)

@@ -77,7 +77,6 @@ FEATURE = Feature(
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(FolderOutput, ExtractOptions),
             hints=(Hint("residual {base} {tuned} {output}", "this adapter compared with TUNED"),),
-            unmeasured="the layer is not in the adapter",
         ),
     ),
     records=(".record:Extraction",),

@@ -37,7 +37,6 @@ FEATURE = Feature(
                 Hint("inspect {output} --per layer", "all adapters, without measuring again"),
                 Hint("-o fleet.jsonl", "saves these results"),
             ),
-            unmeasured="the adapter was left out",
         ),
     ),
     records=(".record:Fleet",),

@@ -33,7 +33,6 @@ FEATURE = Feature(
                 Hint("-o overlap.jsonl", "saves these results"),
                 Hint("inspect {output}", "this table, without measuring again"),
             ),
-            unmeasured="left out",
         ),
     ),
     records=(".record:Overlap",),

@@ -54,7 +54,6 @@ FEATURE = Feature(
             options=(PortabilityOptions, FixOptions),
             suggest=".show:suggest_next",
             table=".show:rules_table",
-            unmeasured="the layer was not judged",
             exit_code=".show:exit_code",
         ),
     ),

@@ -23,7 +23,6 @@ FEATURE = Feature(
                 Hint("-o merge.jsonl", "saves these results"),
             ),
             suggest=".show:suggest_next",
-            unmeasured="the layer was not checked",
             exit_code=".record:exit_code",
         ),
     ),

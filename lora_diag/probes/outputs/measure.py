@@ -8,7 +8,6 @@ for a few sequences are in memory: logits of predictions, and hidden states of e
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
-from lora_diag.running.inputs import Comparison
+from lora_diag.running.inputs import Comparison, refuse_repeated
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
@@ -307,11 +306,7 @@ def _check_models(tuned: Path | str | None, others: Sequence[Path | str]) -> Non
             "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
             "--reference"
         )
-    paths: set[str] = set()
-    for path in others if tuned is None else (tuned, *others):
-        if os.path.realpath(path) in paths:
-            raise UsageError(f"{path}: given twice; give each path once")
-        paths.add(os.path.realpath(path))
+    refuse_repeated(others, tuned)
 
 
 def _list_left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:

@@ -127,7 +127,7 @@ def test_files_without_these_layers_are_refused(tmp_path):
     with pytest.raises(InputError, match="did not finish"):
         lora_diag.allocate(results(*result), params=180, weights=cut)
     assert lora_diag.allocate(results(*result), params=180, weights=cut, allow_unfinished=True).layers
-    with pytest.raises(UsageError, match="--relative"):
+    with pytest.raises(UsageError, match="relative"):
         lora_diag.allocate(results(*result), params=180, weights=stored(tmp_path / "f.jsonl", records), relative=True)
     with pytest.raises(InputError, match="probe truncation"):
         lora_diag.allocate(

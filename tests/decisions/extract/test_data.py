@@ -169,7 +169,7 @@ def test_kfac_needs_recorded_gradients(tmp_path, loradiag):
     tuned, text = moved(base, tmp_path / "tuned"), some_text(tmp_path)
     lora_diag.probe_activations(tuned, text, file)
     for more in ({}, {"activations": file}):
-        with pytest.raises(UsageError, match="--kfac: "):
+        with pytest.raises(UsageError, match="kfac: "):
             lora_diag.extract(base, tuned, tmp_path / "out", rank=2, kfac=True, **more)
     both = tmp_path / "b.safetensors"
     lora_diag.probe_activations(tuned, text, both, output_gradients=True)

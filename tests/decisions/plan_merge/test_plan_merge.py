@@ -302,9 +302,9 @@ def test_command_refuses_bad_input(loradiag, tmp_path):
     assert ran.code == 3
     assert "q_proj" in ran.err
     assert not (tmp_path / "x.jsonl").exists()
-    with pytest.raises(UsageError, match="--group-size"):
+    with pytest.raises(UsageError, match="group_size"):
         lora_diag.plan_merge(BASE, R4, to="fp8", group_size=32)
-    with pytest.raises(UsageError, match="--scale"):
+    with pytest.raises(UsageError, match="scale"):
         lora_diag.plan_merge(BASE, R4, to="int4", scale="row")
 
 

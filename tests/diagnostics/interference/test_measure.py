@@ -446,7 +446,7 @@ def test_incomparable_inputs_are_reported(tmp_path):
         lora_diag.interference([one, two], weights=[1.0])
     with pytest.raises(UsageError, match="must be positive"):
         lora_diag.interference([one, two], weights=[1.0, -1.0])
-    with pytest.raises(UsageError, match="--density"):
+    with pytest.raises(UsageError, match="density"):
         lora_diag.interference([one, two], density=1.5)
     with pytest.raises(InputError, match="not updates of one model"):
         lora_diag.interference([one, wider])

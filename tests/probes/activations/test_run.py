@@ -110,6 +110,6 @@ def test_unrecordable_input_is_refused_and_nothing_written(tmp_path):
         lora_diag.probe_activations(base, text, tmp_path / "nowhere" / "a.safetensors")
     assert not out.exists()
     out.write_text("mine")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="overwrite"):
         lora_diag.probe_activations(base, text, out)
     assert out.read_text() == "mine"

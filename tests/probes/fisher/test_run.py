@@ -202,9 +202,9 @@ def test_interrupted_run_resumes_after_last_layer(models, tmp_path, monkeypatch)
 
 def test_invalid_options_are_refused(models, tmp_path):
     base, tuned, text = models
-    with pytest.raises(UsageError, match="--labels"):
+    with pytest.raises(UsageError, match="labels"):
         lora_diag.probe_fisher(base, tuned, data=text, labels="mine")
-    with pytest.raises(UsageError, match="--ranks"):
+    with pytest.raises(UsageError, match="ranks"):
         lora_diag.probe_fisher(base, tuned, data=text, ranks=(0,))
     with pytest.raises(UsageError, match="give one file"):
         lora_diag.probe_fisher(base, tuned, data=text, evaluate=[text, text])

@@ -265,7 +265,7 @@ def test_missing_or_repeated_input_is_refused(small):
     base, tuned, _, text = small
     with raises_naming(UsageError, "least", "ADAPTER"):
         lora_diag.probe_outputs(base, tuned, evaluate=[text])
-    with raises_naming(UsageError, "--reference", "--tuned"):
+    with raises_naming(UsageError, "reference", "tuned"):
         lora_diag.probe_outputs(base, None, [tuned], reference=base, evaluate=[text])
     with pytest.raises(UsageError, match="given twice"):
         lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

@@ -251,9 +251,9 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rank": 0}, UsageError, "--rank 0"),
-        ({"delta": 0}, UsageError, "--delta 0"),
-        ({"per": "head"}, UsageError, "--granularity head: unknown value; use layer, block, type"),
+        ({"rank": 0}, UsageError, "rank=0"),
+        ({"delta": 0}, UsageError, "delta=0"),
+        ({"per": "head"}, UsageError, "per=head: unknown value; use layer, block, type"),
         ({"layers": "nobody"}, NothingComparedError, "no linear layer is selected"),
     ],
     ids=str,

@@ -207,7 +207,7 @@ def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, 
     label = "r=2 lr=0.01 seed 0"
     monkeypatch.setattr(engine, "RETRIES", 0)
     monkeypatch.setattr(training_runs, "train_on_worker", partial(faulty.kills_its_worker_in_a_run, tmp_path, 1, label))
-    with pytest.raises(InputError, match=f"^{label}: a worker died while it measured it.*lower --batch"):
+    with pytest.raises(InputError, match=f"^{label}: a worker died while it measured it.*lower batch"):
         lora_diag.probe_sweep(base, output=there, engine=Ray(), **options)
     left = there.read_bytes()
     assert whole.startswith(left)
@@ -248,7 +248,7 @@ def test_local_training_uses_requested_device_and_threads(cluster, tiny):
     base, options = tiny
     with raises_naming(UsageError, "GPUs", "machine"):
         lora_diag.probe_sweep(base, engine=Ray(), **options | {"device": "auto"})
-    with raises_naming(UsageError, "--concurrent 2", 1, "--engine"):
+    with raises_naming(UsageError, "concurrent=2", 1, "engine"):
         lora_diag.probe_sweep(base, concurrent=2, **options)
     torch.set_num_threads(3)  # a step is timed here with the threads of a run
     with TrainRun("probe sweep", {**options, "engine": Ray()}, SweepOptions, (), ()).joined():
@@ -422,7 +422,7 @@ def test_invalid_options_are_refused(requested, message):
 def test_file_comparison_needs_no_gpu(monkeypatch):
     monkeypatch.setattr(connection, "import_ray", lambda: None)
     files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
-    with raises_naming(UsageError, "--gpus-per-task", "verify-merge"):
+    with raises_naming(UsageError, "gpus_per_task", "verify-merge"):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 

@@ -132,7 +132,7 @@ def test_questions_of_readme_have_the_groups_of_the_help():
         found |= dict.fromkeys(re.findall(r"\[`([a-z -]+)`\]", line), group)
     declared = {name: feature.group for name, feature, _ in catalog.commands()}
     assert found == {name: declared[name] for name in found}
-    assert set(declared) - set(found) <= {"doctor", "gate init", "probe activations"}
+    assert set(declared) - set(found) <= {"doctor", "explain", "gate init", "probe activations", "schema"}
     assert set(found.values()) == set(GROUPS)
 
 

@@ -5,6 +5,7 @@ from lora_diag.feature import Argument, Command, Feature
 FEATURE = Feature(
     __name__,
     "explain",
+    "Show",
     commands=(
         Command(
             help="Meaning of a word of the output, and what to do about it.",

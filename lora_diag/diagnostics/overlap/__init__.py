@@ -17,7 +17,7 @@ class OverlapOptions(MethodOptions, total=False):
 FEATURE = Feature(
     __name__,
     "overlap",
-    "Train",
+    "Understand",
     commands=(
         Command(
             help="Overlap of gradients with the subspaces of an update.",

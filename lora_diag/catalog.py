@@ -60,6 +60,15 @@ _FEATURES = (
     "probes.intrinsic",
 )
 
+# The path from understanding an update over training to shipping an adapter: the next step that a command suggests is
+# later on it, or another run of the same command.
+PATH = (
+    *("fleet", "probe activations", "spectrum", "intruders", "overlap", "interference"),
+    *("recover", "probe fisher", "probe curvature", "probe sensitivity", "probe truncation", "probe intrinsic"),
+    *("probe sweep", "plan", "allocate", "tune", "extract", "residual", "probe outputs"),
+    *("plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
+)
+
 
 @cache
 def features() -> tuple[Feature, ...]:
@@ -233,6 +242,6 @@ def html_of(results: Results[Any]) -> str:
     if feature is None or not feature.statements or (feature.table and not feature.section):
         return f"<pre>{escape(table(results, _WIDTH) if feature and feature.table else repr(results))}</pre>"
     grid_html, statement_html = (load(f"lora_diag.rendering.html:{name}") for name in ("grid_html", "statement_html"))
-    statements = sorted(feature.load(feature.statements)(results), key=lambda statement: statement.key != "unfinished")
+    statements = feature.load(feature.statements)(results)
     tables = "".join(map(grid_html, feature.tables(results, "type")))
     return f"<div>{tables}<table><tbody>{''.join(map(statement_html, statements))}</tbody></table></div>"

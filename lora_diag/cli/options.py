@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
 
 
-# Maximum number of lines below a table without --verbose, not counting warnings and failures.
-LINES: int | None = 12
+# Maximum number of lines below a table without --verbose; a decision or a warning is shown even where it exceeds it.
+LINES: int | None = 8
 
 # Flags that select the output (``feature.ROWS``).
 DISPLAY = {

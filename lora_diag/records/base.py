@@ -41,7 +41,7 @@ class Shown:
         form: Format of a number: a name in ``FORMS`` (``rendering.text``) or a format such as ``.4f``; empty for two
             decimals of a fraction and three digits of other numbers.
         terminal: Whether a terminal shows it; None for the value of ``main``.
-        wide: Whether only a wide terminal shows it.
+        detail: Whether a terminal shows it only with ``-v``.
         chance: Dotted name of the random baseline, shown in brackets; empty without one.
         error: Dotted name of the standard error, shown after ±; empty without one.
         style: Style of a value in a terminal with colours.
@@ -59,7 +59,7 @@ class Shown:
     head: str = ""
     form: str = ""
     terminal: bool | None = None
-    wide: bool = False
+    detail: bool = False
     chance: str = ""
     error: str = ""
     style: Callable[[Any], str] | None = None
@@ -106,7 +106,7 @@ SHAPE = Shown(
     pool=lambda records: "×".join(map(str, records[0].shape)) if len({r.shape for r in records}) == 1 else "various",
     drop=6,
     terminal=True,
-    wide=True,
+    detail=True,
 )
 
 

@@ -109,7 +109,7 @@ class Statement:
         answer: Answer to the question of a report that refers to the key; ``lead`` if empty.
         scoped: Whether the label gives the scope of the lines, such as one set; it is then repeated where lines are
             shown alone.
-        priority: Priority in a short summary: 0 before 1 before 2, after warnings and failures.
+        priority: 0 for the decision, 1 for its evidence, 2 for what only ``-v`` shows.
     """
 
     key: str
@@ -125,6 +125,11 @@ class Statement:
     def lines(self) -> tuple[str, ...]:
         """Lead and details."""
         return (self.lead, *self.details)
+
+    @property
+    def urgency(self) -> int:
+        """Priority in a short summary, where a warning or a failure counts as a decision."""
+        return 0 if self.level in {"warning", "failure"} else self.priority
 
     @property
     def text(self) -> str:
@@ -222,6 +227,10 @@ def unfinished(results: Results[Any], so_far: str) -> list[Statement]:
     return [make_statement("unfinished", "Warning", text, level="failure")] if results.end is None else []
 
 
+# Resolution of an update whose factors are known.
+FACTORED = "yes: the factors define the update, without rounding of merged weights"
+
+
 def describe_resolution(
     verdicts: Iterable[str],
     yes: str,
@@ -243,11 +252,9 @@ def describe_resolution(
     judged = list(verdicts)
     texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
     unclear = list_counts(judged, texts)
-    state = f"of {quantity(len(judged), noun)}{owner} {' and '.join(unclear)}"
-    if len(judged) > 1 and len(set(judged)) == 1 and unclear:
-        state = f"all {quantity(len(judged), noun)}{owner} are {texts[judged[0]]}"
-    text = f"{state}: {otherwise}" if unclear else yes
-    return make_statement("resolved", "Resolution", text, level="warning" if unclear else "note")
+    text = f"{' and '.join(unclear)} of {quantity(len(judged), noun)}{owner}; {otherwise}" if unclear else yes
+    level: Level = "warning" if unclear else "note"
+    return make_statement("resolved", "Resolution", text, level=level, priority=2)
 
 
 def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
@@ -272,6 +279,8 @@ def summarize(
 ) -> list[Statement]:
     """Return the statements of a summary: inputs, findings, skipped tensors, and the state of the run.
 
+    A run that did not finish and unexpected skipped tensors come first.
+
     Args:
         results: The results.
         findings: Statements of the command; those without lines are omitted.
@@ -279,25 +288,41 @@ def summarize(
         skipped: The statement of skipped tensors; default: ``left_out``.
         so_far: Contents of an unfinished run.
     """
-    found = [statement for statement in findings if statement.lead]
-    return [state_inputs(results, *extra), *found, skipped or left_out(results), *final_statements(results, so_far)]
+    found, skipped = [statement for statement in findings if statement.lead], skipped or left_out(results)
+    statements = [state_inputs(results, *extra), *found, skipped, *final_statements(results, so_far)]
+    # What the other statements do not cover comes first: layers of an unfinished run, and unexpected skipped tensors.
+    return sorted(
+        statements,
+        key=lambda statement: (
+            statement.key != "unfinished",
+            (statement.key, statement.level) != ("left_out", "warning"),
+        ),
+    )
 
 
 _STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}
 
 
-# Maximum number of lines of a command's summary, not counting warnings and failures; None for no limit.
+# Maximum number of lines of a command's summary; None for no limit.
 _MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 
 
 @contextmanager
 def limit_lines(lines: int | None) -> Iterator[None]:
-    """Limit summaries created within the block to this number of lines besides warnings and failures; None for none."""
+    """Limit summaries shown within the block to this number of lines, and tables to their main columns; None for all.
+
+    A decision or a warning is shown even where it exceeds the limit.
+    """
     token = _MAX_LINES.set(lines)
     try:
         yield
     finally:
         _MAX_LINES.reset(token)
+
+
+def is_verbose() -> bool:
+    """Return whether summaries and tables are shown whole."""
+    return _MAX_LINES.get() is None
 
 
 def summary_of(statements: Sequence[Statement], next_command: str | None = None) -> RenderableType:
@@ -307,18 +332,8 @@ def summary_of(statements: Sequence[Statement], next_command: str | None = None)
         statements: Statements in order.
         next_command: The suggested next command, printed last.
     """
-    # What the other statements do not cover comes first: layers of an unfinished run, and unexpected skipped tensors.
-    first = sorted(
-        statements,
-        key=lambda statement: (
-            statement.key != "unfinished",
-            (statement.key, statement.level) != ("left_out", "warning"),
-        ),
-    )
-    return _Summary(
-        (*first, *([make_statement("next", "Next", next_command, priority=0)] if next_command else [])),
-        _MAX_LINES.get(),
-    )
+    last = [make_statement("next", "Next", next_command, priority=0)] if next_command else []
+    return _Summary((*statements, *last), _MAX_LINES.get())
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +342,7 @@ class _Summary:
 
     Args:
         statements: Statements in order.
-        most: Maximum number of lines, not counting warnings and failures.
+        most: Maximum number of lines; None for no limit.
     """
 
     statements: tuple[Statement, ...]
@@ -340,11 +355,9 @@ class _Summary:
         def height(line: str) -> int:
             return len(Text(line).wrap(console, width, overflow="fold"))
 
-        shown_lines = (
-            [statement.lines for statement in self.statements]
-            if self.most is None
-            else _select_fitting(self, self.most, height)
-        )
+        shown_lines = [statement.lines for statement in self.statements]
+        if self.most is not None:
+            shown_lines = _select_fitting(self.statements, self.most, height)
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
@@ -352,31 +365,21 @@ class _Summary:
             if lines:
                 grid.add_row(statement.label, Text("\n".join(lines), style=_STYLES[statement.level]))
         yield grid
-        not_shown = [
-            line
-            for statement, lines in zip(self.statements, shown_lines, strict=True)
-            for line in statement.lines[len(lines) :]
-        ]
-        if hidden := sum(map(height, not_shown)):
+        if hidden := sum(len(statement.lines) for statement in self.statements) - sum(map(len, shown_lines)):
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
-def _select_fitting(summary: _Summary, limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
-    """Return the lines of each statement that fit: warnings first, then leads before details, by priority."""
-    statements = summary.statements
-    shown_lines = [statement.lines if statement.level in {"warning", "failure"} else () for statement in statements]
-    optional = [index for index in range(len(statements)) if not shown_lines[index]]
-    if sum(height(line) for index in optional for line in statements[index].lines) <= limit:
-        return [statement.lines for statement in statements]
+def _select_fitting(statements: Sequence[Statement], limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
+    """Return the lines of each statement that fit: leads before details, decisions and warnings first."""
+    shown_lines: list[tuple[str, ...]] = [()] * len(statements)
     remaining = limit - 1  # the last line gives the number of hidden lines
-    for priority in sorted({statement.priority for statement in statements}):
-        group = [index for index in optional if statements[index].priority == priority]
-        for index in group:
-            if (cost := height(statements[index].lead)) <= remaining:
-                shown_lines[index], remaining = (statements[index].lead,), remaining - cost
-        for index in group:
-            for line in statements[index].details if shown_lines[index] else ():
-                if (cost := height(line)) > remaining:
-                    break
-                shown_lines[index], remaining = (*shown_lines[index], line), remaining - cost
+    order = sorted(range(len(statements)), key=lambda index: statements[index].urgency)
+    details = [(index, row) for index in order for row in range(1, len(statements[index].lines))]
+    for index, row in [*((index, 0) for index in order), *details]:
+        statement = statements[index]
+        # A command has long paths: it takes two lines of the limit, whatever it needs.
+        cost = min(2, height(statement.lead)) if statement.key == "next" else height(statement.lines[row])
+        is_due = len(shown_lines[index]) == row
+        if (is_due and cost <= remaining and statement.urgency < 2) or (row == 0 and statement.urgency == 0):
+            shown_lines[index], remaining = statement.lines[: row + 1], remaining - cost
     return shown_lines

@@ -18,7 +18,7 @@ from rich.text import Text
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
 from lora_diag.records.names import module_type_of, type_order
-from lora_diag.rendering.statements import Statement, summary_of
+from lora_diag.rendering.statements import Statement, is_verbose, summary_of
 from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, short, to_text, written
 
 # Terminal width from which the wide table is shown.
@@ -41,14 +41,14 @@ class Column:
         justify: Alignment of the cells.
         drop: Priority of dropping in a narrow terminal: the largest value first, of equal ones the last column; 0 for
             never.
-        wide: Whether it is shown in wide terminals only.
+        detail: Whether it is shown only with ``-v``.
     """
 
     title: str
     cells: tuple[str | Text, ...]
     justify: Literal["left", "right"] = "right"
     drop: int = 0
-    wide: bool = False
+    detail: bool = False
 
     @property
     def width(self) -> int:
@@ -67,6 +67,7 @@ class Grid:
         columns: The others.
         about: Explanation for pages; a terminal has a summary instead.
         most: Number of first rows that a terminal shows, with whole names; None for all, with names shortened to fit.
+        detail: Whether a terminal shows it only with ``-v``.
     """
 
     caption: str
@@ -75,9 +76,12 @@ class Grid:
     columns: tuple[Column, ...]
     about: str = ""
     most: int | None = None
+    detail: bool = False
 
     def shown(self, width: int) -> list[RenderableType]:
         """Return what a terminal of a given width shows: caption, table, and the number of rows not shown."""
+        if self.detail and not is_verbose():
+            return []
         names, limit = self.names[: self.most], self.most
         columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
         table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if limit else None)
@@ -125,11 +129,11 @@ def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width:
         keep: Characters of a name that columns must leave room for; default 12, in a wide terminal 32.
     """
     longest = max(len(title), *map(len, names), 0)
-    at_most = [column for column in columns if width >= WIDE or not column.wide]
+    at_most = [column for column in columns if is_verbose() or not column.detail]
     fitting = _drop_columns(at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME)))
     room = min(longest, _room_for_names(fitting, width))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left")
-    if hidden := [column.title for column in columns if column not in fitting]:
+    if hidden := [column.title for column in at_most if column not in fitting]:
         table.caption = f"not shown at {width} columns: {', '.join(hidden)}\n"
     table.add_column(title, no_wrap=True, width=room)
     for column in fitting:
@@ -277,7 +281,7 @@ def grids_table(
 def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
     is_text = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
     cells = tuple(_make_cell(shown, group) for group in groups)
-    return Column(shown.head or shown.title, cells, "left" if is_text else "right", shown.drop, shown.wide)
+    return Column(shown.head or shown.title, cells, "left" if is_text else "right", shown.drop, shown.detail)
 
 
 def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:

@@ -178,15 +178,16 @@ def test_next_command_repeats_typed_command(loradiag, pair_of_models, tmp_path):
     (tmp_path / "my models").mkdir()
     base.rename(tmp_path / "my models" / "base")
     wide = {"COLUMNS": "200"}
-    ran = loradiag("spectrum", "my models/base", "tuned", "--top", "3", "--layers", "q_proj|k_proj", env=wide)
-    line = "loradiag spectrum 'my models/base' tuned --top 3 --layers 'q_proj|k_proj' -o results.jsonl"
+    (tmp_path / "my adapter").symlink_to(ROOT / "sample_checkpoints" / "lora_r4")
+    ran = loradiag("portability", "my adapter", "--consumers", "peft,vllm", env=wide)
+    line = "loradiag portability 'my adapter' --consumers peft,vllm -o portability.jsonl"
     assert line in ran.out
     repeated = loradiag(*shlex.split(line)[1:], env=wide)
     assert repeated.code == 0
-    ran = loradiag("spectrum", "--", "my models/base", "tuned", env=wide)
-    assert "loradiag spectrum -o results.jsonl -- 'my models/base' tuned" in ran.out
+    ran = loradiag("portability", "--", "my adapter", env=wide)
+    assert "loradiag portability -o portability.jsonl -- 'my adapter'" in ran.out
     ran = loradiag("spectrum", "my models/base", "tuned", "-o", "a b.jsonl", env=wide)
-    assert "loradiag inspect 'a b.jsonl' --per layer" in ran.out
+    assert "loradiag allocate 'a b.jsonl' --energy 0.9" in ran.out
 
 
 def test_usage_line_and_exit_codes_are_valid(loradiag):

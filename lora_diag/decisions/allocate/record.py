@@ -60,7 +60,7 @@ class Allocation(LayerRecord):
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        replace(SHAPE, wide=False),
+        replace(SHAPE, detail=False),
         Shown("rank", "rank given", "by the allocation", axis="rank r", main=True, pool="range", head="rank"),
         Shown(
             "uniform_rank",

@@ -76,7 +76,7 @@ FEATURE = Feature(
             examples=("extract base/ full_ft/ --rank 16 -o adapter/",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(FolderOutput, ExtractOptions),
-            hints=(Hint("residual {base} {tuned} {output}", "this adapter compared with TUNED"),),
+            hints=(Hint("probe outputs {base} {tuned} {output} --eval held_out.txt", "what it does to the loss"),),
         ),
     ),
     records=(".record:Extraction",),

@@ -114,6 +114,7 @@ class Extraction(LayerRecord):
             pool=lambda records: pooled(records, "least_epsilon"),
             head="floor",
             terminal=True,
+            detail=True,
         ),
         Shown(
             "data.epsilon",
@@ -139,8 +140,8 @@ class Extraction(LayerRecord):
             terminal=True,
             mark=_mark,
         ),
-        Shown("kind", "kind", "kind of the layer in PEFT", pool="each", drop=5, terminal=True, wide=True),
-        Shown("solver", "solver", "method of the singular vectors", pool="each", drop=7, terminal=True, wide=True),
+        Shown("kind", "kind", "kind of the layer in PEFT", pool="each", drop=5, terminal=True, detail=True),
+        Shown("solver", "solver", "method of the singular vectors", pool="each", drop=7, terminal=True, detail=True),
     )
     record: Literal["extraction"] = "extraction"
     layer: str

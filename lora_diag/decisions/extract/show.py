@@ -10,8 +10,8 @@ from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, 
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.statements import (
+    FACTORED,
     REASONS,
-    Level,
     Statement,
     left_out_level,
     make_statement,
@@ -108,8 +108,8 @@ def extraction_lines(results: Results[Extraction], output: Path | str | None = N
     findings = []
     if len(results):
         findings = [
-            make_statement("wrote", "Written", *_describe_written(results, folder)),
-            make_statement("price", "Error", *_describe_errors(results)),
+            make_statement("wrote", "Written", *_describe_written(results, folder), priority=0),
+            make_statement("price", "Error", *_describe_errors(results), priority=0),
             _describe_resolution(results),
             _describe_estimates(results),
         ]
@@ -118,8 +118,8 @@ def extraction_lines(results: Results[Extraction], output: Path | str | None = N
     return summarize(
         results,
         *findings,
-        make_statement("where", "Distribution", _describe_energy_split(results)),
-        skipped=make_statement("not_in_it", "Not included", *missing, level=level),
+        make_statement("where", "Location", _describe_energy_split(results)),
+        skipped=make_statement("not_in_it", "Not included", *missing, level=level, priority=2),
     )
 
 
@@ -152,10 +152,10 @@ def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
 
 
 def _describe_errors(results: Results[Extraction]) -> list[str]:
-    """State ε, its excess over the lower bound or the error on data, and the layers with the largest and smallest ε."""
+    """State ε, its excess over the lower bound or the error on data, and the layer with the largest ε."""
     epsilon, floor = pooled(results.layers, "epsilon"), pooled(results.layers, "least_epsilon")
     truncated, kept = pooled(results.layers, "epsilon_min"), percent(pooled_energy(results.layers))
-    lines = [f"ε = {number(epsilon)} over these weights: {kept} of their energy ‖ΔW‖² is kept"]
+    lines = [f"{kept} of the energy ‖ΔW‖² of these weights is kept (ε = {number(epsilon)})"]
     if any(record.data for record in results):
         lines += _describe_errors_on_data(results)
     else:
@@ -164,11 +164,8 @@ def _describe_errors(results: Results[Extraction]) -> list[str]:
         )
         if epsilon > truncated * (1 + _VISIBLE) and epsilon > 1e-6:
             lines.append(f"rounding to {results.layers[0].dtype} adds {number(epsilon - truncated)} of that")
-    if len(results) > 1:
-        ordered = sorted(results, key=lambda record: -record.epsilon)
-        for word, record in (("most", ordered[0]), ("least", ordered[-1])):
-            lines.append(f"{word} {number(record.epsilon)} in {short(record.layer)} (rank {record.rank})")
-    return lines
+    worst = max(results, key=lambda record: record.epsilon)
+    return [*lines, f"most {number(worst.epsilon)} in {short(worst.layer)} (rank {worst.rank})"]
 
 
 def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
@@ -203,27 +200,24 @@ def _describe_resolution(results: Results[Extraction]) -> Statement:
     stored = [record for record in results if not record.estimated]
     noisy = sum(record.resolution.verdict == "unresolved" for record in stored)
     below_noise = sum((limit := record.resolution.signal_rank) is not None and record.rank > limit for record in stored)
-    level: Level = "note"
-    if all(record.method == "factored" for record in results):
-        text = "yes: the factors define the update, without rounding of merged weights"
-    elif not below_noise and not noisy:
-        estimated = len(stored) < len(results)
-        text = (
-            "yes: by the files, or by rounding cells where those do not resolve it"
-            if estimated
-            else "yes: every direction in the adapter is above the rounding of the files"
-        )
-    else:
-        level = "warning"
+    is_factored = all(record.method == "factored" for record in results)
+    is_resolved = is_factored or not (below_noise or noisy)
+    if is_factored:
+        text = FACTORED
+    elif is_resolved:
+        text = "yes: every direction in the adapter is above the rounding of the files"
+        if len(stored) < len(results):
+            text = "yes: by the files, or by rounding cells where those do not resolve it"
+    elif len(stored) == len(results) and all(record.resolution.signal_rank == 0 for record in results):
+        text = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
+    elif below_noise:
         text = (
             f"partly: {below_noise} of {len(results)} weights have directions below the files' rounding noise; "
             "--signal writes only those above"
         )
-        if len(stored) == len(results) and all(record.resolution.signal_rank == 0 for record in results):
-            text = "no: no direction is above the files' rounding noise; save the fine-tune in float32, if possible"
-        elif not below_noise:
-            text = f"no: {noisy} are rounding noise"
-    return make_statement("resolved", "Resolution", text, level=level)
+    else:
+        text = f"no: {noisy} are rounding noise"
+    return make_statement("resolved", "Resolution", text, level="note" if is_resolved else "warning", priority=2)
 
 
 def _describe_estimates(results: Results[Extraction]) -> Statement:
@@ -256,7 +250,7 @@ def _describe_energy_split(results: Results[Extraction]) -> str:
     shares = ", ".join(
         f"{percent(min(1.0, (norm / total) ** 2))} {part}" for part, norm in norm_by_part.items() if norm
     )
-    return f"of the whole change ‖Δ‖²{qualify_fractions(results.left_out)}, {shares}"
+    return f"‖Δ‖²{qualify_fractions(results.left_out)}: {shares}"
 
 
 def _describe_missing(results: Results[Extraction], hint: str = "; --unfactored save stores them") -> list[str]:

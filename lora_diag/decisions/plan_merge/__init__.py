@@ -5,7 +5,7 @@ Its declaration and options.
 
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Hint, Section
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Section
 from lora_diag.running.options import REQUIRED, Option, RunOptions
 
 
@@ -27,13 +27,7 @@ FEATURE = Feature(
             examples=("plan-merge base/ lora_r16/ --to mxfp4",),
             arguments=(BASE_ARGUMENT, Argument("adapter", "The adapter to merge.")),
             options=(PlanMergeOptions,),
-            hints=(
-                Hint(
-                    "inspect {output} --per layer",
-                    'layer by layer; loradiag gate takes a rule such as require = "error <= 0.5"',
-                ),
-                Hint("--per layer", "layer by layer"),
-            ),
+            suggest=".show:suggest_next",
         ),
     ),
     records=(".record:PlannedMerge",),

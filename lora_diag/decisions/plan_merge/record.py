@@ -115,6 +115,7 @@ class PlannedMerge(LayerRecord):
             drop=2,
             terminal=True,
             pool=lambda records: _pool_moved(records),
+            detail=True,
         ),
         Shown(
             "base_error",
@@ -123,6 +124,7 @@ class PlannedMerge(LayerRecord):
             drop=3,
             terminal=True,
             pool=lambda records: pool_ratios(records, lambda record: record.base_error),
+            detail=True,
         ),
         Shown(
             "base_error_inside",
@@ -132,6 +134,7 @@ class PlannedMerge(LayerRecord):
             head="inside",
             terminal=True,
             pool=lambda records: pool_ratios(records, lambda record: record.base_error_inside),
+            detail=True,
         ),
         Shown(
             "base_noise",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lora_diag.decisions.plan_merge.record import (
     COEFFICIENT_TOLERANCE,
@@ -13,6 +14,7 @@ from lora_diag.decisions.plan_merge.record import (
     pool_effects,
     pool_ratios,
 )
+from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.text import count, factor, list_layers, number, percent
@@ -25,14 +27,24 @@ _WHY = {
 _BASE_ONLY = "the format keeps BASE but not the update: BASE in this format with the adapter unmerged loses nothing"
 
 
+def suggest_next(results: Results[PlannedMerge], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step: the check after a merge, or how programs serve the adapter; None with nothing to merge."""
+    outcome = conclude_together(results.layers)
+    if outcome is None:
+        return None
+    if outcome == "serve unmerged":
+        return Hint("portability {adapter} {base}", "the update that each serving program applies")
+    return Hint("verify-merge {base} {adapter} merged/", "after the merge")
+
+
 def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     """Return the statements of the summary."""
     records = results.layers
     if not records:
         return summarize(results)
     rules = (
-        f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most {number(MAX_ERROR)} over all "
-        "layers; rules of thumb, compared with the loss of one LoRA only"
+        f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most {number(MAX_ERROR)}; rules of "
+        "thumb, compared with the loss of one LoRA only"
     )
     hit = [record for record in records if record.overflow]
     overflow = f"{count(sum(r.overflow for r in hit))} entries of W + ΔW would be infinite, in {list_layers(hit)}"
@@ -41,8 +53,8 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
         _describe_conclusion(records),
         make_statement("arrived", "Kept", *_describe_kept_update(records)),
         make_statement("overflow", "Overflow", overflow if hit else "", level="warning"),
-        make_statement("base", "Base", *_describe_base(records)),
-        make_statement("rules", "Rules", rules),
+        make_statement("base", "Base", *_describe_base(records), priority=2),
+        make_statement("rules", "Rules", rules, priority=2),
     )
 
 
@@ -76,13 +88,13 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
 def _describe_effect(effect: FormatEffect) -> str:
     if effect.arrived is None or effect.error is None:
         return "overflows"
-    return f"c = {factor(effect.arrived)}, error {number(effect.error)}"
+    return f"{factor(effect.arrived)} of ΔW, with an error of {number(effect.error)} ‖ΔW‖"
 
 
 def _describe_kept_update(records: Sequence[PlannedMerge]) -> list[str]:
     to = records[0].to
-    others = [f"in {name}: {_describe_effect(e)}" for name, e in _effects_of_16_bits(records).items() if name != to]
-    return [f"in {to}: {_describe_effect(pool_effects(records))} over all layers", "; ".join(others)]
+    others = [f"{name}: {_describe_effect(e)}" for name, e in _effects_of_16_bits(records).items() if name != to]
+    return [f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)]
 
 
 def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffect]:

@@ -41,15 +41,14 @@ def recovery_lines(results: Results[Recovery], output: Path | str | None = None)
         hidden = [(record, record.fro) for record in records if record.status != "not_hidden"]
         assumption = (
             "training kept float32 master weights, started at BASE, and was rounded once when TUNED was stored; "
-            "intervals are of about 95% under the model (X = low rank + noise) and do not hold under others"
+            "intervals hold at about 95% if so"
         )
         findings = [
             _describe_hidden(records),
             make_statement("size", "Size", *describe_estimate(hidden)),
             make_statement("directions", "Directions", *_describe_directions(records)),
-            make_statement("start", "Start", _describe_start(records)),
             _describe_refused(records),
-            make_statement("assumption", "Assumption", assumption),
+            make_statement("assumption", "Assumption", assumption, priority=2),
         ]
     out_of_time = len(_list_out_of_time(results))
     reached = f"{out_of_time} of {quantity(out_of_time + len(results))} within --time; --resume measures them"
@@ -75,18 +74,16 @@ def exit_code(results: Results[Recovery]) -> int:
 def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step; None without one.
 
-    After an adapter: its residual. Else a checkpoint of the estimate, or ``extract`` if there is none.
+    After an output: its loss. Else a checkpoint of the estimate, or ``extract`` if there is none.
     """
     is_measured = any(record.status != "refused" for record in results)
     is_estimated = any(record.status in ("recovered", "size_only") for record in results)
     if writes_folder(results):
-        hint = Hint("residual {base} {tuned} {output}", "distance to the files' difference, rounding included")
-        return hint if is_measured and not values["full"] else None
+        hint = Hint("probe outputs {base} {tuned} {output} --eval held_out.txt", "whether the estimate is better")
+        return hint if is_measured else None
     if is_lost(results) or (is_measured and not is_estimated):
         return Hint("extract {base} {tuned} --rank 16 -o adapter/", "the best adapter of the files' difference")
-    hint = Hint(
-        "recover {base} {tuned} --checkpoint -o recovered/", "the better checkpoint; or --rank R for an adapter"
-    )
+    hint = Hint("recover {base} {tuned} --checkpoint -o recovered/", "the better checkpoint; --rank R for an adapter")
     return hint if is_measured else None
 
 
@@ -120,8 +117,8 @@ def _describe_hidden(records: Sequence[Recovery]) -> Statement:
         lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
     parts, unchanged = list_counts((r.status for r in records), STATUS), median(r.unchanged for r in records)
     remedy = "keep float32 master weights in training, or use stochastic rounding" if is_lost(records) else ""
-    detail = f"of {len(records)} matrices {', '.join(parts)}; {percent(unchanged)} unchanged at the median"
-    return make_statement("hidden", "Hidden update", lead, detail, remedy, level=level)
+    detail = f"{', '.join(parts)} of {quantity(len(records))}; {percent(unchanged)} unchanged at the median"
+    return make_statement("hidden", "Hidden update", lead, remedy, detail, level=level, priority=0)
 
 
 def _describe_directions(records: Sequence[Recovery]) -> list[str]:
@@ -133,25 +130,12 @@ def _describe_directions(records: Sequence[Recovery]) -> list[str]:
     ranks = [record.rank_at_estimate["0.9"] for record in recovered if record.rank_at_estimate is not None]
     known = [rank for rank in ranks if rank is not None]
     read = span(record.rank_at["0.9"] or 0 for record in recovered)
+    estimated = f"{span(known)} in {len(known)} of {len(ranks)}" if known else "beyond the directions that can be seen"
     return [
-        f"{span(record.directions or 0 for record in recovered)} directions per matrix in {len(recovered)}; r=16 "
-        f"carries at least {percent(median(energies))} of ‖X‖² at the median ({percent(median(file_energies))} of "
-        "‖D‖²)",
-        f"rank at 90%: {span(known)} in {len(known)} of {len(ranks)}, where the files read {read}"
-        if known
-        else f"rank at 90%: beyond the directions that can be seen; the files read {read}",
+        f"{span(record.directions or 0 for record in recovered)} in each of {quantity(len(recovered))}; r=16 holds at "
+        f"least {percent(median(energies))} of ‖X‖² at the median, {percent(median(file_energies))} of ‖D‖²",
+        f"rank at 90%: {estimated}; in the files {read}",
     ]
-
-
-def _describe_start(records: Sequence[Recovery]) -> str:
-    known = [record.start for record in records if record.start is not None and record.status != "refused"]
-    rounded = known.count("rounded")
-    if not rounded:
-        return "the stored BASE: more likely than a start that was rounded to it, in every layer" if known else ""
-    return (
-        f"in {rounded} of {len(known)} matrices BASE is more likely a rounded copy of the start of training, and the "
-        "start is taken to lie anywhere in its cells"
-    )
 
 
 def _describe_refused(records: Sequence[Recovery]) -> Statement:
@@ -177,7 +161,8 @@ def _describe_written(results: Results[Recovery], folder: str | None) -> list[St
     if any(record.rank for record in results):
         lead += f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"
     missing = _list_missing(results)
-    return [make_statement("written", "Written", lead, f"not in it: {list_names(missing)}" if missing else "")]
+    not_in_it = f"not in it: {list_names(missing)}" if missing else ""
+    return [make_statement("written", "Written", lead, not_in_it, priority=0)]
 
 
 def _count_estimated(results: Results[Recovery]) -> int:

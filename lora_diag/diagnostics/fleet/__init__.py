@@ -33,10 +33,8 @@ FEATURE = Feature(
                 ),
             ),
             options=(FleetOptions,),
-            hints=(
-                Hint("inspect {output} --per layer", "all adapters, without measuring again"),
-                Hint("-o fleet.jsonl", "saves these results"),
-            ),
+            suggest=".show:suggest_next",
+            hints=(Hint("gate init {output} -o policy.toml", "limits for the next adapters"),),
         ),
     ),
     records=(".record:Fleet",),

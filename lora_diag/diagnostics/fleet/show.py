@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from statistics import median
+from typing import Any
 
 from lora_diag.diagnostics.fleet.record import Fleet
+from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import (
     MIN_NEAR_COSINE,
     MIN_SPACE_OVERLAP,
@@ -94,6 +97,15 @@ def describe_outliers(records: Sequence[Fleet]) -> list[list[str]]:
     return descriptions
 
 
+def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step: an exact comparison of the nearest two adapters, or of all if they are few."""
+    paths, pairs = [record.adapter for record in results.layers], _find_pairs(results.layers)
+    compared = [paths[pairs[0].first], paths[pairs[0].second]] if pairs else paths
+    if not 1 < len(compared) <= _MAX_NAMED:
+        return None
+    return Hint(shlex.join(["interference", *compared]), "what they share, and what a merge loses")
+
+
 def fleet_lines(results: Results[Fleet]) -> list[Statement]:
     """Return the statements of the summary."""
     records = results.layers
@@ -104,14 +116,21 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
         families = Counter(record.family for record in records).most_common(_MAX_NAMED)
         text = ", ".join(f"{number_of} {safe(family)}" for family, number_of in families)
         outliers = list_counts([kind for kinds in find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
+        alike = f"|cosine| ≥ {MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ {MIN_SPACE_OVERLAP}"
         lines = [
-            make_statement("adapters", "Adapters", f"{len(records)}: {text}"),
+            make_statement("stand_out", "Outliers", ", ".join(outliers) or "none", priority=0),
+            make_statement(
+                "alike",
+                "Near-duplicates",
+                f"{_count_pairs(_find_pairs(records))}, estimated from sketches",
+                alike,
+                priority=0,
+            ),
             make_statement("rank", "Rank", _describe_rank(records)),
-            make_statement("stand_out", "Outliers", ", ".join(outliers) or "none"),
-            make_statement("alike", "Near-duplicates", _describe_pairs(_find_pairs(records))),
+            make_statement("adapters", "Adapters", f"{len(records)}: {text}", priority=2),
             *lines,
         ]
-    return [*(line for line in lines if line.lead), *unfinished(results, "adapters measured so far")]
+    return [*unfinished(results, "adapters measured so far"), *(line for line in lines if line.lead)]
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
@@ -122,8 +141,8 @@ def _describe_rank(records: Sequence[Fleet]) -> str:
     used_fraction = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
     median_rank = median(record.total_rank_99 / record.modules for record in ranked)
     return (
-        f"r = {span((record.rank for record in ranked if record.rank is not None), ' to ')}; 99% of the energy needs a "
-        f"median r of {number(median_rank)} per layer, {percent(used_fraction)} of all ranks"
+        f"{span((record.rank for record in ranked if record.rank is not None), ' to ')}; 99% of the energy needs "
+        f"{percent(used_fraction)} of it, {number(median_rank)} per layer at the median"
     )
 
 
@@ -135,11 +154,8 @@ _OUTLIERS: dict[OutlierKind, str] = {
 }
 
 
-def _describe_pairs(pairs: Sequence[NearDuplicate]) -> str:
+def _count_pairs(pairs: Sequence[NearDuplicate]) -> str:
     """State the number of near-duplicate pairs by their relation."""
     counts = Counter(pair.relation for pair in pairs)
     texts = [f"{quantity(counts[key], 'pair')}: {text}" for key, text in _RELATION_TEXTS.items() if counts[key]]
-    return (
-        f"{', '.join(texts) or 'none'} (|cosine| ≥ {MIN_NEAR_COSINE} or column spaces with an overlap ≥ "
-        f"{MIN_SPACE_OVERLAP}, both estimated from sketches)"
-    )
+    return ", ".join(texts) or "none"

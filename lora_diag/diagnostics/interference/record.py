@@ -104,6 +104,7 @@ class Interference(LayerRecord):
             drop=3,
             form="percent",
             terminal=True,
+            detail=True,
         ),
         Shown(
             "energy_overlap.second_in_first",
@@ -113,6 +114,7 @@ class Interference(LayerRecord):
             drop=4,
             form="percent",
             terminal=True,
+            detail=True,
         ),
         Shown(
             "relation",

@@ -13,7 +13,7 @@ from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import list_counts, number, percent, short
+from lora_diag.rendering.text import list_counts, number, percent, quantity, short
 
 # Maximum number of pairs with a table each; more share one table with a row per pair.
 _MAX_PAIR_TABLES = 3
@@ -33,8 +33,11 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
     grids = _make_pair_grids(group_pairs(results), per)
     if unions := select_shared(results):
         rows = rows_of(unions, per)
-        grids.append(grid_of(Union.shown, rows, per, "the sum of all"))
-        grids.append(grid_of(_make_loss_columns(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"))
+        details = (
+            grid_of(Union.shown, rows, per, "the sum of all"),
+            grid_of(_make_loss_columns(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"),
+        )
+        grids += [replace(grid, detail=True) for grid in details]
     return grids
 
 
@@ -104,11 +107,12 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     """Return the statements of the summary."""
     unions = select_shared(results)
     strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
-    findings = [make_statement("interfere", "Interference", *(_describe_interference(*pair) for pair in strongest))]
+    pairs = (_describe_interference(*pair) for pair in strongest)
+    findings = [make_statement("interfere", "Interference", *pairs, priority=0)]
     if unions:
         findings += [
-            make_statement("rank_needed", "Rank needed", _describe_rank_needed(unions)),
-            make_statement("merge", "Merge", *_describe_merges(unions)),
+            make_statement("rank_needed", "Rank needed", *_describe_rank_needed(unions)),
+            make_statement("merge", "Merge error", *_describe_merges(unions)),
             describe_resolution(
                 [record.resolution.verdict for record in unions if record.fro > 0],
                 "yes: rounding plays no part in the sums",
@@ -119,16 +123,16 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     else:
         why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
         findings.append(make_statement("interfere", "Interference", why))
-    text = "weights alone do not show interference between tasks; the held-out loss of each task does"
-    return summarize(results, *findings, make_statement("interpretation", "Interpretation", text))
+    text = "weights do not show interference between tasks; the held-out loss of each task does"
+    return summarize(results, *findings, make_statement("interpretation", "Interpretation", text, priority=2))
 
 
 _RELATIONS: dict[Relation, str] = {
-    "apart": "no more in common than chance",
-    "share": "sharing directions",
-    "reinforce": "reinforcing each other",
-    "cancel": "cancelling each other",
-    "noise": "not resolved by the files",
+    "cancel": "cancel",
+    "reinforce": "reinforce",
+    "share": "share directions",
+    "apart": "have no more in common than chance",
+    "noise": "are not resolved by the files",
 }
 
 
@@ -136,51 +140,44 @@ def _describe_interference(first: str, second: str, records: list[Interference])
     """State what two updates have in common, and in which layers they cancel most."""
     counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
     cosine = number(round(pooled_cosine(records), 4))
-    sentence = f"{first} and {second}: {counts}, of {len(records)} layers; cosine {cosine}"
+    sentence = f"{first} and {second}: cosine {cosine}; of {quantity(len(records), 'layer')} {counts}"
     cancelling = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)
     worst = [f"{short(r.layer)} ({number(round(r.cosine, 3))})" for r in cancelling[:_MAX_NAMED]]
-    return f"{sentence}; most in {', '.join(worst)}" if worst else sentence
+    return f"{sentence}; lowest in {', '.join(worst)}" if worst else sentence
 
 
-def _describe_rank_needed(unions: Sequence[Union]) -> str:
-    """State the rank that the sum needs and those of the updates, and the rank that keeps every update."""
+def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:
+    """State the ranks that the sum and the updates need, and what a truncated sum keeps of the updates."""
     separate_rank = sum(record.parts_rank_at["0.9"] for record in unions)
     sum_rank = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
-    share = number(sum_rank / separate_rank) if separate_rank else "-"
-    sentence = (
-        f"90% of the sum's energy needs Σr = {sum_rank}, {share} of the {separate_rank} that the updates need "
-        "separately"
-    )
-    weakest = [kept for record in unions if (kept := record.weakest_kept.get("0.9")) is not None]
-    if weakest:
-        sentence += f", but keeps a median of {percent(median(weakest))} of the most affected update"
+    lead = f"Σr = {sum_rank} holds 90% of the sum's energy; the updates need {separate_rank} separately"
     ranks = [rank for record in unions if (rank := record.rank_for_all.get("0.9")) is not None]
     without_rank = len(unions) - len(ranks)
-    if ranks and without_rank:
-        sentence += f"; in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every update"
+    every = ""
+    if without_rank:
+        every = f"in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every update"
     elif ranks:
-        sentence += f"; 90% of every update needs Σr = {sum(ranks)}, at most r = {max(ranks)} in a layer"
-    return sentence
+        every = f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer"
+    weakest = [kept for record in unions if (kept := record.weakest_kept.get("0.9")) is not None]
+    least = f"at Σr = {sum_rank} the weakest update keeps a median of {percent(median(weakest))}" if weakest else ""
+    return [lead, every, least]
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
     """Yield a sentence about the loss of each merge."""
+    linear, ties, dense = (merge_residual(unions, merge) for merge in MERGES)
+    errors = {"PEFT's linear": linear, "PEFT's ties": ties, "TIES of ΔW": dense}
+    losses = [f"{name} {percent(error)}" for name, error in errors.items() if error is not None]
+    losses += [
+        f"svd r={rank} {percent(recompressed_residual(unions, rank))}" for rank in _list_truncation_ranks(unions)
+    ]
+    if losses:
+        yield f"of ‖sum‖: {', '.join(losses)}"
     if merge_residual(unions, "cat") is not None:
         ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
         yield f"cat (concatenated factors) is exact, with r = {ranks}"
-    truncation_losses = [
-        f"{percent(recompressed_residual(unions, rank) ** 2)} at r = {rank}" for rank in _list_truncation_ranks(unions)
-    ]
-    if truncation_losses:
-        yield f"svd (the sum truncated to rank r) loses this fraction of the energy: {', '.join(truncation_losses)}"
-    linear, ties, dense = (merge_residual(unions, merge) for merge in MERGES)
-    if linear is not None:
-        yield f"PEFT's linear adds A and B separately: its cross terms are {number(linear)} times the sum's norm"
-    elif any(None not in record.ranks for record in unions):
+    if linear is None and any(None not in record.ranks for record in unions):
         yield "PEFT's linear and ties need adapters of equal rank and known scale in every layer"
-    if ties is not None:
-        yield f"PEFT's ties (of A and B separately) differs from the sum by {number(ties)} of its norm"
-    if dense is not None:
-        best = [loss.best_scale for r in unions if (loss := r.merges.get("ties_dense")) and loss.best_scale]
-        scaled = f"; it is nearest to the sum when scaled by about {number(median(best))}" if best else ""
-        yield f"TIES of ΔW differs by {number(dense)}{scaled}"
+    best = [loss.best_scale for r in unions if (loss := r.merges.get("ties_dense")) and loss.best_scale]
+    if dense is not None and best:
+        yield f"TIES of ΔW is nearest to the sum when scaled by about {number(median(best))}"

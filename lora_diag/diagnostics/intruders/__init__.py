@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Hint, Section
+from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Section
 from lora_diag.running.options import LayerOptions, Option
 
 
@@ -24,14 +24,7 @@ FEATURE = Feature(
             examples=("intruders base/ lora_r8/ -o intruders.jsonl",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(IntruderOptions,),
-            # Not gate init: without intruders, or with little else, the records give no limit.
-            hints=(
-                Hint(
-                    "inspect {output} --per layer",
-                    'each layer; loradiag gate takes a rule such as require = "intruders <= 2"',
-                ),
-                Hint("intruders {base} {tuned} --per layer", "each layer; -o FILE keeps the records for loradiag gate"),
-            ),
+            suggest=".show:suggest_next",
         ),
     ),
     records=(".record:Intruders",),

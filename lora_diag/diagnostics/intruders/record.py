@@ -79,6 +79,7 @@ class Intruders(LayerRecord):
             "directions without a match in the base that lie in the span of base directions with nearly equal σ",
             pool="sum",
             terminal=True,
+            detail=True,
         ),
         Shown(
             "similarity_lowest",
@@ -97,6 +98,7 @@ class Intruders(LayerRecord):
             drop=3,
             head="by chance",
             terminal=True,
+            detail=True,
         ),
         Shown(
             "first_intruder",

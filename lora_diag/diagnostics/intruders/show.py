@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lora_diag.diagnostics.intruders.record import Intruders
+from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
@@ -21,56 +22,57 @@ def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid
     return [grid_of(Intruders.shown, rows, per)]
 
 
+def suggest_next(results: Results[Intruders], values: Mapping[str, Any]) -> Hint:
+    """Return the next step: the loss on earlier data, of an adapter or of a fine-tune without factors."""
+    is_adapter = any(side.role == "adapter" for side in results.run.inputs)
+    probe = "probe outputs {base} {tuned}" if is_adapter else "probe truncation {base} {tuned} --ranks 0"
+    return Hint(f"{probe} --eval earlier_data.txt", "whether the model forgot")
+
+
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     """Return the statements of the summary."""
-    findings = []
-    if records := results.layers:
+    records, findings = results.layers, []
+    if records:
         level: Level = "warning" if any(record.intruders for record in records) else "note"
+        random, tested = sum(record.count_random for record in records), sum(record.k for record in records)
+        chance = (
+            f"about {random:.0f} of {tested} random directions would count: an intruder is a direction that BASE does "
+            "not have, which is not a test of significance"
+        )
         findings = [
-            make_statement("intruders", "Intruders", _describe_intruders(records), level=level),
-            make_statement("rotated", "Rotated", _describe_rotated(records)),
-            make_statement("chance", "Random baseline", _describe_chance(records)),
+            make_statement("intruders", "Intruders", *_describe_intruders(records), level=level, priority=0),
+            make_statement("rotated", "Rotated", _describe_rotated(records), priority=2),
+            make_statement("chance", "Random baseline", chance, priority=2),
         ]
-    interpretation = (
-        "intruders were found together with forgetting (arXiv 2410.21228); a loss on data from before the fine-tune "
-        "shows whether this model forgot"
-    )
+    interpretation = "intruders were found together with forgetting (arXiv 2410.21228), which the loss shows"
     return summarize(results, *findings, make_statement("interpretation", "Interpretation", interpretation))
 
 
-def _describe_intruders(records: Sequence[Intruders]) -> str:
-    """State the number of intruders, and the layers with the most."""
-    tested = sum(record.k for record in records)
-    total = sum(record.intruders for record in records)
-    k, epsilon = records[0].k, records[0].epsilon
-    criterion = f"the {k} largest directions of each weight, similarity below {number(epsilon)}"
+def _describe_intruders(records: Sequence[Intruders]) -> list[str]:
+    """State the number of intruders, the layers with the most, and the criterion."""
+    total, affected = sum(record.intruders for record in records), [record for record in records if record.intruders]
     unchanged = sum(record.fro == 0 for record in records)
-    unchanged_text = f"; {quantity(unchanged, 'weight')} did not change" if unchanged else ""
+    criterion = (
+        f"of the {records[0].k} largest directions of each weight, those with a similarity to BASE below "
+        f"{number(records[0].epsilon)}"
+    )
+    criterion += f"; {quantity(unchanged, 'weight')} did not change" if unchanged else ""
     if not total:
-        return f"none in {len(records)} layers ({criterion}){unchanged_text}"
-    affected = sorted((r for r in records if r.intruders), key=lambda r: (-r.intruders, r.similarity_lowest or 0.0))
-    examples = ", ".join(f"{short(r.layer)} ({r.intruders})" for r in affected[:_MAX_NAMED])
-    layers = f"in {len(affected)} of {len(records)} layers"
-    return f"{total} of {tested} directions, {layers} ({criterion}){unchanged_text}: {examples}"
+        return [f"none in {quantity(len(records), 'layer')}", criterion]
+    affected.sort(key=lambda record: (-record.intruders, record.similarity_lowest or 0.0))
+    examples = ", ".join(f"{short(record.layer)} ({record.intruders})" for record in affected[:_MAX_NAMED])
+    tested = sum(record.k for record in records)
+    lead = f"{total} of {tested} directions, in {len(affected)} of {quantity(len(records), 'layer')}: {examples}"
+    return [lead, criterion]
 
 
 def _describe_rotated(records: Sequence[Intruders]) -> str:
     """State how many directions rotate, which the published count includes."""
-    rotated, count = sum(record.rotated for record in records), sum(record.count for record in records)
+    rotated, published = sum(record.rotated for record in records), sum(record.count for record in records)
     near = number(records[0].window * 100)
     if not rotated:
-        return f"none: the published count is also {count}"
+        return f"none: the published count is also {published}"
     return (
-        f"{rotated} more have no single match but lie in the span of directions of BASE with singular values within "
-        f"{near}%, which can rotate freely. The published count, {count}, includes them"
-    )
-
-
-def _describe_chance(records: Sequence[Intruders]) -> str:
-    """State the similarity of random directions, and how many of them would count."""
-    similarity = median(record.similarity_random for record in records)
-    count, tested = sum(record.count_random for record in records), sum(record.k for record in records)
-    return (
-        f"a random direction has a similarity of about {similarity:.2f}, so about {count:.0f} of {tested} would "
-        "count: an intruder is a direction that BASE does not have, not one that is significant against chance"
+        f"{rotated} more only rotate among directions of BASE whose singular values are within {near}%; the published "
+        f"count, {published}, includes them"
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, GRADIENTS_ARGUMENT, Argument, Command, Feature, Figure, Hint
+from lora_diag.feature import BASE_ARGUMENT, GRADIENTS_ARGUMENT, Argument, Command, Feature, Figure
 from lora_diag.running.options import RANKS, SHOW_RANK, MethodOptions
 
 
@@ -28,11 +28,7 @@ FEATURE = Feature(
                 GRADIENTS_ARGUMENT,
             ),
             options=(OverlapOptions,),
-            hints=(
-                Hint("--per layer", "layer by layer"),
-                Hint("-o overlap.jsonl", "saves these results"),
-                Hint("inspect {output}", "this table, without measuring again"),
-            ),
+            suggest=".show:suggest_next",
         ),
     ),
     records=(".record:Overlap",),

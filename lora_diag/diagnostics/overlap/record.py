@@ -71,7 +71,7 @@ class Overlap(LayerRecord):
             head="left (random)",
             form="small",
             terminal=True,
-            wide=True,
+            detail=True,
             chance="left_random",
         ),
         Shown(
@@ -83,7 +83,7 @@ class Overlap(LayerRecord):
             head="right (random)",
             form="small",
             terminal=True,
-            wide=True,
+            detail=True,
             chance="right_random",
         ),
         Shown("gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"),

@@ -5,14 +5,16 @@ The records of a layer are joined into one track over the steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import mean, median
+from typing import Any
 
 from rich.text import Text
 
 from lora_diag.diagnostics.overlap.record import Overlap
+from lora_diag.feature import Hint
 from lora_diag.metrics.subspaces import NEAR_RANDOM, TREND_RATIO, is_near
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
@@ -211,13 +213,23 @@ def _make_strip_column(rows: Rows, steps: Sequence[int], width: int) -> Column:
 
 
 # Maximum number of layers named in a sentence.
-_MAX_NAMED = 4
+_MAX_NAMED = 3
 
 _NEAR_CRITERION = f"below {NEAR_RANDOM:g}× random or halfway to 1"
 
 # An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
 # numbers are printed.
 MIN_REACH = 0.1
+
+
+def suggest_next(results: Results[Overlap], values: Mapping[str, Any]) -> Hint:
+    """Return the next step: training with other ranks where most layers end near random, else this update's adapter."""
+    relevant = [track for track in _select_relevant(tracks(results)) if track.known]
+    if 2 * sum(track.near_since is not None for track in relevant) > len(relevant):
+        return Hint("probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs")
+    if reference_is_adapter(results):
+        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
+    return Hint(f"extract {{base}} {{tuned}} --rank {USUAL_RANK} -o adapter/", "an adapter in these subspaces")
 
 
 def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> list[Statement]:
@@ -231,22 +243,23 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
     relevant = [track for track in _select_relevant(shown) if track.known]
     findings = []
     if relevant:
+        interpretation = "overlap increases with rank for any subspace: compare with random, not with 1"
+        if reference_is_adapter(results):
+            interpretation += "; near a minimum over the adapter's own weights tangent goes to 0"
         findings = [
             _describe_containment(relevant, len(relevant) < len(shown)),
-            make_statement("reach", "Reach", _describe_reach(relevant)),
-            make_statement("by_rank", "By rank", _describe_ranks(results, relevant)),
             make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
+            make_statement("reach", "Reach", *_describe_reach(relevant)),
             describe_resolution(
                 [track.last.verdict for track in relevant],
                 "",
-                "where the files do not resolve the update, its subspaces are those of rounding noise and a κ near "
-                "random has no meaning",
+                "there the subspaces are those of rounding noise, and a κ near random has no meaning",
             ),
-            make_statement("interpretation", "Interpretation", _interpret(results)),
+            make_statement("interpretation", "Interpretation", interpretation, priority=2),
         ]
     elif shown:
         findings = [make_statement("inside", "Containment", "not known: every gradient is zero", level="warning")]
-    findings.append(make_statement("ranks", "Ranks", _describe_skipped_ranks(results)))
+    findings.append(make_statement("ranks", "Ranks", _describe_skipped_ranks(results), priority=2))
     return summarize(results, *findings, extra=_describe_measured(results), so_far="records so far")
 
 
@@ -275,26 +288,22 @@ def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statem
     kappa = median(track.last.kappa or 0 for track in relevant)
     random = median(track.last.kappa_random for track in relevant)
     scope = " outside embeddings and head" if is_partial else ""
-    head = (
-        f"{verdict}: at the last step the median κ of {quantity(len(relevant))}{scope} is {number(kappa)}, "
-        f"that of random subspaces {number(random)}"
-    )
-    if not near_random:
-        return make_statement("inside", "Containment", f"{head}; none is near random ({_NEAR_CRITERION})")
     first_step = min(track.records[0].step for track in relevant)
-    examples = [
-        f"  {short(t.layer)}: {number(t.last.kappa or 0)}, "
-        f"{'at every step' if t.near_since == first_step else f'since step {t.near_since}'}"
+    examples = (
+        f"{short(t.layer)} ({number(t.last.kappa or 0)}, "
+        f"{'at every step' if t.near_since == first_step else f'since step {t.near_since}'})"
         for t in near_random[:_MAX_NAMED]
-    ]
+    )
+    more = f" and {len(near_random) - _MAX_NAMED} more" if len(near_random) > _MAX_NAMED else ""
     return make_statement(
         "inside",
         "Containment",
-        head,
-        f"{len(near_random)} of them {'is' if len(near_random) == 1 else 'are'} near random ({_NEAR_CRITERION}):",
-        *examples,
-        f"  and {len(near_random) - _MAX_NAMED} more" if len(near_random) > _MAX_NAMED else "",
-        level="warning",
+        f"{verdict}: κ {number(kappa)} at the last step, the median of {quantity(len(relevant))}{scope}; random "
+        f"subspaces {number(random)}",
+        f"{len(near_random)} of them near random: {', '.join(examples)}{more}" if near_random else "",
+        f"near random: {_NEAR_CRITERION}",
+        level="warning" if near_random else "note",
+        priority=0,
     )
 
 
@@ -303,39 +312,21 @@ def _name_layers(near_random: Sequence[Track]) -> str:
     return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
 
 
-def _describe_reach(relevant: Sequence[Track]) -> str:
-    """State the first-order reach of an adapter with these subspaces, and of a fresh one."""
-
-    def describe(name: str) -> str:
-        """Return the median of a field at the first and the last step, with its baseline."""
-        first, last = (middle([getattr(t.known[i], name) for t in relevant]) or 0.0 for i in (0, -1))
-        random = middle([getattr(t.last, f"{name}_random") for t in relevant]) or 0.0
-        values = number(last) if first == last else f"{number(first)} → {number(last)}"
-        return f"{values} of ‖G‖ (random {number(random)})"
-
-    return (
-        f"an adapter in these subspaces reaches {describe('tangent')} to first order; a new one (B = 0, with the rows "
-        f"of A spanning V) {describe('right')}"
-    )
-
-
-def _describe_ranks(results: Results[Overlap], relevant: Sequence[Track]) -> str:
-    """State κ at the last step for every rank with its baseline: κ rises with rank for any subspace."""
-    last_step_by_layer = {track.layer: track.last.step for track in relevant}
-    at_last_step = [r for r in results if last_step_by_layer.get(r.layer) == r.step and r.kappa is not None]
-    texts = []
-    for rank in sorted({record.rank for record in at_last_step}):
-        of_rank = [record for record in at_last_step if record.rank == rank]
-        kappa, random = middle([r.kappa for r in of_rank]) or 0.0, middle([r.kappa_random for r in of_rank]) or 0.0
-        texts.append(f"r={rank} {number(kappa)} ({number(random)})")
-    return f"κ (random): {', '.join(texts)}"
+def _describe_reach(relevant: Sequence[Track]) -> Iterator[str]:
+    """Yield the first-order reach of an adapter with these subspaces, and of a fresh one, at the last step."""
+    for subject, name in (
+        ("an adapter in these subspaces reaches", "tangent"),
+        ("a new one, with B = 0 and A spanning V,", "right"),
+    ):
+        value, random = (middle([getattr(t.last, field) for t in relevant]) for field in (name, f"{name}_random"))
+        yield f"{subject} {number(value or 0.0)} of ‖G‖ to first order (random {number(random or 0.0)})"
 
 
 def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[str]:
     """Return what to do about the layers near their baseline, one sentence for each case."""
     near_random = [track for track in relevant if track.near_since is not None]
     if not near_random:
-        return ["nothing to change: in every layer these subspaces contain more of the gradient than random ones"]
+        return ["no change: in every layer these subspaces contain more of the gradient than random ones"]
     at_largest_rank = {
         track.layer: max((r for r in results if r.layer == track.layer), key=lambda r: (r.rank, r.step))
         for track in near_random
@@ -351,40 +342,24 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
     sentences = []
     if tangent_only:
         tangent, random = (
-            middle([getattr(t.last, name) for t in tangent_only]) for name in ("tangent", "tangent_random")
+            middle([getattr(t.last, name) for t in tangent_only]) or 0.0 for name in ("tangent", "tangent_random")
         )
         sentences.append(
-            f"{_name_layers(tangent_only)} one side is aligned: an adapter there still reaches {number(tangent or 0)} "
-            f"of ‖G‖ (random {number(random or 0)}); keep it"
+            f"{_name_layers(tangent_only)} keep the adapter: one side is aligned, and it reaches {number(tangent)} of "
+            f"‖G‖ (random {number(random)})"
         )
     if at_higher_rank:
         largest_rank = max(at_largest_rank[track.layer].rank for track in at_higher_rank)
         sentences.append(
-            f"{_name_layers(at_higher_rank)} κ exceeds the baseline at r={largest_rank}: use a higher rank there"
+            f"{_name_layers(at_higher_rank)} use a higher rank: κ exceeds the baseline at r={largest_rank}"
         )
     if outside:
-        cause = "the adapter's directions" if reference_is_adapter(results) else "this update's directions"
         below_full_rank = any(at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
         sentences.append(
-            f"{_name_layers(outside)} the gradients are outside {cause} at every rank measured"
-            f"{' below full rank' if below_full_rank else ''}: initialize the adapter there from recent gradients, or "
-            "move its parameters to layers that contain theirs"
+            f"{_name_layers(outside)} initialize the adapter from recent gradients, or move its parameters to other "
+            f"layers: the gradients are outside at every rank measured{' below full rank' if below_full_rank else ''}"
         )
     return sentences
-
-
-def _interpret(results: Results[Overlap]) -> str:
-    """State what overlap does and does not show."""
-    text = (
-        "overlap measures direction, not quality, and increases with rank for any subspace: compare with random, not "
-        "with 1"
-    )
-    if reference_is_adapter(results):
-        text += (
-            "; near a minimum over the adapter's own weights tangent goes to 0, since the gradient vanishes in its "
-            "directions"
-        )
-    return text
 
 
 def _describe_skipped_ranks(results: Results[Overlap]) -> str:

@@ -101,8 +101,17 @@ def exit_code(results: Results[Portability]) -> int:
 
 
 def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step, the same layer by layer; None if an adapter was written."""
-    return None if values["fix"] else Hint("--per layer", "layer by layer")
+    """Return the next step: BASE if it is needed, a portable adapter, or a gate; None for rules and after ``--fix``."""
+    if values["rules"] or values["fix"]:
+        return None
+    statuses = {record.status for record in results} - {*AS_INTENDED}
+    if values["base"] is None and "unknown" in statuses:
+        return Hint("portability {adapter} BASE", "with the base checkpoint")
+    if statuses:
+        return Hint("--fix -o portable/", "writes an adapter that all programs scale alike")
+    if values["output"] is None:
+        return Hint("-o portability.jsonl", "saves these results, for gate")
+    return Hint("gate init {output} -o policy.toml", "limits for the next adapter")
 
 
 def find_failed(results: Results[Portability]) -> list[Name]:
@@ -160,21 +169,18 @@ def _describe_answer(groups: Mapping[Name, list[Portability]], fixed: Mapping[st
     exact = [name for name in groups if statuses[name] <= {*AS_INTENDED}]
     unknown = [name for name in groups if name not in exact and statuses[name] <= {*AS_INTENDED, "unknown"}]
     changed = [name for name in groups if name not in exact and name not in unknown]
-    same = f"the same ΔW in {list_titles([*groups])}"
     truncated = f"only {_describe_truncation(fixed)}" if fixed.get("truncated") else ""
-    level: Level = "warning"
-    if changed or unknown:
-        prefix = f"as {'written' if truncated else 'intended'} in {list_titles(exact)}" if exact else ""
-        negation = f"{' and ' if prefix else ''}not in {list_titles(changed)}" if changed else ""
-        unknown_part = f"not known without BASE in {list_titles(unknown)}: give BASE" if unknown else ""
-        lead = ("no: " if changed else "") + "; ".join(filter(None, (prefix + negation, unknown_part)))
-    elif truncated:
-        lead = same
-    elif skipped := fixed.get("left_out"):
-        lead = f"{same}, without {len(skipped)} weights of the adapter"
-    else:
-        lead, level = f"yes: {same}", "ok"
-    return make_statement("portable", "Portable", truncated, lead, level=level)
+    if not changed and not unknown:
+        skipped = fixed.get("left_out")
+        note = f", without {len(skipped)} weights of the adapter" if skipped and not truncated else ""
+        is_whole = not truncated and not note
+        lead = f"{'yes: ' if is_whole else ''}the same ΔW in {list_titles(exact)}{note}"
+        level: Level = "ok" if is_whole else "warning"
+        return make_statement("portable", "Portable", truncated, lead, level=level, priority=0)
+    clauses = [f"no: another ΔW in {list_titles(changed)}"] if changed else []
+    clauses += [f"not known without BASE in {list_titles(unknown)}: give BASE"] if unknown else []
+    clauses += [f"as {'written' if truncated else 'intended'} in {list_titles(exact)}"] if exact else []
+    return make_statement("portable", "Portable", truncated, "; ".join(clauses), level="warning", priority=0)
 
 
 def _describe_truncation(fixed: Mapping[str, Any]) -> str:
@@ -210,7 +216,7 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
     if "==".join(name) in (results.run.settings.get("newer") or ()):
         details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ")
     label = f"{title_of(name, [name])} {name[1]}"
-    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level)
+    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level, priority=2)
 
 
 def _describe_wrong(records: Sequence[Portability]) -> str:

@@ -31,7 +31,9 @@ FEATURE = Feature(
                 ),
             ),
             options=(ResidualOptions,),
-            hints=(Hint("spectrum {base} {tuned}", "which rank the update needs"),),
+            hints=(
+                Hint("probe outputs {base} {tuned} {adapters} --eval held_out.txt", "whether the distance costs loss"),
+            ),
         ),
     ),
     records=(".record:Residual",),

@@ -204,6 +204,7 @@ class Residual(Distance, LayerRecord):
             main=True,
             pool=_pool_floor,
             head="floor",
+            detail=True,
         ),
         Shown("epsilon_min", "ε_min", "√(1 − C(r)), as computed", axis="ε_min = √(1 − C(r)), least ε at this rank"),
         Shown("excess", "excess", "ε² − floor²: cost of direction and scale", axis="excess ε² − ε_min²"),
@@ -233,6 +234,7 @@ class Residual(Distance, LayerRecord):
             head="col space",
             terminal=True,
             chance="column_space.random",
+            detail=True,
         ),
         Shown(
             "row_space.overlap",
@@ -243,6 +245,7 @@ class Residual(Distance, LayerRecord):
             drop=5,
             terminal=True,
             chance="row_space.random",
+            detail=True,
         ),
         Shown(
             "parts.direction",
@@ -252,6 +255,7 @@ class Residual(Distance, LayerRecord):
             pool=_pool_part("direction"),
             drop=6,
             terminal=True,
+            detail=True,
         ),
         Shown(
             "parts.scale",
@@ -261,6 +265,7 @@ class Residual(Distance, LayerRecord):
             pool=_pool_part("scale"),
             drop=7,
             terminal=True,
+            detail=True,
         ),
         Shown("best_scale", "best scale", "factor that minimizes ε", pool=_make_pool("best_scale")),
         Shown("epsilon_best_scale", "ε at best", "ε at the best scale", pool=_make_pool("epsilon_best_scale")),

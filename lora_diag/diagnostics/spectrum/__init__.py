@@ -40,9 +40,11 @@ FEATURE = Feature(
                 Argument("tuned", "Fine-tuned checkpoint, or an adapter.", optional=True),
             ),
             options=(SpectrumOptions,),
+            suggest=".show:suggest_next",
             hints=(
-                Hint("inspect {output} --per layer", "this table layer by layer, without measuring again"),
-                Hint("-o results.jsonl", "saves these results"),
+                Hint("allocate {output} --energy 0.9 -o adapter_config.json", "a rank for each layer of an adapter"),
+                Hint("extract {base} {tuned} --energy 0.9 -o adapter/", "an adapter without training"),
+                Hint("-o results.jsonl", "saves these results, for allocate"),
             ),
         ),
     ),

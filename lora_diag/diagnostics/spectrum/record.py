@@ -128,7 +128,7 @@ class Spectrum(LayerRecord):
             pool=_pool_ranks("rank_at.0.95"),
             drop=8,
             terminal=True,
-            wide=True,
+            detail=True,
         ),
         Shown(
             "rank_at.0.99",
@@ -138,7 +138,7 @@ class Spectrum(LayerRecord):
             pool=_pool_ranks("rank_at.0.99"),
             drop=7,
             terminal=True,
-            wide=True,
+            detail=True,
         ),
         Shown(
             "stable_rank",
@@ -148,7 +148,7 @@ class Spectrum(LayerRecord):
             drop=9,
             head="stable",
             terminal=True,
-            wide=True,
+            detail=True,
         ),
         Shown(
             "effective_rank",
@@ -158,7 +158,7 @@ class Spectrum(LayerRecord):
             drop=10,
             head="eff.",
             terminal=True,
-            wide=True,
+            detail=True,
         ),
         Shown(
             "resolution.unchanged",
@@ -243,7 +243,7 @@ class Spectrum(LayerRecord):
                 main=rank in shown_ranks,
                 drop=int(rank > ranks[0]) + int(rank not in shown_ranks),
                 terminal=rank in shown_ranks or rank in ranks[:8],
-                wide=rank not in shown_ranks,
+                detail=rank not in shown_ranks,
                 style=shade,
             )
             for rank in ranks

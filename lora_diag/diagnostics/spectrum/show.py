@@ -7,16 +7,19 @@ when ``recover`` is worth running; of gradients, how far their spectrum predicts
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
-from lora_diag.diagnostics.spectrum.record import Spectrum, Stack, usual_ranks
+from lora_diag.diagnostics.spectrum.record import Spectrum, usual_ranks
+from lora_diag.feature import Hint
 from lora_diag.metrics.resolution import verdict
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.records.vocabulary import NOISE_MARKS, NORMS
 from lora_diag.rendering.statements import (
+    FACTORED,
     REASONS,
     Statement,
     describe_estimate,
@@ -48,20 +51,26 @@ HIDDEN_FRACTION = 0.5
 _STATUSES = {"recovered": "recovered", "size_only": "size only", "not_hidden": "not hidden", "refused": "refused"}
 
 
-def _suggest_recover(changed: Sequence[Spectrum]) -> str:
-    """Return a clause that names ``recover`` if rounding left most entries unchanged and it was not run; else empty."""
-    candidates = [
-        record
-        for record in changed
-        if record.hidden is None
-        and record.metric == "weights"
-        and record.resolution.verdict != "resolved"
-        and (record.resolution.unchanged or 0.0) - (record.resolution.untouched or 0.0) >= HIDDEN_FRACTION
-    ]
-    if not candidates:
-        return ""
-    suffix = "" if len(candidates) == len(changed) else f" in {len(candidates)} of {len(changed)} matrices"
-    return f"; loradiag recover (or --recover here) can estimate the update before rounding{suffix}"
+def _needs_recovery(record: Spectrum) -> bool:
+    """Return whether rounding left most changed entries of a layer as they were, and ``recover`` was not run."""
+    resolution = record.resolution
+    hidden_fraction = (resolution.unchanged or 0.0) - (resolution.untouched or 0.0)
+    is_rounded = resolution.verdict != "resolved" and hidden_fraction >= HIDDEN_FRACTION
+    return is_rounded and record.hidden is None and record.metric == "weights"
+
+
+def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step without an update, for an adapter, or if rounding hides the update; None for others."""
+    changed = _select_changed(results)
+    if not changed:
+        return Hint("inspect {tuned}", "what this checkpoint holds")
+    if any(side.role == "adapter" for side in results.run.inputs):
+        if values["tuned"] is None:
+            return Hint("portability {base}", "the update that each serving program applies")
+        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
+    if 2 * sum(map(_needs_recovery, changed)) > len(changed):
+        return Hint("recover {base} {tuned}", "estimates the update before rounding")
+    return None
 
 
 def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
@@ -70,61 +79,23 @@ def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
     if not tried:
         return []
     counts = list_counts((hidden.status for _, hidden in tried), _STATUSES)
-    lines = describe_estimate([(hidden, record.fro) for record, hidden in tried])
-    lines.append(f"of {len(tried)} matrices that the files do not resolve {', '.join(counts)}")
+    lines = [*describe_estimate([(hidden, record.fro) for record, hidden in tried])]
+    lines.append(f"{', '.join(counts)} of {quantity(len(tried))} that the files do not resolve")
     if recovered := [(record, hidden) for record, hidden in tried if hidden.status == "recovered"]:
         estimates = [(hidden.rank_at_estimate or {}).get("0.9") for _, hidden in recovered]
         intervals = [(hidden.rank_at_interval or {}).get("0.9", (None, None)) for _, hidden in recovered]
         lowest, highest = (_format_median(ranks) for ranks in zip(*intervals, strict=True))
         in_files = _format_median([record.rank_at["0.9"] for record, _ in recovered])
-        directions = _format_median([hidden.directions for _, hidden in recovered])
-        signal = _format_median([record.resolution.signal_rank for record, _ in recovered])
-        lines += [
-            f"rank at 90% {_format_median(estimates)} (interval {lowest} to {highest}) at the median, where the files "
-            f"read {in_files}",
-            f"signal rank {directions} by rounding cells at the median, {signal} by the files' noise edge",
-        ]
-    refused = [f"{short(record.layer)}: {hidden.reason}" for record, hidden in tried if hidden.status == "refused"]
-    return [*lines, *refused[:1]]
+        lines.append(
+            f"median rank at 90%: {_format_median(estimates)} (interval {lowest} to {highest}); in the files {in_files}"
+        )
+    return lines
 
 
 def _format_median(ranks: Sequence[int | None]) -> str:
     """Return the median of the known ranks as text; ``unknown`` if at most half are known."""
     known = [rank for rank in ranks if rank is not None]
     return str(int(median(known))) if 2 * len(known) > len(ranks) else "unknown"
-
-
-def _describe_gradients(records: Sequence[tuple[Spectrum, Stack]]) -> list[Statement]:
-    """State which gradients were stacked, and how far their spectrum predicts that of an update.
-
-    Args:
-        records: The records of the judged layers, each with its stack.
-    """
-    steps = sorted({step for _, stack in records for step in stack.steps})
-    steps_text = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
-    total = math.hypot(*(record.fro for record, _ in records))
-    text = f"{len(steps)} of {steps_text}, stacked; √Σ‖G‖² = {number(total)} over {len(records)} matrices"
-    pairs = [
-        (rank, other)
-        for record, stack in records
-        if (rank := record.rank_at["0.9"]) is not None and (other := (stack.other_rank_at or {}).get("0.9")) is not None
-    ]
-    if pairs:
-        shown_rank, other_rank = (median(ranks) for ranks in zip(*pairs, strict=True))
-        suffix = "" if len(pairs) == len(records) else f", in the {len(pairs)} layers small enough for both"
-        text += (
-            f"; r@90% on each layer's smaller side, which is shown, {shown_rank:g} at the median, "
-            f"on the other {other_rank:g}{suffix}"
-        )
-    return [
-        make_statement("gradients", "Gradients", text),
-        make_statement(
-            "interpretation",
-            "Interpretation",
-            "gradients rank the layers approximately as the update does, but have a lower rank than the update: "
-            "compare layers by these numbers, do not derive a rank from them",
-        ),
-    ]
 
 
 def spectrum_table(
@@ -175,35 +146,37 @@ SPARSE = 0.5
 ERRORS = 5
 
 
+GRADIENTS = "compare layers by these ranks; the update itself usually needs a higher rank than its gradients"
+
 METRICS = {
-    "data": "the data's, not the weights': energies are those of ΔW·C^½ with C = E[xxᵀ] of each layer's input, so "
-    "Σσ² = E‖ΔW x‖², the mean square change of the layer's output on that text",
-    "kfac": "K-FAC's, not the weights': energies are those of G^½·ΔW·C^½ with C = E[xxᵀ] of each layer's input and G = "
-    "E[ggᵀ] of the loss's gradient by its output, so Σσ² estimates E⟨∇ℓ, ΔW⟩²",
+    "data": "energies are of the outputs on the activations' text, Σσ² = E‖ΔW x‖², not of the weights",
+    "kfac": "energies estimate the effect on the loss by K-FAC, Σσ² = ‖G^½·ΔW·C^½‖², not that on the weights",
 }
 
 
 def summary_lines(results: Results[Spectrum]) -> list[Statement]:
-    """Return the statements of the summary."""
+    """Return the statements of the summary: the rank first, then the size of the change."""
     changed, ranks = _select_changed(results), results.run.settings["ranks"]
+    stacked = any(record.stack is not None for record in changed)
     metric = METRICS.get(next((record.metric for record in results), "weights"), "")
-    findings = [make_statement("metric", "Metric", metric)]
-    if stacked := [(record, record.stack) for record in changed if record.stack is not None]:
-        findings += _describe_gradients(stacked)
+    findings: list[Statement] = []
+    if changed and not stacked and all(record.method == "factored" for record in changed):
+        # The rank of an update with known factors is a setting, not a result.
+        findings = _describe_ranks_used(changed)
+    elif changed:
         # Gradients are not differences of rounded weights, so they are always resolved.
-        findings += [
+        findings = [
             statement
             for statement in _describe_ranks_needed(changed, ranks)
-            if statement.key != "resolved" or statement.level != "note"
+            if not stacked or statement.key != "resolved" or statement.level != "note"
         ]
+    if stacked:
+        findings.append(make_statement("interpretation", "Interpretation", GRADIENTS))
     else:
-        findings.append(make_statement("moved", "Change", *_describe_changes(results, changed)))
-        if changed:
-            # The rank of an update with known factors is a setting, not a result.
-            factored = all(record.method == "factored" for record in changed)
-            findings += _describe_ranks_used(changed) if factored else _describe_ranks_needed(changed, ranks)
-    if not metric:
-        findings.append(make_statement("where", "Distribution", _describe_coverage(results)))
+        moved = _describe_changes(results, changed)
+        findings.append(make_statement("moved", "Change", *moved, priority=1 if changed else 0))
+    coverage = "" if metric else _describe_coverage(results)
+    findings += [make_statement("metric", "Metric", metric), make_statement("where", "Location", coverage)]
     return summarize(results, *findings, extra=[_describe_measured(results)] if len(results) else [])
 
 
@@ -245,7 +218,7 @@ def _describe_changes(results: Results[Spectrum], changed: Sequence[Spectrum]) -
 
 
 def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[str]:
-    """State ‖ΔW‖/‖W‖ of several layers together, or ‖ΔW‖ without a base, and the layers with most and least.
+    """State ‖ΔW‖/‖W‖ of several layers together, or ‖ΔW‖ without a base, and the layer with most.
 
     Args:
         records: The layers.
@@ -259,9 +232,8 @@ def _describe_relative_change(records: Sequence[Spectrum], extent: str) -> list[
     base = math.hypot(*(record.base_fro or 0.0 for record in records))
     lines = [f"{update}/{weights} = {number(total / base)} {extent}"]
     if len(ratios) > 1:
-        largest, smallest = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+        largest = max(ratios, key=ratios.__getitem__)
         lines.append(f"most {number(ratios[largest])} in {short(largest)}")
-        lines.append(f"least {number(ratios[smallest])} in {short(smallest)}")
     return lines
 
 
@@ -272,15 +244,17 @@ def _describe_ranks_used(records: Sequence[Spectrum]) -> list[Statement]:
     kept = [len(record.s) for record in records]
     middle_rank = median_rank(ranks, max(kept))
     if all(record.complete for record in records):
-        used = f"90% of the energy is in {middle_rank} of {span(kept, ' to ')} directions at the median"
-        used += f", from {min(known)} to {max(known)}" if known else ""
+        used = f"{middle_rank} of {span(kept, ' to ')} at the median hold 90% of the energy"
+        used += f"; from {min(known)} to {max(known)}" if known else ""
     else:
         used = (
-            f"90% of the energy in {middle_rank} directions at the median; {len(ranks) - len(known)} of {len(ranks)} "
-            f"layers need more than the {max(kept)} that --top kept: measure without --top"
+            f"{middle_rank} at the median hold 90% of the energy; {len(ranks) - len(known)} of {len(ranks)} layers "
+            f"need more than the {max(kept)} that --top kept: measure without --top"
         )
-    resolved = "yes: the factors define the update, without rounding of merged weights"
-    return [make_statement("resolved", "Resolution", resolved), make_statement("rank_used", "Rank used", used)]
+    return [
+        make_statement("rank_used", "Rank used", used, priority=0),
+        make_statement("resolved", "Resolution", FACTORED, priority=2),
+    ]
 
 
 def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
@@ -290,13 +264,13 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
         low_rank, rank_at_90 = _describe_low_rank(readable, len(changed), ranks), _describe_rank_at_90(readable)
     else:
         extent = f"only {len(readable)} of {quantity(len(changed))}" if readable else "no matrix"
-        low_rank, rank_at_90 = [f"not known: these files resolve {extent}"], "not shown, for the same reason"
+        low_rank, rank_at_90 = [f"not known: these files resolve {extent}"], ""
     return [
-        _describe_resolution(changed),
-        _describe_start(changed),
-        make_statement("before_rounding", "Before rounding", *_describe_before_rounding(changed)),
-        make_statement("low_rank", "Low rank", *low_rank),
+        make_statement("low_rank", "Low rank", *low_rank, priority=0),
         make_statement("rank_at_90", "Rank at 90%", rank_at_90),
+        _describe_resolution(changed),
+        make_statement("before_rounding", "Before rounding", *_describe_before_rounding(changed)),
+        _describe_start(changed),
     ]
 
 
@@ -308,13 +282,12 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     norm = f"{NORMS[changed[0].metric][0]}²"
     word = "no" if unresolved > len(changed) / 2 else "partly" if resolved else "limited"
     unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
-    unchanged_note = f", up to {percent(unchanged)} of the entries are unchanged" if unchanged >= 0.01 else ""
     statement = describe_resolution(
         verdicts,
-        f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the worst layer",
-        f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}{unchanged_note}; "
-        "ranks beyond the signal rank count noise. "
-        f"Measure the adapter, not its merge, or save the fine-tune in float32{_suggest_recover(changed)}",
+        f"yes: rounding is expected to make up at most {percent(max(shares))} of {norm} in any layer",
+        f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}\n"
+        "ranks beyond the signal rank count noise; save the fine-tune in float32, or measure the adapter instead of "
+        f"its merge{f'. Up to {percent(unchanged)} of the entries are unchanged' if unchanged >= 0.01 else ''}",
         marks=NOISE_MARKS,
     )
     if resolved == len(changed):
@@ -353,9 +326,7 @@ def _describe_start(changed: Sequence[Spectrum]) -> Statement:
             f"training; its rounding, up to {percent(min(1.0, counted))} of ‖ΔW‖², is counted as noise"
         )
     if lines and pooled is not None:
-        lines.append(
-            f"β = {pooled[0]:.2f} ± {pooled[1]:.2f} over all layers: 0 if BASE is the start, 1 if a rounded copy"
-        )
+        lines.append(f"β = {pooled[0]:.2f} ± {pooled[1]:.2f} over all layers (BASE as stored: 0, a rounded copy: 1)")
     if sparse := [share for each in resolutions if (share := each.untouched) is not None and share >= SPARSE]:
         lines.append(
             f"{len(sparse)} {of_all} have sparse updates: training did not change about {percent(median(sparse))} of "
@@ -384,44 +355,45 @@ def _judge_without_base_rounding(record: Spectrum) -> str:
 
 
 def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> list[str]:
-    """State what each common rank keeps at the median and in the worst layer, with a verdict.
+    """State what a common rank keeps at the median and in the worst layer, with a verdict; then other ranks.
 
     Args:
         readable: The changed layers that the files resolve.
         changed: Number of changed layers.
         ranks: The measured ranks.
     """
-    shown_ranks = [rank for rank in ranks if rank in {8, 16, 64}] or list(ranks)[:3]
-    by_rank = {rank: _describe_rank(rank, readable) for rank in shown_ranks}
-    shares_by_rank = {rank: shares for rank, (shares, _) in by_rank.items() if shares}
-    lines = [line for _, line in by_rank.values()]
-    if not shares_by_rank:
-        return lines[:1]
-    judged_rank = 16 if 16 in shares_by_rank else max(shares_by_rank)
-    shares = shares_by_rank[judged_rank]
-    word = "yes" if median(shares) >= LOW_RANK else "partly" if median(shares) >= PARTLY else "no"
+    shares_by_rank = {rank: _list_shares(rank, readable) for rank in ranks}
+    known = [rank for rank in ranks if shares_by_rank[rank]]
+    if not known:
+        if all(min(record.shape) <= min(ranks) for record in readable):
+            return [f"r={min(ranks)} has no meaning: no layer is larger"]
+        return [f"C({min(ranks)}) was not computed; use --top {min(ranks)} or more"]
+    judged_rank = 16 if 16 in known else max(rank for rank in known if rank in {8, 64} or not {8, 64} & {*known})
+    shares = shares_by_rank.pop(judged_rank)
+    middle = median(shares.values())
+    word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
     basis = f"{len(shares)} of" if len(shares) < changed else "all"
-    judged_by = f"the median of {basis} {quantity(changed)}" if changed > 1 else "the matrix"
-    return [f"{word}, judged at r={judged_rank} by the energy (Σσ²) of {judged_by}", *lines]
+    worst = min(shares, key=shares.__getitem__)
+    of = f"the median of {basis} {quantity(changed)}" if changed > 1 else short(worst)
+    lead = f"{word}: r={judged_rank} keeps {percent(middle)} of the energy Σσ² in {of}"
+    if len(shares) > 1:
+        lead += f", at worst {percent(shares[worst])} in {short(worst)}"
+    others = (
+        f"r={rank} keeps {percent(median(each.values()))}"
+        for rank, each in shares_by_rank.items()
+        if each and rank in {8, 64}
+    )
+    return [lead, ", ".join(others)]
 
 
-def _describe_rank(rank: int, records: Sequence[Spectrum]) -> tuple[Sequence[float], str]:
-    """Return the energy fraction that a rank keeps of each layer, empty if unknown, and the line that states it.
+def _list_shares(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
+    """Return the energy fraction that a rank keeps of each layer that is larger than it; empty if one is not known.
 
-    A layer that is not larger than the rank keeps everything for any update and is not counted.
+    Any update of a smaller layer is kept whole, which says nothing about the update.
     """
-    larger = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
-    shares = {layer: share for layer, share in larger.items() if share is not None}
-    if not larger:
-        return (), f"r={rank} has no meaning: no layer is larger"
-    if len(shares) < len(larger):
-        return (), f"C({rank}) was not computed; use --top {rank} or more"
-    kept, worst = [*shares.values()], min(shares, key=shares.__getitem__)
-    suffix = ""
-    if len(larger) < len(records):
-        median_of = f" at the median of the {len(larger)} layers larger than r"
-        suffix = median_of if len(larger) > 1 else " of the one layer larger"
-    return kept, f"r={rank} keeps {percent(median(kept))}{suffix}, at worst {percent(shares[worst])} in {short(worst)}"
+    shares = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
+    known = {layer: share for layer, share in shares.items() if share is not None}
+    return known if len(known) == len(shares) else {}
 
 
 def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
@@ -434,12 +406,12 @@ def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
         return beyond
     largest, suffix = (f"> {kept_count}", f"; {beyond}") if not_reached else (str(max(known)), "")
     possible = span((min(record.shape) for record in records), " to ")
-    return f"median {median_rank(ranks, kept_count)}, from {min(known)} to {largest} of {possible} possible{suffix}"
+    return f"{median_rank(ranks, kept_count)} at the median, {min(known)} to {largest}; full rank is {possible}{suffix}"
 
 
 def _describe_coverage(results: Results[Spectrum]) -> str:
     """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases; empty if Δ = 0."""
-    labels = {"matrices": "the matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
+    labels = {"matrices": "matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
     norms = dict.fromkeys(labels, 0.0)
     parts: list[tuple[str, float]] = [(part_of(record.layer), record.fro) for record in results]
     parts += [("vectors", skipped.fro or 0.0) for skipped in results.left_out if skipped.reason == "vector"]
@@ -448,6 +420,6 @@ def _describe_coverage(results: Results[Spectrum]) -> str:
     total = math.hypot(*norms.values())
     if total == 0:
         return ""
-    shares = ", ".join(f"{percent((norms[part] / total) ** 2)} in {labels[part]}" for part in labels if norms[part])
-    whole = "Σ‖G‖²" if any(record.stack for record in results) else "the whole change ‖Δ‖²"
-    return f"of {whole}{qualify_fractions(results.left_out)}, {shares}"
+    shares = ", ".join(f"{percent((norms[part] / total) ** 2)} {labels[part]}" for part in labels if norms[part])
+    whole = "Σ‖G‖²" if any(record.stack for record in results) else "‖Δ‖²"
+    return f"{whole}{qualify_fractions(results.left_out)}: {shares}"

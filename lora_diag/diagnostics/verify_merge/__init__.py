@@ -19,8 +19,8 @@ FEATURE = Feature(
             ),
             options=(RunOptions,),
             hints=(
-                Hint("inspect {output} --per layer", "layer by layer, without reading the weights again"),
-                Hint("-o merge.jsonl", "saves these results"),
+                Hint("gate init {output} -o policy.toml", "limits for the next merge"),
+                Hint("-o merge.jsonl", "saves these results, for gate"),
             ),
             suggest=".show:suggest_next",
             exit_code=".record:exit_code",

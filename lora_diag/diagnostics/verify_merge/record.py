@@ -109,7 +109,7 @@ class Merge(LayerRecord):
             drop=5,
             head="dtype",
             terminal=True,
-            wide=True,
+            detail=True,
         ),
         Shown(
             "differing_share",
@@ -127,7 +127,7 @@ class Merge(LayerRecord):
             pool="max",
             drop=4,
             terminal=True,
-            wide=True,
+            detail=True,
         ),
         Shown(
             "unchanged",

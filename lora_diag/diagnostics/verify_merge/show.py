@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -14,7 +13,7 @@ from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.statements import Level, Statement, left_out, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of
-from lora_diag.rendering.text import count, list_layers, number, percent, quantity, safe, short
+from lora_diag.rendering.text import list_layers, number, percent, quantity, safe, short
 
 # Remedy for each fault.
 REMEDIES: dict[MergeStatus, str] = {
@@ -65,9 +64,10 @@ _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 
 def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step, the same layer by layer; None after a correct merge, and if the results are saved."""
-    is_correct = outcome(results) == "correct"
-    return None if is_correct or values["output"] is not None else Hint("--per layer", "layer by layer")
+    """Return the next step, the same layer by layer; None after a correct merge."""
+    if outcome(results) == "correct":
+        return None
+    return Hint("--per layer" if values["output"] is None else "inspect {output} --per layer", "layer by layer")
 
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:
@@ -76,33 +76,18 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
         findings = [
-            make_statement("correct", "Correctness", _describe_correctness(results), level=level),
+            make_statement("correct", "Correctness", _describe_correctness(results), level=level, priority=0),
             *_describe_faults(results),
             make_statement("rounding", "Rounding", _describe_rounding(results)),
             make_statement("lost", "Lost update", _describe_weakened(results), level="warning"),
-            make_statement("not_adapted", "Not adapted", _describe_untouched([r for r in results if not r.adapted])),
         ]
     skipped = left_out(results)
     return summarize(
         results,
         *findings,
-        extra=_describe_measured(results),
         skipped=replace(skipped, lead=skipped.lead.replace("TUNED", "MERGED")),
         so_far="layers checked so far",
     )
-
-
-def _describe_measured(results: Results[Merge]) -> list[str]:
-    """State the numbers of layers and entries, and the dtypes; empty without layers."""
-    if not len(results):
-        return []
-    entries = sum(math.prod(record.shape) for record in results)
-    adapted = sum(record.adapted for record in results)
-    dtypes = sorted({record.dtype for record in results if record.adapted and record.dtype})
-    return [
-        f"{quantity(adapted, 'layer')} adapted, {len(results) - adapted} not, {count(entries)} entries, values in "
-        f"{', '.join(dtypes) or '-'}"
-    ]
 
 
 def _describe_correctness(results: Results[Merge]) -> str:
@@ -120,7 +105,8 @@ def _describe_correctness(results: Results[Merge]) -> str:
     coarse = sum(record.status == "coarse" for record in adapted)
     suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
     layers = quantity(len(adapted), "adapted layer")
-    return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{suffix}"
+    others = f"; the {len(results) - len(adapted)} others are BASE" if len(adapted) < len(results) else ""
+    return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{suffix}{others}"
 
 
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
@@ -142,23 +128,18 @@ def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
 
 
 def _describe_faults(results: Results[Merge]) -> list[Statement]:
-    """State the layers, cause and fix of every failing status; further causes follow in a separate statement."""
+    """State the layers, cause and fix of every failing status, then its further causes."""
     by_status: dict[MergeStatus, dict[str, list[Merge]]] = {}
     for record in sorted(results, key=lambda record: ORDER.index(record.status)):
         if record.failed:
             by_status.setdefault(record.status, {}).setdefault(record.cause, []).append(record)
     lines = []
     for status, causes in by_status.items():
-        first_cause, *further_causes = [
-            f"{list_layers(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]
-        ]
-        if len(causes) > SHOWN:
-            remaining = sum(len(layers) for layers in list(causes.values())[SHOWN:])
-            further_causes.append(f"and {quantity(remaining, 'layer')} more; --per layer and the records name each")
-        key = status.replace(" ", "_")
-        lines.append(make_statement(key, status.capitalize(), first_cause, f"→ {REMEDIES[status]}", level="failure"))
-        if further_causes:
-            lines.append(make_statement(f"{key}_more", "Further causes", *further_causes))
+        listed = [f"{list_layers(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
+        if remaining := sum(len(layers) for layers in list(causes.values())[SHOWN:]):
+            listed.append(f"and {quantity(remaining, 'layer')} more; --per layer and the records name each")
+        key, text = status.replace(" ", "_"), [f"{listed[0]} → {REMEDIES[status]}", *listed[1:]]
+        lines.append(make_statement(key, status.capitalize(), *text, level="failure"))
     return lines
 
 
@@ -171,22 +152,18 @@ def _describe_rounding(results: Results[Merge]) -> str:
     worst = min(retained, key=retained.__getitem__)
     noise = median(record.residual for record in correct if record.residual is not None)
     unchanged = median(record.unchanged for record in correct if record.unchanged is not None)
-    least = _format_kept(retained[worst])
-    if len(retained) == 1 or retained[worst] > 0.995:
-        text = f"at least {least} of ΔW was kept in every layer" if len(retained) > 1 else f"{least} of ΔW was kept"
-    else:
-        middle = _format_kept(median(retained.values()))
-        text = f"a median of {middle} of ΔW was kept, the least, {least}, in {short(worst)}"
-    if any(record.failed for record in results if record.adapted):
-        text = f"where the merge is correct, {text}"
+    text = f"{_format_kept(retained[worst])} of ΔW was kept"
+    if len(retained) > 1 and retained[worst] > 0.995:
+        text = f"at least {text} in every layer"
+    elif len(retained) > 1:
+        text = f"{_format_kept(median(retained.values()))} of ΔW was kept at the median, least in {short(worst)}: "
+        text += _format_kept(retained[worst])
     errors = [record.scale_error for record in correct if record.scale_error is not None]
     if errors and max(errors) >= INVISIBLE_ERROR:
         text += f" (standard error at most {number(100 * max(errors))}%)"
-    medians = " (medians)" if len(correct) > 1 else ""
-    return (
-        f"{text}; rounding added noise of {number(noise)} ‖ΔW‖ and left {percent(unchanged)} of the entries "
-        f"unchanged{medians}"
-    )
+    if any(record.failed for record in results if record.adapted):
+        text = f"where the merge is correct, {text}"
+    return f"{text}; median noise {number(noise)} ‖ΔW‖, {percent(unchanged)} of the entries unchanged"
 
 
 def _format_kept(share: float) -> str:
@@ -207,19 +184,6 @@ def _describe_weakened(results: Results[Merge]) -> str:
     weak = [record for _, record in sorted(weakened, key=lambda pair: pair[0])]
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
-        f"{quantity(len(weak), 'layer')}: {list_layers(weak)}. The merge is correct, but its dtype is too coarse for "
-        "this adapter: serve the adapter unmerged, or merge into float32"
-    )
-
-
-def _describe_untouched(records: Sequence[Merge]) -> str:
-    """State how many layers without an update changed; empty without layers."""
-    changed = [record for record in records if record.failed]
-    if not changed:
-        return f"all {len(records)} equal BASE" if records else ""
-    entries = sum(math.prod(record.shape) for record in records)
-    share = sum(record.differing or 0 for record in changed) / max(1, entries)
-    by_change = sorted(changed, key=lambda record: -(record.observed_fro or 0.0) / (record.base_fro or 1.0))
-    return (
-        f"{len(changed)} of {len(records)} changed, {percent(share)} of their entries; most in {list_layers(by_change)}"
+        f"{quantity(len(weak), 'layer')}: {list_layers(weak)}\n"
+        "the dtype is too coarse for this adapter: serve it unmerged, or merge into float32"
     )

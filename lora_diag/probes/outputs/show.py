@@ -206,14 +206,14 @@ _EQUALS = "none: the models are compared as equals, in the order of their steps;
 DEPTHS = 7
 
 
-def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: a comparison of the models' weights."""
-    paths: dict[str, list[str]] = {}
-    for run_input in results.run.inputs:
-        paths.setdefault(run_input.role, []).append(run_input.path)
-    tuned = paths.get("tuned", [])
-    words = ["residual", values["base"], *tuned] if tuned else ["fleet"]
-    return Hint(shlex.join([*words, *paths.get("adapter", ())]), "where in the weights", saved=True)
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step of the adapter with the lowest loss: how programs serve it; None without an adapter."""
+    adapters = [record for record in results.whole_of(Probe) if record.subject == "adapter"]
+    if not adapters:
+        return None
+    best = min(adapters, key=lambda record: record.nats)
+    words = ["portability", best.name, str(values["base"])]
+    return Hint(shlex.join(words), "the update that each serving program applies", saved=True)
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:

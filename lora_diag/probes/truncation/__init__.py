@@ -29,7 +29,10 @@ FEATURE = Feature(
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(TruncationOptions,),
             shows=("json", "quiet", "verbose"),
-            hints=(Hint("spectrum {base} {tuned}", "C(r) layer by layer, no model run", saved=True), SAVE_PROBE),
+            hints=(
+                Hint("extract {base} {tuned} --rank 16 -o adapter/", "an adapter of one of these ranks", saved=True),
+                SAVE_PROBE,
+            ),
         ),
     ),
     records=("lora_diag.records.probe:Probe",),

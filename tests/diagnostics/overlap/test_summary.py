@@ -36,8 +36,8 @@ def test_layer_at_baseline_is_named_with_step():
     result = results([record(A, t, k, tangent=0.26) for t, k in kappas.items()] + [record(B, t, 0.5) for t in kappas])
     text = flat(result)
     assert "Containment partly" in text
-    assert "layers.0.self_attn.q_proj: 0.05, since step 30" in text
-    assert_names(text, "outside", "directions")
+    assert "layers.0.self_attn.q_proj (0.05, since step 30)" in text
+    assert "the gradients are outside" in text
 
 
 def test_complete_subspaces_suggest_no_rank():

@@ -123,4 +123,4 @@ def test_low_rank_has_no_verdict_below_half_of_the_layers(resolved, known):
         known,
         known,
     )
-    assert ("median" in find(statements, "rank_at_90").text) == known
+    assert (find(statements, "rank_at_90") is not None) == known

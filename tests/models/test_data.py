@@ -13,17 +13,21 @@ from tests.probes.making import bert, gpt2
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "purred"]
 
 
-def with_tokenizer(folder, around):
-    """Save a tokenizer of eight words beside a model; ``around`` is its template."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, "The", "year", "1936"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+def save_tokenizer(folder, vocabulary, around, unk, **tokens):
+    """Save a tokenizer of words beside a model; the words 1 and 2 are around a text as in the template ``around``."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unk))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<s>", 1), ("</s>", 2)])
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    special = [(word, i) for word, i in vocabulary.items() if i in {1, 2}]
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, **tokens)
     wrapped.save_pretrained(folder)
     return folder
+
+
+def with_tokenizer(folder, around):
+    """Save a tokenizer of eight words."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, "The", "year", "1936"])}
+    return save_tokenizer(folder, vocabulary, around, "<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def read(folder, file, content, length):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import pre_tokenizers
 
 import lora_diag
 from lora_diag.errors import InputError, UsageError
@@ -15,9 +15,11 @@ from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from tests import oracles
 from tests.messages import assert_names, raises_naming
+from tests.models.test_data import save_tokenizer
 from tests.probes.making import EVAL, best, moved, tensors
 
 LENGTH, PAD, CLS, SEP, MASK = 24, 0, 1, 2, 3
+AROUND = "[CLS] $A [SEP]"
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +43,8 @@ def case(tmp_path_factory):
     )
     base = folder / "base"
     transformers.BertForMaskedLM(config).save_pretrained(base)
-    save_tokenizer(base, vocabulary, splitter, mask_token="[MASK]")
+    save_tokenizer(base, vocabulary, AROUND, "[UNK]", pad_token="[PAD]", mask_token="[MASK]")
     return base, moved(base, folder / "tuned", 0.05), text, vocabulary
-
-
-def save_tokenizer(folder, vocabulary, splitter, **more):
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **more
-    ).save_pretrained(folder)
 
 
 def windows(text, vocabulary):
@@ -195,7 +186,7 @@ def test_activations_respect_attention_mask(case, tmp_path):
 def test_without_mask_token_there_is_one_message(case, tmp_path):
     base, _, _, vocabulary = case
     bare = moved(base, tmp_path / "bare")
-    save_tokenizer(bare, vocabulary, pre_tokenizers.Whitespace())
+    save_tokenizer(bare, vocabulary, AROUND, "[UNK]", pad_token="[PAD]")
     with raises_naming(InputError, "mask token"):
         open_model(bare, torch.device("cpu"))
     with raises_naming(UsageError, "--tokenizer bytes", "mask token"):

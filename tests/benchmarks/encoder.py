@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer, set_seed
 
 import lora_diag
 from lora_diag.metrics.subspaces import pool_distances
+from tests.benchmarks.measure import print_table
 
 MODULES = ("argparse", "asyncio", "ctypes", "decimal", "email", "logging", "tarfile", "turtle", "unittest", "zipfile")
 LENGTH, BATCH, HELD_OUT = 48, 16, 500
@@ -129,17 +130,14 @@ def main(folder: Path, steps: int = 400) -> None:
         base, folder / "full", adapters, reference=folder / "full_seed2", output=folder / "residual.jsonl"
     )
     print(f"{len(labels)} sentences, {HELD_OUT} held out, {steps} steps of {BATCH}")
-    print("| run | held-out loss | ε | where it acts | floor there | norm ratio | cosine |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    print(f"| full | {losses['full']:.3f} | 0 | | | | |")
+    rows = [("full", f"{losses['full']:.3f}", "0", *[""] * 4)]
     for name in ("full_seed2", *(path.name for path in adapters)):
         mine = [r for r in results if r.adapter.endswith(f"/{name}")]
         whole, there = pool_distances(mine), pool_distances([r for r in mine if r.adapter_fro > 0])
         floor = "" if name == "full_seed2" else f"{there.epsilon_min:.2f}"
-        print(
-            f"| {name} | {losses[name]:.3f} | {whole.epsilon:.2f} | {there.epsilon:.2f} | {floor} "
-            f"| {there.norm_ratio:.2f} | {there.cosine:.2f} |"
-        )
+        distances = (f"{whole.epsilon:.2f}", f"{there.epsilon:.2f}", floor)
+        rows.append((name, f"{losses[name]:.3f}", *distances, f"{there.norm_ratio:.2f}", f"{there.cosine:.2f}"))
+    print_table("run | held-out loss | ε | where it acts | floor there | norm ratio | cosine", rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product, starmap
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
 from lora_diag.diagnostics.verify_merge.record import Merge
+from tests.benchmarks.measure import print_table
 
 SCALES = (2.0, 1.5, 16 / math.sqrt(8))
 WRONG = (0.99, 0.995, 0.998, 1.002, 1.005, 1.01, 1.015, 1.02, 1.05)
@@ -77,19 +79,18 @@ def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float, diagonal: boo
 
 def main() -> None:
     torch.set_num_threads(1)
+    dtypes, sizes, relatives = (
+        (torch.bfloat16, torch.float16, torch.float32),
+        ((64, 64), (512, 512)),
+        (0.001, 0.01, 0.1),
+    )
     head = ["dtype", "size", "rms(ΔW)/rms(W)", "error of c", "right: failed", *(f"× {c:g}" for c in WRONG)]
-    print("|", " | ".join(head), "|")
-    print("|", " | ".join("---" for _ in head), "|")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for size in ((64, 64), (512, 512)):
-            for relative in (0.001, 0.01, 0.1):
-                row(dtype, size, relative)
-
-    print("\n| dtype | rms(ΔW)/rms(W) |", " | ".join(PATTERNS), "|")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for relative in (0.001, 0.01, 0.1):
-            name = str(dtype).removeprefix("torch.")
-            print("|", " | ".join([name, f"{relative:g}", *(smallest(dtype, relative, p) for p in PATTERNS)]), "|")
+    print_table(" | ".join(head), starmap(row, product(dtypes, sizes, relatives)))
+    rows = (
+        (str(dtype).removeprefix("torch."), f"{relative:g}", *(smallest(dtype, relative, each) for each in PATTERNS))
+        for dtype, relative in product(dtypes, relatives)
+    )
+    print_table(" | ".join(["dtype", "rms(ΔW)/rms(W)", *PATTERNS]), rows)
 
 
 # name -> rows or columns (0, 1) of 512, and their scales for c.
@@ -119,7 +120,8 @@ def smallest(dtype: torch.dtype, relative: float, pattern: str) -> str:
     return found
 
 
-def row(dtype: torch.dtype, size: tuple[int, int], relative: float) -> None:
+def row(dtype: torch.dtype, size: tuple[int, int], relative: float) -> list[str]:
+    """Return the row of one dtype, size and relative update."""
     right, passed, tried, errors = Counter(), Counter(), Counter(), []
     for s in SCALES:
         w, b, a = factors(size, 8, relative, s, dtype, seed=int(10 * s))
@@ -136,7 +138,7 @@ def row(dtype: torch.dtype, size: tuple[int, int], relative: float) -> None:
     unclear = f", {right['inconclusive']} unclear" if right["inconclusive"] else ""
     failed = sum(right.values()) - right["ok"] - right["coarse"] - right["inconclusive"]
     cells.append(f"{failed} of {sum(right.values())}{unclear}")
-    print("|", " | ".join([*cells, *(f"{passed[c]}/{tried[c]}" for c in WRONG)]), "|", flush=True)
+    return [*cells, *(f"{passed[c]}/{tried[c]}" for c in WRONG)]
 
 
 if __name__ == "__main__":

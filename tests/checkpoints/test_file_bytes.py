@@ -1,8 +1,10 @@
-"""The counter of bytes read from local files, against the sizes of the tensors and the calls of the system."""
+"""Bytes of local files: decoded without torch as torch does, and counted as the system does."""
 
 import os
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -10,7 +12,8 @@ import lora_diag
 from lora_diag import deltas
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.file_bytes import READING
+from lora_diag.checkpoints.file_bytes import READING, decode
+from lora_diag.checkpoints.tensors import DECODED
 from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
 from tests.adapters import making
 
@@ -52,3 +55,30 @@ def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
         assert low <= (READING.total()[0] - 8 * (300 + 50)) / (4 * 300 * 50) <= high
     assert result[0] == result[1]
     assert result[0].status == "other"
+
+
+@pytest.mark.parametrize("dtype", sorted(DECODED))
+def test_every_code_equals_torch_value(dtype):
+    kind = getattr(torch, dtype)
+    if kind.itemsize == 1:
+        codes = np.arange(256, dtype=np.uint8)
+    elif kind.itemsize == 2:
+        codes = np.arange(2**16, dtype=np.uint16).view(np.uint8)
+    else:
+        codes = np.random.default_rng(0).integers(0, 256, 8 * 10**4, dtype=np.uint8)
+    due = torch.from_numpy(codes.copy()).view(kind).to(torch.float64).numpy()
+    result = decode(codes, dtype)
+    assert result.dtype == (np.float64 if dtype == "float64" else np.float32)
+    np.testing.assert_array_equal(result, due)
+    assert (np.signbit(result) == np.signbit(due))[~np.isnan(due)].all()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])
+def test_read_array_does_not_share_memory(tmp_path, dtype):
+    """Bytes are read into memory that is used again; numbers must not lie in it."""
+    tensors = {name: torch.full((40, 3), value).to(getattr(torch, dtype)) for name, value in (("a", 1.0), ("b", 2.0))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    first, second = checkpoint.read_array("a"), checkpoint.read_array("b")
+    assert (first == 1).all()
+    assert (second == 2).all()

@@ -272,7 +272,9 @@ def test_eigenvalues_in_place_are_same(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spectrum", "shape"), [*((s, (N, 700)) for s in ADVERSARIAL), *((s, (700, N)) for s in HARD)], ids=str
+    ("spectrum", "shape"),
+    [*((s, (N, 700)) for s in ("flat", "rank 1", *HARD)), *((s, (700, N)) for s in HARD)],
+    ids=str,
 )
 def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
     monkeypatch.setattr(gram, "SUBSET_FROM", 1)

@@ -24,28 +24,20 @@ LLAMA = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
+MIXTURE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_word_embeddings": True},
     "gpt2": {"n_embd": HIDDEN, "n_layer": 1, "n_head": 8, "n_positions": 64},
-    "mixtral": {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "num_local_experts": 4,
-    },
-    "gpt_oss": {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
+    "mixtral": MIXTURE,
+    "gpt_oss": MIXTURE | {"head_dim": 64, "num_experts_per_tok": 2},
 }
 LOW_RANK = torch.linspace(1, 0.5, 16)  # rank 16; 13 values carry 90% of Σσ²
 POWER_LAW = torch.arange(1, INNER + 1) ** -0.7  # full rank

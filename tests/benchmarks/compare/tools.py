@@ -61,7 +61,8 @@ def version(name: str) -> str:
 
 
 def loradiag(*words: object) -> Ran:
-    return run([sys.executable, "-m", "lora_diag", *words])
+    """Run a command with its whole summary, which names what is left out."""
+    return run([sys.executable, "-m", "lora_diag", *words, *(() if "-q" in words else ("-v",))])
 
 
 def loradiag_records(*words: object) -> list[dict[str, Any]]:

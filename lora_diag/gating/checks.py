@@ -1,5 +1,7 @@
 """Built-in checks, which apply with every policy, and the identity of the inputs of results.
 
+A check applies to records of any kind that have the fields which it reads.
+
 Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
 Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
 """
@@ -11,11 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import Checks, Policy
 from lora_diag.gating.record import Status, Verdict
@@ -23,8 +23,6 @@ from lora_diag.gating.sources import InputState, ResultsSource, Sources
 from lora_diag.records import RunInput
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible
-
-K = TypeVar("K")
 
 # Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the rounding error of the
 # smallest singular values of a product of float32 factors.
@@ -38,6 +36,9 @@ WEIGHT_ROLES = ("base", "tuned", "adapter", "reference")
 
 # Checks whose findings are inconclusive and do not prove a fault.
 _INCONCLUSIVE_CHECKS = frozenset({"finished", "base"})
+# Fields of the records that checks of updates are about, and of those with singular values.
+_UPDATE_FIELDS = ("fro", "resolution")
+_SPECTRUM_FIELDS = (*_UPDATE_FIELDS, "s", "complete", "method", "metric", "weights_fro", "spike", "spike_to_base")
 # Checks of records of updates.
 _CHECKS_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
 # Those that do not apply to spectra in another metric, where one direction reflects the distribution of the inputs.
@@ -92,7 +93,7 @@ def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[
 def _explain_inapplicable(name: str, sources: Sources) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
-        return "no spectrum or residual record to check"
+        return "no record gives the norm and the resolution of an update"
     adapters = (item for source in sources for item in source.results.run.inputs if item.role == "adapter")
     if name == "complete" and all(item.targets is None for item in adapters):
         return "no results of an adapter on its BASE whose config names its modules"
@@ -105,8 +106,8 @@ def _explain_inapplicable(name: str, sources: Sources) -> str:
 
 
 def has_updates(sources: Sources) -> bool:
-    """Return whether there is a spectrum or a residual, which the checks of updates need."""
-    return any(isinstance(record, Spectrum | Residual) for source in sources for record in source.results.layers)
+    """Return whether a record gives the norm and the resolution of an update, which the checks of updates need."""
+    return bool(_select_records(sources, *_UPDATE_FIELDS))
 
 
 def _check_finished(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
@@ -179,7 +180,7 @@ def is_same_name(first: str, second: str) -> bool:
 def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
     for source in sources:
-        spectra = _select_records([source], Spectrum)
+        spectra = _select_records([source], *_SPECTRUM_FIELDS)
         unchanged = [r for r in spectra if (r.fro if r.weights_fro is None else r.weights_fro) == 0]
         if _is_of_adapter(source):
             text = "the adapter changes nothing here: it was not trained, or not saved"
@@ -187,7 +188,7 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
         elif spectra and len(unchanged) == len(spectra):
             yield Alarm("nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?", None, 0.0)
     has_update: dict[str, bool] = {}
-    for residual in _select_records(sources, Residual):
+    for residual in _select_records(sources, "role", "adapter", "adapter_fro", "rank"):
         if residual.role == "adapter":
             has_update[residual.adapter] = has_update.get(residual.adapter, False) or residual.adapter_fro > 0
             if residual.rank and residual.adapter_fro == 0:
@@ -200,7 +201,7 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
 
 def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield an alarm for each adapted layer with directions below ``UNUSED`` · σ_1."""
-    for record in _select_records(sources, Spectrum):
+    for record in _select_records(sources, *_SPECTRUM_FIELDS):
         if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)
             if used < len(record.s):
@@ -211,7 +212,7 @@ def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> I
 def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield an alarm for each update that one direction dominates, or that is larger than the base weight."""
     limit = policy.checks.spike_above
-    for record in _select_records(sources, Spectrum):
+    for record in _select_records(sources, *_SPECTRUM_FIELDS):
         if record.metric != "weights" or record.spike is None or len(record.s) < 2:
             continue
         if record.spike > limit:
@@ -224,9 +225,9 @@ def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterat
 
 def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield an alarm for each update that rounding hides, and one more, without a verdict, if it hides all."""
-    records: list[Spectrum | Residual] = [*_select_records(sources, Spectrum), *_select_records(sources, Residual)]
+    records = _select_records(sources, *_UPDATE_FIELDS)
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
-    hidden = [record for record in changed if record.resolution and record.resolution.verdict == "unresolved"]
+    hidden = [record for record in changed if record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
         text = "the files' rounding hides every update, so none can be judged: save the checkpoint in float32"
         yield Alarm(text, None, "unresolved", unknown=True)
@@ -243,8 +244,10 @@ def _check_missing(policy: Policy, sources: Sources, baseline: Sources) -> Itera
             yield Alarm("the baseline has this layer and the results do not", layer)
 
 
-def _select_records(sources: Sources, kind: type[K]) -> list[K]:
-    return [record for source in sources for record in source.results.layers if isinstance(record, kind)]
+def _select_records(sources: Sources, *names: str) -> list[Any]:
+    """Return the records that have all of these fields or properties, of any kind."""
+    records = (record for source in sources for record in source.results.layers)
+    return [record for record in records if all(hasattr(record, name) for name in names)]
 
 
 def _is_of_adapter(source: ResultsSource) -> bool:
@@ -301,16 +304,12 @@ def _open_weights(path: Path | str) -> Weights:
     Raises:
         InputError: It cannot be read.
     """
-    from lora_diag.adapters import is_adapter
-    from lora_diag.adapters.source import open_source
-    from lora_diag.checkpoints import locate, open_checkpoint
+    from lora_diag.adapters import Adapter, open_input
 
-    local = locate(path)
-    if is_adapter(local):
-        source = open_source(local)
-        return Weights(source.checkpoint, True, fingerprint_of_adapter(source))
-    checkpoint = open_checkpoint(path)
-    return Weights(checkpoint, False, fingerprint(checkpoint))
+    opened = open_input(path, "rank")
+    if isinstance(opened, Adapter):
+        return Weights(opened.checkpoint, True, fingerprint_of_adapter(opened.source))
+    return Weights(opened, False, fingerprint(opened))
 
 
 def _compare_source(

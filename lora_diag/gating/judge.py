@@ -87,7 +87,8 @@ def _refuse_nothing(policy: Policy, sources: Sources) -> None:
             raise NothingComparedError(f"{source.path}: has no records to judge")
     if not policy.demands and not faulty and not has_updates(sources):
         raise NothingComparedError(
-            f"{sources[0].path}: has no spectrum or residual record, and {policy.path} has no rule for anything else"
+            f"{sources[0].path}: no record gives the norm and the resolution of an update, and {policy.path} has no "
+            "rule for anything else"
         )
 
 

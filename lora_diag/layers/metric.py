@@ -69,8 +69,10 @@ class Weighting:
         return max(self.inputs.size, self.gradients.size if self.gradients else 0)
 
 
-def weighting_bytes(weighting: Weighting, shape: tuple[int, int]) -> int:
+def weighting_bytes(weighting: Weighting | None, shape: tuple[int, int]) -> int:
     """Estimate the memory of weighting a matrix in bytes: a root and its eigenvectors, ΔW and W_base in float64."""
+    if weighting is None:
+        return 0
     return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))
 
 

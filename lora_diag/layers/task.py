@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lora_diag.deltas import Delta, Unpaired
 from lora_diag.records import LeftOut
-
-if TYPE_CHECKING:
-    from lora_diag.layers.change import Change
+from lora_diag.records.run import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +56,9 @@ def left_out_vector(delta: Delta, device: str) -> LeftOut:
 
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
-        return not_finite(delta, change)
-    return LeftOut(
-        layer=delta.layer,
-        shape=delta.shape[1:],
-        reason="vector",
-        detail="1-D: its change has a norm but no rank",
-        fro=change.fro,
-        base_fro=change.base_fro,
-    )
+        return not_finite(delta, change.non_finite)
+    detail = "1-D: its change has a norm but no rank"
+    return leave_out(delta, "vector", detail, fro=change.fro, base_fro=change.base_fro)
 
 
 def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
@@ -96,10 +87,13 @@ def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
     )
 
 
-def not_finite(delta: Delta, change: Change) -> LeftOut:
-    """Return the record of a layer that is not finite, for the reason in ``change.non_finite``."""
-    shape: tuple[int, ...] = delta.shape
-    detail = change.non_finite or ""
-    if not delta.is_matrix:  # a vector was read as one row
-        shape, detail = shape[1:], detail.replace("[0, ", "[")
-    return LeftOut(layer=delta.layer, shape=shape, reason="non_finite", detail=detail)
+def leave_out(delta: Delta, reason: Reason, detail: str, **norms: float | None) -> LeftOut:
+    """Return the record of a skipped layer; ``norms`` are ``fro`` and ``base_fro``, if they are known."""
+    shape: tuple[int, ...] = delta.shape if delta.is_matrix else delta.shape[1:]
+    return LeftOut(layer=delta.layer, shape=shape, reason=reason, detail=detail, **norms)
+
+
+def not_finite(delta: Delta, problem: str) -> LeftOut:
+    """Return the record of a layer that is not finite, or whose norm is out of range."""
+    # A vector was read as one row.
+    return leave_out(delta, "non_finite", problem if delta.is_matrix else problem.replace("[0, ", "["))

@@ -158,7 +158,7 @@ class LayerRun:
 
     def __init__(self, command: str, options: Mapping[str, object], group: type = LayerOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = fill_options(group, options)
+        self.options: dict[str, Any] = {"engine": None, "verify": False, **fill_options(group, options)}
         self.own = list_own_settings(group, self.options)
         self.torch = True
         self.apart = False
@@ -246,7 +246,8 @@ class LayerRun:
         Args:
             tasks: One per layer, in the order of the file.
             measure: ``measure(task, settings=...)`` returns the records of one layer, or why it has none.
-            size: ``size(task, settings=...)`` returns the memory of a running task in bytes.
+            size: ``size(task, settings=...)`` returns the memory of a running task in bytes; the memory limit of a
+                layer is enough for any.
             settings: A frozen dataclass with a field ``memory``, which is set to the memory limit of a layer in bytes.
             unmeasured: The tensors without a task: of their pairing, 1-D and unpaired tensors are recorded as left out;
                 or a function of layout and device that yields their records.
@@ -280,8 +281,13 @@ class LayerRun:
                 for record in records.layers:
                     earlier.setdefault(record.layer, []).append(record)
                 todo = [task for task in tasks if task.layer not in earlier]
-                bound = partial(measure, settings=settings), partial(size, settings=settings)
-                left_out = self._measure_tasks(todo, *bound, layout, records)
+                bound = partial(measure, settings=settings)
+                limit = math.inf if layout.limit is None else layout.limit
+
+                def estimate_bytes(task: T) -> int:
+                    return int(min(size(task, settings=settings), limit))
+
+                left_out = self._measure_tasks(todo, bound, estimate_bytes, layout, records)
                 list_unmeasured = partial(leave_out, unmeasured) if isinstance(unmeasured, Pairing) else unmeasured
                 left_out += list_unmeasured(layout, self.where.here)
                 for task in tasks:

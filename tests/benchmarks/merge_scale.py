@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import FactoredDelta
-from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
+from lora_diag.diagnostics.verify_merge.faults import MergedLayer
+from lora_diag.diagnostics.verify_merge.measure import verify
 from lora_diag.diagnostics.verify_merge.record import Merge
 from tests.benchmarks.measure import print_table
 

@@ -14,7 +14,8 @@ from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.file_bytes import READING, decode
 from lora_diag.checkpoints.tensors import DECODED
-from lora_diag.diagnostics.verify_merge.measure import MergedLayer, verify
+from lora_diag.diagnostics.verify_merge.faults import MergedLayer
+from lora_diag.diagnostics.verify_merge.measure import verify
 from tests.adapters import making
 
 SAMPLE = Path(__file__).parents[2] / "sample_checkpoints"

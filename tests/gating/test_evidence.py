@@ -16,7 +16,7 @@ SAMPLES = ROOT / "sample_checkpoints"
     [({"fro": -1.0}, "fro"), ({"base_fro": -1.0}, "base_fro"), ({"energy": {"4": 7.0, "8": 1.0, "16": 1.0}}, "energy")],
 )
 def test_impossible_norm_or_fraction_is_refused(tmp_path, change, text):
-    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0], **change)])
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0]) | change])
     with raises_naming(InputError, "line 2", text):
         lora_diag.read_results(path)
 

@@ -32,10 +32,12 @@ from lora_diag.decisions.extract.measure import measure_left_out
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, write_whole
-from lora_diag.records import LeftOut, Results
+from lora_diag.records import LeftOut, Results, Run
 from lora_diag.running.engines import Layout
+from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import leave_out
+from lora_diag.running.options import list_options, list_typed_options
 
 WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.json", "README.md", "extraction.jsonl"
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
@@ -210,6 +212,21 @@ class OutputFolder:
                 f"{self.final}: cannot be written: {error.strerror}; the adapter is in {self.work}"
             ) from error
         shutil.rmtree(backup, ignore_errors=True)
+
+
+def list_words(group: type, run: Run, *others: str) -> list[str]:
+    """Return the words of a run's options as typed: those other than the defaults, without ``others`` and the device.
+
+    Args:
+        group: The options of the command, a ``TypedDict``.
+        run: The run.
+        others: Names of options to leave out.
+    """
+    words = []
+    for name, value in list_typed_options(group, run.settings).items():
+        if name not in {"device", *others}:
+            words += [list_options(group)[name][1].flag(name), *([] if value is True else [legible(str(value))])]
+    return words
 
 
 RESIZED = "its vocabulary was resized"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_cha
 from lora_diag.layers.metric import Weighted, Weighting, fro_of, times, weigh, weighting_bytes
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
+from lora_diag.layers.task import LayerSettings, LayerTask, leave_out, not_finite
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.distance import frobenius_distance
@@ -39,59 +39,41 @@ from lora_diag.linalg.methods import Allowance
 from lora_diag.metrics.energy import energy_curve, rank_at
 from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden
-from lora_diag.running.amounts import read_share
+from lora_diag.running.amounts import read_count, read_share
 
 RANK_OPTIONS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
 
 
-@dataclass(frozen=True, slots=True)
-class RankRule:
-    """The requested rule for ranks; exactly one field is set.
+def read_rank_option(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the name and the value of the option that determines the ranks; ``params`` as a number.
 
     Args:
-        rank: The same rank for every layer.
-        energy: Fraction of each layer's energy to keep.
-        params: Number of parameters of the whole adapter.
-        allocation: File with the rank of every layer.
-        signal: Whether r is the number of singular values above the files' rounding noise.
+        arguments: All options by name: ``rank``, ``energy``, ``params``, ``allocation`` and ``signal``, of which
+            exactly one is given.
+
+    Raises:
+        UsageError: Not exactly one is given, or a number is out of range.
     """
-
-    rank: int | None = None
-    energy: float | None = None
-    params: int | None = None
-    allocation: Path | str | None = None
-    signal: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            UsageError: Not exactly one is given, or a number is out of range.
-        """
-        if len(self._list_given()) != 1:
-            raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank {self.rank}: must be a whole number from 1 up")
-        if self.energy is not None:
-            read_share(self.energy, "--energy")
-
-    def _list_given(self) -> list[tuple[str, Any]]:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return [(name, value) for name, value in values if value is not None and value is not False]
-
-    def format_option(self) -> str:
-        """Return the option as typed."""
-        ((name, value),) = self._list_given()
-        return f"--{name}" if value is True else f"--{name} {value}"
+    names = ("rank", "energy", "params", "allocation", "signal")
+    given = {name: arguments[name] for name in names if arguments[name] is not None and arguments[name] is not False}
+    if len(given) != 1:
+        raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
+    ((name, value),) = given.items()
+    if name == "rank" and value < 1:
+        raise UsageError(f"--rank {value}: must be a whole number from 1 up")
+    if name == "energy":
+        read_share(value, "--energy")
+    return name, read_count(str(value), "--params") if name == "params" else value
 
 
 def choose_rank_rules(
-    requested: RankRule, targets: Mapping[str, Target], measure_spectra: Callable[[], Results[Spectrum]]
+    name: str, value: Any, targets: Mapping[str, Target], measure_spectra: Callable[[], Results[Spectrum]]
 ) -> dict[str, Rank]:
     """Return the rule for the rank of every layer.
 
     Args:
-        requested: The requested rule.
+        name: The option that determines the ranks.
+        value: Its value.
         targets: PEFT's view of each layer.
         measure_spectra: Measures the spectra of all layers; called for a budget.
 
@@ -99,15 +81,15 @@ def choose_rank_rules(
         InputError: The file of ranks cannot be read, or does not belong to these layers.
         UsageError: The budget is too small.
     """
-    if requested.params is not None:
+    if name == "params":
         reachable = tuple(record.before_rounding() for record in measure_spectra() if record.layer in targets)
-        budget = Budget("params", requested.params, f"--params {requested.params}")
+        budget = Budget("params", value, f"--params {value}")
         # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
         ranks = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
-    elif requested.allocation is not None:
-        ranks = _read_ranks(Path(requested.allocation), targets)
+    elif name == "allocation":
+        ranks = _read_ranks(Path(value), targets)
     else:
-        return dict.fromkeys(targets, Rank(requested.rank, requested.energy, requested.signal))
+        return dict.fromkeys(targets, Rank(**{"at_most" if name == "rank" else name: value}))
     return {layer: Rank(ranks.get(layer, 0)) for layer in targets}
 
 
@@ -193,14 +175,10 @@ class Layer(LayerTask):
 
 def estimate_bytes(layer: Layer, settings: ExtractionSettings) -> int:
     """Estimate the memory of factoring a layer in bytes: ΔW, its metric, and recovery."""
-    needed = bytes_of(layer.delta, _make_allowance(layer, settings)) + _estimate_weighting_bytes(layer)
+    needed = bytes_of(layer.delta, _make_allowance(layer, settings)) + weighting_bytes(layer.weighting, layer.shape)
     if settings.recover and isinstance(layer.delta, StoredDelta):
         needed += recovery_bytes(layer.shape, settings.memory)
     return needed
-
-
-def _estimate_weighting_bytes(layer: Layer) -> int:
-    return weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
 
 
 def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
@@ -210,7 +188,7 @@ def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | N
     """
     if settings.memory is None:
         return None
-    memory = settings.memory - _estimate_weighting_bytes(layer)
+    memory = settings.memory - weighting_bytes(layer.weighting, layer.shape)
     return Allowance(memory, settings.method, layer.rank.at_most or None, vectors=True)
 
 
@@ -241,14 +219,14 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
     change = load_change(layer.delta, device, allowance=_make_allowance(layer, settings))
     if change.non_finite is not None:
-        return not_finite(layer.delta, change)
+        return not_finite(layer.delta, change.non_finite)
     weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
     as_stored, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
         change, hidden = _estimate_before_rounding(change, layer.delta, settings, device)
     best, spectrum = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
     if not math.isfinite(best.fro):
-        return not_finite(layer.delta, replace(change, non_finite=PRODUCT_OVERFLOW))
+        return not_finite(layer.delta, PRODUCT_OVERFLOW)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
         return _explain_missing_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
@@ -413,19 +391,12 @@ def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
     """Return the record of a matrix without factors: with the norm of its change, or an entry that is not finite."""
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
-        return not_finite(delta, change)
-    return LeftOut(
-        layer=delta.layer,
-        shape=delta.shape,
-        reason="no_factors",
-        detail=detail,
-        fro=fro_of(change),
-        base_fro=change.base_fro,
-    )
+        return not_finite(delta, change.non_finite)
+    return leave_out(delta, "no_factors", detail, fro=fro_of(change), base_fro=change.base_fro)
 
 
 def _explain_missing_factors(layer: Layer, change: Change, fro: float, weighted_fro: float) -> LeftOut:
-    """Return the record of a layer without factors, with the reason.
+    """Return the record of a layer whose rank is 0, with the reason.
 
     Args:
         layer: The layer.
@@ -441,11 +412,4 @@ def _explain_missing_factors(layer: Layer, change: Change, fro: float, weighted_
         detail = "no singular value is above the rounding noise of the files"
     else:
         detail = "its allocated rank is 0"
-    return LeftOut(
-        layer=layer.layer,
-        shape=layer.shape,
-        reason="rank_0",
-        detail=detail,
-        fro=fro,
-        base_fro=change.base_fro,
-    )
+    return leave_out(layer.delta, "rank_0", detail, fro=fro, base_fro=change.base_fro)

@@ -18,8 +18,14 @@ from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
-from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, TensorPlan, plan_tensors
-from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, RankRule, choose_rank_rules, estimate_bytes
+from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, TensorPlan, list_words, plan_tensors
+from lora_diag.decisions.extract.measure import (
+    ExtractionSettings,
+    Layer,
+    choose_rank_rules,
+    estimate_bytes,
+    read_rank_option,
+)
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.show import extraction_card
@@ -29,12 +35,11 @@ from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.linalg.methods import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
-from lora_diag.records import LeftOut, Results, Run
-from lora_diag.running.amounts import read_count
+from lora_diag.records import LeftOut, Results
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import NEEDS_ACTIVATIONS, refuse_without_rounding, second_moments
 from lora_diag.running.layers import RECORDED, LayerRun
-from lora_diag.running.options import FolderOptions, fill_options, list_options, list_typed_options, show_options
+from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
 
 
 @show_options
@@ -100,11 +105,11 @@ def extract(
     arguments = fill_options(ExtractOptions, options)
     activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
     split, dtype, unfactored, portable = (arguments[name] for name in ("split", "dtype", "rest", "portable"))
-    form, recover, params = arguments["format"], arguments["recover"], arguments["params"]
+    form, recover = arguments["format"], arguments["recover"]
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), arguments["overwrite"], arguments["resume"])
-    params = None if params is None else read_count(str(params), "--params")
-    requested = RankRule(arguments["rank"], arguments["energy"], params, arguments["allocation"], arguments["signal"])
+    rank_name, rank_value = read_rank_option(arguments)
+    rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
     if kfac and activations is None:
@@ -133,7 +138,7 @@ def extract(
         return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **shared)
 
     try:
-        rules = {} if folder.whole else choose_rank_rules(requested, planned.targets, measure_spectra)
+        rules = {} if folder.whole else choose_rank_rules(rank_name, rank_value, planned.targets, measure_spectra)
     except UsageError as error:
         if not folder.spectra.exists():
             raise
@@ -162,7 +167,8 @@ def extract(
         if not folder.whole:
             _write(planned, folder, results, files, name, form)
         words = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*words, *requested.format_option().split(" ", 1), *_list_flags(results.run)]
+        command = [*words, *rank_words]
+        command += list_words(ExtractOptions, results.run, "allocation", "params", "energy", "rank")
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
@@ -181,7 +187,7 @@ def extract(
             *((moments.described,) if moments is not None else ()),
         ),
         {
-            "ranks": requested.format_option(),
+            "ranks": " ".join(rank_words),
             "split": split,
             "dtype": dtype,
             "rest": unfactored,
@@ -219,16 +225,6 @@ def _write(
     planned.write(scratch, results, files, base_name)
     convert(open_adapter(scratch), folder.work, scratch, planned.base, form, for_tied_head=True)
     check_converted(folder.work / LAYOUTS[form].file, scratch, planned.base)
-
-
-def _list_flags(run: Run) -> list[str]:
-    """Return the words of the options other than the defaults and those that choose ranks, as typed."""
-    words = []
-    for name, value in list_typed_options(ExtractOptions, run.settings).items():
-        if value is not None and name not in {"allocation", "params", "energy", "rank"}:
-            words.append(list_options(ExtractOptions)[name][1].flag(name))
-            words += [] if value is True else [str(value)]
-    return words
 
 
 def _drop_base(delta: Delta) -> Delta:

@@ -32,10 +32,10 @@ from lora_diag.adapters.placing import Orientation
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.plan_merge import PlanMergeOptions
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
-from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta
+from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta, Side
 from lora_diag.errors import UsageError
 from lora_diag.layers.change import load_addend
-from lora_diag.layers.task import LayerTask
+from lora_diag.layers.task import LayerTask, leave_out
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import Product
 from lora_diag.linalg.methods import require_memory
@@ -73,8 +73,8 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     Args:
         x: ``(out, in)``, float32.
         target: The format.
-        peaks: Required by fp8 and nvfp4, unused by the others: max|x| of every output over all inputs of the matrix,
-            ``(out, 1)``; for nvfp4, and for fp8 with one scale per tensor, the maximum of the matrix in every row.
+        peaks: For fp8 and nvfp4, max|x| of every output over all inputs of the matrix, ``(out, 1)``; for nvfp4, and for
+            fp8 with one scale per tensor, the maximum of the matrix in every row. Default those of the rows of ``x``.
 
     Returns:
         Codes, and the numbers that they encode, float64; both ``(out, in)``.
@@ -86,8 +86,8 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     if target.name in SIXTEEN_BIT:
         codes = x.to(torch.bfloat16 if target.name == "bf16" else torch.float16).double()
         return codes, codes
+    peaks = x.abs().amax(dim=1, keepdim=True) if peaks is None else peaks
     if target.name == "fp8":
-        assert peaks is not None
         scale = _replace_zeros(peaks / E4M3)
         codes = _round_e4m3(x / scale)
         return codes, codes * scale.double()
@@ -99,7 +99,6 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
         scales = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent)
         codes = _round_e2m1(groups.double() / scales)
     elif target.name == "nvfp4":
-        assert peaks is not None
         global_scale = _replace_zeros(peaks / (E2M1 * E4M3))[:, :, None]
         scales = _round_e4m3(top / (E2M1 * global_scale)) * global_scale.double()
         codes = torch.where(scales == 0, 0.0, _round_e2m1(groups.double() / _replace_zeros(scales)))
@@ -161,11 +160,10 @@ class PlanSettings:
 
 
 def estimate_bytes(task: MergeTask, settings: PlanSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes; at most the memory limit."""
+    """Estimate the memory of measuring a layer in bytes."""
     rows, columns = task.shape
     needed = BLOCK * min(max(BLOCK_ENTRIES, _rows_per_group(task, settings.target) * columns), rows * columns)
-    needed += COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0
-    return needed if settings.memory is None else min(needed, settings.memory)
+    return needed + (COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0)
 
 
 def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | LeftOut]:
@@ -180,13 +178,13 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     """
     delta = task.delta
     if delta.base is None:
-        return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
+        return (leave_out(delta, "not_in_base", NEEDS_BASE),)
     if settings.memory is not None and isinstance(delta, DenseDelta):
         needed = COMPUTED * math.prod(delta.shape)
         require_memory(needed, settings.memory, delta.shape, "its update, computed in full, takes", "--exclude it")
-    layer = _Layer(task, settings.target)
+    layer = _Layer(task, settings.target, delta.base)
     if problem := layer.scan():
-        return (LeftOut(layer=delta.layer, shape=delta.shape, reason="non_finite", detail=problem),)
+        return (leave_out(delta, "non_finite", problem),)
     return (layer.round_entries(),)
 
 
@@ -222,18 +220,17 @@ class _Layer:
 
     task: MergeTask
     target: Target
+    base: Side
     energy: float = 0.0
     base_energy: float = 0.0
     step_energy: float = 0.0
-    peaks: tuple[Tensor, Tensor] | None = None
+    peaks: tuple[Tensor, Tensor] = field(init=False)
     update: Callable[[int, int], Tensor] = field(init=False)
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
         """Read the layer once for norms and ``peaks``; return the problem if a number is not finite, else None."""
-        delta = self.task.delta
-        assert delta.base is not None
-        addend = load_addend(delta)
+        addend = load_addend(self.task.delta)
         if isinstance(addend, Product):
             if problem := first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a):
                 return problem
@@ -246,8 +243,8 @@ class _Layer:
                 return problem
             self.energy += float(u.square().sum())
             self.base_energy += float(w.square().sum())
-            if delta.base.is_quantized:
-                steps = delta.base.read_steps(first * self.task.shape[1], last * self.task.shape[1])
+            if self.base.is_quantized:
+                steps = self.base.read_steps(first * self.task.shape[1], last * self.task.shape[1])
                 self.step_energy += 0.0 if steps is None else float(steps.double().square().sum())
             rows = slice(None) if self.task.in_out else slice(first, last)
             for peak, x in ((merged_peaks, w + u), (base_peaks, w)):
@@ -262,8 +259,6 @@ class _Layer:
     def round_entries(self) -> PlannedMerge:
         """Round every entry; return the record of the layer."""
         delta, target = self.task.delta, self.target
-        assert delta.base is not None
-        assert self.peaks is not None
         sums = {name: _Sum() for name in (*SIXTEEN_BIT, target.name)}
         formats = {name: target if name == target.name else Target(name) for name in sums}
         changed, base = 0, _Sum()
@@ -293,7 +288,7 @@ class _Layer:
         effects = {name: total.make_effect(self.energy) for name, total in sums.items()}
         effect, sixteen = effects[target.name], [effects[name] for name in SIXTEEN_BIT]
         base_error = math.sqrt(base.squares / self.energy) if has_base_error else None
-        quantized = delta.base.is_quantized and self.energy
+        quantized = self.base.is_quantized and self.energy
         return PlannedMerge(
             layer=delta.layer,
             shape=delta.shape,
@@ -314,13 +309,12 @@ class _Layer:
 
     def _read_blocks(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
         """Yield spans of rows as they are stored, with W and ΔW there, float64."""
-        base, (rows, columns) = self.task.delta.base, self.task.shape
-        assert base is not None
+        rows, columns = self.task.shape
         smallest = _rows_per_group(self.task, self.target)
         step = max(1, BLOCK_ENTRIES // max(1, columns) // smallest) * smallest
         for first in range(0, rows, step):
             last = min(rows, first + step)
-            w = base.read(first * columns, last * columns).double().view(last - first, columns)
+            w = self.base.read(first * columns, last * columns).double().view(last - first, columns)
             yield (first, last), w, self.update(first, last)
 
     def _to_out_in(self, block: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.decisions.allocate.measure import Budget, allocate
-from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, TensorPlan, plan_tensors
+from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, TensorPlan, list_words, plan_tensors
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.recover import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
@@ -45,10 +45,11 @@ from lora_diag.layers.recovery import (
     recover_layer,
     recovery_bytes,
 )
-from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
+from lora_diag.layers.resolution import make_resolution
+from lora_diag.layers.task import LayerSettings, LayerTask, leave_out, not_finite
 from lora_diag.linalg.methods import Allowance, check_request, require_memory
 from lora_diag.metrics.energy import THRESHOLDS, energy_curve, rank_at
-from lora_diag.records import LeftOut, Resolution, Results
+from lora_diag.records import LeftOut, Results
 from lora_diag.records.file import check_results_file
 from lora_diag.running.amounts import read_count, read_share, read_time
 from lora_diag.running.fingerprint import legible
@@ -77,12 +78,12 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
 
 def make_spectrum(record: Recovery) -> Spectrum:
     """Return the estimated singular values of a layer, one per direction, as a spectrum for ``allocate``."""
-    values = record.values_estimate or ()
+    values, fro = record.values_estimate or (), record.fro_estimate or record.fro
     return Spectrum(
         layer=record.layer,
         shape=record.shape,
         dtypes=record.dtypes,
-        fro=record.fro_estimate or record.fro,
+        fro=fro,
         base_fro=record.base_fro,
         s=values,
         complete=False,
@@ -93,15 +94,7 @@ def make_spectrum(record: Recovery) -> Spectrum:
         tail={},
         stable_rank=None,
         effective_rank=None,
-        resolution=Resolution(
-            unchanged=record.unchanged,
-            mantissa=None,
-            rounding_fro=0.0,
-            noise_fro=0.0,
-            edge=0.0,
-            signal_rank=len(values),
-            verdict="resolved",
-        ),
+        resolution=make_resolution(np.array(values), fro, complete=False),
     )
 
 
@@ -223,9 +216,8 @@ class RecoveryTask(LayerTask):
 
 
 def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
-    """Estimate the memory of a layer in bytes: D with its decomposition, then the cells; at most the memory limit."""
-    needed = bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
-    return needed if settings.memory is None else min(needed, settings.memory)
+    """Estimate the memory of a layer in bytes: D with its decomposition, then the cells."""
+    return bytes_of(layer.delta, None) + recovery_bytes(layer.shape)
 
 
 def truncate_stored(earlier: Recovery, request: OutputRequest, file: Path) -> Recovery:
@@ -274,12 +266,12 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
 
 def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: torch.device) -> Recovery | LeftOut:
     delta, request = layer.delta, layer.request
-    unlimited = estimate_bytes(layer, replace(settings, memory=None))
-    limit = None if settings.memory is None or unlimited <= settings.memory else settings.memory
+    fits = settings.memory is None or estimate_bytes(layer, settings) <= settings.memory
+    limit = None if fits else settings.memory
     allowance = None if limit is None else Allowance(limit, settings.method)
     change = load_change(delta, device, allowance=allowance)
     if change.non_finite is not None:
-        return not_finite(delta, change)
+        return not_finite(delta, change.non_finite)
     fro, base_fro = change.fro, change.base_fro
     assert fro is not None
     assert base_fro is not None
@@ -503,23 +495,12 @@ def recover(
         elif not folder.whole:
             replaced = {record.layer for record in results if record.written == "posterior"}
             write_checkpoint(folder.work, stored, [task.delta for task in tasks if task.layer in replaced], files)
-        flags = ["--checkpoint"] if full else []
-        for flag, value in (("--rank", rank), ("--energy", energy), ("--params", params)):
-            flags += [] if value is None else [flag, str(value)]
-        flags += ["--leave-out-refused"] if leave_out_refused else []
-        flags += ["--nearest"] if nearest else []
-        command = ["loradiag", "recover", *map(legible, (str(base), str(tuned))), *flags, "-o", legible(str(output))]
+        command = ["loradiag", "recover", legible(base), legible(tuned), *list_words(RecoverOptions, results.run)]
+        command += ["-o", legible(str(output))]
         folder.finish(recovery_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)
 
-    requested = {
-        "rank": rank,
-        "energy": energy,
-        "params": params,
-        "full": full,
-        "leave_out_refused": leave_out_refused,
-        "nearest": nearest,
-        "curve": list(DEFAULT_RANKS),
-    }
+    requested = {name: resolved[name] for name in ("rank", "energy", "params", "full", "leave_out_refused", "nearest")}
+    requested |= {"params": params, "curve": list(DEFAULT_RANKS)}
     return run.over(
         tasks,
         partial(_measure_layer, files=files, deadline=deadline),
@@ -622,7 +603,7 @@ class Deadline:
         """Return the record of a layer that was not reached."""
         share = self.energy_by_layer[task.layer] / (sum(self.energy_by_layer.values()) or 1.0)
         detail = f"not started within --time {self.limit_text}; by a sample {share:.1%} of all layers' hidden energy"
-        return LeftOut(layer=task.layer, shape=task.shape, reason="time", detail=detail)
+        return leave_out(task.delta, "time", detail)
 
 
 def _measure_layer(

@@ -1,6 +1,7 @@
 """``fleet``: measure norm and rank of many adapters, and sketches of their updates for comparison.
 
-Thin factors are measured with NumPy alone; other layers are decomposed with torch.
+Thin factors are measured with NumPy alone, if their Gram matrices give the energies; other layers are decomposed with
+torch.
 """
 
 from __future__ import annotations
@@ -44,13 +45,11 @@ from lora_diag.thin import (
     Grams,
     ThinValues,
     compute_grams,
-    compute_triangle,
     fold,
     mix_columns,
     sketch,
     sketch_products,
     thin_energies,
-    thin_values,
     to_row_major,
     transform,
 )
@@ -85,14 +84,19 @@ class Measured:
     space: NDArray[np.float64] | None = None
 
 
-def _make_layer(fro: float, sigma_1: float, rank_99: int, rank: int | None) -> FleetLayer:
-    """Return the part of the record of a layer whose update is not zero."""
-    return FleetLayer(fro=fro, rank=rank, rank_99=rank_99, spike=min(1.0, (sigma_1 / fro) ** 2))
-
-
-def _make_zero(rank: int | None) -> Measured:
-    """Return the measurement of a layer whose update is zero."""
-    return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
+def _make_measured(
+    rank: int | None,
+    fro: float,
+    sigma_1: float = 0.0,
+    rank_99: int = 0,
+    update: NDArray[np.float64] | None = None,
+    space: NDArray[np.float64] | None = None,
+) -> Measured:
+    """Return the measurement of a layer, without sketches if its update is zero."""
+    if fro == 0.0:
+        return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
+    layer = FleetLayer(fro=fro, rank=rank, rank_99=rank_99, spike=min(1.0, (sigma_1 / fro) ** 2))
+    return Measured(layer, sigma_1, update, space)
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
@@ -101,10 +105,10 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
 
 
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
-    """Measure layers of one rank from their stored factors; None where a number is not finite.
+    """Measure layers of one rank from their stored factors; None for those that ``measure_dense`` has to measure.
 
-    Factors of one shape are read and reduced together, which saves calls; the remaining steps are computed for all
-    layers together.
+    These are layers of which a Gram matrix does not give the energies, or an entry is not finite. Factors of one shape
+    are read and reduced together, which saves calls; the remaining steps are computed for all layers together.
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
@@ -119,18 +123,18 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     reduced = [_reduce([deltas[i] for i in batch]) for batch in batches]
     order = [i for batch in batches for i in batch]
-    folded = [layer for _, _, layers in reduced for layer in layers]
+    folded = [each for _, _, factors in reduced for each in factors]
     left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
     values = thin_energies(left, right, np.array([layer.scale for layer in folded]))
-    # The others are measured in float64, among them every layer with an entry that is not finite.
     known = np.flatnonzero(values.energy_error <= MAX_GRAM_ERROR).tolist()
-    measured: dict[int, Measured | None] = {}
+    measured: list[Measured | None] = [None] * len(deltas)
     if known:
         assert values.mix is not None
         chosen = ThinValues(values.s[known], values.energy_error[known], values.fro[known], values.mix[known])
-        found = _make_measured([deltas[order[k]] for k in known], [folded[k] for k in known], chosen)
-        measured = dict(zip((order[k] for k in known), found, strict=True))
-    return [measured[i] if i in measured else _measure_in_float64(delta) for i, delta in enumerate(deltas)]
+        found = _measure_folded([deltas[order[k]] for k in known], [folded[k] for k in known], chosen)
+        for k, layer in zip(known, found, strict=True):
+            measured[order[k]] = layer
+    return measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +169,7 @@ def _concatenate(grams: Sequence[Grams]) -> Grams:
     return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
 
 
-def _measure_in_float64(delta: FactoredDelta) -> Measured | None:
-    """Read and measure a layer in float64; return None where a number is not finite."""
-    assert delta.thin is not None
-    b, a = delta.thin.read_b().astype(np.float64), delta.thin.read_a().T.astype(np.float64)
-    if not (b.any() and a.any()) and np.isfinite(b).all() and np.isfinite(a).all():
-        return _make_zero(delta.rank)
-    left, right = compute_triangle(b), compute_triangle(a)
-    if left is None or right is None:
-        return None
-    folded = _Folded(fold(b, BOTH).reshape(2, LENGTH, -1), fold(a, COLUMNS), delta.thin.read_scale())
-    return _make_measured([delta], [folded], thin_values(left, right, folded.scale, vectors=True))[0]
-
-
-def _make_measured(
+def _measure_folded(
     deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues
 ) -> list[Measured | None]:
     """Return the measurements of layers of one rank, given their values; None where a norm is not finite."""
@@ -195,17 +186,9 @@ def _make_measured(
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
     directions *= row_size[:, None, None]
     space = sketch_products(mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
-    measured: list[Measured | None] = []
-    for i, delta in enumerate(deltas):
-        if not math.isfinite(values.fro[i]):
-            measured.append(None)
-        elif values.fro[i] == 0.0:
-            measured.append(_make_zero(delta.rank))
-        else:
-            sigma_1 = float(values.s[i, 0])
-            layer = _make_layer(float(values.fro[i]), sigma_1, int(ranks_99[i]) or values.s.shape[1], delta.rank)
-            measured.append(Measured(layer, sigma_1, update[i], space[i]))
-    return measured
+    ranks = [int(rank) or values.s.shape[1] for rank in ranks_99]
+    measured = zip(deltas, values.fro.tolist(), values.s[:, 0].tolist(), ranks, update, space, strict=True)
+    return [_make_measured(delta.rank, *rest) if math.isfinite(rest[0]) else None for delta, *rest in measured]
 
 
 def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -219,7 +202,7 @@ def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.floa
 
 
 def measure_dense(path: str, delta: Delta, device: str) -> Measured:
-    """Measure one layer from its decomposition, with one thread of torch.
+    """Measure one layer from its decomposition in float64, with one thread of torch.
 
     Args:
         path: The adapter's path.
@@ -238,16 +221,15 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         raise InputError(f"{path}: {delta.layer}: the product of its factors overflows float64")
     rank = change.factors[0].shape[1] if change.factors is not None else None
     if factors.fro == 0.0:
-        return _make_zero(rank)
+        return _make_measured(rank, 0.0)
     s = factors.s.numpy()
     rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY) or len(s)
     matrices = change.factors if change.factors is not None else (change.matrix,)
     arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
     update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
     columns = factors.vectors[0][:, :rank_99].cpu().numpy()
-    sigma_1 = float(s[0])
-    layer = _make_layer(factors.fro, sigma_1, rank_99, rank)
-    return Measured(layer, sigma_1, update, sketch((columns, columns.T), delta.layer))
+    space = sketch((columns, columns.T), delta.layer)
+    return _make_measured(rank, factors.fro, float(s[0]), rank_99, update, space)
 
 
 # Maximum number of layers that are computed together: of rank 16, their reduced factors take 6 MB.

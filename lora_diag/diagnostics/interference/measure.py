@@ -409,19 +409,6 @@ RELATION_RANK = 8
 _SORTED, _COMPARED = 16, 96
 
 
-def estimate_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
-    """Return the estimated memory of measuring a layer in bytes: every update with its vectors, and the sum.
-
-    With a memory limit, return the bound of ``max_bytes``, at most the limit.
-    """
-    if settings.memory is not None:
-        return min(settings.memory, max_bytes(task, settings))
-    dense = sum(not isinstance(update.delta, FactoredDelta) for update in task.updates)
-    vectors = 8 * min(task.shape) * sum(task.shape)
-    stored_bytes = sum(footprint(update.delta) for update in task.updates)
-    return stored_bytes + (dense + 1) * vectors * bool(dense) + 4 * math.prod(task.shape)
-
-
 def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     """Return the largest memory of a layer in bytes: the stored part of every update, and the most expensive step.
 
@@ -501,7 +488,7 @@ def _measure_on(
     for update in task.updates:
         part = read_part(update, settings, device)
         if isinstance(part, Change):
-            left_out = not_finite(update.delta, part)
+            left_out = not_finite(update.delta, part.non_finite or "")
             return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
         parts.append(part)
     changed = [part for part in parts if part.fro > 0]
@@ -609,7 +596,7 @@ def interference(
     return run.over(
         tasks,
         measure_layer,
-        estimate_bytes,
+        max_bytes,
         settings,
         _list_unmeasured(comparisons, {task.layer for task in tasks}),
         (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -17,7 +17,7 @@ from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.errors import UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, load_change, measure_on_device
-from lora_diag.layers.task import LayerSettings, not_finite
+from lora_diag.layers.task import LayerSettings, leave_out, not_finite
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors
@@ -43,18 +43,6 @@ class IntruderSettings(LayerSettings):
     k: int = 10
     epsilon: float = 0.5
     window: float = 0.1
-
-
-def size(delta: Delta, settings: IntruderSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: ΔW, both weights, and all singular vectors of W_base.
-
-    With a memory limit, the result is at least the need and at most the limit.
-    """
-    if settings.memory is not None:
-        return min(settings.memory, max_bytes(delta, settings))
-    rows, columns = delta.shape
-    smaller = min(rows, columns)
-    return 3 * 4 * rows * columns + 8 * smaller * (2 * smaller + rows + columns)
 
 
 def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
@@ -90,7 +78,7 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
         MemoryLimitError: The layer does not fit.
     """
     if delta.base is None:
-        return (LeftOut(layer=delta.layer, shape=delta.shape, reason="not_in_base", detail=NEEDS_BASE),)
+        return (leave_out(delta, "not_in_base", NEEDS_BASE),)
     return (measure_on_device(partial(_measure, delta, settings), settings.device),)
 
 
@@ -101,13 +89,13 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
         require_memory(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
-        return not_finite(delta, change)
+        return not_finite(delta, change.non_finite)
     assert delta.base is not None
     before = _join_blocks(row_blocks(delta.base, delta.shape), device)
     after = _form_tuned(delta, change, before, device)
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
     if not (after.isfinite().all() and math.isfinite(fro)):
-        return not_finite(delta, replace(change, non_finite="W_base + ΔW is not finite"))
+        return not_finite(delta, "W_base + ΔW is not finite")
     k = min(settings.k, *delta.shape)
     directions: tuple[Direction, ...] = ()
     if fro == 0.0:
@@ -221,4 +209,4 @@ def intruders(
     if not 0 <= window < 1:
         raise UsageError(f"--window {window}: must lie between 0 and 1")
     settings = run.settings(IntruderSettings, k=k, epsilon=epsilon, window=window)
-    return run.pair(base, tuned, measure_layer, size, run.own, settings)
+    return run.pair(base, tuned, measure_layer, max_bytes, run.own, settings)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
-from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, drop_base, footprint, selector
 from lora_diag.diagnostics.overlap import OverlapOptions
@@ -23,7 +22,7 @@ from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Snapshot, Step, histories, open_steps
 from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.resolution import resolution
-from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
+from lora_diag.layers.task import LayerSettings, LayerTask, leave_out, not_finite
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.distance import measure_shares, orthonormalize
 from lora_diag.linalg.exact import numerical_rank
@@ -33,9 +32,9 @@ from lora_diag.metrics.resolution import Verdict
 from lora_diag.metrics.subspaces import overlap_by_chance
 from lora_diag.records import LeftOut, Results, RunInput
 from lora_diag.running.engines import run_local
-from lora_diag.running.inputs import Comparison, compare, describe_steps
-from lora_diag.running.layers import LayerRun, check_ranks, check_running, layout_of
-from lora_diag.running.options import Matching, Method, Workers, fill_options, show_options
+from lora_diag.running.inputs import Comparison, describe_steps
+from lora_diag.running.layers import LayerRun, check_ranks
+from lora_diag.running.options import Matching, Method, Workers, show_options
 
 # Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of them are computed.
 # Measured at 1024² and 2048×1024, r up to 64, spectra i^-1 to i^-3 and planted ranks: where it meets this bound, κ and
@@ -143,16 +142,15 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
     delta = drop_base(delta)
     change = load_change(delta, device, allowance=_make_allowance(delta, settings))
     if change.non_finite is not None:
-        return not_finite(delta, change)
+        return not_finite(delta, change.non_finite)
     ranks = _choose_ranks(delta, change, settings.ranks)
     if not ranks:
         return _leave_out_narrow(delta, settings)
     factors = change.decompose(settings.method, ranks[-1], True, TOL, settings.seed)
     if not math.isfinite(factors.fro):
-        return not_finite(delta, replace(change, non_finite=PRODUCT_OVERFLOW))
+        return not_finite(delta, PRODUCT_OVERFLOW)
     if factors.fro == 0.0:
-        detail = "ΔW is zero, so it has no singular subspaces"
-        return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
+        return leave_out(delta, "no_reference", "ΔW is zero, so it has no singular subspaces")
     (u, vh), directions = factors.vectors, numerical_rank(factors)
     if directions < ranks[-1]:  # the vectors beyond it are arbitrary
         own_ranks = {directions} if isinstance(delta, FactoredDelta) else set[int]()
@@ -168,7 +166,7 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
 def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:
     """Return the record of a layer whose update has fewer directions than any requested rank."""
     detail = f"has fewer directions than {min(settings.ranks)}, the smallest of the ranks asked for"
-    return LeftOut(layer=delta.layer, shape=delta.shape, reason="no_reference", detail=detail)
+    return leave_out(delta, "no_reference", detail)
 
 
 def _choose_ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
@@ -352,24 +350,12 @@ def subspaces(
         >>> len(found.layers), found.layers["model.layers.0.mlp.up_proj.weight"].u.shape
         (28, torch.Size([384, 4]))
     """
-    arguments = fill_options(SubspaceOptions, options)
-    settings = OverlapSettings(
-        ranks=check_ranks(ranks), method=arguments["method"], seed=arguments["seed"], device=arguments["device"]
-    )
-    check_running(arguments["workers"], settings.seed)
+    run = LayerRun("subspaces", options, SubspaceOptions)
+    settings = run.settings(OverlapSettings, ranks=check_ranks(ranks))
     check_request(settings.method, settings.ranks[-1], 0.5)
-    device = resolve_device(settings.device)
-    compared = compare(
-        base,
-        tuned,
-        arguments["layers"],
-        arguments["exclude"],
-        arguments["allow_unmatched"],
-        stated_alpha=get_stated_alpha(arguments),
-    )
-    layout = layout_of(compared.matrices, arguments["workers"], device.type)
-    measure = partial(layer_subspaces, settings=settings, device=device)
-    found = list(run_local(measure, compared.matrices, layout, footprint))
+    compared = run.compare(base, tuned)
+    measure = partial(layer_subspaces, settings=settings, device=resolve_device(settings.device))
+    found = list(run_local(measure, compared.matrices, run.layout(compared.matrices), footprint))
     assert compared.base is not None
     return Reference(
         base=compared.base,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -38,30 +38,26 @@ from lora_diag.records.names import module_type_of
 from lora_diag.version import __version__
 
 
-@dataclass(frozen=True)
-class LiveSubspaces:
-    """Source of the current subspaces of the LoRA around a frozen weight.
+def read_live_subspaces(weight: Frozen, step: int, ranks: Sequence[int]) -> Subspaces | LeftOut:
+    """Return the subspaces spanned by the factors of the LoRA around a weight; a ``left_out`` record without any.
 
     Args:
+        weight: The weight.
+        step: Number of updates so far.
         ranks: Ranks besides the LoRA's own; larger ones are skipped.
     """
-
-    ranks: tuple[int, ...] = ()
-
-    def subspaces(self, weight: Frozen, step: int) -> Subspaces | LeftOut:
-        """Return the subspaces spanned by the LoRA's factors, or a ``left_out`` record if there are none."""
-        shape = (weight.shape[0], weight.shape[1])
-        b, a = _read_factors(weight.module)
-        if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed
-            b, a = a.T, b.T
-        factors = decompose_factored(b, a, vectors=True)
-        if factors.fro == 0.0 or not bool(torch.isfinite(factors.s).all()):
-            problem = "zero" if factors.fro == 0.0 else "not finite"
-            detail = f"step {step}: the LoRA is {problem}, so it spans no subspaces"
-            return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
-        own_rank, (u, vh) = len(factors.s), factors.vectors
-        ranks = tuple(sorted({*(rank for rank in self.ranks if rank < own_rank), own_rank}))
-        return Subspaces(weight.name, orthonormalize(u), orthonormalize(vh.T), ranks, "factored", "resolved")
+    shape = (weight.shape[0], weight.shape[1])
+    b, a = _read_factors(weight.module)
+    if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed
+        b, a = a.T, b.T
+    factors = decompose_factored(b, a, vectors=True)
+    if factors.fro == 0.0 or not bool(torch.isfinite(factors.s).all()):
+        problem = "zero" if factors.fro == 0.0 else "not finite"
+        detail = f"step {step}: the LoRA is {problem}, so it spans no subspaces"
+        return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
+    own_rank, (u, vh) = len(factors.s), factors.vectors
+    measured_ranks = tuple(sorted({*(rank for rank in ranks if rank < own_rank), own_rank}))
+    return Subspaces(weight.name, orthonormalize(u), orthonormalize(vh.T), measured_ranks, "factored", "resolved")
 
 
 def _read_factors(module: Any) -> tuple[Tensor, Tensor]:
@@ -147,7 +143,7 @@ class GradientRecorder(TrainerCallback):
         self.output, self.every, self.reference, self.dtype, self.log = Path(output), every, reference, dtype, log
         self.records: list[Overlap] = []
         self._is_selected, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
-        self._live = LiveSubspaces(tuple(ranks)) if reference == "live" else None
+        self._ranks = tuple(ranks)
         self._weights: list[Weight] = []
         self._hook_removers: list[Callable[[], None]] = []
         self._targets: dict[str, list[tuple[Subspaces, int]]] = {}
@@ -298,7 +294,7 @@ class GradientRecorder(TrainerCallback):
         else:
             kind = "the LoRA in training, as it was at each step"
             inputs = (RunInput(role="adapter", path=reference, kind=kind, tensors=len(self._weights)),)
-            settings = {"ranks": list(self._live.ranks) if self._live else []}
+            settings = {"ranks": list(self._ranks)}
         settings = {**settings, **self._settings, "every": self.every}
         run = Run(command="overlap", version=__version__, inputs=inputs, settings=settings)
         self._writer = ResultsWriter(self.output, run)
@@ -370,8 +366,8 @@ class GradientRecorder(TrainerCallback):
                 continue
             gradient = readers[weight.name]()
             targets = self._targets.get(weight.name, [])
-            if self._live is not None and isinstance(weight, Frozen):
-                current = self._live.subspaces(weight, self._step)
+            if self.reference == "live" and isinstance(weight, Frozen):
+                current = read_live_subspaces(weight, self._step, self._ranks)
                 if isinstance(current, LeftOut):
                     self._left_out.append(current)
                     continue

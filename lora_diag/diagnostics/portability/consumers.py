@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
@@ -28,13 +28,14 @@ class Outcome:
 
     Args:
         does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it applies the item as stored;
-            ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is.
+            ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is; ``refused`` if it does
+            not load the adapter.
         scale: s'; None without factors.
         why: The reason, in one sentence; empty for the usual case.
         unjudged: What may prevent it, which depends on a BASE that is not given; empty if nothing does.
     """
 
-    does: Literal["applied", "intended", "full", "dropped"]
+    does: Literal["applied", "intended", "full", "dropped", "refused"]
     scale: float | None = None
     why: str = ""
     unjudged: str = ""
@@ -88,7 +89,7 @@ class Consumer:
     largest_rank: int | None = None
     default_rank: int | None = None
     rank_option: str = ""
-    rank_choices: tuple[int, ...] = field(default=())
+    rank_choices: tuple[int, ...] = ()
 
     @property
     def newest(self) -> str:
@@ -294,9 +295,7 @@ def _refuse_vllm(contents: Contents, since: str) -> str:
 
 def _apply_vllm(contents: Contents, item: Item) -> Outcome:
     """Return the treatment of an item by vLLM since 0.32."""
-    if item.part in {"value", "norm"}:
-        return Outcome("full")
-    return Outcome("applied", item.scale)
+    return Outcome("full") if item.part in {"value", "norm"} else Outcome("applied", item.scale)
 
 
 def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:

@@ -20,7 +20,7 @@ from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
 from lora_diag.adapters.updates import Site
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, selector
+from lora_diag.deltas import Delta, Pairing, Unpaired, drop_base, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.diagnostics.portability.consumers import (
     CONSUMERS,
@@ -61,13 +61,13 @@ class Judged:
 
     Args:
         item: The contents of the adapter's file for the weight.
-        outcomes: The treatment of the weight by each consumer, or the reason for refusing the adapter.
+        outcomes: The treatment of the weight by each consumer.
         intended: The intended s; None without factors.
         delta: ΔW; None without weights, and if a ΔW of the adapter needs a BASE and none is given.
     """
 
     item: Item
-    outcomes: Mapping[Name, Outcome | str]
+    outcomes: Mapping[Name, Outcome]
     intended: float | None
     delta: Delta | None = None
 
@@ -93,66 +93,50 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
     """
     fro: float | None = None
     update: Matrix | None = None
-    plain = task.item.part not in NONLINEAR_PARTS
     if task.delta is not None:
-        delta = replace(task.delta, base=None) if isinstance(task.delta, FactoredDelta) else task.delta
-        change = load_change(delta, resolve_device("cpu"), keep=not plain)
+        change = load_change(drop_base(task.delta), resolve_device("cpu"), keep=task.item.part in NONLINEAR_PARTS)
         if change.non_finite is not None:
-            return (not_finite(task.delta, change),)
+            return (not_finite(task.delta, change.non_finite),)
         fro = fro_of(change)
         if not math.isfinite(fro):
-            return (not_finite(task.delta, replace(change, non_finite=PRODUCT_OVERFLOW)),)
+            return (not_finite(task.delta, PRODUCT_OVERFLOW),)
         update = change.matrix if change.factors is None else change.factors
-    return tuple(
-        _make_record(task, name, outcome, fro, None if plain else update) for name, outcome in task.outcomes.items()
-    )
+    return tuple(_judge(task, name, outcome, fro, update) for name, outcome in task.outcomes.items())
 
 
-def _make_record(
-    task: Judged, name: Name, outcome: Outcome | str, fro: float | None, update: Matrix | None
-) -> Portability:
-    """Return the record of one consumer, given ‖ΔW‖_F, and ΔW where it is not s·B·A."""
-    status, epsilon, scale, why = _judge(task, outcome, fro, update)
-    if isinstance(outcome, Outcome) and outcome.unjudged and status in AS_INTENDED:
+def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update: Matrix | None) -> Portability:
+    """Return the record of one consumer, given ‖ΔW‖_F and ΔW."""
+    item, scale, intended, is_zero = task.item, outcome.scale, task.intended, fro == 0.0
+    status: Status = "exact"
+    epsilon, why = None if is_zero else 0.0, ""
+    if outcome.does in {"refused", "dropped"}:
+        status, scale, why = outcome.does, None, outcome.why
+        epsilon = None if is_zero or status == "refused" else 1.0
+    elif outcome.does == "full":
+        status, scale = "full", None
+    elif item.part in NONLINEAR_PARTS and outcome.does == "applied":
+        omission = "the magnitudes of DoRA" if item.part == "dora" else "what the initialisation took from the base"
+        why = join_reasons(f"B·A alone is added, without {omission}", outcome.why)
+        status, epsilon = "wrong", _measure_distance(task, scale, fro, update)
+    elif not (scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME)) and not (
+        is_zero and item.scale != 0
+    ):
+        status, epsilon, why = "wrong", abs(scale / intended - 1) if intended else None, outcome.why
+    if outcome.unjudged and status in AS_INTENDED:
         status, epsilon, why = "unknown", None, outcome.unjudged
     return Portability(
         layer=task.layer,
         consumer=name[0],
         version=name[1],
         status=status,
-        part=task.item.part,
-        rank=task.item.rank,
+        part=item.part,
+        rank=item.rank,
         scale=scale,
-        intended=task.intended,
+        intended=intended,
         epsilon=epsilon,
         fro=fro,
         why=why,
     )
-
-
-def _judge(
-    task: Judged, outcome: Outcome | str, fro: float | None, update: Matrix | None
-) -> tuple[Status, float | None, float | None, str]:
-    """Return status, ε, s' and the reason."""
-    if isinstance(outcome, str):
-        return "refused", None, None, outcome
-    error = 0.0 if fro != 0.0 else None
-    if outcome.does == "full":
-        return "full", error, None, ""
-    if outcome.does == "dropped":
-        return "dropped", 1.0 if fro != 0.0 else None, None, outcome.why
-    scale, intended = outcome.scale, task.intended
-    if task.item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        omission = (
-            "the magnitudes of DoRA" if task.item.part == "dora" else "what the initialisation took from the base"
-        )
-        why = join_reasons(f"B·A alone is added, without {omission}", outcome.why)
-        return "wrong", _measure_distance(task, scale, fro, update), scale, why
-    if scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME):
-        return "exact", error, scale, ""
-    if fro == 0.0 and task.item.scale != 0:
-        return "exact", error, scale, ""
-    return "wrong", abs(scale / intended - 1) if intended else None, scale, outcome.why
 
 
 def _measure_distance(task: Judged, scale: float | None, fro: float | None, update: Matrix | None) -> float | None:
@@ -299,11 +283,11 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
         InputError: A file could not be read, or a written weight is not one of the original adapter.
     """
     originals = {item.layer: item for item in read_contents(before, base).items}
-    errors = {}
-    for item in read_contents(open_adapter(after), base).items:
+    errors, opened = {}, open_adapter(after)
+    for item in read_contents(opened, base).items:
         counterpart = originals.get(item.layer)
         if counterpart is None:
-            if base is None and after.exists() and open_adapter(after).form != before.form:
+            if base is None and opened.form != before.form:
                 continue  # the two layouts name weights differently, and only BASE relates the names
             raise InputError(
                 f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, and report this"
@@ -438,15 +422,16 @@ def make_tasks(
         ((name, (consumer, reference)),) = choose_rules([intended], contents.form).items()
         if reason := find_refusal(consumer, reference, contents, max_lora_rank):
             raise UsageError(f"--intended {intended}: {name[0]} refuses this adapter: {reason}")
-    refusals = {
-        name: find_refusal(consumer, rule, contents, max_lora_rank) for name, (consumer, rule) in chosen.items()
-    }
-    unjudged = {name: rule.unjudged(contents) for name, (_, rule) in chosen.items()}
+    refused, unjudged = dict[Name, Outcome](), dict[Name, str]()
+    for chosen_name, (consumer, rule) in chosen.items():
+        unjudged[chosen_name] = rule.unjudged(contents)
+        if reason := find_refusal(consumer, rule, contents, max_lora_rank):
+            refused[chosen_name] = Outcome("refused", why=reason)
     deltas = {delta.layer: delta for delta in (pairing.deltas if pairing is not None else ())}
     tasks = []
     for item in contents.items:
-        outcomes: dict[Name, Outcome | str] = {
-            name: refusals[name] or replace(rule.applies(contents, item), unjudged=unjudged[name])
+        outcomes = {
+            name: refused.get(name) or replace(rule.applies(contents, item), unjudged=unjudged[name])
             for name, (_, rule) in chosen.items()
         }
         scale = item.scale if reference is None else reference.applies(contents, item).scale

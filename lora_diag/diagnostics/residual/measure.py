@@ -127,10 +127,10 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     allowance = _make_allowance(layer, top, settings)
     full = load_change(layer.delta, device, allowance=allowance)
     if full.non_finite is not None:
-        return (not_finite(layer.delta, full),)
+        return (not_finite(layer.delta, full.non_finite),)
     weight_metric = Metric(full, _decompose(full, top, settings), layer.shape)
     if problem := why_not_comparable(weight_metric.factors.fro):
-        return (not_finite(layer.delta, replace(full, non_finite=problem)),)
+        return (not_finite(layer.delta, problem),)
     data_metric = None
     if layer.moments is not None:  # distances are those of D·L, with L·Lᵀ = C
         root, on_rows = read_root(layer.moments, device).matrix, layer.moments.on_rows
@@ -145,7 +145,7 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
         record = _make_record(layer, update, change, weight_metric, data_metric, before_rounding, settings)
         del change  # frees a dense X before the next is read
         if isinstance(record, str):
-            left_out = not_finite(layer.delta, replace(full, non_finite=record))
+            left_out = not_finite(layer.delta, record)
             records.append(left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}))
         else:
             records.append(record)

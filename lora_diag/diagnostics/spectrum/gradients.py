@@ -36,17 +36,6 @@ class _NotFiniteError(Exception):
     """A gradient has an entry that is not finite, or a norm overflows; the message says which and, if known, where."""
 
 
-def size(history: History, settings: SpectrumSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: one gradient, and a Gram matrix with its copy.
-
-    With a memory limit, return the upper bound ``max_bytes``, but at most the limit.
-    """
-    if settings.memory is not None:
-        return min(settings.memory, max_bytes(history))
-    rows, columns = history.shape
-    return 4 * rows * columns + 16 * _find_largest_order(history.shape) ** 2
-
-
 def max_bytes(history: History) -> int:
     """Return an upper bound of the memory of a layer in bytes: one gradient, and the largest Gram matrix computed.
 
@@ -54,14 +43,9 @@ def max_bytes(history: History) -> int:
         >>> round(max_bytes(History("w", (4096, 4096), ())) / 2**20)
         384
     """
-    order = _find_largest_order(history.shape)
+    order = max(history.shape) if max(history.shape) <= OTHER_GRAM_UP_TO else min(history.shape)
     entry = 8 if "float64" in history.dtypes else 4
     return READING_BYTES + entry * math.prod(history.shape) + 16 * order * (order + ROWS)
-
-
-def _find_largest_order(shape: tuple[int, int]) -> int:
-    """Return the largest order of the Gram matrices that are computed."""
-    return max(shape) if max(shape) <= OTHER_GRAM_UP_TO else min(shape)
 
 
 def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
@@ -204,7 +188,7 @@ def gradient_spectrum(
     return run.over(
         tasks,
         measure_gradients,
-        size,
+        lambda history, settings: max_bytes(history),
         settings,
         Pairing((), tuple(unpaired)),
         (*described, describe_steps(gradients, steps, verify)),

@@ -52,7 +52,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     compute = partial(_compute, delta, settings, weighting)
     (change, factors, weighted), fallback = compute_on_device(compute, resolve_device(settings.device))
     if factors is None:
-        return not_finite(delta, change)
+        return not_finite(delta, change.non_finite or "")
     factors = replace(factors, method=factors.method + fallback)
     file_resolution = resolution(change.rounding, factors, weighted.gains if weighted else None)
     record = record_of(

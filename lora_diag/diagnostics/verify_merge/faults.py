@@ -1,21 +1,26 @@
-"""Diagnosis of a layer that is not a merge of W and ΔW: common faults, tested one by one.
+"""One layer of a merge, hypotheses about it, and the diagnosis of a layer that is not a merge of W and ΔW.
 
-A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's ΔW: c·ΔW, ΔWᵀ, another expert's ΔW. It
-is accepted if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is at most rounding plus 5% of ‖D'‖. The
-failure itself was established entry by entry before; this module only gives the likely cause.
+Common faults are tested one by one. A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's
+ΔW: c·ΔW, ΔWᵀ, another expert's ΔW. It is accepted if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is
+at most rounding plus 5% of ‖D'‖. The failure itself was established entry by entry before; this only gives the likely
+cause.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, FactoredDelta, Side, footprint, row_blocks, row_spans
 from lora_diag.diagnostics.verify_merge.record import MergeStatus
-from lora_diag.linalg.merge import Addend, Check, Product, Rounding, unit_roundoff
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_addend
+from lora_diag.linalg.difference import first_non_finite
+from lora_diag.linalg.merge import Addend, Block, Check, Product, Rounding, Whole, check_merge, unit_roundoff
 from lora_diag.linalg.rounding import LAYOUT
 
 # Maximum fraction of entries that a fault may leave unexplained: roundings that differ from those of a correct merge.
@@ -54,13 +59,17 @@ JOINED_WEIGHTS = ("gate_up", "gate_and_up", "up_gate", "w13", "kv_proj", "input_
 ADDED_TWICE = "it was added twice"
 NOT_ADDED = "MERGED holds BASE's weight: the update was not added"
 
+# Bytes for every entry of a block: both sides, and float64 copies of them while faults are tried. Measured on
+# 4096x11008 (bfloat16, float32): 29 and 37 where a merge is right, 47 and 64 where every fault was tried in vain.
+BLOCK = 72
+
 # Maximum number of row ranges named in a message.
 MAX_RANGES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The fault of a layer.
+    """The fault of a layer; of a correct one, its status without a cause.
 
     Args:
         status: Status word.
@@ -72,95 +81,234 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class FailedLayer:
-    """A failing layer, with functions to check hypotheses on it.
+class MergedLayer:
+    """One layer of a merge, as stored in BASE and MERGED.
 
     Args:
-        layer: Name of the layer.
+        layer: Its name in BASE.
+        shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
+        base: Location of W.
+        merged: Location of M; that of W if MERGED has no such layer.
+        deltas: The adapter's updates of it; several where tied weights are stored once. None at all: M must be W.
         is_matrix: False for 1-D tensors.
-        shape: ``(m, n)``.
-        addend: The adapter's ΔW.
-        rounding: Possible rounding of a correct merge.
-        check: Result of the check with ΔW.
-        recheck: The same check with a different D' or rounding.
-        recheck_on_top: The check of MERGED as a merge of ΔW into W + ΔW, rounded, instead of W.
-        rounded: fl(s)/s for s rounded to bfloat16 and to float16, where that is not 1.
-        load_change: Returns the first rows of M − W.
-        scale: s of the adapter; None if unknown.
-        rank: r of the adapter; None if unknown.
-        others: Names of layers of the same kind and shape.
-        load_other: Takes one of them, returns its ΔW.
+        adapted: Whether the adapter changes it.
+        others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
+            layers: a list for each of 256 experts would be 65,000 entries a block.
+        missing: Why MERGED does not have the layer; empty if it does.
+        kept: The first blocks, kept once they are read: an incorrect layer is compared with many hypotheses.
+        max_kept: Maximum number of blocks to keep.
     """
 
     layer: str
-    is_matrix: bool
     shape: tuple[int, int]
+    base: Side
+    merged: Side
+    deltas: tuple[Delta, ...] = ()
+    is_matrix: bool = True
+    adapted: bool = True
+    others: tuple[FactoredDelta, ...] = ()
+    missing: str = ""
+    kept: list[Block] = field(default_factory=list, repr=False, compare=False)
+    max_kept: int = 1
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield row blocks of W and M, with the spacings of M's format; None for those of a floating-point dtype."""
+        yield from self.kept
+        skip = len(self.kept)
+        sides = (row_blocks(side, self.shape, skip) for side in (self.base, self.merged))
+        for (first, last), w, m in zip(list(row_spans(self.shape))[skip:], *sides, strict=True):
+            step = self.merged.read_steps(first * self.shape[1], last * self.shape[1])
+            block = w, m, step.view_as(m) if step is not None else None
+            if len(self.kept) < self.max_kept:
+                self.kept.append(block)
+            yield block
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor, of a 1-D tensor ``(n,)``."""
+        return self.shape if self.is_matrix else self.shape[1:]
+
+    @property
+    def scale(self) -> float | None:
+        """The scaling s of its updates, α/r or α/√r; None if it is unknown, or not one."""
+        scales = {delta.scale if isinstance(delta, FactoredDelta) else None for delta in self.deltas}
+        return scales.pop() if len(scales) == 1 else None
+
+    def list_rounded_scales(self, *dtypes: torch.dtype) -> list[float]:
+        """Return fl(s)/s for s rounded to each of the dtypes, without 1; empty where s is unknown or 0."""
+        if not self.scale:
+            return []
+        factors = {float(torch.tensor(self.scale, dtype=torch.float64).to(dtype)) / self.scale for dtype in dtypes}
+        return [factor for factor in sorted(factors - {1.0}) if 0 < factor < math.inf]
+
+    @property
+    def footprint(self) -> int:
+        """Upper bound on the memory of the check in bytes: ``needed``, and both sides as stored, to be kept."""
+        if self.missing or not self.adapted:  # one pass, or none
+            return self.needed
+        entry: int = sum(getattr(torch, side.dtype).itemsize for side in (self.base, self.merged))
+        return self.needed + (entry + 4 * self.merged.is_quantized) * math.prod(self.shape)
+
+    @property
+    def needed(self) -> int:
+        """Memory in bytes without which the layer cannot be checked: blocks, thin factors, and whole updates."""
+        blocks = BLOCK * min(max(BLOCK_ENTRIES, self.shape[1]), math.prod(self.shape))
+        thin = sum(footprint(delta) for delta in self.deltas if isinstance(delta, FactoredDelta))
+        return blocks + thin + self.held
+
+    @property
+    def held(self) -> int:
+        """Upper bound on the memory in bytes of updates without thin factors, which cannot be read by rows."""
+        whole_updates = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
+        if not whole_updates:
+            return 0
+        computed = COMPUTED_ENTRY_BYTES if any(isinstance(delta, DenseDelta) for delta in whole_updates) else 0
+        summed = 8 if len(self.deltas) > 1 or whole_updates[0].shape != self.shape else 0
+        copies = 16 if computed else 28  # a weight that the adapter stores in full is read from two files
+        reordered = copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
+        return (computed + summed + reordered) * math.prod(self.shape)
+
+
+def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
+    """Return the sum of a layer's updates, and None; or an update that is not finite, and a description of its entry.
+
+    Args:
+        deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
+            other rows have none.
+        shape: ``(m, n)`` of the layer.
+    """
+    addends = [load_addend(delta) for delta in deltas]
+    for addend in addends:
+        if problem := _find_non_finite(addend):
+            return addend, problem
+    products = [addend for addend in addends if isinstance(addend, Product)]
+    if len(products) == len(addends):
+        factors = [torch.nn.functional.pad(addend.b, (0, 0, 0, shape[0] - len(addend.b))) for addend in products]
+        b = torch.cat(factors or [torch.zeros(shape[0], 0).double()], dim=1)
+        a = torch.cat([addend.a for addend in products] or [torch.zeros(0, shape[1]).double()])
+        return Product(b, a), None
+    if len(addends) == 1 and isinstance(addends[0], Whole) and addends[0].shape == shape:
+        return addends[0], None
+    total = torch.zeros(shape, dtype=torch.float64)
+    for addend, delta in zip(addends, deltas, strict=True):
+        rows = min(shape[0], delta.shape[0])
+        total[:rows] += addend.rows(0, rows)
+    return Whole(shape, lambda first, last: total[first:last]), None
+
+
+def _find_non_finite(addend: Addend) -> str | None:
+    """Return a description of the first entry that is not finite; None without one."""
+    if isinstance(addend, Product):
+        return first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a)
+    for span in row_spans(addend.shape):
+        if problem := first_non_finite("the adapter's update holds", addend.rows(*span), span[0]):
+            return problem
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A hypothesis about a layer, that M is W + D' rounded, and its check.
+
+    Args:
+        task: The layer.
+        addend: D'; the adapter's ΔW unless something else is tried.
+        rounding: Possible rounding of such a merge.
+        check: Result of the check.
+    """
+
+    task: MergedLayer
     addend: Addend
     rounding: Rounding
     check: Check
-    recheck: Callable[[Addend, Rounding], Check]
-    recheck_on_top: Callable[[], Check]
-    rounded: tuple[float, ...]
-    load_change: Callable[[], Tensor]
-    scale: float | None
-    rank: int | None
-    others: tuple[str, ...]
-    load_other: Callable[[str], Addend]
+
+    def retry(self, addend: Addend | None = None, whole: bool = True, **changes: Any) -> Trial:
+        """Return the trial of another D', by default the same, with changes of its rounding; see ``check_merge``."""
+        return try_merge(self.task, addend or self.addend, replace(self.rounding, **changes), whole)
+
+    def make_precise(self) -> Trial:
+        """Return the trial with a D' computed at least in float32, from factors that were not cast."""
+        return self.retry(roundoff=min(self.rounding.roundoff, FLOAT32_ROUNDOFF), cast=False)
+
+    @property
+    def explains(self) -> bool:
+        """Whether rounding explains every entry, and the scale."""
+        return self.check.count == 0 and not self.check.drifted
+
+    @property
+    def has_testable_scale(self) -> bool:
+        """Whether the scale of D' is tested: where D' is not zero, neither exact nor added to a quantized MERGED."""
+        is_exact = isinstance(self.addend, Whole) and self.addend.exact
+        return not (self.task.merged.is_quantized or not self.check.expected or is_exact)
+
+    def list_wrong_scales(self) -> dict[float, str]:
+        """Return the factors of common mistakes, with their descriptions."""
+        rank = self.addend.b.shape[1] if isinstance(self.addend, Product) and len(self.task.deltas) == 1 else None
+        return list_wrong_scales(self.task.scale, rank)
 
 
-def find_fault(failed: FailedLayer) -> Fault:
+def try_merge(task: MergedLayer, addend: Addend, rounding: Rounding, whole: bool = True) -> Trial:
+    """Return the trial of a D' with a rounding; see ``check_merge``."""
+    return Trial(task, addend, rounding, check_merge(task.blocks(), task.shape, addend, rounding, whole))
+
+
+def find_fault(trial: Trial) -> Fault:
     """Return the first common fault that explains a layer; without one, a description of the difference."""
-    check = failed.check
+    check = trial.check
+    if not trial.task.adapted:
+        return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
+    if not trial.task.deltas:
+        return Fault("other", "the rows that the adapter adds are not what it holds")
     if check.moved == 0:
         return Fault("dropped", NOT_ADDED)
     return (
-        _find_scale(failed)
-        or find_precise_scale(failed)
-        or _find_coarse_arithmetic(failed)
-        or (_find_partial(failed) if check.count else None)
-        or _choose_hypothesis(failed)
-        or _find_uneven_scale(failed)
-        or (_find_few_entries(failed) or _find_rounded_base(failed) or _describe_norms(failed) if check.count else None)
-        or _describe_drift(failed)
+        _find_scale(trial)
+        or find_precise_scale(trial)
+        or _find_coarse_arithmetic(trial)
+        or (_find_partial(trial) if check.count else None)
+        or _choose_hypothesis(trial)
+        or _find_uneven_scale(trial)
+        or (_find_few_entries(trial) or _find_rounded_base(trial) or _describe_norms(trial) if check.count else None)
+        or _describe_drift(trial)
     )
 
 
-def _find_scale(failed: FailedLayer) -> Fault | None:
+def _find_scale(trial: Trial) -> Fault | None:
     """Test a scale other than 1 that leaves only rounding: no other cause is needed."""
-    fit = fit_scale(failed)
+    fit = fit_scale(trial)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
-    if fit.check.count > MAX_UNEXPLAINED * failed.check.entries or fit.check.residual > fit.check.allowed:
+    if fit.check.count > MAX_UNEXPLAINED * trial.check.entries or fit.check.residual > fit.check.allowed:
         return None
-    for factor, why in list_wrong_scales(failed.scale, failed.rank).items():
-        if abs(fit.factor - factor) <= fit.limit + failed.rounding.roundoff * abs(factor):
+    for factor, why in trial.list_wrong_scales().items():
+        if abs(fit.factor - factor) <= fit.limit + trial.rounding.roundoff * abs(factor):
             return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
-    if failed.rounding.roundoff < BFLOAT16_ROUNDOFF and any(
-        abs(fit.factor - factor) <= fit.limit for factor in failed.rounded
-    ):
-        return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {failed.scale:.4g} was rounded to 16 bits")
+    s, rounded = trial.task.scale, trial.task.list_rounded_scales(torch.bfloat16, torch.float16)
+    if trial.rounding.roundoff < BFLOAT16_ROUNDOFF and any(abs(fit.factor - c) <= fit.limit for c in rounded):
+        return Fault("coarse", f"ΔW was added times {fit}: the scaling s = {s:.4g} was rounded to 16 bits")
     return Fault("wrong scale", f"ΔW was added times {fit}, which is not a known fault")
 
 
-def find_precise_scale(failed: FailedLayer) -> Fault | None:
+def find_precise_scale(trial: Trial) -> Fault | None:
     """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
 
     In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
     chance MIN_COHERENCE more in one than in the other, of MIN_LINES, with probability
     2·exp(−MIN_COHERENCE²·MIN_LINES/2) = 1e-6 (Hoeffding 1963), and no scale explains them.
     """
-    precise_rounding = make_precise(failed.rounding)
-    if precise_rounding == failed.rounding or not failed.check.expected:
+    is_precise = trial.rounding.roundoff <= FLOAT32_ROUNDOFF and not trial.rounding.cast
+    if is_precise or not trial.check.expected:
         return None
-    check = failed.recheck(failed.addend, precise_rounding)
+    precise = trial.make_precise()
+    check = precise.check
     if count_distinct_lines(check) < MIN_LINES or not is_coherent(check):
         return None
-    fit = fit_scale(replace(failed, rounding=precise_rounding, check=check))
+    fit = fit_scale(precise)
     if fit is None or fit.check.count > (1 - MIN_COHERENCE) * check.count or fit.check.drifted:
         return None
     spacing = abs(fit.factor - 1) / check.count  # mean distance between entries that a scale changes
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
-    if abs(fit.factor - 1) <= fit.limit + failed.check.common_error:
+    if abs(fit.factor - 1) <= fit.limit + trial.check.common_error:
         return None
     return Fault(
         "wrong scale", f"ΔW was added times {fit}: this factor explains the entries to the last bit, 1 does not"
@@ -175,11 +323,6 @@ def is_coherent(check: Check) -> bool:
 def count_distinct_lines(check: Check) -> int:
     """Return the number of rows, or of columns if these are fewer, with an unexplained entry."""
     return min(int((counts > 0).sum()) for counts in check.beyond)
-
-
-def make_precise(rounding: Rounding) -> Rounding:
-    """Return the same rounding of a ΔW computed at least in float32, from factors that were not cast."""
-    return replace(rounding, roundoff=min(rounding.roundoff, FLOAT32_ROUNDOFF), cast=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +347,7 @@ class Fit:
         return f"{self.factor:.{digits}f} ± {self.error:.1g}"
 
 
-def fit_scale(failed: FailedLayer) -> Fit | None:
+def fit_scale(trial: Trial) -> Fit | None:
     """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ = 1.
 
     Where rounding swallows part of ΔW, c is not the scale that was applied.
@@ -212,16 +355,16 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
     Returns:
         The fit; None where ΔW is zero, or c does not determine γ.
     """
-    expected, inner = failed.check.expected, failed.check.inner
-    if not expected or not math.isfinite(failed.check.scale_error):
+    expected, inner = trial.check.expected, trial.check.inner
+    if not expected or not math.isfinite(trial.check.scale_error):
         return None
-    error = (inner - failed.check.ideal) / expected
+    error = (inner - trial.check.ideal) / expected
     factor, fit = 1.0 + error, None
     for _ in range(MAX_SECANT_STEPS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
         # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a correct merge
-        check = failed.recheck(failed.addend.times(factor), replace(failed.rounding, cast=True))
+        check = trial.retry(trial.addend.times(factor), cast=True).check
         new_error = (check.inner - check.ideal) / (factor * expected)
         slope = (error - new_error) / (factor - 1.0)
         if not slope > 0:
@@ -234,52 +377,43 @@ def fit_scale(failed: FailedLayer) -> Fit | None:
     return fit
 
 
-def _find_coarse_arithmetic(failed: FailedLayer) -> Fault | None:
+def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
     """Test a merge in float32 or float16 whose ΔW was computed less precisely (bfloat16, TF32): correct, not exact."""
-    if failed.rounding.roundoff >= BFLOAT16_ROUNDOFF:
+    if trial.rounding.roundoff >= BFLOAT16_ROUNDOFF:
         return None
-
-    def check_coarse(fraction: float, addend: Addend) -> Check:
-        """Return the check with a roundoff of this fraction of bfloat16's."""
-        return failed.recheck(addend, replace(failed.rounding, roundoff=BFLOAT16_ROUNDOFF * fraction, cast=True))
-
-    addends = [failed.addend, *(failed.addend.times(factor) for factor in failed.rounded)]
-    if isinstance(failed.addend, Product):
-        addends.append(failed.addend.truncate_factors(failed.scale or 1.0))
-    for addend in addends:
-        check = check_coarse(1.0, addend)
-        if not check.count and not check.drifted:
-            break
-    else:
+    rounded = trial.task.list_rounded_scales(torch.bfloat16, torch.float16)
+    addends: list[Addend] = [trial.addend, *(trial.addend.times(factor) for factor in rounded)]
+    if isinstance(trial.addend, Product):
+        addends.append(trial.addend.truncate_factors(trial.task.scale or 1.0))
+    trials = (trial.retry(addend, roundoff=BFLOAT16_ROUNDOFF, cast=True) for addend in addends)
+    coarse = next((other for other in trials if other.explains), None)
+    if coarse is None:
         return None
-    visible = failed.check.entries >= MIN_ENTRIES and failed.check.worst > MIN_ULP
-    if (
-        visible
-        and (large := check_coarse(LARGE_ERROR, addend).count)
-        and check_coarse(SMALL_ERROR, addend).count < MIN_SPREAD * large
-    ):
-        return None  # a few entries are far off while others are correct to the last bit
-    distance = math.sqrt(failed.check.residual / failed.check.expected) if failed.check.expected else 0.0
-    dtype = str(failed.rounding.dtype).removeprefix("torch.")
+    if trial.check.entries >= MIN_ENTRIES and trial.check.worst > MIN_ULP:
+        large = coarse.retry(roundoff=BFLOAT16_ROUNDOFF * LARGE_ERROR).check.count
+        if large and coarse.retry(roundoff=BFLOAT16_ROUNDOFF * SMALL_ERROR).check.count < MIN_SPREAD * large:
+            return None  # a few entries are far off while others are correct to the last bit
+    distance = math.sqrt(trial.check.residual / trial.check.expected) if trial.check.expected else 0.0
+    dtype = str(trial.rounding.dtype).removeprefix("torch.")
     return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows")
 
 
-def _find_partial(failed: FailedLayer) -> Fault | None:
+def _find_partial(trial: Trial) -> Fault | None:
     """Test whether some rows (or columns) have the update and all others have none."""
     for axis, word in enumerate(("rows", "columns")):
-        differs, changed = failed.check.beyond[axis] > 0, failed.check.beyond_base[axis] > 0
+        differs, changed = trial.check.beyond[axis] > 0, trial.check.beyond_base[axis] > 0
         if differs.any() and changed.any() and not (differs & changed).any():
             text = f"{word} {format_ranges(differs)} of {len(differs)} have no update, the others have it"
             return Fault("partial", text)
     return None
 
 
-def _choose_hypothesis(failed: FailedLayer) -> Fault | None:
+def _choose_hypothesis(trial: Trial) -> Fault | None:
     """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
     fitting: list[tuple[int, float, Fault]] = []
-    for fault, check in _list_hypotheses(failed):
-        near = check.residual <= min(_limit_residual(check.expected, check.allowed), failed.check.residual / 2)
-        if near or check.count <= min(MAX_UNEXPLAINED * check.entries, failed.check.count / 2):
+    for fault, check in _list_hypotheses(trial):
+        near = check.residual <= min(_limit_residual(check.expected, check.allowed), trial.check.residual / 2)
+        if near or check.count <= min(MAX_UNEXPLAINED * check.entries, trial.check.count / 2):
             fitting.append((check.count, check.residual, fault))
     return min(fitting, key=lambda item: item[:2])[2] if fitting else None
 
@@ -292,23 +426,30 @@ def _limit_residual(squares: float, allowed: float) -> float:
     return MAX_DISTANCE**2 * squares + allowed * 2 / 3
 
 
-def _list_hypotheses(failed: FailedLayer) -> Iterator[tuple[Fault, Check]]:
+def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Check]]:
     """Yield every common fault that a layer may have, with the check of its hypothesis."""
 
     def make_hypothesis(status: MergeStatus, cause: str, addend: Addend) -> tuple[Fault, Check]:
         """Return a fault, with the check of its D'."""
-        return Fault(status, cause), failed.recheck(addend, failed.rounding)
+        return Fault(status, cause), trial.retry(addend).check
 
-    yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), failed.recheck_on_top()
-    for factor, why in list_wrong_scales(failed.scale, failed.rank).items():
-        yield make_hypothesis("wrong scale", f"ΔW was added times {factor:.4g}: {why}", failed.addend.times(factor))
-    if failed.is_matrix and failed.shape[0] == failed.shape[1]:
-        yield make_hypothesis("transposed", "ΔWᵀ was added in the place of ΔW", failed.addend.transpose())
-    if has_halves(failed.layer, failed.shape):
+    on_top = check_merge(_merge_twice(trial), trial.task.shape, trial.addend, trial.rounding)
+    yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), on_top
+    for factor, why in trial.list_wrong_scales().items():
+        yield make_hypothesis("wrong scale", f"ΔW was added times {factor:.4g}: {why}", trial.addend.times(factor))
+    if trial.task.is_matrix and trial.task.shape[0] == trial.task.shape[1]:
+        yield make_hypothesis("transposed", "ΔWᵀ was added in the place of ΔW", trial.addend.transpose())
+    if has_halves(trial.task.layer, trial.task.shape):
         why = "ΔW was added with its upper and lower half in each other's place"
-        yield make_hypothesis("wrong order", why, failed.addend.swap_halves())
-    if name := _find_nearest_layer(failed):
-        yield make_hypothesis("wrong order", f"the ΔW of {name} was added here", failed.load_other(name))
+        yield make_hypothesis("wrong order", why, trial.addend.swap_halves())
+    if nearest := _find_nearest_layer(trial.task):
+        yield make_hypothesis("wrong order", f"the ΔW of {nearest[0]} was added here", nearest[1])
+
+
+def _merge_twice(trial: Trial) -> Iterator[Block]:
+    """Yield the blocks of a merge whose W already includes ΔW, rounded."""
+    for span, (w, m, step) in zip(row_spans(trial.task.shape), trial.task.blocks(), strict=True):
+        yield (w.double() + trial.addend.rows(*span)).to(trial.rounding.dtype), m, step
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
@@ -330,7 +471,7 @@ def list_wrong_scales(s: float | None, rank: int | None) -> dict[float, str]:
     causes: list[tuple[float, str]] = [(2.0, ADDED_TWICE), (-1.0, "it was subtracted, or BASE and MERGED are swapped")]
     if s:
         causes += [(1 / s, f"the scaling s = {s:.4g} (lora_alpha) was left out"), (s, f"s = {s:.4g} was applied twice")]
-    if rank is not None and rank > 1:
+    if s is not None and rank is not None and rank > 1:
         causes += [
             (math.sqrt(rank), f"scaled by α/√r where the adapter says α/r (r = {rank})"),
             (1 / math.sqrt(rank), f"scaled by α/r where the adapter says α/√r, rsLoRA (r = {rank})"),
@@ -345,48 +486,50 @@ def list_wrong_scales(s: float | None, rank: int | None) -> dict[float, str]:
     return cause_of
 
 
-def _find_nearest_layer(failed: FailedLayer) -> str | None:
+def _find_nearest_layer(task: MergedLayer) -> tuple[str, Addend] | None:
     """Return the layer whose ΔW is nearest in direction to the change, by the first rows; None if none is near."""
-    observed = failed.load_change()
+    w, m, _ = next(task.blocks())
+    observed = m.double() - w.double()
     best, nearest = MIN_COSINE * float(torch.linalg.vector_norm(observed)), None
-    for name in failed.others:
-        rows = failed.load_other(name).rows(0, len(observed))
-        along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
-        if along > best:
-            best, nearest = along, name
+    for delta in task.others:
+        if delta.layer != task.layer and delta.shape == task.shape:
+            addend, _ = sum_addends((delta,), task.shape)
+            rows = addend.rows(0, len(observed))
+            along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
+            if along > best:
+                best, nearest = along, (delta.layer, addend)
     return nearest
 
 
-def _find_few_entries(failed: FailedLayer) -> Fault | None:
+def _find_few_entries(trial: Trial) -> Fault | None:
     """Test whether few of the entries are wrong."""
-    check = failed.check
+    check = trial.check
     if check.count >= FEW_ENTRIES * check.entries:
         return None
-    return Fault("other", f"{check.count} entries differ {_describe_place(failed)}, the others are right")
+    return Fault("other", f"{check.count} entries differ {_describe_place(trial)}, the others are right")
 
 
-def _find_rounded_base(failed: FailedLayer) -> Fault | None:
+def _find_rounded_base(trial: Trial) -> Fault | None:
     """Test a merge into a base that was loaded in a shorter dtype than MERGED's."""
     for dtype in (torch.bfloat16, torch.float16):
-        if LAYOUT[dtype][2] >= LAYOUT[failed.rounding.dtype][2]:
+        if LAYOUT[dtype][2] >= LAYOUT[trial.rounding.dtype][2]:
             continue
-        rounding = replace(failed.rounding, bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
-        check = failed.recheck(failed.addend, rounding)
-        if check.count <= MAX_UNEXPLAINED * failed.check.entries and not check.drifted:
+        check = trial.retry(bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True).check
+        if check.count <= MAX_UNEXPLAINED * trial.check.entries and not check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
 
 
-def _find_uneven_scale(failed: FailedLayer) -> Fault | None:
+def _find_uneven_scale(trial: Trial) -> Fault | None:
     """Test whether scales fitted to each row, or column, explain the entries, where they differ between stretches."""
-    stretches = failed.check.uneven
+    stretches = trial.check.uneven
     if not stretches:
         return None
     axis = stretches[0].axis
-    lines = failed.check.lines[axis]
+    lines = trial.check.lines[axis]
     factors = 1 + torch.where(lines.energy > 0, lines.difference / lines.energy, 0.0)
-    check = failed.recheck(failed.addend.scale_lines(factors, axis), failed.rounding)
-    if check.count > MAX_UNEXPLAINED * failed.check.entries and check.residual > check.allowed:
+    check = trial.retry(trial.addend.scale_lines(factors, axis)).check
+    if check.count > MAX_UNEXPLAINED * trial.check.entries and check.residual > check.allowed:
         return None
     masks = torch.zeros(len(stretches), len(factors), dtype=torch.bool)
     for mask, stretch in zip(masks, stretches, strict=True):
@@ -399,12 +542,12 @@ def _find_uneven_scale(failed: FailedLayer) -> Fault | None:
     return Fault("wrong scale", f"the scale of ΔW is not the same everywhere: {parts} of {len(factors)}")
 
 
-def _describe_norms(failed: FailedLayer) -> Fault:
+def _describe_norms(trial: Trial) -> Fault:
     """Return the fault that the norms indicate if no common fault explains every entry."""
-    check = failed.check
+    check = trial.check
     if not check.expected:
         return Fault(
-            "other", f"the adapter's update is zero here, but MERGED differs from BASE {_describe_place(failed)}"
+            "other", f"the adapter's update is zero here, but MERGED differs from BASE {_describe_place(trial)}"
         )
     c = check.inner / check.expected
     distance = check.observed - c * c * check.expected
@@ -426,22 +569,22 @@ def _describe_norms(failed: FailedLayer) -> Fault:
     cosine = check.inner / math.sqrt(check.expected * check.observed)
     return Fault(
         "other",
-        f"MERGED − BASE is a different update {_describe_place(failed)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}",
+        f"MERGED − BASE is a different update {_describe_place(trial)}: cosine {cosine:.2f} with ΔW, c = {c:.2f}",
     )
 
 
-def _describe_drift(failed: FailedLayer) -> Fault:
+def _describe_drift(trial: Trial) -> Fault:
     """Return the fault of a scale where rounding explains every single entry but not all of them together."""
-    c, error = failed.check.inner / failed.check.expected, failed.check.scale_error
+    c, error = trial.check.inner / trial.check.expected, trial.check.scale_error
     return Fault(
         "wrong scale", f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together"
     )
 
 
-def _describe_place(failed: FailedLayer) -> str:
+def _describe_place(trial: Trial) -> str:
     """Return the rows with unexplained entries as text."""
-    rows = failed.check.beyond[0] > 0
-    return f"in rows {format_ranges(rows)} of {len(rows)}" if failed.is_matrix and not rows.all() else "in all rows"
+    rows = trial.check.beyond[0] > 0
+    return f"in rows {format_ranges(rows)} of {len(rows)}" if trial.task.is_matrix and not rows.all() else "in all rows"
 
 
 def format_ranges(marked: Tensor) -> str:

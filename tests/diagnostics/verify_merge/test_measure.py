@@ -1,7 +1,6 @@
 """Merges by the installed PEFT: none that is right fails, and every fault planted in one is found and named."""
 
 import json
-import math
 import re
 from dataclasses import dataclass
 
@@ -13,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.file_bytes import READING
-from lora_diag.deltas import BLOCK_ENTRIES, DenseDelta, Side
-from lora_diag.diagnostics.verify_merge.measure import BLOCK, MergedLayer, verify, verify_merge
+from lora_diag.deltas import Side
+from lora_diag.diagnostics.verify_merge.faults import MergedLayer
+from lora_diag.diagnostics.verify_merge.measure import verify, verify_merge
 from lora_diag.diagnostics.verify_merge.record import outcome
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running.engines import local
 from tests.adapters import making
-from tests.conftest import SHARED, save_sharded
+from tests.conftest import SHARED
 from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write
 from tests.messages import assert_names, raises_naming
 
@@ -134,15 +134,6 @@ def test_dtypes_that_change_between_sides(tmp_path, name):
     assert {record.status for record in results if record.adapted} == {status}
     if status != "other base":
         assert outcome(results) == "correct"
-
-
-def test_shards_on_every_side(tmp_path):
-    merged = peft_merge(tmp_path, llama(torch.bfloat16))
-    save_sharded(tmp_path / "sharded_base", merged.before)
-    save_sharded(tmp_path / "sharded", merged.after, suffix="bin")
-    results = verify_merge(tmp_path / "sharded_base", merged.adapter, tmp_path / "sharded")
-    assert outcome(results) == "correct"
-    assert [(r.layer, r.scale) for r in results] == [(r.layer, r.scale) for r in verified(merged)]
 
 
 def test_untied_head_of_merge_is_separate(tmp_path):
@@ -527,14 +518,6 @@ def test_layer_of_other_shape_is_not_a_candidate(tmp_path):
     assert {record.layer: record.status for record in result} == dict.fromkeys(weights, "other")
 
 
-def test_check_by_rows_needs_memory_of_rows(tmp_path):
-    weight = Side(open_checkpoint(making.base(tmp_path, {"w.weight": making.normal(4, 6)})), "w.weight")
-    task = MergedLayer("w.weight", (4, 6), weight, weight, adapted=False)
-    assert (task.held, verify(task, memory=1).status) == (0, "ok")
-    wide = MergedLayer("w.weight", (2, 2 * BLOCK_ENTRIES), weight, weight)
-    assert wide.needed == BLOCK * 2 * BLOCK_ENTRIES  # a block is one row at least
-
-
 def test_faulty_layer_is_read_once_where_it_fits_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_diag.deltas.BLOCK_ENTRIES", 240)  # four blocks
     shape = (40, 24)
@@ -555,18 +538,3 @@ def test_faulty_layer_is_read_once_where_it_fits_in_memory(tmp_path, monkeypatch
 
     assert 1 < passes(None) == passes(task.footprint) < 1.2  # and the factors
     assert passes(task.footprint - 1) > 1.5
-
-
-def test_memory_counts_every_copy_of_update(tmp_path):
-    def held(layer, shape, *deltas):
-        return MergedLayer(layer, shape, deltas[0].base, None, deltas).held / math.prod(shape)
-
-    def dense(*shape):
-        return DenseDelta("w", shape, lambda: pytest.fail("it was computed"), (None, "float32"))
-
-    assert held("w", (4, 6), dense(4, 6)) == 16
-    assert held("w", (4, 6), dense(4, 6), dense(4, 6)) == 16 + 8  # their sum
-    assert held("w", (4, 6), dense(3, 6)) == 16 + 8  # at its place
-    assert held("w", (6, 6), dense(6, 6)) == 16 + 16  # transposed
-    assert held("gate_up_proj", (4, 6), dense(4, 6)) == 16 + 16  # its halves in each other's place
-    assert held("gate_up_proj", (3, 6), dense(3, 6)) == 16  # of which there are none

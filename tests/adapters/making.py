@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
@@ -75,6 +75,13 @@ def dense(delta) -> np.ndarray:
     matrix = delta.load()
     assert tuple(matrix.shape) == delta.shape
     return matrix.double().numpy()
+
+
+def product(folder: Path, layer: str) -> np.ndarray:
+    """Return B·A of a layer of a PEFT adapter, without its scale, by NumPy."""
+    factors = load_file(folder / "adapter_model.safetensors")
+    key = f"base_model.model.{layer.removesuffix('.weight')}"
+    return factors[f"{key}.lora_B.weight"].double().numpy() @ factors[f"{key}.lora_A.weight"].double().numpy()
 
 
 def changes(path: Path, on: Path | None, **options) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

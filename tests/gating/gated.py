@@ -7,16 +7,8 @@ HOSTILE = "model.\x1b[2J::error::x%0A,:\n|<b>`*&\"'\u202e\ud800 ]]>.weight"
 
 
 def verdict(status="failed", rule="drift", layer="model.layers.0.mlp.up_proj.weight", **changes) -> Verdict:
-    given = {
-        "rule": rule,
-        "layer": layer,
-        "measured": 0.5,
-        "allowed": "relative <= 0.3",
-        "status": status,
-        "severity": "warning" if status == "warned" else "error",
-        "message": f"what to do about {rule}",
-        "line": 7,
-    }
+    given = {"rule": rule, "layer": layer, "measured": 0.5, "allowed": "relative <= 0.3", "status": status, "line": 7}
+    given |= {"severity": "warning" if status == "warned" else "error", "message": f"what to do about {rule}"}
     return Verdict(**(given | changes))
 
 

@@ -134,14 +134,6 @@ def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
         assert outcome(gate(rules, new, baseline=main, today=TODAY).whole) == "passed"
 
 
-def test_ratchet_of_failed_gate_keeps_file(tmp_path):
-    main = file(tmp_path / "main.jsonl", [0.5, 0.5])
-    content = main.read_bytes()
-    new = file(tmp_path / "new.jsonl", [0.1, 0.9])
-    assert outcome(gate(policy(), new, baseline=main, ratchet=True, today=TODAY).whole) == "failed"
-    assert main.read_bytes() == content
-
-
 def test_ratchet_refuses_link(tmp_path):
     (tmp_path / "store").mkdir()
     main = file(tmp_path / "store" / "main.jsonl", [0.5, 0.5])

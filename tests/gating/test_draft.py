@@ -4,7 +4,6 @@ from datetime import date
 
 import pytest
 
-import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import read_policy
@@ -12,11 +11,9 @@ from lora_diag.gating.record import outcome
 from lora_diag.gating.run import gate, gate_init
 from lora_diag.records import Results, Run, totals
 from lora_diag.records.probe import Probe
-from tests.conftest import ROOT
 from tests.gating.making import LAYERS, residual, spectrum, write
 from tests.messages import assert_names
 
-SAMPLES = ROOT / "sample_checkpoints"
 TODAY = date(2026, 11, 25)
 ADAPTER = (("base", "b"), ("adapter", "a"))
 
@@ -57,31 +54,6 @@ def test_drafted_policy_finds_its_baseline_from_its_folder(tmp_path, monkeypatch
     assert outcome(gate(policy, after, baseline=after, today=TODAY).whole) == "passed"
     in_memory = read_policy("q.toml", gate_init(read_results(before)))
     assert outcome(gate(in_memory, after, today=TODAY).whole) == "inconclusive"
-
-
-def test_one_doubled_layer_fails(tmp_path):
-    """It stays below the largest layer, so that no limit for all layers would show it."""
-    sizes = dict(zip(LAYERS, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), strict=True))
-
-    def results(name, sizes):
-        return write(tmp_path / name, [spectrum(layer, s=(2 * size, size)) for layer, size in sizes.items()])
-
-    before = results("a.jsonl", sizes)
-    after = results("b.jsonl", {**sizes, LAYERS[1]: 4.0})
-    policy = read_policy("p.toml", gate_init(before))
-    verdicts = gate(policy, after, baseline=before, today=TODAY).whole
-    assert {(v.rule, v.layer) for v in verdicts if v.blocks} == {("baseline.spectrum.relative", LAYERS[1])}
-
-
-def test_merge_results_are_referred_to_their_policy(tmp_path):
-    """Without an update that differs, and without the false reason that no update is resolved."""
-    base, adapter = SAMPLES / "base", SAMPLES / "lora_r4"
-    results = lora_diag.verify_merge(base, adapter, base, layers=r"layers\.0\..*q_proj", output=tmp_path / "m.jsonl")
-    assert len(results)
-    with pytest.raises(InputError) as error:
-        gate_init(tmp_path / "m.jsonl")
-    assert_names(str(error.value), "m.jsonl", "--policy", "merge")
-    assert "resolved" not in str(error.value)
 
 
 def test_losses_of_probe_are_compared(tmp_path):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
-from lora_diag.gating.checks import is_same_name
 from lora_diag.gating.policy import read_policy, ready_policy
 from lora_diag.gating.record import outcome
 from lora_diag.gating.run import gate
@@ -207,23 +206,6 @@ def test_gate_fails_for_base_other_than_in_config(shop):
     measure()
     assert blocking("new.jsonl") == ("passed", set())
     assert [v.status for v in gate(POLICY, "new.jsonl", today=TODAY).whole if v.rule == "base"] == ["not judged"]
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "same"),
-    [
-        ("../base", "base", True),
-        ("../base", "/models/base/", True),
-        ("org/Llama-3", "org/llama-3", True),
-        ("org/Llama-3", "/models/Llama-3", True),
-        ("org/Llama-3", "other/Llama-3", False),
-        ("org/Llama-3", "org/Llama-2", False),
-        ("C:\\models\\Llama-3", "Llama-3", True),
-        ("../base", "other", False),
-    ],
-)
-def test_base_names_are_compared(first, second, same):
-    assert is_same_name(first, second) is is_same_name(second, first) is same
 
 
 def test_fully_hidden_updates_do_not_pass(tmp_path):

@@ -103,13 +103,6 @@ def test_selectors_choose_by_name_type_and_depth(tmp_path, selector, chosen):
     assert [key[1] for key in result if key[0] == "r"] == list(chosen)
 
 
-@pytest.mark.parametrize("selector", ["layers = 'v_proj'", "type = 'q_proj'", "depth = [7, 9]", "exclude = '.'"])
-def test_selector_without_match_names_line(tmp_path, selector):
-    path = write(tmp_path / "r.jsonl", [spectrum(name) for name in LAYERS])
-    with raises_naming(UsageError, "p.toml", "line 2", "r:", "6 tensors"):
-        judged(rule("relative <= 1", selector), path)
-
-
 def test_where_selects_records_and_must_match(tmp_path):
     records = [
         residual(name, a, e, role)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lora_diag.errors import UsageError
-from lora_diag.gating.policy import READY, line_of, read_policy, ready_policy
+from lora_diag.gating.policy import READY, read_policy, ready_policy
 from tests.messages import raises_naming
 
 GOOD = """\
@@ -99,64 +99,6 @@ def test_unknown_ready_policy_lists_policies():
         ready_policy("../secrets")
     with raises_naming(UsageError, "no such file", "--policy"):
         read_policy("merge")
-
-
-TEXT = '''# a comment
-title = "x"
-long = """
-[[rule]]
-name = "not this one"
-"""
-many = [
-  1,
-
-  2,
-]
-
-[[rule]]  # first
-name = "a"
-where = {role = "adapter", rank = 3}
-
-[[rule]]
-"name" = "b"
-"a.b" = "x"
-multi = [
-  "q",
-  "r"]
-
-[checks]
-spike = "off"
-a.b = 3
-[coverage] # last
-minimum = 1'''
-
-
-@pytest.mark.parametrize(
-    ("path", "line"),
-    [
-        ((), 1),
-        (("title",), 2),
-        (("long",), 3),
-        (("many",), 7),
-        (("many", 1), 7),
-        (("rule",), 13),
-        (("rule", 0), 13),
-        (("rule", 0, "name"), 14),
-        (("rule", 0, "where", "rank"), 15),
-        (("rule", 0, "absent"), 13),
-        (("rule", 1), 17),
-        (("rule", 1, "name"), 18),
-        (("rule", 1, "a.b"), 19),
-        (("rule", 1, "multi"), 20),
-        (("checks", "spike"), 25),
-        (("checks", "a", "b"), 26),
-        (("coverage",), 27),
-        (("coverage", "minimum"), 28),
-        (("nowhere",), 1),
-    ],
-)
-def test_value_is_found_on_its_line(path, line):
-    assert line_of(TEXT, path) == line
 
 
 def test_rules_written_inline_are_on_line_of_their_list():

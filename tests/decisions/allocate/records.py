@@ -18,15 +18,9 @@ def record(
 
 def results(*records, left_out=(), tensors=None):
     """The results of a finished run."""
-    run = Run(
-        command="spectrum",
-        version="0",
-        inputs=(
-            RunInput(role="base", path="base", kind="safetensors file", tensors=tensors or len(records)),
-            RunInput(role="tuned", path="tuned", kind="safetensors file", tensors=tensors or len(records)),
-        ),
-        settings={"ranks": [8]},
-    )
+    count = tensors or len(records)
+    sides = [RunInput(role=role, path=role, kind="safetensors file", tensors=count) for role in ("base", "tuned")]
+    run = Run(command="spectrum", version="0", inputs=sides, settings={"ranks": [8]})
     return Results(run, tuple(records), tuple(left_out), totals(records, left_out))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate, make_units
+from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
 from lora_diag.decisions.allocate.show import allocation_table
 from lora_diag.errors import InputError, UsageError
 from lora_diag.probes.fisher.record import Fisher
@@ -53,13 +53,6 @@ def check(chosen, losses, budget, allowed):
     assert not certificate.optimal or kept >= best - 1e-9
     for layer in chosen.layers:
         assert layer.fisher == losses[layer.layer][layer.rank]
-
-
-def test_corners_end_at_best_rank():
-    weights = dict.fromkeys(LAYERS, 1.0)
-    known, unknown, _ = make_units(spectra(), weights, Constraints(), {LAYERS[0]: (1.0, 0.4, 0.0, 0.3, 0.1)})
-    assert known.corners.tolist() == [0, 1, 2]
-    assert (known.energy, unknown.energy) == (1.0, 0.0)
 
 
 @settings(max_examples=60, deadline=None)

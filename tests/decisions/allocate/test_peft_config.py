@@ -18,7 +18,6 @@ from lora_diag.decisions.allocate.peft_config import (
 )
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import LeftOut, Results, totals
-from tests.conftest import ROOT
 from tests.decisions.allocate.records import llama, record, results
 
 # PEFT asks transformers by a name that will go; nothing of ours.
@@ -163,21 +162,6 @@ def built(config, model_config, tmp_path):
 
 def wanted(found):
     return {module_of(r.layer): (r.rank, 2.0) for r in found if r.rank}
-
-
-@pytest.mark.slow
-@WITH_PEFT
-def test_peft_builds_llama_as_allocated(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=40)
-    config = transformers.AutoConfig.from_pretrained(ROOT / "sample_checkpoints/base")
-    for options in ({"params": "50k"}, {"energy": 0.5}, {"params": "100k", "ranks_from": [4, 16]}):
-        result = lora_diag.allocate(spectra, **options)
-        assert built(make_peft_config(result), config, tmp_path) == wanted(result)
-    with_tables = lora_diag.allocate(spectra, params="80k", layers="lm_head|q_proj")
-    assert built(make_peft_config(with_tables), config, tmp_path) == wanted(with_tables)
-    assert with_tables["lm_head.weight"].rank > 0
 
 
 @WITH_PEFT

@@ -12,7 +12,7 @@ from lora_diag.decisions.allocate.run import write_allocation
 from lora_diag.errors import InputError, UsageError
 from tests.conftest import ROOT, SHARED
 from tests.decisions.allocate.records import llama, results
-from tests.messages import assert_names, raises_naming
+from tests.messages import raises_naming
 
 SPECTRA = results(*llama(3))
 
@@ -114,12 +114,3 @@ def test_overwrite_keeps_other_files(tmp_path):
     write_allocation(result, tmp_path / "adapter_config.json", scaling=1.0)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
-
-
-def test_measured_weights_name_next_command():
-    path = ROOT / "docs/examples/sensitivity.jsonl"
-    with pytest.raises(InputError, match=r"measure spectra with loradiag spectrum \S+/base TUNED") as refused:
-        lora_diag.allocate(path, params="10k")
-    assert_names(str(refused.value), f"spectrum.jsonl --layer-weights {path}")
-    with pytest.raises(InputError, match="give a file with spectrum records"):
-        lora_diag.allocate(ROOT / "docs/examples/sweep.jsonl", params="10k")

@@ -8,7 +8,7 @@ import pytest
 from lora_diag.decisions.allocate.run import apply_rank_rules
 from lora_diag.decisions.targets import Training, why_no_target
 from lora_diag.errors import UsageError
-from lora_diag.metrics.energy import gavish_donoho, hard_threshold, knee
+from lora_diag.metrics.energy import gavish_donoho
 from lora_diag.running.amounts import read_bytes, read_count, read_share
 from tests.decisions.allocate.records import record
 from tests.oracles import effective_rank
@@ -51,12 +51,6 @@ def test_bytes_of_parameter():
     assert Training("sgd_momentum", "float16").bytes_per_param == 2 + 2 + 4
 
 
-@pytest.mark.parametrize(("beta", "value"), [(0.05, 1.5194), (0.1, 1.6089), (0.5, 2.1711), (1.0, 2.8582)])
-def test_hard_threshold_equals_paper(beta, value):
-    """Gavish and Donoho 2014, table IV."""
-    assert hard_threshold(beta) == pytest.approx(value, abs=3e-4)
-
-
 @pytest.mark.parametrize("shape", [(200, 200), (100, 400), (400, 100)])
 def test_hard_threshold_finds_planted_rank_in_unknown_noise(shape):
     rng = np.random.default_rng(0)
@@ -65,14 +59,6 @@ def test_hard_threshold_finds_planted_rank_in_unknown_noise(shape):
     planted = noise + (u[:, :5] * 4.0) @ vh[:5]
     assert gavish_donoho(np.linalg.svd(planted, compute_uv=False), shape) == 5
     assert gavish_donoho(np.linalg.svd(noise, compute_uv=False), shape) == 0
-
-
-def test_knee_maximizes_distance_from_chord():
-    curve = np.cumsum([10, 8, 6, *[0.1] * 17])
-    curve = curve / curve[-1]
-    above = [c - (r + 1) / 20 * curve[-1] for r, c in enumerate(curve)]
-    assert knee(curve) == int(np.argmax(above)) + 1 == 3
-    assert knee(np.linspace(0.1, 1.0, 10)) == 0
 
 
 def test_policies_of_full_and_truncated_spectrum():

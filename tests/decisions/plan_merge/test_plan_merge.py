@@ -13,12 +13,10 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
 from lora_diag.decisions.plan_merge.measure import GROUPS, MergeTask, PlanSettings, Target, quantize
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude, conclude_together
-from lora_diag.decisions.plan_merge.show import plan_lines
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
-from lora_diag.rendering.statements import find
 from tests.adapters.making import lora
-from tests.building import build, results
+from tests.building import build
 from tests.conftest import ROOT, save_model
 
 SAMPLES = ROOT / "sample_checkpoints"
@@ -279,14 +277,6 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     assert loradiag("gate", "p.toml", "mxfp4.jsonl").code == 1
     assert loradiag("report", "bf16.jsonl", "-o", "r.md").code == 0
     assert "Merge plan" in (tmp_path / "r.md").read_text()
-
-
-@pytest.mark.parametrize(("bf16", "fp16", "kept"), [(BAD, GOOD, {"fp16"}), (GOOD, GOOD, {"bf16", "fp16"})])
-def test_conclusion_names_the_16_bits_that_keep_the_update(bf16, fp16, kept):
-    fields = {"fro": 1.0, "arrived": 0.0, "error": 9.0, "base_error": 9.0, "bf16": bf16, "fp16": fp16}
-    record = build(PlannedMerge, to="int4", conclusion="merge into 16 bit", **fields)
-    (line,) = find(plan_lines(results([record], command="plan-merge")), "conclusion").lines
-    assert {name for name in ("bf16", "fp16") if name in line} == kept
 
 
 def test_command_refuses_bad_input(loradiag, tmp_path):

@@ -1,6 +1,7 @@
 """Interference against float64 NumPy written from the definitions, planted subspaces, chance, and PEFT's own merges."""
 
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lora_diag.diagnostics.interference.measure import select_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.distance import merge_entries
-from lora_diag.metrics.subspaces import is_near_chance, task_interference_at_random
+from lora_diag.metrics.subspaces import is_near_chance
 from tests import oracles
 from tests.adapters.making import dense, lora
 from tests.conftest import ROOT, save_model, weights
@@ -326,14 +327,6 @@ def test_updates_of_norms_beyond_comparison_are_left_out(tmp_path, scale):
     assert "its norm is" in item.detail
 
 
-def test_baselines_of_three_updates():
-    s, owner = np.ones(6), np.array([0, 0, 1, 1, 2, 2])
-    assert task_interference_at_random(s, owner, (100, 100)) == pytest.approx(
-        # 12 entries within one task see 4 others, 24 between tasks see 2
-        math.sqrt(2 / math.pi) / 100 * (12 * math.sqrt(4) + 24 * math.sqrt(2)) / 6
-    )
-
-
 def test_near_chance_false_positive_rate_and_power():
     rng = np.random.default_rng(8)
     m, false = 128, 0
@@ -363,21 +356,13 @@ def test_predicted_residual_equals_peft_merge(tmp_path, kind):
     if "svd" in kind and Version(peft.__version__) < Version("0.21"):
         pytest.skip("PEFT before 0.21 gives another matrix for merges by SVD")
     torch.manual_seed(0)
-
-    class Tiny(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up_proj = torch.nn.Linear(20, 24, bias=False)
-
-        def forward(self, x):
-            return self.up_proj(x)
-
+    tiny = torch.nn.Sequential(OrderedDict(up_proj=torch.nn.Linear(20, 24, bias=False)))
     names, used = ("one", "two", "three"), [1.0, 0.5, 2.0]
     model = None
     for i, name in enumerate(names):
         config = peft.LoraConfig(r=4, lora_alpha=4 * (i + 1), target_modules=["up_proj"], init_lora_weights=False)
         if model is None:
-            model = peft.get_peft_model(Tiny(), config, adapter_name=name)
+            model = peft.get_peft_model(tiny, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
     model.save_pretrained(tmp_path)

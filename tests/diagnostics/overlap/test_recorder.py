@@ -115,19 +115,6 @@ def test_recorder_records_optimizer_gradients(tmp_path):
         assert file.metadata() == {"step": "2", "kind": "gradient", "clipped": "no"}
 
 
-def test_accumulated_gradients_equal_mean_loss(tmp_path):
-    """Independent of the Trainer: the same 2×2 sequences in one batch, by autograd alone."""
-    model = llama()
-    fresh = copy.deepcopy(model)
-    train(
-        model, tmp_path, [GradientRecorder(tmp_path / "g", every=9)], data_seed=0, train_sampling_strategy="sequential"
-    )
-    ids = torch.cat([batch(i, 1)["input_ids"] for i in range(4)])
-    fresh(input_ids=ids, labels=ids).loss.backward()
-    for name, grad in saved(tmp_path / "g", 0).items():
-        assert torch.allclose(grad, fresh.get_parameter(name).grad, atol=1e-6), name
-
-
 def test_clipping_scales_gradients_by_one_factor_and_is_noted(tmp_path):
     for folder, most in (("free", 0.0), ("clipped", 0.01)):
         train(llama(), tmp_path, [GradientRecorder(tmp_path / folder, every=9)], max_grad_norm=most)
@@ -137,24 +124,6 @@ def test_clipping_scales_gradients_by_one_factor_and_is_noted(tmp_path):
     assert max(ratios) < 0.1
     with safe_open(tmp_path / "clipped" / "grad_step000000.safetensors", "pt") as file:
         assert file.metadata()["clipped"].startswith("trained weights: yes")
-
-
-def test_recorder_records_frozen_weight_under_lora(tmp_path):
-    """From G follow the gradients of the factors, which autograd computes on its own: dB = s·G·Aᵀ, dA = s·Bᵀ·G."""
-    watch = ProgressReporter()
-    train(with_lora(llama()), tmp_path, [GradientRecorder(tmp_path / "g", every=1), watch])
-    for step in range(3):
-        grads = saved(tmp_path / "g", step)
-        assert set(grads) == {
-            f"model.layers.{i}.{module}.weight" for i in range(2) for module in ("self_attn.q_proj", "mlp.down_proj")
-        }
-        for name, grad in grads.items():
-            path = f"base_model.model.{name.removesuffix('.weight')}"
-            a, da = watch.seen[step][f"{path}.lora_A.default.weight"]
-            b, db = watch.seen[step][f"{path}.lora_B.default.weight"]
-            assert float(db.norm()) > 0
-            assert torch.allclose(2 * grad @ a.T, db, atol=1e-6)
-            assert torch.allclose(2 * b.T @ grad, da, atol=1e-6)
 
 
 def unfrozen(model, loss_of) -> dict[str, torch.Tensor]:
@@ -273,25 +242,6 @@ def test_gradients_equal_training_loop(tmp_path):
             optimizer.step()
     assert [path.name[9:15] for path in sorted((tmp_path / "g").iterdir())] == ["000004", "000006"]
     assert all("self_attn" in name for name in saved(tmp_path / "g", 4))
-
-
-def test_overlap_reads_saved_gradients_and_model_on_disk(tmp_path):
-    model = llama()
-    model.save_pretrained(tmp_path / "base")
-    train(model, tmp_path, [GradientRecorder(tmp_path / "g", every=2)])
-    model.save_pretrained(tmp_path / "tuned")
-    result = lora_diag.overlap(tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2])
-    assert {record.step for record in result} == {0, 2}
-    assert len({record.layer for record in result}) == 16
-    assert {item.reason for item in result.left_out} == {"vector"}
-    before, after = (
-        load_file(tmp_path / "base" / "model.safetensors"),
-        load_file(tmp_path / "tuned" / "model.safetensors"),
-    )
-    for record in result:
-        delta = as_numpy(after[record.layer]) - as_numpy(before[record.layer])
-        truth = dense_overlaps(delta, as_numpy(saved(tmp_path / "g", record.step)[record.layer]), 2)
-        assert record.kappa == pytest.approx(truth["kappa"], abs=1e-6)
 
 
 def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):

@@ -1,7 +1,5 @@
 """``overlap`` against NumPy float64 on real checkpoints, adapters and gradients; what is left out, and why."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -243,12 +241,3 @@ def test_swapped_gradients_and_checkpoints_are_detected(model, tmp_path):
     assert result.run.inputs[2].notes == (
         "step 40 is next to a config.json; check that these are gradients, not a checkpoint",
     )
-
-
-def test_run_record_names_steps_and_gradients(model, tmp_path):
-    base, tuned, grads = model
-    lora_diag.overlap(base, tuned, [grads], output=tmp_path / "r.jsonl", ranks=[2])
-    run = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
-    assert [side["role"] for side in run["inputs"]] == ["base", "tuned", "gradients"]
-    assert run["settings"]["steps"] == [0, 10]
-    assert run["inputs"][2]["kind"].startswith("2 steps, 0 to 10")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -166,15 +167,9 @@ def test_old_peft_needs_a_dot_before_a_key(drawn):
 def test_peft_itself_gives_the_intended_scales():
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
 
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q_proj, self.v_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList([Block(), Block()])
+    def make_model():
+        blocks = [OrderedDict((name, torch.nn.Linear(8, 8)) for name in ("q_proj", "v_proj")) for _ in range(2)]
+        return torch.nn.Sequential(OrderedDict(layers=torch.nn.Sequential(*map(torch.nn.Sequential, blocks))))
 
     for rslora in (False, True):
         config = {
@@ -184,7 +179,7 @@ def test_peft_itself_gives_the_intended_scales():
             "rank_pattern": {"layers.1.q_proj": 2},
             "alpha_pattern": {"v_proj": 5, "^layers.0.q_proj": 7},
         }
-        model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **config))
+        model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **config))
         contents = contents_of_peft(model, config)
         scales = {
             name.removeprefix("base_model.model."): module.scaling["default"]

@@ -7,9 +7,7 @@ from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag.diagnostics.spectrum import gradients as module
-from lora_diag.diagnostics.spectrum.measure import SpectrumSettings
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.gradients import histories, open_steps
 from lora_diag.linalg.exact import decompose_gram, decompose_stack
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.messages import mentions, raises_naming
@@ -150,22 +148,6 @@ def test_stack_with_tiny_first_gradient(first, second, dtype):
     np.testing.assert_allclose(result.s.numpy(), expected, rtol=1e-12)
 
 
-def test_stack_needs_no_more_rows_than_it_has_values():
-    """Fewer rows in all than columns: only so many values can differ from zero."""
-    result = decompose_stack([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 2.0, 0]])])
-    assert result.s.tolist() == [2.0, 1.0]
-    assert result.complete
-
-
-@pytest.mark.parametrize("scale", [1e-170, 1e150])
-def test_gradients_in_float64_of_any_size(scale):
-    matrices = np.random.default_rng(0).standard_normal((3, 6, 5))
-    result = decompose_stack([torch.zeros(6, 5).double(), *torch.from_numpy(matrices * scale)])
-    true = np.linalg.svd(matrices.reshape(18, 5), compute_uv=False)
-    np.testing.assert_allclose(result.s / scale, true, rtol=1e-9)
-    assert result.energy_error < 1e-6
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0**40])
 def test_stack_bound_equals_matrix_bound(scale):
     parts = [torch.randn(9, 7).double() * scale for _ in range(5)]
@@ -182,31 +164,3 @@ def test_gradients_with_coarse_spacing_are_left_out(tmp_path):
     assert [(item.reason, mentions(item.detail, "spacing", "numbers")) for item in result.left_out] == [
         ("non_finite", True)
     ]
-
-
-def test_float64_gradient_needs_twice_the_memory(tmp_path):
-    sizes = []
-    for dtype in (torch.float32, torch.float64):
-        path = save_step(tmp_path / f"{dtype}" / "0.safetensors", {"a.weight": torch.randn(6, 10).to(dtype)})
-        ((history,), _) = histories(open_steps([path]), None)
-        sizes.append(module.max_bytes(history))
-    assert sizes[1] - sizes[0] == 4 * 60
-    most = module.max_bytes(history)
-    for memory, taken in ((most + 1, most), (most - 1, most - 1)):
-        assert module.size(history, SpectrumSettings(memory=memory)) == taken
-
-
-def test_sample_gradients_order_layers_as_update_at_low_rank():
-    """What docs/reference/overlap.md says."""
-    from scipy.stats import spearmanr
-
-    update = lora_diag.spectrum(SAMPLES / "base", SAMPLES / "full_ft", layers="_proj")
-    result = lora_diag.spectrum(SAMPLES / "base", gradients=[SAMPLES / "gradients"], layers="_proj")
-    first = [SAMPLES / "gradients" / "grad_step000000.safetensors"]
-    at_start = lora_diag.spectrum(SAMPLES / "base", gradients=first, layers="_proj")
-    true_c, true_r = [r.energy["8"] for r in update], [r.rank_at["0.9"] for r in update]
-    for results, rho, ratio in ((result, 0.956, 1.66), (at_start, 0.928, 1.86)):
-        c, r = [record.energy["8"] for record in results], [record.rank_at["0.9"] for record in results]
-        assert spearmanr(true_c, c).statistic == pytest.approx(rho, abs=0.01)
-        assert spearmanr(true_r, r).statistic > 0.93
-        assert np.median(np.array(c) / true_c) == pytest.approx(ratio, abs=0.01)

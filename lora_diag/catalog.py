@@ -124,14 +124,6 @@ def figures() -> Iterator[tuple[Feature, Figure]]:
 
 
 @cache
-def panels() -> dict[str, Callable[[], Any]]:
-    """Return a loader for each panel for a user's own axes, by the panel's name."""
-    return {
-        path.partition(":")[2]: partial(feature.load, path) for feature, figure in figures() for path in figure.panels
-    }
-
-
-@cache
 def functions() -> dict[str, Callable[[], Any]]:
     """Return a loader for each public function, by its name."""
     return {path.partition(":")[2]: partial(feature.load, path) for feature in features() for path in feature.functions}

@@ -134,7 +134,6 @@ class Figure:
             records of layers.
         page: ``module:name`` of ``make_page(series, style, options) -> Page``, which raises ``UndrawableError`` for
             records that cannot be drawn.
-        panels: ``module:name`` of its panels for a user's own axes, ``lora_diag.plots.NAME``.
         made_by: Command that measures these records.
         by_color: Whether colours distinguish the runs, which limits their number.
         options: The fields of ``Options`` that it uses, besides ``per``: ``field``, ``rank``.
@@ -144,7 +143,6 @@ class Figure:
     shows: str
     needs: str = ""
     page: str = ".figures:make_page"
-    panels: tuple[str, ...] = ()
     made_by: str = ""
     by_color: bool = True
     options: tuple[str, ...] = ()

@@ -212,7 +212,7 @@ def _measure_and_show(
         if is_results:
             text = catalog.table(result, *out.terminal(), values["per"], hint, values)
         else:
-            values["next_command"] = hint
+            values |= {"next_command": hint, "verbose": shown.verbose}
             text = catalog.draw_table(feature.load(command.table), result, *out.terminal(), values)
         out.print_result(text)
     if not is_results:

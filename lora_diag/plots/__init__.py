@@ -11,6 +11,7 @@ Reads records only; opens no checkpoint.
     ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
 """
 
+from functools import partial
 from typing import Any
 
 from lora_diag.feature import RESULTS_ARGUMENT, Command, Feature, Figure, Hint, load
@@ -27,20 +28,18 @@ _EXPORTS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return a panel of the catalog or a name of this package, imported on first use."""
+    """Return a name of this package, or what draws one panel of the figure of this name, imported on first use."""
     if name in _EXPORTS:
         return load(_EXPORTS[name], __name__)
-    from lora_diag.catalog import panels
-
-    if name not in panels():
+    if name not in __dir__():
         raise AttributeError(f"module 'lora_diag.plots' has no attribute {name!r}")
-    return panels()[name]()
+    return partial(load(".run:panel", __name__), name)
 
 
 def __dir__() -> list[str]:
-    from lora_diag.catalog import panels
+    from lora_diag.catalog import figures
 
-    return sorted({*_EXPORTS, *panels()})
+    return sorted({*_EXPORTS, *(figure.name for _, figure in figures())})
 
 
 FEATURE = Feature(
@@ -64,7 +63,6 @@ FEATURE = Feature(
             "heatmap",
             "a field by module type and depth",
             needs="*",
-            panels=(".figures:heatmap",),
             by_color=False,
             options=("field", "rank"),
         ),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_diag.catalog import feature_of, figures, read_results
@@ -18,7 +19,7 @@ from lora_diag.feature import Figure as FigureSpec
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.plots.options import PlotOptions
 from lora_diag.records import Results
-from lora_diag.rendering.figures.pages import MAX_PANELS, Page, freeze_layout, make_figure
+from lora_diag.rendering.figures.pages import MAX_PANELS, Page, draw_panel, freeze_layout, make_figure
 from lora_diag.rendering.figures.series import Options, UndrawableError, drawable_records, kind_of, series_of
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
@@ -80,6 +81,46 @@ def figure(name: str, results: Results[Any] | Sequence[Results[Any]], **options:
         return _draw(*_make_page(name, results, options))
     except UndrawableError as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def panel(
+    figure: str,
+    records: Results[Any] | Iterable[Any],
+    ax: Axes | None = None,
+    *,
+    name: str | None = None,
+    per: str = "layer",
+    field: str | None = None,
+    rank: int | None = None,
+) -> Axes:
+    """Draw one panel of a figure; ``lora_diag.plots.NAME`` draws that of the figure of this name.
+
+    A figure with a panel per module type has all layers in this one.
+
+    Args:
+        figure: One of ``FIGURES``.
+        records: Results of a run, or its records.
+        ax: Axes to draw on, whose fonts are kept; default those of a new figure.
+        name: Name of the panel where the figure has several, such as an evaluation set, an adapter of ``residual``,
+            ``rows`` of ``angles`` or ``energy`` of ``allocation``; default the first.
+        per: ``layer``, or ``type`` to pool the layers of a module type.
+        field: For a heat map, dotted name of a numeric field; default by the kind of record.
+        rank: The rank to draw where several were measured.
+
+    Returns:
+        The Axes drawn on.
+
+    Raises:
+        UsageError: The records cannot be drawn, or there is no panel of this name.
+
+    Example:
+        >>> import lora_diag
+        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="mlp")
+        >>> [label.get_text() for label in panel("heatmap", results, field="fro").get_yticklabels()]
+        ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
+    """
+    spec = figure_named(figure)
+    return draw_panel(_FEATURES[figure].load(spec.page), records, spec.kind, ax, name, Options(per, field, rank))
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
@@ -221,38 +262,43 @@ def plot(
         >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")  # doctest: +SKIP
         >>> plot(results, output="energy.pdf", figure="energy")  # doctest: +SKIP
     """
-    option_values = fill_options(PlotOptions, options)
-    figure, labels, width = option_values["figure"], option_values["labels"], option_values["width"]
-    field, rank, layers, overwrite = (option_values[name] for name in ("field", "show_rank", "layers", "overwrite"))
+    values = fill_options(PlotOptions, options)
+    figure, layers, overwrite = values["figure"], values["layers"], values["overwrite"]
     if not results:
         raise UsageError("no results: give at least one results file")
     path = Path(output)
     folder_exists = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
     single = path.suffix.lower().removeprefix(".") in FORMATS and not folder_exists
-    file_format = _choose_format(path, single, option_values["format"])
+    file_format = _choose_format(path, single, values["format"])
     _check_output(path, file_format if single else None, folder_exists, overwrite)
     if single and figure == "all":
         raise UsageError(f"{path}: one file cannot hold all figures; give a folder, or one --figure")
-    if single and figure is None and field is not None:
+    if single and figure is None and values["field"] is not None:
         figure = next(spec.name for spec in FIGURES if "field" in spec.options)
     specs = FIGURES if figure in {None, "all"} else (figure_named(str(figure)),)
-    for option, value, used in (("--field", field, "field"), ("--show-rank", rank, "rank")):
+    for option, name, used in (("--field", "field", "field"), ("--show-rank", "show_rank", "rank")):
         users = [spec.name for spec in FIGURES if used in spec.options]
-        if value is not None and not {spec.name for spec in specs} & set(users):
-            raise UsageError(f"{option} {value}: not used by {figure}; use it with {' or '.join(users)}")
-    runs = [
-        _select_layers(source if isinstance(source, Results) else read_results(source), layers) for source in results
-    ]
+        if values[name] is not None and not {spec.name for spec in specs} & set(users):
+            raise UsageError(f"{option} {values[name]}: not used by {figure}; use it with {' or '.join(users)}")
+    runs = [source if isinstance(source, Results) else read_results(source) for source in results]
+    try:
+        runs = [run if layers is None else run.filter(layers) for run in runs]
+    except re.error as error:
+        raise UsageError(f"--layers {layers}: not a valid regular expression ({error}); correct it") from error
+    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     if not any(map(drawable_records, runs)):
-        raise NothingComparedError(f"no layer left to draw: {_explain_no_layer(runs, layers)}")
+        others = f"results of loradiag {commands} have no records of layers; show them with loradiag inspect"
+        raise NothingComparedError(
+            f"no layer left to draw: {others if layers is None else f'no name matches {layers}'}"
+        )
     figure_options: FigureOptions = {
-        "labels": labels,
-        "width": width,
-        "per": option_values["per"],
-        "field": field,
-        "rank": rank,
+        "labels": values["labels"],
+        "width": values["width"],
+        "per": values["per"],
+        "field": values["field"],
+        "rank": values["show_rank"],
         "files": () if any(isinstance(source, Results) for source in results) else tuple(map(str, results)),
-        "plain": option_values["plain"],
+        "plain": values["plain"],
     }
     drawn_figures: list[Drawn] = []
     pages: dict[Path, tuple[Page, PageStyle]] = {}
@@ -271,14 +317,21 @@ def plot(
             reason = f"{path}: one file cannot hold several figures; choose one with --figure, or give a folder"
             drawn_figures.append(replace(shown, reason=reason))
             continue
-        if folder_exists:
-            check_output(target, KINDS[file_format], overwrite)  # checked for all files before the first is drawn
+        if folder_exists:  # checked for all files before the first is drawn
+            check_output(target, KINDS[file_format], overwrite)
         pages[target] = page
         drawn_figures.append(replace(shown, path=target))
     for target, page in pages.items():
-        _write(target, encode_figure(_draw(*page), file_format, width), file_format, overwrite)
+        try:
+            target.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+        content = encode_figure(_draw(*page), file_format, values["width"])
+        write_whole(target, content, KINDS[file_format], overwrite)
     if not pages:
-        raise NothingComparedError(f"no figure can be drawn: {_explain_no_figure(runs, drawn_figures)}")
+        reasons = "; ".join(f"{shown.name}: {shown.reason}" for shown in drawn_figures if shown.missing != "records")
+        others = f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"
+        raise NothingComparedError(f"no figure can be drawn: {reasons or others}")
     return tuple(drawn_figures)
 
 
@@ -322,43 +375,14 @@ def _check_output(path: Path, file_format: str | None, folder_exists: bool, over
         raise UsageError(f"{path}: not a folder; give a folder, or a name that ends in .png, .svg or .pdf")
 
 
-def _explain_no_layer(runs: Sequence[Results[Any]], layers: str | None) -> str:
-    if layers is not None:
-        return f"no name matches {layers}"
-    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
-    return f"results of loradiag {commands} have no records of layers; show them with loradiag inspect"
-
-
-def _explain_no_figure(runs: Sequence[Results[Any]], figures: Sequence[Drawn]) -> str:
-    """Return the obstacles of the figures whose records exist, or that no figure draws these results."""
-    reasons = [f"{figure.name}: {figure.reason}" for figure in figures if figure.missing != "records"]
-    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
-    return (
-        "; ".join(reasons)
-        or f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"
-    )
-
-
-def _select_layers(results: Results[Any], layers: str | None) -> Results[Any]:
-    if layers is None:
-        return results
-    try:
-        return results.filter(layers)
-    except re.error as error:
-        raise UsageError(f"--layers {layers}: not a valid regular expression ({error}); correct it") from error
-
-
-def _write(path: Path, content: bytes, file_format: str, overwrite: bool) -> None:
-    """Write a figure; create its folder if needed."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    write_whole(path, content, KINDS[file_format], overwrite)
-
-
-def drawn_table(figures: Sequence[Drawn], width: int = 80, color: bool = False, next_command: str | None = None) -> str:
-    """Return a table of the figures drawn, the reasons for those not drawn, and the next command."""
+def drawn_table(
+    figures: Sequence[Drawn],
+    width: int = 80,
+    color: bool = False,
+    next_command: str | None = None,
+    verbose: bool = False,
+) -> str:
+    """Return a table of the figures drawn, the next command, and if ``verbose`` the reasons for those not drawn."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -373,18 +397,10 @@ def drawn_table(figures: Sequence[Drawn], width: int = 80, color: bool = False, 
     for figure in figures:
         if figure.path is not None:
             table.add_row(figure.name, Text(safe(str(figure.path))), figure.shows)
-    not_drawn = [figure for figure in figures if figure.path is None]
-    names_by_reason: dict[str, list[str]] = {}
-    for figure in not_drawn:
-        if figure.missing != "records":
-            reason = f"{figure.reason}: {figure.made_by}" if figure.made_by and figure.missing else figure.reason
-            names_by_reason.setdefault(reason, []).append(figure.name)
-    reason_lines = [f"{', '.join(names)}: {safe(reason)}" for reason, names in names_by_reason.items()]
-    # Most figures have no records; a reason for each would bury the figures that were drawn.
-    without_records = [figure.name for figure in not_drawn if figure.missing == "records"]
-    if without_records:
-        reason_lines.append(
-            f"no records for {', '.join(without_records)}; --figure NAME names the command that writes them"
-        )
-    statements = [make_statement("not_drawn", "Not drawn", *reason_lines)] if reason_lines else []
+    reasons = [
+        f"{figure.name}: {safe(figure.reason)}{f'; {figure.made_by}' if figure.made_by and figure.missing else ''}"
+        for figure in figures
+        if figure.path is None
+    ]
+    statements = [make_statement("not_drawn", "Not drawn", *reasons)] if verbose and reasons else []
     return to_text(Group(table, "", summary_of(statements, next_command)), width, color)

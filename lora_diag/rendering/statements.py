@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_diag.records import LeftOut, Results, Run
+from lora_diag.records.names import short_names
 from lora_diag.records.run import Reason
 from lora_diag.records.vocabulary import NOISE_MARKS, ON_CPU, Hidden
 from lora_diag.rendering.text import list_counts, list_layers, list_names, number, percent, quantity, safe, short
@@ -75,13 +76,13 @@ def notes(run: Run) -> list[str]:
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Return the last part of each path, or the whole path where several have that part.
+    """Return the last part of each path, or as many last parts as needed to distinguish them.
 
     >>> short_paths(["runs/a/lora_r4", "runs/b/lora_r8"]), short_paths(["runs/a/lora", "runs/b/lora"])
-    (['lora_r4', 'lora_r8'], ['runs/a/lora', 'runs/b/lora'])
+    (['lora_r4', 'lora_r8'], ['a/lora', 'b/lora'])
     """
-    last = [path.rstrip("/").rpartition("/")[2] for path in paths]
-    return [safe(name if last.count(name) == 1 and name else path) for name, path in zip(last, paths, strict=True)]
+    short = short_names(paths, safe)
+    return [short[path] for path in paths]
 
 
 def qualify_fractions(left_out: Sequence[LeftOut]) -> str:

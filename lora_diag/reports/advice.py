@@ -19,10 +19,11 @@ from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.verdict import format_confidence, list_reasons
+from lora_diag.records.names import short_names
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import format_gap
-from lora_diag.rendering.text import list_names, percent, plus_minus, span
-from lora_diag.reports.evidence import DEFAULT_RANK, Evidence, Source, energy_at
+from lora_diag.rendering.text import list_names, percent, plus_minus, safe, span
+from lora_diag.reports.evidence import Evidence, Source, energy_at
 from lora_diag.running.options import list_options, list_typed_options
 from lora_diag.tuning.record import Tune
 from lora_diag.tuning.show import describe_choice
@@ -35,6 +36,8 @@ MAX_SCALE = 1.25
 MIN_COSINE = 0.5
 # A LoRA of rank r on an n×n matrix has 2r/n of its parameters: for n < 4r it is not small.
 SIZEABLE_RATIO = 4
+# Maximum number of values that are all listed in a sentence.
+_LISTED = 4
 # Ranks that a step may try.
 COMMON_RANKS = tuple(2**power for power in range(2, 12))
 
@@ -48,7 +51,6 @@ class Rule:
 
     Args:
         name: Its name.
-        condition: Its condition, for a reader.
         find: Returns the values of sentence and command; None if the condition is false.
         do: The step, a format string.
         because: Its evidence, a format string.
@@ -58,7 +60,6 @@ class Rule:
     """
 
     name: str
-    condition: str
     find: Callable[[Evidence], Facts | None]
     do: str
     because: str
@@ -71,8 +72,7 @@ class Step:
     """One step.
 
     Args:
-        rule: The name of the rule.
-        condition: Its condition.
+        rule: The name of the rule, as in the documentation of ``report``.
         do: What to do.
         because: The evidence, with its numbers.
         argv: The command, word by word.
@@ -82,7 +82,6 @@ class Step:
     """
 
     rule: str
-    condition: str
     do: str
     because: str
     argv: tuple[str, ...]
@@ -118,16 +117,17 @@ _PLACEHOLDERS = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAI
 def _apply_rules(evidence: Evidence) -> Iterator[Step]:
     """Yield the steps of the rules that apply to one full fine-tune."""
     applied: set[str] = set()
+    short = short_names((path for source in evidence.sources for path in source.paths()), safe)
     paths = {role: evidence.path_of(role, placeholder) for role, placeholder in _PLACEHOLDERS.items()}
     for rule in RULES:
         if applied & set(rule.unless) or (values := rule.find(evidence)) is None:
             continue
         applied.add(rule.name)
         facts: Facts = {**paths, **values}
-        texts = {name: _join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        texts = {name: _join(value if isinstance(value, tuple) else [value], short) for name, value in facts.items()}
         do, because = rule.do.format_map(texts), " ".join(rule.because.format_map(texts).split())
         argv = ("loradiag", *_fill_command(rule.command, facts))
-        yield Step(rule.name, rule.condition, do, because, argv, facts, facts.get("layers", ()))
+        yield Step(rule.name, do, because, argv, facts, facts.get("layers", ()))
 
 
 def _fill_command(template: str, facts: Facts) -> Iterator[str]:
@@ -142,14 +142,18 @@ def _fill_command(template: str, facts: Facts) -> Iterator[str]:
             yield from value
 
 
-def _join(values: Sequence[Any]) -> str:
-    """Return values as part of a sentence.
+def _join(values: Sequence[Any], short: Mapping[str, str] | None = None) -> str:
+    """Return values as part of a sentence: paths shortened to what differs, and many counted.
 
-    >>> _join(["a"]), _join([4, 8, 16])
-    ('a', '4, 8 and 16')
+    >>> _join(["a"]), _join([4, 8, 16]), _join(["runs/a", "b"], {"runs/a": "a"})
+    ('a', '4, 8 and 16', 'a and b')
+    >>> _join("abcdefg")
+    'a, b, c and 4 more'
     """
-    words = list(map(_format, values))
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+    words = [(short or {}).get(value, value) if isinstance(value, str) else _format(value) for value in values]
+    if len(words) > _LISTED:
+        words = [*words[:3], f"{len(words) - 3} more"]
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _format(value: object) -> str:
@@ -350,9 +354,14 @@ def _find_scale(evidence: Evidence) -> Facts | None:
                 hint = "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was meant."
     if not factor_by_path:
         return None
-    phrase = _join([f"of {path} by {factor:.3g}" for path, factor in factor_by_path.items()])
-    return {"factors": factor_by_path, "words": phrase, "adapters": tuple(factor_by_path), "hint": hint,
-            "layers": tuple(dict.fromkeys(layers)), "count": len(layers)}  # fmt: skip
+    return {
+        "factors": factor_by_path,
+        "by": tuple(f"{factor:.3g}" for factor in factor_by_path.values()),
+        "adapters": tuple(factor_by_path),
+        "hint": hint,
+        "layers": tuple(dict.fromkeys(layers)),
+        "count": len(layers),
+    }
 
 
 def _scale(record: Residual) -> float:
@@ -376,7 +385,6 @@ _LOSS_RULES = ("fine-tune worse than BASE", "keep the adapter")
 RULES = (
     Rule(
         "fine-tune worse than BASE",
-        "the full fine-tune is significantly worse than BASE on every set that is not shifted",
         _find_worse_finetune,
         "Do not ship or imitate {tuned}: measure it on other held-out text first",
         "On {set}, BASE is {gap} nats from the full fine-tune: training made the model worse there.",
@@ -384,8 +392,6 @@ RULES = (
     ),
     Rule(
         "keep the adapter",
-        f"the loss is significantly within {1 - SUFFICIENT_SHARE:.0%} of the full fine-tune's gain on every set that "
-        "is not shifted and where that gain is positive, and that gain is significant",
         _find_equal_adapter,
         "No change: {adapter} does as well as the full fine-tune on held-out text",
         "It is {gap} nats from the full fine-tune on {set} and keeps {kept} of its gain. {others} Distances in weights "
@@ -394,7 +400,6 @@ RULES = (
     ),
     Rule(
         "tuned",
-        "a search of tune chose a configuration with a gain",
         _find_tuned_configuration,
         "{action}",
         "{why} config.trl.py and the other configurations beside the report train it and write the adapter to out.",
@@ -403,7 +408,6 @@ RULES = (
     ),
     Rule(
         "sweep",
-        "a sweep has a verdict: equivalence test over seeds, each rank at its best learning rate",
         _find_swept_rank,
         "{action}",
         "On {set}, {why}.",
@@ -412,7 +416,6 @@ RULES = (
     ),
     Rule(
         "close the gap",
-        "every adapter is significantly worse than the full fine-tune on some set",
         _find_gap,
         "Do not ship {adapter} yet: train at r={ranks} and compare the held-out loss",
         "It is the best of {count}, {gap} nats from the full fine-tune on {set}, and keeps {kept} of its gain.",
@@ -421,18 +424,14 @@ RULES = (
     ),
     Rule(
         "scale",
-        f"the best scale is outside [{1 / MAX_SCALE:.2g}, {MAX_SCALE}] with cosine ≥ {MIN_COSINE}, in at least half of "
-        "the adapted matrices",
         _find_scale,
-        "Multiply lora_alpha {words} and measure again, before changing any rank",
+        "Multiply lora_alpha of {adapters} by {by} and measure again, before changing any rank",
         "In {count} matrices the direction is right and the scale is not. {hint}",
         "residual {base} {tuned} {adapters}",
         _LOSS_RULES,
     ),
     Rule(
         "sufficient rank",
-        f"truncating all layers to this rank keeps ≥ {SUFFICIENT_SHARE:.0%} of a significant gain on every unshifted "
-        f"set; or, without losses and a rank to raise, C(r) ≥ {SUFFICIENT_ENERGY} in every matrix, all resolved",
         _find_sufficient_rank,
         "Extract the update at r={rank}, without training",
         "{why}",
@@ -441,7 +440,6 @@ RULES = (
     ),
     Rule(
         "raise the rank",
-        f"C(r) < {MIN_ENERGY} in some resolved matrix, at the largest rank of any adapter there, or r={DEFAULT_RANK}",
         _find_small_rank,
         "{action}",
         "Rank {rank} can hold less than half of the energy in {short} of {count} matrices, at worst {worst}: {named}. "
@@ -451,7 +449,6 @@ RULES = (
     ),
     Rule(
         "measure the loss",
-        "the page has distances and no loss, or too little text to compare an adapter with the full fine-tune",
         _find_unknown_loss,
         "Measure the held-out loss of {adapters} on {eval} before relying on distances",
         "{why}",

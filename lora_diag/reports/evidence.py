@@ -53,9 +53,9 @@ class Source:
         """Return the records of one kind by layer."""
         return {record.layer: record for record in self.results if isinstance(record, kind)}
 
-    def paths(self, role: str) -> list[str]:
-        """Return the paths of all inputs of a role."""
-        return [run_input.path for run_input in self.results.run.inputs if run_input.role == role]
+    def paths(self, role: str = "") -> list[str]:
+        """Return the paths of all inputs of a role; without one, of all inputs."""
+        return [run_input.path for run_input in self.results.run.inputs if role in {"", run_input.role}]
 
 
 class Capacity(NamedTuple):

@@ -132,7 +132,7 @@ def _make_advice(subject: Subject) -> list[str]:
         layers = f" Layers: {_list_layers(step.layers)}." if step.layers else ""
         parts.append(
             f"{position}. **{_escape_text(step.do)}.** {_escape_text(step.because)}{about}\n   "
-            f"{code(step.command, 1000)}\n   Rule: {_escape_text(step.condition)}.{layers}"
+            f"{code(step.command, 1000)}\n   Rule: {step.rule}.{layers}"
         )
     return parts
 

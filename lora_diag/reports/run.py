@@ -67,7 +67,7 @@ def report(
         >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
         >>> results = lora_diag.spectrum(base, tuned, layers="o_proj")
         >>> print(report(results, format="md").splitlines()[0])
-        # sample_checkpoints/full_ft compared with sample_checkpoints/base
+        # full_ft compared with base
     """
     arguments = fill_options(ReportOptions, options)
     output, format, overwrite, values = (arguments[name] for name in ("output", "format", "overwrite", "values"))

@@ -8,6 +8,7 @@ Names and paths are ``safe``, as in the terminal; escaping for a page is left to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -144,12 +145,32 @@ def _answer_questions(feature: Feature, source: Source, with_source: bool) -> li
         keys = [key for key, of_key in feature.questions if of_key == question]
         matching = [statement for key in keys for statement in statements if statement.key == key]
         if matching:
-            answer, extra = matching[0].answered
+            headline, rest, extra = *_split_headline(matching[0].answered[0]), matching[0].answered[1]
+            extra = (*filter(None, [rest]), *extra)
             extra += tuple(line for statement in matching[1:] for line in statement.labelled)
             # With several such runs, each answer names its run.
             extra += (name,) if with_source else ()
-            result.append(Answer(f"{question.removesuffix('?')}{suffix}?", answer, extra))
+            result.append(Answer(f"{question.removesuffix('?')}{suffix}?", headline, extra))
     return result
+
+
+# Maximum number of words of an answer's headline.
+HEADLINE = 15
+
+
+def _split_headline(answer: str) -> tuple[str, str]:
+    """Return the first clauses of an answer, at most ``HEADLINE`` words, and the rest; all words if there is no clause.
+
+    >>> _split_headline("no: r=8 keeps 31% (of 99); " + "word " * 15 + "end")[0]
+    'no: r=8 keeps 31% (of 99)'
+    """
+    ends = list(re.finditer(r"[.;:,](?= )| (?=\()|$", answer))
+    short = [match for match in ends if len(answer[: match.start()].split()) <= HEADLINE]
+    whole = [match for match in short if answer[: match.start()].count("(") == answer[: match.start()].count(")")]
+    if not whole:
+        return " ".join(answer.split()[:HEADLINE]) + " …", answer
+    end = whole[-1]
+    return answer[: end.start()], answer[end.end() :].strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +218,7 @@ def _make_safe(step: Step) -> Step:
         do=safe(step.do),
         because=safe(step.because),
         argv=tuple(map(safe, step.argv)),
-        about=tuple(map(safe, step.about)),
+        about=tuple(short_names(step.about, safe).values()),
     )
 
 
@@ -208,7 +229,8 @@ def _make_title(evidence: Evidence) -> str:
     section = _find_section(source)
     if section is not None and not section.losses:
         return name_updates(source)
-    paths = {run_input.role: safe(run_input.path) for run_input in reversed(source.results.run.inputs)}
+    short = short_names(source.paths(), safe)
+    paths = {run_input.role: short[run_input.path] for run_input in reversed(source.results.run.inputs)}
     tuned, base, adapters = paths.get("tuned"), paths.get("base"), source.paths("adapter")
     if section is not None and tuned is None and len(adapters) > 1:
         return f"{len(adapters)} adapters of {base}"

@@ -100,7 +100,6 @@ FEATURE = Feature(
         Figure(
             "tune",
             "held-out loss against trained parameters: all runs, the frontier and the choice",
-            panels=(".figures:tune",),
             made_by="loradiag tune BASE --data FILE --eval FILE --params N -o run/",
         ),
     ),

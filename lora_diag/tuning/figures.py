@@ -11,8 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from lora_diag.records import Results
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
+from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import (
     axis_limits,
     draw_levels,
@@ -23,6 +22,7 @@ from lora_diag.rendering.figures.panels import (
 )
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle
+from lora_diag.rendering.text import quantity
 from lora_diag.tuning.record import Tune, TuneTrial
 
 RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
@@ -75,22 +75,6 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def tune(results: Results[Any] | Iterable[Any], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw held-out loss against trained parameters.
-
-    Args:
-        results: Results of ``tune``, or its records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the deciding one, or that of the first record without a choice.
-
-    Returns:
-        The Axes drawn on.
-    """
-    records = list(results.whole if isinstance(results, Results) else results)
-    choice = next((record for record in records if isinstance(record, Tune)), None)
-    return draw_panel(make_page, records, "tune", ax, name=name or (choice.set if choice is not None else None))
-
-
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the page: a panel for each set of the first run."""
     trials = [record for record in series[0].whole if isinstance(record, TuneTrial)]
@@ -136,7 +120,8 @@ def _draw(ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, ch
         label = "chosen, ± 2 standard errors"
         ax.errorbar(chosen.params, chosen.mean, yerr=error, color=CHOSEN, label=label, **diamond)
     base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
-    labelled = [] if base is None else [(f"BASE {base:.3f}", base, INK)]
-    ax.set_ylim(axis_limits([loss for _, loss in runs] + [loss for _, loss, _ in labelled]))
-    draw_levels(ax, labelled, style)
+    ax.set_ylim(axis_limits([loss for _, loss in runs], base))
+    if above := sum(loss > ax.get_ylim()[1] for _, loss in runs):
+        ax.text(0.02, 0.98, f"↑ {quantity(above, 'run')} above", transform=ax.transAxes, va="top", size=style.ticks)
+    draw_levels(ax, [] if base is None else [(f"BASE {base:.3f}", base, INK)], style)
     set_loss_axis(ax)

@@ -57,7 +57,7 @@ def readings(figure):
         for artist in [*ax.collections, *ax.patches]:
             if isinstance(artist, QuadMesh):
                 corners, values = artist.get_coordinates(), np.ma.filled(artist.get_array(), np.nan)
-                for row, value in enumerate(np.ravel(values)):
+                for (row, _), value in np.ndenumerate(values):
                     if np.isfinite(value):
                         seen[beside[corners[row : row + 2, 0, 1].mean()]].append(value)
             elif isinstance(artist, StepPatch) and below:
@@ -117,23 +117,15 @@ def union(layers, name):
     return making.results(records, name=name), panels
 
 
-def overlap(layers, name):
-    records = [making.overlap(layer, step, 8, 1e-4 * next(NUMBERS), 0.5) for layer in layers for step in (0, 9)]
-    return making.results(records, name=name), [by_type([r for r in records if r.step == 0], lambda r: r.kappa)]
-
-
 MAKERS = {
-    "energy": spectra(lambda r: r.s[0] ** 2 / r.fro**2),
-    "spectrum": spectra(lambda r: r.s[0]),
     "heatmap": spectra(lambda r: r.energy["8"]),
     "residual": residual,
-    "overlap": overlap,
     "allocation": allocation,
     "union": union,
 }
 
 
-@pytest.mark.parametrize("name", ["heatmap", "residual", "allocation", "union"])
+@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_names_of_categories_are_at_their_values(name, mix):
     made = [MAKERS[name](layers, label) for layers, label in zip(layers_of(MIXES[mix]), NAMES, strict=False)]
@@ -151,25 +143,6 @@ def test_names_of_categories_are_at_their_values(name, mix):
             np.testing.assert_allclose(drawn[kind], sorted(values[kind]), rtol=1e-9, err_msg=f"{kind} in {title}")
         if len(expected) == len(made) > 1:
             assert title.startswith(labels[number])
-
-
-@pytest.mark.parametrize("name", ["energy", "spectrum", "overlap"])
-@pytest.mark.parametrize("mix", MIXES)
-def test_panels_of_types_show_their_values(name, mix):
-    """A line begins with the value of a layer, or with the median over the layers of a type."""
-    made = [MAKERS[name](layers, label) for layers, label in zip(layers_of(MIXES[mix]), NAMES, strict=False)]
-    page = plots.figure(name, [run for run, _ in made])
-    expected = defaultdict(list)
-    for _, (panel,) in made:
-        for kind, values in panel.items():
-            expected[kind] += values if len(made) == 1 and name != "overlap" else [np.median(values)]
-    panels = {ax.get_title(loc="left"): ax for ax in page.axes if ax.get_title(loc="left")}
-    drawn = {full(kind, expected): ax for kind, ax in panels.items()}
-    assert drawn.keys() == expected.keys()
-    for kind, ax in drawn.items():
-        lines = [line for line in ax.lines if line.get_label() == "_κ" or line.get_label()[0] != "_"]
-        lines = [line for line in lines if np.size(line.get_xdata()) > 2 or name == "overlap"]
-        np.testing.assert_allclose(sorted(line.get_ydata()[0] for line in lines), sorted(expected[kind]), rtol=1e-9)
 
 
 def full(shown, names):

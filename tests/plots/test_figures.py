@@ -11,7 +11,7 @@ import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.plots.figures import cells, norm_of
-from lora_diag.rendering.figures.fields import title_in
+from lora_diag.rendering.figures.fields import Types, title_in
 from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.plots import making
@@ -36,7 +36,7 @@ def test_energy_curve_is_cumulated_energy(values, signal):
     record = making.spectrum("model.layers.0.q_proj.weight", s, signal=signal)
     ranks, shares = lines(plots.energy([record]), record.layer)
     assert (ranks[0], ranks[-1]) == (1, values)
-    assert {rank for rank in (8, 16, 64) if rank <= values} <= set(ranks)
+    assert {rank for rank in (4, 16, 64) if rank <= values} <= set(ranks)
     np.testing.assert_allclose(shares, [np.sum(s[:r] ** 2) / np.sum(s**2) for r in ranks], rtol=1e-12)
 
 
@@ -78,8 +78,8 @@ def test_two_runs_are_bands_of_median_and_range():
     curves = [np.cumsum(np.square(record.s)) / np.sum(np.square(record.s)) for record in runs[0]]
     np.testing.assert_allclose(middle.get_ydata(), np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
     vertices = ax.collections[0].get_paths()[0].vertices
-    at_8 = vertices[vertices[:, 0] == 8][:, 1]
-    np.testing.assert_allclose([at_8.min(), at_8.max()], [np.min(curves, 0)[7], np.max(curves, 0)[7]], rtol=1e-12)
+    at_16 = vertices[vertices[:, 0] == 16][:, 1]
+    np.testing.assert_allclose([at_16.min(), at_16.max()], [np.min(curves, 0)[15], np.max(curves, 0)[15]], rtol=1e-12)
 
 
 def test_spectrum_is_singular_values_with_median_edge():
@@ -91,6 +91,20 @@ def test_spectrum_is_singular_values_with_median_edge():
     (edge,) = [line for line in ax.lines if line.get_label() == "_edge"]
     assert edge.get_ydata()[0] == pytest.approx(0.2)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+
+
+def test_marked_ranks_have_ticks():
+    for values in (4, 40, 600):
+        ax = plots.figure("energy", making.results(making.model(2, values=values)), width="column").axes[0]
+        marked = {line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1}
+        assert marked == {rank for rank in (4, 16, 64) if rank <= values}
+        assert marked <= set(ax.get_xticks())
+
+
+def test_norms_are_not_counted_as_matrices():
+    norm = making.residual("model.norm.weight", 1.0, 1.0, 0.5, 0.5).model_copy(update={"shape": (32,)})
+    page = plots.figure("heatmap", making.results([*making.residuals(2), norm]))
+    assert "14 matrices and 1 vector" in page.texts[0].get_text()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +120,7 @@ def test_spectrum_is_singular_values_with_median_edge():
 def test_cells_of_heat_map_are_fields_of_records(field, of):
     records = [*making.model(3, edge=0.5), making.spectrum("lm_head.weight", making.decay(1))]
     ax = plots.heatmap(records, field=field)
-    columns = [np.asarray(mesh.get_array()).ravel() for mesh in ax.collections]
+    columns = np.asarray(ax.collections[0].get_array()).T
     rows = [label.get_text() for label in ax.get_yticklabels()]
     assert rows == [*making.TYPES, "lm_head"]
     by_name = {record.layer: of(record) for record in records}
@@ -151,9 +165,11 @@ def test_experts_are_pooled_by_their_norms():
     assert sum(drawn_parts(plots.residual(records))) == pytest.approx(sum(gaps) / 10)
 
 
-def test_one_panel_of_residual_takes_one_adapter():
-    with pytest.raises(UsageError, match="2 adapters"):
-        plots.residual(making.residuals(2) + making.residuals(2, adapter="other"))
+def test_panel_of_residual_is_selected_by_adapter():
+    records = making.residuals(2) + making.residuals(2, adapter="other")
+    assert plots.residual(records, name="other").get_title(loc="left").startswith("other")
+    with raises_naming(UsageError, "nobody", "lora_r8, other"):
+        plots.residual(records, name="nobody")
 
 
 def test_overlap_shows_medians_beside_their_baselines():
@@ -166,15 +182,20 @@ def test_overlap_shows_medians_beside_their_baselines():
             line = drawn[f"_{name}"]
             assert line.get_ydata()[list(line.get_xdata()).index(step)] == pytest.approx(np.median(result))
     assert set(drawn["_random κ"].get_ydata()) == {8 / np.sqrt(32 * 64)}
-    assert len([label for label in drawn if label.startswith("_κ of")]) == 5
+    kappas = [record.kappa for record in records if (record.step, record.rank) == (40, 8)]
+    at_40 = ax.collections[0].get_paths()[0].vertices
+    at_40 = at_40[at_40[:, 0] == 40][:, 1]
+    np.testing.assert_allclose([at_40.min(), at_40.max()], [min(kappas), max(kappas)])
     assert plots.overlap(records, rank=4).get_ylabel().endswith("r = 4")
 
 
 def test_kept_fraction_is_drawn_beside_bound():
-    ax = plots.budget([making.certificate(kept=0.5, bound=0.51)])
+    records = making.allocations(1)
+    ax = plots.allocation([*records, making.certificate(kept=0.5, bound=0.51)], name="energy")
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.5, 0.45])
     assert [line.get_xdata()[0] for line in ax.lines] == [0.51]
-    several = plots.budget([making.certificate(1000, 0.3, 0.3), making.certificate(2000, 0.5, 0.52)])
+    certificates = making.certificate(1000, 0.3, 0.3), making.certificate(2000, 0.5, 0.52)
+    several = plots.allocation([*records, *certificates], name="energy")
     drawn = {line.get_label(): np.array(line.get_xydata()) for line in several.lines}
     np.testing.assert_allclose(drawn["bound: maximum energy within the budget"], [[1000, 0.3], [2000, 0.52]])
     np.testing.assert_allclose(drawn["kept by the allocation"], [[1000, 0.3], [2000, 0.5]])
@@ -200,7 +221,7 @@ def test_angles_of_layers_are_one_distribution_with_chance():
     chance = drawn["_random sql × chat"]
     simulated = [np.mean(np.array(many) <= x) for x in chance.get_xdata()]
     np.testing.assert_allclose(chance.get_ydata(), simulated, atol=0.05)
-    rows = {line.get_label(): line for line in plots.angles(records, side="rows").lines}
+    rows = {line.get_label(): line for line in plots.angles(records, name="rows").lines}
     np.testing.assert_array_equal(rows["_sql × chat"].get_xdata(), [0, *np.ones(16), 1])
 
 
@@ -244,13 +265,13 @@ def test_fleet_figure_names_outliers():
     assert plots.why_not("fleet", making.results([making.adapter("b", rank=None)])) == "no adapter has a rank"
 
 
-@pytest.mark.parametrize("name", [*(kind.name for kind in plots.FIGURES), "budget"])
+@pytest.mark.parametrize("name", [kind.name for kind in plots.FIGURES])
 def test_panel_draws_on_given_axes(name):
     # Asking for the backend would make Matplotlib choose one, and import pyplot to do so.
     keys = set(mpl.rcParams) - {"backend", "backend_fallback"}
     before = {key: mpl.rcParams[key] for key in keys}
     panel = getattr(plots, name)
-    records = [making.certificate()] if name == "budget" else making.example(name)
+    records = making.example(name)
     theirs = Figure().subplots()
     assert panel(records, ax=theirs) is theirs
     panel(records).figure.draw_without_rendering()
@@ -300,7 +321,7 @@ def test_heat_map_has_a_panel_for_each_pair_of_updates():
     assert list(panels) == ["a × b", "a × c", "b × c"]
     for title, ax in panels.items():
         mine = [r.cosine for r in records if title == f"{r.first[-1]} × {r.second[-1]}"]
-        drawn = [value for mesh in ax.collections for value in np.ravel(mesh.get_array())]
+        drawn = np.ravel(ax.collections[0].get_array())
         np.testing.assert_allclose(sorted(drawn), sorted(mine))
     assert plots.why_not("heatmap", making.example("fleet")) == "no records"
 
@@ -312,7 +333,7 @@ def test_spectra_in_other_metrics_name_it_and_share_no_axis(metric, norm):
     for name, panel in (("energy", plots.energy), ("spectrum", plots.spectrum)):
         for width in ("slide", "column"):
             page = plots.figure(name, weighted, width=width)
-            assert norm in " ".join(" ".join(text.get_text() for text in page.texts).split())
+            assert norm in page.legends[0].get_title().get_text().replace("\n", " ")
         assert norm in panel(weighted).get_ylabel()
         assert "C^½" not in panel(plain).get_ylabel()
     assert title_in("fro", weighted.layers) == f"‖{norm}‖_F"
@@ -378,7 +399,8 @@ def test_shortened_names_stay_distinct():
 
 @pytest.mark.parametrize(("value", "ends"), [(0.0, (0.0, 1.0)), (3.0, (0.0, 3.0)), (-2.0, (-2.0, 0.0))])
 def test_heat_map_of_one_value_has_valid_scale(value, ends):
-    shown = cells([making.spectrum(f"l.{i}.q.weight", [1.0]) for i in range(2)], "fro")
+    records = [making.spectrum(f"l.{i}.q.weight", [1.0]) for i in range(2)]
+    shown = cells(records, "fro", Types(record.layer for record in records), [0, 1])
     shown = dataclasses.replace(shown, values=np.full_like(shown.values, value))
     norm = norm_of([shown])
     assert (norm.vmin, norm.vmax) == ends

@@ -80,8 +80,36 @@ def test_sweep_shows_mean_over_seeds_at_each_rank_s_best_rate():
 def test_different_trainings_are_separate_curves():
     full = [making.probe("sweep", "full", loss, lr=lr) for loss, lr in ((1.7, 1e-5), (1.55, 1e-4))]
     ax = plots.sweep(making.swept() + full)
-    assert lines(ax, "_full fine-tuning 1.550")[0][0, 1] == 1.55
-    assert not lines(ax, "_full fine-tuning 1.700")
+    assert lines(ax, "_full 1.550")[0][0, 1] == 1.55
+    assert not lines(ax, "_full 1.700")
+
+
+def test_diverged_run_does_not_stretch_axis():
+    whole = making.searched().whole
+    wild = next(record for record in whole if record.record == "tune_trial" and record.seed == 1)
+    wild = wild.model_copy(update={"loss": 50.0, "lr": 1.0})
+    for base in (1.8, 0.5):  # where every run is worse than BASE, too
+        records = [r.model_copy(update={"loss": base}) if r.variant == "base" else r for r in whole]
+        usual, stretched = plots.tune(records), plots.tune([*records, wild])
+        assert stretched.get_ylim()[1] == pytest.approx(usual.get_ylim()[1], abs=0.3)
+        assert "1 run above" in stretched.texts[0].get_text()
+        points = np.concatenate([line.get_ydata() for line in stretched.lines if line.get_label() == "one run"])
+        assert 50.0 in points
+
+
+def test_names_of_levels_are_beside_the_dots():
+    ax = plots.tune(making.searched())
+    ax.figure.draw_without_rendering()
+    (name,) = [text for text in ax.texts if text.get_text() == "BASE 1.800"]
+    assert name.get_window_extent().x0 >= ax.get_window_extent().x1
+
+
+def test_depth_starts_at_its_data():
+    ax = plots.depth(making.probed(making.said()))
+    values = [value for record in making.said() if record.name for value in record.hidden if value is not None]
+    low, high = ax.get_ylim()
+    assert min(values) - low <= 0.2 * (high - low)
+    assert ax.get_xlim()[0] > 0.5  # the embeddings have no distance
 
 
 def test_diverged_run_does_not_prevent_refusal_of_heat_map():
@@ -185,9 +213,8 @@ def test_curvature_figure_has_model_bound_and_gap():
 def test_ggn_gives_no_bound():
     newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
     page = plots.figure("curvature", making.probed(newton))
-    message = " ".join(text.get_text() for text in page.texts).replace("\n", " ")
-    assert "and its bound" not in message
-    assert "not a bound" in message
+    assert "bound" not in page.legends[0].get_title().get_text()
+    assert "not a bound" in page.texts[0].get_text().replace("\n", " ")
     assert "λ term 100 times" in title_of(page.axes[0])
 
 
@@ -197,7 +224,7 @@ def test_intrinsic_figure_omits_sets_without_gain():
     result = {d: (2 - (2 - 0.3 * np.log10(d) + 0.02)) / gain for d in (10, 100, 1000)}
     np.testing.assert_allclose(lines(ax, "_subspace")[0], list(result.items()))
     np.testing.assert_allclose(lines(ax, "_lora")[0], [[500, 0.7 / gain], [4000, 0.84 / gain]])
-    assert lines(ax, "_share")[0][0, 1] == 0.9
+    assert lines(ax, "_90%")[0][0, 1] == 0.9
     assert sum(map(len, lines(ax, "_seeds"))) == 10
     assert "d = 1\u202f000 reaches 89.8%, LoRA r = 8 reaches 86%" in title_of(ax)
     assert len(plots.figure("intrinsic", making.probed(making.reached())).axes) == 1

@@ -14,7 +14,6 @@ from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.run import to_csv
 from tests.conftest import ROOT
 from tests.diagnostics.verify_merge.test_summary import RIGHT
 from tests.messages import assert_names
@@ -86,28 +85,6 @@ def fleet(names=("runs/a", "runs/b", "runs/c")):
 
 
 KINDS = {"interference": interference, "intruders": intruders, "fleet": fleet}
-QUESTIONS = dict(zip(KINDS, questions("interference", "intruders", "spectrum --adapters"), strict=True))
-MIXES = [mix for size in (1, 3) for mix in itertools.combinations(KINDS, size)]
-
-
-@pytest.mark.parametrize("also", [False, True], ids=["alone", "with an update"])
-@pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_report_of_any_mix_has_page_text_and_table(mix, also):
-    runs = evidence(*(KINDS[name]() for name in mix), *(small() if also else ()))
-    drawn = not also or len(mix) == len(KINDS)
-    page = html_report(runs, images_of(runs) if drawn else [], "now")
-    text = markdown_report(runs)
-    for message in (Elements(page).words, [text]):
-        shown = " ".join(message)
-        assert (low_rank() in shown) == also
-        assert ("Next steps" in shown) == also
-        assert [name for name, question in QUESTIONS.items() if question in shown] == list(mix)
-    figures = {a["alt"].split(":")[0] for tag, a in Elements(page).seen if tag == "img"}
-    wanted = {"interference": {"angles", "union"}, "intruders": {"intruders"}, "fleet": {"fleet"}}
-    for name, own in wanted.items():
-        result = {each for each in own if f"Figure of {each}" in figures}
-        assert result == (own if name in mix and drawn else set())
-    assert len(to_csv(runs).splitlines()) > len(mix)
 
 
 def test_fleet_page_lists_outliers_and_duplicates_and_no_layers():

@@ -7,7 +7,7 @@ import lora_diag
 from lora_diag.diagnostics.spectrum.show import spectrum_table
 from lora_diag.inspection.run import inventory_table
 from lora_diag.rendering.text import fraction
-from tests.conftest import ROOT, save_model, weights
+from tests.conftest import save_model, weights
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
@@ -42,17 +42,6 @@ def test_coverage_counts_every_part(tmp_path):
         assert_names(text, f"{parts[part] / total:.0%}", words)
 
 
-@pytest.mark.parametrize(("scale", "word"), [(1.0, "yes"), (2e-3, "no")])
-def test_summary_states_resolution_before_rank(tmp_path, scale, word):
-    before = {name: value.bfloat16() for name, value in weights(1).items()}
-    after = {name: (value.float() + weights(2)[name] * scale).bfloat16() for name, value in before.items()}
-    results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
-    text = spectrum_table(results, 140)
-    assert f"Resolution    {word}" in text
-    assert text.index("Resolution") < text.index("Low rank")
-    assert ("float32" in text) == (word == "no")
-
-
 def test_unfinished_run_and_unmeasured_layers_are_stated(pair_of_models, tmp_path):
     base, _, _, after = pair_of_models
     after["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
@@ -78,34 +67,6 @@ def test_hostile_names_stay_text(tmp_path):
     text = inventory_table(inspect(base), 140)
     assert "\x1b" not in text
     assert "[red]x[/red]" in text
-
-
-SAMPLE = (ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "full_ft")
-
-
-@pytest.fixture(scope="module")
-def sample():
-    return lora_diag.spectrum(*SAMPLE)
-
-
-def rows_of(text):
-    """Return title and rows of the table: the lines up to the first empty one."""
-    head, _, *rows = text.lstrip("\n").split("\n\n")[0].splitlines()
-    return head, rows
-
-
-@pytest.mark.parametrize("per", ["type", "layer"])
-@pytest.mark.parametrize("width", [40, 60, 79, 80, 100, 119, 120, 140])
-def test_names_keep_their_ends_at_every_width(sample, width, per):
-    text = spectrum_table(sample, width, per=per)
-    assert max(map(len, text.splitlines())) <= width
-    head, rows = rows_of(text)
-    assert "…" not in head
-    names = [row.split()[0] for row in rows]
-    assert min(map(len, names)) >= len("lm_head")
-    assert all(len(name) >= 12 for name in names if name.startswith("…"))
-    if width >= 120:
-        assert not any(name.startswith("…") for name in names)
 
 
 def test_one_pattern_matches_vocabulary_tables():

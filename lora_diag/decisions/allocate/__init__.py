@@ -117,7 +117,6 @@ FEATURE = Feature(
         Figure(
             "allocation",
             "rank by layer, and energy kept compared with the bound",
-            panels=(".figures:allocation", ".figures:budget"),
             made_by="loradiag allocate spectrum.jsonl --params 10M -o allocation.jsonl",
         ),
     ),

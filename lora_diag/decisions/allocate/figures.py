@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from lora_diag.decisions.allocate.record import Allocation, Certificate
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.fields import count_matrices
-from lora_diag.rendering.figures.pages import Page, Panel, add_legend, draw_panel, panel_axes
+from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series
 from lora_diag.rendering.figures.style import (
@@ -22,9 +22,8 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     PageStyle,
     category,
-    crop_end,
+    crop_names,
     name_of,
-    width_of,
 )
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
@@ -38,36 +37,6 @@ _UNITS = {
     "bytes": "bytes of adapter, gradients and optimizer",
     "energy": "adapter parameters Σ r (out + in)",
 }
-
-
-def allocation(records: Iterable[Allocation], ax: Axes | None = None, *, per: str = "layer") -> Axes:
-    """Draw the rank of each layer as bars, and that of the uniform rule as a line.
-
-    Args:
-        records: Records of ``allocate``.
-        ax: Axes to draw on; default those of a new figure.
-        per: ``layer`` for one bar per layer (median over the experts of a block), ``type`` for one bar per module type.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_page, records, "allocation", ax, options=Options(per=per), legend=True)
-
-
-def budget(certificates: Sequence[Certificate], ax: Axes | None = None) -> Axes:
-    """Draw the energy fraction of an allocation with other rules and the bound; of several, over their cost.
-
-    Args:
-        certificates: Certificates of one allocation, or of several for the same update with budgets in one unit.
-        ax: Axes to draw on; default those of a new figure.
-
-    Returns:
-        The Axes drawn on.
-    """
-    with panel_axes(ax) as (axes, style):
-        _draw_kept(axes, style, certificates)
-        add_legend(axes)
-    return axes
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -88,7 +57,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         bars = (len(comparable[0].baselines) + 1) * 1.6 * style.text / 72
         height = (1.3 * style.panel if len(comparable) > 1 else bars) + 3.5 * style.text / 72
         draw = partial(_draw_kept, certificates=comparable)
-        panels.append(Panel("", draw, height=height, width=panels[0].width))
+        panels.append(Panel("", draw, height=height, name="energy"))
     records = [record for run in series for record in run.records]
     about = count_matrices(records)
     if len(comparable) == 1:
@@ -140,21 +109,16 @@ def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
     """Draw one bar per rule with its energy and cost, and the upper bound."""
     rules = [("this allocation", certificate.kept, _cost_of(certificate), BARS)]
     rules += [(name_of(rule.name), rule.kept, rule.spent, UNIFORM) for rule in certificate.baselines]
-    size, labels = style.ticks, []
-    for name, kept, spent, _ in rules:
-        suffix = f": {kept:.1%} ({_format_count(spent)})"
-        labels.append(crop_end(name, 0.62 * style.width - width_of(suffix, size), size) + suffix)
-    # The labels start right of the bound; the bars use the remaining width.
-    pad = 0.6 * size / 72
-    room = style.width - max(width_of(label, size) for label in labels) - 2 * pad
+    short = crop_names([name for name, *_ in rules], 24)
     scale = max(certificate.bound, *(kept for _, kept, *_ in rules)) or 1.0
-    ax.set_xlim(0, scale * style.width / max(room, 0.2 * style.width))
-    for position, (label, (_, kept, _, color)) in enumerate(zip(labels, rules, strict=True)):
+    ax.set_xlim(0, scale / 0.7)
+    for position, (_, kept, spent, color) in enumerate(rules):
         ax.barh(position, kept, height=0.66, color=color, lw=0)
-        place: dict[str, Any] = {"xytext": (72 * pad, 0), "textcoords": "offset points", "va": "center"}
-        ax.annotate(label, (scale, position), size=size, parse_math=False, **place)
+        # Right of all bars and of the bound.
+        text, place = f"{kept:.1%} ({_format_count(spent)})", (scale, position)
+        ax.annotate(text, place, xytext=(4, 0), textcoords="offset points", size=style.ticks, va="center")
     ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label=_BOUND_LABEL)
-    ax.set_yticks([])
+    ax.set_yticks(range(len(rules)), [short[name] for name, *_ in rules], parse_math=False, size=style.ticks)
     ax.set_ylim(len(rules) - 0.4, -0.6)
     ax.set_xlabel(f"energy fraction kept (and {_UNITS[certificate.unit]})")
     ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])

@@ -79,7 +79,6 @@ FEATURE = Feature(
         Figure(
             "recovery",
             "C(r) of the files and of the update before rounding, with intervals",
-            panels=(".figures:recovery",),
             made_by="loradiag recover BASE TUNED -o recovery.jsonl",
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,28 +11,11 @@ from matplotlib.axes import Axes
 
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel, add_legend, panel_axes
+from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError
 from lora_diag.rendering.figures.style import CATEGORIES, QUIET, PageStyle
 
 ESTIMATE = CATEGORIES[0]
-
-
-def recovery(records: Iterable[Recovery], ax: Axes | None = None) -> Axes:
-    """Draw C(r) of D and of the estimated X with its interval, the median over layers.
-
-    Args:
-        records: Records of ``recover``, at least one with estimated directions; the others are not drawn.
-        ax: Axes to draw on; default those of a new figure.
-
-    Returns:
-        The Axes drawn on.
-    """
-    with panel_axes(ax) as (axes, style):
-        _draw(axes, style, [record for record in records if record.energy_estimate is not None])
-        axes.set(xlabel="rank r", ylabel="energy fraction C(r)")
-        add_legend(axes)
-    return axes
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -42,14 +25,14 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         UndrawableError: No layer was recovered.
     """
     records = [record for item in series for record in item.records]
+    recovered = [record for record in records if record.energy_estimate is not None]
     by_type: dict[str, list[Recovery]] = {}
-    for record in records:
-        if record.energy_estimate is not None:
-            by_type.setdefault(module_type_of(record.layer), []).append(record)
+    for record in recovered:
+        by_type.setdefault(module_type_of(record.layer), []).append(record)
     if not by_type:
         raise UndrawableError("no layer was recovered: there is no estimated C(r) to draw")
     shown = sorted(by_type.items(), key=lambda item: -len(item[1]))[:MAX_PANELS]
-    without = len(records) - sum(map(len, by_type.values()))
+    without = len(records) - len(recovered)
     omitted = [f"{without} layers without an estimate"] if without else []
     omitted += [f"{len(by_type) - len(shown)} module types"] if len(shown) < len(by_type) else []
     return Page(
@@ -61,6 +44,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             f"Not drawn: {', '.join(omitted)}." if omitted else "",
         ],
         share=True,
+        whole=Panel("", partial(_draw, records=recovered), "rank r", "energy fraction C(r)"),
     )
 
 

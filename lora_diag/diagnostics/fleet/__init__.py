@@ -46,7 +46,6 @@ FEATURE = Feature(
         Figure(
             "fleet",
             "many adapters: norm, used fraction of the rank, outliers",
-            panels=(".figures:fleet",),
             made_by="loradiag fleet 'adapters/**' -o fleet.jsonl",
         ),
     ),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
-from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.metrics.statistics import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
+from lora_diag.rendering.figures.pages import Page, Panel, key
 from lora_diag.rendering.figures.panels import set_fraction_ticks
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, short_names
 from lora_diag.rendering.figures.style import (
@@ -19,12 +19,12 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     PageStyle,
     category,
-    crop_name,
+    crop_names,
+    fit_chars,
     format_log_axis,
-    width_of,
 )
 
-# Fraction of the width for the points; the rest is for names. Maximum number of names.
+# Fraction of the width for the points if outliers are named in the rest; maximum number of names.
 _PLOT, _NAMES = 0.62, 12
 
 
@@ -47,19 +47,6 @@ class _Point:
     run: int
 
 
-def fleet(records: Iterable[Fleet], ax: Axes | None = None) -> Axes:
-    """Draw ‖ΔW‖_F of every adapter over the fraction of its rank that 99% of the energy needs; name outliers.
-
-    Args:
-        records: Records of ``fleet``; adapters without a rank are skipped.
-        ax: Axes to draw on; default those of a new figure.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_page, records, "fleet", ax)
-
-
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the scatter plot of all adapters, with a colour per run."""
     points = _make_points(series)
@@ -80,15 +67,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     adapter_count = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return Page(
         "A fleet of adapters: norm of the update and used fraction of its rank",
-        [
-            Panel(
-                "",
-                partial(_draw_points, points=points),
-                "rank at 99% of the energy / r",
-                "‖ΔW‖_F",
-                after=partial(_write_names, points=points),
-            )
-        ],
+        [Panel("", partial(_draw_points, points=points), "rank at 99% of the energy / r", "‖ΔW‖_F")],
         f"{adapter_count}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
         [
             f"{outliers or 'None'} of them {'is an outlier' if outliers == 1 else 'are outliers'}; the rarest are "
@@ -116,7 +95,8 @@ def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
     norms = [point.fro for point in points if point.fro > 0] or [1.0]
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")
-    ax.set(xlim=(-0.03, 1 / _PLOT), ylim=(low, high))
+    outliers = [points[i] for i in order_by_rarity([point.outlier_kinds for point in points])][:_NAMES]
+    ax.set(xlim=(-0.03, 1 / _PLOT if outliers else 1.03), ylim=(low, high))
     set_fraction_ticks(ax.xaxis)
     format_log_axis(ax.yaxis, low, high)
     ax.spines["bottom"].set_bounds(-0.03, 1.03)
@@ -128,30 +108,16 @@ def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
             if subset:  # a line without points would count in the layout, at the corner of the page
                 dots: dict[str, Any] = {"ls": "", "ms": 3.4 * style.line, "mew": 0, "alpha": 0.8, "clip_on": False}
                 ax.plot(*zip(*subset, strict=True), marker=marker, color=category(run), label=label, **dots)
-
-
-def _write_names(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
-    """Write the names of the rarest outliers, at most ``_NAMES``, at the right, each with a line to its point."""
-    box, size, (low, high) = ax.get_window_extent(), style.ticks, ax.get_ylim()
-    step = 1.5 * size / 72 / (box.height / ax.figure.dpi)
-    span = (high / low) ** step
-    outliers = [points[i] for i in order_by_rarity([point.outlier_kinds for point in points])]
-    named = sorted(outliers[: min(_NAMES, int(1 / step))], key=lambda point: (point.fro, point.used))
-    # Move each name up from its norm until it is clear of the one below, then down from the top.
-    heights: list[float] = []
-    for point in named:
-        lowest = max(point.fro or low, low * span**0.5)
-        heights.append(max(lowest, heights[-1] * span) if heights else lowest)
-    upper_limit = high / span**0.5
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], upper_limit)
-        upper_limit = heights[i] / span
-    # Letters are drawn slightly wider than they are measured.
-    max_width = 0.95 * (1 / _PLOT - 1.07) / (1 / _PLOT + 0.03) * box.width / ax.figure.dpi
+    # The names are in a column at the right, in the order of the norms, each with a line to its point.
+    named = sorted(outliers, key=lambda point: (point.fro, point.used))
+    heights = (
+        np.geomspace(low * 1.2, high / 1.2, len(named)) if len(named) > 2 else [point.fro or low for point in named]
+    )
+    chars = fit_chars(0.9 * (1 - _PLOT) * ax.get_window_extent().width / ax.figure.dpi, style.ticks)
+    short = crop_names([point.name for point in named], chars)
     for point, y in zip(named, heights, strict=True):
-        text = f"{point.name}: {', '.join(point.outlier_kinds)}"
-        if width_of(text, size) > max_width:  # the kinds of outlier can be seen in the figure
-            text = crop_name(point.name, max_width, size)
+        text = f"{short[point.name]}: {', '.join(point.outlier_kinds)}"
+        text = text if len(text) <= chars else short[point.name]
         thin: dict[str, Any] = {"color": QUIET, "lw": 0.5 * style.line, "alpha": 0.6, "zorder": 1, "clip_on": False}
         ax.plot([point.used, 1.03, 1.06], [point.fro or low, y, y], label="_to a name", **thin)
-        ax.text(1.07, y, text, size=size, va="center", parse_math=False, in_layout=False)
+        ax.text(1.07, y, text, size=style.ticks, va="center", parse_math=False, in_layout=False)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.metrics.subspaces import random_angles
 from lora_diag.records import Agreement
 from lora_diag.rendering.figures.fields import count_matrices
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key
+from lora_diag.rendering.figures.pages import Page, Panel, key
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split_series
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, PageStyle, category
@@ -29,25 +29,6 @@ SUM, SEPARATE, EVERY = CATEGORIES[:3]
 
 # Fraction of the energy at which ranks are shown.
 ENERGY = "0.9"
-
-
-def union(records: Iterable[Union], ax: Axes | None = None, *, per: str = "layer") -> Axes:
-    """Draw the rank at which the sum of the updates has 90% of its energy, and the sum of the ranks of the updates.
-
-    Their ratio is the additive fraction: 1 if every direction is needed, 1/K for K equal updates. Green: the rank at
-    which every update keeps 90% of its energy; no line if none does.
-
-    Args:
-        records: Records of ``interference``; layers that a single update changes are skipped.
-        ax: Axes to draw on; default those of a new figure.
-        per: ``layer`` for one bar per layer (median over the experts of a block), ``type`` for one bar per module type.
-
-    Returns:
-        The Axes drawn on.
-    """
-    axes = draw_panel(make_union_page, records, "union", ax, options=Options(per=per), legend=True)
-    axes.set_ylabel("rank at 90% of the energy")
-    return axes
 
 
 def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -66,7 +47,9 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
         update_count = max(len(record.updates) for record in records)
         draw_shares = partial(_draw_shares, slots=slots, update_count=update_count)
         panels += [
-            Panel(_describe_run(item, records), partial(_draw_ranks, slots=slots), "", "rank", 1.25 * style.panel),
+            Panel(
+                _describe_run(item, records), partial(_draw_ranks, slots=slots), "", "rank at 90%", 1.25 * style.panel
+            ),
             Panel("", draw_shares, "", "fraction", 0.85 * style.panel),
         ]
     drawn = [record for _, records in shared for record in records]
@@ -131,30 +114,6 @@ SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "r
 
 # Maximum number of points of a curve; of more angles, evenly spaced ones are drawn.
 POINTS = 400
-
-
-def angles(
-    records: Iterable[Interference], ax: Axes | None = None, *, side: Side = "columns", rank: int | None = None
-) -> Axes:
-    """Draw the cumulative distribution of the cosines of principal angles between two updates, over all layers.
-
-    Dotted: the same for random spaces of these dimensions (``metrics.subspaces.random_angles``).
-
-    Args:
-        records: Records of ``interference``; one curve per pair. Of more than ``CATEGORIES`` pairs, those whose column
-            spaces overlap most are drawn.
-        ax: Axes to draw on; default those of a new figure.
-        side: ``columns`` for the spaces of the left singular vectors, ``rows`` for those of the right ones.
-        rank: Number of singular vectors that span each space; default 8 if measured, else the smallest.
-
-    Returns:
-        The Axes drawn on.
-    """
-    records = tuple(records)
-    axes = draw_panel(make_page, records, "interference", ax, name=side, options=Options(rank=rank), legend=True)
-    drawn = choose_rank({int(rank) for record in records for rank in record.columns}, Options(rank=rank))
-    axes.set(xlabel="cosine of a principal angle", ylabel=f"fraction of the angles, r = {drawn}")
-    return axes
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:

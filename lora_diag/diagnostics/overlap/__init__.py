@@ -47,7 +47,6 @@ FEATURE = Feature(
         Figure(
             "overlap",
             "κ and tangent overlap over the steps, with baselines",
-            panels=(".figures:overlap",),
             options=("rank",),
             made_by="loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl",
         ),

@@ -66,7 +66,6 @@ FEATURE = Feature(
         Figure(
             "portability",
             "error ε of each weight of an adapter in each serving program",
-            panels=(".figures:portability",),
             made_by="loradiag portability ADAPTER -o portability.jsonl",
             by_color=False,
         ),

@@ -51,7 +51,6 @@ FEATURE = Feature(
         Figure(
             "residual",
             "ε and its floor, layer by layer, by cause",
-            panels=(".figures:residual",),
             made_by="loradiag residual BASE TUNED ADAPTER -o residual.jsonl",
             by_color=False,
         ),

@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from lora_diag.diagnostics.residual.record import Residual, describe_parts, sum_parts
-from lora_diag.errors import UsageError
 from lora_diag.metrics.subspaces import pool_distances
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
+from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import Slot, make_slots, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, FLOOR, INK, PageStyle
@@ -21,33 +20,6 @@ from lora_diag.rendering.text import number
 
 # Colors of the parts of ε², from the bottom of a bar.
 COLORS = {"rank": CATEGORIES[0], "direction": CATEGORIES[5], "scale": CATEGORIES[1], "not adapted": FLOOR}
-
-
-def residual(records: Iterable[Residual], ax: Axes | None = None, *, per: str = "layer") -> Axes:
-    """Draw ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F² of one adapter's update X, layer by layer, as a stack of its parts.
-
-    ε² = rank + direction + scale (``metrics.split_epsilon``). Layers of one bar are added up.
-
-    Args:
-        records: Records of ``residual``, for one adapter.
-        ax: Axes to draw on; default those of a new figure.
-        per: ``layer`` for one bar per layer (experts of a block are pooled), ``type`` for one bar per module type.
-
-    Returns:
-        The Axes drawn on.
-
-    Raises:
-        UsageError: The records are of several adapters.
-    """
-    records = tuple(records)
-    adapters = {record.adapter for record in _select_matrices(records)}
-    if len(adapters) > 1:
-        raise UsageError(
-            f"records of {len(adapters)} adapters, but a panel shows one; pass the records of one .adapter"
-        )
-    axes = draw_panel(make_page, records, "residual", ax, options=Options(per=per), legend=True)
-    axes.set_ylabel("ε² = ‖ΔW − X‖_F² / ‖ΔW‖_F²")
-    return axes
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -65,7 +37,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         raise UndrawableError("no records of matrices")
     runs = make_slots(matrices, options.per)
     panels = [
-        Panel(_describe_run(item), partial(_draw, slots=slots), ylabel="ε²", height=1.25 * style.panel)
+        Panel(_describe_run(item), partial(_draw, slots=slots), ylabel="ε²", height=1.25 * style.panel, name=item.label)
         for item, slots in zip(adapters, runs, strict=True)
     ]
     joined = max((slot.joined for slots in runs for slot in slots), default=1)

@@ -65,13 +65,11 @@ FEATURE = Feature(
             "C(r): energy kept by the best adapter of each rank",
             needs="spectrum",
             page=".figures:make_energy_page",
-            panels=(".figures:energy",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
         ),
         Figure(
             "spectrum",
             "singular values and the noise edge of the files",
-            panels=(".figures:spectrum",),
             made_by="loradiag spectrum BASE TUNED -o spectrum.jsonl",
         ),
     ),

@@ -23,13 +23,10 @@ from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.energy import energy_curve
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.rendering.figures.fields import Types, by_depth, changes_of, count_matrices, deepest, metric_suffix
-from lora_diag.rendering.figures.pages import MAX_PANELS, Key, Page, Panel, key, panel_axes
-from lora_diag.rendering.figures.panels import set_fraction_ticks, set_rank_axis
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of
+from lora_diag.rendering.figures.pages import MAX_PANELS, Key, Page, Panel, key
+from lora_diag.rendering.figures.panels import MARKED, set_fraction_ticks, set_rank_axis
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import DEPTH, FLOOR, INK, PageStyle, category, log_label
-
-# Common ranks of adapters, marked in every panel.
-MARKED = (8, 16, 64)
 
 # Points per curve: more are not visible on a log axis, and keep an SVG of a large model small.
 POINTS = 56
@@ -49,21 +46,28 @@ class Quantity:
     beyond: float
     finish: Callable[[Axes, PageStyle, Sequence[Spectrum], Sequence[Spectrum]], None]
 
-    def at(self, record: Spectrum, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return a layer's values at given ranks; past its last value ``beyond``, or NaN if it is incomplete."""
-        values = self.values(record)
-        inside = values[np.minimum(ranks, len(values)) - 1]
-        return np.where(ranks <= len(values), inside, self.beyond if record.complete else np.nan)
+    def at(self, records: Sequence[Spectrum], grid: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the ranks of a grid up to the largest of a layer, and each layer's values there, ``(layers, ranks)``.
+
+        A layer has ``beyond`` past its last value, or NaN if its spectrum is incomplete.
+        """
+        last = max(len(record.s) for record in records)
+        ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
+        rows = []
+        for record in records:
+            inside = self.values(record)[np.minimum(ranks, len(record.s)) - 1]
+            rows.append(np.where(ranks <= len(record.s), inside, self.beyond if record.complete else np.nan))
+        return ranks, np.array(rows)
 
 
-def ranks_drawn(largest: int, marked: Sequence[int] = MARKED) -> NDArray[np.int64]:
+def ranks_drawn(largest: int) -> NDArray[np.int64]:
     """Return log-spaced ranks from 1 to ``largest``, including the marked ones.
 
     >>> ranks_drawn(6).tolist(), len(ranks_drawn(4096)) < 64
     ([1, 2, 3, 4, 5, 6], True)
     """
     spaced = np.geomspace(1, largest, POINTS).round().astype(np.int64)
-    return np.union1d(spaced, [rank for rank in marked if rank <= largest]).astype(np.int64)
+    return np.union1d(spaced, [rank for rank in MARKED if rank <= largest]).astype(np.int64)
 
 
 def resolved_rank(record: Spectrum) -> int:
@@ -85,24 +89,21 @@ def draw_series(
     series: Sequence[Series[Spectrum]],
     quantity: Quantity,
     per: str,
-    marked: Sequence[int] = MARKED,
-    page_records: Sequence[Spectrum] | None = None,
+    page_records: Sequence[Spectrum],
 ) -> None:
     """Draw one panel: a line per block, coloured by depth; with several series or ``per="type"``, a band per series.
 
     Args:
         ax: Axes to draw on.
-        style: The page, of the panel's width.
+        style: The page.
         series: The records of each run.
         quantity: What to draw over the rank.
         per: ``layer`` or ``type``.
-        marked: Ranks to mark.
-        page_records: Records of all panels, which share axes and colours; default those of ``series``.
+        page_records: Records of all panels, which share axes and colours.
     """
     records = [record for item in series for record in item.records]
-    all_records = records if page_records is None else page_records
-    largest, last_depth = largest_rank(all_records), deepest(record.layer for record in all_records)
-    grid = ranks_drawn(largest, marked)
+    largest, last_depth = largest_rank(page_records), deepest(record.layer for record in page_records)
+    grid = ranks_drawn(largest)
     if per == "type" or len(series) > 1:
         for number, item in enumerate(series):
             _draw_band(ax, style, item, quantity, grid, category(number))
@@ -112,17 +113,8 @@ def draw_series(
             # Outside the blocks, the text colour.
             color = INK if depth is None else DEPTH(depth / last_depth if last_depth else 0.0)
             _draw_curve(ax, style, group, quantity, grid, color)
-    set_rank_axis(ax, largest, marked, style)
-    quantity.finish(ax, style, records, all_records)
-
-
-def _stack(
-    records: Sequence[Spectrum], quantity: Quantity, grid: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the ranks of a grid up to the largest of a layer, and each layer's values there, ``(layers, ranks)``."""
-    last = max(len(record.s) for record in records)
-    ranks = np.union1d(grid[grid < last], [last]).astype(np.int64)
-    return ranks, np.array([quantity.at(record, ranks) for record in records])
+    set_rank_axis(ax, largest, style)
+    quantity.finish(ax, style, records, page_records)
 
 
 def _draw_curve(
@@ -134,7 +126,7 @@ def _draw_curve(
     color: Any,
 ) -> None:
     """Draw the pointwise median of the given layers of a block: the resolved part in colour, the rest in grey."""
-    ranks, stacked = _stack(group, quantity, grid)
+    ranks, stacked = quantity.at(group, grid)
     values = np.median(stacked, axis=0)
     ranks, values = ranks[np.isfinite(values)], values[np.isfinite(values)]
     marker: dict[str, Any] = {"marker": "o", "markersize": 2 * style.line} if len(ranks) == 1 else {}
@@ -157,7 +149,7 @@ def _draw_band(
     changed = [record for record in item.records if record.fro > 0]
     if not changed:
         return
-    ranks, stacked = _stack(changed, quantity, grid)
+    ranks, stacked = quantity.at(changed, grid)
     finite = np.isfinite(stacked).all(axis=0)
     ranks, stacked = ranks[finite], stacked[:, finite]
     ax.fill_between(ranks, stacked.min(axis=0), stacked.max(axis=0), color=color, alpha=0.22, lw=0, zorder=1.5)
@@ -165,54 +157,13 @@ def _draw_band(
     ax.plot(ranks, np.median(stacked, axis=0), label=item.label or "median layer", **line)
 
 
-def energy(
-    records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
-) -> Axes:
-    """Draw C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² over r, one line per block, all in one panel.
-
-    Curves are coloured by depth, and grey beyond the signal rank, where they include rounding noise of the files. A
-    zero update has no curve. The curve of a block is the pointwise median of all its given matrices, and so is that of
-    matrices outside the blocks: pass the records of one module type (``results.filter("q_proj")``) for one curve per
-    layer; experts of a block still share one.
-
-    Args:
-        records: Records of ``spectrum``.
-        ax: Axes to draw on; default those of a new figure (``ax.figure`` is then the figure).
-        ranks: Ranks to mark.
-        per: ``layer`` for one line per block; ``type`` for the median and the range of all records.
-
-    Returns:
-        The Axes drawn on.
-
-    Example:
-        >>> import lora_diag
-        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="q_proj")
-        >>> ax = energy(results)
-        >>> [float(line.get_ydata()[-1]) for line in ax.lines if "q_proj" in line.get_label()]
-        [1.0, 1.0, 1.0, 1.0]
-    """
-    records = tuple(records)
-    change = changes_of(records)
-    with panel_axes(ax) as (axes, style):
-        draw_series(axes, style, (Series("", records),), ENERGY, per, ranks)
-        axes.set(xlabel="rank r", ylabel="energy fraction C(r)" + (f" of {change}" if change != "ΔW" else ""))
-    return axes
-
-
 def make_energy_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Page:
-    """Return the page of C(r), one panel per module type."""
+    """Return the page of C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², one panel per module type."""
     change = changes_of(record for item in series for record in item.records)
     total = "Σσ²" if " and " in change else f"‖{change}‖_F²"
-    return _make_multiples(
-        series,
-        ENERGY,
-        style,
-        options.per,
-        title=f"Energy fraction C(r) of {change} that the best adapter of rank r keeps",
-        xlabel="rank r",
-        ylabel="C(r)",
-        formula=f"; C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}",
-    )
+    title = f"Energy fraction C(r) of {change} that the best adapter of rank r keeps"
+    formula = f"; C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}"
+    return _make_multiples(series, ENERGY, style, options.per, title, ("rank r", "C(r)"), formula)
 
 
 def _make_multiples(
@@ -220,10 +171,8 @@ def _make_multiples(
     quantity: Quantity,
     style: PageStyle,
     per: str,
-    *,
     title: str,
-    xlabel: str,
-    ylabel: str,
+    labels: tuple[str, str],
     formula: str = "",
     keys: Sequence[Key] = (),
 ) -> Page:
@@ -238,46 +187,48 @@ def _make_multiples(
         raise UndrawableError("ΔW = 0 in every matrix")
     bands, last_depth = per == "type" or len(series) > 1, deepest(record.layer for record in records)
     draw = partial(draw_series, quantity=quantity, per=per, page_records=records)
-    gradients = any(record.source == "gradients" for record in records)
-    prefix = f"{series[0].label}: " if len(series) == 1 and series[0].label else ""
-    notes = []
+    change = (
+        "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
+    )
     joined = max(len(group) for part in groups.values() for group in by_depth(part[0].records).values())
-    if joined > 1 and not bands:
-        notes.append(f"A line is the median of a block's matrices of its type (up to {joined}).")
-    if any(record.fro > 0 and not record.complete for record in records):
-        notes.append("Curves end where the values kept (--top) do.")
-    if zero := sum(record.fro == 0 for record in records):
-        notes.append(f"Δ = 0 in {zero} {'matrix, which has' if zero == 1 else 'matrices, which have'} no curve.")
+    zero = [record for record in records if record.fro == 0]
+    incomplete = any(record.fro > 0 and not record.complete for record in records)
     return Page(
         title,
-        [Panel(name, partial(draw, series=part), xlabel, ylabel) for name, part in groups.items()],
-        f"{prefix}{'gradients' if gradients else f'updates {changes_of(records)}'} of "
-        f"{count_matrices(records)}{metric_suffix(records)}{formula}",
-        notes,
+        [Panel(name, partial(draw, series=part), *labels) for name, part in groups.items()],
+        f"{subject_of(series)}{change} of {count_matrices(records)}{metric_suffix(records)}{formula}",
+        [
+            f"A line is the median of a block's matrices of its type (up to {joined})."
+            if joined > 1 and not bands
+            else "",
+            "Curves end where the values kept (--top) do." if incomplete else "",
+            f"ΔW = 0 in {count_matrices(zero)}, without a curve." if zero else "",
+        ],
         [*_make_keys(series, records, bands, style), *keys],
         share=True,
         scale=ScalarMappable(Normalize(0, last_depth), DEPTH) if last_depth and not bands else None,
         scale_label="depth (block)",
+        whole=Panel("", partial(draw, series=series), labels[0], f"{labels[1]} of {changes_of(records)}"),
     )
 
 
 def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series[Spectrum], ...]]:
     """Return the series of each module type with an update; of too many, the types of least ‖ΔW‖ share the last."""
-    types = Types(record.layer for item in series for record in item.records)
+    types = Types(record.layer for item in series for record in item.records if record.fro > 0)
     energies: dict[str, float] = defaultdict(float)
     for item in series:
         for record in item.records:
-            energies[types.of(record.layer)] += record.fro**2
-    changed = [name for name in types.names if energies[name] > 0]
-    own = sorted(changed, key=lambda name: -energies[name])[: MAX_PANELS - 1] if len(changed) > MAX_PANELS else changed
-    panels = {name: {name} for name in changed if name in own}
-    if others := set(changed) - set(own):
-        panels[f"{len(others)} other types"] = others
+            if record.fro > 0:
+                energies[types.of(record.layer)] += record.fro**2
+    titles = types.pool(sorted(energies, key=lambda name: -energies[name])[: MAX_PANELS - 1])
+    groups: dict[str, list[list[Spectrum]]] = {title: [[] for _ in series] for title in titles.values()}
+    for number, item in enumerate(series):
+        for record in item.records:
+            if record.fro > 0:
+                groups[titles[types.of(record.layer)]][number].append(record)
     return {
-        title: tuple(
-            replace(item, records=tuple(r for r in item.records if types.of(r.layer) in names)) for item in series
-        )
-        for title, names in panels.items()
+        title: tuple(replace(item, records=tuple(part)) for item, part in zip(series, parts, strict=True))
+        for title, parts in groups.items()
     }
 
 
@@ -301,31 +252,6 @@ def _make_keys(
     return keys
 
 
-def spectrum(
-    records: Iterable[Spectrum], ax: Axes | None = None, *, ranks: Sequence[int] = MARKED, per: str = "layer"
-) -> Axes:
-    """Draw the singular values σ_i of ΔW over i, log–log, one line per block, all in one panel.
-
-    Values up to the signal rank are coloured by depth; those beyond it, which rounding of the files can explain, are
-    grey. The dashed line is the median noise edge. Zeros are not drawn. Matrices of a block are joined as in
-    ``energy``.
-
-    Args:
-        records: Records of ``spectrum``.
-        ax: Axes to draw on; default those of a new figure.
-        ranks: Ranks to mark.
-        per: ``layer`` for one line per block; ``type`` for the median and the range of all records.
-
-    Returns:
-        The Axes drawn on.
-    """
-    records = tuple(records)
-    with panel_axes(ax) as (axes, style):
-        draw_series(axes, style, (Series("", records),), SIGMA, per, ranks)
-        axes.set(xlabel="index i", ylabel=f"singular value σᵢ of {changes_of(records)}")
-    return axes
-
-
 def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Page:
     """Return the page of σ_i, one panel per module type, with common axes.
 
@@ -338,16 +264,9 @@ def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Opt
         raise UndrawableError(f"singular values in {names} have no common axis; draw them separately")
     edges = _list_edges(records)
     below = " (all below the axis)" if max(edges, default=0.0) < _compute_limits(records)[0] else ""
-    return _make_multiples(
-        series,
-        SIGMA,
-        style,
-        options.per,
-        title=f"Singular values σᵢ of {changes_of(records)}, in descending order",
-        xlabel="index i",
-        ylabel="σᵢ",
-        keys=[key(f"noise edge of the files' rounding{below}", **_make_edge_style(style))] if edges else (),
-    )
+    title = f"Singular values σᵢ of {changes_of(records)}, in descending order"
+    keys = [key(f"noise edge of the files' rounding{below}", **_make_edge_style(style))] if edges else []
+    return _make_multiples(series, SIGMA, style, options.per, title, ("index i", "σᵢ"), keys=keys)
 
 
 def _finish_energy(ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]) -> None:

@@ -67,7 +67,6 @@ FEATURE = Feature(
         Figure(
             "curvature",
             "curvature of the loss; modelled and measured loss gaps of truncations",
-            panels=(".figures:curvature",),
             made_by="loradiag probe curvature BASE TUNED --eval FILE -o curvature.jsonl",
         ),
     ),

@@ -11,14 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
-from lora_diag.records import Results
 from lora_diag.rendering.figures.pages import (
     ROWS,
     Page,
     Panel,
     Row,
     choose_columns,
-    draw_panel,
     key,
     make_rows_panel,
     run_keys,
@@ -50,23 +48,6 @@ STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 NO_BOUND = "λ term, no bound"
 
 
-def curvature(
-    results: Results[Any] | Iterable[Curvature | LossBound], ax: Axes | None = None, *, name: str | None = None
-) -> Axes:
-    """Draw the gap of each truncation on a logarithmic axis: measured, predicted, and bounded from above.
-
-    Args:
-        results: Results of ``probe curvature``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on; a run at BASE, without truncations, shows the largest eigenvalues of the layers, or
-        their traces if no eigenvalue of a layer was computed.
-    """
-    return draw_panel(make_page, results, "curvature", ax, name=name)
-
-
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return a panel of gaps for each set, and one of the layers' largest eigenvalues, or without both, of traces."""
     runs = [[record for record in item.whole if isinstance(record, Curvature | LossBound)] for item in series]
@@ -88,8 +69,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         title += f", the {ROWS} highest of {distinct}" if distinct > ROWS else ""
         xlabel = f"{'λ' if eigen else 'trace'} (nats per squared weight)"
         last = make_rows_panel(title, rows, style, xlabel=xlabel, columns=columns)
-        if len(panels) >= columns:  # panels above are aligned after the longest name
-            panels = [replace(panel, width=last.width) for panel in panels]
         panels.append(replace(last, height=max(last.height, 1.9 * style.panel)))
     matrix = "Hessian" if curvatures[0].matrix == "hessian" else "Gauss–Newton matrix"
     about, at = subject_of(series), curvatures[0].at.upper()

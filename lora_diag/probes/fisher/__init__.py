@@ -44,7 +44,6 @@ FEATURE = Feature(
         Figure(
             "fisher",
             "how well predictors rank layers by the cost of truncation",
-            panels=(".figures:fisher",),
             made_by="loradiag probe fisher BASE TUNED --data FILE --measure -o fisher.jsonl",
             by_color=False,
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.fisher.show import PREDICTORS, Correlations, correlate_predictors
-from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel
+from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import set_loss_axis, set_measured_rank_axis, set_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, log_label, name_of
@@ -22,23 +21,6 @@ from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, Pa
 MARKS = ("o", "s", "D", "v", "^")
 # Tails below this fraction of the largest are rounding errors.
 SMALLEST_SHOWN = 1e-5
-
-
-def fisher(
-    results: Results[Any] | Iterable[Fisher], ax: Axes | None = None, *, per: str = "layer", within: bool = False
-) -> Axes:
-    """Draw Spearman's ρ of each predictor with the measured KL, over the ranks; or ½F(r) of each module type.
-
-    Args:
-        results: Results of ``probe fisher``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        per: ``layer`` for correlations over layers, if measured; ``type`` for tails of module types.
-        within: Whether to compare layers within their module types only.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_page, results, "fisher", ax, name="within" if within else None, options=Options(per=per))
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -62,8 +44,10 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             continue
         within = any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values())
         for index, name in enumerate(("all", "within") if within else ("all",)):
-            title, draw = f"{owner}{_make_title(by_rank, index)}", partial(_draw_rho, by_rank=by_rank, index=index)
-            panels.append(Panel(title, draw, xlabel, "Spearman's ρ with the KL", name=name))
+            middle = by_rank[len(by_rank) // 2]
+            scope = f"within module types (n = {middle.grouped})" if index else f"over all layers (n = {middle.n})"
+            draw = partial(_draw_rho, by_rank=by_rank, index=index)
+            panels.append(Panel(f"{owner}{scope}", draw, xlabel, "Spearman's ρ with the KL", name=name))
     alone = "Each layer is truncated alone, all others as in TUNED"
     if any(by_run):
         title = "Rank correlation of predicted and measured cost of truncating each layer alone"
@@ -92,18 +76,6 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
     ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
     set_measured_rank_axis(ax, [at_rank.rank for at_rank in by_rank], style)
     set_loss_axis(ax)
-
-
-def _make_title(by_rank: Sequence[Correlations], index: int) -> str:
-    """Return the title of a panel: its layers, the best predictor at the middle rank, and the next."""
-    chosen = by_rank[len(by_rank) // 2]
-    ranked = sorted(((pair[index], name) for name, pair in chosen.kl.items() if pair[index] is not None), reverse=True)
-    n = chosen.grouped if index else chosen.n
-    scope = f"{'within module types' if index else 'over all layers'} (n\xa0=\xa0{n})"
-    if not ranked:
-        return scope
-    second = f", then {ranked[1][1]} {ranked[1][0]:.2f}" if len(ranked) > 1 else ""
-    return f"{scope}, r\xa0=\xa0{chosen.rank}: {ranked[0][1]} {ranked[0][0]:.2f}{second}"
 
 
 def _color_types(records: Sequence[Fisher]) -> dict[str, str]:
@@ -136,4 +108,4 @@ def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], colors: d
     ax.set_yscale("log")
     ax.set_ylim(float(visible.min()) / 2, float(visible.max()) * 2)
     ax.yaxis.set_major_formatter(log_label)
-    set_rank_axis(ax, last, (), style)
+    set_rank_axis(ax, last, style)

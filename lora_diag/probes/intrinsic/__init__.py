@@ -61,7 +61,6 @@ FEATURE = Feature(
         Figure(
             "intrinsic",
             "fraction of full fine-tuning's gain by trained parameters",
-            panels=(".figures:intrinsic",),
             made_by="loradiag probe intrinsic BASE --data FILE --eval FILE -o intrinsic.jsonl",
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,8 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import Line, find_reached, select_lines
-from lora_diag.records import Results
-from lora_diag.rendering.figures.pages import Page, Panel, draw_panel, key, run_keys
+from lora_diag.rendering.figures.pages import Page, Panel, key, run_keys
 from lora_diag.rendering.figures.panels import (
-    GROUND,
     axis_limits,
     draw_levels,
     draw_seeds,
@@ -23,26 +21,12 @@ from lora_diag.rendering.figures.panels import (
     sets_of,
 )
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
-from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, QUIET, PageStyle, category, format_value
+from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle, category, format_value
 
 # Colours of the lines.
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
 # Fraction that defines the dimension if the run does not record it: the command's default.
 SHARE = 0.9
-
-
-def intrinsic(results: Results[Any] | Iterable[Intrinsic], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the fraction of full fine-tuning's gain over the number of trained parameters, each size at its best rate.
-
-    Args:
-        results: Results of ``probe intrinsic``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first on which full fine-tuning gains.
-
-    Returns:
-        The Axes drawn on: subspaces as a line over d, LoRAs over their parameters with their ranks.
-    """
-    return draw_panel(make_page, results, "intrinsic", ax, name=name)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -116,22 +100,11 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
                     size=size,
                     color=color,
                     va="top",
-                    bbox=GROUND,
                 )
-    ax.set_ylim(axis_limits(drawn_values))
+    # A diverged run is below the axis.
+    ax.set_ylim(axis_limits(max(value, -0.5) for value in drawn_values))
     set_params_axis(ax, [line.params for rows in runs for line in rows], above=1.3)
-    draw_levels(ax, [("full fine-tuning", 1.0, INK)], style)
-    ax.axhline(share, color=QUIET, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label="_share")
-    ax.annotate(
-        f"{share:.0%}",
-        (0, share),
-        xycoords=("axes fraction", "data"),
-        xytext=(2, -1.5),
-        textcoords="offset points",
-        va="top",
-        size=size,
-        color=QUIET,
-    )
+    draw_levels(ax, [("full", 1.0, INK), (f"{share:.0%}", share, QUIET)], style)
     set_loss_axis(ax)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 

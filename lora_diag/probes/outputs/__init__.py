@@ -59,7 +59,6 @@ FEATURE = Feature(
         Figure(
             "outputs",
             "held-out loss of each adapter compared with the full fine-tune",
-            panels=(".figures:outputs",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
         ),
@@ -68,7 +67,6 @@ FEATURE = Feature(
             "distance of hidden states from the full fine-tune's, by depth",
             needs="outputs",
             page=".figures:make_depth_page",
-            panels=(".figures:depth",),
             made_by="loradiag probe outputs BASE TUNED ADAPTER --eval FILE -o outputs.jsonl",
             by_color=False,
         ),

@@ -10,42 +10,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lora_diag.records import Probe, Results
-from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, make_rows_page
-from lora_diag.rendering.figures.panels import axis_limits, sets_of
+from lora_diag.records import Probe
+from lora_diag.rendering.figures.pages import Page, Panel, Row, make_rows_page
+from lora_diag.rendering.figures.panels import axis_limits, draw_levels, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, short_names, subject_of
-from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category
+from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 from lora_diag.rendering.losses import gap_half
 
 _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
-
-
-def outputs(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw each model's loss minus that of TUNED, with the interval of paired differences; TUNED is the line at zero.
-
-    Args:
-        results: Results of ``probe outputs``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_page, results, "outputs", ax, name=name)
-
-
-def depth(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ of each model's hidden states h at each depth; BASE is 1, TUNED 0.
-
-    Args:
-        results: Results of ``probe outputs``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_depth_page, results, "outputs", ax, name=name, legend=True)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -138,14 +110,14 @@ def _draw_depth(
     ax: Axes, style: PageStyle, lines: Mapping[str, Sequence[float | None]], colors: Mapping[str, str]
 ) -> None:
     """Draw the distance of each coloured model at each depth; depths without a distance are skipped."""
-    values = [0.0, 1.0]
+    values = [1.0]
     for model, color in colors.items():
         points = [(block, value) for block, value in enumerate(lines.get(model, ())) if value is not None]
         if points:
             line: dict[str, Any] = {"lw": 1.5 * style.line, "marker": "o", "ms": 2.6 * style.line}
             ax.plot(*zip(*points, strict=True), label=model, color=color, **line)
             values += [value for _, value in points]
-    ax.axhline(1, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
-    ax.set_ylim(0, axis_limits(values)[1])
+    ax.set_ylim(axis_limits(values))
+    draw_levels(ax, [("BASE", 1.0, INK)], style)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

@@ -47,7 +47,6 @@ FEATURE = Feature(
         Figure(
             "sensitivity",
             "gain of each layer or module type adapted alone",
-            panels=(".figures:sensitivity",),
             made_by="loradiag probe sensitivity BASE --data FILE --eval FILE -o sensitivity.jsonl",
         ),
     ),

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from matplotlib.axes import Axes
 
 from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
-from lora_diag.records import Results
-from lora_diag.rendering.figures.pages import Page, Row, draw_panel, make_rows_page
+from lora_diag.rendering.figures.pages import Page, Row, make_rows_page
 from lora_diag.rendering.figures.panels import sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import PageStyle, name_of
-
-
-def sensitivity(
-    results: Results[Any] | Iterable[Sensitivity], ax: Axes | None = None, *, name: str | None = None
-) -> Axes:
-    """Draw BASE's loss minus that of each unit adapted alone, at its best learning rate, with its interval.
-
-    Args:
-        results: Results of ``probe sensitivity``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on: gains at the smallest trained rank, the highest first.
-    """
-    return draw_panel(make_page, results, "sensitivity", ax, name=name)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:

@@ -70,7 +70,6 @@ FEATURE = Feature(
         Figure(
             "sweep",
             "held-out loss of LoRA trained at each rank",
-            panels=(".figures:sweep",),
             made_by="loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl",
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,9 @@ from lora_diag.probes.sweep.verdict import (
     format_confidence,
     judge,
 )
-from lora_diag.records import Probe, Results
+from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
-from lora_diag.rendering.figures.pages import Key, Page, Panel, draw_panel, key, run_keys
+from lora_diag.rendering.figures.pages import Key, Page, Panel, key, run_keys
 from lora_diag.rendering.figures.panels import (
     axis_limits,
     draw_levels,
@@ -33,10 +33,8 @@ from lora_diag.rendering.figures.panels import (
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
-# BASE is drawn in the panel unless its distance from the runs exceeds their range by this factor.
-FAR_FACTOR = 8.0
 # Other subjects of training, and the names of their lines.
-LINES: tuple[tuple[Subject, str], ...] = (("full", "full fine-tuning"), ("bitfit", "norms and biases"))
+LINES: tuple[tuple[Subject, str], ...] = (("full", "full"), ("bitfit", "BitFit"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +75,6 @@ def make_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE
         for row in by_rank(records, name, best_rates(records, first, seed, subject), subject)
     }
     return SweepCurve(rows, base, judge(rows, base, tolerance) if rows and base is not None else None, lines)
-
-
-def sweep(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss at each rank: mean over seeds, each seed a dot, BASE as a line, the tolerance band in grey.
-
-    Args:
-        results: Results of ``probe sweep``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_page, results, "sweep", ax, name=name)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -153,39 +137,18 @@ def _draw(ax: Axes, style: PageStyle, curves: Sequence[SweepCurve]) -> None:
             if curve.verdict is not None and rank == curve.verdict.rank:
                 ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
                 ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
-    _draw_levels(ax, curves, losses, style)
+    bases = [curve.base for curve in curves if curve.base is not None]
+    levels = {("BASE", base): INK for base in bases}
+    for number, curve in enumerate(curves):
+        for word, loss in curve.lines.items():
+            levels[word, loss] = category(number) if len(curves) > 1 else QUIET
+    others = [loss for word, loss in levels if word != "BASE" and loss <= max([*losses, *bases])]
+    ax.set_ylim(axis_limits([*losses, *others], max(bases, default=None)))
+    draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in levels.items()], style)
     rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
     ranks = [rank for curve in curves for rank, _ in curve.points]
     set_measured_rank_axis(ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     set_loss_axis(ax)
-
-
-def _draw_levels(ax: Axes, curves: Sequence[SweepCurve], losses: Sequence[float], style: PageStyle) -> None:
-    """Draw BASE and other reference lines; name those too far away at the edge."""
-    named = {("BASE", curve.base): INK for curve in curves if curve.base is not None}
-    for number, curve in enumerate(curves):
-        for word, loss in curve.lines.items():
-            named[word, loss] = category(number) if len(curves) > 1 else QUIET
-    span = max(losses) - min(losses) or abs(max(losses)) * 0.05
-    low, high = min(losses) - FAR_FACTOR * span, max(losses) + FAR_FACTOR * span
-    near = {(word, loss): color for (word, loss), color in named.items() if low <= loss <= high}
-    below = bool(near) and min(loss for _, loss in near) <= min(losses) + 0.05 * span
-    ax.set_ylim(axis_limits([*losses, *(loss for _, loss in near)], below=0.14 if below else 0.08))
-    draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in near.items()], style, below)
-    for up, arrow in ((True, "↑"), (False, "↓")):
-        lines = [f"{word} {loss:.3f} {arrow}" for word, loss in named if (loss > high if up else loss < low)]
-        if lines:
-            ax.text(
-                0.99,
-                0.98 if up else 0.02,
-                "\n".join(lines),
-                transform=ax.transAxes,
-                ha="right",
-                va="top" if up else "bottom",
-                size=style.ticks,
-                color=INK,
-                parse_math=False,
-            )
 
 
 def _make_title(label: str, curve: SweepCurve) -> str:

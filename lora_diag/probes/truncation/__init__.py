@@ -45,7 +45,6 @@ FEATURE = Feature(
         Figure(
             "truncation",
             "held-out loss of the update truncated to each rank",
-            panels=(".figures:truncation",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE -o truncation.jsonl",
         ),
         Figure(
@@ -53,7 +52,6 @@ FEATURE = Feature(
             "cost of truncating one layer or module type alone",
             needs="truncation",
             page=".figures:make_alone_page",
-            panels=(".figures:alone",),
             options=("rank",),
             made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o truncation.jsonl",
         ),

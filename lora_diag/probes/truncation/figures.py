@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from lora_diag.probes.truncation.show import SUFFICIENT_SHARE
-from lora_diag.records import Probe, Results
-from lora_diag.rendering.figures.pages import Page, Panel, Row, draw_panel, key, make_rows_page, run_keys
+from lora_diag.records import Probe
+from lora_diag.rendering.figures.pages import Page, Panel, Row, key, make_rows_page, run_keys
 from lora_diag.rendering.figures.panels import axis_limits, draw_levels, set_loss_axis, set_measured_rank_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, QUIET, PageStyle, category, name_of
@@ -21,20 +21,6 @@ from lora_diag.rendering.losses import gap_half
 
 # Colours of the lines.
 LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
-
-
-def alone(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss minus TUNED's with one layer or module type truncated, with the interval of Student's t.
-
-    Args:
-        results: Results of ``probe truncation --granularity layer`` or ``type``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on: at the smallest rank measured, the costliest first.
-    """
-    return draw_panel(make_alone_page, results, "truncation", ax, name=name)
 
 
 def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -71,23 +57,6 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
 def _name_part(record: Probe) -> str:
     """Return the layer or module type that was truncated alone; empty for other records."""
     return record.layer or record.module_type or ""
-
-
-def truncation(results: Results[Any] | Iterable[Probe], ax: Axes | None = None, *, name: str | None = None) -> Axes:
-    """Draw the loss of W_0 + ΔW_r minus TUNED's over r, with the intervals of paired differences; lines: BASE, TUNED.
-
-    Dotted: the loss if it were proportional to energy, (1 − C(r)) of the change from BASE to TUNED. A loss nearer to
-    TUNED means that a rank chosen by energy is higher than needed.
-
-    Args:
-        results: Results of ``probe truncation``, or their records.
-        ax: Axes to draw on; default those of a new figure.
-        name: Name of the evaluation set; default the first.
-
-    Returns:
-        The Axes drawn on.
-    """
-    return draw_panel(make_page, results, "truncation", ax, name=name)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -161,8 +130,8 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Probe]]) -> None:
             ax.plot(x_energy, expected, color=color, lw=1.3 * style.line, ls=DOTTED, zorder=2, label="_energy")
         values += [value + sign * error for _, value, error in points for sign in (-1, 1)]
         ranks += x
-    ax.set_ylim(axis_limits([*values, *(value for _, value, _ in named)], below=0.16, above=0.16))
-    draw_levels(ax, named, style, lowest_below=True)
+    ax.set_ylim(axis_limits([*values, *(value for _, value, _ in named)]))
+    draw_levels(ax, named, style)
     set_measured_rank_axis(ax, ranks, style)
     set_loss_axis(ax)
 

@@ -11,6 +11,7 @@ from lora_diag.records.base import Record, value_at
 from lora_diag.records.names import depth_of, module_type_of, tower_of, type_order
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metrics_of
 from lora_diag.rendering.figures.style import name_of
+from lora_diag.rendering.text import quantity
 
 # Fields of spectra whose title in another metric is followed by the symbol of what is measured.
 _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
@@ -28,9 +29,12 @@ def metric_suffix(records: Iterable[LayerRecord]) -> str:
 
 
 def count_matrices(records: Iterable[LayerRecord]) -> str:
-    """Return the number of distinct layers, such as ``12 matrices``."""
-    count = len({record.layer for record in records})
-    return f"{count} {'matrix' if count == 1 else 'matrices'}"
+    """Return the number of distinct layers, such as ``12 matrices`` or ``12 matrices and 9 vectors``."""
+    vectors = {record.layer: len(getattr(record, "shape", (0, 0))) == 1 for record in records}
+    matrices, other = len(vectors) - sum(vectors.values()), sum(vectors.values())
+    return (
+        " and ".join(quantity(*item) for item in ((matrices, "matrix"), (other, "vector")) if item[0]) or "0 matrices"
+    )
 
 
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:

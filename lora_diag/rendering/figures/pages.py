@@ -1,13 +1,13 @@
-"""Pages of figures: panels with title, legend and notes, laid out in one place; and single panels on a user's own axes.
+"""Pages of figures: panels with title, legend and caption, laid out in one place; and single panels on a user's axes.
 
 A feature makes a ``Page`` of its records: what its panels draw, and the text around them. ``make_figure`` draws it.
+Matplotlib's constrained layout places everything; the title is that of the legend.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from lora_diag.errors import UsageError
 from lora_diag.records import Results
 from lora_diag.rendering.figures.series import Options, Series, single_series
 from lora_diag.rendering.figures.style import (
+    DASHED,
     DEPTH,
     INK,
     PANEL,
@@ -32,17 +33,15 @@ from lora_diag.rendering.figures.style import (
     apply_style,
     category,
     crop_names,
+    fit_chars,
     format_log_axis,
-    width_of,
     wrap_text,
 )
 
-# Line height relative to font size; gap between blocks of text in lines.
-LEADING, GAP = 1.28, 0.55
 # Maximum number of readable panels; the smallest types share the last one.
 MAX_PANELS = 24
 
-# Draws a panel: ``draw(ax, style)``, where the width of ``style`` is that of the panel.
+# Draws a panel: ``draw(ax, style)``.
 Draw = Callable[[Axes, PageStyle], object]
 
 
@@ -56,9 +55,8 @@ class Panel:
         xlabel: Label of its x axis; of small multiples, drawn at the bottom.
         ylabel: Label of its y axis; of small multiples, drawn at the left.
         height: Its height in inches, with its labels; 0 for ``PageStyle.panel``, or 1.9 times that without ``share``.
-        width: Its width in inches; 0 for an estimate from the number of columns.
+        indent: Length of the labels left of its axes, in characters.
         name: What selects it for a user's own axes, such as an evaluation set.
-        after: Draws what depends on the height of the panel, after the layout.
     """
 
     title: str
@@ -66,9 +64,8 @@ class Panel:
     xlabel: str = ""
     ylabel: str = ""
     height: float = 0.0
-    width: float = 0.0
+    indent: int = 6
     name: str = ""
-    after: Draw | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +88,15 @@ class Page:
     Args:
         title: Quantity and norm of the figure.
         panels: The panels, row by row.
-        about: Subtitle: the data shown.
-        notes: Notes: aggregation, data not drawn; empty ones are left out.
+        about: First line of the caption: the data shown.
+        notes: The rest of the caption: aggregation, data not drawn; empty ones are left out.
         keys: The legend; None for the labels of what is drawn.
         columns: Panels side by side; 0 for as many as are readable.
         share: Whether the panels are small multiples with common axes.
         low: Whether the figure may be shorter than its page.
         scale: Colour scale at the side; None without one.
         scale_label: Label of the colour scale.
+        whole: The panel for a user's own axes; None for one of ``panels``.
     """
 
     title: str
@@ -111,6 +109,7 @@ class Page:
     low: bool = False
     scale: ScalarMappable | None = None
     scale_label: str = ""
+    whole: Panel | None = None
 
 
 def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
@@ -131,45 +130,35 @@ def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
 
 def make_figure(page: Page, style: PageStyle) -> Figure:
     """Draw a page; taller than its style if its panels need it."""
-    count = len(page.panels)
+    count, panels = len(page.panels), list(page.panels)
     columns = page.columns or choose_columns(count, style, page.share)
-    rows, text = math.ceil(count / columns), style.text / 72
+    width, default = style.width / columns, (1.0 if page.share else 1.9) * style.panel
     heights = [
-        max(
-            panel.height or (1.0 if page.share else 1.9) * style.panel
-            for panel in page.panels[row * columns : (row + 1) * columns]
-        )
-        for row in range(rows)
+        max(panel.height or default for panel in panels[start : start + columns]) for start in range(0, count, columns)
     ]
-    width = style.width / columns - 6.5 * text
-    if page.share:
-        width = (style.width * (0.97 if page.scale is None else 0.88) - 3.4 * text) / columns - 1.2 * text
-        titles = crop_names([panel.title for panel in page.panels], width, style.text)
-    figure = Figure(figsize=(style.width, style.height), dpi=style.dpi, facecolor="white")
-    ratios = {"height_ratios": heights}
-    axes = figure.subplots(rows, columns, sharex=page.share, sharey=page.share, squeeze=False, gridspec_kw=ratios)
-    for number, (panel, ax) in enumerate(zip(page.panels, axes.flat, strict=False)):
-        inches = panel.width or width
-        panel.draw(ax, replace(style, width=inches))
-        title = titles[panel.title] if page.share else wrap_text(panel.title, inches, style.text)
-        ax.set_title(title, parse_math=False)
-        if not page.share or number // columns == rows - 1:
-            ax.set_xlabel(panel.xlabel or ax.get_xlabel())
+    figure = Figure((style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white")
+    axes = figure.subplots(
+        len(heights), columns, sharex=page.share, sharey=page.share, squeeze=False, height_ratios=heights
+    )
+    scale_width = 0.12 * width if page.scale is not None else 0.0
+    titles = crop_names([panel.title for panel in panels], fit_chars(0.9 * (width - scale_width), style.text))
+    for number, (panel, ax) in enumerate(zip(panels, axes.flat, strict=False)):
+        panel.draw(ax, style)
+        room = width - (panel.indent + 1) * 0.6 * style.text / 72
+        ax.set_title(titles[panel.title] if page.share else wrap_text(panel.title, room, style.text), parse_math=False)
+        if not page.share or number + columns >= count:
+            ax.set_xlabel(wrap_text(panel.xlabel or ax.get_xlabel(), room, style.text))
         if not page.share or number % columns == 0:
             ax.set_ylabel(panel.ylabel or ax.get_ylabel())
-        if page.share and number + columns >= count:
-            ax.tick_params(labelbottom=True)
+    for ax in axes.flat[count - columns : count] if page.share else ():
+        ax.tick_params(labelbottom=True)
     for ax in axes.flat[count:]:
         ax.remove()
     keys = collect_keys(figure.axes) if page.keys is None else page.keys
     if page.scale is not None:
         add_scale(figure, figure.axes, page.scale, page.scale_label, sum(heights) / (0.02 * style.width))
-    _add_text(figure, page, keys, sum(heights), style)
-    if any(panel.after for panel in page.panels):
-        figure.draw_without_rendering()
-    for panel, ax in zip(page.panels, axes.flat, strict=False):
-        if panel.after:
-            panel.after(ax, style)
+    height = sum(heights) + _add_text(figure, page, keys, style)
+    figure.set_figheight(max(0.0 if page.low else style.height, height))
     return figure
 
 
@@ -192,76 +181,42 @@ def add_scale(figure: Any, axes: Sequence[Axes], scale: ScalarMappable, label: s
         bar.update_ticks()
 
 
-def _add_text(figure: Figure, page: Page, keys: Sequence[Key], panels: float, style: PageStyle) -> None:
-    """Place title, subtitle and legend above the panels and the notes below, and fit the height of the page."""
-    margin, ticks = 0.6 * style.text / 72, style.ticks / 72
-    width = style.width - 2 * margin
-    blocks: list[tuple[str, dict[str, Any]]] = [
-        # Bold text is one ninth wider than the measured regular text.
-        (wrap_text(page.title, width / 1.12, style.title), {"size": style.title, "color": INK, "weight": "bold"}),
-        (wrap_text(page.about, width, style.ticks), {"size": style.ticks, "color": QUIET}),
-        (wrap_text(" ".join(filter(None, page.notes)), width, style.ticks), {"size": style.ticks, "color": QUIET}),
-    ]
-    depths = [
-        ((text.count("\n") + 1) * LEADING + GAP) * font["size"] / 72 if text and not style.plain else 0.0
-        for text, font in blocks
-    ]
-    rows = _break_legend(keys, width, style)
-    row_depths = [max(key.label.count("\n") + 1 for key in row) * LEADING * 1.15 * ticks for row in rows]
-    above = sum(depths[:2]) + sum(row_depths) + (GAP * ticks if rows else 0.0)
-    text_height = above + depths[2] + 2 * margin
-    height = max(0.0 if page.low else style.height, text_height + panels)
-    figure.set_size_inches(style.width, height)
-    figure.set_layout_engine(
-        "constrained",
-        rect=(
-            margin / style.width / 2,
-            (depths[2] + margin / 2) / height,
-            1 - margin / style.width,
-            1 - (text_height - margin) / height,
-        ),
-        w_pad=0.04 * style.text / 10,
-        h_pad=0.06 * style.text / 10,
-        wspace=0.02,
-        hspace=0.02,
-    )
-    tops = (height - margin, height - margin - depths[0], depths[2] + margin / 2)
-    for (text, font), depth, top in zip(blocks, depths, tops, strict=True):
-        if depth:
-            place: dict[str, Any] = {"x": margin / style.width, "y": top / height, "va": "top", "linespacing": LEADING}
-            figure.text(s=text, **place, **font, parse_math=False, in_layout=False)
-    top = height - margin - sum(depths[:2])
-    for row, depth in zip(rows, row_depths, strict=True):
+def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle) -> float:
+    """Add title and legend above the panels and the caption below, and return their height in inches."""
+    title = "" if style.plain else wrap_text(page.title, style.width, 1.12 * style.title)
+    sentences = filter(None, [page.about and f"{page.about}.", *page.notes])
+    caption = "" if style.plain else wrap_text(" ".join(sentences), style.width, 0.95 * style.ticks)
+    labels = [wrap_text(key.label, style.width - 4 * style.ticks / 72, style.ticks) for key in keys]
+    columns = _count_legend_columns(labels, fit_chars(style.width, 0.95 * style.ticks))
+    if title or keys:
         legend = figure.legend(
-            [key.handle for key in row],
-            [key.label for key in row],
-            loc="upper left",
-            bbox_to_anchor=Bbox.from_bounds(margin / style.width, top / height, 0, 0),
-            ncols=len(row),
-            borderpad=0,
-            borderaxespad=0,
+            [key.handle for key in keys],
+            labels,
+            loc="outside upper left",
+            ncols=columns,
+            title=title or None,
+            title_fontproperties={"size": style.title, "weight": "bold"},
+            alignment="left",
             handlelength=1.9,
-            handletextpad=0.5,
             columnspacing=1.4,
         )
-        for label in legend.get_texts():
-            label.set_parse_math(False)
-        legend.set_in_layout(False)
-        top -= depth
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_parse_math(False)
+    if caption:
+        figure.supxlabel(caption, x=0.01, ha="left", size=style.ticks, color=QUIET, parse_math=False)
+    lines = math.ceil(len(keys) / columns) * max([label.count("\n") + 1 for label in labels], default=0)
+    sizes = 1.3 * style.title * (title.count("\n") + 2), 1.5 * style.ticks * (lines + caption.count("\n") + 1.5)
+    return sum(sizes) / 72
 
 
-def _break_legend(keys: Sequence[Key], width: float, style: PageStyle) -> list[list[Key]]:
-    """Break the legend into rows that fit; a label longer than a row is wrapped."""
-    rows: list[list[Key]] = []
-    room, handle = 0.0, 4.2 * style.ticks / 72
-    for key in (Key(key.handle, wrap_text(key.label, width - handle, style.ticks)) for key in keys):
-        needed = width_of(key.label, style.ticks) + handle
-        if not rows or needed > room:
-            rows.append([])
-            room = width
-        rows[-1].append(key)
-        room -= needed
-    return rows
+def _count_legend_columns(labels: Sequence[str], chars: int) -> int:
+    """Return the number of columns in which a legend fits into a number of characters."""
+    for columns in range(len(labels), 1, -1):
+        # Matplotlib fills columns from top to bottom, the first ones with one more entry.
+        parts = np.array_split([max(map(len, label.split("\n"))) + 6 for label in labels], columns)
+        if sum(int(part.max()) for part in parts) <= chars:
+            return columns
+    return 1
 
 
 def freeze_layout(figure: Figure) -> Figure:
@@ -279,28 +234,15 @@ def freeze_layout(figure: Figure) -> Figure:
     return figure
 
 
-@contextmanager
-def panel_axes(ax: Axes | None) -> Iterator[tuple[Axes, PageStyle]]:
-    """Yield given axes, whose fonts are kept, or those of a new figure; and a style whose width is that of the axes."""
-    with apply_style(PANEL if ax is None else None):
-        style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
-        if ax is None:
-            figure = Figure((PANEL.width, PANEL.height), dpi=PANEL.dpi, layout="constrained", facecolor="white")
-            ax = figure.subplots()
-        yield ax, replace(style, width=float(ax.get_window_extent().width) / ax.figure.dpi)
-
-
 def draw_panel(
     make_page: Callable[[Sequence[Series[Any]], PageStyle, Options], Page],
     results: Results[Any] | Iterable[Any],
     kind: str,
     ax: Axes | None,
-    *,
     name: str | None = None,
     options: Options | None = None,
-    legend: bool = False,
 ) -> Axes:
-    """Draw one panel of a page on a user's own axes.
+    """Draw one panel of a page on a user's own axes, whose fonts are kept, or on those of a new figure.
 
     Args:
         make_page: Makes the page of some series.
@@ -309,7 +251,6 @@ def draw_panel(
         ax: Axes to draw on; None for those of a new figure.
         name: Name of the panel; default the first.
         options: Options of the figure.
-        legend: Whether to add a legend.
 
     Returns:
         The Axes drawn on.
@@ -317,27 +258,25 @@ def draw_panel(
     Raises:
         UsageError: The records cannot be drawn, or there is no panel of this name.
     """
-    with panel_axes(ax) as (axes, style):
+    style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
+    with apply_style(PANEL if ax is None else None):
+        if ax is None:
+            ax = Figure((style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white").subplots()
         page = make_page((single_series(results, kind),), style, options or Options())
-        panel = next((panel for panel in page.panels if name in {None, panel.name}), None)
+        panel = page.whole or next((panel for panel in page.panels if name in {None, panel.name}), None)
         if panel is None:
             raise UsageError(f"{name}: unknown; use one of {', '.join(panel.name for panel in page.panels)}")
-        panel.draw(axes, style)
-        axes.set_title(wrap_text(panel.title, style.width, style.text), loc="left", parse_math=False)
-        axes.tick_params(labelbottom=True)
-        axes.set(xlabel=panel.xlabel or axes.get_xlabel(), ylabel=panel.ylabel or axes.get_ylabel())
-        if panel.after:
-            panel.after(axes, style)
-        if legend:
-            add_legend(axes, page.keys)
-    return axes
-
-
-def add_legend(ax: Axes, keys: Sequence[Key] | None = None) -> None:
-    """Add a legend to a panel: of given keys, or of the labels of what is drawn."""
-    keys = collect_keys([ax]) if keys is None else keys
-    for text in ax.legend([key.handle for key in keys], [key.label for key in keys], fontsize="small").get_texts():
-        text.set_parse_math(False)
+        panel.draw(ax, style)
+        ax.set_title(wrap_text(panel.title, 0.8 * style.width, style.text), loc="left", parse_math=False)
+        ax.tick_params(labelbottom=True)
+        ax.set(xlabel=panel.xlabel or ax.get_xlabel(), ylabel=panel.ylabel or ax.get_ylabel())
+        if page.scale is not None:
+            add_scale(ax.figure, [ax], page.scale, page.scale_label or page.title)
+        if keys := collect_keys([ax]) if page.keys is None else page.keys:
+            labels = [key.label for key in keys]
+            for text in ax.legend([key.handle for key in keys], labels, fontsize="small").get_texts():
+                text.set_parse_math(False)
+    return ax
 
 
 # Fraction of a page's width available to the names of rows.
@@ -392,41 +331,28 @@ def make_rows_panel(
     highest = sorted(best, key=lambda name: -best[name])[:ROWS]
     names = [name for name in dict.fromkeys([*(row.name for row in order), *highest]) if name in highest]
     shown = [row for name in names for row in rows if row.name == name]
-    short = crop_names(names, NAMES * style.width / columns, style.ticks)
-    return Panel(
-        title,
-        lambda ax, style: draw_rows(ax, shown, style, short),
-        xlabel,
-        # Rows shared by several runs need room for all bars.
-        height=max(style.panel, (max(len(names), 0.6 * len(shown)) + 3.5) * 1.55 * style.ticks / 72),
-        width=style.width / columns * (1 - NAMES) - style.text / 72,
-        name=name,
-    )
+    short = crop_names(names, fit_chars(NAMES * style.width / columns, style.ticks))
 
+    def draw(ax: Axes, style: PageStyle) -> None:
+        ax.axvline(0, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
+        colors = list(dict.fromkeys(row.color for row in shown))
+        for row in shown:
+            shared = len(names) < len(shown)
+            offset = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
+            bar: dict[str, Any] = {"color": row.color, "ms": 4 * style.line, "elinewidth": 1.4 * style.line}
+            place = row.value, names.index(row.name) + offset
+            ax.errorbar(*place, xerr=row.error or 0.0, ls="", marker="o", label=f"_{row.name}", **bar)
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_yticks(range(len(names)), [short[name] for name in names], parse_math=False)
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        ax.margins(x=0.08)
 
-def draw_rows(ax: Axes, rows: Sequence[Row], style: PageStyle, short: Mapping[str, str]) -> None:
-    """Draw one dot per row from top to bottom, with an error bar, and a line at zero.
-
-    Args:
-        ax: Axes to draw on.
-        rows: From top to bottom.
-        style: The page.
-        short: Short names by name.
-    """
-    ax.axvline(0, color=INK, lw=0.8 * style.line, ls=(0, (4, 2)), zorder=1)
-    names = list(dict.fromkeys(row.name for row in rows))
-    colors = list(dict.fromkeys(row.color for row in rows))
-    for row in rows:
-        offset = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if len(names) < len(rows) else 0.0
-        bar: dict[str, Any] = {"color": row.color, "marker": "o", "ms": 4 * style.line, "elinewidth": 1.4 * style.line}
-        position = names.index(row.name) + offset
-        ax.errorbar(row.value, position, xerr=row.error or 0.0, ls="", label=f"_{row.name}", **bar)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_yticks(range(len(names)), [short[name] for name in names], parse_math=False)
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    ax.margins(x=0.08)
+    # Rows shared by several runs need room for all bars.
+    height = max(style.panel, (max(len(names), 0.6 * len(shown)) + 3.5) * 1.55 * style.ticks / 72)
+    indent = max(map(len, short.values()), default=0)
+    return Panel(title, draw, xlabel, height=height, indent=indent, name=name)
 
 
 def run_keys(series: Sequence[Series[Any]], **line_style: Any) -> list[Key]:
@@ -456,7 +382,7 @@ def make_rows_page(
         sets: Labels of the sets by name.
         style: The page.
         title: Title of the page.
-        about: Its subtitle.
+        about: First line of its caption.
         xlabel: Label of the x axes.
         notes: Notes of the page.
         ordered: Whether all panels have the order of the first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -22,17 +23,21 @@ from lora_diag.rendering.figures.style import (
     INK,
     PageStyle,
     crop_names,
+    fit_chars,
     log_label,
     name_of,
-    width_of,
 )
 
 R = TypeVar("R", bound=LayerRecord)
 
 # Fraction of a slot for bars, and the maximum width of a single bar.
 _FILLED, _WIDEST = 0.86, 0.3
-# Maximum length of a name below an axis, in text heights.
-LONGEST = 15
+# Maximum length of a name below an axis, in characters.
+LONGEST = 24
+# BASE is drawn unless its distance from the losses exceeds their range by this factor.
+FAR = 8.0
+# Common ranks of adapters, marked in every panel over ranks.
+MARKED = (4, 16, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +87,23 @@ def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...
 def stack_panels(panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], style: PageStyle) -> list[Panel]:
     """Return panels of full width that have the slots of all runs as x axis, named below the last panel."""
     slots = list({slot.name: slot for run_slots in runs for slot in run_slots}.values())
-    width = style.width - 6 * style.text / 72
-    below = label_height(slots, replace(style, width=width)) / len(panels)
+    short = crop_names([slot.name for slot in slots], LONGEST)
+    places = [round(float(slot.edges.mean())) for slot in slots]
+    room = 0.85 * style.width / (max(places) - min(places) + 1)
+    longest = max(map(len, short.values()))
+    # Names are turned if they do not fit side by side.
+    angle = 0 if longest < fit_chars(room, style.ticks) else 45 if room > 1.75 * style.ticks / 72 else 90
 
     def draw(ax: Axes, style: PageStyle, panel: Panel) -> None:
         panel.draw(ax, style)
-        name_slots(ax, slots, style, labels=panel is panels[-1])
+        ax.set_xlim(min(places) - 0.5, max(places) + 0.5)
+        turned: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
+        names = [short[slot.name] for slot in slots]
+        ax.set_xticks(places, names, parse_math=False, rotation=angle, size=style.ticks, **turned)
+        ax.tick_params(axis="x", length=0, labelbottom=panel is panels[-1])
 
-    return [
-        replace(panel, draw=partial(draw, panel=panel), height=panel.height + below, width=width) for panel in panels
-    ]
+    below = (longest * 0.6 * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4) * style.ticks / 72 / len(panels)
+    return [replace(panel, draw=partial(draw, panel=panel), height=panel.height + below) for panel in panels]
 
 
 def draw_bars(
@@ -114,40 +126,6 @@ def median_of(value_of: Callable[[R], float | None]) -> Callable[[Sequence[R]], 
     return pool
 
 
-def name_slots(ax: Axes, slots: Sequence[Slot[R]], style: PageStyle, labels: bool = True) -> None:
-    """Set the x axis to the slots, and name them below it, rotated to fit.
-
-    Args:
-        ax: The panel.
-        slots: Its slots.
-        style: The page, of the panel's width.
-        labels: Whether to show the names.
-    """
-    positions = [round(float(slot.edges.mean())) for slot in slots]
-    ax.set_xlim(min(positions) - 0.5, max(positions) + 0.5)
-    names, angle = _fit_labels(slots, style)
-    turned: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
-    ax.set_xticks(positions, names, parse_math=False, rotation=angle, size=style.ticks, **turned)
-    ax.tick_params(axis="x", length=0, labelbottom=labels)
-
-
-def label_height(slots: Sequence[Slot[R]], style: PageStyle) -> float:
-    """Return the height of the names below the axis of a panel in inches."""
-    names, angle = _fit_labels(slots, style)
-    widest = max(width_of(name, style.ticks) for name in names)
-    return widest * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4 * style.ticks / 72
-
-
-def _fit_labels(slots: Sequence[Slot[R]], style: PageStyle) -> tuple[list[str], int]:
-    """Return the shortened names, and their rotation in degrees."""
-    positions = [round(float(slot.edges.mean())) for slot in slots]
-    room = style.width / (max(positions) - min(positions) + 1)
-    names = list(crop_names([slot.name for slot in slots], LONGEST * style.ticks / 72, style.ticks).values())
-    if max(width_of(name, style.ticks) for name in names) < 0.94 * room:
-        return names, 0
-    return names, 90 if room < 1.75 * style.ticks / 72 else 45
-
-
 def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
     """Return the labels of the evaluation sets by name, in the order of the run."""
     labels: dict[str, str] = {}
@@ -163,13 +141,15 @@ def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callabl
     Args:
         ax: Axes with scale and limits set.
         ticks: Ticks to label, the most important first.
-        style: The page, of the panel's width.
+        style: The page.
         label: Returns the label of a tick.
     """
+    # Before the layout, axes are at about their final width.
+    chars = ax.get_window_extent().width / ax.figure.dpi * 72 / (0.6 * style.ticks)
     extents: dict[int, tuple[float, float]] = {}
     for tick in ticks:
-        position = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * style.width
-        half = width_of(label(tick), style.ticks) / 2 + 0.35 * style.ticks / 72
+        position = (ax.transScale + ax.transLimits).transform((tick, 1))[0] * chars
+        half = max(map(len, label(tick).split("\n"))) / 2 + 0.6
         if all(abs(position - other) > half + other_half for other, other_half in extents.values()):
             extents[tick] = (position, half)
     ax.xaxis.set_major_locator(FixedLocator(sorted(extents)))
@@ -178,15 +158,14 @@ def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callabl
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def set_rank_axis(ax: Axes, largest: int, marked: Sequence[int], style: PageStyle) -> None:
-    """Set up the x axis for ranks: logarithmic, with common ranks marked, and labels as far as they fit."""
+def set_rank_axis(ax: Axes, largest: int, style: PageStyle) -> None:
+    """Set up the x axis for ranks: logarithmic, with the common ranks ``MARKED`` as dotted lines and labels."""
     ax.set_xscale("log")
     ax.set_xlim(0.92, max(largest * 1.08, 2))
+    marked = [rank for rank in MARKED if rank <= largest]
     for rank in marked:
-        if rank <= largest:
-            ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * style.line, ls=(0, (1, 1.6)), zorder=1)
-    powers = [2**k for k in range(1, 20) if 2**k < largest]
-    label_ticks(ax, (1, largest, *(rank for rank in (*marked, *reversed(powers)) if rank <= largest)), style)
+        ax.axvline(rank, color=INK, alpha=0.35, lw=0.6 * style.line, ls=(0, (1, 1.6)), zorder=1)
+    label_ticks(ax, (1, *marked, largest), style)
 
 
 def set_measured_rank_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
@@ -215,46 +194,36 @@ def draw_seeds(
     ax.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, **small)
 
 
-# Height of a line of text as a fraction of a panel's height.
-TEXT = 0.13
-# Background of a line's name: transparent enough to show other lines, but readable.
-GROUND: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}
-
-
-def draw_levels(
-    ax: Axes, lines: Sequence[tuple[str, float, str]], style: PageStyle, lowest_below: bool = False
-) -> None:
-    """Draw horizontal lines, each with its name at the right end; lines close to each other share one label.
+def draw_levels(ax: Axes, levels: Iterable[tuple[str, float, str]], style: PageStyle) -> None:
+    """Draw horizontal lines, each with its name right of the panel; one beyond the axis is named at its end.
 
     Args:
         ax: Axes with limits set.
-        lines: Name, value and colour of each.
+        levels: Name, value and colour of each.
         style: The page.
-        lowest_below: Whether the label of the lowest group is below its line, if there are several groups.
     """
     low, high = ax.get_ylim()
-    groups: list[list[tuple[str, float, str]]] = []
-    for text, value, color in sorted(lines, key=lambda line: line[1]):
-        ax.axhline(value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}")
-        if not groups or value - groups[-1][-1][1] >= TEXT * (high - low):
-            groups.append([])
-        groups[-1].append((text, value, color))
-    for position, group in enumerate(groups):
-        below = lowest_below and position == 0 and len(groups) > 1
+    ends = {low: " ↓", high: " ↑"}
+    places: dict[float, list[tuple[str, str]]] = {}
+    for text, value, color in sorted(levels, key=lambda level: level[1]):
+        place = min(max(value, low), high)
+        if place == value:
+            ax.axhline(value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}")
+        # Levels close to each other share a label.
+        near = next((other for other in places if place - other < 0.1 * (high - low)), place)
+        places.setdefault(near, []).append((text + ("" if place == value else ends[place]), color))
+    for place, named in places.items():
         ax.annotate(
-            ", ".join(text for text, _, _ in group),
-            (1, group[0 if below else -1][1]),
+            "\n".join(text for text, _ in reversed(named)),
+            (1, place),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, -1.5 if below else 1.5),
+            xytext=(3, 0),
             textcoords="offset points",
-            ha="right",
-            va="top" if below else "bottom",
+            va={low: "bottom", high: "top"}.get(place, "center"),
             size=style.ticks,
-            color=group[-1][2] if len(group) == 1 else INK,
+            color=named[0][1] if len(named) == 1 else INK,
             parse_math=False,
             annotation_clip=False,
-            bbox=GROUND,
-            zorder=1.9,
         )
 
 
@@ -270,12 +239,23 @@ def set_fraction_ticks(*axes: Axis) -> None:
         axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
-def axis_limits(values: Sequence[float], below: float = 0.08, above: float = 0.14) -> tuple[float, float]:
-    """Return the limits of an axis: the range of values, extended by fractions of itself for labels.
+def axis_limits(values: Iterable[float], base: float | None = None) -> tuple[float, float]:
+    """Return the limits of a loss axis: the range of values, extended by a tenth of it on both sides.
 
-    >>> axis_limits([1.0, 2.0])
-    (0.92, 2.14)
+    With the loss of BASE, losses of diverged runs are outside: they are farther above BASE than the best loss is below
+    it, and above the best loss more than six times as far as the median. BASE is outside if it is ``FAR`` times as far
+    from the losses as they are from each other.
+
+    >>> axis_limits([1.0, 2.0]), axis_limits([1.0, 2.0, 90.0], base=2.0), axis_limits([1.0, 2.0], base=90.0)
+    ((0.9, 2.1), (0.9, 2.1), (0.9, 2.1))
     """
+    values = list(values)
+    low = min(values)
+    if base is not None:
+        limit = max(2 * base - low, low + 6 * (median(values) - low))
+        values = [value for value in values if value <= limit]
+        span = max(values) - low or abs(low) * 0.05
+        values += [base] if low - FAR * span <= base <= max(values) + FAR * span else []
     low, high = min(values), max(values)
     span = high - low or abs(high) * 0.1 or 1.0
-    return low - below * span, high + above * span
+    return low - 0.1 * span, high + 0.1 * span

@@ -5,13 +5,13 @@ Matplotlib's global settings are changed only within ``with`` blocks, and no fig
 
 from __future__ import annotations
 
-import bisect
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import matplotlib as mpl
@@ -22,6 +22,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_diag.errors import UsageError
+from lora_diag.rendering.text import crop
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -32,7 +33,7 @@ class PageStyle:
 
     Args:
         name: Name of the page.
-        width: Width of the figure; where a panel is drawn, of the panel.
+        width: Width of the figure.
         height: Default height of a figure.
         text: Size of labels; titles are larger, tick labels smaller.
         line: Width of a line.
@@ -66,7 +67,6 @@ class PageStyle:
 # 3.3 inches is the column width of most two-column journals; 6 points are their minimum font size.
 COLUMN = PageStyle("column", 3.3, 2.6, text=7, line=0.7, dpi=300, columns=2, panel=0.85)
 SLIDE = PageStyle("slide", 10, 5.6, text=12.5, line=1.3, dpi=150, columns=4, panel=1.5)
-PAGE_STYLES = (COLUMN, SLIDE)
 # A single panel in a notebook.
 PANEL = PageStyle("panel", 5, 3.6, text=9, line=1, dpi=150, columns=1, panel=2)
 
@@ -95,10 +95,10 @@ def page_style_of(name: str) -> PageStyle:
     Raises:
         UsageError: The name is unknown.
     """
-    for style in PAGE_STYLES:
+    for style in (COLUMN, SLIDE):
         if style.name == name:
             return style
-    raise UsageError(f"--width {name}: unknown; use {' or '.join(style.name for style in PAGE_STYLES)}")
+    raise UsageError(f"--width {name}: unknown; use column or slide")
 
 
 @contextmanager
@@ -109,6 +109,16 @@ def apply_style(style: PageStyle | None) -> Iterator[None]:
 
 
 def _make_settings(style: PageStyle) -> dict[Any, Any]:
+    ticks = {
+        "labelsize": style.ticks,
+        "labelcolor": INK,
+        "color": QUIET,
+        "major.size": 3 * style.line,
+        "major.width": 0.7 * style.line,
+        "minor.size": 1.8 * style.line,
+        "minor.width": 0.5 * style.line,
+        "major.pad": 0.25 * style.text,
+    }
     return {
         # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
         **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _PROCESS_SETTINGS},
@@ -132,23 +142,10 @@ def _make_settings(style: PageStyle) -> dict[Any, Any]:
         "lines.linewidth": style.line,
         "lines.markersize": 4 * style.line,
         "hatch.linewidth": 0.5 * style.line,
-        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _format_tick(style).items()},
+        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in ticks.items()},
         "svg.fonttype": "none",
         "svg.hashsalt": "loradiag",
         "pdf.fonttype": 42,
-    }
-
-
-def _format_tick(style: PageStyle) -> dict[str, Any]:
-    return {
-        "labelsize": style.ticks,
-        "labelcolor": INK,
-        "color": QUIET,
-        "major.size": 3 * style.line,
-        "major.width": 0.7 * style.line,
-        "minor.size": 1.8 * style.line,
-        "minor.width": 0.5 * style.line,
-        "major.pad": 0.25 * style.text,
     }
 
 
@@ -189,12 +186,7 @@ def name_of(layer: str) -> str:
 
 @cache
 def _load_characters() -> frozenset[int]:
-    return frozenset(get_font(_find_font()).get_charmap())
-
-
-@cache
-def _find_font() -> str:
-    return findfont(FontProperties(family=_FAMILY))
+    return frozenset(get_font(findfont(FontProperties(family=_FAMILY))).get_charmap())
 
 
 def log_label(value: float, _: object = None) -> str:
@@ -233,97 +225,46 @@ def category(number: int) -> str:
     return CATEGORIES[number % len(CATEGORIES)]
 
 
-def width_of(text: str, size: float) -> float:
-    """Return the width of the longest line of text in inches, at a font size in points."""
-    return max((_measure_line(line) for line in text.split("\n")), default=0.0) * size / 72
+def fit_chars(inches: float, size: float) -> int:
+    """Return about how many characters fit into a width, at a font size in points; at least 4.
 
-
-@lru_cache(4096)
-def _measure_line(line: str) -> float:
-    """Return the width of a line in points at a font size of one point."""
-    font = get_font(_find_font())
-    font.set_size(100, 72)
-    font.set_text(line, 0.0)
-    return float(font.get_width_height()[0]) / 64 / 100
-
-
-def crop_name(text: str, inches: float, size: float) -> str:
-    """Truncate a name at its beginning until it fits; its end is more specific."""
-    return _first_fitting([text, *("…" + text[start:] for start in range(2, max(3, len(text) - 3)))], inches, size)
-
-
-def crop_end(text: str, inches: float, size: float) -> str:
-    """Truncate a sentence at its end until it fits."""
-    return _first_fitting([text, *(text[:end] + "…" for end in range(len(text) - 2, 3, -1))], inches, size)
-
-
-def _first_fitting(texts: Sequence[str], inches: float, size: float) -> str:
-    """Return the first text that fits, of several in order of decreasing length; else the shortest."""
-    index = bisect.bisect_left(range(len(texts)), True, key=lambda n: width_of(texts[n], size) <= inches)
-    return texts[min(index, len(texts) - 1)]
-
-
-def crop_names(names: Sequence[str], inches: float, size: float) -> dict[str, str]:
-    """Shorten names to a width, and keep them unambiguous where possible.
-
-    Names of one family, which share the part before the first dot, are cut at the same dot. If that makes any name
-    ambiguous, all are truncated at the beginning instead, or else at the end.
-
-    Args:
-        names: The full names.
-        inches: Maximum width.
-        size: Font size in points.
-
-    Returns:
-        The short name of each full name, in the order of ``names``.
+    >>> fit_chars(1, 12), fit_chars(0, 12)
+    (10, 4)
     """
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(name.split(".")[0], []).append(name)
-    dots = {
-        name: next(
-            (n for n in range(4) if all(width_of(_drop_to_dot(member, n), size) <= inches for member in family)), 0
-        )
-        for family in families.values()
-        for name in family
-    }
-    ways: list[Callable[[str], str]] = [
-        lambda name: crop_name(_drop_to_dot(name, dots[name]), inches, size),
-        lambda name: crop_name(name, inches, size),
-        lambda name: crop_end(name, inches, size),
-    ]
-    cropped_names = [{name: way(name) for name in names} for way in ways]
-    return next((short for short in cropped_names if _is_unambiguous(short)), cropped_names[1])
-
-
-def _is_unambiguous(short: Mapping[str, str]) -> bool:
-    """Return whether no short name equals or ends another name."""
-    ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
-    unambiguous = not any(other.endswith(end) for name, end in ends for other in short if other != name)
-    return unambiguous and len(set(short.values())) == len(short)
-
-
-def _drop_to_dot(name: str, dot: int) -> str:
-    parts = name.split(".")
-    dot = min(dot, len(parts) - 1)
-    return f"…{'.'.join(parts[dot:])}" if dot else name
+    return max(4, int(inches * 72 / (0.6 * size)))
 
 
 def wrap_text(text: str, inches: float, size: float) -> str:
     """Wrap text between words, and break words that are too long."""
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split(" "):
-            longer = f"{line} {word}" if line else word
-            if line and width_of(longer, size) > inches:
-                lines.append(line)
-                longer = word
-            while width_of(longer, size) > inches and len(longer) > 1:
-                fitting = bisect.bisect(range(1, len(longer)), inches, key=lambda n: width_of(longer[:n], size))
-                position = max(1, fitting)
-                lines.append(longer[:position])
-                longer = longer[position:]
-            line = longer
-        lines.append(line)
-    return "\n".join(lines)
+    return textwrap.fill(text, fit_chars(inches, size), break_on_hyphens=False)
+
+
+def crop_names(names: Iterable[str], chars: int) -> dict[str, str]:
+    """Shorten names to a number of characters, and keep them unambiguous where possible.
+
+    If any is too long, all lose their common first parts. A name that is still too long keeps its last parts, which are
+    more specific, or if that makes any name ambiguous, its last or its first characters.
+
+    >>> crop_names(["self_attn.q_proj", "mlp.up"], 10), crop_names(["h.0.attn.q", "h.0.mlp.up"], 8)
+    ({'self_attn.q_proj': '…q_proj', 'mlp.up': 'mlp.up'}, {'h.0.attn.q': '…attn.q', 'h.0.mlp.up': '…mlp.up'})
+    """
+    names = list(dict.fromkeys(names))
+    parts = [name.split(".") for name in names]
+    common = next((place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+    if common and max(map(len, names)) > chars:
+        inner = crop_names([".".join(part[common:]) for part in parts], chars - 1)
+        return {name: f"…{short.removeprefix('…')}" for name, short in zip(names, inner.values(), strict=True)}
+    ways: tuple[Callable[[str], str], ...] = (
+        lambda name: f"…{crop(name, chars).partition('.')[2] or crop(name, chars)[1:]}",
+        lambda name: crop(name, chars),
+        lambda name: f"{name[: chars - 1]}…",
+    )
+    cropped = [{name: name if len(name) <= chars else way(name) for name in names} for way in ways]
+    return next((short for short in cropped if _is_unambiguous(short)), cropped[1])
+
+
+def _is_unambiguous(short: Mapping[str, str]) -> bool:
+    """Return whether no short name equals another one or ends another full name."""
+    ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
+    unambiguous = not any(other.endswith(end) for name, end in ends for other in short if other != name)
+    return unambiguous and len(set(short.values())) == len(short)

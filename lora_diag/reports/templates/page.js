@@ -5,7 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const fields = new Map(data.fields.map((field) => [field.id, field]));
-const MAX_CHOSEN = 8, PAGE = 100, DASHES = ["solid", "dash", "dot", "dashdot"], PATTERNS = ["", "/", "x", "."], MARKED = [8, 16, 64];
+const MAX_CHOSEN = 8, PAGE = 100, DASHES = ["solid", "dash", "dot", "dashdot"], PATTERNS = ["", "/", "x", "."], MARKED = [4, 16, 64];
 const numeric = data.fields.filter((field) => field.number);
 const preferred = numeric.find((field) => field.share && field.main) || numeric.find((field) => field.main) || numeric[0];
 

@@ -4,7 +4,7 @@ import pytest
 
 from lora_diag import plots
 from lora_diag.records import Run, RunInput
-from lora_diag.rendering.figures.series import Options, names_of, run_name, series_of, split_series
+from lora_diag.rendering.figures.series import Options, names_of, series_of, split_series
 from tests.plots import making
 
 
@@ -15,23 +15,6 @@ def run(*inputs, command="spectrum", **settings):
 
 BASE, FULL = ("base", "m/base"), ("tuned", "m/full")
 ADAPTERS = [("adapter", f"runs/r{rank}") for rank in (4, 8, 16)]
-
-
-@pytest.mark.parametrize(
-    ("one", "name"),
-    [
-        (run(BASE, FULL), "base → full"),
-        (run(BASE, FULL, ("activations", "a.safetensors")), "base → full"),
-        (run(BASE, FULL, ("gradients", "g"), command="overlap"), "base → full"),
-        (run(*ADAPTERS), "r4 + r8 + r16"),
-        (run(BASE, *ADAPTERS, ("adapter", "x"), command="interference"), "base → 4 updates"),
-        (run(BASE, ("data", "d.txt"), ("eval", "t.txt"), command="probe sweep"), "base"),
-        (run(("results", "full.jsonl"), BASE, FULL, command="allocate"), "base → full"),
-        (run(("results", "full.jsonl"), command="allocate"), "allocate"),
-    ],
-)
-def test_run_name_describes_measurement(one, name):
-    assert run_name(one) == name
 
 
 @pytest.mark.parametrize(

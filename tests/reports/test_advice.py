@@ -18,6 +18,7 @@ from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.subject import subject_of
 from tests.conftest import ROOT
+from tests.plots.making import searched
 from tests.reports.making import (
     decay,
     flat_to,
@@ -177,7 +178,7 @@ def situations():
         (outputs({"a": 0.1}, base=0.5),), (settled,), (model(EASY), settled), (sweep({4: 1.5, 8: 1.2, 16: 1.1}),),
         (sweep({4: 1.50, 8: 1.51}, spread=0.04),), (sweep({4: 2.1, 8: 2.2}),),
         (sweep({4: 1.1, 8: 1.099, 16: 1.098}, own=1.0, shifted={4: 1.2, 8: 1.3, 16: 1.4}),),
-        (truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99}),),
+        (truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99}),), (searched(),),
     ]  # fmt: skip
 
 

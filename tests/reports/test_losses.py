@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 
 import pytest
 from markdown_it import MarkdownIt
@@ -13,8 +12,7 @@ from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
 from lora_diag.reports.run import to_csv, to_parquet
 from tests.plots import making
-from tests.reports.making import low_rank, questions
-from tests.reports.test_html import HOSTILE, Elements, evidence, small
+from tests.reports.test_html import HOSTILE, Elements, evidence
 
 pytestmark = pytest.mark.slow
 
@@ -67,29 +65,6 @@ KINDS = {
     "sweep": lambda: run("probe sweep", making.swept()),
     "truncation": lambda: run("probe truncation", making.truncated()),
 }
-QUESTIONS = dict(zip(KINDS, questions(*(f"probe {name}" for name in KINDS)), strict=True))
-NO_LOSS = "no held-out loss"
-MIXES = [mix for size in (1, 3) for mix in itertools.combinations(KINDS, size)]
-
-
-@pytest.mark.parametrize("also", [False, True], ids=["alone", "with weights"])
-@pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_losses_come_first_in_any_mix(mix, also):
-    runs = evidence(*(small() if also else ()), *(KINDS[name]() for name in mix))
-    drawn = len(mix) == 1 and (not also or mix == ("outputs",))
-    page, text = html_report(runs, images_of(runs) if drawn else [], "now"), markdown_report(runs)
-    for shown in (" ".join(Elements(page).words), text):
-        options = [question for question in QUESTIONS.values() if question in shown]
-        assert options == [QUESTIONS[name] for name in KINDS if name in mix]
-        places = [shown.index(question) for question in options]
-        assert places == sorted(places)
-        assert (low_rank() in shown) == also
-        if also:
-            assert places[-1] < shown.index(low_rank())
-        assert NO_LOSS not in shown
-    assert page.count('id="next"') == text.count("## Next steps") == 1
-    if drawn and mix[0] != "outputs":
-        assert f"Figure of {mix[0]}" in page
 
 
 def test_tables_have_numbers_of_records():

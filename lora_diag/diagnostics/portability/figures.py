@@ -60,6 +60,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     types, norm = Types(record.layer for record in records), _make_norm(records)
     depths = sorted({depth_of(record.layer) for record in records}, key=lambda depth: -1 if depth is None else depth)
     names = [*crop_names(types.names, _NAME).values()]
+    height = (1.75 * max(len(names), 2) + 2.4) * style.text / 72
     panels, pooled = [], False
     for item in series:
         programs = group_by_consumer(item.records)
@@ -71,7 +72,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             pooled = pooled or len(grid) < len(of_program)
             draw = partial(_draw_cells, grid=grid, norm=norm, types=types.names, names=names, depths=depths)
             title = f"{owner_of(item, series)}{title_of(consumer, [*programs])}"
-            panels.append(Panel(title, draw, "block", height=(1.75 * max(len(names), 2) + 2.4) * style.text / 72))
+            panels.append(Panel(title, draw, "block", height=height, indent=max(map(len, names))))
     statuses = {record.status for record in records}
     unknown = any(r.status == "wrong" and not r.epsilon for r in records)
     colors = (

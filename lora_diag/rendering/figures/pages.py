@@ -140,11 +140,15 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
     axes = figure.subplots(
         len(heights), columns, sharex=page.share, sharey=page.share, squeeze=False, height_ratios=heights
     )
+    # Left of the axes, which have one place on all panels of a column; of small multiples, on the page.
+    labels = max(panel.indent for panel in panels)
+    left = 0.6 * max(labels - 6, 0) * style.ticks / 72
     scale_width = 0.12 * width if page.scale is not None else 0.0
-    titles = crop_names([panel.title for panel in panels], fit_chars(0.9 * (width - scale_width), style.text))
+    chars = fit_chars(0.9 * (width - left / columns - scale_width), style.text)
+    titles = crop_names([panel.title for panel in panels], chars)
     for number, (panel, ax) in enumerate(zip(panels, axes.flat, strict=False)):
         panel.draw(ax, style)
-        room = width - (panel.indent + 1) * 0.6 * style.text / 72
+        room = width - (labels + 1) * 0.6 * style.text / 72
         ax.set_title(titles[panel.title] if page.share else wrap_text(panel.title, room, style.text), parse_math=False)
         if not page.share or number + columns >= count:
             ax.set_xlabel(wrap_text(panel.xlabel or ax.get_xlabel(), room, style.text))
@@ -186,7 +190,7 @@ def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle)
     title = "" if style.plain else wrap_text(page.title, style.width, 1.12 * style.title)
     sentences = filter(None, [page.about and f"{page.about}.", *page.notes])
     caption = "" if style.plain else wrap_text(" ".join(sentences), style.width, 0.95 * style.ticks)
-    labels = [wrap_text(key.label, style.width - 4 * style.ticks / 72, style.ticks) for key in keys]
+    labels = [wrap_text(key.label, style.width - 4 * style.ticks / 72, 1.08 * style.ticks) for key in keys]
     columns = _count_legend_columns(labels, fit_chars(style.width, 0.95 * style.ticks))
     if title or keys:
         legend = figure.legend(

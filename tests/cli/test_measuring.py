@@ -16,7 +16,7 @@ COMMANDS = {
     "spectrum": ((BASE, TUNED, *ONE), {"relative <= 1": 5, "relative <= 1e-9": 1}),
     "residual": ((BASE, TUNED, R4, *ONE), {"epsilon <= 9": 5, "epsilon <= 1e-9": 1}),
     "intruders": ((BASE, R4), {"intruders <= 10": 0, "intruders <= 2": 1, "median intruders.share <= 0.9": 0}),
-    "overlap": ((BASE, TUNED, GRADIENTS, *ONE), {"kappa <= 1": 5, "kappa <= 1e-9": 1}),
+    "overlap": ((BASE, TUNED, GRADIENTS, *ONE), {"kappa <= 0.999": 5, "kappa <= 1e-9": 1}),
     "spectrum --gradients": ((GRADIENTS, *ONE), {"energy.64 >= 0.5": 5, "energy.4 >= 1": 1}),
     "fleet": ((R4, R16), {"dead <= 0": 0, "used <= 0.5": 1}),
     "interference": (

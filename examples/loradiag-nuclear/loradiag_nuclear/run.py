@@ -6,7 +6,7 @@ from typing import Unpack
 from lora_diag.deltas import Delta
 from lora_diag.layers.change import load_change
 from lora_diag.layers.task import LayerSettings, not_finite
-from lora_diag.linalg import resolve_device
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import LayerOptions, show_options

@@ -123,15 +123,15 @@ def test_budget_beyond_full_rank_is_unused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"params": "10M", "memory_budget": "1GB"}, "cannot be combined with --params"),
-        ({"memory_budget": "2"}, "--memory-budget 2"),
-        ({"layers": "nothing"}, "--layers nothing"),
-        ({"layers": "("}, "--layers"),
-        ({"ranks": [0]}, "--ranks 0"),
-        ({"optimizer": "lion"}, "--optimizer lion"),
-        ({"dtype": "int4"}, "--adapter-dtype int4"),
-        ({"tokens": "none"}, "--tokens none"),
-        ({"tokens": 5, "data": "config.json"}, "cannot be combined with --data"),
+        ({"params": "10M", "memory_budget": "1GB"}, "cannot be combined with params"),
+        ({"memory_budget": "2"}, "memory_budget=2"),
+        ({"layers": "nothing"}, "layers=nothing"),
+        ({"layers": "("}, "layers"),
+        ({"ranks": [0]}, "ranks=0"),
+        ({"optimizer": "lion"}, "optimizer=lion"),
+        ({"dtype": "int4"}, "dtype=int4"),
+        ({"tokens": "none"}, "tokens=none"),
+        ({"tokens": 5, "data": "config.json"}, "cannot be combined with data"),
     ],
 )
 def test_invalid_options_are_refused(tmp_path, options, message):

@@ -267,5 +267,5 @@ def test_missing_or_repeated_input_is_refused(small):
         lora_diag.probe_outputs(base, tuned, evaluate=[text])
     with raises_naming(UsageError, "reference", "tuned"):
         lora_diag.probe_outputs(base, None, [tuned], reference=base, evaluate=[text])
-    with pytest.raises(UsageError, match="given twice"):
+    with pytest.raises(UsageError, match="TUNED itself"):
         lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

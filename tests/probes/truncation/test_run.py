@@ -154,7 +154,7 @@ def test_resumed_run_measures_each_cell_once(case, tmp_path):
     lines = whole.read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(lines[:4]) + lines[4][:20])
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="resume"):
         run(cut)
     assert set(run(cut, resume=True)) == {"base", "tuned", "r=1", "r=2"}
     assert cut.read_text() == whole.read_text()

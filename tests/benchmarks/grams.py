@@ -35,7 +35,7 @@ def grams(adapter: str) -> None:
             turned = TURNED[:size].reshape(columns, rows)
             np.copyto(turned, factor.T)
             factor = turned
-        block = next(each for each in BLOCKS if len(factor) % each == 0)
+        block = next((each for each in BLOCKS if len(factor) % each == 0), len(factor))
         wide = WIDE[:size].reshape(-1, block, factor.shape[1])
         np.copyto(wide, factor.reshape(wide.shape))
         half, transposed = factor.shape[1] // 2, wide.transpose(0, 2, 1)

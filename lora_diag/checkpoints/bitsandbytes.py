@@ -39,14 +39,6 @@ STORAGE = frozenset({"uint8", "int8", "float16", "bfloat16", "float32"})
 
 
 @dataclass(frozen=True, slots=True)
-class Nested:
-    """Settings of double quantization: entries per block of absolute maxima, and the offset added to each."""
-
-    block: int
-    offset: float
-
-
-@dataclass(frozen=True, slots=True)
 class FourBitWeight:
     """A weight quantized to 4 bits.
 
@@ -54,14 +46,15 @@ class FourBitWeight:
         source: The checkpoint as stored.
         info: The weight as presented.
         block: Entries that share an absolute maximum.
-        nested: Quantization of the absolute maxima; None if they are floats.
+        nested: Entries per block of absolute maxima that are quantized, and the offset added to each; None if they are
+            floats.
         parts: Names of the tensors that belong to the weight and are not presented.
     """
 
     source: Checkpoint
     info: TensorInfo
     block: int
-    nested: Nested | None
+    nested: tuple[int, float] | None
     parts: tuple[str, ...]
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -106,7 +99,7 @@ class FourBitWeight:
         if self.nested is None:
             return self.source.read(f"{self.info.name}.absmax", first, last).float()
         values = self._read_whole("nested_quant_map")[self._read_nested_codes(first, last)]
-        return values.mul_(self._read_nested_absmax(first, last)).add_(self.nested.offset)
+        return values.mul_(self._read_nested_absmax(first, last)).add_(self.nested[1])
 
     def _read_nested_codes(self, first: int, last: int) -> torch.Tensor:
         """Return the 8-bit codes of the absolute maxima of the blocks ``first:last``, int32."""
@@ -115,7 +108,7 @@ class FourBitWeight:
     def _read_nested_absmax(self, first: int, last: int) -> torch.Tensor:
         """Return the multipliers of the nested values of the blocks ``first:last``."""
         assert self.nested is not None
-        block = self.nested.block
+        block = self.nested[0]
         values = self.source.read(f"{self.info.name}.nested_absmax", first // block, -(-last // block))
         return spread(values.float(), block, first, last)
 
@@ -168,7 +161,8 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
         if module == name:
             continue
         weight, layout = f"{module}.weight", f"{module}.weight_format"
-        if not _has_row_scales(source, name, weight):
+        matrix = source[weight] if weight in source else source[name]
+        if matrix.dtype != "int8" or len(matrix.shape) != 2 or source[name].shape != matrix.shape[:1]:
             raise damaged_tensor(source, name, f"has no int8 matrix {weight} to scale")
         if layout in source and any(source.read_bytes(layout)):
             problem = f"is not 0: {weight} is not stored in row-major order"
@@ -183,21 +177,13 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
         )
 
 
-def _has_row_scales(source: Checkpoint, scale: str, weight: str) -> bool:
-    if weight not in source or source[weight].dtype != "int8" or len(source[weight].shape) != 2:
-        return False
-    return source[scale].shape == source[weight].shape[:1]
-
-
 def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:
     """Return a 4-bit weight after checking its settings against the sizes of its stored tensors."""
     state_name = f"{name}{STATE}{kind}"
     state = _read_state(source, state_name)
     if kind not in TYPES or state.get("quant_type") != kind:
-        found = state.get("quant_type", kind)
-        raise damaged(
-            source.file_of(state_name), f"{name} has the unsupported format {found!r}", "supported are nf4 and fp4"
-        )
+        problem = f"has the unsupported format {state.get('quant_type', kind)!r}"
+        raise damaged_tensor(source, state_name, problem, "supported are nf4 and fp4")
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**63 for size in shape):
         raise damaged_tensor(source, state_name, f"gives the shape {shape!r}, not a list of positive integers")
@@ -208,8 +194,8 @@ def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeigh
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or not math.isfinite(offset):
             raise damaged_tensor(source, state_name, f"gives the nested_offset {offset!r}, not a finite number")
-        nested = Nested(_read_block_size(source, state_name, state, "nested_blocksize"), float(offset))
-        size_by_part |= {"nested_quant_map": 256, "nested_absmax": -(-size_by_part["absmax"] // nested.block)}
+        nested = _read_block_size(source, state_name, state, "nested_blocksize"), float(offset)
+        size_by_part |= {"nested_quant_map": 256, "nested_absmax": -(-size_by_part["absmax"] // nested[0])}
     for part, size in size_by_part.items():
         is_quantized = part == "absmax" and nested is not None
         _check_part(source, f"{name}.{part}", size, frozenset({"uint8"}) if is_quantized else FLOAT_DTYPES)

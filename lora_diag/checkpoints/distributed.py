@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from lora_diag.checkpoints.parts import (
     Boxes,
     PartsFolder,
     are_sizes,
+    is_plain_name,
 )
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
@@ -125,7 +127,7 @@ class PiecesFolder(PartsFolder):
         for file in files:
             for name, offsets in _read_offsets(file):
                 info = file.tensors[name]
-                pieces.setdefault(name, []).append(Box(offsets, info.shape, file.locate(name)))
+                pieces.setdefault(name, []).append(Box(offsets, info.shape, file.locate(name).fill))
                 if dtypes.setdefault(name, info.dtype) != info.dtype or len(pieces[name][0].sizes) != len(info.shape):
                     raise damaged(file.path, f"{name} is another tensor than in the files before", "copy them again")
         tensors: dict[str, Boxes] = {}
@@ -151,9 +153,7 @@ def _read_offsets(file: SafetensorsFile) -> Iterator[tuple[str, tuple[int, ...]]
         entry = info.get(name) if isinstance(info, dict) else None
         offsets = entry.get("saved_offsets") if isinstance(entry, dict) else None
         if not are_sizes(offsets) or len(offsets) != len(tensor.shape):
-            dimensions = f"{len(tensor.shape)} dimensions"
-            problem = f"the piece of {name} starts at {offsets!r}, which is not an index of a tensor with {dimensions}"
-            raise damaged(file.path, problem)
+            raise damaged(file.path, f"the start {offsets!r} of the piece of {name} is no index in {PIECES_INFO}")
         yield name, tuple(offsets)
 
 
@@ -181,11 +181,9 @@ class _StoredBox:
         name = self.info.name
         archive = Archive(self.file, self.span, name)
         loaded = archive.tensor(archive.value, name)
-        if loaded is None:
-            raise damaged(self.file.path, f"no tensor is stored where {name} should be")
-        if (loaded.dtype, loaded.shape) != (self.info.dtype, self.info.shape):
-            in_file, in_index = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (loaded, self.info))
-            problem = f"{name} is {in_file} in the file, but {in_index} in {INDEX}"
+        if loaded is None or (loaded.dtype, loaded.shape) != (self.info.dtype, self.info.shape):
+            stored = "no tensor" if loaded is None else f"{loaded.dtype} {list(loaded.shape)}"
+            problem = f"{name} is {stored} in the file, but {self.info.dtype} {list(self.info.shape)} in {INDEX}"
             raise damaged(self.file.path, problem, "the folder holds files of two checkpoints")
         return loaded
 
@@ -204,30 +202,23 @@ def _read_index(index: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
     loaded = load(content, index, "the index")
-    state = loaded.state if isinstance(loaded, Record) and loaded.name == "Metadata" else None
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(key), dict) for key in ("state_dict_metadata", "storage_data")
-    ):
+    state = loaded.state if isinstance(loaded, Record) and isinstance(loaded.state, dict) else {}
+    if not all(isinstance(state.get(key), dict) for key in ("state_dict_metadata", "storage_data")):
         raise damaged(index, "is not the index of a torch.distributed checkpoint")
     return state
 
 
 def _read_description(index: Path, key: str, name: str, entry: Record) -> tuple[TensorInfo, list[Extent]]:
     """Return the entry of a tensor in the index: its description, and the offsets and sizes of its boxes."""
-    shape = entry.get("size")
-    if not are_sizes(shape):
-        raise damaged(index, f"the shape of {key:.200} in the index is invalid")
     stored_dtype = attribute(entry.get("properties"), "dtype", 0)
     dtype = stored_dtype.name if isinstance(stored_dtype, Record) else ""
     if dtype not in WIDTH:
         raise damaged(index, f"{key:.200} has the unsupported dtype {dtype!r}", "save it in another")
-    chunks = entry.get("chunks")
-    if not isinstance(chunks, list) or not all(isinstance(chunk, Record) for chunk in chunks):
-        raise damaged(index, f"the parts of {key:.200} are not described")
-    extents = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in chunks]
-    for offsets, sizes in extents:
-        if not (are_sizes(offsets) and are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
-            raise damaged(index, f"a part of {key:.200} is not described with {len(shape)} dimensions")
+    shape, chunks = entry.get("size"), entry.get("chunks")
+    parts = chunks if isinstance(chunks, list) else [None]
+    extents = [(attribute(part, "offsets"), attribute(part, "sizes")) for part in parts]
+    if not all(map(are_sizes, (shape, *chain(*extents)))) or {len(shape), *map(len, chain(*extents))} != {len(shape)}:
+        raise damaged(index, f"the shape of {key:.200} or of a part of it in the index is invalid")
     return TensorInfo(name, tuple(shape), dtype), [(tuple(offsets), tuple(sizes)) for offsets, sizes in extents]
 
 
@@ -251,10 +242,10 @@ def _make_box(
     relative, offset, length = (location.get(field) for field in ("relative_path", "offset", "length"))
     if location.get("transform_descriptors"):
         raise damaged(index, f"{key:.200} is stored compressed, which is not supported", "save it uncompressed")
-    if not isinstance(relative, str) or relative in {"", ".", ".."} or set(relative) & set("/\\\0"):
-        raise damaged(index, f"the file {describe(relative)} of {key:.200} is not a plain file name")
-    if not are_sizes((offset, length)):
-        raise damaged(index, f"the position of {key:.200} is not valid")
+    if not is_plain_name(relative) or not are_sizes((offset, length)):
+        raise damaged(
+            index, f"the file {describe(relative)} of {key:.200} is no plain file name, or its position wrong"
+        )
     path = index.parent / relative
     if relative not in files:
         if not path.is_file():
@@ -263,9 +254,9 @@ def _make_box(
     if offset + length > (size := files[relative].size):
         raise damaged(path, f"has {size:,} bytes, but {key:.200} lies up to byte {offset + length:,}", "copy it again")
     if (needed := math.prod(sizes) * WIDTH[info.dtype]) > length:
-        part = f"the part of {key:.200} with shape {list(sizes)}"
-        raise damaged(index, f"{part} takes {needed:,} bytes, but {length:,} are stored")
-    return Box(offsets, sizes, _StoredBox(files[relative], (offset, length), TensorInfo(info.name, sizes, info.dtype)))
+        raise damaged(index, f"a part {list(sizes)} of {key:.200} takes {needed:,} bytes, but {length:,} are stored")
+    stored = _StoredBox(files[relative], (offset, length), TensorInfo(info.name, sizes, info.dtype))
+    return Box(offsets, sizes, stored.fill)
 
 
 def _choose_weights(index: Path, tensors: Mapping[str, Record], planner_data: Any) -> tuple[dict[str, str], str]:
@@ -313,14 +304,11 @@ def _choose_weights(index: Path, tensors: Mapping[str, Record], planner_data: An
 
 def _read_path(key: str, planner_data: Any) -> tuple[str, ...]:
     """Return the keys of the nested dictionaries that lead to a tensor; its own key if the planner gives none."""
-    path = planner_data.get(key) if isinstance(planner_data, dict) else None
-    if (
-        isinstance(path, tuple)
-        and 0 < len(path) <= MAX_DIMENSIONS
-        and all(isinstance(part, str) or are_sizes((part,)) for part in path)
-    ):
-        return tuple(map(str, path))
-    return (key,)
+    path: Any = planner_data.get(key) if isinstance(planner_data, dict) else None
+    is_path = isinstance(path, tuple) and 0 < len(path) <= MAX_DIMENSIONS
+    if not is_path or not all(isinstance(part, str) or are_sizes((part,)) for part in path):
+        return (key,)
+    return tuple(map(str, path))
 
 
 def find_inner_folder(folder: Path) -> Path | None:

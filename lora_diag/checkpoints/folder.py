@@ -14,6 +14,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,17 @@ from lora_diag.checkpoints.documents import (
     read_config,
     read_object,
 )
-from lora_diag.checkpoints.gguf_model import GgufModel, collect_notes, derive_config, find_single_model, open_model
+from lora_diag.checkpoints.gguf_model import GgufModel, derive_config, list_models, open_model
 from lora_diag.checkpoints.integers import CODES
+from lora_diag.checkpoints.parts import is_plain_name
 from lora_diag.checkpoints.pickled import TorchFile
-from lora_diag.checkpoints.quantized import dequantize, find_quantization_config, refuse_integer_weights, refuse_packed
+from lora_diag.checkpoints.quantized import (
+    count_quantized,
+    dequantize,
+    find_quantization_config,
+    refuse_integer_weights,
+    refuse_packed,
+)
 from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder
 from lora_diag.checkpoints.remote import RemotePath, as_path
@@ -158,11 +166,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     location_notes = (f"read from the Hugging Face cache: {located}",) if located != path else ()
     if isinstance(located, RemotePath) and located.store.note:
         location_notes = (located.store.note,)
-    checkpoint = Checkpoint(
-        path, kind, files, (*location_notes, *notes, *renaming_notes, *dequantization_notes), config
-    )
+    checkpoint = Checkpoint(path, kind, files, config=config)
     refuse_integer_weights(checkpoint)
-    return checkpoint
+    quantized = count_quantized(checkpoint)
+    notes = (*location_notes, *notes, *renaming_notes, *quantized, *dequantization_notes)
+    return replace(checkpoint, notes=notes)
 
 
 def locate(path: Path | str) -> Path:
@@ -234,13 +242,11 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
         kind = f"sharded {files[0].label}, {len(files)} files"
     else:
         files = [_open_file(source)]
-        kind = f"{files[0].label} file"
         if isinstance(files[0], GgufModel):
-            files = models = open_model(source)
-            notes = collect_notes(models)
-            kind = "GGUF file" if len(files) == 1 else f"GGUF model, {len(files)} files"
-            return tuple(files), kind, notes
-    return tuple(files), kind, notes + tuple(note for file in files for note in file.notes)
+            files = open_model(source)
+        label = files[0].label
+        kind = f"{label} file" if len(files) == 1 else f"{label} model, {len(files)} files"
+    return tuple(files), kind, notes + tuple(dict.fromkeys(note for file in files for note in file.notes))
 
 
 def _open_folder(folder: Path) -> OpenFolder:
@@ -267,11 +273,11 @@ def _find_weights(folder: Path) -> Path:
     safetensors_files = sorted(folder.glob("*.safetensors"))
     if len(safetensors_files) == 1:
         return safetensors_files[0]
-    model, count = find_single_model(folder)
-    if model is not None and not safetensors_files:
-        return model
-    if count > 1 and not safetensors_files:
-        raise InputError(f"{folder}: holds {count} GGUF models; name one of them")
+    models = [] if safetensors_files else list_models(folder)
+    if len(models) > 1:
+        raise InputError(f"{folder}: holds {len(models)} GGUF models; name one of them")
+    if models:
+        return models[0]
     hint = (
         f"; it holds {len(safetensors_files)} other .safetensors files: name one of them"
         if safetensors_files
@@ -319,7 +325,7 @@ def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
     paths: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
         # The name must be plain, but a plain name may be a link into a Hub cache.
-        if shard in {"", ".", ".."} or "/" in shard or "\\" in shard or "\0" in shard:
+        if not is_plain_name(shard):
             raise InputError(f"{index}: the shard {shard!r} is not a plain file name; write the index again")
         paths[shard] = index.parent / shard
 
@@ -354,14 +360,12 @@ def _is_file(path: Path) -> bool:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map is missing or empty; write the index again")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
         raise InputError(f"{index}: weight_map must map tensor names to file names; write the index again")
     return weight_map
 
 
-class Renamed:
+class Renamed(TensorFile):
     """A file whose tensors are presented under other names.
 
     Args:
@@ -375,7 +379,7 @@ class Renamed:
         self.path = file.path
         self.notes = file.notes
         self.metadata = file.metadata
-        self.tensors: Mapping[str, TensorInfo] = {
+        self.tensors = {
             name: TensorInfo(name, info.shape, info.dtype)
             for name, old in stored.items()
             if (info := file.tensors[old])

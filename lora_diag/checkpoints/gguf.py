@@ -2,7 +2,7 @@
 
 A file is opened by its header; a tensor is read by ranges, as whole blocks of its type, on request. Every count, length
 and offset is checked against the bytes of the file before anything is allocated or skipped by it. Large arrays, such as
-the tokens of a vocabulary, are skipped. Names are the file's own: their meaning is left to the caller.
+the tokens of a vocabulary, are not kept. Names are the file's own: their meaning is left to the caller.
 
 To decode another type, add an entry to ``CODECS``; its blocks are already in ``TYPES``.
 
@@ -10,7 +10,7 @@ A file is written tensor by tensor, to a temporary file that is then renamed: on
 and the same tensors always give the same bytes.
 
 A value of a quantized type is ``d · q − m`` with an integer code q, and d and m of the block or of one of its groups;
-in IQ4 it is ``d · table[q]``, and in MXFP4 a 4-bit float times a power of two. ``blocks`` are ``(n, size)`` of uint8.
+in IQ4 it is ``d · table[q]``, and in MXFP4 a 4-bit float times a power of two.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; version 2 differs in nothing read here.
 ``ggml-quants.c`` of llama.cpp; ``gguf.quants`` 0.19, with which the tests compare every type.
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.packing import e8m0, fp4_values, gaps, mxfp4_steps
+from lora_diag.checkpoints.packing import FP4, e8m0, gaps
 from lora_diag.checkpoints.safetensors import encode_tensor
-from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.checkpoints.tensors import TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular, replacing
 
@@ -125,7 +125,7 @@ class _Span:
     begin: int
 
 
-class GgufFile:
+class GgufFile(TensorFile):
     """One ``*.gguf`` file, opened by its header.
 
     Args:
@@ -144,9 +144,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fields: Mapping[str, Value]
-        self.tensors: Mapping[str, TensorInfo]
         self.fields, self.tensors, self._spans = _read_header(path)
-        self.metadata: Mapping[str, str] = {k: v for k, v in self.fields.items() if isinstance(v, str)}
+        self.metadata = {k: v for k, v in self.fields.items() if isinstance(v, str)}
         self._content = FileBytes(path)
         self.notes = self._content.make_notes()
 
@@ -186,9 +185,9 @@ class GgufFile:
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
-        if self.type_of(name).dtype is not None or (scales := self._find_codec(name).scales) is None:
+        if self.type_of(name).dtype is not None or not (codec := self._find_codec(name)).is_8_bit:
             return None
-        return self._decode_range(name, start, stop, scales)
+        return self._decode_range(name, start, stop, codec.scales)
 
     def _find_codec(self, name: str) -> Codec:
         kind = self.type_of(name)
@@ -221,24 +220,15 @@ class _Cursor:
 
     def take(self, count: int, description: str) -> bytes:
         """Return the next bytes."""
-        self._refuse_overrun(count, description)
+        if count > self.end - self.position:
+            limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
+            problem = f"{limit} inside {description}, which claims {count:,} bytes"
+            raise damaged(self.path, problem, "copy or download it again")
         content = self.file.read(count)
         if len(content) != count:
             raise InputError(f"{self.path}: the file ends inside {description}; copy or download it again")
         self.position += count
         return content
-
-    def skip(self, count: int, description: str) -> None:
-        """Skip the next bytes."""
-        self._refuse_overrun(count, description)
-        self.file.seek(count, 1)
-        self.position += count
-
-    def _refuse_overrun(self, count: int, description: str) -> None:
-        if count > self.end - self.position:
-            limit = "the file ends" if self.is_whole else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
-            problem = f"{limit} inside {description}, which claims {count:,} bytes"
-            raise damaged(self.path, problem, "copy or download it again")
 
     def read_number(self, code: str, description: str) -> int:
         """Return the next whole number."""
@@ -310,16 +300,13 @@ def _read_array(cursor: _Cursor, key: str) -> Value:
         if count <= MAX_ARRAY:
             return [cursor.read_text(key) for _ in range(count)]
         for _ in range(count):  # each takes at least 8 bytes of the file
-            cursor.skip(cursor.read_number("Q", key), key)
+            cursor.take(cursor.read_number("Q", key), key)
         return None
     if kind not in SCALARS:  # arrays of arrays are in no file of llama.cpp, which refuses them
         raise InputError(f"{cursor.path}: the array {key!r} has the unknown type {kind}; convert the model again")
     code = SCALARS[kind]
-    size = count * struct.calcsize(code)
-    if count > MAX_ARRAY:
-        cursor.skip(size, key)
-        return None
-    return list(struct.unpack(f"<{count}{code}", cursor.take(size, key)))
+    content = cursor.take(count * struct.calcsize(code), key)
+    return list(struct.unpack(f"<{count}{code}", content)) if count <= MAX_ARRAY else None
 
 
 def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, int]]:
@@ -423,26 +410,62 @@ def _encode_text(value: str) -> bytes:
     return struct.pack("<Q", len(content)) + content
 
 
+# Codes ``(n, groups, width)``, and d and m of every group, ``(n, groups, 1)``; m is None where it is 0.
+Unpacked = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How the blocks of a type become numbers.
+    """The decoder of a type: blocks ``(n, size)`` of uint8 become numbers ``(n, block)`` of float32.
 
     Args:
-        decode: Blocks ``(n, size)`` of uint8 to values ``(n, block)`` of float32.
-        steps: The same blocks to steps whose half bounds the error of each value, ``(n, block)`` of float32.
-        scales: The same blocks to what each code is multiplied by; None for all types but Q8_0.
+        unpack: Returns codes, d and m of blocks.
+        table: The value of each code; empty where that is the code itself.
+        saturated: Codes as which a number one step beyond is stored, too.
+        is_rounded: Whether d and m are rounded to float16 after the codes are chosen.
+        is_8_bit: Whether codes have 8 bits.
     """
 
-    decode: Callable[[torch.Tensor], torch.Tensor]
-    steps: Callable[[torch.Tensor], torch.Tensor]
-    scales: Callable[[torch.Tensor], torch.Tensor] | None = None
+    unpack: Callable[[torch.Tensor], Unpacked]
+    table: tuple[float, ...] = ()
+    saturated: tuple[int, ...] = ()
+    is_rounded: bool = False
+    is_8_bit: bool = False
+
+    def decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return d · q − m of every code q, or d · table[q]."""
+        import torch
+
+        codes, d, m = self.unpack(blocks)
+        values = d * (torch.tensor(self.table)[codes] if self.table else codes.float())
+        return (values if m is None else values - m).flatten(1)
+
+    def steps(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return steps whose half bounds the error: |d|, or its product with the gap in the table; more in two cases.
+
+        The types without m map the number of largest absolute value to −2^(bits − 1), whose negative is not a code: it
+        is stored one step lower. Where codes are chosen before d and m are rounded to float16, that rounding adds up to
+        2⁻¹¹ of ``d · q`` and of m.
+        """
+        import torch
+
+        codes, d, m = self.unpack(blocks)
+        steps = d.abs() * (gaps(torch.tensor(self.table))[codes] if self.table else torch.ones(codes.shape))
+        for code in self.saturated:
+            steps = steps * (1 + (codes == code).float())
+        if self.is_rounded:
+            steps = steps + (d * codes.float()).abs() * 2**-10
+            steps = steps if m is None else steps + m.abs() * 2**-10
+        return steps.flatten(1)
+
+    def scales(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return |d|, by which codes are multiplied."""
+        codes, d, _ = self.unpack(blocks)
+        return d.abs().expand(codes.shape).flatten(1)
 
 
 # Values of the 4-bit codes of IQ4.
 IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-
-# From blocks to codes ``(n, groups, width)``, and d and m of every group, ``(n, groups, 1)``; m is None where it is 0.
-Unpack = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
 
 
 def read_half(blocks: torch.Tensor, start: int) -> torch.Tensor:
@@ -450,42 +473,6 @@ def read_half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     import torch
 
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
-
-
-def _decode(unpack_blocks: Unpack, blocks: torch.Tensor) -> torch.Tensor:
-    """Return d · q − m of every code, ``(n, block)``."""
-    codes, d, m = unpack_blocks(blocks)
-    values = d * codes.float()
-    return (values if m is None else values - m).flatten(1)
-
-
-def _compute_steps(unpack_blocks: Unpack, largest: int | None, rounded: bool, blocks: torch.Tensor) -> torch.Tensor:
-    """Return steps whose half bounds the error: |d|, and more in two cases.
-
-    The types without m map the number of largest absolute value to −2^(bits − 1), whose negative is not a code: it is
-    stored one step lower. Where codes are chosen before d and m are rounded to float16, that rounding adds up to 2⁻¹¹
-    of ``d · q`` and of m.
-
-    Args:
-        unpack_blocks: Returns codes, d and m of blocks.
-        largest: The largest code, as which a number one step above it is stored, too; None if there is none.
-        rounded: Whether d and m are rounded after the codes are chosen.
-        blocks: ``(n, size)``.
-    """
-    codes, d, m = unpack_blocks(blocks)
-    steps = d.abs().expand(codes.shape)
-    if largest is not None:
-        steps = steps * (1 + (codes == largest).float())
-    if rounded:
-        steps = steps + (d * codes.float()).abs() * 2**-10
-        steps = steps if m is None else steps + m.abs() * 2**-10
-    return steps.flatten(1)
-
-
-def _compute_scales(unpack_blocks: Unpack, blocks: torch.Tensor) -> torch.Tensor:
-    """Return |d|, by which codes are multiplied."""
-    codes, d, _ = unpack_blocks(blocks)
-    return d.abs().expand(codes.shape).flatten(1)
 
 
 def _unpack_fields(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Tensor:
@@ -499,43 +486,33 @@ def _unpack_fields(data: torch.Tensor, bits: int, count: int, width: int) -> tor
     return ((data.reshape(len(data), -1, 1, width) >> shifts) & ((1 << bits) - 1)).int()
 
 
-def _unpack_high_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the bits of four bytes of every block, ``(n, 32)``."""
-    import torch
+def _unpack_plain(bits: int, has_offset: bool, blocks: torch.Tensor) -> Unpacked:
+    """Unpack Q4 and Q5: d, m if there is one, 4 bytes of fifth bits in Q5, 16 bytes of four low bits, low halves first.
 
-    return ((blocks[:, start : start + 4, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1, 32).int()
-
-
-def _unpack_q4(blocks: torch.Tensor, has_offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Unpack Q4_0 (d, 16 bytes, q − 8) or Q4_1 (d, m, 16 bytes, d · q + m), low halves first."""
+    A code is q with m (Q4_1, Q5_1: d · q + m), else q + 2^(bits − 1).
+    """
     codes = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
+    if bits == 5:
+        codes = codes | _unpack_fields(blocks[:, -20:-16], 1, 8, 1).reshape(-1, 1, 32) << 4
     d = read_half(blocks, 0)[:, None]
-    return (codes, d, -read_half(blocks, 2)[:, None]) if has_offset else (codes - 8, d, None)
+    return (codes, d, -read_half(blocks, 2)[:, None]) if has_offset else (codes - (1 << bits - 1), d, None)
 
 
-def _unpack_q5(blocks: torch.Tensor, has_offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Unpack Q5_0 or Q5_1: as Q4_0 and Q4_1, with the fifth bits of all codes in four bytes before the low ones."""
-    low = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 32)
-    codes = (low | _unpack_high_bits(blocks, 4 if has_offset else 2) << 4)[:, None]
-    d = read_half(blocks, 0)[:, None]
-    return (codes, d, -read_half(blocks, 2)[:, None]) if has_offset else (codes - 16, d, None)
-
-
-def _unpack_q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _unpack_q8_0(blocks: torch.Tensor) -> Unpacked:
     """Unpack Q8_0: d and 32 signed bytes."""
     import torch
 
     return blocks[:, 2:].contiguous().view(torch.int8)[:, None], read_half(blocks, 0)[:, None], None
 
 
-def _unpack_q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpack_q2_k(blocks: torch.Tensor) -> Unpacked:
     """Unpack Q2_K: 16 bytes with 4 bits of scale and 4 of minimum per group of 16, 64 of 2-bit codes, d and dmin."""
     scales, d, dmin = blocks[:, :16], read_half(blocks, 80), read_half(blocks, 82)
     codes = _unpack_fields(blocks[:, 16:80], 2, 4, 32).reshape(-1, 16, 16)
     return codes, (d * (scales & 15).float())[:, :, None], (dmin * (scales >> 4).float())[:, :, None]
 
 
-def _unpack_q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _unpack_q3_k(blocks: torch.Tensor) -> Unpacked:
     """Unpack Q3_K: 32 bytes of inverted third bits, 64 of low ones, 12 of 6-bit scales less 32 per group of 16, d."""
     import torch
 
@@ -558,22 +535,16 @@ def _unpack_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch
     return scales.float(), torch.cat([m & 63, (shared >> 4) | ((m >> 2) & 48)], dim=1).float()
 
 
-def _unpack_q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unpack Q4_K: d, dmin, 12 bytes of scales and minima per group of 32, 128 bytes of 4-bit codes."""
+def _unpack_q4_or_q5_k(bits: int, blocks: torch.Tensor) -> Unpacked:
+    """Unpack Q4_K or Q5_K: d, dmin, 12 bytes of scales and minima of groups of 32, 32 of fifth bits, 128 of low."""
     scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
-    codes = _unpack_fields(blocks[:, 16:], 4, 2, 32).reshape(-1, 8, 32)
+    codes = _unpack_fields(blocks[:, -128:], 4, 2, 32).reshape(-1, 8, 32)
+    if bits == 5:
+        codes = codes | _unpack_fields(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32) << 4
     return codes, (read_half(blocks, 0) * scales)[:, :, None], (read_half(blocks, 2) * minima)[:, :, None]
 
 
-def _unpack_q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unpack Q5_K: as Q4_K, with 32 bytes of fifth bits before the low ones."""
-    scales, minima = _unpack_scales_and_minima(blocks[:, 4:16])
-    high = _unpack_fields(blocks[:, 16:48], 1, 8, 32).reshape(-1, 8, 32)
-    codes = _unpack_fields(blocks[:, 48:], 4, 2, 32).reshape(-1, 8, 32) | high << 4
-    return codes, (read_half(blocks, 0) * scales)[:, :, None], (read_half(blocks, 2) * minima)[:, :, None]
-
-
-def _unpack_q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+def _unpack_q6_k(blocks: torch.Tensor) -> Unpacked:
     """Unpack Q6_K: 128 bytes of four low bits, 64 of two high ones, 16 signed scales per group of 16, d; q − 32."""
     import torch
 
@@ -584,62 +555,37 @@ def _unpack_q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None
     return codes, (read_half(blocks, 208) * scales)[:, :, None], None
 
 
-def _unpack_iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unpack IQ4_NL, d and 16 bytes of codes in a table, low halves first; return codes, and d of the block."""
-    return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), read_half(blocks, 0)[:, None]
+def _unpack_iq4_nl(blocks: torch.Tensor) -> Unpacked:
+    """Unpack IQ4_NL: d and 16 bytes of codes in a table, low halves first."""
+    return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), read_half(blocks, 0)[:, None], None
 
 
-def _unpack_iq4_xs(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpack_iq4_xs(blocks: torch.Tensor) -> Unpacked:
     """Unpack IQ4_XS: d, 6-bit scales less 32 per group of 32 (2 bytes of high bits, 4 of low ones), codes as IQ4_NL."""
     high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
     low = _unpack_fields(blocks[:, 4:8], 4, 2, 1).reshape(-1, 8)
     codes = _unpack_fields(blocks[:, 8:], 4, 2, 16).reshape(-1, 8, 32)
-    return codes, (read_half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None]
+    return codes, (read_half(blocks, 0) * ((low | high << 4) - 32).float())[:, :, None], None
 
 
-def _decode_table(
-    unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], as_steps: bool, blocks: torch.Tensor
-) -> torch.Tensor:
-    """Return d times the value of every code in the IQ4 table, or ``as_steps`` |d| times its gap there."""
-    import torch
-
-    (codes, d), table = unpack_blocks(blocks), torch.tensor(IQ4)
-    return (d.abs() * gaps(table)[codes] if as_steps else d * table[codes]).flatten(1)
-
-
-def _make_table_codec(unpack_blocks: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Codec:
-    return Codec(partial(_decode_table, unpack_blocks, False), partial(_decode_table, unpack_blocks, True))
-
-
-def _decode_mxfp4(of_codes: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-    """Return values or steps of MXFP4, an exponent and 16 bytes of 4-bit floats, low halves first.
-
-    ``of_codes`` gives those of the floats, without the exponent.
-    """
-    codes = _unpack_fields(blocks[:, 1:], 4, 2, 16).reshape(-1, 32)
-    return of_codes(codes) * e8m0(blocks[:, :1])
-
-
-def _make_codec(
-    unpack_blocks: Unpack, largest: int | None = None, rounded: bool = False, with_scales: bool = False
-) -> Codec:
-    scales = partial(_compute_scales, unpack_blocks) if with_scales else None
-    return Codec(partial(_decode, unpack_blocks), partial(_compute_steps, unpack_blocks, largest, rounded), scales)
+def _unpack_mxfp4(blocks: torch.Tensor) -> Unpacked:
+    """Unpack MXFP4: an exponent and 16 bytes of 4-bit floats, low halves first."""
+    return _unpack_fields(blocks[:, 1:], 4, 2, 16).reshape(-1, 1, 32), e8m0(blocks[:, :1])[:, None], None
 
 
 # Name of a type -> its codec; a type without one is listed, and refused when it is read.
-CODECS: dict[str, Codec] = {
-    "Q4_0": _make_codec(partial(_unpack_q4, has_offset=False), largest=7, rounded=True),
-    "Q4_1": _make_codec(partial(_unpack_q4, has_offset=True), rounded=True),
-    "Q5_0": _make_codec(partial(_unpack_q5, has_offset=False), largest=15, rounded=True),
-    "Q5_1": _make_codec(partial(_unpack_q5, has_offset=True), rounded=True),
-    "Q8_0": _make_codec(_unpack_q8_0, rounded=True, with_scales=True),
-    "Q2_K": _make_codec(_unpack_q2_k),
-    "Q3_K": _make_codec(_unpack_q3_k, largest=3),
-    "Q4_K": _make_codec(_unpack_q4_k),
-    "Q5_K": _make_codec(_unpack_q5_k),
-    "Q6_K": _make_codec(_unpack_q6_k, largest=31),
-    "IQ4_NL": _make_table_codec(_unpack_iq4_nl),
-    "IQ4_XS": _make_table_codec(_unpack_iq4_xs),
-    "MXFP4": Codec(partial(_decode_mxfp4, fp4_values), partial(_decode_mxfp4, mxfp4_steps)),
+CODECS = {
+    "Q4_0": Codec(partial(_unpack_plain, 4, False), saturated=(7,), is_rounded=True),
+    "Q4_1": Codec(partial(_unpack_plain, 4, True), is_rounded=True),
+    "Q5_0": Codec(partial(_unpack_plain, 5, False), saturated=(15,), is_rounded=True),
+    "Q5_1": Codec(partial(_unpack_plain, 5, True), is_rounded=True),
+    "Q8_0": Codec(_unpack_q8_0, is_rounded=True, is_8_bit=True),
+    "Q2_K": Codec(_unpack_q2_k),
+    "Q3_K": Codec(_unpack_q3_k, saturated=(3,)),
+    "Q4_K": Codec(partial(_unpack_q4_or_q5_k, 4)),
+    "Q5_K": Codec(partial(_unpack_q4_or_q5_k, 5)),
+    "Q6_K": Codec(_unpack_q6_k, saturated=(31,)),
+    "IQ4_NL": Codec(_unpack_iq4_nl, IQ4),
+    "IQ4_XS": Codec(_unpack_iq4_xs, IQ4),
+    "MXFP4": Codec(_unpack_mxfp4, FP4, saturated=(7, 15)),
 }

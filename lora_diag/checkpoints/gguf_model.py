@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.gguf import GgufFile, Value
-from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.checkpoints.tensors import TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
@@ -223,7 +222,7 @@ class View:
     shifted: bool = False
 
 
-class GgufModel:
+class GgufModel(TensorFile):
     """One GGUF file of a model.
 
     Args:
@@ -236,6 +235,7 @@ class GgufModel:
     """
 
     label = "GGUF"
+    matches = staticmethod(GgufFile.matches)
 
     def __init__(self, path: Path, fields: Mapping[str, Value] | None = None) -> None:
         self.path = path
@@ -247,18 +247,13 @@ class GgufModel:
         architecture = str(self.fields.get("general.architecture"))
         names = ARCHITECTURES.get(architecture)
         self._views = {view.info.name: view for view in self._make_views(names, architecture)}
-        self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
-        self.notes: tuple[str, ...] = self._file.notes
+        self.tensors = {name: view.info for name, view in self._views.items()}
+        self.notes = self._file.notes
         if names is None:
             self.notes += (
                 f"the names of architecture {architecture!r} are not known, so tensors keep their GGUF names and row "
                 f"orders; known are {', '.join(ARCHITECTURES)}",
             )
-
-    @staticmethod
-    def matches(path: Path) -> bool:
-        """Return whether this format claims the file: by its name or its first bytes."""
-        return GgufFile.matches(path)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 if decoded or shifted."""
@@ -367,14 +362,6 @@ def open_model(path: Path) -> list[GgufModel]:
     return models
 
 
-def collect_notes(models: list[GgufModel]) -> tuple[str, ...]:
-    """Return the notes on a model, and how many tensors of which quantized type it holds."""
-    counts = Counter(info.stored for model in models for info in model.tensors.values() if info.stored)
-    types = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
-    notes = tuple(dict.fromkeys(note for model in models for note in model.notes))
-    return (*notes, f"quantized weights are dequantized while they are read: {types}") if counts else notes
-
-
 def derive_config(models: list[GgufModel]) -> dict[str, Any]:
     """Return the ``config.json`` that corresponds to the model: heads, type, and whether the embeddings are tied."""
     fields = models[0].fields
@@ -390,8 +377,7 @@ def derive_config(models: list[GgufModel]) -> dict[str, Any]:
     return config
 
 
-def find_single_model(folder: Path) -> tuple[Path | None, int]:
-    """Return the first file of a folder's GGUF model, None unless there is exactly one, and the number of models."""
+def list_models(folder: Path) -> list[Path]:
+    """Return the first file of every GGUF model in a folder."""
     files = sorted(folder.glob("*.gguf"))
-    first = [file for file in files if (match := PART.fullmatch(file.name)) is None or int(match["number"]) == 1]
-    return (first[0] if len(first) == 1 else None), len(first)
+    return [file for file in files if (match := PART.fullmatch(file.name)) is None or int(match["number"]) == 1]

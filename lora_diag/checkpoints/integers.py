@@ -230,8 +230,8 @@ def find_compressed(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[R
     if config.get("quant_method") == "compressed-tensors":
         for form in (settings.get("format") for settings in (config, *_list_config_groups(config))):
             if form is not None and form not in COMPRESSED_FORMATS:
-                where = f"the format {form!r} of compressed-tensors (config.json)"
-                raise damaged(source.path, f"is stored in {where}, which is not supported", UNSUPPORTED)
+                problem = f"has the unsupported compressed-tensors format {form!r} (config.json)"
+                raise damaged(source.path, problem, UNSUPPORTED)
     for name in source:
         if name.endswith(PACKED) and source[name].dtype != "uint8":
             yield _describe_compressed(source, name.removesuffix(PACKED), config)
@@ -308,11 +308,9 @@ def refuse_contradicting_zeros(source: Checkpoint, weights: Iterable[TensorInfo]
 def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
     """Return a weight of compressed-tensors, after checking its tensors and the configuration."""
     name, weight = f"{module}{PACKED}", f"{module}.weight"
-    scale, zero, order, shape = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "g_idx", "shape"))
+    scale, zero, shape = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "shape"))
     require(source, shape, (2,), INTEGERS, weight)
-    content = source.read_bytes(shape)
-    halves = content[: len(content) // 2], content[len(content) // 2 :]
-    out, columns = (int.from_bytes(half, "little", signed=True) for half in halves)
+    out, columns = memoryview(source.read_bytes(shape)).cast("i" if source[shape].dtype == "int32" else "q")
     if not (0 < out < 2**31 and 0 < columns < 2**31):
         raise damaged_tensor(source, shape, f"gives the shape [{out}, {columns}]")
     if source[name].dtype != "int32" or len(source[name].shape) != 2:
@@ -321,16 +319,12 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
     require(source, name, (out, -(-columns * bits // 32)), WORDS, weight)
     groups = source[scale].shape[-1] if scale in source and source[scale].shape else 0
     require(source, scale, (out, groups), FLOAT_DTYPES, weight)
-    if order in source:
-        require(source, order, (columns,), INTEGERS, weight)
-    if groups < 1 or (order not in source and columns % groups):
-        problem = f"has {groups} groups for {columns} columns, which do not divide into equal groups"
-        raise damaged_tensor(source, scale, problem)
+    order = _find_order(source, module, "weight_g_idx", columns)
+    if groups < 1 or (not order and columns % groups):
+        raise damaged_tensor(source, scale, f"has {groups} groups, which do not divide {columns} columns equally")
     if zero in source:
         require(source, zero, (-(-out * bits // 32), groups), WORDS, weight)
-    layout = Layout(
-        source, module, columns, bits, columns // groups, groups, order if order in source else "", zero in source
-    )
+    layout = Layout(source, module, columns, bits, columns // groups, groups, order, zero in source)
     parts = (scale, shape, *(part for part in (zero, order) if part in source), *list_activations(source, module))
     info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
     return RowWeight(info, name, parts, partial(compressed_values, layout), partial(compressed_steps, layout))
@@ -350,41 +344,45 @@ def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str
 
 def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
     """Return a weight of GPTQ or AWQ, after checking its tensors and the configuration."""
-    codes, scales, zeros, order = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros", ".g_idx"))
+    codes, scales, zeros = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros"))
     weight, shape = f"{module}.weight", source[codes].shape
-    if len(shape) != 2 or source[codes].dtype != "int32":
-        raise damaged_tensor(source, codes, "is not an int32 matrix, as in GPTQ and AWQ", UNSUPPORTED)
-    if scales not in source or len(source[scales].shape) != 2:
-        raise damaged_tensor(source, codes, f"of GPTQ or AWQ has no matrix {scales} of scales", UNSUPPORTED)
+    for name in (codes, scales, zeros):
+        if name not in source or len(source[name].shape) != 2 or (name == codes and source[name].dtype != "int32"):
+            problem = f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or the codes are not int32"
+            raise damaged_tensor(source, codes, problem, UNSUPPORTED)
     groups, out = source[scales].shape
     is_awq = shape[1] * 8 == out
     method = str(config.get("quant_method", "")).lower()
-    if method not in {"awq" if is_awq else "gptq", ""} or (not is_awq and shape[1] != out):
+    if method not in {"awq" if is_awq else "gptq", ""} or (not is_awq and shape[1] != out) or out == 0:
         problem = f"{list(shape)} with scales {[groups, out]} is not laid out as {method or 'GPTQ or AWQ'} does"
         raise damaged_tensor(source, codes, problem, UNSUPPORTED)
-    if zeros not in source or len(source[zeros].shape) != 2 or out == 0:
-        raise damaged_tensor(source, codes, f"of GPTQ or AWQ has no matrix {zeros} of zero points", UNSUPPORTED)
     bits = 4 if is_awq else source[zeros].shape[1] * 32 // out
     _check_gptq_bits(source, codes, bits, config)
     columns = shape[0] * (1 if is_awq else 32 // bits)
     require(source, scales, (groups, out), FLOAT_DTYPES, weight)
     require(source, zeros, (groups, -(-out * bits // 32)), WORDS, weight)
-    if order in source:
-        require(source, order, (columns,), INTEGERS, weight)
-    elif config.get("desc_act") is True and groups > 1 and not is_awq:
-        claim = "desc_act of quantization_config says that the inputs are reordered"
-        raise damaged(source.path, f"{order} is missing, but {claim}", UNSUPPORTED)
+    order = _find_order(source, module, "g_idx", columns)
+    if not order and config.get("desc_act") is True and groups > 1 and not is_awq:
+        problem = f"{module}.g_idx is missing, but desc_act of quantization_config says that the inputs are reordered"
+        raise damaged(source.path, problem, UNSUPPORTED)
     configured = config.get("group_size")
     group = configured if type(configured) is int and configured > 0 else -(-columns // max(1, groups))
-    if groups < 1 or (order not in source and -(-columns // group) != groups):
+    if groups < 1 or (not order and -(-columns // group) != groups):
         raise damaged_tensor(source, scales, f"has {groups} groups for {columns} inputs in groups of {group}")
     added = _find_zero_point_offset(source, is_awq, config)
-    parts = (scales, zeros, *((order,) if order in source else ()))
-    layout = Layout(
-        source, module, columns, bits, group, groups, order if order in source else "", added=added, is_awq=is_awq
-    )
+    parts = (scales, zeros, *((order,) if order else ()))
+    layout = Layout(source, module, columns, bits, group, groups, order, added=added, is_awq=is_awq)
     info = TensorInfo(weight, (out, columns), "float32", stored=f"{'awq' if is_awq else 'gptq'}-int{bits}")
     return RowWeight(info, codes, parts, partial(gptq_values, layout), partial(gptq_steps, layout))
+
+
+def _find_order(source: Checkpoint, module: str, part: str, columns: int) -> str:
+    """Return the name of the tensor with the group of every column, after checking it; empty if there is none."""
+    name = f"{module}.{part}"
+    if name not in source:
+        return ""
+    require(source, name, (columns,), INTEGERS, f"{module}.weight")
+    return name
 
 
 def _check_gptq_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, Any]) -> None:
@@ -407,8 +405,7 @@ def _find_zero_point_offset(source: Checkpoint, is_awq: bool, config: Mapping[st
         return 0
     if not config:
         problem = "is GPTQ without quantization_config, which states how zero points are stored"
-        fix = "copy the config.json or quantize_config.json of the model into the same folder"
-        raise damaged(source.path, problem, fix)
+        raise damaged(source.path, problem, "copy the model's config.json or quantize_config.json into its folder")
     kind = str(config.get("checkpoint_format", "gptq")).lower()
     if kind not in GPTQ_FORMATS:
         raise damaged(source.path, f"is GPTQ in the format {kind!r}; gptq and gptq_v2 are read", UNSUPPORTED)
@@ -446,10 +443,8 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
     settings = {**config, **module_config} if isinstance(module_config, dict) else config
     mode, bits, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
     if mode != "affine" or bits not in MLX_BITS or group not in MLX_GROUPS or isinstance(bits, bool):
-        claim = f"mode {mode!r}, bits {bits!r} and group_size {group!r} (quantization in config.json)"
-        raise damaged_tensor(
-            source, weight, f"is quantized by MLX with {claim}", "mode affine with 2 to 8 bits is read"
-        )
+        problem = f"is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size {group!r} (config.json)"
+        raise damaged_tensor(source, weight, problem, "mode affine with 2 to 8 bits is read")
     shape = source[weight].shape
     columns = shape[-1] * 32 // bits if shape else 0
     if len(shape) not in {2, 3} or columns * bits != shape[-1] * 32 or columns % group or not columns:

@@ -16,16 +16,16 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_diag.checkpoints.documents import check_unicode
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import Persistent, Record, describe, load
 from lora_diag.checkpoints.remote import RangeStream
-from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
+from lora_diag.checkpoints.tensors import WIDTH, TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
 
 if TYPE_CHECKING:
@@ -58,14 +58,6 @@ WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 MAX_DIMENSIONS = 64
 # Pairs of boxes that are compared with each other at most, per tensor: 1,000 ranks that cut along columns.
 MAX_PAIRS = 1_000_000
-
-
-class Stored(Protocol):
-    """Entries at a place in a file."""
-
-    def fill(self, buffer: memoryview, start: int) -> None:
-        """Fill a buffer with the bytes of the entries from ``start`` on (row-major)."""
-        ...
 
 
 class Archive:
@@ -191,6 +183,11 @@ def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
     )
 
 
+def is_plain_name(name: Any) -> TypeGuard[str]:
+    """Return whether a value from a file is the name of a file in the same folder, and no path to another."""
+    return isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & set("/\\\0")
+
+
 def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -207,12 +204,12 @@ class Box:
     Args:
         offsets: Index of its first entry in the whole tensor.
         sizes: Its shape.
-        stored: Location of its entries.
+        fill: Fills a buffer with the bytes of its entries (row-major) from a number on.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    stored: Stored
+    fill: Callable[[memoryview, int], None]
 
     def overlaps(self, other: Box) -> bool:
         """Return whether two boxes have an entry in common."""
@@ -296,7 +293,7 @@ class Boxes:
                 begin = box.offsets[0] * inner if box.offsets else 0
                 low, high = max(start, begin), min(stop, begin + math.prod(box.sizes))
                 if low < high:
-                    box.stored.fill(out[(low - start) * item : (high - start) * item].data, low - begin)
+                    box.fill(out[(low - start) * item : (high - start) * item].data, low - begin)
             return
         # Rows of width: all indices up to the cut dimension, and the entries after them.
         width = self._shape[self._cut] * inner
@@ -308,48 +305,33 @@ class Boxes:
             left, box_width = box.offsets[self._cut] * inner, box.sizes[self._cut] * inner
             for row, index, count in _find_runs(box, self._shape, self._cut, first, last):
                 part = np.empty(count * box_width * item, np.uint8)
-                box.stored.fill(part.data, index * box_width)
+                box.fill(part.data, index * box_width)
                 columns = slice(left * item, (left + box_width) * item)
                 rows[row - first : row - first + count, columns] = part.reshape(count, -1)
         out[:] = rows.reshape(-1)[(start - first * width) * item : (stop - first * width) * item]
 
 
-def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> Sequence[tuple[int, int, int]]:
-    """Return the rows of a box among the rows ``first:last`` of the tensor, as runs of neighbours.
+def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the rows of a box among the rows ``first:last`` of the tensor, as runs of neighbours.
 
     A row is an index of the dimensions before ``cut``.
 
-    Returns:
+    Yields:
         Of each run: its first row in the tensor, its first row in the box, and the number of rows.
     """
-    height = shape[cut - 1]  # rows of one slab: neighbours in the tensor and in the box
-    slabs, box_slabs = shape[: cut - 1], box.sizes[: cut - 1]
-    top, box_height = box.offsets[cut - 1], box.sizes[cut - 1]
-    runs = []
-    for slab in range(first // height, -(-last // height)):
-        index = _find_index_in_box(slab, slabs, box.offsets, box_slabs)
-        if index is None:
-            continue
-        low, high = max(first, slab * height + top), min(last, slab * height + top + box_height)
-        if low < high:
-            runs.append((low, index * box_height + low - slab * height - top, high - low))
-    return runs
+    import numpy as np
+
+    rows = np.arange(first, last)
+    offsets, sizes = np.array(box.offsets[:cut])[:, None], np.array(box.sizes[:cut])[:, None]
+    index = np.stack(np.unravel_index(rows, shape[:cut])) - offsets
+    inside = ((index >= 0) & (index < sizes)).all(0)
+    rows, in_box = rows[inside], np.ravel_multi_index(tuple(index[:, inside]), box.sizes[:cut])
+    begins = np.flatnonzero(np.diff(rows, prepend=-2) * np.diff(in_box, prepend=-2) != 1)
+    for begin, end in zip(begins, [*begins[1:], len(rows)], strict=False):
+        yield int(rows[begin]), int(in_box[begin]), int(end - begin)
 
 
-def _find_index_in_box(
-    index: int, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> int | None:
-    """Return the index within a box of an index of the tensor, both row-major; None if it is outside."""
-    box_index, step = 0, 1
-    for size, offset, box_size in zip(reversed(shape), reversed(offsets[: len(shape)]), reversed(sizes), strict=True):
-        index, coordinate = divmod(index, size)
-        if not offset <= coordinate < offset + box_size:
-            return None
-        box_index, step = box_index + (coordinate - offset) * step, step * box_size
-    return box_index
-
-
-class PartsFolder:
+class PartsFolder(TensorFile):
     """A folder whose files hold parts of tensors, presented as one file of whole tensors.
 
     Args:
@@ -367,12 +349,9 @@ class PartsFolder:
 
     def __init__(self, folder: Path, tensors: Mapping[str, Boxes], notes: Sequence[str]) -> None:
         self.path = folder
-        self.metadata: Mapping[str, str] = {}
         self.notes = tuple(notes)
         self._boxes = tensors
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: replace(boxes.info, name=name) for name, boxes in tensors.items()
-        }
+        self.tensors = {name: replace(boxes.info, name=name) for name, boxes in tensors.items()}
         check_unicode(self.tensors, folder)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ released a writer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ INDICES, VALUES = ".indices", ".values"
 INTEGERS = frozenset({"int32", "int64"})
 
 
-class PatchedFile:
+class PatchedFile(TensorFile):
     """A patch over a checkpoint, presented as one file of whole tensors.
 
     Args:
@@ -40,7 +39,7 @@ class PatchedFile:
     def __init__(self, base: Checkpoint, patch: Checkpoint, path: Path) -> None:
         self._base, self._patch, self.path = base, patch, path
         self._file = patch.files[0].path
-        self.metadata: Mapping[str, str] = patch.files[0].metadata
+        self.metadata = patch.files[0].metadata
         changed = [name.removesuffix(INDICES) for name in patch if name.endswith(INDICES)]
         for name in changed:
             self._check_change(name)
@@ -48,10 +47,8 @@ class PatchedFile:
         unknown = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
         if unknown:
             raise InputError(f"{self._file}: {min(unknown)} is neither indices nor values of a patch; write it again")
-        self.tensors: Mapping[str, TensorInfo] = {name: self._describe_tensor(name) for name in base}
-        self.notes: tuple[str, ...] = (
-            f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",
-        )
+        self.tensors = {name: self._describe_tensor(name) for name in base}
+        self.notes = (f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major)."""
@@ -64,12 +61,6 @@ class PatchedFile:
         positions, inside = self._locate_changes(name, start, stop)
         values[positions[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(values.dtype)
         return values
-
-    def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
-        import torch
-
-        return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
@@ -150,7 +141,7 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
             return opened[0]
     checkpoint = base
     for patch in sorted(opened, key=_make_sort_key):
-        file: TensorFile = PatchedFile(checkpoint, patch, path if len(opened) > 1 else patch.files[0].path)
+        file = PatchedFile(checkpoint, patch, path if len(opened) > 1 else patch.files[0].path)
         checkpoint = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
     if len(opened) == 1:
         return checkpoint

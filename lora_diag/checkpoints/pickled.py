@@ -15,7 +15,6 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from lora_diag.checkpoints import inert
 from lora_diag.checkpoints.documents import check_unicode
 from lora_diag.checkpoints.parts import WRAPPERS, check_entries
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.checkpoints.tensors import TensorInfo
+from lora_diag.checkpoints.tensors import TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular
 
@@ -36,7 +35,7 @@ ZIP = b"PK\x03\x04"
 MAGIC = 0x1950A86A20F9469CFC6C
 
 
-class TorchFile:
+class TorchFile(TensorFile):
     """A file written by ``torch.save`` that holds a state dict or a dictionary around one.
 
     Args:
@@ -50,7 +49,6 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.notes: tuple[str, ...] = ()
         self._load()
 
     @staticmethod
@@ -74,12 +72,6 @@ class TorchFile:
         if self._mapped:
             _release_pages(*copied_bytes)
         return out
-
-    def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
-        import torch
-
-        return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
 
     def _load(self) -> None:
         """Load or map the file after checking it, and set tensors, metadata and notes."""
@@ -108,13 +100,12 @@ class TorchFile:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.path}: is not a readable torch file ({reason}); copy or save it again") from error
         self._state = _find_state_dict(loaded, self.path)
-        self.metadata: Mapping[str, str] = {}
         if not self._mapped:
             self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
         if isinstance(self.path, RemotePath):
             size = self.path.file_info().size
             self.notes += (f"{self.path.name} is a torch file and was downloaded whole, {size:,} bytes",)
-        self.tensors: Mapping[str, TensorInfo] = {
+        self.tensors = {
             name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in self._state.items()
         }
@@ -125,7 +116,6 @@ class TorchFile:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path = state["path"]
-        self.notes = ()
         self._load()
 
 

@@ -11,39 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import bitsandbytes, float4, integers, scaled
 from lora_diag.checkpoints.packing import RowWeight, damaged_tensor
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile, TensorInfo
+from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile
 from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     import torch
 
 
-class QuantizedWeight(Protocol):
-    """One readable quantized weight."""
-
-    @property
-    def info(self) -> TensorInfo:
-        """The weight as presented."""
-        ...
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that belong to it and are not presented."""
-        ...
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop``, float32."""
-        ...
-
-    def read_steps(self, start: int, stop: int) -> torch.Tensor:
-        """Return steps whose half bounds the error of the entries ``start:stop``, float32."""
-        ...
-
-
+QuantizedWeight = RowWeight | bitsandbytes.FourBitWeight | scaled.ScaledWeight
 Find = Callable[[Checkpoint, Mapping[str, Any]], Iterable[QuantizedWeight]]
 
 # Each finds the weights of one format in a checkpoint as stored, given its ``quantization_config``.
@@ -80,7 +59,7 @@ NOT_FLOATS_ADVICE = (
 )
 
 
-class Dequantized:
+class Dequantized(TensorFile):
     """A file whose quantized weights are read as floats.
 
     Args:
@@ -96,7 +75,7 @@ class Dequantized:
         self.path = file.path
         self.notes = file.notes
         self.metadata = file.metadata
-        self.tensors: Mapping[str, TensorInfo] = {
+        self.tensors = {
             info.name: info
             for name, stored in file.tensors.items()
             if name in weights or name not in hidden
@@ -131,7 +110,7 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
         config: Its ``quantization_config``; empty without one.
 
     Returns:
-        The files, and notes: the number of weights of each format, and zero points that libraries read differently.
+        The files, and a note on zero points that libraries read differently.
 
     Raises:
         InputError: A tensor of a quantized weight is missing, has the wrong size or contradicts the configuration.
@@ -147,11 +126,15 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
         name = weight.info.name
         if place != name and name in source:
             raise damaged_tensor(source, place, f"is {name}, which is stored twice")
-    counts = Counter(weight.info.stored for weight in weights.values())
+    files = tuple(Dequantized(file, by_place, hidden) for file in source.files)
+    return files, integers.describe_ambiguous_zeros(source, weights, config)
+
+
+def count_quantized(presented: Checkpoint) -> tuple[str, ...]:
+    """Return a note on how many weights are dequantized from which format, if there are any."""
+    counts = Counter(presented[name].stored for name in presented if presented[name].stored)
     formats = ", ".join(f"{count} as {stored}" for stored, count in sorted(counts.items(), key=str))
-    note = f"quantized weights are dequantized while they are read: {formats}"
-    notes = (note, *integers.describe_ambiguous_zeros(source, weights, config))
-    return tuple(Dequantized(file, by_place, hidden) for file in source.files), notes
+    return (f"quantized weights are dequantized while they are read: {formats}",) if counts else ()
 
 
 def find_quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,9 @@ def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> Ite
 def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
     """Return the part of a DTensor that this rank holds."""
     path = archive.file.path
-    shape = attribute(spec.get("tensor_meta"), "shape", 0)
-    if not are_sizes(shape):
-        raise damaged(path, f"{name} does not give the shape of the whole tensor")
-    placements = spec.get("placements")
-    if not isinstance(placements, tuple | list) or len(placements) > MAX_DIMENSIONS:
-        raise damaged(path, f"{name} does not say how it is cut")
+    shape, placements = attribute(spec.get("tensor_meta"), "shape", 0), spec.get("placements")
+    if not are_sizes(shape) or not isinstance(placements, tuple | list) or len(placements) > MAX_DIMENSIONS:
+        raise damaged(path, f"{name} does not give the shape of the whole tensor, or how it is cut")
     sharded_dims = tuple(_read_sharded_dim(path, name, placement, len(shape)) for placement in placements)
     coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
     return _Part(tensor, tuple(shape), sharded_dims, coordinates)
@@ -204,11 +201,7 @@ def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensi
         if ranks is not None and ranks.numel <= MAX_RANKS and ranks.dtype in {"int32", "int64"}:
             found = np.flatnonzero(np.frombuffer(ranks.read_bytes(), f"<i{WIDTH[ranks.dtype]}") == rank).tolist()
             coordinates = tuple(map(int, np.unravel_index(found[0], ranks.shape))) if found else None
-    if (
-        not are_sizes(coordinates)
-        or len(coordinates) != dimensions
-        or any(coordinate >= MAX_RANKS for coordinate in coordinates)
-    ):
+    if not are_sizes(coordinates) or len(coordinates) != dimensions or max(coordinates, default=0) >= MAX_RANKS:
         raise damaged(archive.file.path, f"{name} does not give the position of rank {rank} in the device mesh")
     return tuple(coordinates)
 
@@ -236,23 +229,24 @@ def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distrib
         raise damaged(folder, f"{len(parts)} of {world} ranks hold {name}", COPY_ALL)
     shape = first.shape
     if first.offsets is not None:
-        boxes = [Box(part.offsets or (), part.tensor.shape, part.tensor) for part in parts]
+        boxes = [Box(part.offsets or (), part.tensor.shape, part.tensor.fill) for part in parts]
     elif first.sharded_dims is not None:
         boxes = _place_in_mesh(folder, name, parts)
     elif distributed or world == 1 or first.tensor.shape == ():
         if len({part.tensor.shape for part in parts}) > 1:
             raise damaged(folder, f"{name} has several shapes on the ranks, and is not cut")
         shape = first.tensor.shape
-        boxes = [Box((0,) * len(shape), shape, first.tensor)]
+        boxes = [Box((0,) * len(shape), shape, first.tensor.fill)]
     else:
         if len({part.tensor.shape[1:] for part in parts}) > 1 or any(not part.tensor.shape for part in parts):
             raise damaged(folder, f"the rows of {name} have different shapes on the ranks")
-        boxes, row = [], 0
-        for part in parts:
-            sizes = part.tensor.shape
-            boxes.append(Box((row, *(0 for _ in sizes[1:])), sizes, part.tensor))
-            row += sizes[0]
-        shape = (row, *first.tensor.shape[1:])
+        inner = first.tensor.shape[1:]
+        starts = list(accumulate((part.tensor.shape[0] for part in parts), initial=0))
+        boxes = [
+            Box((row, *(0 for _ in inner)), part.tensor.shape, part.tensor.fill)
+            for row, part in zip(starts, parts, strict=False)
+        ]
+        shape = (starts[-1], *inner)
     shape = shape or ()
     if outside := next((box for box in boxes if not len(box.offsets) == len(box.sizes) == len(shape)), None):
         raise damaged(folder, f"the part of {name} at {list(outside.offsets)} does not lie in the tensor")
@@ -268,7 +262,7 @@ def _place_in_mesh(folder: Path, name: str, parts: list[_Part]) -> list[Box]:
     counts = [max(places) + 1 for places in zip(*by_coordinates, strict=True)]
     if math.prod(counts) != len(by_coordinates):
         problem = f"the device mesh of {name} has {counts} places for {len(by_coordinates)} ranks"
-        raise damaged(folder, problem, "copy all files")
+        raise damaged(folder, problem, COPY_ALL)
     used = (range(1 if dim is None else count) for count, dim in zip(counts, sharded_dims, strict=True))
     boxes = []
     for coordinates in product(*used):
@@ -283,5 +277,5 @@ def _place_in_mesh(folder: Path, name: str, parts: list[_Part]) -> list[Box]:
         if tensor.shape != tuple(sizes):
             problem = f"the part of {name} has shape {list(tensor.shape)} instead of {sizes}"
             raise damaged(tensor.file.path, problem, "the file belongs to another checkpoint")
-        boxes.append(Box(tuple(offsets), tuple(sizes), tensor))
+        boxes.append(Box(tuple(offsets), tuple(sizes), tensor.fill))
     return boxes

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
-from lora_diag.checkpoints.tensors import DECODED, WIDTH, TensorInfo
+from lora_diag.checkpoints.tensors import DECODED, WIDTH, TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import Kind, open_regular, replacing
 
@@ -66,7 +66,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorFile):
     """One ``*.safetensors`` file, opened by its header.
 
     Args:
@@ -84,8 +84,7 @@ class SafetensorsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise damaged(path, "__metadata__ in the safetensors header must map strings to strings")
-        self.metadata: Mapping[str, str] = metadata
-        self.tensors: Mapping[str, TensorInfo]
+        self.metadata = metadata
         self.tensors, spans = _parse_tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
@@ -134,10 +133,13 @@ class SafetensorsFile:
             self._content.fill(content[index * size : (index + 1) * size].data, self._start[name], name)
         return decode(content, info.dtype).reshape(len(names), *info.shape)
 
-    def read_bytes(self, name: str, limit: int | None = None) -> bytes:
-        """Return the bytes of a small tensor, or the first ``limit`` of any, without torch."""
-        count = self._bytes[name] if limit is None else min(limit, self._bytes[name])
-        return self._content.read_bytes(count, self._start[name], name)
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a small tensor, without torch."""
+        return self.read_start(name, self._bytes[name])
+
+    def read_start(self, name: str, limit: int) -> bytes:
+        """Return the first ``limit`` bytes of a tensor, without torch."""
+        return self._content.read_bytes(min(limit, self._bytes[name]), self._start[name], name)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -130,8 +130,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
             zero points, or ``weight_block_size`` of the configuration is invalid.
     """
     configured_block = _read_configured_block(source, config)
-    bare = []
-    found_scaled = False
+    bare, found_scaled = [], False
     for name in source:
         info = source[name]
         if name.endswith(SCALES) or info.numel == 0 or not (info.dtype in FLOAT8 or info.dtype == "int8"):
@@ -223,7 +222,6 @@ def _read_configured_block(source: Checkpoint, config: Mapping[str, Any]) -> tup
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
-        raise damaged(
-            source.path, f"weight_block_size in config.json is {value!r}, not two positive integers", "correct it"
-        )
+        problem = f"weight_block_size in config.json is {value!r}, not two positive integers"
+        raise damaged(source.path, problem, "correct it")
     return value[0], value[1]

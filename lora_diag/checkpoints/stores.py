@@ -173,8 +173,11 @@ class BucketStore(Store):
         S3 checks it on the server; other stores are queried afterwards.
         """
         stop = start + len(buffer)
+        self._open()
         if self._scheme == "s3":
-            content = self._call(address, self._read_s3, address, start, stop, file_info)
+            from fsspec.asyn import sync
+
+            content = self._call(address, sync, self._fs.loop, self._get_s3, address, start, stop, file_info)
         else:
             content = self._call(address, self._fs.cat_file, _make_key(address), start=start, end=stop)
             current = self._call(address, self._fs.info, _make_key(address))
@@ -218,7 +221,6 @@ class BucketStore(Store):
 
     def _call(self, address: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a method of the file system and translate its errors; return None if the file does not exist."""
-        self._open()
         try:
             return function(*args, **options)
         except FileNotFoundError:
@@ -226,9 +228,8 @@ class BucketStore(Store):
         except (InputError, TransientError):
             raise
         except PermissionError as error:
-            raise InputError(
-                f"{address}: access is denied: {get_first_line(error)}{self._describe_requirements()}"
-            ) from error
+            needed = "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
+            raise InputError(f"{address}: access is denied: {get_first_line(error)}{needed}") from error
         except Exception as error:  # from fsspec, aiohttp and two cloud libraries
             if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
                 public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
@@ -237,15 +238,8 @@ class BucketStore(Store):
                 raise TransientError(get_first_line(error)) from error
             raise InputError(f"{address}: cannot be read: {get_first_line(error)}") from error
 
-    def _describe_requirements(self) -> str:
-        return "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
-
-    def _read_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
-        from fsspec.asyn import sync
-
-        return bytes(sync(self._fs.loop, self._get_s3, address, start, stop, file_info))
-
     async def _get_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
+        """Return a range of a file in S3, which refuses it if the version has changed."""
         from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
         await self._fs.set_session()
@@ -261,12 +255,10 @@ class BucketStore(Store):
             if status in {404, 412, 416}:
                 raise InputError(f"{address}: {CHANGED} (the store answers {status})") from error
             if status in {401, 403}:
-                raise InputError(
-                    f"{address}: access is denied: {get_first_line(error)}{self._describe_requirements()}"
-                ) from error
+                raise PermissionError(str(error)) from error
             if status in TRANSIENT:
                 raise TransientError(f"the store answers {status}") from error
-            raise InputError(f"{address}: cannot be read: {get_first_line(error)}") from error
+            raise
         async with response["Body"] as body:
             if (
                 response.get("ContentLength") != stop - start

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import InputError
@@ -76,55 +76,43 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-class TensorFile(Protocol):
-    """One open file of tensors; implementations are listed in ``FORMATS``."""
+class TensorFile:
+    """One open file of tensors, or a view of one; the formats are listed in ``FORMATS``."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
-    notes: tuple[str, ...]
-    metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = {}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major, 1-D, dtype of ``tensors``)."""
-        ...
+        raise NotImplementedError
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor; without torch where the format allows it."""
-        ...
+        import torch
 
+        return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
 
-@runtime_checkable
-class SteppedFile(Protocol):
-    """A file of tensors with known quantization steps."""
+    def read_start(self, name: str, limit: int) -> bytes:
+        """Return the first ``limit`` bytes of a tensor; all of them where the format does not read a part alone."""
+        return self.read_bytes(name)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
-        ...
+        return None
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
-        ...
-
-
-class ArrayFile(Protocol):
-    """A file whose tensors can be read without torch."""
+        return None
 
     def decodes(self, name: str) -> bool:
         """Return whether ``read_arrays`` can read a tensor."""
-        ...
+        return False
 
     def read_arrays(self, names: Sequence[str]) -> Numbers:
-        """Return whole tensors of one shape and dtype as a stack, float32 or float64."""
-        ...
-
-    def read_bytes(self, name: str, limit: int | None = None) -> bytes:
-        """Return the first ``limit`` bytes of a tensor, or all."""
-        ...
-
-
-def is_array_file(file: object) -> TypeGuard[ArrayFile]:
-    """Return whether a file is an ``ArrayFile``; a hundred times faster than ``isinstance`` of a protocol."""
-    return hasattr(file, "read_arrays")
+        """Return whole tensors of one shape and dtype as a stack, float32 or float64, without torch."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -196,14 +184,11 @@ class Checkpoint:
     def _is_zero(self, name: str) -> bool:
         """Return whether a tensor has only bytes of 0.0 and -0.0; the first ones are read alone where possible."""
         file = self._file_by_name[name]
-        if is_array_file(file) and file.read_bytes(name, FIRST_BYTES).strip(ZERO):
-            return False
-        return not file.read_bytes(name).strip(ZERO)
+        return not (file.read_start(name, FIRST_BYTES).strip(ZERO) or file.read_bytes(name).strip(ZERO))
 
     def decodes(self, name: str) -> bool:
         """Return whether ``read_arrays`` can read a tensor: its file and format need no torch."""
-        file = self._file_by_name[name]
-        return is_array_file(file) and file.decodes(name)
+        return self._file_by_name[name].decodes(name)
 
     def read_array(self, name: str) -> Numbers:
         """Return a whole tensor for which ``decodes`` is true, in its shape; float64 if so stored, else float32.
@@ -220,9 +205,7 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._file_by_name[names[0]]
-        assert is_array_file(file)
-        return file.read_arrays(names)
+        return self._file_by_name[names[0]].read_arrays(names)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read a range of a tensor's entries.
@@ -275,9 +258,7 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._file_by_name[name]
-        stop = self[name].numel if stop is None else stop
-        return file.read_steps(name, start, stop) if isinstance(file, SteppedFile) else None
+        return self._file_by_name[name].read_steps(name, start, self[name].numel if stop is None else stop)
 
     def read_scales(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
         """Read the scales that multiply the codes of a range of a tensor's entries: W = code · scale.
@@ -293,6 +274,4 @@ class Checkpoint:
         Raises:
             InputError: The file ended early or could not be read.
         """
-        file = self._file_by_name[name]
-        stop = self[name].numel if stop is None else stop
-        return file.read_scales(name, start, stop) if isinstance(file, SteppedFile) else None
+        return self._file_by_name[name].read_scales(name, start, self[name].numel if stop is None else stop)

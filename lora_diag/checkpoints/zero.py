@@ -23,7 +23,7 @@ from typing import Any
 
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import attribute, describe
-from lora_diag.checkpoints.parts import Archive, Box, Boxes, PartsFolder, are_sizes
+from lora_diag.checkpoints.parts import Archive, Box, Boxes, PartsFolder, are_sizes, is_plain_name
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError, damaged
 
@@ -91,10 +91,9 @@ class ZeroFolder(PartsFolder):
         """Return the float32 weights of the optimizer files, then buffers, frozen ones and aliases of shared ones."""
         optimizers = [self._open_optimizer(path) for path in files]
         stage, ranks = optimizers[0].stage, len(files)
-        runs = {(optimizer.stage, optimizer.ranks) for optimizer in optimizers}
-        if runs != {(stage, ranks)}:
-            problem = f"there are optimizer files of {ranks} ranks of {max(world for _, world in runs)}"
-            raise damaged(self.path, problem, "copy all of one run")
+        if any((optimizer.stage, optimizer.ranks) != (stage, ranks) for optimizer in optimizers):
+            world = max(optimizer.ranks for optimizer in optimizers)
+            raise damaged(self.path, f"there are optimizer files of {ranks} ranks of {world}", COPY_ALL)
         archive, state = _open_archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
         groups = self._read_groups(archive.file.path, state.get("param_shapes"))
         flats = [optimizer.flats for optimizer in optimizers]
@@ -115,8 +114,7 @@ class ZeroFolder(PartsFolder):
     ) -> Iterator[tuple[str, Boxes]]:
         """Yield the parameters of stages 1 and 2: those of a group follow each other in the parts of all ranks."""
         if any(len(flat) != len(groups) for flat in flats):
-            problem = f"a rank does not hold the {len(groups)} groups of param_shapes"
-            raise damaged(self.path, problem, "copy all files")
+            raise damaged(self.path, f"a rank lacks some of the {len(groups)} groups of param_shapes", COPY_ALL)
         for number, group in enumerate(groups):
             vector = [flat[number] for flat in flats]
             position, alignment = 0, 2 * len(flats)
@@ -126,9 +124,8 @@ class ZeroFolder(PartsFolder):
                 position += count
             stored = sum(part.numel for part in vector)
             if -(-position // alignment) != -(-stored // alignment):
-                raise damaged(
-                    self.path, f"group {number} has {position:,} entries, but {stored:,} are stored", self._fix
-                )
+                problem = f"group {number} has {position:,} entries, but {stored:,} are stored"
+                raise damaged(self.path, problem, self._fix)
 
     def _read_partitioned(
         self, groups: list[Shapes], flats: Sequence[Sequence[StoredTensor]]
@@ -191,15 +188,15 @@ class ZeroFolder(PartsFolder):
                 parts.append(tensor.cut(low - begin, high - low))
             begin += tensor.numel
         if start + count > begin:
-            problem = f"{name:.200} lies up to entry {start + count:,}, but {begin:,} are stored"
-            raise damaged(self.path, problem, "copy all files")
+            end = start + count
+            raise damaged(self.path, f"{name:.200} lies up to entry {end:,}, but {begin:,} are stored", COPY_ALL)
         return parts
 
     def _join(self, name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> Boxes:
         """Return a tensor of the first entries of some tensors; what follows is padding."""
         numel, offset, boxes = math.prod(shape), 0, []
         for part in self._slice(parts, 0, numel, name):
-            boxes.append(Box((offset,), part.shape, part))
+            boxes.append(Box((offset,), part.shape, part.fill))
             offset += part.numel
         dtypes = {part.dtype for part in parts}
         if len(dtypes) > 1:
@@ -239,7 +236,7 @@ def _find_step_folder(folder: Path) -> Path:
     latest = folder / "latest"
     if latest.is_file() and latest.stat().st_size <= MAX_TAG_BYTES:
         tag = latest.read_bytes().decode(errors="replace").strip()
-        if tag in {"", ".", ".."} or set(tag) & set("/\\\0") or not (folder / tag).is_dir():
+        if not is_plain_name(tag) or not (folder / tag).is_dir():
             raise damaged(latest, f"names {tag!r}, but {folder} has no such folder", "give the folder of a step")
         return folder / tag
     steps = sorted(path for path in folder.glob(STEPS) if path.is_dir())
@@ -254,12 +251,10 @@ def _find_rank_files(folder: Path) -> list[Path]:
     for path in folder.glob(STATES):
         match = OPTIMIZER.fullmatch(path.name)
         if match is None:
-            problem = "is from a run with model or expert parallelism, which is not supported"
-            raise damaged(path, problem, "convert it with DeepSpeed")
+            raise damaged(path, "is of unsupported model or expert parallelism", "convert it with DeepSpeed")
         by_rank[int(match[1])] = path
-    missing = [rank for rank in range(max(by_rank, default=-1) + 1) if rank not in by_rank]
-    if missing:
-        raise damaged(folder, f"the optimizer file of rank {missing[0]} is missing", COPY_ALL)
+    if (missing := next((rank for rank, known in enumerate(sorted(by_rank)) if rank != known), None)) is not None:
+        raise damaged(folder, f"the optimizer file of rank {missing} is missing", COPY_ALL)
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 

@@ -157,7 +157,7 @@ BAD = {
     "a part less": (drop_chunk, "hold 30 entries of 35"),
     "another shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([8, 5])), "35 entries of 40"),
     "a huge shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([2**40, 2**40])), "of 1,2"),
-    "a part larger than its bytes": (enlarge, "whole with shape .* takes 4,000,000,000,000,000,000 bytes"),
+    "a part larger than its bytes": (enlarge, "of whole takes 4,000,000,000,000,000,000 bytes"),
     "parts that overlap": (overlap, r"hold 36 entries of 36 and overlap|lies outside|hold"),
     "a file elsewhere": (lambda i: place(i, relative_path="../x.distcp"), "plain file name"),
     "a file that is missing": (lambda i: place(i, relative_path="__9_0.distcp"), "is missing"),

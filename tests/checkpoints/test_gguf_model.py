@@ -47,7 +47,7 @@ def test_codec_steps_are_the_smallest_gaps_of_a_group(name):
     codec = CODECS[name]
     steps = codec.steps(torch.from_numpy(blocks)).double().numpy()
     width = GROUPS.get(name, 32)
-    unit = np.repeat(codec.steps.args[0](torch.from_numpy(blocks))[1].abs().double().numpy().reshape(-1, 1), width, 1)
+    unit = np.repeat(codec.unpack(torch.from_numpy(blocks))[1].abs().double().numpy().reshape(-1, 1), width, 1)
     values, steps = (array.astype(np.float64).reshape(-1, width) for array in (values, steps))
     assert (steps >= unit).all()
     steps = unit

@@ -181,7 +181,7 @@ def ints(*shape):
 BAD = {
     "no scales": ("int4 groups", without(f"{M}.weight_scale"), "weight_scale is missing"),
     "scales of other rows": ("int4 groups", replaced(f"{M}.weight_scale", torch.ones(11, 5)), r"needs .* \[12, 5\]"),
-    "unequal groups": ("int4 groups", replaced(f"{M}.weight_scale", torch.ones(12, 3)), "equal groups"),
+    "unequal groups": ("int4 groups", replaced(f"{M}.weight_scale", torch.ones(12, 3)), "3 groups"),
     "integer scales": ("int4 groups", replaced(f"{M}.weight_scale", ints(12, 5)), "is int32"),
     "no shape": ("int4 groups", without(f"{M}.weight_shape"), "weight_shape is missing"),
     "a negative shape": ("int4 groups", replaced(f"{M}.weight_shape", torch.tensor([-12, 40])), r"\[-12, 40\]"),
@@ -204,7 +204,11 @@ BAD = {
         ct(4, symmetric=True)["quantization_config"],
         "up_proj.weight_zero_point is stored, .* symmetric",
     ),
-    "format of marlin": ("int4 groups", ct(4, "marlin-24")["quantization_config"], "'marlin-24' of compressed-tensors"),
+    "format of marlin": (
+        "int4 groups",
+        ct(4, "marlin-24")["quantization_config"],
+        "compressed-tensors format 'marlin-24'",
+    ),
     "gptq of 5 bits": ("gptq", {"quant_method": "gptq", "bits": 5}, "has 4 bits a code, .* is 5"),
     "gptq of 4 bits as text": ("gptq", {"quant_method": "gptq", "bits": "4"}, "has 4 bits a code, .* is '4'"),
     "gptq of other bits in a module": (
@@ -218,8 +222,8 @@ BAD = {
         {"quant_method": "gptq", "desc_act": True},
         "g_idx is missing, .*desc_act",
     ),
-    "gptq scales": ("gptq", without(f"{M}.scales"), "no matrix .*scales of scales"),
-    "gptq zeros": ("gptq", without(f"{M}.qzeros"), "zero points"),
+    "gptq scales": ("gptq", without(f"{M}.scales"), "no known form .*scales is missing"),
+    "gptq zeros": ("gptq", without(f"{M}.qzeros"), "qzeros is missing"),
     "gptq other zeros": ("gptq", replaced(f"{M}.qzeros", ints(2, 2)), "has 2 bits a code"),
     "gptq order": ("gptq", replaced(f"{M}.g_idx", ints(31)), r"\[32\]"),
     "gptq layout": ("gptq", replaced(f"{M}.qweight", ints(4, 5)), "not laid out"),

@@ -91,10 +91,10 @@ def test_model_file_alone_gives_its_16_bit_weights(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "changed", "problem"),
     [
-        (2, {"partition_count": [4, 4]}, "optimizer files of 2 ranks of 4; copy all"),
+        (2, {"partition_count": [4, 4]}, "optimizer files of 2 ranks of 4; copy the files"),
         (2, {"zero_stage": 7}, "is not an optimizer file of ZeRO"),
         (2, {"single_partition_of_fp32_groups": []}, "holds no flat master weights"),
-        (2, {"single_partition_of_fp32_groups": [torch.ones(9)]}, "does not hold the 2 groups"),
+        (2, {"single_partition_of_fp32_groups": [torch.ones(9)]}, "lacks some of the 2 groups"),
         (2, {"single_partition_of_fp32_groups": [torch.ones(9), torch.ones(8)]}, "lies up to entry 22, but 18"),
         (2, {"single_partition_of_fp32_groups": [torch.ones(99), torch.ones(8)]}, "has 22 entries, but 198"),
         (3, {"fp32_flat_groups": [torch.ones(12), torch.ones(9)]}, "has 20 parameters, but 21 are stored"),

@@ -151,6 +151,7 @@ class FactoredDelta:
         rank: r; 0 if it is not known.
         thin: B, A and s, to be read without torch; None where B and A are not stored as they are, or in another format
             than safetensors.
+        transposed: Whether BASE stores the weight as ``(in, out)``, against the adapter's orientation.
     """
 
     layer: str
@@ -163,6 +164,7 @@ class FactoredDelta:
     diagonal: bool = False
     rank: int = 0
     thin: ThinFactors | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ class DenseDelta:
         dtypes: Stored dtype of the base (None without one) and of the tensors that define the update.
         base: Location of W_base, if available.
         is_matrix: False for 1-D tensors.
+        transposed: As in ``FactoredDelta``.
     """
 
     layer: str
@@ -184,6 +187,7 @@ class DenseDelta:
     dtypes: tuple[str | None, str]
     base: Side | None = None
     is_matrix: bool = True
+    transposed: bool = False
 
 
 Delta = StoredDelta | FactoredDelta | DenseDelta

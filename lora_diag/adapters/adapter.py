@@ -167,7 +167,8 @@ def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Re
     if not reading.updates and not reading.values:
         raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
     notes = list(reading.notes)
-    if source.config is not None and source.config.flag("alora_invocation_tokens"):
+    is_activated = source.config is not None and source.config.flag("alora_invocation_tokens")
+    if is_activated or "adapter.alora.invocation_tokens" in (gguf.get_fields(source) or {}):
         notes.append(
             "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
         )

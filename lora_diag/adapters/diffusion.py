@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters import lycoris
-from lora_diag.adapters.lora import add_magnitude
+from lora_diag.adapters.lora import add_magnitude, load_scaled
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scale
 from lora_diag.adapters.source import AdapterFiles, Config
 from lora_diag.adapters.thin import find_thin_factors
@@ -32,8 +32,6 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
-    import torch
-
     from lora_diag.adapters.updates import Factors
 
 PREFIX = re.compile(r"lora_(unet|te\d?|transformer|prior|clip_l|clip_g|t5xxl)_|lycoris_")
@@ -110,7 +108,7 @@ def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str])
                 raise damaged(source.path, f"{key} has the invalid shape {list(shape)}")
             name = "bias" if part in {"diff_b", "b_norm"} else "weight"
             expected = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
-            load = partial(load_difference, source.checkpoint, key)
+            load = partial(load_scaled, source.checkpoint, key, 1.0)
             updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_kohya_factors(source, module, parts))
@@ -187,11 +185,6 @@ def load_factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scal
         core = read(checkpoint, keys[2])
         down = torch.einsum("ij...,jp->ip...", core, down.reshape(down.shape[0], -1))
     return up * compute_scale(checkpoint, scale), down.reshape(down.shape[0], -1)
-
-
-def load_difference(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
-    """Return a difference that is stored in full."""
-    return read(checkpoint, key).reshape(site.shape)
 
 
 def is_diffusers(source: AdapterFiles) -> bool:

@@ -37,11 +37,6 @@ def get_fields(source: AdapterFiles) -> Mapping[str, Value] | None:
     return file.fields if isinstance(file, GgufFile) else None
 
 
-def is_gguf(source: AdapterFiles) -> bool:
-    """Return whether a source is a GGUF file."""
-    return get_fields(source) is not None
-
-
 def read_gguf(source: AdapterFiles) -> Reading:
     """Read a GGUF adapter.
 
@@ -85,7 +80,7 @@ def _pair_factors(source: AdapterFiles) -> tuple[dict[str, dict[str, str]], list
 
 
 def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[str]) -> list[str]:
-    """Return notes on an unknown architecture, norms and an activated LoRA."""
+    """Return notes on an unknown architecture and norms."""
     notes = []
     if names is None:
         architectures = ", ".join(ARCHITECTURES)
@@ -95,10 +90,6 @@ def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[st
         )
     if norms:
         notes.append(f"{len(norms)} norms are in the file, such as {norms[0]}; llama.cpp skips them")
-    if "adapter.alora.invocation_tokens" in fields:
-        notes.append(
-            "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
-        )
     return notes
 
 
@@ -124,7 +115,7 @@ def _read_updates(
     update = Update(
         weight=weight,
         shape=shape,
-        load=partial(load_table_factors if is_table else load_factors, source.checkpoint, keys, scale),
+        load=partial(load_factors, source.checkpoint, keys, scale, is_table=is_table),
         factored=True,
         dtype=source.checkpoint[keys[1]].dtype,
         zero_if=keys[1],
@@ -145,19 +136,18 @@ def _read_updates(
 
 
 def load_factors(
-    checkpoint: Checkpoint, keys: tuple[str, str], scale: float, site: Site, expert: int | None = None
+    checkpoint: Checkpoint,
+    keys: tuple[str, str],
+    scale: float,
+    site: Site,
+    is_table: bool = False,
+    expert: int | None = None,
 ) -> Factors:
-    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``; of one expert of a stack if its index is given."""
+    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``, or those of one expert; s·lora_a and lora_bᵀ of a table."""
     a, b = (read(checkpoint, key) for key in keys)
     if expert is not None:
         a, b = a[expert], b[expert]
-    return b * scale, a
-
-
-def load_table_factors(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, site: Site) -> Factors:
-    """Return s·lora_a ``(vocab, r)`` and lora_bᵀ ``(r, dim)``."""
-    a, b = (read(checkpoint, key) for key in keys)
-    return a * scale, b.T
+    return (a * scale, b.T) if is_table else (b * scale, a)
 
 
 def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
@@ -184,4 +174,4 @@ def load_reordered(load: partial[Factors], count: int, site: Site) -> Factors:
     return to_halves(b, count), a
 
 
-FAMILY = Family("GGUF", is_gguf, read_gguf, "gguf")
+FAMILY = Family("GGUF", lambda source: get_fields(source) is not None, read_gguf, "gguf")

@@ -14,7 +14,7 @@ from lora_diag.adapters.contents import Contents, Item, parse_component
 from lora_diag.adapters.gguf import ALPHA, TABLE
 from lora_diag.adapters.names import drop_leading_wrappers
 from lora_diag.adapters.source import PREFIX, is_named
-from lora_diag.adapters.writing import PEFT_VERSION, WEIGHTS
+from lora_diag.adapters.writing import LORA_CONFIG, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, find_names, heads
 from lora_diag.deltas import has_tied_head
@@ -190,17 +190,11 @@ def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | No
         "task_type": None,
         "fan_in_fan_out": False,
         **kept_fields,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
+        **LORA_CONFIG,
         "r": rank,
         "lora_alpha": rank,
         "target_modules": targets,
-        "lora_dropout": 0.0,
         "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
     }
     return plan, config
 

@@ -36,6 +36,7 @@ from lora_diag.adapters.updates import (
     Update,
     add_stored_values,
     flatten_shape,
+    load_product,
     make_relative_to_base,
     name_start,
     read,
@@ -193,11 +194,11 @@ LocatedFactors = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, 
 def _read_embedding(
     source: AdapterFiles, module: str, parts: dict[str, str], rank: int, scale: float
 ) -> LocatedFactors:
-    """Return the shape, loader and names of the factors of an embedding."""
+    """Return the shape, loader and names of the factors of an embedding, ΔW = s·(B·A)ᵀ = s·Aᵀ·Bᵀ."""
     a_key, b_key = find_pair(source, module, parts, "lora_embedding_")
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     check_ranks(source, module, a[0], rank, b[1])
-    return (a[1], b[0]), partial(load_embedding_factors, source.checkpoint, b_key, a_key, scale), (a_key, b_key)
+    return (a[1], b[0]), partial(load_product, source.checkpoint, a_key, b_key, scale, True), (a_key, b_key)
 
 
 def _read_linear(source: AdapterFiles, module: str, parts: dict[str, str], rank: int, scale: float) -> LocatedFactors:
@@ -232,14 +233,9 @@ def load_linear_factors(
     return b * scale, a
 
 
-def load_embedding_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, site: Site) -> Factors:
-    """Return s·Aᵀ ``(vocab, r)`` and Bᵀ ``(r, dim)``: ΔW = s·(B·A)ᵀ."""
-    return read(checkpoint, a_key).T * scale, read(checkpoint, b_key).T
-
-
 def load_scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
-    """Return s times a stored vector."""
-    return read(checkpoint, key) * scale
+    """Return s times a stored change of a weight or bias."""
+    return read(checkpoint, key).reshape(site.shape) * scale
 
 
 def _count_blocks(config: Config, module: str) -> tuple[int, bool, bool] | None:

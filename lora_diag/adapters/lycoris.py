@@ -34,8 +34,12 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 Read = Callable[[AdapterFiles, str, dict[str, str], Callable[["int | None"], Scale]], Update]
 
 
-def _read_peft(source: AdapterFiles, parts: tuple[str, ...], kind: str, read_update: Read) -> Reading:
-    """Read a PEFT adapter whose modules are scaled by α/r of the config."""
+def _read_peft(parts: tuple[str, ...], kind: str, read_update: Read, source: AdapterFiles) -> Reading:
+    """Read a PEFT adapter whose modules are scaled by α/r of the config.
+
+    Raises:
+        InputError: Its parts do not fit together, or the config is invalid.
+    """
     modules, unclaimed = group_by_module(source.checkpoint, parts, source.path)
     names = list(modules)
     scaling = Scaling.read(source.settings, names)
@@ -51,30 +55,6 @@ def _read_peft(source: AdapterFiles, parts: tuple[str, ...], kind: str, read_upd
     kind = f"PEFT {kind}, {describe_scaling(source.settings, 'alpha')}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), notes=tuple(scaling.notes(names)), scaling=scaling.describe("alpha"))
     return add_stored_values(reading, source, unclaimed)
-
-
-def read_loha(source: AdapterFiles) -> Reading:
-    """Read a PEFT LoHa adapter.
-
-    Raises:
-        InputError: Its parts do not fit together.
-    """
-    return _read_peft(source, LOHA, "LoHa", read_hadamard)
-
-
-def read_lokr(source: AdapterFiles) -> Reading:
-    """Read a PEFT LoKr adapter.
-
-    Raises:
-        InputError: Its parts do not fit together.
-    """
-    return _read_peft(source, LOKR, "LoKr", partial(read_kronecker, as_peft=True))
-
-
-FAMILIES = (
-    Family.of_peft("LoHa", "LOHA", read_loha, LOHA),
-    Family.of_peft("LoKr", "LOKR", read_lokr, LOKR),
-)
 
 
 def read_hadamard(
@@ -192,3 +172,9 @@ def load_kronecker(
     if not (as_peft and w2.ndim == 3):
         w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
     return torch.kron(w1, w2.contiguous()).reshape(site.shape) * compute_scale(checkpoint, scale)
+
+
+FAMILIES = (
+    Family.of_peft("LoHa", "LOHA", partial(_read_peft, LOHA, "LoHa", read_hadamard), LOHA),
+    Family.of_peft("LoKr", "LOKR", partial(_read_peft, LOKR, "LoKr", partial(read_kronecker, as_peft=True)), LOKR),
+)

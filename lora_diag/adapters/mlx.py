@@ -10,19 +10,14 @@ Reference: ml-explore/mlx-lm ``mlx_lm/tuner/lora.py``, ``dora.py``.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale
 from lora_diag.adapters.source import AdapterFiles, Config, group_by_module
 from lora_diag.adapters.thin import find_thin_factors
-from lora_diag.adapters.updates import Family, NewValue, Reading, Site, Update, read
-from lora_diag.checkpoints import Checkpoint
+from lora_diag.adapters.updates import Family, NewValue, Reading, Update, load_product
 from lora_diag.deltas import is_table
 from lora_diag.errors import damaged
-
-if TYPE_CHECKING:
-    from lora_diag.adapters.updates import Factors
 
 
 def is_mlx(source: AdapterFiles) -> bool:
@@ -78,7 +73,7 @@ def _read_update(
     update = Update(
         weight,
         shape,
-        partial(load_factors, source.checkpoint, *keys, scale, not is_embedding),
+        partial(load_product, source.checkpoint, *keys, scale, not is_embedding),
         factored=True,
         dtype=source.checkpoint[key].dtype,
         zero_if=key,
@@ -87,12 +82,6 @@ def _read_update(
         thin=find_thin_factors(source.checkpoint, *keys, Scale(scale), turned=not is_embedding),
     )
     return add_magnitude(update, source, parts["m"], by_column=False) if "m" in parts else update
-
-
-def load_factors(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
-    """Return scale·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
-    b, a = read(checkpoint, b_key), read(checkpoint, a_key)
-    return (b.T * scale, a.T) if turned else (b * scale, a)
 
 
 FAMILY = Family("MLX", is_mlx, read_mlx, "mlx", marks=("lora_a", "lora_b"))

@@ -35,37 +35,30 @@ DISTINGUISHING_WRAPPERS = INNER_WRAPPERS - {
 }  # fmt: skip
 
 # In memory -> on disk, by model type: all replacements of a line together.
-DIALECTS = (
-    ((".mlp.", ".block_sparse_moe."),),  # Mixtral and related models
-    ((".mlp.router.", ".block_sparse_moe.gate."),),  # Phi-MoE
-    ((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),  # Granite-MoE
+Dialect = tuple[tuple[str, str], ...]
+
+
+def _make_vision_dialect(query_key_value: str, *others: tuple[str, str]) -> Dialect:
+    """Return the names of attention in a vision model, given the path of query, key and value on disk."""
+    attention = (
+        (f".attention.{name[0]}_proj.", f".attention.{query_key_value}.{name}.") for name in ("query", "key", "value")
+    )
+    return (*others, *attention, (".attention.o_proj.", ".attention.output.dense."))
+
+
+_VISION_MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
+MIXTRAL: Dialect = ((".mlp.", ".block_sparse_moe."),)
+PHI_MOE: Dialect = ((".mlp.router.", ".block_sparse_moe.gate."),)
+GRANITE_MOE: tuple[Dialect, ...] = (
+    ((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),
     ((".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),),
     ((".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),),
-    (("lm_head.", "embed_out."),),  # GPT-NeoX
-    (  # Swin
-        (".attention.q_proj.", ".attention.self.query."),
-        (".attention.k_proj.", ".attention.self.key."),
-        (".attention.v_proj.", ".attention.self.value."),
-        (".attention.o_proj.", ".attention.output.dense."),
-        (".mlp.fc1.", ".intermediate.dense."),
-        (".mlp.fc2.", ".output.dense."),
-    ),
-    (  # DINOv2
-        (".attention.q_proj.", ".attention.attention.query."),
-        (".attention.k_proj.", ".attention.attention.key."),
-        (".attention.v_proj.", ".attention.attention.value."),
-        (".attention.o_proj.", ".attention.output.dense."),
-    ),
-    (  # ViT, DeiT, BEiT
-        ("layers.", "encoder.layer."),
-        (".attention.q_proj.", ".attention.attention.query."),
-        (".attention.k_proj.", ".attention.attention.key."),
-        (".attention.v_proj.", ".attention.attention.value."),
-        (".attention.o_proj.", ".attention.output.dense."),
-        (".mlp.fc1.", ".intermediate.dense."),
-        (".mlp.fc2.", ".output.dense."),
-    ),
 )
+GPT_NEOX: Dialect = (("lm_head.", "embed_out."),)
+SWIN: Dialect = (*_make_vision_dialect("self"), *_VISION_MLP)
+DINOV2 = _make_vision_dialect("attention")
+VIT: Dialect = (*_make_vision_dialect("attention", ("layers.", "encoder.layer.")), *_VISION_MLP)
+DIALECTS = (MIXTRAL, PHI_MOE, *GRANITE_MOE, GPT_NEOX, SWIN, DINOV2, VIT)
 
 # A fused parameter -> the matrices of one expert that it consists of, first rows first.
 FUSED = {

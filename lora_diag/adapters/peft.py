@@ -57,6 +57,7 @@ CHANGES_NO_WEIGHT = {
 }  # fmt: skip
 DEPENDS_ON_INPUT = {"ADAPTION_PROMPT", "XLORA", "POLY", "LILY", "SHADOW"}
 
+IA3 = ("ia3_l",)
 VERA = ("vera_lambda_b", "vera_lambda_d")
 VERA_SHARED = ("base_model.vera_A", "base_model.vera_B")
 # Name of OFT's rotation in a layer and in an embedding.
@@ -146,15 +147,6 @@ def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site)
         raise damaged(checkpoint.path, problem, OTHER_BASE)
     b_column, d_column = (read(checkpoint, parts[part]).reshape(-1, 1) for part in VERA)
     return b_column * b[: site.shape[0]], d_column * a[:, : site.shape[1]]
-
-
-def read_ia3(source: AdapterFiles) -> Reading:
-    """Read a PEFT IA³ adapter.
-
-    Raises:
-        InputError: A tensor is not a vector.
-    """
-    return read_modules(source, ("ia3_l",), _read_ia3, "PEFT IA3")
 
 
 def _read_ia3(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
@@ -330,7 +322,7 @@ def read_trainable_tokens(source: AdapterFiles) -> Reading:
 FAMILIES = (
     Family.of_peft("AdaLoRA", "ADALORA", read_adalora, ("lora_E",)),
     Family.of_peft("VeRA", "VERA", read_vera, VERA),
-    Family.of_peft("IA3", "IA3", read_ia3, ("ia3_l",)),
+    Family.of_peft("IA3", "IA3", lambda source: read_modules(source, IA3, _read_ia3, "PEFT IA3"), IA3),
     Family.of_peft("OFT", "OFT", read_oft, (OFT_LAYER, OFT_TABLE, "oft_blocks", "oft_diag")),
     Family.of_peft("FourierFT", "FOURIERFT", read_fourierft, ("fourierft_spectrum",)),
     Family.of_peft("LN tuning", "LN_TUNING", read_ln_tuning, ("ln_tuning_layers",)),

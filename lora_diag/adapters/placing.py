@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_diag.adapters.gguf import reorder_rows
 from lora_diag.adapters.names import Location, match_names, shapes_agree
@@ -327,6 +327,7 @@ def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Te
     first = pieces[0]
     shape = first.location.shape if len(first.location.shape) == 2 else (1, first.location.shape[0])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
+    common: dict[str, Any] = {"base": first.base, "transposed": first.site.transposed}
     if plus is None and all(piece.update.factored for piece in pieces):
         scales = {piece.update.scale for piece in pieces}
         scale = scales.pop() if len(scales) == 1 else None
@@ -335,11 +336,9 @@ def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Te
         is_part = first.location.rows is not None or first.location.into is not None
         thin = None if len(pieces) > 1 or is_part or first.site.transposed else first.update.thin
         rank = sum(piece.update.rank or 0 for piece in pieces)
-        return FactoredDelta(
-            layer, shape, load, dtypes, first.base, scale=scale, diagonal=diagonal, rank=rank, thin=thin
-        )
+        return FactoredDelta(layer, shape, load, dtypes, scale=scale, diagonal=diagonal, rank=rank, thin=thin, **common)
     is_matrix = len(first.location.shape) == 2
-    return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, first.base, is_matrix)
+    return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, is_matrix=is_matrix, **common)
 
 
 def load_factors(pieces: list[Piece]) -> Factors:

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.contents import Contents, Item, read_contents
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
-from lora_diag.adapters.placing import Orientation
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64, read
-from lora_diag.adapters.writing import store_factors
+from lora_diag.adapters.writing import pad_factor, store_factors
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.gguf import write_gguf
 from lora_diag.checkpoints.gguf_model import to_pairs
 from lora_diag.checkpoints.safetensors import write_safetensors
-from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta
 from lora_diag.errors import InputError, UsageError, damaged
 from lora_diag.files import check_folder_of, sync, write_whole
 
@@ -186,9 +185,8 @@ def convert(
         )
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    turned = _find_turned(adapter, contents, base, deltas)
     parts = {
-        item.layer: _make_part(item, deltas.get(item.layer), item.layer in turned, scratch, number, dtype)
+        item.layer: _make_part(item, deltas.get(item.layer), scratch, number, dtype)
         for number, item in enumerate(supported)
     }
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
@@ -231,7 +229,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
         raise damaged(adapter.path, problem, "give BASE")
 
 
-def _make_part(item: Item, delta: Delta | None, is_turned: bool, scratch: Path, number: int, dtype: str) -> _Part:
+def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
     """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of ``scratch``."""
     import torch
 
@@ -240,9 +238,10 @@ def _make_part(item: Item, delta: Delta | None, is_turned: bool, scratch: Path, 
     if item.part in {"dora", "residual"}:
         assert delta is not None
         if isinstance(delta, FactoredDelta):
-            load = partial(_load_delta_factors, delta, is_turned)
+            load = partial(_load_delta_factors, delta)
         else:
-            b, a, epsilon, fro = _approximate_delta(item, delta, is_turned)
+            assert isinstance(delta, DenseDelta)
+            b, a, epsilon, fro = _approximate_delta(item, delta)
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
             load = partial(_load_cached, file)
@@ -260,10 +259,10 @@ def _load_factors(item: Item) -> Factors:
     return loaded
 
 
-def _load_delta_factors(delta: FactoredDelta, is_turned: bool) -> Factors:
-    """Return B and A of ΔW against BASE; transposed if BASE stores the weight as ``(in, out)``."""
+def _load_delta_factors(delta: FactoredDelta) -> Factors:
+    """Return B and A of ΔW against BASE, in the adapter's orientation."""
     b, a = delta.load()
-    return (a.T, b.T) if is_turned else (b, a)
+    return (a.T, b.T) if delta.transposed else (b, a)
 
 
 def _load_cached(file: Path) -> Factors:
@@ -272,33 +271,13 @@ def _load_cached(file: Path) -> Factors:
     return read(checkpoint, "B"), read(checkpoint, "A")
 
 
-def _find_turned(
-    adapter: Adapter, contents: Contents, base: Checkpoint | None, deltas: Mapping[str, Delta]
-) -> frozenset[str]:
-    """Return the layers that BASE stores as ``(in, out)``, by the rule of ``Orientation``."""
-    if base is None:
-        return frozenset()
-    sides = {layer: delta.base for layer, delta in deltas.items() if delta.base is not None}
-    items = [item for item in contents.items if item.layer in sides]
-    config = adapter.source.config
-    flag = config is not None and config.flag("fan_in_fan_out")
-    orientation = Orientation(base, {sides[item.layer].name: item.shape for item in items}, flag)
-    return frozenset(
-        item.layer
-        for item in items
-        if orientation.in_out(sides[item.layer].name, item.shape, sides[item.layer].info.shape)
-    )
-
-
-def _approximate_delta(item: Item, delta: Delta, is_turned: bool) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def _approximate_delta(item: Item, delta: DenseDelta) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Form ΔW; return its best approximation of the item's rank, the error ε (Eckart and Young 1936) and ‖ΔW‖_F."""
     import torch
 
-    assert not isinstance(delta, FactoredDelta)
     assert item.rank is not None
-    load: Callable[[], torch.Tensor] = delta.load  # type: ignore[union-attr]
-    whole = as_float64(load())
-    if is_turned:
+    whole = as_float64(delta.load())
+    if delta.transposed:
         whole = whole.T
     u, s, vh = torch.linalg.svd(whole, full_matrices=False)
     rank = min(item.rank, len(s))
@@ -344,8 +323,7 @@ class _Reader:
             self._last = layer, self._parts[layer].load()
         b, a = self._last[1]
         matrix = a if slot.side == "A" else b
-        whole = matrix.new_zeros((self._rank, a.shape[1]) if slot.side == "A" else (b.shape[0], self._rank))
-        whole[: matrix.shape[0], : matrix.shape[1]] = to_pairs(matrix, slot.heads) if slot.heads else matrix
+        whole = pad_factor(to_pairs(matrix, slot.heads) if slot.heads else matrix, slot.side, self._rank)
         whole = whole.T if slot.turned else whole
         return whole.to(getattr(torch, self._dtype)).reshape(slot.sizes(self._rank)).contiguous()
 

@@ -206,6 +206,12 @@ def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
 
 
+def load_product(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
+    """Return s·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
+    b, a = read(checkpoint, b_key), read(checkpoint, a_key)
+    return (b.T * scale, a.T) if turned else (b * scale, a)
+
+
 def flatten_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the shape of a weight as a matrix, ``(out, in·kh·kw)``.
 

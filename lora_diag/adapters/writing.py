@@ -46,6 +46,17 @@ WEIGHTS = "adapter_model.safetensors"
 # First version of PEFT with this layout of stacked experts (huggingface/peft#3165).
 PEFT_VERSION = "0.19.1"
 
+# Fields of a PEFT config that are the same for every LoRA adapter written here.
+LORA_CONFIG = {
+    "peft_type": "LORA",
+    "peft_version": PEFT_VERSION,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+}
+
 # Classes of transformers whose task is passed to PEFT; for some others it would add modules.
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -247,10 +258,10 @@ class Part:
     rank: int
     file: Path
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return ``A`` or ``B``."""
+    def read(self, name: str, rank: int | None = None) -> torch.Tensor:
+        """Return ``A`` or ``B``, padded with zeros to ``rank`` if it is given."""
         checkpoint = open_checkpoint(self.file)
-        return checkpoint.read(name).view(checkpoint[name].shape)
+        return pad_factor(checkpoint.read(name).view(checkpoint[name].shape), name, rank or self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +390,7 @@ def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = 
     out, columns = target.peft_shape
     names = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = (rank, columns), (out, rank)
-    a, b = (partial(_pad_factor, group[0], side, rank) for side in "AB")
+    a, b = (partial(group[0].read, side, rank) for side in "AB")
     if target.kind == "embedding":
         names = f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B"
     elif target.kind == "convolution":
@@ -392,15 +403,13 @@ def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = 
     return list(zip(names, shapes, readers, strict=True))
 
 
-def _pad_factor(part: Part, name: str, rank: int) -> torch.Tensor:
-    """Return ``A`` or ``B`` padded with zeros to a rank."""
-    factor = part.read(name)
-    if rank == part.rank:
-        return factor
-    shape = (rank, factor.shape[1]) if name == "A" else (factor.shape[0], rank)
-    whole = factor.new_zeros(shape)
-    whole[: factor.shape[0], : factor.shape[1]] = factor
-    return whole
+def pad_factor(factor: torch.Tensor, name: str, rank: int) -> torch.Tensor:
+    """Return A, by the name ``A``, or B padded with zeros to a rank."""
+    import torch
+
+    return torch.nn.functional.pad(
+        factor, (0, 0, 0, rank - len(factor)) if name == "A" else (0, rank - factor.shape[1])
+    )
 
 
 def _stack_a(group: Sequence[Part], rank: int) -> torch.Tensor:
@@ -442,8 +451,7 @@ def make_config(
     saved = sorted({value.module for value in values if value.module})
     return {
         "base_model_name_or_path": described.base_name,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
+        **LORA_CONFIG,
         "task_type": "CAUSAL_LM" if CAUSAL.search(described.architecture) else None,
         "r": rank,
         "lora_alpha": rank,
@@ -454,11 +462,6 @@ def make_config(
         "modules_to_save": saved or None,
         "fan_in_fan_out": "conv1d" in kinds.values(),
         "bias": "all" if any(not value.module for value in values) else "none",
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
     }
 
 

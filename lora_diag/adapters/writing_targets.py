@@ -7,13 +7,24 @@ PEFT uses names of modules in memory, files use the Hub's names. The rules below
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
-from lora_diag.adapters.names import EXPERT, match_names
+from lora_diag.adapters.names import (
+    DINOV2,
+    EXPERT,
+    GPT_NEOX,
+    GRANITE_MOE,
+    MIXTRAL,
+    PHI_MOE,
+    SWIN,
+    VIT,
+    Dialect,
+    match_names,
+)
 from lora_diag.adapters.placing import Orientation
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import CONVOLUTION, EXPERTS, HEAD, Delta
@@ -88,27 +99,18 @@ HEADLESS = {"gpt2": "transformer", "bloom": "transformer", "opt": "model"}
 BARE_MODEL = re.compile(r"(?<!Head)Model$")
 
 # A regular expression and its replacement, as in re.sub.
-Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+Rename = tuple[str, str]
 
-# Names on disk -> in memory, in this order.
-DINO: tuple[Rename, ...] = (
-    (r"\.attention\.(attention|self)\.(query|key|value)\.", lambda match: f".attention.{match[2][0]}_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-)
-SWIN = (*DINO, (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."))
-VIT = ((r"(^|\.)encoder\.layer\.", r"\1layers."), *SWIN)
-NEMOTRON_H = ((r"^backbone\.", "model."),)
 VISION_MODELS = {
-    "dinov2": DINO, "dinov2_with_registers": DINO, "swin": SWIN,
+    "dinov2": DINOV2, "dinov2_with_registers": DINOV2, "swin": SWIN,
     **dict.fromkeys(("vit", "deit", "beit", "vit_mae", "vit_msn", "vivit", "ijepa"), VIT),
     "audio-spectrogram-transformer": VIT,
 }  # fmt: skip
-GRANITE_MOE = (
-    (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
-    (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
-    (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
-)
-PHI_MOE = ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp."))
+
+
+def _invert(*dialects: Dialect) -> tuple[Rename, ...]:
+    """Return the conversion of names on disk to names in memory."""
+    return tuple((re.escape(on_disk), in_memory) for dialect in dialects for in_memory, on_disk in dialect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,15 +275,15 @@ def _find_renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
     if model_type in {"qwen2_vl", "qwen2_5_vl"} and any(name.startswith("visual.") for name in names):
         return (r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")
     if model_type == "gpt_neox":
-        return ((r"^embed_out\.", "lm_head."),)
+        return _invert(GPT_NEOX)
     if model_type in VISION_MODELS and any(".query." in name for name in names):
-        return VISION_MODELS[model_type]
+        return _invert(VISION_MODELS[model_type])
     if model_type == "nemotron_h":
-        return NEMOTRON_H
+        return ((r"^backbone\.", "model."),)
     if any(name.endswith(".block_sparse_moe.input_linear.weight") for name in names):
-        return GRANITE_MOE
+        return _invert(*GRANITE_MOE)
     if model_type == "phimoe":
-        return PHI_MOE
+        return _invert(PHI_MOE, MIXTRAL)
     if model_type in FUSED_MODELS:
         return ((r"\.block_sparse_moe\.(gate|experts)\.", r".mlp.\1."),)
     prefix = HEADLESS.get(model_type)

@@ -725,9 +725,8 @@ def _run_lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, s
             maxiter=MAX_RESTARTS,
         )
     except ArpackNoConvergence as error:
-        raise InputError(
-            f"the {end} eigenvalues did not converge in {MAX_RESTARTS} restarts of Lanczos; give fewer --eigenvalues"
-        ) from error
+        problem = f"the {end} eigenvalues did not converge in {MAX_RESTARTS} restarts of Lanczos"
+        raise InputError(f"{problem}; give fewer --eigenvalues") from error
     except ArpackError as error:
         # of an operator that is zero, as of a layer that the loss does not depend on
         if times(start.numpy()).any():

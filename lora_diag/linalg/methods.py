@@ -283,27 +283,19 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     small = min(shape)
     problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
-        return (
-            f"{problem}, and exact takes {_format_size(whole_bytes(shape, allowance))}; --method gram reads it in "
-            "row blocks"
-        )
+        needed = whole_bytes(shape, allowance)
+        return f"{problem}, and exact takes {_format_size(needed)}; --method gram reads it in row blocks"
     needed = READING_BYTES + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
     krylov_needed = READING_BYTES + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
     if allowance.top is None and krylov_needed < needed:
-        fix = _suggest_memory(needed, allowance)
-        return (
-            f"{problem}, and all values take {_format_size(needed)}; {fix}, or --top {top} "
-            f"({_format_size(krylov_needed)} if they decay)"
-        )
-    if krylov_needed <= allowance.limit:
-        reason = "its spectrum is too flat for krylov within that"
-        return f"{problem}, {reason}, and gram takes {_format_size(needed)}; {_suggest_memory(needed, allowance)}"
-    least = min(krylov_needed, needed)
-    return (
-        f"{problem}, and it takes {_format_size(least)} at least; {_suggest_memory(least, allowance)}, or fewer "
-        "values with --top K"
-    )
+        what, other = "all values take", f", or --top {top} ({_format_size(krylov_needed)} if they decay)"
+    elif krylov_needed <= allowance.limit:
+        what, other = "its spectrum is too flat for krylov within that, so it takes", ""
+    else:
+        needed = min(krylov_needed, needed)
+        what, other = "it takes at least", ", or fewer values with --top K"
+    return f"{problem}, and {what} {_format_size(needed)}; {_suggest_memory(needed, allowance)}{other}"
 
 
 def _suggest_memory(needed: int, allowance: Allowance) -> str:

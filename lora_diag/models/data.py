@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, damaged
 from lora_diag.models.opening import Model
 
 # Columns of a data set that are read; others are ignored.
@@ -60,13 +60,11 @@ def check_texts(path: Path | str) -> None:
     if (folder / _SPLITS).is_file():
         splits = _read_json(folder / _SPLITS).get("splits")
         names = [str(split) for split in splits] if isinstance(splits, list) else []
-        raise InputError(
-            f"{path}: holds the splits {', '.join(names)}; give one, such as {folder / (names or ['train'])[0]}"
-        )
+        problem = f"holds the splits {', '.join(names)}"
+        raise damaged(path, problem, f"give one, such as {folder / (names or ['train'])[0]}")
     if not (folder / _STATE).is_file():
-        raise InputError(
-            f"{path}: is a folder without a data set ({_STATE} is missing); save one with datasets' save_to_disk"
-        )
+        problem = f"is a folder without a data set ({_STATE} is missing)"
+        raise damaged(path, problem, "save one with datasets' save_to_disk")
 
 
 def read_source(path: Path | str) -> TextSource:
@@ -126,9 +124,8 @@ def _read_data_set(path: Path) -> TextSource:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            f"{path}: is a folder of datasets, which needs {error.name}; install it with pip install datasets"
-        ) from error
+        problem = f"{path}: is a folder of datasets, which needs {error.name}"
+        raise UsageError(f"{problem}; install it with pip install datasets") from error
     _refuse_outside_paths(path)
     try:
         data = datasets.load_from_disk(str(path))
@@ -137,10 +134,8 @@ def _read_data_set(path: Path) -> TextSource:
         raise InputError(f"{path}: datasets cannot open it: {problem}") from error
     columns = [name for name in COLUMNS if name in data.column_names]
     if "text" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise InputError(
-            f"{path}: has the columns {', '.join(map(str, data.column_names))}; rename them to text, text and "
-            "label, or prompt and completion (rename_column)"
-        )
+        problem = f"has the columns {', '.join(map(str, data.column_names))}"
+        raise damaged(path, problem, "rename them to text, text and label, or prompt and completion (rename_column)")
     chosen = data.select_columns(columns)
     names = getattr(chosen.features.get("label"), "names", None)
     rows, digest = [], hashlib.sha256()
@@ -163,9 +158,8 @@ def _refuse_outside_paths(path: Path) -> None:
     for file in files if isinstance(files, list) else []:
         name = file.get("filename") if isinstance(file, dict) else None
         if not isinstance(name, str) or PurePath(name).name != name:
-            raise InputError(
-                f"{path / _STATE}: names {name!r}, which is not a file in this folder; save the data set again"
-            )
+            problem = f"names {name!r}, which is not a file in this folder"
+            raise damaged(path / _STATE, problem, "save the data set again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -374,9 +368,8 @@ def _tokenize_classification(row: dict[str, Any], where: str, model: Model) -> t
     if index is None and isinstance(label, int):
         index = label
     if index is None or not 0 <= index < max(1, len(model.labels)):
-        raise InputError(
-            f"{where}: label {label!r} is not one of the model's {len(model.labels)} classes; map it to one of them"
-        )
+        problem = f"label {label!r} is not one of the model's {len(model.labels)} classes"
+        raise damaged(where, problem, "map it to one of them")
     tokens = model.tokens
     room = model.length - len(tokens.first) - len(tokens.last)
     ids = tokens.ids(text)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, UsageError, require
+from lora_diag.errors import InputError, UsageError, damaged, require
 
 Kind = Literal["causal", "masked", "classifier"]
 
@@ -280,16 +280,10 @@ def _open_tokenizer(
         InputError: transformers cannot open the tokenizer, or that of a masked model has no mask token.
     """
     vocabulary = getattr(config, "vocab_size", 0)
-    if requested == "bytes" and kind == "masked":
-        raise UsageError(
-            "--tokenizer bytes: has no mask token, which a masked language model needs; give a tokenizer folder"
-        )
     if requested == "bytes":
-        if vocabulary < 256:
-            raise UsageError(
-                f"--tokenizer bytes: needs a vocabulary of at least 256, but this model has {vocabulary}; give a "
-                "tokenizer folder"
-            )
+        if kind == "masked" or vocabulary < 256:
+            problem = f"has 256 ids and no mask token, but this is a {kind} model with a vocabulary of {vocabulary}"
+            raise UsageError(f"--tokenizer bytes: {problem}; give a tokenizer folder")
         return _make_byte_tokens("--tokenizer bytes")
     if requested != "auto":
         where, options = requested, {"local_files_only": True}
@@ -304,7 +298,7 @@ def _open_tokenizer(
         source = base if requested == "auto" else requested
         raise InputError(
             f"{source}: transformers cannot open a tokenizer: {_first_line_of_error(error)}; give another folder with "
-            f"--tokenizer DIR{_suggest_bytes(vocabulary, kind)}"
+            "--tokenizer DIR, or UTF-8 bytes as token ids with --tokenizer bytes (not for masked models)"
         ) from error
 
     def ids(text: str) -> list[int]:
@@ -316,24 +310,13 @@ def _open_tokenizer(
     last = () if kind == "causal" else tuple(with_special[begin + len(inside) :])
     mask = tokenizer.mask_token_id
     if kind == "masked" and mask is None:
-        raise InputError(
-            f"{where}: the tokenizer has no mask token, which a masked language model needs; give another with "
-            "--tokenizer"
-        )
+        problem = "the tokenizer has no mask token, which a masked language model needs"
+        raise damaged(where, problem, "give another with --tokenizer")
     return Tokens(ids, tuple(with_special[:begin]), last, tokenizer.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
 def _make_byte_tokens(reason: str) -> Tokens:
     return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({reason})")
-
-
-def _suggest_bytes(vocabulary: int, kind: Kind) -> str:
-    """Return advice on bytes as token ids instead of a tokenizer; empty for a masked model."""
-    if kind == "masked":
-        return ""
-    if vocabulary < 256:
-        return f" (--tokenizer bytes needs a vocabulary of at least 256; this model has {vocabulary})"
-    return ", or use UTF-8 bytes as token ids with --tokenizer bytes"
 
 
 def _first_line_of_error(error: Exception) -> str:
@@ -396,15 +379,11 @@ class Weights:
             if (tensor := self.find(layer)) is None:
                 continue
             if tensor.numel() != shape[0] * shape[1]:
-                raise InputError(
-                    f"{layer}: shape {list(shape)} in BASE, {list(tensor.shape)} in transformers' model; check that "
-                    "config.json belongs to these weights"
-                )
+                problem = f"shape {list(shape)} in BASE, {list(tensor.shape)} in transformers' model"
+                raise damaged(layer, problem, "check that config.json belongs to these weights")
             if (owner := owners.setdefault(tensor.data_ptr(), layer)) != layer:
-                raise InputError(
-                    f"{layer}: shares one weight with {owner} in the model, but both are stored; exclude one with "
-                    "--exclude"
-                )
+                problem = f"shares one weight with {owner} in the model, but both are stored"
+                raise damaged(layer, problem, "exclude one with --exclude")
             tensors[layer] = tensor.view(shape)
         return tensors
 

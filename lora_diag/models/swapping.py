@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Delta, Side, StoredDelta, row_blocks, row_spans, selector
-from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.errors import InputError, NothingComparedError, damaged
 from lora_diag.layers.change import Change, load_change
 from lora_diag.linalg.exact import Factors
 from lora_diag.models.opening import Model, Weights
@@ -76,9 +76,8 @@ class Swapped:
         self._deltas = {layer: by_layer[layer] for layer in self._tensors}
         self.absent = tuple(delta for layer, delta in by_layer.items() if layer not in self._tensors)
         if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
-            raise InputError(
-                f"{missing}: not part of the model that transformers builds from BASE; exclude it with --exclude"
-            )
+            problem = "not part of the model that transformers builds from BASE"
+            raise damaged(missing, problem, "exclude it with --exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
         self._ranks = dict.fromkeys(self._deltas, 0)

@@ -130,9 +130,8 @@ def check_checkpointing(module: Any) -> None:
         UsageError: transformers has no gradient checkpointing for this model.
     """
     if not getattr(module, "supports_gradient_checkpointing", False):
-        raise UsageError(
-            f"--gradient-checkpointing: transformers has none for {type(module).__name__}; remove the option"
-        )
+        problem = f"--gradient-checkpointing: transformers has none for {type(module).__name__}"
+        raise UsageError(f"{problem}; remove the option")
 
 
 @contextmanager

@@ -190,10 +190,8 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
         UsageError: FSDP or DeepSpeed ZeRO-3 has sharded the weight.
     """
     if hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh") or "_flat_param" in name:
-        raise UsageError(
-            f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient; record with "
-            "plain data parallelism or on one device"
-        )
+        problem = f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient"
+        raise UsageError(f"{problem}; record with plain data parallelism or on one device")
 
 
 def is_unscaled(scaler: Any) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, Generic, Literal, Self
 
 from pydantic import ValidationError
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, damaged
 from lora_diag.files import (
     NO_FOLLOW,
     RESULTS,
@@ -89,9 +89,7 @@ def read_results(path: Path | str) -> Results[Any]:
         why = "its first line must be a run record" if path.stat().st_size else "it is empty"
         raise InputError(f"{path}: not a results file: {why}; give a file that loradiag wrote with -o")
     if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
-        raise InputError(
-            f"{path}: does not match the SHA-256 in its last line, so it was edited or damaged; measure again"
-        )
+        raise damaged(path, "does not match the SHA-256 in its last line, so it was edited or damaged", "measure again")
     return Results(
         records[0],
         tuple(record for record in records if isinstance(record, LayerRecord)),
@@ -147,10 +145,8 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
                 number += 1
                 content, _, zeros = line.partition(b"\0")
                 if len(line) > MAX_LINE_BYTES and not zeros:
-                    raise InputError(
-                        f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes; give a file that loradiag "
-                        "wrote with -o"
-                    )
+                    problem = f"line {number} is longer than {MAX_LINE_BYTES:,} bytes"
+                    raise damaged(path, problem, "give a file that loradiag wrote with -o")
                 yield content
                 if not content.endswith(b"\n"):
                     return
@@ -192,16 +188,14 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
     try:
         content = json.loads(line.decode("utf-8"))
         if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
-            raise InputError(
-                f"{path}: written in schema {schema}, but this loradiag reads up to {SCHEMA}; upgrade loradiag"
-            )
+            problem = f"written in schema {schema}, but this loradiag reads up to {SCHEMA}"
+            raise damaged(path, problem, "upgrade loradiag")
         if not isinstance(content, dict) or not isinstance(name := content.get("record"), str):
             raise InputError(f'{path}: line {number} is not a record: it has no kind ("record": ...)')
         kind = KINDS.get(name, None if strict else _UndefinedRecord)
         if kind is None or not issubclass(kind, _IN_FILES):
-            raise InputError(
-                f"{path}: line {number} is not a record: unknown kind {name!r}; install the package that defines it"
-            )
+            problem = f"line {number} is not a record: unknown kind {name!r}"
+            raise damaged(path, problem, "install the package that defines it")
         record: Any = kind.model_validate(content)
         return record  # type: ignore[no-any-return]  # _IN_FILES are the members of AnyRecord
     except ValidationError as error:
@@ -209,9 +203,7 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: line {number} is not a record: {where}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: line {number} is not JSON ({error}); give a results file, written with -o"
-        ) from error
+        raise damaged(path, f"line {number} is not JSON ({error})", "give a results file, written with -o") from error
 
 
 # Possible states of an output path.
@@ -351,10 +343,8 @@ class ResultsWriter(Generic[L]):
             seal.add(encoded[-1])
         if self.path is not None:
             if max(map(len, encoded)) > MAX_LINE_BYTES:
-                raise InputError(
-                    f"{self.path}: cannot be written: a record is longer than the limit of {MAX_LINE_BYTES:,} bytes; "
-                    "give fewer inputs"
-                )
+                problem = f"cannot be written: a record is longer than the limit of {MAX_LINE_BYTES:,} bytes"
+                raise damaged(self.path, problem, "give fewer inputs")
             self._write(self.path, b"".join(encoded), isinstance(records[-1], End))
         self._seal, self._begun = seal, True
         return tuple(written[len(first) :])
@@ -574,15 +564,11 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
     ]
     missing = [f"settings.{key}" for key in requested if key not in stored]
     if missing and set(differing) == {"settings", *missing}:
-        raise UsageError(
-            f"{path}: has no {', '.join(missing)}, so it is from an older loradiag or other options; resume with "
-            "the original command, or write to another file"
-        )
+        problem = f"{path}: has no {', '.join(missing)}, so it is from an older loradiag or other options"
+        raise UsageError(f"{problem}; resume with the original command, or write to another file")
     if differing:
         keys = ", ".join(key.removeprefix("settings.") for key in differing if key.startswith("settings."))
         others = [key for key in differing if not key.startswith("settings")] + ([f"settings ({keys})"] if keys else [])
-        raise UsageError(
-            f"{path}: this run was started with other {' and '.join(others)}; "
-            "resume with the same command, or write to another file"
-        )
+        problem = f"{path}: this run was started with other {' and '.join(others)}"
+        raise UsageError(f"{problem}; resume with the same command, or write to another file")
     return earlier

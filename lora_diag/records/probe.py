@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import Count, Guard, Nats, Ratio, Record, Share, Shown, WholeRecord
 
@@ -177,25 +177,11 @@ class Activations(Record):
     left_out: dict[str, str]
 
 
-class OnSet(Protocol):
-    """A record measured on one text."""
-
-    @property
-    def set(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def shifted(self) -> bool:
-        """Whether it differs in distribution from the training text."""
-        ...
-
-
-def set_names(records: Iterable[OnSet]) -> list[str]:
-    """Return the names of the sets, in the order of the run."""
+def set_names(records: Iterable[Any]) -> list[str]:
+    """Return the names of the evaluation sets of records with a ``set``, in the order of the run."""
     return list(dict.fromkeys(record.set for record in records))
 
 
-def main_sets(records: Sequence[OnSet]) -> list[str]:
-    """Return the deciding sets: those that are not shifted, or all if there is no other."""
+def main_sets(records: Sequence[Any]) -> list[str]:
+    """Return the deciding sets of records with a ``set``: those not ``shifted``, or all if there is no other."""
     return set_names(record for record in records if not record.shifted) or set_names(records)

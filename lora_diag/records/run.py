@@ -107,9 +107,8 @@ def timestamp() -> str:
     try:
         moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     except (ValueError, OverflowError, OSError) as error:
-        raise UsageError(
-            f"SOURCE_DATE_EPOCH={epoch}: must be a whole number of seconds since 1970; unset or correct it"
-        ) from error
+        problem = f"SOURCE_DATE_EPOCH={epoch}: must be a whole number of seconds since 1970"
+        raise UsageError(f"{problem}; unset or correct it") from error
     return f"{moment.replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from lora_diag.records.base import Count, Norm, Record, Share
 
@@ -159,25 +159,6 @@ class Agreement(Record):
     cosines: tuple[float, ...]
     overlap: Share
     random: Share
-
-
-class SingularValues(Protocol):
-    """The singular values of one layer's update in a record."""
-
-    @property
-    def layer(self) -> str:
-        """The weight's name in BASE."""
-        ...
-
-    @property
-    def s(self) -> tuple[float, ...]:
-        """Singular values, descending."""
-        ...
-
-    @property
-    def complete(self) -> bool:
-        """Whether all values that can be nonzero are included."""
-        ...
 
 
 Metric = Literal["weights", "data", "kfac"]

@@ -33,7 +33,7 @@ from lora_diag.models.training import Lora, Training, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
 from lora_diag.rendering.text import duration
 from lora_diag.running.amounts import MAX_RATE, find_best_rates, next_rate
-from lora_diag.running.engines import Layout, Ray, capacity_of, keep_connection, run_ray
+from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
 from lora_diag.running.options import list_options
 from lora_diag.running.probing import ProbeRun, describe_texts, pluralize
@@ -483,7 +483,8 @@ class TrainRun(ProbeRun):
             return
         on.check()
         cores = torch.get_num_threads()
-        with keep_connection(on, cores) as has_gpus:
+        with connect(on, cores) as ray:
+            has_gpus = ray.cluster_resources().get("GPU", 0) >= 1
             if has_gpus and not on.gpus_per_task and device in {"auto", "cuda"}:
                 on = replace(on, gpus_per_task=1.0)
             kind = plan_device(on, device).kind

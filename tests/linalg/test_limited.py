@@ -164,7 +164,7 @@ def test_oversized_layer_is_reported_before_reading():
         decompose_streamed(unread, Allowance(300 * 10**6), 1.0)
     with pytest.raises(MemoryLimitError, match=r"exact takes .* --method gram"):
         decompose_streamed(unread, Allowance(PLENTY, "exact"), 1.0)
-    with pytest.raises(MemoryLimitError, match=r"at least; give \d+ MB more .*, or fewer values"):
+    with pytest.raises(MemoryLimitError, match=r"at least \d+ MB; give \d+ MB more .*, or fewer values"):
         decompose_streamed(unread, Allowance(100 * 10**6, top=64), 1.0)
     with pytest.raises(UsageError, match="--top 0"):
         decompose_streamed(unread, Allowance(PLENTY, top=0), 1.0)

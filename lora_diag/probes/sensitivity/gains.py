@@ -9,13 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lora_diag.metrics.statistics import p_value, paired_difference, paired_half, spearman, spearman_interval
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.base import Shown
 from lora_diag.records.names import module_type_of
-from lora_diag.records.vocabulary import SingularValues
 from lora_diag.running.amounts import edge, find_best_rates
 
 
@@ -230,7 +229,7 @@ class Weights:
     short: tuple[str, ...]
 
 
-def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[SingularValues]) -> Weights:
+def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[Any]) -> Weights:
     """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gain per energy at rank r.
 
     The weighted energy of a unit at the trained rank equals its measured gain, if positive. The layers of a unit share

@@ -15,7 +15,6 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 from numpy.typing import NDArray
 
 from lora_diag.records import LayerRecord
-from lora_diag.records.probe import OnSet
 from lora_diag.rendering.figures.fields import Types, by_depth
 from lora_diag.rendering.figures.pages import MAX_PANELS, Panel
 from lora_diag.rendering.figures.style import (
@@ -126,7 +125,7 @@ def median_of(value_of: Callable[[R], float | None]) -> Callable[[Sequence[R]], 
     return pool
 
 
-def sets_of(records: Iterable[OnSet]) -> dict[str, str]:
+def sets_of(records: Iterable[Any]) -> dict[str, str]:
     """Return the labels of the evaluation sets by name, in the order of the run."""
     labels: dict[str, str] = {}
     for record in records:

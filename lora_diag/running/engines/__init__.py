@@ -5,6 +5,6 @@ descriptors, not of completion; arrays never pass through it.
 """
 
 from lora_diag.running.engines.local import Layout, layout_for, run_local
-from lora_diag.running.engines.ray import Ray, capacity_of, keep_connection, run_ray
+from lora_diag.running.engines.ray import Ray, capacity_of, connect, run_ray
 
-__all__ = ["Layout", "Ray", "capacity_of", "keep_connection", "layout_for", "run_local", "run_ray"]
+__all__ = ["Layout", "Ray", "capacity_of", "connect", "layout_for", "run_local", "run_ray"]

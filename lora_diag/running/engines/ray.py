@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
-from lora_diag.errors import InputError, LoradiagError, UsageError, install_command, require
+from lora_diag.errors import InputError, LoradiagError, UsageError, damaged, install_command, require
 from lora_diag.running.engines.local import Layout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
@@ -100,20 +100,25 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
+def connect(engine: Ray, cores: int) -> Iterator[Any]:
     """Stay connected to the cluster or to a local one that is started; keep an existing connection of the caller.
 
+    While a connection lasts, the workers keep what they opened.
+
     Args:
-        ray: The module ``ray``.
         engine: The cluster.
         cores: Cores of a local Ray.
 
+    Yields:
+        The module ``ray``.
+
     Raises:
-        UsageError: The address is malformed.
+        UsageError: Ray is not installed, or the address is malformed.
         InputError: The cluster cannot be reached.
     """
+    ray = import_ray()
     if ray.is_initialized():
-        yield
+        yield ray
         return
     origin, address = engine.find_address()
     own_token = ""
@@ -135,32 +140,12 @@ def connect(ray: Any, engine: Ray, cores: int) -> Iterator[None]:
         problem = origin if address else "--engine ray: a local Ray could not be started"
         raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
         worker._worker_logs_enabled = True
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
-
-
-@contextmanager
-def keep_connection(engine: Ray, cores: int) -> Iterator[bool]:
-    """Stay connected over several uses of a cluster, so that its workers keep what they opened.
-
-    Args:
-        engine: The cluster.
-        cores: Cores of a local Ray.
-
-    Yields:
-        Whether the cluster has a GPU.
-
-    Raises:
-        UsageError: Ray is not installed, or the address is malformed.
-        InputError: The cluster cannot be reached.
-    """
-    ray = import_ray()
-    with connect(ray, engine, cores):
-        yield ray.cluster_resources().get("GPU", 0) >= 1
 
 
 @contextmanager
@@ -236,18 +221,13 @@ def _check_answers(origin: str, address: str) -> None:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 frame += (received := server.recv(4 - len(frame)))
                 if not received or (len(frame) == 4 and frame[3] != SETTINGS):
-                    raise InputError(
-                        f"{origin}: the server there is not a Ray cluster; give HOST:PORT of its head node"
-                    )
+                    raise damaged(origin, "the server there is not a Ray cluster", "give HOST:PORT of its head node")
     except TimeoutError as error:
-        raise InputError(
-            f"{origin}: no Ray cluster answered within {ANSWER_SECONDS:g} s; give HOST:PORT of its head node"
-        ) from error
+        problem = f"no Ray cluster answered within {ANSWER_SECONDS:g} s"
+        raise damaged(origin, problem, "give HOST:PORT of its head node") from error
     except OSError as error:
-        raise InputError(
-            f"{origin}: no Ray cluster answers: {error.strerror or error}; start its head with ray start --head "
-            f"--port {port}"
-        ) from error
+        problem = f"no Ray cluster answers: {error.strerror or error}"
+        raise damaged(origin, problem, f"start its head with ray start --head --port {port}") from error
 
 
 Task = TypeVar("Task", bound=Sized)
@@ -290,8 +270,7 @@ def run_ray(
     task_list = list(tasks)
     if not task_list:
         return
-    ray = import_ray()
-    with connect(ray, engine, layout.cores):
+    with connect(engine, layout.cores) as ray:
         cluster = _Cluster(ray, engine.gpus_per_task, _find_servers(ray))
         plan = batches(task_list, footprint, cluster.threads(layout), cluster.slots)
         run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, task_list)), task_list, poll, advice)
@@ -316,8 +295,7 @@ def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
         layout: Allocation of a machine.
         footprint: Memory of a running task in bytes.
     """
-    ray = import_ray()
-    with connect(ray, engine, layout.cores):
+    with connect(engine, layout.cores) as ray:
         cluster = _Cluster(ray, engine.gpus_per_task)
         cores = cluster.threads(layout)(footprint)
         return cluster.slots if engine.gpus_per_task else cluster.count_fitting(cores), cores
@@ -420,10 +398,8 @@ class _Cluster:
             except OSError as error:
                 since = self._silent_since.setdefault(name, time.monotonic())
                 if time.monotonic() - since > LOST_SECONDS:
-                    raise InputError(
-                        f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start the cluster again; a run "
-                        "with -o continues with --resume"
-                    ) from error
+                    problem = f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start the cluster again"
+                    raise InputError(f"{problem}; a run with -o continues with --resume") from error
             else:
                 self._silent_since.pop(name, None)
         return not self._silent_since

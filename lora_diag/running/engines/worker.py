@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diag.errors import InputError, LoradiagError
+from lora_diag.errors import InputError, LoradiagError, damaged
 from lora_diag.version import __version__
 
 
@@ -80,20 +80,16 @@ def open_job(job: Job) -> Work:
     """
     worker = f"the worker on {platform.node()}"
     if job.version != __version__:
-        raise InputError(
-            f"{worker} has loradiag {__version__}, but the run was started with {job.version}; "
-            "install the same version everywhere"
-        )
+        problem = f"{worker} has loradiag {__version__}, but the run was started with {job.version}"
+        raise InputError(f"{problem}; install the same version everywhere")
     with suppress(OSError):  # if the folder does not exist here, absolute paths may still be valid
         os.chdir(job.folder)
     for file, size in job.files:
         try:
             actual = Path(file).stat().st_size
         except OSError as error:
-            raise InputError(
-                f"{file}: not visible to {worker}: {error.strerror}; put inputs on storage that all nodes share, "
-                "under the same path"
-            ) from error
+            problem = f"not visible to {worker}: {error.strerror}"
+            raise damaged(file, problem, "put inputs on storage that all nodes share, under the same path") from error
         if actual != size:
             raise InputError(
                 f"{file}: has {actual:,} bytes on {worker} instead of {size:,}; put inputs on storage that all nodes "

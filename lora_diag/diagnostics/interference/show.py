@@ -164,7 +164,7 @@ def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
-    """Yield a sentence about the loss of each merge."""
+    """Yield the errors of all merges in one line, then remarks on single merges."""
     linear, ties, dense = (merge_residual(unions, merge) for merge in MERGES)
     errors = {"PEFT's linear": linear, "PEFT's ties": ties, "TIES of ΔW": dense}
     losses = [f"{name} {percent(error)}" for name, error in errors.items() if error is not None]

@@ -84,7 +84,7 @@ def _find_main_limit(records: Sequence[Residual]) -> str | None:
 
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
-    """Return the statements of the summary: the adapters, nearest to TUNED first, and what limits each."""
+    """Return the statements of the summary: the adapters, the best aligned with TUNED first, and what limits each."""
     findings = []
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         note = (
@@ -92,7 +92,8 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
         )
         findings.append(make_statement("note", "Note", note, level="warning"))
     groups = [(name, records, pool_distances(records)) for name, records in _group_by_adapter(results)]
-    groups.sort(key=lambda group: math.inf if group[2].epsilon is None else group[2].epsilon)
+    # Not by ε, which depends on the norm that the learning rate gave an adapter.
+    groups.sort(key=lambda group: -1.0 if group[2].cosine is None else group[2].cosine, reverse=True)
     adapters = [group for group in groups if group[1][0].role == "adapter"]
     references = [group for group in groups if group[1][0].role == "reference"]
     findings += [

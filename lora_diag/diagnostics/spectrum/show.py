@@ -1,7 +1,7 @@
 """Terminal output of ``spectrum``: a table by module type or layer, and a summary.
 
-The summary states the size of the change, its resolution by the files, the rank needed, the update before rounding, and
-when ``recover`` is worth running; of gradients, how far their spectrum predicts that of an update.
+The summary states the rank needed, the resolution by the files, the update before rounding, and the size of the change;
+of gradients, how far their spectrum predicts that of an update.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ COSINES = {f"lora_{i}": cosine for i, cosine in enumerate((0.2, 0.5, 0.1, 0.9, 0
 RESULTS = residuals([residual(n, cosine=cosine, adapter=a) for a, cosine in COSINES.items() for n in names(2)], COSINES)
 
 
-def test_each_adapter_has_its_limit_and_the_best_aligned_is_first():
+def test_each_adapter_has_its_limit_best_aligned_first():
     ranked = sorted(COSINES, key=COSINES.__getitem__, reverse=True)
     for key in ("limited_by", "distance"):
         assert [line.partition(":")[0] for line in find(residual_lines(RESULTS), key).lines] == ranked

@@ -27,7 +27,7 @@ def inputs(tmp_path):
 def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--show-rank", "3", "--per", "layer")
     assert "at r=3" in ran.out
-    assert "model.layers.1.mlp.up_proj" in ran.out
+    assert ran.out.count("mlp.up_proj") > 1
     ran = loradiag("overlap", *inputs, "--ranks", "2", "--show-rank", "70000", "--layers", "q_proj")
     assert "at r=2" in ran.out
     assert_names(ran.out, "70000", "larger")
@@ -94,8 +94,6 @@ def test_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path,
     assert (ran.code, ran.err) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert {record["source"] for record in records if record["record"] == "spectrum"} == {"gradients"}
-    assert "Gradients" in ran.out
-    assert "ΔW" not in ran.out
 
 
 def test_ranks_are_allocated_from_gradients(loradiag, inputs):

@@ -96,7 +96,7 @@ def _explain_inapplicable(name: str, sources: Sources) -> str:
         return "no record gives the norm and the resolution of an update"
     adapters = (item for source in sources for item in source.results.run.inputs if item.role == "adapter")
     if name == "complete" and all(item.targets is None for item in adapters):
-        return "no results of an adapter on its BASE whose config names its modules"
+        return "no results of an adapter, measured on its BASE, that has a config"
     if name == "base" and not any(map(_pair_names, sources)):
         return "no results of an adapter on a BASE that both have a name"
     metrics = metrics_of(record for source in sources for record in source.results.layers)

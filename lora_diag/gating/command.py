@@ -73,10 +73,10 @@ def run_gate(
     if shown.table:
         if not has_passed and files:
             hint = f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
-        elif output is None:
-            hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves these verdicts)"
         else:
-            hint = f"{shlex.join(['loradiag', 'inspect', str(output)])}   (these verdicts again)"
+            hint = (
+                None if card else f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model card)"
+            )
         # A layer's name may look like a workflow command; between these lines GitHub executes none.
         token = secrets.token_hex(16)
         text = show.verdict_table(results, *shown.terminal, next_command=hint)

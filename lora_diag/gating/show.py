@@ -191,18 +191,18 @@ def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Seque
         idle = [item for item in rules if status == "not judged" and not item[1][0].line]
         lines = [f"{_name_rule(*item)}: {describe_reasons(item[1])}" for item in rules if item not in idle]
         if idle:
-            lines.append(f"built-in checks {', '.join(rule for rule, _ in idle)}: {describe_reasons(idle[0][1])}")
+            lines.append(f"checks {', '.join(rule for rule, _ in idle)}: {describe_reasons(idle[0][1])}")
         if status != "passed" and lines:
             statements.append(make_statement(status.replace(" ", "_"), display.label, *lines))
     bad_rules = {verdict.rule for verdict in bad}
     passed = [item for item in by_rule(results, "passed") if item[0] not in bad_rules]
     names = [_name_rule(*item) for item in passed if item[1][0].line]
     if built_in := [rule for rule, of_rule in passed if not of_rule[0].line]:
-        names.append(f"built-in checks {', '.join(built_in)}")
+        names.append(f"checks {', '.join(built_in)}")
     statements.append(make_statement("passed", STATUSES["passed"].label, "; ".join(names) or "nothing"))
     longest = max(len(item.role) for item in results.run.inputs)
     inputs = [f"{item.role:<{longest}} {safe(item.path)} ({_describe_input(item)})" for item in results.run.inputs]
-    return [*statements, make_statement("judged", "Inputs", *inputs)]
+    return [*statements, make_statement("judged", "Inputs", *inputs, priority=2)]
 
 
 def _name_rule(rule: str, of_rule: Sequence[Verdict]) -> str:

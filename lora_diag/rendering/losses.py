@@ -12,7 +12,7 @@ from lora_diag.rendering.text import percent, plus_minus, short
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
-    """Return the summary of a probe: inputs, findings, and skipped tensors.
+    """Return the summary of a probe: findings, conditions, skipped tensors, state of the run, and inputs.
 
     Args:
         results: The results.
@@ -21,13 +21,14 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
     """
     settings = results.run.settings
     conditions = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
-    return summarize(
+    inputs, *others = summarize(
         results,
-        make_statement("measured", "Measured", f"{conditions}; {settings['tokens']}"),
         *statements,
-        make_statement("interpretation", "Interpretation", reading),
+        make_statement("measured", "Measured", f"{conditions}; {settings['tokens']}", priority=2),
+        make_statement("interpretation", "Interpretation", reading, priority=2),
         so_far="records so far",
     )
+    return [*others, inputs]
 
 
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:

@@ -26,6 +26,20 @@ from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
 
+class Options(dict[str, Any]):
+    """The options of a run by name; each is also an attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the option.
+
+        Raises:
+            AttributeError: The run has no such option.
+        """
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class ProbeRun:
     """One run of a probe.
 
@@ -47,17 +61,21 @@ class ProbeRun:
 
     def __init__(self, command: str, options: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
-        self.options: dict[str, Any] = fill_options(group, options)
+        self.options = Options(fill_options(group, options))
         self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
         self.batch: int = self.options["batch"]
         for name in ("batch", "max_sequences"):
             if (value := self.options[name]) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
+    def settings(self, *names: str) -> dict[str, Any]:
+        """Return options for the run record."""
+        return {name: self.options[name] for name in names}
+
     @property
     def selection(self) -> dict[str, str | None]:
         """The options that select weights, in the form of the run record."""
-        return {name: self.options[name] for name in ("layers", "exclude")}
+        return self.settings("layers", "exclude")
 
     def compare(self, base: Path | str, tuned: Path | str) -> Comparison:
         """Open both sides, pair their weights, and describe the inputs.
@@ -93,14 +111,35 @@ class ProbeRun:
         """
         return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
 
-    def read_sets(self, evaluate: Sequence[Path | str], shifted: Sequence[Path | str] = ()) -> list[Texts]:
+    def check_files(self, *models: Path | str, needs_set: bool = True) -> None:
+        """Check that models and texts exist before one is opened, in the order of the command line.
+
+        Args:
+            models: Paths of the models.
+            needs_set: Whether there must be an evaluation set.
+
+        Raises:
+            UsageError: No evaluation set is given.
+            InputError: A path does not exist, or a folder holds no data set.
+        """
+        options = self.options
+        if needs_set and not options.evaluate:
+            raise UsageError("--eval: missing; give at least one file of held-out text")
+        for path in models:
+            check_exists(path)
+        data = [options.data] if "data" in options else []
+        for path in (*options.evaluate, *options.get("shifted", ()), *data):
+            check_texts(path)
+
+    def read_sets(self) -> list[Texts]:
         """Return all evaluation sets.
 
         Raises:
             UsageError: Two have one name, or as ``read``.
             InputError: One cannot be read.
         """
-        texts = [*map(self.read, evaluate), *(self.read(path, shifted=True) for path in shifted)]
+        shifted = self.options.get("shifted", ())
+        texts = [*map(self.read, self.options.evaluate), *(self.read(path, shifted=True) for path in shifted)]
         check_names(texts)
         return texts
 
@@ -166,21 +205,6 @@ class ProbeRun:
         with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], extendable) as writer:
             kept = RunRecords(writer, self.watch)
             return kept.end(measure_missing(kept)) if kept.finished is None else kept.finished
-
-
-def check_files(models: Sequence[Path | str], evaluate: Sequence[Path | str], *others: Path | str) -> None:
-    """Check that models and texts exist before one is opened, in the order of the command line.
-
-    Raises:
-        UsageError: No evaluation set is given.
-        InputError: A path does not exist, or a folder holds no data set.
-    """
-    if not evaluate:
-        raise UsageError("--eval: missing; give at least one file of held-out text")
-    for path in models:
-        check_exists(path)
-    for path in (*evaluate, *others):
-        check_texts(path)
 
 
 def describe_texts(texts: Texts, role: str | None = None) -> RunInput:

@@ -436,14 +436,7 @@ class TrainRun(ProbeRun):
         grids, numbers = ({flags[name]: self.options[name] for name in names} for names in (rates, counts))
         check_training(grids, numbers, self.options["widen"], self.options["seed"])
 
-    def read_all(
-        self,
-        data: Path | str,
-        evaluate: Sequence[Path | str],
-        shifted: Sequence[Path | str],
-        steps: int,
-        kind: Lora | None = None,
-    ) -> None:
+    def read_all(self, kind: Lora | None = None) -> None:
         """Read the text to train on and the evaluation sets; set ``sets`` and ``training``.
 
         ``kind`` is the form of the trained LoRA; None for ``Lora()``.
@@ -453,15 +446,16 @@ class TrainRun(ProbeRun):
                 no gradient checkpointing.
             InputError: A text cannot be read.
         """
-        self.sets = self.read_sets(evaluate, shifted)
-        texts = read_texts(data, self.model)
+        self.sets, options = self.read_sets(), self.options
+        texts = read_texts(options.data, self.model)
         if existing := next((held_out for held_out in self.sets if held_out.hash == texts.hash), None):
             raise UsageError(f"{existing.path}: is the training text; give an evaluation set that is held out")
-        checkpointing = self.options.get("gradient_checkpointing", False)
+        checkpointing = options.get("gradient_checkpointing", False)
         if checkpointing:
             check_checkpointing(self.model.module)
-        seed = self.options["seed"]
-        self.training = Training(texts, steps, self.batch, seed, kind or Lora(), checkpointing=checkpointing)
+        self.training = Training(
+            texts, options.steps, self.batch, options.seed, kind or Lora(), checkpointing=checkpointing
+        )
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -475,7 +469,7 @@ class TrainRun(ProbeRun):
                 has none.
             InputError: The cluster cannot be reached.
         """
-        on, concurrent, device = (self.options[name] for name in ("engine", "concurrent", "device"))
+        on, concurrent, device = self.options.engine, self.options.concurrent, self.options.device
         if concurrent is not None and (on is None or concurrent < 1):
             raise UsageError(f"--concurrent {concurrent}: must be at least 1, and needs --engine ray")
         if on is None:
@@ -530,21 +524,17 @@ class TrainRun(ProbeRun):
         """Return the descriptions of BASE and the texts for the run record."""
         return [self.describe(stored), describe_texts(self.training.texts, "data"), *map(describe_texts, self.sets)]
 
-    def training_settings(self, seeds: int) -> dict[str, Any]:
+    def training_settings(self) -> dict[str, Any]:
         """Return the training settings for the run record."""
-        widen, seed = self.options["widen"], self.options["seed"]
         return {
-            "widen": widen,
-            "steps": self.training.steps,
-            "seeds": seeds,
-            "seed": seed,
+            **self.settings("widen", "steps", "seeds", "seed"),
             "order": self.training.order_hash,
             **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
         }
 
-    def plan_runs(self, kept: RunRecords[Any], seeds: int) -> RunPlan:
-        """Return the plan of the runs, each size with this number of seeds at its best rate."""
-        return RunPlan(self.training, self.sets, seeds, self.options["widen"], kept)
+    def plan_runs(self, kept: RunRecords[Any]) -> RunPlan:
+        """Return the plan of the runs; with the seeds of the run record, which a resumed run may have extended."""
+        return RunPlan(self.training, self.sets, kept.run.settings["seeds"], self.options.widen, kept)
 
 
 def check_training(

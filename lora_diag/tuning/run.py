@@ -27,7 +27,7 @@ from lora_diag.reports.run import report
 from lora_diag.running.amounts import read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files
+from lora_diag.running.probing import Options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
@@ -90,18 +90,18 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "seeds"))
     arguments, folder = run.options, Path(output)
     _check_output(folder, arguments)
-    limit = None if arguments["time"] is None else read_time(arguments["time"])
+    limit = None if arguments.time is None else read_time(arguments.time)
     deadline = Deadline(limit)  # counts from here
-    if not 0 < arguments["tolerance"] < 1:
+    if not 0 < arguments.tolerance < 1:
         raise UsageError(f"--gain-tolerance {arguments['tolerance']}: must lie between 0 and 1")
-    if (arguments["params"] is None) == (arguments["memory_budget"] is None):
+    if (arguments.params is None) == (arguments.memory_budget is None):
         raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
-    check_files([base], arguments["evaluate"], *arguments["shifted"], arguments["data"])
-    earlier, kind = _read_earlier_plan(folder, arguments), Lora(dora=arguments["dora"], rslora=arguments["rslora"])
+    run.check_files(base)
+    earlier, kind = _read_earlier_plan(folder, arguments), Lora(dora=arguments.dora, rslora=arguments.rslora)
     with keep_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
-        run.read_all(arguments["data"], arguments["evaluate"], arguments["shifted"], arguments["steps"], kind)
-        target = target_of(model, stored, arguments["targets"], kind)
+        run.read_all(kind)
+        target = target_of(model, stored, arguments.targets, kind)
         workers, plan = run.workers(base, stored), earlier
         slots = 1 if workers is None else workers.slots
         if earlier is None:
@@ -111,15 +111,15 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         assert plan is not None
         deadline.limit = plan.limit
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
-        is_confirmed = not arguments["dry_run"]
-        if is_confirmed and plan is not earlier and arguments["on_plan"] is not None:
+        is_confirmed = not arguments.dry_run
+        if is_confirmed and plan is not earlier and arguments.on_plan is not None:
             asked = monotonic()
-            is_confirmed = arguments["on_plan"](plan)
+            is_confirmed = arguments.on_plan(plan)
             deadline.began += monotonic() - asked
         if not is_confirmed:
             return Results(record, (), (), None, (plan,))
         folder.mkdir(exist_ok=True)
-        if earlier is None and arguments["overwrite"]:
+        if earlier is None and arguments.overwrite:
             _remove_output(folder)
         elif earlier is not None and plan is not earlier:
             _extend(folder, plan)
@@ -142,19 +142,19 @@ def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
     arguments = run.options
     return {
         **{name: legible(str(arguments[name])) for name in ("params", "memory_budget") if arguments[name] is not None},
-        "rates": sorted(set(arguments["rates"])),
-        "ranks": list(arguments["ranks"]),
-        **run.training_settings(arguments["seeds"]),
-        "tolerance": arguments["tolerance"],
-        "targets": list(arguments["targets"]) or "all-linear",
+        "rates": sorted(set(arguments.rates)),
+        "ranks": list(arguments.ranks),
+        **run.training_settings(),
+        "tolerance": arguments.tolerance,
+        "targets": list(arguments.targets) or "all-linear",
         "matrices": len(target.shapes),
         "kind": target.kind.description,
-        "quantized": arguments["quantized"],
+        "quantized": arguments.quantized,
         "optimizer": RECIPE,
     }
 
 
-def _check_output(folder: Path, arguments: Mapping[str, Any]) -> None:
+def _check_output(folder: Path, arguments: Options) -> None:
     """Refuse an output before any work.
 
     Raises:
@@ -169,11 +169,11 @@ def _check_output(folder: Path, arguments: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file; give a folder")
     check_folder_of(folder)
-    if arguments["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
+    if arguments.dry_run or not folder.is_dir() or not any(folder.iterdir()):
         return
     if not records.is_file():
         raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
-    if not (arguments["overwrite"] or arguments["resume"]):
+    if not (arguments.overwrite or arguments.resume):
         raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
 
 
@@ -183,13 +183,13 @@ def _latest_file(folder: Path) -> Path:
     return part if part.is_file() else folder / RECORDS
 
 
-def _read_earlier_plan(folder: Path, arguments: Mapping[str, Any]) -> TunePlan | None:
+def _read_earlier_plan(folder: Path, arguments: Options) -> TunePlan | None:
     """Return the plan of the run to resume; None for a new run.
 
     Raises:
         InputError: The folder's records cannot be read.
     """
-    if not arguments["resume"] or not _latest_file(folder).is_file():
+    if not arguments.resume or not _latest_file(folder).is_file():
         return None
     plans = [record for record in read_results(_latest_file(folder)).whole if isinstance(record, TunePlan)]
     return plans[0] if plans else None

@@ -47,9 +47,8 @@ FEATURE = Feature(
                 Hint(
                     "probe truncation {base} {tuned} --eval {evaluate}",
                     "the gap at every rank, on more text",
-                    saved=True,
                 ),
-                Hint("probe sweep {base} --data TEXT --eval {evaluate}", "which rank training needs", saved=True),
+                Hint("probe sweep {base} --data TEXT --eval {evaluate}", "which rank training needs"),
                 SAVE_PROBE,
             ),
         ),

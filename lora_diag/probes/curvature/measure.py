@@ -41,7 +41,7 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
@@ -537,30 +537,30 @@ def probe_curvature(
         >>> found.whole[0].eigenvalues  # doctest: +SKIP
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
-    option_names = ("evaluate", "along", "top", "probes", "ggn", "per", "seed")
-    evaluate, along, top, probes, ggn, per, seed = (run.options[name] for name in option_names)
-    ranks, fractions = list(check_ranks(run.options["ranks"], 0)), _check(along, top, probes, seed)
+    given = run.options
+    top, probes, per, seed = given.top, given.probes, given.per, given.seed
+    ranks = list(check_ranks(given.ranks, 0))
+    fractions = _check(given.along, top, probes, seed)
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
-    if (dtype := run.options["dtype"]) != "float32":
+    if (dtype := given.dtype) != "float32":
         raise UsageError(
             f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large for Lanczos; use "
             "float32"
         )
-    check_files([base, *([tuned] if tuned is not None else [])], evaluate)
-    if len(evaluate) > 1:
+    run.check_files(base, *([tuned] if tuned is not None else []))
+    if len(given.evaluate) > 1:
         raise UsageError("--eval: curvature is computed for one evaluation set; give one file")
     compared = None if tuned is None else run.compare(base, tuned)
     chosen = truncated_layers(compared.pairing.deltas, **run.selection) if compared else {}
     model = run.open(base)
-    (texts,) = run.read_sets(evaluate)
+    (texts,) = run.read_sets()
     swapped = Swapped(model, compared.pairing.deltas, ranks[-1]) if compared else None
     chosen = chosen or _select_matrices(base, model, run.selection)
-    matrix: Matrix = "ggn" if ggn else "hessian"
+    matrix: Matrix = "ggn" if given.ggn else "hessian"
     settings = {
         "ranks": ranks if swapped else [],
         "along": fractions if swapped else [],
-        "top": top,
-        "probes": probes,
+        **run.settings("top", "probes"),
         "matrix": matrix,
         "per": per,
         **run.selection,

@@ -31,14 +31,14 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
     )
     return probe_summary(
         results,
-        make_statement("loss", "Loss", loss),
-        make_statement("curvature", "Curvature", *_describe_curvature(joint)),
-        make_statement("gradient", "Gradient", _describe_gradient(joint, bounds)),
+        *([_describe_bound(bounds, joint)] if bounds else []),
         make_statement(
             "surrogate", "Surrogate", *(_describe_surrogate(layers) if joint.at == "base" and layers else ())
         ),
         make_statement("model", "Model", *_describe_model(bounds)),
-        *([_describe_bound(bounds, joint)] if bounds else []),
+        make_statement("curvature", "Curvature", *_describe_curvature(joint)),
+        make_statement("gradient", "Gradient", _describe_gradient(joint, bounds)),
+        make_statement("loss", "Loss", loss, priority=2),
         reading=_interpret(joint),
     )
 
@@ -177,7 +177,7 @@ def _describe_model(bounds: Sequence[LossBound]) -> list[str]:
         ]
         point = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
         lines.append(
-            f"{point} it is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, "
+            f"{point}, the second-order model is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, "
             f"{'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at {', '.join(accurate) or 'any rank'}"
         )
     return lines or (["no gap is large enough to compare"] if bounds else [])
@@ -208,7 +208,7 @@ def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         )
     largest, comparison = max(r.curvature for r in bounds), "exceeds" if exceeding else "does not exceed"
     along = f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured"
-    return make_statement("bound", "Bound", bound, answer, along, mean_curvature, answer=answer)
+    return make_statement("bound", "Bound", answer, bound, along, mean_curvature, answer=answer)
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:

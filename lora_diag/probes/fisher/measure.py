@@ -39,7 +39,7 @@ from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 # Memory limit of the logits of the unchanged model, which are kept because every change is compared with them.
@@ -295,18 +295,17 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
-    data, evaluate, measures = (run.options[name] for name in ("data", "evaluate", "measure"))
-    labels, seed = run.options["labels"], run.options["seed"]
-    ranks = check_ranks(run.options["ranks"])
+    evaluate, labels, seed = run.options.evaluate, run.options.labels, run.options.seed
+    ranks = check_ranks(run.options.ranks)
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
-    check_files([base, tuned], [data, *evaluate])
+    run.check_files(base, tuned, needs_set=False)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)
     model = run.open(base)
-    texts = run.read(data)
-    effect_texts = run.read(evaluate[0]) if evaluate else texts if measures else None
+    texts = run.read(run.options.data)
+    effect_texts = run.read(evaluate[0]) if evaluate else texts if run.options.measure else None
     swapped = Swapped(model, deltas, max(ranks))
     modules, unmeasured = _find_modules(model, chosen)
     if not modules:

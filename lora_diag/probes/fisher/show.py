@@ -52,7 +52,6 @@ class Correlations:
         grouped: Number of layers in a module type with more than one.
         kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types; the latter is None
             if ``grouped`` is below ``MIN_COUNT``.
-        gap: Spearman's ρ likewise with the measured change of the loss, also for its second-order estimate.
         ratio: Median of F(r)/2 over the measured KL; None if no KL is positive.
         ratios: The smallest and the largest of these ratios; None if no KL is positive.
     """
@@ -66,12 +65,9 @@ class Correlations:
         def correlate(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
             return spearman(values, target), spearman(values, target, kinds) if self.grouped >= MIN_COUNT else None
 
-        kl, gap = [effect.kl for effect in effects], [effect.gap for effect in effects]
+        kl = [effect.kl for effect in effects]
         scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
         self.kl = {name: correlate(values, kl) for name, values in scores.items()}
-        second_order = [record.linear[str(rank)] + record.at(rank) / 2 for record in records]
-        self.gap = {name: correlate(values, gap) for name, values in scores.items()}
-        self.gap["linear + ½F"] = correlate(second_order, gap)
         ratios = [
             record.at(rank) / 2 / effect.kl for record, effect in zip(records, effects, strict=True) if effect.kl > 0
         ]
@@ -99,9 +95,9 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
         return probe_summary(results, reading=_interpret(records))
     return probe_summary(
         results,
-        make_statement("gradients", "Gradients", _describe_gradients(records)),
         make_statement("at_rank", f"At r={rank}", *_describe_costliest(records, rank), scoped=True),
         *_describe_predictors(correlate_predictors(records, results.run.settings["ranks"]), records),
+        make_statement("gradients", "Gradients", _describe_gradients(records), priority=2),
         reading=_interpret(records),
     )
 
@@ -209,7 +205,6 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
         bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
         others = ", ".join(f"{name} {value:.2f}" for name, value in rhos.items() if name != best)
         lines.append(f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}{bounds}; {others}")
-    gaps = "; ".join(f"{name} {_format_pair(pair)}" for name, pair in chosen.gap.items())
     calibration = ""
     if chosen.ratio is not None and chosen.ratios is not None:
         low, high = map(number, chosen.ratios)
@@ -219,7 +214,6 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
         )
     return [
         make_statement("best", f"Best at r={chosen.rank}", *lines),
-        make_statement("on_the_loss", "Loss gap", f"ρ with the loss gap at r={chosen.rank}, over all | within: {gaps}"),
         make_statement("calibrated", "Calibration", calibration),
     ]
 

@@ -48,7 +48,7 @@ FEATURE = Feature(
             arguments=(BASE_ARGUMENT,),
             options=(IntrinsicOptions,),
             shows=("json", "quiet", "verbose"),
-            hints=(Hint("plan {base}", "what each rank costs in parameters and memory", saved=True), SAVE_PROBE),
+            hints=(Hint("plan {base}", "what each rank costs in parameters and memory"), SAVE_PROBE),
         ),
     ),
     records=(".record:Intrinsic",),

@@ -31,7 +31,6 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of, tower_of
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
@@ -313,39 +312,38 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     """
     grids = ("paces", "full_rates", "lora_rates")
     run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "seeds"))
-    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    dims, share, ranks, steps, seeds = (run.options[n] for n in ("dims", "share", "ranks", "steps", "seeds"))
-    method: Method = "said" if run.options["method"] == "said" else "plain"
-    lora_ranks = list(check_ranks(ranks)) if ranks else []
+    dims, share, dtype = run.options.dims, run.options.share, run.options.dtype
+    method: Method = "said" if run.options.method == "said" else "plain"
+    lora_ranks = list(check_ranks(run.options.ranks)) if run.options.ranks else []
     if not dims or min(dims) < 1:
         raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
     if not 0 < share < 1:
         raise UsageError(f"--share {share}: must lie between 0 and 1")
-    if (dtype := run.options["dtype"]) != "float32":
+    if dtype != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the measurement; use "
             "float32"
         )
-    check_files([base], evaluate, *shifted, data)
+    run.check_files(base)
     model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
     for dim in dims:
         check_dim(dim, total, count_scales(model.module) if method == "said" else 0)
-    run.read_all(data, evaluate, shifted, steps)
+    run.read_all()
     settings = {
         "dims": sorted(set(dims)),
         "method": method,
         "share": share,
         "ranks": lora_ranks,
         **{name: sorted(set(run.options[name])) for name in grids},
-        **run.training_settings(seeds),
+        **run.training_settings(),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
         "optimizer": RECIPE,
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        plan = run.plan_runs(run_records, seeds)
+        plan = run.plan_runs(run_records)
 
         def make_arm(subject: Subject, sizes: Sequence[int | None], rates: str) -> Arm:
             def make_trial(size: int | None, rate: float, seed: int) -> Trial:

@@ -172,9 +172,11 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     first = next(iter(rows_by_set.values()), [])
     return probe_summary(
         results,
-        make_statement("trained", "Trained", _describe_training(settings)),
         *(_describe_set(name, _find_base(records, name), rows, settings) for name, rows in rows_by_set.items()),
-        make_statement("rates", "Rates", *(_describe_rates(first, records, settings) if rows_by_set else ())),
+        make_statement(
+            "rates", "Rates", *(_describe_rates(first, records, settings) if rows_by_set else ()), priority=2
+        ),
+        make_statement("trained", "Trained", _describe_training(settings), priority=2),
         reading=_READING,
     )
 
@@ -240,15 +242,15 @@ def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], s
         no_gain = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
         return on_set(name, no_gain)
     share = settings["share"]
-    lines = [f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"]
+    lines = [_describe_answer(find_reached(all_rows, "subspace", share), "d", settings)]
+    if settings["ranks"]:
+        lines.append(_describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings))
+    lines.append(f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that")
     if full.edge:
         lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
     if any(line.shares and line.share > 1 for line in all_rows if line.subject != "full"):
         lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
-    lines.append(answer := _describe_answer(find_reached(all_rows, "subspace", share), "d", settings))
-    if settings["ranks"]:
-        lines.append(_describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings))
-    return on_set(name, *lines, answer=answer)
+    return on_set(name, *lines)
 
 
 def _describe_answer(answer: Reached, symbol: str, settings: dict[str, Any]) -> str:
@@ -258,7 +260,7 @@ def _describe_answer(answer: Reached, symbol: str, settings: dict[str, Any]) -> 
             return f"{symbol}: no run is finished with a finite loss"
         sizes = settings["dims"] if symbol == "d" else settings["ranks"]
         return f"{symbol}: not reached up to {symbol.split()[-1]}={max(sizes)}, whose gain is {_format_shares(below)}"
-    text = f"{symbol}={line.size} is the smallest that reaches it, with {_format_shares(line)}"
+    text = f"{symbol}={line.size} is the smallest with the target gain, {_format_shares(line)}"
     if symbol != "d":
         text += f" and {count(line.params)} parameters"
     if below is not None:

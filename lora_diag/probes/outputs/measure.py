@@ -29,7 +29,7 @@ from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.running.inputs import Comparison, refuse_repeated
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 # Memory limit of logits and hidden states of two models together.
@@ -228,7 +228,7 @@ def probe_outputs(
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
-    reference, evaluate, shifted = (run.options[name] for name in ("reference", "evaluate", "shifted"))
+    reference = run.options.reference
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
     _check_models(tuned, [path for path, _ in models])
@@ -236,10 +236,10 @@ def probe_outputs(
         models.insert(0, (tuned, "tuned"))
     elif reference:
         raise UsageError("--reference: is compared with the full fine-tune; give that with --tuned")
-    check_files([base, *(path for path, _ in models)], evaluate, *shifted)
+    run.check_files(base, *(path for path, _ in models))
     compared = [run.compare(base, path) for path, _ in models]
     model = run.open(base)
-    texts = run.read_sets(evaluate, shifted)
+    texts = run.read_sets()
     contenders = [Contender("base", "", None)]
     inputs = [compared[0].inputs[0]]
     for (_, role), comparison in zip(models, compared, strict=True):

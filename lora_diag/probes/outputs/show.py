@@ -33,7 +33,7 @@ from lora_diag.rendering.losses import (
 )
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
-from lora_diag.rendering.text import plus_minus, safe, select_evenly, short, with_limits
+from lora_diag.rendering.text import list_names, plus_minus, safe, select_evenly, short, with_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +207,13 @@ DEPTHS = 7
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step of the adapter with the lowest loss: how programs serve it; None without an adapter."""
-    adapters = [record for record in results.whole_of(Probe) if record.subject == "adapter"]
+    """Return the next step: how programs serve the best adapter, or training if all are worse than TUNED."""
+    records = results.whole_of(Probe)
+    contests = contests_of(records)
+    if contests and all(contest.outcome == "worse" for contest in contests):
+        return Hint("tune {base} --data TRAIN_TEXT --eval {evaluate} --params 10M -o run/", "trains a better one")
+    sets = deciding_sets(records)
+    adapters = [r for r in records if r.subject == "adapter" and r.set in sets[:1] and r.loss is not None]
     if not adapters:
         return None
     best = min(adapters, key=lambda record: record.nats)
@@ -229,14 +234,16 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
         answer = verdict or lines[0] if has_tuned else f"not compared with one: {lines[0]}"
         on_sets.append(on_set(name, *lines, answer=answer))
         scope = f"{short(name)}: " if len(sets) > 1 else ""
-        distances += [f"{scope}{line}" for line in _describe_distances(of_set, labels)]
+        distances += [f"{scope}{line}"] if (line := _describe_distances(of_set)) else []
     return probe_summary(
         results,
-        make_statement("as_good", "As good as TUNED", verdict),
+        make_statement("as_good", "As good as TUNED", verdict, priority=0),
         *on_sets,
-        make_statement("distances", "Distances", *distances),
-        make_statement("tuned", "TUNED", "" if has_tuned else _EQUALS),
-        make_statement("yardstick", "Reference", _NO_REFERENCE if has_tuned and "reference" not in subjects else ""),
+        make_statement("distances", "Distances", *distances, priority=2),
+        make_statement("tuned", "TUNED", "" if has_tuned else _EQUALS, priority=2),
+        make_statement(
+            "yardstick", "Reference", _NO_REFERENCE if has_tuned and "reference" not in subjects else "", priority=2
+        ),
         reading=_READING if has_tuned else "",
     )
 
@@ -292,7 +299,7 @@ def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[st
     if len(ends) < 2:
         return ["not measured yet"]
     adapters = [record for record in of_set if record.subject == "adapter"]
-    choices = [_describe_choice(choice, labels) for choice in choose_adapters(of_set)]
+    choices = [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)]
     compared = _describe_adapters(ends["base"], adapters, labels)
     first, second = (compared, choices) if is_tuned_worse(ends["base"]) else (choices, compared)
     return [*first, *second, describe_losses(ends["base"], ends["tuned"])]
@@ -306,7 +313,8 @@ def _describe_equals(of_set: Sequence[Probe], labels: dict[str, str]) -> list[st
         return ["not measured yet"]
     best = min(adapters, key=lambda record: record.nats)
     to_base = _describe_relative_to_base(best, base, labels)
-    return [*(_describe_choice(choice, labels) for choice in choose_adapters(of_set)), to_base]
+    choices = [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)]
+    return [*choices[:1], to_base, *choices[1:]]
 
 
 def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str, str]) -> list[str]:
@@ -344,14 +352,16 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     return f"{answers[outcome]}: {name} is {distance}{kept_share}{others}"
 
 
-def _describe_choice(choice: Choice, labels: dict[str, str]) -> str:
+def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
     """State which adapter to use: the best one, or the cheapest of those that are not distinguishable from it."""
-    best = labels[choice.best]
-    text = "; ".join(f"{labels[rival.name]} {_format_gap(rival)}" for rival in choice.rivals)
+    best, count = labels[choice.best], len(choice.rivals) + 1
     if not choice.equals:
-        return f"use {best}, the best of {len(choice.rivals) + 1}, paired by sequence: {text}"
-    equal = ", ".join([best, *(labels[rival.name] for rival in choice.equals)])
-    return f"{equal} do not differ significantly, use the cheapest; losses above {best}'s, paired: {text}"
+        nearest = choice.rivals[0]
+        return [f"use {best}, the best of {count}; {labels[nearest.name]} is {_format_gap(nearest)}"]
+    equal = list_names([labels[rival.name] for rival in choice.equals])
+    others = "all" if len(choice.equals) == count - 1 > 1 else equal
+    line = f"use {best}, or a cheaper one that is not significantly worse: {others}"
+    return [line, *(f"{labels[rival.name]} minus {best}: {_format_gap(rival)}" for rival in choice.rivals)]
 
 
 def _format_gap(rival: Rival) -> str:
@@ -374,26 +384,11 @@ def _compare_with_tuned(record: Probe) -> str:
     return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {format_gap(record)}{kept_share}"
 
 
-def _describe_distances(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    """State which adapter is nearest to TUNED in its logits, and how many are as near as the reference."""
-    distances = {
-        _name_model(record, labels): record.distance
-        for record in sorted(of_set, key=lambda record: record.nats)
-        if record.subject == "adapter" and record.distance is not None
-    }
-    if not distances or not {"base", "tuned"} <= {record.subject for record in of_set}:
-        return []
-    lines = []
+def _describe_distances(of_set: Sequence[Probe]) -> str:
+    """State how many adapters are as near to TUNED in their logits as the reference; empty without it."""
+    distances = [r.distance for r in of_set if r.subject == "adapter" and r.distance is not None]
     reference = next((record.distance for record in of_set if record.subject == "reference"), None)
-    if reference is not None:
-        near = sum(distance <= reference for distance in distances.values())
-        lines.append(f"{near} of {len(distances)} adapters are as near to TUNED as the reference is ({reference:.2f})")
-    best, nearest = next(iter(distances)), min(distances, key=distances.__getitem__)
-    if len(distances) > 1:
-        conclusion = (
-            "it is also the best in loss"
-            if nearest == best
-            else f"it is not the best in loss, which {best} is: distance is not quality"
-        )
-        lines.append(f"nearest is {nearest} ({distances[nearest]:.2f}); {conclusion}")
-    return lines
+    if reference is None or not distances:
+        return ""
+    near = sum(distance <= reference for distance in distances)
+    return f"{near} of {len(distances)} adapters are as near to TUNED as the reference is ({reference:.2f})"

@@ -32,7 +32,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of, module_type_of, tower_of
 from lora_diag.rendering.text import duration
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files, pluralize
+from lora_diag.running.probing import pluralize
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
@@ -260,22 +260,18 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
     run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "seeds"))
-    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    rank, delta, per = (run.options[name] for name in ("rank", "delta", "per"))
-    rates, steps, seeds = (run.options[name] for name in ("rates", "steps", "seeds"))
-    check_files([base], evaluate, *shifted, data)
+    rank, delta, per = run.options.rank, run.options.delta, run.options.per
+    run.check_files(base)
     selected = selector(**run.selection)
     stored = open_checkpoint(base)
     model = run.open(base)
-    run.read_all(data, evaluate, shifted, steps)
+    run.read_all()
     base_names, left_out = _choose_layers(model, stored, selected)
     linear = {name: layer for name, layer in linear_layers(model.module).items() if name in base_names}
     settings = {
-        "per": per,
-        "rank": rank,
-        "delta": delta,
-        "rates": sorted(set(rates)),
-        **run.training_settings(seeds),
+        **run.settings("per", "rank", "delta"),
+        "rates": sorted(set(run.options.rates)),
+        **run.training_settings(),
         **run.selection,
         "kind": run.training.kind.description,
         "optimizer": RECIPE,
@@ -283,7 +279,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        plan = run.plan_runs(run_records, seeds)
+        plan = run.plan_runs(run_records)
         probe = _Probe(model, units_of(linear, base_names, per), ranks, tuple(settings["rates"]), plan)
         probe.report_cost()
         probe.put_scores(linear, base_names)

@@ -58,7 +58,7 @@ _SIGNIFICANT_P = 0.05
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: training; gains by set; higher rank; seeds; other sets; first-order scores; rates."""
+    """Return the statements: gains by set; first-order scores; higher rank; seeds; rates; training."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains, marginals = _compute_gains(results)
     first = next(iter(gains.values()), [])
@@ -66,17 +66,16 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     if first:
         proxies = correlate_scores(first, _index_first_order(results))
         findings = [
-            make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values())), settings)),
-            make_statement("repeats", "Seed agreement", _describe_seed_agreement(first)),
-            make_statement("same_order", "Set agreement", *_describe_set_agreement(gains)),
             make_statement("cheaper", "Proxies", *_describe_proxies(proxies, first)),
-            make_statement("rates", "Rates", *_describe_rates(first, records, settings)),
+            make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values())), settings)),
+            make_statement("repeats", "Seed agreement", _describe_seed_agreement(first), priority=2),
+            make_statement("rates", "Rates", *_describe_rates(first, records, settings), priority=2),
         ]
     return probe_summary(
         results,
-        make_statement("trained", "Trained", _describe_training(settings)),
         *(_describe_set(name, records, gains[name], settings) for name in gains),
         *findings,
+        make_statement("trained", "Trained", _describe_training(settings), priority=2),
         reading=_READING,
     )
 
@@ -162,13 +161,13 @@ def _describe_set(
     worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
     ordered = sorted(gains, key=lambda gain: -gain.gain)
     lines = [
-        f"loss {base.loss:.4f} of BASE; alone, {better} of {len(gains)} {plural if len(gains) > 1 else singular} "
-        f"lower it significantly{f', {worse} raise it' if worse else ''}",
-        f"highest: {_list_gains(ordered[:_NAMED])}",
+        f"highest gain alone: {_list_gains(ordered[:_NAMED])}",
+        f"{better} of {len(gains)} {plural if len(gains) > 1 else singular} lower the loss of BASE, {base.loss:.4f}, "
+        f"significantly{f', {worse} raise it' if worse else ''}",
     ]
     if len(ordered) > 2 * _NAMED:
         lines.append(f"lowest: {_list_gains(ordered[-_NAMED:])}")
-    return on_set(name, *lines, shifted=base.shifted, answer=lines[1])
+    return on_set(name, *lines, shifted=base.shifted)
 
 
 def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
@@ -195,19 +194,6 @@ def _describe_seed_agreement(gains: Sequence[Gain]) -> str:
         return ""
     rho = spearman([seeds[0] for seeds in repeated], [seeds[1] for seeds in repeated])
     return f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared"
-
-
-def _describe_set_agreement(gains: dict[str, list[Gain]]) -> list[str]:
-    """State the rank correlation of the gains on the first set with those on each other, if three units have both."""
-    (first_set, first), *others = gains.items()
-    lines = []
-    for name, of_set in others:
-        other_gains = {gain.unit: gain.gain for gain in of_set}
-        pairs = [(gain.gain, other_gains[gain.unit]) for gain in first if gain.unit in other_gains]
-        if len(pairs) > 2:
-            rho = spearman(*zip(*pairs, strict=True))
-            lines.append(f"on {short(name)} and on {short(first_set)}: ρ = {_format_rho(rho)}, {len(pairs)} compared")
-    return lines
 
 
 def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> list[str]:

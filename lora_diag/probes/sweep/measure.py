@@ -26,7 +26,6 @@ from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import check_files
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
@@ -169,45 +168,41 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "seeds"))
-    data, evaluate, shifted = (run.options[name] for name in ("data", "evaluate", "shifted"))
-    option_names = ("full", "bitfit", "dora", "rslora", "tolerance", "targets")
-    full, bitfit, dora, rslora, tolerance, targets = (run.options[name] for name in option_names)
-    ranks = check_ranks(run.options["ranks"])
-    if not 0 < tolerance < 1:
-        raise UsageError(f"--gain-tolerance {tolerance}: must lie between 0 and 1")
-    if (full or bitfit) and (dtype := run.options["dtype"]) != "float32":
+    given, ranks = run.options, check_ranks(run.options.ranks)
+    if not 0 < given.tolerance < 1:
+        raise UsageError(f"--gain-tolerance {given.tolerance}: must lie between 0 and 1")
+    if (given.full or given.bitfit) and given.dtype != "float32":
         raise UsageError(
-            f"--dtype {dtype}: rounds away most steps of {'--full' if full else '--bitfit'}, while LoRA's factors "
-            "stay float32; use --dtype float32"
+            f"--dtype {given.dtype}: rounds away most steps of {'--full' if given.full else '--bitfit'}, while "
+            "LoRA's factors stay float32; use --dtype float32"
         )
-    check_files([base], evaluate, *shifted, data)
+    run.check_files(base)
     with run.joined():
-        return _run_sweep(run, base, Lora(tuple(targets) or None, dora, rslora), ranks)
+        return _run_sweep(run, base, Lora(tuple(given.targets) or None, given.dora, given.rslora), ranks)
 
 
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, train what the results file lacks, and return the results."""
-    options = run.options
-    full, bitfit, quantized, seeds = (options[name] for name in ("full", "bitfit", "quantized", "seeds"))
+    options, quantized = run.options, run.options.quantized
     model, stored = run.open(base), open_checkpoint(base)
-    run.read_all(options["data"], options["evaluate"], options["shifted"], options["steps"], kind)
+    run.read_all(kind)
     settings = {
         "ranks": list(ranks),
-        "rates": sorted(set(options["rates"])),
-        "full_rates": sorted(set(options["full_rates"])) if full else None,
-        "bitfit": bitfit,
+        "rates": sorted(set(options.rates)),
+        "full_rates": sorted(set(options.full_rates)) if options.full else None,
+        "bitfit": options.bitfit,
         "kind": kind.description,
         "quantized": quantized,
-        **run.training_settings(seeds),
-        "tolerance": options["tolerance"],
-        "targets": list(options["targets"]) or "all-linear",
+        **run.training_settings(),
+        "tolerance": options.tolerance,
+        "targets": list(options.targets) or "all-linear",
         "optimizer": RECIPE,
     }
     workers = run.workers(base, stored)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         joined_settings = run_records.run.settings  # with the values of the sweep before it was resumed
-        plan = run.plan_runs(run_records, joined_settings["seeds"])
+        plan = run.plan_runs(run_records)
 
         def make_arm(subject: Subject, ranks: Sequence[int | None], rates: str, grid: str | None = None) -> Arm:
             def make_trial(rank: int | None, lr: float, seed: int) -> Trial:
@@ -222,14 +217,14 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
             plan.measure_base(model, partial(record_of, name=grid), grid)
 
         reference_lines = {
-            **({"of full fine-tuning": make_arm("full", [None], "full_rates")} if full else {}),
-            **({"of BitFit": make_arm("bitfit", [None], "rates")} if bitfit else {}),
+            **({"of full fine-tuning": make_arm("full", [None], "full_rates")} if options.full else {}),
+            **({"of BitFit": make_arm("bitfit", [None], "rates")} if options.bitfit else {}),
         }
         lora = make_arm("lora", joined_settings["ranks"], "rates", quantized)
         bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
         # A full fine-tune keeps a copy, gradients and AdamW's two moments.
         weights = sum(weight.numel() * weight.element_size() for weight in model.module.parameters())
-        plan.report_cost({"of LoRA": lora, **reference_lines}, bases, 4 * weights if full else 0)
+        plan.report_cost({"of LoRA": lora, **reference_lines}, bases, 4 * weights if options.full else 0)
         measure_base()
         with round_weights(layers_without_head(model.module).values(), quantized):
             if quantized:

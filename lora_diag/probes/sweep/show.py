@@ -43,23 +43,21 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: training; the sufficient rank by set; shifted sets; reference lines; learning rates."""
+    """Return the statements: the sufficient rank by set; reference lines; learning rates; training."""
     records, settings = results.whole_of(Probe), results.run.settings
     sets, share = set_names(records), settings["tolerance"]
     rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
     references = _list_references(records, sets, settings["seed"])
-    verdicts, bases = {}, {}
-    for name, (verdict, base) in verdicts_of(records, settings["seed"], share).items():
-        verdicts[name], bases[name] = verdict, base
+    verdicts = verdicts_of(records, settings["seed"], share)
+    bases = {name: base for name, (_, base) in verdicts.items()}
     rows = by_rank(records, sets[0], rates) if sets else []
     on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]]
     return probe_summary(
         results,
-        make_statement("trained", "Trained", _describe_training(settings)),
-        *(on_set(name, *_state_verdict(verdict, bases[name], share)) for name, verdict in verdicts.items()),
-        make_statement("shifted", "Shifted sets", *_describe_agreement(verdicts, bases)),
+        *(on_set(name, *_state_verdict(verdict, base, share)) for name, (verdict, base) in verdicts.items()),
         *_compare_references(records, bases, rates, references, share),
         make_statement("rates", "Rates", *_describe_rates(rows, on_first_set, records, settings)),
+        make_statement("trained", "Trained", _describe_training(settings), priority=2),
         reading=_interpret(settings),
     )
 
@@ -179,37 +177,12 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
         why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
         suffix = "" if chosen is None else "; use more --repeats with --resume"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{suffix}"]
-    place = f"r={chosen.rank} at learning rate {chosen.lr:g}"
-    target = f"keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
-    if verdict.rank is not None:
-        lead = f"{verdict.outcome}: {place} {target}, with {format_confidence(chosen.confidence)} confidence"
-    else:
-        confidence = "" if verdict.confidence is None else f", with {format_confidence(verdict.confidence)} confidence"
-        lead = f"{verdict.outcome}: the best answer is {place}{confidence} that it {target} and no smaller rank does"
+    found = chosen.confidence if verdict.rank is not None else verdict.confidence
+    confidence = "" if found is None else f", {format_confidence(found)} confidence"
+    smallest = "" if verdict.rank is not None else " and no smaller rank does"
+    target = f"it keeps {100 * (1 - share):.4g}% of the gain of every rank tried{smallest}{confidence}"
+    lead = f"r={chosen.rank} at learning rate {chosen.lr:g} ({verdict.outcome}): {target}"
     return [lead, *list_reasons(verdict, share)]
-
-
-def _describe_agreement(verdicts: dict[str, SweepVerdict], bases: dict[str, Probe]) -> list[str]:
-    """State for each shifted set whether it needs the rank of the first other set; empty if there is no other."""
-    own_set = next((name for name in verdicts if not bases[name].shifted), None)
-    if own_set is None:
-        return []
-    first, lines = verdicts[own_set], []
-    for name, other in verdicts.items():
-        if not bases[name].shifted:
-            continue
-        if other.outcome == "no gain":
-            lines.append(f"no: training raises the loss on {short(name)} at every rank, least at r={other.best}")
-        elif first.rank is None or other.rank is None:
-            pair = f"; the best answers are r={first.answer} on {short(own_set)} and r={other.answer} on {short(name)}"
-            undecided = other if other.rank is None else first
-            both = first.answer and other.answer
-            lines.append(f"not known on {short(name)}: {undecided.outcome}{pair if both else ''}")
-        elif other.rank == first.rank:
-            lines.append(f"yes: r={other.rank} is also enough on {short(name)}")
-        else:
-            lines.append(f"no: r={first.rank} is enough on {short(own_set)}, r={other.rank} on {short(name)}")
-    return lines
 
 
 def _describe_rates(
@@ -245,7 +218,7 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
     if verdict is not None and verdict.more_seeds is not None:
         return Hint(f"--repeats {verdict.more_seeds} --resume", "adds seeds to these", saved=True)
     if verdict is None or verdict.chosen is None:
-        return Hint("plan {base}", "what each rank costs in parameters and memory", saved=True)
+        return Hint("plan {base}", "what each rank costs in parameters and memory")
     chosen = verdict.chosen
     purpose = f"what it costs; train it at learning rate {chosen.lr:g}"
-    return Hint(f"plan {{base}} --ranks {chosen.rank}", purpose, saved=True)
+    return Hint(f"plan {{base}} --ranks {chosen.rank}", purpose)

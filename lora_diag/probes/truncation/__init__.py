@@ -29,10 +29,8 @@ FEATURE = Feature(
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(TruncationOptions,),
             shows=("json", "quiet", "verbose"),
-            hints=(
-                Hint("extract {base} {tuned} --rank 16 -o adapter/", "an adapter of one of these ranks", saved=True),
-                SAVE_PROBE,
-            ),
+            suggest=".show:suggest_next",
+            hints=(Hint("probe sweep {base} --data TRAIN_TEXT --eval {evaluate}", "trains at each rank"), SAVE_PROBE),
         ),
     ),
     records=("lora_diag.records.probe:Probe",),

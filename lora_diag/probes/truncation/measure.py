@@ -21,7 +21,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.records.probe import Subject
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, check_files, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
 from lora_diag.running.progress import RunRecords
 
 
@@ -186,15 +186,14 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
-    evaluate, shifted, per, rest = (run.options[n] for n in ("evaluate", "shifted", "per", "rest"))
-    ranks = list(check_ranks(run.options["ranks"], 0))
-    check_files([base, tuned], evaluate, *shifted)
+    per, rest, ranks = run.options.per, run.options.rest, list(check_ranks(run.options.ranks, 0))
+    run.check_files(base, tuned)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)
     cells = cells_of(chosen, ranks, per)
     model = run.open(base)
-    texts = run.read_sets(evaluate, shifted)
+    texts = run.read_sets()
     swapped = Swapped(model, deltas, ranks[-1])
     sets = [text_set.name for text_set in texts]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_diag.feature import Hint
 from lora_diag.records import Probe, Results, Run
 from lora_diag.records.probe import Subject, set_names
 from lora_diag.rendering.losses import describe_losses, format_gap, format_kept, gap_half, on_set, probe_summary
@@ -71,7 +72,20 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
     lines = _describe_ranks(ranks, tuned.nats < base.nats) if ranks else []
     lines += [_describe_costliest(alone)] if alone else []
-    return on_set(name, describe_losses(base, tuned), *lines, shifted=shifted, answer=lines[0] if lines else "")
+    losses = describe_losses(base, tuned)
+    # Without a significant change, fractions of it decide nothing.
+    is_clear = base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half
+    return on_set(name, *([*lines, losses] if is_clear else [losses, *lines]), shifted=shifted)
+
+
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step: an adapter of the sufficient rank on the first set; None without one."""
+    records = results.whole_of(Probe)
+    on_first = (r for r in records if r.set == records[0].set and r.layer is None and r.module_type is None and r.rank)
+    sufficient = [r.rank for r in on_first if r.rank and r.kept is not None and r.kept >= SUFFICIENT_SHARE]
+    if not sufficient:
+        return None
+    return Hint(f"extract {{base}} {{tuned}} --rank {min(sufficient)} -o adapter/", "an adapter of the sufficient rank")
 
 
 def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:

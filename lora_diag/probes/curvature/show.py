@@ -208,7 +208,8 @@ def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
         )
     largest, comparison = max(r.curvature for r in bounds), "exceeds" if exceeding else "does not exceed"
     along = f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured"
-    return make_statement("bound", "Bound", answer, bound, along, mean_curvature, answer=answer)
+    first = (bound, answer) if exceeded else (answer, bound)
+    return make_statement("bound", "Bound", *first, along, mean_curvature, answer=answer)
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:

@@ -79,7 +79,7 @@ def run_gate(
             )
         # A layer's name may look like a workflow command; between these lines GitHub executes none.
         token = secrets.token_hex(16)
-        text = show.verdict_table(results, *shown.terminal, next_command=hint)
+        text = show.verdict_table(results, *shown.terminal, next_command=hint or None)
         shown.print(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
     if github:
         for command in show.workflow_commands(results):

@@ -11,6 +11,7 @@ from tests.building import build, results
 
 RIGHT = {"layer": "q", "shape": (12, 12), "adapted": True, "status": "ok", "scale": 0.99, "retained": 0.99}
 RIGHT |= {"differing": 0, "differing_share": 0.0, "unchanged": 0.05, "expected_fro": 1.0, "cause": ""}
+RIGHT |= {"dtype": "bfloat16", "max_ulp": 0.5, "residual": 0.1, "observed_fro": 1.0, "base_fro": 10.0}
 
 
 def record(**changes) -> Merge:

@@ -6,9 +6,7 @@ import shlex
 import pytest
 
 import lora_diag
-from lora_diag.records import LeftOut, Results, RunInput
 from tests.conftest import ROOT
-from tests.decisions.allocate.records import record, results
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
@@ -37,26 +35,6 @@ def test_config_records_and_json_agree(loradiag, measured, tmp_path):
     repeated = loradiag("inspect", "a.jsonl").out
     live = loradiag("allocate", measured, "--energy", "0.5").out
     assert repeated.strip() == live[: live.index("Next")].strip()
-
-
-def test_next_command_extracts_these_ranks(loradiag, measured):
-    ran = loradiag("allocate", measured, "--params", "50k", "-o", "ranks.jsonl")
-    next_words = " ".join(ran.out[ran.out.index("Next") :].split())
-    assert "loradiag extract" in next_words
-    assert next_words.endswith("--allocation ranks.jsonl -o adapter")
-
-
-@pytest.mark.parametrize(("metric", "more"), [("data", ""), ("kfac", "--kfac ")])
-def test_ranks_in_metric_are_extracted_without_summed_norms(loradiag, tmp_path, metric, more):
-    vector = LeftOut(layer="l.0.norm.weight", shape=(8,), reason="vector", detail="", fro=2.0)
-    spectra = results(record("l.0.q_proj.weight", (8, 8), [2.0, 1.0], metric=metric, complete=True), left_out=[vector])
-    recorded = RunInput(role="activations", path="a.safetensors", kind="safetensors file", tensors=1)
-    run = spectra.run.model_copy(update={"inputs": (*spectra.run.inputs, recorded)})
-    Results(run, spectra.layers, spectra.left_out, spectra.end).write(tmp_path / "s.jsonl")
-    message = " ".join(loradiag("allocate", "s.jsonl", "--total-rank", "1", "-o", "r.jsonl").out.split())
-    assert_names(message, "extract", f"--allocation r.jsonl --activations a.safetensors {more}-o adapter")
-    assert "whole change" not in message
-    assert "1 one-dimensional" in message
 
 
 def test_config_check_builds_model(loradiag, measured, tmp_path):

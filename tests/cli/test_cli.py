@@ -190,17 +190,6 @@ def test_next_command_repeats_typed_command(loradiag, pair_of_models, tmp_path):
     assert "loradiag allocate 'a b.jsonl' --energy 0.9" in ran.out
 
 
-def test_usage_line_and_exit_codes_are_valid(loradiag):
-    assert loradiag("spectrum", "--help").out.splitlines()[0].endswith(" spectrum [OPTIONS] [BASE] [TUNED]")
-    assert loradiag("inspect", "--help").out.splitlines()[0].endswith(" inspect [OPTIONS] PATH")
-    for command in (("plot",), ("residual",), ("probe", "outputs"), ("probe", "fisher")):
-        shown = loradiag(*command, "--help", env={"COLUMNS": "80"}).out
-        assert not re.search(r"<(str|path|list|type|png)\b", shown)
-        assert max(map(len, shown.splitlines())) <= 80
-    words = " ".join(loradiag("--help").out.split())
-    assert_names(words, "0 done", "1 check", "2 usage", "3 could", "4 nothing", 5)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

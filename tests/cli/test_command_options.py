@@ -6,12 +6,10 @@ import pytest
 import typer.main
 
 import lora_diag
-from lora_diag import catalog
 from lora_diag.cli import options
 from lora_diag.cli.app import application
-from lora_diag.feature import GROUPS
 from lora_diag.probes.intrinsic import IntrinsicOptions
-from lora_diag.running.options import PANELS, Option, fill_options
+from lora_diag.running.options import Option, fill_options
 from tests.conftest import ROOT, save_model, save_pair
 from tests.messages import mentions
 
@@ -61,37 +59,6 @@ def test_no_option_is_synonym_of_another():
     assert [result for result in names.values() if len(result) > 1] == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_wraps_at_whole_entries(loradiag, name):
-    ran = loradiag(*name.split(), "--help")
-    parts = [line.removesuffix(":") for line in ran.out.splitlines() if line.removesuffix(":") in PANELS]
-    assert parts == sorted(parts, key=PANELS.index)
-    assert parts[0] == PANELS[0]
-    for each in COMMANDS[name].params:
-        assert (each.help and each.help[0].isupper()) or each.help[0] in "α√", each.name
-        assert each.help.endswith("."), each.name
-    # The help of an option without a default value states what happens without it.
-    for each in visible(COMMANDS[name]):
-        text = ("default", "Budget", "repeatable", "Smallest ranks", "to write")
-        alone = {"rank", "ranks", "activations", "reference", "sweep", "allocation", "tuned", "layers", "exclude"}
-        if each.default is None and not each.required and each.name not in alone and each.metavar:
-            assert any(word in each.help for word in text) or each.metavar == "FILE", each.name
-
-
-def test_help_lists_every_command_once_in_its_group(loradiag):
-    for words in ((), ("probe",)):
-        out = loradiag(*words, "--help", env={"COLUMNS": "80"}).out
-        groups = {block[0].removesuffix(":"): block[1:] for block in map(str.splitlines, out.split("\n\n"))}
-        listed = {group: [line[2:].split("  ")[0] for line in groups.get(group, ())] for group in GROUPS}
-        expected = {group: [] for group in GROUPS}
-        for name, feature, _ in catalog.commands():
-            if not words or name.startswith("probe "):
-                expected[feature.group].append(name.removeprefix("probe ") if words else name)
-        assert listed == expected
-        assert all(len(line) <= 80 and not line.endswith("...") for line in out.splitlines()[1:])
-    assert all(len(command.help.splitlines()[0]) <= 60 for command in COMMANDS.values())
-
-
 def below_the_table(text):
     return text.rstrip("\n").split("\n\n")[-1].splitlines()
 
@@ -129,14 +96,6 @@ def test_tables_fit_terminal(loradiag, words, more):
     for columns in (60, 80, 140):
         ran = loradiag(*words, *more, cwd=SAMPLES, env={"COLUMNS": str(columns)})
         assert max(map(len, ran.out.splitlines())) <= columns
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", ON_SAMPLES, ids=lambda words: words[0])
-def test_summary_of_samples_is_short(loradiag, words):
-    ran = loradiag(*words, cwd=SAMPLES, brief=True)
-    alarms = {"verify-merge": 4}  # further lines of warnings and failures, whose first lines are always shown
-    assert 4 <= len(below_the_table(ran.out)) <= LINES + alarms.get(words[0], 0)
 
 
 def test_decisions_and_warnings_are_never_hidden():

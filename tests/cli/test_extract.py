@@ -288,15 +288,3 @@ def test_too_small_budget_keeps_spectra(loradiag, pair_of_models, tmp_path):
     assert_names(ran.err, "--resume", "budget")
     assert loradiag("extract", base, tuned, "--params", "400", "-o", "adapter", "--resume").code == 0
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == ["adapter"]
-
-
-def test_best_learning_rate_of_sweep_reaches_card_and_next(loradiag, tmp_path):
-    sweep = ROOT / "docs" / "examples" / "sweep.jsonl"
-    sides = ROOT / "sample_checkpoints" / "base", ROOT / "sample_checkpoints" / "lora_r4"
-    assert loradiag("extract", *sides, "--rank", "1", "--sweep", sweep, "-q", "-o", "out").code == 0
-    assert_names((tmp_path / "out" / "README.md").read_text(), "0.003", "r=16")
-    spectrum = ROOT / "docs" / "examples" / "spectrum.jsonl"
-    ran = loradiag("allocate", spectrum, "--total-rank", "50", "--sweep", sweep)
-    assert_names(ran.out, "0.003", "r=16")
-    wrong = loradiag("allocate", spectrum, "--total-rank", "50", "--sweep", spectrum)
-    assert (wrong.code, mentions(wrong.err, "learning rate")) == (2, True)

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.cli.output import report_unmeasured
 from lora_diag.errors import UsageError
 from lora_diag.linalg import methods as limits
 from lora_diag.linalg.methods import Allowance
-from lora_diag.records import LeftOut
 from tests.conftest import PATIENCE, ROOT, Ran, as_numpy, save_model
 from tests.messages import assert_names
 
@@ -131,11 +129,3 @@ def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
 def test_invalid_sizes_are_refused(memory, workers, text):
     with pytest.raises(UsageError, match=re.escape(text)):
         lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)
-
-
-def test_too_large_model_message_is_short(capsys):
-    left = [LeftOut(layer=f"layer{n}", shape=(2, 2), reason="memory", detail="too large") for n in range(70000)]
-    report_unmeasured(left)
-    *named, rest = capsys.readouterr().err.splitlines()
-    assert named == [f"Error: layer{n}: too large; it was left out" for n in range(20)]
-    assert rest == "Error: 69980 more layers could not be measured; the records list all (--json, or -o FILE)"

@@ -1,6 +1,5 @@
 """How text is made to fit: messages for a log or a terminal, and signs that a terminal lacks."""
 
-import importlib
 import io
 import json
 import sys
@@ -40,25 +39,3 @@ def test_terminal_without_utf_8_gets_ascii_and_json_is_whole(monkeypatch, encodi
     table, written = raw.getvalue().decode(encoding).splitlines()
     assert table == ("q_proj ‖ΔW‖ ≥ 2 ▁▅█ ?" if encoding == "utf-8" else "q_proj |dW| >= 2 .+@ ?")
     assert json.loads(written) == record
-
-
-@pytest.mark.parametrize(
-    ("words", "printed"),
-    [
-        (["spectrum", "base", "tuned"], "interrupted; a run with -o continues with --resume"),
-        (["verify-merge", "base", "lora", "merged"], "interrupted; a run with -o continues with --resume"),
-        (["probe", "sweep", "base"], "interrupted; a run with -o continues with --resume"),
-        (["probe", "activations", "base"], "interrupted"),
-        (["report", "spectrum"], "interrupted"),
-    ],
-)
-def test_ctrl_c_names_resume_option(monkeypatch, capsys, words, printed):
-    def interrupted(**_):
-        raise KeyboardInterrupt
-
-    module = importlib.import_module("lora_diag.cli.app")
-    monkeypatch.setattr(module, "commands", lambda only: interrupted)
-    monkeypatch.setattr(sys, "argv", ["loradiag", *words])
-    with pytest.raises(SystemExit) as stop:
-        module.main()
-    assert (stop.value.code, capsys.readouterr().err) == (130, f"{printed}\n")

@@ -24,15 +24,6 @@ def inputs(tmp_path):
     return "base", "tuned", "g"
 
 
-def test_rank_to_show_is_measured_and_layers_may_be_rows(loradiag, inputs):
-    ran = loradiag("overlap", *inputs, "--ranks", "2", "--show-rank", "3", "--per", "layer")
-    assert "at r=3" in ran.out
-    assert ran.out.count("mlp.up_proj") > 1
-    ran = loradiag("overlap", *inputs, "--ranks", "2", "--show-rank", "70000", "--layers", "q_proj")
-    assert "at r=2" in ran.out
-    assert_names(ran.out, "70000", "larger")
-
-
 def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, tmp_path):
     broken = {name: torch.full_like(value, torch.nan) for name, value in weights(3).items()}
     save_model(tmp_path / "tuned", broken)
@@ -86,14 +77,6 @@ def test_control_characters_from_files_are_escaped(loradiag, inputs, tmp_path):
     ran = loradiag("overlap", *inputs, "--ranks", "2")
     assert ran.code == 3
     assert "\x1b" not in ran.out + ran.err
-
-
-@pytest.mark.parametrize("named", [[], ["base"]])
-def test_spectrum_of_gradients_with_and_without_base(loradiag, inputs, tmp_path, named):
-    ran = loradiag("spectrum", *named, "--gradients", "g", "-o", "s.jsonl")
-    assert (ran.code, ran.err) == (0, "")
-    records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert {record["source"] for record in records if record["record"] == "spectrum"} == {"gradients"}
 
 
 def test_ranks_are_allocated_from_gradients(loradiag, inputs):

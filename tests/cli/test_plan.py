@@ -12,12 +12,6 @@ pytestmark = pytest.mark.slow
 BASE = ROOT / "sample_checkpoints/base"
 
 
-@pytest.mark.parametrize(("budget", "suggested"), [("9727", "--params 9728"), ("9728", "--params 9728")])
-def test_next_step_has_a_budget_of_at_least_rank_1(loradiag, budget, suggested):
-    """The next step is for users without a fine-tune."""
-    assert_names(loradiag("plan", BASE, "--params", budget).out, "Next", "loradiag tune", suggested)
-
-
 def test_json_is_one_record(loradiag):
     ran = loradiag("plan", BASE, "--json", "--ranks", "2", "--layers", "q_proj")
     record = json.loads(ran.out)

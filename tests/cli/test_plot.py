@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_diag.records import End, Results, Run
 from tests.messages import assert_names
 from tests.plots import making
 
@@ -43,22 +42,6 @@ def test_one_file_takes_one_figure(loradiag, spectra, tmp_path, suffix, begins):
     assert [path.name for path in tmp_path.glob("*one*")] == [f"one.{suffix}"]
 
 
-def test_file_output_draws_first_available_figure(loradiag, adapters, tmp_path):
-    assert "residual  x.svg" in loradiag("plot", adapters, "-o", "x.svg").out
-    assert "residual  y.svg" in loradiag("plot", adapters, "-o", "y.svg", "--figure", "residual").out
-    assert "heatmap  z.svg" in loradiag("plot", adapters, "-o", "z.svg", "--field", "norm_ratio").out
-    assert_names((tmp_path / "z.svg").read_text(), "‖X‖_F / ‖ΔW‖_F")
-
-
-def test_two_runs_are_overlaid_under_their_labels(loradiag, spectra, tmp_path):
-    making.results(making.model(2, values=20), name="other").write(tmp_path / "b.jsonl")
-    ran = loradiag("plot", spectra, "b.jsonl", "--label", "full", "--label", "$E=mc^2$", "-o", "o.svg")
-    assert ran.code == 0
-    text = (tmp_path / "o.svg").read_text()
-    assert_names(text, "median layer")
-    assert "$E=mc^2$: median layer" in text
-
-
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -76,15 +59,6 @@ def test_impossible_request_is_one_message(loradiag, spectra, tmp_path, words, c
     assert message in ran.err
     assert ran.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["spectrum.jsonl"]
-
-
-def test_results_without_layers_name_other_command(loradiag, tmp_path):
-    run = Run(command="probe truncation", version="0", inputs=(), settings={})
-    Results(run, (), end=End(layers=0, left_out=0, fro=None, base_fro=None)).write(tmp_path / "probe.jsonl")
-    ran = loradiag("plot", "probe.jsonl", "-o", "figures")
-    assert ran.code == 4
-    assert "loradiag probe truncation have no records of layers" in ran.err
-    assert not (tmp_path / "figures").exists()
 
 
 def test_probe_results_are_drawn_though_they_have_no_layers(loradiag, spectra, tmp_path):

@@ -1,7 +1,5 @@
 """The numbers in the figures, compared with NumPy in float64; what a notebook keeps; what cannot be drawn."""
 
-import dataclasses
-
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -10,8 +8,7 @@ from matplotlib.figure import Figure
 import lora_diag
 from lora_diag import plots
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.plots.figures import cells, norm_of
-from lora_diag.rendering.figures.fields import Types, title_in
+from lora_diag.rendering.figures.fields import title_in
 from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.plots import making
@@ -38,20 +35,6 @@ def test_energy_curve_is_cumulated_energy(values, signal):
     assert (ranks[0], ranks[-1]) == (1, values)
     assert {rank for rank in (4, 16, 64) if rank <= values} <= set(ranks)
     np.testing.assert_allclose(shares, [np.sum(s[:r] ** 2) / np.sum(s**2) for r in ranks], rtol=1e-12)
-
-
-def test_curve_is_coloured_up_to_signal_rank_and_grey_beyond():
-    records = making.model(2, ("q_proj",), signal=6)
-    ax = plots.energy(records)
-    for record in records:
-        (clear,) = [line for line in ax.lines if line.get_label() == record.layer]
-        (floor,) = [line for line in ax.lines if line.get_label() == f"_floor of {record.layer}"]
-        assert (clear.get_xdata()[-1], floor.get_xdata()[0]) == (6, 6)
-        assert mpl.colors.to_rgb(floor.get_color()) != mpl.colors.to_rgb(clear.get_color())
-    unresolved = making.spectrum("h.0.q.weight", making.decay(1), verdict="unresolved")
-    assert [line.get_label() for line in plots.energy([unresolved]).lines if "h.0" in line.get_label()] == [
-        "_floor of h.0.q.weight"
-    ]
 
 
 def test_truncated_curve_divides_by_norm_and_ends_with_values():
@@ -91,20 +74,6 @@ def test_spectrum_is_singular_values_with_median_edge():
     (edge,) = [line for line in ax.lines if line.get_label() == "_edge"]
     assert edge.get_ydata()[0] == pytest.approx(0.2)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-
-
-def test_marked_ranks_have_ticks():
-    for values in (4, 40, 600):
-        ax = plots.figure("energy", making.results(making.model(2, values=values)), width="column").axes[0]
-        marked = {line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1}
-        assert marked == {rank for rank in (4, 16, 64) if rank <= values}
-        assert marked <= set(ax.get_xticks())
-
-
-def test_norms_are_not_counted_as_matrices():
-    norm = making.residual("model.norm.weight", 1.0, 1.0, 0.5, 0.5).model_copy(update={"shape": (32,)})
-    page = plots.figure("heatmap", making.results([*making.residuals(2), norm]))
-    assert "14 matrices and 1 vector" in page.texts[0].get_text()
 
 
 @pytest.mark.parametrize(
@@ -307,12 +276,6 @@ def test_undrawable_record_states_reason():
         plots.figure("pie", spectra)
 
 
-def test_zero_update_has_no_curve():
-    records = [*making.model(1), making.spectrum("h.0.z.weight", np.zeros(4))]
-    figure = plots.figure("energy", making.results(records))
-    assert "z" not in [ax.get_title(loc="left") for ax in figure.axes]
-
-
 def test_heat_map_has_a_panel_for_each_pair_of_updates():
     records = making.interferences(2, ("q", "k"), ("runs/a", "runs/b", "runs/c"))
     records = [record.model_copy(update={"cosine": 0.01 * number}) for number, record in enumerate(records)]
@@ -341,20 +304,6 @@ def test_spectra_in_other_metrics_name_it_and_share_no_axis(metric, norm):
     with raises_naming(UsageError, "common axis"):
         plots.figure("spectrum", [plain, weighted])
     assert plots.why_not("energy", [plain, weighted]) is None
-
-
-def test_too_many_types_share_panel_and_nothing_is_lost():
-    types = tuple(f"type_{number}" for number in range(40))
-    figure = plots.figure("energy", making.results(making.model(1, types)))
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
-    assert "17 other types" in titles
-    assert len([title for title in titles if title]) == 24
-
-
-def test_towers_do_not_share_panel():
-    layers = [f"{tower}.layers.{i}.q_proj.weight" for tower in ("vision", "language") for i in range(2)]
-    figure = plots.figure("energy", making.results([making.spectrum(layer, making.decay(1)) for layer in layers]))
-    assert [ax.get_title(loc="left") for ax in figure.axes][:2] == ["vision: q_proj", "language: q_proj"]
 
 
 @pytest.mark.parametrize(
@@ -386,21 +335,3 @@ def test_plot_without_records_or_output_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         lora_diag.plot(making.results(making.model(1)), output=tmp_path / "file" / "x.png")
-
-
-def test_shortened_names_stay_distinct():
-    types = tuple(f"module_{number}_whose_names_all_end_in_the_same_long_way" for number in range(5))
-    for name, results in (("energy", making.model(2, types)), ("heatmap", making.model(2, types))):
-        page = plots.figure(name, making.results(results), width="column")
-        shown = [ax.get_title(loc="left") for ax in page.axes[:5]]
-        shown = shown if name == "energy" else [label.get_text() for label in page.axes[0].get_yticklabels()]
-        assert len(set(shown)) == 5, shown
-
-
-@pytest.mark.parametrize(("value", "ends"), [(0.0, (0.0, 1.0)), (3.0, (0.0, 3.0)), (-2.0, (-2.0, 0.0))])
-def test_heat_map_of_one_value_has_valid_scale(value, ends):
-    records = [making.spectrum(f"l.{i}.q.weight", [1.0]) for i in range(2)]
-    shown = cells(records, "fro", Types(record.layer for record in records), [0, 1])
-    shown = dataclasses.replace(shown, values=np.full_like(shown.values, value))
-    norm = norm_of([shown])
-    assert (norm.vmin, norm.vmax) == ends

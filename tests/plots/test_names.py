@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_diag import plots
 from lora_diag.records import Run, RunInput
 from lora_diag.rendering.figures.series import Options, names_of, series_of, split_series
 from tests.plots import making
@@ -51,29 +50,3 @@ def test_adapters_of_several_runs_keep_own_names():
     assert labels(results(["runs/r4", "runs/r16"]), results(["runs/svd"])) == ["r4", "r16", "svd"]
     assert labels(results(["a/lora", "b/lora"])) == ["a/lora", "b/lora"]
     assert labels(results(["runs/r4"], "one"), results(["runs/r4"], "two")) == ["one: r4", "two: r4"]
-
-
-def test_runs_share_rows_of_parts_and_legend_names_runs():
-    runs = [
-        making.probed(making.alone(parts, sets=("held_out",)), name=n)
-        for n, parts in (("a", ("q", "k")), ("b", ("q",)))
-    ]
-    figure = plots.figure("alone", runs)
-    (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["k", "q"]
-    colors = {
-        t.get_text(): h.get_color()
-        for one in figure.legends
-        for t, h in zip(one.get_texts(), one.legend_handles, strict=True)
-    }
-    whose = {
-        bar.lines[0].get_color(): round(bar.lines[0].get_ydata()[0]) for bar in ax.containers if bar.get_label() == "_q"
-    }
-    assert whose == {colors["a"]: 1, colors["b"]: 1}
-
-
-def test_plain_figure_has_its_legend_and_no_title_or_notes():
-    results = making.results(making.residuals(2))
-    plain, usual = (plots.figure("residual", results, width="column", plain=plain) for plain in (True, False))
-    assert [len(page.texts) for page in (plain, usual)] == [0, 1]
-    assert [bool(page.legends[0].get_title().get_text()) for page in (plain, usual)] == [False, True]

@@ -1,7 +1,5 @@
 """Figures of probe records: every point is a record's, and what cannot be drawn says why."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -82,34 +80,6 @@ def test_different_trainings_are_separate_curves():
     ax = plots.sweep(making.swept() + full)
     assert lines(ax, "_full 1.550")[0][0, 1] == 1.55
     assert not lines(ax, "_full 1.700")
-
-
-def test_diverged_run_does_not_stretch_axis():
-    whole = making.searched().whole
-    wild = next(record for record in whole if record.record == "tune_trial" and record.seed == 1)
-    wild = wild.model_copy(update={"loss": 50.0, "lr": 1.0})
-    for base in (1.8, 0.5):  # where every run is worse than BASE, too
-        records = [r.model_copy(update={"loss": base}) if r.variant == "base" else r for r in whole]
-        usual, stretched = plots.tune(records), plots.tune([*records, wild])
-        assert stretched.get_ylim()[1] == pytest.approx(usual.get_ylim()[1], abs=0.3)
-        assert "1 run above" in stretched.texts[0].get_text()
-        points = np.concatenate([line.get_ydata() for line in stretched.lines if line.get_label() == "one run"])
-        assert 50.0 in points
-
-
-def test_names_of_levels_are_beside_the_dots():
-    ax = plots.tune(making.searched())
-    ax.figure.draw_without_rendering()
-    (name,) = [text for text in ax.texts if text.get_text() == "BASE 1.800"]
-    assert name.get_window_extent().x0 >= ax.get_window_extent().x1
-
-
-def test_depth_starts_at_its_data():
-    ax = plots.depth(making.probed(making.said()))
-    values = [value for record in making.said() if record.name for value in record.hidden if value is not None]
-    low, high = ax.get_ylim()
-    assert min(values) - low <= 0.2 * (high - low)
-    assert ax.get_xlim()[0] > 0.5  # the embeddings have no distance
 
 
 def test_diverged_run_does_not_prevent_refusal_of_heat_map():
@@ -239,17 +209,3 @@ def test_fisher_shows_predictor_orders_and_unmeasured_tails():
     for ax in (plots.fisher(making.fishers(measured=False)), plots.fisher(making.fishers(), per="type")):
         (tail,) = lines(ax, "mlp.up_proj")
         np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
-
-
-def test_outputs_of_adapters_are_named_by_reference_in_order():
-    records = making.said()
-    turned = [
-        record.model_copy(update={"gap": -record.gap}) if record.set == "other" and record.name else record
-        for record in records
-    ]
-    run = making.probed(turned, command="probe outputs")
-    adapters = [run.run.inputs[1].model_copy(update={"role": "adapter", "path": f"runs/r{r}"}) for r in (4, 16)]
-    run = dataclasses.replace(run, run=run.run.model_copy(update={"inputs": (*run.run.inputs, *adapters)}))
-    page = plots.figure("outputs", run)
-    assert any("base → tuned; " in text.get_text() for text in page.texts)
-    assert [[name for name, *_ in bars(ax)] for ax in page.axes] == [["r16", "r4"]] * 2

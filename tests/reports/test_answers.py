@@ -1,7 +1,6 @@
 """Answers are statements found by the keys that features declare: a key of one side only would empty an answer."""
 
 import ast
-import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +12,7 @@ from lora_diag.catalog import features
 from lora_diag.rendering.losses import on_set
 from lora_diag.rendering.statements import describe_resolution
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.subject import _split_headline, answers, subject_of
+from lora_diag.reports.subject import _split_headline, answers
 from tests.reports.making import names, overlap, overlaps, residual, residuals, spectra, spectrum
 from tests.reports.test_advice import EASY
 
@@ -43,15 +42,6 @@ def test_declared_key_is_made_by_its_feature(feature):
     assert {key for key, _ in feature.questions} <= keys_of(feature.package)
 
 
-def test_report_knows_no_key_of_statements():
-    """Statements are looked up by declared keys alone."""
-    from lora_diag.reports import subject
-
-    declared = {key for feature in ANSWERING for key, _ in feature.questions}
-    constants = {n.value for n in ast.walk(ast.parse(inspect.getsource(subject))) if isinstance(n, ast.Constant)}
-    assert constants & declared == {"shifted"}  # a role of inputs, too
-
-
 def ask(*results):
     runs = Evidence(tuple(Source(f"{item.run.command}{i}.jsonl", item) for i, item in enumerate(results)))
     return answers(runs)
@@ -66,14 +56,6 @@ GRADIENTS = overlaps([overlap(n, step, 0.3, 0.6) for n in names(2) for step in (
 def test_every_declared_question_on_weights_is_answered(results):
     (feature,) = [feature for feature in ANSWERING if feature.name == results.run.command]
     assert [answer.question for answer in ask(results)] == [*dict.fromkeys(q for _, q in feature.questions)]
-
-
-def test_question_of_two_features_is_answered_by_first():
-    both = ask(ADAPTER, UPDATE)
-    asked = [answer.question for answer in both]
-    assert len(set(asked)) == len(asked)
-    alone = {answer.question: answer for answer in ask(UPDATE)}
-    assert [alone.get(answer.question, answer) for answer in both] == both
 
 
 def test_answers_of_two_updates_name_their_run():
@@ -97,15 +79,3 @@ def test_headline_is_at_most_15_words_and_nothing_is_lost():
         headline, rest = _split_headline(text)
         assert len(headline.split()) <= 16
         assert set(re.findall(r"\w+", text)) == set(re.findall(r"\w+", headline + " " + rest))
-
-
-def test_title_and_sentences_have_names_instead_of_paths():
-    paths = [f"runs/{name}/adapter" for name in "abcdefghi"]
-    inputs = (("base", "../S/base"), ("tuned", "../S/full_ft"))
-    update = spectra(UPDATE.layers, inputs=inputs)
-    nine = residuals([residual(n, 8, 0.9, adapter=path) for path in paths for n in names(1)], paths)
-    assert subject_of(Evidence((Source("s.jsonl", update),))).title == "full_ft compared with base"
-    runs = Evidence((Source("s.jsonl", UPDATE), Source("r.jsonl", nine)))
-    (step,) = [step for step in subject_of(runs).advice if step.rule == "measure the loss"]
-    assert "a/adapter, b/adapter, c/adapter and 6 more" in step.do
-    assert set(paths) <= set(step.argv)

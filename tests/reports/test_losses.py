@@ -1,8 +1,5 @@
 """Losses in the report: they lead, in any mix of runs; every number is a record's; names of sets stay text."""
 
-import csv
-import io
-
 import pytest
 from markdown_it import MarkdownIt
 
@@ -10,7 +7,6 @@ from lora_diag.catalog import features
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.reports.html import html_report, images_of
 from lora_diag.reports.markdown import markdown_report
-from lora_diag.reports.run import to_csv, to_parquet
 from tests.plots import making
 from tests.reports.test_html import HOSTILE, Elements, evidence
 
@@ -78,23 +74,6 @@ def test_tables_have_numbers_of_records():
     # The hidden states, depth by depth; where TUNED has BASE's there is no distance.
     assert {"0 (input)", "same", "0.90", "0.78"} <= set(words)
     assert {"0.654", "83%", "0.21"} <= set(words)
-
-
-def test_rows_of_csv_and_parquet_are_records_unrounded():
-    pd = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
-    runs = evidence(outputs(), KINDS["truncation"]())
-    rows = list(csv.DictReader(io.StringIO(to_csv(runs))))
-    records = [record for source in runs.sources for record in source.results.whole]
-    assert [float(row["loss"]) for row in rows] == [record.loss for record in records]
-    assert "hidden" not in rows[2]
-    entries = list(csv.DictReader(io.StringIO(to_csv(runs, values=True))))
-    hidden = [row["value"] for row in entries if row["field"] == "hidden"]
-    expected = [value for record in records for value in record.hidden or ()]
-    assert [float(value) if value else None for value in hidden] == expected
-    frame = pd.read_parquet(io.BytesIO(to_parquet(runs)))
-    assert frame["loss"].tolist() == [record.loss for record in records]
-    assert frame["gap_error"].tolist() == [record.gap_error for record in records]
 
 
 def test_hostile_names_of_sets_and_adapters_stay_text():

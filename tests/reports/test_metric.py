@@ -4,10 +4,9 @@ import pytest
 
 from lora_diag.records.vocabulary import METRIC_NAMES
 from lora_diag.reports.advice import advice
-from lora_diag.reports.html import html_report
 from lora_diag.reports.subject import subject_of
-from tests.reports.making import decay, low_rank, names, questions, residual, residuals, spectra, spectrum, vector
-from tests.reports.test_html import embedded, evidence
+from tests.reports.making import decay, low_rank, names, questions, spectra, spectrum, vector
+from tests.reports.test_html import evidence
 
 INPUTS = (("base", "base"), ("tuned", "full ft"), ("activations", "act.safetensors"))
 
@@ -41,21 +40,3 @@ def test_spectrum_and_residual_are_separate_evidence(order):
     assert answers[low_rank()].startswith("no")
     assert answers[f"{low_rank()[:-1]} in {METRIC_NAMES['kfac']}?"].startswith("yes")
     assert "‖ΔW‖²" in answers[questions("spectrum", place=3)[0]]
-
-
-def test_gate_accepts_adapter_that_was_measured():
-    audit = residuals([residual(n, 8, 0.3) for n in names(2)])
-    assert [step.rule for step in advice(evidence(weighted(), audit))] == [
-        step.rule for step in advice(evidence(audit))
-    ]
-
-
-@pytest.mark.parametrize(("metric", "of"), [("data", "ΔW·C^½"), ("kfac", "G^½·ΔW·C^½")])
-def test_curves_and_columns_name_metric(metric, of):
-    data = embedded(html_report(evidence(weighted(metric))))
-    assert {field["group"] for field in data["fields"]} == {{"data": "data", "kfac": "K-FAC"}[metric]}
-    (energy,) = [field["about"] for field in data["fields"] if field["title"] == "C(8)"]
-    assert f"‖{of}‖" in energy
-    (curves,) = data["spectra"]
-    assert curves["metric"] == metric
-    assert data["metrics"] == [{"id": metric, "name": METRIC_NAMES[metric], "of": of}]

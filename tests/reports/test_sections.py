@@ -87,18 +87,6 @@ def fleet(names=("runs/a", "runs/b", "runs/c")):
 KINDS = {"interference": interference, "intruders": intruders, "fleet": fleet}
 
 
-def test_fleet_page_lists_outliers_and_duplicates_and_no_layers():
-    page = html_report(evidence(fleet()))
-    rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page)
-    assert [name for name, _ in rows] == ["a", "a × b"]
-    assert '<td class="left">over-ranked</td>' in rows[0][1]
-    assert 'id="explore"' not in page
-    assert list(Elements(page).scripts) == ["style", "script"]  # no data, no plotly: what sorts the tables is enough
-    rendered = GITHUB.render(markdown_report(evidence(fleet())))
-    assert "<td><code>a</code></td>" in rendered
-    assert "<td><code>a × b</code></td>" in rendered
-
-
 def test_thousand_adapters_are_not_thousand_lines():
     names = [f"runs/adapter-{i:04}" for i in range(1000)]
     rng = np.random.default_rng(0)

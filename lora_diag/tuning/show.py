@@ -123,7 +123,12 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
     plan, trials = next(iter(results.whole_of(TunePlan)), None), results.whole_of(TuneTrial)
     statements = [
         make_statement(
-            "choice", "Choice", describe_choice(choice), _describe_confidence(choice, decisions), priority=0
+            "choice",
+            "Choice",
+            f"{describe_choice(choice)}{'' if choice.significant else '; NOT shown to be enough'}",
+            _describe_doubt(choice, decisions),
+            level="ok" if choice.significant else "warning",
+            priority=0,
         ),
         make_statement("gain", "Gain", _describe_gain(choice, trials), priority=0),
         make_statement("edge", "Rate", _describe_edge(choice, trials, plan), level="warning"),
@@ -148,13 +153,13 @@ def describe_choice(choice: Tune) -> str:
     return f"{dora}{where}, learning rate {choice.lr:g}, alpha = {alpha}{extra}; {share} of budget"
 
 
-def _describe_confidence(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
-    """State whether the rank is shown to be enough, and what would show it."""
+def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
+    """State why a rank that is not shown to be enough is chosen, and what would show it; else empty."""
     if choice.significant:
         return ""
     needed = max((one.seeds for one in decisions if one.name == "more seeds" and one.outcome == "not tried"), default=0)
     seeds = f"about {needed} seeds" if needed else "more seeds or steps"
-    return f"NOT shown to be enough: the smallest by mean losses; {seeds} would decide"
+    return f"the smallest by mean losses; {seeds} would decide"
 
 
 def _describe_gain(choice: Tune, trials: Sequence[TuneTrial]) -> str:

@@ -21,6 +21,7 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.errors import InconclusiveError, UsageError
+from lora_diag.rendering.statements import limit_lines
 from lora_diag.reports.advice import advice
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.tuning import planning
@@ -28,7 +29,7 @@ from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
-from lora_diag.tuning.show import tune_lines
+from lora_diag.tuning.show import tune_lines, tune_table
 from lora_diag.tuning.trials import Variant, uniform
 from tests.conftest import ROOT
 from tests.messages import raises_naming
@@ -332,6 +333,9 @@ def test_tune_lines_name_reason_of_missing_baseline(case):
         return {one.key: one.text for one in tune_lines(replace(result, whole=(*others, *trials, chosen)))}
 
     assert "1 seed)" in lines()["gain"]
+    doubtful = replace(result, whole=(*others, choice.model_copy(update={"significant": False})))
+    with limit_lines(8):
+        assert "NOT shown to be enough" in " ".join(tune_table(doubtful, next_command="train").split())
     for trials, word in (((), "not trained"), ((full,), "gains nothing")):
         assert word in lines(*trials)["gain"]
     assert "diverged" in lines(full.model_copy(update={"loss": None}))["gain"]

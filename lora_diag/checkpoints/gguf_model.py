@@ -276,7 +276,7 @@ class GgufModel(TensorFile):
     def _read_range(
         self, name: str, start: int, stop: int, read: Callable[[str, int, int], torch.Tensor | None]
     ) -> torch.Tensor | None:
-        """Return a range of a function of the file, evaluated at the entries of a tensor in the presented order."""
+        """Return what ``read`` gives for entries, in the presented order of the tensor; None if ``read`` gives none."""
         view = self._views[name]
         if not view.heads or start >= stop:
             return read(view.stored, view.offset + start, view.offset + stop)

@@ -126,8 +126,8 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: The scales of a weight are missing, or have an unsupported dtype or the wrong shape, the weight has
-            zero points, or ``weight_block_size`` of the configuration is invalid.
+        InputError: A float8 weight has no scales, where others have some or the configuration implies them; scales have
+            an unsupported dtype or the wrong shape; a weight has zero points; or ``weight_block_size`` is invalid.
     """
     configured_block = _read_configured_block(source, config)
     bare, found_scaled = [], False

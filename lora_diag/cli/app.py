@@ -179,7 +179,7 @@ def _run() -> int:
     except typer.Exit as error:
         code = error.exit_code
     except OSError as error:
-        if not _is_of_a_stream(error):
+        if not _is_stream_error(error):
             raise
         message(f"Error: standard output: cannot be written: {error.strerror}")
         return UNREADABLE
@@ -226,6 +226,6 @@ def _can_resume(arguments: list[str]) -> bool:
     return any("resume" in list_options(group) for group in groups)
 
 
-def _is_of_a_stream(error: OSError) -> bool:
+def _is_stream_error(error: OSError) -> bool:
     """Return whether typer failed to write its own help; any other error names a file or has its own message."""
     return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}

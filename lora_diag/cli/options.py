@@ -50,7 +50,7 @@ CLUSTER = {
 }
 
 
-def typer_option(name: str, option: Option) -> Any:
+def make_typer_option(name: str, option: Option) -> Any:
     """Return the typer option for a declaration."""
     choices = option.completions or option.choices
     return typer.Option(
@@ -224,7 +224,7 @@ def _measure_and_show(
 
 
 def _find_hint(feature: Feature, command: Command, result: Any, values: Mapping[str, Any]) -> str | None:
-    """Return the first hint that applies, or what the feature suggests for these results; None without records."""
+    """Return what the feature suggests for these results, else the first hint that applies; None without records."""
     if hasattr(result, "layers") and not (result.layers or getattr(result, "whole", ())):
         return None
     suggested = feature.load(command.suggest)(result, values) if command.suggest else None
@@ -287,7 +287,7 @@ def _make_argument(argument: Argument) -> Parameter:
 
 def _make_parameter(name: str, kind: Any, option: Option) -> Parameter:
     """Return the parameter of an option."""
-    annotation: Any = Annotated[_value_type(kind, option), typer_option(name, option)]
+    annotation: Any = Annotated[_value_type(kind, option), make_typer_option(name, option)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=annotation)
 
 

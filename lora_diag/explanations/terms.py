@@ -179,7 +179,7 @@ def find_terms(words: str) -> list[Term]:
 
 
 def find_nearest(words: str) -> list[str]:
-    """Return up to five words with a similar spelling; without any, words whose meaning mentions it."""
+    """Return up to five words: those of a similar spelling, then those whose meaning mentions the given ones."""
     spellings = {_normalize(word): term.word for term in all_terms() for word in (term.word, *term.others) if word}
     close = [spellings[word] for word in get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)]
     mentioned = [term.word for term in all_terms() if words.casefold() in term.text.casefold()]

@@ -210,7 +210,7 @@ def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> I
 
 
 def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield an alarm for each update that one direction dominates, or that is larger than the base weight."""
+    """Yield an alarm for each update that one direction dominates, or whose σ_1 exceeds ‖W_base‖_F."""
     limit = policy.checks.spike_above
     for record in _select_records(sources, *_SPECTRUM_FIELDS):
         if record.metric != "weights" or record.spike is None or len(record.s) < 2:

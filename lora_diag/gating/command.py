@@ -37,7 +37,12 @@ def run_gate(
     overwrite: bool,
     **options: Unpack[GateOptions],
 ) -> int:
-    """Judge results, write and print the verdicts, and return the exit code."""
+    """Judge results, write and print the verdicts, and return the exit code.
+
+    Raises:
+        UsageError: Options contradict each other, there are no results, or an output may not be replaced.
+        InputError: An input cannot be read, or an output cannot be written.
+    """
     files, baseline, card = list(paths), options["baseline"], model_card
     if github and shown.json:
         raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")

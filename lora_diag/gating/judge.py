@@ -252,7 +252,7 @@ def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding
 
 
 def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> tuple[bool, str]:
-    """Return whether enough of the selected subjects have a value, and a description; empty if nothing is missing."""
+    """Return whether enough of the selected subjects have a value, and how many do; empty if all that changed do."""
     unjudged = [finding.subject for finding in findings if finding.reason]
     judged = [finding.subject for finding in findings if not finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
@@ -310,7 +310,7 @@ class Waivers:
         self.used: set[Waiver] = set()
 
     def of(self, rule: str, layer: str | None) -> Waiver | None:
-        """Return the waiver of a rule for a layer; for the whole run only a waiver of all layers."""
+        """Return the first active waiver of a rule for a layer, or for the whole run; None without one."""
         return next((waiver for waiver in self.active if waiver.covers(rule, layer or "")), None)
 
     def apply(self, verdict: Verdict) -> Verdict:

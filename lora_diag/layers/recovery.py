@@ -432,14 +432,14 @@ def recover_layer(
         "information": size.information,
         "fit_chi": fit.chi,
         "fit_misplaced": fit.misplaced,
-        "fit_uneven": fit.uneven,
+        "fit_uneven": fit.unevenness,
         "scales": scales is not None,
         "kurtosis": model.law.shape.kurtosis if scales is None and model.recovered is None else None,
     }
     if fit.is_rejected(start):
         reason = (
             f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over binades of |W|, "
-            f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by {fit.uneven:.0%} with |W|; "
+            f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by {fit.unevenness:.0%} with |W|; "
             "possible causes: training without float32 master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
@@ -558,7 +558,7 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
         density = fit_density(cells, size.deviation)
         fro, error, kurtosis = density.deviation * math.sqrt(cells.count), density.error, density.kurtosis
     misplaced = MISFIT_PER_MISPLACED * model.fit.misplaced
-    uneven = MISFIT_PER_UNEVEN * min(model.fit.uneven, MAX_UNEVENNESS)
+    uneven = MISFIT_PER_UNEVEN * min(model.fit.unevenness, MAX_UNEVENNESS)
     return fro, math.hypot(error, misfit, misplaced, uneven), kurtosis
 
 

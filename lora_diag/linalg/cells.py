@@ -471,7 +471,7 @@ class Binades:
         sums: For every binade, float64: the number of entries, the number of changed ones, Σ of the probabilities p of
             a change, Σ p(1 − p), Σ E[(x − L)²]/s², Σ of its squares, and Σ of the fractions of the variance that cells
             remove.
-        most_uneven: Largest ``uneven`` of an accepted fit.
+        most_uneven: Largest ``unevenness`` of an accepted fit.
     """
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(7, _BINADES, dtype=torch.float64))
@@ -516,7 +516,7 @@ class Binades:
 
     @property
     def _variation(self) -> tuple[float, float]:
-        """Return the standard deviation of log s_b over binades, weighted by Σq, and that of its errors.
+        """Standard deviation of log s_b over binades, weighted by Σq, and that of its errors.
 
         Both are 0 with fewer than two usable binades.
         """
@@ -533,7 +533,7 @@ class Binades:
         return math.sqrt(variance), math.sqrt(float((weight * error**2).sum()))
 
     @property
-    def uneven(self) -> float:
+    def unevenness(self) -> float:
         """Standard deviation of the logarithm of the size over binades, beyond its error."""
         spread, error = self._variation
         return math.sqrt(max(0.0, spread**2 - error**2))
@@ -541,6 +541,6 @@ class Binades:
     def is_rejected(self, start: str) -> bool:
         """Return whether the model does not fit, given the assumed start of training."""
         spread, error = self._variation
-        if self.uneven > self.most_uneven and spread > MAX_UNEVENNESS_ERRORS * error:
+        if self.unevenness > self.most_uneven and spread > MAX_UNEVENNESS_ERRORS * error:
             return True
         return (self.chi or 0.0) > MAX_CHI and self.misplaced > MAX_MISPLACED[start]

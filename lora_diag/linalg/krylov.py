@@ -312,7 +312,7 @@ def decompose_krylov(
 def _decompose(
     matrix: Matrix, fro: float, top: int, vectors: bool, tol: float, seed: int, max_columns: int, budget: float
 ) -> Factors | None:
-    """Compute the values as ``decompose_krylov``; a solver that fails raises ``LinAlgError``."""
+    """Compute the values as ``decompose_krylov``, or None; a solver that fails raises ``LinAlgError``."""
     is_wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if is_wide else matrix
     generator = torch.Generator().manual_seed(seed)
@@ -360,7 +360,7 @@ def first_basis(top: int, vectors: bool = False) -> int:
 def may_be_cheaper(shape: tuple[int, ...], top: int, vectors: bool = False) -> bool:
     """Return whether K values of a matrix may be cheaper than all of them.
 
-    Losing the first two checks has to be cheap, and a typical success to gain.
+    They may if two failed checks cost at most ``LOSS`` of a full method, and a typical success at most ``WORTH``.
 
     Args:
         shape: ``(m, n)``.

@@ -304,7 +304,7 @@ def write_spacings(values: Tensor, out: Tensor) -> int:
 
 
 def write_spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
-    """As ``write_spacings``; p is a scalar on the GPU.
+    """Write spacings as ``write_spacings``, without reading from the GPU: p is a scalar there.
 
     Example:
         >>> out = torch.empty(3)
@@ -511,7 +511,7 @@ class Energies:
             self.sums[2] += torch.bincount(part, squares.square_(), minlength=_BINS)
 
     def add_on_gpu(self, block: Tensor, base: Tensor) -> None:
-        """As ``add``, in integers, whose sums are the same in any order: relative to 2⁻³⁶ of the largest of a bin."""
+        """Add a block as ``add``, in multiples of 2⁻³⁶ of a bin's largest term: integers add up alike in any order."""
         bins, squares = _compute_bins(base).to(torch.int64), block.reshape(-1).to(torch.float64).square()
         largest = torch.zeros_like(self.sums[0]).scatter_reduce_(0, bins, squares, "amax").clamp_(min=1e-300)
         shares = squares / largest[bins]

@@ -95,7 +95,7 @@ def panel(
 ) -> Axes:
     """Draw one panel of a figure; ``lora_diag.plots.NAME`` draws that of the figure of this name.
 
-    A figure with a panel per module type has all layers in this one.
+    A figure with a panel per module type has all layers in this one, whatever its ``name``.
 
     Args:
         figure: One of ``FIGURES``.
@@ -111,7 +111,7 @@ def panel(
         The Axes drawn on.
 
     Raises:
-        UsageError: The records cannot be drawn, or there is no panel of this name.
+        UsageError: There is no such figure or panel, or the records cannot be drawn.
 
     Example:
         >>> import lora_diag
@@ -132,7 +132,7 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
         **options: Of ``figure``.
 
     Raises:
-        UsageError: There is no such figure, or the records cannot be drawn.
+        UsageError: There is no such figure, an option is invalid, or the records cannot be drawn.
     """
     drawable = (spec.name for spec in FIGURES if why_not(spec.name, results, **options) is None)
     name = name or next(drawable, None)
@@ -251,10 +251,11 @@ def plot(
         **options: ``PlotOptions``.
 
     Returns:
-        All figures, drawn or not, in the order of ``lora_diag.plots.FIGURES``.
+        The requested figures, drawn or not, in the order of ``lora_diag.plots.FIGURES``.
 
     Raises:
-        UsageError: The figure, field or format does not exist, or the requested figure cannot be drawn.
+        UsageError: There are no results, an argument is invalid or contradicts another one, or the requested figure
+            cannot be drawn.
         InputError: A results file cannot be read, or a figure cannot be written.
         NothingComparedError: No figure can be drawn from these records.
 

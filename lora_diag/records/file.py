@@ -350,7 +350,7 @@ class ResultsWriter(Generic[L]):
         return tuple(written[len(first) :])
 
     def _write(self, path: Path, content: bytes, ends: bool) -> None:
-        """Hand lines to the system, now and then to the disk; after the last line, replace an old run.
+        """Write lines, sync them every ``SYNC_SECONDS`` and after the last one, which also replaces an old run.
 
         Raises:
             InputError: They cannot be written.

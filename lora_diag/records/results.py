@@ -160,7 +160,7 @@ class Results(Generic[L]):
         return replace(self, layers=layers, left_out=left_out, end=end)
 
     def records(self) -> Iterator[AnyRecord]:
-        """Yield every record in the order of the file."""
+        """Yield every record: the run, layers, the run as a whole, skipped tensors, the end; the order of ``write``."""
         yield self.run
         yield from self.layers
         yield from self.whole
@@ -333,7 +333,10 @@ def _count_words(words: Iterable[str]) -> str:
 
 
 def _describe_main_value(settings: Mapping[str, Any], records: Sequence[Any]) -> str | None:
-    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``, or frequent words."""
+    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``, or frequent words.
+
+    None without a main value.
+    """
     kinds: Iterable[type[Any]] = dict.fromkeys(map(type, records))
     for kind in kinds:
         own = [record for record in records if type(record) is kind]

@@ -327,11 +327,11 @@ def is_verbose() -> bool:
 
 
 def summary_of(statements: Sequence[Statement], next_command: str | None = None) -> RenderableType:
-    """Return a summary for a terminal: labels and statements.
+    """Return a summary for a terminal: labels and statements, within the limit of ``limit_lines``.
 
     Args:
         statements: Statements in order.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
     """
     last = [make_statement("next", "Next", next_command, priority=0)] if next_command else []
     return _Summary((*statements, *last), _MAX_LINES.get())

@@ -265,14 +265,14 @@ def grids_table(
     color: bool = False,
     next_command: str | None = None,
 ) -> str:
-    """Return tables with a summary below.
+    """Return tables as text, with a summary below.
 
     Args:
         grids: The tables.
         statements: The summary.
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
     """
     tables = [part for grid in grids for part in grid.shown(width)]
     return to_text(Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color)

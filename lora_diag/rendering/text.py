@@ -207,7 +207,7 @@ def span(values: Iterable[int], to: str = "-") -> str:
 
 
 def select_evenly(items: Sequence[T], count: int) -> list[T]:
-    """Return at most ``count`` items, evenly spaced, including the first and the last.
+    """Return at most ``count`` items (2 or more), evenly spaced, including the first and the last.
 
     >>> select_evenly([0, 1, 2, 3, 4], 3)
     [0, 2, 4]

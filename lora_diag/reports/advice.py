@@ -259,7 +259,10 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _find_gap(evidence: Evidence) -> Facts | None:
-    """Find the gap of the best adapter if all are worse than the full fine-tune."""
+    """Return the gap of the best adapter if all are worse than the full fine-tune; None otherwise.
+
+    None also if an adapter of a higher rank is worse than one of a lower rank.
+    """
     contests = evidence.contests
     if not contests or any(contest.outcome != "worse" for contest in contests) or evidence.higher_rank_is_worse:
         return None
@@ -269,7 +272,10 @@ def _find_gap(evidence: Evidence) -> Facts | None:
 
 
 def _find_small_rank(evidence: Evidence) -> Facts | None:
-    """Find matrices in which the largest adapter's rank, or ``DEFAULT_RANK``, holds less than half of the energy."""
+    """Return the matrices in which the largest adapter's rank, or ``DEFAULT_RANK``, holds less than half of the energy.
+
+    None without any, or if an adapter of a higher rank is worse.
+    """
     capacities = evidence.capacities
     too_small = sorted((item for item in capacities if item.kept < MIN_ENERGY), key=lambda item: item.kept)
     if not too_small or evidence.higher_rank_is_worse:
@@ -300,7 +306,10 @@ def _find_small_rank(evidence: Evidence) -> Facts | None:
 
 
 def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
-    """Find the smallest rank of the update that keeps its gain, or without that its energy in every matrix."""
+    """Return the smallest rank of the update that keeps its gain; without losses, its energy in every matrix.
+
+    None if no measured rank does, or if energy alone cannot decide.
+    """
     truncated_rank = 0
     for source, records in evidence.losses("truncation"):
         settings = source.results.run.settings
@@ -339,7 +348,7 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
 
 
 def _find_scale(evidence: Evidence) -> Facts | None:
-    """Find adapters with the right direction and the wrong scale in at least half of their layers."""
+    """Return the adapters with the right direction and a wrong scale in at least half of their layers; None without."""
     factor_by_path: dict[str, float] = {}
     layers: list[str] = []
     hint = ""
@@ -370,7 +379,7 @@ def _scale(record: Residual) -> float:
 
 
 def _find_unknown_loss(evidence: Evidence) -> Facts | None:
-    """Find distances without a loss, or adapters whose loss is not known well enough."""
+    """Return the adapters whose loss is not measured, or not well enough; None without distances, or with any loss."""
     unknown = tuple(contest.name for contest in evidence.contests if contest.outcome == "not known")
     if unknown:
         state = "; ".join(f"{c.name} is {format_gap(c.worst)} nats from the full fine-tune" for c in evidence.contests)

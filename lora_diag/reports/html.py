@@ -73,7 +73,7 @@ def images_of(evidence: Evidence) -> list[Image]:
     images = []
     for name, kind, title, field in kinds:
         if plots.why_not(kind, runs, field=field) is None:
-            svg = plots.encoded(plots.figure(kind, runs, field=field, files=files), "svg")
+            svg = plots.encode_figure(plots.figure(kind, runs, field=field, files=files), "svg")
             images.append(Image(name, title, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"))
     return images
 

@@ -178,7 +178,7 @@ def _list_layers(layers: Sequence[str]) -> str:
 
 
 def code(text: str, limit: int = NAME) -> str:
-    r"""Return a code span for any text in a table, with a fence longer than any run of backticks in it.
+    r"""Return a code span for any text in a table, truncated to ``limit``, with a fence longer than its backticks.
 
     >>> code("q_proj"), code("a`b|c")
     ('`q_proj`', '``a`b\\|c``')

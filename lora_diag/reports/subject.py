@@ -159,7 +159,9 @@ HEADLINE = 15
 
 
 def _split_headline(answer: str) -> tuple[str, str]:
-    """Return the first clauses of an answer, at most ``HEADLINE`` words, and the rest; all words if there is no clause.
+    """Return the first clauses of an answer, at most ``HEADLINE`` words, and the rest.
+
+    If even the first clause is longer, return its first ``HEADLINE`` words and the whole answer.
 
     >>> _split_headline("no: r=8 keeps 31% (of 99); " + "word " * 15 + "end")[0]
     'no: r=8 keeps 31% (of 99)'

@@ -131,7 +131,7 @@ class Payload:
 
         runs = list(self.results)
         return {
-            kind.name: plots.encoded(plots.figure(kind.name, runs), "png")
+            kind.name: plots.encode_figure(plots.figure(kind.name, runs), "png")
             for kind in plots.FIGURES
             if plots.why_not(kind.name, runs) is None
         }

@@ -234,5 +234,5 @@ def test_change_proportional_to_weight_is_uneven(growth, bad):
     result = np.array([size(binade == b) for b in np.unique(binade)])
     weight = np.array([known[binade == b].sum() for b in np.unique(binade)])
     spread = math.sqrt(np.cov(result, aweights=weight, ddof=0))
-    assert counts.uneven == pytest.approx(spread if bad else 0.0, rel=0.15, abs=0.02)
-    assert (counts.uneven > counts.most_uneven) is bad
+    assert counts.unevenness == pytest.approx(spread if bad else 0.0, rel=0.15, abs=0.02)
+    assert (counts.unevenness > counts.most_uneven) is bad

@@ -249,16 +249,16 @@ def test_panel_draws_on_given_axes(name):
 
 @pytest.mark.parametrize("kind", plots.FORMATS)
 def test_same_records_give_same_bytes(kind):
-    made = [plots.encoded(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
+    made = [plots.encode_figure(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
     assert made[0] == made[1]
     assert b"2026" not in made[0] or kind == "png"
 
 
 def test_users_settings_do_not_change_page():
     results = making.results(making.model(2))
-    page = plots.encoded(plots.figure("energy", results), "svg")
+    page = plots.encode_figure(plots.figure("energy", results), "svg")
     with mpl.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "svg.fonttype": "path"}):
-        assert plots.encoded(plots.figure("energy", results), "svg") == page
+        assert plots.encode_figure(plots.figure("energy", results), "svg") == page
 
 
 def test_undrawable_record_states_reason():

@@ -150,7 +150,7 @@ ESCAPED = [case for case in CASES if case[0] == "hostile"]
 @pytest.mark.parametrize("case", ESCAPED, ids=title)
 def test_svg_is_well_formed_with_text(case):
     _, name, results, options = case
-    content = plots.encoded(plots.figure(name, results, **options), "svg")
+    content = plots.encode_figure(plots.figure(name, results, **options), "svg")
     root = ElementTree.fromstring(content)
     assert "".join(root.itertext()).strip()
     assert "alert(1)" not in "".join(element.tag for element in root.iter())

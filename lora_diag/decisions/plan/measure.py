@@ -64,7 +64,7 @@ RULES = (
 
 
 def apply_capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
-    """Return the parameters and the rank required by each rule.
+    """Return the parameters and the rank required by each rule; a rank above every min(m, n) is null.
 
     Args:
         chosen: The matrices that LoRA is put on.

@@ -98,7 +98,7 @@ def describe_outliers(records: Sequence[Fleet]) -> list[list[str]]:
 
 
 def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: an exact comparison of the nearest two adapters, or of all if they are few."""
+    """Return the next step: an exact comparison of the nearest two adapters, or of all if they are few; else None."""
     paths, pairs = [record.adapter for record in results.layers], _find_pairs(results.layers)
     compared = [paths[pairs[0].first], paths[pairs[0].second]] if pairs else paths
     if not 1 < len(compared) <= _MAX_NAMED:

@@ -212,7 +212,7 @@ def _refuse_peft_old(contents: Contents, together: bool) -> str:
 
 
 def _apply_peft_old(contents: Contents, item: Item, together: bool) -> Outcome:
-    """Return the treatment of an item by PEFT before 0.15, or with ``together`` before 0.14."""
+    """Return the treatment of an item by PEFT 0.14, or with ``together`` (one key decides r and α) by earlier ones."""
     if together and item.part == "bias" and contents.config.get("lora_bias"):
         return Outcome("dropped", why="lora_bias is not known to it")
     if item.part not in {"factors", "embedding", "convolution"}:

@@ -275,7 +275,7 @@ def judge_or_fix(
 
 
 def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
-    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if both are zero.
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if ΔW is zero.
 
     Both adapters are opened and read, and their updates are compared in factored form.
 

@@ -274,7 +274,7 @@ def find_fault(trial: Trial) -> Fault:
 
 
 def _find_scale(trial: Trial) -> Fault | None:
-    """Test a scale other than 1 that leaves only rounding: no other cause is needed."""
+    """Return the fault of a scale other than 1 that leaves only rounding: no other cause is needed; else None."""
     fit = fit_scale(trial)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
@@ -290,7 +290,7 @@ def _find_scale(trial: Trial) -> Fault | None:
 
 
 def find_precise_scale(trial: Trial) -> Fault | None:
-    """Test a scale other than 1 that explains the entries if ΔW was computed in float32, where 1 does not.
+    """Return the fault of a scale that explains the entries if ΔW was computed in float32, where 1 does not; else None.
 
     In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
     chance MIN_COHERENCE more in one than in the other, of MIN_LINES, with probability
@@ -378,7 +378,7 @@ def fit_scale(trial: Trial) -> Fit | None:
 
 
 def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
-    """Test a merge in float32 or float16 whose ΔW was computed less precisely (bfloat16, TF32): correct, not exact."""
+    """Return the fault of a ΔW less precise (bfloat16, TF32) than MERGED, if it explains every entry; else None."""
     if trial.rounding.roundoff >= BFLOAT16_ROUNDOFF:
         return None
     rounded = trial.task.list_rounded_scales(torch.bfloat16, torch.float16)
@@ -399,7 +399,7 @@ def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
 
 
 def _find_partial(trial: Trial) -> Fault | None:
-    """Test whether some rows (or columns) have the update and all others have none."""
+    """Return the fault of rows (or columns) without the update, if all others have it; else None."""
     for axis, word in enumerate(("rows", "columns")):
         differs, changed = trial.check.beyond[axis] > 0, trial.check.beyond_base[axis] > 0
         if differs.any() and changed.any() and not (differs & changed).any():
@@ -409,7 +409,7 @@ def _find_partial(trial: Trial) -> Fault | None:
 
 
 def _choose_hypothesis(trial: Trial) -> Fault | None:
-    """Test every common fault; of those that explain the layer, return the one with the fewest unexplained entries."""
+    """Return the common fault that explains the layer with the fewest unexplained entries; None if none does."""
     fitting: list[tuple[int, float, Fault]] = []
     for fault, check in _list_hypotheses(trial):
         near = check.residual <= min(_limit_residual(check.expected, check.allowed), trial.check.residual / 2)
@@ -502,7 +502,7 @@ def _find_nearest_layer(task: MergedLayer) -> tuple[str, Addend] | None:
 
 
 def _find_few_entries(trial: Trial) -> Fault | None:
-    """Test whether few of the entries are wrong."""
+    """Return the fault of a few wrong entries; None if they are many."""
     check = trial.check
     if check.count >= FEW_ENTRIES * check.entries:
         return None
@@ -510,7 +510,7 @@ def _find_few_entries(trial: Trial) -> Fault | None:
 
 
 def _find_rounded_base(trial: Trial) -> Fault | None:
-    """Test a merge into a base that was loaded in a shorter dtype than MERGED's."""
+    """Return the fault of a base loaded in a shorter dtype than MERGED's, if it explains the entries; else None."""
     for dtype in (torch.bfloat16, torch.float16):
         if LAYOUT[dtype][2] >= LAYOUT[trial.rounding.dtype][2]:
             continue
@@ -521,7 +521,7 @@ def _find_rounded_base(trial: Trial) -> Fault | None:
 
 
 def _find_uneven_scale(trial: Trial) -> Fault | None:
-    """Test whether scales fitted to each row, or column, explain the entries, where they differ between stretches."""
+    """Return the fault of a scale that differs by row, or column, if fitted ones explain the entries; else None."""
     stretches = trial.check.uneven
     if not stretches:
         return None

@@ -23,7 +23,7 @@ def changes_of(records: Iterable[LayerRecord]) -> str:
 
 
 def metric_suffix(records: Iterable[LayerRecord]) -> str:
-    """Return a suffix that names the metric of all records, if other than that of the weights; else empty."""
+    """Return a suffix that names the metric if it is common to all records and not that of the weights; else empty."""
     metrics = metrics_of(records)
     return f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
 
@@ -112,7 +112,7 @@ def _iterate_numbers(content: Any, prefix: str) -> Iterable[str]:
 
 
 def format_cell(value: float) -> str:
-    """Return a number for a cell of a heat map: two decimals, fewer from 10 on, an exponent far from 1.
+    """Return a number for a heat map: whole ones without decimals, others with two, fewer from 10 on, or an exponent.
 
     >>> format_cell(0.4123), format_cell(12.0), format_cell(1234.5), format_cell(2.6e-5)
     ('0.41', '12', '1234', '3e-05')

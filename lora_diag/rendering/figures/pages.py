@@ -129,7 +129,7 @@ def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
 
 
 def make_figure(page: Page, style: PageStyle) -> Figure:
-    """Draw a page; taller than its style if its panels need it."""
+    """Draw a page; taller than its style if its panels need it, and lower only if the page may be (``low``)."""
     count, panels = len(page.panels), list(page.panels)
     columns = page.columns or choose_columns(count, style, page.share)
     width, default = style.width / columns, (1.0 if page.share else 1.9) * style.panel
@@ -167,7 +167,7 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
 
 
 def collect_keys(axes: Iterable[Axes]) -> list[Key]:
-    """Return the labels of what is drawn, each once, in the order of drawing."""
+    """Return a legend entry for each label of what is drawn, in the order of drawing."""
     drawn = [(label, handle) for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)]
     first = dict(reversed(drawn))
     return [Key(first[label], label) for label in dict.fromkeys(label for label, _ in drawn)]
@@ -253,7 +253,7 @@ def draw_panel(
         results: Results of a run, or its records.
         kind: Kind of the records drawn; empty for all.
         ax: Axes to draw on; None for those of a new figure.
-        name: Name of the panel; default the first.
+        name: Name of the panel; default the first. Not used by a page with a panel for this purpose (``whole``).
         options: Options of the figure.
 
     Returns:

@@ -84,7 +84,7 @@ def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...
 
 
 def stack_panels(panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], style: PageStyle) -> list[Panel]:
-    """Return panels of full width that have the slots of all runs as x axis, named below the last panel."""
+    """Return panels with a common x axis, the slots of all runs, whose names are below the last panel."""
     slots = list({slot.name: slot for run_slots in runs for slot in run_slots}.values())
     short = crop_names([slot.name for slot in slots], LONGEST)
     places = [round(float(slot.edges.mean())) for slot in slots]

@@ -255,7 +255,7 @@ def choose_rank(measured: Collection[int], options: Options) -> int:
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
-    """Return the start of a subtitle: the label of the run, or the inputs that all runs share; else empty."""
+    """Return the start of a caption: the label of the run, or the inputs that all runs share; else empty."""
     if len(series) == 1:
         return f"{series[0].label}; " if series[0].label else ""
     measured = {run_name(item.run) if item.run is not None else "" for item in series}

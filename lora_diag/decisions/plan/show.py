@@ -27,10 +27,12 @@ from lora_diag.rendering.text import byte_count, percent, quantity, safe, short
 def suggest_next(plan: Plan, values: Mapping[str, Any]) -> Hint:
     """Return the next command: ``tune``, which trains within the budget and needs no fine-tune.
 
-    The budget is that of the plan, 10M parameters without one, or that of rank 1 if the plan's allows no rank.
+    The budget is that of the plan, rank 16 in every layer without one, or rank 1 if the plan's allows no rank.
     """
     params, memory = values["params"], values["memory_budget"]
-    budget = ["--memory-budget", str(memory)] if memory and not params else ["--params", str(params or "10M")]
+    budget = ["--params", str(params or 16 * plan.per_rank)]
+    if memory and not params:
+        budget = ["--memory-budget", str(memory)]
     if plan.fit is not None and not plan.fit.rank:  # the budget allows no rank: name the smallest that does
         budget = ["--params", str(plan.per_rank)]
     data = shlex.quote(str(values["data"] or "train.jsonl"))
@@ -128,7 +130,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
         make_statement(
             "targets",
             "LoRA on",
-            f"{matrices} matrices with {plan.targeted:,} entries; each rank trains {plan.per_rank:,} parameters",
+            f"{matrices} matrices with {plan.targeted:,} entries; each unit of r trains {plan.per_rank:,} parameters",
         ),
         make_statement(
             "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)

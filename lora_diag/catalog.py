@@ -185,7 +185,7 @@ def table(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
         values: Arguments and options of the command; the feature's table or statements get those that their
             parameters name.
 

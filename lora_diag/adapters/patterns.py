@@ -181,7 +181,7 @@ class Scale:
 
     @property
     def known(self) -> float | None:
-        """Return s if headers determine it; None if it is stored in the file."""
+        """The factor s if headers determine it; None if its α is stored in the file."""
         return None if self.alpha else self.factor
 
 
@@ -191,7 +191,7 @@ def make_scale(source: AdapterFiles, alpha: str, rank: int) -> Scale:
 
 
 def compute_scale(checkpoint: Checkpoint, scale: Scale) -> float:
-    """Return s, reading α if it is stored in the file."""
+    """Return s, reading α if it is stored in the file, where an α of 0 counts as the rank."""
     if not scale.alpha:
         return scale.factor
     read_alpha = checkpoint.read_array if checkpoint.decodes(scale.alpha) else partial(read, checkpoint)

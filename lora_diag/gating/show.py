@@ -128,7 +128,7 @@ def verdict_table(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: Not used: verdicts are always listed by layer.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
     """
     bad = [verdict for verdict in verdicts_of(results) if STATUSES[verdict.status].style]
     shown = _choose_rows(bad)

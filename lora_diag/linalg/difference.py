@@ -274,7 +274,7 @@ def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, f
 
 
 def _measure_sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
-    """As ``_measure_sizes``, without reading them."""
+    """Return the three results of ``_measure_sizes`` as scalars on the GPU, without waiting for them."""
     norms = []
     for matrix in (block, base):
         if matrix.dtype == torch.float64:  # the squares may underflow or overflow

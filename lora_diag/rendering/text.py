@@ -218,7 +218,7 @@ def select_evenly(items: Sequence[T], count: int) -> list[T]:
 
 
 def ends(values: Sequence[float], form: str) -> str:
-    """Return the smallest and the largest of several numbers; a dash for fewer than two.
+    """Return the range of several numbers as text, from the smallest to the largest; a dash for fewer than two.
 
     >>> ends([0.25, 0.125], ".3f"), ends([0.25, -0.125], ".3f"), ends([0.25], ".3f")
     ('0.125-0.250', '-0.125 to 0.250', '-')

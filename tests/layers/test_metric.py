@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, size
+from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, estimate_bytes
 from lora_diag.errors import InputError, UsageError
 from lora_diag.layers.metric import Root, weighting_bytes
 from lora_diag.metrics.resolution import weighted_edge
@@ -308,7 +308,7 @@ def test_memory_of_layer_counts_second_moments(pair_of_models, tmp_path):
     delta = next(delta for delta in compared.pairing.deltas if delta.layer == UP)
     plain = SpectrumSettings()
     assert (
-        size(Layer(delta, weighting), plain) - size(Layer(delta), plain)
+        estimate_bytes(Layer(delta, weighting), plain) - estimate_bytes(Layer(delta), plain)
         == weighting_bytes(weighting, (16, 12))
         > 8 * 12 * 12
     )

@@ -300,7 +300,7 @@ class GradientRecorder(TrainerCallback):
         self._writer = ResultsWriter(self.output, run)
 
     def _record(self, scaler: Any) -> None:
-        """If a snapshot is due, save the gradients or compare them, on the main process; the others only average.
+        """Save or compare the gradients, on the main process, if a snapshot is due; other processes only average them.
 
         Raises:
             UsageError: No selected weight has a gradient.

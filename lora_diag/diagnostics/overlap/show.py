@@ -136,7 +136,7 @@ def overlap_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to shade κ with ANSI colours.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
         show_rank: The rank to show; default as in ``tracks``.
 
     Returns:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def size(layer: Layer, settings: SpectrumSettings) -> int:
+def estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: ΔW, the data metric, and the estimate before rounding."""
     extra_bytes = weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
     if settings.recover and isinstance(layer.delta, StoredDelta):

@@ -178,6 +178,6 @@ def _estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     if is_thin(layer, settings):
         return footprint(layer.delta)
-    from lora_diag.diagnostics.spectrum.measure import size
+    from lora_diag.diagnostics.spectrum.measure import estimate_bytes
 
-    return size(layer, settings)
+    return estimate_bytes(layer, settings)

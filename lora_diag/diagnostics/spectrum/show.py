@@ -108,7 +108,7 @@ def spectrum_table(
         width: Width of the terminal in columns; the layout adapts from 80 to 140.
         color: Whether to shade C(r) with ANSI colours.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
-        next_command: The suggested next command, printed last.
+        next_command: The suggested next command, printed last; None without one.
 
     Returns:
         Lines of text, without a trailing newline.

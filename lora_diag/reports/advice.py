@@ -274,8 +274,12 @@ def _find_gap(evidence: Evidence) -> Facts | None:
 def _find_small_rank(evidence: Evidence) -> Facts | None:
     """Return the matrices in which the largest adapter's rank, or ``DEFAULT_RANK``, holds less than half of the energy.
 
-    None without any, or if an adapter of a higher rank is worse.
+    None without any, if an adapter of a higher rank is worse, and if direction is the largest part of ε² in more than
+    half of the adapted matrices: these adapters found other solutions, which may be as good.
     """
+    adapted = [record for records in evidence.compared.values() for record in records if record.rank]
+    if 2 * sum(record.limited_by == "direction" for record in adapted) > len(adapted):
+        return None
     capacities = evidence.capacities
     too_small = sorted((item for item in capacities if item.kept < MIN_ENERGY), key=lambda item: item.kept)
     if not too_small or evidence.higher_rank_is_worse:
@@ -288,14 +292,6 @@ def _find_small_rank(evidence: Evidence) -> Facts | None:
         "layers": tuple(item.layer for item in too_small),
         "named": list_names([item.layer for item in too_small]),
     }
-    adapted = {path: [r for r in records if r.rank] for path, records in evidence.compared.items()}
-    by_rank = [r.limited_by == "rank" for records in adapted.values() for r in records]
-    facts["limits"] = (
-        f"But rank is the larger part of ε in {sum(by_rank)} of {len(by_rank)} adapted matrices: the adapter found "
-        "another solution, which may be as good."
-        if by_rank and 2 * sum(by_rank) < len(by_rank)
-        else ""
-    )
     if evidence.update is None:
         measure = ("spectrum", evidence.path_of("base"), evidence.path_of("tuned"), "-o", "spectrum.jsonl")
         return facts | {"action": "Measure which rank the update needs", "then": measure}
@@ -452,7 +448,7 @@ RULES = (
         _find_small_rank,
         "{action}",
         "Rank {rank} can hold less than half of the energy in {short} of {count} matrices, at worst {worst}: {named}. "
-        f"{{limits}} {ENERGY}",
+        + ENERGY,
         "{then}",
         (*_LOSS_RULES, "tuned", "sweep", "sufficient rank"),
     ),

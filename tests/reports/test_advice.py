@@ -104,6 +104,13 @@ def test_small_rank_without_spectrum_suggests_measurement():
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
 
+@pytest.mark.parametrize(("by_direction", "rules"), [(15, []), (14, ["raise the rank"])])
+def test_rank_is_not_raised_for_other_solutions(by_direction, rules):
+    limits = ["direction"] * by_direction + ["rank"] * (28 - by_direction)
+    records = [residual(layer, 4, kept=0.1, limited_by=limit) for layer, limit in zip(names(4), limits, strict=True)]
+    assert told(model(flat_to(40, 512)), residuals(records)) == rules
+
+
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 def test_wrong_scale_comes_before_rank(factor):
     records = [residual(layer, 16, kept=0.4, cosine=0.6, scale=factor, limited_by="scale") for layer in names(4)]

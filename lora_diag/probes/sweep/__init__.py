@@ -65,7 +65,7 @@ FEATURE = Feature(
     statements=".show:sweep_lines",
     grids=".show:sweep_grids",
     section=Section("Rank sweep", order=11, losses=True),
-    questions=(("on", "Which rank does training need?"), ("shifted", "Do shifted sets need the same rank?")),
+    questions=(("on", "Which rank does training need?"),),
     figures=(
         Figure(
             "sweep",

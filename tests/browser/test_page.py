@@ -84,13 +84,6 @@ def put(page, element: str, value: str, event: str) -> None:
     )
 
 
-def test_page_opens_and_draws(page):
-    assert len(curves(page)) == 2
-    assert page.js("document.querySelectorAll('#heat .heatmaplayer image, #heat .heatmaplayer .hm').length") > 0
-    assert page.js("getComputedStyle(document.querySelector('.static-figures')).display") == "none"
-    assert page.js("document.documentElement.scrollWidth") <= 1280
-
-
 def test_clicking_cell_changes_curves(page):
     before = curves(page)
     click_cell(page, 3, 1)
@@ -163,14 +156,6 @@ def test_page_filters_rows(page, options, kept):
     wanted = [record.layer.removesuffix(".weight") for record in small()[0] if kept(record)]
     assert column(page, 0) == wanted
     assert page.js("document.getElementById('count').textContent") == f"{len(wanted)} of 14 layers"
-
-
-def test_page_row_can_be_selected(page):
-    page.click(*center(page, "#table button[data-layer='5']"))
-    page.wait("document.getElementById('energy').data.length === 1")
-    assert page.js("document.querySelector('#table tr.on button').getAttribute('aria-pressed')") == "true"
-    page.click(*center(page, "#chosen button"))
-    page.wait("document.getElementById('energy-figure').hidden")
 
 
 def test_address_restores_page_state(page, report):
@@ -275,24 +260,6 @@ def test_page_elements_have_accessible_names(page):
     levels = page.js("[...document.querySelectorAll('h1, h2, h3')].map((e) => Number(e.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_page_has_no_horizontal_overflow(page, report, width):
-    page.size(width, 900, mobile=width < 500)
-    page.open(report)
-    assert page.js("document.documentElement.scrollWidth") <= width
-    page.size(width, page.js("document.documentElement.scrollHeight"), mobile=width < 500)
-    page.freeze_layout()
-    overlapping = (
-        "[...document.querySelectorAll('main > *, .answers li, .charts figure')]"
-        ".flatMap((a, i, all) => all.slice(i + 1).filter((b) => !a.contains(b) && !b.contains(a))"
-        ".filter((b) => { const [p, q] = [a, b].map((e) => "
-        "e.getBoundingClientRect()); return p.width && q.width && p.left < q.right - 1 && q.left < p.right - 1 && "
-        "p.top < q.bottom - 1 && q.top < p.bottom - 1; })).length"
-    )
-    assert page.js(overlapping) == 0
-    page.size(1280)
 
 
 @pytest.mark.parametrize("also", [False, True], ids=["losses alone", "with weights"])

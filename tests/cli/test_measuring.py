@@ -60,38 +60,3 @@ def test_interrupted_run_is_resumed(loradiag, tmp_path, command):
         assert loradiag(*words).code == 2
         assert loradiag(*words, "--resume").code == 0
         assert (tmp_path / "r.jsonl").read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (("interference", R4), 2, "at least two updates"),
-        (("interference", R4, R4), 2, "given twice"),
-        (("interference", BASE, TUNED), 2, "at least two updates"),
-        (("interference", R4, R16, "--weights", "1"), 2, "1 weights for 2"),
-        (("interference", R4, R16, "--weights", "1,x"), 2, "--weights"),
-        (("interference", R4, R16, "--density", "2"), 2, "--density"),
-        (("interference", R4, R16, "--resume"), 2, "-o"),
-        (("interference", R4, R16, "--spectrum", "no/u.jsonl"), 3, "no folder"),
-        (("interference", R4, "nowhere"), 3, "nowhere"),
-        (("intruders", BASE, TUNED, "--epsilon", "1"), 2, "--epsilon"),
-        (("intruders", BASE, TUNED, "--window", "-1"), 2, "--window"),
-        (("intruders", BASE, TUNED, "--top", "0"), 2, "--top"),
-        (("intruders", BASE, TUNED, "--resume"), 2, "-o"),
-        (("intruders", R4, BASE), 2, "not BASE"),
-        (("intruders", BASE, "nowhere"), 3, "nowhere"),
-        (("residual", BASE, TUNED), 2, "at least one ADAPTER"),
-        (("residual", BASE, TUNED, TUNED), 2, "TUNED itself"),
-        (("residual", BASE, TUNED, R4, "--layers", "("), 2, "not a valid regular expression"),
-        (("residual", BASE, TUNED, R4, "--layers", "lm_head"), 4, "no weight of the adapter can be measured"),
-        (("residual", BASE, TUNED, R4, "--resume"), 2, "-o"),
-        (("residual", BASE, TUNED, "nowhere"), 3, "nowhere"),
-        (("residual", R4, TUNED, R16), 2, "not BASE"),
-    ],
-)
-def test_error_is_one_message_with_exit_code(loradiag, tmp_path, words, code, message):
-    ran = loradiag(*words)
-    assert ran.code == code, ran.err
-    assert message in ran.err
-    assert len(ran.err.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ No input of these commands exists, so what refuses an output did it before any w
 import inspect
 import json
 import os
-import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,6 @@ import pytest
 import typer.main
 
 import lora_diag
-from lora_diag.cli import main
 from lora_diag.cli.app import application
 from lora_diag.files import PAGE, write_whole
 from lora_diag.records import Run, to_line, totals
@@ -76,16 +75,9 @@ def names_of(words, name):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["loradiag", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, capsys.readouterr().err
-
-    return command
+def run(run):
+    """Return the exit code of a command and what it writes to standard error."""
+    return lambda *words: attrgetter("code", "err")(run(*words))
 
 
 def state(folder):

@@ -52,22 +52,6 @@ def test_non_finite_gradient_exits_3_after_others(loradiag, inputs, tmp_path):
     assert json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])["layers"] == 10
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "text"),
-    [
-        (["--rank", "0"], 2, "--rank"),
-        (["--resume"], 2, "--resume"),
-        (["--layers", "nowhere"], 4, "--exclude leaves out"),
-        (["g/10.safetensors"], 3, "step 10 is also in"),
-    ],
-)
-def test_errors_are_one_message_and_write_nothing(loradiag, inputs, tmp_path, words, code, text):
-    ran = loradiag("overlap", *inputs, *words, *([] if words == ["--resume"] else ["-o", "o.jsonl"]))
-    assert ran.code == code
-    assert text in ran.err
-    assert not (tmp_path / "o.jsonl").exists()
-
-
 def test_control_characters_from_files_are_escaped(loradiag, inputs, tmp_path):
     name = "evil\x1b[2J.weight"
     for folder, scale in (("base", 0.0), ("tuned", 1.0)):
@@ -86,18 +70,3 @@ def test_ranks_are_allocated_from_gradients(loradiag, inputs):
     allocated = [record for record in ran.records if record["record"] == "allocation"]
     assert sum(record["rank"] for record in allocated) <= 12
     assert {record["source"] for record in allocated} == {"gradients"}
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (["--gradients", "g/0.safetensors", "g/10.safetensors"], "repeat --gradients"),
-        (["base", "tuned", "--gradients", "g"], "BASE alone"),
-        (["--gradients", "g", "--alpha-is-rank"], "--alpha-is-rank"),
-        (["--gradients", "g", "--recover"], "--recover"),
-    ],
-)
-def test_what_gradients_exclude_is_refused(loradiag, inputs, words, text):
-    ran = loradiag("spectrum", *words)
-    assert ran.code == 2
-    assert text in ran.err

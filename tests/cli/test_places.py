@@ -1,12 +1,11 @@
 """Where output goes is looked at before any work, by one rule for all commands: folders are not made of a typo."""
 
 import os
-import sys
+from operator import attrgetter
 
 import pytest
 
 import lora_diag
-from lora_diag.cli import main
 from lora_diag.cli.options import check_output
 from lora_diag.errors import InputError
 from tests.conftest import ROOT
@@ -31,18 +30,10 @@ WRITERS = [
 
 
 @pytest.fixture
-def told(monkeypatch, capsys, tmp_path):
+def told(run):
     """Run a command in this process, next to results; return its exit code and output."""
-    monkeypatch.chdir(tmp_path)
     lora_diag.spectrum(*PAIR, layers="o_proj", output="r.jsonl")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["loradiag", *words])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, capsys.readouterr().err
-
-    return run
+    return lambda *words: attrgetter("code", "err")(run(*words))
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))

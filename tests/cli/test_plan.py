@@ -20,20 +20,6 @@ def test_json_is_one_record(loradiag):
     assert record["fit"] is None
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--params", "1 million"], "--params 1 million"),
-        (["--ranks", "x"], "--ranks x"),
-        (["--cost", "--top", "0"], "--top 0"),
-    ],
-)
-def test_plan_usage_errors(loradiag, words, message):
-    ran = loradiag("plan", BASE, *words)
-    assert (ran.code, ran.out) == (2, "")
-    assert message in ran.err
-
-
 def test_unknown_architecture_message_states_fix(loradiag, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     ran = loradiag("plan", "config.json")

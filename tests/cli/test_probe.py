@@ -34,20 +34,6 @@ def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [(["--ranks", "x"], 2), (["--resume"], 2), (["--eval", "nowhere.txt"], 3)],
-    ids=str,
-)
-def test_errors_give_one_message_and_exit_code(loradiag, pair, words, code):
-    base, tuned, text, _ = pair
-    given = [] if "--eval" in words else ["--eval", text]
-    ran = loradiag("probe", "truncation", base, tuned, *given, *words)
-    assert ran.code == code
-    assert words[-1] in ran.err
-    assert ran.out == ""
-
-
 def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path):
     base, _, text, _ = pair
     ran = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")

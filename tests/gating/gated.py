@@ -1,7 +1,8 @@
 """Verdicts with hostile names, of every status, for the reports of a gate."""
 
 from lora_diag.gating.record import Verdict
-from lora_diag.records import End, Results, Run, RunInput
+from lora_diag.records import Results
+from tests import building
 
 HOSTILE = "model.\x1b[2J::error::x%0A,:\n|<b>`*&\"'\u202e\ud800 ]]>.weight"
 
@@ -13,12 +14,8 @@ def verdict(status="failed", rule="drift", layer="model.layers.0.mlp.up_proj.wei
 
 
 def results(*verdicts: Verdict, role="policy", path="gates/p.toml") -> Results:
-    inputs = (
-        RunInput(role=role, path=path, kind="a policy", tensors=0),
-        RunInput(role="results", path="r.jsonl", kind="loradiag spectrum", tensors=9),
-    )
-    run = Run(command="gate", version="0.1.0", inputs=inputs, settings={"today": "2026-11-25"})
-    return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
+    inputs = ((role, path), ("results", "r.jsonl"))
+    return building.results((), command="gate", inputs=inputs, whole=verdicts, today="2026-11-25")
 
 
 ONE_OF_EACH = (

@@ -15,8 +15,9 @@ from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.record import Sensitivity
-from lora_diag.records import Agreement, End, Probe, Results, Run, RunInput
+from lora_diag.records import Agreement, Probe
 from lora_diag.tuning.record import Tune, TuneTrial
+from tests import building
 from tests.building import build, layer_spectrum
 
 # The command of a kind of record, where they are not called the same.
@@ -54,7 +55,7 @@ def model(blocks, types=TYPES, values=32, **more):
     ]
 
 
-def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", rank=8, role="adapter"):
+def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", rank=8, **more):
     """Return the record of an adapter whose distance follows from norms, an angle and a floor."""
     distances = {}
     if fro:
@@ -66,8 +67,8 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
         scaled = {"best_scale": cosine * fro / other, "epsilon_best_scale": float(np.sqrt(1 - cosine**2))}
         distances |= {"cosine": cosine, **scaled}
     norms = {"fro": fro, "adapter_fro": other, "base_fro": 10.0, "energy_error": 0.0}
-    where = {"layer": layer, "shape": (32, 64), "adapter": adapter, "role": role, "rank": rank}
-    return build(Residual, **where, **norms, **distances)
+    where = {"layer": layer, "shape": (32, 64), "adapter": adapter, "role": "adapter", "rank": rank}
+    return build(Residual, **where | norms | distances | more)
 
 
 def residuals(blocks, types=TYPES, adapter="runs/lora_r8"):
@@ -236,19 +237,10 @@ def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0")
     return result
 
 
-def results(records, whole=(), name="tuned", settings=None):
+def results(records, whole=(), name="tuned"):
     kind = records[0].record if records else "spectrum"
-    run = Run(
-        command=COMMANDS.get(kind, kind),
-        version="0",
-        inputs=(
-            RunInput(role="base", path="models/base", kind="", tensors=1),
-            RunInput(role="tuned", path=f"models/{name}", kind="", tensors=1),
-        ),
-        settings=settings or {"ranks": [8, 16]},
-    )
-    end = End(layers=len(records), left_out=0, fro=None, base_fro=None)
-    return Results(run, tuple(records), (), end, tuple(whole))
+    sides = [("base", "models/base"), ("tuned", f"models/{name}")]
+    return building.results(records, command=COMMANDS.get(kind, kind), inputs=sides, whole=tuple(whole), ranks=[8, 16])
 
 
 def probe(probe, subject, loss, *, name="held_out", shifted=False, **more):
@@ -333,14 +325,16 @@ def adapted(units=("mlp.up_proj", "self_attn.q_proj"), sets=("held_out", "other"
     return result
 
 
-def probed(records, name="tuned", command="probe sweep", **settings):
+SETTINGS = {"length": 32, "dtype": "float32", "device": "cpu", "tokens": "bytes", "batch": 8, "steps": 9, "seed": 0}
+SETTINGS |= {"tolerance": 0.02, "targets": "all-linear", "alpha_over_rank": 2, "optimizer": "AdamW", "rest": "tuned"}
+
+
+def probed(records, name="tuned", command="probe sweep", adapters=(), **settings):
     """Return a run that has these probe records."""
-    inputs = [
-        RunInput(role=role, path=f"models/{path}", kind="", tensors=1)
-        for role, path in (("base", "base"), ("tuned", name), ("eval", "held_out.txt"))
-    ]
-    run = Run(command=command, version="0", inputs=tuple(inputs), settings={"tolerance": 0.02, "steps": 9, **settings})
-    return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), tuple(records))
+    sides = [("base", "models/base"), ("tuned", f"models/{name}"), *(("adapter", path) for path in adapters)]
+    return building.results(
+        (), command=command, inputs=[*sides, ("eval", "held_out.txt")], whole=tuple(records), **SETTINGS | settings
+    )
 
 
 def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"), **how):

@@ -6,8 +6,9 @@ from lora_diag import catalog
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records import End, LeftOut, Resolution, Results, Run, RunInput
-from tests.building import build, layer_spectrum
+from lora_diag.records import LeftOut, Resolution, Results, Run
+from tests.building import build, layer_spectrum, results
+from tests.plots import making as plots
 
 RANKS = (4, 8, 16, 32, 64)
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -36,14 +37,11 @@ def spectrum(layer: str, s: np.ndarray, verdict: str = "resolved", shape=None, m
 
 
 def run(command: str, *inputs: tuple[str, str], **settings) -> Run:
-    sides = tuple(RunInput(role=role, path=path, kind="safetensors file", tensors=9) for role, path in inputs)
-    return Run(command=command, version="0.1.0", inputs=sides, settings={"ranks": list(RANKS), **settings})
+    return results((), command=command, inputs=inputs, **{"ranks": list(RANKS), **settings}).run
 
 
 def spectra(records, left_out=(), inputs=(("base", "base"), ("tuned", "full_ft"))) -> Results:
-    records = tuple(records)
-    end = End(layers=len(records), left_out=len(left_out), fro=1.0, base_fro=1.0)
-    return Results(run("spectrum", *inputs), records, tuple(left_out), end)
+    return results(records, inputs=inputs, left_out=tuple(left_out), norms=1.0, ranks=list(RANKS))
 
 
 def vector(layer: str, fro: float) -> LeftOut:
@@ -64,36 +62,14 @@ def residual(
 ) -> Residual:
     """Return a layer's record for an adapter that would be nearest at ``scale`` times its scale."""  # fmt: skip
     cosine = kept**0.5 if cosine is None else cosine
-    ratio = cosine / scale if rank else 0.0
-    epsilon = (1 - 2 * ratio * cosine + ratio**2) ** 0.5
-    return build(
-        Residual,
-        layer=layer,
-        shape=(128, 128),
-        adapter=adapter,
-        role="adapter",
-        rank=rank,
-        fro=fro,
-        base_fro=1.0,
-        adapter_fro=ratio * fro,
-        energy_error=1e-9,
-        limited_by=limited_by if rank else "not adapted",
-        resolution=build(Resolution, verdict=verdict),
-        epsilon=epsilon,
-        epsilon_min=(1 - kept) ** 0.5 if rank else 1.0,
-        excess=epsilon**2 - (1 - kept),
-        norm_ratio=ratio,
-        cosine=cosine if rank else None,
-        best_scale=scale if rank else None,
-        epsilon_best_scale=(1 - cosine**2) ** 0.5 if rank else None,
-    )
+    floor, other = ((1 - kept) ** 0.5, cosine / scale * fro) if rank else (1.0, 0.0)
+    seen = {"limited_by": limited_by if rank else "not adapted", "resolution": build(Resolution, verdict=verdict)}
+    return plots.residual(layer, fro, other, cosine, floor, adapter=adapter, rank=rank, shape=(128, 128), **seen)
 
 
 def residuals(records, adapters=("lora",)) -> Results:
-    records = tuple(records)
-    end = End(layers=len(records), left_out=0, fro=1.0, base_fro=1.0)
     inputs = (("base", "base"), ("tuned", "full_ft"), *(("adapter", name) for name in adapters))
-    return Results(run("residual", *inputs), records, (), end)
+    return results(records, command="residual", inputs=inputs, norms=1.0, ranks=list(RANKS))
 
 
 def overlap(layer: str, step: int, kappa: float, tangent: float, rank: int = 16, verdict: str = "resolved") -> Overlap:
@@ -105,9 +81,8 @@ def overlap(layer: str, step: int, kappa: float, tangent: float, rank: int = 16,
 
 
 def overlaps(records) -> Results:
-    records = tuple(records)
-    end = End(layers=len({record.layer for record in records}), left_out=0, fro=None, base_fro=None)
-    return Results(run("overlap", ("base", "base"), ("tuned", "full_ft"), ("gradients", "grads")), records, (), end)
+    inputs = (("base", "base"), ("tuned", "full_ft"), ("gradients", "grads"))
+    return results(records, command="overlap", inputs=inputs, ranks=list(RANKS))
 
 
 def seven_billion(blocks: int = 32, values: int = 4096) -> Results:

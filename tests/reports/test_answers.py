@@ -1,10 +1,8 @@
 """Answers are statements found by the keys that features declare: a key of one side only would empty an answer."""
 
 import ast
-import re
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import ANY
 
 import pytest
 
@@ -12,7 +10,7 @@ from lora_diag.catalog import features
 from lora_diag.rendering.losses import on_set
 from lora_diag.rendering.statements import describe_resolution
 from lora_diag.reports.evidence import Evidence, Source
-from lora_diag.reports.subject import _split_headline, answers
+from lora_diag.reports.subject import answers
 from tests.reports.making import names, overlap, overlaps, residual, residuals, spectra, spectrum
 from tests.reports.test_advice import EASY
 
@@ -67,15 +65,3 @@ def test_answers_of_two_updates_name_their_run():
 def test_page_without_records_has_no_answer():
     assert answers(Evidence(())) == []
     assert ask(spectra([])) == [answer for answer in ask(spectra([])) if "no matrix" in answer.says]
-
-
-def test_headline_is_at_most_15_words_and_nothing_is_lost():
-    unresolved = spectra([spectrum(n, EASY, "unresolved") for n in names(3)])
-    for answer in ask(UPDATE, ADAPTER, GRADIENTS, unresolved):
-        assert len(answer.says.split()) <= 15, answer.says
-    long = "no (of 3, all): " + "; ".join(f"word{i} and more of it" for i in range(30))
-    assert _split_headline(long) == ("no (of 3, all): word0 and more of it; word1 and more of it", ANY)
-    for text in (long, "one", "word " * 40 + "end", "a (" + "b, " * 30 + ")"):
-        headline, rest = _split_headline(text)
-        assert len(headline.split()) <= 16
-        assert set(re.findall(r"\w+", text)) == set(re.findall(r"\w+", headline + " " + rest))

@@ -9,10 +9,11 @@ from scipy import stats
 
 from lora_diag.probes.outputs.show import choose_adapters, outputs_lines
 from lora_diag.probes.sweep.verdict import verdicts
-from lora_diag.records import End, Probe, Results, Run, RunInput
+from lora_diag.records import Probe, RunInput
 from lora_diag.rendering.losses import gap_half
 from lora_diag.rendering.statements import find
 from tests import oracles
+from tests.building import results
 from tests.messages import assert_names
 from tests.reports.making import flat_to, names, residual, residuals
 from tests.reports.test_advice import EASY, evidence, model, steps, told
@@ -24,9 +25,7 @@ def probe(kind, subject, loss, *, name="own", shifted=False, **more):
 
 def run(command, records, **settings):
     sides = (("base", "my base"), ("tuned", "full_ft"), ("eval", "own.txt"))
-    inputs = tuple(RunInput(role=role, path=path, kind="", tensors=1) for role, path in sides)
-    end = End(layers=0, left_out=0, fro=None, base_fro=None)
-    return Results(Run(command=command, version="0", inputs=inputs, settings=settings), (), (), end, tuple(records))
+    return results((), command=command, inputs=sides, whole=tuple(records), **settings)
 
 
 def outputs(adapters, base=2.0, tuned=1.0, error=0.01, sets=("own",), shifted=()):

@@ -22,8 +22,6 @@ from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.errors import InconclusiveError, UsageError
 from lora_diag.rendering.statements import limit_lines
-from lora_diag.reports.advice import advice
-from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.tuning import planning
 from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
@@ -318,42 +316,13 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
     assert again == result
 
 
-def test_tune_lines_name_reason_of_missing_baseline(case):
-    """The record of the choice has no gain of full fine-tuning in three cases, which the trials distinguish."""
+def test_doubtful_rank_is_marked_in_short_summary(case):
     *_, result, _, _ = case
     (choice,) = result.whole_of(Tune)
-    choice = choice.model_copy(update={"gain_of_full": None, "share_of_full": None, "seeds": 1})
-    others = tuple(one for one in result.whole if not isinstance(one, Tune | TuneTrial))
-    trials = [one for one in result.whole_of(TuneTrial) if one.set == choice.set]
-    own = next(one for one in trials if one.variant == f"uniform-r{choice.rank}")
-    full = next(one for one in trials if one.variant == "full")
-
-    def lines(*trials, rate=choice.lr):
-        chosen = choice.model_copy(update={"lr": rate})
-        return {one.key: one.text for one in tune_lines(replace(result, whole=(*others, *trials, chosen)))}
-
-    assert "1 seed)" in lines()["gain"]
+    others = tuple(one for one in result.whole if not isinstance(one, Tune))
     doubtful = replace(result, whole=(*others, choice.model_copy(update={"significant": False})))
     with limit_lines(8):
         assert "NOT shown to be enough" in " ".join(tune_table(doubtful, next_command="train").split())
-    for trials, word in (((), "not trained"), ((full,), "gains nothing")):
-        assert word in lines(*trials)["gain"]
-    assert "diverged" in lines(full.model_copy(update={"loss": None}))["gain"]
-    rates = [own.model_copy(update={"lr": rate}) for rate in (1e-3, 1e-2, 1e-1)]
-    assert "edge" not in lines(*rates, rate=1e-2)
-    assert "lowest" in lines(*rates, rate=1e-3)["edge"]
-    assert "highest" in lines(*rates, rate=1e-1)["edge"]
-
-
-def test_tune_report_stays_within_its_budget(case):
-    """Its first step is to train with the chosen configuration; none asks for another sweep."""
-    *_, result, folder, _ = case
-    (choice,) = result.whole_of(Tune)
-    sources = [Source(name, read_results(folder / name)) for name in ("tune.jsonl", "sweep.jsonl", "spectrum.jsonl")]
-    first, *others = advice(Evidence(tuple(sources)))
-    assert first.do.startswith(f"Train with this configuration: r={choice.rank}")
-    assert first.argv[1:3] == ("probe", "outputs")
-    assert not [step for step in others if "sweep" in step.argv]
 
 
 def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from torch.func import functional_call
 
 import lora_diag
 from lora_diag.catalog import read_results
-from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
@@ -437,65 +436,6 @@ def test_every_layer_has_eigenvalues_of_its_own_block(case, by_layer):
         assert record.eigenvalues[0] <= joint.eigenvalues[0] * 1.001
     assert joint.params == 512
     assert joint.gradient == pytest.approx(math.hypot(*(record.gradient for record in layers)), rel=1e-5)
-
-
-def test_ctrl_c_leaves_resumable_file(case, by_layer, tmp_path):
-    base, tuned, text = case
-    options = {"evaluate": [text], **BOTH}
-
-    def stop(event):
-        assert event.done <= event.total
-        if event.label == "r=4":
-            raise KeyboardInterrupt
-
-    cut = tmp_path / "cut.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_curvature(base, tuned, output=cut, on_progress=stop, **options)
-    assert [r.rank for r in read_results(cut).whole if r.record == "loss_bound"] == [0, 0]
-    labels = []
-    message = []
-    lora_diag.probe_curvature(
-        base,
-        tuned,
-        output=cut,
-        resume=True,
-        on_progress=lambda event: labels.append(event.label),
-        on_note=message.append,
-        **options,
-    )
-    assert "r=0" not in labels
-    assert message[0].startswith("about ")
-    assert cut.read_text() == by_layer[1].read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"ranks": (-1,)}, UsageError, "ranks=-1"),
-        ({"along": (1.5,)}, UsageError, "along=1.5"),
-        ({"along": (math.nan,)}, UsageError, "along=nan"),
-        ({"top": 0}, UsageError, "top=0"),
-        ({"probes": 0}, UsageError, "probes=0"),
-        ({"per": "type"}, UsageError, "per=type"),
-        ({"seed": -1}, UsageError, "seed=-1"),
-        ({"dtype": "bfloat16"}, UsageError, "dtype=bfloat16: Hessian-vector products have errors"),
-        ({"layers": "nobody"}, NothingComparedError, "no matrix"),
-        ({"evaluate": ["a", "b"]}, InputError, "no such file"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(case, tmp_path, change, error, message):
-    base, tuned, text = case
-    options = {"evaluate": [text], "output": tmp_path / "c.jsonl", "tokenizer": "bytes", **change}
-    for after in (tuned, None):
-        with pytest.raises(error, match=message):
-            lora_diag.probe_curvature(base, after, **options)
-    assert not (tmp_path / "c.jsonl").exists()
-
-
-def test_curvature_uses_one_set(case):
-    with pytest.raises(UsageError, match="give one file"):
-        lora_diag.probe_curvature(case[0], evaluate=[case[2], case[2]])
 
 
 def test_curvature_command_writes_records(case, loradiag, tmp_path):

@@ -8,9 +8,7 @@ import torch
 import transformers
 
 import lora_diag
-from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.probes.fisher.measure import Tail
-from lora_diag.probes.fisher.record import Fisher
 from tests.messages import assert_names
 from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
 
@@ -178,40 +176,6 @@ def test_reused_layer_gradients_sum_before_square():
     assert tail.total.tolist() == [8, -4, 0]
     assert tail.take_input(torch.ones(5, 2), torch.ones(1, 3, dtype=torch.bool)) is None
     assert_names(tail.problem, "laid", "sequence")
-
-
-def test_interrupted_run_resumes_after_last_layer(models, tmp_path, monkeypatch):
-    base, tuned, text = models
-    options = {"data": text, "ranks": (2, 4), "measure": True, "layers": r"h\.0\."}
-    whole = lora_diag.probe_fisher(base, tuned, **options)
-
-    def stop(record):
-        if isinstance(record, Fisher) and "c_fc" in record.layer:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "f.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_fisher(base, tuned, output=out, on_record=stop, **options)
-    kept = len(lora_diag.read_results(out).whole)
-    assert 0 < kept < len(whole.whole)
-    seen = []
-    resumed = lora_diag.probe_fisher(base, tuned, output=out, resume=True, on_record=seen.append, **options)
-    assert resumed.whole == whole.whole == lora_diag.read_results(out).whole
-    assert lora_diag.probe_fisher(base, tuned, output=out, resume=True, **options).whole == whole.whole
-
-
-def test_invalid_options_are_refused(models, tmp_path):
-    base, tuned, text = models
-    with pytest.raises(UsageError, match="labels"):
-        lora_diag.probe_fisher(base, tuned, data=text, labels="mine")
-    with pytest.raises(UsageError, match="ranks"):
-        lora_diag.probe_fisher(base, tuned, data=text, ranks=(0,))
-    with pytest.raises(UsageError, match="give one file"):
-        lora_diag.probe_fisher(base, tuned, data=text, evaluate=[text, text])
-    with pytest.raises(InputError, match="no such file"):
-        lora_diag.probe_fisher(base, tuned, data=tmp_path / "none.txt")
-    with pytest.raises(NothingComparedError):
-        lora_diag.probe_fisher(base, tuned, data=text, layers="nothing")
 
 
 def test_fisher_command_prints_layers(models, tmp_path, loradiag):

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as dense_hadamard
 
 import lora_diag
-from lora_diag.catalog import read_results, table
-from lora_diag.errors import UsageError
-from lora_diag.models import training
-from lora_diag.models.data import read_texts
-from lora_diag.models.opening import open_model
-from lora_diag.models.training import Training
-from lora_diag.probes.intrinsic import measure as intrinsic
+from lora_diag.catalog import table
 from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, count_scales, hadamard
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import best_rates, find_reached, select_lines
@@ -59,15 +53,6 @@ def test_projection_and_its_adjoint_match_definition(size, dim, seed):
     (pulled,) = torch.autograd.grad(one.times(z) @ w, z)
     np.testing.assert_allclose(pulled.numpy(), truth.T @ w.double().numpy(), atol=1e-4)
     np.testing.assert_allclose(one.times(z).detach().numpy(), truth @ z.detach().double().numpy(), atol=1e-4)
-
-
-def test_columns_have_norm_1_and_little_to_do_with_each_other():
-    _, result, _ = drawn(20_000, 50, 20_000, 0)
-    products = (result.T @ result).double()
-    assert (products.diagonal() - 1).abs().max() < 0.15
-    assert (products - torch.diag(products.diagonal())).abs().max() < 0.08
-    z = torch.randn(50)
-    assert float((result @ z).norm() / z.norm()) == pytest.approx(1, abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -153,26 +138,6 @@ def measured(base, texts, tmp_path_factory):
     return result, output
 
 
-def test_training_loss_is_of_last_tenth_and_base_is_in_eval_mode(base, texts, monkeypatch):
-    model = open_model(base, CPU)
-    total = sum(weight.numel() for weight in model.module.parameters())
-    run = intrinsic.IntrinsicRun("subspace", 5, 1e-3, 0, "plain", total)
-    words = run, Training(read_texts(texts[1], model), 20, 1, 0), [], lambda: None
-    losses = map(float, range(20))
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "mean_loss", lambda *_: torch.tensor(next(losses), requires_grad=True))
-        assert intrinsic.train_in_subspace(model, *words) == ([], 18.5)
-
-    def stopped(tuned, *_):
-        tuned.module.train()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(intrinsic, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        intrinsic.train_in_subspace(model, *words)
-    assert not any(module.training for module in model.module.modules())
-
-
 def test_runs_equal_plain_loop(base, texts, measured):
     train, held = texts
     records = measured[0].whole
@@ -196,32 +161,6 @@ def test_runs_equal_plain_loop(base, texts, measured):
     assert {r.params for r in lora} == {2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)}
     with torch.no_grad():
         assert records[0].loss == pytest.approx(model.eval()(input_ids=ids_of(held), labels=ids_of(held)).loss.item())
-
-
-def test_ctrl_c_leaves_resumable_file(base, texts, measured, tmp_path):
-    train, held = texts
-
-    def stop(event):
-        if event.label.startswith("d=40") and "seed 1" in event.label:
-            raise KeyboardInterrupt
-
-    cut, options = tmp_path / "cut.jsonl", {"data": train, "evaluate": [held], "steps": 5, "batch": 3, **OPTIONS}
-    with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_intrinsic(base, output=cut, on_progress=stop, **options)
-    assert len(read_results(cut).whole) == 1 + 2 + 4 + 1
-    seen, text = [], []
-    lora_diag.probe_intrinsic(
-        base,
-        output=cut,
-        resume=True,
-        on_progress=lambda event: seen.append((event.label, event.done, event.total)),
-        on_note=text.append,
-        **options,
-    )
-    assert {label.split()[0] for label, *_ in seen} == {"d=40", "r=1"}
-    assert seen[-1][1] == seen[-1][2] == len(seen)
-    assert_names(text[0], "1 run", "5 steps")
-    assert cut.read_text() == measured[1].read_text()
 
 
 def planted(records):
@@ -290,27 +229,6 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     text = table(result, 80)
     assert_names(text, "fine-tuning gains")
     assert all(len(line) <= 80 for line in text.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dims": (0,)}, "dims=0"),
-        ({"dims": (10**6,)}, "dims=1000000: the model has only"),
-        ({"dims": (6,), "method": "said"}, "dims=6: method said trains 6 scales"),
-        ({"method": "other"}, "method=other"),
-        ({"paces": (math.nan,)}, "paces=nan"),
-        ({"full_rates": ()}, "full_rates"),
-        ({"lora_rates": (-1.0,)}, "lora_rates=-1"),
-        ({"share": 1.0}, "share=1"),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16: rounds away most steps"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(base, texts, tmp_path, change, message):
-    with pytest.raises(UsageError, match=message):
-        lora_diag.probe_intrinsic(base, data=texts[0], evaluate=[texts[1]], output=tmp_path / "s.jsonl", **change)
-    assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_intrinsic_command_runs(base, texts, loradiag):

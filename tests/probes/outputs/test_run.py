@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -15,9 +14,8 @@ import lora_diag
 import lora_diag.probes.outputs.measure as measuring
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
-from lora_diag.models.data import Sequence, Texts
 from tests import oracles
-from tests.messages import assert_names, raises_naming
+from tests.messages import assert_names
 from tests.probes.making import SAMPLES, bert, gpt2, ids_of, moved, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
@@ -104,15 +102,6 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
 
 
-def test_outputs_chunks_stay_within_memory(monkeypatch):
-    config = SimpleNamespace(vocab_size=100, num_hidden_layers=3, hidden_size=5)
-    model = SimpleNamespace(kind="causal", module=SimpleNamespace(config=config))
-    texts = Texts("x", "x", (Sequence((1,) * 7, (1,) * 7),) * 10, "0", "")
-    each = 2 * 4 * 7 * (100 + 4 * 5)  # float32 numbers of every token: logits, embeddings and three blocks; two models
-    monkeypatch.setattr(measuring, "OUTPUT_BYTES", 6 * each)
-    assert [len(chunk.sequences) for chunk in measuring.iterate_chunks(model, texts, 2)] == [6, 4]
-
-
 def test_hidden_states_are_compared_depth_by_depth(case):
     base, tuned, adapter, _, text = case
     result = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
@@ -173,23 +162,6 @@ def test_results_are_independent_of_adapter_order(tmp_path):
         return {r.name: (r.loss, r.kl) for r in lora_diag.probe_outputs(base, tuned, order, evaluate=[text]).whole}
 
     assert losses(one, two) == losses(two, one)
-
-
-def test_finished_set_is_not_measured_again(small, tmp_path):
-    base, tuned, other, text = small
-    sets = [text, some_text(tmp_path, "second", source="shifted")]
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-
-    def run(output, **more):
-        seen = []
-        lora_diag.probe_outputs(base, tuned, [other], evaluate=sets, output=output, on_progress=seen.append, **more)
-        return seen
-
-    assert len(run(whole)) == 6
-    cut.write_text("".join(whole.read_text().splitlines(keepends=True)[:5]))
-    assert len(run(cut, resume=True)) == 3
-    assert cut.read_text() == whole.read_text()
-    assert read_results(cut).end is not None
 
 
 def test_run_begun_with_other_sequences_is_not_resumed(small, tmp_path):
@@ -259,13 +231,3 @@ def test_first_model_is_tuned_unless_it_is_an_equal(tmp_path, monkeypatch, given
         save_file({"a.weight": torch.ones(1)}, tmp_path / name / file)
     monkeypatch.setattr(measuring, "probe_outputs", lambda base, tuned, others: (tuned, others))
     assert measuring.compare_models("base", models, given) == (tuned, others)
-
-
-def test_missing_or_repeated_input_is_refused(small):
-    base, tuned, _, text = small
-    with raises_naming(UsageError, "least", "ADAPTER"):
-        lora_diag.probe_outputs(base, tuned, evaluate=[text])
-    with raises_naming(UsageError, "reference", "tuned"):
-        lora_diag.probe_outputs(base, None, [tuned], reference=base, evaluate=[text])
-    with pytest.raises(UsageError, match="TUNED itself"):
-        lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

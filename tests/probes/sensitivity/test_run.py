@@ -1,7 +1,6 @@
 """Layers adapted alone, against a training loop written without the package; gradients against autograd in float64."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -10,17 +9,15 @@ import transformers
 
 import lora_diag
 import lora_diag.models.training
-from lora_diag.catalog import read_results, table
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.catalog import table
+from lora_diag.errors import InputError, UsageError
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import read_texts
-from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
-from lora_diag.models.training import Cell
 from lora_diag.probes.sensitivity import measure as sensitivity
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from tests import oracles
-from tests.messages import assert_names, mentions, raises_naming
+from tests.messages import assert_names, mentions
 from tests.probes.making import bert, gpt2, ids_of, lettered, moved, some_text, tensors, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -140,42 +137,6 @@ def test_gradients_leave_base_frozen_and_are_finite_or_error(case):
         sensitivity.compute_gradients(model, layers, texts, 2, lambda: None)
 
 
-def test_unit_of_several_layers_has_parameters_of_all(case):
-    texts = read_texts(case[1], open_model(case[0], torch.device("cpu")), 2)
-    losses = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
-    unit = sensitivity.Unit("h.0", ("a", "b"), ("a", "b"), (32, 80))
-    assert [name for name in ("a", "b", "c") if re.fullmatch(unit.targets, name)] == ["a", "b"]
-    assert sensitivity.record_of(texts, losses, unit, Cell(4, 1e-3, 0), losses).params == 4 * (32 + 80)
-
-
-def test_ctrl_c_leaves_resumable_file(case, measured, tmp_path):
-    base, options = case[0], options_of(case)
-    steps = []
-
-    def stop(event):
-        steps.append(event.label)
-        if event.label.startswith("transformer.h.1.attn.c_proj.weight r=3 lr=0.03 seed 5") and len(steps) > 2:
-            raise KeyboardInterrupt
-
-    cut = tmp_path / "cut.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_sensitivity(base, output=cut, on_progress=stop, **options)
-    before = len(runs_of(read_results(cut)))
-    assert before == 2 + 2 * (3 + 1)
-    labels, text = [], []
-    resumed = {"output": cut, "resume": True, "on_note": text.append}
-    lora_diag.probe_sensitivity(
-        base, on_progress=lambda event: labels.append((event.label, event.done, event.total)), **resumed, **options
-    )
-    assert cut.read_text() == measured[1].read_text()
-    assert not any(label.startswith(("transformer.h.1.attn.c_proj.weight r=2", "gradient")) for label, *_ in labels)
-    assert text[0].startswith("about ")
-    assert "8 runs of 4 steps" in text[0]
-    assert labels[-1][1] == labels[-1][2] == len(labels)
-    with raises_naming(UsageError, "other settings", "delta"):
-        lora_diag.probe_sensitivity(base, output=cut, resume=True, **(options | {"delta": None}))
-
-
 def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
     base, train, held, _ = case
     real = lora_diag.models.training.rate_at
@@ -246,20 +207,3 @@ def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tm
     other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
     with pytest.raises(UsageError, match="no gain of a layer"):
         lora_diag.allocate(other, total_rank=2, weights=measured[1])
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"rank": 0}, UsageError, "rank=0"),
-        ({"delta": 0}, UsageError, "delta=0"),
-        ({"per": "head"}, UsageError, "per=head: unknown value; use layer, block, type"),
-        ({"layers": "nobody"}, NothingComparedError, "no linear layer is selected"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(case, tmp_path, change, error, message):
-    base, train, held, _ = case
-    with pytest.raises(error, match=message):
-        lora_diag.probe_sensitivity(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)
-    assert not (tmp_path / "s.jsonl").exists()

@@ -14,7 +14,7 @@ import lora_diag
 import lora_diag.models.training
 import lora_diag.running.probing
 from lora_diag.catalog import read_results, table
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import UsageError
 from lora_diag.models.opening import keep_open
 from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
@@ -65,36 +65,6 @@ def test_sweep_runs_equal_plain_training_loop(case):
         truth = model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
     assert result.whole[0].subject == "base"
     assert result.whole[0].loss == pytest.approx(truth, abs=1e-5)
-
-
-def test_ctrl_c_leaves_resumable_file(case, tmp_path):
-    base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "ranks": (1, 2), "rates": (1e-2, 3e-2), "steps": 3, "widen": 0}
-    lora_diag.probe_sweep(base, output=tmp_path / "whole.jsonl", **options)
-
-    def stop_in_the_third_run(event):
-        if event.label.startswith("r=2 lr=0.01") and event.done > 2:
-            raise KeyboardInterrupt
-
-    cut = tmp_path / "cut.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        lora_diag.probe_sweep(base, output=cut, on_progress=stop_in_the_third_run, **options)
-    assert [r.rank for r in read_results(cut).whole] == [None, 1, 1]
-    labels, text = [], []
-    lora_diag.probe_sweep(
-        base,
-        output=cut,
-        resume=True,
-        on_progress=lambda event: labels.append((event.label, event.done, event.total)),
-        on_note=text.append,
-        **options,
-    )
-    assert {label for label, *_ in labels if label.startswith("r=1")} <= {
-        f"r=1 lr={lr} seed 1" for lr in ("0.01", "0.03")
-    }
-    assert text[0].startswith("about ")
-    assert "4 runs of LoRA of 3 steps" in text[0]
-    assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
@@ -177,37 +147,6 @@ def test_classifier_can_be_swept(tmp_path):
     )
     assert all(r.loss < result.whole[0].loss for r in result.whole[1:])
     assert result.run.settings["targets"] == ["query", "value"]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"ranks": (0,)}, UsageError, "ranks=0"),
-        ({"rates": (0.0,)}, UsageError, "rates=0"),
-        ({"rates": (math.nan,)}, UsageError, "rates=nan"),
-        ({"steps": 0}, UsageError, "steps=0"),
-        ({"seeds": 0}, UsageError, "seeds=0"),
-        ({"seed": -1}, UsageError, "seed=-1"),
-        ({"widen": -1}, UsageError, "widen=-1"),
-        ({"tolerance": 1.0}, UsageError, "tolerance=1"),
-        ({"full_rates": ()}, UsageError, "full_rates"),
-        ({"quantized": "fp4"}, UsageError, "quantized=fp4: unknown value; use nf4, int8"),
-        ({"full": True, "dtype": "bfloat16"}, UsageError, "rounds away most steps of full"),
-        ({"targets": ("nobody",)}, InputError, "targets: PEFT cannot adapt"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(case, tmp_path, change, error, message):
-    base, train, held, _ = case
-    with pytest.raises(error, match=message):
-        lora_diag.probe_sweep(base, data=train, evaluate=[held], output=tmp_path / "s.jsonl", **change)
-    assert not (tmp_path / "s.jsonl").exists()
-
-
-def test_evaluating_what_was_trained_on_is_refused(case):
-    base, train, *_ = case
-    with raises_naming(UsageError, "training text"):
-        lora_diag.probe_sweep(base, data=train, evaluate=[train])
 
 
 def state_of(model):

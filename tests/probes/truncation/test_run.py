@@ -9,8 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.catalog import read_results
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import InputError, UsageError
 from lora_diag.models.opening import Weights
 from tests import oracles
 from tests.messages import mentions, raises_naming
@@ -140,28 +139,6 @@ def test_only_completion_is_predicted(case, tmp_path):
     assert result.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
 
 
-def test_resumed_run_measures_each_cell_once(case, tmp_path):
-    base, tuned, text = case
-    whole = tmp_path / "whole.jsonl"
-
-    def run(output, **more):
-        seen = []
-        more |= {"evaluate": [text], "ranks": (0, 1, 2), "on_progress": lambda event: seen.append(event.label)}
-        lora_diag.probe_truncation(base, tuned, output=output, **more)
-        return seen
-
-    assert set(run(whole)) == {"base", "tuned", "r=0", "r=1", "r=2"}
-    lines = whole.read_text().splitlines(keepends=True)
-    cut = tmp_path / "cut.jsonl"
-    cut.write_text("".join(lines[:4]) + lines[4][:20])
-    with pytest.raises(UsageError, match="resume"):
-        run(cut)
-    assert set(run(cut, resume=True)) == {"base", "tuned", "r=1", "r=2"}
-    assert cut.read_text() == whole.read_text()
-    assert read_results(cut).end is not None
-    assert run(cut, resume=True) == []
-
-
 def test_names_with_and_without_prefix_of_inner_model(tmp_path):
     model = transformers.GPT2LMHeadModel.from_pretrained(gpt2(tmp_path / "base"))
     weights = Weights(model)
@@ -169,31 +146,6 @@ def test_names_with_and_without_prefix_of_inner_model(tmp_path):
     assert inner is not None
     assert inner.data_ptr() == weights.find("transformer.h.0.attn.c_attn.weight").data_ptr()
     assert weights.find("h.9.attn.c_attn.weight") is None
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"ranks": (-1,)}, UsageError, "ranks=-1"),
-        ({"per": "planet"}, UsageError, "per=planet"),
-        ({"rest": "none"}, UsageError, "rest=none"),
-        ({"batch": 0}, UsageError, "batch=0"),
-        ({"length": 1000}, UsageError, "length=1000.*32 positions"),
-        ({"dtype": "int8"}, UsageError, "dtype=int8"),
-        ({"tokenizer": "nowhere"}, InputError, "nowhere: transformers cannot open a tokenizer.*tokenizer bytes"),
-        ({"evaluate": []}, UsageError, "evaluate"),
-        ({"evaluate": ["missing.txt"]}, InputError, r"missing\.txt: no such file"),
-        ({"layers": "nothing"}, NothingComparedError, "no matrix outside embeddings and head is selected"),
-        ({"layers": "("}, UsageError, "layers"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused_in_one_message(case, tmp_path, change, error, message):
-    base, tuned, text = case
-    options = {"evaluate": [text], "ranks": (1,), **change}
-    with pytest.raises(error, match=message):
-        lora_diag.probe_truncation(base, tuned, output=tmp_path / "r.jsonl", **options)
-    assert not (tmp_path / "r.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -212,12 +164,6 @@ def test_lines_without_text_are_named(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(InputError, match=rf"bad\.jsonl: {message}"):
         lora_diag.probe_truncation(base, base, evaluate=[file])
-
-
-def test_two_sets_of_one_name_are_refused(case):
-    base, _, text = case
-    with raises_naming(UsageError, "evaluation", "held_out"):
-        lora_diag.probe_truncation(base, base, evaluate=[text], shifted=[text])
 
 
 def test_model_without_head_is_refused(tmp_path):

@@ -1,0 +1,147 @@
+"""What all probes have in common: an interrupted run is resumed, and bad options are refused before any work."""
+
+import math
+import re
+
+import pytest
+
+import lora_diag
+from lora_diag.catalog import read_results
+from lora_diag.errors import InputError, NothingComparedError, UsageError
+from tests.messages import raises_naming
+from tests.probes.making import gpt2, moved, some_text
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Models and texts by the names of the arguments of probes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    base = gpt2(folder / "base")
+    return {
+        "base": base,
+        "tuned": moved(base, folder / "tuned"),
+        "adapters": [moved(base, folder / "other", seed=3)],
+        "data": some_text(folder, "train", windows=5),
+        "evaluate": [some_text(folder, "held", windows=2, source="shifted"), some_text(folder, "second", windows=2)],
+    }
+
+
+# Probe -> its inputs, the number of evaluation sets, and options for a short run.
+TRAINING = {"steps": 2, "widen": 0, "seed": 5}
+PROBES = {
+    "truncation": ("base tuned evaluate", 2, {"ranks": (0, 2)}),
+    "outputs": ("base tuned adapters evaluate", 2, {}),
+    "sweep": ("base data evaluate", 1, {"ranks": (1, 2), "rates": (1e-2,), "seeds": 1, **TRAINING}),
+    "sensitivity": ("base data evaluate", 1, {"rank": 1, "rates": (1e-2,), "layers": "h.1.attn", **TRAINING}),
+    "intrinsic": (
+        "base data evaluate", 1,
+        {"dims": (5,), "paces": (3e-3,), "full_rates": (3e-3,), "ranks": (1,), "lora_rates": (1e-2,), **TRAINING},
+    ),
+    "curvature": ("base tuned evaluate", 1, {"layers": "h.0.attn.c_proj", "ranks": (0, 4), "top": 1, "probes": 1}),
+    "fisher": ("base tuned data evaluate", 1, {"ranks": (2, 4), "layers": "h.0."}),
+}  # fmt: skip
+
+
+def measure(probe, inputs, **more):
+    names, sets, options = PROBES[probe]
+    given = {name: inputs[name] for name in names.split()}
+    given["evaluate"] = given["evaluate"][:sets]
+    return getattr(lora_diag, f"probe_{probe}")(**given | options | more)
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_interrupted_probe_resumes_behind_its_records(inputs, tmp_path, probe):
+    """By Ctrl-C before the last records; the file is that of a whole run, and what it had is not measured again."""
+    whole, cut, steps, seen, again, notes = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl", [], [], [], []
+    result = measure(probe, inputs, output=whole, on_progress=steps.append)
+
+    def stop(record):
+        seen.append(record)  # the first is that of the run
+        if len(seen) == len(result.whole) - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(probe, inputs, output=cut, on_record=stop)
+    assert 0 < len(read_results(cut).whole) < len(result.whole)
+    with pytest.raises(UsageError, match="resume"):
+        measure(probe, inputs, output=cut)
+    with pytest.raises(UsageError, match=r"settings \(.*length"):
+        measure(probe, inputs, output=cut, resume=True, length=16)
+    measure(probe, inputs, output=cut, resume=True, on_progress=again.append, on_note=notes.append)
+    assert cut.read_text() == whole.read_text()
+    assert len(again) < len(steps) or probe == "fisher"
+    assert all(event.done <= event.total for event in (*steps, *again))
+    assert notes[0].startswith("about ")
+    again.clear()
+    assert measure(probe, inputs, output=cut, resume=True, on_progress=again.append).whole == result.whole
+    assert again == []
+
+
+REFUSED = {
+    "truncation": [
+        ({"ranks": (-1,)}, "ranks=-1"), ({"per": "planet"}, "per=planet"), ({"rest": "none"}, "rest=none"),
+        ({"batch": 0}, "batch=0"), ({"length": 1000}, "length=1000.*32 positions"), ({"dtype": "int8"}, "dtype=int8"),
+        ({"tokenizer": "nowhere"}, "nowhere: transformers cannot open a tokenizer.*tokenizer bytes", InputError),
+        ({"evaluate": []}, "evaluate"), ({"evaluate": ["missing.txt"]}, r"missing\.txt: no such file", InputError),
+        ({"layers": "nothing"}, "no matrix outside embeddings and head is selected", NothingComparedError),
+        ({"layers": "("}, "layers"),
+    ],
+    "sweep": [
+        ({"ranks": (0,)}, "ranks=0"), ({"rates": (0.0,)}, "rates=0"), ({"rates": (math.nan,)}, "rates=nan"),
+        ({"steps": 0}, "steps=0"), ({"seeds": 0}, "seeds=0"), ({"seed": -1}, "seed=-1"), ({"widen": -1}, "widen=-1"),
+        ({"tolerance": 1.0}, "tolerance=1"), ({"full_rates": ()}, "full_rates"),
+        ({"quantized": "fp4"}, "quantized=fp4: unknown value; use nf4, int8"),
+        ({"full": True, "dtype": "bfloat16"}, "rounds away most steps of full"),
+        ({"targets": ("nobody",)}, "targets: PEFT cannot adapt", InputError),
+    ],
+    "sensitivity": [
+        ({"rank": 0}, "rank=0"), ({"delta": 0}, "delta=0"),
+        ({"per": "head"}, "per=head: unknown value; use layer, block, type"),
+        ({"layers": "nobody"}, "no linear layer is selected", NothingComparedError),
+    ],
+    "intrinsic": [
+        ({"dims": (0,)}, "dims=0"), ({"dims": (10**6,)}, "dims=1000000: the model has only"),
+        ({"dims": (6,), "method": "said"}, "dims=6: method said trains 6 scales"),
+        ({"method": "other"}, "method=other"), ({"paces": (math.nan,)}, "paces=nan"),
+        ({"full_rates": ()}, "full_rates"), ({"lora_rates": (-1.0,)}, "lora_rates=-1"), ({"share": 1.0}, "share=1"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16: rounds away most steps"),
+    ],
+    "curvature": [
+        ({"ranks": (-1,)}, "ranks=-1"), ({"along": (1.5,)}, "along=1.5"), ({"along": (math.nan,)}, "along=nan"),
+        ({"top": 0}, "top=0"), ({"probes": 0}, "probes=0"), ({"per": "type"}, "per=type"), ({"seed": -1}, "seed=-1"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16: Hessian-vector products have errors"),
+        ({"layers": "nobody"}, "no matrix", NothingComparedError),
+        ({"evaluate": ["a", "b"]}, "no such file", InputError),
+        ({"top": 0, "tuned": None}, "top=0"),
+    ],
+    "fisher": [
+        ({"labels": "mine"}, "labels"), ({"ranks": (0,)}, "ranks"), ({"data": "none.txt"}, "no such file", InputError),
+        ({"layers": "nothing"}, "", NothingComparedError),
+    ],
+    "outputs": [({"adapters": ()}, "at least one ADAPTER"), ({"tuned": None, "reference": "x"}, "reference.*tuned")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("probe", "case"), [(probe, case) for probe, cases in REFUSED.items() for case in cases], ids=str
+)
+def test_invalid_option_of_probe_is_refused(inputs, tmp_path, probe, case):
+    change, message, *error = case
+    with pytest.raises(error[0] if error else UsageError, match=re.compile(message, re.IGNORECASE)):
+        measure(probe, inputs, output=tmp_path / "r.jsonl", **change)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_texts_and_models_given_twice_are_refused(inputs):
+    text, base, tuned = inputs["evaluate"][0], inputs["base"], inputs["tuned"]
+    for probe in ("curvature", "fisher"):
+        with pytest.raises(UsageError, match="give one file"):
+            measure(probe, inputs, evaluate=[text, text])
+    with raises_naming(UsageError, "evaluation", "held"):
+        measure("truncation", inputs, shifted=[text])
+    with raises_naming(UsageError, "training text"):
+        measure("sweep", inputs, data=text)
+    with pytest.raises(UsageError, match="TUNED itself"):
+        lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])

@@ -140,7 +140,9 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
         The spectra of the adapters, or else of the fine-tune, and the residuals if both are given.
 
     Raises:
-        UsageError: Neither a fine-tune nor an adapter is given.
+        UsageError: Neither a fine-tune nor an adapter is given; or as ``spectrum`` and ``residual``.
+        InputError: As ``spectrum`` and ``residual``.
+        NothingComparedError: As ``spectrum`` and ``residual``.
     """
     from lora_diag.diagnostics.residual.measure import residual
     from lora_diag.diagnostics.spectrum.run import spectrum

@@ -78,7 +78,12 @@ def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
 
 
 def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory | Results[Any]:
-    """Return the records of a results file, or describe a checkpoint or an adapter."""
+    """Return the records of a results file, or the contents of a checkpoint or an adapter.
+
+    Raises:
+        InputError: The path cannot be read.
+        UsageError: As ``inspect``.
+    """
     if is_results_file(path):
         return read_results(path)
     return inspect(path, alpha=alpha, alpha_is_rank=alpha_is_rank)

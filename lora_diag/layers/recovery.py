@@ -280,7 +280,7 @@ class _Stored:
         return below, above
 
     def round(self, values: Tensor, scale: Tensor | None) -> Tensor:
-        """Return the stored value of a number."""
+        """Return the stored values of numbers, of a quantized format with these scales."""
         return (
             round_to_nearest(values, self.format)
             if scale is None

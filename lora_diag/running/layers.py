@@ -131,7 +131,7 @@ RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
 
 
 def entry_bytes(task: Sized, settings: Any) -> int:
-    """Return the size of a layer's entries in float64."""
+    """Return the memory of a layer's entries in float64, in bytes."""
     return 8 * math.prod(task.shape)
 
 

@@ -549,7 +549,7 @@ def check_training(
         seed: Seed of the data order.
 
     Raises:
-        UsageError: A number is out of range.
+        UsageError: A number is out of range, or an option has no learning rate.
     """
     for option, grid in rates.items():
         if not grid or not all(0 < rate < MAX_RATE for rate in grid):

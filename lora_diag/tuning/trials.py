@@ -277,7 +277,7 @@ def _average_nll(runs: Sequence[Measured]) -> list[float]:
 def contest(
     incumbent: Runs, challenger: Runs, own: str, shifted: Sequence[str], predictions: Mapping[str, Sequence[int]]
 ) -> Contest:
-    """Compare a challenger with the incumbent, and return whether it is kept.
+    """Return the comparison of a challenger with the incumbent, and whether it is kept.
 
     Args:
         incumbent: Its runs.
@@ -327,7 +327,7 @@ class RankChoice:
 
 
 def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice:
-    """Return the smallest rank shown to be enough; where none is, the smallest by the mean losses, marked.
+    """Return the smallest rank shown to be enough; where none is, the smallest by the mean losses, or of all, marked.
 
     Not the smallest that is not shown to be too small: the noisier the seeds, the smaller that is. On the sample model
     and Python source (4 seeds) it was r=4, whose test loss was 0.030 ± 0.005 above that of r=16.

@@ -90,7 +90,7 @@ class Subspaces:
         return self.u.shape[0], self.v.shape[0]
 
 
-def size(task: GradientTask, settings: OverlapSettings) -> int:
+def estimate_bytes(task: GradientTask, settings: OverlapSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in blocks."""
     return bytes_of(task.delta, _make_allowance(task.delta, settings))
 
@@ -298,7 +298,7 @@ def overlap(
     return run.over(
         tasks,
         measure_layer,
-        size,
+        estimate_bytes,
         settings,
         Pairing(compared.pairing.deltas, (*compared.pairing.unpaired, *unpaired)),
         (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),

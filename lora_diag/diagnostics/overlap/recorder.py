@@ -166,6 +166,7 @@ class GradientRecorder(TrainerCallback):
         Raises:
             UsageError: The recorder is attached already, the model has nothing to record or compare, or the
                 output exists.
+            InputError: The output cannot be written.
         """
         if self._hook_removers or self._weights:
             raise UsageError("the recorder is already attached; close it first")
@@ -262,6 +263,7 @@ class GradientRecorder(TrainerCallback):
 
         Raises:
             UsageError: No weight is a layer of the reference, or frozen under a LoRA; or the output exists.
+            InputError: The output cannot be written.
         """
         if isinstance(reference, Reference):
             matched, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)

@@ -52,7 +52,7 @@ class Track:
 
     @property
     def near_since(self) -> int | None:
-        """First step from which κ stayed near its baseline to the last step; None if it ended above."""
+        """First step from which κ stayed near its baseline; None if it ended above, or if all gradients are zero."""
         near_at_end = list(takewhile(is_near_random, reversed(self.known)))
         return near_at_end[-1].step if near_at_end else None
 

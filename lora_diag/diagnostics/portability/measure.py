@@ -105,7 +105,7 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
 
 
 def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update: Matrix | None) -> Portability:
-    """Return the record of one consumer, given ‖ΔW‖_F and ΔW."""
+    """Return the record of one consumer, given ‖ΔW‖_F and ΔW; None where they are not known."""
     item, scale, intended, is_zero = task.item, outcome.scale, task.intended, fro == 0.0
     status: Status = "exact"
     epsilon, why = None if is_zero else 0.0, ""

@@ -66,7 +66,7 @@ class Layer(LayerTask):
     recover: bool = False
 
 
-def size(layer: Layer, settings: LayerSettings) -> int:
+def estimate_bytes(layer: Layer, settings: LayerSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: D, the largest X, the data metric, and cells.
 
     With a memory limit, the limit: it is what the measurement may take.
@@ -343,7 +343,7 @@ def residual(
     return run.over(
         tasks,
         measure_layer,
-        size,
+        estimate_bytes,
         run.settings(LayerSettings),
         Pairing((), (*full.pairing.unpaired, *_list_unmatched(full.pairing, comparisons))),
         (

@@ -351,7 +351,7 @@ class _Cluster:
         return int(sum(node["CPU"] for node in self._nodes))
 
     def count_fitting(self, cores: int) -> int:
-        """Return the number of concurrent tasks that request this number of cores."""
+        """Return the number of concurrent tasks that request this number of cores, at least 1."""
         return max(1, int(sum(node["CPU"] // cores for node in self._nodes)))
 
     def threads(self, layout: Layout) -> Callable[[int], int]:

@@ -12,34 +12,38 @@ from lora_diag.records.base import Shown, value_at
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, columns_of, grid_of, rows_of, title_of
-from lora_diag.rendering.text import count, format_shown, median_rank, middle, number, percent, short
+from lora_diag.rendering.text import format_shown, median_rank, middle, number, percent, short
 
-# Relative error below which the second-order model is accurate, and the linear term is small.
+# Interpretation of the results, by the point or, at TUNED, by the matrix.
+_READINGS = {
+    "base": "the projected gradient is a surrogate for the update, from one point and few eigenpairs; probe sweep "
+    "measures the rank that training needs",
+    "ggn": "Gauss-Newton omits the curvature of the model's outputs: with its λ, (λ/2)Σσ² is not a bound, even near "
+    "TUNED",
+    "hessian": "λ is the largest eigenvalue at this point, but a bound needs it for the whole path, so the bound is an "
+    "estimate",
+}
+# Relative error below which the second-order model is accurate.
 ACCURATE_ERROR = 0.1
 # Ratio of the bound to the measured gap above which it is too loose for a choice: 700 to 12,000 on two models.
 LOOSE_RATIO = 100.0
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: loss, curvature, gradient; at BASE the surrogate, at TUNED model and bound."""
+    """Return the statements: at TUNED the bound and the model, at BASE the surrogate; the curvature."""
     joint, layers, bounds = _split_records(results)
     if joint is None:
         return probe_summary(results, reading="")
-    loss = (
-        f"{joint.loss:.4f}, the mean negative log-likelihood of {count(joint.tokens)} predictions of "
-        f"{short(joint.set)}, without dropout; derivatives are of this loss"
-    )
     return probe_summary(
         results,
         *([_describe_bound(bounds, joint)] if bounds else []),
         make_statement(
             "surrogate", "Surrogate", *(_describe_surrogate(layers) if joint.at == "base" and layers else ())
         ),
-        make_statement("model", "Model", *_describe_model(bounds)),
+        make_statement("model", "Model", _describe_model(bounds)),
         make_statement("curvature", "Curvature", *_describe_curvature(joint)),
-        make_statement("gradient", "Gradient", _describe_gradient(joint, bounds)),
-        make_statement("loss", "Loss", loss, priority=2),
-        reading=_interpret(joint),
+        reading=f"{_READINGS['base' if joint.at == 'base' else joint.matrix]}; all numbers are for this set; the "
+        "curvature on few tokens can differ from that on many",
     )
 
 
@@ -120,67 +124,30 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
 
 
 def _describe_curvature(joint: Curvature) -> list[str]:
-    first, *others = joint.eigenvalues
-    following = f" (then {', '.join(map(number, others[:4]))})" if others else ""
-    lines = [f"largest eigenvalue λ = {number(first)}{following}; residual ‖Hv − λv‖ {number(joint.residual or 0.0)}"]
-    if joint.smallest is not None:
-        lines.append(f"smallest μ = {number(joint.smallest)}{_describe_convexity(joint)}")
-    mean = joint.trace / joint.params
+    """State the largest and the smallest eigenvalue, and the trace with the mean curvature."""
+    first, mean = joint.eigenvalues[0], joint.trace / joint.params
+    convex = ", positive: the loss is strongly convex there" if joint.strongly_convex else ""
+    ends = f"largest eigenvalue λ = {number(first)}"
+    ends += "" if joint.smallest is None else f", smallest μ = {number(joint.smallest)}{convex}"
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
     meaning = (
         f"{number(mean)} per direction on average; λ is {number(first / mean)} times that"
         if joint.trace > (joint.trace_half or 0.0)
         else "not significantly different from zero; use more --trace-vectors"
     )
-    return [*lines, f"trace {number(joint.trace)}{error}, {meaning}"]
+    return [ends, f"trace {number(joint.trace)}{error}, {meaning}"]
 
 
-def _describe_convexity(joint: Curvature) -> str:
-    if joint.matrix == "ggn":
-        return ": non-negative by definition, up to rounding"
-    if joint.strongly_convex:
-        return ": the loss is strongly convex there"
+def _describe_model(bounds: Sequence[LossBound]) -> str:
+    """State the range of the second-order model over the measured gap, and the ranks at which it is accurate."""
+    ratios = {r.rank: r.predicted_ratio for r in bounds if r.along == 1 and r.predicted_ratio is not None}
+    if not ratios:
+        return "no gap is large enough to compare" if bounds else ""
+    accurate = [f"r={rank}" for rank, ratio in ratios.items() if abs(ratio - 1) <= ACCURATE_ERROR]
     return (
-        ": the curvature is negative in some directions, so the loss is not convex there"
-        if (joint.smallest or 0) < 0
-        else ""
+        f"the second-order model is {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the measured gap, "
+        f"{'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at {', '.join(accurate) or 'any rank'}"
     )
-
-
-def _describe_gradient(joint: Curvature, bounds: Sequence[LossBound]) -> str:
-    text = f"‖∇L‖ = {number(joint.gradient)}"
-    truncated = [record for record in bounds if record.along == 1 and abs(record.gap) > 1e-6]
-    if not truncated:
-        return text
-    last = truncated[-1]
-    linear_share = last.linear / last.gap
-    verdict = (
-        "small compared with the gap"
-        if abs(linear_share) < ACCURATE_ERROR
-        else "not small, so the zero gradient that the bound assumes does not hold"
-    )
-    return f"{text}; ⟨∇L, E⟩ is {linear_share:.0%} of the measured gap at r={last.rank}: {verdict}"
-
-
-def _describe_model(bounds: Sequence[LossBound]) -> list[str]:
-    """State, for each fraction of the way, the range of model over gap, and the ranks at which it is accurate."""
-    lines = []
-    for along in sorted({record.along for record in bounds}, reverse=True):
-        at_fraction = [record for record in bounds if record.along == along and abs(record.gap) > 1e-6]
-        if not at_fraction:
-            continue
-        ratios = [record.predicted / record.gap for record in at_fraction]
-        accurate = [
-            f"r={record.rank}"
-            for record, ratio in zip(at_fraction, ratios, strict=True)
-            if abs(ratio - 1) <= ACCURATE_ERROR
-        ]
-        point = "at the truncated weights" if along == 1 else f"at {along:g} of the way to them"
-        lines.append(
-            f"{point}, the second-order model is {min(ratios):.2f} to {max(ratios):.2f} times the measured gap, "
-            f"{'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at {', '.join(accurate) or 'any rank'}"
-        )
-    return lines or (["no gap is large enough to compare"] if bounds else [])
 
 
 def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
@@ -194,22 +161,15 @@ def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
             else "λ was measured at TUNED and does not hold between the points"
         )
         bound = f"⟨∇L, E⟩ + (λ/2)Σσ² is exceeded at {', '.join(exceeded)}: {why}"
-    answer = mean_curvature = ""
+    answer = ""
     if truncated:
         ratios = [record.upper / record.gap for record in truncated]
         loose = ": too loose to choose a rank" if min(ratios) > LOOSE_RATIO else ""
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
-    if truncated and joint.trace > (joint.trace_half or 0.0):
-        last = truncated[-1]
-        mean = joint.trace / joint.params / 2 * last.tail_energy
-        mean_curvature = (
-            f"with the mean curvature, (tr H/2n)Σσ² is {number(mean)} at r={last.rank}; ½⟨E,HE⟩ is "
-            f"{number(last.quadratic)}"
-        )
     largest, comparison = max(r.curvature for r in bounds), "exceeds" if exceeding else "does not exceed"
     along = f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured"
     first = (bound, answer) if exceeded else (answer, bound)
-    return make_statement("bound", "Bound", *first, along, mean_curvature, answer=answer)
+    return make_statement("bound", "Bound", *first, along, answer=answer)
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:
@@ -231,21 +191,3 @@ def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:
             f"the gradient projected onto them has rank {low} to {high} at 90% of its energy, the highest in {name}"
         )
     return lines
-
-
-def _interpret(joint: Curvature) -> str:
-    text = (
-        "λ is the largest eigenvalue at this point, but a bound needs it for the whole path, so the bound is an "
-        "estimate"
-    )
-    if joint.matrix == "ggn":
-        text = (
-            "Gauss-Newton omits the curvature of the model's outputs: with its λ, (λ/2)Σσ² is not a bound, even near "
-            "TUNED"
-        )
-    if joint.at == "base":
-        text = (
-            "the projected gradient is a surrogate for the update, from one point and few eigenpairs; probe sweep "
-            "measures the rank that training needs"
-        )
-    return f"{text}; all numbers are for this set; the curvature on few tokens can differ from that on many"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from lora_diag.metrics.statistics import paired_half
@@ -12,7 +12,7 @@ from lora_diag.rendering.text import percent, plus_minus, short
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
-    """Return the summary of a probe: findings, conditions, skipped tensors, state of the run, and inputs.
+    """Return the summary of a probe: findings, training, conditions, skipped tensors, state of the run, and inputs.
 
     Args:
         results: The results.
@@ -20,10 +20,15 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
+    training = ""
+    if "optimizer" in settings:
+        kind = f"{settings['kind']}; " if "kind" in settings else ""
+        training = f"{kind}{settings['steps']} steps of {settings['batch']} sequences; {settings['optimizer']}"
     conditions = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
     inputs, *others = summarize(
         results,
         *statements,
+        *([make_statement("trained", "Trained", training, priority=2)] if training else []),
         make_statement("measured", "Measured", f"{conditions}; {settings['tokens']}", priority=2),
         make_statement("interpretation", "Interpretation", reading, priority=2),
         so_far="records so far",
@@ -83,17 +88,3 @@ def describe_losses(base: Probe, tuned: Probe) -> str:
     if base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half:
         return ends
     return f"{ends}: the difference is not significant (±{half:.3f}), so fractions of it are not meaningful"
-
-
-def describe_added_rates(tried: Iterable[float | None], grid: Sequence[float] | None, option: str) -> list[str]:
-    """State which learning rates were tried beyond the grid because the best was at its edge; no line if none was.
-
-    >>> describe_added_rates([None, 1e-3, 1e-2, 3.3e-2], [1e-3, 1e-2], "--lr")
-    ['0.033 was also tried, because a best rate was at the edge of --lr']
-    """
-    further = sorted({rate for rate in tried if rate is not None} - set(grid)) if grid else []
-    if not further:
-        return []
-    listed = ", ".join(f"{rate:g}" for rate in further)
-    verb = "were" if len(further) > 1 else "was"
-    return [f"{listed} {verb} also tried, because a best rate was at the edge of {option}"]

@@ -23,7 +23,7 @@ from lora_diag.metrics.statistics import errors_needed
 from lora_diag.models.training import Training, layers_without_head
 from lora_diag.probes.sensitivity.measure import compute_gradients
 from lora_diag.probes.sweep.measure import probe_sweep
-from lora_diag.probes.sweep.verdict import AtRank, Swept, best_rates, by_rank, swept_of
+from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
@@ -401,14 +401,14 @@ class Tuner:
                 f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
-        return swept, choose_rank(swept.verdict, self._find_best_rates(swept))
+        return swept, choose_rank(swept)
 
     def _choose_rank(self, rates: Sequence[float]) -> None:
         """Choose the shared rank, with more seeds and an intermediate rank where these may decide more."""
         self._train_first_seed(rates)
         plan, repeats = self.plan, self.plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
-        rates = self.swept.results.run.settings["rates"]
+        rates = self._read_swept_setting("rates")
         needed = self.swept.verdict.more_seeds
         if not self.choice.significant and plan.more_seeds and needed is not None:
             if why := self._explain_no_more_seeds(needed):
@@ -441,11 +441,6 @@ class Tuner:
     def _read_swept_setting(self, setting: str) -> Any:
         """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
-
-    def _find_best_rates(self, swept: Swept) -> dict[int, float]:
-        """Return the best learning rate of each shared rank, by the first set and the first seed."""
-        rates = best_rates(swept.results.whole_of(Probe), self.run_.sets[0].name, self.first_seed)
-        return {rank: rate for rank, rate in rates.items() if rank is not None}
 
     def _record_rank(self, name: str, swept: Swept, choice: RankChoice) -> None:
         """Keep the sweep and the choice of a shared rank, and record this with the gap to the best."""
@@ -639,7 +634,7 @@ class Tuner:
             train=fmean(loss for loss in train_losses if loss is not None) if train_losses else base_train,
             spread=stdev(losses) if len(losses) > 1 else None,
             tolerance=self.swept.verdict.tolerance,
-            diverged=count_diverged(self.swept.results.whole_of(Probe), self.choice.rank, incumbent.lr),
+            diverged=count_diverged(self.swept.records, self.choice.rank, incumbent.lr),
             base_shifted=base[shifted_set].loss if shifted_losses else None,
             shifted=fmean(shifted_losses) if shifted_losses else None,
         )
@@ -737,7 +732,7 @@ class Tuner:
 
     def _record_full(self, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""
-        row, name = self._find_full(), "full fine-tuning"
+        row, name = self.swept.lines.get("full"), "full fine-tuning"
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
             self.decide("escalation", name, "proposed", reason, params=self.target.total, seconds=seconds)
@@ -757,15 +752,9 @@ class Tuner:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def _find_full(self) -> AtRank | None:
-        """Return the row of full fine-tuning at its best rate; None if it was not trained."""
-        records = self.swept.results.whole_of(Probe)
-        rates = best_rates(records, self.run_.sets[0].name, self.first_seed, "full")
-        return next(iter(by_rank(records, self.own, rates, "full")), None)
-
     def _compute_gains(self, variant: Variant) -> tuple[float, float | None]:
         """Return the gain of a configuration, and that of full fine-tuning if it gains."""
-        base, row = self._get_base_loss(self.own), self._find_full()
+        base, row = self._get_base_loss(self.own), self.swept.lines.get("full")
         losses = [run.loss for run in self.trials.runs(variant).get(self.own, {}).values()]
         return base - fmean(losses), None if row is None or row.mean >= base else base - row.mean
 
@@ -775,9 +764,7 @@ class Tuner:
         losses = [run.loss for run in runs[self.own].values()]
         gain, of_full = self._compute_gains(incumbent)
         error = _compute_error(losses)
-        rates: dict[int | None, float] = dict(self._find_best_rates(self.swept).items())
-        rows = by_rank(self.swept.results.whole_of(Probe), self.own, rates)
-        above = min((row for row in rows if (row.rank or 0) > choice.rank), key=lambda row: row.rank or 0, default=None)
+        above = next((row for row in self.swept.rows if (row.rank or 0) > choice.rank), None)
         shifted_gains, set_shifted = [], self.shifted[0] if self.shifted else ""
         if set_shifted:
             shifted_gains = [self._get_base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]

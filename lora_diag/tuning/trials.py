@@ -40,7 +40,7 @@ from lora_diag.models.training import (
     losses_after,
 )
 from lora_diag.probes.sweep.measure import round_weights
-from lora_diag.probes.sweep.verdict import SweepVerdict, find_diverged
+from lora_diag.probes.sweep.verdict import Swept, find_diverged
 from lora_diag.records import Probe
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Workers
@@ -326,16 +326,16 @@ class RankChoice:
     why: str
 
 
-def choose_rank(verdict: SweepVerdict, rates: Mapping[int, float]) -> RankChoice:
+def choose_rank(swept: Swept) -> RankChoice:
     """Return the smallest rank shown to be enough; where none is, the smallest by the mean losses, or of all, marked.
 
     Not the smallest that is not shown to be too small: the noisier the seeds, the smaller that is. On the sample model
     and Python source (4 seeds) it was r=4, whose test loss was 0.030 ± 0.005 above that of r=16.
 
     Args:
-        verdict: Verdict of a sweep.
-        rates: The best learning rate of each rank tried.
+        swept: A sweep with a loss at a rank.
     """
+    verdict, rates = swept.verdict, {row.rank: row.lr for row in swept.rows if row.rank is not None}
     if verdict.rank is not None:
         rank, why = verdict.rank, "the smallest shown to be enough"
     elif verdict.answer is not None:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from lora_diag.probes.outputs.show import choose_adapters, outputs_lines
-from lora_diag.probes.sweep.verdict import verdicts
+from lora_diag.probes.sweep.verdict import list_swept
 from lora_diag.records import Probe, RunInput
 from lora_diag.rendering.losses import gap_half
 from lora_diag.rendering.statements import find
@@ -257,7 +257,7 @@ def test_open_sweep_is_extended():
     assert last.facts["higher"] == (32, 64)
     assert last.command == f"{repeated} --ranks 4,8,16,32,64 --repeats 2 --resume -o 'probe sweep.jsonl'"
     noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
-    (verdict, _), *_ = verdicts(noisy.whole, 0, 0.02).values()
+    verdict = list_swept(noisy.whole, noisy.run.settings)[0].verdict
     step = steps(noisy)["sweep"]
     assert step.facts["seeds"] == verdict.more_seeds > 2
     assert f"--repeats {verdict.more_seeds} --resume" in step.command

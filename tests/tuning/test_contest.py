@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_diag.probes.sweep.verdict import AtRank, judge
+from lora_diag.probes.sweep.verdict import AtRank, Swept, judge
 from lora_diag.records import Probe
 from lora_diag.tuning.figures import Point, frontier
 from lora_diag.tuning.trials import (
@@ -75,18 +75,22 @@ def test_contest_rejects_gain_with_loss_on_shifted_set():
     assert contest(one, losses((0.1,), ()), "dev", ["other"], {}).outcome == "not known"
 
 
+def swept(two, eight):
+    rows = [AtRank(2, 1e-2, dict(enumerate(two))), AtRank(8, 1e-3, dict(enumerate(eight)))]
+    return Swept("held", (), rows, {}, None, judge(rows, 2.0, 0.02), 0.02)
+
+
 def test_rank_choice_follows_verdict_or_is_marked():
-    rates = {2: 1e-2, 8: 1e-3}
-    clear = judge([AtRank(2, 1e-2, {0: 1.0, 1: 1.001}), AtRank(8, 1e-3, {0: 0.8, 1: 0.802})], 2.0, 0.02)
-    result = choose_rank(clear, rates)
+    clear = swept((1.0, 1.001), (0.8, 0.802))
+    result = choose_rank(clear)
     assert (result.rank, result.lr, result.significant) == (8, 1e-3, True)
-    noisy = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.7}), AtRank(8, 1e-3, {0: 0.8, 1: 1.0})], 2.0, 0.02)
-    assert (choose_rank(noisy, rates).rank, choose_rank(noisy, rates).significant) == (2, False)
-    wide = judge([AtRank(2, 1e-2, {0: 1.0, 1: 0.75}), AtRank(8, 1e-3, {0: 0.8, 1: 0.82})], 2.0, 0.02)
-    assert [one.enough for one in wide.standings] == ["not known", "not known"]
-    assert (choose_rank(wide, rates).rank, choose_rank(wide, rates).significant) == (8, False)
-    none = judge([AtRank(2, 1e-2, {0: 3.0, 1: 3.1}), AtRank(8, 1e-3, {0: 3.2, 1: 3.3})], 2.0, 0.02)
-    assert (choose_rank(none, rates).rank, choose_rank(none, rates).significant) == (2, False)
+    noisy = swept((1.0, 0.7), (0.8, 1.0))
+    assert (choose_rank(noisy).rank, choose_rank(noisy).significant) == (2, False)
+    wide = swept((1.0, 0.75), (0.8, 0.82))
+    assert [one.enough for one in wide.verdict.standings] == ["not known", "not known"]
+    assert (choose_rank(wide).rank, choose_rank(wide).significant) == (8, False)
+    none = swept((3.0, 3.1), (3.2, 3.3))
+    assert (choose_rank(none).rank, choose_rank(none).significant) == (2, False)
 
 
 def test_stability_runs_only_if_curves_suggest():

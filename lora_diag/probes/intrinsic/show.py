@@ -14,7 +14,7 @@ from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.records import Results
 from lora_diag.records.base import Shown, value_at
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import caption_of, describe_added_rates, describe_diverged, on_set, probe_summary
+from lora_diag.rendering.losses import caption_of, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, grid_of
 from lora_diag.rendering.text import count, number, percent
@@ -173,10 +173,7 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(
         results,
         *(_describe_set(name, _find_base(records, name), rows, settings) for name, rows in rows_by_set.items()),
-        make_statement(
-            "rates", "Rates", *(_describe_rates(first, records, settings) if rows_by_set else ()), priority=2
-        ),
-        make_statement("trained", "Trained", _describe_training(settings), priority=2),
+        make_statement("rates", "Rates", *(_describe_rates(first, records) if rows_by_set else ()), priority=2),
         reading=_READING,
     )
 
@@ -220,15 +217,6 @@ def _make_grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], s
     )
     rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name_line(line), [line]) for line in all_rows)]
     return grid_of(Line.shown, rows, "trained", caption, about)
-
-
-def _describe_training(settings: dict[str, Any]) -> str:
-    scales = f", one scale per layer, {settings['scale_step']:.0%} per step" if settings["method"] == "said" else ""
-    return (
-        f"all {count(settings['params'])} parameters, or z in random subspaces of them (Fastfood, {settings['method']}"
-        f"{scales}), or LoRA on all linear layers but the head, alpha = 2r; {settings['steps']} steps of "
-        f"{settings['batch']} sequences; {settings['optimizer']}"
-    )
 
 
 def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]) -> Statement:
@@ -278,15 +266,8 @@ def _format_shares(line: Line) -> str:
     return f"{line.share:.0%}{spread}"
 
 
-# Setting and option of the learning rates of each subject.
-_GRIDS = (("full", "full_rates", "--full-lr"), ("subspace", "paces", "--lr"), ("lora", "lora_rates", "--lora-lr"))
-
-
-def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic], settings: dict[str, Any]) -> list[str]:
+def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic]) -> list[str]:
     lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
-    for subject, grid, option in _GRIDS:
-        tried = {r.lr if subject == "lora" else r.pace for r in records if r.subject == subject}
-        lines += describe_added_rates(tried, settings.get(grid), option)
     if at_edge := [_name_line(line) for line in all_rows if line.edge]:
         lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend --lr, --full-lr or --lora-lr")
     if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):

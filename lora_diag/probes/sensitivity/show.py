@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_diag.metrics.statistics import spearman
 from lora_diag.probes.sensitivity.gains import (
     Correlation,
     Gain,
@@ -21,7 +20,7 @@ from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import describe_added_rates, describe_diverged, on_set, probe_summary
+from lora_diag.rendering.losses import describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, columns_of
 from lora_diag.rendering.text import list_counts, short
@@ -58,7 +57,7 @@ _SIGNIFICANT_P = 0.05
 
 
 def sensitivity_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: gains by set; first-order scores; higher rank; seeds; rates; training."""
+    """Return the statements: gains by set; first-order scores; higher rank; learning rates."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains, marginals = _compute_gains(results)
     first = next(iter(gains.values()), [])
@@ -68,14 +67,12 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
         findings = [
             make_statement("cheaper", "Proxies", *_describe_proxies(proxies, first)),
             make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values())), settings)),
-            make_statement("repeats", "Seed agreement", _describe_seed_agreement(first), priority=2),
-            make_statement("rates", "Rates", *_describe_rates(first, records, settings), priority=2),
+            make_statement("rates", "Rates", *_describe_rates(first, records), priority=2),
         ]
     return probe_summary(
         results,
         *(_describe_set(name, records, gains[name], settings) for name in gains),
         *findings,
-        make_statement("trained", "Trained", _describe_training(settings), priority=2),
         reading=_READING,
     )
 
@@ -142,14 +139,6 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     )
 
 
-def _describe_training(settings: dict[str, Any]) -> str:
-    ranks = f"r={settings['rank']}" + (f" and {settings['rank'] + settings['delta']}" if settings["delta"] else "")
-    return (
-        f"{settings['kind']}, {ranks} on one {_UNITS[settings['per']][0]} at a time, {settings['steps']} steps of "
-        f"{settings['batch']} sequences; {settings['optimizer']}"
-    )
-
-
 def _describe_set(
     name: str, records: Sequence[Sensitivity], gains: Sequence[Gain], settings: dict[str, Any]
 ) -> Statement:
@@ -185,15 +174,6 @@ def _describe_marginals(marginals: Sequence[Marginal], settings: dict[str, Any])
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, "
         f"{len(clear) - up} lose as much; highest: {_list_gains(ordered[:_NAMED])}"
     )
-
-
-def _describe_seed_agreement(gains: Sequence[Gain]) -> str:
-    """State the rank correlation of the gains with the first two seeds; empty if fewer than three units have both."""
-    repeated = [gain.seeds for gain in gains if len(gain.seeds) > 1]
-    if len(repeated) < 3:
-        return ""
-    rho = spearman([seeds[0] for seeds in repeated], [seeds[1] for seeds in repeated])
-    return f"the order by the first seed and by the second: ρ = {_format_rho(rho)}, {len(repeated)} compared"
 
 
 def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> list[str]:
@@ -243,10 +223,9 @@ def _format_rho(rho: float | None) -> str:
     return "-" if rho is None else f"{rho:+.2f}"
 
 
-def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity], settings: dict[str, Any]) -> list[str]:
+def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity]) -> list[str]:
     counts, tried = Counter(gain.lr for gain in gains), {record.lr for record in records}
     lines = ["lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))]
-    lines += describe_added_rates(tried, settings.get("rates"), "--lr")
     edges = list_counts(
         (str(gain.edge) for gain in gains), {"-1": "at the lowest rate tried", "1": "at the highest rate tried"}
     )

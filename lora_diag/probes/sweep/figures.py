@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from lora_diag.probes.sweep.verdict import (
-    TOLERANCE,
-    AtRank,
-    SweepVerdict,
-    best_rates,
-    by_rank,
-    format_confidence,
-    judge,
-)
-from lora_diag.records import Probe
-from lora_diag.records.probe import Subject
+from lora_diag.probes.sweep.verdict import LINES, Swept, format_confidence, list_swept
 from lora_diag.rendering.figures.pages import Key, Page, Panel, key, run_keys
 from lora_diag.rendering.figures.panels import (
     axis_limits,
@@ -33,49 +22,6 @@ from lora_diag.rendering.figures.panels import (
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
-# Other subjects of training, and the names of their lines.
-LINES: tuple[tuple[Subject, str], ...] = (("full", "full"), ("bitfit", "BitFit"))
-
-
-@dataclass(frozen=True, slots=True)
-class SweepCurve:
-    """The result of one sweep on one set.
-
-    Args:
-        rows: The runs of each rank at its own learning rate.
-        base: BASE's loss; None if not measured.
-        verdict: The verdict; None without BASE's loss or a run.
-        lines: Mean losses of the reference lines by name.
-    """
-
-    rows: tuple[AtRank, ...]
-    base: float | None
-    verdict: SweepVerdict | None
-    lines: dict[str, float]
-
-    @property
-    def points(self) -> list[tuple[int, AtRank]]:
-        """The rows with their ranks."""
-        return [(row.rank, row) for row in self.rows if row.rank is not None]
-
-    @property
-    def losses(self) -> list[float]:
-        """Losses of all runs."""
-        return [loss for row in self.rows for loss in row.losses]
-
-
-def make_curve(records: Sequence[Probe], name: str, tolerance: float = TOLERANCE) -> SweepCurve:
-    """Return the curve of a sweep on one set, at the rates with the lowest loss of the first seed on the first set."""
-    first, seed = records[0].set, min((r.seed for r in records if r.subject != "base"), default=0)
-    rows = tuple(by_rank(records, name, best_rates(records, first, seed)))
-    base = next((r.loss for r in records if r.subject == "base" and r.set == name), None)
-    lines = {
-        word: row.mean
-        for subject, word in LINES
-        for row in by_rank(records, name, best_rates(records, first, seed, subject), subject)
-    }
-    return SweepCurve(rows, base, judge(rows, base, tolerance) if rows and base is not None else None, lines)
-
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return a panel per set; several sweeps differ by colour."""
@@ -84,11 +30,17 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         raise UndrawableError("no run of the sweep is finished with a loss")
     single, width = len(series) == 1, style.line
     sets, xlabel = sets_of(records), "rank r, with its learning rate" if single else "rank r"
+    settings = [item.run.settings if item.run is not None else {} for item in series]
+    by_set = [
+        {swept.set: swept for swept in list_swept(item.records, run_settings)}
+        for item, run_settings in zip(series, settings, strict=True)
+    ]
     panels = []
     for name, label in sets.items():
-        curves = [make_curve(item.records, name, _read_tolerance(item)) for item in series]
+        curves = {number: found[name] for number, found in enumerate(by_set) if name in found}
         title = _make_title(label, curves[0]) if single else label
-        panels.append(Panel(title, partial(_draw, curves=curves), xlabel, "loss (nats)", name=name))
+        draw = partial(_draw, curves=curves, single=single)
+        panels.append(Panel(title, draw, xlabel, "loss (nats)", name=name))
     color = category(0) if single else QUIET
     ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
     keys = [
@@ -98,8 +50,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         key("smallest rank shown to be enough", color=color, **ring),
         *([Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best")] if single else []),
     ]
-    run = series[0].run
-    steps = f"{run.settings['steps']} steps, " if single and run is not None and "steps" in run.settings else ""
+    steps = f"{settings[0]['steps']} steps, " if single and "steps" in settings[0] else ""
     diverged = sum(record.loss is None for record in records)
     return Page(
         "Loss of LoRA trained at each rank, at the rank's own learning rate",
@@ -114,47 +65,45 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     )
 
 
-def _read_tolerance(item: Series[Any]) -> float:
-    return float(item.run.settings.get("tolerance", TOLERANCE)) if item.run else TOLERANCE
-
-
-def _draw(ax: Axes, style: PageStyle, curves: Sequence[SweepCurve]) -> None:
-    """Draw the curve of each sweep, with seeds, sufficient rank, and reference lines; of one, also the tolerance."""
+def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool) -> None:
+    """Draw the curves by the numbers of the sweeps: means, seeds, sufficient rank, lines; tolerance of one."""
     width = style.line
-    losses = [loss for curve in curves for loss in curve.losses]
+    losses = [loss for curve in curves.values() for row in curve.rows for loss in row.losses]
     if not losses:
         return
-    for number, curve in enumerate(curves):
+    for number, curve in curves.items():
         if not curve.rows:
             continue
         color, means = category(number), [row.mean for row in curve.rows]
-        if len(curves) == 1 and curve.verdict is not None and curve.verdict.tolerance > 0:
+        if single and curve.verdict.tolerance > 0:
             grey: dict[str, Any] = {"color": FLOOR, "alpha": 0.35, "lw": 0, "zorder": 1}
             ax.axhspan(min(means), min(means) + curve.verdict.tolerance, label="_tolerance", **grey)
-        draw_seeds(ax, [(rank, loss) for rank, row in curve.points for loss in row.losses], style, color, "_seeds")
-        ax.plot([rank for rank, _ in curve.points], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
-        for rank, row in curve.points:
-            if curve.verdict is not None and rank == curve.verdict.rank:
-                ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
-                ax.plot([rank], [row.mean], mec=color, zorder=3, label="_enough", **ring)
-    bases = [curve.base for curve in curves if curve.base is not None]
+        by_rank = {row.rank or 0: row for row in curve.rows}
+        seeds = [(rank, loss) for rank, row in by_rank.items() for loss in row.losses]
+        draw_seeds(ax, seeds, style, color, "_seeds")
+        ax.plot([*by_rank], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
+        if curve.verdict.rank is not None:
+            ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
+            mean = by_rank[curve.verdict.rank].mean
+            ax.plot([curve.verdict.rank], [mean], mec=color, zorder=3, label="_enough", **ring)
+    bases = [curve.base.nats for curve in curves.values() if curve.base is not None]
     levels = {("BASE", base): INK for base in bases}
-    for number, curve in enumerate(curves):
-        for word, loss in curve.lines.items():
-            levels[word, loss] = category(number) if len(curves) > 1 else QUIET
+    for number, curve in curves.items():
+        for subject, line in curve.lines.items():
+            levels[LINES[subject], line.mean] = QUIET if single else category(number)
     others = [loss for word, loss in levels if word != "BASE" and loss <= max([*losses, *bases])]
     ax.set_ylim(axis_limits([*losses, *others], max(bases, default=None)))
     draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in levels.items()], style)
-    rates = {rank: f"{row.lr:g}" for rank, row in curves[0].points} if len(curves) == 1 else {}
-    ranks = [rank for curve in curves for rank, _ in curve.points]
+    rates = {row.rank: f"{row.lr:g}" for row in curves[0].rows} if single else {}
+    ranks = [row.rank or 0 for curve in curves.values() for row in curve.rows]
     set_measured_rank_axis(ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
     set_loss_axis(ax)
 
 
-def _make_title(label: str, curve: SweepCurve) -> str:
+def _make_title(label: str, curve: Swept) -> str:
     """Return the label of a set with the verdict of the sweep."""
     verdict = curve.verdict
-    if verdict is None:
+    if verdict.best is None:
         return label
     if verdict.rank is not None:
         return f"{label}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_diag.feature import Hint
 from lora_diag.probes.sweep.verdict import (
+    LINES,
     AtRank,
     ReferenceComparison,
-    SweepVerdict,
-    best_rates,
-    by_rank,
+    Swept,
     compare_with_reference,
     describe_needed,
     find_diverged,
     format_confidence,
     list_reasons,
+    list_swept,
     swept_of,
 )
-from lora_diag.probes.sweep.verdict import verdicts as verdicts_of
 from lora_diag.records import Probe, Results
-from lora_diag.records.probe import Subject, set_names
-from lora_diag.rendering.losses import caption_of, describe_added_rates, describe_diverged, on_set, probe_summary
+from lora_diag.records.probe import Subject
+from lora_diag.rendering.losses import caption_of, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, Rows, grid_of
 from lora_diag.rendering.text import number, short, with_limits
@@ -30,40 +29,22 @@ from lora_diag.rendering.text import number, short, with_limits
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table per set, one row for BASE, each rank and each reference line."""
-    records, seed = results.whole_of(Probe), results.run.settings["seed"]
-    sets = set_names(records)
-    rates = best_rates(records, sets[0], seed) if sets else {}
-    references = _list_references(records, sets, seed)
-    grids = []
-    for name in sets:
-        lines = [(subject, row) for subject, set_name, row in references if set_name == name]
-        own_records = [record for record in records if record.set == name]
-        grids.append(_make_table(caption_of(name, own_records), own_records, by_rank(records, name, rates), lines))
-    return grids
+    return [*map(_make_grid, list_swept(results.whole_of(Probe), results.run.settings))]
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: the sufficient rank by set; reference lines; learning rates; training."""
+    """Return the statements: the sufficient rank by set; reference lines; learning rates."""
     records, settings = results.whole_of(Probe), results.run.settings
-    sets, share = set_names(records), settings["tolerance"]
-    rates = best_rates(records, sets[0], settings["seed"]) if sets else {}
-    references = _list_references(records, sets, settings["seed"])
-    verdicts = verdicts_of(records, settings["seed"], share)
-    bases = {name: base for name, (_, base) in verdicts.items()}
-    rows = by_rank(records, sets[0], rates) if sets else []
-    on_first_set = [(subject, row) for subject, set_name, row in references if set_name == sets[0]]
+    swept_sets = list_swept(records, settings)
+    judged = [swept for swept in swept_sets if swept.base is not None]
     return probe_summary(
         results,
-        *(on_set(name, *_state_verdict(verdict, base, share)) for name, (verdict, base) in verdicts.items()),
-        *_compare_references(records, bases, rates, references, share),
-        make_statement("rates", "Rates", *_describe_rates(rows, on_first_set, records, settings)),
-        make_statement("trained", "Trained", _describe_training(settings), priority=2),
+        *(on_set(swept.set, *_state_verdict(swept)) for swept in judged),
+        *(make_statement(f"to_{one}", f"To {LINES[one]}", *_compare_with(one, judged)) for one in LINES),
+        make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
         reading=_interpret(settings),
     )
 
-
-# Names of the reference lines.
-_LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
 
 _READING = (
     "the rate of each rank was chosen on the first set, so losses there are slightly too low; all runs have the "
@@ -88,32 +69,14 @@ def _interpret(settings: dict[str, Any]) -> str:
     return "; ".join([_READING, *extra])
 
 
-def _list_references(records: Sequence[Probe], sets: Sequence[str], seed: int) -> list[tuple[Subject, str, AtRank]]:
-    """Return the runs of each reference line at its best rate, on every set."""
-    rows = []
-    for subject in _LINES:
-        rates = best_rates(records, sets[0], seed, subject) if sets else {}
-        rows += [(subject, name, row) for name in sets for row in by_rank(records, name, rates, subject)]
-    return rows
-
-
-def _compare_references(
-    records: Sequence[Probe],
-    bases: dict[str, Probe],
-    rates: dict[int | None, float],
-    references: Sequence[tuple[Subject, str, AtRank]],
-    share: float,
-) -> list[Statement]:
-    """Compare the best rank with each reference line, on every set with a measured BASE."""
-    sentences: dict[Subject, list[str]] = {}
-    for subject, name, row in references:
-        if name not in bases:
+def _compare_with(subject: Subject, judged: Sequence[Swept]) -> Iterator[str]:
+    """Yield the comparison of the best rank with a reference line, on every set with a measured BASE."""
+    for swept in judged:
+        if swept.base is None or (line := swept.lines.get(subject)) is None:
             continue
-        ranks = by_rank(records, name, rates)
-        if (comparison := compare_with_reference(ranks, row, bases[name].nats, share)) is not None:
-            where = f"on {short(name)}: " if len(bases) > 1 else ""
-            sentences.setdefault(subject, []).append(f"{where}{_describe_comparison(comparison, _LINES[subject])}")
-    return [make_statement(f"to_{subject}", f"To {_LINES[subject]}", *lines) for subject, lines in sentences.items()]
+        if (comparison := compare_with_reference(swept.rows, line, swept.base.nats, swept.tolerance)) is not None:
+            where = f"on {short(swept.set)}: " if len(judged) > 1 else ""
+            yield f"{where}{_describe_comparison(comparison, LINES[subject])}"
 
 
 def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
@@ -133,21 +96,20 @@ def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
     return f"{answers[comparison.outcome]}; {means} ({span}){one_run}"
 
 
-def _make_table(
-    caption: str, of_set: Sequence[Probe], ranks: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]]
-) -> Grid:
-    """Return the loss by rank: over seeds at the rank's own rate, and of the first seed at every rate."""
+def _make_grid(swept: Swept) -> Grid:
+    """Return the losses on one set: over seeds at the rank's own rate, and of the first seed at every rate."""
+    of_set = [record for record in swept.records if record.set == swept.set]
     tried = sorted({record.lr for record in of_set if record.lr is not None})
     first = min((record.seed for record in of_set if record.lr is not None), default=0)
     by_setting = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
     bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
-    runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in ranks), *lines]
-    rows: Rows = [*bases, *((_LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
+    runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in swept.rows), *swept.lines.items()]
+    rows: Rows = [*bases, *((LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
     columns = []
     for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True):
         losses = [_format_loss(by_setting.get((subject, row.rank, lr))) for subject, row in runs]
         columns.append(Column(f"lr {lr:g}", (*["-"] * len(bases), *losses), drop=drop))
-    return grid_of(AtRank.shown, rows, "rank", caption, extra=columns)
+    return grid_of(AtRank.shown, rows, "rank", caption_of(swept.set, of_set), extra=columns)
 
 
 def _format_loss(record: Probe | None) -> str:
@@ -157,21 +119,14 @@ def _format_loss(record: Probe | None) -> str:
     return "diverged" if record.loss is None else f"{record.loss:.4f}"
 
 
-def _describe_training(settings: dict[str, Any]) -> str:
-    targets = settings["targets"] if isinstance(settings["targets"], str) else ", ".join(settings["targets"])
-    grid = settings.get("quantized")
-    kind, on = settings.get("kind", "LoRA, alpha = 2r"), f"{targets}{f' rounded to {grid}' if grid else ''}"
-    steps = f"{settings['steps']} steps of {settings['batch']} sequences"
-    return f"{kind}, on {on}; {steps}; {settings['optimizer']}"
-
-
-def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str]:
+def _state_verdict(swept: Swept) -> list[str]:
     """State the rank to train at, its confidence, and the findings on smaller ranks; or why there is no verdict."""
+    verdict, share = swept.verdict, swept.tolerance
     if verdict.best is None:
         return ["no verdict: no run is finished with a finite loss"]
     if verdict.outcome == "no gain":
         by = number(-verdict.gain)
-        return [f"no gain: every rank is worse than BASE ({number(base.nats)}), r={verdict.best} by the least, {by}"]
+        return [f"no gain: every rank is worse than BASE, r={verdict.best} by the least, {by}"]
     chosen = verdict.chosen
     if verdict.outcome == "no verdict" or chosen is None or chosen.confidence is None:
         why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
@@ -185,27 +140,20 @@ def _state_verdict(verdict: SweepVerdict, base: Probe, share: float) -> list[str
     return [lead, *list_reasons(verdict, share)]
 
 
-def _describe_rates(
-    rows: Sequence[AtRank], lines: Sequence[tuple[Subject, AtRank]], records: Sequence[Probe], settings: dict[str, Any]
-) -> list[str]:
-    notes = describe_diverged(records)
+def _describe_rates(swept: Swept) -> list[str]:
+    """State the learning rates of a sweep: those chosen, those at an edge, and the runs that diverged."""
+    records, notes = swept.records, describe_diverged(swept.records)
     with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
     for subject, rank, lr, seed in sorted(find_diverged(records) & with_loss, key=str):
-        named = _LINES.get(subject, f"r={rank}")
+        named = LINES.get(subject, f"r={rank}")
         notes.append(f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and spread")
-    if not rows:
+    if not swept.rows:
         return notes or ["no run is finished yet"]
-    rates = [f"r={row.rank} {row.lr:g}" for row in rows] + [f"{_LINES[subject]} {row.lr:g}" for subject, row in lines]
-    text = [f"lowest loss of the first seed: {', '.join(rates)}"]
-    for option, grid, of_full in (("--lr", "rates", False), ("--full-lr", "full_rates", True)):
-        tried = {record.lr for record in records if (record.subject == "full") == of_full}
-        text += describe_added_rates(tried, settings.get(grid), option)
-    if at_edge := [str(row.rank) for row in rows if row.edge]:
-        text.append(f"at the edge of the rates tried for r={', '.join(at_edge)}; extend --lr")
-    for subject, row in lines:
-        if row.edge:
-            option = "--full-lr" if subject == "full" else "--lr"
-            text.append(f"at the edge of the rates tried for {_LINES[subject]}; extend {option}")
+    rows = {f"r={row.rank}": row for row in swept.rows} | {LINES[name]: row for name, row in swept.lines.items()}
+    text = [f"lowest loss of the first seed: {', '.join(f'{name} {row.lr:g}' for name, row in rows.items())}"]
+    if at_edge := [name for name, row in rows.items() if row.edge]:
+        options = ["--full-lr"] * ("full" in at_edge) + ["--lr"] * (at_edge != ["full"])
+        text.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend {' and '.join(options)}")
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         text.append("one rate for all ranks: the effects of rank and rate cannot be separated")
     return [*text, *notes]

@@ -35,13 +35,15 @@ from lora_diag.metrics.statistics import (
 )
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
-from lora_diag.records.probe import Subject, main_sets
+from lora_diag.records.probe import Subject, main_sets, set_names
 from lora_diag.running.amounts import edge, find_best_rates
 from lora_diag.running.fingerprint import legible
 
 Outcome = Literal["fast saturation", "gradual decline", "not resolved", "no gain", "no verdict"]
 Answer = Literal["yes", "no", "not known"]
 
+# Reference lines, with their names.
+LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
 # A run that ends above this multiple of BASE's loss, while another seed at its rank and rate ends below it, has
 # diverged.
 DIVERGED_RATIO = 1.1
@@ -357,19 +359,6 @@ def by_rank(
     return rows
 
 
-def verdicts(records: Sequence[Probe], seed: int, share: float) -> dict[str, tuple[SweepVerdict, Probe]]:
-    """Return the verdict of a sweep on each set with a measured BASE, with BASE's record.
-
-    Args:
-        records: Records of a sweep; the first set decides on the learning rates.
-        seed: The first seed.
-        share: Tolerance as a fraction of the gain.
-    """
-    rates = best_rates(records, records[0].set, seed) if records else {}
-    bases = [record for record in records if record.subject == "base" and not record.name and record.loss is not None]
-    return {base.set: (judge(by_rank(records, base.set, rates), base.nats, share), base) for base in bases}
-
-
 def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     """Return the verdict on the losses of a sweep.
 
@@ -523,39 +512,63 @@ def _bound_confidence(chosen: RankStanding, standings: Sequence[RankStanding]) -
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """The verdict of a sweep on its main set.
+    """A sweep on one evaluation set.
 
     Args:
-        results: Results of the run.
-        set: The first set that is not shifted; the first of all if there is no other.
-        verdict: The verdict on it.
-        base: BASE's record on it.
-        ranks: Ranks tried, ascending.
+        set: The set.
+        records: All records of the sweep.
+        rows: The runs of each rank at its best learning rate, ascending.
+        lines: Those of each reference line.
+        base: BASE's record on the set; None without a finite loss.
+        verdict: The verdict; without ``base`` there is none, whatever the losses.
         tolerance: Fraction of the gain that a smaller rank may lose.
     """
 
-    results: Results[Any]
     set: str
+    records: Sequence[Probe]
+    rows: Sequence[AtRank]
+    lines: Mapping[Subject, AtRank]
+    base: Probe | None
     verdict: SweepVerdict
-    base: Probe
-    ranks: tuple[int, ...]
     tolerance: float
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks tried, ascending."""
+        tried = {record.rank for record in self.records if record.subject == "lora" and record.rank is not None}
+        return tuple(sorted(tried))
+
+
+def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Swept]:
+    """Return a sweep on each of its sets; the first set decides on the learning rates.
+
+    Args:
+        records: Records of the sweep.
+        settings: Settings of its run.
+    """
+    seed, share, sets = settings.get("seed", 0), settings.get("tolerance", TOLERANCE), set_names(records)
+    subjects: tuple[Subject, ...] = ("lora", *LINES)
+    rates = {subject: best_rates(records, sets[0], seed, subject) for subject in subjects if sets}
+    found = []
+    for name in sets:
+        bases = (r for r in records if (r.subject, r.name, r.set) == ("base", "", name) and r.loss is not None)
+        base, rows = next(bases, None), by_rank(records, name, rates["lora"])
+        lines = {subject: row for subject in LINES for row in by_rank(records, name, rates[subject], subject)}
+        verdict = judge(rows if base is not None else (), base.nats if base is not None else 0.0, share)
+        found.append(Swept(name, records, rows, lines, base, verdict, share))
+    return found
 
 
 def swept_of(results: Results[Any]) -> Swept | None:
-    """Return the verdict of a sweep; None without BASE's loss on a deciding set (``main_sets``).
+    """Return a sweep on its deciding set (``main_sets``); None without BASE's loss on such a set.
 
     Args:
         results: Results of ``probe sweep``.
     """
     records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
-    share = results.run.settings.get("tolerance", TOLERANCE)
-    verdicts_by_set = verdicts(records, results.run.settings.get("seed", 0), share)
-    main_set = next((name for name in main_sets(records) if name in verdicts_by_set), None)
-    if main_set is None:
-        return None
-    ranks = sorted({record.rank for record in records if record.subject == "lora" and record.rank is not None})
-    return Swept(results, main_set, *verdicts_by_set[main_set], tuple(ranks), share)
+    sets = main_sets(records)
+    swept_sets = list_swept(records, results.run.settings)
+    return next((swept for swept in swept_sets if swept.set in sets and swept.base is not None), None)
 
 
 def swept_rate(path: Path | str) -> str:

@@ -94,11 +94,13 @@ def _explain_inapplicable(name: str, sources: Sources) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no record gives the norm and the resolution of an update"
-    adapters = (item for source in sources for item in source.results.run.inputs if item.role == "adapter")
+    adapters = [item for source in sources for item in source.results.run.inputs if item.role == "adapter"]
+    if name in {"complete", "base"} and not adapters:
+        return "no adapter was measured"
     if name == "complete" and all(item.targets is None for item in adapters):
-        return "no results of an adapter, measured on its BASE, that has a config"
+        return "no adapter whose config names its modules was measured on its BASE"
     if name == "base" and not any(map(_pair_names, sources)):
-        return "no results of an adapter on a BASE that both have a name"
+        return "no adapter and BASE that both have a name were measured together"
     metrics = metrics_of(record for source in sources for record in source.results.layers)
     if name in _CHECKS_OF_WEIGHTS and metrics and "weights" not in metrics:
         return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"

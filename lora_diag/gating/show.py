@@ -187,11 +187,12 @@ def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Seque
     statements.append(make_statement("outcome", "Gate", headline(results), level="ok" if passes else "failure"))
     for status, display in STATUSES.items():
         rules = by_rule(results, status)
-        # Built-in checks that do not apply share a line, and so do rules that pass.
+        # Built-in checks that do not apply for one reason share a line, and so do rules that pass.
         idle = [item for item in rules if status == "not judged" and not item[1][0].line]
         lines = [f"{_name_rule(*item)}: {describe_reasons(item[1])}" for item in rules if item not in idle]
-        if idle:
-            lines.append(f"checks {', '.join(rule for rule, _ in idle)}: {describe_reasons(idle[0][1])}")
+        for why in dict.fromkeys(describe_reasons(of_rule) for _, of_rule in idle):
+            together = ", ".join(rule for rule, of_rule in idle if describe_reasons(of_rule) == why)
+            lines.append(f"checks {together}: {why}")
         if status != "passed" and lines:
             statements.append(make_statement(status.replace(" ", "_"), display.label, *lines))
     bad_rules = {verdict.rule for verdict in bad}

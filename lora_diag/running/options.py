@@ -113,7 +113,7 @@ FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", (
 STEPS = Option(100, "Training steps of a run.", "N")
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
 SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",))
-TOP = Option(None, "Compute only the K largest singular values; default: all (plan: all, and 64).", "K")
+TOP = Option(None, "Compute only the K largest singular values; default: all.", "K")
 SHOW_RANK = Option(None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT)
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")

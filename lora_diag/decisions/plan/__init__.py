@@ -32,7 +32,7 @@ class PlanOptions(TypedDict, total=False):
     optimizer: Annotated[str, OPTIMIZER]
     dtype: Annotated[str, ADAPTER_DTYPE]
     cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")]
-    top: Annotated[int, TOP.by(64)]
+    top: Annotated[int, TOP.by(64, help="With --cost: second estimate, for the K largest singular values only.")]
     data: Annotated[Path | str | None, DATA.by(None)]
     tokens: Annotated[
         str | int | None, Option(None, "Predicted tokens of the training data; default: those in --data.", "N")

@@ -174,7 +174,7 @@ def _describe_answer(groups: Mapping[Name, list[Portability]], fixed: Mapping[st
         skipped = fixed.get("left_out")
         note = f", without {len(skipped)} weights of the adapter" if skipped and not truncated else ""
         is_whole = not truncated and not note
-        lead = f"{'yes: ' if is_whole else ''}the same ΔW in {list_titles(exact)}{note}"
+        lead = f"{'yes: ' if is_whole else ''}the same ΔW in {list_titles(exact)} by their source (none was run){note}"
         level: Level = "ok" if is_whole else "warning"
         return make_statement("portable", "Portable", truncated, lead, level=level, priority=0)
     clauses = [f"no: another ΔW in {list_titles(changed)}"] if changed else []

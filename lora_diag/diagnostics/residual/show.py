@@ -119,7 +119,7 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
         resolved = describe_resolution(
             verdicts,
             "yes: rounding plays no part in TUNED's update",
-            "ε there includes rounding noise (limited by: noise)",
+            f"ε there includes rounding noise{' (limited by: noise)' if 'unresolved' in verdicts else ''}",
             owner=" of TUNED",
         )
         if not verdicts:

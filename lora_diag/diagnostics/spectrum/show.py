@@ -64,6 +64,9 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
     changed = _select_changed(results)
     if not changed:
         return Hint("inspect {tuned}", "what this checkpoint holds")
+    if results.non_finite:
+        base = "" if values["tuned"] is None else "{base} "
+        return Hint(f"spectrum {base}EARLIER_CHECKPOINT", "this one holds NaN or Inf")
     if any(side.role == "adapter" for side in results.run.inputs):
         if values["tuned"] is None:
             return Hint("portability {base}", "the update that each serving program applies")
@@ -284,7 +287,7 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     unchanged = max(record.resolution.unchanged or 0.0 for record in changed)
     statement = describe_resolution(
         verdicts,
-        f"yes: rounding is expected to make up at most {percent(max(shares))} of {norm} in any layer",
+        f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the layer with most",
         f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}\n"
         "ranks beyond the signal rank count noise; save the fine-tune in float32, or measure the adapter instead of "
         f"its merge{f'. Up to {percent(unchanged)} of the entries are unchanged' if unchanged >= 0.01 else ''}",

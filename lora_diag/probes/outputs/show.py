@@ -339,7 +339,7 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     """State whether the best adapter is as good as the full fine-tune; empty without contests."""
     if not contests:
         return ""
-    answers = {"as good": "yes", "worse": "no", "not known": "not known"}
+    answers = {"as good": f"yes, at least {SUFFICIENT_SHARE:.0%} of the gain", "worse": "no", "not known": "not known"}
     outcome = next(outcome for outcome in answers if any(contest.outcome == outcome for contest in contests))
     best = min(
         (contest for contest in contests if contest.outcome == outcome), key=lambda contest: contest.worst.gap or 0.0

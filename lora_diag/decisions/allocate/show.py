@@ -23,7 +23,7 @@ from lora_diag.records.base import Shown
 from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, left_out, make_statement, notes
 from lora_diag.rendering.tables import Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import list_layers, list_names, number, percent, safe, short, span, strip
+from lora_diag.rendering.text import list_layers, list_names, number, percent, quantity, safe, short, span, strip
 
 # Maximum number of layers named in a statement.
 _NAMED = 3
@@ -352,11 +352,11 @@ def _describe_marginal_gain(certificate: Certificate) -> str:
 def _describe_limits(results: Results[Allocation]) -> list[str]:
     """State how many layers end at a cap, by its reason, and how many do not reach a requested energy fraction."""
     counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
-    lines = [f"{n} layers end at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
+    lines = [f"{quantity(n, 'layer')} at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
     share = results.run.settings.get("energy")
     if isinstance(share, float) and (short_of := [r for r in results if r.kept is not None and r.kept < share - 1e-6]):
         lines.append(
-            f"{len(short_of)} layers do not reach {percent(share)} at their cap, such as {short(short_of[0].layer)}"
+            f"below {percent(share)} at the cap: {quantity(len(short_of), 'layer')}, such as {short(short_of[0].layer)}"
         )
     return lines
 
@@ -387,8 +387,8 @@ def _make_warnings(results: Results[Allocation]) -> list[str]:
         lines.append("these are spectra of gradients: ranks for a first-order step, not for an update")
     if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
         lines.append(
-            f"{len(unresolved)} layers are mostly rounding noise: their ranks stop at the signal, and their energy "
-            "is not that of the update; measure the adapter or a float32 fine-tune"
+            f"mostly rounding noise: {quantity(len(unresolved), 'layer')}, with ranks up to the signal and an energy "
+            "that is not the update's; measure the adapter or a float32 fine-tune"
         )
     if any(UNFINISHED in run_input.notes for run_input in results.run.inputs):
         lines.append("the spectrum run did not finish: missing layers have no rank")

@@ -20,7 +20,18 @@ from lora_diag.rendering.statements import (
     summarize,
 )
 from lora_diag.rendering.tables import rows_of
-from lora_diag.rendering.text import count, format_shown, list_layers, list_names, number, percent, safe, short, span
+from lora_diag.rendering.text import (
+    count,
+    format_shown,
+    list_layers,
+    list_names,
+    number,
+    percent,
+    quantity,
+    safe,
+    short,
+    span,
+)
 
 # Reason of a layer without factors if ΔW = 0, as recorded.
 ZERO = "its update is zero"
@@ -67,7 +78,7 @@ def extraction_card(results: Results[Extraction], base_name: str, command: str, 
     library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
     in_full, missing = _describe_full_tensors(results), _describe_missing(results, hint="")
     body = [
-        f"The {method} of ΔW = W_tuned − W_base, {len(results)} weights of {code_span(base_name)}, rank "
+        f"The {method} of ΔW = W_tuned − W_base, {quantity(len(results), 'weight')} of {code_span(base_name)}, rank "
         f"{span(record.rank for record in results)}, {_count_params(results)} parameters, scaling 1. "
         f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
         f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
@@ -127,7 +138,7 @@ def _describe_written(results: Results[Extraction], folder: str | None) -> list[
     to = f"{safe(folder)}: " if folder else ""
     tables = sum(record.kind == "embedding" for record in results)
     return [
-        f"{to}{len(results)} weights{f' ({tables} of them embeddings)' if tables else ''}, rank "
+        f"{to}{quantity(len(results), 'weight')}{f' ({tables} of them embeddings)' if tables else ''}, rank "
         f"{span(record.rank for record in results)}, {_count_params(results)} parameters in {results.layers[0].dtype}",
         *_describe_full_tensors(results),
     ]
@@ -228,7 +239,7 @@ def _describe_estimates(results: Results[Extraction]) -> Statement:
     return make_statement(
         "estimated",
         "Estimate",
-        f"{estimated} weights factor the estimated update before rounding, which ε is measured against"
+        f"the estimated update before rounding in {quantity(estimated, 'weight')}; ε is measured against it"
         if tried
         else "",
         f"from the files, without an estimate: {list_layers(stored)}" if stored else "",

@@ -130,7 +130,7 @@ def _make_statements(plan: Plan) -> list[Statement]:
         make_statement(
             "targets",
             "LoRA on",
-            f"{matrices} matrices with {plan.targeted:,} entries; each unit of r trains {plan.per_rank:,} parameters",
+            f"{quantity(matrices)} with {plan.targeted:,} entries; each unit of r trains {plan.per_rank:,} parameters",
         ),
         make_statement(
             "model", "Model", f"{safe(plan.path)} ({plan.kind}), {plan.params:,} parameters", *map(safe, plan.notes)
@@ -195,7 +195,7 @@ def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
             f"{safe(fit.asked)}: {used} give every matrix full rank, r={fit.rank}: a larger budget has no effect, "
             f"and full fine-tuning of these matrices trains {plan.targeted:,}"
         ]
-    allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere, {fit.spent:,}; {fit.left:,} remain"
+    allowed = f"{fit.budget:,} parameters allow r ≤ {fit.rank} everywhere: {fit.spent:,} used, {fit.left:,} left"
     lines = [f"{safe(fit.asked)}: {allowed}"]
     if fit.spent >= plan.targeted:
         lines.append(f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}")

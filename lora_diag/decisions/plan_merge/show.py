@@ -19,13 +19,6 @@ from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.text import count, factor, list_layers, number, percent
 
-_WHY = {
-    "merge": "the format keeps the update",
-    "serve unmerged": "rounding would lose too much of the update",
-}
-# The format keeps BASE within MAX_ERROR, but not the update.
-_BASE_ONLY = "the format keeps BASE but not the update: BASE in this format with the adapter unmerged loses nothing"
-
 
 def suggest_next(results: Results[PlannedMerge], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step: the check after a merge, or how programs serve the adapter; None with nothing to merge."""
@@ -64,13 +57,17 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
         text = "nothing to merge: every update is zero"
         return make_statement("conclusion", "Conclusion", text, level="warning", priority=0)
     keeping = [name for name, effect in _effects_of_16_bits(records).items() if effect.survives]
-    verb = "does" if len(keeping) == 1 else "do"
-    why = _WHY.get(outcome, f"the format does not keep the update, {' and '.join(keeping)} {verb}")
     base_error = pool_ratios(records, lambda record: record.base_error)
     keeps_base = to not in {"bf16", "fp16"} and base_error is not None and base_error <= MAX_ERROR
+    advice = {
+        "merge": f"merge: {to} keeps the update, by the rule of thumb (error at most {number(MAX_ERROR)} ‖ΔW‖)",
+        "merge into 16 bit": f"merge into {' or '.join(keeping)}: {to} loses too much of the update",
+        "serve unmerged": f"serve unmerged: {to} loses too much of the update",
+    }[outcome]
     if outcome == "serve unmerged" and keeps_base:
-        why = _BASE_ONLY
-    advice = f"merge into {' or '.join(keeping)}" if outcome == "merge into 16 bit" else outcome
+        advice = (
+            f"serve unmerged: {to} keeps BASE but not the update, and BASE in {to} beside the adapter loses nothing"
+        )
     others = [record for record in records if record.conclusion not in {outcome, None}]
     different = (
         f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {list_layers(others)}"
@@ -78,7 +75,7 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
     return make_statement(
         "conclusion",
         "Conclusion",
-        f"{advice} ({to}): {why}",
+        advice,
         different if others else "",
         level="ok" if outcome == "merge" else "warning",
         priority=0,

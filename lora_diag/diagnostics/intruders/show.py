@@ -44,7 +44,9 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
             make_statement("rotated", "Rotated", _describe_rotated(records), priority=2),
             make_statement("chance", "Random baseline", chance, priority=2),
         ]
-    interpretation = "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss shows it here"
+    interpretation = (
+        "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss shows it here"
+    )
     return summarize(results, *findings, make_statement("interpretation", "Interpretation", interpretation))
 
 

@@ -256,7 +256,7 @@ def find_fault(trial: Trial) -> Fault:
     """Return the first common fault that explains a layer; without one, a description of the difference."""
     check = trial.check
     if not trial.task.adapted:
-        return Fault("changed", "the adapter does not touch it, but MERGED differs from BASE")
+        return Fault("changed", "not touched by the adapter, but MERGED differs from BASE")
     if not trial.task.deltas:
         return Fault("other", "the rows that the adapter adds are not what it holds")
     if check.moved == 0:
@@ -506,7 +506,7 @@ def _find_few_entries(trial: Trial) -> Fault | None:
     check = trial.check
     if check.count >= FEW_ENTRIES * check.entries:
         return None
-    return Fault("other", f"{check.count} entries differ {_describe_place(trial)}, the others are right")
+    return Fault("other", f"wrong entries: {check.count}, {_describe_place(trial)}; the others are right")
 
 
 def _find_rounded_base(trial: Trial) -> Fault | None:

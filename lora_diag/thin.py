@@ -299,7 +299,7 @@ def _factor_cholesky(stack: Array) -> Array:
 
 
 def _choose_scale(x: Numbers) -> float:
-    """Return a power of two near the largest entry, by which division is exact."""
+    """Return a power of two near the largest entry, by which division is exact; 1 for zeros."""
     largest = float(np.abs(x).max())
     return 2.0 ** max(math.frexp(largest)[1] - 1, -1000) if largest else 1.0
 

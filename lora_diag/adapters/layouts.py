@@ -82,7 +82,7 @@ class Slot:
     value: float = 0.0
 
     def sizes(self, rank: int) -> tuple[int, ...]:
-        """Return the shape in the file, given the common rank."""
+        """Return the shape in the file, given the common rank; () for a number."""
         if self.placed is None:
             return ()
         if self.shape:

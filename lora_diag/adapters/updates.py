@@ -320,10 +320,10 @@ def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:
 
 
 def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Factors:
-    """Return S ``(vocab, n)`` and value − W[rows] ``(n, dim)``.
+    """Return S ``(vocab, n)``, which picks the rows, and value − W[rows] ``(n, dim)``.
 
     Raises:
-        InputError: A row is beyond BASE's embedding.
+        InputError: A row is beyond BASE's embedding, or a file could not be read.
     """
     import torch
 

@@ -101,7 +101,11 @@ class SafetensorsFile(TensorFile):
         return path.suffix == ".safetensors"
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype).
+
+        Raises:
+            InputError: They cannot be read, or need a newer version of torch.
+        """
         import torch
 
         dtype = getattr(torch, self.tensors[name].dtype, None)

@@ -85,7 +85,11 @@ class TensorFile:
     metadata: Mapping[str, str] = {}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major, 1-D, dtype of ``tensors``)."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major, 1-D, dtype of ``tensors``).
+
+        Raises:
+            InputError: They cannot be read.
+        """
         raise NotImplementedError
 
     def read_bytes(self, name: str) -> bytes:

@@ -70,7 +70,7 @@ class Weighting:
 
 
 def weighting_bytes(weighting: Weighting | None, shape: tuple[int, int]) -> int:
-    """Estimate the memory of weighting a matrix in bytes: a root and its eigenvectors, ΔW and W_base in float64."""
+    """Estimate the bytes of weighting a matrix: a root and its eigenvectors, ΔW and W_base in float64; 0 for None."""
     if weighting is None:
         return 0
     return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))

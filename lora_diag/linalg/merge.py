@@ -304,7 +304,7 @@ class Whole:
         return variance
 
     def bias(self) -> float:
-        """Return the relative error of ΔW that truncating sums can have in all entries alike."""
+        """Return the relative error of ΔW that truncating sums can have in all entries alike; 0 without arithmetic."""
         return 0.0 if self.exact else 16 * _U32
 
     def times(self, factor: float) -> Whole:

@@ -79,7 +79,7 @@ def type_order(layer: str) -> tuple[bool, bool, int]:
 
 
 def tower_of(layer: str) -> tuple[str, ...]:
-    """Return the parts of the name before its block's number, which distinguish an encoder's blocks from a decoder's.
+    """Return the parts of a name before its block's number, as of encoder or decoder; none outside the blocks.
 
     >>> tower_of("vision_tower.layers.3.fc1.weight"), tower_of("lm_head.weight")
     (('vision_tower', 'layers'), ())

@@ -129,7 +129,7 @@ class Statement:
 
     @property
     def urgency(self) -> int:
-        """Priority in a short summary, where a warning or a failure counts as a decision."""
+        """Priority in a short summary: 0, as of a decision, for a warning or a failure."""
         return 0 if self.level in {"warning", "failure"} else self.priority
 
     @property

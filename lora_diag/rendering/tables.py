@@ -79,7 +79,7 @@ class Grid:
     detail: bool = False
 
     def shown(self, width: int) -> list[RenderableType]:
-        """Return what a terminal of a given width shows: caption, table, and the number of rows not shown."""
+        """Return caption, table and number of other rows for a terminal of a given width; details only with ``-v``."""
         if self.detail and not is_verbose():
             return []
         names, limit = self.names[: self.most], self.most

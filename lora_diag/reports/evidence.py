@@ -122,7 +122,7 @@ class Evidence:
 
     @cached_property
     def update(self) -> Source | None:
-        """The first spectrum of a full update, in the weights' metric.
+        """The first spectrum of a full update, in the weights' metric; None without one.
 
         Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which does not describe
         norms and placement.

@@ -76,7 +76,11 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page: a panel for each set of the first run."""
+    """Return the page: a panel for each set of the first run.
+
+    Raises:
+        UndrawableError: No run is finished with a loss.
+    """
     trials = [record for record in series[0].whole if isinstance(record, TuneTrial)]
     choice = next((record for record in series[0].whole if isinstance(record, Tune)), None)
     if not any(trial.params and trial.loss is not None for trial in trials):

@@ -72,7 +72,7 @@ def _make_grid(caption: str, rows: Sequence[T], columns: Mapping[str, Callable[[
 
 
 def _describe_kind(plan: TunePlan) -> list[Statement]:
-    """Return the kind of adapter where it is not plain LoRA, with what differs in comparisons."""
+    """Return the kind of adapter, with what differs in comparisons; empty for plain LoRA."""
     notes = []
     if "DoRA" in plan.kind:
         notes.append(

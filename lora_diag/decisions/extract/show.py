@@ -145,7 +145,7 @@ def _describe_written(results: Results[Extraction], folder: str | None) -> list[
 
 
 def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
-    """State which tensors are stored in full, and how to prepare the base model before loading."""
+    """State which tensors are stored in full, if any, and how to prepare the base model before loading."""
     rows_by_tensor: Counter[str] = Counter()  # rows of a table that both sides have, and added rows
     resized = set()
     for item in results.left_out:

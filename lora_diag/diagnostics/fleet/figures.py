@@ -48,7 +48,11 @@ class _Point:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the scatter plot of all adapters, with a colour per run."""
+    """Return the scatter plot of all adapters, with a colour per run.
+
+    Raises:
+        UndrawableError: No adapter has a rank.
+    """
     points = _make_points(series)
     if not points:
         raise UndrawableError("no adapter has a rank")

@@ -139,7 +139,7 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
 
 
 def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
-    """State the rank, α and dtype of the written adapter, its errors, and the weights left out."""
+    """State the rank, α and dtype of the written adapter, if any, its errors, and the weights left out."""
     if fixed is None:
         return []
     rank, rounding = fixed["rank"], number(fixed["rounding"] or 0)

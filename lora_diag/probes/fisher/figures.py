@@ -24,7 +24,11 @@ SMALLEST_SHOWN = 1e-5
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``."""
+    """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``.
+
+    Raises:
+        UndrawableError: No truncation changes the loss.
+    """
     if not any(max(record.fisher, default=0.0) > 0 for item in series for record in item.records):
         raise UndrawableError("no truncation changes the loss")
     by_run: list[list[Correlations]] = []

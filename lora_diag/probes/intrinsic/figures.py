@@ -30,7 +30,11 @@ SHARE = 0.9
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a panel for each set with a gain of full fine-tuning and a subspace or LoRA; runs differ by colour."""
+    """Return a panel for each set with a gain of full fine-tuning and a subspace or LoRA; runs differ by colour.
+
+    Raises:
+        UndrawableError: There is no such set.
+    """
     labels = sets_of(record for item in series for record in item.records)
     runs_by_set = {name: [_select_lines(item.records, name) for item in series] for name in labels}
     sets = [name for name, runs in runs_by_set.items() if any(line.subject != "full" for run in runs for line in run)]

@@ -140,7 +140,7 @@ def select_lines(records: Sequence[Intrinsic], name: str, deciding_set: str, see
 
 
 def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
-    """Return the smallest subspace or LoRA whose mean fraction of full fine-tuning's gain is at least ``share``.
+    """Return the smallest subspace or LoRA with a mean fraction of full fine-tuning's gain ≥ ``share``, if any.
 
     Args:
         all_rows: Lines of one set, those of a subject ascending.

@@ -21,7 +21,11 @@ _COLORS = {"adapter": CATEGORIES[0], "reference": CATEGORIES[2], "base": QUIET}
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the gaps of models to TUNED, one panel per set."""
+    """Return the gaps of models to TUNED, one panel per set.
+
+    Raises:
+        UndrawableError: No model was compared with TUNED.
+    """
     records = [record for item in series for record in item.records]
     if not _select_compared(records):
         raise UndrawableError("no model was compared with a full fine-tune")
@@ -48,7 +52,11 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def make_depth_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the distances by depth, one panel per set, of as many models as there are colours."""
+    """Return the distances by depth, one panel per set, of as many models as there are colours.
+
+    Raises:
+        UndrawableError: No hidden states were compared.
+    """
     models = _label_models(record for item in series for record in item.records)
     labels = sets_of(record for item in series for record in item.records)
     by_set: dict[str, dict[str, Sequence[float | None]]] = {name: {} for name in labels}

@@ -207,7 +207,7 @@ DEPTHS = 7
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: how programs serve the best adapter, or training if all are worse than TUNED."""
+    """Return the next step: how programs serve the best adapter, or training if all are worse than TUNED; else None."""
     records = results.whole_of(Probe)
     contests = contests_of(records)
     if contests and all(contest.outcome == "worse" for contest in contests):

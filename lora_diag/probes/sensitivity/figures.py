@@ -14,7 +14,11 @@ from lora_diag.rendering.figures.style import PageStyle, name_of
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the gains, one panel per set, the highest first."""
+    """Return the gains, one panel per set, the highest first.
+
+    Raises:
+        UndrawableError: No unit is finished with a gain.
+    """
     ranks = sorted({_find_smallest_rank(item.records) for item in series})
     page = make_rows_page(
         series,

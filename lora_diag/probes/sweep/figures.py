@@ -24,7 +24,11 @@ from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, cate
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a panel per set; several sweeps differ by colour."""
+    """Return a panel per set; several sweeps differ by colour.
+
+    Raises:
+        UndrawableError: No run of a LoRA is finished with a loss.
+    """
     records = [record for item in series for record in item.records]
     if not any(record.subject == "lora" and record.loss is not None for record in records):
         raise UndrawableError("no run of the sweep is finished with a loss")

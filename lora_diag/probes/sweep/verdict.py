@@ -503,7 +503,10 @@ def _choose_outcome(standings: Sequence[RankStanding], sufficient: RankStanding 
 
 
 def _bound_confidence(chosen: RankStanding, standings: Sequence[RankStanding]) -> float | None:
-    """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is (Bonferroni)."""
+    """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is; None if not known.
+
+    By Bonferroni's inequality.
+    """
     if chosen.confidence is None:
         return None
     smaller = (1 - (standing.against or 0.0) for standing in standings if standing.rank < chosen.rank)

@@ -24,7 +24,11 @@ LOSS, ENERGY = CATEGORIES[0], CATEGORIES[1]
 
 
 def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the cost of truncating each layer or type alone to the requested or smallest rank, one panel per set."""
+    """Return the cost of truncating each layer or type alone to the requested or smallest rank, one panel per set.
+
+    Raises:
+        UndrawableError: No layer or type was truncated alone, or the requested rank was not measured.
+    """
     records = [record for item in series for record in item.records if _name_part(record)]
     ranks = sorted({record.rank for record in records if record.rank is not None})
     if not ranks:
@@ -60,7 +64,11 @@ def _name_part(record: Probe) -> str:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several."""
+    """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several.
+
+    Raises:
+        UndrawableError: No rank was measured with all layers truncated.
+    """
     # All layers truncated together, BASE and TUNED.
     runs = [[r for r in item.records if r.layer is None and r.module_type is None] for item in series]
     if not any(record.subject == "truncated" for records in runs for record in records):

@@ -87,17 +87,6 @@ ON_SAMPLES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", ON_SAMPLES, ids=lambda words: words[0])
-@pytest.mark.parametrize("more", [(), ("--per", "layer")], ids=["type", "layer"])
-def test_tables_fit_terminal(loradiag, words, more):
-    if words[0] == "plan" and more:
-        pytest.skip("has no rows of layers")
-    for columns in (60, 80, 140):
-        ran = loradiag(*words, *more, cwd=SAMPLES, env={"COLUMNS": str(columns)})
-        assert max(map(len, ran.out.splitlines())) <= columns
-
-
 def test_decisions_and_warnings_are_never_hidden():
     from io import StringIO
 

@@ -103,12 +103,3 @@ def test_every_kind_of_record_has_fields_and_they_are_found():
         assert plain
         for name in plain:
             assert [field.kind for field in find(f"{kind}.{name}")] == [kind]
-
-
-def test_derived_values_are_fields():
-    for name in ("relative", "spike", "spike_to_base"):
-        assert find(name)[0].kind == "spectrum"
-    assert find("spike")[0].share
-    assert find("tail.8.fro")[0].leaf == "number"
-    assert find("end.left_out")[0].kind == "end"
-    assert find("merge.status")[0].options

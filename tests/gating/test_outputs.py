@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.gating.show import junit, model_card, step_summary, workflow_commands
+from lora_diag.gating.show import junit, step_summary, workflow_commands
 from tests.gating.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
 BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"
@@ -41,16 +41,6 @@ def test_annotations_are_one_per_rule_on_policys_lines():
     assert "file" not in result[2][1]
 
 
-def test_annotations_beyond_limits_are_counted():
-    """GitHub shows ten annotations of a kind; the text of one names the first layers."""
-    many = [verdict(rule=f"rule {i}", layer="x.weight") for i in range(12)]
-    result = [parsed(line) for line in workflow_commands(results(*many))]
-    assert len(result) == 10
-    assert result[-1][2].startswith("3 more rules")
-    (line,) = workflow_commands(results(*(verdict(layer=f"l{i}.weight") for i in range(25))))
-    assert "and 22 more" in parsed(line)[2]
-
-
 @given(st.text(), st.text(min_size=1))
 def test_text_stays_quoted_in_commands(text, path):
     lines = workflow_commands(results(verdict(layer=text, message=text, group=text), path=path))
@@ -78,21 +68,6 @@ def test_unsafe_name_stays_in_one_cell():
     assert row.count("|") == 6
     assert not re.search(r"[<>`*]", row)
     text.encode("utf-8")
-
-
-def test_model_card_keeps_surrounding_text():
-    card = model_card(results(*ONE_OF_EACH), "---\nlicense: mit\n---\n# Model\n")
-    assert card.startswith("---\nlicense: mit\n---\n# Model\n")
-    assert card.count(BEGIN) == card.count(END) == 1
-    assert "FAILED" in card
-    behind = card + "\n## After\n"
-    repeated = model_card(results(verdict("passed")), behind)
-    assert repeated.count(BEGIN) == 1
-    assert repeated.endswith("\n## After\n")
-    assert "PASSED" in repeated
-    assert "FAILED" not in repeated
-    assert model_card(results(verdict("passed")), repeated) == repeated
-    assert model_card(results(verdict("passed"))).startswith(BEGIN)
 
 
 def cases(text: str) -> dict[tuple[str, str], str]:

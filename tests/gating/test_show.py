@@ -3,9 +3,7 @@
 import pytest
 
 from lora_diag.gating.show import format_measured, verdict_table
-from lora_diag.reports.fields import fields_of
 from tests.gating.gated import HOSTILE, results, verdict
-from tests.reports.test_html import evidence
 
 
 @pytest.mark.parametrize(
@@ -28,15 +26,3 @@ def test_hostile_name_stays_text():
     assert "\x1b" not in text
     assert "\u202e" not in text
     text.encode("utf-8")
-
-
-@pytest.mark.parametrize(
-    ("statuses", "worst"),
-    [(("passed", "failed", "warned"), "failed"), (("not judged", "passed"), "not judged"), (("passed",), "passed")],
-)
-def test_layer_shows_worst_of_its_verdicts(statuses, worst):
-    layer = "model.layers.1.mlp.up_proj.weight"
-    for order in (statuses, statuses[::-1]):
-        result = results(*(verdict(status, f"rule{place}", layer) for place, status in enumerate(order)))
-        (column,) = (field for field in fields_of(evidence(result), [layer]) if field.id == "g")
-        assert column.values == (worst,)

@@ -134,6 +134,23 @@ def test_invalid_option_of_probe_is_refused(inputs, tmp_path, probe, case):
     assert not (tmp_path / "r.jsonl").exists()
 
 
+COMMANDS = {
+    "curvature": "{base} {tuned} --eval {held} --layers query|c_attn --ranks 0,4 --eigenvalues 1 --trace-vectors 2",
+    "fisher": "{base} {tuned} --data {data} --measure --ranks 2,8 --batch 4",
+    "intrinsic": "{base} --data {data} --eval {held} --dims 10 --ranks= --steps 2 --lr 1e-3 --full-lr 1e-2 --repeats 1"
+    " --projection said",
+}
+
+
+@pytest.mark.parametrize("probe", COMMANDS)
+def test_probe_command_writes_records(inputs, loradiag, tmp_path, probe):
+    words = COMMANDS[probe].format(held=inputs["evaluate"][0], **inputs).split()
+    ran = loradiag("probe", probe, *words, "-o", "r.jsonl")
+    assert ran.code == 0, ran.err
+    assert read_results(tmp_path / "r.jsonl").end is not None
+    assert loradiag("inspect", "r.jsonl", "--per", "layer").code == 0
+
+
 def test_texts_and_models_given_twice_are_refused(inputs):
     text, base, tuned = inputs["evaluate"][0], inputs["base"], inputs["tuned"]
     for probe in ("curvature", "fisher"):

@@ -1,19 +1,19 @@
 """Tables from the declarations of records: values, formats, marks, and the order in which columns are dropped."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Group
 
 from lora_diag import catalog
-from lora_diag.diagnostics.interference.record import Interference, pooled_cosine
-from lora_diag.records.base import POOLS, LayerRecord, Shown, pooled_value
+from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, pooled_cosine
+from lora_diag.records.base import POOLS, LayerRecord, Shown
 from lora_diag.rendering.tables import Column, columns_of, grid_of, table_of
-from lora_diag.rendering.text import FORMS, to_text, written
+from lora_diag.rendering.text import FORMS, written
+from tests.building import build
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +85,6 @@ def test_rows_of_dataclasses_and_mappings_share_columns():
     assert {column.justify for column in grid.columns} == {"right"}
 
 
-def test_module_types_state_layer_count():
-    shown = Shown("value", "v", "", main=True)
-    rows = [("q_proj", [Made(), Made()]), ("k_proj", [Made()])]
-    assert [c.cells for c in grid_of([shown], rows, "type").columns] == [("2", "1"), ("0.5", "0.5")]
-    assert grid_of([shown], rows, "type").title == "module type"
-    assert [c.title for c in grid_of([shown], rows, "layer").columns] == ["v"]
-
-
-def test_terminal_shows_the_first_rows_and_counts_the_others():
-    grid = replace(
-        grid_of([Shown("value", "v", "", main=True)], [(f"l{i}", [Made()]) for i in range(5)], "layer"), most=2
-    )
-    text = to_text(Group(*grid.shown(40)), 40, False)
-    assert "l1" in text
-    assert "l2" not in text
-    assert "and 3 more" in text
-    assert len(grid.rows()) == 5
-
-
 def test_errors_and_baseline_are_shown_with_value():
     one = Made(value=0.5, error=0.0123, random=0.04)
     shown = Shown("value", "v", "", share=True, main=True, error="error", chance="random")
@@ -114,24 +95,6 @@ def test_errors_and_baseline_are_shown_with_value():
 def test_chance_uses_records_with_value():
     row = [Made(value=0.5, random=0.1), Made(value=None, random=0.9)]
     assert cells(Shown("value", "v", "", share=True, main=True, chance="random"), row) == ["0.50 (0.10)"]
-
-
-def test_mark_is_of_row_and_in_terminal_only():
-    shown = Shown("value", "v", "", main=True, mark=lambda records: "!" * len(records))
-    assert cells(shown, [Made(), Made()]) == ["0.5!!"]
-    assert pooled_value(shown, [Made(), Made()]) == 0.5
-
-
-def test_text_is_left_aligned_and_shapes_right():
-    word, shape = (Shown(path, path, "", main=True) for path in ("word", "shape"))
-    columns = columns_of([word, shape], [("a", [Made(word="x")])])
-    assert [(column.justify, column.cells[0]) for column in columns] == [("left", "x"), ("right", "3×2")]
-
-
-def test_styles_follow_value():
-    shown = Shown("value", "v", "", main=True, style=lambda value: "bold" if value > 0.4 else "")
-    (column,) = columns_of([shown], [("a", [Made()]), ("b", [Made(value=0.1)])])
-    assert [str(cell.style) for cell in column.cells] == ["bold", ""]
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(20, 119))
@@ -168,15 +131,11 @@ def test_every_declared_path_begins_with_field_or_property():
 
 def test_interference_shows_measured_rank_nearest_to_eight():
     spaces = {str(rank): {"cosines": (), "overlap": rank / 100, "random": 0.01} for rank in (2, 16)}
-    energy = dict.fromkeys(("second_in_first", "first_in_second", "random_first", "random_second"), 0.5)
+    kept = dict.fromkeys(("2", "16"), build(EnergyOverlap))
     records = [
-        Interference(
-            layer=f"{place}.weight", shape=(20, 20), first="a", second="b", first_fro=first, second_fro=2.0,
-            cosine=cosine, cosine_random=0.05, columns=spaces, rows=spaces, energy={"2": energy, "16": energy},
-            relation=relation,
-        )
-        for place, (first, cosine, relation) in enumerate([(1.0, 0.5, "share"), (3.0, -0.25, "cancel")])
-    ]  # fmt: skip
+        build(Interference, first_fro=first, second_fro=2.0, cosine=cosine, columns=spaces, rows=spaces, energy=kept)
+        for first, cosine in ((1.0, 0.5), (3.0, -0.25))
+    ]
     columns = columns_of(Interference.shown_of({}, records), [("all", records)])
     assert {column.title: str(column.cells[0]) for column in columns}["col space 2"] == "0.02 (0.01)"
     # Block-diagonal: ⟨·,·⟩ = 1·2·0.5 − 3·2·0.25, norms √10 and √8.

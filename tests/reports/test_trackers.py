@@ -8,7 +8,6 @@ import pytest
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records.base import value_at
-from lora_diag.rendering.html import with_section
 from lora_diag.reports.trackers import payload_of, track
 from tests.served import ROOT
 
@@ -57,15 +56,6 @@ def test_invalid_card_is_refused(loradiag, tmp_path, content):
     card.symlink_to(tmp_path / "other")
     assert loradiag("report", SPECTRUM, "--to", "hub", "--project", tmp_path).code == 2
     assert (tmp_path / "other").read_text() == "mine"
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_card_keeps_line_ends_and_open_section(end):
-    card = f"a{end}<!-- loradiag x: begin -->{end}mine{end}"
-    made = with_section(card, "x", "b\nc")
-    assert made.startswith(card.rstrip())
-    assert made.endswith(f"{end}b{end}c{end}<!-- loradiag x: end -->{end}")
-    assert ("\r" in made) == (end == "\r\n")
 
 
 def test_hub_commits_the_card(monkeypatch):

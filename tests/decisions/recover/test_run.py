@@ -329,25 +329,6 @@ def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"
 
 
-def test_table_figure_report_and_gate_read_the_records(loradiag, models, tmp_path):
-    ran = loradiag("recover", *models[:2], "-o", "r.jsonl", "--per", "layer")
-    assert ran.code == 0
-    for words in (["plot", "r.jsonl", "--figure", "recovery", "-o", "r.png"], ["report", "r.jsonl", "-o", "r.html"]):
-        assert loradiag(*words).code == 0
-    assert (tmp_path / "r.png").stat().st_size > 10_000
-    page, result = (
-        (tmp_path / "r.html").read_text(),
-        {record.layer: record for record in lora_diag.read_results(tmp_path / "r.jsonl")},
-    )
-    assert f"{result[Q].unchanged:.0%}" in page
-    assert result[HEAD].reason in page
-    for least, code in ((2, 0), (10**6, 1)):
-        (tmp_path / "policy.toml").write_text(
-            f"[[rule]]\nname = 'directions'\nlayers = 'q_proj'\nrequire = 'gain_z >= {least}'\n"
-        )
-        assert loradiag("gate", "policy.toml", "r.jsonl").code == code
-
-
 def test_extract_factors_the_update_before_rounding(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r", rank=2, nearest=True)

@@ -61,17 +61,3 @@ def test_pooled_layers_resolve_rounded_start(beta, cleared):
     assert_names(start.lead, "10 of 10 matrices")
     assert_names(start.details, f"{beta} ± 0.09")
     assert ("are resolved" in start.lead) == cleared
-
-
-@pytest.mark.parametrize(("resolved", "known"), [(2, False), (5, True), (10, True)])
-def test_low_rank_has_no_verdict_below_half_of_the_layers(resolved, known):
-    records = [
-        record(f"layers.{i}.q_proj.weight", verdict="resolved" if i < resolved else "unresolved") for i in range(10)
-    ]
-    statements = summary_of(records)
-    assert_names(find(statements, "low_rank").text, "all 10" if resolved == 10 else f"{resolved} of 10", "matrices")
-    assert (find(statements, "low_rank").lead.startswith("partly"), "keeps" in find(statements, "low_rank").text) == (
-        known,
-        known,
-    )
-    assert (find(statements, "rank_at_90") is not None) == known

@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_diag.catalog import table
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
 from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_lines
 from lora_diag.records import Results
@@ -55,8 +54,3 @@ def test_failing_statuses_come_first_with_remedy():
     assert set(REMEDIES) == set(failing)
     assert list(ORDER[: len(failing)]) == failing
     assert set(ORDER) >= CORRECT
-
-
-def test_names_and_causes_from_files_are_escaped():
-    evil = wrong("dropped", layer="q\x1b[2J", cause="\x1b[31m")
-    assert "\x1b" not in table(results_of(evil), per="layer")

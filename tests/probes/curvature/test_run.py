@@ -12,7 +12,6 @@ import transformers
 from torch.func import functional_call
 
 import lora_diag
-from lora_diag.catalog import read_results
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses
 from lora_diag.models.opening import open_model
@@ -436,22 +435,3 @@ def test_every_layer_has_eigenvalues_of_its_own_block(case, by_layer):
         assert record.eigenvalues[0] <= joint.eigenvalues[0] * 1.001
     assert joint.params == 512
     assert joint.gradient == pytest.approx(math.hypot(*(record.gradient for record in layers)), rel=1e-5)
-
-
-def test_curvature_command_writes_records(case, loradiag, tmp_path):
-    base, tuned, text = case
-    options = [
-        "--layers",
-        "query",
-        "--ranks",
-        "0,4",
-        "--eigenvalues",
-        "1",
-        "--trace-vectors",
-        "2",
-        "--tokenizer",
-        "bytes",
-    ]
-    ran = loradiag("probe", "curvature", base, tuned, "--eval", text, *options, "--tokenizer", "bytes", "-o", "c.jsonl")
-    assert ran.code == 0, ran.err
-    assert {record.rank for record in of_rank(read_results(tmp_path / "c.jsonl"))} == {0, 4}

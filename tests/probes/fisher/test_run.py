@@ -176,13 +176,3 @@ def test_reused_layer_gradients_sum_before_square():
     assert tail.total.tolist() == [8, -4, 0]
     assert tail.take_input(torch.ones(5, 2), torch.ones(1, 3, dtype=torch.bool)) is None
     assert_names(tail.problem, "laid", "sequence")
-
-
-def test_fisher_command_prints_layers(models, tmp_path, loradiag):
-    base, tuned, text = models
-    ran = loradiag(
-        "probe", "fisher", base, tuned, "--data", text, "--measure", "--ranks", "2,8", "-o", "f.jsonl", "--batch", "4"
-    )
-    assert ran.code == 0, ran.err
-    repeated = loradiag("inspect", "f.jsonl", "--per", "layer")
-    assert "transformer.h.0.attn.c_attn" in repeated.out

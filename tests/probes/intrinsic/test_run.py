@@ -229,10 +229,3 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     text = table(result, 80)
     assert_names(text, "fine-tuning gains")
     assert all(len(line) <= 80 for line in text.splitlines())
-
-
-def test_intrinsic_command_runs(base, texts, loradiag):
-    words = ["probe", "intrinsic", base, "--data", texts[0], "--eval", texts[1], "--dims", "10", "--ranks", ""]
-    more = ["--steps", "2", "--lr", "1e-3", "--full-lr", "1e-2", "--projection", "said", "--repeats", "1"]
-    ran = loradiag(*words, *more, env={"COLUMNS": "80"})
-    assert ran.code == 0, ran.err

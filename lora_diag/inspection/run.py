@@ -34,7 +34,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
     are.
 
     Args:
-        path: A file, a folder, or a shard index.
+        path: A file, a folder, or a shard index; or a Hub id or an address of one.
         alpha: α of an adapter whose files give none: s = α/r.
         alpha_is_rank: Assume α = r, so s = 1, if an adapter's files give no α.
 

@@ -90,7 +90,7 @@ def extract(
     Raises:
         UsageError: An option is invalid, or ``output`` exists and may not be replaced.
         InputError: An input cannot be read, or the adapter cannot be written.
-        NothingComparedError: The sides have no weight in common, or no layer gets factors.
+        NothingComparedError: The sides have no weight in common, none is selected, or no layer gets factors.
 
     Example:
         >>> import tempfile

@@ -355,7 +355,7 @@ def plan_merge(
     Raises:
         UsageError: An option is invalid, or ``adapter`` is not an adapter.
         InputError: An input cannot be read, or the adapter does not fit ``base``.
-        NothingComparedError: The two have no weight in common.
+        NothingComparedError: The two have no weight in common, or none is selected.
 
     Example:
         >>> found = plan_merge("sample_checkpoints/base", "sample_checkpoints/lora_r4", to="bf16",

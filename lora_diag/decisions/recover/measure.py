@@ -417,7 +417,7 @@ def recover(
     Raises:
         UsageError: An option is invalid, ``tuned`` is an adapter, or ``output`` exists and may not be replaced.
         InputError: An input cannot be read, or the output cannot be written.
-        NothingComparedError: The sides have no weight in common.
+        NothingComparedError: The sides have no weight in common, or none is selected.
         InconclusiveError: There is nothing to write.
 
     Example:

@@ -569,7 +569,7 @@ def interference(
         UsageError: An option is invalid, there are fewer than two updates, one is given twice, one is a checkpoint and
             no ``base`` is given, or ``base`` is an adapter.
         InputError: An input cannot be read, or two of them are not of one model.
-        NothingComparedError: No weight is changed by two of them.
+        NothingComparedError: No selected weight is changed by two of them.
 
     Example:
         >>> adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]

@@ -193,7 +193,7 @@ def intruders(
     Raises:
         UsageError: An option is invalid.
         InputError: An input cannot be read.
-        NothingComparedError: The sides have no weight in common.
+        NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:
         >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"

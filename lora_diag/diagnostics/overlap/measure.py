@@ -269,7 +269,7 @@ def overlap(
     Raises:
         UsageError: An option is invalid, no gradients are given, or ``tuned`` contains gradients.
         InputError: An input cannot be read, or two snapshots are of one step.
-        NothingComparedError: The checkpoints have no weight in common, or no compared layer has a gradient.
+        NothingComparedError: The sides have no weight in common, none is selected, or no compared layer has a gradient.
 
     Example:
         >>> samples = "sample_checkpoints"
@@ -343,7 +343,7 @@ def subspaces(
     Raises:
         UsageError: An option is invalid.
         InputError: An input cannot be read.
-        NothingComparedError: The checkpoints have no weight in common.
+        NothingComparedError: The checkpoints have no weight in common, or none is selected.
 
     Example:
         >>> found = subspaces("sample_checkpoints/base", "sample_checkpoints/lora_r4")

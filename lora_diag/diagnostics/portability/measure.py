@@ -415,7 +415,8 @@ def make_tasks(
         pairing: The ΔW of the adapter; None without weights.
 
     Raises:
-        UsageError: The consumer that defines the intended ΔW is unknown or refuses the adapter.
+        UsageError: The consumer that defines the intended ΔW is unknown, has no rule for its version, or refuses the
+            adapter.
     """
     reference: Rule | None = None
     if intended is not None:

@@ -300,7 +300,7 @@ def residual(
     Raises:
         UsageError: An option is invalid, or there is nothing to compare with ``tuned``.
         InputError: An input cannot be read.
-        NothingComparedError: The checkpoints have no weight in common, or an adapter none with them.
+        NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:
         >>> names = ("base", "full_ft", "lora_r16")

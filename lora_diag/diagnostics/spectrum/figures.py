@@ -235,7 +235,7 @@ def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series
 def _make_keys(
     series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], bands: bool, style: PageStyle
 ) -> list[Key]:
-    """Return the legend entries of lines by depth, or of the bands of each series."""
+    """Return the legend entries: lines without depth, or bands; LoRA ranks; and values beyond the signal rank."""
     keys = []
     if bands:
         keys = [

@@ -51,7 +51,7 @@ def spectrum(
         UsageError: An option is invalid, inputs and options cannot be combined, or ``output`` exists and may not be
             replaced.
         InputError: An input cannot be read.
-        NothingComparedError: The checkpoints have no weight in common, or no gradient of a matrix was found.
+        NothingComparedError: The sides have no weight in common, or no weight or gradient of a matrix is selected.
 
     Example:
         >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"

@@ -295,7 +295,7 @@ def verify_merge(
     Raises:
         UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
         InputError: An input cannot be read, or the adapter does not fit ``base``.
-        NothingComparedError: The three have no weight in common.
+        NothingComparedError: The three have no weight in common, or no adapted one is selected.
 
     Example:
         >>> base, adapter = "sample_checkpoints/base", "sample_checkpoints/lora_r4"

@@ -525,7 +525,7 @@ def probe_curvature(
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
             extra ``train`` is not installed.
         InputError: An input cannot be read, transformers cannot open BASE, or Lanczos did not converge.
-        NothingComparedError: No matrix is selected.
+        NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2020, PyHessian.

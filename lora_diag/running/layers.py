@@ -112,18 +112,6 @@ def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
     return tuple(sorted(set(ranks)))
 
 
-def check_running(workers: int | None, seed: int) -> None:
-    """Check numeric options before any input is opened.
-
-    Raises:
-        UsageError: A number is out of range.
-    """
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^63 - 1")
-
-
 S = TypeVar("S", bound=Any)
 
 # Common settings in a run record, in this order, after a command's own.
@@ -167,7 +155,6 @@ class LayerRun:
         if self.options["engine"] is not None or self._device not in {"auto", "cpu"}:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
         self._limit = read_memory(self.options.get("memory"), self.options["engine"])
-        check_running(self.options["workers"], self.options.get("seed", 0))
         self.stated_alpha = get_stated_alpha(self.options)
 
     @cached_property

@@ -30,6 +30,7 @@ from typing import (
 )
 
 from lora_diag.errors import UsageError
+from lora_diag.running.amounts import MAX_RATE
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord
@@ -57,6 +58,9 @@ class Option:
         panel: Part of the help that shows it, from ``PANELS``.
         completions: Words for shell completion, besides the choices.
         cli: Whether it exists on the command line.
+        least: Smallest value, or of a list of values; None for any.
+        most: Largest value, or of a list of values; None for any.
+        between: Ends of the open interval of its value or values; None for any.
     """
 
     default: Any
@@ -66,6 +70,9 @@ class Option:
     panel: str = MEASUREMENT
     completions: tuple[str, ...] = ()
     cli: bool = True
+    least: int | None = None
+    most: int | None = None
+    between: tuple[float, float] | None = None
 
     def words(self) -> str:
         """Return the help text, with the placeholder of the value if that lists choices."""
@@ -89,13 +96,28 @@ class Option:
         return self.flags[0] if self.flags else f"--{name.replace('_', '-')}"
 
     def checked(self, name: str, value: Any) -> Any:
-        """Return a value, if the option allows it.
+        """Return a value, if the option allows it; text that is not parsed yet may have any number.
 
         Raises:
-            UsageError: The value is not a choice of the option.
+            UsageError: The value is not a choice of the option, or outside its limits; or a list of numbers is empty.
         """
         if isinstance(value, str) and self.choices and value not in self.choices:
             raise UsageError(f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}")
+        if (self.least, self.most, self.between) == (None, None, None) or value is None or isinstance(value, str):
+            return value
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not numbers:
+            raise UsageError(f"{self.flag(name)}: is empty; give at least one number")
+        for number in numbers:
+            problem = ""
+            if self.least is not None and number < self.least:
+                problem = f"must be at least {self.least}"
+            if self.most is not None and number > self.most:
+                problem = f"must be at most {self.most}"
+            if self.between is not None and not self.between[0] < number < self.between[1]:
+                problem = f"must lie between {self.between[0]:g} and {self.between[1]:g}"
+            if problem:
+                raise UsageError(f"{self.flag(name)} {number if isinstance(number, int) else f'{number:g}'}: {problem}")
         return value
 
 
@@ -108,11 +130,11 @@ GRANULARITY = Option(
     "all|layer|type",
     ("--granularity",),
 )
-RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",))
-FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",))
-STEPS = Option(100, "Training steps of a run.", "N")
+RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",), between=(0, MAX_RATE))
+FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",), between=(0, MAX_RATE))
+STEPS = Option(100, "Training steps of a run.", "N", least=1)
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
-SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",))
+SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",), least=1)
 TOP = Option(None, "Compute only the K largest singular values; default: all.", "K")
 SHOW_RANK = Option(None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT)
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
@@ -123,7 +145,9 @@ ADAPTER_DTYPE = Option("float32", "Dtype of the adapter's weights.", "float32|bf
 DORA = Option(False, "Train DoRA instead of LoRA.")
 CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
 QUANTIZED = Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")
-TOLERANCE = Option(0.02, "Fraction of the gain that a smaller rank may lose.", "X", ("--gain-tolerance",))
+TOLERANCE = Option(
+    0.02, "Fraction of the gain that a smaller rank may lose.", "X", ("--gain-tolerance",), between=(0, 1)
+)
 TARGET_MODULES = Option(
     (),
     "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
@@ -141,7 +165,7 @@ KFAC = Option(False, "K-FAC metric: weight outputs by their gradients; needs --a
 REFERENCE = Option(None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS)
 DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=INPUTS)
 LABELS = Option("data", "Labels of the loss: those of the text, or sampled from the model.", "data|model")
-SEED = Option(0, "Seed of all random numbers.", "N")
+SEED = Option(0, "Seed of all random numbers.", "N", least=0, most=2**63 - 1)
 # Weights that get an adapter: by default all matrices except embeddings, head and routers.
 TARGETS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
 PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
@@ -204,7 +228,8 @@ class Workers(TypedDict, total=False):
     """Concurrency on this machine."""
 
     workers: Annotated[
-        int | None, Option(None, "Number of concurrent layers; default: by cores and memory.", "N", panel=EXECUTION)
+        int | None,
+        Option(None, "Number of concurrent layers; default: by cores and memory.", "N", panel=EXECUTION, least=1),
     ]
 
 
@@ -298,9 +323,10 @@ class ModelOptions(Device, total=False):
     """Options of running a model on texts."""
 
     length: Annotated[int | None, Option(None, "Sequence length in tokens; default: 512 or the model's limit.", "N")]
-    batch: Annotated[int, Option(8, "Sequences per batch.", "N", panel=EXECUTION)]
+    batch: Annotated[int, Option(8, "Sequences per batch.", "N", panel=EXECUTION, least=1)]
     max_sequences: Annotated[
-        int | None, Option(None, "Use N sequences of each file, evenly spaced; default: all.", "N", panel=INPUTS)
+        int | None,
+        Option(None, "Use N sequences of each file, evenly spaced; default: all.", "N", panel=INPUTS, least=1),
     ]
     tokenizer: Annotated[
         str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR", panel=INPUTS)
@@ -331,7 +357,7 @@ class LayerProbeOptions(Selection, ProbeOptions, total=False):
 class Training(TypedDict, total=False):
     """Training options."""
 
-    widen: Annotated[int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N")]
+    widen: Annotated[int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N", least=0)]
     seed: Annotated[int, SEED]
 
 
@@ -399,7 +425,7 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         TypeError: An option is unknown or missing.
-        UsageError: A value is none of the option's choices.
+        UsageError: A value is none of the option's choices, or outside its limits.
     """
     options = list_options(group)
     if unknown := next((name for name in passed if name not in options), None):

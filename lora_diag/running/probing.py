@@ -25,6 +25,9 @@ from lora_diag.running.options import ProbeOptions, fill_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
+# Limit of the seeds of probes: later runs add to the seed, and random generators take 63 bits.
+MAX_SEED = 2**31
+
 
 class Options(dict[str, Any]):
     """The options of a run by name; each is also an attribute."""
@@ -64,9 +67,8 @@ class ProbeRun:
         self.options = Options(fill_options(group, options))
         self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
         self.batch: int = self.options["batch"]
-        for name in ("batch", "max_sequences"):
-            if (value := self.options[name]) is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if (seed := self.options.get("seed", 0)) >= MAX_SEED:
+            raise UsageError(f"--seed {seed}: must be below {MAX_SEED}")
 
     def settings(self, *names: str) -> dict[str, Any]:
         """Return options for the run record."""

@@ -32,10 +32,9 @@ from lora_diag.models.opening import Model, open_model
 from lora_diag.models.training import Lora, Training, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
 from lora_diag.rendering.text import duration
-from lora_diag.running.amounts import MAX_RATE, find_best_rates, next_rate
+from lora_diag.running.amounts import find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
-from lora_diag.running.options import list_options
 from lora_diag.running.probing import ProbeRun, describe_texts, pluralize
 from lora_diag.running.progress import ProgressReporter, RunRecords
 
@@ -407,8 +406,6 @@ class TrainRun(ProbeRun):
         command: Its name in the results file.
         options: Options given by the caller.
         group: The probe's options.
-        rates: Names of the options that are learning rates.
-        counts: Names of the options that are whole numbers from 1 up; None values are allowed.
 
     Attributes:
         sets: Evaluation sets, once read.
@@ -422,19 +419,6 @@ class TrainRun(ProbeRun):
     sets: list[Texts]
     training: Training
     on: Ray | None = None
-
-    def __init__(
-        self,
-        command: str,
-        options: Mapping[str, object],
-        group: type,
-        rates: Sequence[str],
-        counts: Sequence[str],
-    ) -> None:
-        super().__init__(command, options, group)
-        flags = {name: option.flag(name) for name, (_, option) in list_options(group).items()}
-        grids, numbers = ({flags[name]: self.options[name] for name in names} for names in (rates, counts))
-        check_training(grids, numbers, self.options["widen"], self.options["seed"])
 
     def read_all(self, kind: Lora | None = None) -> None:
         """Read the text to train on and the evaluation sets; set ``sets`` and ``training``.
@@ -535,30 +519,3 @@ class TrainRun(ProbeRun):
     def plan_runs(self, kept: RunRecords[Any]) -> RunPlan:
         """Return the plan of the runs; with the seeds of the run record, which a resumed run may have extended."""
         return RunPlan(self.training, self.sets, kept.run.settings["seeds"], self.options.widen, kept)
-
-
-def check_training(
-    rates: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], widen: int, seed: int
-) -> None:
-    """Check numeric options of training.
-
-    Args:
-        rates: Learning rates by option.
-        counts: Whole numbers from 1 up, by option; None if not given.
-        widen: Rates to try beyond an edge.
-        seed: Seed of the data order.
-
-    Raises:
-        UsageError: A number is out of range, or an option has no learning rate.
-    """
-    for option, grid in rates.items():
-        if not grid or not all(0 < rate < MAX_RATE for rate in grid):
-            rates_text = ",".join(f"{rate:g}" for rate in grid)
-            raise UsageError(f"{option} {rates_text}: learning rates must lie between 0 and {MAX_RATE:g}")
-    for option, value in counts.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    if widen < 0:
-        raise UsageError(f"--widen {widen}: must be 0 or more")
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")

@@ -57,7 +57,7 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
     rslora: Annotated[bool, RSLORA]
     quantized: Annotated[str | None, QUANTIZED]
     no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
-    widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N")]
+    widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N", least=0)]
     dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
     on_plan: Annotated[

@@ -87,13 +87,11 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         ...     evaluate=["held_out.txt"], params="10k", time="10min")
         >>> found.whole[-1]  # doctest: +SKIP
     """
-    run = TrainRun("tune", options, TuneOptions, ("rates",), ("steps", "seeds"))
+    run = TrainRun("tune", options, TuneOptions)
     arguments, folder = run.options, Path(output)
     _check_output(folder, arguments)
     limit = None if arguments.time is None else read_time(arguments.time)
     deadline = Deadline(limit)  # counts from here
-    if not 0 < arguments.tolerance < 1:
-        raise UsageError(f"--gain-tolerance {arguments['tolerance']}: must lie between 0 and 1")
     if (arguments.params is None) == (arguments.memory_budget is None):
         raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
     run.check_files(base)

@@ -8,9 +8,10 @@ import pytest
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.training import Training
+from lora_diag.probes.sweep import SweepOptions
 from lora_diag.records import Probe, ResultsWriter, Run
 from lora_diag.running.progress import ProgressReporter, RunRecords
-from lora_diag.running.training_runs import Arm, RunPlan, Trial, check_training
+from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
 
 HELD = Texts("held", "held.txt", (), "0", "text")
 
@@ -157,21 +158,23 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "refused"),
     [
-        ({"rate": 0.0}, "--lr 0: learning rates must lie between 0 and 10"),
-        ({"rate": 10.0}, "--lr 10: learning rates must lie between 0 and 10"),
-        ({"rate": 9.9, "steps": 1, "widen": 0, "seed": 0}, ""),
+        ({"rates": [1e-3, 0.0]}, "--lr 0: must lie between 0 and 10"),
+        ({"rates": (10.0,)}, "--lr 10: must lie between 0 and 10"),
+        ({"rates": []}, "--lr: is empty; give at least one number"),
+        ({"rates": [math.nan]}, "--lr nan: must lie between 0 and 10"),
+        ({"rates": [9.9], "steps": 1, "widen": 0, "seed": 0}, ""),
         ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"widen": -1}, "--widen -1: must be 0 or more"),
-        ({"seed": -1}, "--seed -1: must be a whole number from 0 to 2^31 - 1"),
-        ({"seed": 2**31}, "--seed 2147483648: must be a whole number from 0 to 2^31 - 1"),
-        ({"seed": 2**31 - 1}, ""),
+        ({"widen": -1}, "--widen -1: must be at least 0"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"seed": 2**31}, "--seed 2147483648: must be below 2147483648"),
+        ({"seed": 2**31 - 1, "max_sequences": None}, ""),
+        ({"tolerance": 1}, "--gain-tolerance 1: must lie between 0 and 1"),
     ],
 )
 def test_numbers_at_their_limits(words, refused):
-    given = {"rate": 1e-3, "steps": 3, "widen": 2, "seed": 0} | words
     message = ""
     try:
-        check_training({"--lr": [given["rate"]]}, {"--steps": given["steps"]}, given["widen"], given["seed"])
+        TrainRun("probe sweep", {"data": "t", **words}, SweepOptions)
     except UsageError as error:
         message = str(error)
     assert message == refused

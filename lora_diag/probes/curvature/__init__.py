@@ -22,8 +22,8 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
     along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
-    top: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", ("--eigenvalues",))]
-    probes: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", ("--trace-vectors",))]
+    top: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", ("--eigenvalues",), least=1)]
+    probes: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", ("--trace-vectors",), least=1)]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
     per: Annotated[
         str,

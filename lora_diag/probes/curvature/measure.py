@@ -540,7 +540,9 @@ def probe_curvature(
     given = run.options
     top, probes, per, seed = given.top, given.probes, given.per, given.seed
     ranks = list(check_ranks(given.ranks, 0))
-    fractions = _check(given.along, top, probes, seed)
+    if not all(0 < t <= 1 for t in given.along):
+        raise UsageError(f"--along {','.join(f'{t:g}' for t in given.along)}: fractions must lie in (0, 1]")
+    fractions = sorted({*map(float, given.along), 1.0})
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := given.dtype) != "float32":
         raise UsageError(
@@ -575,22 +577,6 @@ def probe_curvature(
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
     return run.over([*inputs, describe_texts(texts)], settings, measure_missing)
-
-
-def _check(along: Sequence[float], top: int, probes: int, seed: int) -> list[float]:
-    """Check numeric options; return the fractions of the way from TUNED to the truncation, 1 included, ascending.
-
-    Raises:
-        UsageError: An option is invalid.
-    """
-    if not all(0 < t <= 1 for t in along):
-        raise UsageError(f"--along {','.join(f'{t:g}' for t in along)}: fractions must lie in (0, 1]")
-    for option, value in (("--eigenvalues", top), ("--trace-vectors", probes)):
-        if value < 1:
-            raise UsageError(f"{option} {value}: must be at least 1")
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"--seed {seed}: must be a whole number from 0 to 2^31 - 1")
-    return sorted({*map(float, along), 1.0})
 
 
 def _select_matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
     """Options of ``probe intrinsic``."""
 
     data: Required[Annotated[Path | str, DATA]]
-    dims: Annotated[Sequence[int], Option((10, 30, 100, 300, 1000, 3000, 10000), "Dimensions d.", "D,D,...")]
+    dims: Annotated[Sequence[int], Option((10, 30, 100, 300, 1000, 3000, 10000), "Dimensions d.", "D,D,...", least=1)]
     method: Annotated[
         str,
         Option(
@@ -22,12 +22,12 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
             ("--projection",),
         ),
     ]
-    share: Annotated[float, Option(0.9, "Fraction of full fine-tuning's gain to reach.", "X")]
+    share: Annotated[float, Option(0.9, "Fraction of full fine-tuning's gain to reach.", "X", between=(0, 1))]
     ranks: Annotated[Sequence[int], RANKS.by((1, 2, 4, 8))]
     paces: Annotated[Sequence[float], RATES.by((1e-3, 3e-3, 1e-2))]
     full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-4, 3e-4, 1e-3))]
     lora_rates: Annotated[
-        Sequence[float], Option((1e-3, 3e-3, 1e-2), "Peak learning rates of LoRA.", "X,X,...", ("--lora-lr",))
+        Sequence[float], RATES.by((1e-3, 3e-3, 1e-2), help="Peak learning rates of LoRA.", flags=("--lora-lr",))
     ]
     steps: Annotated[int, STEPS]
     seeds: Annotated[int, SEEDS]

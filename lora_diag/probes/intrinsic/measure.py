@@ -311,14 +311,10 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     grids = ("paces", "full_rates", "lora_rates")
-    run = TrainRun("probe intrinsic", options, IntrinsicOptions, grids, ("steps", "seeds"))
+    run = TrainRun("probe intrinsic", options, IntrinsicOptions)
     dims, share, dtype = run.options.dims, run.options.share, run.options.dtype
     method: Method = "said" if run.options.method == "said" else "plain"
     lora_ranks = list(check_ranks(run.options.ranks)) if run.options.ranks else []
-    if not dims or min(dims) < 1:
-        raise UsageError(f"--dims {','.join(map(str, dims))}: dimensions must be positive integers")
-    if not 0 < share < 1:
-        raise UsageError(f"--share {share}: must lie between 0 and 1")
     if dtype != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the measurement; use "

@@ -12,8 +12,8 @@ class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
     """Options of ``probe sensitivity``."""
 
     data: Required[Annotated[Path | str, DATA]]
-    rank: Annotated[int, RANK.by(8)]
-    delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D")]
+    rank: Annotated[int, RANK.by(8, least=1)]
+    delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D", least=1)]
     per: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
     rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
     steps: Annotated[int, STEPS.by(50)]

@@ -259,7 +259,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         ...     data="train.txt", evaluate=["held_out.txt"], per="type", steps=50)
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
-    run = TrainRun("probe sensitivity", options, SensitivityOptions, ("rates",), ("rank", "delta", "steps", "seeds"))
+    run = TrainRun("probe sensitivity", options, SensitivityOptions)
     rank, delta, per = run.options.rank, run.options.delta, run.options.per
     run.check_files(base)
     selected = selector(**run.selection)

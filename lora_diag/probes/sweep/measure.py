@@ -167,10 +167,8 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         ...     evaluate=["held_out.txt"], ranks=[2, 8], steps=50)
         >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
     """
-    run = TrainRun("probe sweep", options, SweepOptions, ("rates", "full_rates"), ("steps", "seeds"))
+    run = TrainRun("probe sweep", options, SweepOptions)
     given, ranks = run.options, check_ranks(run.options.ranks)
-    if not 0 < given.tolerance < 1:
-        raise UsageError(f"--gain-tolerance {given.tolerance}: must lie between 0 and 1")
     if (given.full or given.bitfit) and given.dtype != "float32":
         raise UsageError(
             f"--dtype {given.dtype}: rounds away most steps of {'--full' if given.full else '--bitfit'}, while "

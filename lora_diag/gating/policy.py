@@ -496,7 +496,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             why = getattr(error, "strerror", None) or "it is not UTF-8 text"
             problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as a policy: {why}"
             fix = (
-                f"for the built-in policy use --policy {path}"
+                f"for the built-in policy use --policy {path} (in Python ready_policy)"
                 if str(path) in READY
                 else "the order is: loradiag gate POLICY RESULTS..."
             )

@@ -83,8 +83,9 @@ def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint 
         return hint if is_measured else None
     if is_lost(results) or (is_measured and not is_estimated):
         return Hint("extract {base} {tuned} --rank 16 -o adapter/", "the best adapter of the files' difference")
-    hint = Hint("recover {base} {tuned} --checkpoint -o recovered/", "the better checkpoint; --rank R for an adapter")
-    return hint if is_measured else None
+    command = "--checkpoint -o recovered/"
+    command = command if values["output"] is None else f"recover {{base}} {{tuned}} {command}"
+    return Hint(command, "the better checkpoint; --rank R for an adapter") if is_measured else None
 
 
 def select_misfits(records: Iterable[Recovery]) -> list[Recovery]:

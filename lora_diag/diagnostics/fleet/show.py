@@ -116,9 +116,10 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
         families = Counter(record.family for record in records).most_common(_MAX_NAMED)
         text = ", ".join(f"{number_of} {safe(family)}" for family, number_of in families)
         outliers = list_counts([kind for kinds in find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
+        few = "" if len(records) > 2 else "; norms are compared only among three or more adapters"
         alike = f"|cosine| ≥ {MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ {MIN_SPACE_OVERLAP}"
         lines = [
-            make_statement("stand_out", "Outliers", ", ".join(outliers) or "none", priority=0),
+            make_statement("stand_out", "Outliers", (", ".join(outliers) or "none") + few, priority=0),
             make_statement(
                 "alike",
                 "Near-duplicates",

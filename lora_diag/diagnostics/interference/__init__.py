@@ -44,9 +44,7 @@ FEATURE = Feature(
             options=(InterferenceOptions, UnionOptions),
             hints=(
                 Hint("allocate {spectrum} --energy 0.9", "the rank that the sum needs in each layer"),
-                Hint(
-                    "interference {inputs} --spectrum union.jsonl", "then allocate union.jsonl: a rank for each layer"
-                ),
+                Hint("--spectrum union.jsonl", "then allocate union.jsonl: a rank for each layer"),
             ),
         ),
     ),

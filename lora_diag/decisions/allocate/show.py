@@ -22,7 +22,7 @@ from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, left_out, make_statement, notes
-from lora_diag.rendering.tables import Column, grid_of, grids_table, rows_of
+from lora_diag.rendering.tables import WIDE, Column, grid_of, grids_table, rows_of
 from lora_diag.rendering.text import list_layers, list_names, number, percent, quantity, safe, short, span, strip
 
 # Maximum number of layers named in a statement.
@@ -149,7 +149,8 @@ def allocation_table(
     extra = []
     if per == "type":
         largest = max((record.rank for record in results), default=0) or 1
-        strips = tuple(strip([record.rank / largest or None for record in group], 24) for _, group in rows)
+        bins = 24 if width >= WIDE else 8
+        strips = tuple(strip([record.rank / largest or None for record in group], bins) for _, group in rows)
         extra.append(Column("by depth", strips, "left", drop=3))
     grid = grid_of(Allocation.shown, rows, per, extra=extra)
     return grids_table([grid], [*allocation_lines(results), *rate], width, color, next_command)
@@ -290,7 +291,7 @@ def _describe_kept_energy(results: Results[Allocation], certificate: Certificate
         best = "optimal within budget and caps"
     else:
         bound, gap = _format_points(certificate.bound), _format_gap(certificate.gap)
-        best = f"the maximum within budget and caps is at most {bound}: gap {gap}"
+        best = f"the optimum within budget and caps keeps at most {bound} (gap {gap})"
     lines = [kept + best]
     if _name_criterion(results) == "fisher":
         left = math.fsum(record.fisher or 0.0 for record in results)

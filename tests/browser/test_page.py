@@ -8,9 +8,9 @@ import pytest
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report, images_of
 from tests.browser.chromium import Page, find_chromium
-from tests.reports import test_losses as losses
 from tests.reports.making import decay, names, residual, residuals, spectra, spectrum
 from tests.reports.test_html import HOSTILE, evidence, small
+from tests.reports.test_sections import probed
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (apt-get install chromium)")
 
@@ -264,8 +264,8 @@ def test_page_elements_have_accessible_names(page):
 
 def test_losses_page_fits_and_is_self_contained(tab, tmp_path):
     path = tmp_path / "losses.html"
-    evil = losses.outputs(sets=("held_out", HOSTILE[1]))
-    runs = evidence(*small(), evil, losses.KINDS["truncation"]())
+    evil = probed("probe outputs", set=HOSTILE[1])
+    runs = evidence(*small(), evil, probed("probe truncation"))
     path.write_text(html_report(runs, images_of(runs), "today"), encoding="utf-8")
     for width in (390, 1280):
         tab.size(width, 900, mobile=width < 500)

@@ -9,7 +9,7 @@ from tests.browser.chromium import Page, find_chromium
 from tests.browser.test_page import put
 from tests.reports.making import spectra
 from tests.reports.test_html import evidence, small
-from tests.reports.test_probe_sections import probed
+from tests.reports.test_sections import probed
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (apt-get install chromium)")
 

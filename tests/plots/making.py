@@ -290,7 +290,7 @@ def alone(parts=("mlp.up_proj", "self_attn.q_proj"), ranks=(0, 4), kind="module_
     ]
 
 
-def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5, base=0.8):
+def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5, base=0.8, **more):
     """Return the records of outputs: each adapter is worse than the one before it, and its states further away."""
     result = []
     for place, name in enumerate(sets):
@@ -303,7 +303,7 @@ def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5,
             hidden = (None, *[(1 + i) / (2 + depth) for depth in range(depths - 1)])
             gap = 0.05 * i - 0.02
             record = probe("outputs", "adapter", 1.2 + gap, gap=gap, gap_error=0.01, hidden=hidden, **where)
-            result.append(record.model_copy(update={"name": path}))
+            result.append(record.model_copy(update={"name": path} | more))
     return result
 
 

@@ -276,29 +276,32 @@ class RunPlan:
                     record(texts, measure(model, texts, self.training.batch, lambda: self.watch.batch("BASE")))
                 )
 
-    def report_cost(self, arms: Mapping[str, Arm], bases: int, extra_bytes: int) -> None:
+    def report_cost(self, methods: Mapping[str, Sequence[Arm]], bases: int, extra_bytes: int, passes: int = 0) -> None:
         """Time one step of each method and one evaluation batch, report the estimated cost, and set the expected total.
 
         Args:
-            arms: The methods, by what they train, such as ``of LoRA``.
+            methods: The arms of each method, by what they train, such as ``of LoRA``; the first of each is timed.
             bases: Number of measurements of BASE.
             extra_bytes: Memory of training in addition to BASE.
+            passes: Number of batches of another pass forward and back, each as long as a step.
         """
-        self.watch.total = bases * self.batches
+        self.watch.total = bases * self.batches + passes
         seconds, evaluation, costs = 0.0, 0.0, []
-        for name, arm in arms.items():
+        for name, (arm, *others) in methods.items():
             step, evaluation = self.time_step(arm)
-            runs, slots = self.count_unfinished(arm), 1 if arm.workers is None else arm.workers.slots
+            runs = sum(map(self.count_unfinished, (arm, *others)))
+            slots = 1 if arm.workers is None else arm.workers.slots
+            seconds += passes * step
             seconds += math.ceil(runs / slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
             costs.append(
                 f"{pluralize(runs, 'run', 'runs')} {name} of {self.training.steps} steps of {step:.2g} s at most"
             )
         seconds += bases * self.batches * evaluation
-        gib = extra_bytes / 2**30
+        gib, arms = extra_bytes / 2**30, [arm for of_method in methods.values() for arm in of_method]
         self.watch.note(
             f"about {duration(seconds)}: {', '.join(costs)}, each evaluated on "
-            f"{pluralize(len(self.sets), 'set', 'sets')}{self.describe_more_runs([*arms.values()])}"
+            f"{pluralize(len(self.sets), 'set', 'sets')}{self.describe_more_runs(arms)}"
             f"{f'; takes up to {gib:.1f} GiB in addition to BASE' if gib >= 0.1 else ''}"
         )
 

@@ -354,7 +354,8 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
             **({"of LoRA": make_arm("lora", lora_ranks, "lora_rates")} if lora_ranks else {}),
         }
         # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use and their gradients.
-        plan.report_cost(arms, bases=not plan.has(subject="base"), extra_bytes=16 * total)
+        methods = {name: [arm] for name, arm in arms.items()}
+        plan.report_cost(methods, bases=not plan.has(subject="base"), extra_bytes=16 * total)
         plan.measure_base(model, partial(_record, cell=None, params=0, train_loss=None))
         for arm in arms.values():
             plan.run(arm)

@@ -30,11 +30,10 @@ from lora_diag.probes.sensitivity import SensitivityOptions
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of, module_type_of, tower_of
-from lora_diag.rendering.text import duration
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import pluralize
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_runs import Arm, RunPlan, TrainRun, Trial
+from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,20 @@ def _name_unit(layer: str, per: str) -> str:
     return ".".join((*tower_of(layer), str(depth)))
 
 
+def _make_trial(model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
+    """Return the run of one unit; ``bases`` are the losses of BASE by set, filled before it is trained."""
+    cell = Cell(rank, lr, seed)
+    fields = {"record": "sensitivity", "unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
+    return Trial(fields, f"{unit.name} {cell.label}", partial(train_alone, model, unit, cell, bases))
+
+
 def train_alone(
     model: Model,
     unit: Unit,
     cell: Cell,
+    bases: Mapping[str, Losses],
     training: Training,
     sets: Sequence[Texts],
-    bases: Mapping[str, Losses],
     after: Callable[[], None],
 ) -> list[Sensitivity]:
     """Train one unit alone and return one record per set with its gain; without a loss if training diverged.
@@ -106,9 +112,9 @@ def train_alone(
         model: BASE; unchanged afterwards.
         unit: The adapted unit.
         cell: Rank, rate and seed.
+        bases: BASE's losses, by set.
         training: Settings shared by all runs.
         sets: Evaluation sets.
-        bases: BASE's losses, by set.
         after: Called after every step and every batch.
     """
     alone = replace(training, kind=replace(training.kind, targets=unit.targets))
@@ -279,12 +285,30 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         ranks = (rank, rank + delta) if delta is not None else (rank,)
-        plan = run.plan_runs(run_records)
-        probe = _Probe(model, units_of(linear, base_names, per), ranks, tuple(settings["rates"]), plan)
-        probe.report_cost()
-        probe.put_scores(linear, base_names)
-        bases = probe.measure_base()
-        for arm in probe.list_arms(bases):
+        plan, units = run.plan_runs(run_records), units_of(linear, base_names, per)
+        bases: dict[str, Losses] = {}
+        trials = [partial(_make_trial, model, unit, bases) for unit in units]
+        arms = [Arm((one,), tuple(settings["rates"]), make_trial) for make_trial in trials for one in ranks]
+        texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
+        has_scores = any(isinstance(record, FirstOrder) for record in run_records.records)
+        passes = 0 if has_scores else texts.count_batches(run.batch)
+        entries = sum(math.prod(shape_of(layer)) for layer in layers_without_head(model.module).values())
+        bases[first_batch.name] = measure(model, first_batch, run.batch)
+        # The first unit, which has the longest backward pass, is timed at the highest rank.
+        timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
+        description = f"of LoRA on {pluralize(len(units), 'unit', 'units')} alone"
+        plan.report_cost({description: timed_first}, 1, 4 * entries if passes else 0, passes)
+        if passes:
+            after = partial(run.watch.batch, "gradient")
+            by_layer = compute_gradients(model, linear, texts, run.batch, after)
+            run_records.put(
+                *(predict_first_order(base_names[name], gradient, rank, texts) for name, gradient in by_layer.items())
+            )
+        # BASE is measured again after an interruption, because errors need its losses by sequence.
+        for held_out in run.sets:
+            bases[held_out.name] = measure(model, held_out, run.batch, partial(run.watch.batch, "BASE"))
+        run_records.put(*(record_of(held_out, bases[held_out.name]) for held_out in run.sets))
+        for arm in arms:
             plan.run(arm)
         return left_out
 
@@ -317,81 +341,3 @@ def _choose_layers(
             f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change --layers or --exclude"
         )
     return base_names, left_out
-
-
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    """What the measurements of a run share.
-
-    Args:
-        model: BASE.
-        units: The units, in the order of the model.
-        ranks: The trained ranks, ascending.
-        rates: The peak learning rates, ascending.
-        plan: The sequence of runs, and the records.
-    """
-
-    model: Model
-    units: Sequence[Unit]
-    ranks: tuple[int, ...]
-    rates: tuple[float, ...]
-    plan: RunPlan
-
-    def list_arms(self, bases: Mapping[str, Losses]) -> list[Arm]:
-        """Return each unit at each rank, at every rate; gains are over ``bases``, the losses of BASE by set."""
-        trials = [partial(self._make_trial, unit, bases) for unit in self.units]
-        return [Arm((rank,), self.rates, make_trial) for make_trial in trials for rank in self.ranks]
-
-    def _make_trial(self, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
-        cell = Cell(rank, lr, seed)
-        fields = {"record": "sensitivity", "unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
-
-        def train(training: Training, sets: Sequence[Texts], after: Callable[[], None]) -> list[Sensitivity]:
-            return train_alone(self.model, unit, cell, training, sets, bases, after)
-
-        return Trial(fields, f"{unit.name} {cell.label}", train)
-
-    def put_scores(self, layers: Mapping[str, Any], base_names: Mapping[str, str]) -> None:
-        """Record first-order scores of every layer from its gradient at BASE, unless the file has them."""
-        if self._has_scores():
-            return
-        texts, plan = self.plan.training.used_texts, self.plan
-        after = partial(plan.watch.batch, "gradient")
-        by_layer = compute_gradients(self.model, layers, texts, plan.training.batch, after)
-        rank = self.ranks[0]
-        plan.kept.put(
-            *(predict_first_order(base_names[name], gradient, rank, texts) for name, gradient in by_layer.items())
-        )
-
-    def measure_base(self) -> dict[str, Losses]:
-        """Measure and record BASE, and return its losses by set.
-
-        This is repeated after an interruption, because errors need its losses by sequence.
-        """
-        plan = self.plan
-        after = partial(plan.watch.batch, "BASE")
-        bases = {texts.name: measure(self.model, texts, plan.training.batch, after) for texts in plan.sets}
-        plan.kept.put(*(record_of(texts, bases[texts.name]) for texts in plan.sets))
-        return bases
-
-    def _has_scores(self) -> bool:
-        return any(isinstance(record, FirstOrder) for record in self.plan.kept.records)
-
-    def report_cost(self) -> None:
-        """Time one step of the first unit, which has the longest backward pass, and report the estimated cost."""
-        plan, steps = self.plan, self.plan.training.steps
-        first = plan.sets[0].first(plan.training.batch)
-        arms = self.list_arms({first.name: measure(self.model, first, plan.training.batch)})
-        step, evaluation = plan.time_step(arms[len(self.ranks) - 1])  # the first unit at the highest rank
-        runs = sum(map(plan.count_unfinished, arms))
-        passes = 0 if self._has_scores() else plan.training.used_texts.count_batches(plan.training.batch)
-        plan.watch.total = plan.batches + passes
-        plan.expect(runs)
-        seconds = (runs * steps + passes) * step + (runs + 1) * plan.batches * evaluation
-        entries = sum(math.prod(shape_of(layer)) for layer in layers_without_head(self.model.module).values())
-        memory = f"; the gradients take {4 * entries / 2**30:.1f} GiB" if passes and 4 * entries >= 2**30 / 10 else ""
-        plan.watch.note(
-            f"about {duration(seconds)}: {pluralize(runs, 'run', 'runs')} of {steps} steps of {step:.2g} s "
-            f"at most ({pluralize(len(self.units), 'unit', 'units')}), each evaluated on "
-            f"{pluralize(len(plan.sets), 'set', 'sets')}{plan.describe_more_runs(arms)}{memory}"
-        )

@@ -222,7 +222,8 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
         bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
         # A full fine-tune keeps a copy, gradients and AdamW's two moments.
         weights = sum(weight.numel() * weight.element_size() for weight in model.module.parameters())
-        plan.report_cost({"of LoRA": lora, **reference_lines}, bases, 4 * weights if options.full else 0)
+        methods = {name: [arm] for name, arm in {"of LoRA": lora, **reference_lines}.items()}
+        plan.report_cost(methods, bases, 4 * weights if options.full else 0)
         measure_base()
         with round_weights(layers_without_head(model.module).values(), quantized):
             if quantized:

@@ -357,7 +357,7 @@ def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
     best, count = labels[choice.best], len(choice.rivals) + 1
     if not choice.equals:
         nearest = choice.rivals[0]
-        return [f"use {best}, the best of {count}; {labels[nearest.name]} is {_format_gap(nearest)}"]
+        return [f"use {best}, the best of {count}; {labels[nearest.name]} is worse by {_format_gap(nearest)}"]
     equal = list_names([labels[rival.name] for rival in choice.equals])
     others = "all" if len(choice.equals) == count - 1 > 1 else equal
     line = f"use {best}, or a cheaper one that is not significantly worse: {others}"

@@ -149,8 +149,9 @@ def _describe_set(
     better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
     worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
     ordered = sorted(gains, key=lambda gain: -gain.gain)
+    best = "highest gain alone" if ordered[0].gain > 0 else f"no {singular} gains alone; best"
     lines = [
-        f"highest gain alone: {_list_gains(ordered[:_NAMED])}",
+        f"{best}: {_list_gains(ordered[:_NAMED])}",
         f"{better} of {len(gains)} {plural if len(gains) > 1 else singular} lower the loss of BASE, {base.loss:.4f}, "
         f"significantly{f', {worse} raise it' if worse else ''}",
     ]

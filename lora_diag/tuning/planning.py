@@ -22,20 +22,20 @@ from typing import Any
 from torch import nn
 
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.decisions.allocate.peft_config import Scaling, make_peft_config
+from lora_diag.decisions.allocate.peft_config import Scaling, make_config, make_peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.activations import shape_of
 from lora_diag.models.data import count_predictions
 from lora_diag.models.opening import Model, Weights
-from lora_diag.models.training import RSLORA_ALPHA, Cell, Lora, is_transposed, losses_after
+from lora_diag.models.training import ALPHA_OVER_RANK, RSLORA_ALPHA, Cell, Lora, is_transposed, losses_after
 from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.training_runs import TrainRun, step_seconds
 from lora_diag.tuning.record import TunePlan, TuneStage
-from lora_diag.tuning.trials import find_shortest_names, target_modules, uniform
+from lora_diag.tuning.trials import find_shortest_names, target_modules
 
 # The short round of halving trains for the steps divided by this, at the smallest and the largest rank.
 SHORT_ROUND_DIVISOR = 4
@@ -339,7 +339,8 @@ class Target:
 
     def config(self, rank: int) -> dict[str, object]:
         """Return the configuration of one rank everywhere."""
-        return uniform(self.names, rank, self.transposed, self.task, self.kind.rslora, self.kind.dora)
+        alpha = RSLORA_ALPHA if self.kind.rslora else ALPHA_OVER_RANK * rank
+        return make_config(self.names, rank, alpha, self.transposed, self.task, self.kind.rslora, self.kind.dora)
 
     def config_of(self, allocation: Results[Allocation]) -> dict[str, object]:
         """Return the configuration of allocated ranks, of the same kind as that of one rank.

@@ -30,8 +30,6 @@ from lora_diag.models.data import Texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model
 from lora_diag.models.training import (
-    ALPHA_OVER_RANK,
-    RSLORA_ALPHA,
     Cell,
     Lora,
     Training,
@@ -94,38 +92,6 @@ def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> li
     return sorted(names)
 
 
-def uniform(
-    targets: Sequence[str], rank: int, transposed: bool, task: str | None, rslora: bool = False, dora: bool = False
-) -> dict[str, Any]:
-    """Return the configuration of one rank everywhere, its keys in the order of ``allocate``'s.
-
-    Args:
-        targets: Modules as PEFT finds them.
-        rank: r.
-        transposed: Whether matrices are stored ``(in, out)``.
-        task: PEFT's task type.
-        rslora: Whether PEFT scales by lora_alpha/√r.
-        dora: Whether it is DoRA.
-    """
-    return {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": None,
-        "r": rank,
-        "lora_alpha": RSLORA_ALPHA if rslora else ALPHA_OVER_RANK * rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": list(targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "use_rslora": rslora,
-        "init_lora_weights": True,
-        "inference_mode": False,
-        **({"use_dora": True} if dora else {}),
-    }
-
-
 def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
     """Return the rank of each module as PEFT reads a configuration: 0 where it is no target.
 
@@ -158,7 +124,8 @@ def change_variant(variant: Variant, trial: str) -> Variant:
         trial: ``dropout``, ``weight-decay``, ``half-alpha`` or ``fewer-steps``.
 
     Example:
-        >>> one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
+        >>> from lora_diag.decisions.allocate.peft_config import make_config
+        >>> one = Variant("uniform-r4", make_config(["q"], 4, 8), 1e-3, 100)
         >>> change_variant(one, "half-alpha").config["lora_alpha"], change_variant(one, "fewer-steps").steps
         (4.0, 50)
     """

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.probes.sweep.verdict import AtRank, Swept, judge
 from lora_diag.records import Probe
 from lora_diag.tuning.figures import Point, frontier
@@ -17,7 +18,6 @@ from lora_diag.tuning.trials import (
     find_shortest_names,
     gap_of,
     stability_trials,
-    uniform,
 )
 
 COUNTS = np.array([5, 7, 3, 9])
@@ -119,7 +119,7 @@ def test_frontier_has_undominated_sizes():
 
 
 def test_variant_changes_one_setting():
-    one = Variant("uniform-r4", uniform(["q"], 4, False, None), 1e-3, 100)
+    one = Variant("uniform-r4", make_config(["q"], 4, 8), 1e-3, 100)
     assert change_variant(one, "dropout").config == {**one.config, "lora_dropout": 0.1}
     assert change_variant(one, "weight-decay").decay == 0.1
     patterned = Variant("prior", {**one.config, "alpha_pattern": {"k": 16}}, 1e-3, 100)

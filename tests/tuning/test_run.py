@@ -20,6 +20,7 @@ import yaml
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
+from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.errors import InconclusiveError, UsageError
 from lora_diag.rendering.statements import limit_lines
 from lora_diag.tuning import planning
@@ -28,7 +29,7 @@ from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.show import tune_lines, tune_table
-from lora_diag.tuning.trials import Variant, uniform
+from lora_diag.tuning.trials import Variant
 from tests.conftest import ROOT
 from tests.messages import raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
@@ -357,7 +358,7 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
 
 def test_trainers_get_expressible_ranks():
     """LLaMA-Factory has one rank for all layers, and gets the uniform one; axolotl has patterns."""
-    shared = uniform(["q", "v"], 4, False, "CAUSAL_LM")
+    shared = make_config(["q", "v"], 4, 8, task="CAUSAL_LM")
     mixed = {**shared, "r": 2, "lora_alpha": 4, "rank_pattern": {"0.q": 8}, "alpha_pattern": {"0.q": 16}}
     result = configs(
         "base", ("a.jsonl", "b.jsonl"), Variant("prior", mixed, 1e-3, 9), shared, {"batch": 8, "length": 64}
@@ -402,7 +403,7 @@ def test_challenger_wins_only_beyond_tolerance(monkeypatch, gap, goes_on):
         "_confirm": lambda self, stage, incumbent, one, fresh: not confirmed.append(one.name),
     }.items():
         monkeypatch.setattr(Tuner, name, stub)
-    incumbent, *others = (Variant(name, uniform(["q"], 4, False, None), 1e-3, 9) for name in losses)
+    incumbent, *others = (Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in losses)
     best = tuner._choose_best(incumbent, others)
     assert confirmed == (["prior"] if goes_on else [])
     assert best.name == ("prior" if goes_on else "uniform")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,45 @@ class Scaling:
         return self.factor * (math.sqrt(default_rank) if self.rslora else rank)
 
 
+def make_config(
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    transposed: bool = False,
+    task: str | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` for one rank everywhere.
+
+    Args:
+        targets: Modules as PEFT finds them.
+        rank: r.
+        alpha: lora_alpha.
+        transposed: Whether matrices are stored ``(in, out)``.
+        task: PEFT's task type.
+        rslora: Whether PEFT scales by lora_alpha/√r.
+        dora: Whether it is DoRA.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": list(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "use_rslora": rslora,
+        "init_lora_weights": True,
+        "inference_mode": False,
+        **({"use_dora": True} if dora else {}),
+    }
+
+
 def make_peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> dict[str, Any]:
     """Return the config of an adapter with these ranks.
 
@@ -90,22 +129,17 @@ def make_peft_config(results: Results[Allocation], scaling: Scaling = Scaling())
     tensors = next((side.tensors for side in results.run.inputs if side.role == "base"), math.inf)
     complete = len({re.sub(r"\[\d+\]$", "", name) for name in names}) >= tensors
     heads = {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": task_type_of(results, heads),
-        "base_model_name_or_path": None,
-        "r": default_rank,
-        "lora_alpha": _to_plain_number(scaling.alpha(default_rank, default_rank)),
-        "rank_pattern": patterns,
-        "alpha_pattern": {} if scaling.rslora else {key: _to_plain_number(alpha) for key, alpha in alphas.items()},
-        "target_modules": _find_suffixes(modules, model_paths, complete),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(_WIDENING.search(layer.layer) and layer.shape[0] < layer.shape[1] for layer in results),
-        "use_rslora": scaling.rslora,
-        "init_lora_weights": True,
-        "inference_mode": False,
-    }
+    config = make_config(
+        _find_suffixes(modules, model_paths, complete),
+        default_rank,
+        _to_plain_number(scaling.alpha(default_rank, default_rank)),
+        any(_WIDENING.search(layer.layer) and layer.shape[0] < layer.shape[1] for layer in results),
+        task_type_of(results, heads),
+        scaling.rslora,
+    )
+    config["rank_pattern"] = patterns
+    if not scaling.rslora:
+        config["alpha_pattern"] = {key: _to_plain_number(alpha) for key, alpha in alphas.items()}
     if heads:
         config["modules_to_save"] = _find_head_suffixes(heads, model_paths)
     if parameters:

@@ -60,7 +60,7 @@ def _needs_recovery(record: Spectrum) -> bool:
 
 
 def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step without an update, for an adapter, or if rounding hides the update; None for others."""
+    """Return the next step without an update, for an adapter, in another metric, or if rounding hides the update."""
     changed = _select_changed(results)
     if not changed:
         return Hint("inspect {tuned}", "what this checkpoint holds")
@@ -73,6 +73,9 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
         return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
     if 2 * sum(map(_needs_recovery, changed)) > len(changed):
         return Hint("recover {base} {tuned}", "estimates the update before rounding")
+    if values["activations"] and not values["output"]:
+        metric = "--activations {activations}" + (" --kfac" if values["kfac"] else "")
+        return Hint(f"extract {{base}} {{tuned}} {metric} --energy 0.9 -o adapter/", "an adapter without training")
     return None
 
 
@@ -179,7 +182,8 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
         moved = _describe_changes(results, changed)
         findings.append(make_statement("moved", "Change", *moved, priority=1 if changed else 0))
     coverage = "" if metric else _describe_coverage(results)
-    findings += [make_statement("metric", "Metric", metric), make_statement("where", "Location", coverage)]
+    findings = [make_statement("metric", "Metric", metric, priority=0), *findings]
+    findings.append(make_statement("where", "Location", coverage))
     return summarize(results, *findings, extra=[_describe_measured(results)] if len(results) else [])
 
 

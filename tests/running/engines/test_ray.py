@@ -251,7 +251,7 @@ def test_local_training_uses_requested_device_and_threads(cluster, tiny):
     with raises_naming(UsageError, "concurrent=2", 1, "engine"):
         lora_diag.probe_sweep(base, concurrent=2, **options)
     torch.set_num_threads(3)  # a step is timed here with the threads of a run
-    with TrainRun("probe sweep", {**options, "engine": Ray()}, SweepOptions, (), ()).joined():
+    with TrainRun("probe sweep", {**options, "engine": Ray()}, SweepOptions).joined():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 3
 

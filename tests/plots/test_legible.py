@@ -122,6 +122,7 @@ def title(case):
 
 @pytest.mark.parametrize(("case", "width"), WIDTHS, ids=title)
 def test_figure_texts_are_legible(case, width):
+    """And the SVG of hostile names is well-formed."""
     _, name, results, options = case
     figure = plots.figure(name, results, width=width, **options)
     texts = shown_texts(figure)
@@ -134,6 +135,10 @@ def test_figure_texts_are_legible(case, width):
         assert inside, f"{text.get_text()!r} leaves the page"
     for (one, box), (other, its) in itertools.combinations(texts, 2):
         assert not touch(box, its), f"{one.get_text()!r} touches {other.get_text()!r}"
+    if case[0] == "hostile" and width == "slide":
+        root = ElementTree.fromstring(plots.encode_figure(figure, "svg"))
+        assert "".join(root.itertext()).strip()
+        assert "alert(1)" not in "".join(element.tag for element in root.iter())
 
 
 def test_legibility_check_detects_touching_texts():
@@ -142,15 +147,3 @@ def test_legibility_check_detects_touching_texts():
     ax.text(0.02, 0.99, "over the title", transform=ax.transAxes)
     boxes = [box for _, box in shown_texts(figure)]
     assert any(touch(one, other) for one, other in itertools.combinations(boxes, 2))
-
-
-ESCAPED = [case for case in CASES if case[0] == "hostile"]
-
-
-@pytest.mark.parametrize("case", ESCAPED, ids=title)
-def test_svg_is_well_formed_with_text(case):
-    _, name, results, options = case
-    content = plots.encode_figure(plots.figure(name, results, **options), "svg")
-    root = ElementTree.fromstring(content)
-    assert "".join(root.itertext()).strip()
-    assert "alert(1)" not in "".join(element.tag for element in root.iter())

@@ -123,11 +123,7 @@ def test_extract_writes_adapter_that_it_reports(tmp_path, loradiag):
     words = ("extract", SAMPLES / "base", SAMPLES / "full_ft", "--rank", 4, "--layers", r"layers\.[01]\.mlp")
     ran = loradiag(*words, "--activations", file, "-o", tmp_path / "new")
     assert ran.code == 0, ran.err
-    assert_names(ran.out, "Optimal", "outputs")
-    assert "Without activations" in ran.out
     assert f"--activations {file}" in (tmp_path / "new" / "README.md").read_text()
-    assert "extracted from" in (tmp_path / "new" / "README.md").read_text()
-    assert "full_ft`" in (tmp_path / "new" / "README.md").read_text().split("extracted from")[1][:200]
     records = lora_diag.read_results(tmp_path / "new" / "extraction.jsonl").layers
     assert {".0." in record.layer for record in records if record.data} == {True}
     assert {".1." in record.layer for record in records if not record.data} == {True}

@@ -264,8 +264,6 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     for to in ("bf16", "mxfp4"):
         ran = loradiag("plan-merge", BASE, R4, "--to", to, "--layers", "[03].*[qu]p?_proj", "-o", f"{to}.jsonl")
         assert ran.code == 0, ran.err
-        assert f"merge ({to})" in ran.out
-        assert "Rules" in ran.out
     result = {to: lora_diag.read_results(tmp_path / f"{to}.jsonl") for to in ("bf16", "mxfp4")}
     assert len(result["bf16"]) == len(result["mxfp4"]) == 4
     for fine, coarse in zip(result["bf16"], result["mxfp4"], strict=True):
@@ -275,8 +273,6 @@ def test_command_measures_the_samples(loradiag, tmp_path):
     assert result["bf16"][Q].fro == pytest.approx(compared[Q].fro)
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "kept"\nrequire = "plan_merge.error <= 0.1"\n')
     assert loradiag("gate", "p.toml", "mxfp4.jsonl").code == 1
-    assert loradiag("report", "bf16.jsonl", "-o", "r.md").code == 0
-    assert "Merge plan" in (tmp_path / "r.md").read_text()
 
 
 def test_command_refuses_bad_input(loradiag, tmp_path):

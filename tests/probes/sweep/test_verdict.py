@@ -84,13 +84,13 @@ def test_rank_at_margin_false_positive_rate(seeds, common):
     """r=8 keeps exactly 98% of what r=16 gains: to call it enough is false equivalence. Seeds shift all ranks alike."""
     rng, wrong, known = np.random.default_rng(seeds), 0, 0
     means = np.array([[1.3], [1.02], [1.0]])
-    for _ in range(1500):
+    for _ in range(600):
         losses = means + 0.01 * rng.normal(size=(3, seeds)) + common * rng.normal(size=seeds)
         result = judge(rows(*losses), base=2.0, share=0.02)
         wrong += result.standings[1].enough == "yes"
         known += result.standings[0].enough == "no"
-    assert wrong / 1500 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)
-    assert known / 1500 > 0.9  # and what is far behind is seen to be
+    assert wrong / 600 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
+    assert known / 600 > 0.9  # and what is far behind is seen to be
 
 
 def test_noisy_pair_uses_own_variance():
@@ -197,12 +197,12 @@ def test_line_without_spread_or_rank_has_no_statement():
 def test_reference_at_margin_false_positive_rate(apart):
     """The best of three ranks is chosen by its losses, which flatters it: limits are wider for that."""
     rng, wrong = np.random.default_rng(7), 0
-    for _ in range(1500):
+    for _ in range(600):
         losses = 1 + apart + 0.008 * rng.normal(size=(3, 3))
         line = 1 + 0.008 * rng.normal(size=3)
         share = apart if apart > 0 else -apart / (1 - apart)  # of what the better of the two gains
         wrong += compare_with_reference(rows(*losses), row(None, line), base=2.0, share=share).outcome == "as good"
-    assert wrong / 1500 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)
+    assert wrong / 600 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
 
 
 def base(loss, name="own"):

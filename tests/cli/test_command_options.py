@@ -21,6 +21,7 @@ DIFFERENT = {
     "--output": "each command names what it writes",
     "--format": "figures and reports have other formats",
     "--granularity": "a probe has the units that it can change alone",
+    "--top": "plan estimates its cost",
     "--to": "a format to merge into, or a service to send a report to",
     "--tuned": "gate measures it on --base; probe outputs also takes it as its first model",
 }

@@ -38,7 +38,7 @@ ERRORS = {
     ],
     ("interference", BASE, TUNED): [("-q", "at least two updates")],
     ("intruders", BASE): [
-        *((f"{TUNED} {words}", words.split()[0]) for words in ("--epsilon 1", "--window -1", "--top 0")),
+        *((f"{TUNED} {words}", words.split()[0]) for words in ("--epsilon 1", "--window -1", "--directions 0")),
         (f"{TUNED} --resume", "-o"), ("nowhere", "nowhere", 3),
     ],
     ("intruders", R4): [(f"{BASE}", "not BASE")],

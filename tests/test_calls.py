@@ -49,6 +49,7 @@ def test_one_word_is_no_list(name, parameter):
         ({"tol": "small"}, ["tol='small'", "number"]),
         ({"kfac": True}, ["kfac", "needs activations"]),
         ({"device": "tpu"}, ["device=tpu"]),
+        ({"resume": True}, ["resume", "with output"]),
     ],
 )
 def test_errors_name_parameters(options, facts):

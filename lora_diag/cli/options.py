@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -125,21 +124,6 @@ class Shown:
         """Print a message to standard error, unless ``--quiet``."""
         if not self.quiet:
             out.message(text)
-
-
-def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
-    """Check, before any work, that the results file can be written.
-
-    Raises:
-        UsageError: ``--resume`` without ``-o``, or the output exists and may not be replaced.
-        InputError: The output's location is not writable.
-    """
-    if output is not None:
-        from lora_diag.records.file import check_results_file
-
-        check_results_file(output, resume, overwrite)
-    elif resume:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
 
 
 # Reasons for leaving a layer out that are failures of the measurement.
@@ -331,6 +315,7 @@ def _value_type(kind: Any, option: Option) -> Any:
     str | None
     >>> _value_type(Sequence[int], Option((4, 8), "Ranks.", "R,R,..."))
     <class 'str'>
+    >>> from pathlib import Path
     >>> _value_type(Sequence[Path | str], Option((), "", "FILE")) == list[Path] | None
     True
     """
@@ -385,6 +370,8 @@ def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
     for name, (kind, option) in list_options(group).items():
         if name in values:
             values[name] = _parse_value(kind, option, name, option.checked(name, values[name]))
-    if {"output", "resume"} <= set(values):  # checked here because reading a model may take minutes
-        check_output(values["output"], values["resume"], values["overwrite"])
+    if "resume" in values and values.get("output") is not None:  # checked now because opening a model may take minutes
+        from lora_diag.records.file import check_results_file
+
+        check_results_file(values["output"], values["resume"], values["overwrite"])
     return values

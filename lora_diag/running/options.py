@@ -425,14 +425,17 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         TypeError: An option is unknown or missing.
-        UsageError: A value is none of the option's choices, or outside its limits.
+        UsageError: A value is none of the option's choices, or outside its limits; or nothing can be resumed.
     """
     options = list_options(group)
     if unknown := next((name for name in passed if name not in options), None):
         raise TypeError(f"unexpected keyword argument {unknown!r}; use one of {', '.join(options)}")
     if missing := [name for name, (_, option) in options.items() if option.default is REQUIRED and name not in passed]:
         raise TypeError(f"missing keyword argument {missing[0]!r}")
-    return {name: option.checked(name, passed.get(name, option.default)) for name, (_, option) in options.items()}
+    filled = {name: option.checked(name, passed.get(name, option.default)) for name, (_, option) in options.items()}
+    if filled.get("resume") and filled.get("output") is None:
+        raise UsageError("--resume: give the results file of the interrupted run with -o")
+    return filled
 
 
 def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from operator import attrgetter
 import pytest
 
 import lora_diag
-from lora_diag.cli.options import check_output
 from lora_diag.errors import InputError
+from lora_diag.records.file import check_results_file
 from tests.conftest import ROOT
 
 SAMPLES = ROOT / "sample_checkpoints"
@@ -94,9 +94,9 @@ def test_records_resume_in_writable_file_of_read_only_folder(monkeypatch, tmp_pa
     file = tmp_path / "r.jsonl"
     file.touch()
     monkeypatch.setattr("os.access", lambda place, mode: place == file)  # root may write anywhere
-    check_output(file, resume=True, overwrite=False)
+    check_results_file(file, resume=True, overwrite=False)
     with pytest.raises(InputError, match="permission denied"):
-        check_output(tmp_path / "new.jsonl", resume=False, overwrite=False)
+        check_results_file(tmp_path / "new.jsonl", resume=False, overwrite=False)
 
 
 def test_figure_folder_is_created_without_parents(told, tmp_path):

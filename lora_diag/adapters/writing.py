@@ -99,7 +99,7 @@ def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
     Args:
         name: Its name in BASE.
         base: The checkpoint.
-        model: Its names in memory.
+        model: The names of the model in memory.
     """
     module, _, leaf = name.rpartition(".")
     if name not in base or not module or leaf not in {"weight", "bias"}:
@@ -123,7 +123,7 @@ def list_full_values(
         names: Tensors of BASE.
         deltas: Their changes, and those of their siblings in a module, by their names in BASE.
         base: The checkpoint.
-        model: Its names in memory.
+        model: The names of the model in memory.
         adapted: Modules with factors, whose own tensors PEFT calls ``base_layer``.
     """
     values: dict[str, Value] = {}

@@ -386,7 +386,7 @@ def _find_order(source: Checkpoint, module: str, part: str, columns: int) -> str
 
 
 def _check_gptq_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, Any]) -> None:
-    """Refuse unsupported bits, or a configuration with others; ``dynamic`` of gptqmodel has those of modules."""
+    """Refuse unsupported bits, and a configuration that declares bits, but not these for any module (``dynamic``)."""
     if bits not in GPTQ_BITS:
         raise damaged_tensor(source, codes, f"has {bits} bits a code; 2, 4 and 8 are read", UNSUPPORTED)
     dynamic = config.get("dynamic")

@@ -41,14 +41,15 @@ _CONSTANTS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a trainer.
+    """Return the LoRA settings of an adapter's config under a trainer's names, without empty optional ones.
 
     Args:
         trainer: One of ``TRAINERS``.
         config: Content of ``adapter_config.json``.
 
     Raises:
-        UsageError: The trainer cannot express the config.
+        UsageError: The config has ranks by layer or target_parameters and the trainer has none, or the trainer takes
+            integers for lora_alpha only and the config has another number.
     """
     names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in _NAMES.items()}
     if config["rank_pattern"] and not names["rank_pattern"]:

@@ -105,7 +105,7 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
         if inventory.adapts
         else _make_grid(StoredTensor.shown, inventory.tensors)
     )
-    return to_text(Group(Text(_make_headline(inventory)), *grid.shown(width)), width, color)
+    return to_text(Group(Text(_make_headline(inventory)), *grid.render(width)), width, color)
 
 
 def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:

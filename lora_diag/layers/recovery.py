@@ -702,7 +702,9 @@ def _compute_energy_curves(
     x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i − 1.96τ for the
     values only; with scales, the lengths that held-out cells show less 1.96 standard errors. Upper ends use x_i + 1.96τ
     with the remaining variance spread over all directions, for the directions beyond them the largest value that could
-    stay hidden, and at least what held-out cells allow. Values themselves are those of the fit times its stretch.
+    stay hidden, and at least what held-out cells allow. Values themselves are those of the fit times its stretch,
+    together at most ‖X‖ (``fro``). Lower ends divide by the upper end of the 95% interval of ‖X‖, upper ends by its
+    lower end; ``error`` is the standard error of log ‖X‖.
     """
     low_rank = recovered.low_rank
     assert low_rank is not None

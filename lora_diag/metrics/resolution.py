@@ -50,7 +50,7 @@ class Noise:
 
     @property
     def fro(self) -> float:
-        """Expected norm."""
+        """Root mean square of the norm."""
         return self.unit * math.sqrt(self.rows.sum())
 
     @property

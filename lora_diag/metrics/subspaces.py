@@ -143,6 +143,9 @@ def classify_relation(
 ) -> Literal["apart", "share", "reinforce", "cancel"]:
     """Return the relation of two updates.
 
+    ``reinforce`` or ``cancel``, by the sign of the cosine, if |cosine| ≥ max(0.1, 3·``cosine_random``), whatever the
+    overlap; else ``apart`` if ``near``, else ``share``.
+
     Args:
         near: Whether neither overlaps the other's spaces more than a random update.
         cosine: Cosine of the updates.

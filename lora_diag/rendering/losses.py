@@ -12,7 +12,9 @@ from lora_diag.rendering.text import percent, plus_minus, short
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
-    """Return the summary of a probe: findings, training, conditions, skipped tensors, state of the run, and inputs.
+    """Return the summary of a probe: findings, training, conditions, interpretation, skipped tensors, and inputs.
+
+    An unfinished run and unexpected skipped tensors come first.
 
     Args:
         results: The results.
@@ -25,7 +27,7 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         kind = f"{settings['kind']}; " if "kind" in settings else ""
         training = f"{kind}{settings['steps']} steps of {settings['batch']} sequences; {settings['optimizer']}"
     conditions = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
-    inputs, *others = summarize(
+    summary = summarize(
         results,
         *statements,
         *([make_statement("trained", "Trained", training, priority=2)] if training else []),
@@ -33,7 +35,7 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         make_statement("interpretation", "Interpretation", reading, priority=2),
         so_far="records so far",
     )
-    return [*others, inputs]
+    return sorted(summary, key=lambda statement: statement.key == "compared")
 
 
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:

@@ -78,7 +78,7 @@ class Grid:
     most: int | None = None
     detail: bool = False
 
-    def shown(self, width: int) -> list[RenderableType]:
+    def render(self, width: int) -> list[RenderableType]:
         """Return caption, table and number of other rows for a terminal of a given width; details only with ``-v``."""
         if self.detail and not is_verbose():
             return []
@@ -274,7 +274,7 @@ def grids_table(
         color: Whether to use ANSI colours.
         next_command: The suggested next command, printed last; None without one.
     """
-    tables = [part for grid in grids for part in grid.shown(width)]
+    tables = [part for grid in grids for part in grid.render(width)]
     return to_text(Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color)
 
 

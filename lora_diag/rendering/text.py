@@ -113,13 +113,18 @@ def list_layers(records: Iterable[HasLayer], limit: int = 3) -> str:
     return list_names([record.layer for record in records], limit)
 
 
-def quantity(number_of: int, noun: str = "matrix") -> str:
+def quantity(number_of: int, noun: str = "matrix", plural: str = "") -> str:
     """Return a number with its noun, in the plural unless it is 1.
+
+    Args:
+        number_of: The number.
+        noun: The noun in the singular.
+        plural: Its plural, if that does not end in -s only.
 
     >>> quantity(1), quantity(2), quantity(0, "layer")
     ('1 matrix', '2 matrices', '0 layers')
     """
-    nouns = "matrices" if noun == "matrix" else f"{noun}s"
+    nouns = "matrices" if noun == "matrix" else plural or f"{noun}s"
     return f"{number_of} {noun if number_of == 1 else nouns}"
 
 

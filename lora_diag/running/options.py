@@ -433,7 +433,7 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     if missing := [name for name, (_, option) in options.items() if option.default is REQUIRED and name not in passed]:
         raise TypeError(f"missing keyword argument {missing[0]!r}")
     filled = {name: option.checked(name, passed.get(name, option.default)) for name, (_, option) in options.items()}
-    if filled.get("resume") and filled.get("output") is None:
+    if filled.get("resume") and filled.get("output", "given elsewhere") is None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
     return filled
 

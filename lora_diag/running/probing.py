@@ -233,8 +233,3 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
         *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
         *(LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail) for d in absent),
     ]
-
-
-def pluralize(number: int, singular: str, plural: str) -> str:
-    """Return a number with its noun in the fitting form."""
-    return f"{number} {singular if number == 1 else plural}"

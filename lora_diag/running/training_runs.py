@@ -31,11 +31,11 @@ from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.models.training import Lora, Training, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
-from lora_diag.rendering.text import duration
+from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.amounts import find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
-from lora_diag.running.probing import ProbeRun, describe_texts, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import ProgressReporter, RunRecords
 
 # A shape and a footprint by which the engine sends every run alone: its cost is above that of a batch of layers.
@@ -294,14 +294,12 @@ class RunPlan:
             seconds += passes * step
             seconds += math.ceil(runs / slots) * (self.training.steps * step + self.batches * evaluation)
             self.expect(runs)
-            costs.append(
-                f"{pluralize(runs, 'run', 'runs')} {name} of {self.training.steps} steps of {step:.2g} s at most"
-            )
+            costs.append(f"{quantity(runs, 'run')} {name} of {self.training.steps} steps of {step:.2g} s at most")
         seconds += bases * self.batches * evaluation
         gib, arms = extra_bytes / 2**30, [arm for of_method in methods.values() for arm in of_method]
         self.watch.note(
             f"about {duration(seconds)}: {', '.join(costs)}, each evaluated on "
-            f"{pluralize(len(self.sets), 'set', 'sets')}{self.describe_more_runs(arms)}"
+            f"{quantity(len(self.sets), 'set')}{self.describe_more_runs(arms)}"
             f"{f'; takes up to {gib:.1f} GiB in addition to BASE' if gib >= 0.1 else ''}"
         )
 
@@ -340,7 +338,7 @@ class RunPlan:
     def describe_more_runs(self, arms: Sequence[Arm]) -> str:
         """Return as text how many runs the edges of the grids may add; empty if none."""
         limit = self.widen * sum(len(arm.sizes) for arm in arms if len(arm.rates) > 1)
-        runs = pluralize(limit, "run", "runs")
+        runs = quantity(limit, "run")
         return f"; up to {runs} more if the best rate is at the edge of the grid" if limit else ""
 
     def expect(self, runs: int) -> None:
@@ -349,7 +347,7 @@ class RunPlan:
 
     def time_step(self, arm: Arm) -> tuple[float, float]:
         """Return the seconds of one step at the largest size (the second of two steps), and of one evaluation batch."""
-        return step_seconds(arm.trial(arm.sizes[-1], 1e-6, 0).train, self.training, self.sets)
+        return time_steps(arm.trial(arm.sizes[-1], 1e-6, 0).train, self.training, self.sets)
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
         """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
@@ -358,7 +356,7 @@ class RunPlan:
             for trial in unfinished:
                 self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
             return
-        poll = partial(self.watch.batch, f"{pluralize(len(unfinished), 'run', 'runs')} on the cluster", 0)
+        poll = partial(self.watch.batch, f"{quantity(len(unfinished), 'run')} on the cluster", 0)
         runs = [(trial.label, trial.work) for trial in unfinished]
         for trial, records in zip(unfinished, arm.workers.run(arm.train, self.training, runs, poll), strict=True):
             self.kept.put(*records)
@@ -388,13 +386,13 @@ class RunPlan:
         return next((record.loss for record in found), None)
 
 
-def step_seconds(train: Callable[..., Any], training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
-    """Return the seconds of one training step, the second of two, and of one batch of an evaluation.
+def time_steps(train: Callable[..., Any], training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
+    """Measure and return the seconds of one training step, the second of two, and of one batch of an evaluation.
 
     Args:
         train: Called with settings of two steps, a set of one batch, and a function to call after every step and batch.
         training: Settings shared by all runs.
-        sets: Evaluation sets.
+        sets: Evaluation sets; one batch of the first is evaluated.
     """
     ticks = [time.perf_counter()]
     first_batch = sets[0].first(training.batch)

@@ -33,7 +33,7 @@ from lora_diag.models.training import ALPHA_OVER_RANK, RSLORA_ALPHA, Cell, Lora,
 from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
-from lora_diag.running.training_runs import TrainRun, step_seconds
+from lora_diag.running.training_runs import TrainRun, time_steps
 from lora_diag.tuning.record import TunePlan, TuneStage
 from lora_diag.tuning.trials import find_shortest_names, target_modules
 
@@ -417,7 +417,7 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         raise UsageError(f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
     cells = [Cell(max(settings["ranks"]), 1e-6, 0), *([Cell(None, 1e-9, 0, "full")] if full else [])]
-    times = [step_seconds(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells]
+    times = [time_steps(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells]
     whole = TunePlan(
         budget=budget_plan.fit.budget,
         per_rank=target.per_rank,

@@ -287,7 +287,7 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
     clock, seen = [1000.0], [0]
     for module in (planning, run_module):
         monkeypatch.setattr(module, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(planning, "step_seconds", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(planning, "time_steps", lambda *_: (1.0, 1.0))
 
     def advance(event):
         clock[0] += slowness * (event.done - seen[0])
@@ -409,7 +409,7 @@ from pathlib import Path
 import torch
 import lora_diag
 from lora_diag.tuning import planning
-planning.step_seconds = lambda *_: (0.01, 0.01)  # the only numbers of a search that are measured times
+planning.time_steps = lambda *_: (0.01, 0.01)  # the only numbers of a search that are measured times
 torch.set_num_threads(1)
 options = json.loads(sys.argv[2])
 lora_diag.tune(Path(sys.argv[1]), Path("run"), **options)

@@ -656,7 +656,7 @@ def _find_best_steps(steps: Steps, counts: Ints, coarse: int, cells: int) -> Int
 
 
 def _make_mask(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
-    """Return a mask of steps from the number of steps per unit, ``(n,)``."""
+    """Return the mask, ``(n,)``, of the first ``counts`` steps of each unit."""
     position = np.arange(len(steps.unit)) - steps.first[steps.unit]
     return np.asarray(position < counts[steps.unit])
 

@@ -701,14 +701,16 @@ def _tuned_path(comparison: Comparison) -> str:
 
 
 def _list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:
-    """Return the 1-D tensors, and those without a comparison that are not in ``layers``, each once."""
+    """Return the 1-D tensors, and the unpaired tensors that are neither 1-D nor in ``layers``, each once.
+
+    The first comparison that has one counts.
+    """
     vectors: dict[str, Delta] = {}
     unpaired: dict[str, Unpaired] = {}
+    for delta in (delta for comparison in comparisons for delta in comparison.pairing.deltas if not delta.is_matrix):
+        vectors.setdefault(delta.layer, delta)
     for comparison in comparisons:
-        for delta in comparison.pairing.deltas:
-            if not delta.is_matrix:
-                vectors.setdefault(delta.layer, delta)
         for item in comparison.pairing.unpaired:
-            if item.layer not in layers:
+            if item.layer not in layers and item.layer not in vectors:
                 unpaired.setdefault(item.layer, replace(item, detail=f"{_tuned_path(comparison)}: {item.detail}"))
     return Pairing(tuple(vectors.values()), tuple(unpaired.values()))

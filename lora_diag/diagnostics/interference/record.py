@@ -63,8 +63,8 @@ class Interference(LayerRecord):
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
         relation: ``apart``: the spaces overlap no more than random ones; the updates can be added. ``share``: they
-            overlap, and the cosine is small; compare a merge with ``--eval``. ``reinforce``: they overlap and point the
-            same way: the sum is longer than either; scale it down. ``cancel``: they overlap and oppose: the sum loses
+            overlap, and the cosine is small; compare losses of the merge. ``reinforce``: they point the same way, so
+            that the sum is longer than either; scale it down. ``cancel``: they oppose each other, so that the sum loses
             part of both; do not merge this layer with equal weights. ``noise``: an update is not resolved. See
             ``metrics.subspaces.classify_relation``.
     """

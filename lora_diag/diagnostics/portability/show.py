@@ -22,7 +22,7 @@ from lora_diag.rendering.text import format_shown, list_layers, list_names, numb
 
 def rules_table(grids: Sequence[Grid], width: int = 80, color: bool = False) -> str:
     """Return the tables of ``rules_grids`` as text: for each file layout, the newest and the older rules."""
-    return to_text(Group(*(part for grid in grids for part in grid.shown(width))), width, color)
+    return to_text(Group(*(part for grid in grids for part in grid.render(width))), width, color)
 
 
 # A consumer and its version.

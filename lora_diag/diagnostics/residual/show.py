@@ -146,7 +146,7 @@ def _describe_distance(name: str, records: Sequence[Residual], whole: Distances)
 
 
 def _describe_limit(records: Sequence[Residual]) -> str:
-    """State what limits an adapter, in how many of its tensors, and the fraction of the update that it leaves out."""
+    """State what limits an adapter, in how many tensors; the fraction of ‖ΔW‖² not adapted; and a better scale."""
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)
     clauses = [f"{limit} in {tensors} of {quantity(len(acting), 'tensor')}" for limit, tensors in counts.most_common()]

@@ -19,10 +19,11 @@ from lora_diag.models.losses import Draw
 from lora_diag.models.opening import Model, Weights
 from lora_diag.probes.activations import ActivationsOptions
 from lora_diag.records.probe import Activations, LayerInput
+from lora_diag.rendering.text import quantity
 from lora_diag.running.fingerprint import fingerprint, legible
 from lora_diag.running.inputs import GRADIENTS, MOMENTS
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, pluralize
+from lora_diag.running.probing import ProbeRun
 from lora_diag.version import __version__
 
 
@@ -79,7 +80,7 @@ def probe_activations(
     gib = 8 * sum(inputs**2 + gradients * outputs**2 for outputs, inputs in shapes) / 2**30
     cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
     cost_note += "; about three times as long with the backward pass" if gradients else ""
-    run.estimate(texts, f"{pluralize(len(layers), 'layer', 'layers')} on 1 set", cost_note)
+    run.estimate(texts, f"{quantity(len(layers), 'layer')} on 1 set", cost_note)
     draw = Draw(labels, seed) if gradients else None
     listener = record(model, texts, layers, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {base_names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}

@@ -38,10 +38,10 @@ from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix, Surr
 from lora_diag.probes.curvature.record import Point as Where
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.text import duration
+from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
@@ -670,7 +670,7 @@ def _estimate_cost(
     products = (joint + blocks) * lanczos + effort.probes + bounds
     memory = 4 * loss_function.params * basis_size(loss_function.params, effort.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
-    of_blocks = f" and {pluralize(blocks, 'block', 'blocks')}" if blocks else ""
+    of_blocks = f" and {quantity(blocks, 'block')}" if blocks else ""
     return products, (
         f"about {duration(products * seconds)}: some {products} Hessian-vector products of {seconds:.2g} s each, all "
         f"layers jointly{of_blocks}{basis}"

@@ -37,9 +37,10 @@ from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.fisher import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.records import LeftOut, Results
+from lora_diag.rendering.text import quantity
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Memory limit of the logits of the unchanged model, which are kept because every change is compared with them.
@@ -369,9 +370,7 @@ class _Probe:
         """Report the estimated cost: passes forward and back, and forward passes for TUNED and each truncation."""
         passes, measuring_batches = sum(1 for _ in groups_of(todo)), 0
         batches = passes * self.run.batches([self.texts])
-        description = (
-            f"{pluralize(len(todo), 'layer', 'layers')}, {pluralize(passes, 'pass', 'passes')} forward and back"
-        )
+        description = f"{quantity(len(todo), 'layer')}, {quantity(passes, 'pass', 'passes')} forward and back"
         if self.effect_texts is not None:
             truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
             measuring_batches = (truncations + 1) * self.run.batches([self.effect_texts])

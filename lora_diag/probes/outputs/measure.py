@@ -27,9 +27,10 @@ from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
+from lora_diag.rendering.text import quantity
 from lora_diag.running.inputs import Comparison, refuse_repeated
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Memory limit of logits and hidden states of two models together.
@@ -255,7 +256,7 @@ def probe_outputs(
             if not all(run_records.has([text_set.name], subject=c.subject, name=c.name) for c in contenders)
         ]
         run.watch.total = len(contenders) * run.batches(todo)
-        run.estimate(texts[0], f"{len(contenders)} models on {pluralize(len(todo), 'set', 'sets')}")
+        run.estimate(texts[0], f"{len(contenders)} models on {quantity(len(todo), 'set')}")
         for text_set in todo:
             for record in measure_outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 run_records.put(record)

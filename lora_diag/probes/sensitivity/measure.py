@@ -30,8 +30,8 @@ from lora_diag.probes.sensitivity import SensitivityOptions
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of, module_type_of, tower_of
+from lora_diag.rendering.text import quantity
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import pluralize
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
@@ -296,7 +296,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         bases[first_batch.name] = measure(model, first_batch, run.batch)
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
-        description = f"of LoRA on {pluralize(len(units), 'unit', 'units')} alone"
+        description = f"of LoRA on {quantity(len(units), 'unit')} alone"
         plan.report_cost({description: timed_first}, 1, 4 * entries if passes else 0, passes)
         if passes:
             after = partial(run.watch.batch, "gradient")

@@ -19,9 +19,10 @@ from lora_diag.probes.truncation import TruncationOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.names import module_type_of
 from lora_diag.records.probe import Subject
+from lora_diag.rendering.text import quantity
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, describe_texts, left_out, pluralize
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 
@@ -200,8 +201,8 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         todo = [cell for cell in cells if not run_records.has(sets, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
-        svds = f", and the SVD of {pluralize(len(chosen), 'matrix', 'matrices')}"
-        run.estimate(texts[0], f"{len(todo) + 2} losses on {pluralize(len(texts), 'set', 'sets')}", svds)
+        svds = f", and the SVD of {quantity(len(chosen))}"
+        run.estimate(texts[0], f"{len(todo) + 2} losses on {quantity(len(texts), 'set')}", svds)
         for record in measure_truncations(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
             run_records.put(record)
         return left_out(compared.pairing, swapped.absent)

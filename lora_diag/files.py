@@ -181,8 +181,8 @@ def check_outputs(
     """Refuse outputs that would overwrite an input or each other, or that cannot be written, before any work.
 
     Args:
-        inputs: Files that are read, or written by other means.
-        outputs: The requested output files, and the kind of each.
+        inputs: Files that are read, or written by other means; None is skipped.
+        outputs: The requested output files, and the kind of each; None is skipped.
         overwrite: Replace existing files; inputs are never replaced.
 
     Raises:

@@ -244,7 +244,9 @@ _WORD = re.compile(r"\w+")
 
 
 def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
-    """Return the number of weights of BASE that an adapter's config targets, and the names of those without factors.
+    """Return the number of weights of BASE that an adapter's config targets, and the names of those without a change.
+
+    Modules in ``modules_to_save`` are no targets.
 
     Args:
         adapter: The adapter.
@@ -254,7 +256,7 @@ def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -
     Returns:
         The number and the names in natural order; None if the config does not determine them: there is no config or it
         has no ``target_modules``, it names parameters or all linear layers, it replicates layers, or none of the
-        targeted modules has factors, since modules in memory have other names than in BASE.
+        targeted weights is changed, since modules in memory have other names than in BASE.
 
     Raises:
         InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.

@@ -291,6 +291,12 @@ def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) 
     rows i, else 0. As S·(value − W[i]) with S ``(vocab, n)`` picking the rows, the update has rank at most n and stays
     in factored form.
 
+    Args:
+        source: The adapter's files.
+        module: The table's module.
+        key: The tensor of the new values.
+        indices: Token indices: a list, or a dict of lists by module.
+
     Raises:
         InputError: The indices are missing, invalid or repeated, or their number differs from that of the rows.
     """

@@ -205,27 +205,27 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
             raise damaged(folder, f"{problem}, {reason}", "exclude it with --exclude and report this")
 
 
-def check_converted(folder: Path, written: Path, base: Checkpoint) -> None:
+def check_converted(path: Path, written: Path, base: Checkpoint) -> None:
     """Compare an adapter in another layout with the PEFT adapter that it was made from, layer by layer.
 
     Args:
-        folder: The adapter in the other layout; both have a scale of 1 in every layer.
-        written: The PEFT adapter.
+        path: The weights file in the other layout; both have a scale of 1 in every layer.
+        written: The folder of the PEFT adapter.
         base: The checkpoint that both belong to.
 
     Raises:
-        InputError: A layer reads back as other factors.
+        InputError: A layer is missing, has no factors, or reads back as other factors.
     """
-    actual = _read_deltas(folder, base)
+    actual = _read_deltas(path, base)
     for layer, delta in _read_deltas(written, base).items():
         if not isinstance(delta, FactoredDelta) or not _are_equal(actual.get(layer), delta.shape, delta.load()):
             problem = f"{layer} does not read back as it was written"
-            raise damaged(folder, problem, "do not use the folder, and report this")
+            raise damaged(path, problem, "do not use the folder, and report this")
 
 
-def _read_deltas(folder: Path, base: Checkpoint) -> dict[str, Delta]:
-    """Return the ΔW of an adapter folder against BASE, by layer."""
-    return {delta.layer: delta for delta in open_adapter(folder).pair(base)[0].deltas}
+def _read_deltas(path: Path, base: Checkpoint) -> dict[str, Delta]:
+    """Return the ΔW of an adapter against BASE, by layer."""
+    return {delta.layer: delta for delta in open_adapter(path).pair(base)[0].deltas}
 
 
 def _are_equal(delta: Delta | None, shape: tuple[int, int], factors: Factors) -> bool:

@@ -172,7 +172,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs, after refusing repeated names."""
+    """Return the dictionary of these JSON pairs; raise ValueError if a name repeats."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]

@@ -69,7 +69,7 @@ class ResultsSource:
         return any(isinstance(record, KINDS[kind]) for record in (*self.results.layers, *self.results.whole))
 
     def names(self) -> set[str]:
-        """Return the names of all its tensors."""
+        """Return the names of the layers with a record, and of the skipped tensors."""
         return {record.layer for record in (*self.results.layers, *self.results.left_out)}
 
 

@@ -94,7 +94,7 @@ def make_resolution(
     noise_fro: float = 0.0,
     edge: float = 0.0,
 ) -> Resolution:
-    """Return the resolution under given noise; by default under none: the factors of an adapter are the update.
+    """Return the resolution under given noise; by default under none, as for an adapter or an estimate.
 
     Args:
         s: The largest singular values of the update.

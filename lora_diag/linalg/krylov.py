@@ -458,7 +458,7 @@ class _Progress:
 
 
 def _make_first_block(a: Matrix, generator: torch.Generator) -> _Basis:
-    """Return the first block: Q₁ orthonormal and random."""
+    """Return the basis of one block, Q₁ random and orthonormal, with its products."""
     q, _ = torch.linalg.qr(_draw_random(a, min(BLOCK, a.shape[1]), generator))
     empty = torch.empty(0, 0, device=a.device, dtype=torch.float64)
     return _extend(_Basis(q[:, :0], q.new_empty(a.shape[0], 0), q[:, :0], empty, empty, empty), q, *normal(a, q))

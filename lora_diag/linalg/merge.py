@@ -428,7 +428,7 @@ class Check:
 
     @property
     def moved(self) -> int:
-        """Number of entries that differ from W by more than the tolerance."""
+        """Number of entries that differ from W, and from W rounded, by more than the tolerance."""
         return int(self.beyond_base[0].sum())
 
     @property

@@ -159,7 +159,7 @@ class Spacing:
         Args:
             block: Stored values, or dequantized ones; ``(rows, columns)``.
             step: The spacing of a quantized format at every entry, in place of that of the dtype; None for that.
-            unchanged: The entries equal on both sides; None if none is.
+            unchanged: The entries equal on both sides; None if none is (never on a GPU).
             row: Row number of the first row.
             column: Column number of the first column.
             sample: Slice of the flattened block: the entries whose spacing is returned.
@@ -246,7 +246,10 @@ class Unchanged:
 
     @classmethod
     def of(cls, block: Tensor, fro: float | Tensor, number: int | Tensor) -> Unchanged | None:
-        """Return the unchanged entries of a block of ΔW, given its norm and their number; None if there are none."""
+        """Return the unchanged entries of a block of ΔW, given its norm and their number.
+
+        None if there are none; on a GPU, where the number is not read, never None.
+        """
         if not isinstance(number, Tensor) and not number:
             return None
         entries = block.numel()

@@ -252,7 +252,7 @@ def compute_distances(fro: float, other: float, gap: float, inner: float, epsilo
         epsilon_min: √(1 − C(r)) for X's rank; None if X has no rank.
 
     Returns:
-        The distances; all None for D = 0, and those of direction None for X = 0.
+        The distances; all None for D = 0; ``cosine``, ``best_scale`` and ``epsilon_best_scale`` None for X = 0.
 
     Example:
         >>> found = compute_distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0)  # X = D/2

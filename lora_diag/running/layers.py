@@ -49,11 +49,11 @@ class DevicePlan:
 
 
 def plan_device(engine: Ray | None, device: str) -> DevicePlan:
-    """Return the devices; on a cluster they follow from the GPUs of its tasks.
+    """Return the devices; on a cluster they follow from the GPUs of its tasks. ``engine`` is None without a cluster.
 
     Raises:
-        UsageError: The device does not exist, or is not that of the cluster's tasks; or the cluster's options are
-            invalid.
+        UsageError: The device is unknown, does not exist or has no float64, or is not that of the cluster's tasks; the
+            cluster's options are invalid, or Ray is not installed.
     """
     if engine is None:
         from lora_diag.linalg.devices import resolve_device  # deferred: imports torch

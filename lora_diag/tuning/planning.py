@@ -229,7 +229,7 @@ def omit(
 
 
 def repeat_omissions(plan: TunePlan, names: Collection[str]) -> TunePlan:
-    """Return the plan with omissions that an interrupted run recorded."""
+    """Return the plan with omissions that an interrupted run recorded; its ``left_out`` and duration are unchanged."""
     for omission in names:
         if omission in _REDUCTIONS and omission not in plan.left_out:
             plan = plan.model_copy(update=_REDUCTIONS[Omission(omission)](plan))

@@ -567,7 +567,10 @@ class Tuner:
         return f"not ahead by the tolerance of {tolerance:.4f} nats" if tolerance else "not ahead"
 
     def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
-        """Train a challenger and the incumbent with the same seeds; return whether the challenger is kept."""
+        """Train a challenger and the incumbent with the same seeds, record the outcome, return whether it is kept.
+
+        ``fresh`` leaves out the first seed, by which the challenger was chosen.
+        """
         seeds = list(range(self.first_seed, self.first_seed + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]

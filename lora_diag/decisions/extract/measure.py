@@ -333,7 +333,10 @@ def _error_on_data(
 def _decompose(
     change: Change, layer: Layer, settings: ExtractionSettings, weighted: Weighted | None, hidden: Hidden | None
 ) -> tuple[Factors, Factors]:
-    """Return the kept singular values and vectors, and the values that decide their number, the same for a given r."""
+    """Return the kept singular values with vectors, and all values of ``change``; for a given r, the kept ones twice.
+
+    All values decide how many are kept, except of a recovered update: there the values of its estimate do.
+    """
     if layer.rank.at_most is not None:
         factors = _compute_vectors(change, min(layer.rank.at_most, *layer.shape), settings)
         return factors, factors

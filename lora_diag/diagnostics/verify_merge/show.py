@@ -64,7 +64,7 @@ _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
 
 
 def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step, the same layer by layer; None after a correct merge."""
+    """Return the hint to show the results per layer; None after a correct merge."""
     if outcome(results) == "correct":
         return None
     return Hint("--per layer" if values["output"] is None else "inspect {output} --per layer", "layer by layer")

@@ -306,7 +306,7 @@ def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[st
 
 
 def _describe_equals(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    """State which of several models to use, and how the best compares with BASE."""
+    """State which of several models to use where no TUNED is given, and how the best compares with BASE."""
     base = next((record for record in of_set if record.subject == "base"), None)
     adapters = [record for record in of_set if record.subject == "adapter"]
     if base is None or not adapters:

@@ -31,7 +31,7 @@ from lora_diag.version import __version__
 def probe_activations(
     base: Path | str, data: Path | str, output: Path | str, **options: Unpack[ActivationsOptions]
 ) -> Activations:
-    r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every linear layer, in one pass over a text.
+    r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every selected linear layer, over a text.
 
     With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square change of the layer's output due to the update.
 
@@ -52,7 +52,8 @@ def probe_activations(
 
     Raises:
         UsageError: An option is invalid, ``output`` exists without ``overwrite``, or the extra ``train`` is missing.
-        InputError: An input cannot be read, transformers cannot open BASE, or the output cannot be written.
+        InputError: An input cannot be read, transformers cannot open BASE, the output cannot be written, or the loss
+            whose gradients are recorded is not finite.
         NothingComparedError: No linear layer is selected.
 
     Example:

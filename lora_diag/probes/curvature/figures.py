@@ -140,7 +140,7 @@ def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) 
 
 
 def _make_title(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
-    """Return the label of a set, for one run with the ratios of model and bound to the measured gap."""
+    """Return the label of a set; for one run, with the ratios of model and bound to the measured gaps above zero."""
     label = name_of(name)
     positive = [record for records in runs for record in records if record.gap > 0]
     if len(runs) > 1 or not positive:

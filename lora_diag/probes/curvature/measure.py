@@ -242,7 +242,7 @@ class Trace:
 
 
 def estimate_traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
-    """Estimate the trace of the joint Hessian, and of every layer's block, from the same products.
+    """Estimate the trace of the joint Hessian or GGN H, and of every layer's block, from the same products.
 
     With random signs x, E[xᵀHx] = tr(H) (Hutchinson 1990); and E[x_ℓᵀ(Hx)_ℓ] = tr(H_ℓℓ), because the other blocks'
     terms have mean zero, though they add to the variance.
@@ -253,7 +253,7 @@ def estimate_traces(loss_function: LossFunction, probes: int, seed: int) -> tupl
         seed: Seed of their signs.
 
     Returns:
-        The trace of the joint Hessian, and those of the blocks by layer.
+        The trace of H, and those of the blocks by layer.
 
     Reference:
         Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix".
@@ -330,7 +330,9 @@ def iterate_curvatures(
     joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the requested records, those from the same eigenpairs in one list; they have surrogates only at BASE.
+    """Yield the requested records, those from the same eigenpairs in one list.
+
+    Layers have surrogates only at BASE. The joint record is also in the list of layers with the joint eigenpairs.
 
     Args:
         loss_function: The loss.
@@ -342,6 +344,9 @@ def iterate_curvatures(
         losses: Losses of the set.
         joint: Whether the joint record is requested.
         layers: Layers whose records are requested.
+
+    Raises:
+        InputError: Lanczos did not converge, or a product is not finite.
     """
     if not joint and not layers:
         return
@@ -421,7 +426,7 @@ class TunedPoint:
         gradient: ∇L, ``(n,)``.
         losses: Losses of the set.
         largest: The joint largest eigenvalue λ.
-        smallest: The smallest eigenvalue μ; None if it is not positive.
+        smallest: The smallest eigenvalue μ; None if it is not above zero by more than rounding.
     """
 
     weights: Tensor
@@ -453,6 +458,9 @@ def measure_bounds(
         rank: r.
         along: Fractions t of the distance.
         after: Called after every batch of a loss.
+
+    Raises:
+        InputError: A loss is not finite.
     """
     texts = loss_function.texts
     swapped.arrange(dict.fromkeys(loss_function.layers, rank), FULL)
@@ -519,12 +527,13 @@ def probe_curvature(
 
     Returns:
         The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank
-        and fraction, if there is a TUNED.
+        that truncates a layer and every fraction, if there is a TUNED.
 
     Raises:
-        UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), or the
-            extra ``train`` is not installed.
-        InputError: An input cannot be read, transformers cannot open BASE, or Lanczos did not converge.
+        UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), the
+            output can be neither replaced nor resumed, or the extra ``train`` is not installed.
+        InputError: An input cannot be read, transformers cannot open BASE, its model has no weight of a layer, a loss
+            or a product is not finite, or Lanczos did not converge.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:
@@ -580,7 +589,7 @@ def probe_curvature(
 
 
 def _select_matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
-    """Return the selected matrices of BASE outside embeddings and head that the model uses.
+    """Return the shapes of the selected matrices of BASE outside embeddings and head that the model uses.
 
     Raises:
         NothingComparedError: No matrix is selected.

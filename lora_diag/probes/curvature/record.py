@@ -65,11 +65,11 @@ class Curvature(WholeRecord):
         loss: Loss at the point, in nats.
         gradient: ‖∇L‖.
         eigenvalues: The largest eigenvalues, descending; empty if not computed for this layer.
-        residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ.
+        residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ; null if not computed.
         smallest: The smallest eigenvalue μ; null if not computed.
         trace: Hutchinson's estimate of tr(H).
         trace_error: Standard error of ``trace``; null with one random vector.
-        trace_vectors: Number of random vectors.
+        trace_vectors: Number of random vectors; null in files of earlier versions.
         products: Number of Hessian-vector products for the eigenvalues.
         surrogate: Surrogate from the gradient; null except for a layer at BASE.
     """
@@ -144,7 +144,7 @@ class LossBound(WholeRecord):
         gap: L(W_tuned + E) − L(W_tuned), measured.
         gap_error: Standard error of ``gap`` over other text of the distribution; on this set the gap is exact. Null for
             one sequence.
-        sequences: Number of sequences.
+        sequences: Number of sequences; null in files of earlier versions.
         holds: Whether ``gap`` ≤ ``linear`` + ``upper``, up to rounding.
     """
 

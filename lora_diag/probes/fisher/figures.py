@@ -24,7 +24,7 @@ SMALLEST_SHOWN = 1e-5
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return panels of correlations per run, or a panel of tails if nothing was measured or ``per`` is ``type``.
+    """Return panels of correlations per run, or one of tails if too few layers were measured or ``per`` is ``type``.
 
     Raises:
         UndrawableError: No truncation changes the loss.

@@ -77,6 +77,9 @@ def measure_effect(
         unchanged: Result of ``measure_unchanged`` on the text.
         size: Sequences in a batch.
         after: Called after every batch.
+
+    Raises:
+        InputError: A loss is not finite.
     """
     before, all_logits = unchanged
     remaining, kl = iter(all_logits), list[float]()
@@ -226,6 +229,9 @@ def accumulate(
 
     Returns:
         The number of predictions of the text.
+
+    Raises:
+        InputError: The loss is not finite.
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
 
@@ -282,8 +288,10 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         The records are in ``whole``: one ``Fisher`` per measured layer.
 
     Raises:
-        UsageError: An option is invalid, or the extra ``train`` is not installed.
-        InputError: An input cannot be read, or transformers cannot open BASE.
+        UsageError: An option is invalid, the output can be neither replaced nor resumed, or the extra ``train`` is not
+            installed.
+        InputError: An input cannot be read, transformers cannot open BASE, a loss or a gradient is not finite, or the
+            logits of the measurements take too much memory.
         NothingComparedError: The checkpoints have no weight in common, or no linear layer is selected.
 
     Reference:

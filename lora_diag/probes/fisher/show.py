@@ -50,8 +50,8 @@ class Correlations:
     Attributes:
         n: Number of layers.
         grouped: Number of layers in a module type with more than one.
-        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types; the latter is None
-            if ``grouped`` is below ``MIN_COUNT``.
+        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types; None if not
+            defined, the latter also if ``grouped`` is below ``MIN_COUNT``.
         ratio: Median of F(r)/2 over the measured KL; None if no KL is positive.
         ratios: The smallest and the largest of these ratios; None if no KL is positive.
     """
@@ -89,7 +89,7 @@ USUAL_RANK = 8
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: gradients, costliest layers, predictors of KL and loss gap, and calibration."""
+    """Return the statements: costliest layers, predictors of the measured KL, calibration, and gradients."""
     records, rank = results.whole_of(Fisher), _choose_rank(results)
     if not records:
         return probe_summary(results, reading=_interpret(records))

@@ -114,7 +114,7 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
 
 
 def _make_title(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
-    """Return the label of a set, for one run with the smallest sufficient sizes, else the largest ones."""
+    """Return the label of a set; for one run, with the smallest sufficient sizes, or the largest if none is."""
     if len(runs) > 1:
         return label
     lines = []

@@ -77,9 +77,9 @@ def _make_hadamard(size: int) -> Tensor:
 class Fastfood:
     r"""The rows of P that belong to one tensor: blocks M = H·G·Π·H·B of b × b, b the smallest power of two ≥ d.
 
-    B are random signs, Π is a permutation, G are standard normal numbers, all fixed by the seed; memory is five bytes
-    per entry of the tensor. An entry of M has mean 0 and variance b, so that with the factor 1/√(b·D) the columns of P,
-    over all D rows, have mean norm 1.
+    B are random signs, Π is a permutation, G are standard normal numbers, all fixed by the seed; memory is about
+    five bytes per entry of the tensor. An entry of M has mean 0 and variance b, so that with the factor 1/√(b·D) the
+    columns of P, over all D rows, have mean norm 1.
 
     Args:
         size: Entries of the tensor, n.
@@ -157,7 +157,7 @@ class Subspace(nn.Module):
             self._fixed = self.weights()
 
     def forward(self, **inputs: Any) -> Any:
-        """Call the model with these weights."""
+        """Call the model with the weights of ``fix``, or without a call of that, of ``weights``."""
         return functional_call(self.inner, self._fixed or self.weights(), (), inputs)
 
 
@@ -253,6 +253,9 @@ def train_in_subspace(
         training: Settings shared by all runs.
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
+
+    Raises:
+        UsageError: The dimension is too large or too small (``check_dim``).
     """
     assert run.dim is not None
     torch.manual_seed(run.seed)
@@ -299,7 +302,8 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 
     Raises:
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of full fine-tuning to
-            rounding), the training text is also an evaluation set, or the extra ``train`` is missing.
+            rounding), the training text is also an evaluation set, the output can be neither replaced nor resumed, or
+            the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
 
     Reference:

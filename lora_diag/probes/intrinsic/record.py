@@ -8,7 +8,7 @@ from lora_diag.records.base import Count, Nats, Shown, WholeRecord
 
 
 class Intrinsic(WholeRecord):
-    """The loss of one run on one evaluation set.
+    """The loss of one run on one evaluation set; or of BASE.
 
     Args:
         set: The evaluation set, by its file's name.

@@ -118,10 +118,13 @@ def measure_outputs(
 
     Args:
         model: BASE; its weights are changed and restored.
-        contenders: BASE first, then TUNED if there is one, then the others.
+        contenders: At least two: BASE first, then TUNED if there is one, then the others.
         texts: The set.
         size: Sequences in a batch.
-        after_batch: Called after every batch.
+        after_batch: Called after every batch with the name or subject of the model.
+
+    Raises:
+        InputError: A loss is not finite.
     """
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"
@@ -217,8 +220,9 @@ def probe_outputs(
         The records are in ``whole``: one per set and model, including BASE and TUNED.
 
     Raises:
-        UsageError: An option is invalid, there is nothing to compare, or the extra ``train`` is missing.
-        InputError: An input cannot be read, or transformers cannot open BASE.
+        UsageError: An option is invalid, there is nothing to compare, an input is given twice, the output can be
+            neither replaced nor resumed, or the extra ``train`` is missing.
+        InputError: An input cannot be read, transformers cannot open BASE, or a loss is not finite.
         NothingComparedError: A checkpoint has no weight in common with BASE.
 
     Example:
@@ -270,7 +274,17 @@ def compare_models(
 ) -> Results[Any]:
     """Measure models of which the full fine-tune is ``tuned``, or the first if it is no adapter and no step of a run.
 
-    The others are sorted by step within each run: a shell sorts 100 before 20.
+    The others are sorted by step within each run: a shell sorts 100 before 20. A step is the number at the end of a
+    path; paths that differ only in it are of one run.
+
+    Args:
+        base: As in ``probe_outputs``.
+        models: Paths of the models, at least one; ``tuned`` may be among them.
+        tuned: The full fine-tune; None to take the first of the models, if it qualifies.
+        **options: ``OutputsOptions``.
+
+    Returns:
+        Results of ``probe_outputs``, which also documents the errors.
     """
     (run, step), *following = map(_split_step, models)
     is_step = step >= 0 and any(other_run == run for other_run, _ in following)

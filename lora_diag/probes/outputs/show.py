@@ -222,7 +222,7 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: whether the best adapter is as good as TUNED; for each set the choice; distances."""
+    """Return the statements: whether the best adapter is as good as TUNED; choice by set; distances; references."""
     records = results.whole_of(Probe)
     labels, verdict = _label_models(records), _describe_best(contests_of(records))
     subjects = {record.subject for record in records}
@@ -327,7 +327,7 @@ def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str,
 
 
 def _describe_relative_to_base(record: Probe, base: Probe, labels: dict[str, str]) -> str:
-    """State whether a model is better or worse than BASE, or not distinguishable."""
+    """State whether a model is better or worse than BASE, not distinguishable, or not tested."""
     value, half = compare_with_base(record, base)
     word = "no significant difference from" if half is not None else "not tested for significance against"
     if half is not None and abs(value) > half:
@@ -375,7 +375,7 @@ def _format_gap(rival: Rival) -> str:
 
 
 def _compare_with_tuned(record: Probe) -> str:
-    """State whether a model is better or worse than TUNED, or not distinguishable."""
+    """State whether a model is better or worse than TUNED, not distinguishable, or without an error."""
     if record.gap is None or (half := gap_half(record)) is None:
         return "one sequence has no error"
     if abs(record.gap) <= half:

@@ -96,10 +96,10 @@ class Correlation:
     Args:
         score: Name of the score.
         rho: Spearman's ρ over all units; None if it is not defined.
-        ends: 95% interval of ``rho``; None with too few units.
-        p: p-value of ``rho`` by a permutation test.
-        within: ρ within module types; None if no type has three layers, or units are not layers.
-        within_p: p-value of ``within``.
+        ends: 95% interval of ``rho``; None for fewer than five units, or if ``rho`` is None, −1 or 1.
+        p: p-value of ``rho`` by a permutation test; None if ``rho`` is.
+        within: ρ within module types; None if it is not defined, no type has three layers, or a unit has several.
+        within_p: p-value of ``within``; None if that is.
         n: Number of units.
     """
 

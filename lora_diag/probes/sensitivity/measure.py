@@ -233,9 +233,9 @@ def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -
 def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -> Results[Any]:
     r"""Train a LoRA on each layer alone, on the same batches in the same order, and measure ΔL_ℓ = L(BASE) − L.
 
-    First the gradient of every layer at BASE is computed in one pass, which gives cheap first-order scores. Then each
-    unit is adapted alone at every rate with the first seed, and at the rate of its lowest loss on the first evaluation
-    set with the other seeds.
+    First the gradient of every adapted layer at BASE is computed in one pass, for cheap first-order scores. Then
+    each unit is adapted alone at every rate with the first seed, and at the rate of its lowest loss on the first
+    evaluation set with the other seeds.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
@@ -251,13 +251,14 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         **options: ``SensitivityOptions``.
 
     Returns:
-        The records are in ``whole``: a ``FirstOrder`` for every layer, then ``Sensitivity``: BASE's losses, and those
-        of every run, on each set.
+        The records are in ``whole``: a ``FirstOrder`` for every adapted layer, then ``Sensitivity``: BASE's losses,
+        and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is
-            missing.
-        InputError: An input cannot be read, or the model cannot be opened or adapted.
+        UsageError: An option is invalid, the training text is also an evaluation set, the output can be neither
+            replaced nor resumed, or the extra ``train`` is missing.
+        InputError: An input cannot be read, the model cannot be opened or adapted, or its loss or a gradient is not
+            finite.
         NothingComparedError: No linear layer is selected.
 
     Example:

@@ -25,7 +25,7 @@ class Sensitivity(WholeRecord):
         gain: Loss of BASE minus this one, on the same tokens; null for BASE and if the run diverged.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences; null for one sequence,
             for BASE, and if the run diverged.
-        train_loss: Mean loss over the last tenth of the steps; null if not finite.
+        train_loss: Mean loss over the last tenth of the steps; null if not finite, and for BASE.
         nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals, for pairing any two runs. Empty if
             the run diverged.
         predictions: Number of predictions of each sequence; only for BASE, since it is the same for all runs.

@@ -101,7 +101,7 @@ _READING = (
 
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table, one row per unit, the highest gain first; no table before a run is finished."""
+    """Return the table, one row per unit, the highest gain first; none before one has a finite loss."""
     (gains, marginals), scores, settings = _compute_gains(results), _index_first_order(results), results.run.settings
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:

@@ -70,7 +70,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool) -> None:
-    """Draw the curves by the numbers of the sweeps: means, seeds, sufficient rank, lines; tolerance of one."""
+    """Draw means, seeds, sufficient rank and lines of each sweep, by its number; of a ``single`` one the tolerance."""
     width = style.line
     losses = [loss for curve in curves.values() for row in curve.rows for loss in row.losses]
     if not losses:

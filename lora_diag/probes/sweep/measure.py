@@ -158,8 +158,8 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         The records are in ``whole``: BASE's losses, and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, the training text is also an evaluation set, or the extra ``train`` is
-            missing.
+        UsageError: An option is invalid, the training text is also an evaluation set, the output can be neither
+            replaced nor resumed, or the extra ``train`` is missing.
         InputError: An input cannot be read, or the model cannot be opened or adapted.
 
     Example:

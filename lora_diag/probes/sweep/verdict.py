@@ -100,7 +100,7 @@ class RankStanding:
     Args:
         rank: r.
         lr: Best learning rate of the rank.
-        behind: Mean loss of the rank minus the lowest of any rank, in nats, on common seeds.
+        behind: Mean loss of the rank minus the lowest of any rank, in nats, on common seeds if there are any.
         share: ``behind`` as a fraction of the gain of the best rank.
         half: Half-width of the interval of ``behind``, each of whose limits holds with 95% confidence; 0 for the best
             rank, None without a spread over seeds.
@@ -337,7 +337,7 @@ def by_rank(
 ) -> list[AtRank]:
     """Return the runs of each rank, or of a reference line, at its rate, on one set, with the number that diverged.
 
-    Ranks whose runs all diverged are left out.
+    Ranks without a run on the set, or whose runs all diverged, are left out.
 
     Args:
         records: All of a sweep, for ``find_diverged``.
@@ -581,7 +581,8 @@ def swept_rate(path: Path | str) -> str:
         path: Results of ``probe sweep``.
 
     Raises:
-        UsageError: No rank is chosen: none has a gain, fewer than two have a loss, or BASE has none.
+        UsageError: No rank is chosen: none has a gain, fewer than two have a loss, BASE has none, or the results are
+            of another command.
         InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)

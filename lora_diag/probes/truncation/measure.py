@@ -32,10 +32,10 @@ class Cell:
 
     Args:
         subject: ``base``, ``tuned`` or ``truncated``.
-        rank: Rank of the truncated layers.
+        rank: Rank of the truncated layers; None for BASE and TUNED.
         layers: The truncated layers.
-        layer: The layer that is truncated alone.
-        module_type: The module type that is truncated alone.
+        layer: The layer that is truncated alone; None otherwise.
+        module_type: The module type that is truncated alone; None otherwise.
     """
 
     subject: Subject
@@ -173,8 +173,9 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         The records are in ``whole``: the losses of BASE, TUNED and every truncation, on each set.
 
     Raises:
-        UsageError: An option is invalid, or the extra ``train`` is not installed.
-        InputError: An input cannot be read, or transformers cannot open BASE.
+        UsageError: An option is invalid, the output can be neither replaced nor resumed, or the extra ``train`` is not
+            installed.
+        InputError: An input cannot be read, transformers cannot open BASE, or ΔW of a layer or a loss is not finite.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:

@@ -98,7 +98,7 @@ def _read_requirements() -> dict[str, list[Requirement]]:
 
 
 def _find_gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
-    """Return the installed packages with their versions, and a description of each that is missing or too old."""
+    """Return the installed packages with their versions, and a description of each missing or unsuitable one."""
     present, gaps = [], []
     for requirement in requirements:
         try:
@@ -262,7 +262,11 @@ def _shorten_home(path: str) -> str:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the processor."""
+    """Return the name of the processor; its architecture if the name is not known.
+
+    Args:
+        cpuinfo: Linux's description of the processors.
+    """
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
     except OSError:
@@ -306,6 +310,7 @@ def memory(
 
 
 def _read_physical_memory() -> int | None:
+    """Return the bytes of memory of the machine; None if not known."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf

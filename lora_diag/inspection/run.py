@@ -70,6 +70,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
 
 
 def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
+    """Return the descriptions of all tensors, in natural order of their names."""
     return tuple(
         StoredTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
         for name in sorted(checkpoint, key=natural_order)
@@ -118,7 +119,7 @@ def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedW
 
 
 def _make_headline(inventory: Inventory) -> str:
-    """Return path, kind and numbers of entries by dtype; scaling and notes on lines of their own."""
+    """Return path, kind, number of tensors and of entries by dtype; scaling and notes on lines of their own."""
     entries_by_dtype: Counter[str] = Counter()
     for tensor in inventory.tensors:
         entries_by_dtype[tensor.dtype] += math.prod(tensor.shape)

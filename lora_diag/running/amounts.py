@@ -64,7 +64,7 @@ def read_time(text: str) -> float:
 
 
 def _read_amount(text: str, option: str, units: dict[str, int], expected: str) -> int:
-    """Parse a number with a unit.
+    """Return the amount that a number with a unit states, rounded down.
 
     Args:
         text: The value of the option.
@@ -105,7 +105,7 @@ STEP = 10 / 3
 
 
 def find_best_rates(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, float]:
-    """Return the learning rate with the lowest loss for each key; omit keys whose runs all diverged.
+    """Return the learning rate with the lowest loss for each key; omit keys without a run that has both.
 
     Args:
         runs: Key (such as the rank), loss and learning rate of each run; of one seed, on the deciding evaluation set.
@@ -135,7 +135,8 @@ def edge(tried: Collection[float], best: float) -> int:
 def next_rate(tried: Collection[float], best: float) -> float | None:
     """Return the rate to try next if the best is at the edge: one more grid step, by a factor of at most 10/3.
 
-    None if the best rate is inside the grid, if there is only one rate, or if the limit is reached.
+    It has two significant digits. None if the best rate is inside the grid, if there is only one rate, if the next is
+    not between 0 and ``MAX_RATE``, or if its rounding is not beyond the best.
 
     >>> next_rate([1e-3, 2e-3, 4e-3], 4e-3), next_rate([1e-3, 1e-2], 1e-3), next_rate([1e-3, 3e-3, 1e-2], 3e-3)
     (0.008, 0.0003, None)

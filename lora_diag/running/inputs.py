@@ -141,8 +141,9 @@ def pair_update(
     """Return the named ΔW of an opened update with the skipped tensors, and notes on the pairing; read no weight.
 
     Raises:
-        InputError: The adapter does not fit BASE, or two weights have one name.
+        InputError: The adapter does not fit BASE, cannot be measured without BASE, or two weights have one name.
         NothingComparedError: The sides have no weight in common, or none is selected.
+        UsageError: ``layers`` or ``exclude`` is not a valid regular expression.
     """
     notes: Sequence[str]
     if isinstance(update, Adapter):
@@ -183,8 +184,8 @@ def compare(
     Raises:
         InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
         NothingComparedError: The sides have no weight in common, or none is selected.
-        UsageError: The only side is not an adapter, the adapter comes first, a side holds second moments, or TUNED is
-            refused.
+        UsageError: The only side is not an adapter, the adapter comes first, a side holds second moments, TUNED is
+            refused, or ``layers`` or ``exclude`` is not a valid regular expression.
     """
     if tuned is None:
         assert not isinstance(base, Checkpoint)
@@ -325,7 +326,11 @@ def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: s
 def describe_adapter(
     adapter: Adapter, base: Checkpoint | None, pairing: Pairing, notes: Sequence[str], verify: bool
 ) -> RunInput:
-    """Return the description of an adapter for the run record."""
+    """Return the description of an adapter for the run record.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     config = adapter.source.config
     targets = find_missing_targets(adapter, base, pairing) if base is not None else None
     base_name = config.text("base_model_name_or_path") if config is not None else ""
@@ -344,7 +349,11 @@ def describe_adapter(
 
 
 def describe(role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verify: bool = False) -> RunInput:
-    """Return the description of a checkpoint for the run record."""
+    """Return the description of a checkpoint for the run record.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     classes = checkpoint.config.get("architectures")
     class_name = classes[0] if isinstance(classes, list) and classes else None
     return RunInput(
@@ -361,7 +370,11 @@ def describe(role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verif
 
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
-    """Return the description of the gradients of steps for the run record."""
+    """Return the description of the gradients of steps for the run record.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
     digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
@@ -426,8 +439,9 @@ def second_moments(
         kfac: Whether second moments of output gradients are needed, too.
 
     Raises:
-        InputError: The file cannot be read, a matrix is not square, or no matrix belongs to a compared weight.
-        UsageError: ``kfac``, and there are none of output gradients.
+        InputError: The file cannot be read, a tensor is not a square floating-point matrix, or no matrix belongs to a
+            compared weight.
+        UsageError: ``kfac``, and there are none of output gradients of a compared weight.
     """
     from lora_diag.layers.metric import Moments  # deferred: imports torch
 

@@ -80,7 +80,7 @@ def layout_of(
         torch: Whether layers are computed with torch.
 
     Raises:
-        UsageError: The memory limit is too small for the program itself.
+        UsageError: The memory limit is too small for the program itself and a small layer of every worker.
     """
     largest = max((math.prod(task.shape) for task in tasks), default=0)
     if workers is None and len(tasks) == 1 and largest >= ALL_CORES_FROM:
@@ -141,7 +141,8 @@ class LayerRun:
         own: The command's own options, in the form of the run record.
 
     Raises:
-        UsageError: An option is invalid, or the device does not exist.
+        UsageError: An option is invalid, or a device given by name does not exist.
+        TypeError: An option is unknown or missing.
     """
 
     def __init__(self, command: str, options: Mapping[str, object], group: type = LayerOptions) -> None:
@@ -205,6 +206,9 @@ class LayerRun:
 
         Returns:
             All records of the run.
+
+        Raises:
+            LoradiagError: As ``compare`` and ``over``.
         """
         compared = self.compare(base, tuned)
         settings = self.settings(LayerSettings) if settings is None else settings
@@ -240,7 +244,7 @@ class LayerRun:
                 or a function of layout and device that yields their records.
             inputs: For the run record.
             own: The command's own settings, for the run record.
-            recorded: Names of settings that come last in the run record, in this order.
+            recorded: Names of settings that come after the command's own in the run record, in this order.
             finish: Called with the records while the results file is still locked.
             rest: Returns the part of a task that an interrupted run left out, given its records of the task; None if
                 there is none. That part is measured again, and only its ``left_out`` records are kept.
@@ -249,8 +253,8 @@ class LayerRun:
             All records of the run, including those of an interrupted run.
 
         Raises:
-            UsageError: The memory limit is too small for the program itself, or the output can be neither
-                replaced nor resumed.
+            UsageError: The memory limit is too small for the program itself and a small layer of every worker, or the
+                output can be neither replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options
@@ -315,7 +319,7 @@ class LayerRun:
         """Return the allocation of this machine to layers.
 
         Raises:
-            UsageError: The memory limit is too small for the program itself.
+            UsageError: The memory limit is too small for the program itself and a small layer of every worker.
         """
         workers = self.options["workers"] or self.usual_workers
         planned = layout_of(tasks, workers, self.where.kind, self._limit, self.torch)

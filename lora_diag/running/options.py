@@ -425,7 +425,8 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         TypeError: An option is unknown or missing.
-        UsageError: A value is none of the option's choices, or outside its limits; or nothing can be resumed.
+        UsageError: A value is none of the option's choices, or outside its limits; or ``resume`` is set without the
+            group's ``output``.
     """
     options = list_options(group)
     if unknown := next((name for name in passed if name not in options), None):

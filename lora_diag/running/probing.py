@@ -58,6 +58,7 @@ class ProbeRun:
 
     Raises:
         UsageError: An option is invalid.
+        TypeError: An option is unknown or missing.
     """
 
     model: Model
@@ -83,9 +84,9 @@ class ProbeRun:
         """Open both sides, pair their weights, and describe the inputs.
 
         Raises:
-            InputError: A side cannot be read, or the adapter does not fit BASE.
+            InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
             NothingComparedError: The sides have no weight in common.
-            UsageError: BASE is an adapter, TUNED holds second moments, or the options on α contradict each other.
+            UsageError: BASE is an adapter, a side holds second moments, or the options on α are invalid.
         """
         return compare(base, tuned, verify=self.options["verify"], stated_alpha=get_stated_alpha(self.options))
 
@@ -98,7 +99,8 @@ class ProbeRun:
 
         Raises:
             UsageError: An option is invalid, the device does not exist, or the extra ``train`` is not installed.
-            InputError: Transformers cannot open it, it is quantized, or its kind is not supported.
+            InputError: It is remote or a file, transformers cannot open it, it is quantized or lacks weights, or its
+                kind is not supported.
         """
         dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
         self.model = open_model(base, resolve_device(self.options["device"]), dtype, length, tokenizer)
@@ -109,12 +111,12 @@ class ProbeRun:
 
         Raises:
             UsageError: It is a data set, and the library ``datasets`` is not installed.
-            InputError: It cannot be read, or has nothing to predict.
+            InputError: It cannot be read, does not fit the kind of model, or has nothing to predict.
         """
         return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
 
     def check_files(self, *models: Path | str, needs_set: bool = True) -> None:
-        """Check that models and texts exist before one is opened, in the order of the command line.
+        """Check that models and texts exist before one is opened: models, evaluation sets, then the training text.
 
         Args:
             models: Paths of the models.
@@ -122,7 +124,7 @@ class ProbeRun:
 
         Raises:
             UsageError: No evaluation set is given.
-            InputError: A path does not exist, or a folder holds no data set.
+            InputError: A path does not exist, or a folder holds no data set or several splits.
         """
         options = self.options
         if needs_set and not options.evaluate:
@@ -138,7 +140,7 @@ class ProbeRun:
 
         Raises:
             UsageError: Two have one name, or as ``read``.
-            InputError: One cannot be read.
+            InputError: As ``read``.
         """
         shifted = self.options.get("shifted", ())
         texts = [*map(self.read, self.options.evaluate), *(self.read(path, shifted=True) for path in shifted)]

@@ -40,7 +40,7 @@ class ProgressReporter:
 
     Attributes:
         done: Batches that ``batch`` has counted.
-        total: Batches in all; set before the first.
+        total: Batches expected in all; set by the caller, and increased if it is exceeded.
     """
 
     def __init__(

@@ -138,6 +138,10 @@ def train_on_worker(site: Site, train: TrainTask, training: Training, task: RunT
         train: Trains the run.
         training: Settings shared by all runs, without the text.
         task: The run.
+
+    Raises:
+        UsageError: As ``open_site``.
+        InputError: As ``open_site``.
     """
     model, texts, sets = open_site(site)
     return train(model, task.work, replace(training, texts=texts), sets, lambda: None)
@@ -156,7 +160,8 @@ def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     """Return the model, the training text and the evaluation sets; what this process opened last is kept.
 
     Raises:
-        InputError: An input cannot be read on this worker, or differs from that of the run.
+        UsageError: The worker has no transformers, or no ``datasets`` for a data set.
+        InputError: An input cannot be read on this worker, or a text differs from that of the run.
     """
     global _open
     if _open is None or _open[0] != site:
@@ -346,7 +351,7 @@ class RunPlan:
         self.watch.total += runs * (self.training.steps + self.batches)
 
     def time_step(self, arm: Arm) -> tuple[float, float]:
-        """Return the seconds of one step at the largest size (the second of two steps), and of one evaluation batch."""
+        """Measure and return the seconds of a step at the largest size, and of one evaluation batch."""
         return time_steps(arm.trial(arm.sizes[-1], 1e-6, 0).train, self.training, self.sets)
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
@@ -427,9 +432,9 @@ class TrainRun(ProbeRun):
         ``kind`` is the form of the trained LoRA; None for ``Lora()``.
 
         Raises:
-            UsageError: Two evaluation sets have one name, the training text is also an evaluation set, or the model has
-                no gradient checkpointing.
-            InputError: A text cannot be read.
+            UsageError: Two evaluation sets have one name, the training text is also an evaluation set, the model has no
+                gradient checkpointing, or as ``read``.
+            InputError: As ``read``.
         """
         self.sets, options = self.read_sets(), self.options
         texts = read_texts(options.data, self.model)
@@ -450,9 +455,9 @@ class TrainRun(ProbeRun):
         In the block, torch uses at most as many threads as a run has cores there.
 
         Raises:
-            UsageError: An option contradicts another, or the tasks have GPUs and this machine, where BASE is measured,
-                has none.
-            InputError: The cluster cannot be reached.
+            UsageError: An option is invalid or contradicts another, Ray is not installed, or the tasks have GPUs and
+                this machine, where BASE is measured, has none.
+            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         on, concurrent, device = self.options.engine, self.options.concurrent, self.options.device
         if concurrent is not None and (on is None or concurrent < 1):
@@ -491,6 +496,9 @@ class TrainRun(ProbeRun):
         Args:
             base: BASE, as the workers open it.
             stored: Its files.
+
+        Raises:
+            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         if self.on is None:
             return None

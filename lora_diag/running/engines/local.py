@@ -80,12 +80,13 @@ def layout_for(
     Args:
         largest: Entries of the largest matrix.
         workers: Concurrent layers; None to choose.
-        device: Device of the computation. A GPU has two concurrent layers: one is read while the other is computed.
+        device: Device of the computation. By default, ``cuda`` has two concurrent layers: one is read while the other
+            is computed.
         memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
         torch: Whether layers are computed with torch; without, it is not imported.
 
     Raises:
-        UsageError: The memory limit is too small for the program itself.
+        UsageError: The memory limit is too small for the program itself and ``MIN_BYTES`` per worker.
     """
     cores = _count_torch_threads() if torch else _count_own_cores()
     workers = workers or (2 if device == "cuda" else None)
@@ -168,7 +169,7 @@ def run_local(
 
 
 def _run_on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:
-    """Return the record of a task, measured with this number of threads of torch."""
+    """Return the record of a task, measured with this number of threads of torch; 0 leaves their number."""
     _set_torch_threads(threads)
     return measure(task)
 

@@ -65,7 +65,7 @@ class Processes(Generic[Task, Record]):
         """Measure a task in a free process; return its record.
 
         Raises:
-            LoradiagError: As raised by ``measure``.
+            Exception: As raised by ``measure``.
             InputError: The process ended.
         """
         process = self._free.get()

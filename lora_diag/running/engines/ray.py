@@ -79,7 +79,7 @@ class Ray:
         import_ray()
 
     def find_address(self) -> tuple[str, str | None]:
-        """Return the origin of the address, for messages, and the address; None for a local Ray."""
+        """Return the origin of the address, for messages, and the address; None or ``local`` for a local Ray."""
         if self.address is not None:
             return f"--ray-address {self.address}", self.address
         address = os.environ.get("RAY_ADDRESS") or None
@@ -114,7 +114,7 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
 
     Raises:
         UsageError: Ray is not installed, or the address is malformed.
-        InputError: The cluster cannot be reached.
+        InputError: The cluster cannot be reached, or a local Ray cannot be started.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -203,6 +203,8 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
 def _check_answers(origin: str, address: str) -> None:
     """Refuse an address where no server of Ray's protocol answers; Ray would retry for minutes.
 
+    ``auto`` is not checked; with ``RAY_USE_TLS``, only that a server accepts the connection.
+
     Raises:
         UsageError: The address is malformed.
         InputError: No server answers at the address, or one that is not a Ray cluster.
@@ -260,12 +262,12 @@ def run_ray(
         layout: Allocation of a machine; a cluster counts the cores of its largest node.
         footprint: Memory of a running task in bytes.
         engine: The cluster.
-        poll: Called at least every few seconds; may raise to cancel all tasks.
+        poll: Called every few seconds once a node was found; may raise to cancel all tasks.
         advice: What to do about a task whose workers all died.
 
     Raises:
-        LoradiagError: The error of the first failing task; or the cluster cannot be reached, has no access to the
-            inputs, or repeatedly loses a layer.
+        LoradiagError: The error of the first failing task; or Ray is not installed, the cluster cannot be reached or is
+            lost, has no suitable node or no access to the inputs, or repeatedly loses a layer.
     """
     task_list = list(tasks)
     if not task_list:
@@ -294,6 +296,10 @@ def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
         engine: The cluster.
         layout: Allocation of a machine.
         footprint: Memory of a running task in bytes.
+
+    Raises:
+        UsageError: Ray is not installed, or the address is malformed.
+        InputError: The cluster cannot be reached, or has no node that can run a task.
     """
     with connect(engine, layout.cores) as ray:
         cluster = _Cluster(ray, engine.gpus_per_task)
@@ -362,7 +368,7 @@ class _Cluster:
         return replace(layout, cores=self.largest).threads
 
     def capacity(self, workers: int | None) -> Capacity:
-        """Return the capacity of the nodes that are alive now."""
+        """Return the capacity of the suitable nodes at the last query, of at most ``workers`` batches if given."""
         return Capacity(
             int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None)
         )
@@ -440,7 +446,7 @@ class _Run:
         return ticket
 
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
-        """Wait a while; yield the outcomes of finished batches, None if their workers died."""
+        """Wait a while; yield tickets of finished batches with their outcomes, None if their workers died; poll."""
         done, _ = self._ray.wait(tickets, num_returns=1, timeout=QUERY_SECONDS)
         if done:  # others may have finished, too: a wait costs as much as there are tickets
             done, _ = self._ray.wait(tickets, num_returns=len(tickets), timeout=0)

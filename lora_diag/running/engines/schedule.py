@@ -68,12 +68,13 @@ class Batch:
 
 
 def cost(shape: tuple[int, ...], footprint: int) -> int:
-    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition, and ``LAYER_COST``.
+    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition, plus ``LAYER_COST``.
+
+    For thin factors, which are assumed to have 64 columns, 64·``footprint`` in place of m·n·min(m, n).
 
     Args:
         shape: ``(m, n)``.
-        footprint: Memory of the running task in bytes. A value below the number of entries means thin factors, assumed
-            to have 64 columns.
+        footprint: Memory of the running task in bytes. A value below the number of entries means thin factors.
 
     >>> cost((4096, 4096), 20 * 4096**2) == 4096**3 + LAYER_COST
     True
@@ -87,14 +88,14 @@ def cost(shape: tuple[int, ...], footprint: int) -> int:
 def batches(
     tasks: Sequence[S], footprint: Callable[[S], int], threads: Callable[[int], int], slots: int
 ) -> list[Batch]:
-    """Divide the tasks into batches, in order: large tasks alone, small neighbours together.
+    """Return the tasks divided into batches, in order: large tasks alone, small neighbours together.
 
     Args:
         tasks: One per layer.
         footprint: Memory of a running task in bytes.
         threads: Number of cores as a function of the memory.
-        slots: Concurrent batches. Four times as many are made, if there are enough tasks, so that all slots end at
-            about the same time.
+        slots: Concurrent batches. About four times as many or more are made, if there are enough tasks, so that all
+            slots end at about the same time.
     """
     sizes = [footprint(task) for task in tasks]
     costs = [cost(task.shape, size) for task, size in zip(tasks, sizes, strict=True)]
@@ -157,7 +158,7 @@ class Capacity:
     max_batches: int | None = None
 
     def has_room(self, batch: Batch, batches: int, threads: int) -> bool:
-        """Return whether a batch may be sent.
+        """Return whether a batch may be sent: always if none is submitted.
 
         Args:
             batch: The batch.

@@ -45,6 +45,8 @@ _current_job: tuple[str, Work] | None = None
 def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, threads: int) -> list[Any | LoradiagError]:
     """Return the outcomes of the tasks ``start:stop``, up to the error of the first that fails, which comes last.
 
+    Only an error is returned if the job cannot be opened.
+
     Args:
         name: Name of the job.
         job: Returns the job.
@@ -73,7 +75,7 @@ def _load_job(name: str, job: Callable[[], Job]) -> Work:
 
 
 def open_job(job: Job) -> Work:
-    """Change to the folder of the run, check the version and the files, and return the unpickled work.
+    """Check the version and the files of a job, in the folder of the run if it exists here; return the unpickled work.
 
     Raises:
         InputError: The worker has another version of loradiag or other files.

@@ -95,7 +95,7 @@ class Adapter:
         return tuple(sorted(changed, key=lambda weight: natural_order(weight.layer)))
 
     def warnings(self) -> tuple[str, ...]:
-        """Return warnings on a large rank and on updates that are zero; read the factors that are initialized to zero.
+        """Return warnings on a large rank and on updates that are zero; read the tensors that are initialized to zero.
 
         Raises:
             InputError: The file could not be read.
@@ -143,7 +143,8 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
         stated_alpha: α where the files give none; ``rank`` for α = r.
 
     Raises:
-        InputError: The path cannot be read, or the kind of adapter is not supported; the message has the fix.
+        InputError: The path cannot be read, the kind of adapter is not supported, or its tensors and settings are
+            invalid or do not fit together; the message has the fix.
     """
     source = open_source(path, stated_alpha)
     note_on_alpha = "its files give alpha or a scale; the one that is stated is not used"
@@ -180,7 +181,10 @@ def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Re
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Return whether a path holds an adapter and no full checkpoint, by names of files and tensors or a GGUF header."""
+    """Return whether a path is read as an adapter, not as a checkpoint: by names of files and tensors or a GGUF header.
+
+    False if nothing is there, or it cannot be read.
+    """
     path = as_path(path)
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):

@@ -45,15 +45,15 @@ class Item:
     """The change of one weight by an adapter.
 
     Args:
-        layer: The weight's name in BASE; without a BASE, in the adapter.
-        module: The module's name in the adapter; for a fused parameter, its path.
+        layer: The weight's name in BASE; in the adapter without a BASE or a match there, and for replicated layers.
+        module: The module's name in the adapter; for a fused parameter or an updated bias, its path.
         part: Its form in the file.
-        key: One of its tensors in the file.
+        key: One of its tensors in the file; empty if none is found.
         rank: r of its factors; None without factors.
         scale: s as read by this package; None without a scale.
         alpha: α from a tensor of the file; None without one.
-        shape: ``(out, in)``; for a vector ``(n,)``; empty if it depends on BASE.
-        kernel: ``(in, kh, kw)`` of a convolution.
+        shape: ``(out, in)`` or ``(n,)``, without the sizes that only BASE determines; of a weight in full, as stored.
+        kernel: ``(in, kh, kw)`` of a convolution; else empty.
         load: Loads ``(s·B, A)`` for a ``Site``; None without factors.
     """
 
@@ -89,8 +89,8 @@ class Contents:
     Args:
         form: The layout of the file: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
         items: The changes of weights, in natural order of the weights.
-        config: ``adapter_config.json``, or the fields of a GGUF file; empty without one.
-        has_metadata: Whether the file's own metadata give r and α.
+        config: ``adapter_config.json``, or the fields of a GGUF file; empty without one, or if the user gave its α.
+        has_metadata: Whether the file's own metadata have diffusers' settings of the adapter.
         tied: Whether the head of BASE is tied to its embedding; None without a BASE.
     """
 
@@ -150,7 +150,7 @@ def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 
 
 def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
-    """Yield an item for each weight that an update changes."""
+    """Yield an item for each weight that an update changes, without optional ones."""
     updates = [reorder_rows(update, base) for update in adapter.reading.updates if not update.optional]
     expected = dict(update.expected for update in updates)
     matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
@@ -201,7 +201,7 @@ def _find_part(update: Update, adapter: Adapter) -> Part:
 
 
 def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return ``(in, kh, kw)`` of a convolution, given the name of the factor on its output side."""
+    """Return ``(in, kh, kw)`` of a convolution, given the name of the factor that starts at zero."""
     down_key = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda match: _DOWN_BY_UP[match[0]], key)
     mid_key = key.replace("lora_up", "lora_mid")
     if mid_key in checkpoint and mid_key != key:
@@ -226,7 +226,7 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
 
 
 def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
-    """Yield an item for each weight stored in full."""
+    """Yield an item for each weight stored in full, copies aside; for a stack, one for each of its matrices in BASE."""
     values = [value for value in adapter.reading.values if not value.is_copy]
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     matched = match_names(dict(expected), base)[0] if base is not None else {}

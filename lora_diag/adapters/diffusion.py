@@ -98,7 +98,7 @@ def _check_alpha(source: AdapterFiles, key: str) -> None:
 
 
 def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
-    """Return the updates of one module: of its weight, and of its bias if there is one."""
+    """Return the updates of one module: of its weight and of its bias, as far as the file has them."""
     updates = []
     for part in FULL:
         if part in parts:

@@ -143,7 +143,8 @@ def read_stack(
         scale_of: s of a parameter.
 
     Raises:
-        InputError: The factors do not fit together or do not hold a whole number of experts.
+        InputError: A factor is missing or invalid, the factors do not fit together or do not hold a whole number of
+            experts, or the config gives no valid r or α.
     """
     a_key, b_key = find_pair(source, stack.module, stack.parts)
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)

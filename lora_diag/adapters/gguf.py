@@ -41,7 +41,8 @@ def read_gguf(source: AdapterFiles) -> Reading:
     """Read a GGUF adapter.
 
     Raises:
-        InputError: It is no LoRA adapter, holds tensors that llama.cpp refuses, or its factors do not fit together.
+        InputError: It is no LoRA adapter, its α is no finite number, it holds tensors that llama.cpp refuses, a factor
+            is missing, or the factors do not fit together.
     """
     fields = get_fields(source) or {}
     kinds = fields.get("general.type"), fields.get("adapter.type")

@@ -105,7 +105,7 @@ class Layout:
     Args:
         file: Name of the weights file.
         plan: Takes the weights, the adapter, BASE and the common rank; returns every tensor, and the config.
-        unsupported: Returns the reason why its program cannot load a weight; empty if it can.
+        unsupported: Returns the reason why its program cannot load a weight or it cannot be written; else empty.
     """
 
     file: str
@@ -149,7 +149,7 @@ def _make_path(item: Item, contents: Contents) -> str:
 
 
 def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
-    """Return the part of a pipeline that a weight is in.
+    """Return the part of a pipeline that a weight is in; for an unknown prefix of kohya, the prefix.
 
     Raises:
         InputError: The adapter does not name the part, and BASE is missing or is no U-Net or transformer.

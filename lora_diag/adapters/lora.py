@@ -138,7 +138,7 @@ def _refuse_variants(source: AdapterFiles) -> None:
 
 
 def _name_variant(config: Config) -> str:
-    """Return the name of the variant of LoRA: that of its initialization, if that changes W, or of its parts."""
+    """Return the name of the variant of LoRA: that of its initialization, if that changes W, or of its settings."""
     name_by_key = {"use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA"}
     name = next((variant for key, variant in name_by_key.items() if config.flag(key)), "LoRA")
     name = name_start(config) or name
@@ -177,7 +177,7 @@ def _read_module(
 def _find_thin_factors(
     source: AdapterFiles, module: str, parts: dict[str, str], keys: tuple[str, str], scale: float
 ) -> StoredFactors | None:
-    """Return the factors to be read with NumPy; None if their file needs torch, or the update has further parts."""
+    """Return the factors to be read with NumPy; None if their file needs torch, or there are other parts or blocks."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
         return None
     a, b = keys

@@ -1,8 +1,8 @@
 """MLX (mlx-lm): ``adapters.safetensors`` and a config with ``fine_tune_type``; ΔW = scale·(a·b)ᵀ, not divided by r.
 
 ``lora_a`` is ``(in, r)`` and ``lora_b`` ``(r, out)``, transposed with respect to PEFT. Those of an embedding are
-``(vocab, r)`` and ``(r, dim)``, with ΔW = scale·a·b: names tell which modules are embeddings. DoRA's magnitudes are
-``m``, the lengths of the rows of either.
+``(vocab, r)`` and ``(r, dim)``, with ΔW = scale·a·b: names tell which modules are embeddings, or else the length of
+``m``. DoRA's magnitudes are ``m``, the lengths of the rows of either.
 
 Reference: ml-explore/mlx-lm ``mlx_lm/tuner/lora.py``, ``dora.py``.
 """
@@ -32,7 +32,8 @@ def read_mlx(source: AdapterFiles) -> Reading:
     """Read an MLX adapter.
 
     Raises:
-        InputError: The scale or a factor is missing, or the factors are inconsistent.
+        InputError: There is no config or scale and none was given, a factor is missing, or the factors contradict each
+            other or the config.
     """
     config = source.settings if source.stated_alpha is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":

@@ -77,7 +77,8 @@ class Location:
     Args:
         layer: The name of the matrix.
         name: The tensor.
-        shape: The stored shape of the matrix: ``(rows, columns)``, or ``(n,)``.
+        shape: The stored shape as a matrix, ``(rows, columns)``, or ``(n,)``; with another vocabulary size, only the
+            common rows.
         offset: The first entry of the matrix in the tensor.
         index: The index of the matrix in the requested stack; 0 without a stack.
         rows: The rows of the requested weight that are here; None for all.

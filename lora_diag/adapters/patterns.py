@@ -79,7 +79,8 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
         modules: The names to match.
 
     Raises:
-        InputError: A key is not a regular expression or takes too long; a value is not a finite number.
+        InputError: The setting is not a table; a key is no regular expression, is too long or takes too long; a value
+            is not a finite number.
     """
     table = config.table(key)
     for text, value in table.items():
@@ -105,7 +106,7 @@ def find_targets(config: Config, modules: Iterable[str], key: str = "target_modu
         key: ``target_modules``, in which ``all-linear`` stands for all of these modules, or ``exclude_modules``.
 
     Raises:
-        InputError: The value is neither names nor a regular expression, or it takes too long.
+        InputError: The value is neither names nor a regular expression, or it is too long or takes too long.
     """
     targets = config.values.get(key) or []
     names = tuple(dict.fromkeys(modules))
@@ -129,7 +130,7 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
         names: The names.
 
     Raises:
-        InputError: A pattern is invalid, or takes too long.
+        InputError: A pattern is invalid, longer than ``MAX_LENGTH``, or takes too long.
     """
     for text in patterns.values():
         if len(text) > MAX_LENGTH:
@@ -171,7 +172,8 @@ class Scale:
 
     Args:
         factor: The number.
-        alpha: Name of a 0-d tensor; empty if there is only the factor. kohya's rule: α missing or 0 means α = r.
+        alpha: Name of a tensor with one number; empty if there is only the factor. kohya's rule: α missing or 0 means
+            α = r.
         rank: The r by which α is divided.
     """
 
@@ -218,23 +220,35 @@ class Scaling:
         """Return the scaling of modules by a config.
 
         Raises:
-            InputError: A pattern is invalid or takes too long.
+            InputError: A pattern or its value is invalid, or a pattern takes too long.
         """
         return Scaling(
             config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
         )
 
     def rank(self, module: str) -> int:
-        """Return r of a module."""
+        """Return r of a module.
+
+        Raises:
+            InputError: The rank is not a whole number from 1 up.
+        """
         return get_rank(self.config, self.ranks, module)
 
     def alpha(self, module: str, key: str = "lora_alpha") -> float:
-        """Return α of a module: from ``alpha_pattern``, else the setting ``key``."""
+        """Return α of a module: from ``alpha_pattern``, else the setting ``key``.
+
+        Raises:
+            InputError: The setting is missing or not a finite number.
+        """
         matched = self.alphas.matches(module)
         return matched[0][1] if matched else self.config.number(key)
 
     def of_module(self, module: str) -> float:
-        """Return s of a module."""
+        """Return s of a module: α/r of ``lora_alpha``, or α/√r with rsLoRA.
+
+        Raises:
+            InputError: r or α is missing or invalid.
+        """
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
 

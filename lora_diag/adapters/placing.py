@@ -110,7 +110,7 @@ class Piece:
         update: The update.
         location: Location of its weight.
         site: Argument of the loader.
-        base: Location of the whole layer; None without a BASE, or if it cannot be read.
+        base: Location of the whole layer; None without a BASE, or if it is not stored as floats there.
     """
 
     update: Update
@@ -135,14 +135,15 @@ def place_updates(
         base: The checkpoint it was trained on; None to measure the adapter alone.
         layers: Regular expression; only layers whose name contains a match.
         exclude: Regular expression; no layers whose name contains a match.
-        allow_unmatched: Whether to skip updates without a weight in BASE, instead of raising an error.
+        allow_unmatched: Whether to skip weights of the adapter that BASE does not have, instead of raising an error.
 
     Returns:
         The ΔW, the skipped tensors, and notes.
 
     Raises:
-        InputError: BASE has no weight for an update (without ``allow_unmatched``), two weights are the same layer of
-            BASE, an update cannot be computed from the stored weight, or there is no BASE and all updates need it.
+        InputError: BASE does not have a weight of the adapter (without ``allow_unmatched``), two weights are the same
+            layer of BASE, an update cannot be computed from the stored weight, BASE does not give the number of heads
+            for a GGUF adapter, a file cannot be read, or there is no BASE and all of the adapter needs it.
         NothingComparedError: No ΔW is selected, or none can be measured.
         UsageError: A regular expression is not valid.
     """
@@ -412,7 +413,7 @@ def _sort_values(
 
 
 def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) -> bool:
-    """Return whether a tensor of the adapter equals BASE's."""
+    """Return whether a tensor of the adapter equals BASE's; False if one of them is not stored as floats."""
     import torch
 
     before, after = base[name], source.checkpoint[key]

@@ -118,7 +118,9 @@ def write_portable(
 
     Raises:
         UsageError: Something exists at ``folder``, or there is no such layout.
-        InputError: A weight is unsupported, the other layout needs names from a BASE, or the folder cannot be written.
+        InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the adapter, the layout
+            needs names from a BASE, a file cannot be read, or the folder cannot be written.
+        NothingComparedError: No ΔW can be measured against BASE.
     """
     form = form or adapter.form
     if form not in LAYOUTS:
@@ -162,7 +164,9 @@ def convert(
         for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
 
     Raises:
-        InputError: A weight is unsupported (with ``leave_out``: all are), or the other layout needs names from a BASE.
+        InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the adapter, the layout
+            needs names from a BASE, or a file cannot be read or written.
+        NothingComparedError: No ΔW can be measured against BASE.
     """
     _refuse_unresolved_gguf(adapter, base, form)
     contents = read_contents(adapter, base)

@@ -369,7 +369,7 @@ def add_config(source: AdapterFiles) -> AdapterFiles:
     Without a given α, with α in the config, or if it is no PEFT LoRA, it is unchanged.
 
     Raises:
-        InputError: The file holds several adapters, or α = r is given and the config has no valid r.
+        InputError: The file holds several adapters, or α = r is given and r or ``rank_pattern`` is invalid.
     """
     if source.stated_alpha is None:
         return source

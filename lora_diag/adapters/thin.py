@@ -48,7 +48,7 @@ class StoredFactors:
 
     @property
     def kind(self) -> Hashable:
-        """Equal for factors that can be read as one stack: of one file, and of equal shapes and dtypes."""
+        """Equal for factors that can be read as one stack: of the same files, orientation, shapes and dtypes."""
         stored = [(self.checkpoint.file_of(key), self.checkpoint[key]) for key in (self.b, self.a)]
         return self.turned, *((file, info.shape, info.dtype) for file, info in stored)
 

@@ -90,14 +90,14 @@ class Update:
         base_weight: The name in BASE if different from ``weight``.
         keeps_name: Whether the layer keeps the name ``weight`` with a BASE, because several updates act on one weight.
         zero_if: A tensor of the adapter; if it is zero, so is ΔW.
-        rank: r of its factors, for display; None without factors.
-        scale: Their scale s; None without one, or if it is stored as a number in the file.
+        rank: r of its factors; None without factors, and for rows of an embedding that are replaced.
+        scale: Its scale s; None without one, or if α is stored as a number in the file.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
         optional: Whether the weight (a bias) may be missing from BASE.
         alpha: Name of the tensor with α; empty without one.
         plain: Loads s·B and A alone, for an update that is not just their product (DoRA, PiSSA); else None.
         heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.
-        thin: B, A and s, to be read without torch; None if the update depends on more than these.
+        thin: B, A and s, to be read without torch; None if only ``load`` can read the update.
     """
 
     weight: str
@@ -298,7 +298,8 @@ def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) 
         indices: Token indices: a list, or a dict of lists by module.
 
     Raises:
-        InputError: The indices are missing, invalid or repeated, or their number differs from that of the rows.
+        InputError: The indices are missing, invalid or repeated, their number differs from that of the rows, or the
+            values are no matrix.
     """
     rows = _read_row_indices(source.settings, module, indices)
     shape = source.checkpoint[key].shape

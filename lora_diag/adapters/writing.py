@@ -190,7 +190,7 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
         parts: The factors, whose errors were measured.
 
     Raises:
-        InputError: A layer differs when read back, so that the measured errors are not those of the file.
+        InputError: A layer is missing or differs when read back, so that the measured errors are not those of the file.
     """
     deltas = _read_deltas(folder, base)
     for part in parts:
@@ -385,7 +385,7 @@ KeyReader = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
 def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = None) -> list[KeyReader]:
-    """Return name, shape and reader of the factors of one module, at its rank or padded to another."""
+    """Return name, shape and reader of a module's factors, at its rank or, except a parameter, padded to another."""
     target, rank = group[0].target, common_rank or group[0].rank
     out, columns = target.peft_shape
     names = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"

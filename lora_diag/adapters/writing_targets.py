@@ -145,7 +145,7 @@ class Target:
 
 
 def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
-    """Return the names that a PEFT adapter uses for the tensors it changes, by name in BASE; empty for others."""
+    """Return a PEFT adapter's names of the tensors that it updates, stacks aside, by name in BASE; else empty."""
     if not adapter.source.peft_type:
         return {}  # names in other formats are not those of modules
     matched, _ = match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)

@@ -1,8 +1,8 @@
 """Read and write checkpoints: from bytes to lazy named tensors.
 
 This package knows files, headers, shards and dtypes, but no LoRA, layers or ΔW, and never executes code that a file
-contains. Opening a checkpoint reads headers only and does not import torch; numbers are read on request, range by
-range. A format is one file in this package and one line in ``FORMATS``.
+contains. Opening a checkpoint reads headers and the settings of quantized weights, and imports torch only for torch
+files; numbers are read on request, range by range. A format is one file in this package and one line in ``FORMATS``.
 """
 
 from lora_diag.checkpoints.addresses import hide_secrets

@@ -154,7 +154,7 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
         config: Its ``quantization_config``; unused.
 
     Raises:
-        InputError: Scales have no int8 matrix of their size, or a weight is not stored in row-major order.
+        InputError: Scales are no floats or have no int8 matrix of their size, or a weight is not in row-major order.
     """
     for name in source:
         module = name.removesuffix(".SCB")

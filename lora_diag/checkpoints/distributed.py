@@ -115,7 +115,7 @@ class PiecesFolder(PartsFolder):
         folder: The folder, with at least one piece file.
 
     Raises:
-        InputError: A file is damaged, or the pieces of a tensor overlap or do not cover it.
+        InputError: A file is damaged, or the pieces of a tensor differ in dtype, overlap or do not cover it.
     """
 
     label = "torch.distributed safetensors"

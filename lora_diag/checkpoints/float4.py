@@ -138,7 +138,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
         config: Its ``quantization_config``; unused.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype.
     """
     for name in source:
         if name.endswith(PACKED) and source[name].dtype == "uint8":

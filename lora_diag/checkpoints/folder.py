@@ -197,10 +197,10 @@ def locate(path: Path | str) -> Path:
 
 
 def check_exists(path: Path | str) -> None:
-    """Refuse a local path that does not exist, before anything is opened. Addresses and Hub ids are not looked up.
+    """Refuse a local path that does not exist, before anything is opened. Files of addresses and ids are not looked up.
 
     Raises:
-        InputError: The path does not exist, and is neither an address nor a Hub id.
+        InputError: The path does not exist, and is neither an address nor a Hub id; or ``as_path`` refuses an address.
     """
     path = as_path(path)
     if isinstance(path, RemotePath) or os.path.exists(path):  # noqa: PTH110  (as above)

@@ -441,11 +441,11 @@ class Codec:
         return (values if m is None else values - m).flatten(1)
 
     def steps(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Return steps whose half bounds the error: |d|, or its product with the gap in the table; more in two cases.
+        """Return steps whose half bounds the error: |d|, or its product with the gap in the table; more in some cases.
 
-        The types without m map the number of largest absolute value to −2^(bits − 1), whose negative is not a code: it
-        is stored one step lower. Where codes are chosen before d and m are rounded to float16, that rounding adds up to
-        2⁻¹¹ of ``d · q`` and of m.
+        Q3_K, Q4_0, Q5_0 and Q6_K map the number of largest absolute value to −2^(bits − 1), whose negative is not a
+        code: it is stored one step lower. MXFP4 stores numbers up to 8 times its power of two as 6. Where codes are
+        chosen before d and m are rounded to float16, that rounding adds up to 2⁻¹¹ of ``d · q`` and of m.
         """
         import torch
 

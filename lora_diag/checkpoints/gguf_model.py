@@ -205,7 +205,7 @@ def to_halves(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor as presented: a part of a stored one.
+    """A tensor as presented: a stored one, or a part of it.
 
     Args:
         stored: Name in the file.
@@ -363,7 +363,7 @@ def open_model(path: Path) -> list[GgufModel]:
 
 
 def derive_config(models: list[GgufModel]) -> dict[str, Any]:
-    """Return the ``config.json`` that corresponds to the model: heads, type, and whether the embeddings are tied."""
+    """Return the ``config.json`` of the model: heads and type, where known, and whether the embeddings are tied."""
     fields = models[0].fields
     architecture = str(fields.get("general.architecture"))
     names = ARCHITECTURES.get(architecture)

@@ -225,7 +225,8 @@ def find_compressed(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[R
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape, or the configured format is unknown.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the bits per code are ambiguous, or
+            the configured format is unsupported.
     """
     if config.get("quant_method") == "compressed-tensors":
         for form in (settings.get("format") for settings in (config, *_list_config_groups(config))):
@@ -245,7 +246,7 @@ def find_gptq(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeig
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape, the layout is another one, or the
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the layout is another one, or the
             configuration is missing for GPTQ or contradicts the tensors.
     """
     for name in source:
@@ -261,7 +262,8 @@ def find_mlx(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeigh
         config: ``quantization`` of its configuration.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape, or the mode is another one.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, or mode, bits or group size are
+            unsupported.
     """
     for name in source:
         module = name.removesuffix(".scales")

@@ -227,7 +227,7 @@ class Boxes:
         shape: The shape that the boxes refer to; default that of the tensor.
 
     Raises:
-        InputError: The boxes overlap, lie outside the tensor, or do not cover it.
+        InputError: The boxes overlap, lie outside the tensor, do not cover it, or are too many to compare.
     """
 
     def __init__(

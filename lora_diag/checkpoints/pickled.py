@@ -42,7 +42,8 @@ class TorchFile(TensorFile):
         path: The file.
 
     Raises:
-        InputError: The file is damaged, needs code to be read, or holds no tensors.
+        InputError: The file is damaged, needs code to be read, or holds no tensors, or one that is sparse or larger
+            than its storage.
     """
 
     label = "torch pickle"
@@ -74,7 +75,7 @@ class TorchFile(TensorFile):
         return out
 
     def _load(self) -> None:
-        """Load or map the file after checking it, and set tensors, metadata and notes."""
+        """Load or map the file after checking it, and set tensors and notes."""
         import torch  # imported here, so that safetensors headers can be read without torch
 
         try:

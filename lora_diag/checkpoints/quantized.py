@@ -110,10 +110,11 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
         config: Its ``quantization_config``; empty without one.
 
     Returns:
-        The files, and a note on zero points that libraries read differently.
+        The files, and a note on zero points that libraries read differently, if there are any.
 
     Raises:
-        InputError: A tensor of a quantized weight is missing, has the wrong size or contradicts the configuration.
+        InputError: A tensor of a quantized weight is missing, has the wrong size or dtype or contradicts the
+            configuration, a weight is stored twice, or the form of a format is unsupported.
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
     refuse_missing_packed(source, config, {weight.info.stored for weight in weights.values()})
@@ -184,7 +185,7 @@ def refuse_missing_packed(source: Checkpoint, config: Mapping[str, Any], stored:
 
 
 def refuse_integer_weights(presented: Checkpoint) -> None:
-    """Refuse integer, 4-bit and 6-bit matrices of no known format, which would otherwise be silently skipped.
+    """Refuse integer, 4-bit and 6-bit ``.weight`` matrices of no known format, which would be silently skipped.
 
     Args:
         presented: The checkpoint after dequantization.

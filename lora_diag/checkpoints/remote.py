@@ -107,7 +107,7 @@ class RemotePath(_Path):
         """Return size and version of the file.
 
         Raises:
-            InputError: The file does not exist.
+            InputError: The file does not exist, or the store cannot be reached or denies access.
         """
         info = self.store.file_info(self.address)
         if info is None:
@@ -216,8 +216,8 @@ def as_path(address: Path | str) -> Path:
     each of its arguments once.
 
     Raises:
-        InputError: The address is invalid or has a part that its scheme does not accept; for ``hf://``, also if
-            ``huggingface_hub`` is not installed or the repository cannot be reached.
+        InputError: The address is invalid, or has an unsupported scheme or a part that its scheme does not accept; for
+            ``hf://``, also if ``huggingface_hub`` is not installed or the repository cannot be reached.
     """
     if isinstance(address, RemotePath):
         return cast(Path, address)

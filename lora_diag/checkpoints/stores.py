@@ -322,7 +322,7 @@ class HttpStore(Store):
         return f"{address}/{quote(name, safe='')}"
 
     def is_folder(self, address: str) -> bool:
-        """Return whether an address has no file extension."""
+        """Return whether an address has none of the extensions of files that are read."""
         return not FILES.search(address)
 
     def children(self, address: str) -> Iterable[str]:

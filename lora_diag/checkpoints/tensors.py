@@ -128,7 +128,7 @@ class Checkpoint:
         kind: Description of the format, such as ``sharded safetensors``.
         files: The open files; tensor names are unique across them.
         notes: Remarks on how the checkpoint was opened, such as dequantization or renamed tensors.
-        config: Content of ``config.json`` next to the weights; empty without one.
+        config: Content of the weights' ``config.json``, or what a GGUF header gives of it; empty without one.
     """
 
     path: Path

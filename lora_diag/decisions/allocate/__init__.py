@@ -71,7 +71,7 @@ class AllocateOptions(TypedDict, total=False):
 
 
 class ConfigOptions(TypedDict, total=False):
-    """Options of the output: its file and format, the check of a config, and the source of a learning rate."""
+    """Options of the output: file, format and scaling, the check of a config, and the source of a learning rate."""
 
     output: Annotated[
         Path | None,

@@ -40,7 +40,7 @@ _UNITS = {
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the ranks of the layers, and below the energy kept by each rule, or over the cost."""
+    """Return a page with the ranks of the layers, and below the energy kept by rule, or of several runs over cost."""
     certificates = [certificate for run in series for certificate in run.whole if isinstance(certificate, Certificate)]
     # An axis has one unit; allocations in other units are listed as not drawn.
     comparable = [certificate for certificate in certificates if certificate.unit == certificates[0].unit]

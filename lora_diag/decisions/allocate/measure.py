@@ -163,7 +163,7 @@ class Constraints:
 
     Args:
         min_rank: Smallest rank of a layer that has any signal.
-        max_rank: Largest rank of a layer.
+        max_rank: Largest rank of a layer; None for no limit.
         ranks_from: Allowed ranks besides 0; None for any.
     """
 
@@ -287,10 +287,10 @@ class Unit:
 def split_candidates(
     records: Sequence[Spectrum], target: re.Pattern[str] | None, exclude: re.Pattern[str] | None
 ) -> tuple[list[Spectrum], list[LeftOut]]:
-    """Split layers into candidates and skipped ones, with the reason.
+    """Return the candidates among the layers, and records of the skipped ones with the reason.
 
-    Without ``target``, candidates are the matrices that adapters usually target: no embeddings, no head, no routers;
-    with it, all layers whose name contains a match. Layers that match ``exclude`` are skipped.
+    Without ``target``, candidates are the matrices that adapters usually target, see ``targets.why_no_target``; with
+    it, all layers whose name contains a match. Layers that match ``exclude`` are skipped.
 
     Raises:
         UsageError: There is no candidate.
@@ -336,7 +336,10 @@ def _make_unit(
     constraints: Constraints,
     losses: Mapping[str, Sequence[float]] | None,
 ) -> Unit:
-    """Return the unit of these layers; its cap is the largest of theirs, or the minimum rank if that is higher."""
+    """Return the unit of these layers.
+
+    Its ranks reach the largest cap of theirs, or the minimum rank if that is higher and a rank has a gain.
+    """
     soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
     largest = compute_break_even(members[0].shape)
     hard = min(constraints.max_rank or largest, largest)
@@ -365,7 +368,10 @@ def compute_break_even(shape: tuple[int, int]) -> int:
 
 
 def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
-    """Return the largest rank with a measured gain, and the reason for this limit; the first of equal limits."""
+    """Return the largest rank with a measured gain, within break-even and ``max_rank``, and the reason for this limit.
+
+    Of equal limits, the reason is the first.
+    """
     caps: list[tuple[int | None, CappedBy]] = [
         (compute_break_even(record.shape), "break_even"),
         (sum(value > 0 for value in record.s) if record.complete else None, "update_rank"),
@@ -379,7 +385,8 @@ def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
 def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
     """Return the minimum rank of a unit and the allowed ranks above it, ascending.
 
-    In a list of ranks, the last is the first that reaches ``soft``: a signal of rank 5 may get 8 of 8, 16, 32.
+    In a list of ranks, the last is the first that reaches ``soft``, if one within ``hard`` does: a signal of rank 5 may
+    get 8 of 8, 16, 32.
 
     Args:
         soft: The largest rank with a gain.
@@ -441,7 +448,8 @@ def apply_rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats
 def _compute_share_before(units: Sequence[Unit], steps: Steps) -> Floats:
     """Return for each step over all allowed ranks the fraction of its unit's energy kept without it, ``(n,)``.
 
-    An error of 1e-9 in the sum of 9-digit values must not increase the rank by one: 0.9 is reached by 0.8999999995.
+    It is 1 where a unit has no energy. 1e-9 is added, because an error of that size in the sum of 9-digit values must
+    not increase the rank by one: 0.9 is reached by 0.8999999995.
     """
     share = np.empty(len(steps.gain))
     for unit, of_unit in zip(units, steps.slices, strict=True):
@@ -518,8 +526,8 @@ class BudgetedRanks:
         cost: Total cost of the steps.
         bound: Upper bound on the gain within the budget.
         price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
-        optimal: True if this is the optimum: found by the exact method, or because all steps were taken or the
-            greedy prefix spends the whole budget.
+        optimal: True if this is known to be the optimum: found by the exact method, or because all steps were taken or
+            the greedy prefix spends the whole budget.
     """
 
     ranks: Ints
@@ -673,11 +681,12 @@ def allocate_one_rank(choose: Callable[[Constraints], Allocated], constraints: C
         constraints: Constraints on the rank; ``ranks_from`` replaces the grid.
 
     Returns:
-        The allocation that keeps most; its bound is the largest of all ranks tried, and rules without any rank are
+        The allocation that keeps most; its bound is the largest of all ranks tried, and rules that spend nothing are
         omitted.
 
     Raises:
-        UsageError: The budget is too small for every rank, or no rank is within the constraints.
+        UsageError: ``choose`` raised one for every rank tried, of which this is the first; or no rank is within the
+            constraints.
     """
     allocated: list[Allocated] = []
     first_error: UsageError | None = None
@@ -877,7 +886,8 @@ def _choose_ranks(
 ) -> tuple[BudgetedRanks, int]:
     """Return the ranks, and the budget for steps above the starting ranks.
 
-    For an energy fraction: the smallest allowed rank of each unit that keeps it, else its cap.
+    For an energy fraction: the smallest allowed rank of each unit that keeps it, else its cap; and the cost of their
+    steps.
 
     Args:
         units: The units.
@@ -992,7 +1002,7 @@ def _make_certificate(
 def _compare_baseline(
     rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
 ) -> Baseline:
-    """Compare another rule with the ranks that keep the most at the same cost."""
+    """Return the record of another rule, compared with the best ranks at its cost."""
     equal = spend(steps, rule.cost)
     gains = [
         float(unit.curve[rank] - unit.curve[rule_rank])

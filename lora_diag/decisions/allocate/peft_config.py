@@ -76,7 +76,7 @@ def make_config(
         rank: r.
         alpha: lora_alpha.
         transposed: Whether matrices are stored ``(in, out)``.
-        task: PEFT's task type.
+        task: PEFT's task type; None without one.
         rslora: Whether PEFT scales by lora_alpha/√r.
         dora: Whether it is DoRA.
     """
@@ -191,7 +191,8 @@ def compare_with_peft(
         scaling: The requested scaling.
 
     Raises:
-        InputError: A layer has another rank or scaling, is missing, or is adapted unexpectedly.
+        InputError: A layer has another rank or scaling, is missing, cannot be adapted by PEFT, or is adapted
+            unexpectedly.
     """
     modules, parameters = _group_ranks(results)
     expected = modules | parameters

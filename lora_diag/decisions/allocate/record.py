@@ -47,8 +47,8 @@ class Allocation(LayerRecord):
         capped_by: Reason for the cap. ``max_rank``: the option ``--max-rank``. ``break_even``: at a larger rank the
             factors have more parameters than the matrix; train it in full. ``signal_rank``: further directions are
             rounding noise. ``values_kept``: the spectrum was measured with ``--top``; measure more values.
-            ``update_rank``: the update has no further nonzero singular value. ``ranks_from``: the ranks of
-            ``--allowed-ranks`` reach no further. ``shape``: min(out, in), in results of older versions.
+            ``update_rank``: the update has no further nonzero singular value. ``ranks_from``: the cap differs from the
+            layer's limit, as it is one of ``--allowed-ranks``. ``shape``: min(out, in), in results of older versions.
         verdict: Resolution verdict of ``spectrum``.
         uniform_rank: Rank by the uniform rule with the same budget.
         uniform_kept: C(uniform_rank); null for a zero update.
@@ -152,9 +152,9 @@ class Certificate(WholeRecord):
 
     Args:
         unit: Unit of the budget: ``params``, trainable parameters; ``total_rank``, the sum of all ranks; ``bytes`` of
-            the adapter's file; or ``energy``, a fraction to keep in every layer.
+            the adapter, its gradients and its optimizer's state; or ``energy``, a fraction to keep in every layer.
         budget: The requested budget; null if ranks follow from an energy fraction.
-        spent: Cost of the allocation; at most the budget.
+        spent: Cost of the allocation, at most the budget; for an energy fraction, parameters without heads.
         params: Number of parameters of the allocation, including heads, whatever the unit of the budget.
         saved: Number of parameters of the heads that are trained in full. A budget of parameters or bytes pays for them
             first; a budget of ranks does not.
@@ -170,7 +170,8 @@ class Certificate(WholeRecord):
         slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
             and for a budget of bytes the value of its part below one parameter; null in results of older versions.
         baselines: Other rules at the same budget: one rank for all layers, the prior, one energy fraction for all
-            layers.
+            layers. Without the last if the budget is an energy fraction; a portable allocation omits those that spend
+            nothing.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -208,7 +209,7 @@ class Certificate(WholeRecord):
 
     @property
     def uniform(self) -> Baseline | None:
-        """The rule of one rank for all layers; None without baselines."""
+        """The first baseline: one rank for all layers, if it was not omitted; None without baselines."""
         return self.baselines[0] if self.baselines else None
 
 

@@ -174,6 +174,7 @@ def _make_notes(weights: Weights) -> list[str]:
 
 
 def _list_names(names: Sequence[str]) -> str:
+    """Return the first names and the number of the others, as text."""
     shown = ", ".join(legible(name) for name in names[:_NAMED])
     return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
 
@@ -221,7 +222,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer; None for no limit.
         ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
-        layers: Only layers whose name contains a match; None for matrices other than embeddings, head and routers.
+        layers: Only layers whose name contains a match; None for the matrices that adapters usually target: weights of
+            layers other than embeddings, head, routers and short convolutions.
         exclude: No layers whose name contains a match.
         weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
             results of ``probe sensitivity``: the gain of each layer alone per energy at the trained rank; or results of
@@ -240,7 +242,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         One ``Allocation`` per layer, and the ``Certificate`` in ``whole``.
 
     Raises:
-        UsageError: No budget or several; the budget is too small for the constraints; an option is invalid.
+        UsageError: No budget or several; the budget is too small for the heads, the constraints or any rank; no layer
+            can get a rank; an option is invalid or contradicts another; or the weights do not fit the layers.
         InputError: The results, the weights or the adapter to match cannot be read, or results are unfinished.
 
     Example:
@@ -408,8 +411,9 @@ def write_allocation(
         format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
 
     Raises:
-        UsageError: The suffix is unknown, the file may not be replaced, there is no config to check, portable ranks are
-            to be scaled by rsLoRA, or the trainer cannot express these ranks.
+        UsageError: The suffix is unknown or not that of the format, the file may not be replaced, ``scaling`` is
+            invalid, there is no config to check or the extra ``train`` is missing, portable ranks are to be scaled by
+            rsLoRA, or the trainer cannot express these ranks.
         InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference.
     """
     path = Path(path)

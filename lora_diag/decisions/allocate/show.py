@@ -363,7 +363,7 @@ def _describe_limits(results: Results[Allocation]) -> list[str]:
 
 
 def _describe_outside(results: Results[Allocation]) -> list[str]:
-    """State the fraction of the change that an adapter cannot reach, and embeddings that could get a rank.
+    """State the fraction of the change that an adapter cannot reach, and embeddings or heads that could get a rank.
 
     This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """

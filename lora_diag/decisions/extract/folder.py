@@ -329,7 +329,7 @@ class TensorPlan:
 
 
 def plan_tensors(compared: Comparison, save: bool, portable: bool = False) -> TensorPlan:
-    """Decide on the treatment of all tensors.
+    """Return the treatment of all tensors.
 
     Args:
         compared: BASE, and a fine-tuned checkpoint or an adapter, whose own names of modules are kept.

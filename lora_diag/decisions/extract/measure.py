@@ -79,7 +79,7 @@ def choose_rank_rules(
 
     Raises:
         InputError: The file of ranks cannot be read, or does not belong to these layers.
-        UsageError: The budget is too small.
+        UsageError: The budget is too small for any rank, or no layer can get one.
     """
     if name == "params":
         reachable = tuple(record.before_rounding() for record in measure_spectra() if record.layer in targets)
@@ -405,7 +405,7 @@ def _explain_missing_factors(layer: Layer, change: Change, fro: float, weighted_
         layer: The layer.
         change: Its update.
         fro: ‖ΔW‖_F.
-        weighted_fro: Norm of ΔW in the data metric; ‖ΔW‖_F without one.
+        weighted_fro: Norm of ΔW in the data or K-FAC metric; ‖ΔW‖_F without one.
     """
     if fro == 0.0:
         detail = "its update is zero"

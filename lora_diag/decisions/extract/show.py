@@ -232,7 +232,7 @@ def _describe_resolution(results: Results[Extraction]) -> Statement:
 
 
 def _describe_estimates(results: Results[Extraction]) -> Statement:
-    """State the number of weights whose update is an estimate."""
+    """State the number of weights whose update is an estimate, and those whose estimation failed."""
     tried = [record for record in results if record.hidden is not None and record.hidden.status != "not_hidden"]
     estimated = sum(record.estimated for record in results)
     stored = [record for record in tried if not record.estimated]

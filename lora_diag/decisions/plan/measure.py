@@ -222,7 +222,8 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     Args:
         base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with that file only.
         ranks: Ranks r.
-        layers: LoRA on matrices whose name contains a match; None for all except embeddings, head and routers.
+        layers: LoRA on matrices whose name contains a match; None for the weights of layers other than embeddings,
+            head, routers and short convolutions.
         exclude: No matrices whose name contains a match.
         params: Budget of trainable parameters, such as ``"10M"``; not with ``memory_budget``.
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
@@ -240,7 +241,8 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         One record: parameters of every module type, cost of every rank, and the ranks within the budget.
 
     Raises:
-        UsageError: An option is invalid, or no matrix is targeted.
+        UsageError: An option is invalid or contradicts another, no matrix is targeted, ``base`` is an adapter, or a
+            library to count the tokens of ``data`` is not installed.
         InputError: The model, the data or the tokenizer cannot be read.
 
     Example:
@@ -294,10 +296,10 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
 
 
 def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
-    """Count the tokens of the data and apply the rules of thumb; None without data or tokens.
+    """Return the number of tokens of the data and the ranks by the rules of thumb; None without data or tokens.
 
     Raises:
-        UsageError: The number of tokens is not positive, or the extra ``train`` is missing.
+        UsageError: The number of tokens is not positive, or the extra ``train`` or ``datasets`` is missing.
         InputError: The data or the tokenizer cannot be read.
     """
     if arguments["tokens"] is not None:

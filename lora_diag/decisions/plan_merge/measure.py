@@ -229,7 +229,7 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
-        """Read the layer once for norms and ``peaks``; return the problem if a number is not finite, else None."""
+        """Read the layer once for norms and ``peaks``; return the problem if one is not finite, else None."""
         addend = load_addend(self.task.delta)
         if isinstance(addend, Product):
             if problem := first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a):

@@ -51,7 +51,7 @@ class Side:
 
     @property
     def dtype(self) -> str:
-        """Stored dtype, by its torch name."""
+        """Dtype in which it is read, by its torch name, or the file's if torch has none."""
         return self.info.dtype
 
     @property
@@ -60,7 +60,7 @@ class Side:
         return self.info.stored is not None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop``, relative to ``offset``; 1-D, stored dtype."""
+        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``."""
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
@@ -92,11 +92,11 @@ class StoredDelta:
 
     @property
     def dtypes(self) -> tuple[str, str]:
-        """Stored dtypes of base and tuned."""
+        """Dtypes in which base and tuned are read."""
         return self.base.dtype, self.tuned.dtype
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its stored dtype, from the first row to the last.
+        """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its own dtype, from the first row to the last.
 
         Raises:
             InputError: A file could not be read.
@@ -210,7 +210,7 @@ def footprint(delta: Delta) -> int:
 
 
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its stored dtype; not the first ``skip`` blocks."""
+    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip`` blocks."""
     rows = list(row_spans(shape))[skip:]
     spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows)
     for (first, last), block in zip(rows, side.checkpoint.read_each(side.name, spans), strict=True):
@@ -232,9 +232,9 @@ class Unpaired:
     Args:
         layer: Its name.
         shape: Its shape; for added rows, theirs.
-        reason: A value of ``lora_diag.records.Reason``.
+        reason: A value of ``lora_diag.records.run.Reason``.
         detail: The reason as text.
-        rows: The rows, if the reason is that only one side has them.
+        rows: The rows, if the reason is that only one side has them; else, or without their entries, None.
         tuned_shape: Its shape in TUNED, if the reason is that the shapes differ.
     """
 
@@ -312,8 +312,8 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
     """Refuse a pairing without any compared layer.
 
     Raises:
-        NothingComparedError: No tensor could be paired: the sides have no name in common, none is selected, or shapes
-            or dtypes differ.
+        NothingComparedError: No tensor could be paired: the sides have no name in common, none is selected, shapes
+            differ, or tensors are empty or not floating-point.
     """
     if not pairing.deltas:
         raise NothingComparedError(_explain_nothing_paired(base, tuned, pairing.unpaired))
@@ -396,7 +396,7 @@ def why_left_out(info: TensorInfo) -> str | None:
 
 
 def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
-    """Append each ΔW of a tensor to ``deltas``; append added rows, or the reason why it has no ΔW, to ``unpaired``."""
+    """Append each ΔW of a tensor to ``deltas``; append rows of one side, or why it has no ΔW, to ``unpaired``."""
     before, after = base.info, tuned.info
     if problem := _find_mismatch(before, after):
         other_shape = after.shape if problem[0] == "shape_differs" else None
@@ -429,7 +429,7 @@ def _find_mismatch(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str] 
 
 
 def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
-    """Describe the vocabulary rows that only one side of an embedding has."""
+    """Return the vocabulary rows that only one side of an embedding has, added or removed, with their entries."""
     before, after = base.info.shape, tuned.info.shape
     first, last = sorted((before[0], after[0]))
     added = after[0] > before[0]

@@ -3,13 +3,13 @@
 The same rules hold for every output of every command:
 
 - Nothing is written through a symbolic link. A linked parent folder is allowed.
-- An existing file is replaced only if it carries the mark of the kind of file being written (``Kind``), or with
-  ``--overwrite``.
+- An existing file is replaced only if it is empty, if it carries the mark of the kind of file being written (``Kind``),
+  or with ``--overwrite``.
 - An unfinished results file is never replaced, and no ``adapter_config.json`` is written into a folder with weights.
 
-A text file ends with a signature line, a digest of the content before it, so a file that was edited by hand no longer
-counts as written by loradiag. Formats without comments are recognized by their first bytes, Parquet by a key in its
-footer.
+A file in a format with comments ends with a signature line, a digest of the content before it, so a file that was
+edited by hand no longer counts as written by loradiag. Formats without comments are recognized by their first bytes,
+Parquet by a key in its footer.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Kind:
         return f"{self.comment.format('loradiag ' + digest)}\n".encode()
 
     def is_at(self, path: Path) -> bool:
-        """Return whether the file carries the mark of this kind.
+        """Return whether the file carries the mark of this kind; False for a kind without a mark.
 
         Raises:
             OSError: The file cannot be read.
@@ -260,7 +260,7 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
 
     Raises:
         UsageError: See ``check_output``.
-        InputError: The file cannot be written.
+        InputError: See ``check_output``, or the file cannot be written.
     """
     path = resolve_output(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -294,7 +294,7 @@ def write_whole(path: Path, content: str | bytes, kind: Kind | None = None, over
 
     Raises:
         UsageError: See ``check_output``.
-        InputError: The file cannot be written.
+        InputError: See ``check_output``, or the file cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
     if kind is not None:
@@ -354,7 +354,7 @@ def lock(path: Path, tries: int = 5) -> int:
 
     Raises:
         UsageError: Another process holds the lock.
-        OSError: The file cannot be opened.
+        OSError: The file cannot be opened, or the lock fails for another reason than a file system without locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
@@ -401,7 +401,7 @@ def _lock_file(descriptor: int, path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe in its place would wait for a writer, and a device has no end.
+    """Return a regular file, open for reading; a pipe in its place would wait for a writer, and a device has no end.
 
     Raises:
         InputError: The path is not a regular file.

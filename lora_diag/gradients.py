@@ -1,6 +1,6 @@
 """Gradient snapshots: the training step of each file, and the location of each weight's gradient in it.
 
-Handles files, steps and names; numbers are read and measured by ``linalg``.
+Handles files, steps and names; numbers are measured by ``linalg``.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         The steps in ascending order.
 
     Raises:
-        InputError: A path cannot be read, has no step number, or repeats a step.
+        InputError: A path cannot be read, holds no gradients, has no valid step number or several, or repeats a step.
     """
     steps: dict[int, Step] = {}
     for source in (source for path in paths for source in _find_sources(locate(path))):

@@ -1,4 +1,4 @@
-"""Thin factors B and A → singular values and sketches of B·A, with NumPy and SciPy's sparse matrices, without torch.
+"""Thin factors B and A → singular values and sketches of B·A, with NumPy and SciPy, without torch.
 
 What ``linalg`` does with torch, for the one input that needs neither torch nor a GPU: importing torch takes ten times
 as long as measuring an adapter.
@@ -70,7 +70,7 @@ class ThinValues:
     """Singular values of a stack of k matrices B·A.
 
     Args:
-        s: All min(m, n, r) that can be nonzero of each, descending, ``(k, min(m, n, r))``.
+        s: All min(m, n, r) that can be nonzero of each, descending, ``(k, min(m, n, r))``; of ``thin_energies`` r each.
         energy_error: Bounds on |Ĉ(i) − C(i)| for every i, ``(k,)``.
         fro: ‖B·A‖_F, ``(k,)``; not finite where the product overflows.
         mix: W with B·W the left singular vectors, ``(k, r, s.shape[1])``, where σ > 0; None if not requested. Accurate
@@ -358,7 +358,14 @@ def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
 
 
 def to_row_major(x: Numbers) -> Numbers:
-    """Return X in rows, in memory of this thread if it was not: products and sums of rows then take less time."""
+    """Return X in rows, for which products and sums take less time.
+
+    Args:
+        x: X, any shape.
+
+    Returns:
+        X itself if it is in rows, else a copy in memory of this thread, valid until the next call.
+    """
     if x.flags.c_contiguous:
         return x
     copied: Numbers = scratch("turned", x.size, x.dtype).reshape(x.shape)

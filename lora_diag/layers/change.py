@@ -39,12 +39,13 @@ class Change:
     """ΔW on a device.
 
     Args:
-        fro: ‖ΔW‖_F; None for factors, whose decomposition yields it.
-        base_fro: ‖W_base‖_F; None if the base was not given.
+        fro: ‖ΔW‖_F; None for factors, whose decomposition yields it. None or NaN if not finite.
+        base_fro: ‖W_base‖_F; None if the base was not given. None or NaN if not finite.
         rounding: The pass over two stored sides, with the effect of their rounding; None for an update without them.
-        matrix: ΔW ``(out, in)``; None if it is given by factors or was not kept.
+        matrix: ΔW ``(out, in)``; None if it is given by factors or in row blocks, or was not kept.
         factors: B and A, or None.
-        non_finite: Why ΔW or W_base is not finite, with the first such entry if it is known; None if both are.
+        non_finite: Why ΔW, W_base, a norm or the squares of the spacing are not finite, with the first such entry if it
+            is known; None if all are.
         streamed: ΔW in row blocks, if it exceeds the memory limit; else None.
         limit: Memory limit of computations with it in bytes; None without limit.
     """
@@ -89,6 +90,8 @@ class Change:
             seed: Seed of random starting vectors.
 
         Raises:
+            UsageError: The method is unknown, or ``top`` or ``tol`` is invalid; not for factors.
+            InputError: No driver of ``exact``, or of the core of factors, converged; or a file could not be read again.
             MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and W_base.
         """
         if self.factors is not None:
@@ -113,8 +116,9 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         delta: The layer.
         device: Device of the computation.
         keep: False to drop a matrix once its norms are measured.
-        allowance: The computation and its memory limit, which applies on the CPU only; None without limit. If a stored
-            ΔW does not fit, its norms are measured, and later computations read it again in row blocks.
+        allowance: The computation and its memory limit, which applies on the CPU and with ``keep`` only; None without
+            limit. If a stored ΔW does not fit, its norms are measured, and later computations read it again in row
+            blocks.
 
     Returns:
         ΔW; without matrix, factors and row blocks if an entry is not finite.
@@ -174,7 +178,7 @@ def _subtract_rows(delta: StoredDelta, first: int, last: int) -> Tensor:
 
 
 def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
-    """Estimate the bytes needed to measure a layer; at most that of an allowance, unless ΔW is in factored form."""
+    """Estimate the bytes needed to measure a layer; at most the limit of an allowance, unless ΔW is factored."""
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
     entry = COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
@@ -227,6 +231,7 @@ def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
         device: As in ``--device``.
 
     Raises:
+        UsageError: The device is unknown or not available.
         MemoryLimitError: This machine is out of memory.
     """
     records, note = compute_on_device(measure, resolve_device(device))

@@ -145,6 +145,9 @@ class Metric:
         Args:
             other: X in the plain metric; None for X = 0.
             rank: Rank of X, for the lower bound; None without one.
+
+        Raises:
+            MemoryLimitError: With a root: X does not fit into memory as a whole.
         """
         fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
         if other is not None:
@@ -179,7 +182,8 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         device: Where to compute.
 
     Raises:
-        InputError: A second moment is invalid.
+        InputError: A second moment is invalid, or a file could not be read.
+        MemoryLimitError: ΔW does not fit into memory as a whole.
     """
     roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
 
@@ -255,7 +259,7 @@ def read_root(moments: Moments, device: torch.device) -> Root:
     """Read C (or G), check it, and return L with L·Lᵀ = C.
 
     Raises:
-        InputError: C is not finite, not symmetric, or not positive semidefinite.
+        InputError: C could not be read, or is not finite, not symmetric, or not positive semidefinite.
     """
     side = moments.side
     place = f"{side.checkpoint.file_of(side.name)}: {side.name}"

@@ -172,7 +172,7 @@ class Estimate:
             yield block * self.unit
 
     def norm(self) -> float:
-        """Return √E[‖X‖² | cells], of the L found."""
+        """Return √E[‖X‖² | cells] under the law."""
         assert self.cells is not None
         return self.law.norm(self.cells, self.scales) * self.unit
 
@@ -258,6 +258,7 @@ class _Stored:
 
     @property
     def mantissa(self) -> int:
+        """Stored mantissa bits of the format."""
         return GRIDS[self.format].mantissa
 
     def scales(self, first: int, last: int, shape: tuple[int, int], like: Tensor) -> Tensor | None:
@@ -393,6 +394,10 @@ def recover_layer(
         seed: Seed of held-out cells and starting vectors.
         device: Where to compute.
         memory: Memory limit in bytes; None without limit. The estimate does not depend on it.
+
+    Returns:
+        The estimate, whose ``hidden.status`` is ``not_hidden``, ``refused``, ``size_only`` or ``recovered``; the first
+        two have no cells.
 
     Raises:
         InputError: A file could not be read.

@@ -103,11 +103,14 @@ def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def round_to_nearest(values: Tensor, dtype: str) -> Tensor:
-    """Round to a format, ties to even; numbers beyond the range of a saturating format become its largest value.
+    """Return numbers rounded to a format, ties to even; those beyond a saturating format become its largest value.
 
     Args:
         values: Real numbers, float32 or float64.
         dtype: A key of ``GRIDS``.
+
+    Returns:
+        A tensor like ``values``; infinite beyond the range of a format that does not saturate.
     """
     grid = GRIDS[dtype]
     if grid.saturates:
@@ -280,7 +283,7 @@ class ComputedCells(CellMatrix):
         return self.read(first, last)
 
 
-# Nodes and K, by dtype; the fast ones are accurate to 1e-3 of the variance.
+# Nodes and K, by dtype; the fast ones are accurate to 0.3% of s².
 NODES = {torch.float32: (16, 16.0), torch.float64: (40, 40.0)}
 FAST = (10, 10.0)
 
@@ -400,7 +403,7 @@ def noise_edge(shape: tuple[int, int], deviation: float) -> float:
 
 
 def shrink(s: Tensor, shape: tuple[int, int], deviation: float, information: float) -> Shrunk:
-    """Shrink the singular values of a posterior mean.
+    """Return the shrunk singular values of a posterior mean, of those above the noise edge.
 
     Args:
         s: σ, descending.
@@ -436,7 +439,13 @@ def _eta(y: Tensor, m: int, n: int, noise: float) -> Tensor:
 
 
 def add_noise(x: Tensor, shape: tuple[int, int], deviation: float) -> Tensor:
-    """Return the singular values of L plus dense noise: √((x + mτ²/x)(x + nτ²/x)), or the edge below the transition."""
+    """Return the singular values of L plus dense noise: √((x + mτ²/x)(x + nτ²/x)), or the edge below the transition.
+
+    Args:
+        x: Singular values of L, not negative.
+        shape: ``(m, n)``.
+        deviation: τ, the standard deviation of the noise's entries.
+    """
     (m, n), square = shape, deviation**2
     x = x.clamp(min=max(1e-300, deviation * (m * n) ** 0.25))
     return ((x + m * square / x) * (x + n * square / x)).sqrt()
@@ -471,7 +480,8 @@ class Binades:
         sums: For every binade, float64: the number of entries, the number of changed ones, Σ of the probabilities p of
             a change, Σ p(1 − p), Σ E[(x − L)²]/s², Σ of its squares, and Σ of the fractions of the variance that cells
             remove.
-        most_uneven: Largest ``unevenness`` of an accepted fit.
+        most_uneven: ``unevenness`` above which a fit is rejected, if the variation is also more than
+            ``MAX_UNEVENNESS_ERRORS`` times its error.
     """
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(7, _BINADES, dtype=torch.float64))

@@ -57,7 +57,8 @@ class Rounding:
         sides: Maximum number of independent roundings in an entry of E.
         start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start,
             ``unknown`` if it may have been; its rounding counts unless the start is ``exact``.
-        base_fro: √Σu²/12 of BASE over the changed entries: the contribution of its rounding, if it is not the start.
+        base_fro: √(Σu²/12) of BASE over the changed entries (all of a block where few are unchanged): the contribution
+            of its rounding, if it is not the start.
         base_rounding: β of ``Energies.estimate_base_rounding`` and its standard error; None if it was not
             estimated.
         untouched: Estimated fraction of entries that training did not change.
@@ -83,13 +84,13 @@ class Difference:
 
     Args:
         matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. Its memory is that of ΔWᵀ by rows
-            if m < n, on the CPU. None if not requested.
-        fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``.
+            if m < n, on the CPU. None if not requested, or not finite.
+        fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``. NaN if not finite.
         base_fro: ‖W_base‖_F, likewise.
-        unchanged: Fraction of bit-identical entries; across dtypes, of equal entries.
-        rounding: Effect of rounding; None after a non-finite entry.
-        mantissa: Mantissa bits that the stored values of base and tuned really use.
-        non_finite: Why ΔW is not finite, with the first such entry if it is known; None if it is.
+        unchanged: Fraction of bit-identical entries; across dtypes, of equal entries. NaN if ΔW is not finite.
+        rounding: Effect of rounding; None if ΔW is not finite.
+        mantissa: Mantissa bits that the stored values of base and tuned really use; zeros if ΔW is not finite.
+        non_finite: Why ΔW or a norm is not finite, with the first such entry if it is known; None if both are.
     """
 
     matrix: Tensor | None
@@ -108,7 +109,7 @@ def difference(
     keep: bool = True,
     steps: Iterable[tuple[Tensor | None, Tensor | None]] | None = None,
 ) -> Difference:
-    """Subtract two matrices block by block.
+    """Subtract two matrices block by block, and return ΔW with its norms and the effect of rounding.
 
     torch's own float32 ``norm()`` on the CPU loses up to 3e-3 at 4096×11008, hence float64 accumulation throughout.
 
@@ -117,7 +118,8 @@ def difference(
         shape: ``(m, n)``.
         device: Device of the computation and of ΔW.
         keep: False to measure only the norms, without keeping ΔW.
-        steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none.
+        steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none, and
+            in place of a side that is not quantized.
 
     Returns:
         ΔW and its norms; of a ΔW that is not finite, no matrix, and NaN as norms. On the CPU nothing is read after a
@@ -265,7 +267,7 @@ def norm(blocks: Iterable[Tensor]) -> float:
 
 
 def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
-    """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and the number of bit-identical entries, from one transfer."""
+    """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and its number of unchanged entries; in float32 from one transfer."""
     norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base)]
     norm, base_norm, unchanged = torch.stack([*norms, _count_unchanged(base, tuned).to(torch.float64)]).tolist()
     if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow

@@ -295,7 +295,7 @@ class Conflicts:
 
     @property
     def share(self) -> float | None:
-        """Fraction of the shared entries that differ; None without shared entries."""
+        """Fraction of the shared entries that differ in sign; None without shared entries."""
         return self.differing / self.shared if self.shared else None
 
     @property
@@ -324,7 +324,7 @@ def magnitude_threshold(matrix: Matrix, density: float) -> float:
 
 
 def merge_entries(trimmed: Tensor, weights: Tensor) -> Tensor:
-    """Return the TIES merge of a block: the entries of the elected sign, averaged.
+    """Return the TIES merge of a block: the entries of the elected sign, times their weights, averaged.
 
     Args:
         trimmed: ``(K, rows, n)``, with discarded entries set to zero.

@@ -40,7 +40,7 @@ class Factors:
         energy_error: Bound on |Ĉ(r) − C(r)| for every r ≤ len(s), where Ĉ(r) = Σ_{i≤r}σ̂_i² / ‖A‖_F².
         fro: ‖A‖_F.
         u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not requested. In every column
-            the entry of largest absolute value is positive.
+            the entry of largest absolute value is positive; in that of the core if ``method`` is ``factored``.
         vh: Right singular vectors ``(len(s), n)``, likewise, with signs consistent with ``u``.
     """
 
@@ -93,7 +93,7 @@ def numerical_rank(factors: Factors) -> int:
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Make singular vectors reproducible: the largest entry of every left vector is positive.
+    """Return singular vectors with reproducible signs: the largest entry by size of every left one is positive.
 
     Args:
         u: ``(m, k)``.

@@ -296,7 +296,7 @@ def fit_low_rank(
         keep: Whether posterior means are kept in memory.
 
     Returns:
-        L, not converged after ``MAX_ITERATIONS``; of rank 0 if no value is above the noise edge.
+        L; not ``converged`` if ``MAX_ITERATIONS`` did not suffice; of rank 0 if no value is above the noise edge.
     """
     shape, s0 = cells.shape, size.deviation
     norm = s0 * math.sqrt(cells.count)
@@ -413,7 +413,10 @@ def _distance(first: LowRank, second: LowRank | None) -> float:
 def _extrapolate(
     momentum: float, low_rank: LowRank, previous: LowRank | None
 ) -> tuple[float, Callable[[int, int], Tensor]]:
-    """Return the next momentum, and the rows of L + β(L − L'); of L if its norm decreased, with momentum reset."""
+    """Return the next momentum, and the rows of L + β(L − L').
+
+    They are those of L if there is no L' or β = 0, and, with the momentum reset, if L shrinks.
+    """
     following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
@@ -459,7 +462,7 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
     Args:
         cells: Cells of the entries.
         size: Size of X.
-        seed: Seed of the held-out cells.
+        seed: Seed of the held-out cells and of the first vectors.
         keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed in every pass.
 
     Returns:

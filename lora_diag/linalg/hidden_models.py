@@ -98,7 +98,7 @@ class Shaped:
     Args:
         shape: The shape.
         deviation: The standard deviation of the entries.
-        log_likelihood: For all cells.
+        log_likelihood: Log-likelihood of the cells that it was fitted to.
     """
 
     shape: Shape

@@ -397,10 +397,10 @@ class _Progress:
     """How the bound fell from check to check, and whether the columns that it still needs are worth their cost.
 
     Up to ``LOSS`` of the cost of a full method any spectrum is followed whose predicted cost is within the budget.
-    Beyond, a step costs ``STEP`` of a full method at most, or is one block, and must keep what was predicted: a rate of
-    ``SLOWER`` times the last one, and after a probe that found μ above ``MILD`` times its estimate a bound within
-    ``REFUTED`` of the tolerance. So a spectrum that disappoints costs ``LOSS`` + ``STEP`` at most, unless it kept its
-    promise at earlier checks beyond ``LOSS``.
+    Beyond, a step costs ``STEP`` of a full method at most, or adds one block, or an eighth of the columns in whole
+    blocks. It must keep what was predicted: a rate of ``SLOWER`` times the last one, and after a probe that found μ
+    above ``MILD`` times its estimate a bound within ``REFUTED`` of the tolerance. So a spectrum that disappoints costs
+    about ``LOSS`` + ``STEP``, unless it kept its promise at earlier checks beyond ``LOSS``.
     """
 
     def __init__(self, shape: tuple[int, ...], top: int, tol: float, budget: float) -> None:

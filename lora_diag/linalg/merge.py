@@ -375,7 +375,8 @@ class Check:
         beyond: Number of entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
         lines: Sums over the rows, and over the columns, with M* = W + ΔW rounded once.
-        worst: max |M − (W + ΔW)| in ulp of the largest of the numbers added, P included.
+        worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and P, or in steps of a quantized M where these are
+            larger.
         unchanged: Number of entries with M = W, or W rounded.
         inner: ⟨O, ΔW⟩.
         expected: ‖ΔW‖².
@@ -438,7 +439,7 @@ class Check:
 
     @property
     def scale_error(self) -> float:
-        """Standard error of c = inner/expected about c* = ideal/expected; infinite if M* is not known."""
+        """Standard error of c = inner/expected about c* = ideal/expected; infinite if M* is not known or ΔW = 0."""
         if self.gridded or not self.expected:
             return math.inf
         return math.sqrt(self.variance) / self.expected

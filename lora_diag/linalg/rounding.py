@@ -39,7 +39,7 @@ LAYOUT = {
 class Profile:
     """Σ u² and Σ u⁴ of every row and of every column of a matrix of spacings u, in units of ``unit``² and ``unit``⁴.
 
-    Sums over rows and columns of a block are in float32, relative to its largest spacing, and are added up in float64.
+    Sums over rows and columns of a block have its dtype, relative to its largest spacing, and are added up in float64.
     """
 
     rows: Tensor

@@ -84,7 +84,7 @@ def _bound_excess(sums: Sums, fourth: Sums, terms: int, lines: int) -> Sums:
 
 
 def _minimize_edge(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
-    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its P.
+    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its log P.
 
     A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free counterpart of a
     matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a

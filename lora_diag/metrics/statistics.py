@@ -250,7 +250,8 @@ def welch_error(first: tuple[float, float], second: tuple[float, float]) -> tupl
 def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL) -> int | None:
     """Estimate the number of runs of each group needed to decide on which side of a limit an estimate lies.
 
-    That is the smallest n with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ distance, ν = max(1, groups·(n − 1)).
+    That is the smallest n ≥ 2 with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ |distance|, where ν = max(1,
+    groups·(n − 1)).
 
     Args:
         distance: Observed distance from the estimate to the limit.

@@ -249,7 +249,7 @@ def compute_distances(fro: float, other: float, gap: float, inner: float, epsilo
         other: ‖X‖.
         gap: ‖D − X‖.
         inner: ⟨D, X⟩.
-        epsilon_min: √(1 − C(r)) for X's rank; None if X has no rank.
+        epsilon_min: √(1 − C(r)) for X's rank, or a lower bound on it; None if X has no rank, or it is not known.
 
     Returns:
         The distances; all None for D = 0; ``cosine``, ``best_scale`` and ``epsilon_best_scale`` None for X = 0.
@@ -407,6 +407,11 @@ def similarity_at_random(dimension: int, vectors: int) -> float:
 
 def below_at_random(dimension: int, vectors: int, epsilon: float) -> float:
     """Estimate the probability that a random direction has a similarity below ε.
+
+    Args:
+        dimension: As in ``similarity_at_random``.
+        vectors: Likewise.
+        epsilon: ε.
 
     Example:
         >>> round(below_at_random(4096, 4096, 0.5), 3), below_at_random(8, 8, 0.5) < 0.5

@@ -51,7 +51,7 @@ class Moment:
 
     @property
     def mean(self) -> Tensor:
-        """The second moments: C of inputs, G of output gradients."""
+        """The second moment: C of inputs, G of output gradients."""
         return self.total / self.rows
 
 

@@ -49,7 +49,7 @@ def check_texts(path: Path | str) -> None:
     """Check that a path can be a text, before anything is opened.
 
     Raises:
-        InputError: There is no such file, or the folder holds no data set, or several splits.
+        InputError: There is no such file, or the folder holds no data set, or several splits, whose list may be broken.
     """
     named = os.fspath(path)
     if not os.path.isdir(named):  # noqa: PTH112  (unlike Path.is_dir(), takes any name)
@@ -99,7 +99,11 @@ def _read_file(path: Path) -> TextSource:
 
 
 def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the position, for messages, and the object of each line of JSON lines; blank lines are skipped."""
+    """Yield the position, for messages, and the object of each line of JSON lines; blank lines are skipped.
+
+    Raises:
+        InputError: A line is not a JSON object.
+    """
     # Not splitlines(): JSON strings may contain U+2028 and U+0085 literally, as in web texts.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -119,7 +123,8 @@ def _read_data_set(path: Path) -> TextSource:
 
     Raises:
         UsageError: datasets is not installed.
-        InputError: datasets cannot open the folder, or it has none of the columns.
+        InputError: datasets cannot open the folder, it names files outside, or it has neither text nor prompt and
+            completion.
     """
     try:
         import datasets
@@ -152,7 +157,7 @@ def _refuse_outside_paths(path: Path) -> None:
     """Refuse a data set whose state names files outside its folder.
 
     Raises:
-        InputError: A file is outside the folder.
+        InputError: A file is outside the folder, or has no valid name; or the state cannot be read.
     """
     files = _read_json(path / _STATE).get("_data_files")
     for file in files if isinstance(files, list) else []:
@@ -163,7 +168,11 @@ def _refuse_outside_paths(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if it holds another value."""
+    """Return the object in a JSON file; empty if it holds another value.
+
+    Raises:
+        InputError: The file cannot be read, or is not JSON.
+    """
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

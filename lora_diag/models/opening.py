@@ -61,7 +61,7 @@ class Model:
     """A model on its device, in evaluation mode.
 
     Args:
-        module: The model.
+        module: The model; None from ``open_tokens``.
         kind: Kind of prediction.
         tokens: The tokenizer.
         length: Number of tokens of a sequence.
@@ -92,8 +92,9 @@ def open_model(
 
     Raises:
         UsageError: An option is invalid, ``base`` is an adapter, or transformers is not installed.
-        InputError: ``base`` is remote or a file, transformers cannot open the model or the tokenizer, the model is
-            quantized or lacks weights, or its kind is not supported.
+        InputError: ``base`` does not exist, is remote or a file, transformers cannot open the model or the tokenizer,
+            the tokenizer of a masked model has no mask token, the model is quantized or lacks weights, or its kind is
+            not supported.
     """
     open_models, key = _KEPT.get(), (str(base), str(device), dtype, length, tokenizer)
     if open_models is not None and key in open_models:
@@ -165,8 +166,8 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
 
     Raises:
         UsageError: An option is invalid, ``base`` is an adapter, or transformers is not installed.
-        InputError: ``base`` is remote or a file, transformers cannot open the config or the tokenizer, or the kind of
-            model is not supported.
+        InputError: ``base`` does not exist, is remote or a file, transformers cannot open the config or the tokenizer,
+            the tokenizer of a masked model has no mask token, or the kind of model is not supported.
     """
     transformers = _import_transformers()
     where, options = _locate_base(base)
@@ -237,7 +238,7 @@ def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
     """Return the first argument and the options of transformers' ``from_pretrained`` for a path or a Hub id.
 
     Raises:
-        InputError: The model is remote, or a file.
+        InputError: The model does not exist, is remote, or is a file.
     """
     local = locate(base)
     if isinstance(local, RemotePath):

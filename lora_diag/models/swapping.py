@@ -66,8 +66,8 @@ class Swapped:
         absent: ΔW of tensors that the model does not have; never a matrix.
 
     Raises:
-        InputError: A matrix is not in the model, has another number of entries there or shares its weight with another
-            layer, or the model's values differ from BASE's file.
+        InputError: A matrix is not in the model, a tensor has another number of entries there or shares its weight with
+            another, the model's values differ from BASE's file, or a file could not be read.
     """
 
     def __init__(self, model: Model, deltas: Iterable[Delta], max_rank: int) -> None:

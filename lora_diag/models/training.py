@@ -287,6 +287,10 @@ def run_cell(
         training: Settings shared by all runs.
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
+
+    Raises:
+        UsageError: See ``add_lora``.
+        InputError: See ``add_lora`` and ``train_in_place``.
     """
     by_set, train_loss = losses_after(model, cell, training, sets, after)
     return [record_of(texts, losses, cell, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
@@ -309,6 +313,10 @@ def losses_after(
         sets: Evaluation sets.
         after: Called after every step and every batch.
         keep: Called with the trained model.
+
+    Raises:
+        UsageError: See ``add_lora``.
+        InputError: See ``add_lora`` and ``train_in_place``.
     """
     torch.manual_seed(cell.seed)
     trainable = (

@@ -76,7 +76,11 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types, depths: Sequ
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a heat map of each series, with its own rows and a common depth axis and colour scale."""
+    """Return a heat map of each series, with its own rows and a common depth axis and colour scale.
+
+    Raises:
+        UndrawableError: There are no layer records, or none has the field.
+    """
     series = _select_series(series, options)
     records = [record for item in series for record in item.records]
     field = options.field or default_field(series[0].records)

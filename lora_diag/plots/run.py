@@ -254,8 +254,8 @@ def plot(
         The requested figures, drawn or not, in the order of ``lora_diag.plots.FIGURES``.
 
     Raises:
-        UsageError: There are no results, an argument is invalid or contradicts another one, or the requested figure
-            cannot be drawn.
+        UsageError: There are no results, an argument is invalid or contradicts another one, a file may not be replaced,
+            or the requested figure cannot be drawn.
         InputError: A results file cannot be read, or a figure cannot be written.
         NothingComparedError: No figure can be drawn from these records.
 

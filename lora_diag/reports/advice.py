@@ -55,7 +55,7 @@ class Rule:
         do: The step, a format string.
         because: Its evidence, a format string.
         command: Its command without ``loradiag``, words of format strings; ``{base}``, ``{tuned}``, ``{eval}`` and
-            ``{data}`` are inputs of the page, and a word that is a tuple is several.
+            ``{data}`` are inputs of the page, and a word that is a tuple of text is several.
         unless: Names of the rules above that replace it.
     """
 
@@ -78,7 +78,7 @@ class Step:
         argv: The command, word by word.
         facts: The values of sentence and command.
         layers: All layers concerned, with names as in the file.
-        about: Paths of the full fine-tunes concerned, if the page has several.
+        about: Paths of the full fine-tunes concerned; empty if it concerns all of the page.
     """
 
     rule: str
@@ -375,7 +375,7 @@ def _scale(record: Residual) -> float:
 
 
 def _find_unknown_loss(evidence: Evidence) -> Facts | None:
-    """Return the adapters whose loss is not measured, or not well enough; None without distances, or with any loss."""
+    """Return the adapters whose losses do not decide; without losses, all with distances; None without either."""
     unknown = tuple(contest.name for contest in evidence.contests if contest.outcome == "not known")
     if unknown:
         state = "; ".join(f"{c.name} is {format_gap(c.worst)} nats from the full fine-tune" for c in evidence.contests)

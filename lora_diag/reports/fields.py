@@ -41,7 +41,7 @@ class Field:
         share: Whether it lies in [0, 1].
         main: Whether it is shown by default.
         together: Returns the pooled value of several layers by index, as in the command's own table.
-        pooled: Whether the pooled value differs from the median or the most frequent word.
+        pooled: Whether values are pooled by a rule of the column, not by the median or the most frequent word.
     """
 
     id: str

@@ -27,7 +27,7 @@ ROWS, NAMED, NAME = 40, 10, 90
 
 
 def markdown_report(evidence: Evidence) -> str:
-    """Return the report: answers, next steps, tables, inputs."""
+    """Return the report: answers, next steps, sections of runs, columns by module type, gate, inputs."""
     subject = subject_of(evidence)
     parts = [
         f"# {_escape_text(crop(subject.title, 200))}",

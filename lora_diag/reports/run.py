@@ -59,7 +59,8 @@ def report(
         The report: bytes for ``parquet``, else text.
 
     Raises:
-        UsageError: There are no results, the format is unknown, or ``output`` exists and may not be replaced.
+        UsageError: There are no results, the format is unknown or has no ``values``, or ``output`` is one of the
+            results files, or exists and may not be replaced.
         InputError: A file cannot be read or written, or a package that the format needs is not installed.
 
     Example:

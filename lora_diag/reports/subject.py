@@ -84,7 +84,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
 
 
 def name_updates(source: Source) -> str:
-    """Return the subject of a run: its updates, or their number."""
+    """Return the subject of a run: its updates or, of many, their number; without updates BASE, or its file."""
     run = source.results.run
     compared = [run_input for run_input in run.inputs if run_input.role not in _TEXT_ROLES]
     updates = [run_input.path for run_input in compared if run_input.role != "base"] or [
@@ -181,7 +181,7 @@ class Subject:
 
     Args:
         title: The compared inputs.
-        answers: Answers to the first questions.
+        answers: Answers to the questions of the features.
         unfinished: Warnings on runs that did not finish.
         advice: Next steps.
     """
@@ -214,7 +214,7 @@ def labels(paths: Sequence[str]) -> list[str]:
 
 
 def _make_safe(step: Step) -> Step:
-    """Return a step with text that is safe to show; its ``layers`` are unchanged."""
+    """Return a step with text that is safe to show; its ``layers`` and ``facts`` are unchanged."""
     return replace(
         step,
         do=safe(step.do),

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 def run_report(
     shown: Shown, results: Sequence[str], to: str | None, project: str | None, **options: Unpack[ReportOptions]
 ) -> int:
-    """Write or print a report, or send it to a tracker; HTML goes to ``report.html`` by default.
+    """Write or print a report, or send it to a tracker, and return the exit code; HTML goes to ``report.html``.
 
     Raises:
         UsageError: Options contradict each other, or ``report`` or ``track`` refuses them.
+        InputError: As ``report`` and ``track``.
     """
     if project is not None and to is None:
         raise UsageError("--project: names a project of a tracker; add --to")
@@ -66,8 +67,9 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
         Where the report is.
 
     Raises:
-        UsageError: There is no such tracker, or no project where one is needed.
-        InputError: The tracker's library is not installed, or a results file cannot be read.
+        UsageError: There is no such tracker, no project where one is needed, or the model card may not be written.
+        InputError: The tracker's library is not installed, a results file cannot be read, or the model card cannot be
+            read or written.
     """
     if to not in TRACKERS:
         raise UsageError(f"--to {to}: choose {', '.join(TRACKERS)}")

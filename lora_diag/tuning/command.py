@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def run_tune(shown: Shown, base: str, *, output: Path, yes: bool, **options: Unpack[TuneOptions]) -> int:
-    """Print the plan, train after confirmation, print the choice, and return the exit code."""
+    """Print the plan, train after confirmation, print the choice, and return the exit code.
+
+    Raises:
+        LoradiagError: As ``tune``; also if confirmation cannot be requested without a terminal.
+    """
     dry = options["dry_run"]
     # deferred: imports torch
     from lora_diag.tuning.record import Tune

@@ -183,7 +183,7 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     """Return the plan of a search that fits a time limit, with its stages, duration and omissions.
 
     Args:
-        plan: The search without a limit; omissions in ``left_out`` have other reasons, and are kept.
+        plan: The search without a limit; omissions in its ``left_out`` are kept.
         limit: Seconds; None for none.
 
     Raises:
@@ -282,7 +282,7 @@ class Deadline:
 
 
 def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
-    """Return the ``KEPT_RATES`` learning rates that continue after the short round, ascending.
+    """Return up to ``KEPT_RATES`` learning rates that continue after the short round, ascending; none without a loss.
 
     At every rank the rate with the lowest loss continues. Where all agree, so does the second best of the largest
     rank; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
@@ -313,7 +313,7 @@ class Target:
         shapes: ``(out, in)`` by path.
         names: As PEFT's ``target_modules`` has them.
         transposed: Whether matrices are stored ``(in, out)``.
-        task: PEFT's task type.
+        task: PEFT's task type; None unless the model is a causal language model.
         total: Parameters of the model.
         kind: Kind of LoRA.
     """
@@ -358,7 +358,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
 
     Args:
         model: BASE, opened.
-        stored: BASE, its file.
+        stored: BASE's checkpoint.
         names: Modules as PEFT names them; empty for all linear layers but the head.
         kind: Kind of LoRA.
 

@@ -96,7 +96,7 @@ class TunePlan(WholeRecord):
 class TuneTrial(WholeRecord):
     """The loss of one run on one evaluation set; or of BASE.
 
-    Runs of the stage ``ranks`` are copies of those in ``sweep.jsonl``.
+    Runs of shared ranks and of full fine-tuning are copies of those in ``sweep.jsonl``.
 
     Args:
         set: The evaluation set, by its file's name.
@@ -149,10 +149,13 @@ class TuneDecision(WholeRecord):
         rank: A shared rank; null without one.
         lr: Peak learning rate; null without training.
         params: Trainable parameters; null if not applicable.
-        gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; null where not trained.
+        gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; in the stage ``ranks``,
+            minus that of the best rank. Null where not trained, or if a run diverged.
         error: Standard error of ``gap``; for one seed null, except in the stage ``escalation``: over paired sequences.
-        gap_shifted: Mean of the same over the shifted sets; null without any.
-        error_shifted: Standard error of ``gap_shifted``.
+            Null in the stage ``ranks``.
+        gap_shifted: Mean of the same over the shifted sets, of one seed on the first; null without any, in the stage
+            ``ranks``, and if a candidate was rejected at the first seed.
+        error_shifted: Standard error of ``gap_shifted``; null with it.
         seeds: Number of seeds of ``gap``.
         seconds: Predicted cost of what was not trained; else null.
         layers: Layers that it is about, where these are named.
@@ -186,7 +189,7 @@ class Tune(WholeRecord):
         variant: The chosen configuration: ``uniform-r8``, or the name of a candidate that was kept.
         rank: The shared rank that it is based on.
         ranks: Rank of each layer by its path in the model; empty where all have ``rank``.
-        significant: Whether the rank is shown to be enough and gains; else it is the smallest candidate.
+        significant: Whether the rank is shown to be enough and the gain is significant.
         lr: Peak learning rate.
         steps: Updates.
         alpha_over_rank: lora_alpha / r.
@@ -201,12 +204,12 @@ class Tune(WholeRecord):
         gain: ``base_loss`` − ``loss``, in nats.
         gain_error: Standard error over seeds; null for one seed.
         gain_of_full: Gain of full fine-tuning; null if it was not trained or has no gain.
-        share_of_full: ``gain`` / ``gain_of_full``.
+        share_of_full: ``gain`` / ``gain_of_full``; null if that is.
         next_rank: The next higher rank tried; null if none.
         next_gain: Its additional gain in nats; null if none was tried.
         non_uniform: Whether non-uniform ranks were ``kept``, ``rejected``, or ``not tried``.
         gain_shifted: Gain on the first shifted set; null without one.
-        gain_shifted_error: Standard error of ``gain_shifted`` over seeds.
+        gain_shifted_error: Standard error of ``gain_shifted`` over seeds; null for one seed.
         set_shifted: Name of the first shifted set; empty without one.
         seeds: Seeds of the chosen configuration.
     """

@@ -67,9 +67,10 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With ``resume``, a larger
             limit than before extends the search: all runs are kept, and the omitted ones are trained.
         ranks: Shared ranks to try; by default up to four, each a fourth of the next: up to the largest power of two
-            within the budget; only 1 and 2 if it is 2 or 3.
+            within the budget; 1 and 2 if the largest rank within it is 2 or 3.
         dry_run: Stop after the plan.
-        on_plan: Called with the plan before any training; if it returns False, nothing is trained or written.
+        on_plan: Called with a new plan before any training, unless ``dry_run``; if it returns False, nothing is
+            trained or written.
         **options: ``TuneOptions``.
 
     Returns:
@@ -77,10 +78,11 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         the run stopped before training; ``end`` is then None.
 
     Raises:
-        UsageError: An option is invalid, the budget is too small for a rank, the time for a search, or ``output`` holds
-            other files.
-        InputError: An input cannot be read, or the model cannot be opened or adapted.
-        InconclusiveError: No rank is trained with a finite loss.
+        UsageError: An option is invalid, the budget is too small for a rank, the time for a search, or ``output`` is no
+            folder, holds other files, or holds a run that is neither resumed nor replaced.
+        InputError: An input cannot be read, the model cannot be opened or adapted, a file cannot be written, or the
+            cluster cannot be reached.
+        InconclusiveError: No rank is trained with a finite loss, or BASE has none.
 
     Example:
         >>> found = tune("sample_checkpoints/base", "run/", data="train.txt",  # doctest: +SKIP
@@ -153,12 +155,12 @@ def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
 
 
 def _check_output(folder: Path, arguments: Options) -> None:
-    """Refuse an output before any work.
+    """Refuse a folder that cannot hold the run, before any work.
 
     Raises:
         UsageError: The output is a link, a file, a folder with other files, or one with a run that is not to be
             resumed or replaced.
-        InputError: The folder cannot be created.
+        InputError: The folder cannot be created or written.
     """
     records = folder / RECORDS
     for path in (folder, records):
@@ -182,7 +184,7 @@ def _latest_file(folder: Path) -> Path:
 
 
 def _read_earlier_plan(folder: Path, arguments: Options) -> TunePlan | None:
-    """Return the plan of the run to resume; None for a new run.
+    """Return the plan of the run to resume; None for a new run, or if that run has no plan yet.
 
     Raises:
         InputError: The folder's records cannot be read.

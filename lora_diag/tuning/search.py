@@ -268,7 +268,7 @@ class Tuner:
         return math.nan if loss is None else loss
 
     def _get_first_loss(self, variant: Variant) -> float:
-        """Return the loss of a configuration with the first seed on the deciding set; infinite if it diverged."""
+        """Return the loss of a configuration with the first seed on the deciding set; infinite without one."""
         run = self.trials.runs(variant).get(self.own, {}).get(self.first_seed)
         return math.inf if run is None else run.loss
 
@@ -326,7 +326,7 @@ class Tuner:
     # -- shared ranks ------------------------------------------------------------------------------------------------
 
     def _run_sweep(self, file: str, **options: Any) -> Results[Any]:
-        """Run ``probe sweep``, or resume an interrupted one; return its results up to the time limit."""
+        """Run ``probe sweep``, or resume or extend that in the file; return its results up to the time limit."""
         path, self._seen = self.folder / file, 0
         shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
@@ -366,7 +366,7 @@ class Tuner:
         return {"ranks": ranks, "rates": rates, "seeds": repeats, "steps": plan.steps, "widen": plan.widen}
 
     def _train_first_seed(self, rates: Sequence[float]) -> None:
-        """Train all ranks and rates with one seed, and adapt the plan to their pace, unless seeds are trained already.
+        """Train all ranks and rates with one seed, and adapt the plan to their pace, unless the sweep has more seeds.
 
         Without a time limit nothing is done: the sweep has the same runs.
         """
@@ -380,7 +380,7 @@ class Tuner:
         """Run the sweep over shared ranks or resume it, record its losses, and return its verdict and the choice.
 
         Raises:
-            InconclusiveError: No run is finished with a finite loss.
+            InconclusiveError: No run is finished with a finite loss, or BASE has none.
         """
         plan = self.plan
         settings = self._make_settings(rates, ranks, repeats)

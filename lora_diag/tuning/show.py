@@ -142,7 +142,7 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
 
 
 def describe_choice(choice: Tune) -> str:
-    """Return the configuration in one line: ranks, learning rate, scale and parameters."""
+    """Return the configuration in one line: kind, ranks, learning rate, scale, regularization, share of the budget."""
     ranks = span(choice.ranks.values()) if choice.ranks else ""
     where = f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
     extra = f", dropout {choice.dropout:g}" if choice.dropout else ""
@@ -177,7 +177,7 @@ def _format_error(error: float | None) -> str:
 
 
 def _describe_edge(choice: Tune, trials: Sequence[TuneTrial], plan: TunePlan | None) -> str:
-    """State that the learning rate is at the edge of all that were tried at the shared rank; else empty."""
+    """State that the learning rate is at the edge of those tried at the shared rank, or the only one; else empty."""
     own = {trial.lr for trial in trials if trial.variant == f"uniform-r{choice.rank}" and trial.lr is not None}
     tried = own | set(plan.rates if plan is not None else ())
     if len(tried) < 2:

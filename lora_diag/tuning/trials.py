@@ -193,8 +193,8 @@ class Contest:
     Args:
         outcome: ``better``, ``worse``: significantly; ``tie``: neither; ``not known``: one seed or none.
         kept: Whether it replaces the incumbent.
-        own: On the first set that is not shifted.
-        shifted: Mean over the shifted sets; None without any.
+        own: On the set that decides; None without a common seed.
+        shifted: Mean over the shifted sets with a common seed; None without any.
     """
 
     outcome: Outcome
@@ -283,7 +283,7 @@ class RankChoice:
     Args:
         rank: r.
         lr: Its learning rate.
-        significant: Whether it is shown to be enough; else it is the smallest whose mean loss is within tolerance.
+        significant: Whether it is shown to be enough; else it is chosen by the mean losses.
         why: The reason as text.
     """
 
@@ -493,7 +493,11 @@ class Trials:
             yield records
 
     def measure_base(self) -> None:
-        """Measure BASE on every set and on as many training sequences as the largest set has, unless recorded."""
+        """Measure BASE on every set and on as many training sequences as the largest set has, unless recorded.
+
+        Raises:
+            InputError: The loss on the training sequences is not finite.
+        """
         if self._has(variant="base"):
             return
         train_texts = self.training.texts.first(max(len(texts.sequences) for texts in self.sets))

@@ -532,8 +532,8 @@ def probe_curvature(
     Raises:
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), the
             output can be neither replaced nor resumed, or the extra ``train`` is not installed.
-        InputError: An input cannot be read, transformers cannot open BASE, its model has no weight of a layer, a loss
-            or a product is not finite, or Lanczos did not converge.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, its model has no
+            weight of a layer, a loss or a product is not finite, or Lanczos did not converge.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:

@@ -290,8 +290,8 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
     Raises:
         UsageError: An option is invalid, the output can be neither replaced nor resumed, or the extra ``train`` is not
             installed.
-        InputError: An input cannot be read, transformers cannot open BASE, a loss or a gradient is not finite, or the
-            logits of the measurements take too much memory.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, a loss or a gradient
+            is not finite, or the logits of the measurements take too much memory.
         NothingComparedError: The checkpoints have no weight in common, or no linear layer is selected.
 
     Reference:

@@ -304,7 +304,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of full fine-tuning to
             rounding), the training text is also an evaluation set, the output can be neither replaced nor resumed, or
             the extra ``train`` is missing.
-        InputError: An input cannot be read, or the model cannot be opened or adapted.
+        InputError: An input cannot be read or the output written, or the model cannot be opened or adapted.
 
     Reference:
         Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.

@@ -222,7 +222,8 @@ def probe_outputs(
     Raises:
         UsageError: An option is invalid, there is nothing to compare, an input is given twice, the output can be
             neither replaced nor resumed, or the extra ``train`` is missing.
-        InputError: An input cannot be read, transformers cannot open BASE, or a loss is not finite.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or a loss is not
+            finite.
         NothingComparedError: A checkpoint has no weight in common with BASE.
 
     Example:

@@ -257,8 +257,8 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     Raises:
         UsageError: An option is invalid, the training text is also an evaluation set, the output can be neither
             replaced nor resumed, or the extra ``train`` is missing.
-        InputError: An input cannot be read, the model cannot be opened or adapted, or its loss or a gradient is not
-            finite.
+        InputError: An input cannot be read or the output written, the model cannot be opened or adapted, or its loss or
+            a gradient is not finite.
         NothingComparedError: No linear layer is selected.
 
     Example:

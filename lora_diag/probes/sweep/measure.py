@@ -160,7 +160,8 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
     Raises:
         UsageError: An option is invalid, the training text is also an evaluation set, the output can be neither
             replaced nor resumed, or the extra ``train`` is missing.
-        InputError: An input cannot be read, or the model cannot be opened or adapted.
+        InputError: An input cannot be read or the output written, the model cannot be opened or adapted, or the cluster
+            cannot be reached.
 
     Example:
         >>> found = probe_sweep("sample_checkpoints/base", data="train.txt",  # doctest: +SKIP

@@ -175,7 +175,8 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
     Raises:
         UsageError: An option is invalid, the output can be neither replaced nor resumed, or the extra ``train`` is not
             installed.
-        InputError: An input cannot be read, transformers cannot open BASE, or ΔW of a layer or a loss is not finite.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or ΔW of a layer or a
+            loss is not finite.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:

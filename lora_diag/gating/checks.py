@@ -1,6 +1,6 @@
-"""Built-in checks, which apply with every policy, and the identity of the inputs of results.
+"""Built-in checks, which apply with every policy that does not disable them, and the identity of the inputs of results.
 
-A check applies to records of any kind that have the fields which it reads.
+A check of records applies to records of any kind that have the fields which it reads.
 
 Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
 Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
@@ -48,7 +48,7 @@ _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "on
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One finding of a check, and the exceeded limit if the check has several.
+    """One finding of a check; ``allowed`` is the requirement if that depends on the finding, else empty.
 
     ``unknown`` prevents the gate from passing at every severity, because no verdict is possible.
     """
@@ -247,7 +247,7 @@ def _check_missing(policy: Policy, sources: Sources, baseline: Sources) -> Itera
 
 
 def _select_records(sources: Sources, *names: str) -> list[Any]:
-    """Return the records that have all of these fields or properties, of any kind."""
+    """Return the records of layers that have all of these fields or properties, of any kind."""
     records = (record for source in sources for record in source.results.layers)
     return [record for record in records if all(hasattr(record, name) for name in names)]
 

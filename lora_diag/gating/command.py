@@ -42,6 +42,7 @@ def run_gate(
     Raises:
         UsageError: Options contradict each other, there are no results, or an output may not be replaced.
         InputError: An input cannot be read, or an output cannot be written.
+        NothingComparedError: There is nothing to measure or to judge.
     """
     files, baseline, card = list(paths), options["baseline"], model_card
     if github and shown.json:
@@ -96,7 +97,13 @@ def run_gate(
 
 
 def run_init(shown: Shown, results: Sequence[str], *, output: Path | None, overwrite: bool) -> int:
-    """Print a policy; or write it, and print the outcome of the results it is made from."""
+    """Print a policy, or write it and print the outcome of the results it is made from; return the exit code.
+
+    Raises:
+        UsageError: The output may not be replaced, or the policy does not fit the results.
+        InputError: Results cannot be read, did not finish or have no value to compare, or the output cannot be written.
+        NothingComparedError: There is nothing to judge.
+    """
     check_outputs(results, [(output, POLICY)], overwrite)
     from lora_diag.gating.run import gate_init
 

@@ -12,13 +12,13 @@
     word      = letter, { letter | digit | "_" | "." | "-" } ;
     quoted    = '"', { any character but '"' }, '"' | "'", { any character but "'" }, "'" ;
 
-Without an aggregate every layer must meet the condition. A percentile is the smallest measured value with at least that
-percentage of the values at or below it.
+Without an aggregate or a share every layer must meet the condition. A percentile is the smallest measured value with at
+least that percentage of the values at or below it.
 
 A field is a number, a word or a flag of any kind of record. Fields are derived from the definitions of the records, so
 new kinds of records need no change here. Their name is the dotted path to the value: ``epsilon``, ``energy.8``,
-``rank_at.0.9``, ``tail.8.fro``, ``resolution.verdict``; prefixed by the kind if several kinds have it:
-``spectrum.fro``, ``end.left_out``.
+``rank_at.0.9``, ``tail.8.fro``, ``resolution.verdict``; prefixed by the kind if several kinds of the results have it,
+and always for ``end``: ``spectrum.fro``, ``end.left_out``.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ _NO_VALUES = frozenset({"operator", "mark"})
 
 
 class ConditionError(ValueError):
-    """A condition that cannot be parsed, does not fit its field, or can never fail or never be met."""
+    """A condition that cannot be parsed, names no field, does not fit its field, or can never fail or never be met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ class Condition:
         text: The condition as written.
         name: The field's name.
         test: The comparison for its value.
-        aggregate: Aggregate of the values of all layers; empty if every layer is judged separately.
+        aggregate: Aggregate of the values of all layers; empty without one.
         share: For ``share of layers with``: the comparison for the fraction of the layers that meet ``test``.
     """
 
@@ -273,7 +273,7 @@ class Condition:
         return numbers[math.ceil(int(self.aggregate[1:]) * len(numbers) / 100) - 1]
 
     def holds(self, measured: float) -> bool:
-        """Return whether an aggregate meets the condition."""
+        """Return whether an aggregate, or for ``share of layers with`` a fraction, meets the condition."""
         return (self.share or self.test).holds(measured)
 
     def problem_with(self, field: RecordField) -> str | None:
@@ -397,7 +397,7 @@ def _describe_bad_limit(test: Comparison, name: str, is_share: bool) -> str | No
 
 
 def _describe_unknown(name: str) -> str:
-    """Return the error about a name that is no field: a similar name, or that it is not a single value."""
+    """Return the error about a name that is no field: a similar name, that it is a table, or where they are listed."""
     first = name.partition(".")[0]
     if guess := similar(name):
         if guess != name:

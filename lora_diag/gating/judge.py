@@ -58,8 +58,8 @@ def judge(
 
     Returns:
         The verdicts on the subject and the inputs, of the built-in checks, of the rules, and of the comparisons with
-        the baseline: at least one for the inputs and for each enabled check, rule and comparison; then a warning for
-        each waiver that has expired or was not applied.
+        the baseline: at least one for the inputs and for each enabled check, rule and comparison, except for the check
+        ``missing`` without a baseline; then a warning for each waiver that has expired or was not applied.
 
     Raises:
         UsageError: A rule selects nothing in the results, or its field or condition does not fit their records.
@@ -76,7 +76,7 @@ def judge(
 
 
 def _refuse_nothing(policy: Policy, sources: Sources) -> None:
-    """Refuse results without records, and results that neither a rule nor a built-in check applies to.
+    """Refuse results without records, or that no rule or built-in check applies to; not if non-finite or unfinished.
 
     Raises:
         NothingComparedError: There is nothing to judge.
@@ -121,7 +121,7 @@ def _judge_subject(policy: Policy, sources: Sources) -> Iterator[Verdict]:
 def _judge_demand(
     policy: Policy, demand: Demand, sources: Sources, baseline: Baseline, waivers: Waivers
 ) -> list[Verdict]:
-    """Return the verdicts on every record that a rule or a comparison selects, or on their aggregates.
+    """Return the verdicts on every record that a rule or a comparison selects, on aggregates, or that there is none.
 
     Raises:
         UsageError: It does not fit the records.
@@ -226,7 +226,7 @@ def _judge_each(policy: Policy, demand: Demand, findings: list[Finding], waivers
 
 
 def _judge_aggregate(policy: Policy, rule: Rule, group: str, findings: list[Finding], waivers: Waivers) -> Verdict:
-    """Return the verdict on one aggregate of all records; it is waived if it passes only without the waived layers."""
+    """Return the verdict on the aggregate of a group; waived if the layers without a waiver pass, or all have one."""
     verdict = _judge_number(policy, rule, group, findings)
     if verdict.status == "passed":
         return verdict
@@ -252,7 +252,7 @@ def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding
 
 
 def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> tuple[bool, str]:
-    """Return whether enough of the selected subjects have a value, and how many do; empty if all that changed do."""
+    """Return whether enough of the subjects have a value, and how many, as text; empty if all that changed have one."""
     unjudged = [finding.subject for finding in findings if finding.reason]
     judged = [finding.subject for finding in findings if not finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
@@ -314,7 +314,7 @@ class Waivers:
         return next((waiver for waiver in self.active if waiver.covers(rule, layer or "")), None)
 
     def apply(self, verdict: Verdict) -> Verdict:
-        """Return a verdict as waived if it does not pass and a waiver applies."""
+        """Return a verdict, as waived if it is failed, warned or inconclusive and a waiver applies."""
         waiver = self.of(verdict.rule, verdict.layer)
         if verdict.status not in {"failed", "warned", "inconclusive"} or waiver is None:
             return verdict

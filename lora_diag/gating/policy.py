@@ -1,6 +1,7 @@
 """A policy: the conditions for releasing a checkpoint. Each table of its file is a model that validates its keys.
 
-Unknown keys are errors: a misspelled key would otherwise silently remove a rule. Errors name the line.
+Unknown keys are errors: a misspelled key would otherwise silently remove a rule. An error in a
+table names its line.
 """
 
 from __future__ import annotations
@@ -335,7 +336,7 @@ class Waiver(PolicyTable):
 
 
 class Checks(PolicyTable):
-    """Built-in checks: what each requires, and what to do otherwise. Values are severities.
+    """Built-in checks: what each requires, and what to do otherwise. Values are severities, or ``off``.
 
     Args:
         inputs: The results are those of the files as they are now. If not: measure again.
@@ -474,7 +475,7 @@ class Policy(PolicyTable):
         return [*self.rules, *self.regressions]
 
     def error(self, demand: Demand, text: str) -> UsageError:
-        """Return an error in one of the rules."""
+        """Return an error in one of the rules or comparisons, with its line."""
         return UsageError(f"{self.path}: line {demand.line}: {demand.name}: {text}")
 
 
@@ -486,7 +487,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         content: Its text; default read from the file.
 
     Raises:
-        UsageError: The file cannot be read or is invalid; the message names the line.
+        UsageError: The file cannot be read, is too long, contains results or is invalid; the message names the line of
+            an invalid key or value.
     """
     if content is None:
         try:
@@ -582,7 +584,9 @@ def read_text(name: str) -> str:
 
 
 def line_of(text: str, path: KeyPath) -> int:
-    r"""Return the line, counted from 1, on which the value at a path begins; for the longest existing part of the path.
+    r"""Return the line, counted from 1, on which the statement that gives the value at a path begins.
+
+    Where no value is at the path, that of the longest part of the path that has one.
 
     ``tomllib`` gives no positions. The first statements of a file are a valid file; of two such files, one statement
     apart, the longer has the value, and the shorter does not.

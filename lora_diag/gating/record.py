@@ -47,17 +47,18 @@ class Verdict(WholeRecord):
     Args:
         rule: Its name in the policy, or that of a built-in check.
         layer: The layer judged; null for an aggregate or a whole-model value.
-        group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``.
+        group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``; for
+            the check ``inputs``, the input.
         measured: The measured value; null without one.
         allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``; else what is required.
         status: ``passed``: the value meets the condition. ``failed``: it does not; the gate fails. ``warned``:
-            likewise, with the severity warning; the gate passes. ``waived``: it does not, and a waiver of the policy
-            allows that until a date. ``inconclusive``: no verdict is possible; the gate never passes then: measure what
-            the message names. ``not judged``: a layer without a value, permitted by the policy's coverage, a check that
-            does not apply, or an input that was not compared.
+            likewise, with the severity warning; the gate passes. ``waived``: it does not, or no verdict is possible,
+            and a waiver of the policy allows that until a date. ``inconclusive``: no verdict is possible; with the
+            severity error the gate does not pass then: measure what the message names. ``not judged``: a layer without
+            a value, permitted by the policy's coverage, a check that does not apply, or an input that was not compared.
         severity: Severity of the rule: ``error`` fails the gate, ``warning`` does not.
-        message: Problem and fix, in one sentence.
-        line: Line of the rule in the policy; null for a built-in check.
+        message: Problem and fix, in one sentence; empty if there is nothing to say.
+        line: Line of the rule or the waiver in the policy; null for a built-in check.
     """
 
     key: ClassVar[tuple[str, ...]] = ("rule", "layer", "group")

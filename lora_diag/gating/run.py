@@ -60,8 +60,10 @@ def gate(
         The verdicts, in ``whole``; ``lora_diag.gating.record.outcome`` returns the outcome.
 
     Raises:
-        UsageError: The policy is invalid, or does not fit the results or the options.
-        InputError: A file cannot be read, or was truncated or edited, or the run of a baseline did not finish.
+        UsageError: The policy is invalid, or does not fit the results or the options; an option is invalid; or no
+            results are given.
+        InputError: A file cannot be read or written, or was truncated or edited, or the run of a baseline did not
+            finish.
         NothingComparedError: There is no record to judge.
 
     Example:
@@ -267,7 +269,7 @@ def _draft_comparison(kind: str, guard: Guard, subjects: Sequence[Subject], wher
 
 
 def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
-    """Return the coverage of a field that is null in some records, such as the cosine of a zero update; else empty."""
+    """Return the coverage for a field that is null in layers that changed; empty without any, or without all norms."""
     null_subjects = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
     if not null_subjects or any(subject.fro is None for subject in subjects):
         return ""
@@ -279,5 +281,5 @@ def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
 
 
 def _escape_comment(text: str) -> str:
-    """Return text without line breaks and other control characters, so that it cannot end a comment."""
+    """Return text with ``?`` for line breaks and other control characters, so that it cannot end a comment."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,7 +1,8 @@
 """Verdicts → the terminal, JUnit XML, annotations and step summary of GitHub Actions, and a block of a model card.
 
-All show the failures first. GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth counts
-the others; it drops a step summary above 1 MiB, so this one is truncated.
+Within a rule all show the failures first; JUnit XML and the model card keep the rules in the order of the policy. GitHub
+shows ten annotations of a kind per step, so nine rules get one and the tenth counts the others; it drops a step summary
+above 1 MiB, so this one is truncated.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def describe_reasons(verdicts: Sequence[Verdict]) -> str:
 
 
 def reason(results: Results[Any]) -> str:
-    """Return the outcome with its worst verdict, in one line."""
+    """Return the outcome, with the worst verdict that blocks it if there is one, in one line."""
     worst = next((verdict for verdict in verdicts_of(results) if verdict.blocks), None)
     if worst is None:
         return headline(results)
@@ -106,7 +107,7 @@ def reason(results: Results[Any]) -> str:
 
 
 def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
-    """Return the verdicts with given statuses, rule by rule."""
+    """Return the verdicts with given statuses, rule by rule, the worst first."""
     return list(_group((v for v in verdicts_of(results) if v.status in statuses), lambda verdict: verdict.rule).items())
 
 
@@ -240,7 +241,7 @@ def _name_value(verdict: Verdict) -> str:
 
 
 def _weights_of(results: Results[Any]) -> list[RunInput]:
-    """Return the checkpoints and adapters of a gate's results."""
+    """Return the checkpoints and adapters of a gate's results that have a fingerprint."""
     return [run_input for run_input in results.run.inputs if run_input.fingerprint]
 
 

@@ -77,7 +77,7 @@ Sources = Sequence[ResultsSource]
 
 
 def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSource:
-    """Read results, and compare the totals in their last line, which the hash does not cover, with the records.
+    """Return results as a source, if the totals in their last line, which the hash does not cover, fit the records.
 
     Args:
         item: A results file; or results in memory, which are named after their command and last input.
@@ -111,7 +111,7 @@ class Subject:
 
     Args:
         layer: Its layer; None for the run as a whole.
-        group: Identifies one of several records of the layer; empty if there is only one.
+        group: Identifies one of several records of the layer by file, metric and key; empty if none of them does.
         key: Identifies the group, independent of the adapter's path.
         record: The record; None if it is missing.
         reason: Reason why it is missing.
@@ -204,7 +204,14 @@ def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Earlier records, by metric, layer, and the position of their adapter in the file or their step and rank."""
+    """Earlier records, by metric, layer, and the position of their adapter in the file or their step and rank.
+
+    Args:
+        sources: The results files.
+
+    Attributes:
+        subjects: The subjects of the kinds that were looked up so far, as ``of_kind`` returns them.
+    """
 
     sources: Sources
     subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
@@ -244,9 +251,9 @@ class Baseline:
     def tighten(self, regressions: Sequence[Regression], sources: Sources) -> Results[Any] | None:
         """Return the baseline, of one file, with improved records in place of the stored ones; None without any.
 
-        A record is an improvement if no compared field is worse than stored, regardless of tolerance, and one is
-        better. Whole records are replaced, never single values, so that each was measured. Kinds of which several of
-        ``sources`` may have records are not compared.
+        A record is an improvement if no compared field is missing or worse than stored, regardless of tolerance, and
+        one is better. Whole records are replaced, never single values, so that each was measured. Kinds of which
+        several of ``sources`` may have records are not compared.
         """
         replacements: dict[int, Any] = {}
         for kind in sorted(LAYER_KINDS):

@@ -138,6 +138,10 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
     Returns:
         The subspaces; for an adapter, those spanned by its factors. A ``left_out`` record if ΔW is not finite, is
         zero, or has fewer directions than every requested rank.
+
+    Raises:
+        InputError: A file could not be read.
+        MemoryLimitError: The layer does not fit.
     """
     delta = drop_base(delta)
     change = load_change(delta, device, allowance=_make_allowance(delta, settings))
@@ -263,8 +267,8 @@ def overlap(
         **options: ``OverlapOptions``.
 
     Returns:
-        One record for each layer, step and rank. Layers without a gradient, gradients without a layer and gradients
-        that are not finite are in ``left_out``.
+        One record for each layer, step and rank. Layers without a gradient or without subspaces, gradients without a
+        layer and gradients that are not finite are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid, no gradients are given, or ``tuned`` contains gradients.
@@ -430,7 +434,7 @@ def _list_unmatched(
 def _explain_no_overlap(
     compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired]
 ) -> str:
-    """Return why no layer has both an update and a gradient, with names of both sides."""
+    """Return why no layer has both an update and a gradient; with names of both sides if there are updates."""
     if not compared.matrices:
         return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
     names = [history.layer for history in gradient_histories] + [tensor.layer for tensor in unmatched]

@@ -202,6 +202,9 @@ class GradientRecorder(TrainerCallback):
 
         Args:
             finished: False to end the file without ``left_out`` records and last line, as that of an interrupted run.
+
+        Raises:
+            InputError: The results file cannot be written.
         """
         for remove_hook in self._hook_removers:
             remove_hook()

@@ -70,10 +70,10 @@ def is_near_random(record: Overlap) -> bool:
 
 
 def describe_trend(ends: tuple[float, float] | None) -> str:
-    """Return the trend of κ as a word; empty for a single step.
+    """Return the trend of κ as a word; empty if it is not known.
 
     Args:
-        ends: κ at the first steps and at the last, as ``Track.ends``.
+        ends: κ at the first steps and at the last, as ``Track.ends``; None with fewer than two nonzero gradients.
 
     >>> describe_trend((0.4, 0.2)), describe_trend((0.4, 0.39)), describe_trend((0.2, 0.4)), describe_trend(None)
     ('falls', 'steady', 'rises', '')
@@ -223,7 +223,7 @@ MIN_REACH = 0.1
 
 
 def suggest_next(results: Results[Overlap], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: training with other ranks where most layers end near random, else this update's adapter."""
+    """Return the next step: a sweep of ranks if most layers end near random, else the effect of the adapter, or one."""
     relevant = [track for track in _select_relevant(tracks(results)) if track.known]
     if 2 * sum(track.near_since is not None for track in relevant) > len(relevant):
         return Hint("probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs")

@@ -30,7 +30,7 @@ class Outcome:
         does: ``applied`` if it adds ``scale``·B·A; ``intended`` if it applies the item as stored;
             ``full`` if it takes a stored weight; ``dropped`` if it leaves the weight as it is; ``refused`` if it does
             not load the adapter.
-        scale: s'; None without factors.
+        scale: s'; None without factors, and if dropped or refused.
         why: The reason, in one sentence; empty for the usual case.
         unjudged: What may prevent it, which depends on a BASE that is not given; empty if nothing does.
     """

@@ -55,7 +55,7 @@ def _make_norm(records: Sequence[Portability]) -> Normalize | None:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return one panel for each program, of one or several runs."""
+    """Return the page of one panel for each program of each run."""
     records: list[Portability] = [record for item in series for record in item.records]
     types, norm = Types(record.layer for record in records), _make_norm(records)
     depths = sorted({depth_of(record.layer) for record in records}, key=lambda depth: -1 if depth is None else depth)

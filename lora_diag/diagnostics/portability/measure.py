@@ -62,7 +62,7 @@ class Judged:
     Args:
         item: The contents of the adapter's file for the weight.
         outcomes: The treatment of the weight by each consumer.
-        intended: The intended s; None without factors.
+        intended: The intended s; None without factors, and if the program whose ΔW is intended drops them.
         delta: ΔW; None without weights, and if a ΔW of the adapter needs a BASE and none is given.
     """
 
@@ -90,6 +90,9 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
 
     Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
     the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
+
+    Raises:
+        InputError: A file could not be read.
     """
     fro: float | None = None
     update: Matrix | None = None
@@ -140,7 +143,7 @@ def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update
 
 
 def _measure_distance(task: Judged, scale: float | None, fro: float | None, update: Matrix | None) -> float | None:
-    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is zero or unknown, or a scale is unknown or 0."""
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is zero, or ΔW, s' or the adapter's s is unknown."""
     item, delta = task.item, task.delta
     if delta is None or not fro or update is None or item.load is None or scale is None or not item.scale:
         return None

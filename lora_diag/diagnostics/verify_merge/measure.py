@@ -288,8 +288,8 @@ def verify_merge(
         **options: ``RunOptions``.
 
     Returns:
-        One record for every weight of ``base`` that is in ``merged``, adapted or not, for every adapted one that is
-        not, and for vocabulary rows that both the adapter and ``merged`` add.
+        One record for every selected weight of ``base`` that is in ``merged``, adapted or not, for every adapted one
+        that is not, and for vocabulary rows that both the adapter and ``merged`` add.
         ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
 
     Raises:

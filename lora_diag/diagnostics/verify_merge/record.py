@@ -87,7 +87,7 @@ class Merge(LayerRecord):
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.
-        cause: Likely cause as text; empty without a fault.
+        cause: Likely cause as text; empty if the status is ``ok``.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

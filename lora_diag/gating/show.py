@@ -1,8 +1,8 @@
 """Verdicts → the terminal, JUnit XML, annotations and step summary of GitHub Actions, and a block of a model card.
 
-Within a rule all show the failures first; JUnit XML and the model card keep the rules in the order of the policy. GitHub
-shows ten annotations of a kind per step, so nine rules get one and the tenth counts the others; it drops a step summary
-above 1 MiB, so this one is truncated.
+Within a rule all show the failures first; JUnit XML and the model card keep the rules in the order of the policy.
+GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth counts the others; it drops a step
+summary above 1 MiB, so this one is truncated.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class _Point:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the scatter plot of all adapters, with a colour per run.
+    """Return the page of the scatter plot of all adapters that have a rank, with a colour per run.
 
     Raises:
         UndrawableError: No adapter has a rank.
@@ -95,7 +95,7 @@ def _make_points(series: Sequence[Series[Any]]) -> list[_Point]:
 
 
 def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
-    """Draw a point for each adapter, and the limit of over-ranked ones."""
+    """Draw a point for each adapter, the limit of over-ranked ones, and the names of the rarest outliers."""
     norms = [point.fro for point in points if point.fro > 0] or [1.0]
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")

@@ -438,7 +438,11 @@ def fleet(
 
 
 def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
-    """Check that a cluster's worker has the same files, then measure one adapter."""
+    """Check that a cluster's worker has the same files, then measure one adapter as ``_measure_member``.
+
+    Raises:
+        InputError: The worker has other files.
+    """
     for seen in (member.seen, settings.base):
         if seen is not None:
             seen.check_unchanged()

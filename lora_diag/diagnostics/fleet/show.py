@@ -68,7 +68,7 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
 
 
 def _find_pairs(records: Sequence[Fleet]) -> list[NearDuplicate]:
-    """Return the pairs of near-duplicate adapters."""
+    """Return the pairs of near-duplicate adapters, the most similar first."""
     return find_near_duplicates([record.update for record in records], [record.space for record in records])
 
 

@@ -32,7 +32,7 @@ ENERGY = "0.9"
 
 
 def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the ranks of the layers, with the additive fraction below, once per run.
+    """Return the page of the ranks of the layers, with the additive fraction below, for each run.
 
     Raises:
         UndrawableError: No layer is changed by two updates.
@@ -117,7 +117,11 @@ POINTS = 400
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the angles of the column spaces and of the row spaces, one panel each, of the pairs that overlap most."""
+    """Return the page of the angles of column and of row spaces, one panel each, of the pairs that overlap most.
+
+    Raises:
+        UndrawableError: The requested rank was not measured.
+    """
     pairs = split_series(series, options)
     ranks = {int(rank) for item in pairs for record in item.records for rank in record.columns}
     rank = choose_rank(ranks, options)

@@ -391,7 +391,7 @@ def _measure_merges(
 
 
 def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
-    """Return the stored factors in float64; None if an update has none or its scale is unknown or 0."""
+    """Return the stored factors in float64 and their scales; None if an update lacks factors or a nonzero scale."""
     adapters = []
     for part in parts:
         delta = part.update.delta
@@ -501,7 +501,7 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
     cosine = frobenius_inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     cosine_random = 1 / math.sqrt(math.prod(task.shape))
-    # Up to the number of directions of either; larger ranks give the same.
+    # Up to the larger number of directions; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
     relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
     near = all(
@@ -667,7 +667,7 @@ def _check_weights(requested: Sequence[float] | None, update_count: int) -> tupl
 
 
 def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
-    """Align the updates by the names of the layers.
+    """Return the layers that any update has, in natural order, each with its updates.
 
     Raises:
         InputError: Two have different shapes for one name.

@@ -48,7 +48,9 @@ class EnergyOverlap(Record):
 
 
 class Interference(LayerRecord):
-    """Comparison of two updates of one layer. Tables are by rank r, up to the number of directions of either update.
+    """Comparison of two updates of one layer.
+
+    Tables are by rank r, up to the larger number of directions of the two; if all ranks are above, by the smallest.
 
     Args:
         layer: The weight's name in BASE, or in the adapters without a BASE.
@@ -62,11 +64,11 @@ class Interference(LayerRecord):
         columns: Principal angles between the spaces of the r largest left singular vectors.
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
-        relation: ``apart``: the spaces overlap no more than random ones; the updates can be added. ``share``: they
-            overlap, and the cosine is small; compare losses of the merge. ``reinforce``: they point the same way, so
-            that the sum is longer than either; scale it down. ``cancel``: they oppose each other, so that the sum loses
-            part of both; do not merge this layer with equal weights. ``noise``: an update is not resolved. See
-            ``metrics.subspaces.classify_relation``.
+        relation: ``apart``: the spaces overlap no more than random ones, and the cosine is small; the updates can be
+            added. ``share``: they overlap, and the cosine is small; compare losses of the merge. ``reinforce``: they
+            point the same way, so that the sum is longer than either; scale it down. ``cancel``: they oppose each
+            other, so that the sum loses part of both; do not merge this layer with equal weights. ``noise``: an update
+            is not resolved. See ``metrics.subspaces.classify_relation``.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")

@@ -146,7 +146,7 @@ def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.devi
 
 
 def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
-    """Compare each of the largest left singular vectors of W_tuned (``top``) with all of W_base."""
+    """Return each of the largest left singular vectors of W_tuned (``top``) as compared with all of W_base."""
     (u, _), (top_u, _) = base.vectors, top.vectors
     cosines = (u.T @ top_u).abs().cpu()
     directions = []
@@ -188,7 +188,7 @@ def intruders(
         **options: ``IntruderOptions``.
 
     Returns:
-        One record per matrix that both sides have; other matrices are in ``left_out``.
+        One record per finite matrix that both sides have; other matrices are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid.

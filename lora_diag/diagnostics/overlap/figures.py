@@ -62,6 +62,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     """Return the page of κ = ‖UᵀGV‖_F / ‖G‖_F and tangent overlap ‖P_T G‖_F / ‖G‖_F, one panel per module type.
 
     Of more than ``MAX_PANELS`` types, the first are drawn.
+
+    Raises:
+        UndrawableError: The requested rank was not measured.
     """
     ranks = {record.rank for item in series for record in item.records}
     rank = choose_rank(ranks, options)

@@ -190,7 +190,8 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
         blocks: The rows of G_t, ``(rows, in)`` each, from the first row to the last.
 
     Returns:
-        One record for each rank, with null fractions if G_t is zero; if G_t is not finite, one ``left_out`` record.
+        One record for each rank, with null fractions if G_t is zero; if G_t is not finite or its norm overflows, one
+        ``left_out`` record.
     """
     fractions = measure_shares(blocks, spaces.u, spaces.v, spaces.ranks)
     if isinstance(fractions, str):

@@ -117,6 +117,7 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     """Return the records of a layer as ``measure_layer`` does, measured on this device.
 
     Raises:
+        InputError: A file could not be read, or a second moment is invalid.
         MemoryLimitError: An update does not fit.
     """
     # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
@@ -229,6 +230,7 @@ def _estimate_before_rounding(
     """Return the update before rounding; None where it was not requested, is not hidden, or cannot be estimated.
 
     Raises:
+        InputError: A file could not be read.
         MemoryLimitError: Its cells do not fit.
     """
     if not layer.recover or not isinstance(layer.delta, StoredDelta) or not layer.delta.is_matrix or not full.fro:

@@ -56,7 +56,7 @@ class Distance(Record):
 
     @property
     def least_epsilon(self) -> float | None:
-        """√(max(0, ε_min² − energy_error)), a lower bound on ε at the adapter's rank; None if it has no rank."""
+        """√(max(0, ε_min² − energy_error)), a lower bound on ε at the adapter's rank; None without ε_min."""
         return None if self.epsilon_min is None else least_epsilon(self.epsilon_min, self.energy_error)
 
     @property
@@ -157,7 +157,7 @@ class Residual(Distance, LayerRecord):
         rank: Columns of the adapter's factors; 0 if it does not change the layer; null for a 1-D tensor and if
             X has no factors.
         fro: ‖D‖_F.
-        base_fro: ‖W_base‖_F.
+        base_fro: ‖W_base‖_F; null if it was not measured.
         adapter_fro: ‖X‖_F.
         method: Method of the singular values of D.
         blocks: Number of row blocks in which D was read repeatedly because it exceeded the memory limit; null if it
@@ -172,7 +172,7 @@ class Residual(Distance, LayerRecord):
         limited_by: The largest part of ε². ``rank``: D has energy beyond the adapter's rank; a larger rank can reduce
             it. ``direction``: the adapter's directions are not the best of its rank; rank does not help, compare losses
             with ``probe outputs``. ``scale``: another α would bring the adapter closer. ``not adapted``: the adapter
-            does not change this layer; add it to the target modules. ``exact``: X equals D within its rounding.
+            does not change this layer; add it to the target modules. ``exact``: ε is at most 1e-3.
             ``noise``: the files do not resolve D, so that ε has no cause; measure float32 files. Null if D is zero.
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """

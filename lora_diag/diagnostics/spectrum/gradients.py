@@ -163,7 +163,7 @@ def gradient_spectrum(
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
     Raises:
-        UsageError: The requested method does not apply.
+        UsageError: The requested method does not apply, a selection is invalid, or ``base`` is among the gradients.
         InputError: An input cannot be read.
         NothingComparedError: No gradient of a matrix exists or is selected.
     """

@@ -17,7 +17,7 @@ def usual_ranks(ranks: Sequence[int]) -> list[int]:
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str]:
-    """Return a function that returns the median rank of several layers as text; null counts as larger than any."""
+    """Return a function that returns the upper median of layers' ranks as text; null counts as larger than any."""
     return lambda records: median_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
 
 
@@ -46,13 +46,14 @@ class Spectrum(LayerRecord):
         shape: ``(out, in)``.
         dtypes: Stored dtypes of base and tuned; of an adapter: of the base (null without one) and of its factors.
         fro: ‖ΔW‖_F, accumulated in float64.
-        base_fro: ‖W_base‖_F, likewise; null if the base was not given.
+        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients.
         s: Singular values of ΔW, descending, to 9 significant digits.
         complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an adapter's r).
         method: Method of the computation, such as ``gram`` or ``exact``.
         energy_error: Bound on the absolute error of every energy fraction in this record, including the digits of
             ``s``, for ΔW as subtracted: in float32, unless a file is float64, which adds at most 2.4e-7.
-        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and for r beyond the kept values.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and, unless ``complete``, for r
+            beyond the kept values.
         rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the kept values, 0 for a zero update.
         tail: Errors of the best rank-r approximation, by r; null if too few values are kept.
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.

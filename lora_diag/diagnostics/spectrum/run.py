@@ -29,9 +29,9 @@ def spectrum(
     Layers are measured concurrently, as far as cores and memory permit; an adapter with small factors by one thread.
 
     Args:
-        base: Base checkpoint: a file, a folder, or a shard index; None only with ``gradients``.
-        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter to be measured alone, and with
+        base: Base checkpoint: a file, a folder, or a shard index; or an adapter to be measured alone. None only with
             ``gradients``.
+        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter, and with ``gradients``.
         gradients: Snapshots as in ``overlap``. The spectrum is then that of the stacked gradients of all steps, a
             first-order estimate before any update exists. ``base`` only gives the names.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Singular

@@ -52,7 +52,7 @@ _STATUSES = {"recovered": "recovered", "size_only": "size only", "not_hidden": "
 
 
 def _needs_recovery(record: Spectrum) -> bool:
-    """Return whether rounding left most changed entries of a layer as they were, and ``recover`` was not run."""
+    """Return whether rounding undid the change of at least half of a layer's entries, and ``recover`` was not run."""
     resolution = record.resolution
     hidden_fraction = (resolution.unchanged or 0.0) - (resolution.untouched or 0.0)
     is_rounded = resolution.verdict != "resolved" and hidden_fraction >= HIDDEN_FRACTION
@@ -60,7 +60,7 @@ def _needs_recovery(record: Spectrum) -> bool:
 
 
 def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step without an update, for an adapter, in another metric, or if rounding hides the update."""
+    """Return the next step after no update, NaN or Inf, an adapter, a hidden update, or another metric; else None."""
     changed = _select_changed(results)
     if not changed:
         return Hint("inspect {tuned}", "what this checkpoint holds")
@@ -141,7 +141,8 @@ def _make_depth_column(rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int
     return Column(title, cells, "left", drop=5)
 
 
-# Minimum median C(16) of a low-rank update, and of a partly low-rank one. Conventions: the statement has the number.
+# Minimum median C(r) of a low-rank update, and of a partly low-rank one; r is 16 if measured. Conventions: the statement
+# has the number.
 LOW_RANK, PARTLY = 0.9, 0.5
 
 # Minimum fraction of unchanged entries of a sparse update.
@@ -282,7 +283,7 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
 
 
 def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
-    """State whether the files resolve the update, before any rank is printed."""
+    """State whether the files resolve the update, and how much of it rounding is expected to make up."""
     verdicts = [record.resolution.verdict for record in changed]
     unresolved, resolved = verdicts.count("unresolved"), verdicts.count("resolved")
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]

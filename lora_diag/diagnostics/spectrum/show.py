@@ -141,8 +141,8 @@ def _make_depth_column(rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int
     return Column(title, cells, "left", drop=5)
 
 
-# Minimum median C(r) of a low-rank update, and of a partly low-rank one; r is 16 if measured. Conventions: the statement
-# has the number.
+# Minimum median C(r) of a low-rank update, and of a partly low-rank one; r is 16 if measured. Conventions: the
+# statement has the number.
 LOW_RANK, PARTLY = 0.9, 0.5
 
 # Minimum fraction of unchanged entries of a sparse update.

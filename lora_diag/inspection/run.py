@@ -82,7 +82,7 @@ def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = 
     """Return the records of a results file, or the contents of a checkpoint or an adapter.
 
     Raises:
-        InputError: The path cannot be read.
+        InputError: The path cannot be read, or is a results file that ``read_results`` refuses.
         UsageError: As ``inspect``.
     """
     if is_results_file(path):

@@ -87,7 +87,7 @@ def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = Non
 
 
 def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of a checkpoint: from its config, the Hub, and its folder."""
+    """Return the distinct names of a checkpoint: from its config, its Hub id or address, and its folder."""
     path = checkpoint.path
     stored = str(checkpoint.config.get("_name_or_path") or "")
     real_path = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
@@ -99,7 +99,10 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that hold a checkpoint's tensors; for parts of tensors, all such files of the folder."""
+    """Return the files that hold a checkpoint's tensors; for parts of tensors, all such files of the folder.
+
+    A web server does not list them: their index takes their place.
+    """
     sources = {checkpoint.file_of(name) for name in checkpoint}
     return sorted({file for source in sources for file in (_find_parts(source) if source.is_dir() else [source])})
 

@@ -179,7 +179,7 @@ class LayerRun:
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
             NothingComparedError: The sides have no weight in common, or none is selected.
-            UsageError: An input is in the wrong place or is refused.
+            UsageError: An input is in the wrong place or is refused, or a selection is not a valid regular expression.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
         arguments = {name: self.options[name] for name in names} | options

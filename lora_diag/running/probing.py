@@ -98,7 +98,8 @@ class ProbeRun:
         """Open the model, keep it as ``model``, and return it.
 
         Raises:
-            UsageError: An option is invalid, the device does not exist, or the extra ``train`` is not installed.
+            UsageError: An option is invalid, the device does not exist, ``base`` is an adapter, or the extra ``train``
+                is not installed.
             InputError: It is remote or a file, transformers cannot open it, it is quantized or lacks weights, or its
                 kind is not supported.
         """

@@ -73,7 +73,7 @@ class LayerWeights:
 
 
 def _read_measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
-    """Read w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), with the input for the run record.
+    """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), with the input for the run record.
 
     Args:
         path: Results of ``probe sensitivity``, whose first set decides; or of ``probe fisher``.
@@ -353,8 +353,9 @@ def allocate_and_write(
         The allocation, as ``allocate`` returns it; or the ranks by several rules.
 
     Raises:
-        UsageError: As ``allocate`` and ``write_allocation``; or ``format`` or ``check`` is given without ``output``.
-        InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` is not such results.
+        UsageError: As ``allocate`` and ``write_allocation``; ``format`` or ``check`` is given without ``output``;
+            ``output`` is an input; or ``sweep`` holds results of another command or without a chosen rank.
+        InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` cannot be read.
     """
     if output is None and format != "peft":
         raise UsageError(f"--format {format}: give a file with -o")
@@ -500,7 +501,7 @@ def _count_params(path: Path | str) -> int:
 
 
 def _read_spectra_file(path: Path | str) -> Results[Spectrum]:
-    """Read the results of ``spectrum`` in a file.
+    """Return the results of ``spectrum`` in a file.
 
     Raises:
         InputError: The file cannot be read or holds other results; for measured weights, the message explains their

@@ -62,8 +62,8 @@ class OutputFolder:
         whole: Whether all files of the adapter to resume are written, possibly not yet at their final path.
 
     Raises:
-        UsageError: The path exists and may not be replaced.
-        InputError: The folder cannot be created.
+        UsageError: The path is an input, a link or a file, or it or ``NAME.part`` exists and may not be replaced.
+        InputError: The folder cannot be written there.
     """
 
     records_name: ClassVar[str] = RECORDS

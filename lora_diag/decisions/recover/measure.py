@@ -62,10 +62,10 @@ Written = Literal["posterior", "file", "nothing"]
 
 
 def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
-    """Return the rank that a budget gives to each usual target with estimated singular values; no other layer.
+    """Return the rank that a budget gives to each usual target with ``values_estimate``; no other layer.
 
     Args:
-        records: The estimates.
+        records: Records of layers.
         params: Budget: parameters of all factors, r·(out + in).
 
     Raises:
@@ -77,7 +77,7 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
 
 
 def make_spectrum(record: Recovery) -> Spectrum:
-    """Return the estimated singular values of a layer, one per direction, as a spectrum for ``allocate``."""
+    """Return ``values_estimate`` of a layer as a spectrum for ``allocate``; those of D where nothing was estimated."""
     values, fro = record.values_estimate or (), record.fro_estimate or record.fro
     return Spectrum(
         layer=record.layer,
@@ -399,7 +399,7 @@ def recover(
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
         energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
         params: Write an adapter with at most this number of parameters, such as ``"10M"``, allocated as by ``allocate``
-            with the estimated singular values.
+            with the estimated singular values, or those of D where nothing was estimated.
         time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy per entry that a
             sample of their rows suggests, and none is started after this time. With ``resume`` those that were not
             reached are measured, within a new limit or without.

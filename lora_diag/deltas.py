@@ -143,7 +143,7 @@ class FactoredDelta:
         shape: ``(out, in)``.
         load: Returns B ``(out, r)`` and A ``(r, in)`` with all scaling applied. A ``functools.partial`` of a
             module-level function, so that the descriptor can be pickled.
-        dtypes: Stored dtype of the base (None without one) and of the factors.
+        dtypes: Dtype in which the base is read (None without one), and stored dtype of the factors.
         base: Location of W_base, if available.
         is_matrix: Always True: only matrices have factors.
         scale: s, already applied to B; None if it is unknown or not uniform.
@@ -175,7 +175,7 @@ class DenseDelta:
         layer: The weight's name in BASE, or in the adapter when there is no BASE.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
         load: Computes ΔW, ``(out, in)``, float32 or float64; a ``functools.partial`` as in ``FactoredDelta``.
-        dtypes: Stored dtype of the base (None without one) and of the tensors that define the update.
+        dtypes: Dtype in which the base is read (None without one), and that of the tensors that define the update.
         base: Location of W_base, if available.
         is_matrix: False for 1-D tensors.
         transposed: As in ``FactoredDelta``.
@@ -210,7 +210,11 @@ def footprint(delta: Delta) -> int:
 
 
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip`` blocks."""
+    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip`` blocks.
+
+    Raises:
+        InputError: A file could not be read.
+    """
     rows = list(row_spans(shape))[skip:]
     spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows)
     for (first, last), block in zip(rows, side.checkpoint.read_each(side.name, spans), strict=True):

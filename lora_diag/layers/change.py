@@ -161,7 +161,11 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
 
 
 def load_addend(delta: Delta) -> Addend:
-    """Return ΔW with its rows in float64; that of two stored sides is read on demand."""
+    """Return ΔW with its rows in float64; that of two stored sides is read on demand.
+
+    Raises:
+        InputError: A file could not be read.
+    """
     if isinstance(delta, FactoredDelta):
         b, a = delta.load()
         return Product(b.double(), a.double())

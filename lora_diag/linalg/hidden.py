@@ -114,7 +114,7 @@ class LowRank:
 
 
 def fit_size(cells: CellMatrix, guess: float) -> Size:
-    """Estimate the variance of X by maximum likelihood, with L = 0.
+    """Return the size of X by maximum likelihood, with L = 0.
 
     log s += ½·log g/q with g = mean E[x²|cell]/s², a scoring step.
 
@@ -333,13 +333,14 @@ class _Posterior:
         mean: Rows of L.
         deviation: s.
         buffer: Where the blocks of the first pass are kept; None to compute them in every pass.
+        information: q, after the first pass; 0 before.
     """
 
     cells: CellMatrix
     mean: Callable[[int, int], Tensor | float]
     deviation: float
     buffer: Tensor | None
-    information: float = 0.0  # q, after the first pass
+    information: float = 0.0
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield E[X | cells] in row blocks."""

@@ -151,7 +151,7 @@ def fit_deviation(cells: CellMatrix, shape: Shape, guess: float) -> Shaped:
 
 
 def fit_shape(cells: CellMatrix, guess: float) -> Shaped:
-    """Choose the shape of the entries by likelihood: flatter and heavier ones are tried until the likelihood falls.
+    """Return the likeliest shape of the entries: flatter and heavier ones are tried until the likelihood falls.
 
     Args:
         cells: Cells of the entries.
@@ -205,7 +205,7 @@ class Density:
 
 
 def fit_density(cells: CellMatrix, deviation: float) -> Density:
-    """Fit the density of the entries, and estimate their root mean square.
+    """Return the density of the entries, fitted to a sample, with their root mean square.
 
     Args:
         cells: Cells of the entries.

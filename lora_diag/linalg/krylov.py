@@ -353,7 +353,14 @@ def _decompose(
 
 
 def first_basis(top: int, vectors: bool = False) -> int:
-    """Return the number of columns of the smallest basis for K values: K + 32, or 2K + 32 with vectors, in blocks."""
+    """Return the number of columns of the smallest basis for K values: K + 32, or 2K + 32 with vectors, in blocks.
+
+    That is rounded up to whole blocks of ``BLOCK`` columns, of which there are at least two.
+
+    Args:
+        top: K.
+        vectors: Whether to compute singular vectors.
+    """
     return max(2, math.ceil((2 if vectors else 1) * top / BLOCK) + 1) * BLOCK
 
 

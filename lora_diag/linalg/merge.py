@@ -180,7 +180,7 @@ class Product:
     a: Tensor
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Return rows of ΔW."""
+        """Return the rows of ΔW from ``first`` to before ``last``, float64."""
         return self.b[first:last] @ self.a
 
     def error(self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
@@ -277,7 +277,7 @@ class Whole:
     factor: float = 1.0
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Return rows of ΔW, float64."""
+        """Return the rows of ΔW from ``first`` to before ``last``, float64."""
         return self.read(first, last).double() * self.factor
 
     def error(self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ class Whole:
         return None if self.exact else (w * delta).abs_().addcmul_(delta, delta).square_()
 
     def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
-        """Add the variance of roundings of whole rows and columns to the lines, and return that of the layer."""
+        """Add the variance of roundings of whole rows and columns to the lines; return that of the layer."""
         if self.exact:
             return 0.0
         relative, variance = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2, 0.0
@@ -540,6 +540,7 @@ def check_merge(
 
 
 def _make_counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return counts of zero for every row and for every column."""
     return torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64)
 
 
@@ -635,6 +636,7 @@ def _add_scale(
 
 
 def _inner(left: Tensor, right: Tensor) -> float:
+    """Return the sum of the products of the entries of two matrices."""
     return float(torch.dot(left.reshape(-1), right.reshape(-1)))
 
 

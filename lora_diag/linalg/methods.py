@@ -105,7 +105,12 @@ def budget_of(method: str) -> float | None:
 
 
 def check_request(method: str, top: int | None, tol: float) -> None:
-    """Check method, ``top`` and ``tol``.
+    """Refuse an invalid method, ``top`` or ``tol``.
+
+    Args:
+        method: As in ``decompose``.
+        top: Number of largest values, at least 1; None for all, which ``krylov`` does not compute.
+        tol: Bound on the error of every energy fraction, between 0 and 1, both excluded.
 
     Raises:
         UsageError: One of them is invalid.
@@ -199,6 +204,11 @@ def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
 
     Q, Y and Z in float32, one of them while it grows; Q, Z and what is formed of them in float64; or, once the values
     are taken, Q in float64, A·V, its QR factors and its left vectors.
+
+    Args:
+        shape: ``(m, n)``.
+        top: K, the number of values.
+        basis: Number of columns of the basis.
     """
     small, large = sorted(shape)
     basis_bytes = F4 * basis * (2 * small + large)
@@ -304,6 +314,7 @@ def _suggest_memory(needed: int, allowance: Allowance) -> str:
 
 
 def _format_size(count: int) -> str:
+    """Return a number of bytes in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

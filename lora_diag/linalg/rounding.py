@@ -388,6 +388,8 @@ class Sample:
 
     Args:
         shape: ``(m, n)`` of the matrix.
+        stride: The distance, in entries of the flattened matrix; it has no factor in common with n.
+        parts: The sampled entries of every block.
     """
 
     shape: tuple[int, int]
@@ -433,7 +435,7 @@ class Moves:
 
     @classmethod
     def of(cls, changes: Tensor, spacing: Tensor) -> Moves:
-        """Count the changed entries of a sample, given |ΔW| and u of each entry."""
+        """Return the numbers of changed entries of a sample, given |ΔW| and u of each entry."""
         binade = spacing.view(torch.int64) >> 52
         lowest = int(binade.min()) if len(binade) else 0
         binade = binade - lowest

@@ -65,6 +65,10 @@ def ranks_at(curves: NDArray[np.float64], threshold: float) -> NDArray[np.int64]
 def stable_rank(s: NDArray[np.float64], fro: float) -> float:
     """Return ‖A‖_F² / σ_1², between 1 and rank(A).
 
+    Args:
+        s: Singular values, descending; only the first is used, and it is positive.
+        fro: ‖A‖_F.
+
     Reference: Rudelson and Vershynin 2007, "Sampling from large matrices", section 1.
 
     Example:

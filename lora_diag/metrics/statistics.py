@@ -124,6 +124,7 @@ def _rank_within_groups(values: Sequence[float], groups: Sequence[Hashable] | No
 
 
 def _correlate(x: Array, y: Array) -> float | None:
+    """Return ⟨x, y⟩/(‖x‖‖y‖) in [−1, 1]; None if either is zero."""
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None
 
@@ -237,6 +238,10 @@ def welch_error(first: tuple[float, float], second: tuple[float, float]) -> tupl
     """Return the standard error of a difference of two means and its degrees of freedom.
 
     √(v + w) and (v + w)²/(v²/ν + w²/ω), for variances of the means (v, ν) and (w, ω).
+
+    Args:
+        first: v, the variance of the first mean, and ν, its degrees of freedom; v + w > 0.
+        second: w and ω.
 
     Example:
         >>> error, freedom = welch_error((0.02, 3), (0.02, 3))
@@ -393,6 +398,7 @@ def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Se
 def _compute_cosines(
     rows: np.ndarray[tuple[int, int], np.dtype[np.float64]],
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Return the cosine of every pair of rows; 0 with a row of zeros."""
     norms = np.linalg.norm(rows, axis=1)
     unit = rows / np.where(norms > 0, norms, 1.0)[:, None]
     return np.clip(unit @ unit.T, -1.0, 1.0)

@@ -138,6 +138,7 @@ class Listener:
             output.register_hook(partial(self._add_gradient, name))  # type: ignore[no-untyped-call]
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Add an output gradient of a layer to its sum."""
         if name not in self.outputs:
             self.outputs[name] = Moment.zero(gradient, [name])
         self.outputs[name].add(gradient)

@@ -305,6 +305,7 @@ def count_predictions(texts: Texts, model: Model) -> int:
 
 
 def _count_predicted(sequence: Sequence, model: Model) -> int:
+    """Return the number of predictions of a sequence."""
     first = 1 if model.kind == "causal" else 0
     return sum(label != IGNORED for label in sequence.labels[first:])
 

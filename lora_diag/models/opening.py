@@ -208,10 +208,16 @@ def _choose_length(config: Any, length: int | None) -> int:
 
 
 def _read_labels(config: Any) -> dict[str, int]:
+    """Return the index of each class by name; empty without classes."""
     return {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
 
 
 def _import_transformers() -> Any:
+    """Return the module transformers.
+
+    Raises:
+        UsageError: It is not installed.
+    """
     with require("running a model, or its tokenizer,", "train"):
         import transformers
     return transformers
@@ -317,6 +323,7 @@ def _open_tokenizer(
 
 
 def _make_byte_tokens(reason: str) -> Tokens:
+    """Return the tokenizer whose token ids are UTF-8 bytes, described with the reason for its choice."""
     return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({reason})")
 
 

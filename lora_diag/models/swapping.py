@@ -25,6 +25,11 @@ def truncated_layers(
 ) -> dict[str, tuple[int, int]]:
     """Return the layers to truncate, with their shapes: the selected matrices outside embeddings and head.
 
+    Args:
+        deltas: The layers.
+        layers: Regular expression; only names with a match are selected. Default all.
+        exclude: Regular expression; names with a match are not selected. Default none.
+
     Raises:
         UsageError: A regular expression is invalid.
         NothingComparedError: No matrix is selected.
@@ -92,7 +97,7 @@ class Swapped:
             others: r of layers that are not named.
 
         Raises:
-            InputError: ΔW of a layer is not finite.
+            InputError: ΔW of a layer is not finite, or could not be read.
         """
         for layer, current in self._ranks.items():
             rank = ranks.get(layer, others)
@@ -111,7 +116,7 @@ class Swapped:
         """Return all singular values and vectors of one layer's ΔW.
 
         Raises:
-            InputError: ΔW is not finite.
+            InputError: ΔW is not finite, or could not be read.
         """
         return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
@@ -119,7 +124,7 @@ class Swapped:
         """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none of them changed.
 
         Raises:
-            InputError: ΔW of a layer is not finite.
+            InputError: ΔW of a layer is not finite, or could not be read.
         """
         kept = total = 0.0
         for layer in layers:
@@ -177,6 +182,7 @@ class Swapped:
 
 
 def _side_of_base(delta: Delta) -> Side:
+    """Return the location of W_base, which every delta of a model has."""
     assert delta.base is not None
     return delta.base
 
@@ -185,7 +191,7 @@ def _load_finite(delta: Delta) -> Change:
     """Return ΔW of a layer.
 
     Raises:
-        InputError: ΔW is not finite.
+        InputError: ΔW is not finite, or could not be read.
     """
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:

@@ -75,6 +75,11 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
 
     With ``kind.vectors`` BASE's biases and norms are also trainable, and restored at the end.
 
+    Args:
+        model: BASE.
+        rank: r of every factor pair; not used with ``kind.config``.
+        kind: The kind of LoRA.
+
     Raises:
         UsageError: peft is not installed.
         InputError: PEFT cannot adapt this model, or there are no biases and norms to train.
@@ -267,6 +272,11 @@ class Training:
 def rate_at(step: int, steps: int, peak: float) -> float:
     """Return the learning rate of an update, counted from 0: linear warm-up, then a cosine to zero.
 
+    Args:
+        step: The update, from 0 to before ``steps``.
+        steps: Number of updates of the run.
+        peak: The largest learning rate.
+
     >>> [round(rate_at(step, 4, 1.0), 3) for step in range(4)]
     [1.0, 0.75, 0.25, 0.0]
     """
@@ -342,6 +352,12 @@ def train(model: Model, cell: Cell, training: Training, after: Callable[[], None
     """Train the trainable parameters, and return the mean loss of the last tenth of the steps, at least one.
 
     A step whose loss is not finite changes nothing.
+
+    Args:
+        model: The model; left in training mode.
+        cell: Gives the peak learning rate.
+        training: Texts, batches, number of steps and weight decay.
+        after: Called after every step.
     """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)

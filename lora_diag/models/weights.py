@@ -91,6 +91,7 @@ class Frozen:
         return stop
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Register a hook on an output that adds its gradient, if the step is recorded and there will be one."""
         if self.active and torch.is_grad_enabled() and output.requires_grad:
             inputs = input_of(args, kwargs).detach()
             output.register_hook(lambda gradient: self._add(inputs, gradient.detach()))  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
 from lora_diag.records.run import AdaptedWeight
 
-# Tried in this order; PEFT's adapters name their type, the others are recognized by their keys.
+# Tried in this order; PEFT's adapters name their type, GGUF is a format of files, the others have their own keys.
 FAMILIES = (gguf.FAMILY, lora.FAMILY, *lycoris.FAMILIES, *peft.FAMILIES, *diffusion.FAMILIES, mlx.FAMILY)
 
 # Names of tensors that occur only in adapters: those of the families, and of virtual tokens.
@@ -184,6 +184,9 @@ def is_adapter(path: Path | str) -> bool:
     """Return whether a path is read as an adapter, not as a checkpoint: by names of files and tensors or a GGUF header.
 
     False if nothing is there, or it cannot be read.
+
+    Raises:
+        InputError: An address is invalid or cannot be reached.
     """
     path = as_path(path)
     if path.is_dir():

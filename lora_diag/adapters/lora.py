@@ -331,7 +331,7 @@ def load_dora(
 # The first number between dots is the layer index.
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-# Limit on the layers of a replicated model, which has hundreds: a range in a config may claim any number.
+# Limit on the end of a range and on the number of ranges; a replicated model has hundreds of layers.
 MAX_LAYERS = 100_000
 
 

@@ -110,7 +110,7 @@ class Piece:
         update: The update.
         location: Location of its weight.
         site: Argument of the loader.
-        base: Location of the whole layer; None without a BASE, or if it is not stored as floats there.
+        base: Location of the whole layer; None without a BASE, or if BASE does not give floats.
     """
 
     update: Update
@@ -294,7 +294,7 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
     """Return an update with its location, after checking that it can be computed there.
 
     Raises:
-        InputError: The update needs a float weight and BASE is quantized, or it needs all rows of a resized vocabulary.
+        InputError: The update needs W, of which BASE does not give floats, or all rows of a resized vocabulary.
     """
     whole_side = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
     side = whole_side
@@ -413,7 +413,7 @@ def _sort_values(
 
 
 def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) -> bool:
-    """Return whether a tensor of the adapter equals BASE's; False if one of them is not stored as floats."""
+    """Return whether a tensor of the adapter equals BASE's; False if one of them is not of floats."""
     import torch
 
     before, after = base[name], source.checkpoint[key]

@@ -162,7 +162,11 @@ class GgufFile(TensorFile):
         return self._spans[name].type
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded.
+
+        Raises:
+            InputError: Blocks of this type are not decoded, or the file cannot be read.
+        """
         import torch
 
         kind = self.type_of(name)
@@ -178,13 +182,21 @@ class GgufFile(TensorFile):
         return self._content.read_bytes(size, self._spans[name].begin, name)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized.
+
+        Raises:
+            InputError: Blocks of this type are not decoded, or the file cannot be read.
+        """
         if self.type_of(name).dtype is not None:
             return None
         return self._decode_range(name, start, stop, self._find_codec(name).steps)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
+        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes.
+
+        Raises:
+            InputError: Blocks of this type are not decoded, or the file cannot be read.
+        """
         if self.type_of(name).dtype is not None or not (codec := self._find_codec(name)).is_8_bit:
             return None
         return self._decode_range(name, start, stop, codec.scales)

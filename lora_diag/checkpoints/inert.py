@@ -135,8 +135,9 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
         description: Description for messages, such as ``the index``.
 
     Returns:
-        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for frozensets, and
-        sets that a call builds), lists (also for other sets), dictionaries, ``Record`` and ``Persistent``.
+        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for sets that a call
+        builds, and frozensets from protocol 3 on), lists (also for other sets), dictionaries, ``Record`` and
+        ``Persistent``.
 
     Raises:
         InputError: It is no pickle, or damaged.

@@ -126,7 +126,11 @@ class Layout:
 
 
 def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight of compressed-tensors, float32."""
+    """Return the rows ``first:last`` of a weight of compressed-tensors, float32.
+
+    Raises:
+        InputError: A stored group of a column does not exist, or a file cannot be read.
+    """
     codes, group = layout.read_codes("weight_packed", first, last), layout.read_groups()
     if layout.has_zeros:
         codes -= _read_compressed_zeros(layout, first, last)[:, group]
@@ -136,7 +140,11 @@ def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def compressed_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in the rows ``first:last`` of a weight."""
+    """Return the distance between neighbouring values in the rows ``first:last`` of a weight.
+
+    Raises:
+        InputError: A stored group of a column does not exist, or a file cannot be read.
+    """
     return layout.read("weight_scale", first, last).float().abs()[:, layout.read_groups()]
 
 
@@ -155,7 +163,11 @@ def _read_compressed_zeros(layout: Layout, first: int, last: int) -> torch.Tenso
 
 
 def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` (outputs) of a weight of GPTQ or AWQ, float32."""
+    """Return the rows ``first:last`` (outputs) of a weight of GPTQ or AWQ, float32.
+
+    Raises:
+        InputError: A stored group of a column does not exist, or a file cannot be read.
+    """
     import torch
 
     group, largest = layout.read_groups(), (1 << layout.bits) - 1
@@ -172,7 +184,11 @@ def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def gptq_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in the rows ``first:last`` of a weight of GPTQ or AWQ."""
+    """Return the distance between neighbouring values in the rows ``first:last`` of a weight of GPTQ or AWQ.
+
+    Raises:
+        InputError: A stored group of a column does not exist, or a file cannot be read.
+    """
     return _read_gptq_scales(layout, first, last).abs()[layout.read_groups()].T
 
 

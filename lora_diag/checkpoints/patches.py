@@ -51,7 +51,11 @@ class PatchedFile(TensorFile):
         self.notes = (f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major)."""
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major).
+
+        Raises:
+            InputError: A changed position is outside the tensor or occurs twice, or a file cannot be read.
+        """
         import torch
 
         values = self._base.read(name, start, stop)

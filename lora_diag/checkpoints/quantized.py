@@ -114,7 +114,7 @@ def dequantize(source: Checkpoint, config: Mapping[str, Any]) -> tuple[tuple[Ten
 
     Raises:
         InputError: A tensor of a quantized weight is missing, has the wrong size or dtype or contradicts the
-            configuration, a weight is stored twice, or the form of a format is unsupported.
+            configuration, a weight is stored twice, or a variant of a format is unsupported.
     """
     weights = {weight.info.name: weight for find in FORMATS for weight in find(source, config)}
     refuse_missing_packed(source, config, {weight.info.stored for weight in weights.values()})

@@ -37,7 +37,7 @@ BUFFER_BYTES = 2**16
 
 @dataclass(frozen=True)
 class RemotePath(_Path):
-    """A file or folder on object storage, with the part of ``pathlib.Path`` that the readers use.
+    """A file or folder at an address, with the part of ``pathlib.Path`` that the readers use.
 
     Args:
         address: The printable address, without a trailing slash.

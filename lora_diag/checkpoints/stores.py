@@ -54,7 +54,8 @@ class FileInfo:
 
     Args:
         size: Size in bytes.
-        version: Identifier that changes with the content: an ETag, a generation, or else a date; empty if unknown.
+        version: Identifier that changes with the content: an ETag, a generation, a hash, or else a date; empty if
+            unknown.
         head: The first bytes, if they were part of the response.
         ranged: Whether ranges can be requested; otherwise ``head`` is the whole file.
     """
@@ -83,7 +84,11 @@ class Store:
         return self.__dict__ | {"_fs": None, "_known": known}
 
     def file_info(self, address: str) -> FileInfo | None:
-        """Return the properties of a file; None if it does not exist."""
+        """Return the properties of a file; None if it does not exist.
+
+        Raises:
+            InputError: The store cannot be reached, denies access, or gives an invalid answer.
+        """
         if address not in self._known:
             self._known[address] = self._find(address)
         return self._known[address]
@@ -171,6 +176,10 @@ class BucketStore(Store):
         """Fill a buffer by one request, and check the version of the file.
 
         S3 checks it on the server; other stores are queried afterwards.
+
+        Raises:
+            TransientError: The request failed, and a retry may succeed.
+            InputError: The request failed permanently, or the file has changed.
         """
         stop = start + len(buffer)
         self._open()

@@ -60,7 +60,7 @@ def figure_named(name: str) -> FigureSpec:
 
 
 def figure(name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]) -> Figure:
-    """Draw a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
+    """Return a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
 
     Args:
         name: One of ``FIGURES``.
@@ -124,7 +124,7 @@ def panel(
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
-    """Draw a figure that a notebook displays with any backend.
+    """Return a figure that a notebook displays with any backend.
 
     Args:
         results: Results of one run.

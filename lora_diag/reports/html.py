@@ -43,7 +43,11 @@ from lora_diag.reports.subject import (
 
 
 def render_page(evidence: Evidence) -> str:
-    """Return the page with all figures and the time."""
+    """Return the page with all figures and the time.
+
+    Raises:
+        InputError: Jinja2 or plotly is not installed.
+    """
     return html_report(evidence, images_of(evidence), format_minute(timestamp()))
 
 

@@ -94,7 +94,7 @@ class Payload:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Inputs and settings of each run, by its command."""
+        """Version, settings and the last input of each role of each run, by its command."""
         return {
             key: {
                 "version": item.run.version,
@@ -153,7 +153,11 @@ class Payload:
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
-    """Return the payload of results or results files."""
+    """Return the payload of results or results files.
+
+    Raises:
+        InputError: A results file cannot be read.
+    """
     from lora_diag.catalog import read_results
 
     return Payload(tuple(read_results(item) if isinstance(item, Path | str) else item for item in results))

@@ -394,7 +394,9 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The budget is too small for rank 1 or a requested rank, or the time for any search.
+        UsageError: The budget is too small for rank 1 or a requested rank, the time for any search, or an option is
+            invalid.
+        InputError: The base model cannot be read or adapted.
     """
     options = run.options
     tokens = count_predictions(run.training.texts, run.model)

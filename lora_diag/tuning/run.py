@@ -78,8 +78,9 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         the run stopped before training; ``end`` is then None.
 
     Raises:
-        UsageError: An option is invalid, the budget is too small for a rank, the time for a search, or ``output`` is no
-            folder, holds other files, or holds a run that is neither resumed nor replaced.
+        UsageError: An option is invalid, the training text is also an evaluation set, the budget is too small for a
+            rank, the time for a search, or ``output`` is a link or a file, holds other files, or holds a run that is
+            neither resumed nor replaced.
         InputError: An input cannot be read, the model cannot be opened or adapted, a file cannot be written, or the
             cluster cannot be reached.
         InconclusiveError: No rank is trained with a finite loss, or BASE has none.

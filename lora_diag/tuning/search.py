@@ -275,7 +275,12 @@ class Tuner:
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[Variant, Tune]:
-        """Run all stages, and return the chosen configuration, with its adapter trained, and its record."""
+        """Run all stages, and return the chosen configuration, with its adapter trained, and its record.
+
+        Raises:
+            InconclusiveError: No run is finished with a finite loss, or BASE has none.
+            InputError: The loss of BASE on training sequences is not finite, or a file cannot be read or written.
+        """
         plan = self.plan
         rules = "; ".join(
             f"{name}: {'more than full rank' if r is None else f'r ≥ {r}'}" for name, r in plan.rules.items()
@@ -702,7 +707,7 @@ class Tuner:
     def _raise_rank(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent with ranks for a larger budget, and the layers that gain most; None if there are none.
 
-        There are none without a pilot, or if the ranks cannot be allocated or expressed by PEFT.
+        There are none without a pilot, if the ranks cannot be allocated or expressed by PEFT, or if no layer gains.
         """
         shared = self.choice.rank
         if not (self.folder / "pilot.jsonl").is_file():

@@ -463,7 +463,9 @@ class Trials:
         """Train configurations, as far as that is not done yet; independent runs are trained concurrently on a cluster.
 
         Raises:
-            InputError: An adapter that a worker wrote is not visible here.
+            UsageError: See ``train_variant``.
+            InputError: An adapter that a worker wrote is not visible here, or see ``train_variant``.
+            LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         todo = [
             run
@@ -577,6 +579,10 @@ def train_variant(
         training: Settings shared by all runs.
         sets: Evaluation sets.
         after_step: Called after every step and every batch.
+
+    Raises:
+        UsageError: See ``losses_after``.
+        InputError: See ``losses_after``.
     """
     variant, params = run.variant, 0
 

@@ -59,7 +59,7 @@ class Unit:
 
 
 def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str) -> list[Unit]:
-    """Group linear layers into units.
+    """Return linear layers grouped into units, in the order of their first layers.
 
     Args:
         layers: Layers by the names of their weights in the model.
@@ -116,6 +116,10 @@ def train_alone(
         training: Settings shared by all runs.
         sets: Evaluation sets.
         after: Called after every step and every batch.
+
+    Raises:
+        UsageError: See ``losses_after``.
+        InputError: See ``losses_after``.
     """
     alone = replace(training, kind=replace(training.kind, targets=unit.targets))
     by_set, train_loss = losses_after(model, cell, alone, sets, after)

@@ -60,7 +60,7 @@ BASE, TUNED = Cell("base"), Cell("tuned")
 
 
 def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str) -> list[Cell]:
-    """Return the truncations to measure, in order, without BASE and TUNED.
+    """Return the truncations to measure, by layer or type, then by rank, without BASE and TUNED.
 
     Args:
         chosen: Shapes of the layers that are truncated.

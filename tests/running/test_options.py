@@ -3,7 +3,6 @@
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer.main
@@ -104,8 +103,6 @@ def test_cluster_options_without_cluster_are_refused(option):
 
 
 def test_resume_without_output_is_refused():
-    from lora_diag.cli.options import check_output
-
     with pytest.raises(UsageError, match="-o"):
-        check_output(None, resume=True, overwrite=False)
-    check_output(Path("new.jsonl"), resume=False, overwrite=False)
+        fill_options(LayerOptions, {"resume": True})
+    fill_options(LayerOptions, {"resume": True, "output": "new.jsonl"})

@@ -201,7 +201,7 @@ def pooled(records: Sequence[Extraction], field: Literal["epsilon", "epsilon_min
 
 
 def pooled_data(records: Sequence[Extraction], field: Literal["epsilon", "least_epsilon"]) -> float | None:
-    """Return a pooled error in the data metric of several layers; None if no layer has one."""
+    """Return a pooled error of several layers in the data or K-FAC metric; None without one, or where ΔW is 0 in it."""
     errors = [record.data for record in records if record.data is not None]
     total = math.hypot(*(data.fro for data in errors))
     return math.hypot(*(getattr(data, field) * data.fro for data in errors)) / total if total else None

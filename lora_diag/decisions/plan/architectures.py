@@ -193,7 +193,7 @@ def _list_decoder(reader: Reader, kind: Llama, list_block: Callable[[str, int], 
     Args:
         reader: Reader of the config.
         kind: Differences from Llama.
-        list_block: Yields the weights of a block but its norms, from the prefix of their names and its index.
+        list_block: Yields the weights of a block but ``kind.norms``, from the prefix of their names and its index.
     """
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)

@@ -1,7 +1,7 @@
 """Run time of ``spectrum`` on machines like this one, from shapes and a measurement of its speed in some seconds.
 
-All times are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many core-seconds
-per second as cores. Idle cores during the last matrices are not included.
+Times of matrices are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many
+core-seconds per second as cores. Idle cores during the last matrices are not included.
 """
 
 from __future__ import annotations

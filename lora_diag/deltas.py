@@ -326,8 +326,8 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return the name under which a checkpoint stores a weight; None if it does not store it.
 
-    A model with tied embeddings stores its output layer as the input embedding; None if several tensors
-    may be that embedding.
+    A model with tied embeddings stores its output layer as the input embedding; None if several tensors may be that
+    embedding. A config without ``tie_word_embeddings`` counts as tied; a checkpoint without a config does not.
     """
     if name in checkpoint:
         return name

@@ -139,7 +139,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     Args:
         path: The output file.
         kind: The kind of file to be written.
-        overwrite: Replace any existing file.
+        overwrite: Replace any existing file except an unfinished results file.
         appending: Allow an unfinished results file, which the writer continues.
 
     Raises:
@@ -183,7 +183,7 @@ def check_outputs(
     Args:
         inputs: Files that are read, or written by other means; None is skipped.
         outputs: The requested output files, and the kind of each; None is skipped.
-        overwrite: Replace existing files; inputs are never replaced.
+        overwrite: As in ``check_output``; inputs are never replaced.
 
     Raises:
         UsageError: An output is refused.
@@ -250,13 +250,13 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
 def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Provide a temporary file that replaces ``path`` once it is complete and on disk.
 
-    On any failure, the existing file is unchanged and the temporary file is removed. The output is checked again before
-    the replacement; a link that appears after that check is replaced, never followed.
+    If anything fails before the replacement, the existing file is unchanged; the temporary file is removed. The output
+    is checked again before the replacement; a link that appears after that check is replaced, never followed.
 
     Args:
         path: The output file.
         kind: The kind of file; None for a file in a folder that loradiag creates.
-        overwrite: Replace any existing file.
+        overwrite: As in ``check_output``.
 
     Raises:
         UsageError: See ``check_output``.
@@ -283,14 +283,14 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
 
 
 def write_whole(path: Path, content: str | bytes, kind: Kind | None = None, overwrite: bool = False) -> None:
-    """Write a file atomically: on failure, any existing file is unchanged.
+    """Write a file atomically: on failure, any existing file is unchanged or replaced as a whole.
 
     Args:
         path: The output file.
         content: The content; text is encoded as UTF-8.
         kind: The kind of file, which determines what it may replace and how it is signed; None for a file in a folder
             that loradiag creates.
-        overwrite: Replace any existing file.
+        overwrite: As in ``check_output``.
 
     Raises:
         UsageError: See ``check_output``.

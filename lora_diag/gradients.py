@@ -91,7 +91,7 @@ class History:
 def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
     """Open gradient snapshots, reading their headers only.
 
-    The step number is ``step`` in the file's metadata, else the last number in the file name.
+    The step number is ``step`` in the metadata, else the last number in the name of the file, or of a folder of shards.
 
     Args:
         paths: Files of one step each, shard indices, folders with the shards of one step, or folders of such steps.

@@ -204,7 +204,7 @@ class Estimate:
 def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
     """Estimate the memory of recovering a layer in bytes.
 
-    Whole: cells with both halves of BASE's, the posterior mean, and a copy; float32. If that exceeds a limit, cells are
+    Whole: cells with both halves of BASE's, the posterior mean, and copies; float32. If that exceeds a limit, cells are
     computed again from the files whenever they are read; the posterior mean is kept where it fits.
     """
     whole = BLOCK_BYTES + 4 * 7 * math.prod(shape)

@@ -1,1 +1,1 @@
-"""torch matrices → norms, factors and bounds, one module per method; independent of names, files and LoRA."""
+"""torch matrices → norms, factors, bounds and estimates; independent of names, files and LoRA."""

@@ -4,11 +4,11 @@
     test      = [ aggregate ], comparison ;
     share     = "share of layers with", comparison, "is", operator, number ;
     comparison = field, operator, value | field, "in", "(", value, { ",", value }, ")" ;
-    aggregate = "max" | "min" | "mean" | "median" | "sum" | "p", digit, [ digit ] ;
+    aggregate = "max" | "min" | "mean" | "median" | "sum" | "p", digit from 1 to 9, [ digit ] ;
     field     = word ;
     operator  = "<=" | "<" | ">=" | ">" | "==" | "!=" ;
     value     = number | "true" | "false" | word | quoted ;
-    number    = [ "+" | "-" ], digits, [ ".", digits ], [ "e", [ "+" | "-" ], digits ] ;
+    number    = [ "+" | "-" ], digits, [ ".", digits ], [ ( "e" | "E" ), [ "+" | "-" ], digits ] ;
     word      = letter, { letter | digit | "_" | "." | "-" } ;
     quoted    = '"', { any character but '"' }, '"' | "'", { any character but "'" }, "'" ;
 

@@ -1,7 +1,7 @@
 """A policy: the conditions for releasing a checkpoint. Each table of its file is a model that validates its keys.
 
-Unknown keys are errors: a misspelled key would otherwise silently remove a rule. An error in a
-table names its line.
+Unknown keys are errors: a misspelled key would otherwise silently remove a rule. An error in a table
+names its line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPIKE = 0.9
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 # About 1,000 rules. The parser takes the square of the depth of a key, and no key of a policy is deeper than 3.
-MAX_BYTES, MAX_DEPTH = 100_000, 16
+MAX_CHARACTERS, MAX_DEPTH = 100_000, 16
 _KEY_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*"""
 _DEEP_KEY = re.compile(rf"(?<![\w\\-])(?:{_KEY_PART}){{{MAX_DEPTH}}}", re.ASCII)
 
@@ -493,7 +493,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     if content is None:
         try:
             with Path(path).open("rb") as file:
-                content = file.read(4 * MAX_BYTES + 1).decode("utf-8")
+                content = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is not UTF-8 text"
             problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as a policy: {why}"
@@ -503,8 +503,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
                 else "the order is: loradiag gate POLICY RESULTS..."
             )
             raise UsageError(f"{path}: {problem}; {fix}") from error
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"{path}: has more than {MAX_BYTES:,} characters, too many for a policy; use fewer rules")
+    if len(content) > MAX_CHARACTERS:
+        raise UsageError(f"{path}: has more than {MAX_CHARACTERS:,} characters, too many for a policy; use fewer rules")
     if content.startswith('{"record"'):
         raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
     content = content.replace("\r\n", "\n")

@@ -49,7 +49,7 @@ def gate(
     Args:
         policy: A policy file, or a policy.
         results: Results files, or results in memory.
-        baseline: Results files of earlier runs to compare with.
+        baseline: Results files of earlier runs to compare with; by default those that the policy names.
         ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
         shipped: Checkpoints and adapters that the results must belong to, at any path.
         max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a lower one.

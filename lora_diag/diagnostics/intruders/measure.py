@@ -183,7 +183,7 @@ def intruders(
         tuned: Fine-tuned checkpoint or adapter.
         top: k, the number of largest directions of each weight to compare.
         epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε has no counterpart in W_base;
-            it is an intruder unless it lies in the span of the directions in the window.
+            it is an intruder unless it lies in the span of the directions in the window clearly more than by chance.
         window: Half-width of the window of nearly equal singular values around σ_j, as a fraction of σ_j.
         **options: ``IntruderOptions``.
 

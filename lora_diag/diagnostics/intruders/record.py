@@ -18,7 +18,7 @@ class Direction(Record):
         projection: Norm of the projection of u_j on the span of their singular vectors.
         projection_random: √(window / out), that norm for a random direction.
         kind: ``kept``: ``similarity`` ≥ ε: a direction of BASE. ``rotated``: no single direction of BASE, and u_j lies
-            in the window's span more than a random direction does. ``intruder``: neither: a large direction that BASE
+            in the window's span clearly more than a random one does. ``intruder``: neither: a large direction that BASE
             does not have, which papers relate to forgetting; compare the loss on other text. See
             ``metrics.subspaces.classify_direction``.
     """

@@ -164,8 +164,8 @@ class GradientRecorder(TrainerCallback):
             step: Number of updates so far.
 
         Raises:
-            UsageError: The recorder is attached already, the model has nothing to record or compare, or the
-                output exists.
+            UsageError: The recorder is attached already, the model has nothing to record or compare, its weights are
+                sharded over processes, or the output exists.
             InputError: The output cannot be written.
         """
         if self._hook_removers or self._weights:

@@ -189,7 +189,8 @@ def make_portable(
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
         leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
-        consumers: Programs for which the written adapter is judged; by default those that read files of its layout.
+        consumers: Programs for which the written adapter is judged; by default only those of ``require``, or else those
+            that read files of its layout.
         require: Programs that must apply the written adapter; they are also judged. By default none.
         max_lora_rank: Largest rank that servers are configured to serve; by default as large as each takes.
         alpha: α if the adapter's files have none; by default, the scale is then 1 (PEFT: an error).
@@ -197,13 +198,14 @@ def make_portable(
 
     Returns:
         The results of ``portability`` for the written adapter. Their settings name under ``fixed`` the rank, the dtype,
-        the errors ε of truncated (also pooled) and of folded factors, and the skipped weights.
+        the errors ε of truncated factors (also pooled), the largest ε of folded ones, and the skipped weights.
 
     Raises:
         UsageError: ``adapter`` is not an adapter, ``base`` is one, an option is invalid, ``output`` exists, or there is
             no rule for a program.
         InputError: An input cannot be read, a portable adapter cannot store a tensor, or the written one reads back
             differently.
+        NothingComparedError: No ΔW can be measured against ``base``.
 
     Example:
         >>> found = make_portable("sample_checkpoints/lora_r4", "portable/")  # doctest: +SKIP
@@ -247,7 +249,7 @@ def judge_or_fix(
         UsageError: No adapter is given, options of ``fix`` are given without it, an option that ``fix`` needs is
             missing, one that it excludes is given; or as the called function.
         InputError: As ``portability`` or ``make_portable``.
-        NothingComparedError: As ``portability``.
+        NothingComparedError: As ``portability`` or ``make_portable``.
     """
     if rules:
         return rules_grids()
@@ -322,8 +324,8 @@ def portability(
     Args:
         adapter: The adapter.
         base: The checkpoint it was trained on: for names of weights, and for DoRA.
-        consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default those that read
-            files of this layout.
+        consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default only those of
+            ``require``, or else those that read files of this layout.
         require: Programs that must apply the intended ΔW, in the same form; they are also judged. By default
             none.
         intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.

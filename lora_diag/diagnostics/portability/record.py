@@ -36,7 +36,8 @@ class Portability(LayerRecord):
         intended: The intended s; null without factors, and if the program whose ΔW is intended drops them.
         epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where only the scale
             differs, 1 if dropped; null if refused or unknown, if ΔW = 0, and where a BASE is needed and missing.
-        fro: ‖ΔW‖_F of the intended update; null if that needs a BASE and none is given.
+        fro: ‖ΔW‖_F of the update as PEFT, or the format's own rule, makes it of the file; null if that needs a BASE and
+            none is given.
         why: The reason, in one sentence; empty if it is ``exact`` or ``full``.
     """
 

@@ -1,7 +1,7 @@
 """Figures of ``spectrum``: energy fractions C(r) and singular values over the rank.
 
-Records become curves, of one layer or the median of a block's experts, or bands over layers. A panel has all layers, a
-page has one panel per module type, with a common depth scale and one legend.
+Records become curves, of one layer or the median of a block's layers of one type, or bands over layers. A page has one
+panel per module type, with a common depth scale and one legend.
 """
 
 from __future__ import annotations

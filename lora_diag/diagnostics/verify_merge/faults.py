@@ -2,8 +2,8 @@
 
 Common faults are tested one by one. A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's
 ΔW: c·ΔW, ΔWᵀ, another expert's ΔW. It is accepted if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is
-at most rounding plus 5% of ‖D'‖. The failure itself was established entry by entry before; this only gives the likely
-cause.
+at most rounding plus 5% of ‖D'‖, and explains clearly more than ΔW. The failure itself was established before, by
+single entries or by their sum; this only gives the likely cause.
 """
 
 from __future__ import annotations

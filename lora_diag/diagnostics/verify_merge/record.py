@@ -74,7 +74,7 @@ class Merge(LayerRecord):
         differing: Entries that no rounding of W + ΔW explains.
         differing_share: The same as a fraction of the entries.
         max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and the terms of
-            ΔW (|B||A|).
+            ΔW (|B||A|), or of the steps of a quantized M where these are larger.
         scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: fraction of ΔW in MERGED; 1 for a merge without loss. Null if ΔW = 0.
         scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what ``scale`` is in a
             right merge. Null where ΔW = 0 and in files of versions before it was recorded.

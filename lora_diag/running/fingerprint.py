@@ -57,7 +57,7 @@ def fingerprint_of_adapter(source: AdapterFiles) -> str:
 
 
 def fingerprint(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None, whole: bool = False) -> str:
-    """Return 32 hex digits that change when the input does.
+    """Return 32 hex digits that identify the contents of a checkpoint and change with nearly every change of them.
 
     The hash covers name, shape, dtype and storage format of every tensor, the sizes of the files, their bytes (for
     files of more than 64 MiB one page of 4 KiB per MiB), and the settings. Paths and times are not included, so a copy

@@ -457,7 +457,7 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
 
     Raises:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is unknown.
-        InputError: The adapter to match cannot be read.
+        InputError: The adapter to match cannot be read, or has no factors of known size.
     """
     training = Training(arguments["optimizer"], arguments["dtype"])
     names = ("params", "total_rank", "memory_budget", "energy", "match")

@@ -136,7 +136,7 @@ def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint
 
 
 def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
-    """Open an adapter folder or file by its headers; no weights are read.
+    """Open an adapter folder or file by its headers; only files in torch's legacy format are loaded whole.
 
     Args:
         path: An adapter folder, or an adapter's weights file; or a Hub id or an address of either.

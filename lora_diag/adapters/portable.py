@@ -1,7 +1,8 @@
 """An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names.
 
 Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every program that divides α by
-this common rank. Updates that are not a pair of factors cannot be represented.
+this common rank. Other updates than pairs of factors cannot be represented, except DoRA by the nearest LoRA of its
+rank.
 
 Layers are read one at a time: once for ranks and dtype, and again when their factors are written. Results of
 decompositions are cached in files.

@@ -91,7 +91,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
 
     Raises:
         InputError: ``huggingface_hub`` is not installed, the model does not exist, cannot be reached or is not complete
-            in the cache while offline, or it has no complete set of weights with these names.
+            in the cache while offline, its index cannot be read, or it has no complete set of weights with these names.
     """
     try:
         from huggingface_hub import constants
@@ -113,7 +113,7 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
 def _find_complete_folder(get: Get, weights: Sequence[str]) -> Path | None:
     """Return the folder that holds all files of a model or adapter; None if a file is unavailable.
 
-    A repository with both an ``adapter_config.json`` and model weights counts as a model, as a local folder does.
+    A repository with both an ``adapter_config.json`` and model weights counts as a model, as in ``open_checkpoint``.
     """
     for name in weights:
         if path := get(name):

@@ -147,7 +147,10 @@ def filesystem(scheme: str, **options: Any) -> Any:
 
 
 def get_first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, at most 300 characters, without the secret parts of addresses."""
+    """Return the first line of a library's error, at most 300 characters, without the secret parts of addresses.
+
+    Without a text, it is the name of the error's type.
+    """
     lines = str(error).splitlines()
     return hide_secrets(lines[0])[:300] if lines else type(error).__name__
 

@@ -40,7 +40,8 @@ def run_gate(
     """Judge results, write and print the verdicts, and return the exit code.
 
     Raises:
-        UsageError: Options contradict each other, there are no results, or an output may not be replaced.
+        UsageError: Options contradict each other, there are no results, an output may not be replaced, or the model
+            card is not Markdown; or as ``gate``.
         InputError: An input cannot be read, or an output cannot be written.
         NothingComparedError: There is nothing to measure or to judge.
     """

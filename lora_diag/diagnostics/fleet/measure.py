@@ -112,6 +112,9 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
+
+    Raises:
+        InputError: A file could not be read.
     """
     indices_by_kind: dict[Hashable, list[int]] = {}
     for i, delta in enumerate(deltas):
@@ -408,7 +411,8 @@ def fleet(
 
     Raises:
         UsageError: An option is invalid.
-        InputError: The results file cannot be written, or a cluster's worker has different files.
+        InputError: The results file cannot be written, an address is invalid or cannot be reached, or a cluster's
+            worker has different files.
         NothingComparedError: No adapter was found.
 
     Example:
@@ -479,6 +483,7 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     directly in a folder that is also found.
 
     Raises:
+        InputError: An address is invalid or cannot be reached.
         NothingComparedError: No adapter was found.
     """
     patterns = list(patterns)

@@ -164,7 +164,11 @@ class Part:
 
 
 def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
-    """Read and decompose one update; if an entry is not finite or the norm out of range, return its change."""
+    """Read and decompose one update; if an entry is not finite or the norm out of range, return its change.
+
+    Raises:
+        InputError: A file could not be read.
+    """
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change
@@ -629,6 +633,7 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | None, list[Path]]:
 
     Raises:
         UsageError: An adapter comes first, but not all inputs are adapters.
+        InputError: An input does not exist, or cannot be fetched or reached.
     """
     paths = list(map(as_path, inputs))
     adapters = [is_adapter(locate(path)) for path in paths]

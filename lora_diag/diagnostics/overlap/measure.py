@@ -192,6 +192,9 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     Returns:
         One record for each rank, with null fractions if G_t is zero; if G_t is not finite or its norm overflows, one
         ``left_out`` record.
+
+    Raises:
+        InputError: A file of ``blocks`` could not be read.
     """
     fractions = measure_shares(blocks, spaces.u, spaces.v, spaces.ranks)
     if isinstance(fractions, str):

@@ -176,6 +176,9 @@ def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
         deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a vocabulary that grew), the
             other rows have none.
         shape: ``(m, n)`` of the layer.
+
+    Raises:
+        InputError: A file could not be read.
     """
     addends = [load_addend(delta) for delta in deltas]
     for addend in addends:
@@ -248,12 +251,20 @@ class Trial:
 
 
 def try_merge(task: MergedLayer, addend: Addend, rounding: Rounding, whole: bool = True) -> Trial:
-    """Return the trial of a D' with a rounding; see ``check_merge``."""
+    """Return the trial of a D' with a rounding; see ``check_merge``.
+
+    Raises:
+        InputError: A file could not be read.
+    """
     return Trial(task, addend, rounding, check_merge(task.blocks(), task.shape, addend, rounding, whole))
 
 
 def find_fault(trial: Trial) -> Fault:
-    """Return the first common fault that explains a layer; without one, a description of the difference."""
+    """Return the first common fault that explains a layer; without one, a description of the difference.
+
+    Raises:
+        InputError: A file could not be read.
+    """
     check = trial.check
     if not trial.task.adapted:
         return Fault("changed", "not touched by the adapter, but MERGED differs from BASE")
@@ -295,6 +306,9 @@ def find_precise_scale(trial: Trial) -> Fault | None:
     In a correct merge with coarser arithmetic, the entries that 1 does not explain deviate in both directions: by
     chance MIN_COHERENCE more in one than in the other, of MIN_LINES, with probability
     2·exp(−MIN_COHERENCE²·MIN_LINES/2) = 1e-6 (Hoeffding 1963), and no scale explains them.
+
+    Raises:
+        InputError: A file could not be read.
     """
     is_precise = trial.rounding.roundoff <= FLOAT32_ROUNDOFF and not trial.rounding.cast
     if is_precise or not trial.check.expected:
@@ -354,6 +368,9 @@ def fit_scale(trial: Trial) -> Fit | None:
 
     Returns:
         The fit; None where ΔW is zero, or c does not determine γ.
+
+    Raises:
+        InputError: A file could not be read.
     """
     expected, inner = trial.check.expected, trial.check.inner
     if not expected or not math.isfinite(trial.check.scale_error):

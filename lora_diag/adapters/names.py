@@ -39,7 +39,7 @@ Dialect = tuple[tuple[str, str], ...]
 
 
 def _make_vision_dialect(query_key_value: str, *others: tuple[str, str]) -> Dialect:
-    """Return the names of attention in a vision model, given the path of query, key and value on disk."""
+    """Return other names, and those of attention in a vision model, given the path of query, key and value on disk."""
     attention = (
         (f".attention.{name[0]}_proj.", f".attention.{query_key_value}.{name}.") for name in ("query", "key", "value")
     )

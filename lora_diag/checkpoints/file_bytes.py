@@ -115,13 +115,21 @@ class FileBytes:
         return (f"the server reports no version of {self.path.name}: changes during the run are not detected",)
 
     def read_bytes(self, count: int, offset: int, name: str) -> bytes:
-        """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages."""
+        """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages.
+
+        Raises:
+            InputError: The file ends before, or cannot be read.
+        """
         content = bytearray(count)
         self.fill(memoryview(content), offset, name)
         return bytes(content)
 
     def read_entries(self, count: int, dtype: torch.dtype, offset: int, name: str) -> torch.Tensor:
-        """Return ``count`` entries from byte ``offset`` on; ``name`` is the tensor, for messages."""
+        """Return ``count`` entries from byte ``offset`` on; ``name`` is the tensor, for messages.
+
+        Raises:
+            InputError: The file ends before, or cannot be read.
+        """
         import torch  # imported here, so that headers can be read without torch
 
         out = torch.empty(count, dtype=dtype)

@@ -122,7 +122,7 @@ CONFIG = Kind(
     rb'  "lora_alpha": [\d.e+-]+,\n  "rank_pattern": \{',
 )
 POLICY = Kind("a policy")
-# Only the block between the marks of ``gating.show.model_card`` changes, so any Markdown is accepted, but no HTML or JSON.
+# Only the block between the marks of ``gating.show.model_card`` changes: any Markdown is accepted, but no HTML or JSON.
 CARD = Kind("a Markdown file", head=rb"(?!\s*(?:<!doctype|<\?xml|\{))[^\x00]*\Z")
 SECOND_MOMENTS = Kind("a file of second moments")
 SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind":"gradient"')

@@ -49,7 +49,8 @@ def check_texts(path: Path | str) -> None:
     """Check that a path can be a text, before anything is opened.
 
     Raises:
-        InputError: There is no such file, or the folder holds no data set, or several splits, whose list may be broken.
+        InputError: There is no such file; or the folder holds no data set, several splits, or a list of splits that
+            cannot be read.
     """
     named = os.fspath(path)
     if not os.path.isdir(named):  # noqa: PTH112  (unlike Path.is_dir(), takes any name)

@@ -197,7 +197,8 @@ class Cell:
     """One run.
 
     Args:
-        rank: r of every factor pair; None for ``full`` and ``bitfit``.
+        rank: r of every factor pair, or of the ``config`` of the LoRA, whose pairs may differ; None for ``full`` and
+            ``bitfit``.
         lr: Peak learning rate.
         seed: Seed of the initial factors, and of dropout if BASE has it.
         subject: Method: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).

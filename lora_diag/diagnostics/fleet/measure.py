@@ -394,7 +394,7 @@ def fleet(
     adapters: Iterable[Path | str],
     **options: Unpack[FleetOptions],
 ) -> Results[Fleet]:
-    r"""Measure many adapters: used rank, zero updates, spikes, outliers and near-duplicates.
+    r"""Measure many adapters: used rank, zero updates, spikes, norms, and sketches that reveal near-duplicates.
 
     Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. For local
     adapters measured on the CPU without BASE, these are by default one worker, and from 512 MiB of adapters on

@@ -231,7 +231,7 @@ class GradientRecorder(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Attach to the model."""
+        """Attach to the model, as ``attach`` does."""
         self.attach(model, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -239,12 +239,12 @@ class GradientRecorder(TrainerCallback):
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Record if due. For trained weights, the Trainer has already removed the loss scale and clipped gradients."""
+        """Record if due, as ``step`` does; the Trainer already unscaled and clipped gradients of trained weights."""
         self._clipped = args.max_grad_norm > 0
         self._record(getattr(optimizer, "scaler", None))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the recorder."""
+        """Close the recorder, as ``close`` does."""
         self.close()
 
     # --- shared by both ---------------------------------------------------------------------------------------------

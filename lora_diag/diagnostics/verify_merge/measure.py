@@ -294,7 +294,8 @@ def verify_merge(
 
     Raises:
         UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
-        InputError: An input cannot be read, or the adapter does not fit ``base``.
+        InputError: An input cannot be read, the adapter does not fit ``base``, or an adapted weight is stored as other
+            than plain numbers.
         NothingComparedError: The three have no weight in common, or no adapted one is selected.
 
     Example:

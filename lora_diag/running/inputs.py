@@ -36,7 +36,7 @@ from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.gradients import Step
 from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import (
@@ -441,6 +441,7 @@ def second_moments(
     Raises:
         InputError: The file cannot be read, a tensor is not a square floating-point matrix, or no matrix belongs to a
             compared weight.
+        NothingComparedError: No matrix is compared.
         UsageError: ``kfac``, and there are none of output gradients of a compared weight.
     """
     from lora_diag.layers.metric import Moments  # deferred: imports torch
@@ -472,6 +473,8 @@ def second_moments(
             size = gradient_sizes.get(name)
             if size == location.shape[1 if on_rows else 0]:
                 gradients[location.layer] = Moments(Side(stored, GRADIENTS + name), size, not on_rows)
+    if not compared:
+        raise NothingComparedError(f"--activations {path}: applies to matrices, and none is compared; change --layers")
     if not of:
         raise InputError(
             f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, estimate_bytes
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.metric import Root, weighting_bytes
 from lora_diag.metrics.resolution import weighted_edge
 from lora_diag.running.inputs import compare, second_moments
@@ -282,6 +282,8 @@ def test_invalid_options_are_refused(pair_of_models, tmp_path, loradiag):
             lora_diag.spectrum(**options)
     with pytest.raises(UsageError, match="needs output_gradients"):
         lora_diag.probe_activations(base, file, tmp_path / "new", labels="model")
+    with pytest.raises(NothingComparedError, match="none is compared"):
+        lora_diag.spectrum(base, tuned, activations=file, layers="norm")
 
 
 def test_update_outside_data_has_no_energy(tmp_path):

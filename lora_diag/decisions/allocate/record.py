@@ -209,8 +209,8 @@ class Certificate(WholeRecord):
 
     @property
     def uniform(self) -> Baseline | None:
-        """The first baseline: one rank for all layers, if it was not omitted; None without baselines."""
-        return self.baselines[0] if self.baselines else None
+        """The baseline of one rank for all layers; None if it was omitted."""
+        return next((rule for rule in self.baselines if rule.name.startswith("uniform")), None)
 
 
 class Policies(Record):

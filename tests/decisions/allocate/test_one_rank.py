@@ -42,6 +42,13 @@ def test_gap_of_portable_allocation_is_a_fraction_of_its_bound():
     assert certificate.gap > 0
 
 
+def test_other_rule_is_not_taken_for_the_uniform_one():
+    certificate = lora_diag.allocate(SPECTRA, params=1000, portable=True).whole[0]
+    others = [rule for rule in certificate.baselines if not rule.name.startswith("uniform")]
+    assert others
+    assert certificate.model_copy(update={"baselines": tuple(others)}).uniform is None
+
+
 def test_portable_config_is_exact_in_every_program(tmp_path):
     options = {"params": 1500, "min_rank": 1, "exclude": "self_attn"}  # SGLang wants q and v of a layer both
     result = lora_diag.allocate(SPECTRA, portable=True, **options)

@@ -331,7 +331,7 @@ def load_dora(
 # The first number between dots is the layer index.
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-# Limit on the end of a range and on the number of ranges; a replicated model has hundreds of layers.
+# Limit on the layers of a replicated model, which has hundreds.
 MAX_LAYERS = 100_000
 
 
@@ -369,7 +369,8 @@ def _read_order(config: Config) -> list[int]:
     except (TypeError, ValueError, OverflowError) as error:
         problem = "layer_replication must be a list of [first, last) pairs"
         raise damaged(config.path, problem, "correct the config") from error
-    if not all(0 <= first < last <= MAX_LAYERS for first, last in pairs) or len(pairs) > MAX_LAYERS:
+    count = sum(last - first for first, last in pairs)
+    if not all(0 <= first < last for first, last in pairs) or count > MAX_LAYERS:
         raise damaged(config.path, f"layer_replication has an invalid range: {ranges!r:.100}", "correct the config")
     order = [layer for first, last in pairs for layer in range(first, last)]
     if not order:

@@ -91,7 +91,7 @@ def read_hadamard(
         partial(load_hadamard, source.checkpoint, dict(parts), scale),
         source.checkpoint[parts["hada_w1_a"]].dtype,
     )
-    return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known)
+    return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known, alpha=scale.alpha)
 
 
 def load_hadamard(checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site) -> torch.Tensor:
@@ -134,7 +134,7 @@ def read_kronecker(
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
     dtype = source.checkpoint[parts.get("lokr_w1") or parts["lokr_w1_a"]].dtype
     load = partial(load_kronecker, source.checkpoint, dict(parts), scale, as_peft)
-    return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known)
+    return Update(f"{module}.weight", shape, load, False, dtype, rank=rank, scale=scale.known, alpha=scale.alpha)
 
 
 def _read_side_shape(source: AdapterFiles, module: str, parts: dict[str, str], side: str) -> tuple[int, ...]:

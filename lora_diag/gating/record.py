@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -80,8 +81,8 @@ class Verdict(WholeRecord):
 
     @property
     def condition(self) -> str:
-        """``allowed`` without the text in brackets."""
-        return self.allowed.partition(" (")[0]
+        """``allowed`` without the value in the baseline."""
+        return re.sub(r" \([^()]* in the baseline\)$", "", self.allowed)
 
     @property
     def limit(self) -> float | None:

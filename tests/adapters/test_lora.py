@@ -161,6 +161,7 @@ def test_bin_files_and_adapter_name_in_keys_are_read(tmp_path):
         ({"fc.lora_A.weight": np.zeros((0, 6)), "fc.lora_B.weight": B}, {}, "ZeRO-3"),
         (PAIR | {"fc.lora_A.other.weight": A}, {}, "several adapters"),
         (PAIR, {"layer_replication": [[3, 1]]}, "invalid range"),
+        (PAIR, {"layer_replication": [[0, 100_000]] * 2}, "invalid range"),
         (PAIR, {"use_bdlora": {"nblocks": 3, "target_modules_bd_b": ["fc"]}}, "do not divide"),
         (PAIR | {"fc.lora_magnitude_vector": normal(9)}, {}, "instead of 8 entries"),
     ],

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters.contents import read_contents
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta
 from lora_diag.errors import InputError
@@ -55,11 +56,14 @@ def test_lycoris_loha_lokr_and_differences(tmp_path):
     loha = {f"{FLAT}.hada_w1_a": w1a, f"{FLAT}.hada_w1_b": w1b, f"{FLAT}.hada_w2_a": w2a, f"{FLAT}.hada_w2_b": w2b}
     path, folder = kohya(tmp_path, loha | {f"{FLAT}.alpha": ALPHA})
     close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * (w1a @ w1b) * (w2a @ w2b))
+    (item,) = read_contents(open_adapter(path)).items
+    assert (item.alpha, item.scale) == (3.0, 1.5)
 
     w1, b, a = normal(2, 3), normal(4, 2), normal(2, 2)
     lokr = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2_a": b, f"{FLAT}.lokr_w2_b": a, f"{FLAT}.alpha": ALPHA}
     path, folder = kohya(tmp_path, lokr)
     close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * np.kron(w1, b @ a))
+    assert read_contents(open_adapter(path)).items[0].scale == 1.5
     path, folder = kohya(tmp_path, {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": normal(4, 2), f"{FLAT}.alpha": ALPHA})
     close(changes(path, folder)[0][f"{Q}.weight"], np.kron(w1, normal(4, 2)))
 

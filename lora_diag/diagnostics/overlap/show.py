@@ -247,7 +247,7 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
         if reference_is_adapter(results):
             interpretation += "; near a minimum over the adapter's own weights tangent goes to 0"
         findings = [
-            _describe_containment(relevant, len(relevant) < len(shown)),
+            _describe_containment(relevant, {part_of(t.layer) for t in shown} > {part_of(t.layer) for t in relevant}),
             make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
             make_statement("reach", "Reach", *_describe_reach(relevant)),
             describe_resolution(

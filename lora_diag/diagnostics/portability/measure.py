@@ -62,7 +62,7 @@ class Judged:
     Args:
         item: The contents of the adapter's file for the weight.
         outcomes: The treatment of the weight by each consumer.
-        intended: The intended s; None without factors, and if the program whose ΔW is intended drops them.
+        intended: The intended s; None without factors, 0 if the program whose ΔW is intended drops them.
         delta: ΔW; None without weights, and if a ΔW of the adapter needs a BASE and none is given.
     """
 
@@ -112,7 +112,9 @@ def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update
     item, scale, intended, is_zero = task.item, outcome.scale, task.intended, fro == 0.0
     status: Status = "exact"
     epsilon, why = None if is_zero else 0.0, ""
-    if outcome.does in {"refused", "dropped"}:
+    if outcome.does == "dropped" and intended == 0.0:
+        scale, epsilon = None, None
+    elif outcome.does in {"refused", "dropped"}:
         status, scale, why = outcome.does, None, outcome.why
         epsilon = None if is_zero or status == "refused" else 1.0
     elif outcome.does == "full":
@@ -124,7 +126,8 @@ def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update
     elif not (scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME)) and not (
         is_zero and item.scale != 0
     ):
-        status, epsilon, why = "wrong", abs(scale / intended - 1) if intended else None, outcome.why
+        status, epsilon = "wrong", abs(scale / intended - 1) if intended else None
+        why = outcome.why if intended else join_reasons("the intended program drops this weight", outcome.why)
     if outcome.unjudged and status in AS_INTENDED:
         status, epsilon, why = "unknown", None, outcome.unjudged
     return Portability(
@@ -440,7 +443,10 @@ def make_tasks(
             name: refused.get(name) or replace(rule.applies(contents, item), unjudged=unjudged[name])
             for name, (_, rule) in chosen.items()
         }
-        scale = item.scale if reference is None else reference.applies(contents, item).scale
+        scale = item.scale
+        if reference is not None:
+            treatment = reference.applies(contents, item)
+            scale = 0.0 if treatment.does == "dropped" else treatment.scale
         tasks.append(Judged(item, outcomes, scale, deltas.get(item.layer)))
     return tasks
 

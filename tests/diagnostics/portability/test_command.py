@@ -89,6 +89,19 @@ def test_intended_scales_of_another_program(patterned):
     assert {r.epsilon for r in results if r.consumer == "peft" and "v_proj" in r.layer} == {1.0}
 
 
+def test_weight_that_intended_program_drops(tmp_path):
+    """SGLang skips an embedding that target_modules does not name; PEFT applies it."""
+    table = {"model.embed_tokens.lora_embedding_A": normal(2, 9), "model.embed_tokens.lora_embedding_B": normal(12, 2)}
+    folder = adapter(tmp_path, factors() | table, target_modules=["q_proj", "v_proj"])
+    by_name = {r.consumer: r for r in portability(folder, consumers=["peft", "sglang"]) if "embed" in r.layer}
+    assert (by_name["sglang"].status, by_name["sglang"].epsilon) == ("dropped", 1.0)
+    results = portability(folder, consumers=["peft", "sglang"], intended="sglang")
+    by_name = {r.consumer: r for r in results if "embed" in r.layer}
+    assert (by_name["sglang"].status, by_name["sglang"].intended) == ("exact", 0.0)
+    assert (by_name["peft"].status, by_name["peft"].epsilon) == ("wrong", None)
+    assert "drops this weight" in by_name["peft"].why
+
+
 def test_recover_accepts_untrained_layer(tmp_path):
     tensors = factors() | {f"{MODULES[1]}.lora_B.weight": np.zeros((12, 2))}
     folder = adapter(tmp_path, tensors, alpha_pattern={"v_proj": 6})

@@ -29,11 +29,11 @@ def is_mlx(source: AdapterFiles) -> bool:
 
 
 def read_mlx(source: AdapterFiles) -> Reading:
-    """Read an MLX adapter.
+    """Read an MLX adapter, or the weights of a full fine-tune by mlx-lm as new values.
 
     Raises:
-        InputError: There is no config or scale and none was given, a factor is missing, or the factors contradict each
-            other or the config.
+        InputError: There is no config or no scale, and no α was given; a factor is missing; the file holds several
+            adapters; or the factors contradict each other or the config.
     """
     config = source.settings if source.stated_alpha is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":
@@ -47,9 +47,9 @@ def read_mlx(source: AdapterFiles) -> Reading:
     updates = [_read_update(source, module, parts, scale, settings) for module, parts in modules.items()]
     values = tuple(NewValue(key, key) for key in unclaimed)
     notes = source.note_missing_alpha(list(modules), "mlx-lm") if scale is None else []
-    scale_text = "unknown" if scale is None else f"{scale:g}"
+    scale_text = "α/r" if scale is None else f"{scale:g}"
     kind = f"MLX {'DoRA' if config.text('fine_tune_type') == 'dora' else 'LoRA'}, scale={scale_text}"
-    scaling = f"lora_parameters.scale, from {config.path.name}"
+    scaling = "the given α over r" if scale is None else f"lora_parameters.scale, from {config.path.name}"
     return Reading(f"{kind}, {len(modules)} modules", tuple(updates), values, tuple(notes), scaling=scaling)
 
 

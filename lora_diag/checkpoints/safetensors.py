@@ -234,7 +234,7 @@ def write_safetensors(
     Args:
         path: The file; an existing one is replaced once the new one is complete.
         tensors: Shape and dtype of every tensor by its name. Tensors are ordered by decreasing width of the dtype, then
-            by name, as the library does.
+            by name.
         read: Returns a tensor by its name; called once per tensor, in the order of the file.
         metadata: Metadata of the file, such as ``{"format": "pt"}``.
         kind: The kind of file, which determines what it may replace; None for a file in a folder that loradiag creates.

@@ -187,6 +187,7 @@ def find_nearest(words: str) -> list[str]:
 
 
 def _normalize(word: str) -> str:
+    """Return a spelling without case, marks around it, and the r of C(r)."""
     word = re.sub(r"^C\(\d+\)$", "C(r)", word.strip(" .:!?\"'"), flags=re.IGNORECASE)
     return " ".join(word.replace("_", " ").replace("-", " ").casefold().split())
 

@@ -360,7 +360,7 @@ class _StoredPair:
 
 
 def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
-    """Return cells that are computed from the files whenever they are read, best from the first row to the last."""
+    """Return cells that are computed from the files whenever they are read, in order of rows if possible."""
     rows, columns = pair.delta.shape
     step = next(iter(row_spans(pair.delta.shape)))[1]
 
@@ -612,7 +612,7 @@ def _sides_of(delta: StoredDelta) -> tuple[Side, Side]:
 
 
 def _read_sample(side: Side, shape: tuple[int, int]) -> Tensor:
-    """Return the entries that determine the format of most values."""
+    """Return the first entries of a side, at most 2¹⁶, from which the format of most values is inferred."""
     head = side.offset, side.offset + min(math.prod(shape), 2**16)
     return next(iter(side.checkpoint.read_each(side.name, [head])))
 

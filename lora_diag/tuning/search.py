@@ -677,7 +677,10 @@ class Tuner:
         self._record_full(incumbent, why)
 
     def _test_escalation(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
-        """Train a step beyond the budget with one seed, and record whether it is proposed."""
+        """Train a configuration beyond the budget with one seed; record it as proposed, rejected or not tried.
+
+        If the time limit is reached, it is proposed untested.
+        """
         self._trained += 1
         try:
             with self._limit_time(

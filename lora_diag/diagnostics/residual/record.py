@@ -140,7 +140,7 @@ class Expected(Distance):
 
 
 def _pool_before_rounding(records: Sequence[Residual]) -> float | None:
-    """Return the expected ε before rounding of the layers with an estimate together; None without any."""
+    """Return the expected ε before rounding of the layers with an estimate together; None without a nonzero one."""
     estimates = [record.before_rounding for record in records if record.before_rounding is not None]
     total = math.hypot(*(estimate.fro for estimate in estimates))
     return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in estimates)) / total if total else None

@@ -192,6 +192,7 @@ def _describe_costliest(records: Sequence[Fisher], rank: int) -> list[str]:
 
 
 def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
+    """Return the rank correlations of the predictors with the measured KL, and the calibration of ½F."""
     if not by_rank:
         return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
     chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL_RANK), by_rank[0])

@@ -39,6 +39,9 @@ _DOWN_BY_UP = {"lora_B": "lora_A", "lora_up": "lora_down", "up": "down"}
 # Parts with two factors.
 PAIRS = frozenset({"factors", "embedding", "convolution", "experts", "dora", "residual"})
 
+# Forms that ``portability --fix`` writes as a plain LoRA.
+LOW_RANK_PARTS = frozenset({"factors", "embedding", "convolution"})
+
 
 @dataclass(frozen=True, slots=True)
 class Item:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
-from lora_diag.adapters.contents import Contents, Item, read_contents
+from lora_diag.adapters.contents import LOW_RANK_PARTS, Contents, Item, read_contents
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64, read
@@ -94,7 +94,7 @@ def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
         return "" if has_delta else "its initialisation changed the base; give BASE"
     if item.part == "experts":
         return "stacked experts (target_parameters)"
-    if item.part not in {"factors", "embedding", "convolution"}:
+    if item.part not in LOW_RANK_PARTS:
         return {"bias": "a bias", "rows": "rows of an embedding", "other": "no LoRA"}.get(item.part, "a weight in full")
     return "a part of an nn.MultiheadAttention" if ".base_layer.out_proj." in item.key else ""
 

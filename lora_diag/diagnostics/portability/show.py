@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Group
 
+from lora_diag.adapters.contents import LOW_RANK_PARTS
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability
 from lora_diag.errors import DONE, GATE_FAILED
@@ -101,17 +102,28 @@ def exit_code(results: Results[Portability]) -> int:
 
 
 def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: BASE if it is needed, a portable adapter, or a gate; None for rules and after ``--fix``."""
+    """Return the next step: BASE if it is needed, a remedy, or a gate; None for rules and after ``--fix``."""
     if values["rules"] or values["fix"]:
         return None
     statuses = {record.status for record in results} - {*AS_INTENDED}
     if values["base"] is None and "unknown" in statuses:
         return Hint("portability {adapter} BASE", "with the base checkpoint")
     if statuses:
-        return Hint("--fix -o portable/", "writes an adapter that all programs scale alike")
+        return _suggest_remedy({record.part for record in results}, "BASE" if values["base"] is None else "{base}")
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
     return Hint("gate init {output} -o policy.toml", "limits for the next adapter")
+
+
+def _suggest_remedy(parts: set[str], base: str) -> Hint:
+    """Return the command that helps an adapter with these parts, which some program does not apply as intended."""
+    if parts <= LOW_RANK_PARTS:
+        return Hint("--fix -o portable/", "writes an adapter that all programs scale alike")
+    if parts <= {*LOW_RANK_PARTS, "dora"}:
+        return Hint("--fix --dora-to-lora -o portable/", "writes the nearest LoRA of the same rank")
+    if parts == {"other"}:
+        return Hint(f"extract {base} {{adapter}} --energy 0.99 --portable -o lora/", "writes it as a LoRA")
+    return Hint(f"plan-merge {base} {{adapter}} --to bf16", "programs apply it after a merge: what a merge keeps")
 
 
 def find_failed(results: Results[Portability]) -> list[Name]:

@@ -1,6 +1,7 @@
 """``loradiag portability`` as a user runs it, and its numbers against ΔW formed in float64."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_intended_scales_of_another_program(patterned):
     results = portability(patterned, consumers=["peft", "vllm==0.31"], intended="llamacpp")
     assert {(r.consumer, r.status) for r in results if "v_proj" in r.layer} == {("peft", "wrong"), ("vllm", "exact")}
     assert {r.epsilon for r in results if r.consumer == "peft" and "v_proj" in r.layer} == {1.0}
+
+
+@pytest.mark.parametrize("form", ["dora", "ia3"])
+def test_suggested_remedy_runs(tmp_path, loradiag, form):
+    if form == "dora":
+        lengths = {f"{module}.lora_magnitude_vector": np.ones(12) for module in MODULES}
+        adapter(tmp_path, factors() | lengths, use_dora=True, target_modules=["q_proj", "v_proj"])
+    else:
+        scales = {f"{module}.ia3_l": np.full((12, 1), 1.1) for module in MODULES}
+        adapter(tmp_path, scales, peft_type="IA3", target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+    base(tmp_path, {f"{module}.weight": normal(12, 12, seed=n) for n, module in enumerate(MODULES)})
+    text = " ".join(loradiag("portability", "adapter", "base").out.split())
+    command = re.search(r"Next loradiag (.*?) \(", text)[1]
+    assert loradiag(*command.split()).code == 0
 
 
 def test_weight_that_intended_program_drops(tmp_path):

@@ -36,7 +36,13 @@ def policy_schema() -> dict[str, Any]:
 def _document(schema: dict[str, Any], title: str, kinds: Iterable[type[BaseModel]]) -> dict[str, Any]:
     """Return a schema with the documentation of every class and field, without excluded fields."""
     for model in dict.fromkeys(model for kind in kinds for model in find_models(kind)):
-        definition = schema["$defs"].get(model.__name__, schema)
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        # Classes of one name, such as that of a plugin, have other keys under $defs.
+        definition = next(
+            one
+            for one in (*schema["$defs"].values(), schema)
+            if one.get("title") == model.__name__ and {*one["properties"]} == names
+        )
         definition["description"] = (getdoc(model) or "").partition("\n\n")[0].replace("\n", " ")
         if issubclass(model, PolicyTable):
             definition["additionalProperties"] = False

@@ -132,7 +132,7 @@ def spectrum_commands(base: Path, tuned: Path) -> dict[str, Sequence[object]]:
 
 
 def matrix(small: bool, peers: bool) -> None:
-    """One bf16 layer, whole processes, beside other tools."""
+    """Time one bf16 layer in whole processes, and other tools on the same layer."""
     sides = pair(small, "layer")
     commands = spectrum_commands(*sides) | {"torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]}
     if peers:

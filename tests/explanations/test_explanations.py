@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import tomllib
+from typing import Literal
 
 import jsonschema
 import pytest
@@ -13,6 +14,7 @@ from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.explanations import schemas, terms
 from lora_diag.gating.policy import READY, Checks
+from lora_diag.records.base import LayerRecord
 from tests.served import ROOT
 
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.jsonl"))
@@ -136,3 +138,17 @@ def test_schema_is_printed_as_json(loradiag):
     assert json.loads(loradiag("schema", "policy").out) == schemas.policy_schema()
     refused = loradiag("schema", "tables")
     assert (refused.code, "results or policy" in refused.err) == (2, True)
+
+
+def test_schema_documents_classes_of_one_name(monkeypatch):
+    class Spectrum(LayerRecord):
+        """A spectrum of a plugin."""
+
+        record: Literal["plugin_spectrum"] = "plugin_spectrum"
+        layer: str
+
+    kinds = {**catalog.record_kinds(), "plugin_spectrum": Spectrum}
+    monkeypatch.setattr(catalog, "record_kinds", lambda: kinds)
+    found = [one["description"] for one in schemas.results_schema()["$defs"].values() if one["title"] == "Spectrum"]
+    assert len(found) == 2
+    assert "A spectrum of a plugin." in found

@@ -137,8 +137,8 @@ def test_experts_are_pooled_by_their_norms():
 def test_panel_of_residual_is_selected_by_adapter():
     records = making.residuals(2) + making.residuals(2, adapter="other")
     assert plots.residual(records, name="other").get_title(loc="left").startswith("other")
-    with raises_naming(UsageError, "nobody", "lora_r8, other"):
-        plots.residual(records, name="nobody")
+    with raises_naming(UsageError, "absent", "lora_r8, other"):
+        plots.residual(records, name="absent")
 
 
 def test_overlap_shows_medians_beside_their_baselines():

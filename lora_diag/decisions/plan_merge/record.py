@@ -77,7 +77,7 @@ class PlannedMerge(LayerRecord):
         fp16: Fraction of ΔW that survives in fp16, and the error.
         conclusion: ``merge``: the format keeps the update: c within 10% of 1, relative error at most 0.5. ``merge into
             16 bit``: it does not, and bf16 or fp16 does; merge into one of these. ``serve unmerged``: the merge would
-            lose the update; serve BASE in that format and the adapter beside it. Null if ΔW = 0. See ``conclude``.
+            lose the update; serve BASE in that format with the adapter unmerged. Null if ΔW = 0. See ``conclude``.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

@@ -10,10 +10,7 @@ from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, quantity, short
-
-# Maximum number of layers named in a sentence.
-_MAX_NAMED = 3
+from lora_diag.rendering.text import list_layers, number, quantity
 
 
 def intruders_grids(results: Results[Intruders], per: str = "type") -> list[Grid]:
@@ -41,7 +38,6 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
         )
         findings = [
             make_statement("intruders", "Intruders", *_describe_intruders(records), level=level, priority=0),
-            make_statement("rotated", "Rotated", _describe_rotated(records), priority=2),
             make_statement("chance", "Random baseline", chance, priority=2),
         ]
     interpretation = (
@@ -52,29 +48,13 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
 
 def _describe_intruders(records: Sequence[Intruders]) -> list[str]:
     """State the number of intruders, the layers with the most, and the criterion."""
-    total, affected = sum(record.intruders for record in records), [record for record in records if record.intruders]
-    unchanged = sum(record.fro == 0 for record in records)
+    total, tested = sum(record.intruders for record in records), sum(record.k for record in records)
     criterion = (
         f"of the {records[0].k} largest directions of each weight, those with a similarity to BASE below "
         f"{number(records[0].epsilon)}"
     )
-    criterion += f"; {quantity(unchanged, 'weight')} did not change" if unchanged else ""
     if not total:
         return [f"none in {quantity(len(records), 'layer')}", criterion]
-    affected.sort(key=lambda record: (-record.intruders, record.similarity_lowest or 0.0))
-    examples = ", ".join(f"{short(record.layer)} ({record.intruders})" for record in affected[:_MAX_NAMED])
-    tested = sum(record.k for record in records)
-    lead = f"{total} of {tested} directions, in {len(affected)} of {quantity(len(records), 'layer')}: {examples}"
-    return [lead, criterion]
-
-
-def _describe_rotated(records: Sequence[Intruders]) -> str:
-    """State how many directions rotate, which the published count includes."""
-    rotated, published = sum(record.rotated for record in records), sum(record.count for record in records)
-    near = number(records[0].window * 100)
-    if not rotated:
-        return f"none: the published count is also {published}"
-    return (
-        f"{rotated} more only rotate among directions of BASE whose singular values are within {near}%; the published "
-        f"count, {published}, includes them"
-    )
+    affected = sorted((record for record in records if record.intruders), key=lambda record: -record.intruders)
+    layers = f"{len(affected)} of {quantity(len(records), 'layer')}"
+    return [f"{total} of {tested} directions, in {layers}: {list_layers(affected)}", criterion]

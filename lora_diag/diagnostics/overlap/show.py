@@ -5,9 +5,8 @@ The records of a layer are joined into one track over the steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from statistics import mean, median
 from typing import Any
 
@@ -15,12 +14,12 @@ from rich.text import Text
 
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.feature import Hint
-from lora_diag.metrics.subspaces import NEAR_RANDOM, TREND_RATIO, is_near
+from lora_diag.metrics.subspaces import TREND_RATIO, is_near
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, summarize
 from lora_diag.rendering.tables import WIDE, Column, Grid, Rows, columns_of, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import middle, number, quantity, select_evenly, shade, short, small_fraction, span, strip
+from lora_diag.rendering.text import list_layers, number, quantity, select_evenly, shade, small_fraction, span
 
 # Default rank to show; for an adapter, its own rank.
 USUAL_RANK = 16
@@ -51,12 +50,6 @@ class Track:
         return self.known[-1] if self.known else self.records[-1]
 
     @property
-    def near_since(self) -> int | None:
-        """First step from which κ stayed near its baseline; None if it ended above, or if all gradients are zero."""
-        near_at_end = list(takewhile(is_near_random, reversed(self.known)))
-        return near_at_end[-1].step if near_at_end else None
-
-    @property
     def ends(self) -> tuple[float, float] | None:
         """Mean κ of the first and of the last quarter of the nonzero gradients; None with fewer than two."""
         kappas = [record.kappa for record in self.known if record.kappa is not None]
@@ -67,21 +60,6 @@ class Track:
 def is_near_random(record: Overlap) -> bool:
     """Return whether κ is near its value for a random subspace; False for a zero gradient."""
     return record.kappa is not None and is_near(record.kappa, record.kappa_random)
-
-
-def describe_trend(ends: tuple[float, float] | None) -> str:
-    """Return the trend of κ as a word; empty if it is not known.
-
-    Args:
-        ends: κ at the first steps and at the last, as ``Track.ends``; None with fewer than two nonzero gradients.
-
-    >>> describe_trend((0.4, 0.2)), describe_trend((0.4, 0.39)), describe_trend((0.2, 0.4)), describe_trend(None)
-    ('falls', 'steady', 'rises', '')
-    """
-    if ends is None:
-        return ""
-    first, last = ends
-    return "falls" if last < TREND_RATIO * first else "rises" if first < TREND_RATIO * last else "steady"
 
 
 def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
@@ -111,11 +89,8 @@ def reference_is_adapter(results: Results[Overlap]) -> bool:
     return any(run_input.role == "adapter" for run_input in results.run.inputs)
 
 
-# Maximum number of steps with a column each, in the narrow and in the wide table. With more steps, this many have
-# columns, and a strip of this many characters shows all.
+# Maximum number of steps with a column each, in the narrow and in the wide table.
 _MAX_STEPS, _WIDE_MAX_STEPS = 5, 10
-_SAMPLED_STEPS, _WIDE_SAMPLED_STEPS = 3, 6
-_STRIP_WIDTH, _WIDE_STRIP_WIDTH = 8, 24
 
 # Marks a κ near its baseline.
 NEAR_MARK = "*"
@@ -143,31 +118,22 @@ def overlap_table(
         Lines of text, without a trailing newline.
     """
     tracked = tracks(results, show_rank)
-    statements = lines(results, tracked)
-    if tracked and show_rank is not None and all(track.rank != show_rank for track in tracked):
-        problem = f"{show_rank} is larger than all layers and adapters; another rank is shown"
-        statements.append(make_statement("show_rank", "Rank shown", problem, level="warning"))
     grids = [_make_grid(rows_of(tracked, per), width, per)] if tracked else []
-    return grids_table(grids, statements, width, color, next_command)
+    return grids_table(grids, lines(results, tracked), width, color, next_command)
 
 
 def _make_grid(rows: Rows, width: int, per: str) -> Grid:
     """Return the table of κ over the steps, one row per group of tracks."""
     steps = sorted({record.step for _, group in rows for track in group for record in track.records})
-    wide = width >= WIDE
-    max_steps, sample_count = (_WIDE_MAX_STEPS, _WIDE_SAMPLED_STEPS) if wide else (_MAX_STEPS, _SAMPLED_STEPS)
-    column_steps = select_evenly(steps, sample_count if len(steps) > max_steps else max_steps)
+    column_steps = select_evenly(steps, _WIDE_MAX_STEPS if width >= WIDE else _MAX_STEPS)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
-            columns += [_make_step_column(rows, step, "step " * (step == column_steps[0])) for step in column_steps]
-            if len(steps) > len(column_steps):
-                columns.append(_make_strip_column(rows, steps, _WIDE_STRIP_WIDTH if wide else _STRIP_WIDTH))
+            columns += [_make_step_column(rows, step, "step " * (step == steps[0])) for step in column_steps]
             if steps[1:]:
-                trends = tuple(describe_trend(_compute_median_ends(group)) for _, group in rows)
-                columns.append(Column("trend", trends, "left"))
+                columns.append(Column("trend", tuple(_describe_trend(group) for _, group in rows), "left"))
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
@@ -178,7 +144,7 @@ def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
     """Return a column of the median κ at a step, shaded by its distance from random to 1, marked if near random."""
     cells: list[str | Text] = []
     for _, group in rows:
-        nonzero = [record for record in _select_step(group, step) if record.kappa is not None]
+        nonzero = [record for track in group for record in track.known if record.step == step]
         if not nonzero:
             cells.append("-")
             continue
@@ -190,32 +156,14 @@ def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
     return Column(f"{prefix}{step}", tuple(cells))
 
 
-def _select_step(group: Sequence[Track], step: int) -> list[Overlap]:
-    """Return the records of several tracks at one step."""
-    return [record for track in group for record in track.records if record.step == step]
+def _describe_trend(group: Sequence[Track]) -> str:
+    """Return the trend of the median κ as a word; empty if no layer has two nonzero gradients."""
+    known = [ends for track in group if (ends := track.ends) is not None]
+    if not known:
+        return ""
+    first, last = (median(kappas) for kappas in zip(*known, strict=True))
+    return "falls" if last < TREND_RATIO * first else "rises" if first < TREND_RATIO * last else "steady"
 
-
-def _compute_median_ends(group: Sequence[Track]) -> tuple[float, float] | None:
-    """Return the medians of ``Track.ends`` over several layers; None if no layer has two nonzero gradients."""
-    ends = [track.ends for track in group]
-    first, last = (middle([end[i] if end else None for end in ends]) for i in (0, 1))
-    return None if first is None or last is None else (first, last)
-
-
-def _make_strip_column(rows: Rows, steps: Sequence[int], width: int) -> Column:
-    """Return a column that draws the median κ over all steps, in bins; full height is the largest κ of the rows."""
-    highest = max((r.kappa or 0.0 for _, group in rows for track in group for r in track.records), default=0.0)
-    strips = []
-    for _, group in rows:
-        kappas = [middle([record.kappa for record in _select_step(group, step)]) for step in steps]
-        strips.append(strip([None if kappa is None or not highest else kappa / highest for kappa in kappas], width))
-    return Column("over steps", tuple(strips), "left", drop=3)
-
-
-# Maximum number of layers named in a sentence.
-_MAX_NAMED = 3
-
-_NEAR_CRITERION = f"below {NEAR_RANDOM:g}× random or halfway to 1"
 
 # An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
 # numbers are printed.
@@ -224,8 +172,8 @@ MIN_REACH = 0.1
 
 def suggest_next(results: Results[Overlap], values: Mapping[str, Any]) -> Hint:
     """Return the next step: a sweep of ranks if most layers end near random, else the effect of the adapter, or one."""
-    relevant = [track for track in _select_relevant(tracks(results)) if track.known]
-    if 2 * sum(track.near_since is not None for track in relevant) > len(relevant):
+    relevant = _select_relevant(tracks(results))
+    if 2 * len(_select_near(relevant)) > len(relevant):
         return Hint("probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs")
     if reference_is_adapter(results):
         return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
@@ -240,16 +188,21 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
         shown: Its layers at the rank of the table; default: at the default rank.
     """
     shown = tracks(results) if shown is None else shown
-    relevant = [track for track in _select_relevant(shown) if track.known]
+    relevant = _select_relevant(shown)
     findings = []
     if relevant:
         interpretation = "overlap increases with rank for any subspace: compare with random, not with 1"
         if reference_is_adapter(results):
             interpretation += "; near a minimum over the adapter's own weights tangent goes to 0"
         findings = [
-            _describe_containment(relevant, {part_of(t.layer) for t in shown} > {part_of(t.layer) for t in relevant}),
+            _describe_containment(relevant, len(shown)),
             make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
-            make_statement("reach", "Reach", *_describe_reach(relevant)),
+            make_statement(
+                "reach",
+                "Reach",
+                f"an adapter in these subspaces reaches {_compare_with_random(relevant, 'tangent')} to first order",
+                f"a new one, with B = 0 and A spanning V, {_compare_with_random(relevant, 'right')}",
+            ),
             describe_resolution(
                 [track.last.verdict for track in relevant],
                 "",
@@ -259,117 +212,71 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
         ]
     elif shown:
         findings = [make_statement("inside", "Containment", "not known: every gradient is zero", level="warning")]
-    findings.append(make_statement("ranks", "Ranks", _describe_skipped_ranks(results), priority=2))
-    return summarize(results, *findings, extra=_describe_measured(results), so_far="records so far")
-
-
-def _describe_measured(results: Results[Overlap]) -> list[str]:
-    """State the number of layers, steps and ranks; empty without records."""
-    layers, steps, ranks = (len({getattr(r, name) for r in results}) for name in ("layer", "step", "rank"))
-    return [f"{quantity(layers)}, {quantity(steps, 'step')}, {quantity(ranks, 'rank')}"] if layers else []
+    return summarize(results, *findings, so_far="records so far")
 
 
 def _select_relevant(shown: Sequence[Track]) -> list[Track]:
-    """Return the layers that adapters usually target, or all if there are none."""
-    return [track for track in shown if part_of(track.layer) == "matrices"] or list(shown)
+    """Return the layers that adapters usually target, or all if there are none; without those of zero gradients."""
+    selected = [track for track in shown if part_of(track.layer) == "matrices"] or shown
+    return [track for track in selected if track.known]
 
 
-def _describe_containment(relevant: Sequence[Track], is_partial: bool) -> Statement:
-    """State how many layers end near the baseline, which, and since when.
+def _select_near(relevant: Sequence[Track]) -> list[Track]:
+    """Return the layers that end near the random baseline."""
+    return [track for track in relevant if is_near_random(track.last)]
 
-    Args:
-        relevant: The layers to judge.
-        is_partial: Whether embeddings and head were measured, too, and are not among them.
-    """
-    near_random = sorted(
-        (t for t in relevant if t.near_since is not None), key=lambda t: (t.last.kappa or 0) / t.last.kappa_random
-    )
-    verdict = "no" if len(near_random) > len(relevant) / 2 else "partly" if near_random else "yes"
+
+def _describe_containment(relevant: Sequence[Track], measured: int) -> Statement:
+    """State whether the relevant layers, which are some of those measured, end above the baseline, and the medians."""
+    near = _select_near(relevant)
+    verdict = "no" if len(near) > len(relevant) / 2 else "partly" if near else "yes"
     kappa = median(track.last.kappa or 0 for track in relevant)
     random = median(track.last.kappa_random for track in relevant)
-    scope = " outside embeddings and head" if is_partial else ""
-    first_step = min(track.records[0].step for track in relevant)
-    examples = (
-        f"{short(t.layer)} ({number(t.last.kappa or 0)}, "
-        f"{'at every step' if t.near_since == first_step else f'since step {t.near_since}'})"
-        for t in near_random[:_MAX_NAMED]
-    )
-    more = f" and {len(near_random) - _MAX_NAMED} more" if len(near_random) > _MAX_NAMED else ""
+    layers = quantity(measured) if len(relevant) == measured else f"{len(relevant)} of {quantity(measured)}"
     return make_statement(
         "inside",
         "Containment",
-        f"{verdict}: κ {number(kappa)} at the last step, the median of {quantity(len(relevant))}{scope}; random "
-        f"subspaces {number(random)}",
-        f"{len(near_random)} of them near random: {', '.join(examples)}{more}" if near_random else "",
-        f"near random: {_NEAR_CRITERION}",
-        level="warning" if near_random else "note",
+        f"{verdict}: κ {number(kappa)} at the last step, the median of {layers}; random subspaces {number(random)}",
+        level="warning" if near else "note",
         priority=0,
     )
 
 
-def _name_layers(near_random: Sequence[Track]) -> str:
-    """Return a phrase that names the layers near random by their number, or a single one by its name."""
-    return f"in {len(near_random)} layers near random" if len(near_random) > 1 else f"in {short(near_random[0].layer)}"
-
-
-def _describe_reach(relevant: Sequence[Track]) -> Iterator[str]:
-    """Yield the first-order reach of an adapter with these subspaces, and of a fresh one, at the last step."""
-    for subject, name in (
-        ("an adapter in these subspaces reaches", "tangent"),
-        ("a new one, with B = 0 and A spanning V,", "right"),
-    ):
-        value, random = (middle([getattr(t.last, field) for t in relevant]) for field in (name, f"{name}_random"))
-        yield f"{subject} {number(value or 0.0)} of ‖G‖ to first order (random {number(random or 0.0)})"
+def _compare_with_random(relevant: Sequence[Track], field: str) -> str:
+    """Return the median of a measure at the last step as a phrase, with its baseline."""
+    value, random = (median(getattr(t.last, name) or 0.0 for t in relevant) for name in (field, f"{field}_random"))
+    return f"{number(value)} of ‖G‖ (random {number(random)})"
 
 
 def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[str]:
     """Return what to do about the layers near their baseline, one sentence for each case."""
-    near_random = [track for track in relevant if track.near_since is not None]
-    if not near_random:
+    near = _select_near(relevant)
+    if not near:
         return ["no change: in every layer these subspaces contain more of the gradient than random ones"]
-    at_largest_rank = {
-        track.layer: max((r for r in results if r.layer == track.layer), key=lambda r: (r.rank, r.step))
-        for track in near_random
-    }
-    # There an adapter reaches clearly more of ‖G‖² than its baseline, though κ is near random.
-    tangent_only = [
-        track for track in near_random if (track.last.tangent or 0) ** 2 - track.last.tangent_random**2 >= MIN_REACH
-    ]
-    others = [track for track in near_random if track not in tangent_only]
-    # At full rank the subspaces are the whole space, which contains every gradient: κ and its baseline are both 1.
-    at_higher_rank = [t for t in others if (r := at_largest_rank[t.layer]).kappa_random < 1 and not is_near_random(r)]
-    outside = [track for track in others if track not in at_higher_rank]
+    known = (record for record in results if record.kappa is not None)
+    largest = {record.layer: record for record in sorted(known, key=lambda record: (record.rank, record.step))}
+    keep: list[Track] = []
+    raise_rank: list[Track] = []
+    others: list[Track] = []
+    for track in near:
+        at_largest = largest[track.layer]
+        if (track.last.tangent or 0) ** 2 - track.last.tangent_random**2 >= MIN_REACH:
+            keep.append(track)
+        # At full rank the subspaces are the whole space, which contains every gradient: κ and its baseline are both 1.
+        elif at_largest.kappa_random < 1 and not is_near_random(at_largest):
+            raise_rank.append(track)
+        else:
+            others.append(track)
     sentences = []
-    if tangent_only:
-        tangent, random = (
-            middle([getattr(t.last, name) for t in tangent_only]) or 0.0 for name in ("tangent", "tangent_random")
-        )
+    if keep:
+        reach = _compare_with_random(keep, "tangent")
+        sentences.append(f"in {list_layers(keep)} keep the adapter: one side is aligned, and it reaches {reach}")
+    if raise_rank:
+        rank = max(largest[track.layer].rank for track in raise_rank)
+        sentences.append(f"in {list_layers(raise_rank)} use a higher rank: κ exceeds the baseline at r={rank}")
+    if others:
         sentences.append(
-            f"{_name_layers(tangent_only)} keep the adapter: one side is aligned, and it reaches {number(tangent)} of "
-            f"‖G‖ (random {number(random)})"
-        )
-    if at_higher_rank:
-        largest_rank = max(at_largest_rank[track.layer].rank for track in at_higher_rank)
-        sentences.append(
-            f"{_name_layers(at_higher_rank)} use a higher rank: κ exceeds the baseline at r={largest_rank}"
-        )
-    if outside:
-        below_full_rank = any(at_largest_rank[track.layer].kappa_random >= 1 for track in outside)
-        sentences.append(
-            f"{_name_layers(outside)} initialize the adapter from recent gradients, or move its parameters to other "
-            f"layers: the gradients are outside at every rank measured{' below full rank' if below_full_rank else ''}"
+            f"in {list_layers(others)} initialize the adapter from recent gradients, or move its parameters to other "
+            "layers: the gradients are outside at every rank measured below full rank"
         )
     return sentences
-
-
-def _describe_skipped_ranks(results: Results[Overlap]) -> str:
-    """State which requested ranks were not measured in some layers; empty if all were measured."""
-    ranks_by_layer: dict[str, set[int]] = {}
-    for record in results:
-        ranks_by_layer.setdefault(record.layer, set()).add(record.rank)
-    requested = [rank for rank in results.run.settings.get("ranks", []) if isinstance(rank, int)]
-    skip_counts = {rank: sum(rank not in ranks for ranks in ranks_by_layer.values()) for rank in requested}
-    phrases = [f"{rank} in {number_of}" for rank, number_of in skip_counts.items() if number_of]
-    limit = "the adapter's rank" if reference_is_adapter(results) else "min(out, in)"
-    text = f"not measured where they exceed {limit}: r={', '.join(phrases)} of {quantity(len(ranks_by_layer))}"
-    return text if phrases else ""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from lora_diag.diagnostics.residual.record import SEEDS, Residual, describe_parts
+from lora_diag.diagnostics.residual.record import SEEDS, Residual
 from lora_diag.metrics.subspaces import Distances, pool_distances
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import format_shown, list_layers, number, percent, quantity, safe
+from lora_diag.rendering.text import format_shown, number, percent, quantity, safe
 
 # What limits a layer, in the order of the table.
 _LIMITS = ("rank", "scale", "direction", "noise", "exact", "not adapted", None)
@@ -94,25 +94,14 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     groups = [(name, records, pool_distances(records)) for name, records in _group_by_adapter(results)]
     # Not by ε, which depends on the norm that the learning rate gave an adapter.
     groups.sort(key=lambda group: -1.0 if group[2].cosine is None else group[2].cosine, reverse=True)
-    adapters = [group for group in groups if group[1][0].role == "adapter"]
-    references = [group for group in groups if group[1][0].role == "reference"]
+    adapters = [(name, records) for name, records, _ in groups if records[0].role == "adapter"]
+    limits = (f"{name}: {_describe_limit(records)}" for name, records in adapters)
+    rank_limits = (f"{name}: {_describe_rank_limit(records)}" for name, records in adapters)
+    groups.sort(key=lambda group: group[1][0].role, reverse=True)
     findings += [
-        make_statement(
-            "limited_by",
-            "Limited by",
-            *(f"{name}: {_describe_limit(records)}" for name, records, _ in adapters),
-            priority=0,
-        ),
-        make_statement("distance", "Distance", *itertools.starmap(_describe_distance, [*references, *adapters])),
-        make_statement(
-            "parts", "Parts of ε²", *(f"{name}: {describe_parts(records)}" for name, records, _ in adapters), priority=2
-        ),
-        make_statement(
-            "low_rank",
-            "Rank limit",
-            *(f"{name}: {_describe_rank_limit(records)}" for name, records, _ in adapters),
-            priority=2,
-        ),
+        make_statement("limited_by", "Limited by", *limits, priority=0),
+        make_statement("distance", "Distance", *itertools.starmap(_describe_distance, groups)),
+        make_statement("low_rank", "Rank limit", *rank_limits, priority=2),
     ]
     if groups:
         verdicts = [r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0]
@@ -125,24 +114,17 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
         if not verdicts:
             resolved = replace(resolved, lead="no matrix of TUNED changed", level="warning")
         meaning = "ε is the distance to this one solution, not quality: the held-out loss shows which model is better"
-        hint = "" if references else f"{SEEDS}; --reference TUNED2 measures that of your own seeds"
+        hint = "" if len(adapters) < len(groups) else f"{SEEDS}; --reference TUNED2 measures that of your own seeds"
         findings += [resolved, make_statement("interpretation", "Interpretation", meaning, hint, priority=2)]
     return summarize(results, *findings)
 
 
 def _describe_distance(name: str, records: Sequence[Residual], whole: Distances) -> str:
-    """State the distance from the whole update, and from the part that the adapter changes."""
+    """State the distance from the whole update."""
     title = f"{name}, another full fine-tune" if records[0].role == "reference" else name
     if whole.epsilon is None:
         return f"{title}: TUNED changes nothing, so there is no ε"
-    acting = [record for record in records if record.adapter_fro > 0]
-    if not acting:
-        return f"{title}: changes nothing that TUNED changes, so ε = 1"
-    text = f"{title}: ε = {number(whole.epsilon)}, cosine {format_shown(whole.cosine)}"
-    if len(acting) == len(records):
-        return text
-    part = pool_distances(acting)
-    return f"{text} (where it acts {format_shown(part.epsilon)}, {format_shown(part.cosine)})"
+    return f"{title}: ε = {number(whole.epsilon)}, cosine {format_shown(whole.cosine)}"
 
 
 def _describe_limit(records: Sequence[Residual]) -> str:
@@ -150,24 +132,22 @@ def _describe_limit(records: Sequence[Residual]) -> str:
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)
     clauses = [f"{limit} in {tensors} of {quantity(len(acting), 'tensor')}" for limit, tensors in counts.most_common()]
-    total = math.hypot(*(record.fro for record in records))
-    unchanged = math.hypot(*(record.fro for record in records if record.adapter_fro == 0))
-    if unchanged:
-        clauses.append(f"{percent((unchanged / total) ** 2)} of ‖ΔW‖² not adapted")
+    if unchanged := _pool_fro(record for record in records if record.adapter_fro == 0):
+        clauses.append(f"{percent((unchanged / _pool_fro(records)) ** 2)} of ‖ΔW‖² not adapted")
     if scaled := [record for record in acting if record.limited_by == "scale"]:
         clauses.append(f"{format_shown(pool_distances(scaled).best_scale)} times its α is best where scale limits")
     return "; ".join(clauses) or "nothing"
 
 
 def _describe_rank_limit(records: Sequence[Residual]) -> str:
-    """State how much of TUNED's update is beyond the ranks of the adapter, and where that limits it most."""
-    total = math.hypot(*(record.fro for record in records)) or 1.0
+    """State how much of TUNED's update is beyond the ranks of the adapter."""
     ranked = [record for record in records if record.rank and record.epsilon_min is not None]
     if not ranked:
         return "no layer with a known rank was compared with TUNED"
-    bound = sorted((record for record in ranked if record.limited_by == "rank"), key=lambda record: -record.floor)
-    beyond = percent((math.hypot(*(record.floor for record in ranked)) / total) ** 2)
-    text = f"{beyond} of ‖ΔW‖² needs a higher rank"
-    if not bound:
-        return f"{text}; in every layer direction or scale costs more"
-    return f"{text}; the largest part of ε in {len(bound)} of {quantity(len(ranked), 'layer')}: {list_layers(bound)}"
+    beyond = math.hypot(*(record.floor for record in ranked)) / _pool_fro(records)
+    return f"{percent(beyond**2)} of ‖ΔW‖² needs a higher rank"
+
+
+def _pool_fro(records: Iterable[Residual]) -> float:
+    """Return ‖D‖_F of several layers together."""
+    return math.hypot(*(record.fro for record in records))

@@ -30,8 +30,6 @@ REMEDIES: dict[MergeStatus, str] = {
 
 # A correct merge that kept less than this fraction of ΔW in a layer gets a warning.
 WEAK_RETENTION = 0.9
-# Standard errors below this are not stated: fractions are shown as percentages with two decimals.
-INVISIBLE_ERROR = 5e-5
 
 # Maximum number of causes stated per fault.
 SHOWN = 3
@@ -52,12 +50,11 @@ def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge
             name = "(not adapted)"
         groups.setdefault((name, record.status), []).append(record)
 
-    def order(row: tuple[str, list[Merge]]) -> tuple[int, bool, tuple[bool, bool, int]]:
-        """Return the sort key of a row: status, adapted or not, and place in the model."""
-        first = row[1][0]
-        return ORDER.index(first.status), not first.adapted, type_order(first.layer)
-
-    return sorted(((name, records) for (name, _), records in groups.items()), key=order)
+    rows = [(name, records) for (name, _), records in groups.items()]
+    return sorted(
+        rows,
+        key=lambda row: (ORDER.index(row[1][0].status), not row[1][0].adapted, type_order(row[1][0].layer)),
+    )
 
 
 _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
@@ -93,37 +90,32 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
 def _describe_correctness(results: Results[Merge]) -> str:
     """State whether the merge is correct, and why not."""
     adapted = [record for record in results if record.adapted]
-    failed = [record for record in adapted if record.failed]
-    changed = sum(record.failed for record in results if not record.adapted)
-    status = outcome(results)
+    status, layers = outcome(results), quantity(len(adapted), "adapted layer")
     if status == "failed":
-        clauses = [f"{len(failed)} of {quantity(len(adapted), 'adapted layer')} are not W + ΔW"] if failed else []
+        failed, changed = sum(record.failed for record in adapted), sum(r.failed for r in results if not r.adapted)
+        clauses = [f"{failed} of {layers} are not W + ΔW"] if failed else []
         clauses += [f"{quantity(changed, 'layer')} without an update changed"] if changed else []
         return f"no: {' and '.join(clauses)}"
     if status == "inconclusive":
         return f"inconclusive: {_explain_inconclusive(adapted)}"
-    coarse = sum(record.status == "coarse" for record in adapted)
-    suffix = f"; {coarse} of them not to the last bit, because ΔW was computed less precisely" if coarse else ""
-    layers = quantity(len(adapted), "adapted layer")
     others = f"; the {len(results) - len(adapted)} others are BASE" if len(adapted) < len(results) else ""
-    return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{suffix}{others}"
+    return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{others}"
 
 
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
     """State why adapted layers without a failure do not show whether the merge is correct."""
-    if all(not record.expected_fro for record in adapted):
+    expected = [record for record in adapted if record.expected_fro]
+    if not expected:
         return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
-    is_base = all(record.unchanged == 1 for record in adapted if record.expected_fro)
-    unclear = [record for record in adapted if record.status == "inconclusive"]
-    if unclear and not is_base:
+    if all(record.unchanged == 1 for record in expected):
         return (
-            f"in {len(unclear)} of {quantity(len(adapted), 'adapted layer')} MERGED's values are too coarse to "
-            f"distinguish BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {list_layers(unclear)}; merge into "
-            "a finer dtype"
+            "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
+            "merge that did not happen; merge into float32, or serve the adapter unmerged"
         )
+    unclear = [record for record in adapted if record.status == "inconclusive"]
     return (
-        "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
-        "merge that did not happen; merge into float32, or serve the adapter unmerged"
+        f"in {len(unclear)} of {quantity(len(adapted), 'adapted layer')} MERGED's values are too coarse to distinguish "
+        f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {list_layers(unclear)}; merge into a finer dtype"
     )
 
 
@@ -145,25 +137,20 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
 
 def _describe_rounding(results: Results[Merge]) -> str:
     """State how much of the update the dtype of MERGED kept where the merge is correct."""
-    correct = [record for record in results if record.adapted and record.retained is not None]
+    correct = _list_correct(results)
     if not correct:
         return "unknown: no adapted layer is correct"
-    retained = {record.layer: record.retained for record in correct if record.retained is not None}
-    worst = min(retained, key=retained.__getitem__)
-    noise = median(record.residual for record in correct if record.residual is not None)
-    unchanged = median(record.unchanged for record in correct if record.unchanged is not None)
-    text = f"{_format_kept(retained[worst])} of ΔW was kept"
-    if len(retained) > 1 and retained[worst] > 0.995:
-        text = f"at least {text} in every layer"
-    elif len(retained) > 1:
-        text = f"{_format_kept(median(retained.values()))} of ΔW was kept at the median, least in {short(worst)}: "
-        text += _format_kept(retained[worst])
-    errors = [record.scale_error for record in correct if record.scale_error is not None]
-    if errors and max(errors) >= INVISIBLE_ERROR:
-        text += f" (standard error at most {number(100 * max(errors))}%)"
-    if any(record.failed for record in results if record.adapted):
-        text = f"where the merge is correct, {text}"
-    return f"{text}; median noise {number(noise)} ‖ΔW‖, {percent(unchanged)} of the entries unchanged"
+    least, worst = correct[0]
+    middle = _format_kept(median(kept for kept, _ in correct))
+    text = f"at least {_format_kept(least)} of ΔW was kept ({middle} at the median), least in {short(worst.layer)}"
+    errors = [record.scale_error for _, record in correct if record.scale_error is not None]
+    return f"{text}; standard error at most {number(100 * max(errors))}%" if errors else text
+
+
+def _list_correct(results: Results[Merge]) -> list[tuple[float, Merge]]:
+    """Return the correct adapted layers with the fraction of ΔW that each kept, in ascending order of it."""
+    correct = [(record.retained, record) for record in results if record.adapted and record.retained is not None]
+    return sorted(correct, key=lambda pair: pair[0])
 
 
 def _format_kept(share: float) -> str:
@@ -173,15 +160,9 @@ def _format_kept(share: float) -> str:
 
 def _describe_weakened(results: Results[Merge]) -> str:
     """State the layers in which rounding removed much of the update or added much noise; empty without any."""
-    weakened = [
-        (record.retained, record)
-        for record in results
-        if record.adapted and record.retained is not None and record.residual is not None
-        if record.retained < WEAK_RETENTION or record.residual > 1
-    ]
-    if not weakened:
+    weak = [record for kept, record in _list_correct(results) if kept < WEAK_RETENTION or (record.residual or 0.0) > 1]
+    if not weak:
         return ""
-    weak = [record for _, record in sorted(weakened, key=lambda pair: pair[0])]
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
         f"{quantity(len(weak), 'layer')}: {list_layers(weak)}\n"

@@ -54,7 +54,7 @@ REASONS = {
     "not_in_model": "that the model does not use",
     "no_activations": "without activations",
     "memory": "larger than --memory",
-    "time": "not reached within --time",
+    "time": "not reached within --time (--resume measures them)",
 }
 
 

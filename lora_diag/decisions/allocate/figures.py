@@ -25,6 +25,7 @@ from lora_diag.rendering.figures.style import (
     crop_names,
     name_of,
 )
+from lora_diag.rendering.text import count
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 # Colour of the uniform rule where several runs have the colours of the categories.
@@ -115,7 +116,7 @@ def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
     for position, (_, kept, spent, color) in enumerate(rules):
         ax.barh(position, kept, height=0.66, color=color, lw=0)
         # Right of all bars and of the bound.
-        text, place = f"{kept:.1%} ({_format_count(spent)})", (scale, position)
+        text, place = f"{kept:.1%} ({count(round(spent))})", (scale, position)
         ax.annotate(text, place, xytext=(4, 0), textcoords="offset points", size=style.ticks, va="center")
     ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label=_BOUND_LABEL)
     ax.set_yticks(range(len(rules)), [short[name] for name, *_ in rules], parse_math=False, size=style.ticks)
@@ -142,21 +143,9 @@ def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certifica
     ax.set(xlabel=_UNITS[ordered[0].unit], ylabel="energy kept")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.xaxis.set_major_formatter(lambda value, _: _format_count(value))
+    ax.xaxis.set_major_formatter(lambda value, _: count(round(value)))
 
 
 def _cost_of(certificate: Certificate) -> float:
     """Return the cost of an allocation in the unit of the axis: parameters for an energy fraction."""
     return float(certificate.params) if certificate.unit == "energy" else certificate.spent
-
-
-def _format_count(value: float) -> str:
-    """Return an amount in a short form for an axis.
-
-    >>> _format_count(40), _format_count(12_500), _format_count(2_000_000), _format_count(3.2e9)
-    ('40', '12.5k', '2M', '3.2G')
-    """
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= factor:
-            return f"{value / (1e3 if unit == 'k' else factor):.4g}{unit}"
-    return f"{value:.4g}"

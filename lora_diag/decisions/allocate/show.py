@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,11 @@ from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.names import part_of
-from lora_diag.rendering.statements import Statement, left_out, make_statement, notes
+from lora_diag.rendering.statements import Statement, left_out, left_out_level, make_statement, summarize
 from lora_diag.rendering.tables import WIDE, Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import list_layers, list_names, number, percent, quantity, safe, short, span, strip
+from lora_diag.rendering.text import list_layers, list_names, percent, quantity, safe, short, span, strip
 
-# Maximum number of layers named in a statement.
-_NAMED = 3
+_UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
 
 
 def policies_table(
@@ -67,33 +65,18 @@ def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
 
 
 def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
-    """State where the rules differ and by how much, noise, the meaning of each rule, and where rules do not apply."""
-    spread = {}
+    """State in how many layers the rules differ, the layer where they differ most, and the meaning of each rule."""
+    spread = []
     for record in records:
-        ranks = {name: rank for name, rank in record.ranks.items() if rank and name != "signal"}
+        ranks = {rank: name for name, rank in record.ranks.items() if rank and name != "signal"}
         if len(ranks) > 1:
-            low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
-            spread[record.layer] = (ranks[high] / ranks[low], f"{low} {ranks[low]}, {high} {ranks[high]}")
-    worst = sorted(spread, key=lambda layer: -spread[layer][0])[:_NAMED]
-    differing = sum(ratio >= 2 for ratio, _ in spread.values())
-    noisy = sum(
-        (energy := record.ranks["energy 90%"]) is not None
-        and (signal := record.ranks["signal"]) is not None
-        and energy > signal
-        for record in records
+            low, high = min(ranks), max(ranks)
+            spread.append((high / low, f"{short(record.layer)}: {ranks[low]} {low}, {ranks[high]} {high}"))
+    differing = (
+        f"by a factor of 2 or more in {sum(ratio >= 2 for ratio, _ in spread)} of {len(records)} layers; most in"
     )
-    excess = f"90% of the energy needs more than the signal rank in {noisy} layers, where it includes rounding noise"
-    missing = sum(None in record.ranks.values() for record in records)
-    unknown = f"- in {missing} layers: the rule needs all min(out, in) singular values, or more than --top kept"
-    lead = f"by a factor of 2 or more in {differing} of {len(records)} layers; most in"
-    statements = [
-        make_statement(
-            "disagree",
-            "Disagreement",
-            lead if spread else "",
-            *(f"{short(layer)}: {spread[layer][1]}" for layer in worst),
-        ),
-        make_statement("noise", "Noise", excess if noisy else ""),
+    return [
+        *([make_statement("disagree", "Disagreement", differing, max(spread)[1])] if spread else []),
         make_statement(
             "rules",
             "Rules",
@@ -102,25 +85,7 @@ def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
             "upper limit",
             "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
         ),
-        make_statement("not_known", "Unknown", unknown if missing else ""),
     ]
-    return [statement for statement in statements if statement.lead]
-
-
-# Differences of energy fractions below these are called "a negligible gain" and "a small gain"; the value is printed.
-_NEGLIGIBLE, _SMALL = 0.005, 0.02
-
-
-_CAPS = {
-    "signal_rank": "by their signal rank, beyond which is rounding noise",
-    "values_kept": "by the values kept by --top: measure with a larger --top, or without",
-    "update_rank": "by the rank of their own update",
-    "break_even": "by break-even: a larger rank has more parameters than the matrix",
-    "shape": "by their shape",
-    "max_rank": "by --max-rank",
-    "ranks_from": "by the ranks of --allowed-ranks",
-}
-_UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
 
 
 def allocation_table(
@@ -186,61 +151,67 @@ def suggest_next(results: Results[Allocation] | list[Policies], values: Mapping[
 def allocation_lines(results: Results[Allocation]) -> list[Statement]:
     """Return the statements of the summary."""
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
-    if certificate is None:
-        problem = "the file is incomplete: the certificate and possibly layers are missing; allocate again"
-        return [make_statement("unfinished", "Warning", problem, level="failure")]
-    settings = results.run.settings
-    heuristic, portable = settings.get("method") == "heuristic", settings.get("portable")
-    allocated = "ranks chosen for energy" if heuristic else "allocated ranks"
-    baselines = [_compare_with_baseline(baseline, allocated) for baseline in certificate.baselines]
-    more = "" if heuristic or not certificate.price else _describe_marginal_gain(certificate)
-    statements = [
-        make_statement("allocated", "Allocated", *_describe_allocation(results, heuristic)),
-        make_statement("budget", "Budget", _describe_budget(results, certificate)),
-        make_statement("heads", "Heads", *_describe_heads(results, certificate)),
-        make_statement("keeps", "Energy kept", *_describe_kept_energy(results, certificate)),
-        make_statement("portable", "Portable", *(_describe_portability(results) if portable else ())),
-        make_statement("against", "Baselines", *(baselines if certificate.price else ())),
-        make_statement("more", "Marginal gain", more),
-        make_statement("limits", "Limits", *(() if portable else _describe_limits(results))),
-        make_statement("note", "Note", _describe_limits_of_energy(results)),
-        replace(left_out(results, *_describe_outside(results)), priority=1),
-        *(make_statement("warning", "Warning", warning, level="failure") for warning in _make_warnings(results)),
-    ]
-    return [statement for statement in statements if statement.lead]
+    outside = replace(left_out(results, _describe_outside(results)), level=left_out_level(results, "saved"), priority=1)
+    findings = () if certificate is None else _describe_findings(results, certificate)
+    return summarize(results, *findings, skipped=outside, so_far="ranks of an incomplete file; allocate again")
 
 
-_LIMITS_OF_ENERGY = {
-    "fisher": "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from the sum",
-    "data": "energy is the change of the outputs on that text, not the importance for the loss",
-    "kfac": "energy is the K-FAC estimate of the change of the loss",
-    "weights": "energy is the size of the weight change, not the importance for the loss",
+# Criterion of the ranks -> what fractions refer to, and the limits of the criterion.
+_CRITERIA = {
+    "fisher": (
+        "ΣF(0), the Fisher information of discarding the whole update",
+        "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from the sum",
+    ),
+    "data": (
+        "these layers' energy (Σσ², in the data metric)",
+        "energy is the change of the outputs on that text, not the importance for the loss",
+    ),
+    "kfac": ("these layers' energy (Σσ², in K-FAC's metric)", "energy is the K-FAC estimate of the change of the loss"),
+    "weights": (
+        "these layers' energy (Σσ²)",
+        "energy is the size of the weight change, not the importance for the loss",
+    ),
 }
 
 
-def _describe_limits_of_energy(results: Results[Allocation]) -> str:
-    """State the limits of energy as a criterion."""
-    text = f"{_LIMITS_OF_ENERGY[_name_criterion(results)]}: compare the held-out loss"
-    if any(record.cap and not record.rank for record in results):
-        text += "; a layer of rank 0 learns nothing: --min-rank sets a minimum, --relative counts all layers equally"
-    return text
-
-
-def _describe_allocation(results: Results[Allocation], heuristic: bool) -> Iterator[str]:
-    if heuristic:
-        yield "ranks by the heuristic prior r ∝ s·√(d_in+d_out), within the caps; not chosen for energy"
-    ranks = [record.rank for record in results if record.rank]
-    yield f"{len(ranks)} of {len(results)} layers get a rank, {span(ranks)}" if ranks else "none"
-    if unranked := [record for record in results if not record.rank]:
-        unchanged = sum(record.fro == 0 for record in unranked)
-        noise = sum(record.cap == 0 and record.fro > 0 for record in unranked)
-        reasons = [
-            f"; {unchanged} did not change" * bool(unchanged),
-            f"; {noise} are only rounding noise" * bool(noise),
-        ]
-        yield f"rank 0: {list_layers(unranked)}{''.join(reasons)}"
-    yield from (f"{item.role} {safe(item.path)} ({item.kind})" for item in results.run.inputs if item.path)
-    yield from notes(results.run)
+def _describe_findings(results: Results[Allocation], certificate: Certificate) -> Iterator[Statement]:
+    """State the ranks, their cost, the energy that they keep compared with the optimum and other rules, and limits."""
+    settings = results.run.settings
+    heuristic, portable = settings.get("method") == "heuristic", settings.get("portable")
+    is_fisher = any(record.fisher is not None for record in results)
+    whole, limits = _CRITERIA["fisher" if is_fisher else settings.get("metric", "weights")]
+    if not is_fisher and settings.get("weights") is not None:
+        whole = whole.replace("energy", "weighted energy")
+    whole += ", each layer's counted as 1" if settings.get("relative") else ""
+    ranks, zero = [record.rank for record in results if record.rank], [r for r in results if not r.rank]
+    yield make_statement(
+        "allocated",
+        "Allocated",
+        f"{len(ranks)} of {len(results)} layers get a rank, {span(ranks)}" if ranks else "none",
+        "ranks of the heuristic prior r ∝ s·√(d_in+d_out), not chosen for energy" if heuristic else "",
+        f"rank 0: {list_layers(zero)}; --min-rank sets a minimum" if zero else "",
+    )
+    yield make_statement("budget", "Budget", _describe_budget(results, certificate))
+    yield make_statement("heads", "Heads", *_describe_heads(results, certificate))
+    yield make_statement(
+        "keeps",
+        "Energy kept",
+        f"{certificate.kept:.2%} of {whole}; {_describe_optimum(certificate)}",
+        f"the measured spectra have an error of ±{percent(certificate.energy_error)}"
+        if certificate.energy_error > 1e-4
+        else "",
+    )
+    yield make_statement("portable", "Portable", *(_describe_refusals(results) if portable else ()), level="warning")
+    if certificate.price:
+        yield make_statement("against", "Baselines", *map(_compare_with_baseline, certificate.baselines))
+        more = 1 if certificate.unit == "total_rank" else 10 ** int(math.log10(max(certificate.spent, 100) / 10))
+        # An upper bound is rounded up.
+        gain = math.ceil(certificate.more_at_most(more) * 1e4 - 1e-9) / 1e4
+        text = f"{more:,} more {_UNITS[certificate.unit]} keep at most another {gain:.2%}"
+        yield make_statement("more", "Marginal gain", "" if heuristic else text)
+    yield make_statement("limits", "Limits", *(() if portable else _describe_limits(results)))
+    yield make_statement("note", "Note", f"{limits}: compare the held-out loss")
+    yield from (make_statement("warning", "Warning", text, level="failure") for text in _make_warnings(results))
 
 
 def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
@@ -254,9 +225,8 @@ def _describe_budget(results: Results[Allocation], certificate: Certificate) -> 
     return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
 
 
-def _describe_portability(results: Results[Allocation]) -> Iterator[str]:
-    """State the property of a portable allocation, and what programs still refuse or drop."""
-    yield "one rank and no patterns, which every program scales alike; bound and gap are those of one rank"
+def _describe_refusals(results: Results[Allocation]) -> Iterator[str]:
+    """State what programs still refuse or drop in a portable allocation."""
     ranked = {record.layer.removesuffix(".weight") for record in results if record.rank}
     for module in sorted(ranked):
         owner, _, leaf = module.rpartition(".")
@@ -268,151 +238,60 @@ def _describe_portability(results: Results[Allocation]) -> Iterator[str]:
         yield "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
 
 
-def _describe_heads(results: Results[Allocation], certificate: Certificate) -> list[str]:
-    """Name the heads that are trained in full, with their cost; empty without one."""
-    if not certificate.saved:
-        return []
+def _describe_heads(results: Results[Allocation], certificate: Certificate) -> Iterator[str]:
+    """Name the heads that are trained in full, with their cost, and a task type that the user must set."""
     names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
-    payment = "not counted by this budget" if certificate.unit in {"total_rank", "energy"} else "paid for first"
-    task = task_type_of(results, names)
-    return [
-        f"{list_names(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save), {payment}",
-        f"task_type {task}, from the config of the fine-tune"
-        if task
-        else "task_type: not in the config of the fine-tune; set it in the PEFT config",
-    ]
+    if names:
+        yield f"{list_names(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save)"
+        if task_type_of(results, names) is None:
+            yield "task_type: not in the config of the fine-tune; set it in the PEFT config"
 
 
-def _describe_kept_energy(results: Results[Allocation], certificate: Certificate) -> list[str]:
-    kept = f"{_format_points(certificate.kept)} of {_name_energy(results)}; "
+def _describe_optimum(certificate: Certificate) -> str:
+    """State the distance from the optimum."""
     if certificate.unit == "energy":
-        best = f"an unconstrained choice with as many parameters could keep at most {_format_points(certificate.bound)}"
-    elif certificate.optimal:
-        best = "optimal within budget and caps"
-    else:
-        bound, gap = _format_points(certificate.bound), _format_gap(certificate.gap)
-        best = f"the optimum within budget and caps keeps at most {bound} (gap {gap})"
-    lines = [kept + best]
-    if _name_criterion(results) == "fisher":
-        left = math.fsum(record.fisher or 0.0 for record in results)
-        lines.append(f"Σ½F = {number(left / 2)} nats per prediction remain beyond these ranks")
-    lines.append(
-        f"ε_min = {number(certificate.epsilon_min)}: lower bound on the distance of any adapter of these ranks from "
-        "this update"
-    )
-    if certificate.energy_error > 1e-4:
-        lines.append(f"the measured spectra have an error of ±{percent(certificate.energy_error)}")
-    return lines
+        return f"an unconstrained choice with as many parameters could keep at most {certificate.bound:.2%}"
+    if certificate.optimal:
+        return "optimal within budget and caps"
+    gap = "below 0.01%" if certificate.gap < 1e-4 else f"{certificate.gap:.2%}"
+    return f"the optimum within budget and caps keeps at most {certificate.bound:.2%} (gap {gap})"
 
 
-def _name_energy(results: Results[Allocation]) -> str:
-    """Describe the energy that fractions refer to."""
-    criterion = _name_criterion(results)
-    if criterion == "fisher":
-        return "ΣF(0), the Fisher information of discarding the whole update"
-    weights = "weighted " if results.run.settings.get("weights") is not None else ""
-    if results.run.settings.get("relative"):
-        return f"the layers' {weights}energies (Σσ²), each counted as 1"
-    metric = {"data": ", in the data metric", "kfac": ", in K-FAC's metric"}.get(criterion, "")
-    return f"these layers' {weights}energy (Σσ²{metric})"
-
-
-def _name_criterion(results: Results[Allocation]) -> str:
-    """Return the criterion of the ranks: ``fisher``, or the metric of the energies."""
-    if any(record.fisher is not None for record in results):
-        return "fisher"
-    return str(results.run.settings.get("metric", "weights"))
-
-
-def _compare_with_baseline(baseline: Baseline, allocated: str) -> str:
-    """Compare another rule with the optimal ranks at the same cost."""
+def _compare_with_baseline(baseline: Baseline) -> str:
+    """Compare another rule with the ranks chosen for energy at its cost."""
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
-    gain = baseline.equal - baseline.kept
-    sizes = ((0.0, ", no gain"), (_NEGLIGIBLE, ", a negligible gain"), (_SMALL, ", a small gain"))
-    verdict = next((text for limit, text in sizes if gain <= limit), "")
-    text = (
-        f"{baseline.name} keeps {_format_points(baseline.kept)} (ε_min {number(baseline.epsilon_min)}); {allocated} "
-        f"at the same cost, {baseline.spent:,.0f}, keep {_format_points(baseline.equal)}: "
-        f"{gain * 100:+.2f} points{verdict}"
-    )
-    if baseline.lead is not None and baseline.lead_gain is not None:
-        text += f", {baseline.lead_gain * 100:+.2f} in {short(baseline.lead)} alone"
-    return text
+    return f"{baseline.name} keeps {baseline.kept:.2%}; an allocation of its cost {baseline.equal:.2%}"
 
 
-def _describe_marginal_gain(certificate: Certificate) -> str:
-    """Bound the gain of a further part of the budget: one rank, or a power of ten small against the cost."""
-    if certificate.unit == "total_rank":
-        return f"one more rank keeps at most another {_format_points_up(certificate.more_at_most(1))}"
-    part = 10 ** math.floor(math.log10(max(certificate.spent, 100) / 10))
-    gain = _format_points_up(certificate.more_at_most(part))
-    return f"{part:,.0f} more {_UNITS[certificate.unit]} keep at most another {gain}"
-
-
-def _describe_limits(results: Results[Allocation]) -> list[str]:
-    """State how many layers end at a cap, by its reason, and how many do not reach a requested energy fraction."""
-    counts = Counter(record.capped_by for record in results if record.rank == record.cap and record.fro > 0)
-    lines = [f"{quantity(n, 'layer')} at a cap set {_CAPS[reason]}" for reason, n in counts.most_common()]
+def _describe_limits(results: Results[Allocation]) -> Iterator[str]:
+    """State how many layers need more measured values for a larger rank, or do not reach a requested fraction."""
     share = results.run.settings.get("energy")
-    if isinstance(share, float) and (short_of := [r for r in results if r.kept is not None and r.kept < share - 1e-6]):
-        lines.append(
-            f"below {percent(share)} at the cap: {quantity(len(short_of), 'layer')}, such as {short(short_of[0].layer)}"
-        )
-    return lines
+    if few := sum(record.rank == record.cap and record.capped_by == "values_kept" for record in results):
+        yield f"{quantity(few, 'layer')} at a cap set by the values kept by --top: measure with a larger --top"
+    if isinstance(share, float) and (below := [r for r in results if r.kept is not None and r.kept < share - 1e-6]):
+        yield f"below {percent(share)} at the cap: {list_layers(below)}"
 
 
-def _describe_outside(results: Results[Allocation]) -> list[str]:
-    """State the fraction of the change that an adapter cannot reach, and embeddings or heads that could get a rank.
+def _describe_outside(results: Results[Allocation]) -> str:
+    """State the fraction of the change that an adapter cannot reach.
 
-    This fraction exists in the metric of the weights only: norms, biases and tables have no energy in others.
+    It exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """
     inside = math.fsum(record.fro**2 for record in results)
     outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
-    lines = []
-    not_selected = [item for item in results.left_out if item.reason == "not_selected" and item.fro]
-    tables = [short(item.layer) for item in not_selected if part_of(item.layer) == "vocabulary"]
-    if outside and results.run.settings.get("metric", "weights") == "weights":
-        share = percent(outside / (inside + outside))
-        unknown = any(item.reason == "not_selected" and item.fro is None for item in results.left_out)
-        scope = " among the measured tensors" if unknown else ""
-        lines.append(f"{share} of the whole change ‖Δ‖²{scope} is there, outside this adapter")
-    if tables:
-        lines.append(f"select {' or '.join(tables[:_NAMED])} with --layers to give it a rank")
-    return lines
+    if not outside or results.run.settings.get("metric", "weights") != "weights":
+        return ""
+    return f"{percent(outside / (inside + outside))} of ‖Δ‖² of the measured tensors is outside this adapter"
 
 
-def _make_warnings(results: Results[Allocation]) -> list[str]:
-    lines = []
+def _make_warnings(results: Results[Allocation]) -> Iterator[str]:
     if any(record.source == "gradients" for record in results):
-        lines.append("these are spectra of gradients: ranks for a first-order step, not for an update")
+        yield "these are spectra of gradients: ranks for a first-order step, not for an update"
     if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
-        lines.append(
+        yield (
             f"mostly rounding noise: {quantity(len(unresolved), 'layer')}, with ranks up to the signal and an energy "
             "that is not the update's; measure the adapter or a float32 fine-tune"
         )
     if any(UNFINISHED in run_input.notes for run_input in results.run.inputs):
-        lines.append("the spectrum run did not finish: missing layers have no rank")
-    return lines
-
-
-def _format_points(share: float) -> str:
-    """Return a fraction as a percentage with two decimals, in which allocations differ.
-
-    >>> _format_points(0.353812), _format_points(1.0)
-    ('35.38%', '100.00%')
-    """
-    return f"{share * 100:.2f}%"
-
-
-def _format_points_up(share: float) -> str:
-    """Return an upper bound as a percentage, rounded up to remain a bound.
-
-    >>> _format_points_up(0.001201), _format_points_up(0.0012)
-    ('0.13%', '0.12%')
-    """
-    return f"{math.ceil(share * 1e4 - 1e-9) / 100:.2f}%"
-
-
-def _format_gap(gap: float) -> str:
-    return "below 0.01%" if gap < 1e-4 else f"{gap * 100:.2f}%"
+        yield "the spectrum run did not finish: missing layers have no rank"

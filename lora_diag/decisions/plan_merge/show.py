@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_diag.decisions.plan_merge.record import (
-    COEFFICIENT_TOLERANCE,
     MAX_ERROR,
     FormatEffect,
     PlannedMerge,
@@ -17,7 +16,7 @@ from lora_diag.decisions.plan_merge.record import (
 from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, make_statement, summarize
-from lora_diag.rendering.text import count, factor, list_layers, number, percent
+from lora_diag.rendering.text import count, factor, list_layers, number
 
 
 def suggest_next(results: Results[PlannedMerge], values: Mapping[str, Any]) -> Hint | None:
@@ -35,19 +34,16 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     records = results.layers
     if not records:
         return summarize(results)
-    rules = (
-        f"merge if c is within 1 ± {number(COEFFICIENT_TOLERANCE)} and the error at most {number(MAX_ERROR)}; rules of "
-        "thumb, compared with the loss of one LoRA only"
-    )
     hit = [record for record in records if record.overflow]
     overflow = f"{count(sum(r.overflow for r in hit))} entries of W + ΔW would be infinite, in {list_layers(hit)}"
+    to, sixteen = records[0].to, _effects_of_16_bits(records)
+    others = [f"{name}: {_describe_effect(effect)}" for name, effect in sixteen.items() if name != to]
     return summarize(
         results,
         _describe_conclusion(records),
-        make_statement("arrived", "Kept", *_describe_kept_update(records)),
+        make_statement("arrived", "Kept", f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)),
         make_statement("overflow", "Overflow", overflow if hit else "", level="warning"),
-        make_statement("base", "Base", *_describe_base(records), priority=2),
-        make_statement("rules", "Rules", rules, priority=2),
+        make_statement("base", "Base", _describe_base(records), priority=2),
     )
 
 
@@ -58,20 +54,20 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
         return make_statement("conclusion", "Conclusion", text, level="warning", priority=0)
     keeping = [name for name, effect in _effects_of_16_bits(records).items() if effect.survives]
     base_error = pool_ratios(records, lambda record: record.base_error)
-    keeps_base = to not in {"bf16", "fp16"} and base_error is not None and base_error <= MAX_ERROR
     advice = {
         "merge": f"merge: {to} keeps the update, by the rule of thumb (error at most {number(MAX_ERROR)} ‖ΔW‖)",
         "merge into 16 bit": f"merge into {' or '.join(keeping)}: {to} loses too much of the update",
         "serve unmerged": f"serve unmerged: {to} loses too much of the update",
     }[outcome]
-    if outcome == "serve unmerged" and keeps_base:
-        advice = (
-            f"serve unmerged: {to} keeps BASE but not the update, and BASE in {to} beside the adapter loses nothing"
-        )
+    if (
+        outcome == "serve unmerged"
+        and to not in {"bf16", "fp16"}
+        and base_error is not None
+        and base_error <= MAX_ERROR
+    ):
+        advice += f", but keeps BASE: BASE in {to} and the adapter lose nothing"
     others = [record for record in records if record.conclusion not in {outcome, None}]
-    different = (
-        f"a different conclusion for {len(others)} of {len(records)} layers by themselves: {list_layers(others)}"
-    )
+    different = f"{len(others)} of {len(records)} layers alone have a different conclusion: {list_layers(others)}"
     return make_statement(
         "conclusion",
         "Conclusion",
@@ -88,12 +84,6 @@ def _describe_effect(effect: FormatEffect) -> str:
     return f"{factor(effect.arrived)} of ΔW, with an error of {number(effect.error)} ‖ΔW‖"
 
 
-def _describe_kept_update(records: Sequence[PlannedMerge]) -> list[str]:
-    to = records[0].to
-    others = [f"{name}: {_describe_effect(e)}" for name, e in _effects_of_16_bits(records).items() if name != to]
-    return [f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)]
-
-
 def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffect]:
     return {
         "bf16": pool_effects(records, lambda record: record.bf16),
@@ -101,23 +91,11 @@ def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffe
     }
 
 
-def _describe_base(records: Sequence[PlannedMerge]) -> list[str]:
-    """State the error of the format on BASE alone, and of BASE's own format."""
-    lines = []
+def _describe_base(records: Sequence[PlannedMerge]) -> str:
+    """State the error of the format on BASE alone, and that a quantized BASE as it is has no such error."""
     error = pool_ratios(records, lambda record: record.base_error)
-    if error is not None:
-        factored = [record for record in records if record.base_error_inside is not None]
-        inside = pool_ratios(factored, lambda record: record.base_error_inside)
-        inner = f", {number(inside)} ‖ΔW‖ of it in the adapter's input space" if inside is not None else ""
-        lines.append(f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{inner}")
-    noisy = [record for record in records if record.base_noise is not None]
-    noise = pool_ratios(noisy, lambda record: record.base_noise)
-    if noise is not None:
-        share = percent(len(noisy) / len(records))
-        lines.append(f"BASE is quantized in {share} of the layers: its own rounding noise is {number(noise)} ‖ΔW‖")
-        if error is not None and error > MAX_ERROR:
-            lines.append(
-                f"{records[0].to} does not reuse BASE's scales: unchanged BASE with the adapter unmerged has no "
-                "such error"
-            )
-    return lines
+    if error is None:
+        return ""
+    unmerged = "; BASE as it is, with the adapter unmerged, has no such error"
+    quantized = error > MAX_ERROR and any(record.base_noise is not None for record in records)
+    return f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{unmerged if quantized else ''}"

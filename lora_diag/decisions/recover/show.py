@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -46,15 +45,13 @@ def recovery_lines(results: Results[Recovery], output: Path | str | None = None)
         findings = [
             _describe_hidden(records),
             make_statement("size", "Size", *describe_estimate(hidden)),
-            make_statement("directions", "Directions", *_describe_directions(records)),
+            make_statement("directions", "Directions", _describe_directions(records)),
             _describe_refused(records),
             make_statement("assumption", "Assumption", assumption, priority=2),
         ]
-    out_of_time = len(_list_out_of_time(results))
-    reached = f"{out_of_time} of {quantity(out_of_time + len(results))} within --time; --resume measures them"
-    not_reached = make_statement("not_reached", "Not reached", reached if out_of_time else "", level="warning")
-    folder = str(output) if writes_folder(results) and output is not None else None
-    return [*summarize(results, *findings, not_reached), *_describe_written(results, folder)]
+    if writes_folder(results) and output is not None:
+        findings.append(_describe_written(results, str(output)))
+    return summarize(results, *findings)
 
 
 def writes_folder(results: Results[Recovery]) -> bool:
@@ -100,43 +97,37 @@ def is_lost(records: Iterable[Recovery]) -> bool:
 
 
 def _describe_hidden(records: Sequence[Recovery]) -> Statement:
-    counts = Counter(record.status for record in records)
-    level: Level = "note"
+    """State whether rounding hides an update that can be recovered, with the numbers of layers by status."""
+    statuses = {record.status for record in records}
+    level: Level = "warning"
     if is_lost(records):
-        misfits = f"{len(select_misfits(records))} of {quantity(len(records))}"
-        lead = f"no: {misfits} do not look like one rounding; training in bf16 probably lost its steps"
-        level = "warning"
-    elif counts["recovered"]:
-        lead = "yes: rounding hides part of the update, and part of it can be recovered"
-    elif counts["size_only"]:
-        lead, level = "yes: the size of the update is estimated, and no direction is significant", "warning"
-    elif counts["not_hidden"]:
+        lead = (
+            f"no: {len(select_misfits(records))} of {quantity(len(records))} do not look like one rounding; training "
+            "in bf16 probably lost its steps: keep float32 master weights, or use stochastic rounding"
+        )
+    elif "recovered" in statuses:
+        lead, level = "yes: rounding hides part of the update, and part of it can be recovered", "note"
+    elif "size_only" in statuses:
+        lead = "yes: the size of the update is estimated, and no direction is significant"
+    elif "not_hidden" in statuses:
         lead, level = "no: the files resolve the update; use loradiag extract", "ok"
-    elif all(record.unchanged == 1.0 for record in records):
-        lead, level = "inconclusive: no entry changed, so nothing can be estimated", "warning"
     else:
-        lead, level = "inconclusive: no layer fits the model of an update that was rounded once", "warning"
-    parts, unchanged = list_counts((r.status for r in records), STATUS), median(r.unchanged for r in records)
-    remedy = "keep float32 master weights in training, or use stochastic rounding" if is_lost(records) else ""
-    detail = f"{', '.join(parts)} of {quantity(len(records))}; {percent(unchanged)} unchanged at the median"
-    return make_statement("hidden", "Hidden update", lead, remedy, detail, level=level, priority=0)
+        lead = "inconclusive: no entry changed, or no layer fits the model of an update that was rounded once"
+    counts = ", ".join(list_counts((record.status for record in records), STATUS))
+    detail = f"{counts} of {quantity(len(records))}; {percent(median(r.unchanged for r in records))} unchanged"
+    return make_statement("hidden", "Hidden update", lead, f"{detail} at the median", level=level, priority=0)
 
 
-def _describe_directions(records: Sequence[Recovery]) -> list[str]:
+def _describe_directions(records: Sequence[Recovery]) -> str:
+    """State the number of recovered directions, and the energy fraction of an adapter of rank 16."""
     recovered = [record for record in records if record.status == "recovered"]
-    if not recovered:
-        return []
     energies = [record.energy_estimate["16"] for record in recovered if record.energy_estimate is not None]
-    file_energies = [energy for record in recovered if (energy := record.energy["16"]) is not None]
-    ranks = [record.rank_at_estimate["0.9"] for record in recovered if record.rank_at_estimate is not None]
-    known = [rank for rank in ranks if rank is not None]
-    read = span(record.rank_at["0.9"] or 0 for record in recovered)
-    estimated = f"{span(known)} in {len(known)} of {len(ranks)}" if known else "beyond the directions that can be seen"
-    return [
+    if not energies:
+        return ""
+    return (
         f"{span(record.directions or 0 for record in recovered)} in each of {quantity(len(recovered))}; r=16 holds at "
-        f"least {percent(median(energies))} of ‖X‖² at the median, {percent(median(file_energies))} of ‖D‖²",
-        f"rank at 90%: {estimated}; in the files {read}",
-    ]
+        f"least {percent(median(energies))} of ‖X‖² at the median"
+    )
 
 
 def _describe_refused(records: Sequence[Recovery]) -> Statement:
@@ -151,19 +142,15 @@ def _list_out_of_time(results: Results[Recovery]) -> list[str]:
     return [item.layer for item in results.left_out if item.reason == "time"]
 
 
-def _describe_written(results: Results[Recovery], folder: str | None) -> list[Statement]:
-    if folder is None:
-        return []
-    from_files = [record for record in results if record.written == "file"]
+def _describe_written(results: Results[Recovery], folder: str) -> Statement:
+    """State how many layers of the output are from the estimate and from the files, and which are not in it."""
+    from_files, missing = sum(record.written == "file" for record in results), _list_missing(results)
     lead = f"{safe(folder)}: {quantity(_count_estimated(results))} from the estimate"
-    if from_files:
-        kinds = ", ".join(list_counts((record.status for record in from_files), STATUS))
-        lead += f", {len(from_files)} from the stored difference ({kinds})"
-    if any(record.rank for record in results):
-        lead += f"; rank {span(r.rank for r in results if r.rank)}, {count(sum(r.params for r in results))} parameters"
-    missing = _list_missing(results)
+    lead += f", {from_files} from the stored difference" if from_files else ""
+    if ranks := [record.rank for record in results if record.rank]:
+        lead += f"; rank {span(ranks)}, {count(sum(record.params for record in results))} parameters"
     not_in_it = f"not in it: {list_names(missing)}" if missing else ""
-    return [make_statement("written", "Written", lead, not_in_it, priority=0)]
+    return make_statement("written", "Written", lead, not_in_it, priority=0)
 
 
 def _count_estimated(results: Results[Recovery]) -> int:

@@ -131,9 +131,8 @@ class RemotePath(_Path):
 
     def read_bytes(self) -> bytes:
         """Return the whole content."""
-        content = bytearray(self.file_info().size)
-        self.read_into(memoryview(content), 0)
-        return bytes(content)
+        with self.open() as file:
+            return file.read()
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """Open the file for reading bytes."""
@@ -155,16 +154,12 @@ class RemotePath(_Path):
 
         size, free = self.file_info().size, shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
-            raise InputError(
-                f"{self}: this format is read whole, but its {size:,} bytes do not fit into {tempfile.gettempdir()} "
-                f"({free:,} free); set TMPDIR to a larger disk, or convert it to safetensors, which is read by ranges"
-            )
+            place = f"{tempfile.gettempdir()} ({free:,} free)"
+            fix = "set TMPDIR to a larger disk, or convert it to safetensors, which is read by ranges"
+            raise damaged(self, f"this format is read whole, but its {size:,} bytes do not fit into {place}", fix)
         with tempfile.NamedTemporaryFile(prefix="loradiag-") as copy:
-            buffer = memoryview(bytearray(min(size, 2**26)))
-            for start in range(0, size, 2**26):
-                part = buffer[: min(2**26, size - start)]
-                self.read_into(part, start)
-                copy.write(part)
+            with self.open() as file:
+                shutil.copyfileobj(file, copy, 2**26)
             copy.flush()
             yield copy.name
 
@@ -207,6 +202,12 @@ class RangeStream(io.RawIOBase):
             self._read_into(memoryview(buffer)[:count], self._position)
         self._position += count
         return count
+
+    def readall(self) -> bytes:
+        """Return the bytes from the position on, read at once; that of the base class reads 8 KiB at a time."""
+        content = bytearray(max(0, self._size - self._position))
+        self.readinto(content)
+        return bytes(content)
 
 
 def as_path(address: Path | str) -> Path:

@@ -1,5 +1,6 @@
 """Addresses, and checkpoints read by ranges from a web server: requests, responses, and secrets, which are hidden."""
 
+import io
 import json
 import pickle
 import shutil
@@ -13,6 +14,7 @@ from lora_diag import deltas, inspect, spectrum
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints import addresses as ranges
 from lora_diag.checkpoints import as_path, hide_secrets, locate, open_checkpoint
+from lora_diag.checkpoints.remote import RangeStream
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint, legible
 from tests.checkpoints.web import Web, basic, large
@@ -176,6 +178,14 @@ def test_large_tensor_uses_several_connections(web):
     web.requests.clear()
     checkpoint.read(name)
     assert sorted(request.range[1] + 1 - request.range[0] for request in web.requests) == [2**16] * 4
+
+
+def test_whole_stream_is_one_request():
+    """``io`` reads a raw stream to its end in pieces of 8 KiB, each of which would be a request."""
+    requested = []
+    stream = RangeStream(lambda buffer, start: requested.append((start, len(buffer))), 10**6)
+    assert len(io.BufferedReader(stream, HEAD).read()) == 10**6
+    assert requested == [(0, 10**6)]
 
 
 def test_next_blocks_are_prefetched(web, monkeypatch):

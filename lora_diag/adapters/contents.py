@@ -160,9 +160,7 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
     for update in updates:
         index = 0 if update.expert is None else update.expert[0]
         layers = [location.layer for location in matched.get(update.expected[0], ()) if location.index == index]
-        alpha = None
-        if update.alpha:
-            alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
+        alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0]) if update.alpha else None
         scale = update.scale
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
             scale = compute_scale(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
@@ -221,11 +219,9 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
         return update.zero_if
     owner = update.weight.removesuffix(".weight").removesuffix(".bias")
     names = [name for name in adapter.checkpoint if drop_prefix(name).startswith(f"{owner}.")]
-    suffixes: tuple[str, ...] = (".bias",) if part == "bias" else ()
-    if part == "dora":
-        suffixes = ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m")
-    matching = [name for name in names if name.endswith(suffixes)]
-    return next(iter([*matching, *names]), "")
+    dora_suffixes = ("magnitude_vector", "magnitude_vector.weight", "dora_scale", ".m")
+    suffixes = {"bias": (".bias",), "dora": dora_suffixes}.get(part, ())
+    return next(iter([*(name for name in names if name.endswith(suffixes)), *names]), "")
 
 
 def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
@@ -236,9 +232,8 @@ def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item
     for value in values:
         module = value.weight.removesuffix(".weight").removesuffix(".bias")
         shape = expected[value.weight]
-        part: Part = "norm" if "norm" in value.key and len(shape) == 1 else "value"
-        if value.weight.endswith(".bias"):
-            part = "bias"
+        is_norm, is_bias = "norm" in value.key and len(shape) == 1, value.weight.endswith(".bias")
+        part: Part = "bias" if is_bias else "norm" if is_norm else "value"
         for layer in [location.layer for location in matched.get(value.weight, ())] or [value.weight]:
             yield Item(layer, module, part, value.key, shape=shape)
 
@@ -265,7 +260,7 @@ def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -
         InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
     """
     config = adapter.source.config
-    if config is None or not config.values.get("target_modules") or config.values["target_modules"] == "all-linear":
+    if config is None or (config.values.get("target_modules") or "all-linear") == "all-linear":
         return None
     if any(config.values.get(key) for key in ("target_parameters", "layer_replication")):
         return None
@@ -294,26 +289,20 @@ def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Con
     for name in base:
         parameter = model.parameter(name)
         module = parameter.removesuffix(".weight")
-        if module == parameter or len(base[name].shape) < min_dimensions:
-            continue
         # Experts and routers are parameters in memory, which PEFT does not adapt as modules.
-        is_parameter = ROUTER.match(parameter) or (
-            model.type in FUSED_MODELS and module.rpartition(".")[2] in EXPERT_LIKE_NAMES
-        )
-        if name in adapted or not is_parameter:
+        is_expert = model.type in FUSED_MODELS and module.rpartition(".")[2] in EXPERT_LIKE_NAMES
+        is_layer = module != parameter and len(base[name].shape) >= min_dimensions
+        if is_layer and (name in adapted or not (ROUTER.match(parameter) or is_expert)):
             modules[name] = module
     return modules
 
 
 def _is_in_layers(module: str, config: Config) -> bool:
     """Return whether a module is in one of ``layers_to_transform``, by PEFT's rule; True if the config has none."""
-    layers = config.values.get("layers_to_transform")
+    layers, pattern = config.values.get("layers_to_transform"), config.values.get("layers_pattern")
     if layers is None:
         return True
-    indices = layers if isinstance(layers, list) else [layers]
-    pattern = config.values.get("layers_pattern") or []
-    patterns = [text for text in ([pattern] if isinstance(pattern, str) else pattern) if _WORD.fullmatch(str(text))]
-    for pattern in patterns or [r"[^.]*"]:
-        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
-            return int(match[1]) in indices
-    return False
+    given = [pattern] if isinstance(pattern, str) else config.names("layers_pattern")
+    patterns = [text for text in given if _WORD.fullmatch(text)] or [r"[^.]*"]
+    match = next(filter(None, (re.match(rf".*\.{pattern}\.(\d+)\.", module) for pattern in patterns)), None)
+    return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])

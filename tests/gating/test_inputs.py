@@ -179,6 +179,7 @@ def test_only_targeted_weights_are_missed(shop):
         ({"target_modules": ["q_proj"]}, 3),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 0),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"}, 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": 5}, 1),
         ({"target_modules": r"model\.layers\.1\.self_attn\.(q|k)_proj"}, 1),
         ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*(k_proj|layers\.[023].*)"}, 0),
         ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, 3),

@@ -104,9 +104,8 @@ class Adapter:
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
         warnings = [f"rank {rank}: {SERVED_RANK_NOTE}"] if rank > SERVED_RANK else []
         if zero := [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]:
-            warnings.append(
-                f"{len(zero)} of {len(keys)} updates are zero: a factor was never trained, such as {zero[0]}"
-            )
+            cause = f"a factor was never trained, such as {zero[0]}"
+            warnings.append(f"{len(zero)} of {len(keys)} updates are zero: {cause}")
         return tuple(warnings)
 
     def pair(
@@ -155,8 +154,7 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
         if family.claims(source):
             refuse_integers(source)
             return Adapter(source, _add_notes(source, family.read(source), note_on_alpha), family.form)
-    peft.refuse_unsupported(source)
-    raise InputError(f"{source.path}: unknown kind of adapter; give a PEFT, kohya, diffusers or MLX adapter")
+    raise peft.make_unsupported_error(source)
 
 
 def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Reading:
@@ -170,9 +168,8 @@ def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Re
     notes = list(reading.notes)
     is_activated = source.config is not None and source.config.flag("alora_invocation_tokens")
     if is_activated or "adapter.alora.invocation_tokens" in (gguf.get_fields(source) or {}):
-        notes.append(
-            "an activated LoRA: it acts only after its invocation tokens, so no merged model does what it does"
-        )
+        effect = "it acts only after its invocation tokens, so no merged model does what it does"
+        notes.append(f"an activated LoRA: {effect}")
     if source.stated_alpha is not None and not any("was given" in note for note in notes):
         notes.append(note_on_alpha)
     if reading.ignored:
@@ -192,8 +189,7 @@ def is_adapter(path: Path | str) -> bool:
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
             return True
-        single = find_single_file(path)
-        return single is not None and is_adapter(single)
+        return (single := find_single_file(path)) is not None and is_adapter(single)
     if path.is_file() and path.suffix == GGUF:
         return _is_gguf_adapter(path)
     if not path.is_file() or path.suffix not in {".safetensors", ".bin", ".pt"} or path.name.endswith(".index.json"):

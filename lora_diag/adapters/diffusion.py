@@ -27,7 +27,7 @@ from lora_diag.adapters.lora import add_magnitude, load_scaled
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scale
 from lora_diag.adapters.source import AdapterFiles, Config
 from lora_diag.adapters.thin import find_thin_factors
-from lora_diag.adapters.updates import Family, Reading, Site, Update, format_ranks, read
+from lora_diag.adapters.updates import Family, Reading, Site, Update, flatten_shape, format_ranks, read
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
 
@@ -100,16 +100,14 @@ def _check_alpha(source: AdapterFiles, key: str) -> None:
 def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the updates of one module: of its weight and of its bias, as far as the file has them."""
     updates = []
-    for part in FULL:
-        if part in parts:
-            key = parts[part]
-            shape = source.checkpoint[key].shape
-            if not shape or 0 in shape:
-                raise damaged(source.path, f"{key} has the invalid shape {list(shape)}")
-            name = "bias" if part in {"diff_b", "b_norm"} else "weight"
-            expected = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
-            load = partial(load_scaled, source.checkpoint, key, 1.0)
-            updates.append(Update(f"{module}.{name}", expected, load, False, source.checkpoint[key].dtype))
+    for part, key in ((part, parts[part]) for part in FULL if part in parts):
+        info = source.checkpoint[key]
+        if info.numel == 0 or not info.shape:
+            raise damaged(source.path, f"{key} has the invalid shape {list(info.shape)}")
+        name = "bias" if part in {"diff_b", "b_norm"} else "weight"
+        expected = flatten_shape(info.shape) if len(info.shape) > 1 else info.shape
+        load = partial(load_scaled, source.checkpoint, key, 1.0)
+        updates.append(Update(f"{module}.{name}", expected, load, False, info.dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_kohya_factors(source, module, parts))
     path = PREFIX.sub("", module, count=1)
@@ -129,10 +127,9 @@ def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]
     elif any(part in lycoris.LOKR for part in parts):
         update = lycoris.read_kronecker(source, module, parts, find_scale)
     else:
-        for part in LORA[:2]:
-            if part not in parts:
-                problem = f"{module} has no {part}, only {next(iter(parts.values()))}, so the file is incomplete"
-                raise damaged(source.path, problem)
+        if missing := [part for part in LORA[:2] if part not in parts]:
+            problem = f"{module} has no {missing[0]}, only {next(iter(parts.values()))}, so the file is incomplete"
+            raise damaged(source.path, problem)
         up, down, mid = (parts.get(part) for part in LORA)
         update = _make_update(source, module, str(up), str(down), mid, find_scale)
     if "dora_scale" not in parts:
@@ -179,12 +176,10 @@ def load_factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scal
     """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with the core."""
     import torch
 
-    up, down = read(checkpoint, keys[0]), read(checkpoint, keys[1])
-    up = up.reshape(up.shape[0], -1)
+    up, down = (read(checkpoint, key).flatten(1) for key in keys[:2])
     if keys[2] is not None:
-        core = read(checkpoint, keys[2])
-        down = torch.einsum("ij...,jp->ip...", core, down.reshape(down.shape[0], -1))
-    return up * compute_scale(checkpoint, scale), down.reshape(down.shape[0], -1)
+        down = torch.einsum("ij...,jp->ip...", read(checkpoint, keys[2]), down).flatten(1)
+    return up * compute_scale(checkpoint, scale), down
 
 
 def is_diffusers(source: AdapterFiles) -> bool:
@@ -211,7 +206,10 @@ def read_diffusers(source: AdapterFiles) -> Reading:
         part = "alpha" if match["part"] == "alpha" else "down" if match["part"] in DOWN else "up"
         if part == "alpha":
             _check_alpha(source, name)
-        modules.setdefault(_parse_module(match["module"], bool(match["old"])), {})[part] = name
+        module = match["module"]
+        if match["old"]:  # ``attn1.processor.to_q`` is ``attn1.to_q``, and ``to_out`` is ``to_out.0``
+            module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor", ""))
+        modules.setdefault(module, {})[part] = name
     without_alpha = [module for module, parts in modules.items() if "alpha" not in parts]
     scalings = _read_scalings(source, without_alpha)
     updates = []
@@ -225,14 +223,6 @@ def read_diffusers(source: AdapterFiles) -> Reading:
     notes = source.note_missing_alpha([module for module in without_alpha if module not in scalings], "diffusers")
     kind = f"diffusers LoRA, r={format_ranks(updates)}, {len(modules)} modules"
     return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
-
-
-def _parse_module(module: str, old_style: bool) -> str:
-    """Return the module of a key; in an old one ``attn1.processor.to_q`` is ``attn1.to_q``; ``to_out`` ``to_out.0``."""
-    if not old_style:
-        return module
-    name = module.replace(".processor", "")
-    return f"{name}.0" if name.endswith(".to_out") else name
 
 
 def _read_scalings(source: AdapterFiles, modules: list[str]) -> dict[str, Scaling]:

@@ -21,28 +21,16 @@ from lora_diag.adapters.patterns import find_targets
 from lora_diag.adapters.source import AdapterFiles, Config, Modules, find_pair, is_named
 from lora_diag.adapters.updates import Site, Update, as_float64
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.errors import InputError
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors
 
 # Order in which the expert modules of transformers 5 register their parameters.
 REGISTERED = (
-    "gate_up_proj",
-    "gate_up_proj_bias",
-    "gate_proj",
-    "input_linear",
-    "w1",
-    "v1",
-    "up_proj",
-    "w3",
-    "down_proj",
-    "down_proj_bias",
-    "output_linear",
-    "w2",
-    "weight",
-    "bias",
-)
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "input_linear", "w1", "v1", "up_proj", "w3", "down_proj",
+    "down_proj_bias", "output_linear", "w2", "weight", "bias",
+)  # fmt: skip
 
 # Models with experts stored as (E, in, out): ``is_transposed=True`` in transformers 5.24.
 TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
@@ -88,13 +76,9 @@ def separate_stacks(modules: Modules, config: Config) -> tuple[list[Stack], Modu
     for module, owner in owners.items():
         if _find_parameters(owner, targets) and owner not in target_modules:
             modules_by_owner.setdefault(owner, []).append(module)
-    stacks = [
-        stack
-        for owner, wrapped in modules_by_owner.items()
-        for stack in _find_stacks(owner, wrapped, targets, modules, config)
-    ]
-    stacked = {stack.module for stack in stacks}
-    return stacks, {module: parts for module, parts in modules.items() if module not in stacked}
+    found = (_find_stacks(owner, wrapped, targets, modules, config) for owner, wrapped in modules_by_owner.items())
+    stacks = {stack.module: stack for stacks in found for stack in stacks}
+    return [*stacks.values()], {module: parts for module, parts in modules.items() if module not in stacks}
 
 
 def _find_parameters(owner: str, targets: list[str]) -> list[str]:
@@ -121,14 +105,12 @@ def _find_stacks(owner: str, wrapped: list[str], targets: list[str], modules: Mo
     outermost_first = sorted(wrapped, key=len)
     is_order_known = all(leaf in REGISTERED for leaf in leaves) or len(leaves) == 1
     if len(leaves) != len(wrapped) or not is_order_known:
-        raise InputError(
-            f"{config.path}: the parameters of {owner} for its {len(wrapped)} pairs of factors are ambiguous "
-            f"(target_parameters names {', '.join(leaves)}); merge the adapter with peft and pass the merged checkpoint"
-        )
+        named = f"target_parameters names {', '.join(leaves)}"
+        problem = f"the parameters of {owner} for its {len(wrapped)} pairs of factors are ambiguous ({named})"
+        raise damaged(config.path, problem, "merge the adapter with peft and pass the merged checkpoint")
     ordered = sorted(leaves, key=lambda leaf: REGISTERED.index(leaf) if len(leaves) > 1 else 0, reverse=True)
-    return [
-        Stack(module, f"{owner}.{leaf}", modules[module]) for module, leaf in zip(outermost_first, ordered, strict=True)
-    ]
+    pairs = zip(outermost_first, ordered, strict=True)
+    return [Stack(module, f"{owner}.{leaf}", modules[module]) for module, leaf in pairs]
 
 
 def read_stack(
@@ -150,25 +132,22 @@ def read_stack(
     a, b = source.shape(a_key, 2), source.shape(b_key, 2)
     rank, scale = rank_of(stack.parameter), scale_of(stack.parameter)
     if a[0] != b[1] or a[0] % rank:
-        raise InputError(
-            f"{source.checkpoint.path}: {stack.parameter}: A {list(a)} and B {list(b)} do not hold experts of rank "
-            f"{rank}, as given by {source.settings.path.name}; use the config that this adapter was trained with"
-        )
+        claim = f"do not hold experts of rank {rank}, as given by {source.settings.path.name}"
+        problem = f"{stack.parameter}: A {list(a)} and B {list(b)} {claim}"
+        raise damaged(source.checkpoint.path, problem, "use the config that this adapter was trained with")
     count = a[0] // rank
-    dtype = source.checkpoint[b_key].dtype
-    in_out = partial(is_stored_in_out, source.settings.text("peft_version"))
     return [
         Update(
             weight=stack.parameter,
             shape=(b[0], a[1]),
             load=partial(load_expert_factors, source.checkpoint, b_key, a_key, scale, index, count),
             factored=True,
-            dtype=dtype,
+            dtype=source.checkpoint[b_key].dtype,
             zero_if=b_key,
             rank=rank,
             scale=scale,
             expert=(index, count) if count > 1 else None,
-            in_out=in_out if count > 1 else None,
+            in_out=partial(is_stored_in_out, source.settings.text("peft_version")) if count > 1 else None,
         )
         for index in range(count)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lora_diag.adapters.contents import Contents, Item, parse_component
@@ -25,25 +26,16 @@ PEFT = "peft"
 
 # kohya's prefixes -> parts of a pipeline, and the inverse.
 _COMPONENT_BY_PREFIX = {
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
+    "lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2",
     "lora_transformer": "transformer",
-}
+}  # fmt: skip
 _PREFIX_BY_COMPONENT = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 # Fields of a config on training and on the adapted modules, which are kept.
 _KEPT = (
-    "base_model_name_or_path",
-    "task_type",
-    "auto_mapping",
-    "fan_in_fan_out",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "revision",
-)
+    "base_model_name_or_path", "task_type", "auto_mapping", "fan_in_fan_out", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "revision",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,22 +151,17 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
     if contents.form == "kohya":
         return _COMPONENT_BY_PREFIX.get(parse_component(item.module), parse_component(item.module))
     name = str(base.config.get("_class_name", "")) if base is not None else ""
-    if "UNet" in name:
-        return "unet"
-    if "Transformer" in name:
-        return "transformer"
-    problem = "which part of a pipeline it belongs to is not known"
-    fix = "give as BASE the folder of a U-Net or transformer with its config.json (_class_name)"
-    raise damaged(item.module, problem, fix)
+    if "UNet" not in name and "Transformer" not in name:
+        fix = "give as BASE the folder of a U-Net or transformer with its config.json (_class_name)"
+        raise damaged(item.module, "which part of a pipeline it belongs to is not known", fix)
+    return "unet" if "UNet" in name else "transformer"
 
 
 def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
     """Return the tensors of a PEFT adapter, and its config."""
     plan: Plan = {}
-    modules = []
-    for weight in placed:
-        path = _make_path(weight.item, contents)
-        modules.append(path)
+    modules = [_make_path(weight.item, contents) for weight in placed]
+    for path, weight in zip(modules, placed, strict=True):
         if weight.item.is_table:  # ΔW = (B·A)ᵀ of what PEFT stores
             plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(weight, "B", turned=True)
             plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(weight, "A", turned=True)
@@ -237,20 +224,13 @@ def _to_mlx(placed: Sequence[Placed], contents: Contents, base: Checkpoint | Non
     return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
 
 
-def _why_not_in_mlx(item: Item, contents: Contents) -> str:
-    """Return the reason why mlx-lm cannot load an item; empty if it can."""
+def _why_unsupported(form: str, item: Item, contents: Contents) -> str:
+    """Return the reason why llama.cpp or mlx-lm cannot load an item, or why it cannot be written; empty without one."""
     if item.part == "convolution":
-        return "mlx-lm has no LoRA for a convolution"
-    return why_not_tied("mlx", item) if contents.tied else ""
-
-
-def _why_not_in_gguf(item: Item, contents: Contents) -> str:
-    """Return the reason why llama.cpp cannot load an item, or why it cannot be written; empty if both are possible."""
-    if item.part == "convolution":
-        return "llama.cpp has no LoRA for a convolution"
-    if contents.form == GGUF and "_exps." in item.key:
+        return f"{'llama.cpp' if form == GGUF else 'mlx-lm'} has no LoRA for a convolution"
+    if form == contents.form == GGUF and "_exps." in item.key:
         return "stacks of experts are not written in GGUF"
-    return why_not_tied(GGUF, item) if contents.tied else ""
+    return why_not_tied(form, item) if contents.tied else ""
 
 
 def _to_gguf(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
@@ -267,20 +247,14 @@ def _to_gguf(placed: Sequence[Placed], contents: Contents, base: Checkpoint | No
         if base is not None and (key := names.heads_key(name) if names is not None else ""):
             count = heads(base.config, key) or 0
             if not count or weight.shape[0] % (2 * count):
-                raise InputError(
-                    f"{base.path}: its config.json gives {count or 'no'} heads ({key}) for the {weight.shape[0]} rows "
-                    f"of {weight.item.layer}; give the folder of the model that the adapter was trained on"
-                )
+                problem = f"its config.json gives {count or 'no'} heads ({key}) for the {weight.shape[0]} rows"
+                fix = "give the folder of the model that the adapter was trained on"
+                raise damaged(base.path, f"{problem} of {weight.item.layer}", fix)
         plan[f"{name}.lora_a"] = Slot(weight, "A")
         plan[f"{name}.lora_b"] = Slot(weight, "B", heads=count)
     architecture = names.architecture if names is not None else str(contents.config["general.architecture"])
-    fields = {
-        "general.architecture": architecture,
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        ALPHA: float(rank),
-    }
-    return plan, fields
+    fields = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
+    return plan, {**fields, ALPHA: float(rank)}
 
 
 def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
@@ -293,13 +267,10 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
         return ARCHITECTURES.get(str(contents.config.get("general.architecture")))
     if base is None:
         raise InputError("GGUF: llama.cpp's names and row order depend on the model; give BASE, too")
-    names = find_names(base.config)
-    if names is None:
-        model_types = ", ".join(
-            model_type for architecture in ARCHITECTURES.values() for model_type in architecture.model_types
-        )
+    if (names := find_names(base.config)) is None:
+        known = ", ".join(kind for each in ARCHITECTURES.values() for kind in each.model_types)
         problem = f"llama.cpp's names for model type {base.config.get('model_type')!r} are not known"
-        raise damaged(base.path, problem, f"known are {model_types}")
+        raise damaged(base.path, problem, f"known are {known}")
     return names
 
 
@@ -324,8 +295,8 @@ LAYOUTS = {
     "peft": Layout(WEIGHTS, _to_peft),
     "kohya": Layout("lora.safetensors", _to_kohya),
     "diffusers": Layout("pytorch_lora_weights.safetensors", _to_diffusers),
-    "mlx": Layout("adapters.safetensors", _to_mlx, _why_not_in_mlx),
-    GGUF: Layout("adapter.gguf", _to_gguf, _why_not_in_gguf),
+    "mlx": Layout("adapters.safetensors", _to_mlx, partial(_why_unsupported, "mlx")),
+    GGUF: Layout("adapter.gguf", _to_gguf, partial(_why_unsupported, GGUF)),
 }
 
 

@@ -22,7 +22,8 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
 from lora_diag.adapters import experts
 from lora_diag.adapters.patterns import Scale, Scaling, describe_scaling
@@ -37,8 +38,6 @@ from lora_diag.adapters.updates import (
     add_stored_values,
     flatten_shape,
     load_product,
-    make_relative_to_base,
-    name_start,
     read,
 )
 from lora_diag.checkpoints import Checkpoint
@@ -99,18 +98,14 @@ def read_lora(source: AdapterFiles) -> Reading:
     paths = [*(module.removesuffix(OUT_PROJ) for module in plain), *(stack.parameter for stack in stacks)]
     scaling = Scaling.read(config, paths)
     attentions = {module.removesuffix(OUT_PROJ) for module in plain if module.endswith(OUT_PROJ)}
-    updates = [
-        update for module, parts in plain.items() for update in _read_module(source, scaling, module, attentions, parts)
+    read_updates = [
+        *(_read_module(source, scaling, module, attentions, parts) for module, parts in plain.items()),
+        *(experts.read_stack(source, stack, scaling.rank, scaling.of_module) for stack in stacks),
     ]
-    updates += [
-        update for stack in stacks for update in experts.read_stack(source, stack, scaling.rank, scaling.of_module)
-    ]
-    notes = scaling.notes(paths)
-    if doubled := sum(module.endswith(OUT_PROJ) for module in plain):
-        notes.append(
-            "PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too "
-            f"({doubled} modules)"
-        )
+    updates, notes = list(chain(*read_updates)), scaling.notes(paths)
+    if attentions:
+        remark = "PEFT applies the update of a MultiheadAttention's out_proj twice; it is counted twice here too"
+        notes.append(f"{remark} ({len(attentions)} modules)")
     updates, replication_notes = assign_to_base_layers(updates, config)
     kind = f"PEFT {_name_variant(config)}, {describe_scaling(config)}, {len(modules)} modules"
     reading = Reading(kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.describe())
@@ -153,13 +148,14 @@ def _read_module(
     rank, scale = scaling.rank(scaled_as), scaling.of_module(scaled_as) * times
     is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     shape, load, keys = (_read_embedding if is_embedding else _read_linear)(source, module, parts, rank, scale)
+    trains_only_a = scaling.config.text("init_lora_weights").lower() == "mica"
     update = Update(
         weight=weight,
         shape=shape,
         load=load,
         factored=True,
         dtype=source.checkpoint[keys[1]].dtype,
-        zero_if=_find_zero_factor(scaling.config, *keys),
+        zero_if=keys[0 if trains_only_a else 1],
         rank=rank,
         scale=scale,
         thin=_find_thin_factors(source, module, parts, keys, scale),
@@ -167,9 +163,8 @@ def _read_module(
     update = make_relative_to_base(update, scaling.config, scale, rank)
     if "lora_magnitude_vector" in parts:
         update = add_magnitude(update, source, parts["lora_magnitude_vector"], is_embedding)
-    if "lora_B.bias" not in parts:
+    if (key := parts.get("lora_B.bias")) is None:
         return [update]
-    key = parts["lora_B.bias"]
     load_bias = partial(load_scaled, source.checkpoint, key, scale)
     return [update, Update(bias, source.shape(key, 1), load_bias, False, source.checkpoint[key].dtype)]
 
@@ -180,11 +175,8 @@ def _find_thin_factors(
     """Return the factors to be read with NumPy; None if their file needs torch, or there are other parts or blocks."""
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
         return None
-    a, b = keys
-    known_scale = Scale(scale)
-    if "lora_embedding_A" in parts:  # ΔW = (B·A)ᵀ
-        return find_thin_factors(source.checkpoint, a, b, known_scale, turned=True)
-    return find_thin_factors(source.checkpoint, b, a, known_scale)
+    is_table = "lora_embedding_A" in parts  # ΔW = (B·A)ᵀ
+    return find_thin_factors(source.checkpoint, *(keys if is_table else keys[::-1]), Scale(scale), turned=is_table)
 
 
 # ``(out, in)``, the loader of the factors, and the names of A and B.
@@ -216,18 +208,11 @@ def _read_linear(source: AdapterFiles, module: str, parts: dict[str, str], rank:
     return (b[0], a[1]), partial(load_linear_factors, source.checkpoint, b_key, a_key, scale, diagonal), (a_key, b_key)
 
 
-def _find_zero_factor(config: Config, a_key: str, b_key: str) -> str:
-    """Return the name of the factor that is initialized to zero: B, or A for MiCA, which trains only A."""
-    return a_key if config.text("init_lora_weights").lower() == "mica" else b_key
-
-
 def load_linear_factors(
     checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, diagonal: str | None, site: Site
 ) -> Factors:
     """Return s·B·diag(d) and A; for a convolution, A as the matrix ``(r, in·kh·kw)``."""
-    b, a = (
-        value.reshape(flatten_shape(tuple(value.shape))) for value in (read(checkpoint, b_key), read(checkpoint, a_key))
-    )
+    b, a = (read(checkpoint, key).flatten(1) for key in (b_key, a_key))
     if diagonal is not None:
         b = b * read(checkpoint, diagonal)
     return b * scale, a
@@ -328,6 +313,54 @@ def load_dora(
     return tuned - w
 
 
+# Initializations that subtract a part of the base weight before training. The trained update s·B·A is relative to
+# W − P, so relative to the original base ΔW = s·B·A − P, with P recomputed from W. P has rank r, so ΔW stays in
+# factored form, with rank at most 2r.
+#
+# - PiSSA: P is the best rank-r approximation of W. Meng et al. 2024, https://arxiv.org/abs/2404.02948
+# - OLoRA: P = s·Q_r·R_r of the QR decomposition of W. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
+# - KaSA: P is the part of W in its r smallest singular values. Wang et al. 2024, https://arxiv.org/abs/2412.06071
+STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
+
+
+def name_start(config: Config) -> str:
+    """Return the name of the initialization if it subtracts a part of W from BASE; else an empty text."""
+    if config.values.get("kasa_config") is not None:
+        return "KaSA"
+    return STARTS.get(config.text("init_lora_weights").lower(), "")
+
+
+def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
+    """Return the update relative to the original base; unchanged if the initialization did not change it."""
+    name = name_start(config)
+    if not name:
+        return update
+    factors = cast("Callable[[Site], Factors]", update.load)
+    load = partial(subtract_part, factors, name, scale, rank)
+    return replace(update, load=load, needs_weight=name, zero_if="", plain=factors, thin=None)
+
+
+def subtract_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:
+    """Return factors of s·B·A − P: ``[sB, −P_left]`` and ``[A; P_right]``."""
+    import torch
+
+    b, a = factors(site)
+    left, right = _compute_part(site.weight(), name, scale, rank)
+    return torch.cat([b, -left], dim=1), torch.cat([a, right])
+
+
+def _compute_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
+    """Return the factors of P, the part of W that the initialization subtracted."""
+    import torch
+
+    if name == "OLoRA":
+        q, r = torch.linalg.qr(w)
+        return q[:, :rank] * scale, r[:rank]
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    components = slice(0, rank) if name == "PiSSA" else slice(max(0, len(s) - rank), None)
+    return u[:, components] * s[components], vh[components]
+
+
 # The first number between dots is the layer index.
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -346,15 +379,10 @@ def assign_to_base_layers(updates: list[Update], config: Config) -> tuple[list[U
     if "layer_replication" not in config:
         return updates, []
     order = _read_order(config)
-    note = (
-        f"layer_replication: {len(order)} layers are made of {len(set(order))}; layers are named as in the replicated "
-        "model, and each is compared with the layer of BASE that it repeats"
-    )
-    assigned = [
-        replace(update, base_weight=_rename_in_base(update.weight, order, config), keeps_name=True)
-        for update in updates
-    ]
-    return assigned, [note]
+    names = (_rename_in_base(update.weight, order, config) for update in updates)
+    assigned = [replace(update, base_weight=name, keeps_name=True) for update, name in zip(updates, names, strict=True)]
+    named = "layers are named as in the replicated model, and each is compared with the layer of BASE that it repeats"
+    return assigned, [f"layer_replication: {len(order)} layers are made of {len(set(order))}; {named}"]
 
 
 def _read_order(config: Config) -> list[int]:
@@ -370,12 +398,10 @@ def _read_order(config: Config) -> list[int]:
         problem = "layer_replication must be a list of [first, last) pairs"
         raise damaged(config.path, problem, "correct the config") from error
     count = sum(last - first for first, last in pairs)
-    if not all(0 <= first < last for first, last in pairs) or count > MAX_LAYERS:
-        raise damaged(config.path, f"layer_replication has an invalid range: {ranges!r:.100}", "correct the config")
-    order = [layer for first, last in pairs for layer in range(first, last)]
-    if not order:
-        raise damaged(config.path, "layer_replication is empty", "correct the config")
-    return order
+    if not all(0 <= first < last for first, last in pairs) or not 0 < count <= MAX_LAYERS:
+        problem = f"layer_replication has an invalid range, or none: {ranges!r:.100}"
+        raise damaged(config.path, problem, "correct the config")
+    return [layer for first, last in pairs for layer in range(first, last)]
 
 
 def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
@@ -384,15 +410,12 @@ def _rename_in_base(weight: str, order: list[int], config: Config) -> str:
     Raises:
         InputError: The weight is beyond the layers of the replicated model.
     """
-
-    def find_index(match: re.Match[str]) -> str:
-        """Return the index in BASE of a matched layer."""
-        if int(match[0]) >= len(order):
-            problem = f"{weight} is beyond the {len(order)} layers of layer_replication"
-            raise damaged(config.path, problem, "correct the config")
-        return str(order[int(match[0])])
-
-    return LAYER.sub(find_index, weight, count=1)
+    if (match := LAYER.search(weight)) is None:
+        return weight
+    if int(match[0]) >= len(order):
+        problem = f"{weight} is beyond the {len(order)} layers of layer_replication"
+        raise damaged(config.path, problem, "correct the config")
+    return f"{weight[: match.start()]}{order[int(match[0])]}{weight[match.end() :]}"
 
 
 FAMILY = Family.of_peft("LoRA", "LORA", read_lora, (*PAIR, *TABLE, "lora_magnitude_vector"))

@@ -112,15 +112,9 @@ def match_names(
         name that was not.
     """
     index = _Index(base)
-    matched: dict[str, tuple[Location, ...]] = {}
-    missing: dict[str, str] = {}
-    for name, shape in expected.items():
-        locations = _find(name, shape, index, transposed, parts)
-        if isinstance(locations, str):
-            missing[name] = locations
-        else:
-            matched[name] = locations
-    return matched, missing
+    found = {name: _find(name, shape, index, transposed, parts) for name, shape in expected.items()}
+    missing = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    return {name: locations for name, locations in found.items() if not isinstance(locations, str)}, missing
 
 
 def drop_leading_wrappers(name: str) -> str:
@@ -157,12 +151,8 @@ def is_same_part(first: str, second: str, alone: bool) -> bool:
     >>> is_same_part("fc.weight", "vision_model.fc.weight", alone=True)
     True
     """
-    first_wrappers, second_wrappers = (
-        DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second)
-    )
-    return first_wrappers == second_wrappers or (
-        alone and (first_wrappers <= second_wrappers or second_wrappers <= first_wrappers)
-    )
+    fewer, more = sorted((DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second)), key=len)
+    return fewer == more or (alone and fewer <= more)
 
 
 def flatten_name(name: str) -> str:

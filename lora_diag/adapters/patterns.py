@@ -61,12 +61,10 @@ class Pattern:
         disputed = {module: matched for module, matched in matches.items() if len({value for _, value in matched}) > 1}
         if disputed:
             module, matched = next(iter(disputed.items()))
-            claims = ", ".join(f"{text!r} = {value:g}" for text, value in matched)
-            notes.append(
-                f"{self.key}: {len(disputed)} modules are matched by keys with different values, such as {module} "
-                f"({claims}); the first in the file decides, and PEFT sorts keys when it saves, so training may "
-                "have used another"
-            )
+            example = f"{module} ({', '.join(f'{text!r} = {value:g}' for text, value in matched)})"
+            claim = f"{len(disputed)} modules are matched by keys with different values, such as {example}"
+            rule = "the first in the file decides, and PEFT sorts keys when it saves, so training may have used another"
+            notes.append(f"{self.key}: {claim}; {rule}")
         return notes
 
 
@@ -136,20 +134,17 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
         if len(text) > MAX_LENGTH:
             raise InputError(f"{where}: the pattern {text[:80]!r}… has {len(text):,} characters; simplify it")
     branching = tuple(pattern for pattern, text in patterns.items() if not _BRANCHING.isdisjoint(text))
-    row_by_pattern = (
-        dict(zip(branching, _match_in_process(method, branching, names), strict=False)) if branching else {}
-    )
+    in_process = _match_in_process(method, branching, names) if branching else ()
+    row_by_pattern = dict(zip(branching, in_process, strict=False))
     rows = []
     for pattern, text in patterns.items():
         is_branching = pattern in branching
         row = row_by_pattern.get(pattern) if is_branching else matcher.match_names(method, pattern, list(names))
         if row is None:
-            raise InputError(
-                f"{where}: the pattern {text[:80]!r} could not be matched with {len(names)} names in {SECONDS:g} s "
-                "(nested or many repeats); simplify it, or give a list of names"
-            )
+            problem = f"could not be matched with {len(names)} names in {SECONDS:g} s (nested or many repeats)"
+            raise damaged(where, f"the pattern {text[:80]!r} {problem}", "simplify it, or give a list of names")
         if len(row) != len(names) or row.strip("01"):
-            raise InputError(f"{where}: the key {text[:80]!r} is not a valid regular expression ({row}); correct it")
+            raise damaged(where, f"the key {text[:80]!r} is not a valid regular expression ({row})", "correct it")
         rows.append(row)
     return rows
 
@@ -222,9 +217,7 @@ class Scaling:
         Raises:
             InputError: A pattern or its value is invalid, or a pattern takes too long.
         """
-        return Scaling(
-            config, read_pattern(config, "rank_pattern", modules), read_pattern(config, "alpha_pattern", modules)
-        )
+        return Scaling(config, *(read_pattern(config, key, modules) for key in ("rank_pattern", "alpha_pattern")))
 
     def rank(self, module: str) -> int:
         """Return r of a module.

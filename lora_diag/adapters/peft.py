@@ -27,20 +27,9 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lora_diag.adapters import updates
 from lora_diag.adapters.source import AdapterFiles, check_ranks, drop_prefix, find_pair, is_named
-from lora_diag.adapters.updates import (
-    ROWS,
-    Family,
-    NewValue,
-    Reading,
-    Shape,
-    Site,
-    Update,
-    add_stored_values,
-    make_rows_update,
-    read,
-    read_modules,
-)
+from lora_diag.adapters.updates import ROWS, Family, NewValue, Reading, Shape, Site, Update, read, read_modules
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError, damaged
 
@@ -122,16 +111,15 @@ def read_vera(source: AdapterFiles) -> Reading:
 def _read_vera(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
     """Return the update of one module of VeRA."""
     if set(parts) != set(VERA):
-        raise damaged(
-            source.checkpoint.path, f"{module} has only {', '.join(sorted(parts))}, so the file is incomplete"
-        )
+        problem = f"{module} has only {', '.join(sorted(parts))}, so the file is incomplete"
+        raise damaged(source.checkpoint.path, problem)
     (out,), (rank,) = (source.shape(parts[part], 1) for part in VERA)
     a, b = (source.shape(key, 2) for key in VERA_SHARED)
     if rank != a[0] or rank != b[1] or out > b[0]:
         shared = f"the shared A {list(a)} and B {list(b)}"
         raise damaged(source.checkpoint.path, f"{module}: lambdas of {out} and {rank} do not fit {shared}")
-    key = parts[VERA[0]]
-    load, dtype = partial(load_vera_factors, source.checkpoint, parts), source.checkpoint[key].dtype
+    key, load = parts[VERA[0]], partial(load_vera_factors, source.checkpoint, parts)
+    dtype = source.checkpoint[key].dtype
     return [Update(f"{module}.weight", (out, None), load, True, dtype, zero_if=key, rank=rank, diagonal=True)]
 
 
@@ -184,7 +172,7 @@ def read_ln_tuning(source: AdapterFiles) -> Reading:
     keys = [key for key in source.checkpoint if LN_TUNING.search(key)]
     values = tuple(NewValue(LN_TUNING.sub("", drop_prefix(key)), key) for key in keys)
     unclaimed = [key for key in source.checkpoint if key not in set(keys)]
-    return add_stored_values(Reading(f"PEFT LN tuning, {len(keys)} tensors", (), values), source, unclaimed)
+    return updates.add_stored_values(Reading(f"PEFT LN tuning, {len(keys)} tensors", (), values), source, unclaimed)
 
 
 def read_oft(source: AdapterFiles) -> Reading:
@@ -310,13 +298,11 @@ def read_trainable_tokens(source: AdapterFiles) -> Reading:
         InputError: Indices and rows are inconsistent.
     """
     indices = source.settings.values.get("token_indices")
-    return read_modules(
-        source,
-        (ROWS,),
-        lambda source, module, parts: [make_rows_update(source, module, parts[ROWS], indices)],
-        "PEFT trainable tokens",
-        unit="tables",
-    )
+
+    def read_table(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+        return [updates.make_rows_update(source, module, parts[ROWS], indices)]
+
+    return read_modules(source, (ROWS,), read_table, "PEFT trainable tokens", unit="tables")
 
 
 FAMILIES = (
@@ -330,24 +316,19 @@ FAMILIES = (
 )
 
 
-def refuse_unsupported(source: AdapterFiles) -> None:
-    """Refuse an adapter that no family reads.
+def make_unsupported_error(source: AdapterFiles) -> InputError:
+    """Return the error of an adapter that no family reads, with the kind of adapter or what is missing, and a fix.
 
     Raises:
-        InputError: Always, with the kind of adapter or what is missing, and a fix.
+        InputError: There is no config.
     """
     name = source.peft_type
-    if name in CHANGES_NO_WEIGHT:
+    if name in CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT:
         problem = f"{name} adds virtual tokens or key-value prefixes and changes no weight, so there is no ΔW"
-        raise damaged(source.path, problem, "give another adapter")
-    if name in DEPENDS_ON_INPUT:
-        problem = f"the change of a weight by {name} depends on the input, so there is no single ΔW"
-        raise damaged(source.path, problem, "give another adapter")
+        if name in DEPENDS_ON_INPUT:
+            problem = f"the change of a weight by {name} depends on the input, so there is no single ΔW"
+        return damaged(source.path, problem, "give another adapter")
     if name:
-        raise damaged(source.path, f"the adapter type {name} is not supported", f"if peft reads it, {MERGE}")
-    if source.config is not None:
-        raise InputError(
-            f"{source.config.path}: does not state its type of adapter (no peft_type), so r and alpha are not "
-            'trusted; if it is a LoRA adapter, add "peft_type": "LORA" to it'
-        )
-    source.settings  # noqa: B018  raises: no config, so no scaling
+        return damaged(source.path, f"the adapter type {name} is not supported", f"if peft reads it, {MERGE}")
+    problem = "does not state its type of adapter (no peft_type), so r and alpha are not trusted"
+    return damaged(source.settings.path, problem, 'if it is a LoRA adapter, add "peft_type": "LORA" to it')

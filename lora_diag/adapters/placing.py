@@ -9,6 +9,7 @@ name elsewhere (``mlp.c_proj`` for ``attn.c_proj``), then of its block, and only
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ from lora_diag.deltas import (
     row_blocks,
     selector,
 )
-from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.errors import InputError, NothingComparedError, damaged
 from lora_diag.records.names import depth_of
 
 if TYPE_CHECKING:
@@ -60,14 +61,13 @@ class Orientation:
 
     def __init__(self, base: Checkpoint, shapes: Mapping[str, Shape], flag: bool) -> None:
         self._flag = flag
-        self._votes: dict[str, dict[bool, int]] = {}
+        self._votes: Counter[str] = Counter()  # votes for (in, out) minus those against, by group
         for name in base:
             stored = base[name].shape
             if len(stored) != 2 or stored[0] == stored[1]:
                 continue
             if (vote := _infer_nonsquare_in_out(base, name, shapes)) is not None:
-                for group in _list_groups(name):
-                    self._votes.setdefault(group, {True: 0, False: 0})[vote] += 1
+                self._votes.update(dict.fromkeys(_list_groups(name), 1 if vote else -1))
 
     def in_out(self, name: str, expected: Shape, stored: tuple[int, ...]) -> bool:
         """Return whether a weight is stored as ``(in, out)``."""
@@ -76,11 +76,8 @@ class Orientation:
         fits_as_stored = shapes_agree(expected, stored)
         if fits_as_stored != shapes_agree(expected[::-1], stored):
             return not fits_as_stored
-        for group in _list_groups(name):
-            votes = self._votes.get(group)
-            if votes is not None and votes[True] != votes[False]:
-                return votes[True] > votes[False]
-        return self._flag
+        votes = next((votes for group in _list_groups(name) if (votes := self._votes[group])), 0)
+        return votes > 0 if votes else self._flag
 
 
 def _list_groups(name: str) -> tuple[str, str]:
@@ -166,10 +163,9 @@ def _make_unmatched_message(source: AdapterFiles, base: Checkpoint, missing: lis
     """Return the message of an adapter with weights that match none of BASE."""
     examples = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-    return (
-        f"{source.path}: {len(missing)} of its weights match none of {base.path}: {examples}{suffix} (BASE has names "
-        f"like {min(base)}); give the base it was trained on, or skip these weights with --allow-unmatched"
-    )
+    problem = f"{len(missing)} of its weights match none of {base.path}: {examples}{suffix}"
+    fix = "give the base it was trained on, or skip these weights with --allow-unmatched"
+    return f"{source.path}: {problem} (BASE has names like {min(base)}); {fix}"
 
 
 def _make_nothing_measured_error(source: AdapterFiles, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
@@ -226,14 +222,9 @@ def _place_on_base(
     value_deltas, skipped = _pair_new_values(source, [*values, *copies.values()], base)
     changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in value_deltas}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
-    tied = sorted(
-        {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
-    )
-    notes += [
-        f"{layer} is tied to an embedding in BASE; its update is reported under its own name, and a merge adds it "
-        "to the one stored weight"
-        for layer in tied
-    ]
+    heads = {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
+    effect = "its update is reported under its own name, and a merge adds it to the one stored weight"
+    notes += [f"{layer} is tied to an embedding in BASE; {effect}" for layer in sorted(heads)]
     return [*deltas, *value_deltas], [*unpaired, *skipped], notes
 
 
@@ -301,17 +292,13 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
     if whole_side is not None and location.into is not None:
         side = replace(whole_side, offset=whole_side.offset + location.into[0] * location.shape[1])
     if side is None and update.needs_weight:
-        raise InputError(
-            f"{base.file_of(location.name)}: {location.name} is stored as {base[location.name].dtype}, but "
-            f"{update.needs_weight} needs a float weight; give the unquantized base"
-        )
+        problem = f"is stored as {base[location.name].dtype}, but {update.needs_weight} needs a float weight"
+        raise damaged(base.file_of(location.name), f"{location.name} {problem}", "give the unquantized base")
     stored = location.shape if location.into is None else (location.into[1] - location.into[0], location.shape[1])
     shape = stored[::-1] if in_out else stored
     if update.expert is None and location.rows is not None and not update.factored:
-        raise InputError(
-            f"{location.name} has another vocabulary size in BASE than in the adapter, but its update needs all rows; "
-            "give the base with the resized vocabulary"
-        )
+        problem = "has another vocabulary size in BASE than in the adapter, but its update needs all rows"
+        raise InputError(f"{location.name} {problem}; give the base with the resized vocabulary")
     return Piece(update, location, Site(shape, side, in_out), whole_side)
 
 
@@ -373,19 +360,21 @@ def _embed_in_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
 
 def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> torch.Tensor:
     """Return ΔW of a layer in its stored orientation, float32."""
-    total = None
-    for piece in pieces:
-        if piece.update.factored:
-            b, a = _read_factors(piece)
-            change = b @ a
-        else:
-            change = cast("torch.Tensor", piece.update.load(piece.site))
-            change = _embed_in_layer(change.T if piece.site.transposed else change, piece.location)
-        total = change if total is None else total + change
-    assert total is not None
+    total = _read_change(pieces[0])
+    for piece in pieces[1:]:
+        total = total + _read_change(piece)
     if plus is not None:
         total = total + plus(replace(pieces[0].site, transposed=False, shape=tuple(total.shape)))
     return total.float().reshape(total.shape if total.ndim == 2 else (1, -1))
+
+
+def _read_change(piece: Piece) -> torch.Tensor:
+    """Return ΔW of one update in the stored orientation, for all rows of the layer."""
+    if piece.update.factored:
+        b, a = _read_factors(piece)
+        return b @ a
+    change = cast("torch.Tensor", piece.update.load(piece.site))
+    return _embed_in_layer(change.T if piece.site.transposed else change, piece.location)
 
 
 def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:

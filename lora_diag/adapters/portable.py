@@ -10,7 +10,6 @@ decompositions are cached in files.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -23,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.contents import LOW_RANK_PARTS, Contents, Item, read_contents
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
-from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.updates import Site, as_float64, read
-from lora_diag.adapters.writing import pad_factor, store_factors
+from lora_diag.adapters.writing import pad_factor, store_factors, write_config
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.gguf import write_gguf
 from lora_diag.checkpoints.gguf_model import to_pairs
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta
 from lora_diag.errors import InputError, UsageError, damaged
-from lora_diag.files import check_folder_of, sync, write_whole
+from lora_diag.files import check_folder_of, sync
 
 if TYPE_CHECKING:
     import torch
@@ -171,9 +169,8 @@ def convert(
     """
     _refuse_unresolved_gguf(adapter, base, form)
     contents = read_contents(adapter, base)
-    deltas: dict[str, Delta] = {}
-    if base is not None:
-        deltas = {delta.layer: delta for delta in adapter.pair(base)[0].deltas}
+    pairing = adapter.pair(base)[0] if base is not None else None
+    deltas: dict[str, Delta] = {delta.layer: delta for delta in pairing.deltas} if pairing else {}
     reasons = {
         item.layer: why_not_portable(item, deltas.get(item.layer) is not None, dora_to_lora)
         or LAYOUTS[form].unsupported(item, contents)
@@ -185,9 +182,8 @@ def convert(
         raise InputError(f"{adapter.path}: {_list_by_reason(unsupported)}; --leave-out writes the adapter without")
     supported = [item for item in contents.items if item.layer not in unsupported]
     if not supported:
-        raise InputError(
-            f"{adapter.path}: no part of it can be written as a portable adapter: {_list_by_reason(unsupported)}"
-        )
+        problem = "no part of it can be written as a portable adapter"
+        raise InputError(f"{adapter.path}: {problem}: {_list_by_reason(unsupported)}")
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     parts = {
@@ -296,10 +292,8 @@ def _list_by_reason(unsupported: Mapping[str, str]) -> str:
     reasons: dict[str, list[str]] = {}
     for layer, reason in unsupported.items():
         reasons.setdefault(reason, []).append(layer)
-    return "; ".join(
-        f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}: {reason}"
-        for reason, layers in reasons.items()
-    )
+    more = {reason: f" and {len(layers) - 1} more" if len(layers) > 1 else "" for reason, layers in reasons.items()}
+    return "; ".join(f"{layers[0]}{more[reason]}: {reason}" for reason, layers in reasons.items())
 
 
 class _Reader:
@@ -341,5 +335,4 @@ def _write(file: Path, config: Mapping[str, Any], reader: _Reader) -> None:
         return
     write_safetensors(file, infos, reader, {"format": "pt"})
     if config:
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        write_whole(file.parent / CONFIG, f"{text}\n")
+        write_config(file.parent, config)

@@ -205,9 +205,8 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
     file = _find_weights(located) if located.is_dir() else located
     if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
-        return AdapterFiles(
-            path, Checkpoint(path, "GGUF file", (opened,), opened.notes), None, opened.metadata, stated_alpha
-        )
+        checkpoint = Checkpoint(path, "GGUF file", (opened,), opened.notes)
+        return AdapterFiles(path, checkpoint, None, opened.metadata, stated_alpha)
     config_path = file.parent / CONFIG
     config = Config.read(config_path) if config_path.is_file() else None
     checkpoint = open_checkpoint(file)
@@ -223,8 +222,8 @@ def refuse_integers(source: AdapterFiles) -> None:
     for name in source.checkpoint:
         info = source.checkpoint[name]
         if not info.dtype.startswith(("float", "bfloat")) and len(info.shape) > 0:
-            path = source.checkpoint.path
-            raise damaged(path, f"{name} is stored as {info.dtype}, but an adapter's tensors must be floats")
+            problem = f"{name} is stored as {info.dtype}, but an adapter's tensors must be floats"
+            raise damaged(source.checkpoint.path, problem)
 
 
 def find_single_file(folder: Path) -> Path | None:
@@ -324,10 +323,9 @@ def find_pair(source: AdapterFiles, module: str, parts: dict[str, str], prefix: 
             raise damaged(source.checkpoint.path, problem)
         shape = source.checkpoint[parts[prefix + part]].shape
         if len(shape) < 2 or 0 in shape:
-            raise InputError(
-                f"{source.checkpoint.path}: {parts[prefix + part]} has shape {list(shape)}, as saved under "
-                "DeepSpeed ZeRO-3 or FSDP without gathering the shards; save the adapter again, gathered"
-            )
+            cause = "as saved under DeepSpeed ZeRO-3 or FSDP without gathering the shards"
+            problem = f"{parts[prefix + part]} has shape {list(shape)}, {cause}"
+            raise damaged(source.checkpoint.path, problem, "save the adapter again, gathered")
     return parts[prefix + "A"], parts[prefix + "B"]
 
 
@@ -340,10 +338,9 @@ def check_ranks(source: AdapterFiles, module: str, rank_a: int, expected: int, r
     if rank_a != rank_b:
         raise damaged(source.checkpoint.path, f"{module}: A has rank {rank_a}, but B has rank {rank_b}")
     if rank_a != expected:
-        raise InputError(
-            f"{source.checkpoint.path}: {module} has rank {rank_a}, but {source.settings.path.name} says {expected}, "
-            "so the scaling is unknown; give the config that this adapter was trained with"
-        )
+        claim = f"{source.settings.path.name} says {expected}, so the scaling is unknown"
+        fix = "give the config that this adapter was trained with"
+        raise damaged(source.checkpoint.path, f"{module} has rank {rank_a}, but {claim}", fix)
 
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")

@@ -16,12 +16,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.source import AdapterFiles, Config, drop_prefix, group_by_module, is_named
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Side
-from lora_diag.errors import InputError, damaged
+from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
     import torch
@@ -279,8 +279,7 @@ def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[st
         elif ORIGINAL.search(name):
             ignored.append(key)
         else:
-            is_copy = name.endswith(".base_layer.weight")
-            values.append(NewValue(name.replace(".base_layer.", "."), key, is_copy))
+            values.append(NewValue(name.replace(".base_layer.", "."), key, name.endswith(".base_layer.weight")))
     return replace(reading, updates=tuple(updates), values=tuple(values), ignored=tuple(ignored))
 
 
@@ -304,10 +303,8 @@ def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) 
     rows = _read_row_indices(source.settings, module, indices)
     shape = source.checkpoint[key].shape
     if len(shape) != 2 or not rows or len(rows) != shape[0] or len(set(rows)) != len(rows):
-        raise InputError(
-            f"{source.checkpoint.path}: {key} has shape {list(shape)}, but {source.settings.path.name} has "
-            f"{len(set(rows))} token indices for it; save the adapter again"
-        )
+        problem = f"{key} has shape {list(shape)}, but {source.settings.path.name} has {len(set(rows))} token indices"
+        raise damaged(source.checkpoint.path, f"{problem} for it", "save the adapter again")
     load = partial(load_row_factors, source.checkpoint, key, rows)
     return Update(f"{module}.weight", (None, shape[1]), load, True, source.checkpoint[key].dtype, "trainable tokens")
 
@@ -340,51 +337,3 @@ def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Si
     selection = torch.zeros(site.shape[0], len(rows), dtype=torch.float64)
     selection[rows, range(len(rows))] = 1.0
     return selection, read(checkpoint, key) - site.rows(rows)
-
-
-# Initializations that subtract a part of the base weight before training. The trained update s·B·A is relative to
-# W − P, so relative to the original base ΔW = s·B·A − P, with P recomputed from W. P has rank r, so ΔW stays in
-# factored form, with rank at most 2r.
-#
-# - PiSSA: P is the best rank-r approximation of W. Meng et al. 2024, https://arxiv.org/abs/2404.02948
-# - OLoRA: P = s·Q_r·R_r of the QR decomposition of W. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
-# - KaSA: P is the part of W in its r smallest singular values. Wang et al. 2024, https://arxiv.org/abs/2412.06071
-STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
-
-
-def name_start(config: Config) -> str:
-    """Return the name of the initialization if it subtracts a part of W from BASE; else an empty text."""
-    if config.values.get("kasa_config") is not None:
-        return "KaSA"
-    return STARTS.get(config.text("init_lora_weights").lower(), "")
-
-
-def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
-    """Return the update relative to the original base; unchanged if the initialization did not change it."""
-    name = name_start(config)
-    if not name:
-        return update
-    factors = cast("Callable[[Site], Factors]", update.load)
-    load = partial(subtract_part, factors, name, scale, rank)
-    return replace(update, load=load, needs_weight=name, zero_if="", plain=factors, thin=None)
-
-
-def subtract_part(factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site) -> Factors:
-    """Return factors of s·B·A − P: ``[sB, −P_left]`` and ``[A; P_right]``."""
-    import torch
-
-    b, a = factors(site)
-    left, right = _compute_part(site.weight(), name, scale, rank)
-    return torch.cat([b, -left], dim=1), torch.cat([a, right])
-
-
-def _compute_part(w: torch.Tensor, name: str, scale: float, rank: int) -> Factors:
-    """Return the factors of P, the part of W that the initialization subtracted."""
-    import torch
-
-    if name == "OLoRA":
-        q, r = torch.linalg.qr(w)
-        return q[:, :rank] * scale, r[:rank]
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    components = slice(0, rank) if name == "PiSSA" else slice(max(0, len(s) - rank), None)
-    return u[:, components] * s[components], vh[components]

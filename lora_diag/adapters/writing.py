@@ -15,10 +15,11 @@ Reference: ``peft.tuners.tuners_utils.check_target_module_exists``, ``peft.utils
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,8 @@ from lora_diag.adapters.updates import as_float64
 from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
-from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
-from lora_diag.errors import InputError, damaged
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta
+from lora_diag.errors import damaged
 from lora_diag.files import write_whole
 
 if TYPE_CHECKING:
@@ -48,14 +49,9 @@ PEFT_VERSION = "0.19.1"
 
 # Fields of a PEFT config that are the same for every LoRA adapter written here.
 LORA_CONFIG = {
-    "peft_type": "LORA",
-    "peft_version": PEFT_VERSION,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-}
+    "peft_type": "LORA", "peft_version": PEFT_VERSION, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
+    "inference_mode": True, "init_lora_weights": True,
+}  # fmt: skip
 
 # Classes of transformers whose task is passed to PEFT; for some others it would add modules.
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
@@ -86,10 +82,9 @@ def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, in
         # A fused parameter has one rank; its halves are factored separately and share it.
         ranks[layer] = max(1, get_rank(config, pattern, target.module) // target.half[1])
     if not ranks:
-        raise InputError(
-            f"{path}: its target_modules match no layer of this model, which has layers like "
-            f"{next(iter(targets.values())).module if targets else '(none)'}; give the config of this model"
-        )
+        example = next(iter(targets.values())).module if targets else "(none)"
+        problem = f"its target_modules match no layer of this model, which has layers like {example}"
+        raise damaged(path, problem, "give the config of this model")
     return ranks
 
 
@@ -150,16 +145,11 @@ def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
 
 def _make_value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
     """Return a tensor of BASE as it is after its change, to be stored in full."""
-    info = base[name]
-    if isinstance(delta, StoredDelta):
-        info = delta.tuned.info
-        read = partial(_read_whole, delta.tuned)
-    elif delta is None:
-        read = partial(_read_whole, Side(base, name))
-    else:
-        info = TensorInfo(key, info.shape, "float32")
+    if delta is not None and not isinstance(delta, StoredDelta):
         read = partial(_compute_changed_value, delta, base, name)
-    return Value(key, TensorInfo(key, info.shape, info.dtype), read, module)
+        return Value(key, TensorInfo(key, base[name].shape, "float32"), read, module)
+    side = Side(base, name) if delta is None else delta.tuned
+    return Value(key, replace(side.info, name=key), partial(_read_whole, side), module)
 
 
 def _read_whole(side: Side) -> torch.Tensor:
@@ -167,14 +157,9 @@ def _read_whole(side: Side) -> torch.Tensor:
     return side.checkpoint.read(side.name).view(side.info.shape)
 
 
-def _compute_changed_value(delta: Delta, base: Checkpoint, name: str) -> torch.Tensor:
+def _compute_changed_value(delta: FactoredDelta | DenseDelta, base: Checkpoint, name: str) -> torch.Tensor:
     """Return the new value of a tensor that an adapter changes, float32."""
-    assert not isinstance(delta, StoredDelta)
-    if isinstance(delta, FactoredDelta):
-        b, a = delta.load()
-        change = b @ a
-    else:
-        change = delta.load()
+    change = operator.matmul(*delta.load()) if isinstance(delta, FactoredDelta) else delta.load()
     shape = base[name].shape
     return (as_float64(base.read(name)).view(shape) + as_float64(change).reshape(shape)).float()
 
@@ -334,6 +319,11 @@ def write_adapter(
         names = config["target_modules"]
         config["target_modules"] = names if isinstance(names, list) else sorted(groups)
     write_safetensors(folder / WEIGHTS, tensors, lambda key: readers[key](), {"format": "pt"})
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the settings of an adapter."""
     write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -481,11 +471,12 @@ def make_rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     leaves: dict[str, set[int]] = {}
     for module, rank in ranks.items():
         leaves.setdefault(module.rpartition(".")[2], set()).add(rank)
-    pattern: dict[str, int] = {}
-    for module, rank in ranks.items():
+
+    def make_key(module: str) -> str:
         leaf = module.rpartition(".")[2]
-        if rank != default_rank:
-            pattern[re.escape(leaf) if len(leaves[leaf]) == 1 else f"^{re.escape(module)}"] = rank
+        return re.escape(leaf) if len(leaves[leaf]) == 1 else f"^{re.escape(module)}"
+
+    pattern = {make_key(module): rank for module, rank in ranks.items() if rank != default_rank}
     return default_rank, dict(sorted(pattern.items()))
 
 

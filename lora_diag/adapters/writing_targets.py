@@ -11,20 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_diag.adapters import names
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
-from lora_diag.adapters.names import (
-    DINOV2,
-    EXPERT,
-    GPT_NEOX,
-    GRANITE_MOE,
-    MIXTRAL,
-    PHI_MOE,
-    SWIN,
-    VIT,
-    Dialect,
-    match_names,
-)
 from lora_diag.adapters.placing import Orientation
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import CONVOLUTION, EXPERTS, HEAD, Delta
@@ -102,13 +91,13 @@ BARE_MODEL = re.compile(r"(?<!Head)Model$")
 Rename = tuple[str, str]
 
 VISION_MODELS = {
-    "dinov2": DINOV2, "dinov2_with_registers": DINOV2, "swin": SWIN,
-    **dict.fromkeys(("vit", "deit", "beit", "vit_mae", "vit_msn", "vivit", "ijepa"), VIT),
-    "audio-spectrogram-transformer": VIT,
+    "dinov2": names.DINOV2, "dinov2_with_registers": names.DINOV2, "swin": names.SWIN,
+    **dict.fromkeys(("vit", "deit", "beit", "vit_mae", "vit_msn", "vivit", "ijepa"), names.VIT),
+    "audio-spectrogram-transformer": names.VIT,
 }  # fmt: skip
 
 
-def _invert(*dialects: Dialect) -> tuple[Rename, ...]:
+def _invert(*dialects: names.Dialect) -> tuple[Rename, ...]:
     """Return the conversion of names on disk to names in memory."""
     return tuple((re.escape(on_disk), in_memory) for dialect in dialects for in_memory, on_disk in dialect)
 
@@ -148,7 +137,7 @@ def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     """Return a PEFT adapter's names of the tensors that it updates, stacks aside, by name in BASE; else empty."""
     if not adapter.source.peft_type:
         return {}  # names in other formats are not those of modules
-    matched, _ = match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)
+    matched, _ = names.match_names(dict(update.expected for update in adapter.reading.updates), base, transposed=True)
     return {locations[0].name: name for name, locations in matched.items() if len(locations) == 1}
 
 
@@ -184,7 +173,7 @@ class Model:
 
     def parameter(self, name: str) -> str:
         """Return the parameter in memory for a tensor of BASE, or for the parameter it is part of."""
-        match = EXPERT.fullmatch(name)
+        match = names.EXPERT.fullmatch(name)
         if match and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
             leaf, _ = self._find_fused(match["leaf"])
             return self.in_memory(f"{match['owner']}.{leaf}")
@@ -225,7 +214,11 @@ class Model:
             index = int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
             in_out = (self.type in TRANSPOSED_MODELS) != self._is_transposed(leaf, stored)
             return Target(delta.layer, delta.shape, parameter, "parameter", in_out, expert=(index, stored[0]))
-        if (match := EXPERT.fullmatch(name)) and match["owner"] in self._experts and match["leaf"] in FUSED_LEAVES:
+        if (
+            (match := names.EXPERT.fullmatch(name))
+            and match["owner"] in self._experts
+            and match["leaf"] in FUSED_LEAVES
+        ):
             half = self._find_fused(match["leaf"])[1], HALVES[leaf]
             expert = int(match["index"]), self._experts[match["owner"]]
             return Target(delta.layer, delta.shape, parameter, "parameter", expert=expert, half=half)
@@ -256,38 +249,37 @@ def _count_experts(base: Checkpoint) -> dict[str, int]:
     """Return the number of experts of each mixture that is stored expert by expert."""
     counts: dict[str, int] = {}
     for name in base:
-        if match := EXPERT.fullmatch(name):
+        if match := names.EXPERT.fullmatch(name):
             counts[match["owner"]] = max(counts.get(match["owner"], 0), int(match["index"]) + 1)
     return counts
 
 
 def _find_renames(base: Checkpoint, model_type: str) -> tuple[Rename, ...]:
     """Return the regular expressions that convert names on disk to names in memory, in order."""
-    names = list(base)
     if model_type in NESTED_IN_MEMORY:
         return ()
-    if any(name.startswith("language_model.model.") for name in names):  # LLaVA and related models
+    if any(name.startswith("language_model.model.") for name in base):  # LLaVA and related models
         return (
             (r"^language_model\.lm_head\.", "lm_head."),
             (r"^language_model\.model\.", "model.language_model."),
             (r"^(vision_tower|audio_tower|multi_modal_projector|vision_model)\.", r"model.\1."),
         )
-    if model_type in {"qwen2_vl", "qwen2_5_vl"} and any(name.startswith("visual.") for name in names):
+    if model_type in {"qwen2_vl", "qwen2_5_vl"} and any(name.startswith("visual.") for name in base):
         return (r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")
     if model_type == "gpt_neox":
-        return _invert(GPT_NEOX)
-    if model_type in VISION_MODELS and any(".query." in name for name in names):
+        return _invert(names.GPT_NEOX)
+    if model_type in VISION_MODELS and any(".query." in name for name in base):
         return _invert(VISION_MODELS[model_type])
     if model_type == "nemotron_h":
         return ((r"^backbone\.", "model."),)
-    if any(name.endswith(".block_sparse_moe.input_linear.weight") for name in names):
-        return _invert(*GRANITE_MOE)
+    if any(name.endswith(".block_sparse_moe.input_linear.weight") for name in base):
+        return _invert(*names.GRANITE_MOE)
     if model_type == "phimoe":
-        return _invert(PHI_MOE, MIXTRAL)
+        return _invert(names.PHI_MOE, names.MIXTRAL)
     if model_type in FUSED_MODELS:
         return ((r"\.block_sparse_moe\.(gate|experts)\.", r".mlp.\1."),)
     prefix = HEADLESS.get(model_type)
     architectures = base.config.get("architectures") or [""]
-    if prefix and not BARE_MODEL.search(str(architectures[0])) and not any(n.startswith(f"{prefix}.") for n in names):
+    if prefix and not BARE_MODEL.search(str(architectures[0])) and not any(n.startswith(f"{prefix}.") for n in base):
         return ((r"^(?!lm_head\.)", f"{prefix}."),)
     return ()

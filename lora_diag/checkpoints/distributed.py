@@ -30,18 +30,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints.documents import is_plain_name
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import Record, attribute, describe, load
-from lora_diag.checkpoints.parts import (
-    MAX_DIMENSIONS,
-    WRAPPERS,
-    Archive,
-    Box,
-    Boxes,
-    PartsFolder,
-    are_sizes,
-    is_plain_name,
-)
+from lora_diag.checkpoints.parts import MAX_DIMENSIONS, WRAPPERS, Archive, Box, Boxes, PartsFolder, are_sizes
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
 from lora_diag.errors import InputError, damaged
@@ -243,9 +235,8 @@ def _make_box(
     if location.get("transform_descriptors"):
         raise damaged(index, f"{key:.200} is stored compressed, which is not supported", "save it uncompressed")
     if not is_plain_name(relative) or not are_sizes((offset, length)):
-        raise damaged(
-            index, f"the file {describe(relative)} of {key:.200} is no plain file name, or its position wrong"
-        )
+        problem = f"the file {describe(relative)} of {key:.200} is no plain file name, or its position wrong"
+        raise damaged(index, problem)
     path = index.parent / relative
     if relative not in files:
         if not path.is_file():
@@ -286,15 +277,11 @@ def _choose_weights(index: Path, tensors: Mapping[str, Record], planner_data: An
     if len(by_prefix) > 1:
         names = ", ".join(sorted(".".join(prefix) for prefix in by_prefix)[:3])
         raise damaged(index.parent, f"holds the weights of {len(by_prefix)} models ({names})", "save one of them alone")
-    start = ""
-    if by_prefix:
-        ((prefix, keys),) = by_prefix.items()
+    start, plain = "", (key for key, path in candidates.items() if not NOT_WEIGHTS.search(path[0].partition(".")[0]))
+    name_by_key = {key: key for key in plain}
+    for prefix, keys in by_prefix.items():
         name_by_key = {key: ".".join(path_by_key[key][len(prefix) :]) for key in keys}
         start = ".".join(prefix) + "."
-    else:
-        name_by_key = {
-            key: key for key, path in candidates.items() if not NOT_WEIGHTS.search(path[0].partition(".")[0])
-        }
     repeated = [name for name, count in Counter(name_by_key.values()).items() if count > 1]
     if not name_by_key or repeated:
         problem = f"two tensors are called {repeated[0]:.200}" if repeated else "it holds no weights"

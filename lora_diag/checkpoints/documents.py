@@ -1,11 +1,11 @@
-"""JSON files next to the weights, size-limited and required to hold an object; and texts that results can hold."""
+"""JSON files next to the weights, size-limited and required to hold an object; names of files; texts for results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular
@@ -67,14 +67,9 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's ``config.json``; empty if there is none.
-
-    Raises:
-        InputError: The file is too large, cannot be read, is not JSON, or does not hold an object.
-    """
-    path = folder / "config.json"
-    return read_object(path, "model configuration", MAX_CONFIG_BYTES) if path.is_file() else {}
+def is_plain_name(name: Any) -> TypeGuard[str]:
+    """Return whether a value from a file is the name of a file in the same folder, and no path to another."""
+    return isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
 
 def check_unicode(names: Iterable[str], path: Path) -> None:

@@ -17,25 +17,13 @@ Compute Project, Microscaling Formats 1.0, section 5.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.packing import (
-    PACKED,
-    SLAB_BYTES,
-    RowWeight,
-    damaged_tensor,
-    e8m0,
-    fp4_steps,
-    fp4_values,
-    list_activations,
-    mxfp4_steps,
-    read_rows,
-    require,
-    unpack,
-)
+from lora_diag.checkpoints import packing
+from lora_diag.checkpoints.packing import PACKED, RowWeight, damaged_tensor, read_rows, require
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import damaged
 
@@ -74,59 +62,50 @@ class Layout:
     factor: str = ""
 
 
-def values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight, float32; matrices of a stack follow each other."""
-    return _decode(layout, fp4_values, first, last, 0, layout.columns)
+def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
+    """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices follow each other."""
+    return _decode(layout, is_steps, first, last, 0, layout.columns)
 
 
-def steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return steps whose half bounds the error in the rows ``first:last`` of a weight."""
-    of_codes = mxfp4_steps if layout.kind == "mxfp4" else fp4_steps
-    return _decode(layout, of_codes, first, last, 0, layout.columns).abs()
-
-
-def decode_transposed(
-    layout: Layout, of_codes: Callable[[torch.Tensor], torch.Tensor], first: int, last: int
-) -> torch.Tensor:
-    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``.
-
-    Args:
-        layout: The stack of experts.
-        of_codes: Returns the value or the step of each code, without its scale.
-        first: First input.
-        last: One past the last input.
-    """
+def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
+    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``."""
     import torch
 
-    inputs, step = layout.columns, max(1, SLAB_BYTES // (layout.columns // 2))
+    inputs, step = layout.columns, max(1, packing.SLAB_BYTES // (layout.columns // 2))
     parts = []
     for expert in range(first // inputs, -(-last // inputs)):
         low, high = max(0, first - expert * inputs), min(inputs, last - expert * inputs)
         part = torch.empty(high - low, layout.out)
         for row in range(0, layout.out, step):
             end, top = min(layout.out, row + step), expert * layout.out
-            part[:, row:end] = _decode(layout, of_codes, top + row, top + end, low, high).T
+            part[:, row:end] = _decode(layout, is_steps, top + row, top + end, low, high).T
         parts.append(part)
     return torch.cat(parts)
 
 
-def _decode(
-    layout: Layout, of_codes: Callable[[torch.Tensor], torch.Tensor], first: int, last: int, low: int, high: int
-) -> torch.Tensor:
-    """Return values or steps of the rows ``first:last`` and columns ``low:high``: ``of_codes`` times the scales."""
+def _decode(layout: Layout, is_steps: bool, first: int, last: int, low: int, high: int) -> torch.Tensor:
+    """Return values or steps of the rows ``first:last`` and columns ``low:high``, float32.
+
+    The step of a code is the distance to its farther neighbour. The power of two of MXFP4 is ``2^(⌊log2 max⌋ − 2)``, so
+    the largest value is in [4, 8) and is stored as 6 at most: an error of up to 2 there, where it saturates.
+    """
     import torch
 
     group = GROUP[layout.kind]
     begin, end = low // group, -(-high // group)
     packed = read_rows(layout.source, layout.codes, first, last, layout.columns // 2)
-    codes = unpack(packed[:, begin * group // 2 : end * group // 2], 4, (end - begin) * group)
+    codes = packing.unpack(packed[:, begin * group // 2 : end * group // 2], 4, (end - begin) * group)
     stored = read_rows(layout.source, layout.scale, first, last)[:, begin:end]
-    scales = e8m0(stored.view(torch.uint8)) if layout.kind == "mxfp4" else stored.float()
+    scales = packing.e8m0(stored.view(torch.uint8)) if layout.kind == "mxfp4" else stored.float()
     if layout.divisor:
         scales = scales / layout.source.read(layout.divisor).float()
     if layout.factor:
         scales = scales * layout.source.read(layout.factor).float()
-    decoded = of_codes(codes) * scales.repeat_interleave(group, dim=1)
+    table = torch.tensor(packing.FP4)
+    if is_steps:
+        table, scales = packing.gaps(table), scales.abs()
+        table[[7, 15]] *= 2 if layout.kind == "mxfp4" else 1
+    decoded = table[codes] * scales.repeat_interleave(group, dim=1)
     return decoded[:, low - begin * group : high - begin * group]
 
 
@@ -143,11 +122,8 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
     for name in source:
         if name.endswith(PACKED) and source[name].dtype == "uint8":
             module = name.removesuffix(PACKED)
-            divisor = f"{module}.weight_global_scale"
-            if divisor in source:
-                yield _describe_weight(source, "nvfp4", module, name, divisor=divisor)
-            else:
-                yield _describe_weight(source, "mxfp4", module, name)
+            divisor = f"{module}.weight_global_scale" if f"{module}.weight_global_scale" in source else ""
+            yield _describe_weight(source, "nvfp4" if divisor else "mxfp4", module, name, divisor)
         elif name.endswith(SECOND_SCALE):
             module = name.removesuffix(SECOND_SCALE)
             yield _describe_weight(source, "nvfp4", module, f"{module}.weight", factor=name)
@@ -173,8 +149,8 @@ def _describe_weight(
             raise damaged_tensor(source, name, "is not a single float")
     layout = Layout(source, kind, codes, scale, shape[-2], columns, divisor, factor)
     info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=kind)
-    parts = (scale, *numbers, *list_activations(source, module))
-    return RowWeight(info, codes, parts, partial(values, layout), partial(steps, layout))
+    parts = (scale, *numbers, *packing.list_activations(source, module))
+    return RowWeight(info, codes, parts, partial(decode_rows, layout, False), partial(decode_rows, layout, True))
 
 
 def _describe_experts(source: Checkpoint, blocks: str) -> RowWeight:
@@ -187,4 +163,4 @@ def _describe_experts(source: Checkpoint, blocks: str) -> RowWeight:
     layout = Layout(source, "mxfp4", blocks, f"{name}{SCALES}", shape[1], shape[2] * GROUP["mxfp4"])
     info = TensorInfo(name, (shape[0], layout.columns, layout.out), "float32", stored="mxfp4")
     decode = partial(decode_transposed, layout)
-    return RowWeight(info, blocks, (layout.scale,), partial(decode, fp4_values), partial(decode, mxfp4_steps))
+    return RowWeight(info, blocks, (layout.scale,), partial(decode, False), partial(decode, True))

@@ -13,36 +13,20 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints import documents, integers, quantized, ranks
 from lora_diag.checkpoints.distributed import PIECES, DistributedFolder, PiecesFolder, find_inner_folder
-from lora_diag.checkpoints.documents import (
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
-    QUANTIZE_CONFIG,
-    read_config,
-    read_object,
-)
+from lora_diag.checkpoints.documents import is_plain_name, read_object
 from lora_diag.checkpoints.gguf_model import GgufModel, derive_config, list_models, open_model
-from lora_diag.checkpoints.integers import CODES
-from lora_diag.checkpoints.parts import is_plain_name
 from lora_diag.checkpoints.pickled import TorchFile
-from lora_diag.checkpoints.quantized import (
-    count_quantized,
-    dequantize,
-    find_quantization_config,
-    refuse_integer_weights,
-    refuse_packed,
-)
-from lora_diag.checkpoints.ranks import PATTERN as RANKS
 from lora_diag.checkpoints.ranks import RanksFolder
 from lora_diag.checkpoints.remote import RemotePath, as_path
 from lora_diag.checkpoints.safetensors import SafetensorsFile
-from lora_diag.checkpoints.tensors import Checkpoint, TensorFile, TensorInfo
+from lora_diag.checkpoints.tensors import Checkpoint, TensorFile
 from lora_diag.checkpoints.zero import ZeroFolder
 from lora_diag.errors import InputError, damaged
 
@@ -161,16 +145,15 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise InputError(f"{source}: holds no tensors; save the model again")
     refuse_unmerged(stored)
     settings = _read_quantization(stored, source)
-    refuse_packed(stored, settings)
-    files, dequantization_notes = dequantize(stored, settings)
+    quantized.refuse_packed(stored, settings)
+    files, zero_notes = quantized.dequantize(stored, settings)
     location_notes = (f"read from the Hugging Face cache: {located}",) if located != path else ()
     if isinstance(located, RemotePath) and located.store.note:
         location_notes = (located.store.note,)
     checkpoint = Checkpoint(path, kind, files, config=config)
-    refuse_integer_weights(checkpoint)
-    quantized = count_quantized(checkpoint)
-    notes = (*location_notes, *notes, *renaming_notes, *quantized, *dequantization_notes)
-    return replace(checkpoint, notes=notes)
+    quantized.refuse_integer_weights(checkpoint)
+    counts = quantized.count_quantized(checkpoint)
+    return replace(checkpoint, notes=(*location_notes, *notes, *renaming_notes, *counts, *zero_notes))
 
 
 def locate(path: Path | str) -> Path:
@@ -216,18 +199,18 @@ def _read_config(source: Path) -> dict[str, Any]:
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
     config_folder = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
-    return {} if of_base else read_config(folder / config_folder if config_folder else folder)
+    path = (folder / config_folder if config_folder else folder) / "config.json"
+    is_given = path.is_file() and not of_base
+    return read_object(path, "model configuration", documents.MAX_CONFIG_BYTES) if is_given else {}
 
 
 def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
     """Return ``quantization_config`` of a checkpoint, or for GPTQ ``quantize_config.json``; empty without either."""
-    settings = find_quantization_config(stored.config)
-    if settings or not any(name.endswith(CODES) for name in stored):
+    settings = quantized.find_quantization_config(stored.config)
+    path = (source if source.is_dir() else source.parent) / documents.QUANTIZE_CONFIG
+    if settings or not any(name.endswith(integers.CODES) for name in stored) or not path.is_file():
         return settings
-    path = (source if source.is_dir() else source.parent) / QUANTIZE_CONFIG
-    if not path.is_file():
-        return {}
-    return {"quant_method": "gptq", **read_object(path, "quantization configuration", MAX_CONFIG_BYTES)}
+    return {"quant_method": "gptq", **read_object(path, "quantization configuration", documents.MAX_CONFIG_BYTES)}
 
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
@@ -241,11 +224,9 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
         files, notes = _open_shards(source)
         kind = f"sharded {files[0].label}, {len(files)} files"
     else:
-        files = [_open_file(source)]
-        if isinstance(files[0], GgufModel):
-            files = open_model(source)
-        label = files[0].label
-        kind = f"{label} file" if len(files) == 1 else f"{label} model, {len(files)} files"
+        opened = _open_file(source)
+        files = open_model(source) if isinstance(opened, GgufModel) else [opened]
+        kind = f"{opened.label} file" if len(files) == 1 else f"{opened.label} model, {len(files)} files"
     return tuple(files), kind, notes + tuple(dict.fromkeys(note for file in files for note in file.notes))
 
 
@@ -271,18 +252,13 @@ def _find_weights(folder: Path) -> Path:
         return inner
     refuse_foreign(folder, sorted(path.name for path in folder.iterdir()))
     safetensors_files = sorted(folder.glob("*.safetensors"))
-    if len(safetensors_files) == 1:
-        return safetensors_files[0]
-    models = [] if safetensors_files else list_models(folder)
-    if len(models) > 1:
-        raise InputError(f"{folder}: holds {len(models)} GGUF models; name one of them")
-    if models:
+    models = safetensors_files or list_models(folder)
+    if len(models) == 1:
         return models[0]
-    hint = (
-        f"; it holds {len(safetensors_files)} other .safetensors files: name one of them"
-        if safetensors_files
-        else _suggest_subfolders(folder)
-    )
+    if models and not safetensors_files:
+        raise InputError(f"{folder}: holds {len(models)} GGUF models; name one of them")
+    others = f"; it holds {len(models)} other .safetensors files: name one of them"
+    hint = others if safetensors_files else _suggest_subfolders(folder)
     raise InputError(f"{folder}: no weights found; looked for {', '.join(WEIGHTS)}{hint}")
 
 
@@ -301,7 +277,7 @@ def _suggest_subfolders(folder: Path) -> str:
 def _open_file(path: Path) -> OpenFile:
     """Open one file in the first format that claims it; refuse files of unsupported forms and pieces of tensors."""
     refuse_foreign(path.parent, [path.name])
-    if path.match(PIECES) or path.match(RANKS):
+    if path.match(PIECES) or path.match(ranks.PATTERN):
         raise InputError(f"{path}: holds pieces of tensors, and other files the rest; give the folder {path.parent}")
     for file_format in FORMATS:
         try:
@@ -322,24 +298,22 @@ def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
     Tensors that the index does not name are left out of the shards, with a note.
     """
     weight_map = _read_weight_map(index)
-    paths: dict[str, Path] = {}
-    for shard in sorted(set(weight_map.values())):
-        # The name must be plain, but a plain name may be a link into a Hub cache.
-        if not is_plain_name(shard):
-            raise InputError(f"{index}: the shard {shard!r} is not a plain file name; write the index again")
-        paths[shard] = index.parent / shard
+    shards = sorted(set(weight_map.values()))
+    # The name must be plain, but a plain name may be a link into a Hub cache.
+    if (wrong := next((shard for shard in shards if not is_plain_name(shard)), None)) is not None:
+        raise InputError(f"{index}: the shard {wrong!r} is not a plain file name; write the index again")
 
-    def open_shard(path: Path) -> OpenFile:
-        if not _is_file(path):
-            raise InputError(f"{index}: the shard {path.name} is missing from {path.parent}; copy or download it again")
-        return _open_file(path)
+    def open_shard(shard: str) -> OpenFile:
+        if not _is_file(index.parent / shard):
+            raise InputError(f"{index}: the shard {shard} is missing from {index.parent}; copy or download it again")
+        return _open_file(index.parent / shard)
 
-    opened: Iterable[OpenFile] = map(open_shard, paths.values())
+    opened: Iterable[OpenFile] = map(open_shard, shards)
     if isinstance(index, RemotePath):
         from lora_diag.checkpoints.addresses import map_concurrently  # imported only for remote files
 
-        opened = map_concurrently(open_shard, paths.values())
-    files = dict(zip(paths, opened, strict=True))
+        opened = map_concurrently(open_shard, shards)
+    files = dict(zip(shards, opened, strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
             raise InputError(f"{index}: {name} is missing from the shard {shard}; copy or download the shard again")
@@ -359,7 +333,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_object(index, "shard index", MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_object(index, "shard index", documents.MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
         raise InputError(f"{index}: weight_map must map tensor names to file names; write the index again")
     return weight_map
@@ -374,20 +348,9 @@ class Renamed(TensorFile):
     """
 
     def __init__(self, file: TensorFile, stored: Mapping[str, str]) -> None:
-        self._file = file
-        self._stored = stored
-        self.path = file.path
-        self.notes = file.notes
-        self.metadata = file.metadata
-        self.tensors = {
-            name: TensorInfo(name, info.shape, info.dtype)
-            for name, old in stored.items()
-            if (info := file.tensors[old])
-        }
-
-    def __copy__(self) -> Renamed:
-        """Copy the file as well: each copy has its own descriptor."""
-        return Renamed(copy(self._file), self._stored)
+        self._file, self._stored = file, stored
+        self.path, self.notes, self.metadata = file.path, file.notes, file.metadata
+        self.tensors = {name: replace(file.tensors[old], name=name) for name, old in stored.items()}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of a tensor, by its presented name."""

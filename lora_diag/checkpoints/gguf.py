@@ -10,7 +10,8 @@ A file is written tensor by tensor, to a temporary file that is then renamed: on
 and the same tensors always give the same bytes.
 
 A value of a quantized type is ``d · q − m`` with an integer code q, and d and m of the block or of one of its groups;
-in IQ4 it is ``d · table[q]``, and in MXFP4 a 4-bit float times a power of two.
+in IQ4 it is ``d · table[q]``, and in MXFP4 a 4-bit float times a power of two. Steps and scales follow from q, d and m,
+which ``gguf.quants.dequantize`` does not return, so blocks are unpacked here.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; version 2 differs in nothing read here.
 ``ggml-quants.c`` of llama.cpp; ``gguf.quants`` 0.19, with which the tests compare every type.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.packing import FP4, e8m0, gaps
@@ -74,55 +75,27 @@ class Type:
 
 # Code of a tensor's type -> the type.
 TYPES = {
-    0: Type("F32", 1, 4, "float32"),
-    1: Type("F16", 1, 2, "float16"),
-    2: Type("Q4_0", 32, 18),
-    3: Type("Q4_1", 32, 20),
-    6: Type("Q5_0", 32, 22),
-    7: Type("Q5_1", 32, 24),
-    8: Type("Q8_0", 32, 34),
-    9: Type("Q8_1", 32, 40),
-    10: Type("Q2_K", 256, 84),
-    11: Type("Q3_K", 256, 110),
-    12: Type("Q4_K", 256, 144),
-    13: Type("Q5_K", 256, 176),
-    14: Type("Q6_K", 256, 210),
-    15: Type("Q8_K", 256, 292),
-    16: Type("IQ2_XXS", 256, 66),
-    17: Type("IQ2_XS", 256, 74),
-    18: Type("IQ3_XXS", 256, 98),
-    19: Type("IQ1_S", 256, 50),
-    20: Type("IQ4_NL", 32, 18),
-    21: Type("IQ3_S", 256, 110),
-    22: Type("IQ2_S", 256, 82),
-    23: Type("IQ4_XS", 256, 136),
-    24: Type("I8", 1, 1, "int8"),
-    25: Type("I16", 1, 2, "int16"),
-    26: Type("I32", 1, 4, "int32"),
-    27: Type("I64", 1, 8, "int64"),
-    28: Type("F64", 1, 8, "float64"),
-    29: Type("IQ1_M", 256, 56),
-    30: Type("BF16", 1, 2, "bfloat16"),
-    34: Type("TQ1_0", 256, 54),
-    35: Type("TQ2_0", 256, 66),
-    39: Type("MXFP4", 32, 17),
-    40: Type("NVFP4", 64, 36),
-    41: Type("Q1_0", 128, 18),
-}
+    0: Type("F32", 1, 4, "float32"), 1: Type("F16", 1, 2, "float16"), 2: Type("Q4_0", 32, 18),
+    3: Type("Q4_1", 32, 20), 6: Type("Q5_0", 32, 22), 7: Type("Q5_1", 32, 24), 8: Type("Q8_0", 32, 34),
+    9: Type("Q8_1", 32, 40), 10: Type("Q2_K", 256, 84), 11: Type("Q3_K", 256, 110), 12: Type("Q4_K", 256, 144),
+    13: Type("Q5_K", 256, 176), 14: Type("Q6_K", 256, 210), 15: Type("Q8_K", 256, 292), 16: Type("IQ2_XXS", 256, 66),
+    17: Type("IQ2_XS", 256, 74), 18: Type("IQ3_XXS", 256, 98), 19: Type("IQ1_S", 256, 50), 20: Type("IQ4_NL", 32, 18),
+    21: Type("IQ3_S", 256, 110), 22: Type("IQ2_S", 256, 82), 23: Type("IQ4_XS", 256, 136),
+    24: Type("I8", 1, 1, "int8"), 25: Type("I16", 1, 2, "int16"), 26: Type("I32", 1, 4, "int32"),
+    27: Type("I64", 1, 8, "int64"), 28: Type("F64", 1, 8, "float64"), 29: Type("IQ1_M", 256, 56),
+    30: Type("BF16", 1, 2, "bfloat16"), 34: Type("TQ1_0", 256, 54), 35: Type("TQ2_0", 256, 66),
+    39: Type("MXFP4", 32, 17), 40: Type("NVFP4", 64, 36), 41: Type("Q1_0", 128, 18),
+}  # fmt: skip
 
 # torch's dtype name -> code of the type.
 CODES = {kind.dtype: code for code, kind in TYPES.items() if kind.dtype is not None}
 
-# Type of a number in Python -> code of its field's type, and struct format: float32 or uint32.
-_NUMBER_FIELDS = {float: (6, "<f"), int: (4, "<I")}
+# Type in Python -> code of the type of its field: float32, uint32 or text.
+_FIELD_TYPES: dict[type, int] = {float: 6, int: 4, str: STRING}
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Type of a tensor, and its first byte in the file."""
-
-    type: Type
-    begin: int
+# Type of a tensor, and its first byte in the file.
+Span = tuple[Type, int]
 
 
 class GgufFile(TensorFile):
@@ -159,7 +132,7 @@ class GgufFile(TensorFile):
 
     def type_of(self, name: str) -> Type:
         """Return the type in which a tensor is stored."""
-        return self._spans[name].type
+        return self._spans[name][0]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks are decoded.
@@ -169,17 +142,15 @@ class GgufFile(TensorFile):
         """
         import torch
 
-        kind = self.type_of(name)
+        kind, begin = self._spans[name]
         if kind.dtype is None:
             return self._decode_range(name, start, stop, self._find_codec(name).decode)
-        begin = self._spans[name].begin + start * kind.size
-        return self._content.read_entries(stop - start, getattr(torch, kind.dtype), begin, name)
+        return self._content.read_entries(stop - start, getattr(torch, kind.dtype), begin + start * kind.size, name)
 
     def read_bytes(self, name: str) -> bytes:
         """Return the stored bytes of a small tensor, without torch."""
-        kind = self.type_of(name)
-        size = self.tensors[name].numel // kind.block * kind.size
-        return self._content.read_bytes(size, self._spans[name].begin, name)
+        kind, begin = self._spans[name]
+        return self._content.read_bytes(self.tensors[name].numel // kind.block * kind.size, begin, name)
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized.
@@ -204,9 +175,8 @@ class GgufFile(TensorFile):
     def _find_codec(self, name: str) -> Codec:
         kind = self.type_of(name)
         if kind.name not in CODECS:
-            readable = ", ".join(["F32, F16, BF16", *CODECS])
-            problem = f"{name} is stored as {kind.name}, which is not decoded"
-            raise damaged(self.path, problem, f"give a file in one of {readable}")
+            fix = f"give a file in one of F32, F16, BF16, {', '.join(CODECS)}"
+            raise damaged(self.path, f"{name} is stored as {kind.name}, which is not decoded", fix)
         return CODECS[kind.name]
 
     def _decode_range(
@@ -215,11 +185,10 @@ class GgufFile(TensorFile):
         """Return the entries ``start:stop`` of a function of the blocks that hold them."""
         import torch
 
-        kind, begin = self.type_of(name), self._spans[name].begin
+        kind, begin = self._spans[name]
         first, last = start // kind.block, -(-stop // kind.block)
-        count, position = max(0, last - first) * kind.size, begin + first * kind.size
-        blocks = self._content.read_entries(count, torch.uint8, position, name)
-        offset = first * kind.block
+        count, offset = max(0, last - first) * kind.size, first * kind.block
+        blocks = self._content.read_entries(count, torch.uint8, begin + first * kind.size, name)
         return function(blocks.view(-1, kind.size)).reshape(-1)[start - offset : stop - offset].clone()
 
 
@@ -255,7 +224,7 @@ class _Cursor:
             raise InputError(f"{self.path}: {description} is not UTF-8 text; convert the model again") from error
 
 
-def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo], dict[str, _Span]]:
+def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo], dict[str, Span]]:
     """Return fields, tensors and their spans, after checking that the header describes the bytes of the file."""
     try:
         size = path.stat().st_size
@@ -276,12 +245,7 @@ def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, TensorInfo], d
     alignment = fields.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise InputError(f"{path}: general.alignment is {alignment!r}, not a power of two; convert the model again")
-    return fields, *_locate_tensors(rows, path, _pad_size(cursor.position, alignment), size, alignment)
-
-
-def _pad_size(size: int, alignment: int) -> int:
-    """Return a size rounded up to a multiple of the alignment."""
-    return -(-size // alignment) * alignment
+    return fields, *_locate_tensors(rows, path, cursor.position + -cursor.position % alignment, size, alignment)
 
 
 def _read_fields(cursor: _Cursor, count: int) -> dict[str, Value]:
@@ -299,26 +263,28 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Value:
         return cursor.read_text(key)
     if kind == ARRAY:
         return _read_array(cursor, key)
-    if kind not in SCALARS:
-        raise InputError(f"{cursor.path}: the field {key!r} has the unknown type {kind}; convert the model again")
-    code = SCALARS[kind]
-    value: int | float | bool = struct.unpack(f"<{code}", cursor.take(struct.calcsize(code), key))[0]
+    value: int | float | bool = _read_scalars(cursor, kind, 1, key)[0]
     return value
 
 
 def _read_array(cursor: _Cursor, key: str) -> Value:
     kind, count = cursor.read_number("I", key), cursor.read_number("Q", key)
-    if kind == STRING:
-        if count <= MAX_ARRAY:
-            return [cursor.read_text(key) for _ in range(count)]
-        for _ in range(count):  # each takes at least 8 bytes of the file
-            cursor.take(cursor.read_number("Q", key), key)
-        return None
-    if kind not in SCALARS:  # arrays of arrays are in no file of llama.cpp, which refuses them
-        raise InputError(f"{cursor.path}: the array {key!r} has the unknown type {kind}; convert the model again")
-    code = SCALARS[kind]
-    content = cursor.take(count * struct.calcsize(code), key)
-    return list(struct.unpack(f"<{count}{code}", content)) if count <= MAX_ARRAY else None
+    if kind != STRING:
+        values = _read_scalars(cursor, kind, count, key)
+        return list(values) if len(values) == count else None
+    if count <= MAX_ARRAY:
+        return [cursor.read_text(key) for _ in range(count)]
+    for _ in range(count):  # each takes at least 8 bytes of the file
+        cursor.take(cursor.read_number("Q", key), key)
+    return None
+
+
+def _read_scalars(cursor: _Cursor, kind: int, count: int, key: str) -> tuple[Any, ...]:
+    """Return numbers of one type; none if they are too many. Arrays of arrays are refused, as by llama.cpp."""
+    if kind not in SCALARS:
+        raise InputError(f"{cursor.path}: the field {key!r} has the unknown type {kind}; convert the model again")
+    content = cursor.take(count * struct.calcsize(SCALARS[kind]), key)
+    return struct.unpack(f"<{count}{SCALARS[kind]}", content) if count <= MAX_ARRAY else ()
 
 
 def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int, int]]:
@@ -337,7 +303,7 @@ def _read_rows(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], 
 
 def _locate_tensors(
     rows: list[tuple[str, tuple[int, ...], int, int]], path: Path, start: int, size: int, alignment: int
-) -> tuple[dict[str, TensorInfo], dict[str, _Span]]:
+) -> tuple[dict[str, TensorInfo], dict[str, Span]]:
     """Return tensors, in the order of the rows, and their spans, after checking that these follow each other.
 
     Args:
@@ -348,7 +314,7 @@ def _locate_tensors(
         alignment: Alignment of the tensors in bytes.
     """
     tensors: dict[str, TensorInfo] = {}
-    spans: dict[str, _Span] = {}
+    spans: dict[str, Span] = {}
     end = 0
     for name, shape, code, offset in sorted(rows, key=lambda row: row[3]):
         if name in tensors:
@@ -359,7 +325,7 @@ def _locate_tensors(
         if (shape[-1] if shape else 1) % kind.block:
             problem = f"{name} is {kind.name} {list(shape)}, whose rows are not whole blocks of {kind.block}"
             raise damaged(path, problem, "convert the model again")
-        begin, end = _pad_size(end, alignment), offset + math.prod(shape) // kind.block * kind.size
+        begin, end = end + -end % alignment, offset + math.prod(shape) // kind.block * kind.size
         if offset != begin:
             problem = f"{name} starts at byte {offset:,} of the data, but the tensor before it ends at {begin:,}"
             raise damaged(path, problem, "convert the model again")
@@ -368,7 +334,7 @@ def _locate_tensors(
             raise damaged(path, problem, "it was cut short or is still being written: copy or download it again")
         stored = None if kind.dtype is not None else kind.name.lower()
         tensors[name] = TensorInfo(name, shape, kind.dtype or "float32", stored)
-        spans[name] = _Span(kind, start + offset)
+        spans[name] = kind, start + offset
     return {name: tensors[name] for name, *_ in rows}, spans
 
 
@@ -403,17 +369,15 @@ def write_gguf(
 def _make_header(fields: Mapping[str, str | int | float], tensors: Mapping[str, TensorInfo]) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     for key, value in fields.items():
-        if isinstance(value, str):
-            parts += [_encode_text(key), struct.pack("<I", STRING), _encode_text(value)]
-        else:
-            kind, form = _NUMBER_FIELDS[type(value)]
-            parts += [_encode_text(key), struct.pack("<I", kind), struct.pack(form, value)]
+        kind = _FIELD_TYPES[type(value)]
+        encoded = _encode_text(value) if isinstance(value, str) else struct.pack(f"<{SCALARS[kind]}", value)
+        parts += [_encode_text(key), struct.pack("<I", kind), encoded]
     begin = 0
     for name, info in tensors.items():
-        code = CODES[info.dtype]
-        dimensions = info.shape[::-1]
-        parts += [_encode_text(name), struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, code, begin)]
-        begin += _pad_size(info.numel * TYPES[code].size, ALIGNMENT)
+        code, count = CODES[info.dtype], len(info.shape)
+        parts += [_encode_text(name), struct.pack(f"<I{count}QIQ", count, *info.shape[::-1], code, begin)]
+        size = info.numel * TYPES[code].size
+        begin += size + -size % ALIGNMENT
     return b"".join(parts)
 
 
@@ -465,9 +429,8 @@ class Codec:
         steps = d.abs() * (gaps(torch.tensor(self.table))[codes] if self.table else torch.ones(codes.shape))
         for code in self.saturated:
             steps = steps * (1 + (codes == code).float())
-        if self.is_rounded:
-            steps = steps + (d * codes.float()).abs() * 2**-10
-            steps = steps if m is None else steps + m.abs() * 2**-10
+        for rounded in (d * codes.float(), m) if self.is_rounded else ():
+            steps = steps if rounded is None else steps + rounded.abs() * 2**-10
         return steps.flatten(1)
 
     def scales(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -498,16 +461,16 @@ def _unpack_fields(data: torch.Tensor, bits: int, count: int, width: int) -> tor
     return ((data.reshape(len(data), -1, 1, width) >> shifts) & ((1 << bits) - 1)).int()
 
 
-def _unpack_plain(bits: int, has_offset: bool, blocks: torch.Tensor) -> Unpacked:
-    """Unpack Q4 and Q5: d, m if there is one, 4 bytes of fifth bits in Q5, 16 bytes of four low bits, low halves first.
+def _unpack_plain(bits: int, zero: int | None, blocks: torch.Tensor) -> Unpacked:
+    """Unpack Q4, Q5 or IQ4_NL: d, perhaps m, 4 bytes of fifth bits in Q5, 16 bytes of four low bits, low halves first.
 
-    A code is q with m (Q4_1, Q5_1: d · q + m), else q + 2^(bits − 1).
+    A code is q + ``zero``; None stands for q with an m (Q4_1, Q5_1: d · q + m).
     """
     codes = _unpack_fields(blocks[:, -16:], 4, 2, 16).reshape(-1, 1, 32)
     if bits == 5:
         codes = codes | _unpack_fields(blocks[:, -20:-16], 1, 8, 1).reshape(-1, 1, 32) << 4
     d = read_half(blocks, 0)[:, None]
-    return (codes, d, -read_half(blocks, 2)[:, None]) if has_offset else (codes - (1 << bits - 1), d, None)
+    return (codes, d, -read_half(blocks, 2)[:, None]) if zero is None else (codes - zero, d, None)
 
 
 def _unpack_q8_0(blocks: torch.Tensor) -> Unpacked:
@@ -526,15 +489,10 @@ def _unpack_q2_k(blocks: torch.Tensor) -> Unpacked:
 
 def _unpack_q3_k(blocks: torch.Tensor) -> Unpacked:
     """Unpack Q3_K: 32 bytes of inverted third bits, 64 of low ones, 12 of 6-bit scales less 32 per group of 16, d."""
-    import torch
-
     low = _unpack_fields(blocks[:, 32:96], 2, 4, 32).reshape(-1, 16, 16)
     high = _unpack_fields(blocks[:, :32], 1, 8, 32).reshape(-1, 16, 16) ^ 1
-    packed = blocks[:, 96:108]
-    shifts = torch.tensor([0, 4], dtype=torch.uint8)[:, None]
-    scales = ((packed[:, None, :8] >> shifts) & 15).reshape(-1, 16).int()
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
-    scales |= ((packed[:, None, 8:] >> shifts) & 3).reshape(-1, 16).int() << 4
+    scales = _unpack_fields(blocks[:, 96:104], 4, 2, 8).reshape(-1, 16)
+    scales |= _unpack_fields(blocks[:, 104:108], 2, 4, 4).reshape(-1, 16) << 4
     return low - (high << 2), (read_half(blocks, 108) * (scales - 32).float())[:, :, None], None
 
 
@@ -567,11 +525,6 @@ def _unpack_q6_k(blocks: torch.Tensor) -> Unpacked:
     return codes, (read_half(blocks, 208) * scales)[:, :, None], None
 
 
-def _unpack_iq4_nl(blocks: torch.Tensor) -> Unpacked:
-    """Unpack IQ4_NL: d and 16 bytes of codes in a table, low halves first."""
-    return _unpack_fields(blocks[:, 2:], 4, 2, 16).reshape(-1, 1, 32), read_half(blocks, 0)[:, None], None
-
-
 def _unpack_iq4_xs(blocks: torch.Tensor) -> Unpacked:
     """Unpack IQ4_XS: d, 6-bit scales less 32 per group of 32 (2 bytes of high bits, 4 of low ones), codes as IQ4_NL."""
     high = _unpack_fields(blocks[:, 2:4], 2, 4, 1).reshape(-1, 8)
@@ -587,17 +540,17 @@ def _unpack_mxfp4(blocks: torch.Tensor) -> Unpacked:
 
 # Name of a type -> its codec; a type without one is listed, and refused when it is read.
 CODECS = {
-    "Q4_0": Codec(partial(_unpack_plain, 4, False), saturated=(7,), is_rounded=True),
-    "Q4_1": Codec(partial(_unpack_plain, 4, True), is_rounded=True),
-    "Q5_0": Codec(partial(_unpack_plain, 5, False), saturated=(15,), is_rounded=True),
-    "Q5_1": Codec(partial(_unpack_plain, 5, True), is_rounded=True),
+    "Q4_0": Codec(partial(_unpack_plain, 4, 8), saturated=(7,), is_rounded=True),
+    "Q4_1": Codec(partial(_unpack_plain, 4, None), is_rounded=True),
+    "Q5_0": Codec(partial(_unpack_plain, 5, 16), saturated=(15,), is_rounded=True),
+    "Q5_1": Codec(partial(_unpack_plain, 5, None), is_rounded=True),
     "Q8_0": Codec(_unpack_q8_0, is_rounded=True, is_8_bit=True),
     "Q2_K": Codec(_unpack_q2_k),
     "Q3_K": Codec(_unpack_q3_k, saturated=(3,)),
     "Q4_K": Codec(partial(_unpack_q4_or_q5_k, 4)),
     "Q5_K": Codec(partial(_unpack_q4_or_q5_k, 5)),
     "Q6_K": Codec(_unpack_q6_k, saturated=(31,)),
-    "IQ4_NL": Codec(_unpack_iq4_nl, IQ4),
+    "IQ4_NL": Codec(partial(_unpack_plain, 4, 0), IQ4),
     "IQ4_XS": Codec(_unpack_iq4_xs, IQ4),
     "MXFP4": Codec(_unpack_mxfp4, FP4, saturated=(7, 15)),
 }

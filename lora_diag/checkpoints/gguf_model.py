@@ -33,49 +33,30 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_GATED = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+def _name_gated(
+    suffix: str, module: str, leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, str]:
+    """Return the tensors of a gated MLP, which have a suffix in GGUF -> the leaves of its module."""
+    return {
+        f"ffn_{kind}{suffix}": f"{module}.{leaf}" for kind, leaf in zip(("gate", "up", "down"), leaves, strict=True)
+    }
+
+
+_ATTENTION = {f"attn_{kind}": f"self_attn.{kind[0]}_proj" for kind in ("q", "k", "v", "output")}
+_GATED = _name_gated("", "mlp")
 _UNGATED = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_AROUND = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 _AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_AROUND = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_AFTER}
 _LLAMA = {**_ATTENTION, **_GATED, **_NORMS}
-_QWEN_MOE = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-}
-_SHARED = {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-_MIXTRAL = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-}
-_PHI3 = {
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-    **_NORMS,
-}
+_QWEN_MOE = {"ffn_gate_inp": "mlp.gate", **_name_gated("_exps", "mlp.experts.{}")}
+_SHARED = {"ffn_gate_inp_shexp": "mlp.shared_expert_gate", **_name_gated("_shexp", "mlp.shared_expert")}
+_MIXTRAL_EXPERTS = _name_gated("_exps", "block_sparse_moe.experts.{}", ("w1", "w3", "w2"))
+_MIXTRAL = {"ffn_gate_inp": "block_sparse_moe.gate", **_MIXTRAL_EXPERTS}
+_PHI3_FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_PHI3 = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj", **_PHI3_FUSED, **_NORMS}
 _STARCODER2 = {**_ATTENTION, **_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 
 # Tensors outside of blocks -> modules outside of layers.
@@ -122,11 +103,9 @@ class Names:
         'blk.3.attn_q.weight'
         """
         stem, _, leaf = name.rpartition(".")
-        if match := _LAYER.fullmatch(stem):
-            tensor = {module: tensor for tensor, module in self.block.items()}.get(match[2])
-            return f"blk.{match[1]}.{tensor}.{leaf}" if tensor is not None else None
-        tensor = {module: tensor for tensor, module in OUTSIDE_BLOCKS.items()}.get(stem)
-        return f"{tensor}.{leaf}" if tensor is not None else None
+        match = _LAYER.fullmatch(stem)
+        block, module, names = (f"blk.{match[1]}.", match[2], self.block) if match else ("", stem, OUTSIDE_BLOCKS)
+        return next((f"{block}{tensor}.{leaf}" for tensor, known in names.items() if known == module), None)
 
     def heads_key(self, name: str) -> str:
         """Return the setting of ``config.json`` with the number of heads whose rows are reordered; empty if none are.
@@ -164,14 +143,13 @@ ARCHITECTURES = {
 
 def find_names(config: Mapping[str, Any]) -> Names | None:
     """Return the names of the model that a ``config.json`` describes; None if they are not known."""
-    text_config = config.get("text_config")
-    model_types = [
-        settings.get("model_type") for settings in (config, text_config if isinstance(text_config, dict) else {})
-    ]
-    return next(
-        (names for names in ARCHITECTURES.values() for model_type in model_types if model_type in names.model_types),
-        None,
-    )
+    kinds = [settings.get("model_type") for settings in _list_settings(config)]
+    return next((names for names in ARCHITECTURES.values() for kind in kinds if kind in names.model_types), None)
+
+
+def _list_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a ``config.json``, and the settings of its text model if it has them."""
+    return [config, *(settings for settings in (config.get("text_config"),) if isinstance(settings, dict))]
 
 
 def heads(config: Mapping[str, Any], key: str) -> int | None:
@@ -179,13 +157,8 @@ def heads(config: Mapping[str, Any], key: str) -> int | None:
 
     Without ``num_key_value_heads``, k has as many heads as q.
     """
-    text_config = config.get("text_config")
-    for settings in (config, text_config if isinstance(text_config, dict) else {}):
-        for name in (key, "num_attention_heads"):
-            value = settings.get(name)
-            if type(value) is int and value > 0:
-                return value
-    return None
+    found = (settings.get(name) for settings in _list_settings(config) for name in (key, "num_attention_heads"))
+    return next((value for value in found if type(value) is int and value > 0), None)
 
 
 def to_pairs(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -246,7 +219,12 @@ class GgufModel(TensorFile):
             raise InputError(f"{path}: is a GGUF adapter, not a model; give it after BASE")
         architecture = str(self.fields.get("general.architecture"))
         names = ARCHITECTURES.get(architecture)
-        self._views = {view.info.name: view for view in self._make_views(names, architecture)}
+        self._views: dict[str, View] = {}
+        for stored, info in self._file.tensors.items():
+            for view in self._make_views(stored, info, names, architecture):
+                if self._views.setdefault(view.info.name, view) is not view:
+                    problem = f"two tensors have the name {view.info.name}, one is {stored}"
+                    raise damaged(path, problem, "convert again")
         self.tensors = {name: view.info for name, view in self._views.items()}
         self.notes = self._file.notes
         if names is None:
@@ -289,20 +267,7 @@ class GgufModel(TensorFile):
         ordered = to_halves(values.view((last - first) * rows, -1), last - first)
         return ordered.reshape(-1)[start - first * size : stop - first * size].clone()
 
-    def _make_views(self, names: Names | None, architecture: str) -> Iterator[View]:
-        """Yield the views of all tensors of the file; refuse two with one name."""
-        seen: set[str] = set()
-        for stored, info in self._file.tensors.items():
-            for view in self._make_tensor_views(stored, info, names, architecture):
-                if view.info.name in seen:
-                    problem = f"two tensors have the name {view.info.name}, one is {stored}"
-                    raise damaged(self.path, problem, "convert again")
-                seen.add(view.info.name)
-                yield view
-
-    def _make_tensor_views(
-        self, stored: str, info: TensorInfo, names: Names | None, architecture: str
-    ) -> Iterator[View]:
+    def _make_views(self, stored: str, info: TensorInfo, names: Names | None, architecture: str) -> Iterator[View]:
         """Yield the views of a stored tensor: one, or one per expert of a stack."""
         name = names.in_transformers(stored) if names is not None else None
         if names is None or name is None or ("{}" in name and len(info.shape) != 3):
@@ -322,17 +287,15 @@ class GgufModel(TensorFile):
 
     def _count_heads(self, architecture: str, key: str, stored: str, info: TensorInfo) -> int:
         """Return the number of heads whose rows are reordered."""
-        block = int(stored.split(".")[1])
-        default_key = f"{architecture}.attention.{HEADS['num_attention_heads']}"
-        count = self.fields.get(f"{architecture}.attention.{HEADS[key]}", self.fields.get(default_key))
+        block, field = int(stored.split(".")[1]), f"{architecture}.attention.{HEADS[key]}"
+        default_field = f"{architecture}.attention.{HEADS['num_attention_heads']}"
+        count = self.fields.get(field, self.fields.get(default_field))
         if isinstance(count, list):
             count = count[block] if block < len(count) else None
         rows = info.shape[0] if info.shape else 0
         if type(count) is not int or count <= 0 or rows % (2 * count):
-            raise InputError(
-                f"{self.path}: {architecture}.attention.{HEADS[key]} is {count!r}, which does not divide the {rows} "
-                f"rows of {stored}; convert the model again"
-            )
+            problem = f"{field} is {count!r}, which does not divide the {rows} rows of {stored}"
+            raise damaged(self.path, problem, "convert the model again")
         return count
 
 
@@ -347,13 +310,11 @@ def open_model(path: Path) -> list[GgufModel]:
         return [GgufModel(path)]
     count = int(match["count"])
     paths = [path.parent / f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    for part in paths:
-        if not part.is_file():
-            raise InputError(f"{path}: the part {part.name} is missing; copy or download it again")
+    if missing := next((part for part in paths if not part.is_file()), None):
+        raise InputError(f"{path}: the part {missing.name} is missing; copy or download it again")
     if not paths:
         raise InputError(f"{path}: is not a part of a split model; name the files as llama.cpp does")
-    first = GgufModel(paths[0])
-    models = [first, *(GgufModel(part, first.fields) for part in paths[1:])]
+    models = [first := GgufModel(paths[0]), *(GgufModel(part, first.fields) for part in paths[1:])]
     seen: set[str] = set()
     for model in models:
         if twice := seen.intersection(model.tensors):
@@ -370,11 +331,8 @@ def derive_config(models: list[GgufModel]) -> dict[str, Any]:
     config: dict[str, Any] = {"tie_word_embeddings": not any("lm_head.weight" in model.tensors for model in models)}
     if names is not None and len(names.model_types) == 1:
         config["model_type"] = names.model_types[0]
-    for key, field in HEADS.items():
-        count = fields.get(f"{architecture}.attention.{field}")
-        if type(count) is int:
-            config[key] = count
-    return config
+    counts = {key: fields.get(f"{architecture}.attention.{field}") for key, field in HEADS.items()}
+    return config | {key: count for key, count in counts.items() if type(count) is int}
 
 
 def list_models(folder: Path) -> list[Path]:

@@ -30,17 +30,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_diag.checkpoints.packing import (
-    INTEGERS,
-    PACKED,
-    RowWeight,
-    damaged_tensor,
-    list_activations,
-    read_columns,
-    read_rows,
-    require,
-    unpack,
-)
+from lora_diag.checkpoints import packing
+from lora_diag.checkpoints.packing import INTEGERS, PACKED, RowWeight, damaged_tensor, read_columns, require, unpack
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import damaged
 
@@ -62,8 +53,8 @@ CODES = ".qweight"
 GPTQ_BITS = (2, 4, 8)
 # Place of each output in a word of AWQ.
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-# Format of a GPTQ file -> offset to add to its zero points.
-GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}
+# Format of a GPTQ file, the default first, or version of AWQ -> offset to add to its zero points.
+GPTQ_FORMATS, AWQ_VERSIONS = {"gptq": 1, "gptq_v2": 0}, {"gemm": 0}
 
 MLX_BITS = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS = (16, 32, 64, 128)
@@ -101,7 +92,7 @@ class Layout:
 
     def read(self, part: str, first: int, last: int) -> torch.Tensor:
         """Return rows of a tensor of the weight."""
-        return read_rows(self.source, f"{self.module}.{part}", first, last)
+        return packing.read_rows(self.source, f"{self.module}.{part}", first, last)
 
     def read_codes(self, part: str, first: int, last: int) -> torch.Tensor:
         """Return the codes of rows, each a stream of bits."""
@@ -118,10 +109,8 @@ class Layout:
         if not self.order:
             return torch.arange(self.columns) // self.group
         indices = self.source.read(self.order).long()
-        lowest, highest = (int(indices.min()), int(indices.max())) if len(indices) else (0, 0)
-        if lowest < 0 or highest >= self.groups:
-            wrong = lowest if lowest < 0 else highest
-            raise damaged_tensor(self.source, self.order, f"names group {wrong}, but there are {self.groups}")
+        if len(wrong := indices[(indices < 0) | (indices >= self.groups)]):
+            raise damaged_tensor(self.source, self.order, f"names group {wrong.min()}, but there are {self.groups}")
         return indices
 
 
@@ -132,10 +121,7 @@ def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
         InputError: A stored group of a column does not exist, or a file cannot be read.
     """
     codes, group = layout.read_codes("weight_packed", first, last), layout.read_groups()
-    if layout.has_zeros:
-        codes -= _read_compressed_zeros(layout, first, last)[:, group]
-    else:
-        codes -= 2 ** (layout.bits - 1)
+    codes -= _read_compressed_zeros(layout, first, last)[:, group] if layout.has_zeros else 2 ** (layout.bits - 1)
     return codes.float() * layout.read("weight_scale", first, last).float()[:, group]
 
 
@@ -343,7 +329,8 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
     if zero in source:
         require(source, zero, (-(-out * bits // 32), groups), WORDS, weight)
     layout = Layout(source, module, columns, bits, columns // groups, groups, order, zero in source)
-    parts = (scale, shape, *(part for part in (zero, order) if part in source), *list_activations(source, module))
+    optional = (part for part in (zero, order) if part in source)
+    parts = (scale, shape, *optional, *packing.list_activations(source, module))
     info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
     return RowWeight(info, name, parts, partial(compressed_values, layout), partial(compressed_steps, layout))
 
@@ -417,17 +404,14 @@ def _check_gptq_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[
 
 def _find_zero_point_offset(source: Checkpoint, is_awq: bool, config: Mapping[str, Any]) -> int:
     """Return the offset to add to stored zero points; refuse unsupported formats and GPTQ without a configuration."""
-    if is_awq:
-        if (version := str(config.get("version", "gemm")).lower()) != "gemm":
-            raise damaged(source.path, f"is AWQ of version {version!r}; only gemm is read", UNSUPPORTED)
-        return 0
-    if not config:
+    if not is_awq and not config:
         problem = "is GPTQ without quantization_config, which states how zero points are stored"
         raise damaged(source.path, problem, "copy the model's config.json or quantize_config.json into its folder")
-    kind = str(config.get("checkpoint_format", "gptq")).lower()
-    if kind not in GPTQ_FORMATS:
-        raise damaged(source.path, f"is GPTQ in the format {kind!r}; gptq and gptq_v2 are read", UNSUPPORTED)
-    return GPTQ_FORMATS[kind]
+    method, key, offsets = ("AWQ", "version", AWQ_VERSIONS) if is_awq else ("GPTQ", "checkpoint_format", GPTQ_FORMATS)
+    kind = str(config.get(key, next(iter(offsets)))).lower()
+    if kind not in offsets:
+        raise damaged(source.path, f"is {method} with {key} {kind!r}; supported: {', '.join(offsets)}", UNSUPPORTED)
+    return offsets[kind]
 
 
 def describe_ambiguous_zeros(

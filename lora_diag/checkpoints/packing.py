@@ -116,29 +116,6 @@ def e8m0(exponents: torch.Tensor) -> torch.Tensor:
     return torch.where(exponents == 255, math.nan, values)
 
 
-def fp4_values(codes: torch.Tensor) -> torch.Tensor:
-    """Return the values of 4-bit floats, float32."""
-    import torch
-
-    return torch.tensor(FP4)[codes]
-
-
-def fp4_steps(codes: torch.Tensor) -> torch.Tensor:
-    """Return the distance from each 4-bit float to its farther neighbour, float32."""
-    import torch
-
-    return gaps(torch.tensor(FP4))[codes]
-
-
-def mxfp4_steps(codes: torch.Tensor) -> torch.Tensor:
-    """Return steps whose half bounds the error of 4-bit floats under a power of two, float32.
-
-    The power of two is ``2^(⌊log2 max⌋ − 2)``, so the largest value is in [4, 8) and is stored as 6 at most: an error
-    of up to 2 there, where it saturates.
-    """
-    return fp4_steps(codes) * (1 + (codes % 8 == 7).float())
-
-
 def read_rows(source: Checkpoint, name: str, first: int, last: int, width: int | None = None) -> torch.Tensor:
     """Return rows of a stored matrix, ``(last − first, width)``; ``width`` is by default its last dimension."""
     columns = source[name].shape[-1] if width is None else width

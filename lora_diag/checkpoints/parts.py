@@ -183,18 +183,9 @@ def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
     )
 
 
-def is_plain_name(name: Any) -> TypeGuard[str]:
-    """Return whether a value from a file is the name of a file in the same folder, and no path to another."""
-    return isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & set("/\\\0")
-
-
 def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    sizes = enumerate(zip(shape, strides, strict=True), start=1)
+    return all(size == 1 or stride == math.prod(shape[position:]) for position, (size, stride) in sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +339,7 @@ class PartsFolder(TensorFile):
     config_folder = ""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Boxes], notes: Sequence[str]) -> None:
-        self.path = folder
-        self.notes = tuple(notes)
-        self._boxes = tensors
+        self.path, self.notes, self._boxes = folder, tuple(notes), tensors
         self.tensors = {name: replace(boxes.info, name=name) for name, boxes in tensors.items()}
         check_unicode(self.tensors, folder)
 

@@ -44,8 +44,7 @@ class PatchedFile(TensorFile):
         for name in changed:
             self._check_change(name)
         self._changed = frozenset(changed)
-        unknown = [name for name in patch if name.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]
-        if unknown:
+        if unknown := [n for n in patch if n.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]:
             raise InputError(f"{self._file}: {min(unknown)} is neither indices nor values of a patch; write it again")
         self.tensors = {name: self._describe_tensor(name) for name in base}
         self.notes = (f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",)
@@ -80,15 +79,14 @@ class PatchedFile(TensorFile):
         Raises:
             InputError: A position is outside the tensor, or occurs twice.
         """
-        positions = self._patch.read(f"{name}{INDICES}").long()
-        numel = self.tensors[name].numel
-        if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < numel:
-            position = int(positions.min()) if int(positions.min()) < 0 else int(positions.max())
-            raise damaged(self._file, f"{name}{INDICES} names entry {position} of {numel:,}", "write the patch again")
+        positions, numel = self._patch.read(f"{name}{INDICES}").long(), self.tensors[name].numel
         ordered = positions.sort().values
-        if (repeated := (ordered[1:] == ordered[:-1]).nonzero()).numel():
-            entry = int(ordered[int(repeated[0])])
-            raise InputError(f"{self._file}: {name}{INDICES} names entry {entry} twice; write the patch again")
+        for wrong, problem in (
+            (ordered[(ordered < 0) | (ordered >= numel)], f"of {numel:,}"),
+            (ordered[1:][ordered[1:] == ordered[:-1]], "twice"),
+        ):
+            if len(wrong):
+                raise damaged(self._file, f"{name}{INDICES} names entry {wrong[0]} {problem}", "write the patch again")
         return positions, (positions >= start) & (positions < stop)
 
     def _check_change(self, name: str) -> None:
@@ -143,14 +141,13 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         opened = [open_checkpoint(path)]
         if not is_patch(opened[0]):
             return opened[0]
-    checkpoint = base
+    checkpoint, many = base, len(opened) > 1
+    applied = f"{len(opened)} sparse patches, applied in the order of model_version"
     for patch in sorted(opened, key=_make_sort_key):
-        file = PatchedFile(checkpoint, patch, path if len(opened) > 1 else patch.files[0].path)
-        checkpoint = Checkpoint(path, "sparse patch", (file,), file.notes, base.config)
-    if len(opened) == 1:
-        return checkpoint
-    notes = (f"{len(opened)} sparse patches, applied in the order of model_version",)
-    return Checkpoint(path, "sparse patches", checkpoint.files, notes, base.config)
+        file = PatchedFile(checkpoint, patch, path if many else patch.files[0].path)
+        kind, notes = ("sparse patches", (applied,)) if many else ("sparse patch", file.notes)
+        checkpoint = Checkpoint(path, kind, (file,), notes, base.config)
+    return checkpoint
 
 
 def _make_sort_key(patch: Checkpoint) -> tuple[int, str]:

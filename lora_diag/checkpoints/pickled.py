@@ -3,8 +3,8 @@
 Files are loaded with ``weights_only=True`` only: a file that needs code to be read is refused. A zip file with entries
 that are compressed, or larger than the file, is refused before torch unpacks them; so is a pickle that takes more
 memory than its length explains (``inert``), and afterwards a tensor with more entries than its storage. Zip files are
-memory-mapped, and the pages of a range are released after the range was copied, so that resident memory does not grow
-with the file. The legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
+memory-mapped, and the pages of a tensor are released after a range of it was copied, so that resident memory does not
+grow with the file. The legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
 """
 
 from __future__ import annotations
@@ -64,14 +64,9 @@ class TorchFile(TensorFile):
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
         tensor = self._state[name]
-        if tensor.is_contiguous():
-            view = tensor.view(-1)[start:stop]
-            out, copied_bytes = view.clone(), (view.data_ptr(), view.numel() * view.element_size())
-        else:
-            storage = tensor.untyped_storage()
-            out, copied_bytes = _read_strided(tensor, start, stop), (storage.data_ptr(), storage.nbytes())
+        out, storage = _copy_range(tensor, start, stop), tensor.untyped_storage()
         if self._mapped:
-            _release_pages(*copied_bytes)
+            _release_pages(storage.data_ptr(), storage.nbytes())
         return out
 
     def _load(self) -> None:
@@ -82,10 +77,8 @@ class TorchFile(TensorFile):
             with open_regular(self.path) as file:
                 self._mapped = file.read(4) == ZIP
             # A mapped file stays readable after its name is removed.
-            local_copy = (
-                self.path.download_temporarily() if isinstance(self.path, RemotePath) else nullcontext(self.path)
-            )
-            with local_copy as local, warnings.catch_warnings():
+            remote = self.path.download_temporarily() if isinstance(self.path, RemotePath) else None
+            with remote or nullcontext(self.path) as local, warnings.catch_warnings():
                 (_check_archive if self._mapped else _check_legacy)(Path(local), self.path)
                 warnings.simplefilter("ignore")  # about pickle protocols: the file is refused or read below
                 loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
@@ -95,9 +88,9 @@ class TorchFile(TensorFile):
             problem = "holds more than tensors, and reading it could run code"
             fix = "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
             raise damaged(self.path, problem, fix) from error
-        except InputError:
-            raise
         except Exception as error:  # torch raises many types on damaged files, down to a bare EOFError
+            if isinstance(error, InputError):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.path}: is not a readable torch file ({reason}); copy or save it again") from error
         self._state = _find_state_dict(loaded, self.path)
@@ -172,15 +165,15 @@ def _find_state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     raise InputError(f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()")
 
 
-def _read_strided(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Return the entries ``start:stop`` of a tensor that is not contiguous, copying only the rows that hold them."""
+def _copy_range(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return a copy of the entries ``start:stop``; if they are not contiguous, copy only the rows that hold them."""
     while tensor.ndim > 1 and start < stop:
         width = max(1, tensor[0].numel())
         first, last = start // width, -(-stop // width)
-        tensor, start, stop = tensor[first:last], start - first * width, stop - first * width
+        start, stop = start - first * width, stop - first * width
         if last - first > 1:
-            break
-        tensor = tensor[0]
+            return tensor[first:last].reshape(-1)[start:stop].clone()
+        tensor = tensor[first]
     return tensor.reshape(-1)[start:stop].clone()
 
 

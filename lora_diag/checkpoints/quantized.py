@@ -37,12 +37,7 @@ FORMATS: tuple[Find, ...] = (
 )
 
 # Endings of tensor names that a single method uses, the most specific first.
-PACKED = (
-    (".bitmask", "compressed-tensors (sparse)"),
-    (".W_q", "HQQ"),
-    (".codebooks", "AQLM"),
-    ("._data", "quanto"),
-)
+PACKED = {".bitmask": "compressed-tensors (sparse)", ".W_q": "HQQ", ".codebooks": "AQLM", "._data": "quanto"}
 # Endings that also occur on float tensors of ordinary models; they count only on tensors of other dtypes.
 AMBIGUOUS = frozenset({"._data", ".bitmask"})
 
@@ -72,9 +67,7 @@ class Dequantized(TensorFile):
         self._file = file
         in_file = [(name, weights[name]) for name in file.tensors if name in weights]
         self._weights = {weight.info.name: weight for _, weight in in_file}
-        self.path = file.path
-        self.notes = file.notes
-        self.metadata = file.metadata
+        self.path, self.notes, self.metadata = file.path, file.notes, file.metadata
         self.tensors = {
             info.name: info
             for name, stored in file.tensors.items()
@@ -157,7 +150,7 @@ def refuse_packed(source: Checkpoint, config: Mapping[str, Any]) -> None:
         InputError: A tensor's name or the configuration belongs to such a method.
     """
     method = config.get("quant_method")
-    for suffix, label in PACKED:
+    for suffix, label in PACKED.items():
         for name in source:
             if name.endswith(suffix) and (suffix not in AMBIGUOUS or source[name].dtype not in FLOAT_DTYPES):
                 label = str(method).upper() if method and str(method).upper() in label else label

@@ -24,16 +24,7 @@ from typing import Any
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, check_unicode, read_object
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import Record, attribute
-from lora_diag.checkpoints.parts import (
-    MAX_DIMENSIONS,
-    WRAPPERS,
-    Archive,
-    Box,
-    Boxes,
-    PartsFolder,
-    are_sizes,
-    unwrap_parameter,
-)
+from lora_diag.checkpoints.parts import WRAPPERS, Archive, Box, Boxes, PartsFolder, are_sizes, unwrap_parameter
 from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
 from lora_diag.errors import damaged
 
@@ -112,11 +103,9 @@ def _find_files(folder: Path) -> list[Path]:
         sizes = ", ".join(map(str, sorted(by_world_size)))
         raise damaged(folder, f"holds models of {len(by_world_size)} world sizes ({sizes})", "keep the files of one")
     ((world, by_rank),) = by_world_size.items()
-    missing = [rank for rank in range(min(world, MAX_RANKS)) if rank not in by_rank]
-    if missing:
-        raise damaged(folder, f"the file of rank {missing[0]} of {world} is missing", COPY_ALL)
-    if len(by_rank) != world:
-        raise damaged(folder, f"the file of rank {world} of {world} is one too many", COPY_ALL)
+    if wrong := sorted(by_rank.keys() ^ set(range(world))):
+        problem = "one too many" if wrong[0] in by_rank else "missing"
+        raise damaged(folder, f"the file of rank {wrong[0]} of {world} is {problem}", COPY_ALL)
     config = folder / CONFIG
     settings = read_object(config, "FSDP configuration", MAX_CONFIG_BYTES) if config.is_file() else {}
     if (stated := settings.get("world_size", world)) != world:
@@ -137,7 +126,7 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     by_name: dict[str, list[_Part]] = {}
     parts_left = archive.pickle_bytes // BYTES_PER_PART
     for name, value in state.items():
-        if isinstance(name, str) and (parts := list(_read_value_parts(archive, name, value, rank))):
+        if isinstance(name, str) and (parts := _read_value_parts(archive, name, value, rank)):
             by_name[name] = parts
             parts_left -= len(parts)
         if parts_left < 0:
@@ -145,35 +134,33 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     return by_name
 
 
-def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> Iterator[_Part]:
-    """Yield the parts of a value of a state dict; none if it is no tensor."""
+def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
+    """Return the parts of a value of a state dict; none if it is no tensor."""
     value = unwrap_parameter(value)
     # ``_rebuild_from_type_v2(function, type, args, state)``: an object of a subclass of Tensor.
-    arguments = value.args if isinstance(value, Record) and value.name == "_rebuild_from_type_v2" else None
-    kind = arguments[1] if arguments and len(arguments) == 4 else None
-    if arguments and isinstance(kind, Record) and kind.name == "DTensor":
-        distributed = Record(kind.module, kind.name, state=arguments[3])
-        tensor, spec = archive.tensor(distributed.get("_local_tensor"), name), distributed.get("_spec")
-        if tensor is not None and isinstance(spec, Record):
-            yield _make_dtensor_part(archive, name, tensor, spec, rank)
-            return
-    elif arguments and isinstance(kind, Record) and kind.name == "ShardedTensor" and arguments[3] is not None:
-        yield from _read_sharded(archive, name, arguments[3])
-        return
-    if arguments is not None:
+    if not isinstance(value, Record) or value.name != "_rebuild_from_type_v2":
+        tensor = archive.tensor(value, name)
+        return [] if tensor is None else [_Part(tensor)]
+    _, kind, _, state = value.args if value.args and len(value.args) == 4 else (None,) * 4
+    kind = kind.name if isinstance(kind, Record) else ""
+    if kind == "ShardedTensor" and state is not None:
+        return list(_read_sharded(archive, name, state))
+    distributed = Record("", kind, state=state if kind == "DTensor" else None)
+    tensor, spec = archive.tensor(distributed.get("_local_tensor"), name), distributed.get("_spec")
+    if tensor is None or not isinstance(spec, Record):
         raise damaged(archive.file.path, f"{name} is a tensor of an unsupported class")
-    if (tensor := archive.tensor(value, name)) is not None:
-        yield _Part(tensor)
+    return [_make_dtensor_part(archive, name, tensor, spec, rank)]
 
 
 def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
     """Return the part of a DTensor that this rank holds."""
     path = archive.file.path
     shape, placements = attribute(spec.get("tensor_meta"), "shape", 0), spec.get("placements")
-    if not are_sizes(shape) or not isinstance(placements, tuple | list) or len(placements) > MAX_DIMENSIONS:
+    if not are_sizes(shape) or not isinstance(placements, tuple | list):
         raise damaged(path, f"{name} does not give the shape of the whole tensor, or how it is cut")
+    # ``are_sizes`` limits the coordinates, and so the placements, which are read below: many tensors may share them.
+    coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(placements))
     sharded_dims = tuple(_read_sharded_dim(path, name, placement, len(shape)) for placement in placements)
-    coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(sharded_dims))
     return _Part(tensor, tuple(shape), sharded_dims, coordinates)
 
 
@@ -240,13 +227,11 @@ def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distrib
     else:
         if len({part.tensor.shape[1:] for part in parts}) > 1 or any(not part.tensor.shape for part in parts):
             raise damaged(folder, f"the rows of {name} have different shapes on the ranks")
-        inner = first.tensor.shape[1:]
-        starts = list(accumulate((part.tensor.shape[0] for part in parts), initial=0))
-        boxes = [
-            Box((row, *(0 for _ in inner)), part.tensor.shape, part.tensor.fill)
-            for row, part in zip(starts, parts, strict=False)
-        ]
-        shape = (starts[-1], *inner)
+        inner, tensors = first.tensor.shape[1:], [part.tensor for part in parts]
+        *starts, rows = accumulate((tensor.shape[0] for tensor in tensors), initial=0)
+        origin = (0,) * len(inner)
+        boxes = [Box((row, *origin), of.shape, of.fill) for row, of in zip(starts, tensors, strict=True)]
+        shape = (rows, *inner)
     shape = shape or ()
     if outside := next((box for box in boxes if not len(box.offsets) == len(box.sizes) == len(shape)), None):
         raise damaged(folder, f"the part of {name} at {list(outside.offsets)} does not lie in the tensor")

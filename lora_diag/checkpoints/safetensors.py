@@ -12,9 +12,9 @@ Reference: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,27 +39,12 @@ PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 # dtype in the file -> torch's name, or its own if torch has none.
 DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
     **{code: code for code in PACKED_BITS},
-}
+}  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # Alignment of the data in bytes, for readers that map the file.
@@ -90,10 +75,6 @@ class SafetensorsFile(TensorFile):
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._content = FileBytes(path)
         self.notes = self._content.make_notes()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Make a copy open the file separately, and close it when the copy is deleted."""
-        return {**self.__dict__, "_content": copy.copy(self._content)}
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -153,11 +134,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
-                raise InputError(
-                    f"{path}: not a complete safetensors file: it has {size:,} bytes "
-                    + (f"and its header claims {length:,}" if size >= 8 else "and needs at least 8")
-                    + "; copy or download it again"
-                )
+                claim = f"its header claims {length:,}" if size >= 8 else "needs at least 8"
+                problem = f"not a complete safetensors file: it has {size:,} bytes and {claim}"
+                raise damaged(path, problem, "copy or download it again")
             raw = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -175,8 +154,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the dictionary of these JSON pairs; raise ValueError if a name repeats."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{repeated!r} appears twice")
     return entries
 

@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -37,7 +38,8 @@ HEAD_BYTES = 2**16
 # Largest file accepted from a server without range requests: adapters and configurations, but not models.
 MAX_WHOLE_BYTES = 2**23
 
-TOO_MANY = "the server sent more bytes than requested; download the file and give the local path"
+DOWNLOAD = "download the file and give the local path"
+TOO_MANY = f"the server sent more bytes than requested; {DOWNLOAD}"
 
 # Timeouts in seconds: for connecting, and in which LEAST_BYTES or the rest of an answer must arrive. The first includes
 # the headers of the answer, so a file's header in the first 64 KiB has this time as a whole. The limit is 1 KiB/s.
@@ -196,7 +198,7 @@ class BucketStore(Store):
             if content is None or current is None or _make_file_info(current) != file_info:
                 raise InputError(f"{address}: {CHANGED}")
         if len(content) > len(buffer):
-            raise InputError(f"{address}: the store sent more bytes than requested; download the file")
+            raise InputError(f"{address}: {TOO_MANY}")
         buffer[: len(content)] = content
         if len(content) < len(buffer):
             raise TransientError("the answer was cut short", len(content))
@@ -214,13 +216,10 @@ class BucketStore(Store):
         """Return the entries of a folder by address, requested once."""
         if folder not in self._listed:
             self._open()
-            listing = call_with_retries(
-                folder, lambda: self._call(folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
-            )
-            by_address = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in listing or ()}
-            self._listed[folder] = {
-                address: entry for address, entry in by_address.items() if address.startswith(f"{folder}/")
-            }
+            request = partial(self._call, folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
+            entries = call_with_retries(folder, request) or ()
+            by_address = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in entries}
+            self._listed[folder] = {name: entry for name, entry in by_address.items() if name.startswith(f"{folder}/")}
         return self._listed[folder]
 
     def _open(self) -> None:
@@ -239,16 +238,16 @@ class BucketStore(Store):
             return None
         except (InputError, TransientError):
             raise
-        except PermissionError as error:
-            needed = "; reading needs s3:GetObject and s3:ListBucket" if self._scheme == "s3" else ""
-            raise InputError(f"{address}: access is denied: {get_first_line(error)}{needed}") from error
         except Exception as error:  # from fsspec, aiohttp and two cloud libraries
-            if "credentials" in type(error).__name__.lower() or "token" in type(error).__name__.lower():
-                public = "; for a public bucket set FSSPEC_S3_ANON=true" if self._scheme == "s3" else ""
-                raise InputError(f"{address}: no credentials: {get_first_line(error)}{public}") from error
-            if isinstance(error, OSError) or any(kind.__name__ in BROKEN for kind in type(error).__mro__):
+            kind, problem, fix = type(error).__name__.lower(), "cannot be read", ""
+            if isinstance(error, PermissionError):
+                problem, fix = "access is denied", "; reading needs s3:GetObject and s3:ListBucket"
+            elif "credentials" in kind or "token" in kind:
+                problem, fix = "no credentials", "; for a public bucket set FSSPEC_S3_ANON=true"
+            elif isinstance(error, OSError) or any(base.__name__ in BROKEN for base in type(error).__mro__):
                 raise TransientError(get_first_line(error)) from error
-            raise InputError(f"{address}: cannot be read: {get_first_line(error)}") from error
+            fix = fix if self._scheme == "s3" else ""
+            raise InputError(f"{address}: {problem}: {get_first_line(error)}{fix}") from error
 
     async def _get_s3(self, address: str, start: int, stop: int, file_info: FileInfo) -> bytes:
         """Return a range of a file in S3, which refuses it if the version has changed."""
@@ -272,14 +271,9 @@ class BucketStore(Store):
                 raise TransientError(f"the store answers {status}") from error
             raise
         async with response["Body"] as body:
-            if (
-                response.get("ContentLength") != stop - start
-                or response.get("ContentRange") != f"bytes {start}-{stop - 1}/{file_info.size}"
-            ):
-                raise InputError(
-                    f"{address}: the store sent {response.get('ContentRange', 'no range')!r} instead of bytes "
-                    f"{start:,} to {stop:,} of {file_info.size:,}; download the file and give the local path"
-                )
+            sent, wanted = response.get("ContentRange", "no range"), f"bytes {start}-{stop - 1}/{file_info.size}"
+            if response.get("ContentLength") != stop - start or sent != wanted:
+                raise damaged(address, f"the store sent {sent!r} instead of {wanted!r}", DOWNLOAD)
             if file_info.version and response.get("ETag", file_info.version) != file_info.version:
                 raise InputError(f"{address}: {CHANGED}")
             return bytes(await body.read())
@@ -416,11 +410,9 @@ class HttpStore(Store):
         """Return the properties and content of a small file, from a server that ignores ranges."""
         size = response.content_length
         if size is None or size > MAX_WHOLE_BYTES:
-            raise InputError(
-                f"{address}: the server ignores range requests and would send the whole file "
-                + (f"({size:,} bytes) " if size else "")
-                + "for every tensor; download it and give the local path"
-            )
+            whole = f"the whole file ({size:,} bytes)" if size else "the whole file"
+            problem = f"the server ignores range requests and would send {whole} for every tensor"
+            raise damaged(address, problem, DOWNLOAD)
         self._check_encoding(address, response)
         content = await _read_body(address, response, size, count)
         return FileInfo(size, self.version(response.headers), content, ranged=False)
@@ -437,11 +429,9 @@ class HttpStore(Store):
             content_range = _parse_content_range(address, response.headers)
             if content_range[2] != file_info.size or self.version(response.headers) != file_info.version:
                 raise InputError(f"{address}: {CHANGED}")
-            if content_range[:2] != (start, stop):
-                raise InputError(
-                    f"{address}: the server sent bytes {content_range[0]:,} to {content_range[1]:,} "
-                    f"instead of {start:,} to {stop:,}; download the file and give the local path"
-                )
+            if (sent := content_range[:2]) != (start, stop):
+                problem = f"the server sent bytes {sent[0]:,} to {sent[1]:,} instead of {start:,} to {stop:,}"
+                raise damaged(address, problem, DOWNLOAD)
             try:
                 async for piece in response.content.iter_chunked(2**18):
                     if len(piece) > len(buffer) - done:
@@ -472,8 +462,7 @@ class HttpStore(Store):
     def _check_encoding(self, address: str, response: Any) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            problem = f"the server sends the file encoded as {encoding}, which has no ranges"
-            raise damaged(address, problem, "download the file")
+            raise damaged(address, f"the server sends the file encoded as {encoding}, which has no ranges", DOWNLOAD)
 
     def _suggest_access(self) -> str:
         if self._query or self._credentials:
@@ -534,6 +523,5 @@ def _parse_content_range(address: str, headers: Any) -> tuple[int, int, int]:
     text = str(headers.get("Content-Range", ""))
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
     if not match:
-        problem = f"invalid Content-Range header {text[:60]!r}"
-        raise damaged(address, problem, "download the file and give the local path")
+        raise damaged(address, f"invalid Content-Range header {text[:60]!r}", DOWNLOAD)
     return int(match[1]), int(match[2]) + 1, int(match[3])

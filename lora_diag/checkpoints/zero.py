@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diag.checkpoints.documents import is_plain_name
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import attribute, describe
-from lora_diag.checkpoints.parts import Archive, Box, Boxes, PartsFolder, are_sizes, is_plain_name
+from lora_diag.checkpoints.parts import Archive, Box, Boxes, PartsFolder, are_sizes
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.errors import InputError, damaged
 
@@ -73,7 +74,7 @@ class ZeroFolder(PartsFolder):
         if not tensors:
             raise damaged(self.path, "holds no weights", self._fix)
         kind = f"master weights of {len(files)} ranks" if files else "16-bit weights: there are no optimizer files"
-        super().__init__(self.path, tensors, [f"{self.path.name}: {kind}"])
+        super().__init__(self.path, tensors, (f"{self.path.name}: {kind}",))
 
     @staticmethod
     def matches(folder: Path) -> bool:
@@ -97,12 +98,9 @@ class ZeroFolder(PartsFolder):
         archive, state = _open_archive(self.path / (WHOLE if stage < 3 else MODEL.format(0)))
         groups = self._read_groups(archive.file.path, state.get("param_shapes"))
         flats = [optimizer.flats for optimizer in optimizers]
-        if stage == 3:
-            tensors = dict(self._read_partitioned(groups, flats))
-        else:
-            if any(any(optimizer.paddings) for optimizer in optimizers):
-                raise damaged(self.path, "aligns parameters one by one, which is not supported", self._fix)
-            tensors = dict(self._read_consecutive(groups, flats))
+        if stage < 3 and any(any(optimizer.paddings) for optimizer in optimizers):
+            raise damaged(self.path, "aligns parameters one by one, which is not supported", self._fix)
+        tensors = dict((self._read_partitioned if stage == 3 else self._read_consecutive)(groups, flats))
         tensors |= self._read_frozen_and_buffers(archive, state, ranks if stage == 3 else 1)
         for alias, name in _list_aliases(state.get("shared_params")):
             if name in tensors:

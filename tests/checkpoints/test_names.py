@@ -66,7 +66,7 @@ def test_names_like_those_of_other_files_are_opened(tmp_path, names):
     assert set(open_checkpoint(save_model(tmp_path, {name: torch.ones(4, 4) for name in names}))) == set(names)
 
 
-@pytest.mark.parametrize(("suffix", "method"), PACKED)
+@pytest.mark.parametrize(("suffix", "method"), PACKED.items())
 def test_packed_weights_are_refused_by_names_of_their_tensors(tmp_path, suffix, method):
     tensors = {f"{Q}{suffix}": torch.zeros(4, 4, dtype=torch.int32), "norm.weight": torch.ones(4)}
     with pytest.raises(InputError) as caught:

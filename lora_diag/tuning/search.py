@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_diag.catalog import read_results
 from lora_diag.decisions.allocate.record import Allocation
@@ -38,7 +39,7 @@ from lora_diag.tuning.planning import (
     repeat_omissions,
     short_steps,
 )
-from lora_diag.tuning.record import Tune, TuneDecision, TunePlan
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import (
     ADAPTER,
     Contest,
@@ -55,7 +56,6 @@ from lora_diag.tuning.trials import (
     count_diverged,
     escalation_reason,
     gap_of,
-    least_rank,
     ranks_of,
     stability_trials,
     uniform_name,
@@ -69,6 +69,8 @@ RAISED_FACTOR = 1.5
 ALL_LAYERS = "."
 # The reason of what a plan omits, or what a search omits of its plan.
 OMITTED = "omitted to keep --time"
+# Stages whose runs count against the plan's number of trials.
+TRIAL_STAGES = {"stability", "escalation"}
 # Most layers that a decision lists.
 MAX_NAMED = 4
 
@@ -78,8 +80,6 @@ SWEEP_OPTIONS = (
     *("seed", "tolerance", "targets", "dora", "rslora", "quantized", "gradient_checkpointing"),
 )
 
-STABILITY = ("dropout", "weight-decay", "half-alpha", "fewer-steps")
-
 # The reason of a decision after a contest with the incumbent, by its outcome.
 VERDICTS = {
     "better": "better than {} significantly, by paired differences",
@@ -87,6 +87,9 @@ VERDICTS = {
     "worse": "worse than {} significantly, by paired differences",
     "not known": "too few runs with a loss",
 }
+
+
+T = TypeVar("T")
 
 
 class TimeIsUpError(Exception):
@@ -139,8 +142,8 @@ class Tuner:
         grid = self.run_.options["quantized"]
         self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._report_batches, self.workers)
         self._steps, self._batches = self.plan.steps, self.run_.batches(sets)
-        watch = self.kept.watch
-        watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
+        self.slots = 1 if self.workers is None else self.workers.slots
+        self.kept.watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -159,40 +162,52 @@ class Tuner:
         """Seconds left for the search, without the time to train the chosen adapter; infinite without a limit."""
         return self.deadline.left - (0.0 if self._has_adapter else self.one_run)
 
-    @property
-    def slots(self) -> int:
-        """Concurrent runs."""
-        return 1 if self.workers is None else self.workers.slots
-
     def allows(self, runs: float) -> bool:
         """Return whether there is time for this number of runs."""
         return math.ceil(runs / self.slots) * self.one_run <= self.left
 
-    def _allows_trial(self, runs: int) -> bool:
-        """Return whether the plan and the time allow another trial of this number of runs."""
-        return self._trained < self.plan.trials and self.allows(runs)
-
     @contextmanager
-    def _limit_time(self, *decision: str, **fields: Any) -> Iterator[None]:
-        """Stop training in the block at the time limit, and record this decision then, if one is given."""
+    def _limit_time(self) -> Iterator[None]:
+        """Stop training in the block at the time limit."""
         self._is_limited = True
         try:
-            yield
-        except TimeIsUpError:
-            if decision:
-                self.decide(*decision, **fields)
+            with suppress(TimeIsUpError):
+                yield
         finally:
             self._is_limited = False
 
+    def _attempt(
+        self, decision: tuple[str, str], runs: int, train: Callable[[], T], outcome: str, reason: str, **fields: Any
+    ) -> T | None:
+        """Train within the plan and the time limit, and return the result; None without one.
+
+        Args:
+            decision: Stage and name.
+            runs: Training runs, at most.
+            train: Trains, and records the decision.
+            outcome: Outcome of the decision if there is no time for the runs.
+            reason: Its reason.
+            **fields: Further fields of that decision.
+        """
+        earlier, is_trial = self.find_decision(*decision), decision[0] in TRIAL_STAGES
+        if earlier is None:
+            is_allowed = self.allows(runs) and not (is_trial and self._trained >= self.plan.trials)
+        else:
+            is_allowed = earlier.outcome not in {"not tried", "proposed"}
+        if is_allowed:
+            self._trained += is_trial
+            with self._limit_time():
+                return train()
+        self.decide(*decision, outcome, reason, **fields)
+        return None
+
     def _adapt_plan(self, possible: Collection[Omission], is_grid_done: bool = False) -> None:
         """Omit some of these if the search, at the pace of its runs, no longer fits into the time left."""
-        pace, times = self.deadline.pace, ("step_seconds", "full_step_seconds", "evaluation_seconds")
-        measured = {name: pace * getattr(self.plan, name) for name in times}
-        smaller, saved = omit(self.plan.model_copy(update=measured), self.left, possible, is_grid_done)
-        self.plan = smaller.model_copy(update={name: getattr(self.plan, name) for name in times})
-        why = f"{OMITTED}, as a run takes {pace:.2g} times the planned time"
+        pace = self.deadline.pace
+        self.plan, saved = omit(self.plan, self.left / pace, possible, is_grid_done)
         for omission, seconds in saved.items():
-            self.decide("budget", omission, "not tried", why, seconds=seconds)
+            why = f"{OMITTED}, as a run takes {pace:.2g} times the planned time"
+            self.decide("budget", omission, "not tried", why, seconds=pace * seconds)
 
     def _report_batches(self, label: str, count: int = 1) -> None:
         """Report steps or batches as progress, and measure the pace.
@@ -217,13 +232,9 @@ class Tuner:
 
     # -- records -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _decisions(self) -> list[TuneDecision]:
-        return [record for record in self.kept.records if isinstance(record, TuneDecision)]
-
     def find_decision(self, stage: str, name: str) -> TuneDecision | None:
         """Return a recorded decision, also of an interrupted run; None if it was not made."""
-        return next((one for one in self._decisions if (one.stage, one.name) == (stage, name)), None)
+        return next(self.kept.find(record="tune_decision", stage=stage, name=name), None)
 
     def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> None:
         """Record a decision and report it as a note, unless it is recorded already."""
@@ -260,17 +271,25 @@ class Tuner:
 
     def _count_params(self, variant: Variant) -> int:
         """Return the trainable parameters of a configuration by its records; 0 if it has none."""
-        return next((trial.params for trial in self.trials.records if trial.variant == variant.name), 0)
+        return next((trial.params for trial in self.kept.find(record="tune_trial", variant=variant.name)), 0)
 
-    def _get_base_loss(self, name: str) -> float:
-        """Return the loss of BASE on a set; NaN if it is not finite."""
-        loss = next(trial.loss for trial in self.trials.records if trial.variant == "base" and trial.set == name)
-        return math.nan if loss is None else loss
+    def _get_base(self, name: str) -> TuneTrial:
+        """Return the record of BASE on a set."""
+        return next(self.kept.find(record="tune_trial", variant="base", set=name))
 
-    def _get_first_loss(self, variant: Variant) -> float:
-        """Return the loss of a configuration with the first seed on the deciding set; infinite without one."""
-        run = self.trials.runs(variant).get(self.own, {}).get(self.first_seed)
-        return math.inf if run is None else run.loss
+    def _get_losses(self, variant: Variant, name: str) -> dict[int, float]:
+        """Return the losses of a configuration on a set by seed, without runs that diverged."""
+        return {seed: run.loss for seed, run in self.trials.runs(variant).get(name, {}).items()}
+
+    def _get_gains(self, variant: Variant, name: str) -> list[float]:
+        """Return how far a configuration is below BASE's loss on a set, for each seed; empty if BASE has no loss."""
+        base = self._get_base(name).loss
+        return [] if base is None else [base - loss for loss in self._get_losses(variant, name).values()]
+
+    def _get_full_gain(self) -> float | None:
+        """Return the mean gain of full fine-tuning on the deciding set; None if it was not trained or has none."""
+        base, row = self._get_base(self.own).loss, self.swept.lines.get("full")
+        return None if base is None or row is None or row.mean >= base else base - row.mean
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -297,8 +316,8 @@ class Tuner:
             why = OMITTED if omission != Omission.FULL_NEEDS_FLOAT32 else "--dtype or --quantized is given"
             seconds = plan.saved.get(omission)
             self.kept.put(TuneDecision(stage="budget", name=omission, outcome="not tried", why=why, seconds=seconds))
-        omitted = (d.name for d in self._decisions if (d.stage, d.outcome) == ("budget", "not tried"))
-        self.plan = repeat_omissions(plan, [*omitted])
+        omitted = self.kept.find(record="tune_decision", stage="budget", outcome="not tried")
+        self.plan = repeat_omissions(plan, [decision.name for decision in omitted])
         self.trials.measure_base()
         self._choose_rank(self._choose_rates())
         incumbent = self._make_uniform(self.choice.rank)
@@ -323,10 +342,8 @@ class Tuner:
         self.trials.train(*(TrialRun(one, self.first_seed, self.adapter_folder(one)) for one in variants))
 
     def adapter_folder(self, variant: Variant) -> Path:
-        """Return the folder for the adapter of a configuration, and create its parent."""
-        folder = self.folder / "trials"
-        folder.mkdir(exist_ok=True)
-        return folder / variant.name
+        """Return the folder for the adapter of a configuration."""
+        return self.folder / "trials" / variant.name
 
     # -- shared ranks ------------------------------------------------------------------------------------------------
 
@@ -475,11 +492,9 @@ class Tuner:
             self.decide(*decision, "not needed", "one matrix gets an adapter")
         elif self.swept.verdict.outcome == "no gain":
             self.decide(*decision, "not needed", f"no rank lowers the loss of BASE, {incumbent.name} neither")
-        elif not self.find_decision(*decision) and not self.allows(3 + self.plan.repeats):
-            self.decide(*decision, "not tried", "no time was left")
         else:
-            with self._limit_time(*decision, "not tried", "--time was reached during the comparison"):
-                return self._choose_best(incumbent, self._make_candidates())
+            choose, runs = partial(self._choose_best, incumbent), 3 + self.plan.repeats
+            return self._attempt(decision, runs, choose, "not tried", "no time was left") or incumbent
         return incumbent
 
     def _make_candidates(self) -> list[Variant]:
@@ -499,8 +514,8 @@ class Tuner:
         }
         candidates = []
         for name, options in strategies.items():
-            try:
-                allocated = self._allocate_from_pilot(shared * self.plan.per_rank, least_rank(shared), **options)
+            try:  # every layer is trained, unless ranks are 1 on average
+                allocated = self._allocate_from_pilot(shared * self.plan.per_rank, min(1, shared - 1), **options)
                 config = self.target.config_of(allocated)
             except LoradiagError as error:
                 self.decide("redistribution", name, "not tried", str(error))
@@ -534,58 +549,63 @@ class Tuner:
 
     # -- contests ----------------------------------------------------------------------------------------------------
 
-    def _choose_best(self, incumbent: Variant, candidates: Sequence[Variant]) -> Variant:
+    def _choose_best(self, incumbent: Variant) -> Variant:
         """Return the incumbent, or the candidate of non-uniform ranks that beats it.
 
-        The candidate with the lowest loss of the first seed is trained with the other seeds, if it is ahead by
-        the tolerance. If it was chosen among several, its first seed is not used.
+        Only the candidate with the lowest loss of the first seed is compared. If it was chosen among several, its
+        first seed is not used.
         """
-        decision = "redistribution", "non-uniform ranks"
+        decision, candidates = ("redistribution", "non-uniform ranks"), self._make_candidates()
         if not candidates:
             self.decide(*decision, "not tried", "no other ranks to try")
             return incumbent
         self._train_with_adapters(*candidates)
-        incumbent_loss = self._get_first_loss(incumbent)
-        gaps = {one.name: Gap(self._get_first_loss(one) - incumbent_loss, None, 1) for one in candidates}
+        gaps = {one.name: self._gap_at_first_seed(incumbent, one) for one in candidates}
         best = min(candidates, key=lambda candidate: gaps[candidate.name].value)
         for one in candidates:
             if one is not best:
                 why = f"{best.name} has a lower loss at the first seed"
                 self._decide_on("redistribution", one, "rejected", why, gaps[one.name])
-        if not self._is_ahead(gaps[best.name]):
-            why = f"{self._describe_lag()} of {incumbent.name} at the first seed"
-            self._decide_on("redistribution", best, "rejected", why, gaps[best.name])
-            kept = False
-        else:
-            kept = self._confirm("redistribution", incumbent, best, fresh=len(candidates) > 1)
-        result = f"{best.name} is better" if kept else f"{incumbent.name} is as good"
-        self.decide(*decision, "kept" if kept else "rejected", f"{result} at the same budget")
-        return best if kept else incumbent
+        is_kept = self._contest("redistribution", incumbent, best, fresh=len(candidates) > 1)
+        result = f"{best.name} is better" if is_kept else f"{incumbent.name} is as good"
+        self.decide(*decision, "kept" if is_kept else "rejected", f"{result} at the same budget")
+        return best if is_kept else incumbent
 
-    def _is_ahead(self, gap: Gap) -> bool:
-        """Return whether a challenger is trained further: only a gain beyond the tolerance justifies it."""
-        return gap.value < -self.swept.verdict.tolerance
+    def _gap_at_first_seed(self, incumbent: Variant, challenger: Variant) -> Gap:
+        """Return the gap of the first seed on the deciding set; infinite if the challenger diverged."""
+        before, after = (self._get_losses(one, self.own).get(self.first_seed) for one in (incumbent, challenger))
+        return Gap((math.inf if after is None else after) - (math.inf if before is None else before), None, 1)
 
-    def _describe_lag(self) -> str:
-        """Return why a challenger is not trained further."""
-        tolerance = self.swept.verdict.tolerance
-        return f"not ahead by the tolerance of {tolerance:.4f} nats" if tolerance else "not ahead"
+    def _contest(
+        self, stage: str, incumbent: Variant, challenger: Variant, reason: str = "", fresh: bool = False
+    ) -> bool:
+        """Compare a challenger with the incumbent, record the outcome, and return whether the challenger is kept.
 
-    def _confirm(self, stage: str, incumbent: Variant, challenger: Variant, fresh: bool) -> bool:
-        """Train a challenger and the incumbent with the same seeds, record the outcome, return whether it is kept.
+        Only a challenger that is ahead by the tolerance at the first seed is trained with further seeds, as is the
+        incumbent.
 
-        ``fresh`` leaves out the first seed, by which the challenger was chosen.
+        Args:
+            stage: The stage.
+            incumbent: The configuration to beat.
+            challenger: The other.
+            reason: Why it is tried, with a semicolon.
+            fresh: Whether to leave out the first seed, by which the challenger was chosen.
         """
+        self._train_with_adapters(challenger)
+        gap, tolerance = self._gap_at_first_seed(incumbent, challenger), self.swept.verdict.tolerance
+        if not gap.value < -tolerance:
+            why = f"{reason}not ahead by the tolerance of {tolerance:.4f} nats of {incumbent.name} at the first seed"
+            self._decide_on(stage, challenger, "rejected", why, gap)
+            return False
         seeds = list(range(self.first_seed, self.first_seed + max(self.plan.repeats, 2)))
         if fresh:
             seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
         self.trials.train(*(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent)))
         result = self._compare(incumbent, challenger, seeds)
-        reason = VERDICTS[result.outcome].format(incumbent.name)
+        why = VERDICTS[result.outcome].format(incumbent.name)
         if result.outcome == "better" and not result.kept:
-            reason += ", but worse on a shifted set"
-        outcome = "kept" if result.kept else "rejected"
-        self._decide_on(stage, challenger, outcome, reason, result.own, result.shifted)
+            why += ", but worse on a shifted set"
+        self._decide_on(stage, challenger, "kept" if result.kept else "rejected", why, result.own, result.shifted)
         return result.kept
 
     def _compare(self, incumbent: Variant, challenger: Variant, seeds: Sequence[int] | None = None) -> Contest:
@@ -600,59 +620,37 @@ class Tuner:
         reasons = stability_trials(self._collect_curves(incumbent))
         if not reasons:
             self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
-        for name in STABILITY:
-            if name not in reasons:
-                continue
+        for name, reason in reasons.items():
             trial = change_variant(incumbent, name)
-            if self.find_decision("stability", trial.name) is None and not self._allows_trial(1 + self.plan.repeats):
-                seconds = self.plan.repeats * self.one_run
-                self.decide("stability", trial.name, "proposed", reasons[name], seconds=seconds)
-                continue
-            with self._limit_time("stability", trial.name, "proposed", f"{reasons[name]}; --time was reached"):
-                incumbent = self._judge_trial(incumbent, trial, reasons[name])
-        return incumbent
-
-    def _judge_trial(self, incumbent: Variant, trial: Variant, reason: str) -> Variant:
-        """Train a stability trial, and return it if it is kept; else the incumbent."""
-        self._trained += 1
-        self._train_with_adapters(trial)
-        gap = Gap(self._get_first_loss(trial) - self._get_first_loss(incumbent), None, 1)
-        if self._is_ahead(gap):
-            return trial if self._confirm("stability", incumbent, trial, fresh=False) else incumbent
-        why = f"{reason}; {self._describe_lag()} at the first seed"
-        self._decide_on("stability", trial, "rejected", why, gap)
+            compare = partial(self._contest, "stability", incumbent, trial, f"{reason}; ")
+            decision, runs, seconds = ("stability", trial.name), 1 + self.plan.repeats, self.plan.repeats * self.one_run
+            if self._attempt(decision, runs, compare, "proposed", reason, seconds=seconds):
+                incumbent = trial
         return incumbent
 
     def _collect_curves(self, incumbent: Variant) -> Curves:
-        """Return the losses of the incumbent and of BASE from which stability is judged."""
-        base = {trial.set: trial for trial in self.trials.records if trial.variant == "base"}
-        runs, shifted_set = self.trials.runs(incumbent), self.shifted[0] if self.shifted else ""
-        losses, shifted_losses = ([run.loss for run in runs.get(name, {}).values()] for name in (self.own, shifted_set))
-        train_losses = [
-            trial.train_loss
-            for trial in self.trials.records
-            if (trial.variant, trial.lr, trial.set) == (incumbent.name, incumbent.lr, self.own)
-            and None not in (trial.loss, trial.train_loss)
-        ]
-        base_train = base[self.own].train_loss or 0.0
+        """Return the gains of the incumbent from which stability is judged."""
+        gains = self._get_gains(incumbent, self.own)
+        shifted_gains = self._get_gains(incumbent, self.shifted[0]) if self.shifted else []
+        runs = self.trials.runs(incumbent)[self.own].values()
+        train_losses = [run.train_loss for run in runs if run.train_loss is not None]
+        base_train = self._get_base(self.own).train_loss
         return Curves(
-            base=base[self.own].loss or 0.0,
-            loss=fmean(losses),
-            base_train=base_train,
-            train=fmean(loss for loss in train_losses if loss is not None) if train_losses else base_train,
-            spread=stdev(losses) if len(losses) > 1 else None,
+            gain=fmean(gains),
+            train_gain=0.0 if base_train is None or not train_losses else base_train - fmean(train_losses),
+            spread=stdev(gains) if len(gains) > 1 else None,
             tolerance=self.swept.verdict.tolerance,
             diverged=count_diverged(self.swept.records, self.choice.rank, incumbent.lr),
-            base_shifted=base[shifted_set].loss if shifted_losses else None,
-            shifted=fmean(shifted_losses) if shifted_losses else None,
+            gain_shifted=fmean(shifted_gains) if shifted_gains else None,
         )
 
     # -- escalation --------------------------------------------------------------------------------------------------
 
     def _escalate(self, incumbent: Variant) -> None:
         """Estimate the gain of more parameters than the budget, by training where there is time."""
-        gain, of_full = self._compute_gains(incumbent)
-        why = escalation_reason(self.choice.rank, self.swept.ranks, gain / of_full if of_full else None)
+        of_full = self._get_full_gain()
+        share = fmean(self._get_gains(incumbent, self.own)) / of_full if of_full else None
+        why = escalation_reason(self.choice.rank, self.swept.ranks, share)
         if not why:
             has_gain = self.swept.verdict.outcome != "no gain"
             why = "a rank below the largest is enough" if has_gain else "no rank lowers the loss of BASE"
@@ -665,31 +663,21 @@ class Tuner:
             "biases and norms": (further, ()),
         }
         for name, (variant, layers) in escalations.items():
-            if self.find_decision("escalation", name) is not None:
-                continue
             if variant is None:
                 why_not = "no configuration of this kind could be made for this model"
                 self.decide("escalation", name, "not needed", why_not, layers=layers)
-            elif not self._allows_trial(1):
-                self.decide("escalation", name, "proposed", why, seconds=self.one_run, layers=layers)
-            else:
-                self._test_escalation(name, variant, incumbent, layers)
+                continue
+            test = partial(self._test_escalation, name, variant, incumbent, layers)
+            fields = {"seconds": self.one_run, "layers": layers}
+            self._attempt(("escalation", name), 1, test, "proposed", why, **fields)
         self._record_full(incumbent, why)
 
     def _test_escalation(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
-        """Train a configuration beyond the budget with one seed; record it as proposed, rejected or not tried.
-
-        If the time limit is reached, it is proposed untested.
-        """
-        self._trained += 1
+        """Train a configuration beyond the budget with one seed; record it as proposed, rejected or not tried."""
         try:
-            with self._limit_time(
-                "escalation", name, "proposed", "--time was reached", seconds=self.one_run, layers=layers
-            ):
-                self.trials.train(TrialRun(variant, self.first_seed))
+            self.trials.train(TrialRun(variant, self.first_seed))
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
-        if self.find_decision("escalation", name) is not None:
             return
         gap = self._compare_first_seed(incumbent, variant, self.own)
         shifted_gap = self._compare_first_seed(incumbent, variant, self.shifted[0]) if self.shifted else None
@@ -763,22 +751,14 @@ class Tuner:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def _compute_gains(self, variant: Variant) -> tuple[float, float | None]:
-        """Return the gain of a configuration, and that of full fine-tuning if it gains."""
-        base, row = self._get_base_loss(self.own), self.swept.lines.get("full")
-        losses = [run.loss for run in self.trials.runs(variant).get(self.own, {}).values()]
-        return base - fmean(losses), None if row is None or row.mean >= base else base - row.mean
-
     def _make_record(self, incumbent: Variant) -> Tune:
         """Return the record of the choice."""
-        runs, config, choice = self.trials.runs(incumbent), incumbent.config, self.choice
-        losses = [run.loss for run in runs[self.own].values()]
-        gain, of_full = self._compute_gains(incumbent)
-        error = _compute_error(losses)
+        config, choice, of_full = incumbent.config, self.choice, self._get_full_gain()
+        losses, gains = [*self._get_losses(incumbent, self.own).values()], self._get_gains(incumbent, self.own)
+        gain, error = fmean(gains), _compute_error(gains)
         above = next((row for row in self.swept.rows if (row.rank or 0) > choice.rank), None)
-        shifted_gains, set_shifted = [], self.shifted[0] if self.shifted else ""
-        if set_shifted:
-            shifted_gains = [self._get_base_loss(set_shifted) - run.loss for run in runs.get(set_shifted, {}).values()]
+        set_shifted = self.shifted[0] if self.shifted else ""
+        shifted_gains = self._get_gains(incumbent, set_shifted) if set_shifted else []
         redistributed = self.find_decision("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
         return Tune(
@@ -796,7 +776,7 @@ class Tuner:
             weight_decay=incumbent.decay,
             params=self._count_params(incumbent),
             budget=self.plan.budget,
-            base_loss=self._get_base_loss(self.own),
+            base_loss=self._get_base(self.own).loss,
             loss=fmean(losses),
             gain=gain,
             gain_error=error,

@@ -111,11 +111,6 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
     return ranks
 
 
-def least_rank(rank: int) -> int:
-    """Return the least rank of a layer where ranks differ: 1, so that every layer is trained; 0 where the mean is 1."""
-    return min(1, rank - 1)
-
-
 def change_variant(variant: Variant, trial: str) -> Variant:
     """Return a configuration with one change for stability.
 
@@ -157,10 +152,12 @@ class Measured:
     Args:
         loss: Mean, in nats.
         nll: Summed negative log-likelihood of each sequence.
+        train_loss: Mean over the last tenth of the steps; None where not finite.
     """
 
     loss: float
     nll: tuple[float, ...] = ()
+    train_loss: float | None = None
 
 
 # Runs of one configuration, by set and seed.
@@ -326,54 +323,46 @@ def between(chosen: int, ranks: Iterable[int]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Losses of the chosen configuration from which its stability is judged.
+    """Gains of the chosen configuration, in nats below BASE's loss, from which its stability is judged.
 
     Args:
-        base: BASE's held-out loss.
-        loss: Its held-out loss, mean over seeds.
-        base_train: BASE's loss on the training data.
-        train: Its training loss at the end, mean over seeds.
-        spread: Standard deviation of its held-out loss over seeds; None for one seed.
+        gain: On the deciding set, mean over seeds.
+        train_gain: On the training data at the end, mean over seeds; 0 if not known.
+        spread: Standard deviation of its gain over seeds; None for one seed.
         tolerance: In nats.
         diverged: Number of runs of the sweep at its rank that diverged, at any rate up to its own.
-        base_shifted: BASE's loss on the first shifted set; None without one.
-        shifted: Its own loss there.
+        gain_shifted: On the first shifted set, mean over seeds; None without one.
     """
 
-    base: float
-    loss: float
-    base_train: float
-    train: float
+    gain: float
+    train_gain: float
     spread: float | None
     tolerance: float
     diverged: int = 0
-    base_shifted: float | None = None
-    shifted: float | None = None
+    gain_shifted: float | None = None
 
 
 def stability_trials(curves: Curves) -> dict[str, str]:
     """Return the stability trials that the curves justify, each with its reason; none where training is sound.
 
     Example:
-        >>> stability_trials(Curves(base=2.0, loss=1.5, base_train=2.0, train=1.5, spread=0.001, tolerance=0.01))
+        >>> stability_trials(Curves(gain=0.5, train_gain=0.5, spread=0.001, tolerance=0.01))
         {}
-        >>> overfit = Curves(base=2.0, loss=1.5, base_train=2.0, train=0.9, spread=0.001, tolerance=0.01)
-        >>> sorted(stability_trials(overfit))
-        ['dropout', 'fewer-steps', 'weight-decay']
+        >>> [*stability_trials(Curves(gain=0.5, train_gain=1.1, spread=0.001, tolerance=0.01))]
+        ['dropout', 'weight-decay', 'fewer-steps']
     """
-    reasons: dict[str, str] = {}
-    gain, train_gain = curves.base - curves.loss, curves.base_train - curves.train
+    gain, train_gain = curves.gain, curves.train_gain
+    overfit = unstable = worse = ""
     if train_gain - gain > OVERFIT_SHARE * max(gain, 0.0) and train_gain > 0:
-        why = f"training loss fell by {train_gain:.3f}, held-out loss by {gain:.3f}"
-        reasons |= dict.fromkeys(("dropout", "weight-decay", "fewer-steps"), why)
+        overfit = f"training loss fell by {train_gain:.3f}, held-out loss by {gain:.3f}"
     if curves.diverged:
-        reasons["half-alpha"] = f"{curves.diverged} runs diverged at this rank"
+        unstable = f"{curves.diverged} runs diverged at this rank"
     elif curves.spread is not None and curves.spread > 2 * curves.tolerance > 0:
-        reasons["half-alpha"] = f"seeds differ by {curves.spread:.3f}, tolerance {curves.tolerance:.3f}"
-    if curves.shifted is not None and curves.base_shifted is not None and curves.shifted > curves.base_shifted:
-        rise = curves.shifted - curves.base_shifted
-        reasons.setdefault("fewer-steps", f"the loss on the shifted set rises by {rise:.3f}")
-    return reasons
+        unstable = f"seeds differ by {curves.spread:.3f}, tolerance {curves.tolerance:.3f}"
+    if curves.gain_shifted is not None and curves.gain_shifted < 0:
+        worse = f"the loss on the shifted set rises by {-curves.gain_shifted:.3f}"
+    reasons = {"dropout": overfit, "weight-decay": overfit, "half-alpha": unstable, "fewer-steps": overfit or worse}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def count_diverged(records: Sequence[Probe], rank: int, lr: float) -> int:
@@ -553,7 +542,7 @@ class Trials:
         for record in self.records:
             is_selected = (record.variant, record.lr) == (variant.name, variant.lr)
             if is_selected and record.loss is not None and (seeds is None or record.seed in seeds):
-                by_set.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll)
+                by_set.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll, record.train_loss)
         return by_set
 
     @property
@@ -621,6 +610,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """Provide an empty path for a folder, which replaces ``folder`` once the block ends without an error."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
     yield part
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)

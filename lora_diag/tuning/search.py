@@ -275,7 +275,8 @@ class Tuner:
 
     def _get_base(self, name: str) -> TuneTrial:
         """Return the record of BASE on a set."""
-        return next(self.kept.find(record="tune_trial", variant="base", set=name))
+        base: TuneTrial = next(self.kept.find(record="tune_trial", variant="base", set=name))
+        return base
 
     def _get_losses(self, variant: Variant, name: str) -> dict[int, float]:
         """Return the losses of a configuration on a set by seed, without runs that diverged."""

@@ -3,124 +3,101 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
-
-from rich.console import Group
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Statement, final_statements, make_statement, summary_of
-from lora_diag.rendering.tables import Column, Grid, grids_table
-from lora_diag.rendering.text import count, duration, percent, plus_minus, quantity, safe, short, span, to_text
+from lora_diag.records.base import Shown
+from lora_diag.rendering.statements import Statement, final_statements, make_statement
+from lora_diag.rendering.tables import Grid, grid_of, grids_table
+from lora_diag.rendering.text import duration, percent, plus_minus, quantity, safe, short, span
 from lora_diag.running.amounts import edge
-from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneStage, TuneTrial
+from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 
-T = TypeVar("T")
+STAGES = (
+    Shown("runs", "runs ≤", "training runs, at most", main=True),
+    Shown("seconds", "time", "estimated from a timed step", main=True, form="time"),
+    Shown("decides", "decides", "question that the stage answers", main=True),
+)
+DECISIONS = (
+    Shown("name", "on", "subject of the decision", main=True),
+    Shown("outcome", "outcome", "what was decided", main=True),
+    Shown("rank", "rank", "a shared rank", main=True),
+    Shown("gap", "gap", "loss minus that of the incumbent, in nats", main=True, form="+.4f", error="error"),
+    Shown("seeds", "seeds", "seeds of the gap", main=True),
+    Shown("why", "why", "the reason", main=True),
+)
+LOSSES = (
+    Shown("lr", "lr", "peak learning rate", main=True, form="g"),
+    Shown("params", "params", "trainable parameters", main=True, form="count"),
+    Shown("loss", "seeds", "runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))),
+    Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f", pool=lambda runs: _average(runs)),
+)
+
+
+def _list_losses(trials: Sequence[TuneTrial]) -> list[float]:
+    return [trial.loss for trial in trials if trial.loss is not None]
+
+
+def _average(trials: Sequence[TuneTrial]) -> float | str:
+    losses = _list_losses(trials)
+    return fmean(losses) if losses else "diverged"
 
 
 def tune_table(
     results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
 ) -> str:
     """Return the summary of the choice for a terminal; the plan alone where nothing was trained."""
-    plan = next(iter(results.whole_of(TunePlan)), None)
-    if plan is not None and not results.whole_of(Tune) and not results.whole_of(TuneTrial):
+    plan = _find_plan(results)
+    if plan is not None and not results.whole_of(TuneTrial):
         return plan_text(plan, width, color)
-    return to_text(Group(summary_of(tune_lines(results), next_command)), width, color)
+    return grids_table([], tune_lines(results), width, color, next_command)
+
+
+def _find_plan(results: Results[Any]) -> TunePlan | None:
+    return next(iter(results.whole_of(TunePlan)), None)
 
 
 def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
     """Return the plan of a search, which is printed before it starts."""
-    columns: dict[str, Callable[[TuneStage], str]] = {
-        "stage": lambda stage: stage.name,
-        "runs": lambda stage: f"≤ {stage.runs}" if stage.runs else "-",
-        "time": lambda stage: duration(stage.seconds) if stage.seconds >= 1 else "<1 s",
-        "decides": lambda stage: stage.decides,
-    }
-    grid = _make_grid("", plan.stages, columns)
     rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
+    ranks, rates = (", ".join(f"{value:g}" for value in values) for values in (plan.ranks, plan.rates))
+    time = f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
     lines = [
         make_statement("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
         make_statement("capacity", "Capacity", f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}"),
+        make_statement("tries", "Tries", f"r={ranks} at learning rates {rates}, {plan.steps} steps each"),
+        make_statement("time", "Time", time if plan.slots == 1 else f"{time} and {plan.slots} concurrent runs"),
         make_statement(
-            "tries",
-            "Tries",
-            f"r={_list_values(plan.ranks)} at learning rates {_list_values(plan.rates)}, {plan.steps} steps each",
+            "left_out", "Left out", _describe_omitted(plan, {name: plan.saved.get(name) for name in plan.left_out})
         ),
-        *_describe_kind(plan),
-        make_statement(
-            "time",
-            "Time",
-            f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
-            f"{'' if plan.slots == 1 else f' and {plan.slots} concurrent runs'}"
-            f"{'' if plan.limit is None else f'; limit {duration(plan.limit)}'}",
-        ),
-        *_describe_omitted(plan),
     ]
-    return grids_table([grid], lines, width, color)
+    grid = grid_of(STAGES, [(stage.name, [stage]) for stage in plan.stages], "stage")
+    return grids_table([grid], [line for line in lines if line.lead], width, color)
 
 
-# Columns of text, which are aligned on the left.
-TEXT_COLUMNS = {"decides", "on", "outcome", "why"}
-
-
-def _make_grid(caption: str, rows: Sequence[T], columns: Mapping[str, Callable[[T], str]], about: str = "") -> Grid:
-    """Return a table of rows, from a function for the cells of each column; the first column has their names."""
-    title, *others = columns
-    cells = {name: tuple(map(columns[name], rows)) for name in columns}
-    justified = (Column(name, cells[name], "left" if name in TEXT_COLUMNS else "right") for name in others)
-    return Grid(caption, title, cells[title], tuple(justified), about)
-
-
-def _describe_kind(plan: TunePlan) -> list[Statement]:
-    """Return the kind of adapter, with what differs in comparisons; empty for plain LoRA."""
-    notes = []
-    if "DoRA" in plan.kind:
-        notes.append(
-            f"{plan.magnitudes:,} parameters at every rank are magnitudes; the spectrum of an update includes their "
-            "change and is not low-rank"
-        )
-    if "rsLoRA" in plan.kind:
-        notes.append(
-            "the scale of B·A is alpha/√r, above that of alpha = 2r for r < 64, so learning rates cannot be carried "
-            "over; a tenth of them for full fine-tuning is a rule for alpha = 2r"
-        )
-    return [make_statement("kind", "Adapter", plan.kind, *notes)] if notes else []
-
-
-def _list_values(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def _describe_omitted(plan: TunePlan) -> list[Statement]:
-    """Return what the plan omits, with the time that each omission saves; empty if nothing."""
-    if not plan.left_out:
-        return []
-    omitted = "; ".join(_name_omission(name, plan.saved.get(name)) for name in plan.left_out)
-    enough = "" if not plan.saved else f"; --time {_whole_time(plan, plan.saved)} would be enough for all"
-    return [make_statement("left_out", "Left out", f"{omitted}{enough}")]
-
-
-def _name_omission(name: str, seconds: float | None) -> str:
-    return safe(name) if seconds is None else f"{safe(name)} ({duration(seconds)})"
-
-
-def _whole_time(plan: TunePlan, saved: Mapping[str, float]) -> str:
-    """Return a time limit that allows the plan and what was omitted, rounded up, as the option takes it."""
-    minutes = math.ceil((plan.seconds + math.fsum(saved.values())) / 60)
-    return f"{minutes}min" if minutes < 120 else f"{math.ceil(minutes / 60)}h"
+def _describe_omitted(plan: TunePlan | None, omitted: Mapping[str, float | None]) -> str:
+    """Return what is omitted, with the time that each omission saves, and the limit that allows all; or nothing."""
+    names = [safe(name) if time is None else f"{safe(name)} ({duration(time)})" for name, time in omitted.items()]
+    saved = math.fsum(time or 0.0 for time in omitted.values())
+    if saved and plan is not None:
+        minutes = math.ceil((plan.seconds + saved) / 60)
+        names.append(f"--time {f'{minutes}min' if minutes < 120 else f'{math.ceil(minutes / 60)}h'} allows all")
+    return "; ".join(names)
 
 
 def tune_lines(results: Results[Any]) -> list[Statement]:
     """Return the choice and its evidence; without a choice, the last decision."""
     choice, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
+    final = final_statements(results, "records so far")
     if choice is None:
         last = decisions[-1] if decisions else None
         state = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
-        return [
-            make_statement("choice", "Choice", state, level="warning"),
-            *final_statements(results, "records so far"),
-        ]
-    plan, trials = next(iter(results.whole_of(TunePlan)), None), results.whole_of(TuneTrial)
+        return [make_statement("choice", "Choice", state, level="warning"), *final]
+    plan, trials = _find_plan(results), results.whole_of(TuneTrial)
+    # Statements of the trials' stages name what these did not try.
+    omitted = {one.name: one.seconds for one in decisions if one.outcome == "not tried" and one.stage not in TRIALS}
     statements = [
         make_statement(
             "choice",
@@ -130,15 +107,14 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
             level="ok" if choice.significant else "warning",
             priority=0,
         ),
-        make_statement("gain", "Gain", _describe_gain(choice, trials), priority=0),
+        make_statement("gain", "Gain", _describe_gain(choice), priority=0),
         make_statement("edge", "Rate", _describe_edge(choice, trials, plan), level="warning"),
         make_statement("shifted", "Shifted", _describe_shifted(choice)),
         make_statement("next", "Next rank", _describe_next_rank(choice)),
-        make_statement("left_out", "Not tried", *_describe_left_out(decisions, plan)),
-        make_statement("non_uniform", "Non-uniform", _describe_non_uniform(choice, decisions)),
+        make_statement("left_out", "Not tried", _describe_omitted(plan, omitted)),
         *_describe_trials(decisions),
     ]
-    return [*filter(lambda one: one.lead, statements), *final_statements(results, "records so far")]
+    return [*filter(lambda one: one.lead, statements), *final]
 
 
 def describe_choice(choice: Tune) -> str:
@@ -162,14 +138,12 @@ def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
     return f"the smallest by mean losses; {seeds} would decide"
 
 
-def _describe_gain(choice: Tune, trials: Sequence[TuneTrial]) -> str:
+def _describe_gain(choice: Tune) -> str:
     losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {quantity(choice.seeds, 'seed')}"
     line = f"{choice.gain:.4f}{_format_error(choice.gain_error)} nats on {short(choice.set)} ({losses})"
-    if choice.share_of_full is not None:
-        return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
-    full = [trial.loss for trial in trials if (trial.variant, trial.set) == ("full", choice.set)]
-    reason = "gains nothing" if any(loss is not None for loss in full) else "diverged" if full else "was not trained"
-    return f"{line}; full fine-tuning {reason}"
+    if choice.share_of_full is None:
+        return line
+    return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
 
 
 def _format_error(error: float | None) -> str:
@@ -193,19 +167,6 @@ def _describe_next_rank(choice: Tune) -> str:
     return f"r={choice.next_rank} {verb} {abs(choice.next_gain):.4f} nats, by mean losses"
 
 
-def _describe_non_uniform(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
-    """State whether non-uniform ranks are better than uniform ones, by the candidate that was trained most."""
-    of_stage = [decision for decision in decisions if decision.stage == "redistribution"]
-    if not (
-        compared := [(-decision.seeds, decision.gap, decision) for decision in of_stage if decision.gap is not None]
-    ):
-        why = (decision.why for decision in of_stage if decision.name == "non-uniform ranks")
-        return f"{choice.non_uniform}: {safe(next(why, 'not in the plan'))}"
-    _, gap, best = min(compared, key=lambda item: item[:2])
-    against = f"uniform ranks, {quantity(best.seeds, 'seed')}"
-    return f"{choice.non_uniform}: {best.name} is {gap:+.4f}{_format_error(best.error)} nats from {against}"
-
-
 def _describe_shifted(choice: Tune) -> str:
     if choice.gain_shifted is None:
         return ""
@@ -213,19 +174,26 @@ def _describe_shifted(choice: Tune) -> str:
     return f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
 
 
-def _describe_trials(decisions: Sequence[TuneDecision]) -> list[Statement]:
-    """Return the trials for stability, and the gain of more parameters."""
-    statements = []
-    for stage, label in (("stability", "Stability"), ("escalation", "More")):
-        of_stage = [decision for decision in decisions if decision.stage == stage]
-        trials: dict[str, list[str]] = {}
-        for decision in of_stage:
-            if decision.outcome != "not needed":
-                trials.setdefault(decision.outcome, []).append(_name_trial(decision))
-        lead = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in trials.items())
-        if of_stage:
-            statements.append(make_statement(stage, label, lead or f"not needed: {safe(of_stage[0].why)}", priority=2))
-    return statements
+# Stages that compare with the incumbent: key and label of their statements, and its priority.
+TRIALS = {
+    "redistribution": ("non_uniform", "Non-uniform", 1),
+    "stability": ("stability", "Stability", 2),
+    "escalation": ("escalation", "More", 2),
+}
+
+
+def _describe_trials(decisions: Sequence[TuneDecision]) -> Iterator[Statement]:
+    """Yield the outcomes of each stage that compares configurations; the reason where it compared none."""
+    for stage, (key, label, priority) in TRIALS.items():
+        names: dict[str, list[str]] = {}
+        reason = ""
+        for one in decisions:
+            if one.stage == stage:
+                reason = f"{one.outcome}: {safe(one.why)}"
+                if one.outcome != "not needed" and one.name != "non-uniform ranks":
+                    names.setdefault(one.outcome, []).append(_name_trial(one))
+        lead = "; ".join(f"{outcome}: {', '.join(of_outcome)}" for outcome, of_outcome in names.items())
+        yield make_statement(key, label, lead or reason, priority=priority)
 
 
 def _name_trial(decision: TuneDecision) -> str:
@@ -236,52 +204,22 @@ def _name_trial(decision: TuneDecision) -> str:
     return name if decision.seconds is None else f"{name} (about {duration(decision.seconds)})"
 
 
-def _describe_left_out(decisions: Sequence[TuneDecision], plan: TunePlan | None) -> list[str]:
-    """State what was omitted to keep the time limit, with its cost, and what was not tried for other reasons."""
-    of_stage = {"stability", "escalation"}  # their statements name them
-    omitted = [decision for decision in decisions if decision.outcome == "not tried" and decision.stage not in of_stage]
-    for_time = {one.name: one.seconds for one in omitted if one.stage == "budget" and one.seconds is not None}
-    lines = [f"{safe(one.name)}: {safe(one.why)}" for one in omitted if one.name not in for_time]
-    if not for_time or plan is None:
-        return lines
-    names = "; ".join(_name_omission(name, seconds) for name, seconds in for_time.items())
-    cost = f"{quantity(len(for_time), 'part')} of the search, {duration(math.fsum(for_time.values()))}, to keep --time"
-    return [f"{cost}; --time {_whole_time(plan, for_time)} allows all", names, *lines]
-
-
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the trail of decisions, and the losses of all configurations."""
-    decisions = results.whole_of(TuneDecision)
-    columns: dict[str, Callable[[TuneDecision], str]] = {
-        "stage": lambda decision: decision.stage,
-        "on": lambda decision: safe(decision.name),
-        "outcome": lambda decision: decision.outcome,
-        "rank": lambda decision: "" if decision.rank is None else str(decision.rank),
-        "gap": lambda decision: "" if decision.gap is None else f"{decision.gap:+.4f}",
-        "± gap": lambda decision: "" if decision.error is None else f"{decision.error:.4f}",
-        "seeds": lambda decision: str(decision.seeds or ""),
-        "why": lambda decision: safe(decision.why),
-    }
+    """Return the trail of decisions, and for each set the losses of each configuration at each learning rate."""
     about = "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences."
-    history = _make_grid("Decisions, in their order", decisions, columns, about)
-    return [history, *_make_losses_grids(results.whole_of(TuneTrial))]
-
-
-def _make_losses_grids(trials: Sequence[TuneTrial]) -> list[Grid]:
-    """Return a table for each set, with a row for each configuration at each learning rate."""
-    columns: dict[str, Callable[[list[TuneTrial]], str]] = {
-        "configuration": lambda group: group[0].variant,
-        "lr": lambda group: "" if group[0].lr is None else f"{group[0].lr:g}",
-        "params": lambda group: count(group[0].params),
-        "seeds": lambda group: str(sum(trial.loss is not None for trial in group)),
-        "loss": _format_mean_loss,
-    }
+    rows = [(decision.stage, [decision]) for decision in results.whole_of(TuneDecision)]
     groups: dict[str, dict[tuple[str, float | None], list[TuneTrial]]] = {}
-    for trial in trials:
+    for trial in results.whole_of(TuneTrial):
         groups.setdefault(trial.set, {}).setdefault((trial.variant, trial.lr), []).append(trial)
-    return [_make_grid(f"Losses on {short(name)}", [*rows.values()], columns) for name, rows in groups.items()]
-
-
-def _format_mean_loss(trials: Sequence[TuneTrial]) -> str:
-    losses = [trial.loss for trial in trials if trial.loss is not None]
-    return f"{sum(losses) / len(losses):.4f}" if losses else "diverged"
+    return [
+        grid_of(DECISIONS, rows, "stage", "Decisions, in their order", about),
+        *(
+            grid_of(
+                LOSSES,
+                [(name, group) for (name, _), group in found.items()],
+                "configuration",
+                f"Losses on {short(set_name)}",
+            )
+            for set_name, found in groups.items()
+        ),
+    ]

@@ -250,12 +250,12 @@ def contest(
         shifted: Sets of another kind.
         predictions: Number of predictions of each sequence, by set.
     """
-    own_gap = gap_of(incumbent.get(own, {}), challenger.get(own, {}), predictions.get(own, ()))
-    shifted_gaps = [
-        gap
-        for name in shifted
-        if (gap := gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))) is not None
-    ]
+    gaps = {
+        name: gap_of(incumbent.get(name, {}), challenger.get(name, {}), predictions.get(name, ()))
+        for name in (own, *shifted)
+    }
+    own_gap = gaps.pop(own)
+    shifted_gaps = [gap for gap in gaps.values() if gap is not None]
     shifted_gap = _pool_gaps(shifted_gaps)
     if own_gap is None or own_gap.half is None:
         return Contest("not known", False, own_gap, shifted_gap)

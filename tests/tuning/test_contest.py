@@ -94,13 +94,13 @@ def test_rank_choice_follows_verdict_or_is_marked():
 
 
 def test_stability_runs_only_if_curves_suggest():
-    sound = {"base": 2.0, "loss": 1.5, "base_train": 2.1, "train": 1.55, "spread": 0.005, "tolerance": 0.01}
+    sound = {"gain": 0.5, "train_gain": 0.55, "spread": 0.005, "tolerance": 0.01}
     assert stability_trials(Curves(**sound)) == {}
-    assert set(stability_trials(Curves(**sound | {"train": 1.2}))) == {"dropout", "weight-decay", "fewer-steps"}
-    assert set(stability_trials(Curves(**sound | {"spread": 0.03}))) == {"half-alpha"}
-    assert set(stability_trials(Curves(**sound | {"diverged": 2}))) == {"half-alpha"}
-    assert set(stability_trials(Curves(**sound, base_shifted=3.0, shifted=3.1))) == {"fewer-steps"}
-    assert stability_trials(Curves(**sound, base_shifted=3.0, shifted=2.9)) == {}
+    assert [*stability_trials(Curves(**sound | {"train_gain": 0.9}))] == ["dropout", "weight-decay", "fewer-steps"]
+    assert [*stability_trials(Curves(**sound | {"spread": 0.03}))] == ["half-alpha"]
+    assert [*stability_trials(Curves(**sound | {"diverged": 2}))] == ["half-alpha"]
+    assert [*stability_trials(Curves(**sound, gain_shifted=-0.1))] == ["fewer-steps"]
+    assert stability_trials(Curves(**sound, gain_shifted=0.1)) == {}
 
 
 @pytest.mark.parametrize(("lr", "expected"), [(1e-3, 0), (1e-2, 1)])

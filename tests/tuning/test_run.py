@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -29,7 +30,7 @@ from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.show import tune_lines, tune_table
-from lora_diag.tuning.trials import Variant
+from lora_diag.tuning.trials import Measured, Variant
 from tests.conftest import ROOT
 from tests.messages import raises_naming
 from tests.probes.making import bert, gpt2, ids_of, some_text, trained
@@ -382,22 +383,24 @@ def test_allocate_ranks_pooler_like_other_layers(tmp_path):
 
 
 @pytest.mark.parametrize(("gap", "goes_on"), [(0.01, False), (-0.004, False), (-0.006, True)])
-def test_challenger_wins_only_beyond_tolerance(monkeypatch, gap, goes_on):
+def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
     """By hand: uniform has a loss of 1, the tolerance is 0.005; otherwise no further seed is trained."""
-    losses, confirmed, outcomes = {"uniform": 1.0, "prior": 1.0 + gap, "marginal": 1.5}, [], {}
+    incumbent, *others = (Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in ("uniform", "prior", "marginal"))
+    losses, trained_seeds, outcomes = {"uniform": 1.0, "prior": 1.0 + gap, "marginal": 1.5}, set(), {}
     tuner = object.__new__(Tuner)
+    tuner.own, tuner.shifted, tuner.first_seed, tuner.folder = "dev", [], 0, Path("run")
     tuner.swept = SimpleNamespace(verdict=SimpleNamespace(tolerance=0.005))
-    for name, stub in {
-        "_train_with_adapters": lambda self, *variants: None,
-        "_get_first_loss": lambda self, variant: losses[variant.name],
-        "_decide_on": lambda self, stage, variant, outcome, *_: outcomes.update({variant.name: outcome}),
-        "decide": lambda self, stage, name, outcome, why: outcomes.update({name: outcome}),
-        "_confirm": lambda self, stage, incumbent, one, fresh: not confirmed.append(one.name),
-    }.items():
-        monkeypatch.setattr(Tuner, name, stub)
-    incumbent, *others = (Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in losses)
-    best = tuner._choose_best(incumbent, others)
-    assert confirmed == (["prior"] if goes_on else [])
+    tuner.plan = SimpleNamespace(repeats=3)
+    tuner.trials = SimpleNamespace(
+        train=lambda *runs: trained_seeds.update(run.seed for run in runs),
+        runs=lambda variant, *_: {"dev": {seed: Measured(losses[variant.name]) for seed in (0, *trained_seeds)}},
+        predictions={},
+    )
+    tuner._make_candidates = lambda: others
+    tuner.decide = lambda stage, name, outcome, *_, **__: outcomes.update({name: outcome})
+    tuner._count_params = lambda variant: 1
+    best = tuner._choose_best(incumbent)
+    assert trained_seeds == ({0, 1, 2} if goes_on else {0})
     assert best.name == ("prior" if goes_on else "uniform")
     assert outcomes["non-uniform ranks"] == ("kept" if goes_on else "rejected")
     assert outcomes["marginal"] == "rejected"

@@ -97,7 +97,9 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         return [make_statement("choice", "Choice", state, level="warning"), *final]
     plan, trials = _find_plan(results), results.whole_of(TuneTrial)
     # Statements of the trials' stages name what these did not try.
-    omitted = {one.name: one.seconds for one in decisions if one.outcome == "not tried" and one.stage not in TRIALS}
+    omitted = [one for one in decisions if one.outcome == "not tried" and one.stage not in TRIALS]
+    for_time = {one.name: one.seconds for one in omitted if one.seconds is not None}
+    others = (f"{safe(one.name)}: {safe(one.why)}" for one in omitted if one.seconds is None)
     statements = [
         make_statement(
             "choice",
@@ -111,7 +113,7 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         make_statement("edge", "Rate", _describe_edge(choice, trials, plan), level="warning"),
         make_statement("shifted", "Shifted", _describe_shifted(choice)),
         make_statement("next", "Next rank", _describe_next_rank(choice)),
-        make_statement("left_out", "Not tried", _describe_omitted(plan, omitted)),
+        make_statement("left_out", "Not tried", _describe_omitted(plan, for_time), *others),
         *_describe_trials(decisions),
     ]
     return [*filter(lambda one: one.lead, statements), *final]

@@ -26,7 +26,6 @@ from lora_diag.rendering.losses import (
     caption_of,
     describe_losses,
     format_gap,
-    format_kept,
     gap_half,
     on_set,
     probe_summary,
@@ -153,17 +152,6 @@ def deciding_sets(records: Sequence[Probe]) -> list[str]:
     return [name for name in main_sets(records) if not is_tuned_worse(bases.get(name))]
 
 
-def compare_with_base(record: Probe, base: Probe) -> tuple[float, float | None]:
-    """Return a model's loss minus that of BASE, and the half-width of its interval (``paired_half``).
-
-    The half-width is None without losses of several sequences.
-    """
-    if not record.nll or not base.predictions:
-        return record.nats - base.nats, None
-    gap, error = paired_difference(record.nll, base.nll, base.predictions)
-    return gap, paired_half(error, len(base.predictions))
-
-
 def _find_bases(records: Sequence[Probe]) -> dict[str, Probe]:
     return {record.set: record for record in records if record.subject == "base"}
 
@@ -194,14 +182,6 @@ def _judge(
     return "worse" if any(gap > half for gap, half, _ in known) else "not known"
 
 
-# For runs without a reference: measured values for comparison (docs/reference/probe-outputs.md).
-_NO_REFERENCE = (
-    "none for the distances; give another full fine-tune with --reference (two seeds had a distance of 0.39 on the "
-    "one model measured)"
-)
-
-_EQUALS = "none: the models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"
-
 # Maximum number of depths of hidden states in the table; the records have all.
 DEPTHS = 7
 
@@ -222,29 +202,19 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: whether the best adapter is as good as TUNED; choice by set; distances; references."""
+    """Return the statements: whether the best adapter is as good as TUNED; for each set, the choice among adapters."""
     records = results.whole_of(Probe)
     labels, verdict = _label_models(records), _describe_best(contests_of(records))
-    subjects = {record.subject for record in records}
-    has_tuned = "tuned" in subjects
-    on_sets, distances, sets = [], [], set_names(records)
-    for name in sets:
-        of_set = [record for record in records if record.set == name]
-        lines = _describe_losses(of_set, labels) if has_tuned else _describe_equals(of_set, labels)
+    has_tuned, on_sets = any(record.subject == "tuned" for record in records), []
+    for name in set_names(records):
+        lines = _describe_set([record for record in records if record.set == name], labels, has_tuned)
         answer = verdict or lines[0] if has_tuned else f"not compared with one: {lines[0]}"
         on_sets.append(on_set(name, *lines, answer=answer))
-        scope = f"{short(name)}: " if len(sets) > 1 else ""
-        distances += [f"{scope}{line}"] if (line := _describe_distances(of_set)) else []
     return probe_summary(
         results,
         make_statement("as_good", "As good as TUNED", verdict, priority=0),
         *on_sets,
-        make_statement("distances", "Distances", *distances, priority=2),
-        make_statement("tuned", "TUNED", "" if has_tuned else _EQUALS, priority=2),
-        make_statement(
-            "yardstick", "Reference", _NO_REFERENCE if has_tuned and "reference" not in subjects else "", priority=2
-        ),
-        reading=_READING if has_tuned else "",
+        reading=_READING if has_tuned else _EQUALS,
     )
 
 
@@ -265,9 +235,9 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 _READING = (
     "compare models by their loss; distances (of logits, of hidden states) and KL measure similarity, not quality: "
-    "in one real case the adapter nearest in logits had the worst loss. Runs with the same batch order are closer "
-    "than others (0.35 instead of 0.42 to 0.44 there)"
+    "in one real case the adapter nearest in logits had the worst loss"
 )
+_EQUALS = "models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"
 
 
 def _label_models(records: Sequence[Probe]) -> dict[str, str]:
@@ -293,45 +263,36 @@ def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, s
     return Grid(caption, "model", tuple(_name_model(record, labels) for record in of_set), tuple(columns))
 
 
-def _describe_losses(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    """State which adapter to use, how each compares with TUNED, and the losses of BASE and TUNED."""
+def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bool) -> list[str]:
+    """State which adapter to use, and the losses of BASE and TUNED; without a gain of TUNED, compare with BASE."""
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
-    if len(ends) < 2:
-        return ["not measured yet"]
     adapters = [record for record in of_set if record.subject == "adapter"]
-    choices = [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)]
-    compared = _describe_adapters(ends["base"], adapters, labels)
-    first, second = (compared, choices) if is_tuned_worse(ends["base"]) else (choices, compared)
-    return [*first, *second, describe_losses(ends["base"], ends["tuned"])]
-
-
-def _describe_equals(of_set: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    """State which of several models to use where no TUNED is given, and how the best compares with BASE."""
-    base = next((record for record in of_set if record.subject == "base"), None)
-    adapters = [record for record in of_set if record.subject == "adapter"]
-    if base is None or not adapters:
+    if len(ends) < (2 if has_tuned else 1) or not (has_tuned or adapters):
         return ["not measured yet"]
-    best = min(adapters, key=lambda record: record.nats)
-    to_base = _describe_relative_to_base(best, base, labels)
-    choices = [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)]
-    return [*choices[:1], to_base, *choices[1:]]
+    base, lines = (
+        ends["base"],
+        [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)],
+    )
+    if not has_tuned:
+        best = min(adapters, key=lambda record: record.nats)
+        return [*lines[:1], _compare_with_base(best, base, labels), *lines[1:]]
+    if is_tuned_worse(base):
+        difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
+        worse = f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are compared with BASE"
+        lines = [worse, *(_compare_with_base(record, base, labels) for record in adapters), *lines]
+    return [*lines, describe_losses(base, ends["tuned"])]
 
 
-def _describe_adapters(base: Probe, adapters: Sequence[Probe], labels: dict[str, str]) -> list[str]:
-    """Compare adapters with TUNED; where TUNED is worse than BASE, with BASE."""
-    if not is_tuned_worse(base):
-        return [f"{_name_model(record, labels)}: {_compare_with_tuned(record)}" for record in adapters]
-    difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
-    lines = [f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are compared with BASE"]
-    return [*lines, *(_describe_relative_to_base(record, base, labels) for record in adapters)]
-
-
-def _describe_relative_to_base(record: Probe, base: Probe, labels: dict[str, str]) -> str:
+def _compare_with_base(record: Probe, base: Probe, labels: dict[str, str]) -> str:
     """State whether a model is better or worse than BASE, not distinguishable, or not tested."""
-    value, half = compare_with_base(record, base)
-    word = "no significant difference from" if half is not None else "not tested for significance against"
-    if half is not None and abs(value) > half:
-        word = "better than" if value < 0 else "worse than"
+    value, half, word = record.nats - base.nats, None, "not tested for significance against"
+    if record.nll and base.predictions:
+        value, error = paired_difference(record.nll, base.nll, base.predictions)
+        half = paired_half(error, len(base.predictions))
+    if half is not None:
+        word = "no significant difference from"
+        if abs(value) > half:
+            word = "better than" if value < 0 else "worse than"
     return f"{_name_model(record, labels)}: {word} BASE ({with_limits(value, half)})"
 
 
@@ -372,23 +333,3 @@ def _format_gap(rival: Rival) -> str:
         return span
     needed = f"more than {MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
     return f"{span}, {needed} sequences would decide"
-
-
-def _compare_with_tuned(record: Probe) -> str:
-    """State whether a model is better or worse than TUNED, not distinguishable, or without an error."""
-    if record.gap is None or (half := gap_half(record)) is None:
-        return "one sequence has no error"
-    if abs(record.gap) <= half:
-        return f"no significant difference from TUNED ({format_gap(record)})"
-    kept_share = "" if record.kept is None else f", {format_kept(record)} of TUNED's change"
-    return f"{'worse' if record.gap > 0 else 'better'} than TUNED by {format_gap(record)}{kept_share}"
-
-
-def _describe_distances(of_set: Sequence[Probe]) -> str:
-    """State how many adapters are as near to TUNED in their logits as the reference; empty without it."""
-    distances = [r.distance for r in of_set if r.subject == "adapter" and r.distance is not None]
-    reference = next((record.distance for record in of_set if record.subject == "reference"), None)
-    if reference is None or not distances:
-        return ""
-    near = sum(distance <= reference for distance in distances)
-    return f"{near} of {len(distances)} adapters are as near to TUNED as the reference is ({reference:.2f})"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +22,14 @@ from lora_diag.records.probe import set_names
 from lora_diag.rendering.losses import describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Grid, Rows, columns_of
-from lora_diag.rendering.text import list_counts, short
+from lora_diag.rendering.text import format_shown, quantity, short
 
 # Maximum number of rows of the table in a terminal; the file and the HTML report have all.
 MAX_ROWS = 40
 # Maximum number of units named in a sentence.
 _NAMED = 3
-# Singular and plural of the units, by granularity.
-_UNITS = {"layer": ("layer", "layers"), "block": ("block", "blocks"), "type": ("module type", "module types")}
+# Names of the units, by granularity.
+_UNITS = {"layer": "layer", "block": "block", "type": "module type"}
 # Descriptions of the scores, as in docs/reference/probe-sensitivity.md.
 _SCORES = {
     "top": "Σσ_i(G)² to r",
@@ -61,18 +60,12 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains, marginals = _compute_gains(results)
     first = next(iter(gains.values()), [])
-    findings = []
-    if first:
-        proxies = correlate_scores(first, _index_first_order(results))
-        findings = [
-            make_statement("cheaper", "Proxies", *_describe_proxies(proxies, first)),
-            make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values())), settings)),
-            make_statement("rates", "Rates", *_describe_rates(first, records), priority=2),
-        ]
     return probe_summary(
         results,
         *(_describe_set(name, records, gains[name], settings) for name in gains),
-        *findings,
+        make_statement("cheaper", "Proxies", *_describe_proxies(first, _index_first_order(results))),
+        make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values()), []), settings)),
+        make_statement("rates", "Rates", *_describe_rates(first, records)),
         reading=_READING,
     )
 
@@ -122,7 +115,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         columns += columns_of([replace(shown_gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
     columns += columns_of(others, align(rows))
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
-    title = f"{_UNITS[settings['per']][0]} alone"
+    title = f"{_UNITS[settings['per']]} alone"
     columns += columns_of(_PROXIES, score_rows)
     return [Grid("", title, tuple(names), tuple(columns), _make_table_note(settings), MAX_ROWS)]
 
@@ -133,7 +126,7 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     suffix = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
     return (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
-        f"{_UNITS[settings['per']][0]} alone, with its standard error over sequences; a gain below two standard "
+        f"{_UNITS[settings['per']]} alone, with its standard error over sequences; a gain below two standard "
         f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are predictions from one "
         "gradient at BASE."
     )
@@ -145,93 +138,75 @@ def _describe_set(
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    singular, plural = _UNITS[settings["per"]]
-    better = sum(gain.is_clear and gain.gain > 0 for gain in gains)
-    worse = sum(gain.is_clear and gain.gain < 0 for gain in gains)
-    ordered = sorted(gains, key=lambda gain: -gain.gain)
-    best = "highest gain alone" if ordered[0].gain > 0 else f"no {singular} gains alone; best"
-    lines = [
-        f"{best}: {_list_gains(ordered[:_NAMED])}",
-        f"{better} of {len(gains)} {plural if len(gains) > 1 else singular} lower the loss of BASE, {base.loss:.4f}, "
-        f"significantly{f', {worse} raise it' if worse else ''}",
-    ]
-    if len(ordered) > 2 * _NAMED:
-        lines.append(f"lowest: {_list_gains(ordered[-_NAMED:])}")
-    return on_set(name, *lines, shifted=base.shifted)
-
-
-def _list_gains(gains: Sequence[Gain] | Sequence[Marginal]) -> str:
-    return ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in gains)
+    unit = _UNITS[settings["per"]]
+    better, worse = (sum(gain.is_clear and sign * gain.gain > 0 for gain in gains) for sign in (1, -1))
+    best, *others = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
+    named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in (best, *others))
+    return on_set(
+        name,
+        f"{'highest gain alone' if best.gain > 0 else f'no {unit} gains alone; best'}: {named}",
+        f"{better} of {quantity(len(gains), unit)} lower the loss of BASE, {base.loss:.4f}, significantly"
+        f"{f', {worse} raise it' if worse else ''}",
+        shifted=base.shifted,
+    )
 
 
 def _describe_marginals(marginals: Sequence[Marginal], settings: dict[str, Any]) -> str:
     if not marginals:
         return ""
-    clear = [marginal for marginal in marginals if marginal.is_clear]
-    up = sum(marginal.gain > 0 for marginal in clear)
-    ordered = sorted(marginals, key=lambda marginal: -marginal.gain)
-    rank = settings["rank"]
+    up, down = (sum(one.is_clear and sign * one.gain > 0 for one in marginals) for sign in (1, -1))
+    rank, best = settings["rank"], max(marginals, key=lambda marginal: marginal.gain)
     return (
-        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, "
-        f"{len(clear) - up} lose as much; highest: {_list_gains(ordered[:_NAMED])}"
+        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, {down} lose as "
+        f"much; highest: {short(best.unit)} {best.gain:+.4f}"
     )
 
 
-def _describe_proxies(proxies: Sequence[Correlation], gains: Sequence[Gain]) -> list[str]:
-    """State the rank correlation of first-order scores with the measured gains, and that of the layer size."""
+def _describe_proxies(gains: Sequence[Gain], first_orders: dict[str, FirstOrder]) -> Iterator[str]:
+    """Yield the rank correlation of first-order scores with the measured gains, and that of the layer size."""
+    proxies = correlate_scores(gains, first_orders)
     if not proxies:
-        return ["not known; at least three units must be measured"]
+        yield "not known; at least three units must be measured" if gains else ""
+        return
     ordered = sorted(proxies, key=lambda correlation: -(correlation.rho or 0.0))
-    best = next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1)
     clear = sum(gain.is_clear for gain in gains)
-    lines = [_judge_proxy(best, proxies[-1])]
     if 2 * clear < len(gains):  # noise has no order to predict
-        lines = [f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"]
+        yield f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"
+    else:
+        best = next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1)
+        yield _judge_proxy(best, proxies[-1])
     within_p_values = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
     if within_p_values and min(within_p_values) > _SIGNIFICANT_P:
-        lines.append("within module types, no score is significantly better than chance")
-    within = "; within a type" if within_p_values else ""
-    lines.append(f"Spearman's ρ with the gains, 95% interval, p by permutation{within}")
+        yield "within module types, no score is significantly better than chance"
+    yield f"Spearman's ρ with the gains, 95% interval, p by permutation{'; within a type' * bool(within_p_values)}"
     for proxy in ordered:
-        text = _format_rho(proxy.rho)
-        text += f" [{proxy.ends[0]:+.2f}, {proxy.ends[1]:+.2f}]" if proxy.ends else ""
-        text += "" if proxy.p is None else f" p {_format_p(proxy.p)}"
-        if proxy.within is not None and proxy.within_p is not None:
-            text += f"; {proxy.within:+.2f} p {_format_p(proxy.within_p)}"
-        lines.append(f"{text}: {_SCORES[proxy.score]}")
-    return lines
+        text = _format_rho(proxy.rho, proxy.p, proxy.ends)
+        text += "" if proxy.within_p is None else f"; {_format_rho(proxy.within, proxy.within_p)}"
+        yield f"{text}: {_SCORES[proxy.score]}"
 
 
 def _judge_proxy(best: Correlation, size: Correlation) -> str:
     """State whether the best score of the gradient ranks the units better than chance and the number of parameters."""
-    name = _SCORES[best.score]
     if best.p is None or best.rho is None or best.p > _SIGNIFICANT_P or best.rho <= 0:
         return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
     if size.rho is not None and size.rho >= best.rho:
-        return f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {name}"
-    word = "yes" if best.rho >= STRONG_CORRELATION else "in part"
+        return (
+            f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {_SCORES[best.score]}"
+        )
     return (
-        f"{word}: {name} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters with "
-        f"{_format_rho(size.rho)}"
+        f"{'yes' if best.rho >= STRONG_CORRELATION else 'in part'}: {_SCORES[best.score]} ranks the {best.n} with "
+        f"ρ = {best.rho:.2f}, the number of parameters with {_format_rho(size.rho)}"
     )
 
 
-def _format_p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.2g}"
-
-
-def _format_rho(rho: float | None) -> str:
-    return "-" if rho is None else f"{rho:+.2f}"
+def _format_rho(rho: float | None, p: float | None = None, ends: tuple[float, float] | None = None) -> str:
+    """Return a rank correlation with its interval and its p-value, as far as they are known."""
+    interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else ""
+    probability = "" if p is None else " p <0.001" if p < 0.001 else f" p {p:.2g}"
+    return f"{format_shown(rho, '{:+.2f}'.format)}{interval}{probability}"
 
 
 def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity]) -> list[str]:
-    counts, tried = Counter(gain.lr for gain in gains), {record.lr for record in records}
-    lines = ["lowest loss of the first seed at " + ", ".join(f"{lr:g} for {n}" for lr, n in sorted(counts.items()))]
-    edges = list_counts(
-        (str(gain.edge) for gain in gains), {"-1": "at the lowest rate tried", "1": "at the highest rate tried"}
-    )
-    if len(tried - {None}) == 1:
-        lines.append("one rate for all: the effect of the rate cannot be separated from the gain")
-    elif edges:
-        lines.append(f"of {len(gains)}, {' and '.join(edges)}: they may gain more with a wider --lr")
-    return [*lines, *describe_diverged(records)]
+    at_edge = [gain for gain in gains if gain.edge]
+    edges = f"{len(at_edge)} of {len(gains)} at the edge of the rates tried: they may gain more with a wider --lr"
+    return [edges if at_edge else "", *describe_diverged(records)]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.intrinsic.show import Line, find_reached, select_lines
+from lora_diag.probes.intrinsic.show import Line, select_lines
 from lora_diag.rendering.figures.pages import Page, Panel, key, run_keys
 from lora_diag.rendering.figures.panels import (
     axis_limits,
@@ -21,7 +21,7 @@ from lora_diag.rendering.figures.panels import (
     sets_of,
 )
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
-from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle, category, format_value
+from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle, category
 
 # Colours of the lines.
 SUBSPACE, LORA = CATEGORIES[0], CATEGORIES[1]
@@ -44,7 +44,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     share = float(run.settings.get("share", SHARE)) if run else SHARE
     panels = [
         Panel(
-            _make_title(labels[name], runs_by_set[name], share),
+            labels[name],
             partial(_draw, runs=runs_by_set[name], share=share),
             xlabel="trained parameters",
             ylabel="fraction of the full gain",
@@ -111,22 +111,3 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
     draw_levels(ax, [("full", 1.0, INK), (f"{share:.0%}", share, QUIET)], style)
     set_loss_axis(ax)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def _make_title(label: str, runs: Sequence[Sequence[Line]], share: float) -> str:
-    """Return the label of a set; for one run, with the smallest sufficient sizes, or the largest if none is."""
-    if len(runs) > 1:
-        return label
-    lines = []
-    for subject, word in (("subspace", "d"), ("lora", "LoRA r")):
-        answer = find_reached(runs[0], subject, share)  # type: ignore[arg-type]
-        reached = answer.line or answer.below
-        if reached is not None:
-            fraction = f"{share:.0%}" if answer.line else _format_below(reached.share, share)
-            lines.append(f"{word}\xa0=\xa0{format_value(reached.size or 0)} reaches {fraction}")
-    return f"{label}: {', '.join(lines)}" if lines else label
-
-
-def _format_below(fraction: float, share: float) -> str:
-    """Return a fraction below ``share`` in percent, with one more digit if it would be rounded to ``share``."""
-    return f"{fraction:.0%}" if f"{fraction:.0%}" != f"{share:.0%}" else f"{fraction:.1%}"

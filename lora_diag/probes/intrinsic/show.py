@@ -173,7 +173,7 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(
         results,
         *(_describe_set(name, _find_base(records, name), rows, settings) for name, rows in rows_by_set.items()),
-        make_statement("rates", "Rates", *(_describe_rates(first, records) if rows_by_set else ()), priority=2),
+        make_statement("rates", "Rates", *_describe_rates(first, records)),
         reading=_READING,
     )
 
@@ -225,39 +225,30 @@ def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], s
         return on_set(name, "not measured yet")
     if full is None:
         return on_set(name, "no run of full fine-tuning is finished with a finite loss")
-    gain = base.loss - full.loss
+    gain, share = base.loss - full.loss, settings["share"]
     if gain <= 0:
-        no_gain = f"no gain: full fine-tuning is worse than BASE by {number(-gain)} nats, so there is no gain to reach"
-        return on_set(name, no_gain)
-    share = settings["share"]
-    lines = [_describe_answer(find_reached(all_rows, "subspace", share), "d", settings)]
+        return on_set(name, f"no gain to reach: full fine-tuning is worse than BASE by {number(-gain)} nats")
+    answers = [_describe_answer(find_reached(all_rows, "subspace", share), "d", settings["dims"])]
     if settings["ranks"]:
-        lines.append(_describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings))
-    lines.append(f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that")
-    if full.edge:
-        lines.append("its rate is at the edge of --full-lr, so it may gain more, and every fraction would be smaller")
-    if any(line.shares and line.share > 1 for line in all_rows if line.subject != "full"):
-        lines.append("some runs gain more, so it is not an upper limit with these steps and rates")
-    return on_set(name, *lines)
+        answers.append(_describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings["ranks"]))
+    return on_set(name, *answers, f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that")
 
 
-def _describe_answer(answer: Reached, symbol: str, settings: dict[str, Any]) -> str:
+def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
     line, below = answer.line, answer.below
     if line is None:
         if below is None:
             return f"{symbol}: no run is finished with a finite loss"
-        sizes = settings["dims"] if symbol == "d" else settings["ranks"]
         return f"{symbol}: not reached up to {symbol.split()[-1]}={max(sizes)}, whose gain is {_format_shares(below)}"
     text = f"{symbol}={line.size} is the smallest with the target gain, {_format_shares(line)}"
     if symbol != "d":
         text += f" and {count(line.params)} parameters"
     if below is not None:
         text += f"; {symbol}={below.size} gains {_format_shares(below)}"
-    if len(line.shares) > 1 and not answer.certain:
+    if not answer.certain:
         text += "; not with every seed, so the next larger size is safer"
     if answer.missed:
-        missed = ", ".join(map(str, answer.missed))
-        text += f"; not reached at {missed}, so seeds or rates matter here, not only size"
+        text += f"; not reached at {', '.join(map(str, answer.missed))}, so seeds or rates matter here, not only size"
     return text
 
 
@@ -267,9 +258,6 @@ def _format_shares(line: Line) -> str:
 
 
 def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic]) -> list[str]:
-    lines = ["each size at the rate with the lowest loss of the first seed; pace is z's rate times √(d/D)"]
-    if at_edge := [_name_line(line) for line in all_rows if line.edge]:
-        lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend --lr, --full-lr or --lora-lr")
-    if any(len({r.lr for r in records if r.subject == s}) == 1 for s in ("full", "lora")):
-        lines.append("only one rate was tried for full fine-tuning or LoRA; it may be far from the best")
-    return [*lines, *describe_diverged(records)]
+    at_edge = ", ".join(_name_line(line) for line in all_rows if line.edge)
+    edges = f"at the edge of the rates tried for {at_edge}; extend --lr, --full-lr or --lora-lr"
+    return [edges if at_edge else "", *describe_diverged(records)]

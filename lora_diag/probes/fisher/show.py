@@ -18,7 +18,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, grid_of, rows_of
-from lora_diag.rendering.text import count, number, percent, short, span
+from lora_diag.rendering.text import number, percent, short, span
 
 Predictor = Callable[[Fisher, int], float]
 
@@ -89,7 +89,7 @@ USUAL_RANK = 8
 
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: costliest layers, predictors of the measured KL, calibration, and gradients."""
+    """Return the statements: costliest layers, predictors of the measured KL, and calibration."""
     records, rank = results.whole_of(Fisher), _choose_rank(results)
     if not records:
         return probe_summary(results, reading=_interpret(records))
@@ -97,7 +97,6 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
         results,
         make_statement("at_rank", f"At r={rank}", *_describe_costliest(records, rank), scoped=True),
         *_describe_predictors(correlate_predictors(records, results.run.settings["ranks"]), records),
-        make_statement("gradients", "Gradients", _describe_gradients(records), priority=2),
         reading=_interpret(records),
     )
 
@@ -167,15 +166,6 @@ def _format_pair(pair: tuple[float | None, float | None]) -> str:
     return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in pair)
 
 
-def _describe_gradients(records: Sequence[Fisher]) -> str:
-    first = records[0]
-    labels = {"data": "the text's own labels (empirical Fisher)", "model": "labels drawn from TUNED (Fisher)"}
-    return (
-        f"one per sequence at TUNED, {count(first.sequences)} over {count(first.predictions)} predictions; "
-        f"{labels[first.labels]}; F is a mean per prediction"
-    )
-
-
 def _describe_costliest(records: Sequence[Fisher], rank: int) -> list[str]:
     top = sorted(records, key=lambda record: -record.at(rank))
     sums = [*accumulate(record.at(rank) for record in top)]
@@ -184,10 +174,9 @@ def _describe_costliest(records: Sequence[Fisher], rank: int) -> list[str]:
         return ["none: no truncation changes the loss"]
     n_half = next(n for n, running in enumerate(sums, 1) if running >= total / 2)
     share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
-    named = ", ".join(f"{short(record.layer)} {percent(record.at(rank) / total)}" for record in top[:3])
     return [
-        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² beyond r",
-        f"most: {named}",
+        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² beyond r; most in "
+        f"{short(top[0].layer)}, {percent(top[0].at(rank) / total)}"
     ]
 
 
@@ -209,24 +198,15 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
     calibration = ""
     if chosen.ratio is not None and chosen.ratios is not None:
         low, high = map(number, chosen.ratios)
-        calibration = (
-            f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from {low} to {high}; 1 is exact"
-            f"{_explain_high_ratio(records[0], chosen.ratio)}"
-        )
+        calibration = f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from {low} to {high}"
+        first = records[0]
+        if first.labels == "data" and first.predictions > first.sequences and chosen.ratio > HIGH_RATIO:
+            # The gradients of a sequence's predictions are correlated with the text's own labels.
+            calibration += "; 1 is exact, and --labels model is nearer to it"
     return [
         make_statement("best", f"Best at r={chosen.rank}", *lines),
         make_statement("calibrated", "Calibration", calibration),
     ]
-
-
-def _explain_high_ratio(record: Fisher, ratio: float) -> str:
-    """Return why ½F is far above the KL with the labels of the text, and the remedy; else an empty text."""
-    if record.labels == "data" and record.predictions > record.sequences and ratio > HIGH_RATIO:
-        return (
-            "; with the text's own labels the gradients of a sequence's predictions are correlated; --labels model "
-            "avoids this"
-        )
-    return ""
 
 
 def _interpret(records: Sequence[Fisher]) -> str:

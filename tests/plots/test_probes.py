@@ -167,7 +167,6 @@ def test_curvature_figure_has_model_bound_and_gap():
     np.testing.assert_allclose(
         [bar[:, 1] for bar in errors.get_segments()], [[0.4 * gap, 1.6 * gap] for gap in gaps.values()]
     )
-    assert_names(title_of(ax), "held_out", "model 0.9", "bound 100 times")
     both = plots.figure("curvature", making.probed(records))
     rows = bars(both.axes[1])
     assert [(name.split(".")[-1], value) for name, value, _ in rows] == [
@@ -185,7 +184,6 @@ def test_ggn_gives_no_bound():
     page = plots.figure("curvature", making.probed(newton))
     assert "bound" not in page.legends[0].get_title().get_text()
     assert "not a bound" in page.texts[0].get_text().replace("\n", " ")
-    assert "λ term 100 times" in title_of(page.axes[0])
 
 
 def test_intrinsic_figure_omits_sets_without_gain():
@@ -196,7 +194,6 @@ def test_intrinsic_figure_omits_sets_without_gain():
     np.testing.assert_allclose(lines(ax, "_lora")[0], [[500, 0.7 / gain], [4000, 0.84 / gain]])
     assert lines(ax, "_90%")[0][0, 1] == 0.9
     assert sum(map(len, lines(ax, "_seeds"))) == 10
-    assert "d = 1\u202f000 reaches 89.8%, LoRA r = 8 reaches 86%" in title_of(ax)
     assert len(plots.figure("intrinsic", making.probed(making.reached())).axes) == 1
 
 

@@ -31,7 +31,6 @@ from lora_diag.rendering.figures.style import (
     QUIET,
     PageStyle,
     category,
-    format_value,
     log_label,
     name_of,
 )
@@ -60,8 +59,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     panels = []
     for name in sets:
         bounds = [_select_bounds(run, name) for run in runs]
-        title, draw = _make_title(name, bounds, bounded), partial(_draw_gaps, runs=bounds)
-        panels.append(Panel(title, draw, "rank r of the update", "loss gap (nats)", name=name))
+        draw = partial(_draw_gaps, runs=bounds)
+        panels.append(Panel(name_of(name), draw, "rank r of the update", "loss gap (nats)", name=name))
     if eigen or not sets:
         rows = _make_rows(runs, eigen)
         distinct = len({row.name for row in rows})
@@ -137,26 +136,6 @@ def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) 
     ax.set_ylim(min(drawn_values, default=1.0) / 2.5, max(drawn_values, default=1.0) * 2.5)
     ax.yaxis.set_major_formatter(log_label)
     set_measured_rank_axis(ax, [record.rank for records in runs for record in records], style)
-
-
-def _make_title(name: str, runs: Sequence[Sequence[LossBound]], bounded: bool) -> str:
-    """Return the label of a set; for one run, with the ratios of model and bound to the measured gaps above zero."""
-    label = name_of(name)
-    positive = [record for records in runs for record in records if record.gap > 0]
-    if len(runs) > 1 or not positive:
-        return label
-    model = [record.predicted / record.gap for record in positive]
-    bound = [(record.linear + record.upper) / record.gap for record in positive]
-    return (
-        f"{label}: model {_format_range(model)}, {'bound' if bounded else 'λ term'} {_format_range(bound)} times "
-        "the measured gap"
-    )
-
-
-def _format_range(ratios: Sequence[float]) -> str:
-    """Return the range of the ratios, to two digits."""
-    low, high = (format_value(float(f"{ratio:.2g}")) for ratio in (min(ratios), max(ratios)))
-    return low if low == high else f"{low} to {high}"
 
 
 def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[Row]:

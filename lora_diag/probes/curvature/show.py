@@ -124,18 +124,15 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
 
 
 def _describe_curvature(joint: Curvature) -> list[str]:
-    """State the largest and the smallest eigenvalue, and the trace with the mean curvature."""
-    first, mean = joint.eigenvalues[0], joint.trace / joint.params
+    """State the largest and the smallest eigenvalue, and the trace."""
     convex = ", positive: the loss is strongly convex there" if joint.strongly_convex else ""
-    ends = f"largest eigenvalue λ = {number(first)}"
-    ends += "" if joint.smallest is None else f", smallest μ = {number(joint.smallest)}{convex}"
+    smallest = "" if joint.smallest is None else f", smallest μ = {number(joint.smallest)}{convex}"
     error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
-    meaning = (
-        f"{number(mean)} per direction on average; λ is {number(first / mean)} times that"
-        if joint.trace > (joint.trace_half or 0.0)
-        else "not significantly different from zero; use more --trace-vectors"
-    )
-    return [ends, f"trace {number(joint.trace)}{error}, {meaning}"]
+    unclear = "" if joint.trace > (joint.trace_half or 0.0) else ", not significant; use more --trace-vectors"
+    return [
+        f"largest eigenvalue λ = {number(joint.eigenvalues[0])}{smallest}",
+        f"trace {number(joint.trace)}{error}{unclear}",
+    ]
 
 
 def _describe_model(bounds: Sequence[LossBound]) -> str:
@@ -151,25 +148,20 @@ def _describe_model(bounds: Sequence[LossBound]) -> str:
 
 
 def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
-    exceeding = any(record.curvature > joint.eigenvalues[0] for record in bounds)
-    truncated = [record for record in bounds if record.along == 1 and record.gap > 1e-6]
-    bound = f"⟨∇L, E⟩ + (λ/2)Σσ² is at or above the gap at all {len(bounds)} points measured"
-    if exceeded := [f"r={r.rank} (fraction {r.along:g})" for r in bounds if not r.holds]:
-        why = (
-            "the curvature between the points exceeds λ"
-            if exceeding
-            else "λ was measured at TUNED and does not hold between the points"
-        )
-        bound = f"⟨∇L, E⟩ + (λ/2)Σσ² is exceeded at {', '.join(exceeded)}: {why}"
+    """State how far the bound is above the measured gaps, and where it does not hold."""
+    bound, exceeded = "⟨∇L, E⟩ + (λ/2)Σσ²", [f"r={r.rank} (fraction {r.along:g})" for r in bounds if not r.holds]
+    if exceeded:
+        bound += f" is exceeded at {', '.join(exceeded)}: the curvature between the points exceeds λ"
+    else:
+        bound += f" is at or above the gap at all {len(bounds)} points measured"
+        if any(record.curvature > joint.eigenvalues[0] for record in bounds):
+            bound += ", although the curvature along E exceeds λ at some"
+    ratios = [record.upper / record.gap for record in bounds if record.along == 1 and record.gap > 1e-6]
     answer = ""
-    if truncated:
-        ratios = [record.upper / record.gap for record in truncated]
+    if ratios:
         loose = ": too loose to choose a rank" if min(ratios) > LOOSE_RATIO else ""
         answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
-    largest, comparison = max(r.curvature for r in bounds), "exceeds" if exceeding else "does not exceed"
-    along = f"the curvature along E is at most {number(largest)} and {comparison} λ at the points measured"
-    first = (bound, answer) if exceeded else (answer, bound)
-    return make_statement("bound", "Bound", *first, along, answer=answer)
+    return make_statement("bound", "Bound", *((bound, answer) if exceeded else (answer, bound)), answer=answer)
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:

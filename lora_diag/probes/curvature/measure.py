@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Unpack
 
 import torch
@@ -41,7 +42,7 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, describe_texts, left_out
+from lora_diag.running.probing import Options, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
@@ -80,8 +81,17 @@ class LossFunction:
     ) -> None:
         self.model, self.texts, self.size, self.matrix, self._after = model, texts, size, matrix, after
         self.layers = dict(layers)
-        self._locations = _locate_layers(model.module, self.layers)
-        self._parameters = list({id(parameter): parameter for parameter, _ in self._locations.values()}.values())
+        weights, places = Weights(model.module), dict[nn.Parameter, int]()
+        # Each layer's parameter, as a position in ``_parameters``, and of an expert the index in its stack.
+        self._locations: dict[str, tuple[int, int | None]] = {}
+        for layer in layers:
+            if (location := weights.locate(layer)) is None:
+                raise InputError(
+                    f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with "
+                    "--exclude"
+                )
+            self._locations[layer] = places.setdefault(location[0], len(places)), location[1]
+        self._parameters = list(places)
 
     @property
     def params(self) -> int:
@@ -104,20 +114,23 @@ class LossFunction:
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
-        return self.flat(
-            {layer: self._part(layer, parameter.data) for layer, (parameter, _) in self._locations.items()}
-        )
+        return self.flat(self._parts([parameter.data for parameter in self._parameters]))
 
     def put(self, weights: Tensor) -> None:
         """Write the layers' weights, given as one vector ``(n,)``."""
-        for layer, part in self.split(weights).items():
-            target = self._part(layer, self._locations[layer][0].data)
-            target.copy_(part.view(target.shape))
+        self._fill([parameter.data for parameter in self._parameters], weights)
 
-    def _part(self, layer: str, whole: Tensor) -> Tensor:
-        """Return a layer's part of a tensor with its parameter's shape: all of it, or one expert of a stack."""
-        index = self._locations[layer][1]
-        return whole if index is None else whole[index]
+    def _parts(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return each layer's part of tensors of the parameters' shapes: all of one, or one expert of a stack."""
+        places = self._locations.items()
+        return {layer: tensors[i] if index is None else tensors[i][index] for layer, (i, index) in places}
+
+    def _fill(self, tensors: Sequence[Tensor], vector: Tensor) -> Sequence[Tensor]:
+        """Write a vector ``(n,)`` into the layers' parts of tensors of the parameters' shapes, and return these."""
+        parts = self._parts(tensors)
+        for layer, part in self.split(vector).items():
+            parts[layer].copy_(part.view(parts[layer].shape))
+        return tensors
 
     def gradient(self) -> Tensor:
         """Return ∇L, ``(n,)``."""
@@ -125,9 +138,8 @@ class LossFunction:
 
     def product(self, vector: Tensor) -> Tensor:
         """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss with respect to the logits; ``(n,)``."""
-        step = _multiply_hessian if self.matrix == "hessian" else _multiply_ggn
-        vectors = self._spread(vector)
-        return self._sum(lambda loss, logits: step(loss, logits, self._parameters, vectors))
+        vectors = self._fill([torch.zeros_like(parameter) for parameter in self._parameters], vector)
+        return self._sum(lambda loss, logits: _multiply(self.matrix, loss, logits, self._parameters, vectors))
 
     def ends(self, count: int, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
         """Return the ``count`` largest eigenpairs, or all if there are fewer, and the smallest one.
@@ -152,35 +164,7 @@ class LossFunction:
                     sum_ += part.detach()
                 predictions += len(targets)
                 self._after()
-        by_parameter = {id(parameter): sum_ for parameter, sum_ in zip(self._parameters, sums, strict=True)}
-        by_layer = {
-            layer: self._part(layer, by_parameter[id(parameter)]) for layer, (parameter, _) in self._locations.items()
-        }
-        return self.flat(by_layer) / predictions
-
-    def _spread(self, vector: Tensor) -> list[Tensor]:
-        """Return a vector as tensors of the parameters' shapes, zero outside the layers."""
-        vectors = {id(parameter): torch.zeros_like(parameter) for parameter in self._parameters}
-        for layer, part in self.split(vector).items():
-            target = self._part(layer, vectors[id(self._locations[layer][0])])
-            target.copy_(part.view(target.shape))
-        return [vectors[id(parameter)] for parameter in self._parameters]
-
-
-def _locate_layers(module: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Parameter, int | None]]:
-    """Return the parameter of each layer, and for an expert the index in its stack, else None.
-
-    Raises:
-        InputError: The model has no such weight.
-    """
-    weights, locations = Weights(module), {}
-    for layer in layers:
-        if (location := weights.locate(layer)) is None:
-            raise InputError(
-                f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with --exclude"
-            )
-        locations[layer] = location
-    return locations
+        return self.flat(self._parts(sums)) / predictions
 
 
 @contextmanager
@@ -197,30 +181,23 @@ def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _multiply_hessian(
-    loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
+def _multiply(
+    matrix: Matrix, loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Return ∇⟨∇L, x⟩ (Pearlmutter 1994), L the summed loss of a batch."""
-    gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    """Return the product of a batch's Hessian or GGN with x, the ``vectors``.
+
+    The Hessian of the summed loss L gives ∇⟨∇L, x⟩ (Pearlmutter 1994). The GGN gives JᵀBJ·x, B = diag(p) − ppᵀ at each
+    prediction (Schraudolph 2002); J·x is the derivative of Jᵀw, which is linear in w, in w.
+    """
+    w = None if matrix == "hessian" else torch.zeros_like(logits, requires_grad=True)
+    output = loss if w is None else logits
+    gradient = torch.autograd.grad(output, parameters, w, create_graph=True, materialize_grads=True)
     inner = torch.stack([(part * vector).sum() for part, vector in zip(gradient, vectors, strict=True)]).sum()
     if not inner.requires_grad:  # the loss is linear in these parameters, or does not depend on them
         return [torch.zeros_like(parameter) for parameter in parameters]
-    return torch.autograd.grad(inner, parameters, materialize_grads=True)
-
-
-def _multiply_ggn(
-    loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Return JᵀBJ·x, B = diag(p) − ppᵀ at each prediction (Schraudolph 2002).
-
-    J·x is the derivative of Jᵀw, which is linear in w, in w.
-    """
-    dummy = torch.zeros_like(logits, requires_grad=True)
-    vjp = torch.autograd.grad(logits, parameters, dummy, create_graph=True, materialize_grads=True)
-    inner = torch.stack([(part * vector).sum() for part, vector in zip(vjp, vectors, strict=True)]).sum()
-    if not inner.requires_grad:  # the logits do not depend on these parameters
-        return [torch.zeros_like(parameter) for parameter in parameters]
-    (jvp,) = torch.autograd.grad(inner, dummy, retain_graph=True)
+    if w is None:
+        return torch.autograd.grad(inner, parameters, materialize_grads=True)
+    (jvp,) = torch.autograd.grad(inner, w, retain_graph=True)
     p = logits.detach().softmax(-1)
     hessian_product = p * (jvp - (p * jvp).sum(-1, keepdim=True))
     return torch.autograd.grad(logits, parameters, hessian_product, materialize_grads=True)
@@ -272,145 +249,42 @@ def estimate_traces(loss_function: LossFunction, probes: int, seed: int) -> tupl
 def _estimate_trace(samples: Sequence[float]) -> Trace:
     """Return the mean of samples xᵀHx, with its standard error."""
     n = len(samples)
-    mean = sum(samples) / n
-    if n < 2:
-        return Trace(mean, None, n)
-    return Trace(mean, math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (n - 1) / n), n)
-
-
-def make_surrogate(coefficients: Tensor, matrix: Tensor, joint: bool, size: int, squared: float) -> Surrogate:
-    """Return the fraction of a gradient in the span of eigenpairs, and the number and rank that hold most of that part.
-
-    Args:
-        coefficients: ⟨v_j, g⟩ of all eigenvectors, by descending eigenvalue, ``(k,)``.
-        matrix: The part of Σ_j ⟨v_j, g⟩ v_j that belongs to the layer, ``(out, in)``.
-        joint: Whether the eigenpairs are those of all layers together.
-        size: Number of parameters of the eigenvectors.
-        squared: ‖g‖².
-    """
-    energy_held = coefficients.double().square().cumsum(0)
-    s = torch.linalg.svdvals(matrix.double())
-    energy = s.square().cumsum(0)
-    has_energy = bool(energy[-1] > 0)
-    return Surrogate(
-        eigenpairs=len(coefficients),
-        joint=joint,
-        share=min(1.0, float(energy_held[-1]) / squared) if squared else None,
-        random=min(1.0, len(coefficients) / size),
-        pairs_at=int((energy_held < SHARE * energy_held[-1]).sum()) + 1 if has_energy else None,
-        rank_at={
-            f"{share:g}": int((energy < share * energy[-1]).sum()) + 1 if has_energy else None for share in SHARES
-        },
-        rank=int((s > ROUNDING * s[0]).sum()) if has_energy else 0,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """Extent of the computation.
-
-    Args:
-        top: Number of largest eigenvalues.
-        probes: Number of random vectors of the trace.
-        seed: Seed of both.
-    """
-
-    top: int
-    probes: int
-    seed: int
-
-
-def iterate_curvatures(
-    loss_function: LossFunction,
-    at: Where,
-    effort: Effort,
-    per: str,
-    gradient: Tensor,
-    losses: Losses,
-    joint: bool,
-    layers: Sequence[str],
-) -> Iterator[list[Curvature]]:
-    """Yield the requested records, those from the same eigenpairs in one list.
-
-    Layers have surrogates only at BASE. The joint record is also in the list of layers with the joint eigenpairs.
-
-    Args:
-        loss_function: The loss.
-        at: Name of the point.
-        effort: Extent of the computation.
-        per: With ``all``, layers have the gradient, the trace and the surrogate of the joint eigenpairs; with
-            ``layer``, their own eigenvalues, trace and surrogate.
-        gradient: ∇L, ``(n,)``.
-        losses: Losses of the set.
-        joint: Whether the joint record is requested.
-        layers: Layers whose records are requested.
-
-    Raises:
-        InputError: Lanczos did not converge, or a product is not finite.
-    """
-    if not joint and not layers:
-        return
-    record = partial(_record, loss_function, at, losses)
-    layer_gradients = loss_function.split(gradient)
-    joint_trace, layer_traces = estimate_traces(loss_function, effort.probes, effort.seed)
-    if joint or per == "all":
-        ends = loss_function.ends(effort.top, effort.seed)
-        records = [record(None, gradient, joint_trace, ends)]
-        if per == "all":
-            surrogates = _make_surrogates(loss_function, gradient, ends[0], joint=True) if at == "base" else {}
-            records += [
-                record(layer, layer_gradients[layer], layer_traces[layer], surrogate=surrogates.get(layer))
-                for layer in layers
-            ]
-        yield records
-    for layer in layers if per == "layer" else ():
-        block, own_gradient = loss_function.only(layer), layer_gradients[layer].reshape(-1)
-        ends = block.ends(effort.top, effort.seed)
-        surrogates = _make_surrogates(block, own_gradient, ends[0], joint=False) if at == "base" else {}
-        yield [record(layer, own_gradient, layer_traces[layer], ends, surrogates.get(layer))]
+    return Trace(fmean(samples), stdev(samples) / math.sqrt(n) if n > 1 else None, n)
 
 
 def _make_surrogates(
     loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool
 ) -> dict[str, Surrogate]:
-    """Return the surrogate of every layer from the part of the gradient in the span of the eigenpairs."""
+    """Return, for each layer, the fraction of the gradient in the span of the eigenpairs, and what holds most of it.
+
+    Args:
+        loss_function: The loss.
+        gradient: ∇L, ``(n,)``.
+        largest: The eigenpairs.
+        joint: Whether they are those of all layers together.
+    """
     coefficients, squared = largest.vectors.T @ gradient, inner(gradient, gradient)
-    return {
-        layer: make_surrogate(coefficients, part, joint, loss_function.params, squared)
-        for layer, part in loss_function.split(largest.vectors @ coefficients).items()
-    }
+    energy_held, count = coefficients.double().square().cumsum(0), len(coefficients)
+    surrogates = {}
+    for layer, part in loss_function.split(largest.vectors @ coefficients).items():
+        s = torch.linalg.svdvals(part.double())
+        energy = s.square().cumsum(0)
+        has_energy = bool(energy[-1] > 0)
+        surrogates[layer] = Surrogate(
+            eigenpairs=count,
+            joint=joint,
+            share=min(1.0, float(energy_held[-1]) / squared) if squared else None,
+            random=min(1.0, count / loss_function.params),
+            pairs_at=_count_to(energy_held, SHARE) if has_energy else None,
+            rank_at={f"{share:g}": _count_to(energy, share) if has_energy else None for share in SHARES},
+            rank=int((s > ROUNDING * s[0]).sum()) if has_energy else 0,
+        )
+    return surrogates
 
 
-def _record(
-    loss_function: LossFunction,
-    at: Where,
-    losses: Losses,
-    layer: str | None,
-    gradient: Tensor,
-    trace: Trace,
-    ends: tuple[Eigenpairs, Eigenpairs] | None = None,
-    surrogate: Surrogate | None = None,
-) -> Curvature:
-    largest, smallest = ends or (None, None)
-    return Curvature(
-        set=loss_function.texts.name,
-        data=loss_function.texts.hash,
-        tokens=losses.tokens,
-        layer=layer,
-        at=at,
-        matrix=loss_function.matrix,
-        params=gradient.numel(),
-        loss=losses.mean,
-        gradient=float(gradient.double().norm()),
-        eigenvalues=tuple(largest.values.tolist()) if largest else (),
-        residual=largest.residual if largest else None,
-        smallest=float(smallest.values[0]) if smallest else None,
-        trace=trace.mean,
-        trace_error=trace.error,
-        trace_vectors=trace.vectors,
-        products=sum(pairs.products for pairs in ends or ()),
-        surrogate=surrogate,
-    )
+def _count_to(sums: Tensor, share: float) -> int:
+    """Return the number of terms of ascending partial sums that reach a fraction of the whole sum."""
+    return int((sums < share * sums[-1]).sum()) + 1
 
 
 # Rounding to float32 in a mean loss of order 1: two evaluations of one model in different batches differ by 1e-7.
@@ -547,7 +421,6 @@ def probe_curvature(
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     given = run.options
-    top, probes, per, seed = given.top, given.probes, given.per, given.seed
     ranks = list(check_ranks(given.ranks, 0))
     if not all(0 < t <= 1 for t in given.along):
         raise UsageError(f"--along {','.join(f'{t:g}' for t in given.along)}: fractions must lie in (0, 1]")
@@ -573,15 +446,12 @@ def probe_curvature(
         "along": fractions if swapped else [],
         **run.settings("top", "probes"),
         "matrix": matrix,
-        "per": per,
-        **run.selection,
-        "seed": seed,
+        **run.settings("per", "layers", "exclude", "seed"),
     }
     loss_function = LossFunction(model, texts, run.batch, chosen, matrix, partial(run.watch.batch, "products"))
-    effort = Effort(top, probes, seed)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        _measure(loss_function, swapped, effort, per, settings["ranks"], fractions, run_records)
+        _measure(loss_function, swapped, given, settings["ranks"], fractions, run_records)
         return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
 
     inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
@@ -623,50 +493,116 @@ def _list_skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[
 def _measure(
     loss_function: LossFunction,
     swapped: Swapped | None,
-    effort: Effort,
-    per: str,
+    given: Options,
     ranks: list[int],
     fractions: list[float],
     run_records: RunRecords[Any],
 ) -> None:
     """Report the estimated cost, then measure the records that the file lacks: joint curvature, layers, ranks."""
+    watch = run_records.watch
     done = {record.layer for record in run_records.records if isinstance(record, Curvature)}
     done_ranks = {record.rank for record in run_records.records if isinstance(record, LossBound)}
     largest_rank = max(map(min, loss_function.layers.values()))
     ranks = [rank for rank in ranks if rank < largest_rank and rank not in done_ranks]
+    missing = [layer for layer in loss_function.layers if layer not in done]
     if swapped is not None:
         swapped.arrange({}, FULL)
-    watch = run_records.watch
-    missing = [layer for layer in loss_function.layers if layer not in done]
-    blocks = missing if per == "layer" else []
-    bounds = len(ranks) * (1 + len(fractions))
-    products, note = _estimate_cost(loss_function, effort, len(blocks), None not in done, bounds)
+    blocks, bounds = len(missing) if given.per == "layer" else 0, len(ranks) * (1 + len(fractions))
+    products, note = _estimate_cost(loss_function, given, blocks, None not in done, bounds)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
     watch.note(note)
     gradient = loss_function.gradient()
     losses = measure(loss_function.model, loss_function.texts, loss_function.size, partial(watch.batch, "loss"))
-    at: Where = "base" if swapped is None else "tuned"
-    for records in iterate_curvatures(loss_function, at, effort, per, gradient, losses, None not in done, missing):
-        run_records.put(*records)
+    if missing or None not in done:
+        at: Where = "base" if swapped is None else "tuned"
+        for records in _iterate_curvatures(loss_function, at, given, gradient, losses, None in done, missing):
+            run_records.put(*records)
     if swapped is None:
         return
     joint = next(record for record in run_records.records if isinstance(record, Curvature) and record.layer is None)
     smallest = joint.smallest if joint.strongly_convex else None
     tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
     for rank in ranks:
-        run_records.put(
-            *measure_bounds(loss_function, swapped, tuned, rank, fractions, partial(watch.batch, f"r={rank}"))
+        after = partial(watch.batch, f"r={rank}")
+        run_records.put(*measure_bounds(loss_function, swapped, tuned, rank, fractions, after))
+
+
+def _iterate_curvatures(
+    loss_function: LossFunction,
+    at: Where,
+    given: Options,
+    gradient: Tensor,
+    losses: Losses,
+    has_joint: bool,
+    layers: Sequence[str],
+) -> Iterator[list[Curvature]]:
+    """Yield the missing records, those from the same eigenpairs in one list; the joint record is in the first.
+
+    With ``per`` all, layers have the gradient, the trace and, at BASE, the surrogate of the joint eigenpairs; with
+    ``layer``, their own eigenvalues, trace and surrogate.
+
+    Args:
+        loss_function: The loss.
+        at: Name of the point.
+        given: Options of the run.
+        gradient: ∇L, ``(n,)``.
+        losses: Losses of the set.
+        has_joint: Whether the file has the joint record.
+        layers: Layers without a record.
+
+    Raises:
+        InputError: Lanczos did not converge, or a product is not finite.
+    """
+    parts = loss_function.split(gradient)
+    joint_trace, traces = estimate_traces(loss_function, given.probes, given.seed)
+
+    def record(layer: str | None, trace: Trace, ends: Sequence[Eigenpairs] = (), **more: Any) -> Curvature:
+        own_gradient = gradient if layer is None else parts[layer]
+        if ends:
+            more |= {"eigenvalues": tuple(ends[0].values.tolist()), "residual": ends[0].residual}
+            more |= {"smallest": float(ends[1].values[0]), "products": sum(pairs.products for pairs in ends)}
+        return Curvature(
+            set=loss_function.texts.name,
+            data=loss_function.texts.hash,
+            tokens=losses.tokens,
+            layer=layer,
+            at=at,
+            matrix=loss_function.matrix,
+            params=own_gradient.numel(),
+            loss=losses.mean,
+            gradient=float(own_gradient.double().norm()),
+            trace=trace.mean,
+            trace_error=trace.error,
+            trace_vectors=trace.vectors,
+            **more,
         )
+
+    def surrogates(block: LossFunction, own_gradient: Tensor, largest: Eigenpairs) -> dict[str, Surrogate]:
+        return _make_surrogates(block, own_gradient, largest, block is loss_function) if at == "base" else {}
+
+    if not has_joint or given.per == "all":
+        ends = loss_function.ends(given.top, given.seed)
+        of_layer = surrogates(loss_function, gradient, ends[0])
+        together = layers if given.per == "all" else ()
+        yield [
+            record(None, joint_trace, ends),
+            *(record(layer, traces[layer], surrogate=of_layer.get(layer)) for layer in together),
+        ]
+    for layer in layers if given.per == "layer" else ():
+        block = loss_function.only(layer)
+        ends = block.ends(given.top, given.seed)
+        of_layer = surrogates(block, parts[layer].reshape(-1), ends[0])
+        yield [record(layer, traces[layer], ends, surrogate=of_layer.get(layer))]
 
 
 def _estimate_cost(
-    loss_function: LossFunction, effort: Effort, blocks: int, joint: bool, bounds: int
+    loss_function: LossFunction, given: Options, blocks: int, joint: bool, bounds: int
 ) -> tuple[int, str]:
     """Time one product; return the estimated number of products, and a note on duration and memory.
 
     Args:
         loss_function: The loss.
-        effort: Extent of the computation.
+        given: Options of the run.
         blocks: Number of layers whose own eigenpairs are requested.
         joint: Whether the joint eigenpairs are requested.
         bounds: Number of products of the bounds.
@@ -675,9 +611,8 @@ def _estimate_cost(
     loss_function.product(loss_function.weights())
     seconds = time.perf_counter() - start
     # Lanczos takes about 25 products and 5 for each eigenpair, once for the largest and once for the smallest.
-    lanczos = 2 * 25 + 5 * (effort.top + 1)
-    products = (joint + blocks) * lanczos + effort.probes + bounds
-    memory = 4 * loss_function.params * basis_size(loss_function.params, effort.top) / 2**30
+    products = (joint + blocks) * (2 * 25 + 5 * (given.top + 1)) + given.probes + bounds
+    memory = 4 * loss_function.params * basis_size(loss_function.params, given.top) / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
     of_blocks = f" and {quantity(blocks, 'block')}" if blocks else ""
     return products, (

@@ -9,9 +9,7 @@ from lora_diag.feature import Hint
 from lora_diag.probes.sweep.verdict import (
     LINES,
     AtRank,
-    ReferenceComparison,
     Swept,
-    compare_with_reference,
     describe_needed,
     find_diverged,
     format_confidence,
@@ -42,7 +40,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
         *(on_set(swept.set, *_state_verdict(swept)) for swept in judged),
         *(make_statement(f"to_{one}", f"To {LINES[one]}", *_compare_with(one, judged)) for one in LINES),
         make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
-        reading=_interpret(settings),
+        reading=_READING + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
     )
 
 
@@ -51,49 +49,30 @@ _READING = (
     "same batch order, so seeds differ less than independent runs; with fewer steps than you will train, small "
     "ranks may look better than they are"
 )
-
-
-def _interpret(settings: dict[str, Any]) -> str:
-    """Return notes on the interpretation of the results, as one text."""
-    extra = []
-    if settings.get("full_rates"):
-        extra.append(
-            "full trains every parameter, including embeddings and head, and only its dropout depends on the seed: "
-            "without dropout all its seeds are one run, whose error is assumed to be that of a LoRA run"
-        )
-    if settings.get("quantized"):
-        extra.append(
-            f"BASE's linear layers are rounded to {settings['quantized']} and not packed, so values are those of a "
-            "quantized base, memory and speed are not; reference lines are trained on the unrounded BASE"
-        )
-    return "; ".join([_READING, *extra])
+_ROUNDED = (
+    "; BASE's linear layers are rounded to {} and not packed, so values are those of a quantized base, memory and "
+    "speed are not; reference lines are trained on the unrounded BASE"
+)
 
 
 def _compare_with(subject: Subject, judged: Sequence[Swept]) -> Iterator[str]:
     """Yield the comparison of the best rank with a reference line, on every set with a measured BASE."""
     for swept in judged:
-        if swept.base is None or (line := swept.lines.get(subject)) is None:
+        found = swept.compare(subject)
+        if found is None:
             continue
-        if (comparison := compare_with_reference(swept.rows, line, swept.base.nats, swept.tolerance)) is not None:
-            where = f"on {short(swept.set)}: " if len(judged) > 1 else ""
-            yield f"{where}{_describe_comparison(comparison, LINES[subject])}"
-
-
-def _describe_comparison(comparison: ReferenceComparison, line: str) -> str:
-    """State how the best rank compares with a reference line, with the interval of the difference."""
-    means = f"r={comparison.best.rank} {comparison.best.mean:.4f}, {line} {comparison.other.mean:.4f}"
-    if comparison.half is None:
-        return f"no verdict: {means} ({comparison.gap:+.4f}); one seed has no spread"
-    answers = {
-        "as good": f"LoRA is as good: each keeps {1 - comparison.tolerance:.0%} of the other's gain",
-        "better": "LoRA is better",
-        "worse": "LoRA is worse",
-        "not known": "not known: "
-        + ("no number of seeds would decide" if comparison.seeds is None else describe_needed(comparison.seeds)),
-    }
-    span = with_limits(comparison.gap, comparison.half)
-    one_run = f"; {line} is one run" if comparison.fixed else ""
-    return f"{answers[comparison.outcome]}; {means} ({span}){one_run}"
+        where, line = f"on {short(swept.set)}: " if len(judged) > 1 else "", LINES[subject]
+        answer = {
+            "no verdict": "no verdict: one seed has no spread",
+            "as good": f"LoRA is as good: each keeps {1 - swept.tolerance:.0%} of the other's gain",
+            "better": "LoRA is better",
+            "worse": "LoRA is worse",
+            "not known": "not known: "
+            + ("no number of seeds would decide" if found.seeds is None else describe_needed(found.seeds)),
+        }[found.outcome]
+        means = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
+        one_run = f"; {line} is one run" if found.fixed else ""
+        yield f"{where}{answer}; {means} ({with_limits(found.gap, found.half)}){one_run}"
 
 
 def _make_grid(swept: Swept) -> Grid:
@@ -141,22 +120,19 @@ def _state_verdict(swept: Swept) -> list[str]:
 
 
 def _describe_rates(swept: Swept) -> list[str]:
-    """State the learning rates of a sweep: those chosen, those at an edge, and the runs that diverged."""
-    records, notes = swept.records, describe_diverged(swept.records)
+    """State the learning rates at an edge of those tried, whether there was only one, and the runs that diverged."""
+    records, lines = swept.records, []
+    rows = {f"r={row.rank}": row for row in swept.rows} | {LINES[name]: row for name, row in swept.lines.items()}
+    if at_edge := [name for name, row in rows.items() if row.edge]:
+        options = ["--full-lr"] * ("full" in at_edge) + ["--lr"] * (at_edge != ["full"])
+        lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend {' and '.join(options)}")
+    if len({record.lr for record in records if record.subject == "lora"}) == 1:
+        lines.append("one rate for all ranks: the effects of rank and rate cannot be separated")
     with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
     for subject, rank, lr, seed in sorted(find_diverged(records) & with_loss, key=str):
         named = LINES.get(subject, f"r={rank}")
-        notes.append(f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and spread")
-    if not swept.rows:
-        return notes or ["no run is finished yet"]
-    rows = {f"r={row.rank}": row for row in swept.rows} | {LINES[name]: row for name, row in swept.lines.items()}
-    text = [f"lowest loss of the first seed: {', '.join(f'{name} {row.lr:g}' for name, row in rows.items())}"]
-    if at_edge := [name for name, row in rows.items() if row.edge]:
-        options = ["--full-lr"] * ("full" in at_edge) + ["--lr"] * (at_edge != ["full"])
-        text.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend {' and '.join(options)}")
-    if len({record.lr for record in records if record.subject == "lora"}) == 1:
-        text.append("one rate for all ranks: the effects of rank and rate cannot be separated")
-    return [*text, *notes]
+        lines.append(f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and spread")
+    return [*lines, *describe_diverged(records)]
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:

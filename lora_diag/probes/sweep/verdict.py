@@ -541,6 +541,12 @@ class Swept:
         tried = {record.rank for record in self.records if record.subject == "lora" and record.rank is not None}
         return tuple(sorted(tried))
 
+    def compare(self, subject: Subject) -> ReferenceComparison | None:
+        """Return the comparison of the best rank with a reference line; None without a loss of either or of BASE."""
+        if self.base is None or subject not in self.lines:
+            return None
+        return compare_with_reference(self.rows, self.lines[subject], self.base.nats, self.tolerance)
+
 
 def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Swept]:
     """Return a sweep on each of its sets; the first set decides on the learning rates.

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lora_diag.feature import Hint
-from lora_diag.records import Probe, Results, Run
-from lora_diag.records.probe import Subject, set_names
+from lora_diag.records import Probe, Results
+from lora_diag.records.probe import set_names
 from lora_diag.rendering.losses import describe_losses, format_gap, format_kept, gap_half, on_set, probe_summary
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import Column, Grid, columns_of
@@ -18,37 +18,27 @@ from lora_diag.rendering.text import format_shown, fraction, short
 SUFFICIENT_SHARE = 0.9
 
 
-# One configuration of the weights: its name, the energy kept, and its records by set.
-_Row = tuple[str, float | None, dict[str, Probe]]
-
-
-def _make_rows(records: Sequence[Probe]) -> list[_Row]:
-    """Return the rows of the table: BASE, the truncations, and TUNED."""
-    groups: dict[tuple[str | None, int | None, Subject], list[Probe]] = {}
-    for record in records:
-        key = (record.layer or record.module_type, record.rank, record.subject)
-        groups.setdefault(key, []).append(record)
-    rows = []
-    order = ("base", "truncated", "tuned")
-    for (part, rank, subject), group in sorted(groups.items(), key=lambda item: order.index(item[0][2])):
-        name = subject.upper() if rank is None else f"r={rank}"
-        by_set = {record.set: record for record in group}
-        rows.append((f"{short(part)} {name}" if part else name, group[0].energy, by_set))
-    return rows
-
-
 def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table, if any: energy; for every set the loss, its gap to TUNED with error, and the fraction kept."""
-    records = results.whole_of(Probe)
-    rows = _make_rows(records)
-    if not rows:
+    records, order = results.whole_of(Probe), ("base", "truncated", "tuned")
+    groups: dict[str, list[Probe]] = {}
+    for record in sorted(records, key=lambda record: order.index(record.subject)):
+        name, part = record.subject.upper() if record.rank is None else f"r={record.rank}", _name_part(record)
+        groups.setdefault(f"{short(part)} {name}" if part else name, []).append(record)
+    if not groups:
         return []
-    energies = tuple(format_shown(energy, fraction) for _, energy, _ in rows)
+    energies = tuple(format_shown(group[0].energy, fraction) for group in groups.values())
     columns = [Column("C(r)", energies)] if set(energies) != {"-"} else []
     for name in set_names(records):
         shown = (replace(field, head=short(name)) if field.path == "loss" else field for field in Probe.shown)
-        columns += columns_of(shown, [(row, [by_set[name]] if name in by_set else []) for row, _, by_set in rows])
-    return [Grid("", "truncated to", tuple(name for name, _, _ in rows), tuple(columns))]
+        rows = [(row, [record for record in group if record.set == name]) for row, group in groups.items()]
+        columns += columns_of(shown, rows)
+    return [Grid("", "truncated to", tuple(groups), tuple(columns))]
+
+
+def _name_part(record: Probe) -> str:
+    """Return the layer or module type that was truncated alone; empty for other records."""
+    return record.layer or record.module_type or ""
 
 
 def truncation_lines(results: Results[Any]) -> list[Statement]:
@@ -57,72 +47,64 @@ def truncation_lines(results: Results[Any]) -> list[Statement]:
     statements = [
         _describe_set(name, [record for record in records if record.set == name]) for name in set_names(records)
     ]
-    return probe_summary(results, *statements, reading=_interpret(results.run))
+    return probe_summary(results, *statements, reading=_READINGS[results.run.settings["rest"]] + _READING)
+
+
+_READINGS = {
+    "tuned": "norms, biases, embeddings and head are as in TUNED",
+    "base": "norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED",
+}
+_READING = (
+    "; errors allow for dependence of nearby sequences only; results are for compression of this update, not for "
+    "training at a rank"
+)
 
 
 def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     """State the losses of BASE and TUNED, the sufficient rank, and the costliest parts truncated alone."""
-    together = [record for record in records if record.layer is None and record.module_type is None]
-    alone = [record for record in records if record.layer or record.module_type]
-    ends = {record.subject: record for record in together}
-    shifted = any(record.shifted for record in together)
-    if not {"base", "tuned"} <= set(ends):
-        return on_set(name, "not measured yet", shifted=shifted)
+    alone = [record for record in records if _name_part(record)]
+    ends = {record.subject: record for record in records if record.rank is None}
+    if len(ends) < 2:
+        return on_set(name, "not measured yet", shifted=records[0].shifted)
     base, tuned = ends["base"], ends["tuned"]
-    ranks = sorted((record for record in together if record.rank is not None), key=lambda record: record.rank or 0)
-    lines = _describe_ranks(ranks, tuned.nats < base.nats) if ranks else []
+    ranks = sorted((r for r in records if r.rank is not None and not _name_part(r)), key=lambda r: r.rank or 0)
+    lines = _describe_ranks(ranks, "gain" if tuned.nats < base.nats else "rise of the loss") if ranks else []
     lines += [_describe_costliest(alone)] if alone else []
     losses = describe_losses(base, tuned)
     # Without a significant change, fractions of it decide nothing.
     is_clear = base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half
-    return on_set(name, *([*lines, losses] if is_clear else [losses, *lines]), shifted=shifted)
+    return on_set(name, *([*lines, losses] if is_clear else [losses, *lines]), shifted=base.shifted)
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step: an adapter of the sufficient rank on the first set; None without one."""
     records = results.whole_of(Probe)
-    on_first = (r for r in records if r.set == records[0].set and r.layer is None and r.module_type is None and r.rank)
-    sufficient = [r.rank for r in on_first if r.rank and r.kept is not None and r.kept >= SUFFICIENT_SHARE]
-    if not sufficient:
+    of_first = [record for record in records if record.set == records[0].set and not _name_part(record)]
+    rank = min((r.rank for r in of_first if r.rank and (r.kept or 0.0) >= SUFFICIENT_SHARE), default=None)
+    if rank is None:
         return None
-    return Hint(f"extract {{base}} {{tuned}} --rank {min(sufficient)} -o adapter/", "an adapter of the sufficient rank")
+    return Hint(f"extract {{base}} {{tuned}} --rank {rank} -o adapter/", "an adapter of the sufficient rank")
 
 
-def _describe_ranks(by_rank: Sequence[Probe], is_gain: bool) -> list[str]:
-    """State which rank is sufficient, the first not distinguishable from TUNED, and the fraction kept at r=0."""
-    word = "gain" if is_gain else "rise of the loss"
+def _describe_ranks(by_rank: Sequence[Probe], word: str) -> list[str]:
+    """State which rank keeps enough of the change, a ``word``, and the first that is not distinguishable from TUNED."""
     last = by_rank[-1]
     sufficient = next((r for r in by_rank if r.kept is not None and r.kept >= SUFFICIENT_SHARE), None)
     equal = next((r for r in by_rank if r.gap is not None and (half := gap_half(r)) and abs(r.gap) <= half), None)
-    lines = [
-        f"r={sufficient.rank} keeps {format_kept(sufficient)} of the {word}, and C({sufficient.rank}) = "
-        f"{format_shown(sufficient.energy, fraction)}"
-        if sufficient
-        else f"no measured rank keeps {SUFFICIENT_SHARE:.0%} of the {word}: r={last.rank} {format_kept(last)}, C = "
-        f"{format_shown(last.energy, fraction)}",
+    named = sufficient or last
+    kept = f"r={named.rank} keeps {format_kept(named)} of the {word}, and C({named.rank}) = "
+    kept += format_shown(named.energy, fraction)
+    return [
+        kept if sufficient else f"no measured rank keeps {SUFFICIENT_SHARE:.0%}: {kept}",
         f"the gap to TUNED is first not significant at r={equal.rank}"
         if equal
         else f"the gap to TUNED is significant at every rank, up to r={last.rank}",
     ]
-    if by_rank[0].rank == 0:
-        lines.append(f"r=0, only what is not truncated, {'gives' if is_gain else 'brings'} {format_kept(by_rank[0])}")
-    return lines
 
 
 def _describe_costliest(alone: Sequence[Probe]) -> str:
     """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
     costliest = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
-    named = ", ".join(f"{short(r.layer or r.module_type or '')} {format_gap(r)}" for r in costliest)
+    named = ", ".join(f"{short(_name_part(r))} {format_gap(r)}" for r in costliest)
     return f"truncated alone to r={smallest}, the loss rises most for {named}"
-
-
-def _interpret(run: Run) -> str:
-    reading = {
-        "tuned": "norms, biases, embeddings and head are as in TUNED",
-        "base": "norms, biases, embeddings and head are as in BASE, so even the full rank need not reach TUNED",
-    }[run.settings["rest"]]
-    return (
-        f"{reading}; errors allow for dependence of nearby sequences only; results are for compression of this "
-        "update, not for training at a rank"
-    )

@@ -62,7 +62,6 @@ class AtRank:
         lr: The learning rate with the lowest loss of the first seed.
         runs: Loss of each seed at that rate, without runs that diverged.
         edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
-        diverged: Number of seeds that diverged at that rate.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -75,7 +74,6 @@ class AtRank:
     lr: float
     runs: Mapping[int, float]
     edge: bool = False
-    diverged: int = 0
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -132,29 +130,27 @@ class SweepVerdict:
             higher one is, and all of the lower half are shown not to be; ``not resolved`` if seeds are too few or too
             noisy to show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with fewer than two ranks,
             or without a spread over seeds.
+        best: The rank with the lowest mean loss; None without a loss.
+        tolerance: Tolerance in nats: the fraction δ of ``gain``, at least 0.
+        gain: Loss of BASE minus the lowest mean loss.
+        seeds: The fewest runs of a rank.
         rank: The smallest rank shown to be sufficient; None without one.
         answer: The smallest rank whose mean loss is within tolerance of every other's, shown or not, else ``best``;
             None without a gain or with fewer than two ranks.
         confidence: Lower bound on the confidence that ``answer`` is sufficient and every smaller rank is not; None
-            without a spread.
-        best: The rank with the lowest mean loss; None without a loss.
-        tolerance: Tolerance in nats: the fraction δ of ``gain``.
-        spread: Highest mean loss of a rank minus lowest.
-        gain: Loss of BASE minus the lowest mean loss.
+            without a spread. By Bonferroni's inequality.
         standings: Standing of every rank, ascending; empty without a gain or with fewer than two ranks.
-        seeds: The fewest runs of a rank.
     """
 
     outcome: Outcome
-    rank: int | None
-    answer: int | None
-    confidence: float | None
-    best: int | None
-    tolerance: float
-    spread: float
-    gain: float
-    standings: tuple[RankStanding, ...] = ()
+    best: int | None = None
+    tolerance: float = 0.0
+    gain: float = 0.0
     seeds: int = 0
+    rank: int | None = None
+    answer: int | None = None
+    confidence: float | None = None
+    standings: tuple[RankStanding, ...] = ()
 
     @property
     def chosen(self) -> RankStanding | None:
@@ -163,18 +159,15 @@ class SweepVerdict:
         return next((standing for standing in self.standings if standing.rank == rank), None)
 
     @property
-    def open(self) -> tuple[RankStanding, ...]:
-        """Standings of the ranks below ``rank``, or of all without it, that the seeds do not decide."""
-        return tuple(
-            standing
-            for standing in self.standings
-            if standing.enough == "not known" and (self.rank is None or standing.rank < self.rank)
-        )
-
-    @property
     def more_seeds(self) -> int | None:
-        """Estimated number of seeds that decide one open rank; None without open ranks, or if too many are needed."""
-        return min((standing.seeds for standing in self.open if standing.seeds is not None), default=None)
+        """Estimated number of seeds that decide one open rank; None without open ranks, or if too many are needed.
+
+        Open are the ranks below ``rank``, or all without it, that the seeds do not decide.
+        """
+        open_ranks = [
+            s for s in self.standings if s.enough == "not known" and (self.rank is None or s.rank < self.rank)
+        ]
+        return min((standing.seeds for standing in open_ranks if standing.seeds is not None), default=None)
 
 
 def format_confidence(confidence: float) -> str:
@@ -225,7 +218,6 @@ class ReferenceComparison:
         gap: Mean loss of the best rank minus that of the line.
         half: Half-width of the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni);
             None without a spread over seeds.
-        tolerance: δ, the fraction of a gain that may be lost.
         outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
             is on one side of 0; else ``not known``; ``no verdict`` without a spread.
         fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
@@ -236,7 +228,6 @@ class ReferenceComparison:
     other: AtRank
     gap: float
     half: float | None
-    tolerance: float
     outcome: Literal["as good", "better", "worse", "not known", "no verdict"]
     fixed: bool = False
     seeds: int | None = None
@@ -271,7 +262,7 @@ def compare_with_reference(
     gap = best.mean - other.mean
     variance, freedom = variance_within([row.losses for row in rows])
     if not variance:
-        return ReferenceComparison(best, other, gap, None, share, "no verdict")
+        return ReferenceComparison(best, other, gap, None, "no verdict")
     line_variance, line_freedom = variance_within([other.losses])
     fixed = line_variance < FIXED_RATIO**2 * variance
     level = 1 - (1 - LEVEL) / len(rows)
@@ -287,7 +278,7 @@ def compare_with_reference(
     half, kept_fraction = estimate(gap, 1, 1).half(level), 1 - share
     theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
     theta_line = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
-    result = partial(ReferenceComparison, best, other, gap, half, share, fixed=fixed)
+    result = partial(ReferenceComparison, best, other, gap, half, fixed=fixed)
     if all(theta.value + theta.half(level) <= 0 for theta in (theta_best, theta_line)):
         return result("as good")
     if abs(gap) > half:
@@ -335,7 +326,7 @@ def best_rates(
 def by_rank(
     records: Sequence[Probe], name: str, rates: Mapping[int | None, float], subject: Subject = "lora"
 ) -> list[AtRank]:
-    """Return the runs of each rank, or of a reference line, at its rate, on one set, with the number that diverged.
+    """Return the runs of each rank, or of a reference line, at its rate, on one set.
 
     Ranks without a run on the set, or whose runs all diverged, are left out.
 
@@ -355,7 +346,7 @@ def by_rank(
             r.seed: r.loss for r in runs if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
         }
         if loss_by_seed:
-            rows.append(AtRank(rank, lr, loss_by_seed, edge(tried, lr) != 0, len(runs) - len(loss_by_seed)))
+            rows.append(AtRank(rank, lr, loss_by_seed, edge(tried, lr) != 0))
     return rows
 
 
@@ -375,14 +366,14 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     """
     ranked = [(row.rank, row) for row in rows if row.rank is not None]
     if not ranked:
-        return SweepVerdict("no verdict", None, None, None, None, 0.0, 0.0, 0.0)
+        return SweepVerdict("no verdict")
     best = min((row for _, row in ranked), key=lambda row: row.mean)
-    spread, gain = max(row.mean for _, row in ranked) - best.mean, base - best.mean
-    seeds = min(len(row.runs) for _, row in ranked)
+    gain, seeds = base - best.mean, min(len(row.runs) for _, row in ranked)
+    result = partial(SweepVerdict, best=best.rank, tolerance=max(0.0, share * gain), gain=gain, seeds=seeds)
     if len(ranked) < 2:
-        return SweepVerdict("no verdict", None, None, None, best.rank, max(0.0, share * gain), spread, gain, (), seeds)
+        return result("no verdict")
     if gain <= 0:
-        return SweepVerdict("no gain", None, None, None, best.rank, 0.0, spread, gain, (), seeds)
+        return result("no gain")
     noise = _Noise(
         *blocked_variance([row.runs for _, row in ranked]), *variance_within([row.losses for _, row in ranked])
     )
@@ -393,18 +384,17 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     # With missing seeds, the best rank may not be the best on the seeds that two ranks share.
     chosen = next(close_ranks, best.rank)
     answer = next(standing for standing in standings if standing.rank == chosen)
+    confidence = answer.confidence
+    if confidence is not None:
+        doubts = (1 - (standing.against or 0.0) for standing in standings if standing.rank < answer.rank)
+        confidence = max(0.0, confidence - math.fsum(doubts))
     sufficient = next((standing for standing in standings if standing.enough == "yes"), None)
-    return SweepVerdict(
+    return result(
         _choose_outcome(standings, sufficient, noise),
-        None if sufficient is None else sufficient.rank,
-        answer.rank,
-        _bound_confidence(answer, standings),
-        best.rank,
-        share * gain,
-        spread,
-        gain,
-        standings,
-        seeds,
+        rank=None if sufficient is None else sufficient.rank,
+        answer=answer.rank,
+        confidence=confidence,
+        standings=standings,
     )
 
 
@@ -466,11 +456,8 @@ def _rank_standing(
         return RankStanding(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
     thetas = []
     for _, other in ranked:
-        theta, (_, _, a, b), variance = (
-            _compute_theta(row, other, base, share),
-            _pair(row, other),
-            noise.paired_variance(row, other),
-        )
+        theta, variance = _compute_theta(row, other, base, share), noise.paired_variance(row, other)
+        _, _, a, b = _pair(row, other)
         if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
             estimate = Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
             thetas.append((estimate, share * math.sqrt(noise.plain)))
@@ -500,17 +487,6 @@ def _choose_outcome(standings: Sequence[RankStanding], sufficient: RankStanding 
     if sufficient is not None and all(standing.enough == "no" for standing in lower):
         return "gradual decline"
     return "not resolved"
-
-
-def _bound_confidence(chosen: RankStanding, standings: Sequence[RankStanding]) -> float | None:
-    """Return a lower bound on the confidence that the answer is sufficient and no smaller rank is; None if not known.
-
-    By Bonferroni's inequality.
-    """
-    if chosen.confidence is None:
-        return None
-    smaller = (1 - (standing.against or 0.0) for standing in standings if standing.rank < chosen.rank)
-    return max(0.0, chosen.confidence - math.fsum(smaller))
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,35 +242,6 @@ class IntrinsicRun:
         return f"{size} lr={self.lr:.3g} seed {self.seed}"
 
 
-def train_in_subspace(
-    model: Model, run: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
-) -> tuple[list[Losses], float]:
-    """Train in a subspace; return the losses on every set, and the mean loss of the last tenth of the steps.
-
-    Args:
-        model: BASE; unchanged afterwards.
-        run: The run; its subject is ``subspace``.
-        training: Settings shared by all runs.
-        sets: Evaluation sets, in batches of the size of training.
-        after: Called after every step and every batch.
-
-    Raises:
-        UsageError: The dimension is too large or too small (``check_dim``).
-    """
-    assert run.dim is not None
-    torch.manual_seed(run.seed)
-    module = Subspace(model.module, run.dim, run.seed, run.method, run.lr)
-    tuned = replace(model, module=module)
-    try:
-        train_loss = train(tuned, Cell(None, run.lr, run.seed, "full"), training, after)
-        module.eval()
-        module.fix()
-        losses = [measure(tuned, texts, training.batch, after) for texts in sets]
-    finally:
-        model.module.eval()
-    return losses, train_loss
-
-
 @show_options
 def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Results[Any]:
     r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
@@ -371,16 +342,25 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 def _train_cell(
     model: Model, cell: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
 ) -> list[Intrinsic]:
-    """Train one run, and return one record per set."""
+    """Train one run, and return one record per set; BASE is unchanged afterwards."""
+    as_cell = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
     params = cell.dim or cell.total
-    if cell.subject == "subspace":
-        by_set, train_loss = train_in_subspace(model, cell, training, sets, after)
-    else:
-        as_cell = Cell(cell.rank, cell.lr, cell.seed, cell.subject)
+    if cell.dim is None:
         by_set, train_loss = losses_after(model, as_cell, training, sets, after)
+    else:
+        torch.manual_seed(cell.seed)
+        module = Subspace(model.module, cell.dim, cell.seed, cell.method, cell.lr)
+        tuned = replace(model, module=module)
+        try:
+            train_loss = train(tuned, as_cell, training, after)
+            module.eval()
+            module.fix()
+            by_set = [measure(tuned, texts, training.batch, after) for texts in sets]
+        finally:
+            model.module.eval()
     if cell.rank is not None:
-        with add_lora(model, cell.rank, training.kind) as tuned:
-            params = count_trained(tuned)
+        with add_lora(model, cell.rank, training.kind) as adapted:
+            params = count_trained(adapted)
     return [_record(texts, losses, cell, params, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
 
 

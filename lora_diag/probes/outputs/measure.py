@@ -28,7 +28,7 @@ from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
-from lora_diag.running.inputs import Comparison, refuse_repeated
+from lora_diag.running.inputs import refuse_repeated
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
@@ -237,7 +237,12 @@ def probe_outputs(
     reference = run.options.reference
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
-    _check_models(tuned, [path for path, _ in models])
+    if not models:
+        raise UsageError(
+            "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
+            "--reference"
+        )
+    refuse_repeated([path for path, _ in models], tuned)
     if tuned is not None:
         models.insert(0, (tuned, "tuned"))
     elif reference:
@@ -265,7 +270,12 @@ def probe_outputs(
         for text_set in todo:
             for record in measure_outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 run_records.put(record)
-        return _list_left_out(compared, contenders[1:])
+        skipped: dict[tuple[str, str], LeftOut] = {}  # each tensor once for each reason
+        for comparison, contender in zip(compared, contenders[1:], strict=True):
+            assert contender.swapped is not None
+            for tensor in left_out(comparison.pairing, contender.swapped.absent):
+                skipped.setdefault((tensor.layer, tensor.reason), tensor)
+        return list(skipped.values())
 
     return run.over([*inputs, *map(describe_texts, texts)], {}, measure_missing)
 
@@ -309,27 +319,3 @@ def _split_step(path: str) -> tuple[str, int]:
     match = re.fullmatch(r"(.*?)(\d{1,18})?", path.rstrip("/"), re.DOTALL)
     assert match is not None
     return match[1], int(match[2] or -1)
-
-
-def _check_models(tuned: Path | str | None, others: Sequence[Path | str]) -> None:
-    """Refuse to compare nothing, or an input twice.
-
-    Raises:
-        UsageError: There is nothing to compare, or an input is given twice.
-    """
-    if not others:
-        raise UsageError(
-            "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
-            "--reference"
-        )
-    refuse_repeated(others, tuned)
-
-
-def _list_left_out(compared: Sequence[Comparison], contenders: Sequence[Contender]) -> list[LeftOut]:
-    """Return the records of tensors that could not be put into the model, each once for each reason."""
-    by_layer_and_reason: dict[tuple[str, str], LeftOut] = {}
-    for comparison, contender in zip(compared, contenders, strict=True):
-        assert contender.swapped is not None
-        for tensor in left_out(comparison.pairing, contender.swapped.absent):
-            by_layer_and_reason.setdefault((tensor.layer, tensor.reason), tensor)
-    return list(by_layer_and_reason.values())

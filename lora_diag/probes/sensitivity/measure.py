@@ -43,19 +43,14 @@ class Unit:
     Args:
         name: Name of the unit.
         layers: Names of its weights in BASE.
-        modules: Paths of its modules in the model.
-        sizes: out + in of each module.
+        targets: Regular expression for its modules in the model, as PEFT takes it.
+        size: Σ(out + in) of its modules.
     """
 
     name: str
     layers: tuple[str, ...]
-    modules: tuple[str, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def targets(self) -> str:
-        """Regular expression for the modules, as PEFT takes it."""
-        return "|".join(map(re.escape, self.modules))
+    targets: str
+    size: int
 
 
 def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str) -> list[Unit]:
@@ -73,8 +68,8 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
         Unit(
             name,
             tuple(base_names[weight] for weight in weights),
-            tuple(weight.removesuffix(".weight") for weight in weights),
-            tuple(sum(shape_of(layers[weight])) for weight in weights),
+            "|".join(re.escape(weight.removesuffix(".weight")) for weight in weights),
+            sum(sum(shape_of(layers[weight])) for weight in weights),
         )
         for name, weights in groups.items()
     ]
@@ -91,72 +86,42 @@ def _name_unit(layer: str, per: str) -> str:
 
 
 def _make_trial(model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
-    """Return the run of one unit; ``bases`` are the losses of BASE by set, filled before it is trained."""
-    cell = Cell(rank, lr, seed)
-    fields = {"record": "sensitivity", "unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
-    return Trial(fields, f"{unit.name} {cell.label}", partial(train_alone, model, unit, cell, bases))
-
-
-def train_alone(
-    model: Model,
-    unit: Unit,
-    cell: Cell,
-    bases: Mapping[str, Losses],
-    training: Training,
-    sets: Sequence[Texts],
-    after: Callable[[], None],
-) -> list[Sensitivity]:
-    """Train one unit alone and return one record per set with its gain; without a loss if training diverged.
+    """Return the run of one unit, whose records have no loss if training diverged.
 
     Args:
         model: BASE; unchanged afterwards.
         unit: The adapted unit.
-        cell: Rank, rate and seed.
-        bases: BASE's losses, by set.
-        training: Settings shared by all runs.
-        sets: Evaluation sets.
-        after: Called after every step and every batch.
+        bases: BASE's losses by set, filled before the unit is trained.
+        rank: r.
+        lr: Peak learning rate.
+        seed: Seed of the run.
+    """
+    cell = Cell(rank, lr, seed)
+    fields = {"unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
+
+    def train_alone(training: Training, sets: Sequence[Texts], after: Callable[[], None]) -> list[Sensitivity]:
+        alone = replace(training, kind=replace(training.kind, targets=unit.targets))
+        by_set, train_loss = losses_after(model, cell, alone, sets, after)
+        records = []
+        for texts, losses in zip(sets, by_set, strict=True):
+            own = losses.fields_of_run(texts, train_loss) | losses.by_sequence(is_base=False)
+            if losses.is_finite:
+                gap, own["gain_error"] = losses.minus(bases[texts.name])
+                own["gain"] = -gap
+            params = (rank or 0) * unit.size
+            records.append(Sensitivity(**own, **fields, layers=unit.layers, params=params))
+        return records
+
+    return Trial({"record": "sensitivity", **fields}, f"{unit.name} {cell.label}", train_alone)
+
+
+def _record_base(texts: Texts, losses: Losses) -> Sensitivity:
+    """Return the record of BASE on one set.
 
     Raises:
-        UsageError: See ``losses_after``.
-        InputError: See ``losses_after``.
+        InputError: The loss is not finite.
     """
-    alone = replace(training, kind=replace(training.kind, targets=unit.targets))
-    by_set, train_loss = losses_after(model, cell, alone, sets, after)
-    return [
-        record_of(texts, losses, unit, cell, bases[texts.name], train_loss)
-        for texts, losses in zip(sets, by_set, strict=True)
-    ]
-
-
-def record_of(
-    texts: Texts,
-    losses: Losses,
-    unit: Unit | None = None,
-    cell: Cell | None = None,
-    base: Losses | None = None,
-    train_loss: float | None = None,
-) -> Sensitivity:
-    """Return the record of a run on one set; without a run, of BASE.
-
-    Raises:
-        InputError: The loss of BASE is not finite.
-    """
-    fields = losses.fields_of_run(texts, train_loss) | losses.by_sequence(is_base=unit is None)
-    if unit is None or cell is None or base is None:
-        return Sensitivity(**fields | {"loss": losses.mean}, seed=0)
-    gap, error = losses.minus(base) if losses.is_finite else (None, None)
-    return Sensitivity(
-        **fields,
-        unit=unit.name,
-        layers=unit.layers,
-        rank=cell.rank,
-        params=(cell.rank or 0) * sum(unit.sizes),
-        lr=cell.lr,
-        seed=cell.seed,
-        gain=None if gap is None else -gap,
-        gain_error=error,
-    )
+    return Sensitivity(**losses.fields_of_run(texts, None) | losses.by_sequence(is_base=True) | {"loss": losses.mean})
 
 
 def compute_gradients(
@@ -312,7 +277,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         # BASE is measured again after an interruption, because errors need its losses by sequence.
         for held_out in run.sets:
             bases[held_out.name] = measure(model, held_out, run.batch, partial(run.watch.batch, "BASE"))
-        run_records.put(*(record_of(held_out, bases[held_out.name]) for held_out in run.sets))
+        run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
             plan.run(arm)
         return left_out

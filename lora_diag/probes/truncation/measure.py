@@ -104,52 +104,35 @@ def measure_truncations(
         InputError: ΔW of a layer is not finite, or a loss is not.
     """
 
-    def losses_of(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
+    def measure_cell(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
         swapped.arrange(ranks, others)
         return {text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label)) for text_set in texts}
 
-    ends: dict[str, dict[str, Losses]] = {}
-    for cell, rank in ((BASE, 0), (TUNED, FULL)):
-        ends[cell.subject] = losses_of(cell, {}, rank)
-    for cell in (BASE, TUNED):
-        yield from (record_of(cell, text_set, ends[cell.subject], ends) for text_set in texts)
+    def records_of(cell: Cell, by_set: Mapping[str, Losses], energy: float | None = None) -> Iterator[Probe]:
+        for text_set in texts:
+            losses, base, tuned = by_set[text_set.name], bases[text_set.name], fine_tuned[text_set.name]
+            gap, error = losses.minus(tuned)
+            change = base.mean - tuned.mean
+            yield Probe(
+                probe="truncation",
+                **losses.on(text_set),
+                **cell.fields,
+                sequences=len(losses.sums),
+                loss=losses.mean,
+                gap=gap,
+                gap_error=error,
+                kept=(base.mean - losses.mean) / change + 0.0 if change else None,
+                energy=energy,
+            )
+
+    bases, fine_tuned = measure_cell(BASE, {}, 0), measure_cell(TUNED, {}, FULL)
+    yield from records_of(BASE, bases)
+    yield from records_of(TUNED, fine_tuned)
     for cell in cells:
         assert cell.rank is not None
         ranks = {**dict.fromkeys(matrices, FULL), **dict.fromkeys(cell.layers, cell.rank)}
-        losses = losses_of(cell, ranks, FULL if rest == "tuned" else 0)
-        energy = swapped.energy(cell.layers, cell.rank)
-        yield from (record_of(cell, text_set, losses, ends, energy) for text_set in texts)
-
-
-def record_of(
-    cell: Cell,
-    texts: Texts,
-    losses_by_set: Mapping[str, Losses],
-    ends: Mapping[str, Mapping[str, Losses]],
-    energy: float | None = None,
-) -> Probe:
-    """Return the record of a configuration on one set, compared with BASE and TUNED.
-
-    Raises:
-        InputError: A loss is not finite.
-    """
-    losses, base, tuned = losses_by_set[texts.name], ends["base"][texts.name], ends["tuned"][texts.name]
-    gap, error = losses.minus(tuned)
-    change = base.mean - tuned.mean
-    return Probe(
-        probe="truncation",
-        **losses.on(texts),
-        sequences=len(losses.sums),
-        subject=cell.subject,
-        layer=cell.layer,
-        module_type=cell.module_type,
-        rank=cell.rank,
-        loss=losses.mean,
-        gap=gap,
-        gap_error=error,
-        kept=(base.mean - losses.mean) / change + 0.0 if change else None,
-        energy=energy,
-    )
+        losses = measure_cell(cell, ranks, FULL if rest == "tuned" else 0)
+        yield from records_of(cell, losses, swapped.energy(cell.layers, cell.rank))
 
 
 @show_options

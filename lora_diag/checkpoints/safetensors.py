@@ -12,6 +12,7 @@ Reference: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -75,6 +76,10 @@ class SafetensorsFile(TensorFile):
         self._bytes = {name: end - begin for name, (begin, end) in spans.items()}
         self._content = FileBytes(path)
         self.notes = self._content.make_notes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Make a copy open the file separately, and close it when the copy is deleted."""
+        return {**self.__dict__, "_content": copy.copy(self._content)}
 
     @staticmethod
     def matches(path: Path) -> bool:

@@ -6,6 +6,7 @@ Handles files, steps and names; numbers are measured by ``linalg``.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -223,12 +224,11 @@ def _locate_matrices(
     locations, missing = match_names(shapes, base)
     for name, why in missing.items():
         unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
-    return [_locate_rows(gradients, name, location) for name in locations for location in locations[name]], unpaired
+    return [locate_rows(gradients, name, location) for name in locations for location in locations[name]], unpaired
 
 
-def _locate_rows(gradients: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
-    """Return layer, shape and location of the rows of a stored gradient that belong to one weight of BASE."""
-    shape = gradients[name].shape
-    columns = location.shape[-1]
+def locate_rows(stored: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
+    """Return layer, shape and location of the rows of a stored tensor that belong to one weight of BASE."""
+    shape, (*rows, columns) = stored[name].shape, location.shape
     row = location.index * (shape[1] if len(shape) == 3 else 0) + (location.rows[0] if location.rows else 0)
-    return location.layer, (location.shape[0], columns), Side(gradients, name, row * columns)
+    return location.layer, (math.prod(rows), columns), Side(stored, name, row * columns)

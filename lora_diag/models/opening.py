@@ -29,7 +29,13 @@ LENGTH = 512
 # Text that no tokenizer with a vocabulary maps to a single repeated token.
 _SAMPLE = "The year 1936."
 
-DTYPES = ("float32", "bfloat16", "float16")
+# Kind of prediction, and the class of transformers that opens the model, by the end of the architecture's name.
+_KINDS: dict[str, tuple[Kind, str]] = {
+    "ForSequenceClassification": ("classifier", "AutoModelForSequenceClassification"),
+    "ForMaskedLM": ("masked", "AutoModelForMaskedLM"),
+    "ForCausalLM": ("causal", "AutoModelForCausalLM"),
+    "LMHeadModel": ("causal", "AutoModelForCausalLM"),
+}
 
 # Models that are open, inside ``keep_open``.
 _KEPT: ContextVar[dict[tuple[Any, ...], Model] | None] = ContextVar("_KEPT", default=None)
@@ -115,42 +121,53 @@ def keep_open() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def _load_model(base: Path | str, device: torch.device, dtype: str, length: int | None, tokenizer: str) -> Model:
-    """Return a newly opened model, with frozen weights; arguments and errors as in ``open_model``."""
-    transformers = _import_transformers()
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
+def _load_model(base: Path | str, device: torch.device | None, dtype: str, length: int | None, tokenizer: str) -> Model:
+    """Return a newly opened model, with frozen weights; without a device, one without weights.
+
+    Arguments and errors are as in ``open_model``.
+    """
+    with require("running a model, or its tokenizer,", "train"):
+        import transformers
     where, options = _locate_base(base)
     with _suppress_messages(transformers):
         config = _read_config(transformers, base, where, options)
-        kind = _infer_kind(base, config)
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(
-                f"{base}: is quantized, and probes need weights that can be changed; give the unquantized BASE, whose "
-                "rounded weights probe sweep and tune train on with --quantized"
-            )
-        opener: Any = {
-            "causal": transformers.AutoModelForCausalLM,
-            "masked": transformers.AutoModelForMaskedLM,
-            "classifier": transformers.AutoModelForSequenceClassification,
-        }[kind]
-        try:
-            module, info = opener.from_pretrained(
-                where, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise InputError(f"{base}: transformers cannot open this model: {_first_line_of_error(error)}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise InputError(
-                f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, which "
-                "would be random; give the complete model"
-            )
+        kind, opener = _infer_kind(base, config)
+        module = None
+        if device is not None:
+            module = _load_module(getattr(transformers, opener), base, where, dtype, config, options)
         tokens = _open_tokenizer(transformers, base, where, options, config, tokenizer, kind)
     length = _choose_length(config, length)
-    module.eval().requires_grad_(False).to(device)
-    if kind == "classifier" and config.pad_token_id is None:
-        module.config.pad_token_id = tokens.pad  # by which models find the last token
-    return Model(module, kind, tokens, length, device, _read_labels(config))
+    if module is not None:
+        module.eval().requires_grad_(False).to(device)
+        if kind == "classifier" and config.pad_token_id is None:
+            module.config.pad_token_id = tokens.pad  # by which models find the last token
+    labels = {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
+    return Model(module, kind, tokens, length, device or torch.device("cpu"), labels)
+
+
+def _load_module(opener: Any, base: Path | str, where: str, dtype: str, config: Any, options: dict[str, Any]) -> Any:
+    """Return the model of transformers with its weights.
+
+    Raises:
+        InputError: The model is quantized or lacks weights, or transformers cannot open it.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{base}: is quantized, and probes need weights that can be changed; give the unquantized BASE, whose "
+            "rounded weights probe sweep and tune train on with --quantized"
+        )
+    try:
+        module, info = opener.from_pretrained(
+            where, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError(f"{base}: transformers cannot open this model: {_first_line_of_error(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, which "
+            "would be random; give the complete model"
+        )
+    return module
 
 
 def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "auto") -> Model:
@@ -169,13 +186,7 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
         InputError: ``base`` does not exist, is remote or a file, transformers cannot open the config or the tokenizer,
             the tokenizer of a masked model has no mask token, or the kind of model is not supported.
     """
-    transformers = _import_transformers()
-    where, options = _locate_base(base)
-    with _suppress_messages(transformers):
-        config = _read_config(transformers, base, where, options)
-        kind = _infer_kind(base, config)
-        tokens = _open_tokenizer(transformers, base, where, options, config, tokenizer, kind)
-    return Model(None, kind, tokens, _choose_length(config, length), torch.device("cpu"), _read_labels(config))
+    return _load_model(base, None, "float32", length, tokenizer)
 
 
 def _read_config(transformers: Any, base: Path | str, where: str, options: dict[str, Any]) -> Any:
@@ -205,22 +216,6 @@ def _choose_length(config: Any, length: int | None) -> int:
     if length is not None and not 2 <= length <= positions:
         raise UsageError(f"--length {length}: must be from 2 up to the {positions} positions of this model")
     return length or min(LENGTH, positions)
-
-
-def _read_labels(config: Any) -> dict[str, int]:
-    """Return the index of each class by name; empty without classes."""
-    return {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items()}
-
-
-def _import_transformers() -> Any:
-    """Return the module transformers.
-
-    Raises:
-        UsageError: It is not installed.
-    """
-    with require("running a model, or its tokenizer,", "train"):
-        import transformers
-    return transformers
 
 
 @contextlib.contextmanager
@@ -258,19 +253,16 @@ def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
     return hub_id.repo, {"revision": hub_id.revision or "main", "subfolder": hub_id.subfolder}
 
 
-def _infer_kind(base: Path | str, config: Any) -> Kind:
-    """Return the kind of prediction by the name of the architecture.
+def _infer_kind(base: Path | str, config: Any) -> tuple[Kind, str]:
+    """Return the kind of prediction by the name of the architecture, and the class of transformers that opens it.
 
     Raises:
         InputError: The architecture is of no supported kind.
     """
     name = (getattr(config, "architectures", None) or [""])[0]
-    if name.endswith("ForSequenceClassification"):
-        return "classifier"
-    if name.endswith("ForMaskedLM"):
-        return "masked"
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal"
+    for ending, found in _KINDS.items():
+        if name.endswith(ending):
+            return found
     raise InputError(
         f"{base}: is a {name or 'model without architectures in its config.json'}; probe runs causal language models "
         "(…ForCausalLM), masked ones (…ForMaskedLM) and sequence classifiers (…ForSequenceClassification)"

@@ -7,7 +7,6 @@ an adapter, and it is passed on.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.gradients import Step
+from lora_diag.gradients import Step, locate_rows
 from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import (
     DIGITS,
@@ -316,11 +315,9 @@ def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Seq
 
 def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: str) -> StoredDelta:
     """Return the difference between one weight of BASE and the rows of TUNED that correspond to it."""
-    shape = location.shape if len(location.shape) == 2 else (1, math.prod(location.shape))
-    stored = tuned[name].shape
-    row = location.index * (stored[1] if len(stored) == 3 else 0) + (location.rows[0] if location.rows else 0)
-    sides = Side(base, location.name, location.offset), Side(tuned, name, row * shape[1])
-    return StoredDelta(location.layer, (shape[0], shape[1]), *sides, is_matrix=len(stored) > 1)
+    layer, shape, after = locate_rows(tuned, name, location)
+    before = Side(base, location.name, location.offset)
+    return StoredDelta(layer, shape, before, after, is_matrix=len(tuned[name].shape) > 1)
 
 
 def describe_adapter(

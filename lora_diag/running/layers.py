@@ -67,27 +67,6 @@ def plan_device(engine: Ray | None, device: str) -> DevicePlan:
     return DevicePlan(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
-def layout_of(
-    tasks: Sequence[Sized], workers: int | None, device: str, memory: int | None = None, torch: bool = True
-) -> Layout:
-    """Return the allocation of this machine, determined by the largest layer; one large layer alone gets all cores.
-
-    Args:
-        tasks: One per layer; may be empty.
-        workers: Concurrent layers; None to choose.
-        device: Device of the computation, such as ``cuda``.
-        memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
-        torch: Whether layers are computed with torch.
-
-    Raises:
-        UsageError: The memory limit is too small for the program itself and a small layer of every worker.
-    """
-    largest = max((math.prod(task.shape) for task in tasks), default=0)
-    if workers is None and len(tasks) == 1 and largest >= ALL_CORES_FROM:
-        workers = 1
-    return layout_for(largest, workers, device, memory, torch)
-
-
 def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
     """Return the memory limit of a run in bytes; None without one.
 
@@ -316,13 +295,16 @@ class LayerRun:
         return left_out
 
     def layout(self, tasks: Sequence[Sized]) -> Layout:
-        """Return the allocation of this machine to layers.
+        """Return the allocation of this machine to layers; one large layer alone gets all cores.
 
         Raises:
             UsageError: The memory limit is too small for the program itself and a small layer of every worker.
         """
         workers = self.options["workers"] or self.usual_workers
-        planned = layout_of(tasks, workers, self.where.kind, self._limit, self.torch)
+        largest = max((math.prod(task.shape) for task in tasks), default=0)
+        if workers is None and len(tasks) == 1 and largest >= ALL_CORES_FROM:
+            workers = 1
+        planned = layout_for(largest, workers, self.where.kind, self._limit, self.torch)
         return replace(planned, apart=self.apart and (planned.workers or planned.cores) > 1)
 
 

@@ -126,10 +126,6 @@ class Shown:
             out.message(text)
 
 
-# Reasons for leaving a layer out that are failures of the measurement.
-UNMEASURED = {"non_finite", "memory", "unreadable"}
-
-
 def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     """Return the function of a command, with the parameters that Typer reads and the declared help as docstring."""
     groups: list[type] = [feature.load(group) if isinstance(group, str) else group for group in command.options]
@@ -201,10 +197,9 @@ def _measure_and_show(
         out.print_result(text)
     if not is_results:
         return DONE
-    unmeasured = [item for item in result.left_out if item.reason in UNMEASURED]
-    out.report_unmeasured(unmeasured)
+    out.report_unmeasured(result.unmeasured)
     code: int = feature.load(command.exit_code)(result) if command.exit_code else DONE
-    return code or (UNREADABLE if unmeasured else DONE)
+    return code or (UNREADABLE if result.unmeasured else DONE)
 
 
 def _find_hint(feature: Feature, command: Command, result: Any, values: Mapping[str, Any]) -> str | None:

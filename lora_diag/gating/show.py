@@ -7,24 +7,22 @@ summary above 1 MiB, so this one is truncated.
 
 from __future__ import annotations
 
-import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain, pairwise
+from typing import Any, TypeVar
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from lora_diag.gating.record import STATUSES, WORST_FIRST, Verdict, outcome
+from lora_diag.gating.record import STATUSES, WORST_FIRST, Status, Verdict, outcome
 from lora_diag.records import Results, RunInput
 from lora_diag.records.names import module_type_of
-from lora_diag.rendering.html import with_section
-from lora_diag.rendering.statements import Statement, make_statement, summary_of
-from lora_diag.rendering.tables import shorten_names
+from lora_diag.rendering.html import escape_markdown, with_section
+from lora_diag.rendering.statements import Level, Statement, make_statement, summary_of
+from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import crop, number, quantity, safe, short, to_text
 
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
@@ -34,22 +32,37 @@ ROWS, ROWS_OF_A_RULE = 20, 6
 ANNOTATIONS, WORST, NAMED = 9, 3, 50
 SUMMARY_BYTES = 900 * 1024
 
+Key = TypeVar("Key")
+
+
+def group_by(verdicts: Iterable[Verdict], key: Callable[[Verdict], Key]) -> dict[Key, list[Verdict]]:
+    """Return verdicts by a key, in the order of first occurrence."""
+    groups: dict[Key, list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(key(verdict), []).append(verdict)
+    return groups
+
+
+def by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
+    """Return the verdicts of each rule, the worst first, in the order of the policy."""
+    groups = group_by(results.whole_of(Verdict), lambda verdict: verdict.rule)
+    return {rule: sorted(of_rule, key=_rank_severity) for rule, of_rule in groups.items()}
+
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
     """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
-    verdicts = results.whole_of(Verdict)
-    places = {rule: i for i, rule in enumerate(dict.fromkeys(verdict.rule for verdict in verdicts))}
-    return sorted(
-        verdicts,
-        key=lambda v: (WORST_FIRST.index(v.status), not v.blocks, places[v.rule], _order_by_value(v)),
-    )
+    return sorted(chain(*by_rule(results).values()), key=lambda verdict: _rank_severity(verdict)[:2])
 
 
-def _order_by_value(verdict: Verdict) -> float:
-    """Return a sort key of the verdicts of one rule: the largest value first for an upper limit, else the smallest."""
-    if not isinstance(verdict.measured, float):
-        return 0.0
-    return -verdict.measured if "<" in verdict.allowed else verdict.measured
+def _rank_severity(verdict: Verdict) -> tuple[int, bool, float]:
+    """Return a sort key of verdicts: worst status first, then largest value for an upper limit, else smallest."""
+    value = verdict.measured if isinstance(verdict.measured, float) else 0.0
+    return WORST_FIRST.index(verdict.status), not verdict.blocks, -value if "<" in verdict.allowed else value
+
+
+def by_status(results: Results[Any]) -> dict[tuple[Status, str], list[Verdict]]:
+    """Return the verdicts of each status and rule, the worst first."""
+    return group_by(verdicts_of(results), lambda verdict: (verdict.status, verdict.rule))
 
 
 def format_measured(verdict: Verdict) -> str:
@@ -63,12 +76,11 @@ def format_measured(verdict: Verdict) -> str:
     return brief if signs[0] == signs[1] else f"{value:.9g}"
 
 
-def subject_name(verdict: Verdict) -> str:
-    """Return the input, or the layer and group, that a verdict is on; ``all layers`` for the whole run."""
-    if verdict.rule == "inputs" and verdict.group:
-        return safe(verdict.group)
-    group = f" ({safe(verdict.group)})" if verdict.group else ""
-    return (short(verdict.layer) if verdict.layer is not None else "all layers") + group
+def subject_name(verdict: Verdict, name: Callable[[str], str] = short) -> str:
+    """Return the layer, by ``name``, and group that a verdict is on; ``all layers`` for the whole run without one."""
+    if verdict.layer is None:
+        return safe(verdict.group) or "all layers"
+    return safe(name(verdict.layer) + (f" ({verdict.group})" if verdict.group else ""))
 
 
 def headline(results: Results[Any]) -> str:
@@ -97,26 +109,8 @@ def describe_reasons(verdicts: Sequence[Verdict]) -> str:
 
 def reason(results: Results[Any]) -> str:
     """Return the outcome, with the worst verdict that blocks it if there is one, in one line."""
-    worst = next((verdict for verdict in verdicts_of(results) if verdict.blocks), None)
-    if worst is None:
-        return headline(results)
-    of_layer = f"{safe(worst.layer)}: " if worst.layer is not None else ""
-    value = f"measured {format_measured(worst)}, allowed {safe(worst.allowed)}"
-    text = f"; {safe(worst.message)}" if worst.message else ""
-    return f"{headline(results)}: {safe(worst.rule)}: {of_layer}{value}{text}"
-
-
-def by_rule(results: Results[Any], *statuses: str) -> list[tuple[str, list[Verdict]]]:
-    """Return the verdicts with given statuses, rule by rule, the worst first."""
-    return list(_group((v for v in verdicts_of(results) if v.status in statuses), lambda verdict: verdict.rule).items())
-
-
-def _group(verdicts: Iterable[Verdict], key: Callable[[Verdict], str]) -> dict[str, list[Verdict]]:
-    """Return verdicts by a key, in the order of first occurrence."""
-    groups: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        groups.setdefault(key(verdict), []).append(verdict)
-    return groups
+    worst = [f"{safe(verdict.rule)}: {_describe([verdict])}" for verdict in verdicts_of(results) if verdict.blocks]
+    return ": ".join([headline(results), *worst[:1]])
 
 
 def verdict_table(
@@ -131,100 +125,61 @@ def verdict_table(
         per: Not used: verdicts are always listed by layer.
         next_command: The suggested next command, printed last; None without one.
     """
-    bad = [verdict for verdict in verdicts_of(results) if STATUSES[verdict.status].style]
-    shown = _choose_rows(bad)
-    summary = summary_of(_make_statements(results, shown, bad), next_command)
-    return to_text(Group(_make_table(shown, width), summary) if shown else summary, width, color)
+    bad = {key: verdicts for key, verdicts in by_status(results).items() if STATUSES[key[0]].style}
+    # The worst of each rule, so that one rule with many failures does not hide others.
+    rows = ROWS_OF_A_RULE if len({rule for _, rule in bad}) > 1 else ROWS
+    shown = [verdict for verdicts in bad.values() for verdict in verdicts[:rows]][:ROWS]
+    total = sum(map(len, bad.values()))
+    omitted = f"{len(shown)} of {total} verdicts; -o FILE keeps them all" if len(shown) < total else ""
+    table = _make_grid(shown, width).render(width) if shown else []
+    return to_text(Group(*table, summary_of(_make_statements(results, omitted), next_command)), width, color)
 
 
-def _choose_rows(bad: Sequence[Verdict]) -> list[Verdict]:
-    """Choose the rows: the worst of each rule, so that one rule with many failures does not hide others."""
-    rows = ROWS_OF_A_RULE if len({verdict.rule for verdict in bad}) > 1 else ROWS
-    groups = _group(bad, lambda verdict: f"{verdict.status} {verdict.rule}").values()  # in the order of ``bad``
-    return [verdict for group in groups for verdict in group[:rows]][:ROWS]
+def _make_grid(shown: Sequence[Verdict], width: int) -> Grid:
+    """Return the table of the chosen verdicts; the condition of a rule is shown once."""
+    judged = [(verdict.rule, verdict.allowed) for verdict in shown]
+    conditions = ["" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair]
+    statuses = tuple(Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown)
+    columns = [
+        Column("status", statuses, "left"),
+        Column("rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"),
+        Column("record", tuple(crop(safe(verdict.group), width // 4) for verdict in shown), "left", drop=1),
+        Column("measured", tuple(map(format_measured, shown))),
+        Column("allowed", tuple(textwrap.fill(safe(text), max(8, width // 4)) for text in conditions), "left"),
+    ]
+    names = ("all layers" if verdict.layer is None else short(verdict.layer) for verdict in shown)
+    return Grid("", "layer", tuple(names), tuple(column for column in columns if any(map(str, column.cells))))
 
 
-def _make_table(shown: Sequence[Verdict], width: int) -> Table:
-    """Return the table of the chosen verdicts, within ``width`` columns of the terminal."""
-    groups = {verdict.group for verdict in shown if verdict.layer is not None}
-    names = [_name_layer(verdict, len(groups) > 1) for verdict in shown]
-    values = ["measured", *map(format_measured, shown)]
-    rule_width = min(max(8, width // 5), max(len(verdict.rule) for verdict in shown))
-    allowed_width = min(max(len(verdict.allowed) for verdict in shown), width // 4)
-    status_width = max(len(verdict.status) for verdict in shown)
-    others = status_width + rule_width + max(map(len, values)) + allowed_width + 6
-    layer_width = max(12, min(max(map(len, names)), width - others))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold")
-    table.add_column("status", no_wrap=True)
-    table.add_column("rule", no_wrap=True, width=max(rule_width, len("rule")))
-    table.add_column("layer", no_wrap=True, width=layer_width)
-    table.add_column("measured", justify="right", no_wrap=True)
-    table.add_column("allowed", overflow="fold", width=allowed_width)
-    previous = ("", "")
-    for verdict, name, value in zip(shown, shorten_names(names, layer_width), values[1:], strict=True):
-        status = Text(verdict.status, style=STATUSES[verdict.status].style)
-        # The condition of a rule is shown once.
-        condition = Text("" if previous == (verdict.rule, verdict.allowed) else safe(verdict.allowed))
-        table.add_row(status, crop(safe(verdict.rule), rule_width), name, value, condition)
-        previous = (verdict.rule, verdict.allowed)
-    return table
-
-
-def _name_layer(verdict: Verdict, with_group: bool) -> str:
-    """Return the name of a row: its layer, after its group if ``with_group``."""
-    if verdict.layer is None:
-        return subject_name(verdict)
-    return f"{safe(verdict.group)}: {short(verdict.layer)}" if with_group and verdict.group else short(verdict.layer)
-
-
-def _make_statements(results: Results[Any], shown: Sequence[Verdict], bad: Sequence[Verdict]) -> list[Statement]:
-    statements = []
-    if len(shown) < len(bad):
-        statements.append(make_statement("shown", "Shown", f"{len(shown)} of {len(bad)}; -o FILE keeps them all"))
-    groups = {verdict.group for verdict in shown if verdict.layer is not None}
-    if len(groups) == 1 and "" not in groups:
-        statements.append(make_statement("about", "Group", safe(groups.pop())))
-    passes = outcome(results.whole) == "passed"
-    statements.append(make_statement("outcome", "Gate", headline(results), level="ok" if passes else "failure"))
+def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
+    """Return the summary: the outcome with ``omitted``, the rules of each status by reason, and the inputs."""
+    level: Level = "ok" if outcome(results.whole) == "passed" else "failure"
+    statements = [make_statement("outcome", "Gate", headline(results), omitted, level=level)]
+    passed = [_name_rule(verdicts) for verdicts in by_rule(results).values() if verdicts[0].status == "passed"]
     for status, display in STATUSES.items():
-        rules = by_rule(results, status)
-        # Built-in checks that do not apply for one reason share a line, and so do rules that pass.
-        idle = [item for item in rules if status == "not judged" and not item[1][0].line]
-        lines = [f"{_name_rule(*item)}: {describe_reasons(item[1])}" for item in rules if item not in idle]
-        for why in dict.fromkeys(describe_reasons(of_rule) for _, of_rule in idle):
-            together = ", ".join(rule for rule, of_rule in idle if describe_reasons(of_rule) == why)
-            lines.append(f"checks {together}: {why}")
-        if status != "passed" and lines:
-            statements.append(make_statement(status.replace(" ", "_"), display.label, *lines))
-    bad_rules = {verdict.rule for verdict in bad}
-    passed = [item for item in by_rule(results, "passed") if item[0] not in bad_rules]
-    names = [_name_rule(*item) for item in passed if item[1][0].line]
-    if built_in := [rule for rule, of_rule in passed if not of_rule[0].line]:
-        names.append(f"checks {', '.join(built_in)}")
-    statements.append(make_statement("passed", STATUSES["passed"].label, "; ".join(names) or "nothing"))
-    longest = max(len(item.role) for item in results.run.inputs)
-    inputs = [f"{item.role:<{longest}} {safe(item.path)} ({_describe_input(item)})" for item in results.run.inputs]
-    return [*statements, make_statement("judged", "Inputs", *inputs, priority=2)]
+        names: dict[str, list[str]] = {}
+        for (of_rule, _), verdicts in by_status(results).items():
+            if of_rule == status:
+                names.setdefault(describe_reasons(verdicts), []).append(_name_rule(verdicts))
+        lines = [f"{', '.join(rules)}: {why}" for why, rules in names.items()]
+        lines = [", ".join(passed)] if status == "passed" else lines
+        statements.append(make_statement(status.replace(" ", "_"), display.label, *lines))
+    inputs = make_statement("judged", "Inputs", *map(_describe_input, results.run.inputs), priority=2)
+    return [*(statement for statement in statements if statement.lead), inputs]
 
 
-def _name_rule(rule: str, of_rule: Sequence[Verdict]) -> str:
-    """Return the name of a rule, with its line in the policy and the number of layers of its verdicts."""
-    layers = len({verdict.layer for verdict in of_rule if verdict.layer is not None})
-    line = f" (line {of_rule[0].line})" if of_rule[0].line else ""
-    return f"{safe(rule)}{line}" + (f", {quantity(layers, 'layer')}" if layers else "")
+def _name_rule(verdicts: Sequence[Verdict]) -> str:
+    """Return the name of a rule, with its line in the policy and the number of layers of these verdicts."""
+    layers = len({verdict.layer for verdict in verdicts if verdict.layer is not None})
+    details = [f"line {verdicts[0].line}"] if verdicts[0].line else []
+    details += [quantity(layers, "layer")] if layers else []
+    return safe(verdicts[0].rule) + (f" ({', '.join(details)})" if details else "")
 
 
 def _describe_input(item: RunInput) -> str:
-    """Return the description of one input of a gate: layers of results, or the fingerprint of weights."""
-    layers = [f"{item.tensors} layers"] if item.role in {"results", "baseline"} and item.tensors else []
+    """Return the role, path, kind, fingerprint and notes of an input of a gate."""
     fingerprint = [f"fingerprint {item.fingerprint}"] if item.fingerprint else []
-    return safe(", ".join([item.kind, *layers, *fingerprint, *item.notes]))
-
-
-def _group_by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
-    """Return the verdicts of each rule, the worst first, in the order of the policy."""
-    groups = _group(verdicts_of(results), lambda verdict: verdict.rule)
-    return {rule: groups[rule] for rule in dict.fromkeys(verdict.rule for verdict in results.whole_of(Verdict))}
+    return safe(f"{item.role} {item.path} ({', '.join([item.kind, *fingerprint, *item.notes])})")
 
 
 def _describe(verdicts: Sequence[Verdict]) -> str:
@@ -253,20 +208,15 @@ def junit(results: Results[Any]) -> str:
         properties = SubElement(root, "properties")
         for item in weights:
             SubElement(properties, "property", name=safe(f"{item.role} {item.path}"), value=item.fingerprint)
-    for rule, of_rule in _group_by_rule(results).items():
+    for rule, of_rule in by_rule(results).items():
         suite = SubElement(root, "testsuite", name=safe(rule))
-        for name, verdicts in _group(of_rule, _name_case).items():
-            case = SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=safe(name), time="0")
+        for name, verdicts in group_by(of_rule, lambda verdict: subject_name(verdict, module_type_of)).items():
+            case = SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=name, time="0")
             _set_result(case, verdicts)
         _set_counts(suite)
     _set_counts(root)
     indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
-
-
-def _name_case(verdict: Verdict) -> str:
-    kind = module_type_of(verdict.layer) if verdict.layer is not None else "all layers"
-    return f"{kind} ({verdict.group})" if verdict.group else kind
 
 
 def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
@@ -292,7 +242,8 @@ def workflow_commands(results: Results[Any]) -> list[str]:
     policy = next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
     lines = []
     for level in ("error", "warning"):
-        rules = _group([v for v in verdicts_of(results) if v.display.annotation == level], lambda verdict: verdict.rule)
+        shown = [verdict for verdict in verdicts_of(results) if verdict.display.annotation == level]
+        rules = group_by(shown, lambda verdict: verdict.rule)
         for rule, verdicts in list(rules.items())[:ANNOTATIONS]:
             line = verdicts[0].line
             where = f"file={_escape_property(policy)},line={line}," if line and policy else ""
@@ -323,11 +274,11 @@ def _escape_property(text: str) -> str:
 
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     """Return a step summary in Markdown of at most ``room`` bytes; omitted rows are counted."""
-    head = f"## loradiag gate: {cell(headline(results))}\n\n"
+    head = f"## loradiag gate: {escape_markdown(headline(results))}\n\n"
     lines = [
-        f"- **{cell(rule)}** {status}: {cell(describe_reasons(verdicts))}\n"
-        for status in WORST_FIRST[:4]
-        for rule, verdicts in by_rule(results, status)
+        f"- **{escape_markdown(rule)}** {status}: {escape_markdown(describe_reasons(verdicts))}\n"
+        for (status, rule), verdicts in by_status(results).items()
+        if status in WORST_FIRST[:4]
     ]
     lines.append("\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n")
     lines += [_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed) for v in verdicts_of(results)]
@@ -348,14 +299,12 @@ def model_card(results: Results[Any], card: str = "") -> str:
     lines = [
         "## Checks before release",
         "",
-        f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {cell(headline(results))}",
-        f"(policy {cell(policy.path)}: {cell(policy.kind)}).",
+        f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {escape_markdown(headline(results))}",
+        f"(policy {escape_markdown(policy.path)}: {escape_markdown(policy.kind)}).",
     ]
-    for item in _weights_of(results):
-        notes = cell(", ".join(item.notes))
-        lines.append(f"Measured: {item.role} {cell(item.path)}, fingerprint `{item.fingerprint}`, {notes}.")
+    lines += [f"Measured: {escape_markdown(_describe_input(item))}." for item in _weights_of(results)]
     text = "\n".join([*lines, "", "| rule | allowed | outcome |", "| --- | --- | --- |\n"])
-    for rule, verdicts in _group_by_rule(results).items():
+    for rule, verdicts in by_rule(results).items():
         counts = Counter(verdict.status for verdict in verdicts)
         summary = ", ".join(f"{number} {status}" for status, number in counts.items())
         text += _row(rule, verdicts[0].condition, summary)
@@ -363,13 +312,4 @@ def model_card(results: Results[Any], card: str = "") -> str:
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(map(cell, cells))} |\n"
-
-
-def cell(text: str) -> str:
-    r"""Return text with Markdown and HTML escaped, except underscores.
-
-    >>> cell("a|b<i>"), cell("model.layers.0.mlp.up_proj")
-    ('a&#124;b&#60;i&#62;', 'model.layers.0.mlp.up_proj')
-    """
-    return re.sub(r"[&<>|`*~\[\]\\@#!$^{}]|:(?=//)", lambda match: f"&#{ord(match[0])};", safe(text))
+    return f"| {' | '.join(map(escape_markdown, cells))} |\n"

@@ -137,8 +137,8 @@ class Results(Generic[L]):
 
     @property
     def unmeasured(self) -> tuple[LeftOut, ...]:
-        """Layers that could not be measured: entries that are not finite, or too little memory."""
-        return tuple(item for item in self.left_out if item.reason in {"non_finite", "memory"})
+        """Layers or adapters that could not be measured: not finite, unreadable, or too little memory."""
+        return tuple(item for item in self.left_out if item.reason in {"non_finite", "memory", "unreadable"})
 
     def whole_of(self, kind: type[W]) -> list[W]:
         """Return the records of one kind about the run as a whole."""

@@ -49,6 +49,18 @@ def _escape(text: str) -> str:
     return escape(safe(text))
 
 
+def escape_markdown(text: str) -> str:
+    r"""Return safe text without Markdown, HTML, mentions, issues or links.
+
+    >>> escape_markdown("<b>|@me #1 https://x *y*")
+    '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'
+    >>> escape_markdown("self_attn.q_proj _x_")
+    'self_attn.q_proj &#95;x&#95;'
+    """
+    markup = r"[\\`*{}\[\]<>#|~&@!^$]|:(?=//)|(?<!\w)_|_(?!\w)|(?<=www)\."
+    return re.sub(markup, lambda match: f"&#{ord(match[0])};", safe(text)).strip()
+
+
 def code_span(text: str) -> str:
     """Return text from a file as a code span of Markdown."""
     return f"`{safe(text).replace('`', chr(39))}`"

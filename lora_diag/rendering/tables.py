@@ -52,8 +52,9 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Width of its longest cell or its title."""
-        return max(len(self.title), *map(len, self.cells), 0)
+        """Width of its longest line or its title."""
+        lines = (line for cell in self.cells for line in str(cell).split("\n"))
+        return max(len(self.title), *map(len, lines), 0)
 
 
 @dataclass(frozen=True, slots=True)

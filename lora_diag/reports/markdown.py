@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lora_diag.records.names import module_type_of, type_order
+from lora_diag.rendering.html import escape_markdown
 from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import Field, fields_of, layers_of
@@ -30,10 +31,10 @@ def markdown_report(evidence: Evidence) -> str:
     """Return the report: answers, next steps, sections of runs, columns by module type, gate, inputs."""
     subject = subject_of(evidence)
     parts = [
-        f"# {_escape_text(crop(subject.title, 200))}",
-        *(f"> **Unfinished:** {_escape_text(line)}" for line in subject.unfinished),
+        f"# {escape_markdown(crop(subject.title, 200))}",
+        *(f"> **Unfinished:** {escape_markdown(line)}" for line in subject.unfinished),
         *(
-            f"**{answer.question}** {_escape_text(answer.says)}" + _list_items(answer.more)
+            f"**{answer.question}** {escape_markdown(answer.says)}" + _list_items(answer.more)
             for answer in subject.answers
         ),
         *_make_advice(subject),
@@ -59,7 +60,7 @@ def _join_fitting(parts: Sequence[str]) -> str:
 
 
 def _list_items(lines: Sequence[str]) -> str:
-    return "".join(f"\n- {_escape_text(line)}" for line in lines)
+    return "".join(f"\n- {escape_markdown(line)}" for line in lines)
 
 
 def _write_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool], noun: str = "") -> str:
@@ -86,16 +87,16 @@ def _make_table(evidence: Evidence) -> list[str]:
     columns = [field for field in fields_of(evidence, layers) if field.main]
     if not columns:
         return []
-    heads = [_escape_text(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
+    heads = [escape_markdown(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
     rows = [
-        [code(name), str(len(positions)), *(_escape_text(plain(field.together(positions))) for field in columns)]
+        [code(name), str(len(positions)), *(escape_markdown(plain(field.together(positions))) for field in columns)]
         for name, positions in groups.items()
     ]
     table = _write_table(["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types")
     return [
         "## By module type",
         table + _describe_pooling(columns),
-        *map(_escape_text, other_metric_sentences(evidence)),
+        *map(escape_markdown, other_metric_sentences(evidence)),
     ]
 
 
@@ -111,16 +112,16 @@ def _make_sections(evidence: Evidence) -> list[str]:
     parts = []
     for section in sections_of(evidence):
         statements = "\n".join(
-            f"- **{_escape_text(statement.label)}** {_escape_text('; '.join(statement.lines))}"
+            f"- **{escape_markdown(statement.label)}** {escape_markdown('; '.join(statement.lines))}"
             for statement in section.statements
         )
-        parts += [f"## {_escape_text(crop(section.title, 200))}", *([statements] if statements else [])]
+        parts += [f"## {escape_markdown(crop(section.title, 200))}", *([statements] if statements else [])]
         for grid in section.grids:
-            titles = [grid.title, *(_escape_text(column.title) for column in grid.columns)]
-            rows = ([code(name), *map(_escape_text, cells)] for name, cells in grid.rows())
+            titles = [grid.title, *(escape_markdown(column.title) for column in grid.columns)]
+            rows = ([code(name), *map(escape_markdown, cells)] for name, cells in grid.rows())
             right = [False, *(column.justify == "right" for column in grid.columns)]
-            caption = f"**{_escape_text(grid.caption)}**\n\n" if grid.caption else ""
-            about = f"\n\n{_escape_text(grid.about)}" if grid.about else ""
+            caption = f"**{escape_markdown(grid.caption)}**\n\n" if grid.caption else ""
+            about = f"\n\n{escape_markdown(grid.about)}" if grid.about else ""
             parts.append(caption + _write_table(titles, rows, right) + about)
     return parts
 
@@ -131,7 +132,7 @@ def _make_advice(subject: Subject) -> list[str]:
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
         layers = f" Layers: {_list_layers(step.layers)}." if step.layers else ""
         parts.append(
-            f"{position}. **{_escape_text(step.do)}.** {_escape_text(step.because)}{about}\n   "
+            f"{position}. **{escape_markdown(step.do)}.** {escape_markdown(step.because)}{about}\n   "
             f"{code(step.command, 1000)}\n   Rule: {step.rule}.{layers}"
         )
     return parts
@@ -146,14 +147,14 @@ def _make_gate(evidence: Evidence) -> list[str]:
             verdict.status,
             code(verdict.rule),
             code(short(verdict.layer)) if verdict.layer else "all",
-            _escape_text(plain(verdict.measured)),
-            _escape_text(verdict.allowed),
+            escape_markdown(plain(verdict.measured)),
+            escape_markdown(verdict.allowed),
         ]
         for verdict in verdicts
     ]
     titles = ["status", "rule", "layer", "measured", "allowed"]
     table = [_write_table(titles, rows, [title == "measured" for title in titles])] if rows else []
-    return ["## Gate", f"{_escape_text(outcome)}.", *table]
+    return ["## Gate", f"{escape_markdown(outcome)}.", *table]
 
 
 def _list_runs(evidence: Evidence) -> str:
@@ -161,12 +162,12 @@ def _list_runs(evidence: Evidence) -> str:
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run
-        inputs = ", ".join(f"{_escape_text(item.role)} {code(item.path)}" for item in run.inputs[:NAMED])
+        inputs = ", ".join(f"{escape_markdown(item.role)} {code(item.path)}" for item in run.inputs[:NAMED])
         inputs += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
         state = "" if source.results.end is not None else "; the run did not finish"
         made = f"; started {source.made}" if source.made else ""
         lines.append(
-            f"- {code(source.name)}: loradiag {_escape_text(run.command)} {_escape_text(run.version)}: {inputs}; "
+            f"- {code(source.name)}: loradiag {escape_markdown(run.command)} {escape_markdown(run.version)}: {inputs}; "
             f"{len(source.results) or len(source.results.whole)} records{made}{state}"
         )
     return "\n".join(lines)
@@ -187,17 +188,3 @@ def code(text: str, limit: int = NAME) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     pad = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
-
-
-def _escape_text(text: str) -> str:
-    """Return text without markup, mentions, issues or links.
-
-    >>> _escape_text("<b>|@me #1 https://x *y*")
-    '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'
-    >>> _escape_text("self_attn.q_proj _x_")
-    'self_attn.q_proj &#95;x&#95;'
-    """
-    neutral = re.sub(
-        r"[\\`*{}\[\]<>#|~&@!^$]|:(?=//)|(?<!\w)_|_(?!\w)|(?<=www)\.", lambda m: f"&#{ord(m[0])};", safe(text)
-    )
-    return neutral.strip()

@@ -194,17 +194,13 @@ def test_angles_of_layers_are_one_distribution_with_chance():
     np.testing.assert_array_equal(rows["_sql × chat"].get_xdata(), [0, *np.ones(16), 1])
 
 
-def test_union_figure_has_ranks_and_fractions():
+def test_union_figure_has_ranks():
     records = [making.union(f"h.{i}.q.weight", *ranks) for i, ranks in enumerate([(3, 6, 5), (4, 5, None), (2, 8, 9)])]
     lone = making.union("h.3.q.weight", 7, 7, None, updates=("runs/sql",))
     bars, every, apart = plots.union([*records, lone]).patches
     assert list(bars.get_data().values) == [3, 4, 2]
     np.testing.assert_array_equal(every.get_data().values, [5, np.nan, 9])
     assert list(apart.get_data().values) == [6, 5, 8]
-    figure = plots.figure("union", making.results([*records, lone]))
-    _, shares = figure.axes
-    np.testing.assert_allclose(shares.patches[0].get_data().values, [3 / 6, 4 / 5, 2 / 8])
-    assert [line.get_ydata()[0] for line in shares.lines] == [1, 0.5]
     assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from lora_diag.gating.record import Verdict
-from lora_diag.reports.markdown import MAX_BYTES, _escape_text, code, markdown_report
+from lora_diag.rendering.html import escape_markdown
+from lora_diag.reports.markdown import MAX_BYTES, code, markdown_report
 from tests.reports.making import decay, residual, residuals, spectra, spectrum
 from tests.reports.test_html import evidence, small
 
@@ -52,7 +53,7 @@ def test_adapter_rows_pool_layers_of_type_as_residual_does():
 
 @given(st.text(st.sampled_from("`|\\<>*_@#[]()!&a \n:/"), max_size=40))
 def test_text_renders_as_itself(text):
-    page = rendered(f"x{_escape_text(text)}x")
+    page = rendered(f"x{escape_markdown(text)}x")
     plain = re.sub(r"<[^>]+>", "", page)
     assert "<" not in re.sub(r"</?p>", "", page)
     import html

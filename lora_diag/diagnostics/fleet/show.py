@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from statistics import median
 from typing import Any
 
 from lora_diag.diagnostics.fleet.record import Fleet
@@ -25,7 +23,7 @@ from lora_diag.metrics.statistics import (
 )
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, make_statement, unfinished
+from lora_diag.rendering.statements import Statement, final_statements, make_statement
 from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import list_counts, number, percent, quantity, safe, span
 
@@ -57,7 +55,7 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     grids = []
     if indices:
         rows = [(names[i], [records[i]]) for i in indices]
-        column = Column("remark", tuple(", ".join(remarks[i]) or "-" for i in indices), "left")
+        column = Column("remark", tuple(remarks[i] or "-" for i in indices), "left")
         caption = "all adapters" if per == "layer" else "outliers"
         grids.append(grid_of(Fleet.shown, rows, "adapter", caption, extra=[column]))
     if pairs := _find_pairs(records)[:_MAX_ROWS]:
@@ -84,8 +82,8 @@ def _shorten_paths(paths: Sequence[str]) -> list[str]:
     return [safe("/".join(parts[common:])) for parts in split]
 
 
-def describe_outliers(records: Sequence[Fleet]) -> list[list[str]]:
-    """Return, for each adapter, a description of every kind of outlier that it is."""
+def describe_outliers(records: Sequence[Fleet]) -> list[str]:
+    """Return, for each adapter, a description of every kind of outlier that it is; empty if it is none."""
     ratios = find_norm_outliers([record.fro for record in records])
     descriptions = []
     for record, ratio, kinds in zip(records, ratios, find_outlier_kinds(records), strict=True):
@@ -93,7 +91,7 @@ def describe_outliers(records: Sequence[Fleet]) -> list[list[str]]:
             "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
             "norm": f"norm {number(ratio or 0.0)}× the median",
         }
-        descriptions.append([texts.get(kind, kind) for kind in kinds])
+        descriptions.append(", ".join(texts.get(kind, kind) for kind in kinds))
     return descriptions
 
 
@@ -108,43 +106,37 @@ def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | N
 
 def fleet_lines(results: Results[Fleet]) -> list[Statement]:
     """Return the statements of the summary."""
-    records = results.layers
-    failed = [f"{safe(item.layer)}: {safe(item.detail)}" for item in results.left_out if item.reason == "unreadable"]
-    remaining = f"and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
-    lines = [make_statement("not_measured", "Not measured", *failed[:_MAX_NAMED], remaining, level="failure")]
-    if records:
-        families = Counter(record.family for record in records).most_common(_MAX_NAMED)
-        text = ", ".join(f"{number_of} {safe(family)}" for family, number_of in families)
-        outliers = list_counts([kind for kinds in find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
-        few = "" if len(records) > 2 else "; norms are compared only among three or more adapters"
-        alike = f"|cosine| ≥ {MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ {MIN_SPACE_OVERLAP}"
-        lines = [
-            make_statement("stand_out", "Outliers", (", ".join(outliers) or "none") + few, priority=0),
-            make_statement(
-                "alike",
-                "Near-duplicates",
-                f"{_count_pairs(_find_pairs(records))}, estimated from sketches",
-                alike,
-                priority=0,
-            ),
-            make_statement("rank", "Rank", _describe_rank(records)),
-            make_statement("adapters", "Adapters", f"{len(records)}: {text}", priority=2),
-            *lines,
-        ]
-    return [*unfinished(results, "adapters measured so far"), *(line for line in lines if line.lead)]
+    records, final = results.layers, final_statements(results, "adapters measured so far")
+    if not records:
+        return final
+    outliers = list_counts([kind for kinds in find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
+    few = "" if len(records) > 2 else "; norms are compared only among three or more adapters"
+    relations = {relation: f"with {text}" for relation, text in _RELATION_TEXTS.items()}
+    duplicates = list_counts([pair.relation for pair in _find_pairs(records)], relations)
+    alike = f"|cosine| ≥ {MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ {MIN_SPACE_OVERLAP}"
+    none = f"none of {quantity(len(records), 'adapter')}"
+    return [
+        make_statement("stand_out", "Outliers", (", ".join(outliers) or none) + few, priority=0),
+        make_statement(
+            "alike",
+            "Near-duplicates",
+            f"{', '.join(duplicates) or 'none'}, estimated from sketches",
+            f"a pair has {alike}",
+            priority=0,
+        ),
+        make_statement("rank", "Rank", _describe_rank(records)),
+        *final,
+    ]
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
-    """State the ranks of nonzero adapters, and the rank that 99% of their energy needs."""
+    """State the ranks of nonzero adapters, and the fraction that 99% of their energy needs."""
     ranked = [record for record in records if record.used is not None and record.fro]
     if not ranked:
         return "no adapter has a rank"
     used_fraction = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
-    median_rank = median(record.total_rank_99 / record.modules for record in ranked)
-    return (
-        f"{span((record.rank for record in ranked if record.rank is not None), ' to ')}; 99% of the energy needs "
-        f"{percent(used_fraction)} of it, {number(median_rank)} per layer at the median"
-    )
+    ranks = span((record.rank for record in ranked if record.rank is not None), " to ")
+    return f"{ranks}; 99% of the energy needs {percent(used_fraction)} of it"
 
 
 _OUTLIERS: dict[OutlierKind, str] = {
@@ -153,10 +145,3 @@ _OUTLIERS: dict[OutlierKind, str] = {
     "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
     "norm": "with an outlying norm",
 }
-
-
-def _count_pairs(pairs: Sequence[NearDuplicate]) -> str:
-    """State the number of near-duplicate pairs by their relation."""
-    counts = Counter(pair.relation for pair in pairs)
-    texts = [f"{quantity(counts[key], 'pair')}: {text}" for key, text in _RELATION_TEXTS.items() if counts[key]]
-    return ", ".join(texts) or "none"

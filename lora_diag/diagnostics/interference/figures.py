@@ -22,7 +22,7 @@ from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, key
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split_series
-from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, INK, PageStyle, category
+from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, PageStyle, category
 from lora_diag.rendering.text import quantity
 
 SUM, SEPARATE, EVERY = CATEGORIES[:3]
@@ -32,7 +32,7 @@ ENERGY = "0.9"
 
 
 def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of the ranks of the layers, with the additive fraction below, for each run.
+    """Return the page of the ranks of the layers, for each run.
 
     Raises:
         UndrawableError: No layer is changed by two updates.
@@ -42,16 +42,10 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     if not shared:
         raise UndrawableError("no layer is changed by two updates")
     runs = make_slots([records for _, records in shared], options.per)
-    panels = []
-    for (item, records), slots in zip(shared, runs, strict=True):
-        update_count = max(len(record.updates) for record in records)
-        draw_shares = partial(_draw_shares, slots=slots, update_count=update_count)
-        panels += [
-            Panel(
-                _describe_run(item, records), partial(_draw_ranks, slots=slots), "", "rank at 90%", 1.25 * style.panel
-            ),
-            Panel("", draw_shares, "", "fraction", 0.85 * style.panel),
-        ]
+    panels = [
+        Panel(item.label, partial(_draw_ranks, slots=slots), "", "rank at 90%", 1.25 * style.panel)
+        for (item, _), slots in zip(shared, runs, strict=True)
+    ]
     drawn = [record for _, records in shared for record in records]
     joined = max(slot.joined for slots in runs for slot in slots)
     omitted = sum(len(item.records) for item in series) - len(drawn)
@@ -59,8 +53,7 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     return Page(
         "Rank of the sum of updates, compared with the sum of their ranks",
         stack_panels(panels, runs, style),
-        f"{count_matrices(drawn)}; ranks at 90% of the energy Σσ²; below, the additive "
-        "fraction: rank of the sum / sum of the ranks",
+        f"{count_matrices(drawn)}; ranks at 90% of the energy Σσ²",
         [
             "Blocks run from left to right in each module type. Weights alone do not show interference between tasks.",
             f"A bar is the median of up to {joined} layers." if joined > 1 else "",
@@ -86,27 +79,6 @@ def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> Non
         draw_bars(ax, slots, median_of(rank_of), label=label, color=color, **look)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-
-
-def _draw_shares(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]], update_count: int) -> None:
-    """Draw the additive fraction of each layer, with lines at 1 and 1/K for K updates."""
-    draw_bars(ax, slots, median_of(lambda record: record.additive[ENERGY]), label="_additive", color=SUM, **_FILLED)
-    for share in (1.0, 1 / update_count):
-        label = "fraction 1: every direction needed; 1/K: K equal updates"
-        ax.axhline(share, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=3, label=label)
-    ax.set_ylim(0, max(1.08, 1.05 * ax.get_ylim()[1]))
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
-
-
-def _describe_run(item: Series[Any], records: Sequence[Union]) -> str:
-    """Return the label of a run with the total rank of its layers."""
-    ranked = [(rank, record) for record in records if (rank := record.spectrum.rank_at[ENERGY]) is not None]
-    sum_rank = sum(rank for rank, _ in ranked)
-    separate_rank = sum(record.parts_rank_at[ENERGY] for _, record in ranked)
-    text = f"Σr = {sum_rank} of {separate_rank}"
-    if separate_rank:
-        text += f", fraction {sum_rank / separate_rank:.2f}"
-    return f"{item.label}: {text}" if item.label else text
 
 
 Side = Literal["columns", "rows"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
+from itertools import combinations
 
 from lora_diag.diagnostics.interference.record import Interference, Relation, Union, pooled_cosine
 from lora_diag.records import Results
@@ -45,13 +45,11 @@ def group_pairs(results: Results[Interference | Union]) -> list[tuple[str, str, 
     """Return the short names of each pair of updates and its records, in the order of the inputs."""
     paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
     names = dict(zip(paths, short_paths(paths), strict=True))
-    order = {path: i for i, path in enumerate(paths)}
     groups: dict[tuple[str, str], list[Interference]] = {}
     for record in results:
         if isinstance(record, Interference):
             groups.setdefault((record.first, record.second), []).append(record)
-    ordered = sorted(groups.items(), key=lambda item: [order.get(path, 0) for path in item[0]])
-    return [(names.get(first, first), names.get(second, second), records) for (first, second), records in ordered]
+    return [(names[pair[0]], names[pair[1]], groups[pair]) for pair in combinations(paths, 2) if pair in groups]
 
 
 def select_shared(results: Results[Interference | Union]) -> list[Union]:
@@ -106,25 +104,23 @@ def _list_truncation_ranks(records: Sequence[Union]) -> list[int]:
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:
     """Return the statements of the summary."""
     unions = select_shared(results)
-    strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
-    pairs = (_describe_interference(*pair) for pair in strongest)
-    findings = [make_statement("interfere", "Interference", *pairs, priority=0)]
-    if unions:
-        findings += [
-            make_statement("rank_needed", "Rank needed", *_describe_rank_needed(unions)),
-            make_statement("merge", "Merge error", *_describe_merges(unions)),
-            describe_resolution(
-                [record.resolution.verdict for record in unions if record.fro > 0],
-                "yes: rounding plays no part in the sums",
-                "overlaps there may be those of the files' rounding",
-                "sum",
-            ),
-        ]
-    else:
+    if not unions:
         why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
-        findings.append(make_statement("interfere", "Interference", why))
-    text = "weights do not show interference between tasks; the held-out loss of each task does"
-    return summarize(results, *findings, make_statement("interpretation", "Interpretation", text, priority=2))
+        return summarize(results, make_statement("interfere", "Interference", why))
+    strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
+    lines = (_describe_interference(*pair) for pair in strongest)
+    return summarize(
+        results,
+        make_statement("interfere", "Interference", *lines, priority=0),
+        make_statement("rank_needed", "Rank needed", *_describe_rank_needed(unions)),
+        make_statement("merge", "Merge error", *_describe_merges(unions)),
+        describe_resolution(
+            [record.resolution.verdict for record in unions if record.fro > 0],
+            "yes: rounding plays no part in the sums",
+            "overlaps there may be those of the files' rounding",
+            "sum",
+        ),
+    )
 
 
 _RELATIONS: dict[Relation, str] = {
@@ -137,47 +133,31 @@ _RELATIONS: dict[Relation, str] = {
 
 
 def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
-    """State what two updates have in common, and in which layers they cancel most."""
+    """State what two updates have in common, and in which layer they cancel most."""
     counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
-    cosine = number(round(pooled_cosine(records), 4))
+    cosine, worst = number(round(pooled_cosine(records), 4)), min(records, key=lambda record: record.cosine)
+    lowest = f"; lowest in {short(worst.layer)} ({number(round(worst.cosine, 3))})"
     sentence = f"{first} and {second}: cosine {cosine}; of {quantity(len(records), 'layer')} {counts}"
-    cancelling = sorted((r for r in records if r.relation == "cancel"), key=lambda r: r.cosine)
-    worst = [f"{short(r.layer)} ({number(round(r.cosine, 3))})" for r in cancelling[:_MAX_NAMED]]
-    return f"{sentence}; lowest in {', '.join(worst)}" if worst else sentence
+    return sentence + (lowest if worst.relation == "cancel" else "")
 
 
 def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:
-    """State the ranks that the sum and the updates need, and what a truncated sum keeps of the updates."""
+    """State the ranks that the sum and the updates need, and the one that keeps every update."""
     separate_rank = sum(record.parts_rank_at["0.9"] for record in unions)
     sum_rank = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
     lead = f"Σr = {sum_rank} holds 90% of the sum's energy; the updates need {separate_rank} separately"
     ranks = [rank for record in unions if (rank := record.rank_for_all.get("0.9")) is not None]
-    without_rank = len(unions) - len(ranks)
-    every = ""
-    if without_rank:
-        every = f"in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every update"
-    elif ranks:
-        every = f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer"
-    weakest = [kept for record in unions if (kept := record.weakest_kept.get("0.9")) is not None]
-    least = f"at Σr = {sum_rank} the weakest update keeps a median of {percent(median(weakest))}" if weakest else ""
-    return [lead, every, least]
+    if without_rank := len(unions) - len(ranks):
+        return [lead, f"in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every update"]
+    return [lead, f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer"]
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
-    """Yield the errors of all merges in one line, then remarks on single merges."""
-    linear, ties, dense = (merge_residual(unions, merge) for merge in MERGES)
-    errors = {"PEFT's linear": linear, "PEFT's ties": ties, "TIES of ΔW": dense}
+    """Yield the errors of all merges, then the rank of the exact one."""
+    errors = {name: merge_residual(unions, merge) for merge, name in MERGES.items()}
+    errors |= {f"svd r={rank}": recompressed_residual(unions, rank) for rank in _list_truncation_ranks(unions)}
     losses = [f"{name} {percent(error)}" for name, error in errors.items() if error is not None]
-    losses += [
-        f"svd r={rank} {percent(recompressed_residual(unions, rank))}" for rank in _list_truncation_ranks(unions)
-    ]
-    if losses:
-        yield f"of ‖sum‖: {', '.join(losses)}"
+    yield f"of ‖sum‖: {', '.join(losses)}" if losses else ""
     if merge_residual(unions, "cat") is not None:
-        ranks = max(sum(rank or 0 for rank in record.ranks) for record in unions)
-        yield f"cat (concatenated factors) is exact, with r = {ranks}"
-    if linear is None and any(None not in record.ranks for record in unions):
-        yield "PEFT's linear and ties need adapters of equal rank and known scale in every layer"
-    best = [loss.best_scale for r in unions if (loss := r.merges.get("ties_dense")) and loss.best_scale]
-    if dense is not None and best:
-        yield f"TIES of ΔW is nearest to the sum when scaled by about {number(median(best))}"
+        rank = max(sum(rank or 0 for rank in record.ranks) for record in unions)
+        yield f"cat (concatenated factors) is exact, with r = {rank}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Group
@@ -15,10 +14,11 @@ from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PART
 from lora_diag.errors import DONE, GATE_FAILED
 from lora_diag.feature import Hint
 from lora_diag.records import Results
+from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
-from lora_diag.rendering.tables import Column, Grid, rows_of
-from lora_diag.rendering.tables import title_of as row_title
-from lora_diag.rendering.text import format_shown, list_layers, list_names, number, percent, safe, short, span, to_text
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.tables import title_of as title_of_rows
+from lora_diag.rendering.text import format_shown, list_layers, list_names, number, percent, safe, short, to_text
 
 
 def rules_table(grids: Sequence[Grid], width: int = 80, color: bool = False) -> str:
@@ -32,18 +32,20 @@ Name = tuple[str, str]
 
 def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
     """Return the table of treatments: one row per module type or layer, one column per consumer; none without rows."""
-    if not len(results):
-        return []
-    rows = rows_of(results, per)
     names = list(group_by_consumer(results))
-    columns = [Column("rank", tuple(_describe_ranks(group) for _, group in rows), drop=2)]
-    if per == "type":
-        counts = tuple(str(len({record.layer for record in group})) for _, group in rows)
-        columns.insert(0, Column("n", counts, drop=1))
+    columns = [
+        Shown("n", "n", "number of weights", pool=_count_weights, main=per == "type", drop=1),
+        Shown("rank", "rank", "ranks of the factors", pool="range", main=True, drop=2),
+    ]
     for name in names:
-        cells = tuple(_make_cell(group_by_consumer(group).get(name, [])) for _, group in rows)
-        columns.append(Column(title_of(name, names), cells))
-    return [Grid("", row_title(per), tuple(row for row, _ in rows), tuple(columns))]
+        treatment = partial(_describe_treatment, name=name)
+        columns.append(Shown("status", title_of(name, names), "worst treatment", pool=treatment, main=True))
+    return [grid_of(columns, rows_of(results, per), title_of_rows(per))] if names else []
+
+
+def _count_weights(records: Sequence[Portability]) -> int:
+    """Return the number of weights with records."""
+    return len({record.layer for record in records})
 
 
 def group_by_consumer(records: Iterable[Portability]) -> dict[Name, list[Portability]]:
@@ -61,39 +63,17 @@ def title_of(name: Name, names: Sequence[Name]) -> str:
     return title if alone else f"{title} {name[1]}"
 
 
-def _describe_ranks(group: Sequence[Portability]) -> str:
-    """Return the range of the ranks of some weights; ``-`` without any."""
-    ranks = {record.rank for record in group if record.rank is not None}
-    return span(ranks) if ranks else "-"
-
-
-def _make_cell(group: Sequence[Portability]) -> str:
-    """Return the worst treatment of some weights by a consumer; if it is wrong, the factors or the largest ε."""
-    if not group:
-        return "-"
-    status = min((record.status for record in group), key=ORDER.index)
+def _describe_treatment(records: Sequence[Portability], name: Name) -> str | None:
+    """Return the worst treatment by a consumer; if it is wrong, the factors s'/s or, beyond scale, the largest ε."""
+    group = group_by_consumer(records).get(name, [])
+    status = min((record.status for record in group), key=ORDER.index, default=None)
     if status != "wrong":
         return status
-    largest = max((record.epsilon for record in group if record.epsilon is not None), default=None)
-    return _describe_factors(group) or f"ε {format_shown(largest)}"
-
-
-def _describe_factors(records: Sequence[Portability]) -> str:
-    """Return the range of the factors s'/s of some weights; empty if they have none or some errors are not of scale."""
-    factors = sorted({record.scale / record.intended for record in records if record.scale and record.intended})
-    if not factors or any(record.part in NONLINEAR_PARTS for record in records):
-        return ""
-    low, high = number(factors[0]), number(factors[-1])
-    return f"×{low}" if low == high else f"×{low} to ×{high}"
-
-
-def pooled_epsilon(records: Sequence[Portability]) -> float | None:
-    """Return √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²) over some weights; None if one is not known, or all ΔW are zero."""
-    pairs = [(r.epsilon or 0.0, r.fro) for r in records if r.fro is not None and (r.epsilon is not None or r.fro == 0)]
-    total = math.hypot(*(fro for _, fro in pairs))
-    if len(pairs) < len(records) or total == 0:
-        return None
-    return math.hypot(*(epsilon * fro for epsilon, fro in pairs)) / total
+    factors = [number(record.scale / record.intended) for record in group if record.scale and record.intended]
+    if factors and not any(record.part in NONLINEAR_PARTS for record in group):
+        ends = dict.fromkeys((min(factors, key=float), max(factors, key=float)))
+        return " to ".join(f"×{factor}" for factor in ends)
+    return f"ε {format_shown(max((record.epsilon for record in group if record.epsilon is not None), default=None))}"
 
 
 def exit_code(results: Results[Portability]) -> int:
@@ -138,106 +118,73 @@ def find_failed(results: Results[Portability]) -> list[Name]:
 
 def portability_lines(results: Results[Portability]) -> list[Statement]:
     """Return the statements: the treatment by each consumer, and remedies."""
-    groups = group_by_consumer(results)
-    titles = ", ".join(f"{title_of(name, [*groups])} {name[1]}" for name in find_failed(results))
+    groups, fixed = group_by_consumer(results), results.run.settings.get("fixed") or {}
+    titles = ", ".join(f"{title_of(name, [name])} {name[1]}" for name in find_failed(results))
     required = f"not as intended, or not known: {titles}" if titles else ""
     return summarize(
         results,
-        *_describe_fix(results.run.settings.get("fixed")),
-        *([_describe_answer(groups, results.run.settings.get("fixed") or {})] if groups else []),
+        _describe_fix(fixed),
+        _describe_answer(groups, is_whole=not (fixed.get("truncated") or fixed.get("left_out"))),
         *(_describe_consumer(name, records, results) for name, records in groups.items()),
         make_statement("require", "Required", required, level="failure"),
     )
 
 
-def _describe_fix(fixed: Mapping[str, Any] | None) -> list[Statement]:
-    """State the rank, α and dtype of the written adapter, if any, its errors, and the weights left out."""
-    if fixed is None:
-        return []
-    rank, rounding = fixed["rank"], number(fixed["rounding"] or 0)
-    truncated, skipped = fixed["truncated"], fixed["left_out"]
-    layer, worst = max(truncated.items(), key=lambda pair: pair[1], default=("", 0.0))
-    nearest = f"nearest LoRA for {len(truncated)} weights with DoRA: largest ε = {number(worst)} ({short(layer)})"
-    return [
-        make_statement(
-            "fixed",
-            "Written",
-            f"rank {rank} and alpha {rank} for all, {fixed['dtype']}; folding: largest ε = {rounding}",
-            nearest if truncated else "",
-            f"left out: {list_names([*skipped])}" if skipped else "",
-            level="warning" if skipped or truncated else "note",
+def _describe_fix(fixed: Mapping[str, Any]) -> Statement:
+    """State the rank, α and dtype of the written adapter, its errors, and what it leaves out; without one, nothing."""
+    if not fixed:
+        return make_statement("fixed", "Written")
+    rank, rounding, truncated, skipped = (fixed[name] for name in ("rank", "rounding", "truncated", "left_out"))
+    nearest = ""
+    if truncated:
+        kept = percent(max(0.0, 1 - fixed["epsilon"] ** 2))
+        nearest = f"nearest LoRA for {len(truncated)} weights with DoRA: {kept} of the energy of their ΔW (ε = "
+        nearest += f"{number(fixed['epsilon'])}); merge the adapter into BASE to serve all of it"
+    return make_statement(
+        "fixed",
+        "Written",
+        f"rank {rank} and alpha {rank} for all, {fixed['dtype']}; folding: largest ε = {number(rounding or 0)}",
+        nearest,
+        f"left out: {list_names([*skipped])}" if skipped else "",
+        level="warning" if skipped or truncated else "note",
+    )
+
+
+def _describe_answer(groups: Mapping[Name, list[Portability]], is_whole: bool) -> Statement:
+    """State which consumers apply the intended ΔW, or a written one that is not whole; without records, nothing."""
+    titles: dict[str, list[str]] = {"changed": [], "unknown": [], "exact": []}
+    for name, records in groups.items():
+        statuses = {record.status for record in records} - {*AS_INTENDED}
+        titles["changed" if statuses - {"unknown"} else "unknown" if statuses else "exact"].append(
+            title_of(name, [*groups])
         )
-    ]
-
-
-def _describe_answer(groups: Mapping[Name, list[Portability]], fixed: Mapping[str, Any]) -> Statement:
-    """State which consumers apply the intended ΔW, or as much of DoRA's as the written factors keep."""
-
-    def list_titles(chosen: Sequence[Name]) -> str:
-        """Return the titles of some consumers as text."""
-        return ", ".join(title_of(name, [*groups]) for name in chosen)
-
-    statuses = {name: {record.status for record in records} for name, records in groups.items()}
-    exact = [name for name in groups if statuses[name] <= {*AS_INTENDED}]
-    unknown = [name for name in groups if name not in exact and statuses[name] <= {*AS_INTENDED, "unknown"}]
-    changed = [name for name in groups if name not in exact and name not in unknown]
-    truncated = f"only {_describe_truncation(fixed)}" if fixed.get("truncated") else ""
-    if not changed and not unknown:
-        skipped = fixed.get("left_out")
-        note = f", without {len(skipped)} weights of the adapter" if skipped and not truncated else ""
-        is_whole = not truncated and not note
-        lead = f"{'yes: ' if is_whole else ''}the same ΔW in {list_titles(exact)} by their source (none was run){note}"
-        level: Level = "ok" if is_whole else "warning"
-        return make_statement("portable", "Portable", truncated, lead, level=level, priority=0)
-    clauses = [f"no: another ΔW in {list_titles(changed)}"] if changed else []
-    clauses += [f"not known without BASE in {list_titles(unknown)}: give BASE"] if unknown else []
-    clauses += [f"as {'written' if truncated else 'intended'} in {list_titles(exact)}"] if exact else []
-    return make_statement("portable", "Portable", truncated, "; ".join(clauses), level="warning", priority=0)
-
-
-def _describe_truncation(fixed: Mapping[str, Any]) -> str:
-    """State how much of DoRA's update the written factors keep."""
-    epsilon = fixed["epsilon"]
-    kept = percent(max(0.0, 1 - epsilon**2))
-    return f"{kept} of the energy of DoRA's ΔW (ε = {number(epsilon)}); merge the adapter into BASE to serve all of it"
+    texts = {
+        "changed": "no: another ΔW in {}",
+        "unknown": "not known without BASE in {}: give BASE",
+        "exact": f"{'as intended' if is_whole else 'as written, which is not the whole update,'} in {{}}",
+    }
+    clauses = [texts[kind].format(", ".join(of_kind)) for kind, of_kind in titles.items() if of_kind]
+    level: Level = "ok" if is_whole and len(titles["exact"]) == len(groups) else "warning"
+    lead = f"{'yes: ' if level == 'ok' else ''}{'; '.join(clauses)}, by the source of each (none was run)"
+    return make_statement("portable", "Portable", lead if groups else "", level=level, priority=0)
 
 
 def _describe_consumer(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
-    """State the treatment by one consumer."""
-    counts = Counter(record.status for record in records)
-    details = []
-    level: Level = "warning"
-    if counts["refused"]:
-        lead, level = f"refuses the adapter: {safe(records[0].why)}", "failure"
-    elif set(counts) <= set(AS_INTENDED):
-        lead, level = f"exact in all {len(records)} weights", "ok"
-    elif set(counts) <= {*AS_INTENDED, "unknown"}:
-        why = next(record.why for record in records if record.status == "unknown")
-        lead = f"not known without BASE: {safe(why)}"
-    else:
-        clauses = [_describe_wrong(records)] if counts["wrong"] else []
-        if counts["dropped"]:
-            dropped = [record for record in records if record.status == "dropped"]
-            clauses.append(f"drops {len(dropped)} of {len(records)} weights: {list_layers(dropped)}")
-        lead = "; ".join(clauses)
-        if (epsilon := pooled_epsilon(records)) is not None:
-            details.append(f"over all weights ε = {number(epsilon)}")
-        details += list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
-    if name[0] in (needed := results.run.settings.get("ranks_to_set") or {}) and not counts["refused"]:
-        details.append(f"start it with {needed[name[0]]}")
-    if "==".join(name) in (results.run.settings.get("newer") or ()):
-        details.append(f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ")
+    """State what a consumer does otherwise than intended, why, and the option it needs; without either, nothing."""
+    faulty = {status: [record for record in records if record.status == status] for status in ORDER[:4]}
+    clauses = ["refuses the adapter"] if faulty["refused"] else []
+    if dropped := faulty["dropped"]:
+        clauses.append(f"drops {len(dropped)} of {len(records)} weights: {list_layers(dropped)}")
+    if wrong := faulty["wrong"]:
+        worst = max(wrong, key=lambda record: record.epsilon or 0.0)
+        largest = "" if worst.epsilon is None else f", largest ε = {number(worst.epsilon)} ({short(worst.layer)})"
+        clauses.append(f"a different ΔW in {len(wrong)} of {len(records)} weights{largest}")
+    clauses += ["not known without BASE"] if faulty["unknown"] else []
+    reasons = list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
+    needed, newer = (results.run.settings.get(key) or {} for key in ("ranks_to_set", "newer"))
+    option = f"start it with {needed[name[0]]}" if name[0] in needed and not faulty["refused"] else ""
+    age = f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ" if "==".join(name) in newer else ""
+    lead = ": ".join(filter(None, ("; ".join(clauses), "; ".join(reasons))))
+    level: Level = "failure" if faulty["refused"] else "warning" if clauses else "note"
     label = f"{title_of(name, [name])} {name[1]}"
-    return make_statement(f"consumer {'=='.join(name)}", label, lead, *details, level=level, priority=2)
-
-
-def _describe_wrong(records: Sequence[Portability]) -> str:
-    """State how many weights get another ΔW, the largest ε, and the range of the factors."""
-    altered = [record for record in records if record.status == "wrong"]
-    text = f"in {len(altered)} of {len(records)} weights"
-    measured = [record for record in altered if record.epsilon is not None]
-    if measured:
-        worst = max(measured, key=lambda record: record.epsilon or 0.0)
-        text += f", largest ε = {number(worst.epsilon or 0.0)} ({short(worst.layer)})"
-    factors = _describe_factors(altered)
-    return f"scaled {factors} {text}" if factors else f"a different ΔW {text}"
+    return make_statement(f"consumer {'=='.join(name)}", label, lead, option, age, level=level)

@@ -60,11 +60,11 @@ def test_planted_outliers_are_found(tmp_path):
     result = lora_diag.fleet([tmp_path / "*"])
     names = [record.adapter.rpartition("/")[2] for record in result]
     message = dict(zip(names, describe_outliers(result.layers), strict=True))
-    assert all(message[f"plain{i}"] == [] for i in range(8))
-    assert message["dead"] == ["dead"]
+    assert all(message[f"plain{i}"] == "" for i in range(8))
+    assert message["dead"] == "dead"
     assert "3 of 6 dead" in message["half"]
-    assert {"over-ranked", "spiked"} <= set(message["spiked"])
-    assert any(word.startswith("norm") for word in message["large"])
+    assert_names(message["spiked"], "over-ranked", "spiked")
+    assert "norm" in message["large"]
     pairs = {
         (names[pair.first], names[pair.second]): pair.relation
         for pair in find_near_duplicates([r.update for r in result], [r.space for r in result])

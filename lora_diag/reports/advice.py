@@ -18,7 +18,7 @@ from typing import Any
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
-from lora_diag.probes.sweep.verdict import format_confidence, list_reasons
+from lora_diag.probes.sweep.show import state_verdict
 from lora_diag.records.names import short_names
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import format_gap
@@ -77,7 +77,6 @@ class Step:
         because: The evidence, with its numbers.
         argv: The command, word by word.
         facts: The values of sentence and command.
-        layers: All layers concerned, with names as in the file.
         about: Paths of the full fine-tunes concerned; empty if it concerns all of the page.
     """
 
@@ -86,8 +85,13 @@ class Step:
     because: str
     argv: tuple[str, ...]
     facts: Mapping[str, Any] = field(compare=False)
-    layers: tuple[str, ...] = ()
     about: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers concerned, with names as in the file."""
+        layers: tuple[str, ...] = self.facts.get("layers", ())
+        return layers
 
     @property
     def command(self) -> str:
@@ -127,7 +131,7 @@ def _apply_rules(evidence: Evidence) -> Iterator[Step]:
         texts = {name: _join(value if isinstance(value, tuple) else [value], short) for name, value in facts.items()}
         do, because = rule.do.format_map(texts), " ".join(rule.because.format_map(texts).split())
         argv = ("loradiag", *_fill_command(rule.command, facts))
-        yield Step(rule.name, do, because, argv, facts, facts.get("layers", ()))
+        yield Step(rule.name, do, because, argv, facts)
 
 
 def _fill_command(template: str, facts: Facts) -> Iterator[str]:
@@ -208,28 +212,19 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         return None
     source, swept = evidence.sweep
     verdict, chosen = swept.verdict, swept.verdict.chosen
-    facts: Facts = {"set": swept.set, "ranks": swept.ranks, "output": source.name, "outcome": verdict.outcome}
+    facts: Facts = {"set": swept.set, "ranks": swept.ranks, "outcome": verdict.outcome, "why": state_verdict(swept)[0]}
     typed = list_typed_options(SweepOptions, source.results.run.settings) | {"ranks": swept.ranks}
     if chosen is None:
         lowest_rate = min(record.lr for _, records in evidence.losses("sweep") for record in records if record.lr)
         rates = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
-        return facts | {
-            "rates": rates,
-            "action": f"Change the training before the rank: try learning rates {_join(rates)}",
-            "why": f"every rank is worse than BASE, the best by {-verdict.gain:.3g} nats, from {lowest_rate:g} up",
-            "then": (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl"),
-        }
+        action = f"Change the training before the rank: try learning rates {_join(rates)}"
+        then = (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl")
+        return facts | {"rates": rates, "action": action, "then": then}
     higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
-    shown = verdict.rank is not None
-    confidence = chosen.confidence if shown else verdict.confidence
-    claim = "the smallest rank shown to keep" if shown else "the best candidate, not confirmed, to keep"
-    claim = f"r={chosen.rank} is {claim} {100 * (1 - swept.tolerance):.4g}% of every other rank's gain"
-    claim += "" if confidence is None else f", {format_confidence(confidence)} confidence"
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
     action += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
     action += f"; {verdict.more_seeds} seeds would confirm it" if verdict.more_seeds is not None else ""
     facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher, "action": action}
-    facts["why"] = "; ".join([claim, *list_reasons(verdict, swept.tolerance)])
     if higher or verdict.more_seeds is not None:
         typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.more_seeds or verdict.seeds}
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}

@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.gating.record import Verdict
+from lora_diag.metrics.energy import curve_at
 from lora_diag.probes.outputs.show import Contest, choose_adapters, contests_of, deciding_sets
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
@@ -127,16 +127,10 @@ class Evidence:
         Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which does not describe
         norms and placement.
         """
-        return next(
-            (
-                source
-                for source in self.of(Spectrum)
-                if any(
-                    (r.method != "factored", r.source, r.metric) == (True, "update", "weights") for r in source.results
-                )
-            ),
-            None,
-        )
+        for source in self.of(Spectrum):
+            if any((r.method != "factored", r.source, r.metric) == (True, "update", "weights") for r in source.results):
+                return source
+        return None
 
     @cached_property
     def weighted(self) -> tuple[Source, ...]:
@@ -180,14 +174,13 @@ class Evidence:
 
         Layers that no adapter changes are not counted.
         """
-        by_layer: dict[str, Capacity] = {}
-        for record in (record for records in self.compared.values() for record in records):
-            smaller = record.layer not in by_layer or by_layer[record.layer].rank < (record.rank or 0)
-            if record.rank and record.epsilon_min is not None and smaller:
-                by_layer[record.layer] = Capacity(record.layer, record.rank, 1 - record.epsilon_min**2)
-        kept = ((record.layer, DEFAULT_RANK, energy_at(record, DEFAULT_RANK)) for record in self.resolved)
-        alone = (Capacity(layer, rank, share) for layer, rank, share in kept if share is not None)
-        return tuple(by_layer.values()) or tuple(alone)
+        records = [record for records in self.compared.values() for record in records if record.rank]
+        records.sort(key=lambda record: record.rank or 0)  # of one layer, the largest rank is last
+        by_layer = {r.layer: (r.rank or 0, 1 - r.epsilon_min**2) for r in records if r.epsilon_min is not None}
+        if not by_layer:
+            kept = {record.layer: energy_at(record, DEFAULT_RANK) for record in self.resolved}
+            by_layer = {layer: (DEFAULT_RANK, share) for layer, share in kept.items() if share is not None}
+        return tuple(Capacity(layer, *of_layer) for layer, of_layer in by_layer.items())
 
     @cached_property
     def contests(self) -> list[Contest]:
@@ -221,9 +214,7 @@ class Evidence:
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """Verdicts of all gates."""
-        return tuple(
-            record for source in self.sources for record in source.results.whole if isinstance(record, Verdict)
-        )
+        return tuple(verdict for source in self.sources for verdict in source.results.whole_of(Verdict))
 
 
 def _select_matrices(records: Iterator[Matrix] | Sequence[Matrix]) -> tuple[Matrix, ...]:
@@ -248,11 +239,11 @@ def energy_at(record: Spectrum, rank: int) -> float | None:
     Example:
         >>> from types import SimpleNamespace
         >>> energy_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1)
-        0.6666666666666669
+        0.6666666666666667
     """
     measured = record.energy.get(str(rank))
     if measured is not None or record.fro == 0:
         return measured
-    if rank > len(record.s) and not record.complete:
-        return None
-    return min(1.0, math.fsum((value / record.fro) ** 2 for value in islice(record.s, rank)))
+    if rank > len(record.s):
+        return 1.0 if record.complete else None
+    return curve_at(record.s, record.fro, record.complete, [rank])[0]

@@ -113,8 +113,7 @@ def allocation(layers, name):
 def union(layers, name):
     records = [making.union(layer, next(NUMBERS), next(NUMBERS), next(NUMBERS)) for layer in layers]
     values = (lambda r: r.spectrum.rank_at["0.9"], lambda r: r.parts_rank_at["0.9"], lambda r: r.rank_for_all["0.9"])
-    panels = [by_type(records, *values), by_type(records, lambda r: r.additive["0.9"])]
-    return making.results(records, name=name), panels
+    return making.results(records, name=name), [by_type(records, *values)]
 
 
 MAKERS = {

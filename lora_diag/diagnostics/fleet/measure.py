@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 import numpy as np
 import torch
 
+from lora_diag import thin
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import StatedAlpha
 from lora_diag.checkpoints import as_path, locate
@@ -36,23 +37,6 @@ from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, l
 from lora_diag.running.inputs import open_base, open_update, pair_update
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
-from lora_diag.thin import (
-    BOTH,
-    COLUMNS,
-    LENGTH,
-    MAX_GRAM_ERROR,
-    MAX_RANK,
-    Grams,
-    ThinValues,
-    compute_grams,
-    fold,
-    mix_columns,
-    sketch,
-    sketch_products,
-    thin_energies,
-    to_row_major,
-    transform,
-)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,7 +85,7 @@ def _make_measured(
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
     """Return whether a layer's update is the product of stored factors, of a rank of at most ``MAX_RANK``."""
-    return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= MAX_RANK
+    return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= thin.MAX_RANK
 
 
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
@@ -128,12 +112,12 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     order = [i for batch in batches for i in batch]
     folded = [each for _, _, factors in reduced for each in factors]
     left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
-    values = thin_energies(left, right, np.array([layer.scale for layer in folded]))
-    known = np.flatnonzero(values.energy_error <= MAX_GRAM_ERROR).tolist()
+    values = thin.thin_energies(left, right, np.array([layer.scale for layer in folded]))
+    known = np.flatnonzero(values.energy_error <= thin.MAX_GRAM_ERROR).tolist()
     measured: list[Measured | None] = [None] * len(deltas)
     if known:
         assert values.mix is not None
-        chosen = ThinValues(values.s[known], values.energy_error[known], values.fro[known], values.mix[known])
+        chosen = thin.ThinValues(values.s[known], values.energy_error[known], values.fro[known], values.mix[known])
         found = _measure_folded([deltas[order[k]] for k in known], [folded[k] for k in known], chosen)
         for k, layer in zip(known, found, strict=True):
             measured[order[k]] = layer
@@ -155,25 +139,25 @@ class _Folded:
     scale: float
 
 
-def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[Grams, Grams, list[_Folded]]:
+def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[thin.Grams, thin.Grams, list[_Folded]]:
     """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
-    thin = [delta.thin for delta in deltas if delta.thin is not None]
-    b = to_row_major(thin[0].read_each_b(thin))
-    left, rows = compute_grams(b), fold(b, BOTH).reshape(len(thin), 2, LENGTH, -1)
+    factors = [delta.thin for delta in deltas if delta.thin is not None]
+    b = thin.to_row_major(factors[0].read_each_b(factors))
+    left, rows = thin.compute_grams(b), thin.fold(b, thin.BOTH).reshape(len(factors), 2, thin.LENGTH, -1)
     del b
-    a = to_row_major(thin[0].read_each_a(thin).transpose(0, 2, 1))
-    columns = fold(a, COLUMNS)
-    folded = [_Folded(rows[i], columns[i], item.read_scale()) for i, item in enumerate(thin)]
-    return left, compute_grams(a), folded
+    a = thin.to_row_major(factors[0].read_each_a(factors).transpose(0, 2, 1))
+    columns = thin.fold(a, thin.COLUMNS)
+    folded = [_Folded(rows[i], columns[i], item.read_scale()) for i, item in enumerate(factors)]
+    return left, thin.compute_grams(a), folded
 
 
-def _concatenate(grams: Sequence[Grams]) -> Grams:
+def _concatenate(grams: Sequence[thin.Grams]) -> thin.Grams:
     """Return the Gram matrices of several batches as one batch."""
-    return Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
+    return thin.Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
 
 
 def _measure_folded(
-    deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: ThinValues
+    deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: thin.ThinValues
 ) -> list[Measured | None]:
     """Return the measurements of layers of one rank, given their values; None where a norm is not finite."""
     scale = np.array([each.scale for each in folded])
@@ -184,11 +168,13 @@ def _measure_folded(
     names = [delta.layer for delta in deltas]
     rows, row_size = _normalize([each.rows for each in folded])
     columns, column_size = _normalize([each.columns for each in folded])
-    left_rows, right_rows = transform(rows).swapaxes(0, 1)
-    update = (scale * row_size * column_size)[:, None] * sketch_products(left_rows, transform(columns), names)
+    left_rows, right_rows = thin.transform(rows).swapaxes(0, 1)
+    update = (scale * row_size * column_size)[:, None] * thin.sketch_products(left_rows, thin.transform(columns), names)
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
     directions *= row_size[:, None, None]
-    space = sketch_products(mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names)
+    space = thin.sketch_products(
+        thin.mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names
+    )
     ranks = [int(rank) or values.s.shape[1] for rank in ranks_99]
     measured = zip(deltas, values.fro.tolist(), values.s[:, 0].tolist(), ranks, update, space, strict=True)
     return [_make_measured(delta.rank, *rest) if math.isfinite(rest[0]) else None for delta, *rest in measured]
@@ -229,9 +215,9 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
     rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY) or len(s)
     matrices = change.factors if change.factors is not None else (change.matrix,)
     arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
-    update = sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
+    update = thin.sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
     columns = factors.vectors[0][:, :rank_99].cpu().numpy()
-    space = sketch((columns, columns.T), delta.layer)
+    space = thin.sketch((columns, columns.T), delta.layer)
     return _make_measured(rank, factors.fro, float(s[0]), rank_99, update, space)
 
 
@@ -255,7 +241,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
         InputError: The adapter cannot be read, an entry is not finite, or the norm overflows float64.
     """
     layers: dict[str, FleetLayer] = {}
-    update, space, sigma_1_norm = np.zeros(LENGTH), np.zeros(LENGTH), 0.0  # sigma_1_norm²: Σσ_1²
+    update, space, sigma_1_norm = np.zeros(thin.LENGTH), np.zeros(thin.LENGTH), 0.0  # sigma_1_norm²: Σσ_1²
     for delta, measured in _measure_layers(path, deltas, device):
         layers[delta.layer] = measured.layer
         sigma_1_norm = math.hypot(sigma_1_norm, measured.sigma_1)
@@ -289,8 +275,8 @@ def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator
     """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of a rank together."""
     for key, group in groupby(deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None):
         while batch := list(islice(group, TOGETHER if key is not None else 1)):
-            thin = [delta for delta in batch if is_thin(delta)] if key is not None else []
-            for delta, measured in zip(batch, measure_thin(thin) if thin else [None], strict=True):
+            together = [delta for delta in batch if is_thin(delta)] if key is not None else []
+            for delta, measured in zip(batch, measure_thin(together) if together else [None], strict=True):
                 if measured is None:
                     measured = measure_dense(path, delta, device)
                 yield delta, measured

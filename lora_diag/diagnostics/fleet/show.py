@@ -9,18 +9,7 @@ from typing import Any
 
 from lora_diag.diagnostics.fleet.record import Fleet
 from lora_diag.feature import Hint
-from lora_diag.metrics.statistics import (
-    MIN_NEAR_COSINE,
-    MIN_SPACE_OVERLAP,
-    OVER_RANKED_BELOW,
-    SPIKED_FROM,
-    NearDuplicate,
-    OutlierKind,
-    find_near_duplicates,
-    find_norm_outliers,
-    find_outlier_kinds,
-    order_by_rarity,
-)
+from lora_diag.metrics import statistics
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, final_statements, make_statement
@@ -47,7 +36,7 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     """Return the tables: the outliers, with ``per`` = ``layer`` every adapter; and the near-duplicates."""
     records = results.layers
     names, remarks = _shorten_paths([record.adapter for record in records]), describe_outliers(records)
-    indices = order_by_rarity(find_outlier_kinds(records))
+    indices = statistics.order_by_rarity(statistics.find_outlier_kinds(records))
     if per == "layer":
         indices += [i for i in range(len(records)) if not remarks[i]]
     else:
@@ -65,9 +54,9 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     return grids
 
 
-def _find_pairs(records: Sequence[Fleet]) -> list[NearDuplicate]:
+def _find_pairs(records: Sequence[Fleet]) -> list[statistics.NearDuplicate]:
     """Return the pairs of near-duplicate adapters, the most similar first."""
-    return find_near_duplicates([record.update for record in records], [record.space for record in records])
+    return statistics.find_near_duplicates([record.update for record in records], [record.space for record in records])
 
 
 def _shorten_paths(paths: Sequence[str]) -> list[str]:
@@ -84,10 +73,10 @@ def _shorten_paths(paths: Sequence[str]) -> list[str]:
 
 def describe_outliers(records: Sequence[Fleet]) -> list[str]:
     """Return, for each adapter, a description of every kind of outlier that it is; empty if it is none."""
-    ratios = find_norm_outliers([record.fro for record in records])
+    ratios = statistics.find_norm_outliers([record.fro for record in records])
     descriptions = []
-    for record, ratio, kinds in zip(records, ratios, find_outlier_kinds(records), strict=True):
-        texts: dict[OutlierKind, str] = {
+    for record, ratio, kinds in zip(records, ratios, statistics.find_outlier_kinds(records), strict=True):
+        texts: dict[statistics.OutlierKind, str] = {
             "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
             "norm": f"norm {number(ratio or 0.0)}× the median",
         }
@@ -109,11 +98,11 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
     records, final = results.layers, final_statements(results, "adapters measured so far")
     if not records:
         return final
-    outliers = list_counts([kind for kinds in find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
+    outliers = list_counts([kind for kinds in statistics.find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
     few = "" if len(records) > 2 else "; norms are compared only among three or more adapters"
     relations = {relation: f"with {text}" for relation, text in _RELATION_TEXTS.items()}
     duplicates = list_counts([pair.relation for pair in _find_pairs(records)], relations)
-    alike = f"|cosine| ≥ {MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ {MIN_SPACE_OVERLAP}"
+    near, space = statistics.MIN_NEAR_COSINE, statistics.MIN_SPACE_OVERLAP
     none = f"none of {quantity(len(records), 'adapter')}"
     return [
         make_statement("stand_out", "Outliers", (", ".join(outliers) or none) + few, priority=0),
@@ -121,7 +110,7 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
             "alike",
             "Near-duplicates",
             f"{', '.join(duplicates) or 'none'}, estimated from sketches",
-            f"a pair has {alike}",
+            f"a pair has |cosine| ≥ {near}, or an overlap of the column spaces ≥ {space}",
             priority=0,
         ),
         make_statement("rank", "Rank", _describe_rank(records)),
@@ -139,9 +128,9 @@ def _describe_rank(records: Sequence[Fleet]) -> str:
     return f"{ranks}; 99% of the energy needs {percent(used_fraction)} of it"
 
 
-_OUTLIERS: dict[OutlierKind, str] = {
+_OUTLIERS: dict[statistics.OutlierKind, str] = {
     "dead": "with dead layers (ΔW = 0)",
-    "over-ranked": f"over-ranked (99% of the energy in at most {OVER_RANKED_BELOW:.0%} of the rank)",
-    "spiked": f"spiked (one direction per layer has {SPIKED_FROM:.0%})",
+    "over-ranked": f"over-ranked (99% of the energy in at most {statistics.OVER_RANKED_BELOW:.0%} of the rank)",
+    "spiked": f"spiked (one direction per layer has {statistics.SPIKED_FROM:.0%})",
     "norm": "with an outlying norm",
 }

@@ -37,6 +37,7 @@ from lora_diag.layers.change import (
 from lora_diag.layers.metric import agreement
 from lora_diag.layers.resolution import make_resolution, resolution
 from lora_diag.layers.task import LayerSettings, not_finite
+from lora_diag.linalg import exact
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.distance import (
     Conflicts,
@@ -49,23 +50,9 @@ from lora_diag.linalg.distance import (
     ties_blocks,
     ties_factor,
 )
-from lora_diag.linalg.exact import (
-    ZERO_DENSE,
-    ZERO_FACTORED,
-    Factors,
-    decompose_factored,
-    numerical_rank,
-    rounding_threshold,
-)
 from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.metrics import subspaces
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
-from lora_diag.metrics.subspaces import (
-    classify_relation,
-    compute_distances,
-    is_near_chance,
-    task_interference,
-    task_interference_at_random,
-)
 from lora_diag.records import LeftOut, Resolution, Results, totals
 from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun, check_ranks
@@ -128,7 +115,7 @@ class Part:
     update: Update
     change: Change
     matrix: Matrix
-    factors: Factors
+    factors: exact.Factors
     rank: int
     resolution: Resolution
 
@@ -177,7 +164,7 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
-    return Part(update, change, matrix, factors, numerical_rank(factors), resolution(change.rounding, factors))
+    return Part(update, change, matrix, factors, exact.numerical_rank(factors), resolution(change.rounding, factors))
 
 
 def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> float:
@@ -198,7 +185,7 @@ def _measure_loss(summed: Matrix, fro: float, merge: tuple[Tensor, Tensor]) -> M
 
 def _make_loss(fro: float, norm: float, distance: float, inner_product: float) -> MergeLoss:
     """Return a record from ‖S‖ > 0, ‖M‖, ‖S − M‖ and ⟨S, M⟩."""
-    merge_distances = compute_distances(fro, norm, distance, inner_product, None)
+    merge_distances = subspaces.compute_distances(fro, norm, distance, inner_product, None)
     assert merge_distances.epsilon is not None
     assert merge_distances.norm_ratio is not None
     return MergeLoss(
@@ -224,9 +211,9 @@ def measure_factor_merges(
         fro: ‖S‖_F > 0.
         adapters: The factors of all updates; None if an update has none, or its scale is unknown or 0.
         weights: The w_k > 0.
-        density: Fraction of the entries that ``ties`` keeps.
+        density: Fraction of the entries that ``ties`` keeps; 0 for no ``ties``.
     """
-    merges: dict[str, MergeLoss | None] = {"cat": None, "linear": None, "ties": None}
+    merges: dict[str, MergeLoss | None] = dict.fromkeys(("cat", "linear", "ties", "ties_dense"))
     if adapters is None:
         return merges
     b, a = [b for b, _, _ in adapters], [a for _, a, _ in adapters]
@@ -235,7 +222,9 @@ def measure_factor_merges(
     if len({factor.shape[1] for factor in b}) == 1 and min(scales) > 0:
         roots = list(map(math.sqrt, scales))
         merges["linear"] = _measure_loss(summed, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
-        merges["ties"] = _measure_loss(summed, fro, (ties_factor(b, roots, density), ties_factor(a, roots, density)))
+        if density:
+            ties = ties_factor(b, roots, density), ties_factor(a, roots, density)
+            merges["ties"] = _measure_loss(summed, fro, ties)
     return merges
 
 
@@ -264,12 +253,12 @@ def measure_union(
     weights = [part.update.weight for part in parts]
     summed = sum_matrices([part.matrix for part in parts], weights)
     if isinstance(summed, tuple):
-        factors = decompose_factored(*summed, vectors=True)
+        factors = exact.decompose_factored(*summed, vectors=True)
     else:
         factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
     # A sum that cancels leaves only rounding of the parts.
     parts_norm = math.hypot(*(part.fro for part in parts))
-    if factors.fro <= (ZERO_FACTORED if isinstance(summed, tuple) else ZERO_DENSE) * parts_norm:
+    if factors.fro <= (exact.ZERO_FACTORED if isinstance(summed, tuple) else exact.ZERO_DENSE) * parts_norm:
         factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
     spectrum = record_of(
         task.layer,
@@ -286,7 +275,7 @@ def measure_union(
     fields: dict[str, Any] = {}
     if has_sum:
         fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings)
-        fields |= _measure_merges(parts, summed, factors, weights, settings)
+        fields |= _measure_merges(parts, summed, factors.fro, weights, settings.density)
         # To the requested ranks, and to PEFT's default, the largest of the adapters'.
         ranks = {*settings.ranks, max(_count_columns(part) or 0 for part in changed)} - {0}
         fields["recompressed"] = {
@@ -322,19 +311,19 @@ def _divide(value: float | None, divisor: float) -> float | None:
     return value / divisor if value is not None and divisor else None
 
 
-def _bound_resolution(parts: Sequence[Part], factors: Factors) -> Resolution:
+def _bound_resolution(parts: Sequence[Part], factors: exact.Factors) -> Resolution:
     """Return the resolution of the sum; roundings are added, because that of a common BASE is equal in all."""
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update
-        edge = max(edge, rounding_threshold(factors))
+        edge = max(edge, exact.rounding_threshold(factors))
     bound = sum(part.update.weight * part.resolution.rounding_fro for part in parts)
     return make_resolution(factors.s.numpy(), factors.fro, factors.complete, bound, noise, edge)
 
 
 def _measure_sum(
     changed: Sequence[Part],
-    factors: Factors,
+    factors: exact.Factors,
     rank_at_share: dict[str, int | None],
     shape: tuple[int, int],
     settings: InterferenceSettings,
@@ -347,7 +336,7 @@ def _measure_sum(
         core = ((u.T @ part.u) * part.s.to(u.device)) @ (part.v.T @ vh.T)
         kept_by_part.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
-    weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: numerical_rank(factors)]
+    weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: exact.numerical_rank(factors)]
     # The smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959).
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
     alignment_rank = rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
@@ -369,24 +358,23 @@ def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], 
     v = torch.cat([part.v[:, :limit] for part in changed], dim=1)
     s = torch.cat([part.s[:limit] for part in changed]).numpy()
     owner = np.repeat(np.arange(len(changed)), [min(part.rank, limit) for part in changed])
-    sti, relative = task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
-    return {"sti": sti, "sti_relative": relative, "sti_random": task_interference_at_random(s, owner, shape)}
+    sti, relative = subspaces.task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
+    return {"sti": sti, "sti_relative": relative, "sti_random": subspaces.task_interference_at_random(s, owner, shape)}
 
 
 def _measure_merges(
-    parts: Sequence[Part], summed: Matrix, factors: Factors, weights: Sequence[float], settings: InterferenceSettings
+    parts: Sequence[Part], summed: Matrix, fro: float, weights: Sequence[float], density: float
 ) -> dict[str, object]:
-    """Return the fields of merges: their losses, and, unless the density is 0, those of TIES and sign conflicts."""
+    """Return the fields of merges: their losses, and, unless ``density`` is 0, those of TIES and sign conflicts."""
     # A zero adapter is not an update, but its A enters PEFT's merges.
-    density = settings.density or 0.2
-    merges = measure_factor_merges(summed, factors.fro, _get_adapter_factors(parts), weights, density)
-    if settings.density == 0:
-        return {"merges": {**merges, "ties": None, "ties_dense": None}}
+    merges = measure_factor_merges(summed, fro, _get_adapter_factors(parts), weights, density)
+    if density == 0:
+        return {"merges": merges}
     before, after = Conflicts(), Conflicts()  # of signs, before and after TIES trims the updates
     blocks = ties_blocks([part.matrix for part in parts], weights, density, before, after)
     distance, norm, inner_product = compare_blocks(blocks)
     return {
-        "merges": {**merges, "ties_dense": _make_loss(factors.fro, norm, distance, inner_product)},
+        "merges": {**merges, "ties_dense": _make_loss(fro, norm, distance, inner_product)},
         "sign_conflicts": before.share,
         "sign_conflicts_random": before.random,
         "trimmed_conflicts": after.share,
@@ -526,7 +514,7 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
         columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
         rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
         energy={str(r): _measure_energy_overlap(first, second, r) for r in ranks},
-        relation="noise" if noise else classify_relation(near, cosine, cosine_random),
+        relation="noise" if noise else subspaces.classify_relation(near, cosine, cosine_random),
     )
 
 
@@ -544,7 +532,7 @@ def _measure_energy_overlap(first: Part, second: Part, rank: int) -> EnergyOverl
 def _is_near_chance(space: Tensor, part: Part, rows: bool) -> bool:
     """Return whether an update's energy in a column space, or with ``rows`` row space, is near that in a random one."""
     share = _compute_energy_within(space, part, rows)
-    return is_near_chance(share, space.shape[1], len(space), part.effective_rank)
+    return subspaces.is_near_chance(share, space.shape[1], len(space), part.effective_rank)
 
 
 @show_options

@@ -37,7 +37,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
     judged = [swept for swept in swept_sets if swept.base is not None]
     return probe_summary(
         results,
-        *(on_set(swept.set, *_state_verdict(swept)) for swept in judged),
+        *(on_set(swept.set, *state_verdict(swept)) for swept in judged),
         *(make_statement(f"to_{one}", f"To {LINES[one]}", *_compare_with(one, judged)) for one in LINES),
         make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
         reading=_READING + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
@@ -98,7 +98,7 @@ def _format_loss(record: Probe | None) -> str:
     return "diverged" if record.loss is None else f"{record.loss:.4f}"
 
 
-def _state_verdict(swept: Swept) -> list[str]:
+def state_verdict(swept: Swept) -> list[str]:
     """State the rank to train at, its confidence, and the findings on smaller ranks; or why there is no verdict."""
     verdict, share = swept.verdict, swept.tolerance
     if verdict.best is None:

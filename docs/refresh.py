@@ -1,8 +1,7 @@
 """Copy the output of real runs into the README and the docs: ``python docs/refresh.py [PAGE ...]`` from the root.
 
 A block between ``<!-- run: WORDS -->`` and ``<!-- end -->`` becomes what ``loradiag WORDS`` prints at 80 columns; its
-first 9 lines where WORDS end with ``| head -9``. One between ``<!-- rules: FORM -->`` and ``<!-- end -->`` becomes the
-table of what serving programs do with features of adapters in that layout.
+first 9 lines where WORDS end with ``| head -9``.
 """
 
 import os
@@ -12,7 +11,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-RULES = re.compile(r"<!-- rules: (?P<form>\w+) -->\n.*?<!-- end -->", re.DOTALL)
 BLOCK = re.compile(r"<!-- run: (?P<words>.*?)(?: \| head -(?P<lines>\d+))? -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -42,16 +40,7 @@ def refreshed(text: str) -> str:
         shown = "\n".join(output(words).split("\n")[: int(lines) if lines else None])
         return f"<!-- run: {line} -->\n```console\n{prompt(line)}\n{shown}\n```\n<!-- end -->"
 
-    return BLOCK.sub(block, with_rules(text))
-
-
-def with_rules(text: str) -> str:
-    """Return a page with the tables of rules made again."""
-    from lora_diag.diagnostics.portability.measure import history_table
-
-    return RULES.sub(
-        lambda found: f"<!-- rules: {found['form']} -->\n{history_table(found['form'])}\n<!-- end -->", text
-    )
+    return BLOCK.sub(block, text)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -128,7 +129,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     if not any(column.is_number for column in columns):
         layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
     (outcome, verdicts), sections = gate_outcome(evidence), sections_of(evidence)
-    subject, metrics = subject_of(evidence), _list_metrics(evidence)
+    subject, data = subject_of(evidence), _make_data(evidence, layers, columns)
     section_figures = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
         subject=subject,
@@ -147,10 +148,10 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         max_inputs=INPUTS,
         made=made,
         thinning=[*other_metric_sentences(evidence), *_describe_thinning(evidence, layers)],
-        metrics=metrics,
+        metrics=data["metrics"],
         parts=_list_parts(subject, outcome, sections, layers),
         epsilon=EPSILON,
-        data=_make_data(evidence, layers, columns),
+        data=data,
         plotly=_pack_script(get_plotlyjs) if layers else "",
     )
 
@@ -192,26 +193,24 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
     types = Types(layers)
     type_index = {name: i for i, name in enumerate(types.names)}
     layer_index = {layer: i for i, layer in enumerate(layers)}
-    convert: Callable[[Any], Any] = _round_value if len(layers) >= LARGE_PAGE else lambda entry: entry
-    return {
+    data = {
         "layers": [safe(layer) for layer in layers],
         "types": [safe(name) for name in types.names],
         "type": [type_index[types.of(layer)] for layer in layers],
         "depth": [depth_of(layer) for layer in layers],
         "fields": [
             {name: getattr(column, name) for name in ("id", "title", "about", "group", "share", "main")}
-            | {"number": column.is_number, "values": [convert(entry) for entry in column.values]}
+            | {"number": column.is_number, "values": column.values}
             for column in columns
         ],
         "metrics": _list_metrics(evidence),
-        "spectra": _make_spectra(evidence, layer_index, convert),
-        "overlaps": _make_overlaps(evidence, layer_index, convert),
+        "spectra": _make_spectra(evidence, layer_index),
+        "overlaps": _make_overlaps(evidence, layer_index),
     }
+    return json.loads(json.dumps(data), parse_float=_round_value) if len(layers) >= LARGE_PAGE else data
 
 
-def _make_spectra(
-    evidence: Evidence, layer_index: Mapping[str, int], convert: Callable[[Any], Any]
-) -> list[dict[str, Any]]:
+def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
     points = _count_points(evidence)
     charts = []
@@ -221,16 +220,14 @@ def _make_spectra(
         curves = []
         for record in source.results:
             shown_ranks = ranks_by_length.setdefault(len(record.s), thinned_ranks(len(record.s), points))
-            energy: list[Any] = [None] * len(shown_ranks)
-            if record.fro > 0:
-                energy = curve_at(record.s, record.fro, record.complete, shown_ranks)
+            curve = curve_at(record.s, record.fro, record.complete, shown_ranks) if record.fro > 0 else []
             curves.append(
                 {
                     "layer": layer_index[record.layer],
                     "kept": len(record.s),
-                    "s": [convert(record.s[rank - 1]) for rank in shown_ranks],
-                    "c": [_round_value(share) for share in energy],
-                    "edge": convert(record.resolution.edge),
+                    "s": [record.s[rank - 1] for rank in shown_ranks],
+                    "c": [*map(_round_value, curve)] or [None] * len(shown_ranks),
+                    "edge": record.resolution.edge,
                 }
             )
         charts.append({"label": label, "metric": metric_of(source.results), "ranks": ranks_by_length, "curves": curves})
@@ -243,16 +240,14 @@ def _list_metrics(evidence: Evidence) -> list[dict[str, str]]:
     return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in metrics]
 
 
-def _make_overlaps(
-    evidence: Evidence, layer_index: Mapping[str, int], convert: Callable[[Any], Any]
-) -> list[dict[str, Any]]:
+def _make_overlaps(evidence: Evidence, layer_index: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
     charts = []
     for source in evidence.of(Overlap):
         curves = []
         for track in tracks(source.results):
             rows = [
-                [convert(value) for value in (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)]
+                (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)
                 for r in select_evenly(track.records, MAX_STEPS)
             ]
             curves.append({"layer": layer_index[track.layer], "rank": track.rank, "rows": rows})
@@ -284,5 +279,6 @@ def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     return notes
 
 
-def _round_value(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _round_value(value: float | str) -> float:
+    """Return a number with ``DIGITS`` digits."""
+    return float(f"{float(value):.{DIGITS}g}")

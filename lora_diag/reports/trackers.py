@@ -12,14 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from lora_diag.catalog import read_results
 from lora_diag.errors import DONE, InputError, UsageError, require
+from lora_diag.files import CARD, check_output, write_whole
+from lora_diag.records import LayerRecord, Results
+from lora_diag.records.base import pooled_value
+from lora_diag.rendering.html import read_card, with_section
 from lora_diag.reports import ReportOptions
 from lora_diag.reports.run import format_of, report
 from lora_diag.running.options import fill_options
 
 if TYPE_CHECKING:
     from lora_diag.cli.options import Shown
-    from lora_diag.records import Results
 
 
 def run_report(
@@ -107,13 +111,11 @@ class Payload:
     @cached_property
     def scalars(self) -> dict[str, float]:
         """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as tables pool them."""
-        from lora_diag.records import LayerRecord
-        from lora_diag.records.base import pooled_value
-
         values: dict[str, float] = {}
         for key, item in self._number_runs():
-            for kind in dict.fromkeys(type(record) for record in (*item.layers, *item.whole)):
-                records = [record for record in (*item.layers, *item.whole) if type(record) is kind]
+            of_run = (*item.layers, *item.whole)
+            for kind in dict.fromkeys(map(type, of_run)):
+                records = [record for record in of_run if type(record) is kind]
                 columns = kind.shown_of(item.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
                 for column in columns:
                     value = pooled_value(column, records) if column.main else None
@@ -144,12 +146,11 @@ class Payload:
 
     def _number_runs(self) -> list[tuple[str, Results[Any]]]:
         """Return each run with its command, with underscores, numbered where a command has several."""
-        commands = [item.run.command for item in self.results]
-        numbered_runs = []
-        for position, (command, item) in enumerate(zip(commands, self.results, strict=True)):
-            number = f"_{commands[: position + 1].count(command)}" if commands.count(command) > 1 else ""
-            numbered_runs.append((f"{command.replace(' ', '_')}{number}", item))
-        return numbered_runs
+        commands = [item.run.command.replace(" ", "_") for item in self.results]
+        return [
+            (f"{command}_{commands[:place].count(command)}" if commands.count(command) > 1 else command, item)
+            for place, (command, item) in enumerate(zip(commands, self.results, strict=True), 1)
+        ]
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
@@ -158,8 +159,6 @@ def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
     Raises:
         InputError: A results file cannot be read.
     """
-    from lora_diag.catalog import read_results
-
     return Payload(tuple(read_results(item) if isinstance(item, Path | str) else item for item in results))
 
 
@@ -242,9 +241,6 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
         UsageError: There is no project, or the card may not be written.
         InputError: The card cannot be read or written.
     """
-    from lora_diag.files import CARD, check_output, write_whole
-    from lora_diag.rendering.html import read_card, with_section
-
     if project is None:
         raise UsageError("--to hub: give the model id or a folder with --project")
     section = re.sub(r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE)  # below the card's own title

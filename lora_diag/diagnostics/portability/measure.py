@@ -8,9 +8,8 @@ written and judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -591,43 +590,18 @@ def rules_grids() -> list[Grid]:
     """Return two tables per file layout, of the newest and of older rules, with one row per feature."""
     grids = []
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
-        features, readers = _select_form(form)
-        newest = [_make_column(consumer, consumer.rules[0], features) for consumer in readers]
-        older = [_make_column(consumer, rule, features) for consumer in readers for rule in consumer.rules[1:]]
-        grids.append(Grid(f"Files of {form}", "feature", tuple(features), tuple(newest)))
-        grids.append(Grid(f"Files of {form}, older versions", "feature", tuple(features), tuple(older)))
+        features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
+        rules = [
+            (consumer, rule) for consumer in CONSUMERS.values() if form in consumer.forms for rule in consumer.rules
+        ]
+        for title, is_newest in ((f"Files of {form}", True), (f"Files of {form}, older versions", False)):
+            chosen = [pair for pair in rules if (pair[1] is pair[0].rules[0]) == is_newest]
+            columns = tuple(_make_column(*pair, features.values()) for pair in chosen)
+            grids.append(Grid(title, "feature", tuple(features), columns))
     return grids
 
 
-def _select_form(form: str) -> tuple[dict[str, Contents], list[Consumer]]:
-    """Return the features of a file layout, and the consumers that read it."""
-    features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
-    return features, [consumer for consumer in CONSUMERS.values() if form in consumer.forms]
-
-
-def _make_column(consumer: Consumer, rule: Rule, features: Mapping[str, Contents]) -> Column:
+def _make_column(consumer: Consumer, rule: Rule, features: Iterable[Contents]) -> Column:
     """Return the column of a rule: its treatment of each feature."""
-    cells = tuple(describe_treatment(contents, consumer, rule) for contents in features.values())
+    cells = tuple(describe_treatment(contents, consumer, rule) for contents in features)
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), cells, "left")
-
-
-def describe_history(contents: Contents, consumer: Consumer) -> str:
-    """Return a consumer's treatment of an adapter by version, such as ``exact since 0.32, before ×0.5``.
-
-    Rules that do the same are one range of versions.
-    """
-    spans = []  # the first known version of each treatment, newest first
-    treatments = groupby(consumer.rules, lambda rule: describe_treatment(contents, consumer, rule))
-    for treatment, rules in treatments:
-        *_, oldest_rule = rules
-        spans.append(f"{treatment} since {oldest_rule.since}")
-    return ", ".join([*spans[:-1], f"before {treatment}"]) if len(spans) > 1 else treatment
-
-
-def history_table(form: str) -> str:
-    """Return a Markdown table of a file layout: one row per feature, one column per consumer that reads it."""
-    features, readers = _select_form(form)
-    rows = [["feature of the adapter", *(consumer.title for consumer in readers)], ["---"] * (len(readers) + 1)]
-    for name, contents in features.items():
-        rows.append([name, *(describe_history(contents, consumer) for consumer in readers)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -15,11 +15,10 @@ from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS, is_before
 from lora_diag.diagnostics.portability.measure import (
     FEATURES,
-    history_table,
     portability,
 )
 from lora_diag.errors import UsageError
-from tests.conftest import ROOT, SHARED
+from tests.conftest import SHARED
 from tests.messages import assert_names
 
 # The names of the truths -> what ``--for`` takes.
@@ -294,9 +293,3 @@ def test_largest_server_ranks_are_documented():
         needed[rank] = vllm.find_rank_to_set(contents)
     assert needed == {8: None, 16: None, 17: 32, 300: 320, 512: 512}
     assert math.isclose(vllm.largest_rank, 512)
-
-
-def test_guide_table_equals_rules():
-    page = (ROOT / "docs" / "guides" / "training-to-serving.md").read_text(encoding="utf-8")
-    for form in ("peft", "kohya"):
-        assert f"<!-- rules: {form} -->\n{history_table(form)}\n<!-- end -->" in page, "run docs/refresh.py on the page"

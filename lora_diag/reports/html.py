@@ -220,13 +220,15 @@ def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[di
         curves = []
         for record in source.results:
             shown_ranks = ranks_by_length.setdefault(len(record.s), thinned_ranks(len(record.s), points))
-            curve = curve_at(record.s, record.fro, record.complete, shown_ranks) if record.fro > 0 else []
+            energy: list[float | None] = [None] * len(shown_ranks)
+            if record.fro > 0:
+                energy = [*map(_round_value, curve_at(record.s, record.fro, record.complete, shown_ranks))]
             curves.append(
                 {
                     "layer": layer_index[record.layer],
                     "kept": len(record.s),
                     "s": [record.s[rank - 1] for rank in shown_ranks],
-                    "c": [*map(_round_value, curve)] or [None] * len(shown_ranks),
+                    "c": energy,
                     "edge": record.resolution.edge,
                 }
             )

@@ -114,7 +114,7 @@ class Payload:
         values: dict[str, float] = {}
         for key, item in self._number_runs():
             of_run = (*item.layers, *item.whole)
-            for kind in dict.fromkeys(map(type, of_run)):
+            for kind in dict.fromkeys(type(record) for record in of_run):
                 records = [record for record in of_run if type(record) is kind]
                 columns = kind.shown_of(item.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
                 for column in columns:

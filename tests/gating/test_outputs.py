@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.gating.record import Verdict
 from lora_diag.gating.show import junit, step_summary, workflow_commands
 from tests.gating.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
@@ -123,15 +122,3 @@ def test_hostile_names_are_text(text):
     report = junit(results(verdict(layer=text, group=text, message=text, allowed=text, rule="r")))
     report.encode("utf-8")
     assert list(cases(report).values()) == ["failure"]
-
-
-@pytest.mark.parametrize(
-    ("allowed", "condition", "limit"),
-    [
-        ("merge.status in (ok, coarse)", "merge.status in (ok, coarse)", None),
-        ("relative <= 0.55 (0.5 in the baseline)", "relative <= 0.55", 0.55),
-    ],
-)
-def test_condition_is_without_value_of_baseline(allowed, condition, limit):
-    judged = Verdict(rule="r", allowed=allowed, status="passed")
-    assert (judged.condition, judged.limit) == (condition, limit)

@@ -60,6 +60,7 @@ expires = 2030-01-01
         (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
         (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + WAIVER.replace("drift", "drft")),
         (7, "cannot be waived", GOOD + "[[waiver]]\nrule = 'finished'"),
+        (7, "cannot be waived", GOOD + WAIVER.replace("drift", "inputs")),
         (8, "waives every layer", GOOD + WAIVER.replace('"x"', '""')),
         (9, "text in quotes that gives the reason", GOOD + WAIVER.replace('"y"', '" "')),
         (10, "a date", GOOD + WAIVER.replace("2030-01-01", "'2030-01-01'")),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.metrics.energy import thinned_ranks
+from lora_diag.records.base import value_at
 from lora_diag.rendering.text import select_evenly
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report, images_of
@@ -81,37 +82,19 @@ def embedded(page: str) -> dict:
     return json.loads(Elements(page).scripts["data"])
 
 
+SPECTRUM_FIELDS = ("fro", "energy.8", "energy.64", "rank_at.0.9", "rank_at.0.99", "stable_rank", "relative")
+SPECTRUM_FIELDS += ("resolution.signal_rank", "resolution.verdict")
+RESIDUAL_FIELDS = ("epsilon", "epsilon_min", "cosine", "best_scale", "norm_ratio", "limited_by")
+
+
 def test_page_numbers_equal_records():
     runs = small()
     spectrum_run, residual_run, overlap_run = runs
     data = embedded(html_report(evidence(*runs)))
-    place = {layer: i for i, layer in enumerate(data["layers"])}
     fields = {field["id"]: field["values"] for field in data["fields"]}
-    for record in spectrum_run:
-        i = place[record.layer]
-        text = {
-            "fro": record.fro,
-            "energy.8": record.energy["8"],
-            "energy.64": record.energy["64"],
-            "rank_at.0.9": record.rank_at["0.9"],
-            "rank_at.0.99": record.rank_at["0.99"],
-            "stable_rank": record.stable_rank,
-            "resolution.signal_rank": record.resolution.signal_rank,
-            "relative": record.fro / record.base_fro,
-            "resolution.verdict": record.resolution.verdict,
-        }
-        assert {name: fields[f"s0.{name}"][i] for name in text} == text
-    for record in residual_run:
-        i = place[record.layer]
-        text = {
-            "epsilon": record.epsilon,
-            "epsilon_min": record.epsilon_min,
-            "cosine": record.cosine,
-            "best_scale": record.best_scale,
-            "norm_ratio": record.norm_ratio,
-            "limited_by": record.limited_by,
-        }
-        assert {name: fields[f"a0.{name}"][i] for name in text} == text
+    for prefix, run, shown in (("s0", spectrum_run, SPECTRUM_FIELDS), ("a0", residual_run, RESIDUAL_FIELDS)):
+        for name in shown:
+            assert fields[f"{prefix}.{name}"] == [value_at(run[layer], name) for layer in data["layers"]]
     (drawn,) = data["spectra"]
     assert len(drawn["curves"]) == len(spectrum_run)
     for curve in drawn["curves"]:

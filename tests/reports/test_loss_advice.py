@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_diag.probes.outputs.show import choose_adapters, outputs_lines
+from lora_diag.probes.outputs.show import choose_adapters
 from lora_diag.probes.sweep.verdict import list_swept
 from lora_diag.records import Probe, RunInput
 from lora_diag.rendering.losses import gap_half
-from lora_diag.rendering.statements import find
 from tests import oracles
 from tests.building import results
 from tests.messages import assert_names
@@ -123,17 +122,6 @@ def measured(moves, sequences, seed=3):
         more = {"gap": gap, "gap_error": error, "name": "runs/a" if record.subject == "adapter" else ""}
         result.append(record.model_copy(update=more))
     return result, counts, all_nll
-
-
-@pytest.mark.parametrize(("move", "word"), [(0.1, "worse than BASE"), (-0.1, "better than BASE"), (0.0, "no signif")])
-def test_adapter_is_compared_with_base_where_tuned_is_worse(move, word):
-    records, counts, nll = measured({"tuned": 0.25, "adapter": move}, 36)
-    statement = find(outputs_lines(run("probe outputs", records, length=8, dtype="f", device="cpu", tokens="x")), "on")
-    (line,) = [line for line in statement.lines if line.startswith("a: ")]
-    assert word in line
-    assert f"{(nll['adapter'] - nll['base']).sum() / counts.sum():+.4f}" in line
-    assert statement.answer.startswith("TUNED is worse than BASE")
-    assert "%" not in statement.text.replace("95%", "")
 
 
 @pytest.mark.parametrize("sequences", [2, 3, 5, 9, 17])

@@ -1,9 +1,7 @@
 """Sections of the report: tables with the numbers of the records, thousands of adapters, merges, unfinished runs."""
 
 import json
-import re
 from dataclasses import replace
-from statistics import fmean
 
 import numpy as np
 import pytest
@@ -42,56 +40,6 @@ RECORDS = {
 
 def probed(command, name="mlp.up_proj", set="held_out"):
     return making.probed(RECORDS[command](name, set), command=command, **MORE.get(command, {}))
-
-
-def cells(page):
-    """Return the rows of the sections' tables by their names: of one name the last one's cells follow."""
-    result = {}
-    for name, row in re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', page):
-        result.setdefault(name, []).extend(re.findall(r"<td[^>]*>(.*?)</td>", row))
-    return result
-
-
-def test_numbers_equal_records():
-    result = cells(html_report(evidence(probed("probe sensitivity"))))
-    records = [r for r in probed("probe sensitivity").whole if r.set == "held_out" and r.unit and r.lr == 1e-3]
-    for record in records:
-        assert result[record.unit][0].startswith(f"{record.gain:+.4f} ±")
-
-    result = cells(html_report(evidence(probed("probe curvature"))))
-    _, *layers = [r for r in probed("probe curvature").whole if r.record == "curvature"]
-    assert result["all layers"][2:6] == ["50", "-1", "9", "1"]
-    assert [result[r.layer][2] for r in layers] == ["2", "3"]
-    for bound in (r for r in probed("probe curvature").whole if r.record == "loss_bound" and r.along == 1):
-        assert f"{bound.gap:+.4f}" in result[f"r={bound.rank}"]
-        assert f"{bound.linear + bound.quadratic:+.4f}" in result[f"r={bound.rank}"]
-
-    result = cells(html_report(evidence(probed("probe intrinsic"))))
-    for dim in (10, 100, 1000):
-        losses = [r.loss for r in probed("probe intrinsic").whole if (r.set, r.dim, r.lr) == ("held_out", dim, 1e-3)]
-        assert f"{fmean(losses):.4f}" in result[f"d={dim}"]
-        assert f"{(2 - fmean(losses)) / (2 - 1.02):.0%}" in result[f"d={dim}"]
-
-    result = cells(html_report(evidence(probed("probe fisher"))))
-    records = probed("probe fisher").whole
-    for record in records:
-        row = result[record.layer.removesuffix(".weight")]
-        share = record.fisher[8] / sum(r.fisher[8] for r in records)
-        assert abs(float(row[3].rstrip("%")) / 100 - share) < 0.005
-        assert float(row[4]) == pytest.approx(record.fisher[8] / 2, rel=0.005)
-        assert float(row[5]) == pytest.approx(record.effect["8"].kl, rel=0.005)
-    assert result["Fisher"] == ["1.00 | 1.00", "1.00 | 1.00"]
-
-
-def test_tables_of_losses_equal_records():
-    runs = [probed(f"probe {name}") for name in ("outputs", "truncation", "sweep")]
-    words = Elements(html_report(evidence(*runs))).words
-    outputs, truncation, _ = (run.whole for run in runs)
-    assert {f"{record.loss:.4f}" for record in (*outputs, *truncation)} <= set(words)
-    assert {f"{record.energy:.2f}" for record in truncation if record.energy is not None} <= set(words)
-    # The hidden states, depth by depth; where TUNED has BASE's there is no distance.
-    depths = [value for record in outputs if record.name for value in record.hidden if value is not None]
-    assert {"0 (input)", "same", *(f"{value:.2f}" for value in depths), "0.654", "83%", "0.21"} <= set(words)
 
 
 @pytest.mark.parametrize("command", RECORDS)
@@ -144,13 +92,9 @@ def test_merge_comes_first_and_one_wrong_layer_decides():
     page, text = html_report(runs, images_of(runs)), markdown_report(runs)
     for message in (" ".join(Elements(page).words), text):
         assert_names(message, *questions("verify-merge"), "no", "1 of 3", "ΔW")
-        assert_names(message, "a in m")
         assert low_rank() not in message
-        assert "Failure modes" not in message
     fields = {field["title"]: field["values"] for field in json.loads(Elements(page).scripts["data"])["fields"]}
     assert fields["merge"] == ["ok", "dropped", "ok"]
     assert fields["differing"] == [0, 0.125, 0.25]
     assert fields["scale c"] == [1, 0.75, 0.5]
-    by_type = text[text.index("## By module type") :]
-    assert "| `self_attn.q_proj` | 3 | dropped |" in by_type
     assert_names(markdown_report(evidence(merged("ok", "ok"))), *questions("verify-merge"), "yes", 2, "ΔW")

@@ -423,20 +423,17 @@ def test_incomparable_inputs_are_reported(tmp_path):
     one, two = adapters(tmp_path, [pair, pair])
     wider = lora(tmp_path / "w", {LAYER: (pair[0], rng.standard_normal((2, 9)))})
     elsewhere = lora(tmp_path / "e", {LAYER.replace("0", "7"): pair})
-    with pytest.raises(UsageError, match="at least two"):
-        lora_diag.interference([one])
-    with pytest.raises(UsageError, match="given twice"):
-        lora_diag.interference([one, one])
-    with pytest.raises(UsageError, match="1 weights for 2"):
-        lora_diag.interference([one, two], weights=[1.0])
-    with pytest.raises(UsageError, match="must be positive"):
-        lora_diag.interference([one, two], weights=[1.0, -1.0])
-    with pytest.raises(UsageError, match="density"):
-        lora_diag.interference([one, two], density=1.5)
-    with pytest.raises(InputError, match="not updates of one model"):
-        lora_diag.interference([one, wider])
-    with pytest.raises(NothingComparedError, match="no weight is changed by two"):
-        lora_diag.interference([one, elsewhere])
+    for error, message, updates, options in (
+        (UsageError, "at least two", [one], {}),
+        (UsageError, "given twice", [one, one], {}),
+        (UsageError, "1 weights for 2", [one, two], {"weights": [1.0]}),
+        (UsageError, "must be positive", [one, two], {"weights": [1.0, -1.0]}),
+        (UsageError, "density", [one, two], {"density": 1.5}),
+        (InputError, "not updates of one model", [one, wider], {}),
+        (NothingComparedError, "no weight is changed by two", [one, elsewhere], {}),
+    ):
+        with pytest.raises(error, match=message):
+            lora_diag.interference(updates, **options)
 
 
 def test_non_finite_update_is_left_out_by_name(tmp_path):

@@ -112,7 +112,7 @@ def test_weight_that_intended_program_drops(tmp_path):
     assert "drops this weight" in by_name["peft"].why
 
 
-def test_recover_accepts_untrained_layer(tmp_path):
+def test_untrained_layer_is_exact(tmp_path):
     tensors = factors() | {f"{MODULES[1]}.lora_B.weight": np.zeros((12, 2))}
     folder = adapter(tmp_path, tensors, alpha_pattern={"v_proj": 6})
     results = portability(folder, consumers=["llamacpp"])
@@ -152,7 +152,7 @@ def test_portability_refuses_bad_input(patterned, tmp_path, loradiag, words, cod
     assert not (tmp_path / "out").exists()
 
 
-def test_recover_names_non_finite_entry(tmp_path, loradiag):
+def test_non_finite_entry_is_named(tmp_path, loradiag):
     tensors = factors()
     tensors[f"{MODULES[0]}.lora_B.weight"][0, 0] = np.nan
     adapter(tmp_path, tensors)

@@ -88,46 +88,37 @@ def test_half_precision_is_kept_where_folding_is_exact(tmp_path):
         assert results.run.settings["fixed"]["rounding"] < (1e-6 if dtype == "float32" else 1e-12)
 
 
-def test_dora_becomes_the_nearest_lora_of_its_rank(tmp_path):
-    w, a, b = normal(6, 5), normal(2, 5, seed=1), normal(6, 2, seed=2)
-    m = np.abs(normal(6, seed=3)) + 1
-    tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.lora_magnitude_vector": m}
-    folder = adapter(tmp_path, tensors, use_dora=True, target_modules=["q"])
-    base(tmp_path, {"q.weight": w})
-    with pytest.raises(InputError, match="dora-to-lora"):
-        make_portable(folder, tmp_path / "out", tmp_path / "base")
-    with pytest.raises(InputError, match="give BASE"):
-        make_portable(folder, tmp_path / "out", dora_to_lora=True)
-    results = make_portable(folder, tmp_path / "out", tmp_path / "base", dora_to_lora=True)
+def dora_update(w, b, a, m):
     v = w + 1.5 * b @ a
-    whole = m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w
-    u, s, vh = np.linalg.svd(whole)
-    best = u[:, :2] * s[:2] @ vh[:2]
+    return m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w
+
+
+def truncated(x, rank=2):
+    u, s, vh = np.linalg.svd(x)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+@pytest.mark.parametrize(("variant", "turned"), [("dora", False), ("dora", True), ("pissa", True)])
+def test_adapter_beyond_factors_becomes_the_nearest_lora(tmp_path, variant, turned):
+    """Also of a square weight that is stored in × out."""
+    w, a, b, m = normal(6, 6), normal(2, 6, seed=1), normal(6, 2, seed=2), np.abs(normal(6, seed=3)) + 1
+    tensors, config = {"q.lora_A.weight": a, "q.lora_B.weight": b}, {"init_lora_weights": "pissa"}
+    whole = best = 1.5 * b @ a - truncated(w)
+    if variant == "dora":
+        tensors["q.lora_magnitude_vector"], config = m, {"use_dora": True}
+        whole = dora_update(w, b, a, m)
+        best = truncated(whole)
+    folder = adapter(tmp_path, tensors, target_modules=["q"], fan_in_fan_out=turned, **config)
+    base(tmp_path, {"q.weight": w.T if turned else w})
+    for options, message in (((tmp_path / "base",), "dora-to-lora"), ((), "give BASE")) if variant == "dora" else ():
+        with pytest.raises(InputError, match=message):
+            make_portable(folder, tmp_path / "out", *options, dora_to_lora=not options)
+    results = make_portable(folder, tmp_path / "out", tmp_path / "base", dora_to_lora=True)
     after, _ = changes(tmp_path / "out", None)
     close(after["q.weight"], best, 1e-5)
     epsilon = np.linalg.norm(whole - best) / np.linalg.norm(whole)
-    assert results.run.settings["fixed"]["truncated"] == {"q.weight": pytest.approx(epsilon, rel=1e-5)}
-
-
-@pytest.mark.parametrize("variant", ["dora", "pissa"])
-def test_square_weight_stored_in_out_keeps_its_orientation(tmp_path, variant):
-    w, a, b, m = normal(6, 6), normal(2, 6, seed=1), normal(6, 2, seed=2), np.abs(normal(6, seed=3)) + 1
-    tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b}
-    if variant == "dora":
-        tensors["q.lora_magnitude_vector"] = m
-        config = {"use_dora": True}
-        v = w + 1.5 * b @ a
-        u, s, vh = np.linalg.svd(m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True) - w)
-        expected = u[:, :2] * s[:2] @ vh[:2]
-    else:
-        config = {"init_lora_weights": "pissa"}
-        u, s, vh = np.linalg.svd(w)
-        expected = 1.5 * b @ a - u[:, :2] * s[:2] @ vh[:2]
-    folder = adapter(tmp_path, tensors, target_modules=["q"], fan_in_fan_out=True, **config)
-    base(tmp_path, {"q.weight": w.T})
-    make_portable(folder, tmp_path / "out", tmp_path / "base", dora_to_lora=True)
-    written, _ = changes(tmp_path / "out", None)
-    close(written["q.weight"], expected, 1e-5)
+    errors = {"q.weight": pytest.approx(epsilon, rel=1e-5)} if variant == "dora" else {}
+    assert results.run.settings["fixed"]["truncated"] == errors
 
 
 def test_unmatched_weights_are_named_and_left_out_if_allowed(tmp_path, loradiag):

@@ -23,6 +23,7 @@ SAMPLES = ROOT / "sample_checkpoints"
 LAYERS = [f"model.layers.{i}.self_attn.{name}.weight" for i in range(3) for name in ("q_proj", "v_proj")]
 
 
+@pytest.mark.slow
 def test_every_adapter_against_numpy():
     result = lora_diag.fleet([SAMPLES / "lora_*"])
     assert [record.rank for record in result] == [4, 16]

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -351,6 +352,10 @@ class Renamed(TensorFile):
         self._file, self._stored = file, stored
         self.path, self.notes, self.metadata = file.path, file.notes, file.metadata
         self.tensors = {name: replace(file.tensors[old], name=name) for name, old in stored.items()}
+
+    def __copy__(self) -> Renamed:
+        """Copy the file as well: each copy has its own descriptor."""
+        return Renamed(copy(self._file), self._stored)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return the entries ``start:stop`` of a tensor, by its presented name."""

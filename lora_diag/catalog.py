@@ -1,6 +1,6 @@
 """The catalog of features: built-in ones and those of installed packages.
 
-A feature is one line in ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an installed package.
+A feature is one entry of ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an installed package.
 All lists of commands, records, tables, figures, report sections and public functions are derived from this catalog.
 """
 
@@ -30,34 +30,12 @@ GROUP = "loradiag.features"
 
 # Packages with a ``FEATURE``, in the order of each group of ``loradiag --help``.
 _FEATURES = (
-    "diagnostics.spectrum",
-    "diagnostics.fleet",
-    "diagnostics.residual",
-    "diagnostics.overlap",
-    "diagnostics.interference",
-    "diagnostics.intruders",
-    "diagnostics.verify_merge",
-    "diagnostics.portability",
-    "tuning",
-    "decisions.allocate",
-    "decisions.plan",
-    "decisions.plan_merge",
-    "decisions.extract",
-    "decisions.recover",
-    "gating",
-    "inspection",
-    "environment",
-    "explanations",
-    "plots",
-    "reports",
-    "probes.truncation",
-    "probes.activations",
-    "probes.outputs",
-    "probes.sweep",
-    "probes.sensitivity",
-    "probes.fisher",
-    "probes.curvature",
-    "probes.intrinsic",
+    *("diagnostics.spectrum", "diagnostics.fleet", "diagnostics.residual", "diagnostics.overlap"),
+    *("diagnostics.interference", "diagnostics.intruders", "diagnostics.verify_merge", "diagnostics.portability"),
+    *("tuning", "decisions.allocate", "decisions.plan", "decisions.plan_merge", "decisions.extract"),
+    *("decisions.recover", "gating", "inspection", "environment", "explanations", "plots", "reports"),
+    *("probes.truncation", "probes.activations", "probes.outputs", "probes.sweep"),
+    *("probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),
 )
 
 # The path from understanding an update over training to shipping an adapter: the next step that a command suggests is

@@ -155,11 +155,6 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: {problem}; give a results file, written with -o") from error
 
 
-def count_bytes(path: Path, records: int) -> int:
-    """Return the number of bytes of the first records of a file, without the newline of the last."""
-    return sum(len(line.removesuffix(b"\n")) + 1 for line in islice(iterate_lines(path), records)) - 1
-
-
 def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:
     """Refuse a record in the wrong place, or without fields that the run record requires.
 
@@ -310,19 +305,16 @@ class ResultsWriter(Generic[L]):
         earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
             earlier = replace(earlier, left_out=(), end=None)
-        requested = {key for key in self._extendable if key in earlier_settings and settings.get(key) is not None}
         extended = {
-            key: settings[key]
-            if earlier_settings[key] is None
-            else self._extendable[key](earlier_settings[key], settings[key])
-            for key in requested
+            key: settings[key] if old is None else self._extendable[key](old, settings[key])
+            for key, old in earlier_settings.items()
+            if key in self._extendable and settings.get(key) is not None
         }
         self.run = self.run.model_copy(update={"settings": {**settings, **extended}})
         if all(earlier_settings[key] == value for key, value in extended.items()):
             return earlier
-        return replace(
-            earlier, run=earlier.run.model_copy(update={"settings": {**earlier_settings, **extended}}), end=None
-        )
+        run = earlier.run.model_copy(update={"settings": {**earlier_settings, **extended}})
+        return replace(earlier, run=run, end=None)
 
     def append(self, *records: AnyRecord) -> tuple[Any, ...]:
         """Write records as lines, all records of a layer at once.
@@ -375,7 +367,8 @@ class ResultsWriter(Generic[L]):
         if not self._kept:
             return FileIO(path, "w", opener=_open_without_links)
         file = FileIO(path, "r+", opener=_open_without_links)
-        file.truncate(count_bytes(path, self._kept))
+        kept = islice(iterate_lines(path), self._kept)
+        file.truncate(sum(len(line.removesuffix(b"\n")) + 1 for line in kept) - 1)  # the last may lack its newline
         file.seek(0, os.SEEK_END)
         _write(file, b"\n")
         return file
@@ -533,42 +526,32 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
     Raises:
         UsageError: Inputs or settings differ.
     """
-    for recorded, current_input in zip(earlier.run.inputs, run.inputs, strict=False):
-        if bool(recorded.sha256) != bool(current_input.sha256):
-            option = "without --verify" if current_input.sha256 else "with --verify"
+    for recorded, current in zip(earlier.run.inputs, run.inputs, strict=False):
+        if bool(recorded.sha256) != bool(current.sha256):
+            option = "without --verify" if current.sha256 else "with --verify"
             raise UsageError(f"{path}: this run was started {option}; resume with the same command")
-        if recorded.path == current_input.path and (recorded.fingerprint, recorded.sha256) != (
-            current_input.fingerprint,
-            current_input.sha256,
-        ):
+        problem = ""
+        if recorded.path == current.path:
+            if (recorded.fingerprint, recorded.sha256) != (current.fingerprint, current.sha256):
+                problem = f"the input {current.path} changed since this run began"
+            elif recorded.kind == current.kind and recorded.notes != current.notes:
+                before, now = ("; ".join(side.notes) or "as a whole" for side in (recorded, current))
+                problem = f"{current.path} was read otherwise when this run began ({before}; now: {now})"
+        if problem:
             raise UsageError(
-                f"{path}: the input {current_input.path} changed since this run began, and old and new layers must "
-                "not be mixed; delete the file and measure again, or write to another file"
+                f"{path}: {problem}, and old and new records must not be mixed; delete the file and measure again, or "
+                "write to another file"
             )
-        if (recorded.path, recorded.kind) == (current_input.path, current_input.kind) and (
-            recorded.notes != current_input.notes
-        ):
-            earlier_notes, current_notes = (
-                "; ".join(run_input.notes) or "as a whole" for run_input in (recorded, current_input)
-            )
-            raise UsageError(
-                f"{path}: {current_input.path} was read otherwise when this run began ({earlier_notes}; now: "
-                f"{current_notes}), and old and new records must not be mixed; delete the file "
-                "and measure again, or write to another file"
-            )
-    earlier_run, current = (run_record.model_dump(exclude={"made"}) for run_record in (earlier.run, run))
-    differing = [key for key in current if earlier_run[key] != current[key]]
     stored, requested = earlier.run.settings, run.settings
-    differing += [
-        f"settings.{key}" for key in {**requested, **stored} if stored.get(key, ...) != requested.get(key, ...)
-    ]
-    missing = [f"settings.{key}" for key in requested if key not in stored]
-    if missing and set(differing) == {"settings", *missing}:
-        problem = f"{path}: has no {', '.join(missing)}, so it is from an older loradiag or other options"
+    settings = [key for key in {**requested, **stored} if stored.get(key, ...) != requested.get(key, ...)]
+    earlier_run, current_run = (record.model_dump(exclude={"made", "settings"}) for record in (earlier.run, run))
+    others = [key for key in current_run if earlier_run[key] != current_run[key]]
+    if settings and not others and not set(settings) & set(stored):
+        missing = ", ".join(f"settings.{key}" for key in settings)
+        problem = f"{path}: has no {missing}, so it is from an older loradiag or other options"
         raise UsageError(f"{problem}; resume with the original command, or write to another file")
-    if differing:
-        keys = ", ".join(key.removeprefix("settings.") for key in differing if key.startswith("settings."))
-        others = [key for key in differing if not key.startswith("settings")] + ([f"settings ({keys})"] if keys else [])
+    others += [f"settings ({', '.join(settings)})"] if settings else []
+    if others:
         problem = f"{path}: this run was started with other {' and '.join(others)}"
         raise UsageError(f"{problem}; resume with the same command, or write to another file")
     return earlier

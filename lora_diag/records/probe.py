@@ -47,17 +47,7 @@ class Probe(WholeRecord):
         sequences: Number of sequences, for ``truncation``; null elsewhere, where ``nll`` has it.
     """
 
-    key: ClassVar[tuple[str, ...]] = (
-        "probe",
-        "set",
-        "subject",
-        "name",
-        "layer",
-        "module_type",
-        "rank",
-        "lr",
-        "seed",
-    )
+    key: ClassVar[tuple[str, ...]] = ("probe", "set", "subject", "name", "layer", "module_type", "rank", "lr", "seed")
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True, form=".4f"),
         Shown("gap", "gap", "loss minus that of TUNED, on the same tokens", main=True, terminal=False),

@@ -382,13 +382,11 @@ class RunPlan:
 
     def _best_rate(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
         """Return the rate of a size with the lowest loss of the first seed on the first set; None without a loss."""
-        runs = ((size, self._find_loss(arm.trial(size, rate, self.training.order)), rate) for rate in rates)
+        runs = []
+        for rate in rates:  # without a record or a loss, a run is not finished or diverged
+            fields = {**arm.trial(size, rate, self.training.order).fields, "set": self.sets[0].name}
+            runs += [(size, record.loss, rate) for record in self.kept.find(**fields)]
         return find_best_rates(runs).get(size)
-
-    def _find_loss(self, trial: Trial) -> float | None:
-        """Return the loss of a run on the first set; None if it diverged or is not finished."""
-        found = self.kept.find(**trial.fields, set=self.sets[0].name)
-        return next((record.loss for record in found), None)
 
 
 def time_steps(train: Callable[..., Any], training: Training, sets: Sequence[Texts]) -> tuple[float, float]:

@@ -8,32 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Required, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, Command, Feature, Figure, Section
-from lora_diag.running.options import (
-    CHECKPOINTING,
-    DATA,
-    DORA,
-    EXECUTION,
-    MEMORY_BUDGET,
-    OUTPUT,
-    PARAMS,
-    QUANTIZED,
-    RANKS,
-    RATES,
-    REQUIRED,
-    RSLORA,
-    SEEDS,
-    STEPS,
-    TARGET_MODULES,
-    TOLERANCE,
-    Callbacks,
-    ModelOptions,
-    Notes,
-    Option,
-    Resuming,
-    Shifted,
-    Training,
-    TrainingRuns,
-)
+from lora_diag.running import options
+from lora_diag.running.options import Callbacks, ModelOptions, Notes, Option, Resuming, Shifted, Training, TrainingRuns
 
 if TYPE_CHECKING:
     from lora_diag.tuning.record import TunePlan
@@ -42,24 +18,24 @@ if TYPE_CHECKING:
 class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callbacks, Notes, total=False):
     """Options of ``tune``."""
 
-    data: Required[Annotated[Path | str, DATA]]
-    params: Annotated[str | int | None, PARAMS]
-    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
+    data: Required[Annotated[Path | str, options.DATA]]
+    params: Annotated[str | int | None, options.PARAMS]
+    memory_budget: Annotated[str | int | None, options.MEMORY_BUDGET]
     time: Annotated[str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME")]
-    ranks: Annotated[Sequence[int], RANKS.by(())]
-    rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
-    gradient_checkpointing: Annotated[bool, CHECKPOINTING]
-    steps: Annotated[int, STEPS]
-    seeds: Annotated[int, SEEDS.by(3)]
-    tolerance: Annotated[float, TOLERANCE]
-    targets: Annotated[Sequence[str], TARGET_MODULES]
-    dora: Annotated[bool, DORA]
-    rslora: Annotated[bool, RSLORA]
-    quantized: Annotated[str | None, QUANTIZED]
+    ranks: Annotated[Sequence[int], options.RANKS.by(())]
+    rates: Annotated[Sequence[float], options.RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    gradient_checkpointing: Annotated[bool, options.CHECKPOINTING]
+    steps: Annotated[int, options.STEPS]
+    seeds: Annotated[int, options.SEEDS.by(3)]
+    tolerance: Annotated[float, options.TOLERANCE]
+    targets: Annotated[Sequence[str], options.TARGET_MODULES]
+    dora: Annotated[bool, options.DORA]
+    rslora: Annotated[bool, options.RSLORA]
+    quantized: Annotated[str | None, options.QUANTIZED]
     no_full: Annotated[bool, Option(False, "Do not fully fine-tune as a baseline; saves 4 times BASE's memory.")]
     widen: Annotated[int, Option(1, "Learning rates to try beyond the grid; 0 for none.", "N", least=0)]
-    dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=EXECUTION)]
-    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+    dry_run: Annotated[bool, Option(False, "Print the plan and stop.", panel=options.EXECUTION)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=options.OUTPUT)]
     on_plan: Annotated[
         "Callable[[TunePlan], bool] | None",
         Option(None, "Called with the plan; training stops if it returns False.", cli=False),
@@ -69,8 +45,8 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
 class CommandOptions(TypedDict, total=False):
     """Options of the command only."""
 
-    output: Annotated[Path, Option(REQUIRED, "Folder of the run.", "DIR", ("--output", "-o"), OUTPUT)]
-    yes: Annotated[bool, Option(False, "Start without asking.", flags=("--yes", "-y"), panel=EXECUTION)]
+    output: Annotated[Path, Option(options.REQUIRED, "Folder of the run.", "DIR", ("--output", "-o"), options.OUTPUT)]
+    yes: Annotated[bool, Option(False, "Start without asking.", flags=("--yes", "-y"), panel=options.EXECUTION)]
 
 
 FEATURE = Feature(

@@ -28,38 +28,10 @@ from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
-from lora_diag.tuning.planning import (
-    AFTER_GRID,
-    AFTER_RATES,
-    Deadline,
-    Omission,
-    Target,
-    halve_rates,
-    omit,
-    repeat_omissions,
-    short_steps,
-)
+from lora_diag.tuning import planning, trials
+from lora_diag.tuning.planning import Deadline, Omission, Target
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
-from lora_diag.tuning.trials import (
-    ADAPTER,
-    Contest,
-    Curves,
-    Gap,
-    RankChoice,
-    TrialRun,
-    Trials,
-    Variant,
-    between,
-    change_variant,
-    choose_rank,
-    contest,
-    count_diverged,
-    escalation_reason,
-    gap_of,
-    ranks_of,
-    stability_trials,
-    uniform_name,
-)
+from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
 
 # LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025).
 FULL_OVER_LORA = 0.1
@@ -204,7 +176,7 @@ class Tuner:
     def _adapt_plan(self, possible: Collection[Omission], is_grid_done: bool = False) -> None:
         """Omit some of these if the search, at the pace of its runs, no longer fits into the time left."""
         pace = self.deadline.pace
-        self.plan, saved = omit(self.plan, self.left / pace, possible, is_grid_done)
+        self.plan, saved = planning.omit(self.plan, self.left / pace, possible, is_grid_done)
         for omission, seconds in saved.items():
             why = f"{OMITTED}, as a run takes {pace:.2g} times the planned time"
             self.decide("budget", omission, "not tried", why, seconds=pace * seconds)
@@ -318,7 +290,7 @@ class Tuner:
             seconds = plan.saved.get(omission)
             self.kept.put(TuneDecision(stage="budget", name=omission, outcome="not tried", why=why, seconds=seconds))
         omitted = self.kept.find(record="tune_decision", stage="budget", outcome="not tried")
-        self.plan = repeat_omissions(plan, [decision.name for decision in omitted])
+        self.plan = planning.repeat_omissions(plan, [decision.name for decision in omitted])
         self.trials.measure_base()
         self._choose_rank(self._choose_rates())
         incumbent = self._make_uniform(self.choice.rank)
@@ -336,7 +308,7 @@ class Tuner:
 
     def _make_uniform(self, rank: int, name: str = "") -> Variant:
         """Return the configuration of one rank everywhere, at the learning rate of the shared rank."""
-        return Variant(name or uniform_name(rank), self.target.config(rank), self.choice.lr, self.plan.steps)
+        return Variant(name or trials.uniform_name(rank), self.target.config(rank), self.choice.lr, self.plan.steps)
 
     def _train_with_adapters(self, *variants: Variant) -> None:
         """Train configurations with the first seed, unless that is done, and keep their adapters."""
@@ -366,14 +338,14 @@ class Tuner:
         plan = self.plan
         if not plan.halving:
             return plan.rates
-        steps, ends = short_steps(plan.steps), sorted({plan.ranks[0], plan.ranks[-1]})
+        steps, ends = planning.short_steps(plan.steps), sorted({plan.ranks[0], plan.ranks[-1]})
         results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, seeds=1, widen=0)
         losses = {
             (record.rank, record.lr): record.loss
             for record in results.whole_of(Probe)
             if (record.set, record.subject) == (self.own, "lora") and record.rank is not None and record.lr is not None
         }
-        rates = halve_rates(losses) or plan.rates
+        rates = planning.halve_rates(losses) or plan.rates
         self.decide(
             "rates",
             "learning rates",
@@ -381,7 +353,7 @@ class Tuner:
             f"{', '.join(f'{rate:g}' for rate in rates)} of {len(plan.rates)}: lowest losses after {steps} steps",
             files=("rates.jsonl",),
         )
-        self._adapt_plan(AFTER_RATES)
+        self._adapt_plan(planning.AFTER_RATES)
         return rates
 
     def _make_settings(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -397,7 +369,7 @@ class Tuner:
         if self.plan.limit is None or (path.is_file() and self._read_swept_setting("seeds") > 1):
             return
         self._run_sweep(path.name, **self._make_settings(rates, self.plan.ranks, 1))
-        self._adapt_plan(AFTER_GRID, is_grid_done=True)
+        self._adapt_plan(planning.AFTER_GRID, is_grid_done=True)
 
     def _sweep_ranks(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> tuple[Swept, RankChoice]:
         """Run the sweep over shared ranks or resume it, record its losses, and return its verdict and the choice.
@@ -424,7 +396,7 @@ class Tuner:
                 f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
-        return swept, choose_rank(swept)
+        return swept, trials.choose_rank(swept)
 
     def _choose_rank(self, rates: Sequence[float]) -> None:
         """Choose the shared rank, with more seeds and an intermediate rank where these may decide more."""
@@ -439,7 +411,7 @@ class Tuner:
             else:
                 repeats = needed
                 self._record_rank(f"{needed} seeds", *self._sweep_ranks(rates, plan.ranks, repeats))
-        middle = between(self.choice.rank, self.swept.ranks) if plan.finer else None
+        middle = trials.between(self.choice.rank, self.swept.ranks) if plan.finer else None
         if middle is None:
             return
         if middle not in self._read_swept_setting("ranks") and not self.allows(len(rates) + plan.widen + repeats - 1):
@@ -535,7 +507,7 @@ class Tuner:
         """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
         path = self.folder / "weights.json"
         if not path.is_file():
-            texts = replace(self.training, steps=short_steps(self.plan.steps)).used_texts
+            texts = replace(self.training, steps=planning.short_steps(self.plan.steps)).used_texts
             layers = {f"{module_path}.weight": layer for module_path, layer in self.target.layers.items()}
             gradients_by_layer = compute_gradients(
                 self.run_.model, layers, texts, self.training.batch, lambda: self._report_batches("gradient")
@@ -612,36 +584,36 @@ class Tuner:
     def _compare(self, incumbent: Variant, challenger: Variant, seeds: Sequence[int] | None = None) -> Contest:
         """Compare a challenger with the incumbent on all sets, with these seeds or all."""
         incumbent_runs, runs = (self.trials.runs(variant, seeds) for variant in (incumbent, challenger))
-        return contest(incumbent_runs, runs, self.own, self.shifted, self.trials.predictions)
+        return trials.contest(incumbent_runs, runs, self.own, self.shifted, self.trials.predictions)
 
     # -- stability ---------------------------------------------------------------------------------------------------
 
     def _stabilize(self, incumbent: Variant) -> Variant:
         """Return the configuration after the trials that the curves justify."""
-        reasons = stability_trials(self._collect_curves(incumbent))
+        reasons = trials.stability_trials(self._collect_curves(incumbent))
         if not reasons:
             self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
         for name, reason in reasons.items():
-            trial = change_variant(incumbent, name)
+            trial = trials.change_variant(incumbent, name)
             compare = partial(self._contest, "stability", incumbent, trial, f"{reason}; ")
             decision, runs, seconds = ("stability", trial.name), 1 + self.plan.repeats, self.plan.repeats * self.one_run
             if self._attempt(decision, runs, compare, "proposed", reason, seconds=seconds):
                 incumbent = trial
         return incumbent
 
-    def _collect_curves(self, incumbent: Variant) -> Curves:
+    def _collect_curves(self, incumbent: Variant) -> trials.Curves:
         """Return the gains of the incumbent from which stability is judged."""
         gains = self._get_gains(incumbent, self.own)
         shifted_gains = self._get_gains(incumbent, self.shifted[0]) if self.shifted else []
         runs = self.trials.runs(incumbent)[self.own].values()
         train_losses = [run.train_loss for run in runs if run.train_loss is not None]
         base_train = self._get_base(self.own).train_loss
-        return Curves(
+        return trials.Curves(
             gain=fmean(gains),
             train_gain=0.0 if base_train is None or not train_losses else base_train - fmean(train_losses),
             spread=stdev(gains) if len(gains) > 1 else None,
             tolerance=self.swept.verdict.tolerance,
-            diverged=count_diverged(self.swept.records, self.choice.rank, incumbent.lr),
+            diverged=trials.count_diverged(self.swept.records, self.choice.rank, incumbent.lr),
             gain_shifted=fmean(shifted_gains) if shifted_gains else None,
         )
 
@@ -651,7 +623,7 @@ class Tuner:
         """Estimate the gain of more parameters than the budget, by training where there is time."""
         of_full = self._get_full_gain()
         share = fmean(self._get_gains(incumbent, self.own)) / of_full if of_full else None
-        why = escalation_reason(self.choice.rank, self.swept.ranks, share)
+        why = trials.escalation_reason(self.choice.rank, self.swept.ranks, share)
         if not why:
             has_gain = self.swept.verdict.outcome != "no gain"
             why = "a rank below the largest is enough" if has_gain else "no rank lowers the loss of BASE"
@@ -693,7 +665,7 @@ class Tuner:
         runs = (self.trials.runs(variant).get(name, {}).get(self.first_seed) for variant in (incumbent, challenger))
         # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
         before, after = ({} if run is None else {0: run, 1: run} for run in runs)
-        gap = gap_of(before, after, self.trials.predictions.get(name, ()))
+        gap = trials.gap_of(before, after, self.trials.predictions.get(name, ()))
         return None if gap is None else Gap(gap.value, gap.error or None, 1, gap.half or None)
 
     def _raise_rank(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
@@ -766,7 +738,7 @@ class Tuner:
             set=self.own,
             variant=incumbent.name,
             rank=choice.rank,
-            ranks=ranks_of(config, self.target.layers) if config["rank_pattern"] else {},
+            ranks=trials.ranks_of(config, self.target.layers) if config["rank_pattern"] else {},
             significant=choice.significant and error is not None and gain > errors_needed(len(losses) - 1) * error,
             lr=incumbent.lr,
             steps=incumbent.steps,

@@ -29,14 +29,7 @@ from lora_diag.metrics.statistics import errors_needed, paired_difference, paire
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import (
-    Cell,
-    Lora,
-    Training,
-    count_trained,
-    layers_without_head,
-    losses_after,
-)
+from lora_diag.models.training import Cell, Lora, Training, count_trained, layers_without_head, losses_after
 from lora_diag.probes.sweep.measure import round_weights
 from lora_diag.probes.sweep.verdict import Swept, find_diverged
 from lora_diag.records import Probe

@@ -21,14 +21,7 @@ from lora_diag.plots.options import PlotOptions
 from lora_diag.records import Results
 from lora_diag.rendering.figures.pages import MAX_PANELS, Page, draw_panel, freeze_layout, make_figure
 from lora_diag.rendering.figures.series import Options, UndrawableError, drawable_records, kind_of, series_of
-from lora_diag.rendering.figures.style import (
-    CATEGORIES,
-    FORMATS,
-    PageStyle,
-    apply_style,
-    encode_figure,
-    page_style_of,
-)
+from lora_diag.rendering.figures.style import CATEGORIES, FORMATS, PageStyle, apply_style, encode_figure, page_style_of
 from lora_diag.running.options import fill_options, show_options
 
 _FEATURES = {figure.name: feature for feature, figure in figures()}

@@ -5,45 +5,26 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import SPECTRA_ARGUMENT, Command, Feature, Figure, Section
-from lora_diag.running.options import (
-    ADAPTER_DTYPE,
-    ENERGY,
-    EXCLUDE,
-    INPUTS,
-    MEMORY_BUDGET,
-    OPTIMIZER,
-    OUTPUT,
-    PARAMS,
-    PORTABLE,
-    RSLORA,
-    SWEEP,
-    TARGETS,
-    UNFINISHED,
-    Option,
-)
+from lora_diag.running import options
+from lora_diag.running.options import INPUTS, OUTPUT, Option
 
 
 class AllocateOptions(TypedDict, total=False):
     """Options of ``allocate``."""
 
-    params: Annotated[str | int | None, PARAMS]
+    params: Annotated[str | int | None, options.PARAMS]
     total_rank: Annotated[int | None, Option(None, "Budget: sum of the ranks of all layers.", "R")]
-    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
-    energy: Annotated[float | None, ENERGY]
+    memory_budget: Annotated[str | int | None, options.MEMORY_BUDGET]
+    energy: Annotated[float | None, options.ENERGY]
     match: Annotated[Path | str | None, Option(None, "Budget: number of parameters of this adapter.", "ADAPTER")]
     min_rank: Annotated[int, Option(0, "Smallest rank of a layer with any signal.", "R")]
     max_rank: Annotated[int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")]
     ranks_from: Annotated[
         Sequence[int] | None,
-        Option(
-            None,
-            "Allowed ranks, e.g. 8,16,32; default: any.",
-            "R,R,...",
-            ("--allowed-ranks",),
-        ),
+        Option(None, "Allowed ranks, e.g. 8,16,32; default: any.", "R,R,...", ("--allowed-ranks",)),
     ]
-    layers: Annotated[str | None, TARGETS]
-    exclude: Annotated[str | None, EXCLUDE]
+    layers: Annotated[str | None, options.TARGETS]
+    exclude: Annotated[str | None, options.EXCLUDE]
     weights: Annotated[
         Path | str | Mapping[str, float] | None,
         Option(
@@ -54,7 +35,7 @@ class AllocateOptions(TypedDict, total=False):
             INPUTS,
         ),
     ]
-    portable: Annotated[bool, PORTABLE]
+    portable: Annotated[bool, options.PORTABLE]
     relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
     method: Annotated[
         str,
@@ -65,9 +46,9 @@ class AllocateOptions(TypedDict, total=False):
             ("--strategy",),
         ),
     ]
-    optimizer: Annotated[str, OPTIMIZER]
-    dtype: Annotated[str, ADAPTER_DTYPE]
-    allow_unfinished: Annotated[bool, UNFINISHED]
+    optimizer: Annotated[str, options.OPTIMIZER]
+    dtype: Annotated[str, options.ADAPTER_DTYPE]
+    allow_unfinished: Annotated[bool, options.UNFINISHED]
 
 
 class ConfigOptions(TypedDict, total=False):
@@ -82,11 +63,11 @@ class ConfigOptions(TypedDict, total=False):
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
     scaling: Annotated[float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)]
-    rslora: Annotated[bool, RSLORA]
+    rslora: Annotated[bool, options.RSLORA]
     check: Annotated[
         Path | None, Option(None, "PEFT config: compare its ranks with this model; default: off.", "BASE", panel=INPUTS)
     ]
-    sweep: Annotated[Path | None, SWEEP]
+    sweep: Annotated[Path | None, options.SWEEP]
 
 
 FEATURE = Feature(

@@ -15,16 +15,7 @@ from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.style import (
-    CATEGORIES,
-    DASHED,
-    INK,
-    QUIET,
-    PageStyle,
-    category,
-    crop_names,
-    name_of,
-)
+from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, crop_names, name_of
 from lora_diag.rendering.text import count
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK

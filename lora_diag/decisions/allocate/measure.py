@@ -326,36 +326,29 @@ def make_units(
     for record in records:
         stacked = _STACKED.fullmatch(record.layer)
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
-    return [_make_unit(tuple(members), name, weights, constraints, losses) for name, members in groups.items()]
-
-
-def _make_unit(
-    members: tuple[Spectrum, ...],
-    name: str,
-    weights: Mapping[str, float],
-    constraints: Constraints,
-    losses: Mapping[str, Sequence[float]] | None,
-) -> Unit:
-    """Return the unit of these layers.
-
-    Its ranks reach the largest cap of theirs, or the minimum rank if that is higher and a rank has a gain.
-    """
-    soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
-    largest = compute_break_even(members[0].shape)
-    hard = min(constraints.max_rank or largest, largest)
-    if 0 < soft < (least := min(constraints.min_rank, hard)):
-        soft, reason = least, "break_even" if least == largest else reason
-    stops = _list_allowed_ranks(soft, hard, constraints)
-    return Unit(
-        members=members,
-        group=None if members[0].layer == name else name,
-        weights=tuple(weights[member.layer] for member in members),
-        stops=stops,
-        capped_by=reason if stops[-1] == soft else "ranks_from",
-        losses=None
-        if losses is None
-        else tuple(np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members),
-    )
+    units = []
+    for name, members in groups.items():
+        # Ranks reach the largest cap of the members, or the minimum rank if that is higher and a rank has a gain.
+        soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
+        largest = compute_break_even(members[0].shape)
+        hard = min(constraints.max_rank or largest, largest)
+        if 0 < soft < (least := min(constraints.min_rank, hard)):
+            soft, reason = least, "break_even" if least == largest else reason
+        stops = _list_allowed_ranks(soft, hard, constraints)
+        curves = None
+        if losses is not None:
+            curves = tuple(np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members)
+        units.append(
+            Unit(
+                members=tuple(members),
+                group=None if members[0].layer == name else name,
+                weights=tuple(weights[member.layer] for member in members),
+                stops=stops,
+                capped_by=reason if stops[-1] == soft else "ranks_from",
+                losses=curves,
+            )
+        )
+    return units
 
 
 def compute_break_even(shape: tuple[int, int]) -> int:

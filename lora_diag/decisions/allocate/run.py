@@ -8,8 +8,7 @@ one spectrum; rules that need every singular value are undefined for a truncated
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,13 +38,11 @@ from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.names import part_of
 from lora_diag.records.run import timestamp
+from lora_diag.rendering.text import list_names
 from lora_diag.running.amounts import read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import fill_options, list_typed_options, show_options
 from lora_diag.version import __version__
-
-# Maximum number of layers named in a note.
-_NAMED = 3
 
 # Commands whose results give weights of layers.
 WEIGHT_COMMANDS = ("probe sensitivity", "probe fisher")
@@ -154,7 +151,7 @@ def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -
                 "in the spectra; measure both on the same update"
             )
     missing = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
-    notes = [f"{len(missing)} layers were not measured and get no rank: {_list_names(missing)}"] if missing else []
+    notes = [f"{len(missing)} layers were not measured and get no rank: {list_names(missing)}"] if missing else []
     first = records[in_both[0].layer]
     kind = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
     described = RunInput(role="weights", path=legible(path), kind=kind, tensors=len(in_both), notes=tuple(notes))
@@ -170,13 +167,7 @@ def _make_notes(weights: Weights) -> list[str]:
         (weights.unclear, "have no significant gain, and are used unchanged"),
         (weights.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
     ]
-    return [f"{len(names)} of them {problem}: {_list_names(names)}" for names, problem in groups if names]
-
-
-def _list_names(names: Sequence[str]) -> str:
-    """Return the first names and the number of the others, as text."""
-    shown = ", ".join(legible(name) for name in names[:_NAMED])
-    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+    return [f"{len(names)} of them {problem}: {list_names(names)}" for names, problem in groups if names]
 
 
 def apply_rank_rules(record: Spectrum) -> Policies:
@@ -336,7 +327,7 @@ def allocate_and_write(
     """Allocate ranks, and write them by ``write_allocation`` if there is an ``output``, which is checked first.
 
     With no option of ``AllocateOptions`` but ``allow_unfinished``, and neither ``output`` nor ``sweep``, the ranks are
-    those of ``rank_by_rules``.
+    those of ``apply_rank_rules``.
 
     Args:
         results: Results of ``spectrum``, as a file.
@@ -366,27 +357,14 @@ def allocate_and_write(
         inputs = (results, None if isinstance(weights, Mapping) else weights)
         check_outputs(inputs, [(output, _find_kind(output, check, format))], overwrite)
     if output is None and sweep is None and set(list_typed_options(AllocateOptions, options)) <= {"allow_unfinished"}:
-        return rank_by_rules(results, options.get("allow_unfinished", False))
+        spectra, _ = _read_spectra(results, options.get("allow_unfinished", False))
+        return [apply_rank_rules(record) for record in spectra]
     if sweep is not None:
         swept_rate(sweep)  # refuses unsuitable results
     allocation = allocate(results, **options)
     if output is not None:
         write_allocation(allocation, output, scaling, rslora, check, overwrite, format)
     return allocation
-
-
-def rank_by_rules(results: Results[Spectrum] | Path | str, allow_unfinished: bool = False) -> list[Policies]:
-    """Return the ranks of each layer by several rules: energy, knee, effective rank, Gavish–Donoho, signal rank.
-
-    Args:
-        results: Results of ``spectrum``, or their file.
-        allow_unfinished: Accept the results of an interrupted run.
-
-    Raises:
-        InputError: The results cannot be read or are unfinished.
-    """
-    spectra, _ = _read_spectra(results, allow_unfinished)
-    return [apply_rank_rules(record) for record in spectra]
 
 
 def write_allocation(
@@ -500,28 +478,6 @@ def _count_params(path: Path | str) -> int:
     return total
 
 
-def _read_spectra_file(path: Path | str) -> Results[Spectrum]:
-    """Return the results of ``spectrum`` in a file.
-
-    Raises:
-        InputError: The file cannot be read or holds other results; for measured weights, the message explains their
-            use.
-    """
-    try:
-        return read_results_of(Spectrum, path)
-    except InputError:
-        run = read_results(path).run
-        if run.command not in WEIGHT_COMMANDS:
-            raise
-        paths_by_role = {run_input.role: run_input.path for run_input in reversed(run.inputs)}
-        update = shlex.join([paths_by_role.get("base", "BASE"), paths_by_role.get("tuned", "TUNED")])
-        raise InputError(
-            f"{legible(path)}: holds results of loradiag {run.command}, which are weights, not spectra; measure "
-            f"spectra with loradiag spectrum {update} -o spectrum.jsonl, and use these as weights: loradiag "
-            f"allocate spectrum.jsonl --layer-weights {shlex.quote(str(path))} and a budget"
-        ) from None
-
-
 def _read_spectra(
     results: Results[Spectrum] | Path | str, allow_unfinished: bool
 ) -> tuple[Results[Spectrum], RunInput]:
@@ -530,7 +486,7 @@ def _read_spectra(
     Raises:
         InputError: The results cannot be read, are unfinished, or hold no layer.
     """
-    spectra = results if isinstance(results, Results) else _read_spectra_file(results)
+    spectra = results if isinstance(results, Results) else read_results_of(Spectrum, results)
     path = "" if isinstance(results, Results) else legible(results)
     if not allow_unfinished:
         _require_finished(spectra, path or "these results")

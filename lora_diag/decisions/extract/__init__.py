@@ -4,59 +4,39 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Hint
-from lora_diag.running.options import (
-    ACTIVATIONS,
-    ADAPTER_DTYPE,
-    ENERGY,
-    INPUTS,
-    KFAC,
-    OUTPUT,
-    PARAMS,
-    PORTABLE,
-    RANK,
-    RECOVER,
-    REQUIRED,
-    SWEEP,
-    FolderOptions,
-    Option,
-)
+from lora_diag.running import options
+from lora_diag.running.options import INPUTS, OUTPUT, REQUIRED, FolderOptions, Option
 
 
 class ExtractOptions(FolderOptions, total=False):
     """Options of ``extract``."""
 
-    rank: Annotated[int | None, RANK]
-    energy: Annotated[float | None, ENERGY]
-    params: Annotated[str | int | None, PARAMS]
+    rank: Annotated[int | None, options.RANK]
+    energy: Annotated[float | None, options.ENERGY]
+    params: Annotated[str | int | None, options.PARAMS]
     allocation: Annotated[
-        Path | str | None,
-        Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS),
+        Path | str | None, Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS)
     ]
     signal: Annotated[bool, Option(False, "Ranks: singular values above the files' rounding noise.")]
-    recover: Annotated[bool, RECOVER]
-    activations: Annotated[Path | str | None, ACTIVATIONS]
-    kfac: Annotated[bool, KFAC]
+    recover: Annotated[bool, options.RECOVER]
+    activations: Annotated[Path | str | None, options.ACTIVATIONS]
+    kfac: Annotated[bool, options.KFAC]
     split: Annotated[str, Option("both", "√Σ in both factors, or Σ in B.", "both|b")]
-    dtype: Annotated[str, ADAPTER_DTYPE]
+    dtype: Annotated[str, options.ADAPTER_DTYPE]
     rest: Annotated[
         str,
         Option(
-            "list",
-            "Tensors without factors: list them, or store them in full.",
-            "list|save",
-            ("--unfactored",),
-            OUTPUT,
+            "list", "Tensors without factors: list them, or store them in full.", "list|save", ("--unfactored",), OUTPUT
         ),
     ]
-    portable: Annotated[bool, PORTABLE]
+    portable: Annotated[bool, options.PORTABLE]
     format: Annotated[
-        str,
-        Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
+        str, Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT)
     ]
     base_name: Annotated[
         str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
     ]
-    sweep: Annotated[Path | str | None, SWEEP]
+    sweep: Annotated[Path | str | None, options.SWEEP]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 

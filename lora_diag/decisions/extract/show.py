@@ -21,17 +21,7 @@ from lora_diag.rendering.statements import (
     summarize,
 )
 from lora_diag.rendering.tables import rows_of
-from lora_diag.rendering.text import (
-    count,
-    format_shown,
-    list_layers,
-    list_names,
-    number,
-    percent,
-    quantity,
-    safe,
-    span,
-)
+from lora_diag.rendering.text import count, format_shown, list_layers, list_names, number, percent, quantity, safe, span
 
 # Format of an adapter -> the library in the card's metadata, and how the adapter is loaded.
 _USAGE = {

@@ -5,35 +5,25 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import Argument, Command, Feature
-from lora_diag.running.options import (
-    ADAPTER_DTYPE,
-    DATA,
-    EXCLUDE,
-    MEMORY_BUDGET,
-    OPTIMIZER,
-    PARAMS,
-    RANKS,
-    TARGETS,
-    TOP,
-    ModelOptions,
-    Option,
-    list_options,
-)
+from lora_diag.running import options
+from lora_diag.running.options import ModelOptions, Option, list_options
 
 
 class PlanOptions(TypedDict, total=False):
     """Options of ``plan``."""
 
-    ranks: Annotated[Sequence[int], RANKS.by((4, 8, 16, 64))]
-    layers: Annotated[str | None, TARGETS]
-    exclude: Annotated[str | None, EXCLUDE]
-    params: Annotated[str | int | None, PARAMS]
-    memory_budget: Annotated[str | int | None, MEMORY_BUDGET]
-    optimizer: Annotated[str, OPTIMIZER]
-    dtype: Annotated[str, ADAPTER_DTYPE]
+    ranks: Annotated[Sequence[int], options.RANKS.by((4, 8, 16, 64))]
+    layers: Annotated[str | None, options.TARGETS]
+    exclude: Annotated[str | None, options.EXCLUDE]
+    params: Annotated[str | int | None, options.PARAMS]
+    memory_budget: Annotated[str | int | None, options.MEMORY_BUDGET]
+    optimizer: Annotated[str, options.OPTIMIZER]
+    dtype: Annotated[str, options.ADAPTER_DTYPE]
     cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")]
-    top: Annotated[int, TOP.by(64, help="With --cost: second estimate, for the K largest singular values only.")]
-    data: Annotated[Path | str | None, DATA.by(None)]
+    top: Annotated[
+        int, options.TOP.by(64, help="With --cost: second estimate, for the K largest singular values only.")
+    ]
+    data: Annotated[Path | str | None, options.DATA.by(None)]
     tokens: Annotated[
         str | int | None, Option(None, "Predicted tokens of the training data; default: those in --data.", "N")
     ]

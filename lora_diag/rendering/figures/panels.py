@@ -17,15 +17,7 @@ from numpy.typing import NDArray
 from lora_diag.records import LayerRecord
 from lora_diag.rendering.figures.fields import Types, by_depth
 from lora_diag.rendering.figures.pages import MAX_PANELS, Panel
-from lora_diag.rendering.figures.style import (
-    DASHED,
-    INK,
-    PageStyle,
-    crop_names,
-    fit_chars,
-    log_label,
-    name_of,
-)
+from lora_diag.rendering.figures.style import DASHED, INK, PageStyle, crop_names, fit_chars, log_label, name_of
 
 R = TypeVar("R", bound=LayerRecord)
 

@@ -68,9 +68,14 @@ def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
             adapter that are initialized to zero.
     """
     return [
-        _check_versions(),
-        _check_packages(),
-        *_check_extras(),
+        make_statement(
+            "versions",
+            "Versions",
+            f"loradiag {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}, "
+            f"{platform.machine()}",
+            priority=0,
+        ),
+        *_check_packages(),
         _check_command(),
         *_check_devices(),
         _check_memory(),
@@ -78,11 +83,6 @@ def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
         *_check_ray(),
         *map(_check_address, addresses),
     ]
-
-
-def _check_versions() -> Statement:
-    interpreter = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
-    return make_statement("versions", "Versions", f"loradiag {__version__}, {interpreter}", priority=0)
 
 
 def _read_requirements() -> dict[str, list[Requirement]]:
@@ -112,34 +112,25 @@ def _find_gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str
     return present, gaps
 
 
-def _check_packages() -> Statement:
-    try:
-        required = _read_requirements()[""]
-    except PackageNotFoundError:
-        lead = f"loradiag is not installed, only imported; {install_command()}"
-        return make_statement("packages", "Packages", lead, level="warning")
-    present, gaps = _find_gaps(required)
-    if gaps:
-        return make_statement("packages", "Packages", *gaps, install_command(), level="failure", priority=0)
-    return make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
-
-
-def _check_extras() -> Iterator[Statement]:
+def _check_packages() -> Iterator[Statement]:
+    """Check the packages that are always needed, then those of each extra."""
     try:
         requirements = _read_requirements()
     except PackageNotFoundError:
+        lead = f"loradiag is not installed, only imported; {install_command()}"
+        yield make_statement("packages", "Packages", lead, level="warning")
         return
+    present, gaps = _find_gaps(requirements[""])
+    if gaps:
+        yield make_statement("packages", "Packages", *gaps, install_command(), level="failure", priority=0)
+    else:
+        yield make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
     for extra, adds in ADDS.items():
-        present, gaps = _find_gaps(
-            requirement for requirement in requirements.get(extra, ()) if requirement.name != "loradiag"
-        )
-        label = f"[{extra}]"
+        present, gaps = _find_gaps(each for each in requirements.get(extra, ()) if each.name != "loradiag")
+        lines = [f"{adds}: {', '.join(present)}"]
         if gaps:
-            lead = f"not available ({adds}): {', '.join(gaps)}"
-            fix = install_command(extra)
-            yield make_statement(f"extra_{extra}", label, lead, fix, level="warning", scoped=True)
-        else:
-            yield make_statement(f"extra_{extra}", label, f"{adds}: {', '.join(present)}", level="ok", scoped=True)
+            lines = [f"not available ({adds}): {', '.join(gaps)}", install_command(extra)]
+        yield make_statement(f"extra_{extra}", f"[{extra}]", *lines, level="warning" if gaps else "ok", scoped=True)
 
 
 def _check_command() -> Statement:

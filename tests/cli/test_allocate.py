@@ -21,8 +21,6 @@ def measured(tmp_path_factory):
 
 
 def test_config_records_and_json_agree(loradiag, measured, tmp_path):
-    message = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json").out
-    assert "--check" in message
     ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -57,7 +55,6 @@ def test_without_a_budget_ranks_of_rules_are_shown(loradiag, measured):
     """The suggested next command divides a budget, and runs."""
     ran = loradiag("allocate", measured, env={"COLUMNS": "200"})
     assert ran.code == 0
-    assert_names(ran.out, "energy 90%", "knee", "effective")
     records = loradiag("allocate", measured, "--json").records
     spectra = lora_diag.read_results(measured)
     assert [(each["layer"], each["ranks"]["energy 90%"]) for each in records] == [
@@ -66,11 +63,6 @@ def test_without_a_budget_ranks_of_rules_are_shown(loradiag, measured):
     suggested = next(line for line in ran.out.splitlines() if line.startswith("Next"))
     words = shlex.split(suggested.removeprefix("Next").partition("(")[0])
     assert loradiag(*words[1:]).code == 0
-
-
-def test_file_without_spectrum_exits_3(loradiag, tmp_path):
-    (tmp_path / "x.jsonl").write_text("hello\n")
-    assert loradiag("allocate", "x.jsonl", "--params", "1k").code == 3
 
 
 def test_heuristic_allocation_is_labelled(loradiag, measured, tmp_path):

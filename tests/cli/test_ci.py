@@ -75,13 +75,6 @@ def given() -> dict[str, str]:
     return {name.upper(): value for name, value in inputs.items()}
 
 
-def test_upload_of_the_page_comes_after_the_gate():
-    steps = workflow()["jobs"]["gate"]["steps"]
-    assert [bool("loradiag@" in step.get("uses", "")) for step in steps].index(True) < len(steps) - 1
-    assert "hf upload" in steps[-1]["run"]
-    assert "continue-on-error" not in blocks("yaml")[0]
-
-
 def test_every_command_of_the_page_runs(shell, repository):
     """The action, then all commands in the order of the page; each has to end with 0."""
     code, result = action(shell, repository, **given(), GITHUB_ACTIONS="true")

@@ -5,11 +5,10 @@ from collections import defaultdict
 import pytest
 import typer.main
 
-import lora_diag
 from lora_diag.cli import options
 from lora_diag.cli.app import application
 from lora_diag.probes.intrinsic import IntrinsicOptions
-from lora_diag.running.options import Option, fill_options
+from lora_diag.running.options import fill_options
 from tests.conftest import ROOT, save_model, save_pair
 from tests.messages import mentions
 
@@ -52,14 +51,6 @@ def test_option_names_are_consistent():
     assert len(meanings) > 80
 
 
-def test_no_option_is_synonym_of_another():
-    names = defaultdict(set)
-    for command in COMMANDS.values():
-        for each in visible(command):
-            names[each.help].add(each.opts[-1])
-    assert [result for result in names.values() if len(result) > 1] == []
-
-
 def below_the_table(text):
     return text.rstrip("\n").split("\n\n")[-1].splitlines()
 
@@ -74,18 +65,6 @@ def test_summary_of_example_is_short(loradiag, words):
     assert len(short) <= LINES < len(whole)
     assert short[-1].endswith("with -v")
     assert whole == below_the_table(loradiag(*words, "-v", brief=True).out)
-
-
-ON_SAMPLES = [
-    ["spectrum", "base", "full_ft"],
-    ["residual", "base", "full_ft", "lora_r4", "lora_r16"],
-    ["interference", "lora_r4", "lora_r16"],
-    ["intruders", "base", "full_ft"],
-    ["overlap", "base", "full_ft", "gradients"],
-    ["verify-merge", "base", "lora_r4", "full_ft"],
-    ["fleet", "lora_r4", "lora_r16"],
-    ["plan", "base"],
-]
 
 
 def test_decisions_and_warnings_are_never_hidden():
@@ -125,9 +104,3 @@ def test_unknown_and_missing_keywords_are_refused():
         fill_options(IntrinsicOptions, {"data": "t", "repeats": 3})
     with pytest.raises(TypeError, match="'data'"):
         fill_options(IntrinsicOptions, {})
-
-
-def test_option_choices_are_checked_once():
-    with pytest.raises(lora_diag.errors.UsageError, match=r"--split c: .* both, b"):
-        Option("both", "How Σ is split.", "both|b").checked("split", "c")
-    assert Option("auto", "Device.", "auto|cuda[:i]").checked("device", "cuda:1") == "cuda:1"

@@ -34,10 +34,3 @@ def test_mixed_updates_require_base_first(loradiag):
     wrong = loradiag("interference", R4, BASE, TUNED)
     assert wrong.code == 2
     assert_names(wrong.err, "BASE", "first")
-
-
-def test_spectrum_file_never_overwrites_something_else(loradiag, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    ran = loradiag("interference", R4, R16, "--spectrum", "notes.txt")
-    assert ran.code == 2
-    assert (tmp_path / "notes.txt").read_text() == "mine"

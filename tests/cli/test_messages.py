@@ -9,14 +9,6 @@ import pytest
 from lora_diag.cli.output import message, print_json, print_result
 from lora_diag.errors import InputError
 
-PATH = "runs/a-folder-with-hyphens/and-a-name-that-is-longer-than-a-narrow-terminal-is-wide/model.safetensors"
-LINE = f"about 4 min: 128 batches of 2 s each, and evaluation of what was trained on {PATH}: take fewer sequences"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
 
 @pytest.mark.parametrize("name", ["x" * 10**6, "\x1b" * 10**4])
 def test_long_message_keeps_path_and_fix(capsys, name):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lora_diag
 from tests.conftest import save_model, weights
 from tests.messages import assert_names
 from tests.test_gradients import save_step
@@ -22,22 +21,6 @@ def inputs(tmp_path):
     for step in (0, 10, 20):
         save_step(tmp_path / "g" / f"{step}.safetensors", weights(step + 3), step)
     return "base", "tuned", "g"
-
-
-def test_nothing_measured_gives_no_rank_verdict_or_next_step(loradiag, inputs, tmp_path):
-    broken = {name: torch.full_like(value, torch.nan) for name, value in weights(3).items()}
-    save_model(tmp_path / "tuned", broken)
-    ran = loradiag("overlap", *inputs, "--show-rank", "2", "--layers", "layers.0.*q_proj")
-    assert ran.code == 3
-    assert_names(ran.err, "Error:", "model.layers.0.self_attn.q_proj.weight", "TUNED", "nan")
-    assert "Next" not in ran.out
-
-
-def test_files_equal_their_folder(inputs, tmp_path):
-    base, tuned, folder = (tmp_path / name for name in inputs)
-    files = [folder / f"{step}.safetensors" for step in (20, 0, 10)]
-    one, two = (lora_diag.overlap(base, tuned, paths, ranks=[2]) for paths in (files, [folder]))
-    assert one.layers == two.layers
 
 
 def test_non_finite_gradient_exits_3_after_others(loradiag, inputs, tmp_path):

@@ -97,10 +97,3 @@ def test_records_resume_in_writable_file_of_read_only_folder(monkeypatch, tmp_pa
     check_results_file(file, resume=True, overwrite=False)
     with pytest.raises(InputError, match="permission denied"):
         check_results_file(tmp_path / "new.jsonl", resume=False, overwrite=False)
-
-
-def test_figure_folder_is_created_without_parents(told, tmp_path):
-    pytest.importorskip("matplotlib")
-    code, _ = told("plot", "r.jsonl", "--figure", "energy", "-o", "figures")
-    assert code == 0
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["energy.png"]

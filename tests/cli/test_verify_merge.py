@@ -58,8 +58,6 @@ def test_wrong_merge_fails_and_faults_come_first(files, loradiag):
     spoilt(files, change)
     ran = loradiag("verify-merge", "base", "adapter", "spoilt")
     assert (ran.code, ran.err) == (1, "")
-    words = " ".join(ran.out.split())
-    assert_names(words, "no", "2 of 4", "ΔW", "1 layer")
     rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:5]
     for row, status in zip(rows, ("missing", "dropped", "changed", "ok", "ok"), strict=True):
         assert f" {status} " in row
@@ -75,48 +73,6 @@ def test_records_equal_file(files, loradiag):
     assert {record["status"] for record in layers} == {"ok"}
     assert end["layers"] == 6
     assert (files / "merge.jsonl").read_text() == ran.out
-
-
-def test_interrupted_run_is_resumed(files, loradiag):
-    whole = loradiag("verify-merge", "base", "adapter", "merged", "-o", "whole.jsonl", "-q")
-    assert (whole.code, whole.out) == (0, "")
-    lines = (files / "whole.jsonl").read_bytes().splitlines(keepends=True)
-    (files / "cut.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])
-    assert loradiag("verify-merge", "base", "adapter", "merged", "-o", "cut.jsonl").code == 2
-    assert loradiag("verify-merge", "base", "adapter", "merged", "-o", "cut.jsonl", "--resume", "-q").code == 0
-    assert (files / "cut.jsonl").read_bytes() == (files / "whole.jsonl").read_bytes()
-
-
-def test_non_finite_base_is_located(files, loradiag):
-    before = load_file(files / "base" / "model.safetensors")
-    before[NAMES[0]][0, 0] = float("nan")
-    save(files / "broken", {key: value.double().numpy() for key, value in before.items()})
-    ran = loradiag("verify-merge", "broken", "adapter", "merged")
-    assert (ran.code, ran.err.count("\n")) == (3, 1)
-    assert_names(ran.err, "BASE", "[0, 0]")
-
-
-def test_merge_without_evidence_is_inconclusive(files, loradiag):
-    path = files / "adapter" / "adapter_model.safetensors"
-    write(path, {name: value.double().numpy() * 1e-6 for name, value in load_file(path).items()})
-    ran = loradiag("verify-merge", "base", "adapter", "base")
-    assert ran.code == 5
-    assert_names(ran.out, "inconclusive", "MERGED", "BASE")
-
-
-def test_merge_lost_to_rounding_passes_with_warning(files, loradiag):
-    path = files / "adapter" / "adapter_model.safetensors"
-    write(path, {name: value.double().numpy() * 0.05 for name, value in load_file(path).items()})
-    before, factors = load_file(files / "base" / "model.safetensors"), load_file(path)
-    after = {}
-    for name, w in before.items():
-        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-        d = factors[f"{key}B.weight"].double() @ factors[f"{key}A.weight"].double() * 1.5 if name in NAMES else 0.0
-        after[name] = bf16((w.double() + d).float().numpy()).astype(float)
-    save(files / "small", after)
-    ran = loradiag("verify-merge", "base", "adapter", "small")
-    assert ran.code == 0
-    assert_names(" ".join(ran.out.split()), "rounding", "10%", "ΔW")
 
 
 SIZE, RANK, S = 96, 4, 1.5

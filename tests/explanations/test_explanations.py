@@ -54,12 +54,9 @@ def test_every_field_column_and_check_is_explained():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["unresolved"], "Rounding is expected to have at least half"),
-        (["C(16)"], "does not describe training|training an adapter"),
         (["r@90%"], "90% of the energy"),
         (["Not", "Judged"], "does not apply"),
         (["gibberish"], "loradiag verify-merge BASE ADAPTER MERGED"),
-        (["verify-merge"], "loradiag verify-merge --help"),
     ],
 )
 def test_explain_prints_meaning(loradiag, words, expected):
@@ -82,11 +79,6 @@ def test_unknown_word_gets_nearest(loradiag):
     assert "did you mean unresolved" in loradiag("explain", "unresolvd").err
 
 
-def test_explain_json_has_the_terms(loradiag):
-    records = loradiag("explain", "spike", "--json").records
-    assert {"built-in check of gate"} < {record["role"] for record in records}
-
-
 def commands_in(page: str) -> list[list[str]]:
     text = (ROOT / "lora_diag" / "explanations" / page).read_text(encoding="utf-8")
     return [shlex.split(line)[1:] for line in re.findall(r"^    (loradiag .*)$", text, flags=re.MULTILINE)]
@@ -106,12 +98,6 @@ def test_commands_of_symptoms_exist(words):
 def test_schema_accepts_every_record(results_validator, path):
     for line in path.read_text(encoding="utf-8").splitlines():
         results_validator.validate(json.loads(line))
-
-
-def test_schema_accepts_a_new_run(loradiag, results_validator, pair_of_models):
-    base, tuned, *_ = pair_of_models
-    for record in loradiag("spectrum", base, tuned, "--json").records:
-        results_validator.validate(record)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every figure puts the label of a category at the values of its records, for any comparison."""
+"""Labels of categories are at the values of their records; ``residual`` and ``union`` have slots as ``allocation``."""
 
 import itertools
 import re
@@ -90,37 +90,15 @@ def spectra(*values):
     return make
 
 
-def residual(layers, name):
-    records = [making.residual(n, 1.0, 0.01 * next(NUMBERS), 0.5, 0.1, adapter=f"runs/{name}") for n in layers]
-
-    def end_of_direction(record):
-        """X's overshoot along D beyond no update is of scale."""
-        along = record.norm_ratio * record.cosine
-        worse = min(record.epsilon**2, max(1.0, (along - 1) ** 2 if along > 1 else 0.0))
-        return record.epsilon**2 - (worse - (1 - record.cosine**2))
-
-    # Three parts a bar: rank, direction, and what another α gains over the better of X and no update.
-    bands = by_type(records, lambda r: r.epsilon_min**2, end_of_direction, lambda r: r.epsilon**2)
-    return making.results(records, name=name), [bands]
-
-
 def allocation(layers, name):
     records = [build(Allocation, layer=layer, rank=next(NUMBERS), uniform_rank=next(NUMBERS)) for layer in layers]
     ranks = by_type(records, lambda r: r.rank, lambda r: r.uniform_rank)
     return making.results(records, [making.certificate()], name=name), [ranks]
 
 
-def union(layers, name):
-    records = [making.union(layer, next(NUMBERS), next(NUMBERS), next(NUMBERS)) for layer in layers]
-    values = (lambda r: r.spectrum.rank_at["0.9"], lambda r: r.parts_rank_at["0.9"], lambda r: r.rank_for_all["0.9"])
-    return making.results(records, name=name), [by_type(records, *values)]
-
-
 MAKERS = {
     "heatmap": spectra(lambda r: r.energy["8"]),
-    "residual": residual,
     "allocation": allocation,
-    "union": union,
 }
 
 

@@ -162,14 +162,12 @@ class Section:
         per: What a row of the tables is: a module ``type``, or a ``layer``.
         order: Sort key of sections, before the order of the catalog; sections about losses come first.
         figures: Names of the figures in this section; empty for all figures of the feature.
-        losses: Whether the section is about losses of a model.
     """
 
     title: str
     per: str = "type"
     order: int = 50
     figures: tuple[str, ...] = ()
-    losses: bool = False
 
 
 # What commands are for: the groups of ``loradiag --help``, in its order.

@@ -79,16 +79,14 @@ def run_gate(
         message(show.reason(results))
     if shown.table:
         if has_passed:
-            hint = (
-                "" if card else f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model card)"
-            )
+            hint = f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model card)"
         elif files:
             hint = f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
         else:
             hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
         # A layer's name may look like a workflow command; between these lines GitHub executes none.
         token = secrets.token_hex(16)
-        text = show.verdict_table(results, *shown.terminal, next_command=hint or None)
+        text = show.verdict_table(results, *shown.terminal, next_command=None if has_passed and card else hint)
         shown.print(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
     if github:
         for command in show.workflow_commands(results):

@@ -10,7 +10,7 @@ import difflib
 import re
 import tomllib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -20,11 +20,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
@@ -70,10 +68,8 @@ class PlacedError(ValueError):
         self.place = place
 
 
-class PolicyTable(BaseModel):
+class PolicyTable(BaseModel, frozen=True, strict=True):
     """A table of a policy. Excluded fields are not read from the file."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -90,7 +86,7 @@ class PolicyTable(BaseModel):
 def describe_valid(description: str) -> WrapValidator:
     """Return a validator that replaces pydantic's message by a description of the valid values."""
 
-    def check(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def check(value: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
         try:
             return handler(value)
         except ValidationError:

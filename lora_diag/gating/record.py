@@ -18,13 +18,11 @@ class Display:
     """How reports show a status.
 
     Args:
-        label: Label in a summary.
         style: Style of its row in a terminal; empty for no row.
         annotation: Level of an annotation on GitHub; empty for none.
         element: Element of a JUnit case, empty for none. No server counts an ``error`` as a pass.
     """
 
-    label: str
     style: str = ""
     annotation: str = ""
     element: str = ""
@@ -32,12 +30,12 @@ class Display:
 
 # The statuses in the order of every report, the most severe first.
 STATUSES: dict[Status, Display] = {
-    "failed": Display("Failed", "bold red", "error", "failure"),
-    "inconclusive": Display("Inconclusive", "bold yellow", "error", "error"),
-    "warned": Display("Warnings", "yellow", "warning"),
-    "waived": Display("Waived", element="skipped"),
-    "not judged": Display("Not judged", element="skipped"),
-    "passed": Display("Passed"),
+    "failed": Display("bold red", "error", "failure"),
+    "inconclusive": Display("bold yellow", "error", "error"),
+    "warned": Display("yellow", "warning"),
+    "waived": Display(element="skipped"),
+    "not judged": Display(element="skipped"),
+    "passed": Display(),
 }
 WORST_FIRST = tuple(STATUSES)
 

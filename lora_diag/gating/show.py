@@ -156,14 +156,14 @@ def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
     level: Level = "ok" if outcome(results.whole) == "passed" else "failure"
     statements = [make_statement("outcome", "Gate", headline(results), omitted, level=level)]
     passed = [_name_rule(verdicts) for verdicts in by_rule(results).values() if verdicts[0].status == "passed"]
-    for status, display in STATUSES.items():
+    for status in STATUSES:
         names: dict[str, list[str]] = {}
         for (of_rule, _), verdicts in by_status(results).items():
             if of_rule == status:
                 names.setdefault(describe_reasons(verdicts), []).append(_name_rule(verdicts))
         lines = [f"{', '.join(rules)}: {why}" for why, rules in names.items()]
         lines = [", ".join(passed)] if status == "passed" else lines
-        statements.append(make_statement(status.replace(" ", "_"), display.label, *lines))
+        statements.append(make_statement(status.replace(" ", "_"), status.capitalize(), *lines))
     inputs = make_statement("judged", "Inputs", *map(_describe_input, results.run.inputs), priority=2)
     return [*(statement for statement in statements if statement.lead), inputs]
 

@@ -190,17 +190,18 @@ def _facts_of(contest: Contest) -> Facts:
 
 def _find_tuned_configuration(evidence: Evidence) -> Facts | None:
     """Return the configuration that a search chose within its budget; None without one that gains."""
-    choices = ((item, one) for item in evidence.sources for one in item.results.whole_of(Tune) if one.gain > 0)
-    source, choice = next(choices, (None, None))
-    if source is None or choice is None:
-        return None
-    error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
-    doubt = "" if choice.significant else " That it is enough is not shown: the rank is the smallest by mean losses."
-    return {
-        "action": f"Train with this configuration: {describe_choice(choice)}",
-        "why": f"On {choice.set}, it gains {choice.gain:.4f}{error} nats with {choice.steps} steps.{doubt}",
-        "eval": source.paths("eval")[0],
-    }
+    choices = ((source, one) for source in evidence.sources for one in source.results.whole_of(Tune) if one.gain > 0)
+    for source, choice in choices:
+        error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
+        doubt = (
+            "" if choice.significant else " Not shown to be enough: the rank is the smallest by mean losses."
+        )
+        return {
+            "action": f"Train with this configuration: {describe_choice(choice)}",
+            "why": f"On {choice.set}, it gains {choice.gain:.4f}{error} nats with {choice.steps} steps.{doubt}",
+            "eval": source.paths("eval")[0],
+        }
+    return None
 
 
 def _find_swept_rank(evidence: Evidence) -> Facts | None:

@@ -19,7 +19,6 @@ from lora_diag.probes.outputs.show import Contest, choose_adapters, contests_of,
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import part_of
-from lora_diag.records.vocabulary import metric_of
 
 # Default rank without a measured adapter: the default of PEFT.
 DEFAULT_RANK = 8
@@ -131,11 +130,6 @@ class Evidence:
             if any((r.method != "factored", r.source, r.metric) == (True, "update", "weights") for r in source.results):
                 return source
         return None
-
-    @cached_property
-    def weighted(self) -> tuple[Source, ...]:
-        """The spectra in metrics other than that of the weights."""
-        return tuple(source for source in self.of(Spectrum) if metric_of(source.results.layers) != "weights")
 
     @cached_property
     def changed(self) -> tuple[Spectrum, ...]:

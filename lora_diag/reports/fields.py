@@ -41,7 +41,6 @@ class Field:
         share: Whether it lies in [0, 1].
         main: Whether it is shown by default.
         together: Returns the pooled value of several layers by index, as in the command's own table.
-        pooled: Whether values are pooled by a rule of the column, not by the median or the most frequent word.
     """
 
     id: str
@@ -52,7 +51,6 @@ class Field:
     together: Callable[[Sequence[int]], Value]
     share: bool = False
     main: bool = False
-    pooled: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -81,7 +79,6 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
             partial(_pool_together, column, records, layers),
             column.share,
             column.main,
-            column.pool is not None,
         )
         for prefix, group, shown, records in _list_columns(evidence)
         for column in shown
@@ -139,7 +136,7 @@ def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
         return min(statuses, key=WORST_FIRST.index, default=None)
 
     about = "worst verdict of the gate on this layer"
-    return Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True, pooled=True)
+    return Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True)
 
 
 def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:

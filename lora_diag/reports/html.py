@@ -37,7 +37,6 @@ from lora_diag.reports.subject import (
     Subject,
     gate_outcome,
     labels,
-    other_metric_sentences,
     sections_of,
     subject_of,
 )
@@ -147,7 +146,7 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         section_figures=section_figures,
         max_inputs=INPUTS,
         made=made,
-        thinning=[*other_metric_sentences(evidence), *_describe_thinning(evidence, layers)],
+        thinning=_describe_thinning(evidence, layers),
         metrics=data["metrics"],
         parts=_list_parts(subject, outcome, sections, layers),
         epsilon=EPSILON,
@@ -265,20 +264,15 @@ def _count_points(evidence: Evidence) -> int:
 
 def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     """State the contents of the records that the page omits."""
-    notes = []
     points = _count_points(evidence)
     longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
-    if longest > points:
-        notes.append(
-            f"Spectra and energy curves are drawn with up to {points} of up to {longest} points: the first "
-            f"{points // 2} ranks and log-spaced ones beyond. All points are values of the results file."
-        )
-    if len(layers) >= LARGE_PAGE:
-        notes.append(f"With {len(layers)} layers, numbers have {DIGITS} digits.")
     steps = max((len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0)
-    if steps > MAX_STEPS:
-        notes.append(f"Overlap curves show {MAX_STEPS} of {steps} steps, evenly spaced.")
-    return notes
+    notes = {
+        f"Spectra and energy curves are drawn with up to {points} of {longest} points of the file.": longest > points,
+        f"With {len(layers)} layers, numbers have {DIGITS} digits.": len(layers) >= LARGE_PAGE,
+        f"Overlap curves show {MAX_STEPS} of {steps} steps, evenly spaced.": steps > MAX_STEPS,
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 def _round_value(value: float | str) -> float:

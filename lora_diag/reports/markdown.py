@@ -12,11 +12,10 @@ from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.html import escape_markdown
 from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
-from lora_diag.reports.fields import Field, fields_of, layers_of
+from lora_diag.reports.fields import fields_of, layers_of
 from lora_diag.reports.subject import (
     Subject,
     gate_outcome,
-    other_metric_sentences,
     sections_of,
     subject_of,
 )
@@ -93,18 +92,8 @@ def _make_table(evidence: Evidence) -> list[str]:
         for name, positions in groups.items()
     ]
     table = _write_table(["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types")
-    return [
-        "## By module type",
-        table + _describe_pooling(columns),
-        *map(escape_markdown, other_metric_sentences(evidence)),
-    ]
-
-
-def _describe_pooling(columns: Sequence[Field]) -> str:
-    """State how a row's values are pooled."""
-    pooled = [field.title for field in columns if field.pooled and field.is_number]
-    together = f"{', '.join(dict.fromkeys(pooled))}: pooled over the layers of the type. " if pooled else ""
-    return f"\n\n{together}{'Other numbers: medians' if pooled else 'Medians'}; words: the most frequent."
+    pooling = "Values of a type are pooled as in the command's table, else medians or the most frequent words."
+    return ["## By module type", f"{table}\n\n{pooling}"]
 
 
 def _make_sections(evidence: Evidence) -> list[str]:

@@ -12,11 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_diag.catalog import feature_of, features
+from lora_diag.catalog import features
 from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.diagnostics.spectrum.show import METRICS
 from lora_diag.feature import Feature
-from lora_diag.feature import Section as SectionKind
 from lora_diag.gating.record import WORST_FIRST, Verdict, outcome
 from lora_diag.records.names import short_names
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
@@ -33,7 +31,7 @@ _KEYS_IN_RUN_LIST = {"compared", "left_out", "adapters"}
 _NAMED = 4
 
 # Roles of inputs that are not compared.
-_TEXT_ROLES = {"data", "eval", "shifted", "results"}
+_TEXT_ROLES = {"data", "eval", "shifted", "results", "baseline", "policy", "built-in policy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +51,6 @@ class Section:
     statements: tuple[Statement, ...]
     grids: tuple[Grid, ...]
     figures: tuple[str, ...]
-
-
-def _find_section(source: Source) -> SectionKind | None:
-    """Return the section declared by a run's feature; None without one."""
-    feature = feature_of(source.results.run.command)
-    return feature.section if feature else None
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
@@ -225,21 +217,13 @@ def _make_safe(step: Step) -> Step:
 
 
 def _make_title(evidence: Evidence) -> str:
+    """Return the subject of the page: that of the update, else of the residual, else of the first run, and its BASE."""
     source = evidence.update or next(evidence.of(Residual), None) or next(iter(evidence.sources), None)
     if source is None:
         return "nothing"
-    section = _find_section(source)
-    if section is not None and not section.losses:
-        return name_updates(source)
-    short = short_names(source.paths(), safe)
-    paths = {run_input.role: short[run_input.path] for run_input in reversed(source.results.run.inputs)}
-    tuned, base, adapters = paths.get("tuned"), paths.get("base"), source.paths("adapter")
-    if section is not None and tuned is None and len(adapters) > 1:
-        return f"{len(adapters)} adapters of {base}"
-    tuned = tuned or paths.get("adapter")
-    if base is not None and (tuned or section is not None):
-        return f"{tuned} compared with {base}" if tuned else f"{base}, trained"
-    return tuned or labels([source.name])[0]
+    name, bases = name_updates(source), source.paths("base")
+    base = short_names(source.paths(), safe)[bases[0]] if bases else name
+    return name if name == base else f"{name} compared with {base}"
 
 
 def _describe_unfinished(source: Source) -> str:
@@ -248,12 +232,6 @@ def _describe_unfinished(source: Source) -> str:
         f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements on its {count} "
         "records do not apply to the rest, and no step is derived from it. Repeat the command with --resume."
     )
-
-
-def other_metric_sentences(evidence: Evidence) -> list[str]:
-    """Return a sentence for each metric of the spectra other than that of the weights."""
-    metrics = dict.fromkeys(metric_of(source.results) for source in evidence.weighted)
-    return [f"The metric is {METRICS[metric]}." for metric in metrics]
 
 
 def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:

@@ -18,8 +18,9 @@ from lora_diag.files import CARD, check_output, write_whole
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import pooled_value
 from lora_diag.rendering.html import read_card, with_section
+from lora_diag.rendering.text import byte_count
 from lora_diag.reports import ReportOptions
-from lora_diag.reports.run import format_of, report
+from lora_diag.reports.run import report
 from lora_diag.running.options import fill_options
 
 if TYPE_CHECKING:
@@ -52,10 +53,7 @@ def run_report(
     if output is None:
         shown.print(str(rendered).rstrip("\n"))
         return DONE
-    size = Path(output).stat().st_size
-    file_size = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-    usage = ", opens in any browser without a network connection" if format_of(output, format) == "html" else ""
-    shown.message(f"{shlex.quote(str(output))}: {file_size}{usage}")
+    shown.message(f"{shlex.quote(str(output))}: {byte_count(Path(output).stat().st_size)}")
     return DONE
 
 

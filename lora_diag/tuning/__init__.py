@@ -70,7 +70,7 @@ FEATURE = Feature(
     table=".show:tune_table",
     statements=".show:tune_lines",
     grids=".show:tune_grids",
-    section=Section("Choice of an adapter", order=5, losses=True),
+    section=Section("Choice of an adapter", order=5),
     questions=(("choice", "Which adapter should be trained?"),),
     figures=(
         Figure(

@@ -25,7 +25,7 @@ def files(tmp_path):
 def test_page_with_name_and_one_without(loradiag, files, tmp_path):
     ran = loradiag("report", *files)
     assert (ran.code, ran.out) == (0, "")
-    assert re.fullmatch(r"report\.html: \d\.\d MB, opens in any browser without a network connection\n", ran.err)
+    assert re.fullmatch(r"report\.html: \d.* MB\n", ran.err)
     ran = loradiag("report", *files, "-o", "my page.html", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     one, two = ((tmp_path / name).read_text() for name in ("report.html", "my page.html"))

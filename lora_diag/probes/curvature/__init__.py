@@ -57,7 +57,7 @@ FEATURE = Feature(
     functions=(".measure:probe_curvature",),
     statements=".show:curvature_lines",
     grids=".show:curvature_grids",
-    section=Section("Curvature of the loss", per="layer", order=14, losses=True),
+    section=Section("Curvature of the loss", per="layer", order=14),
     questions=(
         ("bound", "How tight is the loss bound of a truncation?"),
         ("curvature", "How large is the curvature of the loss?"),

@@ -38,7 +38,7 @@ FEATURE = Feature(
     functions=(".measure:probe_fisher",),
     statements=".show:fisher_lines",
     grids=".show:fisher_grids",
-    section=Section("Expected cost of truncation (Fisher)", per="layer", order=16, losses=True),
+    section=Section("Expected cost of truncation (Fisher)", per="layer", order=16),
     questions=(("at_rank", "In which layers does truncation cost most?"),),
     figures=(
         Figure(

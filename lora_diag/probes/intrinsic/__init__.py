@@ -55,7 +55,7 @@ FEATURE = Feature(
     functions=(".measure:probe_intrinsic",),
     statements=".show:intrinsic_lines",
     grids=".show:intrinsic_grids",
-    section=Section("Intrinsic dimension", order=15, losses=True),
+    section=Section("Intrinsic dimension", order=15),
     questions=(("on", "How many directions does training need?"),),
     figures=(
         Figure(

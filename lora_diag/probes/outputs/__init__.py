@@ -53,7 +53,7 @@ FEATURE = Feature(
     functions=(".measure:probe_outputs",),
     statements=".show:outputs_lines",
     grids=".show:outputs_grids",
-    section=Section("Held-out loss and outputs", order=10, losses=True),
+    section=Section("Held-out loss and outputs", order=10),
     questions=(("on", "Is the adapter as good as the full fine-tune?"),),
     figures=(
         Figure(

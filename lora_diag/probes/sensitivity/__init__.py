@@ -41,7 +41,7 @@ FEATURE = Feature(
     functions=(".measure:probe_sensitivity",),
     statements=".show:sensitivity_lines",
     grids=".show:sensitivity_grids",
-    section=Section("Layers adapted alone", order=13, losses=True),
+    section=Section("Layers adapted alone", order=13),
     questions=(("on", "Which layers gain most when adapted alone?"),),
     figures=(
         Figure(

@@ -64,7 +64,7 @@ FEATURE = Feature(
     functions=(".measure:probe_sweep",),
     statements=".show:sweep_lines",
     grids=".show:sweep_grids",
-    section=Section("Rank sweep", order=11, losses=True),
+    section=Section("Rank sweep", order=11),
     questions=(("on", "Which rank does training need?"),),
     figures=(
         Figure(

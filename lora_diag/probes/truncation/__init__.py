@@ -37,7 +37,7 @@ FEATURE = Feature(
     functions=(".measure:probe_truncation",),
     statements=".show:truncation_lines",
     grids=".show:truncation_grids",
-    section=Section("Truncated update", order=12, losses=True),
+    section=Section("Truncated update", order=12),
     questions=(("on", "How much of its gain does the truncated update keep?"),),
     figures=(
         Figure(

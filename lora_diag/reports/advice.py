@@ -193,9 +193,7 @@ def _find_tuned_configuration(evidence: Evidence) -> Facts | None:
     choices = ((source, one) for source in evidence.sources for one in source.results.whole_of(Tune) if one.gain > 0)
     for source, choice in choices:
         error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
-        doubt = (
-            "" if choice.significant else " Not shown to be enough: the rank is the smallest by mean losses."
-        )
+        doubt = "" if choice.significant else " Not shown to be enough: the rank is the smallest by mean losses."
         return {
             "action": f"Train with this configuration: {describe_choice(choice)}",
             "why": f"On {choice.set}, it gains {choice.gain:.4f}{error} nats with {choice.steps} steps.{doubt}",

@@ -84,9 +84,6 @@ def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> Non
 Side = Literal["columns", "rows"]
 SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "row spaces"))
 
-# Maximum number of points of a curve; of more angles, evenly spaced ones are drawn.
-POINTS = 400
-
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the page of the angles of column and of row spaces, one panel each, of the pairs that overlap most.
@@ -142,21 +139,12 @@ def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interferenc
             for record in item.records
             if str(rank) in record.columns
         ]
-        steps = compute_distribution([cosine for space, _ in spaces for cosine in space.cosines])
-        line: dict[str, Any] = {"color": category(number), "lw": 1.5 * style.line, "drawstyle": "steps-post"}
-        ax.plot(*steps, label=f"_{item.label}", **line)
-        line = {"color": category(number), "lw": style.line, "ls": DOTTED}
-        ax.plot(grid, compute_random_distribution(grid, spaces), label=f"_random {item.label}", **line)
+        cosines = [cosine for space, _ in spaces for cosine in space.cosines]
+        ax.ecdf(cosines, label=f"_{item.label}", color=category(number), lw=1.5 * style.line)
+        random = compute_random_distribution(grid, spaces)
+        ax.plot(grid, random, label=f"_random {item.label}", color=category(number), lw=style.line, ls=DOTTED)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.03))
     set_fraction_ticks(ax.xaxis, ax.yaxis)
-
-
-def compute_distribution(values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the cumulative distribution of values in [0, 1]: (0, 0), at most ``POINTS`` points, and (1, 1)."""
-    ordered = np.sort(np.asarray(values, dtype=np.float64))
-    shares = np.arange(1, len(ordered) + 1) / len(ordered)
-    indices = np.unique(np.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().astype(np.int64))
-    return np.concatenate([[0.0], ordered[indices], [1.0]]), np.concatenate([[0.0], shares[indices], [1.0]])
 
 
 def compute_random_distribution(

@@ -4,7 +4,8 @@ from datetime import date
 
 import pytest
 
-from lora_diag.errors import NothingComparedError
+import lora_diag
+from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.gating.policy import read_policy
 from lora_diag.gating.record import outcome
 from lora_diag.gating.run import gate
@@ -106,3 +107,13 @@ def test_built_in_checks_alone_do_not_pass_empty_results(tmp_path):
     assert {(rule, status) for rule, _, status in bad} == {
         (rule, "not judged") for rule in ("dead", "unused_rank", "spike", "unresolved")
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"fro": -1.0}, "fro"), ({"base_fro": -1.0}, "base_fro"), ({"energy": {"4": 7.0, "8": 1.0, "16": 1.0}}, "energy")],
+)
+def test_impossible_norm_or_fraction_is_refused(tmp_path, change, text):
+    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0]) | change])
+    with raises_naming(InputError, "line 2", text):
+        lora_diag.read_results(path)

@@ -25,13 +25,8 @@ def test_every_record_is_a_row():
     by_kind = {kind: [row for row in result if row["record"] == kind] for kind in ("spectrum", "residual", "overlap")}
     for row, record in zip(by_kind["spectrum"], runs[0], strict=True):
         assert row["layer"] == record.layer
-        assert float(row["energy.8"]) == record.energy["8"]
         assert float(row["tail.8.fro"]) == record.tail["8"].fro
-        assert row["resolution.verdict"] == record.resolution.verdict
-        assert float(row["relative"]) == record.fro / record.base_fro
-        assert "s" not in row
-        assert row["epsilon"] == ""
-        assert row["results"] == "spectrum0.jsonl"
+        assert ("s" in row, row["epsilon"], row["results"]) == (False, "", "spectrum0.jsonl")
     assert [float(row["epsilon"]) for row in by_kind["residual"]] == [record.epsilon for record in runs[1]]
     assert [int(row["step"]) for row in by_kind["overlap"]] == [record.step for record in runs[2]]
 

@@ -91,11 +91,9 @@ def headline(results: Results[Any]) -> str:
     layers = {verdict.layer for verdict in basis if verdict.layer is not None}
     on_layers = f" on {quantity(len(layers), 'layer')}" if layers else ""
     count = quantity(len({verdict.rule for verdict in basis}), "rule") + on_layers
-    text = {
-        "failed": f"FAILED: {count}",
-        "inconclusive": f"INCONCLUSIVE (not a pass): {count}" if basis else "INCONCLUSIVE: nothing was judged",
-        "passed": f"PASSED, with warnings: {count}" if basis else "PASSED",
-    }[result]
+    heads = {"failed": "FAILED", "inconclusive": "INCONCLUSIVE (not a pass)", "passed": "PASSED, with warnings"}
+    nothing = "PASSED" if result == "passed" else "INCONCLUSIVE: nothing was judged"
+    text = f"{heads[result]}: {count}" if basis else nothing
     metric = results.run.settings.get("metric")
     return text + (f" (spectra in {safe(str(metric))})" if metric else "")
 

@@ -29,7 +29,7 @@ from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model
-from lora_diag.models.training import Lora, Training, check_checkpointing
+from lora_diag.models.training import RECIPE, Lora, Training, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
 from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.amounts import find_best_rates, next_rate
@@ -520,6 +520,7 @@ class TrainRun(ProbeRun):
         return {
             **self.settings("widen", "steps", "seeds", "seed"),
             "order": self.training.order_hash,
+            "optimizer": RECIPE,
             **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
         }
 

@@ -19,7 +19,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, write_whole
 from lora_diag.gating.run import gate_init
 from lora_diag.models.opening import keep_open
-from lora_diag.models.training import RECIPE, WARMUP, Lora
+from lora_diag.models.training import WARMUP, Lora
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.results import to_line
 from lora_diag.records.run import AnyRecord
@@ -151,7 +151,6 @@ def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
         "matrices": len(target.shapes),
         "kind": target.kind.description,
         "quantized": arguments.quantized,
-        "optimizer": RECIPE,
     }
 
 

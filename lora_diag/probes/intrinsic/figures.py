@@ -11,15 +11,8 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import Line, select_lines
+from lora_diag.rendering.figures import panels
 from lora_diag.rendering.figures.pages import Page, Panel, key, run_keys
-from lora_diag.rendering.figures.panels import (
-    axis_limits,
-    draw_levels,
-    draw_seeds,
-    set_loss_axis,
-    set_params_axis,
-    sets_of,
-)
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle, category
 
@@ -35,14 +28,14 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     Raises:
         UndrawableError: There is no such set.
     """
-    labels = sets_of(record for item in series for record in item.records)
+    labels = panels.sets_of(record for item in series for record in item.records)
     runs_by_set = {name: [_select_lines(item.records, name) for item in series] for name in labels}
     sets = [name for name, runs in runs_by_set.items() if any(line.subject != "full" for run in runs for line in run)]
     if not sets:
         raise UndrawableError("no set has a gain of full fine-tuning and a finished subspace or LoRA")
     single, width, run = len(series) == 1, style.line, series[0].run
     share = float(run.settings.get("share", SHARE)) if run else SHARE
-    panels = [
+    drawn = [
         Panel(
             labels[name],
             partial(_draw, runs=runs_by_set[name], share=share),
@@ -58,7 +51,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     omitted = ", ".join(labels[name] for name in labels if name not in sets)
     return Page(
         f"Trained parameters that reach {share:.0%} of full fine-tuning's gain",
-        panels,
+        drawn,
         f"{subject_of(series)}{steps}(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)",
         [
             "The dimension is for this task and number of steps; more steps can give another.",
@@ -91,7 +84,7 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
             color = subject_color if len(runs) == 1 else category(number)
             dots = [(line.params, value) for line in of_subject for value in line.shares]
             drawn_values += [value for _, value in dots]
-            draw_seeds(ax, dots, style, color, "_seeds", mark)
+            panels.draw_seeds(ax, dots, style, color, "_seeds", mark)
             means = zip(*[(line.params, line.share) for line in of_subject], strict=True)
             line_style: dict[str, Any] = {"color": color, "ls": dashes, "lw": 1.5 * style.line, "ms": 4 * style.line}
             ax.plot(*means, marker=mark, label=f"_{subject}", **line_style)
@@ -106,8 +99,8 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
                     va="top",
                 )
     # A diverged run is below the axis.
-    ax.set_ylim(axis_limits(max(value, -0.5) for value in drawn_values))
-    set_params_axis(ax, [line.params for rows in runs for line in rows], above=1.3)
-    draw_levels(ax, [("full", 1.0, INK), (f"{share:.0%}", share, QUIET)], style)
-    set_loss_axis(ax)
+    ax.set_ylim(panels.axis_limits(max(value, -0.5) for value in drawn_values))
+    panels.set_params_axis(ax, [line.params for rows in runs for line in rows], above=1.3)
+    panels.draw_levels(ax, [("full", 1.0, INK), (f"{share:.0%}", share, QUIET)], style)
+    panels.set_loss_axis(ax)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

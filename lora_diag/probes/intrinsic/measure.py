@@ -23,7 +23,7 @@ from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import RECIPE, Cell, Training, add_lora, count_trained, losses_after, train
+from lora_diag.models.training import Cell, Training, add_lora, count_trained, losses_after, train
 from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import Subject
@@ -113,13 +113,10 @@ class Subspace(nn.Module):
 
     Args:
         inner: The model; its own parameters are constant.
-        dim: d, the total number of trained parameters, including scales.
+        dim: d, the total number of trained parameters, including scales (``check_dim``).
         seed: Seed of P.
         method: ``plain`` or ``said``.
         lr: Peak learning rate of z, from which the step of the scales follows.
-
-    Raises:
-        UsageError: ``said`` has at least as many scales as dimensions, or there are more dimensions than parameters.
     """
 
     def __init__(self, inner: nn.Module, dim: int, seed: int, method: Method, lr: float) -> None:
@@ -128,7 +125,6 @@ class Subspace(nn.Module):
         parameters = dict(inner.named_parameters())
         total = sum(parameter.numel() for parameter in parameters.values())
         layers = list(dict.fromkeys(map(_make_scale_key, parameters))) if method == "said" else []
-        check_dim(dim, total, len(layers))
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
         z_dim = dim - len(layers)
@@ -310,7 +306,6 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         **run.training_settings(),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
-        "optimizer": RECIPE,
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:

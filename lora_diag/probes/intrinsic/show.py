@@ -5,7 +5,7 @@ Uses records only. Every size is taken at its own best learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Literal, get_args
@@ -97,19 +97,6 @@ class Reached:
     missed: tuple[int, ...]
 
 
-def best_rates(records: Iterable[Intrinsic], deciding_set: str, seed: int, subject: Subject) -> dict[int | None, float]:
-    """Return the learning rate of every size with its lowest loss of the first seed on the deciding set.
-
-    Args:
-        records: Records of a probe.
-        deciding_set: The set that decides.
-        seed: The first seed.
-        subject: What was trained.
-    """
-    key = (subject, deciding_set, seed)
-    return find_best_rates((size_of(r), r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
-
-
 def size_of(record: Intrinsic) -> int | None:
     """Return d of a subspace or r of a LoRA; None for other runs."""
     return record.dim if record.subject == "subspace" else record.rank
@@ -126,7 +113,8 @@ def select_lines(records: Sequence[Intrinsic], name: str, deciding_set: str, see
     """
     found = []
     for subject in get_args(Subject):
-        rates = best_rates(records, deciding_set, seed, subject)
+        first = (r for r in records if (r.subject, r.set, r.seed) == (subject, deciding_set, seed))
+        rates = find_best_rates((size_of(r), r.loss, r.lr) for r in first)
         for size, lr in sorted(rates.items(), key=lambda item: item[0] or 0):
             of_size = [r for r in records if (r.subject, r.set, size_of(r)) == (subject, name, size)]
             runs = sorted((r for r in of_size if r.lr == lr), key=lambda r: r.seed)

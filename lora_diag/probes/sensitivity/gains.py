@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.running.amounts import edge, find_best_rates
 
 
-def _describe_gain(group: Sequence[Gain | Marginal]) -> str | None:
+def _describe_gain(group: Sequence[Gain]) -> str | None:
     """Return the first gain of a group with its standard error, as text; None for an empty group."""
     return next((f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}") for gain in group), None)
 
@@ -64,29 +64,6 @@ class Gain:
     def is_clear(self) -> bool:
         """Whether ``gain`` differs significantly from zero."""
         return self.half is not None and abs(self.gain) > self.half
-
-
-@dataclass(frozen=True, slots=True)
-class Marginal:
-    """g(r → r + δ) = L(r) − L(r + δ) of one unit, each rank at its own best rate.
-
-    Args:
-        unit: Name of the unit.
-        gain: g.
-        error: Standard error of ``gain``, paired over sequences; None for one sequence.
-        sequences: Number of sequences.
-    """
-
-    unit: str
-    gain: float
-    error: float | None
-    sequences: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether ``gain`` differs significantly from zero."""
-        half = paired_half(self.error, self.sequences)
-        return half is not None and abs(self.gain) > half
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +120,19 @@ def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank:
 
 def marginals_of(
     records: Sequence[Sensitivity], name: str, lower: Sequence[Gain], higher: Sequence[Gain]
-) -> list[Marginal]:
-    """Return the gain of the higher rank over the lower one, for units with both; empty without BASE's record."""
-    base = next((r for r in records if not r.unit and r.set == name), None)
-    at_higher_rank = {gain.unit: gain for gain in higher}
-    if base is None:
-        return []
-    return [
-        Marginal(
-            gain.unit,
-            *paired_difference(gain.nll, at_higher_rank[gain.unit].nll, base.predictions),
-            len(base.predictions),
-        )
-        for gain in lower
-        if gain.unit in at_higher_rank
-    ]
+) -> list[Gain]:
+    """Return g(r → r + δ) = L(r) − L(r + δ) of units with both, each rank at its best rate.
+
+    Only ``unit``, ``gain`` and ``error`` are those of g; ``error`` is paired over sequences.
+    """
+    predictions = next((r.predictions for r in records if not r.unit and r.set == name), ())
+    at_higher_rank = {gain.unit: gain.nll for gain in higher}
+    marginals = []
+    for gain in lower:
+        if gain.unit in at_higher_rank:
+            value, error = paired_difference(gain.nll, at_higher_rank[gain.unit], predictions)
+            marginals.append(replace(gain, gain=value, error=error))
+    return marginals
 
 
 # Names of the scores that may predict gains.
@@ -169,10 +144,8 @@ def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     first_orders = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
     if len(first_orders) == len(gain.layers):
-        scores["top"] = math.fsum(record.top for record in first_orders)
-        scores["fresh"] = math.fsum(record.fresh for record in first_orders)
-        scores["adam"] = math.fsum(record.adam for record in first_orders)
-        scores["fro²"] = math.fsum(record.gradient_fro**2 for record in first_orders)
+        sums = zip(*((r.top, r.fresh, r.adam, r.gradient_fro**2) for r in first_orders), strict=True)
+        scores |= dict(zip(SCORES, map(math.fsum, sums), strict=False))
     return scores
 
 

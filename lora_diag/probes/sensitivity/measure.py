@@ -25,7 +25,7 @@ from lora_diag.models.activations import linear_layers, shape_of
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model, Weights
-from lora_diag.models.training import ALPHA_OVER_RANK, RECIPE, Cell, Training, layers_without_head, losses_after
+from lora_diag.models.training import ALPHA_OVER_RANK, Cell, Training, layers_without_head, losses_after
 from lora_diag.probes.sensitivity import SensitivityOptions
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
@@ -250,7 +250,6 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         **run.training_settings(),
         **run.selection,
         "kind": run.training.kind.description,
-        "optimizer": RECIPE,
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:

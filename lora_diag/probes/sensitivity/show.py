@@ -9,7 +9,6 @@ from typing import Any
 from lora_diag.probes.sensitivity.gains import (
     Correlation,
     Gain,
-    Marginal,
     correlate_scores,
     gains_of,
     marginals_of,
@@ -21,15 +20,13 @@ from lora_diag.records.base import Shown
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.losses import describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
-from lora_diag.rendering.tables import Grid, Rows, columns_of
+from lora_diag.rendering.tables import Grid, Rows, columns_of, title_of
 from lora_diag.rendering.text import format_shown, quantity, short
 
 # Maximum number of rows of the table in a terminal; the file and the HTML report have all.
 MAX_ROWS = 40
 # Maximum number of units named in a sentence.
 _NAMED = 3
-# Names of the units, by granularity.
-_UNITS = {"layer": "layer", "block": "block", "type": "module type"}
 # Descriptions of the scores, as in docs/reference/probe-sensitivity.md.
 _SCORES = {
     "top": "Σσ_i(G)² to r",
@@ -64,7 +61,7 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
         results,
         *(_describe_set(name, records, gains[name], settings) for name in gains),
         make_statement("cheaper", "Proxies", *_describe_proxies(first, _index_first_order(results))),
-        make_statement("more_rank", "More rank", _describe_marginals(next(iter(marginals.values()), []), settings)),
+        make_statement("more_rank", "More rank", _describe_marginals(marginals, settings)),
         make_statement("rates", "Rates", *_describe_rates(first, records)),
         reading=_READING,
     )
@@ -75,15 +72,15 @@ def _index_first_order(results: Results[Any]) -> dict[str, FirstOrder]:
     return {record.layer: record for record in results.whole_of(FirstOrder)}
 
 
-def _compute_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], dict[str, list[Marginal]]]:
-    """Return by set, the deciding set first: the gains, and those of the higher rank over the lower, if trained."""
+def _compute_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], list[Gain]]:
+    """Return the gains by set, the deciding set first; and on that set those of the higher rank, if trained."""
     records, settings = results.whole_of(Sensitivity), results.run.settings
     sets, rank, seed = set_names(records), settings["rank"], settings["seed"]
     gains = {name: gains_of(records, name, sets[0], rank, seed) for name in sets}
-    if not settings["delta"]:
-        return gains, {name: [] for name in sets}
-    higher = {name: gains_of(records, name, sets[0], rank + settings["delta"], seed) for name in sets}
-    return gains, {name: marginals_of(records, name, gains[name], higher[name]) for name in sets}
+    if not settings["delta"] or not sets:
+        return gains, []
+    higher = gains_of(records, sets[0], sets[0], rank + settings["delta"], seed)
+    return gains, marginals_of(records, sets[0], gains[sets[0]], higher)
 
 
 _READING = (
@@ -102,20 +99,19 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     rank, delta = settings["rank"], settings["delta"]
     names = [short(row.unit) for row in rows]
 
-    def align(gains_of_units: Sequence[Gain] | Sequence[Marginal]) -> Rows:
+    def align(gains_of_units: Sequence[Gain]) -> Rows:
         by_unit = {gain.unit: [gain] for gain in gains_of_units}
         return [(name, by_unit.get(row.unit, [])) for name, row in zip(names, rows, strict=True)]
 
     shown_gain, shown_seeds, *others = Gain.shown
-    first_set, *other_sets = gains
     columns = columns_of((shown_gain, shown_seeds), align(rows))
     if delta:
-        columns += columns_of([replace(shown_gain, title=f"g({rank}→{rank + delta})")], align(marginals[first_set]))
-    for name in other_sets:
+        columns += columns_of([replace(shown_gain, title=f"g({rank}→{rank + delta})")], align(marginals))
+    for name in [*gains][1:]:
         columns += columns_of([replace(shown_gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
     columns += columns_of(others, align(rows))
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
-    title = f"{_UNITS[settings['per']]} alone"
+    title = f"{title_of(settings['per'])} alone"
     columns += columns_of(_PROXIES, score_rows)
     return [Grid("", title, tuple(names), tuple(columns), _make_table_note(settings), MAX_ROWS)]
 
@@ -126,7 +122,7 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     suffix = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
     return (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
-        f"{_UNITS[settings['per']]} alone, with its standard error over sequences; a gain below two standard "
+        f"{title_of(settings['per'])} alone, with its standard error over sequences; a gain below two standard "
         f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are predictions from one "
         "gradient at BASE."
     )
@@ -138,7 +134,7 @@ def _describe_set(
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    unit = _UNITS[settings["per"]]
+    unit = title_of(settings["per"])
     better, worse = (sum(gain.is_clear and sign * gain.gain > 0 for gain in gains) for sign in (1, -1))
     best, *others = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
     named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in (best, *others))
@@ -151,7 +147,7 @@ def _describe_set(
     )
 
 
-def _describe_marginals(marginals: Sequence[Marginal], settings: dict[str, Any]) -> str:
+def _describe_marginals(marginals: Sequence[Gain], settings: dict[str, Any]) -> str:
     if not marginals:
         return ""
     up, down = (sum(one.is_clear and sign * one.gain > 0 for one in marginals) for sign in (1, -1))

@@ -5,44 +5,27 @@ from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Section
-from lora_diag.running.options import (
-    CHECKPOINTING,
-    DATA,
-    DORA,
-    FULL_RATES,
-    QUANTIZED,
-    RANKS,
-    RATES,
-    RSLORA,
-    SEEDS,
-    STEPS,
-    TARGET_MODULES,
-    TOLERANCE,
-    Option,
-    Shifted,
-    TrainingRuns,
-    TrainOptions,
-)
+from lora_diag.running import options
 
 
-class SweepOptions(Shifted, TrainOptions, TrainingRuns, total=False):
+class SweepOptions(options.Shifted, options.TrainOptions, options.TrainingRuns, total=False):
     """Options of ``probe sweep``."""
 
-    data: Required[Annotated[Path | str, DATA]]
-    ranks: Annotated[Sequence[int], RANKS]
-    rates: Annotated[Sequence[float], RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
-    full: Annotated[bool, Option(False, "Also fine-tune all parameters, as a baseline.")]
+    data: Required[Annotated[Path | str, options.DATA]]
+    ranks: Annotated[Sequence[int], options.RANKS]
+    rates: Annotated[Sequence[float], options.RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    full: Annotated[bool, options.Option(False, "Also fine-tune all parameters, as a baseline.")]
     # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).
-    full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
-    bitfit: Annotated[bool, Option(False, "Also train biases and norms alone, as a baseline.")]
-    dora: Annotated[bool, DORA]
-    rslora: Annotated[bool, RSLORA]
-    quantized: Annotated[str | None, QUANTIZED]
-    gradient_checkpointing: Annotated[bool, CHECKPOINTING]
-    steps: Annotated[int, STEPS]
-    seeds: Annotated[int, SEEDS]
-    tolerance: Annotated[float, TOLERANCE]
-    targets: Annotated[Sequence[str], TARGET_MODULES]
+    full_rates: Annotated[Sequence[float], options.FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
+    bitfit: Annotated[bool, options.Option(False, "Also train biases and norms alone, as a baseline.")]
+    dora: Annotated[bool, options.DORA]
+    rslora: Annotated[bool, options.RSLORA]
+    quantized: Annotated[str | None, options.QUANTIZED]
+    gradient_checkpointing: Annotated[bool, options.CHECKPOINTING]
+    steps: Annotated[int, options.STEPS]
+    seeds: Annotated[int, options.SEEDS]
+    tolerance: Annotated[float, options.TOLERANCE]
+    targets: Annotated[Sequence[str], options.TARGET_MODULES]
 
 
 FEATURE = Feature(

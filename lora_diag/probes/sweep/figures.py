@@ -9,16 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from lora_diag.probes.sweep.verdict import LINES, Swept, format_confidence, list_swept
+from lora_diag.probes.sweep.verdict import LINES, Swept, list_swept
+from lora_diag.rendering.figures import panels
 from lora_diag.rendering.figures.pages import Key, Page, Panel, key, run_keys
-from lora_diag.rendering.figures.panels import (
-    axis_limits,
-    draw_levels,
-    draw_seeds,
-    set_loss_axis,
-    set_measured_rank_axis,
-    sets_of,
-)
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import FLOOR, INK, QUIET, PageStyle, category
 
@@ -33,18 +26,18 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     if not any(record.subject == "lora" and record.loss is not None for record in records):
         raise UndrawableError("no run of the sweep is finished with a loss")
     single, width = len(series) == 1, style.line
-    sets, xlabel = sets_of(records), "rank r, with its learning rate" if single else "rank r"
+    sets, xlabel = panels.sets_of(records), "rank r, with its learning rate" if single else "rank r"
     settings = [item.run.settings if item.run is not None else {} for item in series]
     by_set = [
         {swept.set: swept for swept in list_swept(item.records, run_settings)}
         for item, run_settings in zip(series, settings, strict=True)
     ]
-    panels = []
+    drawn = []
     for name, label in sets.items():
         curves = {number: found[name] for number, found in enumerate(by_set) if name in found}
         title = _make_title(label, curves[0]) if single else label
         draw = partial(_draw, curves=curves, single=single)
-        panels.append(Panel(title, draw, xlabel, "loss (nats)", name=name))
+        drawn.append(Panel(title, draw, xlabel, "loss (nats)", name=name))
     color = category(0) if single else QUIET
     ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
     keys = [
@@ -58,7 +51,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     diverged = sum(record.loss is None for record in records)
     return Page(
         "Loss of LoRA trained at each rank, at the rank's own learning rate",
-        panels,
+        drawn,
         f"{subject_of(series)}{steps}mean negative log-likelihood of held-out predictions",
         [
             f"The learning rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}.",
@@ -84,7 +77,7 @@ def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool)
             ax.axhspan(min(means), min(means) + curve.verdict.tolerance, label="_tolerance", **grey)
         by_rank = {row.rank or 0: row for row in curve.rows}
         seeds = [(rank, loss) for rank, row in by_rank.items() for loss in row.losses]
-        draw_seeds(ax, seeds, style, color, "_seeds")
+        panels.draw_seeds(ax, seeds, style, color, "_seeds")
         ax.plot([*by_rank], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
         if curve.verdict.rank is not None:
             ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
@@ -96,12 +89,14 @@ def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool)
         for subject, line in curve.lines.items():
             levels[LINES[subject], line.mean] = QUIET if single else category(number)
     others = [loss for word, loss in levels if word != "BASE" and loss <= max([*losses, *bases])]
-    ax.set_ylim(axis_limits([*losses, *others], max(bases, default=None)))
-    draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in levels.items()], style)
+    ax.set_ylim(panels.axis_limits([*losses, *others], max(bases, default=None)))
+    panels.draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in levels.items()], style)
     rates = {row.rank: f"{row.lr:g}" for row in curves[0].rows} if single else {}
     ranks = [row.rank or 0 for curve in curves.values() for row in curve.rows]
-    set_measured_rank_axis(ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank))
-    set_loss_axis(ax)
+    panels.set_measured_rank_axis(
+        ax, ranks, style, lambda rank: f"{rank}\n{rates[rank]}" if rank in rates else str(rank)
+    )
+    panels.set_loss_axis(ax)
 
 
 def _make_title(label: str, curve: Swept) -> str:
@@ -111,10 +106,5 @@ def _make_title(label: str, curve: Swept) -> str:
         return label
     if verdict.rank is not None:
         return f"{label}: r\xa0=\xa0{verdict.rank} is enough, {verdict.outcome}"
-    confidence = "" if verdict.confidence is None else f", {format_confidence(verdict.confidence)} confidence"
-    endings = {
-        "not resolved": f"best answer r\xa0=\xa0{verdict.answer}{confidence}",
-        "no gain": "every rank is worse than BASE",
-        "no verdict": f"lowest at r\xa0=\xa0{verdict.best}, no verdict",
-    }
-    return f"{label}: {endings.get(verdict.outcome, verdict.outcome)}"
+    best = verdict.best if verdict.answer is None else verdict.answer
+    return f"{label}: {verdict.outcome}, best r\xa0=\xa0{best}"

@@ -20,7 +20,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
-from lora_diag.models.training import RECIPE, Cell, Lora, Training, layers_without_head, record_of, run_cell
+from lora_diag.models.training import Cell, Lora, Training, layers_without_head, record_of, run_cell
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
@@ -115,9 +115,7 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
 
 # Settings that ``resume`` extends, with the functions that join the values in the file and the new ones.
 EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
-    "ranks": lambda then, now: sorted({*then, *now}),
-    "rates": lambda then, now: sorted({*then, *now}),
-    "full_rates": lambda then, now: sorted({*then, *now}),
+    **dict.fromkeys(("ranks", "rates", "full_rates"), lambda then, now: sorted({*then, *now})),
     "seeds": max,
     "widen": max,
 }
@@ -195,7 +193,6 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
         **run.training_settings(),
         "tolerance": options.tolerance,
         "targets": list(options.targets) or "all-linear",
-        "optimizer": RECIPE,
     }
     workers = run.workers(base, stored)
 

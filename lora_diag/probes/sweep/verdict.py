@@ -24,15 +24,7 @@ from typing import Any, ClassVar, Literal
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
-from lora_diag.metrics.statistics import (
-    LEVEL,
-    MAX_RUNS,
-    Estimate,
-    blocked_variance,
-    runs_needed,
-    variance_within,
-    welch_error,
-)
+from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
 from lora_diag.records.probe import Subject, main_sets, set_names
@@ -204,7 +196,7 @@ def list_reasons(verdict: SweepVerdict, share: float) -> list[str]:
 
 def describe_needed(seeds: int | None) -> str:
     """State that a comparison is undecided, and the number of seeds needed; None for more than ``MAX_RUNS``."""
-    count = f"more than {MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
+    count = f"more than {stats.MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
     return f"undecided with these seeds, needs {count}"
 
 
@@ -260,20 +252,20 @@ def compare_with_reference(
         return None
     best = min(rows, key=lambda row: row.mean)
     gap = best.mean - other.mean
-    variance, freedom = variance_within([row.losses for row in rows])
+    variance, freedom = stats.variance_within([row.losses for row in rows])
     if not variance:
         return ReferenceComparison(best, other, gap, None, "no verdict")
-    line_variance, line_freedom = variance_within([other.losses])
+    line_variance, line_freedom = stats.variance_within([other.losses])
     fixed = line_variance < FIXED_RATIO**2 * variance
-    level = 1 - (1 - LEVEL) / len(rows)
+    level = 1 - (1 - stats.LEVEL) / len(rows)
     n, m = len(best.runs), 1 if fixed else len(other.runs)
     ours, theirs = (variance / n, freedom), ((variance, freedom) if fixed else (line_variance / m, line_freedom))
 
-    def estimate(value: float, a: float, b: float) -> Estimate:
+    def estimate(value: float, a: float, b: float) -> stats.Estimate:
         """Return the estimate of a·μ_best − b·μ_line + constant from its value, with either sign."""
         if fixed:  # one variance for both
-            return Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
-        return Estimate(value, *welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
+            return stats.Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
+        return stats.Estimate(value, *stats.welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
 
     half, kept_fraction = estimate(gap, 1, 1).half(level), 1 - share
     theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
@@ -285,7 +277,7 @@ def compare_with_reference(
         return result("better" if gap < 0 else "worse")
     distance = max(abs(gap), -max(theta_best.value, theta_line.value))
     spread_of_run = math.sqrt(variance) if fixed else math.sqrt(variance + line_variance)
-    needed = runs_needed(distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
+    needed = stats.runs_needed(distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
     return result("not known", seeds=needed)
 
 
@@ -375,7 +367,8 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     if gain <= 0:
         return result("no gain")
     noise = _Noise(
-        *blocked_variance([row.runs for _, row in ranked]), *variance_within([row.losses for _, row in ranked])
+        *stats.blocked_variance([row.runs for _, row in ranked]),
+        *stats.variance_within([row.losses for _, row in ranked]),
     )
     standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
     close_ranks = (
@@ -419,16 +412,16 @@ class _Noise:
         in 14% of simulated sweeps instead of 5% (spreads 5 times apart, 5 ranks); with the maximum it is 7 to 10%, and
         4% for equal spreads.
         """
-        return max(self.paired, blocked_variance([first.runs, second.runs])[0])
+        return max(self.paired, stats.blocked_variance([first.runs, second.runs])[0])
 
-    def theta(self, value: float, variance: float, share: float, n: int, m: int) -> Estimate:
+    def theta(self, value: float, variance: float, share: float, n: int, m: int) -> stats.Estimate:
         """Return the estimate of θ for means of n and m runs.
 
         The loss that common seeds share cancels, except for its fraction δ, from the margin.
         """
         common = max(0.0, self.plain - self.paired)
         error = math.sqrt(variance * (1 / n + (1 - share) ** 2 / m) + share**2 * common / min(n, m))
-        return Estimate(value, error, self.freedom)
+        return stats.Estimate(value, error, self.freedom)
 
 
 def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
@@ -459,19 +452,19 @@ def _rank_standing(
         theta, variance = _compute_theta(row, other, base, share), noise.paired_variance(row, other)
         _, _, a, b = _pair(row, other)
         if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
-            estimate = Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
+            estimate = stats.Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
             thetas.append((estimate, share * math.sqrt(noise.plain)))
         else:
             thetas.append((noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error))
     confidences = [estimate.confidence_below(0.0) for estimate, _ in thetas]
     confidence, against = min(confidences), max(0.0, 1 - (len(thetas) - 1) * min(confidences))
-    answer: Answer = "yes" if confidence >= LEVEL else "no" if against >= LEVEL else "not known"
-    difference = Estimate(behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom)
+    answer: Answer = "yes" if confidence >= stats.LEVEL else "no" if against >= stats.LEVEL else "not known"
+    difference = stats.Estimate(behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom)
     needed = None
     if answer == "not known":
         worst, error_of_one = thetas[confidences.index(confidence)]
-        level = LEVEL if worst.value <= 0 else 1 - (1 - LEVEL) / (len(thetas) - 1)
-        needed = runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
+        level = stats.LEVEL if worst.value <= 0 else 1 - (1 - stats.LEVEL) / (len(thetas) - 1)
+        needed = stats.runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
     half = 0.0 if row is best else difference.half()
     return RankStanding(rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed)

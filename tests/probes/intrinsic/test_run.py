@@ -14,7 +14,7 @@ import lora_diag
 from lora_diag.catalog import table
 from lora_diag.probes.intrinsic.measure import Fastfood, Subspace, count_scales, hadamard
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.intrinsic.show import best_rates, find_reached, select_lines
+from lora_diag.probes.intrinsic.show import find_reached, select_lines
 from tests.messages import assert_names
 from tests.probes.making import bert, gpt2, ids_of, lettered, loss_after, some_text
 
@@ -188,8 +188,8 @@ def test_smallest_size_uses_own_best_rate():
             ]
         )
     ]
-    assert best_rates(records, "held", 0, "subspace") == {10: 0.1, 100: 0.1, 300: 0.1, 1000: 0.1}
     result = select_lines(records, "held", "held", 0)
+    assert {line.lr for line in result if line.subject == "subspace"} == {0.1}
     answer = find_reached(result, "subspace", 0.9)
     assert (answer.line.size, answer.below.size, answer.certain, answer.missed) == (100, 10, False, (300,))
     assert answer.line.share == pytest.approx(0.91)

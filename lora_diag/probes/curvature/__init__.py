@@ -1,19 +1,10 @@
 """``probe curvature``, registration and options: curvature of the loss along the update."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
-from lora_diag.feature import (
-    BASE_ARGUMENT,
-    SAVE_PROBE,
-    TUNED_ARGUMENT,
-    Argument,
-    Command,
-    Feature,
-    Figure,
-    Hint,
-    Section,
-)
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
 
 
@@ -40,7 +31,7 @@ FEATURE = Feature(
         Command(
             help="Curvature of the loss (Hessian, GGN), and a loss bound.",
             examples=("probe curvature base/ full_ft/ --max-sequences 16 --eval held_out.txt",),
-            arguments=(BASE_ARGUMENT, Argument("tuned", TUNED_ARGUMENT.help, optional=True)),
+            arguments=(BASE_ARGUMENT, replace(TUNED_ARGUMENT, optional=True)),
             options=(CurvatureOptions,),
             shows=("json", "quiet", "verbose"),
             hints=(

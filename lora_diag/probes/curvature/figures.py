@@ -11,16 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lora_diag.probes.curvature.record import Curvature, LossBound
-from lora_diag.rendering.figures.pages import (
-    ROWS,
-    Page,
-    Panel,
-    Row,
-    choose_columns,
-    key,
-    make_rows_panel,
-    run_keys,
-)
+from lora_diag.rendering.figures import pages
 from lora_diag.rendering.figures.panels import set_measured_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, subject_of
 from lora_diag.rendering.figures.style import (
@@ -47,7 +38,7 @@ STYLES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 NO_BOUND = "λ term, no bound"
 
 
-def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> pages.Page:
     """Return a panel of gaps for each set, and one of the layers' largest eigenvalues, or without both, of traces."""
     runs = [[record for record in item.whole if isinstance(record, Curvature | LossBound)] for item in series]
     records = [record for run in runs for record in run]
@@ -55,37 +46,39 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     sets = list(dict.fromkeys(record.set for record in records if isinstance(record, LossBound)))
     bounded = all(record.matrix == "hessian" for record in curvatures)
     eigen = any(record.layer is not None and record.eigenvalues for record in curvatures)
-    columns = choose_columns(min(len(sets) + (eigen or not sets), 2), style)
+    columns = pages.choose_columns(min(len(sets) + (eigen or not sets), 2), style)
     panels = []
     for name in sets:
         bounds = [_select_bounds(run, name) for run in runs]
         draw = partial(_draw_gaps, runs=bounds)
-        panels.append(Panel(name_of(name), draw, "rank r of the update", "loss gap (nats)", name=name))
+        panels.append(pages.Panel(name_of(name), draw, "rank r of the update", "loss gap (nats)", name=name))
     if eigen or not sets:
         rows = _make_rows(runs, eigen)
         distinct = len({row.name for row in rows})
         title = "largest eigenvalue" if eigen else "trace ± 2 standard errors, more for few vectors (t)"
-        title += f", the {ROWS} highest of {distinct}" if distinct > ROWS else ""
+        title += f", the {pages.ROWS} highest of {distinct}" if distinct > pages.ROWS else ""
         xlabel = f"{'λ' if eigen else 'trace'} (nats per squared weight)"
-        last = make_rows_panel(title, rows, style, xlabel=xlabel, columns=columns)
+        last = pages.make_rows_panel(title, rows, style, xlabel=xlabel, columns=columns)
         panels.append(replace(last, height=max(last.height, 1.9 * style.panel)))
     matrix = "Hessian" if curvatures[0].matrix == "hessian" else "Gauss–Newton matrix"
     about, at = subject_of(series), curvatures[0].at.upper()
     if not sets:
         title = f"Curvature of the loss at {at}: the {matrix} of each layer"
         about += "mean negative log-likelihood of the evaluation set"
-        keys = run_keys(series, ls="", marker="o", ms=4 * style.line)
-        return Page(title, panels, about, keys=keys, columns=columns)
+        keys = pages.run_keys(series, ls="", marker="o", ms=4 * style.line)
+        return pages.Page(title, panels, about, keys=keys, columns=columns)
     width = style.line
     colors = (MEASURED, MODEL, BOUND) if len(series) == 1 else (QUIET,) * 3
     keys = [
-        key(name if bounded or quantity != "bound" else NO_BOUND, color=color, lw=1.4 * width, ms=3 * width, **line)
+        pages.key(
+            name if bounded or quantity != "bound" else NO_BOUND, color=color, lw=1.4 * width, ms=3 * width, **line
+        )
         for (quantity, name, line), color in zip(STYLES, colors, strict=True)
     ]
     term = "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔW_r − ΔW of all layers and λ the largest joint eigenvalue at TUNED"
     truncations = [record for name in sets for record in _select_bounds(records, name)]
     hidden = sum(record.gap <= 0 or record.predicted <= 0 for record in truncations)
-    return Page(
+    return pages.Page(
         f"Loss gap of a truncated update: measured, modelled with the {matrix} at {at}{', and its bound' * bounded}",
         panels,
         f"{about}loss of the truncated update minus that of TUNED",
@@ -97,7 +90,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             "tenth of the gap.",
             f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks." if hidden else "",
         ],
-        [*keys, *run_keys(series, lw=1.6 * width)],
+        [*keys, *pages.run_keys(series, lw=1.6 * width)],
         columns=columns,
     )
 
@@ -109,12 +102,6 @@ def _select_bounds(records: Iterable[Curvature | LossBound], name: str) -> list[
     return sorted((record for record in of_set if record.along == along), key=lambda record: record.rank)
 
 
-def _read_quantity(records: Sequence[LossBound], quantity: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a quantity of each truncation; NaN where it is not positive, so that the logarithmic axis omits it."""
-    values = [r.linear + r.upper if quantity == "bound" else float(getattr(r, quantity)) for r in records]
-    return np.array([value if value > 0 else np.nan for value in values])
-
-
 def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) -> None:
     """Draw the measured, modelled and bounding gaps of each run over the rank."""
     ax.set_yscale("log")
@@ -122,7 +109,8 @@ def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) 
     for number, records in enumerate(runs):
         ranks = [record.rank for record in records]
         for (quantity, _, line_style), color in zip(STYLES, (MEASURED, MODEL, BOUND), strict=True):
-            values = _read_quantity(records, quantity)
+            gaps = [r.linear + r.upper if quantity == "bound" else getattr(r, quantity) for r in records]
+            values = np.array([gap if gap > 0 else np.nan for gap in gaps])  # a logarithmic axis omits the others
             drawn_values += values[np.isfinite(values)].tolist()
             line: dict[str, Any] = {"color": color if len(runs) == 1 else category(number), "ms": 3 * style.line}
             line |= {"label": f"_{quantity}", **line_style}
@@ -138,7 +126,7 @@ def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) 
     set_measured_rank_axis(ax, [record.rank for records in runs for record in records], style)
 
 
-def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[Row]:
+def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[pages.Row]:
     """Return a row for all layers jointly and one for each: the largest eigenvalue if ``eigen``, else the trace."""
     rows = []
     for number, records in enumerate(runs):
@@ -148,7 +136,7 @@ def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> 
             name = "all layers" if record.layer is None else name_of(record.layer)
             color = INK if record.layer is None and len(runs) == 1 else category(number)
             if eigen:
-                rows.append(Row(name, record.eigenvalues[0], record.residual, color))
+                rows.append(pages.Row(name, record.eigenvalues[0], record.residual, color))
             else:
-                rows.append(Row(name, record.trace, record.trace_half or 0.0, color))
+                rows.append(pages.Row(name, record.trace, record.trace_half or 0.0, color))
     return rows

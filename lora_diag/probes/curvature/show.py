@@ -41,7 +41,7 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
             "surrogate", "Surrogate", *(_describe_surrogate(layers) if joint.at == "base" and layers else ())
         ),
         make_statement("model", "Model", _describe_model(bounds)),
-        make_statement("curvature", "Curvature", *_describe_curvature(joint)),
+        make_statement("curvature", "Curvature", _describe_curvature(joint)),
         reading=f"{_READINGS['base' if joint.at == 'base' else joint.matrix]}; all numbers are for this set; the "
         "curvature on few tokens can differ from that on many",
     )
@@ -123,16 +123,11 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
     )
 
 
-def _describe_curvature(joint: Curvature) -> list[str]:
-    """State the largest and the smallest eigenvalue, and the trace."""
+def _describe_curvature(joint: Curvature) -> str:
+    """State the largest and the smallest eigenvalue."""
     convex = ", positive: the loss is strongly convex there" if joint.strongly_convex else ""
     smallest = "" if joint.smallest is None else f", smallest μ = {number(joint.smallest)}{convex}"
-    error = "" if joint.trace_error is None else f" ± {number(joint.trace_error)}"
-    unclear = "" if joint.trace > (joint.trace_half or 0.0) else ", not significant; use more --trace-vectors"
-    return [
-        f"largest eigenvalue λ = {number(joint.eigenvalues[0])}{smallest}",
-        f"trace {number(joint.trace)}{error}{unclear}",
-    ]
+    return f"largest eigenvalue λ = {number(joint.eigenvalues[0])}{smallest}"
 
 
 def _describe_model(bounds: Sequence[LossBound]) -> str:

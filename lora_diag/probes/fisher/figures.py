@@ -15,7 +15,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import set_loss_axis, set_measured_rank_axis, set_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
-from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, log_label, name_of
+from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, PageStyle, category, log_label, name_of
 
 # Markers of the predictors.
 MARKS = ("o", "s", "D", "v", "^")
@@ -35,15 +35,14 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     for item in series:
         ranks = sorted({int(rank) for record in item.records for rank in record.effect or {}})
         by_run.append(correlate_predictors(item.records, ranks) if options.per == "layer" else [])
-    colors = _color_types(
-        [r for item, by_rank in zip(series, by_run, strict=True) if not by_rank for r in item.records]
-    )
+    unmeasured = [item for item, by_rank in zip(series, by_run, strict=True) if not by_rank]
+    names = _name_types([record for item in unmeasured for record in item.records])
     xlabel = "rank r to which each layer is truncated"
     panels = []
     for item, by_rank in zip(series, by_run, strict=True):
         owner = owner_of(item, series)
         if not by_rank:
-            draw = partial(_draw_tails, records=item.records, colors=colors)
+            draw = partial(_draw_tails, records=item.records, names=names)
             panels.append(Panel(item.label if owner else "", draw, xlabel, "½F(r) (nats)"))
             continue
         within = any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values())
@@ -82,34 +81,31 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
     set_loss_axis(ax)
 
 
-def _color_types(records: Sequence[Fisher]) -> dict[str, str]:
-    """Return the colours of module types: one for each of those with the largest ΣF(0), grey for the others."""
+def _name_types(records: Sequence[Fisher]) -> dict[str, str]:
+    """Return the line of each module type: its own for as many as there are colours, with the largest ΣF(0) first."""
     sums: dict[str, float] = {}
     for record in records:
         kind = module_type_of(record.layer)
         sums[kind] = sums.get(kind, 0.0) + record.at(0)
     ordered = sorted(sums, key=lambda kind: -sums[kind])
-    shown_types = ordered if len(ordered) <= len(CATEGORIES) else ordered[: len(CATEGORIES) - 1]
-    return {kind: category(shown_types.index(kind)) if kind in shown_types else QUIET for kind in ordered}
+    alone = len(ordered) if len(ordered) <= len(CATEGORIES) else len(CATEGORIES) - 1
+    others = f"{len(ordered) - alone} other types"
+    return {kind: kind if place < alone else others for place, kind in enumerate(ordered)}
 
 
-def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], colors: dict[str, str]) -> None:
-    """Draw ½F(r) summed over the layers of each coloured type, and over all grey types together."""
+def _draw_tails(ax: Axes, style: PageStyle, records: Sequence[Fisher], names: dict[str, str]) -> None:
+    """Draw ½F(r) summed over the layers of each line, by the names of module types."""
     ranks = range(1, max(len(record.fisher) for record in records) + 1)
-    tails = {
-        kind: np.array([sum(r.at(rank) for r in records if module_type_of(r.layer) == kind) / 2 for rank in ranks])
-        for kind in colors
-    }
-    high = max(float(tail.max()) for tail in tails.values())
-    last = max(int(np.flatnonzero(tail > SMALLEST_SHOWN * high).max(initial=0)) for tail in tails.values()) + 1
-    drawn = {kind: tail for kind, tail in tails.items() if colors[kind] != QUIET}
-    if others := [tail for kind, tail in tails.items() if colors[kind] == QUIET]:
-        drawn[f"{len(others)} other types"] = np.sum(others, axis=0)
-    for kind, tail in drawn.items():
-        line: dict[str, Any] = {"color": colors.get(kind, QUIET), "lw": 1.4 * style.line}
-        ax.plot(ranks, np.where(tail > 0, tail, np.nan), label=name_of(kind), **line)
-    visible = np.concatenate([tail[tail > SMALLEST_SHOWN * high] for tail in drawn.values()])
+    tails = {name: np.zeros(len(ranks)) for name in dict.fromkeys(names.values())}
+    for record in records:
+        tails[names[module_type_of(record.layer)]] += np.array([record.at(rank) / 2 for rank in ranks])
+    smallest = SMALLEST_SHOWN * max(float(tail.max()) for tail in tails.values())
+    for number, (name, tail) in enumerate(tails.items()):
+        if tail.any():
+            drawn = np.where(tail > 0, tail, np.nan)
+            ax.plot(ranks, drawn, label=name_of(name), color=category(number), lw=1.4 * style.line)
+    visible = np.concatenate([tail[tail > smallest] for tail in tails.values()])
     ax.set_yscale("log")
     ax.set_ylim(float(visible.min()) / 2, float(visible.max()) * 2)
     ax.yaxis.set_major_formatter(log_label)
-    set_rank_axis(ax, last, style)
+    set_rank_axis(ax, max(int(np.flatnonzero(tail > smallest).max(initial=0)) for tail in tails.values()) + 1, style)

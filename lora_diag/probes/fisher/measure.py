@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -118,19 +118,14 @@ class Tail:
     outer: Tensor
     inner: Tensor
     fro: float
-    squares: Tensor = field(init=False)
-    total: Tensor = field(init=False)
-    xx: Tensor = field(init=False)
-    gg: Tensor = field(init=False)
     tokens: int = 0
     problem: str = ""
     _terms: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Set the sums to zero."""
-        k, outer = len(self.s), self.outer
-        self.squares, self.total = outer.new_zeros(k + 1), outer.new_zeros(k + 1)
-        self.xx, self.gg = outer.new_zeros(k, k), outer.new_zeros(k, k)
+        k, zeros = len(self.s), self.outer.new_zeros
+        self.squares, self.total, self.xx, self.gg = zeros(k + 1), zeros(k + 1), zeros(k, k), zeros(k, k)
 
     def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
         """Add the inputs of a batch; return Vᵀx of every token ``(sequences, tokens, k)``, or None with a ``problem``.
@@ -188,26 +183,21 @@ def tail_of(module: nn.Module, factors: Factors) -> Tail:
     return Tail(module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro)
 
 
-def bytes_of(shape: tuple[int, int]) -> int:
-    """Return the memory in bytes of a layer's singular vectors and sums during a pass, from its shape."""
-    k = min(shape)
-    return 8 * k * (sum(shape) + 2 * k)
-
-
 def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) -> Iterator[list[str]]:
     """Yield the layers of each pass over the text, as many as fit into ``limit`` bytes, at least one.
 
     >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, limit=2 * 8 * 8 * 32)]
     [2, 1]
     """
-    group: list[str] = []
-    used_bytes = 0
+    group, used_bytes = list[str](), 0
     for layer, shape in layers.items():
-        if group and used_bytes + bytes_of(shape) > limit:
+        # Singular vectors and sums of a layer during a pass.
+        own_bytes = 8 * min(shape) * (sum(shape) + 2 * min(shape))
+        if group and used_bytes + own_bytes > limit:
             yield group
             group, used_bytes = [], 0
         group.append(layer)
-        used_bytes += bytes_of(shape)
+        used_bytes += own_bytes
     if group:
         yield group
 
@@ -345,11 +335,8 @@ def _find_modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[
     weights, linear = Weights(model.module), linear_layers(model.module)
     modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
     detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
-    return modules, [
-        LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail)
-        for layer, shape in chosen.items()
-        if layer not in modules
-    ]
+    others = {layer: shape for layer, shape in chosen.items() if layer not in modules}
+    return modules, [LeftOut(layer=x, shape=shape, reason="no_gradient", detail=detail) for x, shape in others.items()]
 
 
 @dataclass(frozen=True)
@@ -378,15 +365,13 @@ class _Probe:
         """Report the estimated cost: passes forward and back, and forward passes for TUNED and each truncation."""
         passes, measuring_batches = sum(1 for _ in groups_of(todo)), 0
         batches = passes * self.run.batches([self.texts])
-        description = f"{quantity(len(todo), 'layer')}, {quantity(passes, 'pass', 'passes')} forward and back"
+        work = f"{quantity(len(todo), 'layer')}, {quantity(passes, 'pass', 'passes')} forward and back"
         if self.effect_texts is not None:
             truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
             measuring_batches = (truncations + 1) * self.run.batches([self.effect_texts])
-            description += f" and {truncations} truncations measured"
-        self.run.watch.total = batches + measuring_batches
-        self.run.estimate(
-            self.texts, description, "; a backward pass counts as three", _BACKWARD * batches + measuring_batches
-        )
+            work += f" and {truncations} truncations measured"
+        self.run.watch.total, total = batches + measuring_batches, _BACKWARD * batches + measuring_batches
+        self.run.estimate(self.texts, work, "; a backward pass counts as three", total)
 
     def measure(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
         """Yield the record of each layer, or why it cannot be measured, in the order of BASE."""
@@ -425,6 +410,15 @@ class _Probe:
             raise InputError(f"{layer}: the gradients are not finite; use --dtype float32")
         weight, data, kfac = (energy.clamp(min=0) for energy in tail.energies)
 
+        effects: dict[str, Effect] | None = None
+        if unchanged is not None and self.effect_texts is not None:
+            effects = {}
+            for rank in (rank for rank in self.ranks if rank < min(shape)):
+                self.swapped.arrange({layer: rank}, FULL)
+                after = partial(self.run.watch.batch, f"{layer} r={rank}")
+                effects[str(rank)] = measure_effect(self.run.model, self.effect_texts, unchanged, self.run.batch, after)
+            self.swapped.arrange({}, FULL)
+
         def by_rank(values: Any, factor: float = 1.0) -> dict[str, float]:
             return {str(rank): float(values[min(rank, len(curve) - 1)]) * factor + 0.0 for rank in self.ranks}
 
@@ -443,19 +437,5 @@ class _Probe:
             data=by_rank(data),
             kfac=by_rank(kfac, tail.tokens / predictions),
             on=None if self.effect_texts is None else self.effect_texts.name,
-            effect=None if unchanged is None else self._measure_effects(layer, shape, unchanged),
+            effect=effects,
         )
-
-    def _measure_effects(
-        self, layer: str, shape: tuple[int, int], unchanged: tuple[Losses, list[Tensor]]
-    ) -> dict[str, Effect]:
-        """Return the effect of truncating one layer alone, by rank below its full rank."""
-        assert self.effect_texts is not None
-        effects = {}
-        for rank in self.ranks:
-            if rank < min(shape):
-                self.swapped.arrange({layer: rank}, FULL)
-                after = partial(self.run.watch.batch, f"{layer} r={rank}")
-                effects[str(rank)] = measure_effect(self.run.model, self.effect_texts, unchanged, self.run.batch, after)
-        self.swapped.arrange({}, FULL)
-        return effects

@@ -91,14 +91,14 @@ USUAL_RANK = 8
 def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: costliest layers, predictors of the measured KL, and calibration."""
     records, rank = results.whole_of(Fisher), _choose_rank(results)
-    if not records:
-        return probe_summary(results, reading=_interpret(records))
-    return probe_summary(
-        results,
-        make_statement("at_rank", f"At r={rank}", *_describe_costliest(records, rank), scoped=True),
-        *_describe_predictors(correlate_predictors(records, results.run.settings["ranks"]), records),
-        reading=_interpret(records),
-    )
+    findings = []
+    if records:
+        by_rank = correlate_predictors(records, results.run.settings["ranks"])
+        findings = [
+            make_statement("at_rank", f"At r={rank}", _describe_costliest(records, rank), scoped=True),
+            *_describe_predictors(by_rank, records),
+        ]
+    return probe_summary(results, *findings, reading=_READING)
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -166,18 +166,18 @@ def _format_pair(pair: tuple[float | None, float | None]) -> str:
     return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in pair)
 
 
-def _describe_costliest(records: Sequence[Fisher], rank: int) -> list[str]:
+def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
     top = sorted(records, key=lambda record: -record.at(rank))
     sums = [*accumulate(record.at(rank) for record in top)]
     total, energy = sums[-1], sum(record.weight[str(rank)] for record in records)
     if not total or not energy:
-        return ["none: no truncation changes the loss"]
+        return "none: no truncation changes the loss"
     n_half = next(n for n, running in enumerate(sums, 1) if running >= total / 2)
     share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
-    return [
+    return (
         f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² beyond r; most in "
         f"{short(top[0].layer)}, {percent(top[0].at(rank) / total)}"
-    ]
+    )
 
 
 def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
@@ -193,8 +193,7 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
         best = max(rhos, key=rhos.__getitem__)
         ends = spearman_interval(rhos[best], n) if index == 0 else None
         bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
-        others = ", ".join(f"{name} {value:.2f}" for name, value in rhos.items() if name != best)
-        lines.append(f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}{bounds}; {others}")
+        lines.append(f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}{bounds}")
     calibration = ""
     if chosen.ratio is not None and chosen.ratios is not None:
         low, high = map(number, chosen.ratios)
@@ -209,8 +208,7 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
     ]
 
 
-def _interpret(records: Sequence[Fisher]) -> str:
-    text = "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum"
-    if any(record.effect for record in records):
-        text += "; layers of one model are not independent, so intervals of ρ are too narrow"
-    return text
+_READING = (
+    "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum; layers of one "
+    "model are not independent, so intervals of ρ are too narrow"
+)

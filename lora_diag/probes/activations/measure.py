@@ -63,9 +63,8 @@ def probe_activations(
         ...     activations="activations.safetensors")  # doctest: +SKIP
     """
     run = ProbeRun("probe activations", options, ActivationsOptions)
-    gradients, labels, seed, overwrite = (
-        run.options[name] for name in ("output_gradients", "labels", "seed", "overwrite")
-    )
+    given = run.options
+    gradients, labels, overwrite = given.output_gradients, given.labels, given.overwrite
     if labels != "data" and not gradients:
         raise UsageError(f"--labels {labels}: needs --output-gradients")
     output = Path(output)
@@ -82,7 +81,7 @@ def probe_activations(
     cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
     cost_note += "; about three times as long with the backward pass" if gradients else ""
     run.estimate(texts, f"{quantity(len(layers), 'layer')} on 1 set", cost_note)
-    draw = Draw(labels, seed) if gradients else None
+    draw = Draw(labels, given.seed) if gradients else None
     listener = record(model, texts, layers, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {base_names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}
     left_out |= {base_names[layer]: "not used on this text" for layer in layers if base_names[layer] not in moments}

@@ -27,35 +27,24 @@ def suggest_next(recorded: Activations, values: Mapping[str, Any]) -> str:
 
 
 def activations_lines(recorded: Activations) -> list[Statement]:
-    """Return the statements: model, text, recorded layers, gradients, warning, interpretation, skipped layers."""
+    """Return the statements: text, recorded layers, layers with too few inputs, skipped layers."""
     distinct = sum(layer_input.shares is None for layer_input in recorded.layers)
     contents = (
         f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} tokens; "
         f"{distinct} of them have inputs of their own, the others share inputs"
+        f"{'; also G = E[ggᵀ] of output gradients' if recorded.gradients else ''}"
     )
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
     skipped = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
     statements = [
-        make_statement("model", "Model", safe(recorded.model)),
         make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
         make_statement("recorded", "Recorded", contents),
-        make_statement("gradients", "Gradients", _GRADIENTS[recorded.gradients]),
         make_statement("few_inputs", "Warning", _describe_too_few_inputs(recorded.layers), level="warning"),
-        make_statement("interpretation", "Interpretation", _READING),
-        make_statement("left_out", "Left out", "; ".join(skipped) or "nothing"),
+        make_statement("left_out", "Left out", "; ".join(skipped)),
     ]
     return [statement for statement in statements if statement.lead]
-
-
-_G = "the file also has G = E[ggᵀ], with g the gradient of the loss with respect to a layer's outputs"
-# What is said of G, by the labels of the loss.
-_GRADIENTS = {None: "", "data": f"{_G}; the text's own labels", "model": f"{_G}; labels drawn from the model"}
-_READING = (
-    "directions = tr(C)²/‖C‖_F², the effective number of input directions: small if the mean or an outlier dimension "
-    "has most of ‖x‖²"
-)
 
 
 def _describe_too_few_inputs(recorded: Sequence[LayerInput]) -> str:

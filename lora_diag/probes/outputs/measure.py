@@ -173,11 +173,10 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
     record = Probe(
         probe="outputs",
         **own_sums.losses.on(texts),
+        **own_sums.losses.by_sequence(is_base=contender.subject == "base"),
         subject=contender.subject,
         name=contender.name,
         loss=own_sums.losses.mean,
-        nll=tuple(round(value, 6) for value in own_sums.nll),
-        predictions=tuple(own_sums.counts) if contender.subject == "base" else (),
     )
     if tuned is None:
         return record

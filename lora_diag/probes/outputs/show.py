@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_diag.feature import Hint
-from lora_diag.metrics.statistics import (
-    MAX_RUNS,
-    Estimate,
-    degrees_of_freedom,
-    paired_difference,
-    paired_half,
-    runs_needed,
-)
+from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
 from lora_diag.rendering.losses import (
@@ -32,7 +25,7 @@ from lora_diag.rendering.losses import (
 )
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
-from lora_diag.rendering.text import list_names, plus_minus, safe, select_evenly, short, with_limits
+from lora_diag.rendering.text import format_shown, list_names, plus_minus, safe, select_evenly, short, with_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +91,11 @@ def choose_adapters(records: Sequence[Probe]) -> list[Choice]:
 
 def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
     """Return the comparison of an adapter with the best one, at a one-sided confidence level."""
-    gap, error = paired_difference(other.nll, best.nll, counts)
+    gap, error = stats.paired_difference(other.nll, best.nll, counts)
     if error is None:
         return Rival(other.name, gap, None, None)
-    half = Estimate(gap, error, degrees_of_freedom(len(counts))).half(level)
-    needed = None if gap > half else runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
+    half = stats.Estimate(gap, error, stats.degrees_of_freedom(len(counts))).half(level)
+    needed = None if gap > half else stats.runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
     return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
 
 
@@ -254,12 +247,11 @@ def _name_model(record: Probe, labels: dict[str, str]) -> str:
 
 def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
     """Return the table of ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at up to ``DEPTHS`` depths, evenly spaced."""
-    depths = select_evenly(range(max(len(record.hidden or ()) for record in of_set)), DEPTHS)
-    columns = []
-    for depth in depths:
-        values = [(record.hidden or ())[depth] for record in of_set]
-        cells = tuple("same" if value is None else f"{value:.2f}" for value in values)
-        columns.append(Column(str(depth) if depth else "0 (input)", cells))
+    by_depth = [*enumerate(zip(*(record.hidden or () for record in of_set), strict=True))]
+    columns = [
+        Column(str(depth or "0 (input)"), tuple(format_shown(value, "{:.2f}".format) for value in values))
+        for depth, values in select_evenly(by_depth, DEPTHS)
+    ]
     return Grid(caption, "model", tuple(_name_model(record, labels) for record in of_set), tuple(columns))
 
 
@@ -269,10 +261,8 @@ def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bo
     adapters = [record for record in of_set if record.subject == "adapter"]
     if len(ends) < (2 if has_tuned else 1) or not (has_tuned or adapters):
         return ["not measured yet"]
-    base, lines = (
-        ends["base"],
-        [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)],
-    )
+    lines = [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)]
+    base = ends["base"]
     if not has_tuned:
         best = min(adapters, key=lambda record: record.nats)
         return [*lines[:1], _compare_with_base(best, base, labels), *lines[1:]]
@@ -287,8 +277,8 @@ def _compare_with_base(record: Probe, base: Probe, labels: dict[str, str]) -> st
     """State whether a model is better or worse than BASE, not distinguishable, or not tested."""
     value, half, word = record.nats - base.nats, None, "not tested for significance against"
     if record.nll and base.predictions:
-        value, error = paired_difference(record.nll, base.nll, base.predictions)
-        half = paired_half(error, len(base.predictions))
+        value, error = stats.paired_difference(record.nll, base.nll, base.predictions)
+        half = stats.paired_half(error, len(base.predictions))
     if half is not None:
         word = "no significant difference from"
         if abs(value) > half:
@@ -331,5 +321,5 @@ def _format_gap(rival: Rival) -> str:
     span = with_limits(rival.behind, rival.half)
     if rival.worse:
         return span
-    needed = f"more than {MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
+    needed = f"more than {stats.MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
     return f"{span}, {needed} sequences would decide"

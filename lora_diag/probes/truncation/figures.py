@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from lora_diag.probes.truncation.show import SUFFICIENT_SHARE
+from lora_diag.probes.truncation.show import SUFFICIENT_SHARE, name_part
 from lora_diag.records import Probe
 from lora_diag.rendering.figures.pages import Page, Panel, Row, key, make_rows_page, run_keys
 from lora_diag.rendering.figures.panels import axis_limits, draw_levels, set_loss_axis, set_measured_rank_axis, sets_of
@@ -29,7 +29,7 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     Raises:
         UndrawableError: No layer or type was truncated alone, or the requested rank was not measured.
     """
-    records = [record for item in series for record in item.records if _name_part(record)]
+    records = [record for item in series for record in item.records if name_part(record)]
     ranks = sorted({record.rank for record in records if record.rank is not None})
     if not ranks:
         raise UndrawableError("no layer or module type was truncated alone (--granularity layer or type)")
@@ -37,9 +37,9 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
 
     def rows_of(item: Series[Probe], name: str, color: str) -> list[Row]:
         return [
-            Row(name_of(_name_part(record)), record.gap, gap_half(record), color)
+            Row(name_of(name_part(record)), record.gap, gap_half(record), color)
             for record in item.records
-            if record.set == name and _name_part(record) and record.rank == rank and record.gap is not None
+            if record.set == name and name_part(record) and record.rank == rank and record.gap is not None
         ]
 
     others = ", ".join(str(other) for other in ranks if other != rank)
@@ -56,11 +56,6 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
             f"Also measured, not drawn: r = {others}." if others else "",
         ],
     )
-
-
-def _name_part(record: Probe) -> str:
-    """Return the layer or module type that was truncated alone; empty for other records."""
-    return record.layer or record.module_type or ""
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:

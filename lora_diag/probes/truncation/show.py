@@ -23,7 +23,7 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     records, order = results.whole_of(Probe), ("base", "truncated", "tuned")
     groups: dict[str, list[Probe]] = {}
     for record in sorted(records, key=lambda record: order.index(record.subject)):
-        name, part = record.subject.upper() if record.rank is None else f"r={record.rank}", _name_part(record)
+        name, part = record.subject.upper() if record.rank is None else f"r={record.rank}", name_part(record)
         groups.setdefault(f"{short(part)} {name}" if part else name, []).append(record)
     if not groups:
         return []
@@ -36,7 +36,7 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     return [Grid("", "truncated to", tuple(groups), tuple(columns))]
 
 
-def _name_part(record: Probe) -> str:
+def name_part(record: Probe) -> str:
     """Return the layer or module type that was truncated alone; empty for other records."""
     return record.layer or record.module_type or ""
 
@@ -62,12 +62,12 @@ _READING = (
 
 def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     """State the losses of BASE and TUNED, the sufficient rank, and the costliest parts truncated alone."""
-    alone = [record for record in records if _name_part(record)]
+    alone = [record for record in records if name_part(record)]
     ends = {record.subject: record for record in records if record.rank is None}
     if len(ends) < 2:
         return on_set(name, "not measured yet", shifted=records[0].shifted)
     base, tuned = ends["base"], ends["tuned"]
-    ranks = sorted((r for r in records if r.rank is not None and not _name_part(r)), key=lambda r: r.rank or 0)
+    ranks = sorted((r for r in records if r.rank is not None and not name_part(r)), key=lambda r: r.rank or 0)
     lines = _describe_ranks(ranks, "gain" if tuned.nats < base.nats else "rise of the loss") if ranks else []
     lines += [_describe_costliest(alone)] if alone else []
     losses = describe_losses(base, tuned)
@@ -79,7 +79,7 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step: an adapter of the sufficient rank on the first set; None without one."""
     records = results.whole_of(Probe)
-    of_first = [record for record in records if record.set == records[0].set and not _name_part(record)]
+    of_first = [record for record in records if record.set == records[0].set and not name_part(record)]
     rank = min((r.rank for r in of_first if r.rank and (r.kept or 0.0) >= SUFFICIENT_SHARE), default=None)
     if rank is None:
         return None
@@ -106,5 +106,5 @@ def _describe_costliest(alone: Sequence[Probe]) -> str:
     """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
     smallest = min(record.rank or 0 for record in alone)
     costliest = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
-    named = ", ".join(f"{short(_name_part(r))} {format_gap(r)}" for r in costliest)
+    named = ", ".join(f"{short(name_part(r))} {format_gap(r)}" for r in costliest)
     return f"truncated alone to r={smallest}, the loss rises most for {named}"

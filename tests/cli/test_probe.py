@@ -44,7 +44,7 @@ def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path)
     assert (repeated.code, "--overwrite" in repeated.err) == (2, True)
 
 
-def test_outputs_state_losses_and_missing_reference(loradiag, pair, tmp_path):
+def test_outputs_are_shown_again_and_gated(loradiag, pair, tmp_path):
     base, tuned, text, _ = pair
     other = moved(base, tmp_path / "other", seed=3)
     ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")

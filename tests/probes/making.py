@@ -50,11 +50,16 @@ def bert(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def opened(folder: Path, adapter: Path | None = None, **options):
+    """The model of a folder, as transformers builds it and PEFT adapts it, in evaluation mode."""
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(folder, **options)
+    return (model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)).eval()
+
+
 def moved(base: Path, folder: Path, size: float = 0.1, seed: int = 7) -> Path:
     """The same model with all weights moved."""
-    rng = torch.Generator().manual_seed(seed)
-    kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
-    model = kind.from_pretrained(base)
+    rng, model = torch.Generator().manual_seed(seed), opened(base)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=rng) * size)
@@ -68,21 +73,13 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: value.double().numpy() for file in files for name, value in load_file(file).items()}
 
 
-def best(delta: np.ndarray, rank: int) -> np.ndarray:
-    """The best approximation of that rank, by NumPy's SVD."""
-    u, s, vh = np.linalg.svd(delta, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
-
-
 def window_losses(folder: Path, weights: dict[str, np.ndarray], text: Path, length: int) -> np.ndarray:
     """Mean loss of each whole window, by the model's own loss."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0])(config)
+    model = opened(folder)
     state = {name: torch.from_numpy(value).float() for name, value in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
-    model.eval()
     with torch.no_grad():
         return np.array([model(input_ids=one[None], labels=one[None]).loss.item() for one in ids_of(text, length)])
 
@@ -129,8 +126,13 @@ def loss_after(model, weights, loss_of, train, held, lr, steps, batch, order):
         return loss_of(ids_of(held)).item()
 
 
+def labelled(file: Path, texts, labels=(0, 1, 2)) -> Path:
+    """JSON lines of a classifier: texts, and labels in turns."""
+    lines = ({"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
 def lettered(folder, name, count, shift=0):
     """JSON lines of a classifier: one letter of three, repeated, and its class."""
-    rows = ({"text": chr(97 + i % 3) * (4 + i + shift), "label": i % 3} for i in range(count))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / f"{name}.jsonl"
+    return labelled(folder / f"{name}.jsonl", [chr(97 + i % 3) * (4 + i + shift) for i in range(count)])

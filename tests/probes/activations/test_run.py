@@ -1,25 +1,22 @@
 """Second moments against inputs caught on the way, and what residual makes of them."""
 
-import json
+import hashlib
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from tests.messages import raises_naming
-from tests.probes.making import SAMPLES, bert, gpt2, moved, some_text, tensors
+from tests.probes.making import SAMPLES, bert, gpt2, ids_of, labelled, moved, opened, some_text, tensors
 
 
-def caught(folder, sequences, transposed=()):
+def caught(folder, sequences):
     """Return the inputs of every linear layer, one row a token, by running the model on one sequence at a time."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
-    seen = {}
+    model, seen = opened(folder), {}
     for name, module in model.named_modules():
         if type(module).__name__ in {"Linear", "Conv1D"}:
             module.register_forward_hook(
@@ -31,11 +28,6 @@ def caught(folder, sequences, transposed=()):
     return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double().numpy() for name, xs in seen.items()}
 
 
-def windows(text, length):
-    content = text.read_bytes()
-    return [content[i : i + length] for i in range(0, len(content) - length + 1, length)]
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
     base = SAMPLES / "base" if kind == "llama" else gpt2(tmp_path / "base")
@@ -44,7 +36,7 @@ def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
     text = some_text(tmp_path, windows=4)
     recorded = lora_diag.probe_activations(base, text, tmp_path / "a.safetensors", length=32, batch=3)
     stored = load_file(tmp_path / "a.safetensors")
-    inputs = caught(base, windows(text, 32))
+    inputs = caught(base, ids_of(text).tolist())
     inputs.pop("lm_head.weight") if kind == "gpt2" else None
     assert stored.keys() == inputs.keys() == {item.layer for item in recorded.layers}
     for item in recorded.layers:
@@ -85,16 +77,13 @@ def test_moments_file_states_its_data(tmp_path):
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         message = file.metadata()
     assert (message["tokens"], message["sequences"], message["length"], message["set"]) == ("64", "2", "32", "held_out")
-    import hashlib
-
     assert message["data"] == hashlib.sha256(text.read_bytes()).hexdigest()[:16]
 
 
 def test_lines_of_different_lengths_are_not_padded(tmp_path):
     base = bert(tmp_path / "base")
     texts = ["short", "also5", "a much longer line of text", "mid one"]
-    file = tmp_path / "x.jsonl"
-    file.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in texts))
+    file = labelled(tmp_path / "x.jsonl", texts)
     lora_diag.probe_activations(base, file, tmp_path / "a.safetensors", batch=4)
     inputs = caught(base, [text.encode() for text in texts])
     for name, c in load_file(tmp_path / "a.safetensors").items():

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch.func import functional_call
 
 import lora_diag
@@ -18,7 +17,7 @@ from lora_diag.models.opening import open_model
 from lora_diag.models.swapping import FULL
 from lora_diag.probes.curvature import measure as loss_bound
 from lora_diag.probes.curvature.measure import LossFunction, estimate_traces
-from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
+from tests.probes.making import SAMPLES, bert, best, gpt2, ids_of, labelled, moved, opened, some_text, tensors
 
 LAYERS = {"query": "bert.encoder.layer.0.attention.self.query.weight", "head": "classifier.weight"}
 
@@ -28,9 +27,8 @@ def case(tmp_path_factory):
     """A classifier before and after, and lines that it classifies."""
     folder = tmp_path_factory.mktemp("case")
     base = bert(folder / "base")
-    lines = ({"text": chr(97 + i % 5) * (3 + i), "label": i % 3} for i in range(9))
-    (folder / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return base, moved(base, folder / "tuned", size=0.3), folder / "held.jsonl"
+    text = labelled(folder / "held.jsonl", [chr(97 + i % 5) * (3 + i) for i in range(9)])
+    return base, moved(base, folder / "tuned", size=0.3), text
 
 
 class Dense:
@@ -38,7 +36,7 @@ class Dense:
 
     def __init__(self, folder, text, layer):
         self.layer = layer
-        self.model = transformers.BertForSequenceClassification.from_pretrained(folder).double().eval()
+        self.model = opened(folder).double()
         self.model.set_attn_implementation("eager")
         items = [json.loads(line) for line in text.read_text().splitlines()]
         longest = max(len(item["text"]) for item in items)
@@ -140,32 +138,17 @@ def test_products_equal_curvlinops(case, matrix):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
     """Llama has SiLU and grouped queries, GPT-2 a tied head and transposed weights."""
-    base = tmp_path / "base"
-    if kind == "llama":
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=256,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-        )
-        transformers.LlamaForCausalLM(config).save_pretrained(base)
-    else:
-        gpt2(base)
+    base = SAMPLES / "base" if kind == "llama" else gpt2(tmp_path / "base")
     text = some_text(tmp_path, windows=3)
-    model = open_model(base, torch.device("cpu"))
+    model = open_model(base, torch.device("cpu"), length=32)
     shapes = {
         n: tuple(p.shape) for n, p in model.module.named_parameters() if p.ndim == 2 and ("mlp" in n or "attn" in n)
     }
     loss_function = LossFunction(model, read_texts(text, model), 2, shapes)
     x = torch.randn(loss_function.params, generator=torch.Generator().manual_seed(0))
     result = loss_function.split(loss_function.product(x))
-    reference = transformers.AutoModelForCausalLM.from_pretrained(base).double().eval()
-    named = dict(reference.named_parameters())
-    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()[: 3 * 32].view(3, 32)
+    reference = opened(base).double()
+    named, ids = dict(reference.named_parameters()), ids_of(text)
     before = {name: named[name].detach().clone() for name in shapes}
 
     def gradient(step):
@@ -340,10 +323,10 @@ def test_lower_bound_needs_strong_convexity(measured):
 
 def test_loss_bound_holds_if_convex(case, tmp_path):
     """The last layer of a classifier alone: softmax regression, trained until its gradient is nothing."""
-    base, name, text = case[0], LAYERS["head"], tmp_path / "mixed.jsonl"
+    base, name = case[0], LAYERS["head"]
     # every text with several labels, or the optimum would lie at infinity
-    lines = ({"text": word, "label": label} for word in ("aaa", "bcbcb", "dd") for label in (0, 0, 1, 2))
-    text.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": "dd", "label": 1}]))
+    texts = [*(word for word in ("aaa", "bcbcb", "dd") for _ in range(4)), "dd"]
+    text = labelled(tmp_path / "mixed.jsonl", texts, labels=(0, 0, 1, 2, 0, 0, 1, 2, 0, 0, 1, 2, 1))
     dense = Dense(base, text, name)
     weight = dense.weight.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
@@ -355,7 +338,7 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
         return loss
 
     optimizer.step(closure)
-    model = transformers.BertForSequenceClassification.from_pretrained(base)
+    model = opened(base)
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
     model.save_pretrained(tmp_path / "tuned")

@@ -1,24 +1,20 @@
 """The Fisher of discarded tails against per-sequence gradients of autograd, in float64 and one sequence at a time."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import lora_diag
 from lora_diag.probes.fisher.measure import Tail
 from tests.messages import assert_names
-from tests.probes.making import bert, best, gpt2, moved, some_text, tensors
+from tests.probes.making import bert, best, gpt2, ids_of, labelled, moved, opened, some_text, tensors
 
 RANKS = (1, 3, 8)
 
 
 def truth(base, tuned, sequences):
     """Per-sequence gradients, inputs and output gradients of every linear layer, of the model in float64."""
-    kind = json.loads((tuned / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, kind).from_pretrained(tuned, dtype=torch.float64).eval()
+    model = opened(tuned, dtype=torch.float64)
     held, grads, inputs, outputs = {}, {}, {}, {}
     for name, module in model.named_modules():
         if type(module).__name__ in {"Linear", "Conv1D"}:
@@ -50,30 +46,26 @@ def truth(base, tuned, sequences):
 
 def check_records(results, base, tuned, sequences, transposed):
     """Compare every record with the definitions, by the gradients of ``truth``."""
-    grads, c, g, tokens, predictions = truth(base, tuned, sequences)
+    all_grads, all_c, all_g, all_tokens, predictions = truth(base, tuned, sequences)
     before, after = tensors(base), tensors(tuned)
     for record in results.whole:
-        name = record.layer
-        delta = after[name] - before[name]
-        check(record, delta, grads[name], c[name], g[name], tokens[name], predictions, transposed)
-
-
-def check(record, delta, grads, c, g, tokens, predictions, transposed):
-    assert (record.predictions, record.tokens, record.sequences) == (predictions, tokens, len(grads))
-    assert record.fro == pytest.approx(np.linalg.norm(delta), rel=1e-6)
-    scale = record.fisher[0] or 1.0
-    for rank in range(len(record.fisher)):
-        tail = delta - best(delta, rank)
-        inner = np.array([(grad * tail).sum() for grad in grads])
-        assert record.at(rank) == pytest.approx((inner**2).sum() / predictions, rel=2e-3, abs=1e-6 * scale)
-        if rank in RANKS:
-            key, tail = str(rank), tail.T if transposed else tail
-            assert record.linear[key] == pytest.approx(-inner.sum() / predictions, rel=2e-3, abs=1e-4 * scale**0.5)
-            assert record.weight[key] == pytest.approx((tail**2).sum(), rel=1e-4)
-            assert record.data[key] == pytest.approx(np.trace(tail @ c @ tail.T), rel=1e-3)
-            kfac = np.trace(g @ tail @ c @ tail.T) * tokens / predictions
-            assert record.kfac[key] == pytest.approx(kfac, rel=2e-3)
-    assert record.at(10**6) == 0
+        grads, c, g, tokens = (each[record.layer] for each in (all_grads, all_c, all_g, all_tokens))
+        delta = after[record.layer] - before[record.layer]
+        assert (record.predictions, record.tokens, record.sequences) == (predictions, tokens, len(grads))
+        assert record.fro == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+        scale = record.fisher[0] or 1.0
+        for rank in range(len(record.fisher)):
+            tail = delta - best(delta, rank)
+            inner = np.array([(grad * tail).sum() for grad in grads])
+            assert record.at(rank) == pytest.approx((inner**2).sum() / predictions, rel=2e-3, abs=1e-6 * scale)
+            if rank in RANKS:
+                key, tail = str(rank), tail.T if transposed else tail
+                assert record.linear[key] == pytest.approx(-inner.sum() / predictions, rel=2e-3, abs=1e-4 * scale**0.5)
+                assert record.weight[key] == pytest.approx((tail**2).sum(), rel=1e-4)
+                assert record.data[key] == pytest.approx(np.trace(tail @ c @ tail.T), rel=1e-3)
+                kfac = np.trace(g @ tail @ c @ tail.T) * tokens / predictions
+                assert record.kfac[key] == pytest.approx(kfac, rel=2e-3)
+        assert record.at(10**6) == 0
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +78,7 @@ def models(tmp_path_factory):
 def test_ranks_of_causal_model_equal_computation_from_gradients(models):
     base, tuned, text = models
     results = lora_diag.probe_fisher(base, tuned, data=text, ranks=RANKS, batch=2)
-    content = text.read_bytes()
-    windows = [(list(content[i : i + 32]), None) for i in range(0, 5 * 32, 32)]
-    check_records(results, base, tuned, windows, transposed=True)
+    check_records(results, base, tuned, [(ids, None) for ids in ids_of(text).tolist()], transposed=True)
     assert [(record.labels, record.effect, record.on) for record in results.whole] == [("data", None, None)] * 8
 
 
@@ -96,8 +86,7 @@ def test_sequence_padding_is_ignored(tmp_path):
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned", 0.05)
     texts = ["short", "a much longer line", "also5", "mid one", "x"]
-    file = tmp_path / "x.jsonl"
-    file.write_text("".join(json.dumps({"text": t, "label": i % 3}) + "\n" for i, t in enumerate(texts)))
+    file = labelled(tmp_path / "x.jsonl", texts)
     results = lora_diag.probe_fisher(base, tuned, data=file, ranks=RANKS, batch=5)
     check_records(results, base, tuned, [(list(t.encode()), i % 3) for i, t in enumerate(texts)], transposed=False)
     layers = {record.layer for record in results.whole}
@@ -111,11 +100,10 @@ def test_effects_equal_truncated_model(models, tmp_path):
     options = {"data": text, "evaluate": [held_out], "ranks": (1, 3, 16), "layers": layers, "batch": 2}
     results = lora_diag.probe_fisher(base, tuned, **options)
     before, after = tensors(base), tensors(tuned)
-    content = held_out.read_bytes()
-    ids = torch.tensor([list(content[i : i + 32]) for i in range(0, 96, 32)])
+    ids = ids_of(held_out)
 
     def logits(weights):
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(tuned)).eval()
+        model = opened(tuned)
         model.load_state_dict({k: torch.tensor(v).float() for k, v in weights.items()}, strict=False)
         with torch.no_grad():
             return model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
@@ -142,9 +130,7 @@ def test_half_fisher_is_kl_of_small_change(tmp_path):
     """With labels drawn from the model, many times over: the second-order law that gives F its meaning."""
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned", 0.01)
-    file = tmp_path / "x.jsonl"
-    lines = [json.dumps({"text": f"line {i % 7} of many", "label": 0}) + "\n" for i in range(700)]
-    file.write_text("".join(lines))
+    file = labelled(tmp_path / "x.jsonl", [f"line {i % 7} of many" for i in range(700)], labels=(0,))
     result = lora_diag.probe_fisher(
         base, tuned, data=file, labels="model", measure=True, ranks=(1,), batch=350, layers="output.dense"
     )

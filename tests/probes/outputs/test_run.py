@@ -4,11 +4,10 @@ import json
 import shutil
 
 import numpy as np
-import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
+from scipy.special import log_softmax
 
 import lora_diag
 import lora_diag.probes.outputs.measure as measuring
@@ -16,35 +15,18 @@ from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
 from tests import oracles
 from tests.messages import assert_names
-from tests.probes.making import SAMPLES, bert, gpt2, ids_of, moved, some_text, tensors
+from tests.probes.making import SAMPLES, bert, gpt2, ids_of, labelled, moved, opened, some_text, tensors
 
 # PEFT asks transformers for what it calls otherwise by now.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
-def logits(folder, text, length, adapter=None):
-    """Return logits (tokens, classes) of every predicted position, the targets, and the window of each."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
-    if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    model.eval()
-    windows = ids_of(text, length)
+def outputs_of(model, windows):
+    """The logits (tokens, classes) of every predicted position, and the hidden states (depths, tokens, size)."""
     with torch.no_grad():
-        result = torch.cat([model(input_ids=one[None]).logits[0, :-1] for one in windows])
-    return result.double().numpy(), windows[:, 1:].reshape(-1).numpy(), len(windows)
-
-
-def states(folder, text, length, adapter=None):
-    """Return the hidden states (depths, tokens, size) of every token."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    model.eval()
-    with torch.no_grad():
-        outputs = [model(input_ids=one[None], output_hidden_states=True) for one in ids_of(text, length)]
-        result = [torch.stack(output.hidden_states) for output in outputs]
-    return torch.cat(result, 2).squeeze(1).double().numpy()
+        outputs = [model(input_ids=one[None], output_hidden_states=True) for one in windows]
+    states = torch.cat([torch.stack(output.hidden_states)[:, 0] for output in outputs], 1)
+    return torch.cat([output.logits[0, :-1] for output in outputs]).double().numpy(), states.double().numpy()
 
 
 @pytest.fixture
@@ -52,11 +34,6 @@ def small(tmp_path):
     """BASE, TUNED, another update, a text."""
     base = gpt2(tmp_path / "base")
     return base, moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3), some_text(tmp_path)
-
-
-def log_softmax(z):
-    shifted = z - z.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 @pytest.fixture
@@ -71,43 +48,38 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
     monkeypatch.setattr(measuring, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     result = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
-    z = {
-        "base": logits(base, text, 64),
-        "tuned": logits(tuned, text, 64),
-        "adapter": logits(base, text, 64, adapter),
-        "reference": logits(reference, text, 64),
-    }
-    _, wanted, windows = z["tuned"]
-    p = log_softmax(z["tuned"][0])
-    losses = {name: -log_softmax(each[0])[np.arange(len(wanted)), wanted] for name, each in z.items()}
+    windows = ids_of(text, 64)
+    models = {"base": (base,), "tuned": (tuned,), "adapter": (base, adapter), "reference": (reference,)}
+    z = {name: outputs_of(opened(*paths), windows)[0] for name, paths in models.items()}
+    wanted = windows[:, 1:].reshape(-1).numpy()
+    p = log_softmax(z["tuned"], 1)
+    losses = {name: -log_softmax(each, 1)[np.arange(len(wanted)), wanted] for name, each in z.items()}
     assert [record.subject for record in result.whole] == list(z)
     for record in result.whole:
-        own, tuned_z, base_z = z[record.subject][0], z["tuned"][0], z["base"][0]
-        q = log_softmax(own)
+        own, tuned_z, base_z = z[record.subject], z["tuned"], z["base"]
+        q = log_softmax(own, 1)
         distance = np.linalg.norm(tuned_z - own) / np.linalg.norm(tuned_z - base_z)
         assert record.loss == pytest.approx(losses[record.subject].mean(), abs=1e-5)
         assert record.distance == pytest.approx(distance, rel=1e-4, abs=1e-6)
         assert record.kl == pytest.approx((np.exp(p) * (p - q)).sum(1).mean(), rel=1e-3, abs=1e-7)
         assert record.agreement == pytest.approx((own.argmax(1) == tuned_z.argmax(1)).mean())
-        each = (losses[record.subject] - losses["tuned"]).reshape(windows, -1).mean(1)
+        each = (losses[record.subject] - losses["tuned"]).reshape(len(windows), -1).mean(1)
         assert record.gap == pytest.approx(each.mean(), abs=1e-5)
         assert record.gap_error == pytest.approx(oracles.error_of_mean(each), abs=1e-5)
         mean = {name: each.mean() for name, each in losses.items()}
         share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
         assert record.kept == pytest.approx(share, abs=1e-4)
-        sums = losses[record.subject].reshape(windows, -1).sum(1)
+        sums = losses[record.subject].reshape(len(windows), -1).sum(1)
         np.testing.assert_allclose(record.nll, sums, atol=1e-3)
-        counts = (losses["base"].size // windows,) * windows if record.subject == "base" else ()
-        assert record.predictions == counts
+        assert record.predictions == ((63,) * len(windows) if record.subject == "base" else ())
         assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
 
 
 def test_hidden_states_are_compared_depth_by_depth(case):
     base, tuned, adapter, _, text = case
     result = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
-    h_base, h_tuned, h_own = (
-        states(*each) for each in ((base, text, 64), (tuned, text, 64), (base, text, 64, adapter))
-    )
+    models = opened(base), opened(tuned), opened(base, adapter)
+    h_base, h_tuned, h_own = (outputs_of(model, ids_of(text, 64))[1] for model in models)
     change = np.linalg.norm(h_tuned - h_base, axis=(1, 2))
     expected = np.linalg.norm(h_tuned - h_own, axis=(1, 2)) / change
     assert len(result[2].hidden) == 5  # embeddings and four blocks
@@ -128,17 +100,10 @@ def test_hidden_states_exclude_padding(tmp_path):
     base = bert(tmp_path / "base")
     tuned, other = (moved(base, tmp_path / name, 0.05, seed) for name, seed in (("tuned", 1), ("other", 3)))
     texts = ["abc" * (i + 1) for i in range(6)]
-    file = tmp_path / "x.jsonl"
-    file.write_text("".join(json.dumps({"text": text, "label": i % 3}) + "\n" for i, text in enumerate(texts)))
+    file = labelled(tmp_path / "x.jsonl", texts)
 
-    def hidden(folder):
-        model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
-        with torch.no_grad():
-            ids = [torch.tensor([list(text.encode())]) for text in texts]
-            result = [torch.stack(model(input_ids=one, output_hidden_states=True).hidden_states)[:, 0] for one in ids]
-        return torch.cat(result, 1).double().numpy()
-
-    h_base, h_tuned, h_other = map(hidden, (base, tuned, other))
+    ids = [torch.tensor(list(text.encode())) for text in texts]
+    h_base, h_tuned, h_other = (outputs_of(opened(folder), ids)[1] for folder in (base, tuned, other))
     expected = np.linalg.norm(h_tuned - h_other, axis=(1, 2)) / np.linalg.norm(h_tuned - h_base, axis=(1, 2))
     result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4).whole
     np.testing.assert_allclose(result[2].hidden, expected, rtol=1e-4)

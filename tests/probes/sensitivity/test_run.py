@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import lora_diag
 import lora_diag.models.training
@@ -18,7 +17,7 @@ from lora_diag.probes.sensitivity import measure as sensitivity
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from tests import oracles
 from tests.messages import assert_names, mentions
-from tests.probes.making import bert, gpt2, ids_of, lettered, moved, some_text, tensors, trained
+from tests.probes.making import bert, gpt2, ids_of, lettered, moved, opened, some_text, tensors, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -65,9 +64,7 @@ def test_layer_runs_equal_plain_loop(case, measured):
     base, train, held, shifted = case
     runs = [record for record in runs_of(measured[0]) if record.unit]
     assert len(runs) == 2 * 2 * 2 * (2 + 1)
-    before = {
-        text.stem: losses_of(transformers.GPT2LMHeadModel.from_pretrained(base), text) for text in (held, shifted)
-    }
+    before = {text.stem: losses_of(opened(base), text) for text in (held, shifted)}
     for record in runs:
         target = f".*{record.unit.removesuffix('.weight')}"
         text = held if record.set == "held_out" else shifted
@@ -91,11 +88,9 @@ def test_best_rate_of_unit_and_rank_is_repeated(measured):
 
 def in_float64(base, train):
     """The gradient of the mean loss over all windows, ``(out, in)``."""
-    model = transformers.GPT2LMHeadModel.from_pretrained(base).double()
-    windows = ids_of(train)
+    model, windows = opened(base).double(), ids_of(train)
     model(windows, labels=windows).loss.backward()
-    named = dict(model.named_parameters())
-    return {name: named[name].grad.T.numpy() for name in named if ".c_" in name and name.endswith(".weight")}
+    return {name: p.grad.T.numpy() for name, p in model.named_parameters() if ".c_" in name and p.ndim == 2}
 
 
 def test_first_order_scores_equal_float64_gradient(case, tmp_path):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import lora_diag
@@ -13,7 +12,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.models.opening import Weights
 from tests import oracles
 from tests.messages import mentions, raises_naming
-from tests.probes.making import SAMPLES, bert, best, gpt2, moved, some_text, tensors, window_losses
+from tests.probes.making import SAMPLES, bert, best, gpt2, labelled, moved, opened, some_text, tensors, window_losses
 
 TABLES = ("embed", "lm_head", "wte", "wpe")
 
@@ -108,11 +107,10 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     lines = [("hello", 0), ("buy now", "spam"), ("x" * 80, 2)]
-    file = tmp_path / "mail.jsonl"
-    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in lines))
+    file = labelled(tmp_path / "mail.jsonl", *zip(*lines, strict=True))
     result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
     for record, folder in zip(result.whole, (base, tuned), strict=False):
-        model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+        model = opened(folder)
         losses = [
             model(
                 input_ids=torch.tensor([list(text.encode()[:32])]), labels=torch.tensor([{"spam": 1}.get(label, label)])
@@ -129,7 +127,7 @@ def test_only_completion_is_predicted(case, tmp_path):
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"prompt": "one two ", "completion": "three"}) + "\n\n" + json.dumps({"text": "ab"}))
     result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
-    model = transformers.GPT2LMHeadModel.from_pretrained(base).eval()
+    model = opened(base)
     ids = torch.tensor([list(b"one two three")])
     labels = ids.clone()
     labels[0, :8] = -100
@@ -140,8 +138,7 @@ def test_only_completion_is_predicted(case, tmp_path):
 
 
 def test_names_with_and_without_prefix_of_inner_model(tmp_path):
-    model = transformers.GPT2LMHeadModel.from_pretrained(gpt2(tmp_path / "base"))
-    weights = Weights(model)
+    weights = Weights(opened(gpt2(tmp_path / "base")))
     inner = weights.find("h.0.attn.c_attn.weight")
     assert inner is not None
     assert inner.data_ptr() == weights.find("transformer.h.0.attn.c_attn.weight").data_ptr()
